@@ -1,0 +1,1 @@
+"""The workflows: each module wires stages and reads like the figure of its method."""

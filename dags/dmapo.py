@@ -1,0 +1,68 @@
+"""DMAPO: three judges, a process critic and a confidence gate make the data; KTO aligns the policy with it.
+
+prompts → candidates → judges ─┐
+                    └→ critic ─┴→ gate → data sets → train → evaluate
+"""
+
+from __future__ import annotations
+
+import functools
+
+from ray_pipeline.config import DmapoConfig
+from ray_pipeline.engines.vllm import VllmEngine
+from ray_pipeline.graph.run import stage_folder
+from ray_pipeline.graph.stage import Dag, Stage
+from ray_pipeline.stages.candidates import candidates
+from ray_pipeline.stages.columnar import datasets, gate, prompts
+from ray_pipeline.stages.compare import comparisons, responses
+from ray_pipeline.stages.critic import critic
+from ray_pipeline.stages.evaluate import evaluate
+from ray_pipeline.stages.judge import judges
+from ray_pipeline.stages.train import train
+
+
+def dmapo(config: DmapoConfig, run_folder: str) -> Dag:
+    """The whole method as a DAG; `run_folder` is where the policy will lie for its own evaluation."""
+    texts, models, base = config.templates(), config.models, config.models[config.candidates.model]
+
+    asked = prompts(config.prompts)
+    answers = candidates(config.candidates, base, asked)
+    verdicts = judges(config.judge, config.failure, models, texts.judge, asked, answers)
+    critiques = None
+    if config.gate.use_critic:
+        critiques = critic(config.critic, config.failure, models[config.critic.model], texts.critic, asked, answers)
+    verdict_stages = [stage for stage in verdicts if stage.work.tables]
+    decisions = gate(config.gate, config.judge.names, answers, verdict_stages, critiques)
+    data = datasets(config.datasets, config.gate, config.judge.names, base, asked, answers, verdict_stages, decisions)
+    policy = train(config.train, models[config.train.model], config.datasets.max_length, data)
+
+    judged: dict[str, Stage] = {"prompts": asked, "candidates": answers, "gate": decisions, "datasets": data}
+    judged |= {stage.name: stage for stage in verdict_stages}
+    if critiques is not None:
+        judged["critic"] = critiques
+    if not config.evaluate.skip_generation:
+        judged |= {"train": policy, **_both_answer(config, run_folder, asked, policy)}
+    report = evaluate(config.evaluate, config.report(), models[config.train.model], config.datasets.max_length, judged)
+    return Dag(
+        "dmapo", [asked, answers, *verdicts, *([critiques] if critiques else []), decisions, data, policy, report]
+    )
+
+
+def _both_answer(config: DmapoConfig, run_folder: str, asked: Stage, policy: Stage) -> dict[str, Stage]:
+    """Base and policy answer the held-out prompts; the judges score both, and one compares them in both orders."""
+    texts, models, base = config.templates(), config.models, config.models[config.train.model]
+    trained = functools.partial(VllmEngine, base.trained(f"{stage_folder(run_folder, policy).location}/merged").spec())
+    semantics, where = base.semantics(), base.placement
+    before = responses("base", config.evaluate, base.factory(), where, semantics, base.weights(), asked, None)
+    after = responses("policy", config.evaluate, trained, where, semantics, {}, asked, policy)
+    compared = comparisons(
+        config.evaluate, config.failure, models[config.evaluate.judge], texts.pairwise, asked, before, after
+    )
+    scored = [
+        stage
+        for answers in (before, after)
+        for stage in judges(
+            config.judge, config.failure, models, texts.judge, asked, answers, f"score-{answers.name}", "evaluate"
+        )
+    ]
+    return {stage.name: stage for stage in [before, after, compared, *scored] if stage.work.tables}

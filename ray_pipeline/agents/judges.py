@@ -1,0 +1,236 @@
+"""Rubric judges, the process critic and the pairwise judge.
+
+Each is one coroutine: it asks, reads the whole reply, asks again when the reply cannot be read, and says what
+happened. An answer that could not be judged has a status and no score.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from ray_pipeline.agents.replies import (
+    Read,
+    choice_grammar,
+    critique_grammar,
+    expected_score,
+    read_choice,
+    read_critique,
+    read_score,
+    score_grammar,
+)
+from ray_pipeline.agents.templates import Layout, RoleTemplate, render, transcript
+from ray_pipeline.engines.base import ChatEngine, Completion, EngineError, Grammar, Message, PromptTooLong, Sampling
+from ray_pipeline.store.keys import derived_seed
+from ray_pipeline.store.settings import Settings
+
+
+class SamplingSettings(Settings):
+    """How replies are drawn, by the names that engines use."""
+
+    temperature: float = Field(0.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_tokens: int = Field(512, ge=1)
+    extra: dict[str, Any] = Field(default_factory=dict, description="passed to the engine by its own names")
+
+    def sampling(self, **more: Any) -> Sampling:
+        return Sampling(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            max_tokens=self.max_tokens,
+            extra=tuple(sorted(self.extra.items())),
+            **more,
+        )
+
+
+class Rubric(Settings):
+    """One judge: what it looks at, on which scale, and on which model."""
+
+    name: str
+    text: str = ""
+    low: int = 1
+    high: int = 10
+    model: str | None = Field(None, description="a key of `models`; default: the stage's model")
+    sampling: SamplingSettings | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _plain(cls, name: str) -> str:
+        if not re.fullmatch(r"[a-z][a-z0-9_-]{0,63}", name):
+            raise ValueError(f"a judge's name is lower-case letters, digits, - and _, not {name!r}")
+        return name
+
+    @model_validator(mode="after")
+    def _scale(self) -> Rubric:
+        if self.low >= self.high:
+            raise ValueError(f"judge {self.name}: low ({self.low}) must be under high ({self.high})")
+        return self
+
+
+class Asking(Settings):
+    """How a judging role asks, whatever it judges."""
+
+    grammar: bool = Field(True, description="force the reply's form while it is sampled")
+    reason_chars: int = Field(
+        400, ge=0, description="longest reason, in characters; 0 asks a judge for the score alone"
+    )
+    retries: int = Field(2, ge=0, description="how often an unreadable reply is asked for again")
+    retry_temperature: float = Field(0.7, ge=0)
+    expected_score: bool = Field(False, description="mean of the score under the judge's log-probabilities")
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What one judge says of one answer. `score` is None exactly when `parse_status` is not a read one."""
+
+    score: float | None
+    expected_score: float | None
+    reason: str | None
+    parse_status: str
+    raw: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Critique:
+    """What the process critic says of one answer."""
+
+    flawed: bool | None
+    failure_type: str | None
+    reason: str | None
+    parse_status: str
+    raw: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Which of two answers a pairwise judge prefers: A, B, or C for a tie, in the order that it saw them."""
+
+    choice: str | None
+    reason: str | None
+    parse_status: str
+    raw: str | None
+
+
+async def judge(
+    engine: ChatEngine,
+    prompt: Sequence[Message],
+    response: str,
+    rubric: Rubric,
+    template: RoleTemplate,
+    sampling: SamplingSettings,
+    asking: Asking,
+    layout: Layout = "shared_first",
+) -> Verdict:
+    """Score one answer on one rubric."""
+    messages = render(
+        template,
+        layout,
+        instruction=transcript(prompt),
+        response=response,
+        name=rubric.name,
+        rubric=rubric.text,
+        low=rubric.low,
+        high=rubric.high,
+    )
+    grammar = score_grammar(rubric.low, rubric.high, asking.reason_chars) if asking.grammar else None
+    # Twenty alternatives cover every score of a ten-point scale and what competes with them.
+    logprobs = 20 if asking.expected_score else None
+    read, reply, status = await _ask(
+        engine,
+        messages,
+        rubric.sampling or sampling,
+        asking,
+        grammar,
+        lambda reply: read_score(reply, rubric.low, rubric.high),
+        logprobs,
+    )
+    raw = None if reply is None else reply.text
+    if read is None:
+        return Verdict(None, None, None, status, raw)
+    expected = None
+    if reply is not None and asking.expected_score:
+        expected = expected_score(reply.text, reply.logprobs, rubric.low, rubric.high)
+    return Verdict(float(read.fields["score"]), expected, read.fields["reason"], status, raw)
+
+
+async def critique(
+    engine: ChatEngine,
+    prompt: Sequence[Message],
+    response: str,
+    template: RoleTemplate,
+    sampling: SamplingSettings,
+    asking: Asking,
+    layout: Layout = "shared_first",
+) -> Critique:
+    """Say whether the way to an answer is flawed, and how."""
+    messages = render(template, layout, instruction=transcript(prompt), response=response)
+    grammar = critique_grammar(max(asking.reason_chars, 1)) if asking.grammar else None
+    read, reply, status = await _ask(engine, messages, sampling, asking, grammar, read_critique)
+    raw = None if reply is None else reply.text
+    if read is None:
+        return Critique(None, None, None, status, raw)
+    return Critique(read.fields["flawed"], read.fields["failure_type"], read.fields["reason"], status, raw)
+
+
+async def compare(
+    engine: ChatEngine,
+    prompt: Sequence[Message],
+    response_a: str,
+    response_b: str,
+    template: RoleTemplate,
+    sampling: SamplingSettings,
+    asking: Asking,
+    layout: Layout = "shared_first",
+) -> Choice:
+    """Choose between two answers, shown in the given order. Callers ask in both orders."""
+    messages = render(template, layout, instruction=transcript(prompt), response_a=response_a, response_b=response_b)
+    grammar = choice_grammar(max(asking.reason_chars, 1)) if asking.grammar else None
+    read, reply, status = await _ask(engine, messages, sampling, asking, grammar, read_choice)
+    raw = None if reply is None else reply.text
+    if read is None:
+        return Choice(None, None, status, raw)
+    return Choice(read.fields["choice"], read.fields["reason"], status, raw)
+
+
+async def _ask(
+    engine: ChatEngine,
+    messages: list[Message],
+    settings: SamplingSettings,
+    asking: Asking,
+    grammar: Grammar | None,
+    reader: Callable[[Completion], Read | None],
+    logprobs: int | None = None,
+) -> tuple[Read | None, Completion | None, str]:
+    """Ask until a reply can be read or the retries are used up; returns what was read, the last reply, the status.
+
+    A retry is another call (its own temperature and seed, both in the call key), because a greedy call would only
+    give the same unreadable reply again.
+    """
+    reply: Completion | None = None
+    status = "unparsed"
+    for attempt in range(asking.retries + 1):
+        sampling = settings.sampling(grammar=grammar, logprobs=logprobs)
+        if attempt:
+            seed = derived_seed("retry", _contents(messages), attempt)
+            sampling = dataclasses.replace(sampling, temperature=asking.retry_temperature, seed=seed)
+        elif settings.temperature > 0:
+            sampling = dataclasses.replace(sampling, seed=derived_seed("judge", _contents(messages)))
+        try:
+            reply = await engine.chat(messages, sampling)
+        except PromptTooLong:
+            return None, None, "too_long"
+        except EngineError as error:
+            return None, Completion(f"{type(error).__name__}: {error}", "error", 0, 0, 0), "error"
+        read = reader(reply)
+        if read is not None:
+            return read, reply, "repaired" if attempt else read.status
+        status = "truncated" if reply.finish_reason == "length" else "unparsed"
+    return None, reply, status
+
+
+def _contents(messages: Sequence[Mapping[str, str]]) -> list[str]:
+    return [m["content"] for m in messages]

@@ -1,0 +1,124 @@
+"""The texts that agents send, read from a YAML file that a user can edit.
+
+A file has one block a role. Each block has `system` (empty: no system message), `shared` (the part that all calls
+about one answer have in common) and `rubric` (the part that is this call's own), as Jinja templates.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import os
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jinja2
+import yaml
+from jinja2.sandbox import SandboxedEnvironment
+from pydantic import ValidationError
+
+from ray_pipeline.engines.base import Message
+from ray_pipeline.store.settings import Settings
+
+#: `shared_first` lets the judges of a candidate share its prefix, `rubric_first` lets candidates share a rubric's.
+Layout = Literal["shared_first", "rubric_first"]
+
+
+class TemplateError(ValueError):
+    """A template file cannot be used; the message names the file, the block and the remedy."""
+
+
+class RoleTemplate(Settings):
+    """The three texts of one role."""
+
+    system: str = ""
+    shared: str
+    rubric: str
+
+
+class Templates(Settings):
+    """All roles of a template file."""
+
+    judge: RoleTemplate
+    critic: RoleTemplate
+    pairwise: RoleTemplate
+
+
+_ENVIRONMENT = SandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False, trim_blocks=True)
+
+#: What each role's texts may use, with an example for checking a file before anything runs.
+VARIABLES: dict[str, dict[str, Any]] = {
+    "judge": {"instruction": "x", "response": "x", "name": "x", "rubric": "x", "low": 1, "high": 10},
+    "critic": {"instruction": "x", "response": "x"},
+    "pairwise": {"instruction": "x", "response_a": "x", "response_b": "x"},
+}
+
+
+def builtin_templates() -> list[str]:
+    """Names of the template files that come with Quorum."""
+    folder = importlib.resources.files("configs") / "prompts"
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def load_templates(name_or_path: str) -> Templates:
+    """Templates by built-in name (`default`, `pocket`) or from a YAML file.
+
+    Raises:
+        TemplateError: no such file, a missing block, or a text that uses a variable its role does not have.
+    """
+    if name_or_path.endswith((".yaml", ".yml")) or os.sep in name_or_path:
+        if not os.path.exists(name_or_path):
+            raise TemplateError(f"there is no prompt template file {name_or_path}")
+        with open(name_or_path, encoding="utf-8") as file:
+            text = file.read()
+    else:
+        if name_or_path not in builtin_templates():
+            known = ", ".join(builtin_templates())
+            raise TemplateError(f"there are no built-in prompt templates {name_or_path!r}; there are {known}")
+        text = (importlib.resources.files("configs") / "prompts" / f"{name_or_path}.yaml").read_text("utf-8")
+    try:
+        templates = Templates.model_validate(yaml.safe_load(text))
+    except (yaml.YAMLError, ValidationError) as error:
+        raise TemplateError(f"prompt template file {name_or_path}: {error}") from error
+    for role, variables in VARIABLES.items():
+        block: RoleTemplate = getattr(templates, role)
+        for part in ("system", "shared", "rubric"):
+            try:
+                _render(getattr(block, part), variables)
+            except jinja2.TemplateError as error:
+                raise TemplateError(
+                    f"prompt template file {name_or_path}, {role}.{part}: {error}; it may use {', '.join(variables)}"
+                ) from error
+    return templates
+
+
+def _render(text: str, variables: dict[str, Any]) -> str:
+    return _ENVIRONMENT.from_string(text).render(variables).strip("\n")
+
+
+def render(template: RoleTemplate, layout: Layout, **variables: Any) -> list[Message]:
+    """The messages of one call. Values are inserted as text and never read as templates."""
+    shared, rubric = _render(template.shared, variables), _render(template.rubric, variables)
+    user = f"{shared}\n{rubric}" if layout == "shared_first" else f"{rubric}\n{shared}"
+    system = _render(template.system, variables)
+    return [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": user}]
+
+
+def part_lengths(template: RoleTemplate, **variables: Any) -> tuple[int, int]:
+    """Characters of the shared part and of the own part of a call."""
+    return len(_render(template.shared, variables)), len(_render(template.rubric, variables))
+
+
+def best_layout(shared: float, rubric: float, judges: int) -> Layout:
+    """The layout that lets the prefix cache save more, from mean lengths of both parts.
+
+    With N judges a shared part of length L is saved N−1 times; rubric first, a rubric of length R is saved for all
+    but the first candidate: L·(N−1) > N·R puts the shared part first.
+    """
+    return "shared_first" if shared * (judges - 1) > judges * rubric else "rubric_first"
+
+
+def transcript(messages: Sequence[Message]) -> str:
+    """A conversation as the text that judges read: a single user message as it is, longer ones with their roles."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n\n".join(f"[{m['role']}]\n{m['content']}" for m in messages)

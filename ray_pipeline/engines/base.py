@@ -1,0 +1,176 @@
+"""What every engine of chat models looks like to the rest of the project.
+
+Agents know this module and nothing below it: a message list and a :class:`Sampling` go in, one
+:class:`Completion` comes out. Engines are exchangeable behind :class:`ChatEngine`, and so is the
+call log that sits in front of them. Nothing heavy is imported here, so that config, agents and tests
+load in milliseconds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+Message = dict[str, str]
+"""One chat message: ``{"role": "system" | "user" | "assistant", "content": text}``."""
+
+TokenLogprobs = list[list[tuple[str, float]]]
+"""Per generated token its alternatives as (decoded token text, natural log of the probability);
+the sampled token comes first, the others follow in falling order."""
+
+
+def _canonical(value: Any) -> str:
+    """JSON text that is the same for equal values, whatever the order of their keys."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """A form that the reply is forced into while it is sampled (structured output).
+
+    ``value`` is always text, so that a grammar can be compared, hashed and put into a call key:
+    for ``choice`` a JSON list of strings, for ``regex`` the pattern, for ``json`` the schema as
+    canonical JSON text. Use the three constructors rather than the fields.
+    """
+
+    kind: Literal["choice", "regex", "json"]
+    value: str
+
+    @classmethod
+    def choice(cls, options: Sequence[str]) -> Grammar:
+        """The reply is exactly one of ``options``. Raises ValueError when there are none."""
+        if isinstance(options, str) or not options or not all(isinstance(o, str) and o for o in options):
+            raise ValueError(f"Grammar.choice needs a list of non-empty strings, got {options!r}")
+        return cls("choice", _canonical(list(options)))
+
+    @classmethod
+    def regex(cls, pattern: str) -> Grammar:
+        """The whole reply matches ``pattern``. Raises ValueError when it is empty."""
+        if not pattern:
+            raise ValueError("Grammar.regex needs a pattern, got an empty string")
+        return cls("regex", pattern)
+
+    @classmethod
+    def json(cls, schema: Mapping[str, Any]) -> Grammar:
+        """The reply is a JSON document of ``schema`` (JSON Schema).
+
+        Keys are written in the order given: engines generate the fields of an object in the order of
+        the schema, and a reason before a score is another question than a score before a reason.
+        """
+        return cls("json", json.dumps(schema, ensure_ascii=False, separators=(",", ":")))
+
+    def decoded(self) -> Any:
+        """The Python value: a list of strings, a pattern, or a schema."""
+        return self.value if self.kind == "regex" else json.loads(self.value)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one reply is drawn. Equal values mean the same call.
+
+    ``max_tokens`` counts new tokens; ``temperature`` 0 is greedy; ``logprobs`` asks for the top n of
+    every generated token; ``extra`` goes to the engine as it is, by the engine's own names
+    (``top_k``, ``min_p``, ``repetition_penalty``, …).
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_tokens: int = 512
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    grammar: Grammar | None = None
+    extra: tuple[tuple[str, Any], ...] = ()
+
+    def key(self) -> dict[str, Any]:
+        """JSON-able and stable: what goes into the call key.
+
+        Numbers are brought to one type (a YAML ``1`` and ``1.0`` are the same temperature) and
+        ``extra`` is sorted by name.
+        """
+        return {
+            "temperature": float(self.temperature),
+            "top_p": float(self.top_p),
+            "max_tokens": int(self.max_tokens),
+            "seed": None if self.seed is None else int(self.seed),
+            "stop": list(self.stop),
+            "logprobs": self.logprobs,
+            "grammar": None if self.grammar is None else [self.grammar.kind, self.grammar.value],
+            "extra": [[name, value] for name, value in sorted(self.extra, key=lambda pair: pair[0])],
+        }
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One reply and what it cost.
+
+    ``finish_reason`` is ``"stop"``, ``"length"`` or another word of the engine; only ``"stop"`` is a
+    finished reply. ``cached_tokens`` of the ``prompt_tokens`` came from the prefix cache.
+    ``latency_s`` is wall time in seconds from call to reply, queueing included.
+    """
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    logprobs: TokenLogprobs | None = None
+    latency_s: float = 0.0
+    from_log: bool = False
+
+
+class EngineError(RuntimeError):
+    """One call failed. Its row is marked and the shard goes on."""
+
+
+class PromptTooLong(EngineError):
+    """Prompt and new tokens do not fit the model's context. Engines raise this and never cut.
+
+    All three figures are tokens.
+    """
+
+    def __init__(self, prompt_tokens: int, max_tokens: int, limit: int) -> None:
+        super().__init__(
+            f"prompt of {prompt_tokens} tokens + max_tokens {max_tokens} does not fit the context of {limit} tokens; "
+            "raise max_model_len (if the model allows it), lower max_tokens, or drop the prompt"
+        )
+        self.prompt_tokens = prompt_tokens
+        self.max_tokens = max_tokens
+        self.limit = limit
+
+    def __reduce__(self) -> tuple[type[PromptTooLong], tuple[int, int, int]]:
+        # Exceptions pickle by their args (the message); this one is built from its three figures.
+        return type(self), (self.prompt_tokens, self.max_tokens, self.limit)
+
+
+class EngineDead(RuntimeError):
+    """The engine's process is gone: no later call can succeed.
+
+    Not an :class:`EngineError`, because no row is at fault: the actor that holds the engine must end
+    itself and be replaced.
+    """
+
+
+class EngineStartError(RuntimeError):
+    """The engine cannot serve this model as configured. The message says what to change."""
+
+
+@runtime_checkable
+class ChatEngine(Protocol):
+    """Answers chats. Calls may be awaited together, and the engine batches all that wait."""
+
+    identity: Mapping[str, Any]
+    """Who answers: model identity and everything else that changes answers; JSON-able, never a path.
+    Part of every call key."""
+
+    async def chat(self, messages: Sequence[Message], sampling: Sampling) -> Completion:
+        """Draw one reply.
+
+        Raises:
+            PromptTooLong: prompt + ``max_tokens`` exceeds the context.
+            EngineError: this call failed; others may still succeed.
+            EngineDead: no call can succeed any more.
+        """
+        ...

@@ -1,0 +1,251 @@
+"""The call log in front of an engine: a call that was ever answered is not made again.
+
+One `LoggedEngine` serves one attempt at one shard. Agents get a view of it that is bound to a prompt and a role, and
+see nothing but a `ChatEngine`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ray_pipeline.engines.base import (
+    ChatEngine,
+    Completion,
+    EngineDead,
+    EngineError,
+    Message,
+    PromptTooLong,
+    Sampling,
+)
+from ray_pipeline.store.calls import CallWriter, model_folder, read_calls
+from ray_pipeline.store.files import Folder
+from ray_pipeline.store.keys import bucket_of, call_key
+
+logger = logging.getLogger("quorum.calls")
+
+#: Seconds between two part files: what a kill can lose.
+FLUSH_SECONDS = 2.0
+
+
+class CallNotLogged(RuntimeError):
+    """A replay needed a call that the log does not hold."""
+
+
+@dataclasses.dataclass
+class CallStats:
+    """What one shard asked for. Tokens are of the calls that the engine answered."""
+
+    calls_engine: int = 0
+    calls_log: int = 0
+    calls_shared: int = 0
+    errors: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+class LoggedEngine:
+    """Remembers every reply of `engine` under `root`.
+
+    Args:
+        engine: answers what the log does not hold; its `identity` is part of every key.
+        root: folder of the call log; several runs may share it, at the same time too.
+        limit: bounds the calls in flight on the engine, across all shards of an actor.
+        replay_only: never ask the engine; a call that is not in the log raises CallNotLogged.
+    """
+
+    def __init__(
+        self,
+        engine: ChatEngine,
+        root: Folder,
+        shard: int,
+        num_shards: int,
+        *,
+        limit: asyncio.Semaphore | None = None,
+        replay_only: bool = False,
+        flush_seconds: float = FLUSH_SECONDS,
+    ) -> None:
+        self.engine = engine
+        self.identity: Mapping[str, Any] = engine.identity
+        self.stats = CallStats()
+        self._folder = model_folder(root, self.identity)
+        self._shard, self._num_shards = shard, num_shards
+        self._writer = CallWriter(self._folder, shard, num_shards)
+        self._limit = limit or asyncio.Semaphore(256)
+        self._replay_only = replay_only
+        self._flush_seconds = flush_seconds
+        self._known: dict[str, Completion] = {}
+        self._in_flight: dict[str, asyncio.Future[Completion]] = {}
+        self._pending: list[dict[str, Any]] = []
+        self._flusher: asyncio.Task | None = None
+
+    async def __aenter__(self) -> LoggedEngine:
+        table = await asyncio.to_thread(read_calls, self._folder, self._shard, self._num_shards)
+        for row in table.drop_columns(["messages", "sampling"]).to_pylist():
+            self._known.setdefault(row["call_key"], _from_row(row))
+        self._flusher = asyncio.create_task(self._flush_forever())
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Write what is pending, whatever ended the shard; merge the parts only after a success."""
+        if self._flusher is not None:
+            self._flusher.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._flusher
+        await self.flush()
+        if kind is None:
+            await asyncio.to_thread(self._writer.compact)
+
+    def bound(self, prompt_id: str, role: str) -> BoundEngine:
+        """A `ChatEngine` for the calls of one prompt in one role (for example `judge/helpfulness`)."""
+        return BoundEngine(self, prompt_id, role)
+
+    async def flush(self) -> None:
+        rows, self._pending = self._pending, []
+        if not rows:
+            return
+        try:
+            await asyncio.to_thread(self._writer.flush, rows)
+        except BaseException:
+            self._pending = rows + self._pending
+            raise
+
+    async def _flush_forever(self) -> None:
+        while True:
+            await asyncio.sleep(self._flush_seconds)
+            try:
+                await asyncio.shield(asyncio.ensure_future(self.flush()))
+            except OSError as error:  # A full disk may have room again later; the last flush of the shard must succeed.
+                logger.warning("call log: cannot write under %s yet (%s)", self._folder.location, error)
+
+    async def call(self, prompt_id: str, role: str, messages: Sequence[Message], sampling: Sampling) -> Completion:
+        asked = sampling.key()
+        key = call_key(self.identity, messages, asked)
+        known = self._known.get(key)
+        if known is not None and known.finish_reason != _TOO_LONG:
+            self.stats.calls_log += 1
+            return known
+        if known is not None and self._replay_only:
+            raise PromptTooLong(known.prompt_tokens, sampling.max_tokens, known.cached_tokens)
+        if self._replay_only:
+            raise CallNotLogged(f"the call log holds no {role} call for prompt {prompt_id}, and only it may answer")
+        running = self._in_flight.get(key)
+        if running is not None:
+            self.stats.calls_shared += 1
+            return await asyncio.shield(running)
+        future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
+        self._in_flight[key] = future
+        try:
+            completion = await self._ask(messages, sampling)
+        except PromptTooLong as error:
+            # Remembered for replays only: with an engine at hand the limit may be another one next time.
+            if known is None:
+                refused = Completion("", _TOO_LONG, error.prompt_tokens, 0, error.limit)
+                self._remember(key, prompt_id, role, messages, asked, refused)
+            self._fail(future, error)
+            raise
+        except BaseException as error:
+            if isinstance(error, EngineError):
+                self.stats.errors += 1
+            self._fail(future, error)
+            raise
+        finally:
+            del self._in_flight[key]
+        future.set_result(completion)
+        self.stats.calls_engine += 1
+        self.stats.prompt_tokens += completion.prompt_tokens
+        self.stats.completion_tokens += completion.completion_tokens
+        self.stats.cached_tokens += completion.cached_tokens
+        self._remember(key, prompt_id, role, messages, asked, completion)
+        return completion
+
+    async def _ask(self, messages: Sequence[Message], sampling: Sampling) -> Completion:
+        async with self._limit:
+            begin = time.monotonic()
+            completion = await self.engine.chat(messages, sampling)
+        if completion.latency_s:
+            return completion
+        return dataclasses.replace(completion, latency_s=time.monotonic() - begin)
+
+    @staticmethod
+    def _fail(future: asyncio.Future[Completion], error: BaseException) -> None:
+        if isinstance(error, asyncio.CancelledError):
+            future.cancel()
+            return
+        future.set_exception(error)
+        future.exception()  # Mark it as seen: nobody may be waiting for the shared reply.
+
+    def _remember(
+        self,
+        key: str,
+        prompt_id: str,
+        role: str,
+        messages: Sequence[Message],
+        asked: dict[str, Any],
+        completion: Completion,
+    ) -> None:
+        self._known[key] = dataclasses.replace(completion, from_log=True)
+        self._pending.append(
+            {
+                "call_key": key,
+                "bucket": bucket_of(prompt_id),
+                "prompt_id": prompt_id,
+                "model": json.dumps(dict(self.identity), sort_keys=True),
+                "role": role,
+                "messages": [{"role": m["role"], "content": m["content"]} for m in messages],
+                "sampling": json.dumps(asked, sort_keys=True),
+                "text": completion.text,
+                "finish_reason": completion.finish_reason,
+                "logprobs": None if completion.logprobs is None else json.dumps(completion.logprobs),
+                "prompt_tokens": completion.prompt_tokens,
+                "completion_tokens": completion.completion_tokens,
+                "cached_tokens": completion.cached_tokens,
+                "latency_s": completion.latency_s,
+            }
+        )
+
+
+#: finish_reason of a remembered refusal; `cached_tokens` of such a row is the context that it did not fit.
+_TOO_LONG = "too_long"
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundEngine:
+    """A `ChatEngine` that files its calls under one prompt and one role."""
+
+    log: LoggedEngine
+    prompt_id: str
+    role: str
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        return self.log.identity
+
+    async def chat(self, messages: Sequence[Message], sampling: Sampling) -> Completion:
+        return await self.log.call(self.prompt_id, self.role, messages, sampling)
+
+
+def _from_row(row: dict[str, Any]) -> Completion:
+    logprobs = None
+    if row["logprobs"] is not None:
+        logprobs = [[(token, value) for token, value in step] for step in json.loads(row["logprobs"])]
+    return Completion(
+        text=row["text"],
+        finish_reason=row["finish_reason"],
+        prompt_tokens=row["prompt_tokens"],
+        completion_tokens=row["completion_tokens"],
+        cached_tokens=row["cached_tokens"],
+        logprobs=logprobs,
+        latency_s=row["latency_s"],
+        from_log=True,
+    )
+
+
+__all__ = ["FLUSH_SECONDS", "BoundEngine", "CallNotLogged", "CallStats", "EngineDead", "LoggedEngine"]

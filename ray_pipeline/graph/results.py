@@ -1,0 +1,45 @@
+"""Read a run folder back: what its manifest says, and the results of its stages."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ray_pipeline.graph.stage import StageResult
+from ray_pipeline.store.files import Folder, StoreError
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run folder, its manifest, and the results of the stages that are done, by name."""
+
+    folder: Folder
+    manifest: dict[str, Any]
+    results: dict[str, StageResult]
+
+
+def read_run(location: str) -> Run:
+    """Raises StoreError when the folder holds no run, naming it."""
+    folder = Folder(location)
+    try:
+        manifest = folder.read_json("manifest.json")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise StoreError(f"{folder.location} holds no run (no manifest.json there); `quorum run` makes one") from error
+    if not isinstance(manifest, dict) or "stages" not in manifest or "num_shards" not in manifest:
+        raise StoreError(f"{folder.uri('manifest.json')} is no manifest; run the same command again to write it anew")
+    results = {}
+    for name, entry in manifest["stages"].items():
+        if entry["status"] != "done":
+            continue
+        results[name] = StageResult(
+            name=name,
+            fingerprint=entry["fingerprint"],
+            folder=folder.uri(entry["path"]),
+            num_shards=manifest["num_shards"],
+            tables=tuple(entry["tables"]),
+            rows=entry["rows"],
+            facts=entry["facts"],
+            usage=entry["usage"],
+            cached=True,
+        )
+    return Run(folder, manifest, results)

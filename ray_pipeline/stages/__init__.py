@@ -1,0 +1,1 @@
+"""The stages of the workflows: tables in, table out."""

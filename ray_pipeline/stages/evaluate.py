@@ -1,0 +1,235 @@
+"""Evaluate: what the stored tables say of the data, the judges and the policy, and the report that shows it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+from pydantic import Field
+
+from ray_pipeline.graph.models import ModelSettings
+from ray_pipeline.graph.results import Run
+from ray_pipeline.graph.stage import Stage, StageResult, StageStop, WholeInput, WholeWork
+from ray_pipeline.pocket.tasks import is_correct
+from ray_pipeline.report.data import DMAPO_STAGES, ReportData, RunIdentity, StageUse
+from ray_pipeline.stages.compare import EvaluateSettings
+from ray_pipeline.stages.gate import GateConfig
+from ray_pipeline.stages.train import METRICS
+from ray_pipeline.store.files import Folder, StoreError, point_at
+from ray_pipeline.store.schemas import TRAIN_METRICS
+from ray_pipeline.store.settings import Settings
+
+if TYPE_CHECKING:  # Torch, transformers and scikit-learn take seconds to import, and a DAG is wired without them.
+    from ray_pipeline.evaluation.perplexity import Perplexity
+
+
+class ReportSettings(Settings):
+    """What a report says of a run beside its tables. `models` is role → name of the model, for reading."""
+
+    run_name: str
+    workflow: str = "dmapo"
+    config_digest: str = ""
+    models: dict[str, str] = Field(default_factory=dict)
+    curating: dict[str, str] = Field(default_factory=dict)
+    evaluating: dict[str, str] = Field(default_factory=dict)
+    gate: GateConfig = GateConfig()
+    bootstrap_draws: int = 2000
+    seed: int = 0
+
+
+class _Given(Settings):
+    evaluate: EvaluateSettings
+    report: ReportSettings
+    base: ModelSettings
+    max_length: int
+
+
+def evaluate(
+    settings: EvaluateSettings,
+    report: ReportSettings,
+    base: ModelSettings,
+    max_length: int,
+    inputs: Mapping[str, Stage],
+) -> Stage:
+    """metrics.json, summary.csv, report.md and its plots. Reads whatever stages it is given."""
+    given = _Given(evaluate=settings, report=report, base=base, max_length=max_length)
+    return Stage(
+        name="evaluate",
+        view="report",
+        work=WholeWork(function=evaluate_run, settings=given),
+        config={
+            "evaluate": settings.model_dump(mode="json"),
+            "report": report.model_dump(mode="json", exclude={"run_name", "config_digest", "models"}),
+            "max_length": max_length,
+        },
+        inputs=inputs,
+        external=base.weights(),
+    )
+
+
+def evaluate_run(given: WholeInput) -> dict[str, Any]:
+    """Measure the perplexities, then write the report. Raises StageStop on an object store: plots need a folder."""
+    from ray_pipeline.report.build import build_report
+
+    settings: _Given = given.settings
+    if not given.folder.is_local:
+        raise StageStop(f"evaluate writes plots to a local folder; {given.folder.location} is none")
+    measured: dict[str, Perplexity] = {}
+    if settings.evaluate.perplexity and "train" in given.inputs:
+        measured = _perplexities(given, settings)
+    given.folder.write_json("perplexity.json", {name: dataclasses.asdict(p) for name, p in measured.items()})
+    data = report_data(given.inputs, settings.report, measured)
+    build_report(data, Path(given.folder.path()))
+    metrics = json.loads(Path(given.folder.path("metrics.json")).read_text())
+    headline = metrics["headline"]
+    given.log(headline["text"] if isinstance(headline, dict) and "text" in headline else str(headline))
+    return {"headline": headline}
+
+
+def _perplexities(given: WholeInput, settings: _Given) -> dict[str, Perplexity]:
+    """Of base and policy, on held-out desirable answers."""
+    from ray_pipeline.evaluation.perplexity import perplexity
+
+    datasets = given.inputs["datasets"]
+    folder = Folder(f"{datasets.folder}/kto/val")
+    rows: list[tuple[str, Any, str]] = []
+    for name in folder.names(".parquet"):
+        table = folder.read_table(name, fingerprint=datasets.fingerprint)
+        for row in table.filter(pc.field("label")).to_pylist():
+            rows.append((row["candidate_id"], row["prompt"], row["completion"][-1]["content"]))
+    rows = sorted(rows, key=lambda row: row[0])[: settings.evaluate.perplexity_rows]
+    if not rows:
+        return {}
+    gpus = 1 if ray.cluster_resources().get("GPU") else 0
+    task: Any = ray.remote(num_cpus=0, num_gpus=gpus)(perplexity)
+    policy = f"{given.inputs['train'].folder}/merged"
+    found = {
+        name: ray.get(
+            task.remote(
+                path,
+                [(prompt, text) for _, prompt, text in rows],
+                device="cuda" if gpus else "cpu",
+                dtype="bfloat16" if gpus else "float32",
+                max_length=settings.max_length,
+                trust_remote_code=settings.base.trust_remote_code,
+                chat_template_kwargs=settings.base.chat_template_args,
+            )
+        )
+        for name, path in (("base", settings.base.model), ("policy", policy))
+    }
+    return found
+
+
+def report_data(
+    results: Mapping[str, StageResult], settings: ReportSettings, measured: Mapping[str, Perplexity]
+) -> ReportData:
+    """Everything a report shows, from the results of the stages that there are (by role or by name)."""
+    by_name = {result.name: result for result in results.values()}
+    prompts = _table(by_name, "prompts")
+    responses = _table(by_name, "responses-base", "responses-policy")
+    if responses is not None and prompts is not None:
+        responses = _with_truth(responses, prompts)
+    facts: dict[str, Any] = {name: result.facts for name, result in by_name.items()}
+    data = facts.get("datasets", {})
+    train = by_name.get("train")
+    return ReportData(
+        run=RunIdentity(
+            name=settings.run_name,
+            workflow=settings.workflow,
+            config_digest=settings.config_digest,
+            fingerprints={name: result.fingerprint for name, result in by_name.items()},
+            models=settings.models,
+            stages=DMAPO_STAGES,
+        ),
+        prompt_counts=facts.get("prompts", {}).get("counts"),
+        prompts=prompts,
+        candidates=_table(by_name, "candidates"),
+        verdicts=_table(by_name, *sorted(n for n in by_name if n == "judge" or n.startswith("judge-"))),
+        critiques=_table(by_name, "critic"),
+        decisions=_table(by_name, "gate"),
+        dataset_counts=data.get("rows"),
+        dataset_guards=data.get("dropped"),
+        kto_weights=data.get("kto_weights"),
+        train_settings=facts.get("train", {}).get("effective"),
+        train_metrics=None
+        if train is None
+        else Folder(train.folder).read_table(METRICS, fingerprint=train.fingerprint, schema=TRAIN_METRICS),
+        comparisons=_table(by_name, "comparisons"),
+        responses=responses,
+        response_verdicts=_table(by_name, *sorted(n for n in by_name if n.startswith("score-"))),
+        perplexity=dict(measured) or None,
+        curating_models=settings.curating,
+        evaluating_models=settings.evaluating if "comparisons" in by_name else {},
+        stage_use=[_use(result) for result in by_name.values()],
+        desirable_from=settings.gate.desirable_at,
+        undesirable_to=settings.gate.undesirable_at,
+        bootstrap_draws=settings.bootstrap_draws,
+        bootstrap_seed=settings.seed,
+    )
+
+
+def _table(results: Mapping[str, StageResult], *names: str) -> pa.Table | None:
+    """The tables of the named stages as one, or None when none of them ran."""
+    tables = [results[name].table().read_all() for name in names if name in results and results[name].tables]
+    return pa.concat_tables(tables) if tables else None
+
+
+def _with_truth(responses: pa.Table, prompts: pa.Table) -> pa.Table:
+    """Add `correct` where every prompt is of the pocket world, whose checker knows the truth."""
+    asked = {row["prompt_id"]: row for row in prompts.select(["prompt_id", "messages", "source"]).to_pylist()}
+    if any(row["source"] != "pocket" for row in asked.values()):
+        return responses
+    correct: Sequence[bool | None] = [
+        None if text is None else is_correct(asked[pid]["messages"][-1]["content"], text)
+        for pid, text in zip(responses["prompt_id"].to_pylist(), responses["response"].to_pylist(), strict=True)
+    ]
+    return responses.append_column("correct", pa.array(correct, pa.bool_()))
+
+
+def _use(result: StageResult) -> StageUse:
+    usage = result.usage
+
+    def whole(name: str) -> int | None:
+        return int(usage[name]) if name in usage and result.usage.get("calls_engine") is not None else None
+
+    return StageUse(
+        stage=result.name,
+        rows=sum(result.rows.values()) if result.rows else None,
+        calls=whole("calls_engine"),
+        log_hits=whole("calls_log"),
+        prompt_tokens=whole("prompt_tokens"),
+        completion_tokens=whole("completion_tokens"),
+        cached_tokens=whole("cached_tokens"),
+        seconds=usage.get("wall_seconds"),
+        errors=None,
+    )
+
+
+def write_report(run: Run) -> str:
+    """The report of a run as far as it got, from its stored tables; returns the path of report.md.
+
+    Raises:
+        StoreError: the run folder is not local.
+    """
+    from ray_pipeline.evaluation.perplexity import Perplexity
+    from ray_pipeline.report.build import build_report
+
+    if not run.folder.is_local:
+        raise StoreError(f"a report needs a local run folder for its plots; {run.folder.location} is none")
+    settings = ReportSettings.model_validate(run.manifest["report"])
+    measured = {}
+    if "evaluate" in run.results:
+        stored = Folder(run.results["evaluate"].folder).read_json("perplexity.json")
+        measured = {name: Perplexity(**values) for name, values in stored.items()}
+        name = run.manifest["stages"]["evaluate"]["path"]
+    else:
+        name = f"report-{run.manifest['config_digest']}"
+    build_report(report_data(run.results, settings, measured), Path(run.folder.path(name)))
+    point_at(run.folder, "report", name)
+    return run.folder.uri("report/report.md")

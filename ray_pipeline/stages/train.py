@@ -1,0 +1,150 @@
+"""Train: a LoRA policy from the preference data, by TRL inside Ray Train."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+import ray
+from pydantic import Field, model_validator
+
+from ray_pipeline.graph.models import ModelSettings
+from ray_pipeline.graph.stage import Stage, StageStop, WholeInput, WholeWork
+from ray_pipeline.store.schemas import TRAIN_METRICS
+from ray_pipeline.store.settings import Settings
+from ray_pipeline.training.fit import fit
+from ray_pipeline.training.spec import LoraSpec, TrainingInputError, TrainSpec
+
+METRICS = "train_metrics.parquet"
+
+
+class LoraSettings(Settings):
+    """Low-rank adapters under PEFT's names; defaults as published."""
+
+    r: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1)
+    dropout: float = Field(0.05, ge=0, lt=1)
+    target_modules: str | tuple[str, ...] = "all-linear"
+
+
+class TrainSettings(Settings):
+    """The `train` block; the defaults are the published hyper-parameters."""
+
+    method: Literal["kto", "dpo"] = "kto"
+    model: str = Field("policy", description="a key of `models`: the base that is adapted")
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    num_workers: int = Field(1, ge=1)
+    use_gpu: bool | None = Field(None, description="default: where the cluster has GPUs")
+    cpus_per_worker: float = Field(1, gt=0)
+    seed: int = 0
+    beta: float = Field(0.1, gt=0)
+    learning_rate: float = Field(5e-5, gt=0)
+    epochs: float = Field(2, gt=0)
+    batch_size: int = Field(2, ge=1)
+    gradient_accumulation: int = Field(8, ge=1)
+    warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    lr_scheduler: str = "cosine"
+    lora: LoraSettings = LoraSettings()
+    disable_dropout: bool = Field(False, description="TRL's own default, true, would zero the LoRA dropout as well")
+    gradient_checkpointing: bool = True
+    save_steps: int = Field(50, ge=1)
+    max_failures: int = Field(3, ge=0)
+    report_to: tuple[str, ...] = ()
+    trainer_args: dict[str, Any] = Field(default_factory=dict, description="further settings by TRL's own names")
+
+    @model_validator(mode="after")
+    def _kto_batches(self) -> TrainSettings:
+        if self.method == "kto" and self.batch_size < 2:
+            raise ValueError("train.batch_size must be 2 or more for kto: its KL term pairs the rows of a micro-batch")
+        return self
+
+
+class _Given(Settings):
+    train: TrainSettings
+    model: ModelSettings
+    max_length: int
+
+
+#: Settings that say how to run and not what to learn.
+_NOT_LEARNT = {"use_gpu", "cpus_per_worker", "max_failures", "report_to", "save_steps"}
+
+
+def train(settings: TrainSettings, model: ModelSettings, max_length: int, datasets: Stage) -> Stage:
+    """One policy: `adapter/`, `merged/` and the metrics of every step."""
+    return Stage(
+        name="train",
+        view="policy",
+        work=WholeWork(function=train_policy, settings=_Given(train=settings, model=model, max_length=max_length)),
+        config={**settings.model_dump(mode="json", exclude=_NOT_LEARNT), "max_length": max_length},
+        inputs={"datasets": datasets},
+        external=model.weights(),
+    )
+
+
+def train_policy(given: WholeInput) -> dict[str, Any]:
+    """Train on the data set files of the `datasets` stage.
+
+    Raises:
+        StageStop: the data, the settings or the cluster cannot give a training run.
+    """
+    settings: _Given = given.settings
+    train, model = settings.train, settings.model
+    data = given.inputs["datasets"]
+    if not given.folder.is_local:
+        raise StageStop(f"train writes to folders that all nodes share; {given.folder.location} is none")
+    weights = data.facts.get("kto_weights") or {}
+    files = f"{data.folder}/{train.method}"
+    validation = data.facts.get("rows", {}).get(train.method, {}).get("val", 0)
+    use_gpu = train.use_gpu if train.use_gpu is not None else bool(ray.cluster_resources().get("GPU"))
+    spec = TrainSpec(
+        method=train.method,
+        model=model.model,
+        revision=model.revision,
+        dtype=train.dtype,
+        train_files=f"{files}/train/*.parquet",
+        val_files=f"{files}/val/*.parquet" if validation else None,
+        output_dir=given.folder.path(),
+        storage_path=given.folder.path("ray_train"),
+        run_name=f"{train.method}-{given.fingerprint}",
+        num_workers=train.num_workers,
+        use_gpu=use_gpu,
+        cpus_per_worker=train.cpus_per_worker,
+        seed=train.seed,
+        beta=train.beta,
+        learning_rate=train.learning_rate,
+        epochs=train.epochs,
+        batch_size=train.batch_size,
+        gradient_accumulation=train.gradient_accumulation,
+        warmup_ratio=train.warmup_ratio,
+        lr_scheduler=train.lr_scheduler,
+        max_length=settings.max_length,
+        lora=LoraSpec(**train.lora.model_dump()),
+        desirable_weight=weights.get("desirable_weight", 1.0),
+        undesirable_weight=weights.get("undesirable_weight", 1.0),
+        disable_dropout=train.disable_dropout,
+        save_steps=train.save_steps,
+        max_failures=train.max_failures,
+        gradient_checkpointing=train.gradient_checkpointing,
+        report_to=train.report_to,
+        trust_remote_code=model.trust_remote_code,
+        trainer_args=train.trainer_args,
+        card={"data set": data.fingerprint, "training": given.fingerprint},
+    )
+    os.makedirs(spec.storage_path, exist_ok=True)
+    try:
+        result = fit(spec)
+    except TrainingInputError as error:
+        raise StageStop(f"train: {error}") from error
+    metrics = result.metrics.select(TRAIN_METRICS.names).cast(TRAIN_METRICS)
+    given.folder.write_table(METRICS, metrics, fingerprint=given.fingerprint, kind="train_metrics")
+    return {
+        "method": train.method,
+        "steps": result.steps,
+        "epochs": result.epochs,
+        "train_loss": result.train_loss,
+        "effective": result.effective,
+        "data": result.data,
+        "resumed_from": result.resumed_from,
+        "max_logit_diff": result.max_logit_diff,
+        "train_seconds": result.train_seconds,
+    }

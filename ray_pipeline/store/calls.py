@@ -1,0 +1,126 @@
+"""The call log's files: every LLM reply, found again by what was asked of whom.
+
+Layout: `<root>/<model>/<shard>of<num_shards>-<writer>-<number>.parquet`. A part holds the calls of the prompts of one
+shard, that is of the buckets b with b mod num_shards = shard. Both numbers stand in the file's name, so a reader with
+any other shard count knows which parts can hold calls of its own buckets without opening them: shard i of n and
+shard j of m share a bucket exactly if i = j modulo min(n, m), because both counts are powers of two.
+
+Parts are never changed. A writer merges only parts of its own, and puts the merged part in place before it removes
+them, so a reader sees each call at least once at any time; equal keys are read once.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ray_pipeline.store.files import Folder, StoreError
+from ray_pipeline.store.keys import digest
+from ray_pipeline.store.schemas import CALLS
+
+logger = logging.getLogger("quorum.calls")
+
+_FINGERPRINT = "calls-v1"
+#: Rows a row group: small enough that a reader of one bucket range skips most of a large part.
+_ROW_GROUP = 2048
+
+
+def model_folder(root: Folder, identity: Any) -> Folder:
+    """The folder of one model's calls. A model is its identity: other weights are another folder."""
+    return root / digest(["model", identity], size=8)
+
+
+def part_name(shard: int, num_shards: int, writer: str, number: int) -> str:
+    return f"{shard:04d}of{num_shards:04d}-{writer}-{number:06d}.parquet"
+
+
+def may_hold(name: str, shard: int, num_shards: int) -> bool:
+    """Whether a part can hold calls of the prompts of a shard, judged by its name."""
+    try:
+        i, n = (int(x) for x in name.split("-", 1)[0].split("of"))
+    except ValueError:
+        return False
+    m = min(n, num_shards)
+    return m > 0 and i % m == shard % m
+
+
+class CallWriter:
+    """Appends the calls of one shard as part files. One writer per shard attempt; not shared between threads."""
+
+    def __init__(self, folder: Folder, shard: int, num_shards: int) -> None:
+        self.folder = folder
+        self.shard = shard
+        self.num_shards = num_shards
+        self.writer = uuid.uuid4().hex[:12]
+        self._parts: list[str] = []
+        self._number = 0
+
+    def flush(self, rows: list[dict[str, Any]]) -> None:
+        """Commit rows as one part, sorted by bucket."""
+        if rows:
+            self._write(pa.Table.from_pylist(rows, schema=CALLS))
+
+    def compact(self) -> None:
+        """Merge this writer's own parts into one."""
+        if len(self._parts) < 2:
+            return
+        old = list(self._parts)
+        tables = [self.folder.read_table(name, fingerprint=_FINGERPRINT, kind="calls", schema=CALLS) for name in old]
+        self._parts = []
+        self._write(pa.concat_tables(tables))
+        for name in old:
+            self.folder.delete(name)
+
+    def _write(self, table: pa.Table) -> None:
+        order = pc.sort_indices(table, sort_keys=[("bucket", "ascending"), ("call_key", "ascending")])
+        name = part_name(self.shard, self.num_shards, self.writer, self._number)
+        self.folder.write_table(
+            name, table.take(order), fingerprint=_FINGERPRINT, kind="calls", row_group_size=_ROW_GROUP
+        )
+        self._number += 1
+        self._parts.append(name)
+
+
+def read_calls(folder: Folder, shard: int, num_shards: int) -> pa.Table:
+    """All calls of a shard's prompts, whatever shard counts they were written under; keys may repeat.
+
+    A part that another writer merged away while we read is looked for again; a part that cannot be read is named in
+    a warning and left out (its calls are made again).
+    """
+    tables: list[pa.Table] = []
+    read: set[str] = set()
+    for _ in range(20):
+        names = [n for n in folder.names(".parquet") if may_hold(n, shard, num_shards) and n not in read]
+        vanished = False
+        for name in names:
+            try:
+                table = folder.read_table(name, fingerprint=_FINGERPRINT, kind="calls", schema=CALLS)
+            except FileNotFoundError:
+                vanished = True
+                continue
+            except StoreError as error:
+                logger.warning("call log: %s", error)
+                read.add(name)
+                continue
+            read.add(name)
+            mine = pc.equal(pc.bit_wise_and(table["bucket"], pa.scalar(num_shards - 1, pa.int16())), shard)
+            tables.append(table.filter(mine))
+        if not vanished:
+            break
+    return pa.concat_tables(tables) if tables else CALLS.empty_table()
+
+
+def scan_calls(root: Folder) -> Iterator[pa.Table]:
+    """Every part of every model, for audits and status; a vanished part is passed over."""
+    for model in root.folders():
+        folder = root / model
+        for name in folder.names(".parquet"):
+            try:
+                yield folder.read_table(name, fingerprint=_FINGERPRINT, kind="calls", schema=CALLS)
+            except FileNotFoundError:
+                continue

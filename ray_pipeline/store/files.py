@@ -1,0 +1,265 @@
+"""Files on any pyarrow filesystem, written so that a reader sees a whole file or none.
+
+A *location* is a local path, a `file://` URI or the URI of any filesystem that pyarrow knows (`s3://…`, `gs://…`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import posixpath
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+#: Footer key that carries the fingerprint of the stage that wrote a Parquet file.
+FINGERPRINT_KEY = b"quorum.fingerprint"
+TABLE_KEY = b"quorum.table"
+
+
+class StoreError(ValueError):
+    """A file of a run cannot be used; the message names it and says what to do."""
+
+
+class TornFile(StoreError):
+    """A Parquet file is cut short or is none."""
+
+
+class ForeignFile(StoreError):
+    """A whole Parquet file that another stage, another configuration or somebody else wrote."""
+
+
+class Folder:
+    """A folder on a pyarrow filesystem. Cheap to make, picklable, never created before something is written."""
+
+    def __init__(self, location: str) -> None:
+        self.location = normalise_location(location)
+        self._fs: pafs.FileSystem | None = None
+        self._base = ""
+
+    def __reduce__(self) -> tuple:
+        return (Folder, (self.location,))
+
+    def __repr__(self) -> str:
+        return f"Folder({self.location!r})"
+
+    def __truediv__(self, name: str) -> Folder:
+        return Folder(join(self.location, name))
+
+    @property
+    def fs(self) -> pafs.FileSystem:
+        if self._fs is None:
+            self._fs, self._base = pafs.FileSystem.from_uri(self.location)
+        return self._fs
+
+    @property
+    def is_local(self) -> bool:
+        return "://" not in self.location
+
+    def path(self, name: str = "") -> str:
+        """Path of a member as the filesystem knows it.
+
+        Raises:
+            StoreError: the name would leave the folder.
+        """
+        _ = self.fs
+        if name.startswith("/") or ".." in name.split("/"):
+            raise StoreError(f"the name {name!r} leaves the folder {self.location}")
+        return posixpath.join(self._base, name) if name else self._base
+
+    def uri(self, name: str = "") -> str:
+        """Location of a member, for messages, manifests and other tools."""
+        return join(self.location, name) if name else self.location
+
+    def exists(self, name: str = "") -> bool:
+        return self.fs.get_file_info(self.path(name)).type != pafs.FileType.NotFound
+
+    def names(self, suffix: str = "") -> list[str]:
+        """Sorted names of the files directly in the folder; temporary files and sub-folders are left out."""
+        selector = pafs.FileSelector(self.path(), allow_not_found=True, recursive=False)
+        infos = self.fs.get_file_info(selector)
+        return sorted(
+            info.base_name
+            for info in infos
+            if info.type == pafs.FileType.File and info.base_name.endswith(suffix) and not _is_temporary(info.base_name)
+        )
+
+    def folders(self) -> list[str]:
+        """Sorted names of the sub-folders."""
+        selector = pafs.FileSelector(self.path(), allow_not_found=True, recursive=False)
+        return sorted(i.base_name for i in self.fs.get_file_info(selector) if i.type == pafs.FileType.Directory)
+
+    def read_bytes(self, name: str) -> bytes:
+        with self.fs.open_input_stream(self.path(name)) as stream:
+            return stream.read()
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Put a whole file in place of what is there, or leave what is there.
+
+        Local: written beside, flushed to the disk, renamed. Elsewhere: one upload, which object stores publish whole.
+        """
+        target = self.path(name)
+        self.fs.create_dir(posixpath.dirname(target), recursive=True)
+        if not self.is_local:
+            with self.fs.open_output_stream(target) as stream:
+                stream.write(data)
+            return
+        beside = posixpath.join(posixpath.dirname(target), _temporary(posixpath.basename(target)))
+        try:
+            with open(beside, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(beside)
+            raise
+        _sync_folder(posixpath.dirname(target))
+
+    def read_json(self, name: str) -> Any:
+        """Raises StoreError, naming the file, when it holds no JSON."""
+        try:
+            return json.loads(self.read_bytes(name))
+        except ValueError as error:
+            raise StoreError(f"{self.uri(name)} is not valid JSON ({error}); remove it and run again") from error
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write_bytes(name, (json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False) + "\n").encode())
+
+    def delete(self, name: str) -> None:
+        """Delete a file; that it is gone already is fine."""
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.delete_file(self.path(name))
+
+    def delete_folder(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.delete_dir(self.path(name))
+
+    def write_table(
+        self, name: str, table: pa.Table, *, fingerprint: str = "", kind: str = "", row_group_size: int | None = None
+    ) -> int:
+        """Write a Parquet file whole; equal tables give equal bytes. Returns the size in bytes."""
+        metadata = {FINGERPRINT_KEY: fingerprint.encode(), TABLE_KEY: kind.encode()} if fingerprint else None
+        buffer = io.BytesIO()
+        pq.write_table(
+            table.replace_schema_metadata(metadata), buffer, compression="zstd", row_group_size=row_group_size
+        )
+        data = buffer.getvalue()
+        self.write_bytes(name, data)
+        return len(data)
+
+    def check_table(self, name: str, *, fingerprint: str, kind: str = "") -> int:
+        """Number of rows of a Parquet file, from its footer alone.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            TornFile: it has no readable footer.
+            ForeignFile: its footer carries another fingerprint.
+        """
+        with self._parquet(name) as file:
+            self._check_footer(name, file, fingerprint, kind)
+            return file.metadata.num_rows
+
+    def read_table(
+        self,
+        name: str,
+        *,
+        fingerprint: str | None = None,
+        kind: str = "",
+        schema: pa.Schema | None = None,
+        columns: list[str] | None = None,
+    ) -> pa.Table:
+        """Read a whole Parquet file, refusing one that is torn, foreign or of another schema, by name."""
+        with self._parquet(name) as file:
+            if fingerprint is not None:
+                self._check_footer(name, file, fingerprint, kind)
+            try:
+                table = file.read(columns=columns)
+            except (pa.ArrowException, OSError) as error:
+                raise TornFile(f"{self.uri(name)} cannot be read whole ({error}); remove it and run again") from error
+        table = table.replace_schema_metadata(None)
+        if schema is not None and columns is None:
+            if not table.schema.equals(schema):
+                raise ForeignFile(f"{self.uri(name)} has other columns than expected; it is remade on the next run")
+            table = table.cast(schema)
+        return table
+
+    @contextlib.contextmanager
+    def _parquet(self, name: str) -> Iterator[pq.ParquetFile]:
+        path = self.path(name)
+        with self.fs.open_input_file(path) as stream:
+            try:
+                file = pq.ParquetFile(stream)
+            except (pa.ArrowException, OSError, ValueError) as error:
+                raise TornFile(
+                    f"{self.uri(name)} is cut short or is no Parquet file ({error}); it is remade on the next run"
+                ) from error
+            yield file
+
+    def _check_footer(self, name: str, file: pq.ParquetFile, fingerprint: str, kind: str) -> None:
+        metadata = file.schema_arrow.metadata or {}
+        found = metadata.get(FINGERPRINT_KEY, b"").decode()
+        if found != fingerprint or (kind and metadata.get(TABLE_KEY, b"").decode() != kind):
+            raise ForeignFile(
+                f"{self.uri(name)} was written by another stage or configuration "
+                f"(fingerprint {found or 'none'}, expected {fingerprint}); it is remade on the next run"
+            )
+
+
+def normalise_location(location: str) -> str:
+    """Absolute local path, or a URI without a trailing slash. `file://` URIs become local paths."""
+    if location.startswith("file://"):
+        location = location[len("file://") :]
+        if not location.startswith("/"):
+            raise StoreError(f"file URI must have an absolute path (file:///…), not file://{location}")
+    if "://" in location:
+        return location.rstrip("/")
+    return os.path.abspath(os.path.expanduser(location))
+
+
+def join(location: str, name: str) -> str:
+    return f"{location.rstrip('/')}/{name}" if name else location
+
+
+def point_at(folder: Folder, name: str, target: str) -> None:
+    """Make `folder/name` a view of the sibling `target`, swapped in one step (a relative symbolic link).
+
+    Filesystems without links get nothing: there the manifest names the folder.
+
+    Raises:
+        StoreError: something that is not a link is in the way.
+    """
+    if not folder.is_local:
+        return
+    link = folder.path(name)
+    if os.path.lexists(link) and not os.path.islink(link):
+        raise StoreError(f"{link} is in the way: Quorum keeps a link of that name there. Move it and run again")
+    os.makedirs(os.path.dirname(link), exist_ok=True)
+    beside = os.path.join(os.path.dirname(link), _temporary(os.path.basename(link)))
+    os.symlink(target, beside)
+    os.replace(beside, link)
+
+
+def _temporary(name: str) -> str:
+    return f".{name}.{uuid.uuid4().hex}.tmp"
+
+
+def _is_temporary(name: str) -> bool:
+    return name.startswith(".") and name.endswith(".tmp")
+
+
+def _sync_folder(path: str) -> None:
+    """Make a rename survive a power cut, where the filesystem lets a folder be synced."""
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,119 @@
+"""Content-addressed keys: what makes two prompts, candidates, calls or stages the same one.
+
+All keys are hexadecimal BLAKE2b digests of canonical JSON, so they do not depend on dict order, the process,
+the machine or the position of a row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+#: The call log lies in this many fixed buckets; every shard count divides it, so that a shard is a set of buckets.
+NUM_BUCKETS = 1024
+
+_SPACES = re.compile(r"[^\S\n]+")
+_BLANK_LINES = re.compile(r"\n{3,}")
+
+
+def canonical_json(value: Any) -> str:
+    """JSON text that is equal for equal values: sorted keys, no spaces, no NaN.
+
+    Raises:
+        ValueError: the value holds NaN or an infinity, which JSON cannot say.
+        TypeError: the value is not plain data.
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest(value: Any, size: int = 16) -> str:
+    """Hex digest of plain data; `size` is in bytes."""
+    return hashlib.blake2b(canonical_json(value).encode("utf-8", "surrogatepass"), digest_size=size).hexdigest()
+
+
+def normalise_text(text: str) -> str:
+    """The form in which two prompts are compared and sent: NFC, `\\n` line ends, runs of blanks as one, trimmed.
+
+    Indentation at the start of a line is content (code), so it is kept; everything else that a reader cannot see
+    does not make a new prompt.
+    """
+    text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
+    text = text.replace("\x00", "")
+    lines = []
+    for line in text.split("\n"):
+        body = line.lstrip(" \t")
+        lines.append(line[: len(line) - len(body)] + _SPACES.sub(" ", body).rstrip())
+    return _BLANK_LINES.sub("\n\n", "\n".join(lines)).strip()
+
+
+def normalise_messages(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """Chat messages with normalised contents and nothing but role and content."""
+    return [{"role": m["role"].strip().lower(), "content": normalise_text(m["content"])} for m in messages]
+
+
+def prompt_id(messages: Sequence[Mapping[str, str]]) -> str:
+    """Id of a conversation: 32 hex digits of its normalised messages."""
+    return digest(["prompt", normalise_messages(messages)])
+
+
+def bucket_of(prompt: str) -> int:
+    """Bucket 0..1023 of a prompt id."""
+    return int(prompt, 16) % NUM_BUCKETS
+
+
+def shard_of(prompt: str, num_shards: int) -> int:
+    """Shard of a prompt id. Equals `bucket_of(...) % num_shards` because `num_shards` divides 1,024."""
+    return int(prompt, 16) % num_shards
+
+
+def check_num_shards(num_shards: int) -> int:
+    """Return `num_shards`.
+
+    Raises:
+        ValueError: it does not divide 1,024, naming the nearest numbers that do.
+    """
+    if num_shards < 1 or NUM_BUCKETS % num_shards:
+        good = [2**i for i in range(11)]
+        near = sorted(good, key=lambda n: (abs(n - num_shards), n))[:2]
+        raise ValueError(
+            f"num_shards must divide {NUM_BUCKETS} (a power of two up to it), not {num_shards}; "
+            f"the nearest are {' and '.join(map(str, sorted(near)))}"
+        )
+    return num_shards
+
+
+def candidate_id(prompt: str, generator: Mapping[str, Any], sampling: Mapping[str, Any], k: int) -> str:
+    """Id of the k-th answer of a generator to a prompt."""
+    return digest(["candidate", prompt, generator, sampling, k])
+
+
+def derived_seed(*parts: Any) -> int:
+    """A 31-bit seed that follows from `parts` alone (prompt id, run seed, k, attempt …)."""
+    return int(digest(["seed", *parts], size=8), 16) % (2**31 - 1)
+
+
+def call_key(identity: Mapping[str, Any], messages: Sequence[Mapping[str, str]], sampling: Mapping[str, Any]) -> str:
+    """Key of one LLM call: the model's identity, what was asked, and how it was sampled (grammar included)."""
+    return digest(["call", identity, [dict(m) for m in messages], sampling])
+
+
+def fingerprint(name: str, version: int, config: Any, inputs: Mapping[str, str], external: Mapping[str, str]) -> str:
+    """Fingerprint of a stage: 16 hex digits; equal means its output can be used instead of running it.
+
+    Args:
+        config: the slice of the configuration that the stage reads, as plain data.
+        inputs: fingerprints of the stages that it reads, by role.
+        external: content digests of files, hub commits and model identities.
+    """
+    return digest(["stage", name, version, config, dict(inputs), dict(external)], size=8)
+
+
+def unit_hash(*parts: Any) -> float:
+    """A number in [0, 1) that follows from `parts` alone; used for splits, caps and seeded shuffles."""
+    value = int(digest(["unit", *parts], size=8), 16) / 2**64
+    return min(value, math.nextafter(1.0, 0.0))

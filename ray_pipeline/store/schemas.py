@@ -1,0 +1,195 @@
+"""The Arrow schema of every table that a run writes.
+
+A row keeps the ids of the rows that it was made from, so that a training row can be walked back to its prompt.
+No table holds a time, a latency or a host: equal inputs give equal bytes. (The call log and the per-stage
+receipts, which are about *how* a run went, are not tables of the run.)
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+#: One chat message; conversations are lists of these, as TRL and `datasets` expect them.
+MESSAGE = pa.struct([pa.field("role", pa.string(), nullable=False), pa.field("content", pa.string(), nullable=False)])
+MESSAGES = pa.list_(pa.field("element", MESSAGE, nullable=False))
+
+#: How a reply was read. Only `ok` and `repaired` carry a value; nothing else is ever turned into a number.
+PARSE_STATUSES = ("ok", "repaired", "unparsed", "truncated", "too_long", "skipped", "error")
+READ_STATUSES = ("ok", "repaired")
+
+#: What the gate says of a candidate.
+LABELS = ("desirable", "undesirable", "discard", "abstain", "incomplete")
+
+FAILURE_TYPES = ("circular", "unsupported", "contradictory", "unspecified", "none")
+
+
+def _schema(*fields: tuple[str, pa.DataType] | tuple[str, pa.DataType, bool]) -> pa.Schema:
+    """Fields are (name, type) for required columns and (name, type, True) for columns that may be null."""
+    return pa.schema([pa.field(f[0], f[1], nullable=len(f) == 3) for f in fields])
+
+
+_S, _F, _I, _B = pa.string(), pa.float64(), pa.int32(), pa.bool_()
+
+PROMPTS = _schema(
+    ("prompt_id", _S), ("messages", MESSAGES), ("source", _S), ("task_type", _S), ("split", _S), ("meta", _S)
+)
+
+CANDIDATES = _schema(
+    ("candidate_id", _S),
+    ("prompt_id", _S),
+    ("k", _I),
+    ("seed", pa.int64()),
+    ("response", _S, True),
+    ("finish_reason", _S),
+    ("generator", _S),
+    ("prompt_tokens", _I, True),
+    ("completion_tokens", _I, True),
+)
+
+VERDICTS = _schema(
+    ("candidate_id", _S),
+    ("prompt_id", _S),
+    ("judge", _S),
+    ("score", _F, True),
+    ("expected_score", _F, True),
+    ("reason", _S, True),
+    ("parse_status", _S),
+    ("raw", _S, True),
+)
+
+CRITIQUES = _schema(
+    ("candidate_id", _S),
+    ("prompt_id", _S),
+    ("flawed", _B, True),
+    ("failure_type", _S, True),
+    ("reason", _S, True),
+    ("parse_status", _S),
+    ("raw", _S, True),
+)
+
+DECISIONS = _schema(
+    ("candidate_id", _S),
+    ("prompt_id", _S),
+    ("mean_score", _F, True),
+    ("score_variance", _F, True),
+    ("penalty", _F, True),
+    ("final_score", _F, True),
+    ("label", _S),
+    ("why", _S),
+)
+
+#: Name of a judge and the score that it gave, as data set rows carry them.
+SCORES = pa.list_(pa.field("element", pa.struct([("judge", _S), ("score", _F)])))
+
+KTO = _schema(
+    ("candidate_id", _S),
+    ("prompt_id", _S),
+    ("split", _S),
+    ("prompt", MESSAGES),
+    ("completion", MESSAGES),
+    ("label", _B),
+    ("final_score", _F),
+    ("scores", SCORES),
+)
+
+DPO = _schema(
+    ("prompt_id", _S),
+    ("chosen_id", _S),
+    ("rejected_id", _S),
+    ("split", _S),
+    ("prompt", MESSAGES),
+    ("chosen", MESSAGES),
+    ("rejected", MESSAGES),
+    ("chosen_score", _F),
+    ("rejected_score", _F),
+    ("score_gap", _F),
+)
+
+RESPONSES = _schema(
+    ("response_id", _S),
+    ("prompt_id", _S),
+    ("model", _S),
+    ("mode", _S),
+    ("response", _S, True),
+    ("finish_reason", _S),
+    ("prompt_tokens", _I, True),
+    ("completion_tokens", _I, True),
+)
+
+COMPARISONS = _schema(
+    ("pair_id", _S),
+    ("prompt_id", _S),
+    ("judge", _S),
+    ("order", _S),
+    ("model_a", _S),
+    ("model_b", _S),
+    ("choice", _S, True),
+    ("vote", _S, True),
+    ("reason", _S, True),
+    ("parse_status", _S),
+    ("raw", _S, True),
+)
+
+#: One row per optimiser step (`split` = train) or evaluation (`split` = eval).
+TRAIN_METRICS = _schema(
+    ("step", pa.int64()),
+    ("split", _S),
+    ("epoch", _F, True),
+    ("loss", _F, True),
+    ("learning_rate", _F, True),
+    ("grad_norm", _F, True),
+    ("kl", _F, True),
+    ("rewards_chosen", _F, True),
+    ("rewards_rejected", _F, True),
+    ("rewards_margins", _F, True),
+    ("rewards_accuracies", _F, True),
+    ("logps_chosen", _F, True),
+    ("logps_rejected", _F, True),
+)
+
+#: The call log (§ the audit trail). `bucket` is prompt_id mod 1,024; rows of a part file are sorted by it.
+CALLS = _schema(
+    ("call_key", _S),
+    ("bucket", pa.int16()),
+    ("prompt_id", _S),
+    ("model", _S),
+    ("role", _S),
+    ("messages", MESSAGES),
+    ("sampling", _S),
+    ("text", _S),
+    ("finish_reason", _S),
+    ("logprobs", _S, True),
+    ("prompt_tokens", _I),
+    ("completion_tokens", _I),
+    ("cached_tokens", _I),
+    ("latency_s", pa.float32()),
+)
+
+TABLES: dict[str, pa.Schema] = {
+    "prompts": PROMPTS,
+    "candidates": CANDIDATES,
+    "verdicts": VERDICTS,
+    "critiques": CRITIQUES,
+    "decisions": DECISIONS,
+    "kto": KTO,
+    "dpo": DPO,
+    "responses": RESPONSES,
+    "comparisons": COMPARISONS,
+    "train_metrics": TRAIN_METRICS,
+    "calls": CALLS,
+}
+
+
+def to_table(rows: list[dict], schema: pa.Schema) -> pa.Table:
+    """Build a table of exactly `schema` from row dicts; a missing required value is an error, not a null.
+
+    Raises:
+        ValueError: a required column is null, naming the column and the row.
+    """
+    table = pa.Table.from_pylist(rows, schema=schema)
+    for field in schema:
+        column = table.column(field.name)
+        if not field.nullable and column.null_count:
+            row = column.is_null().index(True).as_py()
+            raise ValueError(f"column {field.name!r} is empty in row {row}: {rows[row]!r}")
+    return table

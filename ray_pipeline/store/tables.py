@@ -1,0 +1,91 @@
+"""Sharded tables: one Parquet file a shard, done when the file is there and its footer carries the fingerprint."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pyarrow as pa
+
+from ray_pipeline.store.files import Folder, ForeignFile, TornFile
+from ray_pipeline.store.schemas import TABLES
+
+
+def shard_name(shard: int) -> str:
+    return f"shard-{shard:05d}.parquet"
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardedTable:
+    """A table of a run, cut into shards by prompt_id.
+
+    Attributes:
+        folder: location of the folder that holds the shards.
+        kind: name of the schema in `schemas.TABLES`.
+        num_shards: how many shards there are; empty ones have a file too.
+        fingerprint: of the stage that wrote it.
+    """
+
+    folder: str
+    kind: str
+    num_shards: int
+    fingerprint: str
+
+    @property
+    def schema(self) -> pa.Schema:
+        return TABLES[self.kind]
+
+    def write(self, shard: int, table: pa.Table) -> int:
+        """Commit a shard; returns its number of rows.
+
+        Raises:
+            ValueError: the table has not exactly the schema of its kind.
+        """
+        if not table.schema.equals(self.schema):
+            raise ValueError(f"a {self.kind} table must have the schema\n{self.schema}\nnot\n{table.schema}")
+        Folder(self.folder).write_table(shard_name(shard), table, fingerprint=self.fingerprint, kind=self.kind)
+        return table.num_rows
+
+    def read(self, shard: int, columns: list[str] | None = None) -> pa.Table:
+        """One shard. Raises FileNotFoundError, TornFile or ForeignFile, each naming the file."""
+        return Folder(self.folder).read_table(
+            shard_name(shard), fingerprint=self.fingerprint, kind=self.kind, schema=self.schema, columns=columns
+        )
+
+    def scan(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """The shards in order, one in memory at a time."""
+        for shard in range(self.num_shards):
+            yield self.read(shard, columns)
+
+    def read_all(self, columns: list[str] | None = None) -> pa.Table:
+        """The whole table in memory."""
+        return pa.concat_tables(list(self.scan(columns)))
+
+    def state(self) -> ShardState:
+        """Which shards are there, from names and footers alone."""
+        folder = Folder(self.folder)
+        present = set(folder.names(".parquet"))
+        rows: dict[int, int] = {}
+        bad: dict[int, str] = {}
+        for shard in range(self.num_shards):
+            if shard_name(shard) not in present:
+                continue
+            try:
+                rows[shard] = folder.check_table(shard_name(shard), fingerprint=self.fingerprint, kind=self.kind)
+            except (TornFile, ForeignFile) as error:
+                bad[shard] = str(error)
+        missing = [s for s in range(self.num_shards) if s not in rows]
+        return ShardState(rows=rows, bad=bad, missing=missing)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardState:
+    """Rows by done shard, the reason by unusable shard, and all shards that are still to be made."""
+
+    rows: dict[int, int]
+    bad: dict[int, str]
+    missing: list[int]
+
+    @property
+    def done(self) -> bool:
+        return not self.missing

@@ -1,0 +1,85 @@
+"""What happens beside the steps: evaluation, checkpoints to Ray Train, progress lines."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import ray.train
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+logger = logging.getLogger("quorum.train")
+
+
+class EvaluateEachEpoch(TrainerCallback):
+    """Ask for an evaluation at the last step of each epoch and of the run.
+
+    TRL's own `eval_strategy="epoch"` evaluates after the checkpoint of that step was written, so that a resume from
+    it would lose the row.
+    """
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == state.max_steps or float(state.epoch or 0.5).is_integer():
+            control.should_evaluate = True
+
+
+class ReportCheckpoint(TrainerCallback):
+    """Hand each Hugging Face checkpoint to Ray Train, which keeps it in shared storage and restarts from it.
+
+    Rank 0 has the whole checkpoint, the other ranks their own random state (and shards, where the model is
+    sharded); each has a folder of its own, and Ray Train merges them. The report is a barrier: all ranks call it.
+    """
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        newest = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
+        ray.train.report(
+            {"step": state.global_step, **{k: v for k, v in newest.items() if isinstance(v, (int, float))}},
+            checkpoint=ray.train.Checkpoint.from_directory(folder) if folder.is_dir() else None,
+            checkpoint_dir_name=f"step-{state.global_step:08d}",
+        )
+        if not state.is_world_process_zero:
+            shutil.rmtree(folder, ignore_errors=True)  # Hugging Face rotates them on rank 0 only
+
+
+class LogProgress(TrainerCallback):
+    """A line every few seconds: step of all, loss, steps per second since the start, time left."""
+
+    def __init__(self, rows_per_step: int, every_s: float = 5.0) -> None:
+        self._rows_per_step = rows_per_step
+        self._every_s = every_s
+        self._started = self._last = 0.0
+        self._first_step = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._started = time.monotonic()
+        self._last = 0.0
+        self._first_step = state.global_step
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logs, now = logs or {}, time.monotonic()
+        if not state.is_world_process_zero:
+            return
+        if "eval_loss" in logs:
+            logger.info("step %d/%d evaluation loss %.4f", state.global_step, state.max_steps, logs["eval_loss"])
+        if "loss" not in logs or (now - self._last < self._every_s and state.global_step < state.max_steps):
+            return
+        self._last = now
+        rate = (state.global_step - self._first_step) / max(now - self._started, 1e-9)
+        logger.info(
+            "step %d/%d epoch %.2f loss %.4f %.2f steps/s %.1f rows/s %.0f s left",
+            state.global_step, state.max_steps, state.epoch or 0.0, logs["loss"], rate, rate * self._rows_per_step,
+            (state.max_steps - state.global_step) / max(rate, 1e-9),
+        )  # fmt: skip

@@ -1,0 +1,60 @@
+"""The README.md of a trained folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ray_pipeline.training.spec import TrainSpec
+
+#: Fields that say where a run happened, not what was trained.
+_NOT_IN_CARD = ("output_dir", "storage_path", "card", "schedule_timeout_s", "autoscaling", "max_failures")
+
+
+def model_card(
+    spec: TrainSpec, kind: str, steps: int, effective: Mapping[str, Any], final: Mapping[str, Any] | None
+) -> str:
+    """Markdown with the front matter that the hub reads.
+
+    Args:
+        kind: "adapter" or "merged".
+        steps: optimiser steps of the run.
+        effective: settings as they were in force.
+        final: the last training row of the metrics table, if any.
+    """
+    front = {
+        "library_name": "peft" if kind == "adapter" else "transformers",
+        "tags": ["quorum", "trl", spec.method] + (["lora"] if kind == "adapter" else []),
+    }
+    if not os.path.isabs(spec.model):  # the hub accepts only its own names here
+        front["base_model"] = spec.model
+    what = "LoRA adapter for" if kind == "adapter" else "LoRA adapter merged into"
+    lines = [
+        "---",
+        *(f"{key}: {json.dumps(value)}" for key, value in front.items()),
+        "---",
+        "",
+        f"# {spec.run_name} ({kind})",
+        "",
+        f"{what} `{spec.model}`, trained with {spec.method.upper()} for {steps} optimiser steps by Quorum.",
+        "",
+    ]
+    settings = {k: v for k, v in spec.to_dict().items() if k not in _NOT_IN_CARD}
+    for title, values in (
+        ("Data", spec.card),
+        ("Settings", settings),
+        ("In force", effective),
+        ("Last step", {k: v for k, v in (final or {}).items() if v is not None}),
+    ):
+        if values:
+            lines += [f"## {title}", "", "| | |", "|---|---|"]
+            lines += [f"| {key} | {_cell(value)} |" for key, value in values.items()]
+            lines.append("")
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,90 @@
+"""One training run, from checks to merged model."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+import time
+
+import pyarrow as pa
+
+from ray_pipeline.store.schemas import TRAIN_METRICS
+from ray_pipeline.training.methods import validate_trainer_args
+from ray_pipeline.training.metrics import mean_train_loss
+from ray_pipeline.training.preflight import check_cluster, check_data, check_spec
+from ray_pipeline.training.spec import TrainResult, TrainSpec
+
+logger = logging.getLogger("quorum.train")
+
+#: Ray Train gives up on placing the workers after this long and tries again (its own default, said explicitly).
+_START_TIMEOUT_S = 60.0
+
+WORKER_ENV = {
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # with it, `datasets.map` floods the log with disassembly
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+}
+
+
+def fit(spec: TrainSpec) -> TrainResult:
+    """Train an adapter with Ray Train, going on where a run of the same name stopped, and merge it.
+
+    Needs a connected Ray; call it from a driver or from a task of `num_cpus=0`.
+
+    Raises:
+        TrainingInputError: settings, data or cluster cannot give a run; nothing was started.
+        ray.train.TrainingFailedError: workers failed more than `max_failures` times, or could not be placed within
+            `schedule_timeout_s`. Calling again goes on from the newest checkpoint.
+    """
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from ray_pipeline.training.worker import train_worker
+
+    started = time.monotonic()
+    check_spec(spec)
+    validate_trainer_args(spec.method, spec.trainer_args)
+    check_cluster(spec)
+    data = check_data(spec)
+    for warning in data.warnings:
+        logger.warning(warning)
+    os.makedirs(spec.output_dir, exist_ok=True)
+
+    resources = {"CPU": spec.cpus_per_worker, **({"GPU": 1.0} if spec.use_gpu else {})}
+    trainer = TorchTrainer(
+        train_worker,  # type: ignore[arg-type]  # Train V2 keeps what it returns; the types are V1's
+        train_loop_config={"spec": spec.to_dict()},
+        torch_config=TorchConfig(timeout_s=2 * 3600),  # ranks wait while rank 0 tokenizes a large data set
+        scaling_config=ScalingConfig(
+            num_workers=spec.num_workers, use_gpu=spec.use_gpu, resources_per_worker=resources
+        ),
+        run_config=RunConfig(  # type: ignore[call-arg]
+            name=spec.run_name,
+            storage_path=spec.storage_path,
+            failure_config=FailureConfig(  # type: ignore[call-arg]
+                max_failures=spec.max_failures,
+                controller_failure_limit=math.ceil(spec.schedule_timeout_s / _START_TIMEOUT_S),
+            ),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            worker_runtime_env={"env_vars": WORKER_ENV},
+        ),
+    )
+    done = trainer.fit().return_value  # type: ignore[attr-defined]
+    metrics = pa.Table.from_pylist(done["metrics"], schema=TRAIN_METRICS)
+    return TrainResult(
+        steps=done["steps"],
+        epochs=done["epochs"],
+        train_loss=mean_train_loss(metrics),
+        adapter=os.path.join(spec.output_dir, "adapter"),
+        merged=os.path.join(spec.output_dir, "merged"),
+        effective={**done["effective"], "adapter_effect": done["adapter_effect"]},
+        data=dataclasses.asdict(data),
+        resumed_from=done["resumed_from"],
+        max_logit_diff=done["max_logit_diff"],
+        metrics=metrics,
+        seconds=time.monotonic() - started,
+        train_seconds=done["train_seconds"],
+    )

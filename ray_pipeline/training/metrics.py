@@ -1,0 +1,53 @@
+"""The `train_metrics` table, made from the log that every checkpoint carries, so that a resume leaves no hole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from ray_pipeline.store.schemas import TRAIN_METRICS
+
+#: Column of the table -> TRL's name in the log.
+LOG_NAMES: dict[str, str] = {
+    "loss": "loss",
+    "learning_rate": "learning_rate",
+    "grad_norm": "grad_norm",
+    "kl": "kl",
+    "rewards_chosen": "rewards/chosen",
+    "rewards_rejected": "rewards/rejected",
+    "rewards_margins": "rewards/margins",
+    "rewards_accuracies": "rewards/accuracies",
+    "logps_chosen": "logps/chosen",
+    "logps_rejected": "logps/rejected",
+}
+
+
+def train_metrics(log_history: Iterable[Mapping[str, Any]]) -> pa.Table:
+    """One row per logged optimiser step (`split` train) and per evaluation (`split` eval), by step, train first.
+
+    What a method does not log (accuracies in KTO) or a step had no row for (a class that is absent) is null. In a
+    step of several micro-batches TRL logs the plain mean over those that had the class.
+    """
+    rows: dict[tuple[int, str], dict[str, Any]] = {}
+    for entry in log_history:
+        for split, prefix in (("train", ""), ("eval", "eval_")):
+            if f"{prefix}loss" not in entry:  # the summary at the end has "train_loss" only
+                continue
+            values = {column: _number(entry.get(f"{prefix}{name}")) for column, name in LOG_NAMES.items()}
+            rows[(entry["step"], split)] = {
+                "step": entry["step"], "split": split, "epoch": _number(entry.get("epoch")), **values
+            }  # fmt: skip
+    ordered = sorted(rows.items(), key=lambda item: (item[0][0], item[0][1] == "eval"))
+    return pa.Table.from_pylist([row for _, row in ordered], schema=TRAIN_METRICS)
+
+
+def mean_train_loss(table: pa.Table) -> float:
+    """Mean of the logged training losses; NaN when there is none."""
+    losses = [row["loss"] for row in table.to_pylist() if row["split"] == "train" and row["loss"] is not None]
+    return sum(losses) / len(losses) if losses else float("nan")
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)

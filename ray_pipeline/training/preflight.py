@@ -1,0 +1,345 @@
+"""Checks of settings, data and cluster that cost seconds, before workers start that cost minutes."""
+
+from __future__ import annotations
+
+import glob
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ray_pipeline.training.methods import Method, method_of
+from ray_pipeline.training.spec import TrainingInputError, TrainSpec
+
+_BATCH_ROWS = 512
+DTYPES = ("float32", "bfloat16")
+
+#: Fields that count something and have a smallest sensible value.
+_AT_LEAST: dict[str, float] = {
+    "num_workers": 1, "batch_size": 1, "gradient_accumulation": 1, "max_length": 2, "save_steps": 1,
+    "logging_steps": 1, "max_failures": 0, "seed": 0, "desirable_weight": 0, "undesirable_weight": 0,
+}  # fmt: skip
+_ABOVE_ZERO = ("beta", "learning_rate", "epochs", "cpus_per_worker", "schedule_timeout_s")
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """Rows of the training files, counted with the policy's tokenizer as TRL will see them.
+
+    Attributes:
+        rows: rows in the files.
+        dropped: rows whose prompt alone fills `max_length`; TRL drops them without a word.
+        truncated: rows, of those left, with a completion cut at `max_length`.
+        desirable, undesirable: labels of the rows left (KTO; 0 for paired methods).
+        identical_pairs: pairs, of those left, whose chosen and rejected tokens are equal after truncation (DPO).
+        unused: rows at the end that fill no whole batch and are never trained on.
+        steps_per_epoch: optimiser steps.
+        val_rows: rows in the evaluation files.
+        val_rows_used: rows that evaluation takes: whole batches of rows that fit `max_length`.
+        warnings: what deserves a look, as sentences.
+    """
+
+    rows: int
+    dropped: int
+    truncated: int
+    desirable: int
+    undesirable: int
+    identical_pairs: int
+    unused: int
+    steps_per_epoch: int
+    val_rows: int
+    val_rows_used: int
+    warnings: tuple[str, ...]
+
+
+@dataclass
+class _Counts:
+    rows: int = 0
+    dropped: int = 0
+    truncated: int = 0
+    desirable: int = 0
+    undesirable: int = 0
+    identical_pairs: int = 0
+
+    @property
+    def kept(self) -> int:
+        return self.rows - self.dropped
+
+
+def check_spec(spec: TrainSpec) -> None:
+    """Check everything that can be said without reading a file.
+
+    Raises:
+        TrainingInputError: a path is relative, a number is out of range, the method is unknown, KTO with a batch of 1.
+    """
+    method = method_of(spec.method)
+    for name in ("train_files", "val_files", "output_dir"):
+        path = getattr(spec, name)
+        if path is not None and not os.path.isabs(path):
+            raise TrainingInputError(
+                f"{name} must be an absolute path, not {path!r}: training workers run in folders of their own"
+            )
+    if not os.path.isabs(spec.storage_path) and "://" not in spec.storage_path:
+        raise TrainingInputError(f"storage_path must be an absolute path or a URI, not {spec.storage_path!r}")
+    if not os.path.isabs(spec.model) and spec.model.startswith((".", "~")):
+        raise TrainingInputError(f"model must be an absolute path or a hub name, not {spec.model!r}")
+    if os.path.isabs(spec.model) and not os.path.isdir(spec.model):
+        raise TrainingInputError(f"model: there is no folder {spec.model}")
+    if not spec.run_name or "/" in spec.run_name or spec.run_name.startswith("."):
+        raise TrainingInputError(f"run_name must be a plain file name, not {spec.run_name!r}")
+    if spec.dtype not in DTYPES:
+        raise TrainingInputError(f"dtype must be one of {', '.join(DTYPES)}, not {spec.dtype!r}")
+    for name, least in _AT_LEAST.items():
+        if not getattr(spec, name) >= least:
+            raise TrainingInputError(f"{name} must be at least {least:g}, not {getattr(spec, name)}")
+    for name in _ABOVE_ZERO:
+        if not getattr(spec, name) > 0:
+            raise TrainingInputError(f"{name} must be above 0, not {getattr(spec, name)}")
+    if not 0 <= spec.warmup_ratio < 1:
+        raise TrainingInputError(f"warmup_ratio is a share of all steps in [0, 1), not {spec.warmup_ratio}")
+    if spec.batch_size < method.min_batch_size:
+        raise TrainingInputError(
+            f"{spec.method} needs batch_size ≥ {method.min_batch_size} (it is {spec.batch_size}): its KL term pairs "
+            "each prompt with another row's completion of the same micro-batch. Raise batch_size and lower "
+            "gradient_accumulation to keep the effective batch"
+        )
+    _check_names(spec)
+
+
+def _check_names(spec: TrainSpec) -> None:
+    from transformers import SchedulerType
+    from transformers.integrations import get_available_reporting_integrations
+
+    schedulers = [str(item.value) for item in SchedulerType]
+    if spec.lr_scheduler not in schedulers:
+        raise TrainingInputError(f"lr_scheduler must be one of {', '.join(schedulers)}, not {spec.lr_scheduler!r}")
+    installed = get_available_reporting_integrations()
+    for name in spec.report_to:
+        if name not in installed:
+            raise TrainingInputError(
+                f"report_to: {name!r} is not installed or unknown (installed: {', '.join(installed) or 'none'})"
+            )
+
+
+def parquet_files(pattern: str, setting: str) -> list[str]:
+    """Files of a path or glob in the order in which they are trained on.
+
+    Raises:
+        TrainingInputError: there are none, naming the setting.
+    """
+    files = sorted(glob.glob(pattern, recursive=True))
+    if not files:
+        raise TrainingInputError(f"{setting}: no file matches {pattern}; run the data set stage first or fix the path")
+    return files
+
+
+def check_data(spec: TrainSpec) -> DataReport:
+    """Read the data set once and refuse what cannot be trained on.
+
+    Loads the tokenizer, not the model. Memory is bounded by a batch of rows.
+
+    Raises:
+        TrainingInputError: no file, no row, a column that is missing, empty or of another type, KTO rows of one
+            class, only identical pairs, or too few rows for one batch; the message names file, column and remedy.
+    """
+    method = method_of(spec.method)
+    tokenizer = _tokenizer(spec)
+    train = _count(spec, method, tokenizer, parquet_files(spec.train_files, "train_files"))
+    if train.rows == 0:
+        raise TrainingInputError(f"train_files: {spec.train_files} holds no row; nothing passed the gate?")
+    if train.kept < spec.micro_batch:
+        dropped = f" ({train.dropped} more have a prompt of max_length={spec.max_length} tokens or longer)"
+        raise TrainingInputError(
+            f"train_files: {train.kept} usable rows{dropped if train.dropped else ''} do not fill one batch of "
+            f"{spec.batch_size} (batch_size) × {spec.num_workers} (num_workers) = {spec.micro_batch} rows; "
+            "make more rows, or lower batch_size or num_workers"
+        )
+    if "label" in method.columns and not (train.desirable and train.undesirable):
+        raise TrainingInputError(
+            f"train_files: {train.desirable} desirable and {train.undesirable} undesirable rows; {spec.method} needs "
+            "both classes. Loosen the gate's thresholds or make more candidates"
+        )
+    if "rejected" in method.columns and train.identical_pairs == train.kept:
+        raise TrainingInputError(
+            f"train_files: chosen and rejected are equal after truncation to max_length={spec.max_length} in all "
+            f"{train.kept} pairs; raise max_length or check the pairs"
+        )
+
+    val = _Counts()
+    if spec.val_files is not None:
+        val = _count(spec, method, tokenizer, parquet_files(spec.val_files, "val_files"))
+    val_used = val.kept - val.kept % spec.micro_batch
+    micro_batches = train.kept // spec.micro_batch
+    return DataReport(
+        rows=train.rows,
+        dropped=train.dropped,
+        truncated=train.truncated,
+        desirable=train.desirable,
+        undesirable=train.undesirable,
+        identical_pairs=train.identical_pairs,
+        unused=train.kept - micro_batches * spec.micro_batch,
+        steps_per_epoch=math.ceil(micro_batches / spec.gradient_accumulation),
+        val_rows=val.rows,
+        val_rows_used=val_used,
+        warnings=tuple(_warnings(spec, method, train, val, val_used)),
+    )
+
+
+def check_cluster(spec: TrainSpec) -> None:
+    """Refuse a run that the cluster can never place: Ray Train would wait without a word.
+
+    Raises:
+        TrainingInputError: too few CPUs or GPUs in all, or on each node for one worker.
+    """
+    import ray
+
+    need = {"CPU": spec.cpus_per_worker, **({"GPU": 1.0} if spec.use_gpu else {})}
+    if spec.autoscaling:
+        return
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    places = sum(int(min(node.get(name, 0.0) / amount for name, amount in need.items())) for node in nodes)
+    if places < spec.num_workers:
+        total = ray.cluster_resources()
+        wanted = ", ".join(f"{amount:g} {name}" for name, amount in need.items())
+        have = ", ".join(f"{total.get(name, 0.0):g} {name}" for name in need)
+        raise TrainingInputError(
+            f"num_workers={spec.num_workers} workers of {wanted} each do not fit the cluster, which has {have} on "
+            f"{len(nodes)} node(s): room for {places}. Lower num_workers or cpus_per_worker, add nodes, or set "
+            "autoscaling if the cluster grows on demand"
+        )
+
+
+def _tokenizer(spec: TrainSpec) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+    )
+    if not tokenizer.chat_template:
+        raise TrainingInputError(
+            f"model: the tokenizer of {spec.model} has no chat template, but the rows are chats; use an instruct "
+            "model or save a template with its tokenizer"
+        )
+    return tokenizer
+
+
+def _count(spec: TrainSpec, method: Method, tokenizer: Any, files: Sequence[str]) -> _Counts:
+    counts = _Counts()
+    completions = [c for c, kind in method.columns.items() if kind == "messages" and c != "prompt"]
+    for batch in _batches(files, method):
+        rows = batch.to_pylist()
+        prompts = _token_ids(tokenizer, [row["prompt"] for row in rows], add_generation_prompt=True)
+        answers = [
+            _token_ids(tokenizer, [row["prompt"] + row[column] for row in rows], add_generation_prompt=False)
+            for column in completions
+        ]
+        for i, row in enumerate(rows):
+            counts.rows += 1
+            # TRL starts the completion where prompt and prompt + completion part, which may be inside the prompt.
+            if min(_common_prefix(prompts[i], ids[i]) for ids in answers) >= spec.max_length:
+                counts.dropped += 1
+                continue
+            counts.truncated += any(len(ids[i]) > spec.max_length for ids in answers)
+            if "label" in row:
+                counts.desirable += row["label"]
+                counts.undesirable += not row["label"]
+            if len(answers) == 2:
+                chosen, rejected = (ids[i][: spec.max_length] for ids in answers)
+                counts.identical_pairs += chosen == rejected
+    return counts
+
+
+def _batches(files: Sequence[str], method: Method) -> Iterator[pa.RecordBatch]:
+    for name in files:
+        try:
+            file = pq.ParquetFile(name)
+        except (pa.ArrowException, OSError) as error:
+            raise TrainingInputError(f"{name} is no readable Parquet file ({error})") from error
+        with file:
+            for column, kind in method.columns.items():
+                _check_type(name, file.schema_arrow, column, kind)
+            start = 0
+            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=list(method.columns)):
+                for column, kind in method.columns.items():
+                    _check_values(name, batch.column(column), column, kind, start)
+                yield batch
+                start += batch.num_rows
+
+
+def _check_type(name: str, schema: pa.Schema, column: str, kind: str) -> None:
+    if column not in schema.names:
+        raise TrainingInputError(f"{name} has no column {column!r}; it has {', '.join(schema.names) or 'none'}")
+    found = schema.field(column).type
+    if kind == "bool":
+        good, wanted = pa.types.is_boolean(found), "bool"
+    else:
+        good, wanted = _is_messages(found), "list of {role: string, content: string}"
+    if not good:
+        raise TrainingInputError(f"{name}: column {column!r} must be {wanted}, not {found}")
+
+
+def _is_messages(found: pa.DataType) -> bool:
+    if not (pa.types.is_list(found) or pa.types.is_large_list(found)) or not pa.types.is_struct(found.value_type):
+        return False
+    fields = {f.name: f.type for f in found.value_type}
+    return all(
+        n in fields and (pa.types.is_string(fields[n]) or pa.types.is_large_string(fields[n]))
+        for n in ("role", "content")
+    )
+
+
+def _check_values(name: str, values: pa.Array, column: str, kind: str, start: int) -> None:
+    missing = values.is_null()
+    if kind == "messages":
+        missing = pc.or_kleene(missing, pc.equal(pc.fill_null(pc.list_value_length(values), 0), 0))
+    row = pc.index(missing, True).as_py()
+    if row >= 0:
+        raise TrainingInputError(f"{name}: column {column!r} is empty in row {start + row}; remake the data set")
+    if kind == "messages":
+        flat = pc.list_flatten(values)
+        end = start + len(values) - 1
+        for part in ("role", "content"):
+            if pc.struct_field(flat, part).null_count:
+                raise TrainingInputError(
+                    f"{name}: column {column!r} has a message without {part} within rows {start}–{end}"
+                )
+
+
+def _token_ids(tokenizer: Any, chats: list[list[dict[str, str]]], add_generation_prompt: bool) -> list[list[int]]:
+    """Token ids of chats: the same as TRL's row by row, but in batches, which fast tokenizers do in parallel."""
+    texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=add_generation_prompt)
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+def _common_prefix(left: list[int], right: list[int]) -> int:
+    if left == right[: len(left)]:  # nearly always
+        return len(left)
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+
+
+def _warnings(spec: TrainSpec, method: Method, train: _Counts, val: _Counts, val_used: int) -> Iterator[str]:
+    if train.dropped:
+        yield (
+            f"{train.dropped} of {train.rows} rows have a prompt of max_length={spec.max_length} tokens or longer "
+            "and are not trained on"
+        )
+    if train.identical_pairs:
+        yield f"{train.identical_pairs} of {train.kept} pairs are equal after truncation and teach nothing"
+    if train.kept < spec.effective_batch:
+        yield f"{train.kept} rows are fewer than the effective batch of {spec.effective_batch}: one step an epoch"
+    if "label" in method.columns:
+        # Eq. 8 of the KTO paper: λ_D·n_D / (λ_U·n_U) should lie in [1, 4/3].
+        ratio = spec.desirable_weight * train.desirable / max(spec.undesirable_weight * train.undesirable, 1e-9)
+        if not 0.99 <= ratio <= 4 / 3 + 0.01:
+            best = spec.undesirable_weight * train.undesirable / train.desirable
+            yield (
+                f"the classes weigh {ratio:.2f} : 1 ({train.desirable} desirable, {train.undesirable} undesirable); "
+                f"the KTO paper recommends 1 to 1.33, that is desirable_weight {best:.2f} to {best * 4 / 3:.2f}"
+            )
+    if spec.val_files is not None and not val_used:
+        yield f"val_files: {val.kept} usable rows do not fill one batch of {spec.micro_batch}: no evaluation"

@@ -1,0 +1,152 @@
+"""A tiny random Llama with its own tokenizer and chat template, small data sets, and a local Ray."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ray_pipeline.store.schemas import MESSAGES
+from ray_pipeline.training import LoraSpec, TrainSpec
+
+REPOSITORY = Path(__file__).parents[2]
+TEXT = "add two numbers and say the largest word of three red green blue seven nine please sort them"
+WORDS = TEXT.split(" ")
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+KTO_SCHEMA = pa.schema([("candidate_id", pa.string()), ("prompt", MESSAGES), ("completion", MESSAGES),
+                        ("label", pa.bool_()), ("images", pa.string())])  # fmt: skip
+DPO_SCHEMA = pa.schema([("prompt", MESSAGES), ("chosen", MESSAGES), ("rejected", MESSAGES), ("gap", pa.float64())])
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a random Llama: hidden 64, two layers, a BPE tokenizer of 300 entries."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<eos>", "<|system|>", "<|user|>", "<|assistant|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        [TEXT] * 20, trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+        )
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def assistant(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
+
+
+def sentence(rng: random.Random, words: int = 5) -> str:
+    return " ".join(rng.choices(WORDS, k=words))
+
+
+def kto_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Labels alternate, as the data set stage interleaves them."""
+    rng = random.Random(seed)
+    return [
+        {"candidate_id": f"c{i}", "prompt": user(sentence(rng)), "completion": assistant(sentence(rng, 3 + i % 4)),
+         "label": i % 2 == 0, "images": "a provenance column with a name that TRL knows"}
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def dpo_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    rng = random.Random(seed)
+    return [
+        {"prompt": user(sentence(rng)), "chosen": assistant(sentence(rng, 4)), "rejected": assistant(sentence(rng, 6)),
+         "gap": 2.0}
+        for _ in range(count)
+    ]  # fmt: skip
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
+    return str(path)
+
+
+MakeSpec = Callable[..., TrainSpec]
+
+
+@pytest.fixture(scope="session")
+def make_spec(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> MakeSpec:
+    """`make_spec(method, **changes)`: a spec over 48 training rows in two files and 9 evaluation rows."""
+    data = tmp_path_factory.mktemp("data")
+    for method, rows, schema in (("kto", kto_rows, KTO_SCHEMA), ("dpo", dpo_rows, DPO_SCHEMA)):
+        write_rows(data / method / "train" / "00000.parquet", rows(28, seed=1), schema)
+        write_rows(data / method / "train" / "00001.parquet", rows(20, seed=2), schema)
+        write_rows(data / method / "val" / "00000.parquet", rows(9, seed=3), schema)
+
+    def make(method: str = "kto", **changes: Any) -> TrainSpec:
+        out = tmp_path_factory.mktemp("run")
+        values: dict[str, Any] = {
+            "method": method,
+            "model": tiny_model,
+            "train_files": str(data / method / "train" / "*.parquet"),
+            "output_dir": str(out / "policy"),
+            "storage_path": str(out / "ray_train"),
+            "run_name": f"{method}-0123abcd",
+            "num_workers": 2,
+            "seed": 7,
+            "learning_rate": 5e-3,
+            "epochs": 3,
+            "batch_size": 4,
+            "gradient_accumulation": 1,
+            "max_length": 64,
+            "save_steps": 2,
+            "lora": LoraSpec(r=4, alpha=8, dropout=0.1),
+            "card": {"data set": "0123abcd"},
+        }
+        return TrainSpec(**{**values, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    import ray
+
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"  # steps here take less than the usual 2 s
+    os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets-cache"))  # workers inherit it
+    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(REPOSITORY)}})
+    yield
+    ray.shutdown()
