@@ -183,10 +183,11 @@ def audit(run: RunArgument = "runs/latest") -> None:
 
     try:
         found = audit_folder(read_run(run))
-    except StoreError as error:
+    except (StoreError, FileNotFoundError) as error:
         raise _refuse(error) from error
-    for line in found.lines():
-        _print(line)
+    for problem in found.problems:
+        _print(f"{problem.kind}: {problem.table} {problem.id}: {problem.message}")
+    _print(found.summary())
     if not found.ok:
         raise typer.Exit(STAGE_FAILED)
 

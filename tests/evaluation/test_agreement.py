@@ -54,6 +54,7 @@ def test_an_unread_score_has_no_class() -> None:
         score_class([7.0], desirable_from=4, undesirable_to=4)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(VOTES, VOTES), min_size=1, max_size=60))
 def test_kappa_is_what_the_formula_says_and_symmetric(rows: list[tuple[str, str]]) -> None:
     a, b = [r[0] for r in rows], [r[1] for r in rows]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_pipeline.report import RunIdentity, StageUse, build_report
@@ -39,6 +39,7 @@ def text_of(html: str) -> str:
     return html_module.unescape(re.sub(r"<[^>]+>", "", html))
 
 
+@settings(deadline=None)
 @given(st.text(max_size=200))
 def test_inline_text_renders_as_itself(text: str) -> None:
     safe = inline(f"x{text}x")
@@ -48,6 +49,7 @@ def test_inline_text_renders_as_itself(text: str) -> None:
     assert "\x1b" not in safe and "\n" not in safe and "\u202e" not in safe
 
 
+@settings(deadline=None)
 @given(st.text(alphabet=st.sampled_from("`~ab\n\\<|\x1b\t "), max_size=120) | st.text(max_size=120))
 def test_fenced_text_never_leaves_its_block(text: str) -> None:
     html = html_of(f"before\n\n{fenced(text)}\n\n**after**\n")

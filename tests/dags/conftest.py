@@ -1,0 +1,136 @@
+"""Runs of the real command in processes of their own, and eyes on what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+CONFIG = "configs/pocket.yaml"
+ROOT = Path(__file__).parents[2]
+#: A small run: 40 prompts, a few of them held out.
+SMALL = ["prompts.sources.0.count=40", "prompts.num_shards=4"]
+
+
+class Quorum:
+    """`quorum` as a user types it, with the pids of every engine process that it ever had."""
+
+    def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "ray_pipeline.cli", *arguments],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, **(env or {})},
+        )
+        self.engines: dict[int, psutil.Process] = {}
+        self.actors: dict[int, psutil.Process] = {}
+        self._lines: list[str] = []
+        self._threads = [threading.Thread(target=t, daemon=True) for t in (self._read, self._look)]
+        for thread in self._threads:
+            thread.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._lines.append(line)
+
+    def _look(self) -> None:
+        while self.process.poll() is None:
+            for child in descendants(self.process.pid):
+                try:
+                    name = child.cmdline()[0] if child.cmdline() else ""
+                except psutil.Error:
+                    continue
+                if name.startswith("VLLM::"):
+                    self.engines[child.pid] = child
+                elif "ShardActor" in name:
+                    self.actors[child.pid] = child
+            time.sleep(0.2)
+
+    @property
+    def output(self) -> str:
+        return "".join(self._lines)
+
+    def wait(self, timeout: float = 420) -> int:
+        code = self.process.wait(timeout)
+        for thread in self._threads:
+            thread.join(timeout=10)
+        return code
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(30)
+
+    def living_engines(self, within: float = 20) -> list[int]:
+        """Pids of engine processes that are still there after some seconds."""
+        end = time.monotonic() + within
+        while time.monotonic() < end:
+            alive = [pid for pid, p in self.engines.items() if _runs(p)]
+            if not alive:
+                return []
+            time.sleep(0.3)
+        return alive
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.Error:
+        return []
+
+
+def run(*arguments: str, expect: int | None = 0, **kwargs: Any) -> Quorum:
+    """Run a command to its end."""
+    quorum = Quorum(*arguments, **kwargs)
+    code = quorum.wait()
+    if expect is not None:
+        assert code == expect, f"exit code {code}\n{quorum.output}"
+    return quorum
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def engine_calls(folder: Path) -> dict[str, int]:
+    """Calls that an engine answered, by stage; stages that called nobody are left out."""
+    stages = manifest(folder)["stages"]
+    calls = {name: int(entry.get("usage", {}).get("calls_engine", 0)) for name, entry in stages.items()}
+    return {name: n for name, n in calls.items() if n}
+
+
+def tables(folder: Path, names: tuple[str, ...]) -> dict[str, bytes]:
+    """The bytes of every Parquet file of the named stages."""
+    stages = manifest(folder)["stages"]
+    found = {}
+    for name in names:
+        base = folder / stages[name]["path"]
+        for file in sorted(base.rglob("*.parquet")):
+            found[f"{name}/{file.relative_to(base)}"] = file.read_bytes()
+    return found
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small run up to the data sets, whose call log other tests start from."""
+    folder = tmp_path_factory.mktemp("small") / "run"
+    quorum = run("run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), "--to", "datasets", *SMALL)
+    assert quorum.living_engines() == []
+    return folder

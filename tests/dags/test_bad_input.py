@@ -1,0 +1,89 @@
+"""A user's mistakes get one clear message and exit code 2 before anything starts, or 1 when a stage finds them."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from ray_pipeline.graph.heartbeat import Heartbeat
+from ray_pipeline.store.files import Folder
+from tests.dags.conftest import CONFIG, SMALL, manifest, run
+
+pytestmark = pytest.mark.e2e
+
+
+def refused(folder: Path, *arguments: str) -> str:
+    quorum = run("run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), *arguments, expect=2)
+    assert quorum.engines == {}
+    assert "Traceback" not in quorum.output
+    return quorum.output
+
+
+def test_a_misspelt_key(tmp_path: Path) -> None:
+    assert "did you mean 'desirable_at'" in refused(tmp_path / "run", "gate.desireable_at=8")
+
+
+def test_a_model_that_does_not_exist(tmp_path: Path) -> None:
+    output = refused(tmp_path / "run", f"models.judge.model={tmp_path}/no-such-model")
+    assert "no-such-model" in output and "models.judge" in output
+    assert not (tmp_path / "run" / "manifest.json").exists()
+
+
+def test_an_unknown_stage(tmp_path: Path) -> None:
+    assert "no stage 'jugde'" in refused(tmp_path / "run", "--to", "jugde")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("", "empty"), ('{"text": "hello"}\n', "question"), ('{"question": 3}\n', "row"), ("{\n", "line 1")],
+)
+def test_unusable_prompt_files(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(content)
+    source = json.dumps([{"type": "jsonl", "path": str(file), "column": "question"}])
+    quorum = run(
+        "run", "dmapo", "-c", CONFIG, "--run-dir", str(tmp_path / "run"), "--to", "prompts",
+        f"prompts.sources={source}", expect=None,
+    )  # fmt: skip
+    assert quorum.process.returncode in (1, 2)
+    assert str(file) in quorum.output and message in quorum.output and "Traceback" not in quorum.output
+
+
+def test_a_run_folder_with_a_living_owner_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    done = threading.Event()
+    with Heartbeat(Folder(str(folder)), beat_seconds=0.5):
+        output = refused(folder, "--to", "prompts", *SMALL)
+    done.set()
+    assert "another process is running" in output
+
+
+def test_from_needs_the_stages_before_it(tmp_path: Path) -> None:
+    assert "--from gate needs" in refused(tmp_path / "run", "--from", "gate", "--to", "gate", *SMALL)
+
+
+def test_a_judge_that_talks_nonsense_stops_the_stage(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    # The policy knows no judge's prompts; without a grammar nothing forces it into the form of a verdict.
+    quorum = run(
+        "run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), "--to", "gate", *SMALL,
+        "models.judge.model=pocket:policy", "judge.asking.grammar=false", "judge.asking.retries=0",
+        "models.judge.canary=false", expect=1,
+    )  # fmt: skip
+    assert "could not be read" in quorum.output and "judge " in quorum.output and "%" in quorum.output
+    assert manifest(folder)["stages"]["judge"]["status"] == "failed"
+    assert quorum.living_engines() == []
+
+
+def test_the_same_judge_below_the_limit_gives_incomplete_rows(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(
+        "run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), "--to", "gate", *SMALL,
+        "models.judge.model=pocket:policy", "judge.asking.grammar=false", "judge.asking.retries=0",
+        "models.judge.canary=false", "failure.max_error_rate=1.0",
+    )  # fmt: skip
+    counts = manifest(folder)["stages"]["gate"]["facts"]["counts"]
+    assert counts["incomplete"] >= 0.9 * sum(counts.values())
