@@ -27,17 +27,16 @@ def dmapo(config: DmapoConfig, run_folder: str) -> Dag:
 
     asked = prompts(config.prompts)
     answers = candidates(config.candidates, base, asked)
-    verdicts = judges(config.judge, config.failure, models, texts.judge, asked, answers)
+    verdicts = judges(config.judge, config.failure, models, texts.judge, asked, {"candidates": answers})
     critiques = None
     if config.gate.use_critic:
         critiques = critic(config.critic, config.failure, models[config.critic.model], texts.critic, asked, answers)
-    verdict_stages = [stage for stage in verdicts if stage.work.tables]
-    decisions = gate(config.gate, config.judge.names, answers, verdict_stages, critiques)
-    data = datasets(config.datasets, config.gate, config.judge.names, base, asked, answers, verdict_stages, decisions)
+    decisions = gate(config.gate, config.judge.names, answers, verdicts, critiques)
+    data = datasets(config.datasets, config.gate, config.judge.names, base, asked, answers, verdicts, decisions)
     policy = train(config.train, models[config.train.model], config.datasets.max_length, data)
 
     judged: dict[str, Stage] = {"prompts": asked, "candidates": answers, "gate": decisions, "datasets": data}
-    judged |= {stage.name: stage for stage in verdict_stages}
+    judged |= {stage.name: stage for stage in verdicts}
     if critiques is not None:
         judged["critic"] = critiques
     if not config.evaluate.skip_generation:
@@ -58,11 +57,6 @@ def _both_answer(config: DmapoConfig, run_folder: str, asked: Stage, policy: Sta
     compared = comparisons(
         config.evaluate, config.failure, models[config.evaluate.judge], texts.pairwise, asked, before, after
     )
-    scored = [
-        stage
-        for answers in (before, after)
-        for stage in judges(
-            config.judge, config.failure, models, texts.judge, asked, answers, f"score-{answers.name}", "evaluate"
-        )
-    ]
-    return {stage.name: stage for stage in [before, after, compared, *scored] if stage.work.tables}
+    both = {"base": before, "policy": after}
+    scored = judges(config.judge, config.failure, models, texts.judge, asked, both, "score-responses", "evaluate")
+    return {stage.name: stage for stage in [before, after, compared, *scored]}

@@ -102,7 +102,9 @@ def run(
         raise typer.Exit(INTERRUPTED) from None
     if outcome.failures:
         for name, reason in outcome.failures.items():
-            _err.print(f"quorum: {name}: {reason}", markup=False, highlight=False)
+            _err.print(f"quorum: {name} failed: {reason}", markup=False, highlight=False)
+        if outcome.not_run:
+            _err.print(f"quorum: not run because of that: {', '.join(outcome.not_run)}", markup=False, highlight=False)
         _err.print("quorum: what is done is kept; the same command goes on from here", markup=False)
         raise typer.Exit(STAGE_FAILED)
     report = os.path.join(folder, "report", "report.md")

@@ -6,7 +6,7 @@ import difflib
 import importlib.resources
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -68,7 +68,7 @@ class DmapoConfig(Settings):
     """Everything that `quorum run dmapo` reads."""
 
     run: RunBlock = RunBlock()
-    models: dict[str, ModelSettings]
+    models: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], ModelSettings]
     prompt_templates: str = Field("default", description="built-in name or YAML file of what the agents say")
     prompts: PromptsConfig = PromptsConfig()
     candidates: CandidateSettings = CandidateSettings()
@@ -160,23 +160,39 @@ def load_config(dag: str, name_or_path: str, overrides: Sequence[str] = ()) -> D
 
 
 def _read_yaml(name_or_path: str) -> dict[str, Any]:
-    if os.path.exists(name_or_path):
-        with open(name_or_path, encoding="utf-8") as file:
-            text = file.read()
+    if os.path.isfile(name_or_path):
+        try:
+            with open(name_or_path, encoding="utf-8") as file:
+                text = file.read()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{name_or_path} cannot be read: {error}") from error
     else:
         folder = importlib.resources.files("configs")
         name = os.path.basename(name_or_path).removesuffix(".yaml") + ".yaml"
-        if not (folder / name).is_file():
+        # A path that leads nowhere is a mistake, whatever it ends with.
+        if os.path.dirname(name_or_path) not in ("", "configs") or not (folder / name).is_file():
             known = sorted(f.name for f in folder.iterdir() if f.name.endswith(".yaml"))
             raise ConfigError(f"there is no config file {name_or_path}; Quorum comes with {', '.join(known)}")
         text = (folder / name).read_text("utf-8")
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _OneOfEachKey)
     except yaml.YAMLError as error:
         raise ConfigError(f"{name_or_path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{name_or_path} must be a mapping of blocks, not {type(values).__name__}")
     return values
+
+
+class _OneOfEachKey(yaml.SafeLoader):
+    """YAML as usual, but a key that is written twice is an error: the first block would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -226,10 +242,12 @@ def _resolve_model(model: Any) -> Any:
     if name.startswith("pocket:"):
         try:
             return {**model, "model": model_path(name)}
-        except ValueError as error:
+        except (ValueError, FileNotFoundError) as error:
             raise ConfigError(str(error)) from error
-    # Actors have another working folder, so a path is made absolute here; a hub name is `owner/name` and stays.
-    return {**model, "model": os.path.abspath(name)} if os.path.isdir(name) else model
+    # Actors have another working folder, so paths are made absolute here; a hub name is `owner/name` and stays.
+    paths = {key: model[key] for key in ("model", "adapter", "chat_template") if isinstance(model.get(key), str)}
+    paths = {key: os.path.abspath(os.path.expanduser(path)) for key, path in paths.items()}
+    return {**model, **{key: path for key, path in paths.items() if os.path.exists(path)}}
 
 
 def _shown(model: str) -> str:
@@ -296,6 +314,8 @@ def _check(config: DmapoConfig) -> None:
                 model.weights()
             except (EngineStartError, ModelNotFound) as error:
                 raise ConfigError(f"models.{key}: {error}") from error
+            if model.chat_template is not None and not os.path.isfile(model.chat_template):
+                raise ConfigError(f"models.{key}.chat_template: there is no file {model.chat_template}")
         for key, sampling in _samplings(config).items():
             try:
                 validate_sampling_extra(sampling)

@@ -155,7 +155,8 @@ def make_lora(path: Path | str, base: Path | str, seed: int = 0, *, rank: int = 
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM")
+    modules = ["q_proj", "v_proj", "o_proj"]
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=modules, task_type="CAUSAL_LM")
     adapted = get_peft_model(model, config)
     generator = torch.Generator().manual_seed(seed)
     for name, weight in adapted.named_parameters():

@@ -75,9 +75,7 @@ class Asking(Settings):
     """How a judging role asks, whatever it judges."""
 
     grammar: bool = Field(True, description="force the reply's form while it is sampled")
-    reason_chars: int = Field(
-        400, ge=0, description="longest reason, in characters; 0 asks a judge for the score alone"
-    )
+    reason_chars: int = Field(400, ge=0, description="longest reason, in characters; 0 asks for the verdict alone")
     retries: int = Field(2, ge=0, description="how often an unreadable reply is asked for again")
     retry_temperature: float = Field(0.7, ge=0)
     expected_score: bool = Field(False, description="mean of the score under the judge's log-probabilities")
@@ -168,7 +166,7 @@ async def critique(
 ) -> Critique:
     """Say whether the way to an answer is flawed, and how."""
     messages = render(template, layout, instruction=transcript(prompt), response=response)
-    grammar = critique_grammar(max(asking.reason_chars, 1)) if asking.grammar else None
+    grammar = critique_grammar(asking.reason_chars) if asking.grammar else None
     read, reply, status = await _ask(engine, messages, sampling, asking, grammar, read_critique)
     raw = None if reply is None else reply.text
     if read is None:
@@ -188,7 +186,7 @@ async def compare(
 ) -> Choice:
     """Choose between two answers, shown in the given order. Callers ask in both orders."""
     messages = render(template, layout, instruction=transcript(prompt), response_a=response_a, response_b=response_b)
-    grammar = choice_grammar(max(asking.reason_chars, 1)) if asking.grammar else None
+    grammar = choice_grammar(asking.reason_chars) if asking.grammar else None
     read, reply, status = await _ask(engine, messages, sampling, asking, grammar, read_choice)
     raw = None if reply is None else reply.text
     if read is None:

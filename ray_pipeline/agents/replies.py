@@ -7,11 +7,13 @@ different verdicts has none; a reply that was cut off (`finish_reason` is not `s
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import functools
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 from ray_pipeline.engines.base import Completion, Grammar, TokenLogprobs
@@ -29,20 +31,20 @@ class Read:
     fields: dict[str, Any]
 
 
+#: Fields of a reply to the fields that are used, or None when they say no verdict.
+_Valid = Callable[[dict[str, Any]], dict[str, Any] | None]
+
+
 def score_grammar(low: int, high: int, reason_chars: int) -> Grammar:
     """`{"reason": …, "score": …}`; with `reason_chars` 0 the score alone."""
-    properties: dict[str, Any] = {}
-    if reason_chars:
-        properties["reason"] = {"type": "string", "maxLength": reason_chars}
-    properties["score"] = {"type": "integer", "minimum": low, "maximum": high}
-    return _object(properties)
+    return _object({**_reason(reason_chars), "score": {"type": "integer", "minimum": low, "maximum": high}})
 
 
 def critique_grammar(reason_chars: int) -> Grammar:
-    """`{"reason": …, "failure_type": …, "flawed": …}`."""
+    """`{"reason": …, "failure_type": …, "flawed": …}`; with `reason_chars` 0 without the reason."""
     return _object(
         {
-            "reason": {"type": "string", "maxLength": reason_chars},
+            **_reason(reason_chars),
             "failure_type": {"type": "string", "enum": list(FAILURE_TYPES)},
             "flawed": {"type": "boolean"},
         }
@@ -50,13 +52,12 @@ def critique_grammar(reason_chars: int) -> Grammar:
 
 
 def choice_grammar(reason_chars: int) -> Grammar:
-    """`{"reason": …, "choice": "A" | "B" | "C"}`; C is a tie."""
-    return _object(
-        {
-            "reason": {"type": "string", "maxLength": reason_chars},
-            "choice": {"type": "string", "enum": ["A", "B", "C"]},
-        }
-    )
+    """`{"reason": …, "choice": "A" | "B" | "C"}`; C is a tie; with `reason_chars` 0 the choice alone."""
+    return _object({**_reason(reason_chars), "choice": {"type": "string", "enum": ["A", "B", "C"]}})
+
+
+def _reason(chars: int) -> dict[str, Any]:
+    return {"reason": {"type": "string", "maxLength": chars}} if chars else {}
 
 
 def _object(properties: dict[str, Any]) -> Grammar:
@@ -67,53 +68,106 @@ def _object(properties: dict[str, Any]) -> Grammar:
 
 def read_score(reply: Completion, low: int, high: int) -> Read | None:
     """An integer score in [low, high], or None when the reply has no single one."""
-    return _read(reply, lambda fields: _valid_score(fields, low, high), _SCORE_LINE, "score")
+    return _read(reply, lambda fields: _valid_score(fields, low, high), "score", _score_line(high))
 
 
 def read_critique(reply: Completion) -> Read | None:
     """`flawed` and a failure type that agrees with it (`none` exactly for an unflawed answer), or None."""
-    return _read(reply, _valid_critique, None, "")
+    return _read(reply, _valid_critique, "flawed", None)
 
 
 def read_choice(reply: Completion) -> Read | None:
     """A choice of A, B or C (tie), or None."""
-    return _read(reply, _valid_choice, _CHOICE_LINE, "choice")
+    return _read(reply, _valid_choice, "choice", _CHOICE_LINE)
 
 
-#: A line of its own that says nothing but the verdict. `7/10` says it too, and its 10 is not the score.
-_SCORE_LINE = re.compile(r"^\W{0,3}score\W{1,4}(-?\d+)(?:\s*/\s*\d+)?\W{0,3}$", re.IGNORECASE | re.MULTILINE)
-_CHOICE_LINE = re.compile(r"^\W{0,3}(?:choice|verdict)\W{1,6}([ABC])\W{0,4}$", re.IGNORECASE | re.MULTILINE)
+def _line(words: str, value: str) -> re.Pattern[str]:
+    """A line of its own, or a whole reply, that says nothing but the verdict.
+
+    Emphasis, list marks and quotation marks around it are passed over; a `>` is not, because it quotes somebody else.
+    """
+    marks, ends = r"[ \t*_`\"'#•-]{0,12}", r"[ \t\r*_`\"'\])},.;!]{0,12}"
+    says = r"[ \t*_`\"']{0,6}(?:[:=]|[ \t][–—-](?=[ \t])|(?<=[ \t]))[ \t*_`\"']{0,6}"
+    labelled, bare = rf"^{marks}(?:{words}){says}[\[(]{{0,3}}{value}{ends}$", rf"\A[*_`\"'\[(]{{0,6}}{value}{ends}\Z"
+    return re.compile(f"{labelled}|{bare}", re.IGNORECASE | re.MULTILINE | re.ASCII)
 
 
-def _read(reply: Completion, valid: Any, line: re.Pattern[str] | None, key: str) -> Read | None:
+@functools.cache
+def _score_line(high: int) -> re.Pattern[str]:
+    """`Score: 7`; `7/10` and `7 out of 10` say it too where the scale ends at 10, and the 10 is not the score."""
+    return _line("score", rf"([+-]?\d+)(?:[ \t]*(?:/|out of)[ \t]*{high})?")
+
+
+_CHOICE_LINE = _line("choice|verdict", "([ABC])")
+
+
+def _read(reply: Completion, valid: _Valid, key: str, line: re.Pattern[str] | None) -> Read | None:
     if reply.finish_reason != "stop":
         return None
     text = reply.text.strip()
-    fields = _json_object(text)
-    if fields is not None:
-        fields = valid(fields)
+    whole = _json_object(text)
+    if whole is not None:
+        fields = valid(whole)
         return Read("ok", fields) if fields is not None else None
-    found = [f for f in map(valid, _embedded_objects(text)) if f is not None]
-    if not found and line is not None:
-        found = [f for f in (valid({key: match}) for match in line.findall(text)) if f is not None]
-    distinct = {json.dumps({k: v for k, v in f.items() if k != "reason"}, sort_keys=True) for f in found}
-    if len(distinct) != 1:
+    objects, rest = _embedded_objects(text)
+    said = [o for o in objects if key in o]
+    if line is not None:
+        said += [{key: _value(match)} for match in line.finditer(text)]
+    if not said:
         return None
-    return Read("repaired", found[-1])
+    # The reply may quote the text that it judges, and not escape it well. So everything that looks like a verdict must
+    # say the same: the impossible ones too, and what is left over of an object that a quotation has cut.
+    said += [{key: value} for value in re.findall(rf'"{key}"\s*:\s*"?([^",}}\s]*)', rest)]
+    found = [fields for fields in map(valid, said) if fields is not None]
+    distinct = {json.dumps({k: v for k, v in f.items() if k != "reason"}, sort_keys=True) for f in found}
+    if len(found) < len(said) or len(distinct) != 1:
+        return None
+    return Read("repaired", next((f for f in found if f["reason"]), found[0]))
+
+
+def _value(match: re.Match[str]) -> str:
+    return next(group for group in match.groups() if group is not None)
+
+
+def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError("an object says one thing twice")
+    return fields
+
+
+#: As asked; and as models write without a grammar, with line breaks inside strings.
+_STRICT = json.JSONDecoder(object_pairs_hook=_distinct_keys)
+_LOOSE = json.JSONDecoder(object_pairs_hook=_distinct_keys, strict=False)
 
 
 def _json_object(text: str) -> dict[str, Any] | None:
     try:
-        value = json.loads(text)
+        value = _STRICT.decode(text)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
 
-def _embedded_objects(text: str) -> list[dict[str, Any]]:
-    """Flat JSON objects inside prose or code fences."""
-    objects = (_json_object(match) for match in re.findall(r"\{[^{}]*\}", text))
-    return [o for o in objects if o is not None]
+def _embedded_objects(text: str) -> tuple[list[dict[str, Any]], str]:
+    """JSON objects inside prose or code fences, outermost ones only, and the text around them.
+
+    There are none at all when one of them is damaged: what stands inside or beside it may be a quotation, and the
+    damaged one the verdict.
+    """
+    found, rest, read = [], "", 0
+    begin = text.find("{")
+    while begin >= 0:
+        end = begin + 1
+        try:
+            value, end = _LOOSE.raw_decode(text, begin)
+            found.append(value)
+            rest, read = rest + text[read:begin], end
+        except (ValueError, RecursionError):
+            if re.match(r'\{\s*"', text[begin : begin + 80]):
+                return [], text
+        begin = text.find("{", end)
+    return found, rest + text[read:]
 
 
 def _valid_score(fields: dict[str, Any], low: int, high: int) -> dict[str, Any] | None:
@@ -130,7 +184,7 @@ def _integer(value: Any) -> int | None:
         return value
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    if isinstance(value, str) and re.fullmatch(r"-?\d{1,4}", value.strip()):
+    if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,4}", value.strip()):
         return int(value)
     return None
 
@@ -156,51 +210,80 @@ def _text(value: Any) -> str | None:
 def expected_score(text: str, logprobs: TokenLogprobs | None, low: int, high: int) -> float | None:
     """Mean of the score under the model's own probabilities, over whole score strings, renormalised.
 
-    The score is the last integer of the reply. At the token where it begins, an alternative counts when it is a whole
-    score; the score that was sampled may span several tokens, whose probabilities multiply. An alternative that other
-    scores go on from (a lone `1` where the scale has a 10, beside another sampled score) is ambiguous and counts for
-    none.
+    From the token where the score of the reply begins, the tokens that were sampled are followed to its end. At each of
+    them every alternative that completes a score counts with the probability of the whole string: of the tokens before
+    it times its own. So `10` in one token and in two are the same score, and a lone `1` is one only as far as the next
+    token ends it. An alternative that was not sampled and that other scores go on from (a lone `1` beside a sampled
+    `7`, where the scale has a 10) is ambiguous and counts for none.
+
+    Args:
+        text: a reply that `read_score` could read.
+        logprobs: of all its tokens, raw: the grammar does not mask them.
 
     Returns:
-        None when there are no log-probabilities or the counted mass is under `MIN_SCORE_MASS`.
+        None when there are no log-probabilities, when they do not fit the text, or when the mass that counts is under
+        `MIN_SCORE_MASS`.
     """
     if not logprobs:
         return None
-    matches = list(re.finditer(r"-?\d+", text))
-    if not matches:
+    tokens = [step[0][0] if step else "" for step in logprobs]
+    joined = "".join(tokens)  # Some tokenizers lose blanks here, and the end mark may follow.
+    where = text if joined.startswith(text) else joined
+    span, asked = _score_span(where, high), _score_span(text, high)
+    if span is None or asked is None or where[slice(*span)] != text[slice(*asked)]:
         return None
-    begin, end = matches[-1].span()
-    steps = _covering(logprobs, begin, end)
-    if steps is None:
-        return None
-    first, last, lead = steps
-    mass: dict[int, float] = {}
-    sampled = matches[-1].group()
+    first, position = 0, 0
+    while position + len(tokens[first]) <= span[0]:
+        position += len(tokens[first])
+        first += 1
+
     scale = {str(value): value for value in range(low, high + 1)}
-    if sampled in scale:
-        mass[scale[sampled]] = math.exp(sum(logprobs[step][0][1] for step in range(first, last + 1)))
-    for token, value in logprobs[first][1:]:
-        string = token[lead:].strip() if token[:lead] == logprobs[first][0][0][:lead] else token.strip()
-        string = re.sub(r"\D+$", "", string)
-        ambiguous = any(other != string and other.startswith(string) for other in scale) and token.strip() == string
-        if string in scale and not ambiguous and scale[string] not in mass:
-            mass[scale[string]] = math.exp(value)
+    mass: dict[int, float] = collections.defaultdict(float)
+    before, log_before = "", 0.0
+    lead: str | None = tokens[first][: span[0] - position]
+    for step in logprobs[first:]:
+        sampled_goes_on = True
+        for rank, (token, value) in enumerate(step):
+            piece = _without(lead, token)
+            if piece is None:
+                continue
+            digits = piece[: len(piece) - len(piece.lstrip("0123456789" if before else "-+0123456789"))]
+            string = before + digits
+            goes_on = len(digits) == len(piece) and any(o != string and o.startswith(string) for o in scale)
+            if not goes_on and string in scale:
+                mass[scale[string]] += math.exp(log_before + value)
+            if rank == 0:
+                sampled_goes_on, sampled, log_sampled = goes_on, string, value
+        if not step:
+            continue
+        if not sampled_goes_on:
+            break
+        before, log_before, lead = sampled, log_before + log_sampled, None
+    else:  # The reply ends with its score.
+        if before in scale:
+            mass[scale[before]] += math.exp(log_before)
     total = sum(mass.values())
     if total < MIN_SCORE_MASS:
         return None
     return sum(score * weight for score, weight in mass.items()) / total
 
 
-def _covering(logprobs: Sequence[Sequence[tuple[str, float]]], begin: int, end: int) -> tuple[int, int, int] | None:
-    """First and last token over the characters [begin, end), and how far into the first one they begin."""
-    position = 0
-    first = last = None
-    lead = 0
-    for index, step in enumerate(logprobs):
-        token = step[0][0]
-        if first is None and position <= begin < position + len(token):
-            first, lead = index, begin - position
-        if position < end <= position + len(token):
-            last = index
-        position += len(token)
-    return None if first is None or last is None else (first, last, lead)
+def _score_span(text: str, high: int) -> tuple[int, int] | None:
+    """Where the digits of the score that `read_score` reads stand."""
+    fields = list(re.finditer(r'"score"\s*:\s*"?([+-]?[0-9]+)', text)) or list(_score_line(high).finditer(text))
+    if not fields:
+        return None
+    match = fields[-1]
+    return match.span(next(i for i, group in enumerate(match.groups(), 1) if group is not None))
+
+
+def _without(lead: str | None, token: str) -> str | None:
+    """A token without the characters that stand before the score in the sampled one, or None when it has others.
+
+    Blanks are no difference; None as `lead` says that the score began in an earlier token.
+    """
+    if lead is None:
+        return token
+    if not lead.strip():
+        return token.lstrip()
+    return token[len(lead) :] if token.startswith(lead) else None

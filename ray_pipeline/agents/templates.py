@@ -6,12 +6,14 @@ about one answer have in common) and `rubric` (the part that is this call's own)
 
 from __future__ import annotations
 
+import functools
 import importlib.resources
 import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import jinja2
+import jinja2.meta
 import yaml
 from jinja2.sandbox import SandboxedEnvironment
 from pydantic import ValidationError
@@ -66,10 +68,13 @@ def load_templates(name_or_path: str) -> Templates:
         TemplateError: no such file, a missing block, or a text that uses a variable its role does not have.
     """
     if name_or_path.endswith((".yaml", ".yml")) or os.sep in name_or_path:
-        if not os.path.exists(name_or_path):
+        if not os.path.isfile(name_or_path):
             raise TemplateError(f"there is no prompt template file {name_or_path}")
-        with open(name_or_path, encoding="utf-8") as file:
-            text = file.read()
+        try:
+            with open(name_or_path, encoding="utf-8") as file:
+                text = file.read()
+        except (OSError, UnicodeDecodeError) as error:
+            raise TemplateError(f"prompt template file {name_or_path} cannot be read: {error}") from error
     else:
         if name_or_path not in builtin_templates():
             known = ", ".join(builtin_templates())
@@ -77,22 +82,34 @@ def load_templates(name_or_path: str) -> Templates:
         text = (importlib.resources.files("configs") / "prompts" / f"{name_or_path}.yaml").read_text("utf-8")
     try:
         templates = Templates.model_validate(yaml.safe_load(text))
-    except (yaml.YAMLError, ValidationError) as error:
-        raise TemplateError(f"prompt template file {name_or_path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise TemplateError(f"prompt template file {name_or_path} is not valid YAML: {error}") from error
+    except ValidationError as error:
+        problems = (f"{'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg'].lower()}" for e in error.errors())
+        raise TemplateError(f"prompt template file {name_or_path}: {'; '.join(problems)}") from error
     for role, variables in VARIABLES.items():
         block: RoleTemplate = getattr(templates, role)
         for part in ("system", "shared", "rubric"):
+            where = f"prompt template file {name_or_path}, {role}.{part}"
+            may_use = f"it may use {', '.join(variables)}"
             try:
+                # A name inside a branch that the example does not take is found as well.
+                unknown = jinja2.meta.find_undeclared_variables(_ENVIRONMENT.parse(getattr(block, part)))
                 _render(getattr(block, part), variables)
-            except jinja2.TemplateError as error:
-                raise TemplateError(
-                    f"prompt template file {name_or_path}, {role}.{part}: {error}; it may use {', '.join(variables)}"
-                ) from error
+            except Exception as error:  # A template may do anything that an expression can.
+                raise TemplateError(f"{where}: {error}; {may_use}") from error
+            if unknown := unknown - set(variables) - set(_ENVIRONMENT.globals):
+                raise TemplateError(f"{where}: {', '.join(sorted(unknown))} is undefined; {may_use}")
     return templates
 
 
+@functools.lru_cache(maxsize=64)
+def _compiled(text: str) -> jinja2.Template:
+    return _ENVIRONMENT.from_string(text)
+
+
 def _render(text: str, variables: dict[str, Any]) -> str:
-    return _ENVIRONMENT.from_string(text).render(variables).strip("\n")
+    return _compiled(text).render(variables).strip("\n")
 
 
 def render(template: RoleTemplate, layout: Layout, **variables: Any) -> list[Message]:

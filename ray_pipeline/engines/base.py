@@ -161,9 +161,13 @@ class EngineStartError(RuntimeError):
 class ChatEngine(Protocol):
     """Answers chats. Calls may be awaited together, and the engine batches all that wait."""
 
-    identity: Mapping[str, Any]
-    """Who answers: model identity and everything else that changes answers; JSON-able, never a path.
-    Part of every call key."""
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """Who answers: model identity and everything else that changes answers; JSON-able, never a path.
+
+        Part of every call key.
+        """
+        ...
 
     async def chat(self, messages: Sequence[Message], sampling: Sampling) -> Completion:
         """Draw one reply.

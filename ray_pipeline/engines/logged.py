@@ -25,7 +25,7 @@ from ray_pipeline.engines.base import (
     Sampling,
 )
 from ray_pipeline.store.calls import CallWriter, model_folder, read_calls
-from ray_pipeline.store.files import Folder
+from ray_pipeline.store.files import Folder, StoreError
 from ray_pipeline.store.keys import bucket_of, call_key
 
 logger = logging.getLogger("quorum.calls")
@@ -85,11 +85,14 @@ class LoggedEngine:
         self._in_flight: dict[str, asyncio.Future[Completion]] = {}
         self._pending: list[dict[str, Any]] = []
         self._flusher: asyncio.Task | None = None
+        self._writing = asyncio.Lock()  # A writer is no thing for two threads: a periodic flush may meet the last one.
 
     async def __aenter__(self) -> LoggedEngine:
         table = await asyncio.to_thread(read_calls, self._folder, self._shard, self._num_shards)
         for row in table.drop_columns(["messages", "sampling"]).to_pylist():
-            self._known.setdefault(row["call_key"], _from_row(row))
+            known = self._known.get(row["call_key"])
+            if known is None or known.finish_reason == _TOO_LONG:  # An answer counts for more than a refusal.
+                self._known[row["call_key"]] = _from_row(row)
         self._flusher = asyncio.create_task(self._flush_forever())
         return self
 
@@ -99,30 +102,42 @@ class LoggedEngine:
             self._flusher.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._flusher
-        await self.flush()
+        try:
+            await self.flush()
+        except Exception as unwritten:
+            if kind is None:
+                raise
+            # What ended the shard is the news (a dead engine, a stop); it must not be hidden by this.
+            logger.warning("call log: %d calls were not written (%s)", len(self._pending), unwritten)
         if kind is None:
-            await asyncio.to_thread(self._writer.compact)
+            async with self._writing:
+                try:
+                    await asyncio.to_thread(self._writer.compact)
+                except (OSError, StoreError) as error:  # Many small parts hold the same calls as one.
+                    logger.warning("call log: parts under %s stay unmerged (%s)", self._folder.location, error)
 
     def bound(self, prompt_id: str, role: str) -> BoundEngine:
         """A `ChatEngine` for the calls of one prompt in one role (for example `judge/helpfulness`)."""
         return BoundEngine(self, prompt_id, role)
 
     async def flush(self) -> None:
-        rows, self._pending = self._pending, []
-        if not rows:
-            return
-        try:
-            await asyncio.to_thread(self._writer.flush, rows)
-        except BaseException:
-            self._pending = rows + self._pending
-            raise
+        """Write what is pending as one part; what could not be written stays pending."""
+        async with self._writing:
+            rows, self._pending = self._pending, []
+            if not rows:
+                return
+            try:
+                await asyncio.to_thread(self._writer.flush, rows)
+            except BaseException:
+                self._pending = rows + self._pending
+                raise
 
     async def _flush_forever(self) -> None:
         while True:
             await asyncio.sleep(self._flush_seconds)
             try:
                 await asyncio.shield(asyncio.ensure_future(self.flush()))
-            except OSError as error:  # A full disk may have room again later; the last flush of the shard must succeed.
+            except Exception as error:  # A full disk may have room again; only the last flush must succeed.
                 logger.warning("call log: cannot write under %s yet (%s)", self._folder.location, error)
 
     async def call(self, prompt_id: str, role: str, messages: Sequence[Message], sampling: Sampling) -> Completion:
@@ -136,10 +151,16 @@ class LoggedEngine:
             raise PromptTooLong(known.prompt_tokens, sampling.max_tokens, known.cached_tokens)
         if self._replay_only:
             raise CallNotLogged(f"the call log holds no {role} call for prompt {prompt_id}, and only it may answer")
-        running = self._in_flight.get(key)
-        if running is not None:
+        while (running := self._in_flight.get(key)) is not None:
+            try:
+                completion = await asyncio.shield(running)
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if not running.cancelled() or (task is not None and task.cancelling()):
+                    raise
+                continue  # Only the caller that had asked was cancelled: somebody else asks in its place.
             self.stats.calls_shared += 1
-            return await asyncio.shield(running)
+            return completion
         future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
         self._in_flight[key] = future
         try:
@@ -170,9 +191,11 @@ class LoggedEngine:
         async with self._limit:
             begin = time.monotonic()
             completion = await self.engine.chat(messages, sampling)
-        if completion.latency_s:
-            return completion
-        return dataclasses.replace(completion, latency_s=time.monotonic() - begin)
+        # Half a character (a lone surrogate, which JSON from an endpoint can say) fits no UTF-8 file: one reply that
+        # holds one must not spoil the files of a whole shard.
+        text = completion.text.encode("utf-8", "replace").decode()
+        latency = completion.latency_s or time.monotonic() - begin
+        return dataclasses.replace(completion, text=text, latency_s=latency)
 
     @staticmethod
     def _fail(future: asyncio.Future[Completion], error: BaseException) -> None:

@@ -7,6 +7,7 @@ may be taken. An owner whose name is no longer in the file has been replaced and
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import uuid
@@ -71,13 +72,10 @@ class Heartbeat:
             else:
                 self._say("its owner is gone; taking the run over")
         self._write()
-        # Two newcomers may have judged the same file dead: the later write wins, and both look again.
-        if seen is not None:
-            time.sleep(self._beat)
-            if not self._mine():
-                raise RunBusy(
-                    f"another process took over {self._folder.location} at the same moment; leave it to that one"
-                )
+        # Two newcomers may have found no file, or judged the same one dead: the later write wins, and both look again.
+        time.sleep(self._beat if seen is not None else self._beat / 4)
+        if not self._mine():
+            raise RunBusy(f"another process took {self._folder.location} at the same moment; leave it to that one")
         self._thread = threading.Thread(target=self._run, name="quorum-heartbeat", daemon=True)
         self._thread.start()
         return self
@@ -86,20 +84,24 @@ class Heartbeat:
         self._stop.set()
         if self._thread is not None:
             self._thread.join(timeout=10)
-        if not self.lost and self._mine():
-            self._folder.delete(_NAME)
+        with contextlib.suppress(OSError):  # A file that stays behind costs the next run a few beats, no more.
+            if not self.lost and self._mine():
+                self._folder.delete(_NAME)
 
     def _run(self) -> None:
         while not self._stop.wait(self._beat):
             try:
-                if not self._mine():
-                    self.lost = True
-                    if self._on_loss is not None:
-                        self._on_loss()
-                    return
-                self._write()
-            except OSError as error:  # A storage hiccup is no reason to end a run; a newcomer decides by silence.
+                mine = self._mine()
+                if mine:
+                    self._write()
+            except Exception as error:  # A storage hiccup is no reason to end a run; a newcomer decides by silence.
                 self._say(f"heartbeat: {error}")
+                continue
+            if not mine:
+                self.lost = True
+                if self._on_loss is not None:
+                    self._on_loss()
+                return
 
     def _read(self) -> object:
         try:

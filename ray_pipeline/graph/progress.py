@@ -42,7 +42,7 @@ class StageProgress:
         if self.status != "running" or self.seconds <= 0:
             return None
         if self.rows_total and self.rows:
-            return self.seconds * (self.rows_total - self.rows) / self.rows
+            return self.seconds * max(self.rows_total - self.rows, 0) / self.rows
         done = self.shards_done - self.shards_at_start
         if done > 0:
             return self.seconds * (self.shards - self.shards_done) / done

@@ -84,10 +84,11 @@ class RunSettings:
 
 @dataclasses.dataclass(frozen=True)
 class RunOutcome:
-    """Results by stage, and what went wrong by stage."""
+    """Results by stage, what went wrong by stage, and the stages that were not run because of it."""
 
     results: dict[str, StageResult]
     failures: dict[str, str]
+    not_run: list[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,7 +310,8 @@ def execute(
             if stage.view and stage.name in results:
                 point_at(folder, stage.view, stage.folder_name)
         manifest.write(results, failures)
-        return RunOutcome(results, failures)
+        not_run = [s.name for s in wanted if s.name not in results and s.name not in failures]
+        return RunOutcome(results, failures, not_run)
 
 
 def _before(dag: Dag, stage: Stage, group: str) -> bool:
@@ -358,8 +360,8 @@ def _run_tasks(
     ours = start_ray(settings.ray)
     failures: dict[str, str] = {}
     try:
-        board = ray.remote(num_cpus=0, max_concurrency=1)(ProgressBoard).remote()
-        task = ray.remote(num_cpus=0, max_retries=2, retry_exceptions=False)(run_stage)
+        board: Any = ray.remote(num_cpus=0)(ProgressBoard).remote()  # type: ignore[call-overload]
+        task: Any = ray.remote(num_cpus=0, max_retries=2, retry_exceptions=False)(run_stage)
         outputs: dict[str, Any] = {name: result for name, result in results.items()}
         refs: dict[Any, Stage] = {}
         for stage in todo:
@@ -401,14 +403,12 @@ def _settle(
     try:
         result: StageResult = ray.get(ref)
     except Exception as error:
-        failed_before = [p.name for p in stage.inputs.values() if p.name in failures]
-        if failed_before:
-            failures[stage.name] = f"not run: {', '.join(failed_before)} failed"
-        else:
+        # Ray gives a stage the error of the parent that failed; only the parent's own is a failure to tell.
+        if all(parent.name in results for parent in stage.inputs.values()):
             failures[stage.name] = _explain(error)
             logger.debug("".join(traceback.format_exception(error)))
             log.say(f"{stage.name}: FAILED: {failures[stage.name]}")
-        board.end.remote(stage.name, "failed")
+            board.end.remote(stage.name, "failed")
         return
     results[stage.name] = result
     board.end.remote(stage.name, "done")

@@ -113,7 +113,7 @@ def map_shards(job: ShardJob, shards: list[int]) -> Iterable[Receipt]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    dataset = ray.data.from_items([{"shard": s} for s in shards], override_num_blocks=len(shards))
+    dataset: ray.data.Dataset = ray.data.from_items([{"shard": s} for s in shards], override_num_blocks=len(shards))
     if job.work.engine is not None:
         placement = job.work.placement
         check_room(job.stage, job.work)
@@ -131,7 +131,7 @@ def map_shards(job: ShardJob, shards: list[int]) -> Iterable[Receipt]:
             **_engine_room(job.work, placement),
         )
     else:
-        dataset = dataset.map_batches(make_shard, batch_size=1, fn_args=(job,), compute=TaskPoolStrategy(), num_cpus=1)
+        dataset = dataset.map_batches(make_shard, batch_size=1, fn_args=(job,), compute=TaskPoolStrategy(), num_cpus=1)  # type: ignore[arg-type]
     try:
         for row in dataset.iter_rows():
             yield Receipt(**json.loads(row["receipt"]))
@@ -230,7 +230,7 @@ class ShardActor:
             )
 
 
-def make_shard(batch: Mapping[str, Any], job: ShardJob) -> dict[str, Any]:
+def make_shard(batch: dict[str, Any], job: ShardJob) -> dict[str, Any]:
     """Make one shard of a columnar stage."""
     shard, begin = int(batch["shard"][0]), time.monotonic()
     try:
@@ -254,7 +254,7 @@ async def all_of(coroutines: Iterable[Awaitable[T]]) -> list[T]:
     """Await all, in order; the first failure cancels the others and is raised as it is."""
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(c) for c in coroutines]  # type: ignore[arg-type]
+            tasks: list[asyncio.Task[T]] = [group.create_task(c) for c in coroutines]  # type: ignore[arg-type]
     except BaseExceptionGroup as errors:
         first = errors.exceptions[0]
         while isinstance(first, BaseExceptionGroup):

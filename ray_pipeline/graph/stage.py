@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
@@ -125,8 +126,9 @@ class Stage:
     group: str = ""
     view: str = ""
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
+        # Kept: every stage asks all that it reads, and the number of paths through a DAG grows fast.
         inputs = {role: stage.fingerprint for role, stage in self.inputs.items()}
         return fingerprint(self.name, self.version, self.config, inputs, self.external)
 
@@ -174,8 +176,9 @@ class Dag:
         for stage in stages:
             self._add(stage)
         names = [s.name for s in self.stages]
-        if len(set(names)) != len(names):
-            raise ValueError(f"two stages of {name} have the same name: {sorted(names)}")
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if twice:
+            raise ValueError(f"two stages of {name} have the same name: {', '.join(twice)}")
 
     def _add(self, stage: Stage) -> None:
         if any(stage is s for s in self.stages):

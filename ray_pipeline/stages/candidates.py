@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ray_pipeline.agents.judges import SamplingSettings
 from ray_pipeline.engines.base import EngineError, PromptTooLong
 from ray_pipeline.graph.models import ModelSettings
 from ray_pipeline.graph.shard_map import all_of
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage
+from ray_pipeline.stages.judge import FailureSettings
 from ray_pipeline.store.keys import candidate_id, derived_seed
 from ray_pipeline.store.schemas import CANDIDATES, to_table
 from ray_pipeline.store.settings import Settings
+
+_PUBLISHED = SamplingSettings(temperature=0.8, top_p=0.95, max_tokens=512)
 
 
 class CandidateSettings(Settings):
@@ -23,11 +26,20 @@ class CandidateSettings(Settings):
     model: str = Field("policy", description="a key of `models`")
     k: int = Field(4, ge=1, le=1024)
     seed: int = 0
-    sampling: SamplingSettings = SamplingSettings(temperature=0.8, top_p=0.95, max_tokens=512)
+    sampling: SamplingSettings = _PUBLISHED
+
+    @field_validator("sampling", mode="before")
+    @classmethod
+    def _published(cls, given: Any) -> Any:
+        """A block that sets one key keeps the published others; at temperature 0 all k answers would be the same."""
+        return {**_PUBLISHED.model_dump(), **given} if isinstance(given, Mapping) else given
 
 
-def candidates(settings: CandidateSettings, model: ModelSettings, prompts: Stage) -> Stage:
+def candidates(
+    settings: CandidateSettings, model: ModelSettings, prompts: Stage, failure: FailureSettings | None = None
+) -> Stage:
     """k rows a prompt. A prompt that does not fit the model's context gives rows that say so."""
+    failure = failure or FailureSettings()
     return Stage(
         name="candidates",
         work=ShardWork(
@@ -36,6 +48,8 @@ def candidates(settings: CandidateSettings, model: ModelSettings, prompts: Stage
             settings=settings,
             engine=model.factory(),
             placement=model.placement,
+            max_error_rate=failure.max_error_rate,
+            error_window=failure.error_window,
         ),
         config={**settings.model_dump(mode="json"), "engine": model.semantics()},
         inputs={"prompts": prompts},

@@ -203,7 +203,7 @@ def _nested(counts: Mapping[str, int], kind: str) -> dict[str, Any]:
 def write_files(given: WholeInput) -> dict[str, Any]:
     settings: _FilesGiven = given.settings
     rows = given.inputs["rows"]
-    counts = {kind: _nested(rows.facts["counts"], kind) for kind in settings.datasets.kinds}
+    counts: dict[str, dict[str, Any]] = {kind: _nested(rows.facts["counts"], kind) for kind in settings.datasets.kinds}
     stats = write_dataset_files(
         given.folder,
         {kind: rows.table(kind).scan() for kind in settings.datasets.kinds},

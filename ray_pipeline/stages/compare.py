@@ -13,7 +13,7 @@ from ray_pipeline.engines.base import EngineError, PromptTooLong
 from ray_pipeline.graph.models import EngineFactory, ModelSettings, Placement
 from ray_pipeline.graph.shard_map import all_of
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage
-from ray_pipeline.stages.judge import FailureSettings
+from ray_pipeline.stages.judge import FailureSettings, unanswered
 from ray_pipeline.store.keys import derived_seed, digest
 from ray_pipeline.store.schemas import COMPARISONS, READ_STATUSES, RESPONSES, to_table
 from ray_pipeline.store.settings import Settings
@@ -51,6 +51,10 @@ class EvaluateSettings(Settings):
         names = [m.name for m in self.modes]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"evaluate.modes needs distinct names and at least one, not {names}")
+        if self.asking.expected_score:
+            raise ValueError(
+                "evaluate.asking.expected_score is read by nothing: a comparison gives no score; remove it"
+            )
         return self
 
 
@@ -69,13 +73,23 @@ def responses(
     external: Mapping[str, str],
     prompts: Stage,
     train: Stage | None,
+    failure: FailureSettings | None = None,
 ) -> Stage:
     """Answers of one model to the held-out prompts, one row a mode."""
+    failure = failure or FailureSettings()
     given = _Draw(label=label, modes=settings.modes, seed=settings.seed)
     return Stage(
         name=f"responses-{label}",
         group="evaluate",
-        work=ShardWork(function=respond, tables=("responses",), settings=given, engine=engine, placement=placement),
+        work=ShardWork(
+            function=respond,
+            tables=("responses",),
+            settings=given,
+            engine=engine,
+            placement=placement,
+            max_error_rate=failure.max_error_rate,
+            error_window=failure.error_window,
+        ),
         config={**given.model_dump(mode="json"), "engine": dict(semantics)},
         inputs={"prompts": prompts, **({"train": train} if train is not None else {})},
         external=external,
@@ -194,8 +208,9 @@ async def _compare_one(
 ) -> dict[str, Any]:
     assert given.engine is not None
     first, second = (policy, base) if order == "ab" else (base, policy)
-    if first["response"] is None or second["response"] is None:
-        found = Choice(None, None, "error", None)
+    missing = {unanswered(first), unanswered(second)} - {None}
+    if missing:
+        found = Choice(None, None, "too_long" if "too_long" in missing else "error", None)
     else:
         found = await compare(
             given.engine.bound(prompt["prompt_id"], "compare"),

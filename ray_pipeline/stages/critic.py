@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ray_pipeline.agents.judges import Asking, Critique, SamplingSettings, critique
 from ray_pipeline.agents.templates import Layout, RoleTemplate
@@ -24,6 +24,12 @@ class CriticSettings(Settings):
     layout: Layout = Field("rubric_first", description="one call a candidate: only its own texts can be shared")
     sampling: SamplingSettings = SamplingSettings(temperature=0.0, max_tokens=512)
     asking: Asking = Asking()
+
+    @model_validator(mode="after")
+    def _no_score(self) -> CriticSettings:
+        if self.asking.expected_score:
+            raise ValueError("critic.asking.expected_score is read by nothing: a critic gives no score; remove it")
+        return self
 
 
 class _Given(Settings):

@@ -438,7 +438,7 @@ def _all_rows(kind: str, tables: Iterable[pa.Table]) -> pa.Table:
 
 
 def _write_split(folder: Folder, kind: str, table: pa.Table, config: DatasetsConfig, fingerprint: str) -> None:
-    """Numbered files in training order. A split without rows gets one file too, so that loaders find its columns."""
+    """Numbered files in training order. A split without rows gets one file too, so that readers find its columns."""
     order = (_kto_order if kind == "kto" else _dpo_order)(table, config.seed)
     written = []
     for number, start in enumerate(range(0, max(len(order), 1), config.rows_per_file)):
@@ -478,22 +478,18 @@ _COLUMNS = {
 def _card(kind: str, stats: Mapping[str, Any], license: str) -> str:
     """README.md with the front matter by which `datasets.load_dataset(folder)` finds the splits."""
     rows, counts, gate = stats["rows"][kind], stats["counts"][kind], stats["gate"]
-    front = {
+    front: dict[str, Any] = {
         "pretty_name": f"Quorum {kind.upper()} data",
         "license": license,
         "task_categories": ["text-generation"],
         "tags": ["quorum", "preference", "rlaif", "trl", kind],
         "size_categories": [_size_category(rows["train"] + rows["val"])],
-        "configs": [
-            {
-                "config_name": "default",
-                "data_files": [
-                    {"split": "train", "path": "train/*.parquet"},
-                    {"split": "validation", "path": "val/*.parquet"},
-                ],
-            }
-        ],
     }
+    # `datasets` 5.2 fails on a split without rows, so the card names only those that have some.
+    named = {"train": "train", "val": "validation"}
+    files = [{"split": named[split], "path": f"{split}/*.parquet"} for split in SPLITS if rows[split]]
+    if files:
+        front["configs"] = [{"config_name": "default", "data_files": files}]
     columns = _COLUMNS[kind]
     lines = [
         "---",
@@ -507,7 +503,7 @@ def _card(kind: str, stats: Mapping[str, Any], license: str) -> str:
         "",
         "```python",
         "from datasets import load_dataset",
-        f'data = load_dataset("path/to/{kind}")  # splits: train, validation',
+        f'data = load_dataset("path/to/{kind}")  # splits: {", ".join(f["split"] for f in files) or "none, no row"}',
         "```",
         "",
         *_markdown("Columns", columns),

@@ -30,6 +30,16 @@ class JudgeSettings(Settings):
     sampling: SamplingSettings = SamplingSettings(temperature=0.0, max_tokens=512)
     asking: Asking = Asking()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit(cls, values: Any) -> Any:
+        """A rubric that sets one key of `sampling` keeps the stage's others."""
+        shared = values.get("sampling") if isinstance(values, Mapping) else None
+        rubrics = values.get("rubrics") if isinstance(values, Mapping) else None
+        if not isinstance(shared, Mapping) or not isinstance(rubrics, (list, tuple)):
+            return values
+        return {**values, "rubrics": [_over(shared, rubric) for rubric in rubrics]}
+
     @model_validator(mode="after")
     def _distinct(self) -> JudgeSettings:
         names = [r.name for r in self.rubrics]
@@ -54,6 +64,12 @@ class JudgeSettings(Settings):
         return list(dict.fromkeys(r.model or self.model for r in self.rubrics))
 
 
+def _over(shared: Mapping[str, Any], rubric: Any) -> Any:
+    if not isinstance(rubric, Mapping) or not isinstance(rubric.get("sampling"), Mapping):
+        return rubric
+    return {**rubric, "sampling": {**shared, **rubric["sampling"]}}
+
+
 class FailureSettings(Settings):
     """The `failure` block: when a stage stops because too much goes wrong."""
 
@@ -64,8 +80,9 @@ class FailureSettings(Settings):
 
 
 class _Given(Settings):
-    """What the shard function needs."""
+    """What the shard function needs. `answers` are the input roles whose rows are judged."""
 
+    answers: tuple[str, ...]
     rubrics: tuple[Rubric, ...]
     template: RoleTemplate
     layout: Layout | None
@@ -79,21 +96,26 @@ def judges(
     models: Mapping[str, ModelSettings],
     template: RoleTemplate,
     prompts: Stage,
-    candidates: Stage,
+    answers: Mapping[str, Stage],
     name: str = "judge",
     group: str = "",
 ) -> list[Stage]:
-    """One stage a model that judges sit on; each writes the verdicts of its own judges."""
+    """One stage a model that judges sit on; each writes the verdicts of its own judges.
+
+    Args:
+        answers: role → stage of candidates or responses; all of their rows are judged.
+    """
     stages = []
     for key in settings.models:
         model, rubrics = models[key], settings.on_model(key)
         one = len(settings.models) == 1
-        inputs = {"prompts": prompts, "candidates": candidates}
+        inputs = {"prompts": prompts, **answers}
         if settings.layout == "auto":
             inputs["layout"] = _layout(
-                name if one else f"{name}-{key}", group or name, rubrics, model, template, inputs
+                name if one else f"{name}-{key}", group or name, tuple(answers), rubrics, model, template, inputs
             )
         given = _Given(
+            answers=tuple(answers),
             rubrics=rubrics,
             template=template,
             layout=None if settings.layout == "auto" else settings.layout,
@@ -125,7 +147,7 @@ async def judge_shard(given: ShardInput) -> ShardOutput:
     """The verdicts of one shard, ordered by candidate and judge."""
     settings: _Given = given.settings
     messages = {row["prompt_id"]: row["messages"] for row in given.tables["prompts"].to_pylist()}
-    answers = answers_of(given.tables["candidates"].to_pylist())
+    answers = [answer for role in settings.answers for answer in answers_of(given.tables[role].to_pylist())]
     layout: Layout = settings.layout or given.facts["layout"]["layout"]
     rows = await all_of(
         _judge_one(given, settings, layout, answer, messages[answer["prompt_id"]], rubric)
@@ -195,6 +217,7 @@ async def _judge_one(
 
 
 class _LayoutGiven(Settings):
+    answers: tuple[str, ...]
     rubrics: tuple[Rubric, ...]
     template: RoleTemplate
     weights: dict[str, str]
@@ -203,12 +226,13 @@ class _LayoutGiven(Settings):
 def _layout(
     name: str,
     group: str,
+    answers: tuple[str, ...],
     rubrics: tuple[Rubric, ...],
     model: ModelSettings,
     template: RoleTemplate,
     inputs: Mapping[str, Stage],
 ) -> Stage:
-    given = _LayoutGiven(rubrics=rubrics, template=template, weights=model.weights())
+    given = _LayoutGiven(answers=answers, rubrics=rubrics, template=template, weights=model.weights())
     return Stage(
         name=f"{name}-layout",
         group=group,
@@ -231,12 +255,13 @@ def choose_layout(given: WholeInput) -> dict[str, Any]:
     except (FileNotFoundError, StoreError):
         pass
     sample = []
-    candidates, prompts = given.inputs["candidates"].table(), given.inputs["prompts"].table()
+    prompts = given.inputs["prompts"].table()
     for shard in range(given.num_shards):
         messages = {row["prompt_id"]: row["messages"] for row in prompts.read(shard).to_pylist()}
-        for answer in answers_of(candidates.read(shard).to_pylist()):
-            if answer["response"] is not None:
-                sample.append((answer["id"], transcript(messages[answer["prompt_id"]]), answer["response"]))
+        for role in settings.answers:
+            for answer in answers_of(given.inputs[role].table().read(shard).to_pylist()):
+                if answer["response"] is not None:
+                    sample.append((answer["id"], transcript(messages[answer["prompt_id"]]), answer["response"]))
         sample = sorted(sample)[:_LAYOUT_SAMPLE]
     lengths = [
         part_lengths(settings.template, instruction=p, response=r, name=x.name, rubric=x.text, low=x.low, high=x.high)

@@ -147,7 +147,7 @@ def shard_prompts(table: pa.Table, num_shards: int) -> list[pa.Table]:
 
 
 def split_of(prompt: str, seed: int, val_fraction: float) -> str:
-    """"train" or "val"; follows from the prompt and the seed alone."""
+    """Split of a prompt, train or val; follows from the prompt and the seed alone."""
     return "val" if unit_hash("split", seed, prompt) < val_fraction else "train"
 
 

@@ -194,7 +194,7 @@ def _parquet_rows(source: _FileSource, file: _File) -> Iterator[SourceRow]:
 def _csv_rows(source: _FileSource, file: _File) -> Iterator[SourceRow]:
     # Only the wanted columns are converted, all as text: a number further down must not change a column's type.
     wanted = _wanted(source)
-    read = pacsv.ReadOptions(block_size=_BLOCK_BYTES)
+    read = pacsv.ReadOptions(block_size=_BLOCK_BYTES, use_threads=False)  # with threads, errors name no row
     parse = pacsv.ParseOptions(newlines_in_values=True)
     convert = pacsv.ConvertOptions(column_types=dict.fromkeys(wanted, pa.string()), include_columns=wanted)
     try:
@@ -307,7 +307,8 @@ def _need_columns(where: str, present: Iterable[str], source: _Columns) -> None:
     for name in _wanted(source):
         if name in present:
             continue
-        near = difflib.get_close_matches(name, present, n=3, cutoff=0.4)
+        folded = {column.casefold(): column for column in present}
+        near = [folded[c] for c in difflib.get_close_matches(name.casefold(), folded, n=3, cutoff=0.4)]
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {', '.join(present) or 'none'}"
         raise InputError(f"{where} has no column {name!r}; {hint}")
 

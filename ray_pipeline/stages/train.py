@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from typing import Any, Literal
 
 import ray
@@ -10,10 +11,11 @@ from pydantic import Field, model_validator
 
 from ray_pipeline.graph.models import ModelSettings
 from ray_pipeline.graph.stage import Stage, StageStop, WholeInput, WholeWork
+from ray_pipeline.store.files import StoreError
 from ray_pipeline.store.schemas import TRAIN_METRICS
 from ray_pipeline.store.settings import Settings
 from ray_pipeline.training.fit import fit
-from ray_pipeline.training.spec import LoraSpec, TrainingInputError, TrainSpec
+from ray_pipeline.training.spec import PROGRESS, LoraSpec, TrainingInputError, TrainSpec
 
 METRICS = "train_metrics.parquet"
 
@@ -131,10 +133,16 @@ def train_policy(given: WholeInput) -> dict[str, Any]:
         card={"data set": data.fingerprint, "training": given.fingerprint},
     )
     os.makedirs(spec.storage_path, exist_ok=True)
+    ended = threading.Event()
+    teller = threading.Thread(target=_tell, args=(given, ended), daemon=True)
+    teller.start()
     try:
         result = fit(spec)
     except TrainingInputError as error:
         raise StageStop(f"train: {error}") from error
+    finally:
+        ended.set()
+        teller.join()
     metrics = result.metrics.select(TRAIN_METRICS.names).cast(TRAIN_METRICS)
     given.folder.write_table(METRICS, metrics, fingerprint=given.fingerprint, kind="train_metrics")
     return {
@@ -148,3 +156,17 @@ def train_policy(given: WholeInput) -> dict[str, Any]:
         "max_logit_diff": result.max_logit_diff,
         "train_seconds": result.train_seconds,
     }
+
+
+def _tell(given: WholeInput, ended: threading.Event) -> None:
+    """Pass on what the workers write about their progress."""
+    told = None
+    while not ended.wait(1.0):
+        try:
+            now = given.folder.read_json(PROGRESS)
+        except (FileNotFoundError, StoreError):
+            continue
+        if now != told:
+            told = now
+            given.tick(now["step"], now["steps"])
+            given.log(now["line"])

@@ -116,7 +116,7 @@ def read_calls(folder: Folder, shard: int, num_shards: int) -> pa.Table:
 
 
 def scan_calls(root: Folder) -> Iterator[pa.Table]:
-    """Every part of every model, for audits and status; a vanished part is passed over."""
+    """Every part of every model, for audits and status; a vanished part is passed over, a torn one named."""
     for model in root.folders():
         folder = root / model
         for name in folder.names(".parquet"):
@@ -124,3 +124,5 @@ def scan_calls(root: Folder) -> Iterator[pa.Table]:
                 yield folder.read_table(name, fingerprint=_FINGERPRINT, kind="calls", schema=CALLS)
             except FileNotFoundError:
                 continue
+            except StoreError as error:
+                logger.warning("call log: %s", error)

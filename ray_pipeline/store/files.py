@@ -10,6 +10,7 @@ import io
 import json
 import os
 import posixpath
+import urllib.parse
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -55,7 +56,9 @@ class Folder:
     @property
     def fs(self) -> pafs.FileSystem:
         if self._fs is None:
-            self._fs, self._base = pafs.FileSystem.from_uri(self.location)
+            # Threads share folders: the base must be there before another one sees that the filesystem is.
+            fs, self._base = pafs.FileSystem.from_uri(self.location)
+            self._fs = fs
         return self._fs
 
     @property
@@ -93,7 +96,10 @@ class Folder:
     def folders(self) -> list[str]:
         """Sorted names of the sub-folders."""
         selector = pafs.FileSelector(self.path(), allow_not_found=True, recursive=False)
-        return sorted(i.base_name for i in self.fs.get_file_info(selector) if i.type == pafs.FileType.Directory)
+        infos = self.fs.get_file_info(selector)
+        return sorted(
+            i.base_name for i in infos if i.type == pafs.FileType.Directory and not _is_temporary(i.base_name)
+        )
 
     def read_bytes(self, name: str) -> bytes:
         with self.fs.open_input_stream(self.path(name)) as stream:
@@ -148,23 +154,24 @@ class Folder:
         """Write a Parquet file whole; equal tables give equal bytes. Returns the size in bytes."""
         metadata = {FINGERPRINT_KEY: fingerprint.encode(), TABLE_KEY: kind.encode()} if fingerprint else None
         buffer = io.BytesIO()
-        pq.write_table(
-            table.replace_schema_metadata(metadata), buffer, compression="zstd", row_group_size=row_group_size
-        )
+        # Pages end where chunks end, so a table that came in pieces would get other bytes.
+        whole = _in_one_piece(table).replace_schema_metadata(metadata)
+        pq.write_table(whole, buffer, compression="zstd", row_group_size=row_group_size)
         data = buffer.getvalue()
         self.write_bytes(name, data)
         return len(data)
 
-    def check_table(self, name: str, *, fingerprint: str, kind: str = "") -> int:
+    def check_table(self, name: str, *, fingerprint: str, kind: str = "", schema: pa.Schema | None = None) -> int:
         """Number of rows of a Parquet file, from its footer alone.
 
         Raises:
             FileNotFoundError: there is no such file.
             TornFile: it has no readable footer.
-            ForeignFile: its footer carries another fingerprint.
+            ForeignFile: its footer carries another fingerprint, or not the given schema.
         """
         with self._parquet(name) as file:
             self._check_footer(name, file, fingerprint, kind)
+            self._check_schema(name, file, schema)
             return file.metadata.num_rows
 
     def read_table(
@@ -180,16 +187,13 @@ class Folder:
         with self._parquet(name) as file:
             if fingerprint is not None:
                 self._check_footer(name, file, fingerprint, kind)
+            self._check_schema(name, file, schema)
             try:
                 table = file.read(columns=columns)
             except (pa.ArrowException, OSError) as error:
                 raise TornFile(f"{self.uri(name)} cannot be read whole ({error}); remove it and run again") from error
         table = table.replace_schema_metadata(None)
-        if schema is not None and columns is None:
-            if not table.schema.equals(schema):
-                raise ForeignFile(f"{self.uri(name)} has other columns than expected; it is remade on the next run")
-            table = table.cast(schema)
-        return table
+        return table.cast(schema) if schema is not None and columns is None else table
 
     @contextlib.contextmanager
     def _parquet(self, name: str) -> Iterator[pq.ParquetFile]:
@@ -205,18 +209,22 @@ class Folder:
 
     def _check_footer(self, name: str, file: pq.ParquetFile, fingerprint: str, kind: str) -> None:
         metadata = file.schema_arrow.metadata or {}
-        found = metadata.get(FINGERPRINT_KEY, b"").decode()
-        if found != fingerprint or (kind and metadata.get(TABLE_KEY, b"").decode() != kind):
+        found = metadata.get(FINGERPRINT_KEY, b"").decode(errors="replace")
+        if found != fingerprint or (kind and metadata.get(TABLE_KEY, b"") != kind.encode()):
             raise ForeignFile(
                 f"{self.uri(name)} was written by another stage or configuration "
                 f"(fingerprint {found or 'none'}, expected {fingerprint}); it is remade on the next run"
             )
 
+    def _check_schema(self, name: str, file: pq.ParquetFile, schema: pa.Schema | None) -> None:
+        if schema is not None and not file.schema_arrow.equals(schema):
+            raise ForeignFile(f"{self.uri(name)} has other columns than expected; it is remade on the next run")
+
 
 def normalise_location(location: str) -> str:
     """Absolute local path, or a URI without a trailing slash. `file://` URIs become local paths."""
     if location.startswith("file://"):
-        location = location[len("file://") :]
+        location = urllib.parse.unquote(location[len("file://") :])
         if not location.startswith("/"):
             raise StoreError(f"file URI must have an absolute path (file:///…), not file://{location}")
     if "://" in location:
@@ -244,7 +252,12 @@ def point_at(folder: Folder, name: str, target: str) -> None:
     os.makedirs(os.path.dirname(link), exist_ok=True)
     beside = os.path.join(os.path.dirname(link), _temporary(os.path.basename(link)))
     os.symlink(target, beside)
-    os.replace(beside, link)
+    try:
+        os.replace(beside, link)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+        raise
 
 
 def _temporary(name: str) -> str:
@@ -253,6 +266,13 @@ def _temporary(name: str) -> str:
 
 def _is_temporary(name: str) -> bool:
     return name.startswith(".") and name.endswith(".tmp")
+
+
+def _in_one_piece(table: pa.Table) -> pa.Table:
+    try:
+        return table.combine_chunks()
+    except pa.ArrowException:  # More than 2 GB of nested text in a column fit no single piece.
+        return table
 
 
 def _sync_folder(path: str) -> None:

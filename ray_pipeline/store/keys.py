@@ -42,12 +42,13 @@ def normalise_text(text: str) -> str:
     Indentation at the start of a line is content (code), so it is kept; everything else that a reader cannot see
     does not make a new prompt.
     """
-    text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
-    text = text.replace("\x00", "")
+    text = text.replace("\x00", "").replace("\r\n", "\n").replace("\r", "\n")
+    text = unicodedata.normalize("NFC", text)
     lines = []
     for line in text.split("\n"):
         body = line.lstrip(" \t")
-        lines.append(line[: len(line) - len(body)] + _SPACES.sub(" ", body).rstrip())
+        # The indentation of an empty line is no content: the whole line is trimmed.
+        lines.append((line[: len(line) - len(body)] + _SPACES.sub(" ", body)).rstrip())
     return _BLANK_LINES.sub("\n\n", "\n".join(lines)).strip()
 
 

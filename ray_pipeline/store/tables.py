@@ -71,7 +71,11 @@ class ShardedTable:
             if shard_name(shard) not in present:
                 continue
             try:
-                rows[shard] = folder.check_table(shard_name(shard), fingerprint=self.fingerprint, kind=self.kind)
+                rows[shard] = folder.check_table(
+                    shard_name(shard), fingerprint=self.fingerprint, kind=self.kind, schema=self.schema
+                )
+            except FileNotFoundError:  # It went away since the folder was listed.
+                continue
             except (TornFile, ForeignFile) as error:
                 bad[shard] = str(error)
         missing = [s for s in range(self.num_shards) if s not in rows]

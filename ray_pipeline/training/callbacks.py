@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import time
@@ -46,10 +47,14 @@ class ReportCheckpoint(TrainerCallback):
 
 
 class LogProgress(TrainerCallback):
-    """A line every few seconds: step of all, loss, steps per second since the start, time left."""
+    """A line every few seconds: step of all, loss, steps per second since the start, time left.
 
-    def __init__(self, rows_per_step: int, every_s: float = 5.0) -> None:
+    The newest line also lies in `progress_file`, for whoever started the training on another node.
+    """
+
+    def __init__(self, rows_per_step: int, progress_file: Path, every_s: float = 5.0) -> None:
         self._rows_per_step = rows_per_step
+        self._file = progress_file
         self._every_s = every_s
         self._started = self._last = 0.0
         self._first_step = 0
@@ -78,8 +83,12 @@ class LogProgress(TrainerCallback):
             return
         self._last = now
         rate = (state.global_step - self._first_step) / max(now - self._started, 1e-9)
-        logger.info(
-            "step %d/%d epoch %.2f loss %.4f %.2f steps/s %.1f rows/s %.0f s left",
-            state.global_step, state.max_steps, state.epoch or 0.0, logs["loss"], rate, rate * self._rows_per_step,
-            (state.max_steps - state.global_step) / max(rate, 1e-9),
-        )  # fmt: skip
+        line = (
+            f"step {state.global_step}/{state.max_steps} epoch {state.epoch or 0.0:.2f} loss {logs['loss']:.4f} "
+            f"{rate:.2f} steps/s {rate * self._rows_per_step:.1f} rows/s "
+            f"{(state.max_steps - state.global_step) / max(rate, 1e-9):.0f} s left"
+        )
+        logger.info(line)
+        beside = self._file.with_suffix(".tmp")
+        beside.write_text(json.dumps({"step": state.global_step, "steps": state.max_steps, "line": line}))
+        beside.replace(self._file)

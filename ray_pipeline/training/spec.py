@@ -7,6 +7,9 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+#: File in `TrainSpec.output_dir` that tells how far a running training is: {"step", "steps", "line"}.
+PROGRESS = "progress.json"
+
 
 class TrainingInputError(ValueError):
     """The settings, the data or the cluster cannot give a training run; the message names the key and the remedy."""

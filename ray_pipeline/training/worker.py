@@ -22,7 +22,7 @@ from ray_pipeline.training.card import model_card
 from ray_pipeline.training.folders import clear, partial_folder, publish
 from ray_pipeline.training.merge import MergeReport, merge_adapter
 from ray_pipeline.training.metrics import train_metrics
-from ray_pipeline.training.spec import TrainSpec
+from ray_pipeline.training.spec import PROGRESS, TrainSpec
 from ray_pipeline.training.trainer import build_trainer, effective_settings
 
 logger = logging.getLogger("quorum.train")
@@ -49,7 +49,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
         trainer = build_trainer(
             spec,
             str(scratch),
-            callbacks=[ReportCheckpoint(), LogProgress(rows_per_step=spec.effective_batch)],
+            callbacks=[ReportCheckpoint(), LogProgress(spec.effective_batch, Path(spec.output_dir) / PROGRESS)],
         )
         if trainer.eval_dataset is not None:
             trainer.add_callback(EvaluateEachEpoch())
@@ -138,7 +138,7 @@ def _merge(spec: TrainSpec, trainer: Any, readme: str) -> MergeReport:
 def _scratch_folder(spec: TrainSpec, rank: int) -> Path:
     """A folder of this rank alone, the same after a restart, so that a killed worker leaves nothing to pile up."""
     name = digest([os.getuid(), spec.storage_path, spec.run_name])
-    return Path(tempfile.gettempdir()) / f"quorum-train-{name}" / f"rank-{rank}"
+    return Path(tempfile.gettempdir()) / f"quorum-train-{name}-rank-{rank}"
 
 
 def _log_to_stderr() -> None:

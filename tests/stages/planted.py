@@ -92,7 +92,8 @@ def random_world(prompts: int, seed: int, k: int = 4) -> World:
 def count_words(messages: Sequence[Any], completion: Sequence[Any] | None = None) -> list[int]:
     """One token a word, two for each message around it; equal words have equal ids in every process."""
     chat = [*messages, *(completion or ())]
-    text = " ".join(f"<{m['role']}> {m['content']} <end>" for m in chat) + (" <assistant>" if completion is None else "")
+    text = " ".join(f"<{m['role']}> {m['content']} <end>" for m in chat)
+    text += " <assistant>" if completion is None else ""
     return [int(keys.digest(word, size=3), 16) for word in text.split()]
 
 

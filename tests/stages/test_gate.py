@@ -243,9 +243,7 @@ def test_bad_settings_are_refused(values):
 
 
 def test_empty_shard():
-    table = decide(
-        CANDIDATES.empty_table(), VERDICTS.empty_table(), CRITIQUES.empty_table(), JUDGES, GateConfig()
-    )
+    table = decide(CANDIDATES.empty_table(), VERDICTS.empty_table(), CRITIQUES.empty_table(), JUDGES, GateConfig())
     assert table.num_rows == 0 and table.schema.equals(DECISIONS)
     assert label_counts(table) == dict.fromkeys(("desirable", "undesirable", "discard", "abstain", "incomplete"), 0)
 

@@ -1,0 +1,25 @@
+"""The pocket world: verifiable tasks, two tiny real models, and the checker that knows the truth (see tasks.py)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+WEIGHTS = Path(__file__).resolve().parent / "weights"
+MODELS = ("policy", "judge")
+
+
+def model_path(name: str) -> str:
+    """The absolute folder of a shipped model: "pocket:policy" or "pocket:judge" (the prefix may be left out).
+
+    Raises ValueError for any other name, FileNotFoundError if the weights are not in the package.
+    """
+    short = name.removeprefix("pocket:")
+    if short not in MODELS:
+        known = ", ".join(f"pocket:{model}" for model in MODELS)
+        raise ValueError(f"there is no pocket model {name!r}; known names: {known}")
+    folder = WEIGHTS / short
+    if not (folder / "model.safetensors").is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no weights; make them with: python -m ray_pipeline.pocket.make_models --out {WEIGHTS}"
+        )
+    return str(folder)

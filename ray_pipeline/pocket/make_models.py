@@ -1,0 +1,207 @@
+"""Makes the pocket models from a seed: `python -m ray_pipeline.pocket.make_models --out DIR --seed 0`.
+
+1. solver: learns the right answer to every task (a minute or two), so that neither model lacks the ability;
+2. policy: the solver, trained on to the mixture of right and wrong answers of responses.py;
+3. judge draft: the solver, trained on to every judging role in both layouts;
+4. judge: the draft, refined at half the learning rate with more comparisons;
+5. card.json: digests, parameter counts, recipe; measure.py adds the accuracies measured through vLLM.
+
+About half an hour on one idle core. Every step leaves its model in a folder, and a folder that is there is not made
+again: after an interruption the same command goes on with the next step. A run repeats on one machine and torch build
+with the same --threads; elsewhere the weights come out different, so shipped files are told by digest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from ray_pipeline.pocket.judging import PROMPTS_FILE, RUBRICS, Judgement, JudgePrompts, Layout, verdict_of
+from ray_pipeline.pocket.responses import judged_response, policy_response
+from ray_pipeline.pocket.tasks import PocketPrompt, is_correct, make_prompts, pool_of, random_prompt, truth
+from ray_pipeline.pocket.tokenizer import make_tokenizer
+from ray_pipeline.pocket.training import Pair, answer, make_model, train
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long and how fast a step trains, on how many questions of one response (or plain instructions) and how many
+    comparisons per optimiser step."""
+
+    steps: int
+    learning_rate: float
+    singles: int
+    pairs: int = 0
+
+
+RECIPES = {
+    "solver": Recipe(steps=400, learning_rate=3e-3, singles=128),
+    "policy": Recipe(steps=700, learning_rate=2e-3, singles=128),
+    "judge_draft": Recipe(steps=1600, learning_rate=3e-3, singles=64, pairs=24),
+    "judge": Recipe(steps=1000, learning_rate=1.5e-3, singles=56, pairs=36),
+}
+
+
+Report = Callable[[LlamaForCausalLM], str]
+
+
+def training_instructions(seed: str) -> Iterator[str]:
+    """Endless instructions of the pool that weights may be trained on."""
+    rng = random.Random(f"pocket training {seed}")
+    while True:
+        instruction = random_prompt(rng).instruction
+        if pool_of(instruction) == "weights":
+            yield instruction
+
+
+def solver_batches(seed: int, size: int) -> Iterator[list[list[Pair]]]:
+    """Every instruction with its truth."""
+    instructions = training_instructions(f"solver {seed}")
+    while True:
+        yield [[(text, truth(text)) for text, _ in zip(instructions, range(size), strict=False)]]
+
+
+def policy_batches(seed: int, size: int) -> Iterator[list[list[Pair]]]:
+    """Every instruction with one answer drawn from the policy's mixture."""
+    instructions = training_instructions(f"policy {seed}")
+    rng = random.Random(f"pocket mixture {seed}")
+    while True:
+        yield [[(text, policy_response(text, rng)) for text, _ in zip(instructions, range(size), strict=False)]]
+
+
+def judge_batches(seed: str, prompts: JudgePrompts, recipe: Recipe) -> Iterator[list[list[Pair]]]:
+    """Judgements of one response (three rubrics, critic) and comparisons of two, as two micro-batches."""
+    instructions = training_instructions(f"judge {seed}")
+    rng = random.Random(f"pocket judging {seed}")
+    while True:
+        singles = [random_single(next(instructions), prompts, rng) for _ in range(recipe.singles)]
+        doubles = [random_pairwise(next(instructions), prompts, rng) for _ in range(recipe.pairs)]
+        yield [[(item.message, item.reply) for item in group] for group in (singles, doubles)]
+
+
+def _a_response(instruction: str, rng: random.Random) -> str:
+    return policy_response(instruction, rng) if rng.random() < 0.35 else judged_response(instruction, rng)
+
+
+def random_single(instruction: str, prompts: JudgePrompts, rng: random.Random) -> Judgement:
+    role = rng.choice((*RUBRICS, "critic"))
+    layout: Layout = "shared_first" if rng.random() < 0.6 else "rubric_first"
+    return prompts.single(role, instruction, _a_response(instruction, rng), layout)
+
+
+def random_pairwise(instruction: str, prompts: JudgePrompts, rng: random.Random) -> Judgement:
+    layout: Layout = "shared_first" if rng.random() < 0.6 else "rubric_first"
+    return prompts.pairwise(instruction, _a_response(instruction, rng), _a_response(instruction, rng), layout)
+
+
+# --- quick figures while training; the official ones come from measure.py, through vLLM ----------------------
+
+
+def answer_report(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[PocketPrompt]) -> str:
+    replies = answer(model, tokenizer, [prompt.instruction for prompt in prompts], 16)
+    right = [is_correct(prompt.instruction, reply) for prompt, reply in zip(prompts, replies, strict=True)]
+    by_task = {
+        task: [r for r, p in zip(right, prompts, strict=True) if p.task_type == task]
+        for task in {p.task_type for p in prompts}
+    }
+    weak = {
+        task: round(sum(hits) / len(hits), 2) for task, hits in sorted(by_task.items()) if sum(hits) < 0.98 * len(hits)
+    }
+    return f"greedy right {sum(right) / len(right):.3f}; below 98 %: {weak or 'none'}"
+
+
+def judge_report(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, judgements: list[Judgement]) -> str:
+    replies = answer(model, tokenizer, [item.message for item in judgements])
+    hits: dict[str, list[bool]] = {}
+    for item, reply in zip(judgements, replies, strict=True):
+        hits.setdefault(item.role, []).append(verdict_of(reply) == item.verdict())
+    return "right " + ", ".join(f"{role} {sum(h) / len(h):.3f}" for role, h in sorted(hits.items()))
+
+
+def make(out: Path, work: Path, seed: int, prompts_file: Path) -> None:
+    """Trains policy and judge into `out`, with the models they start from in `work`, and writes `out`/card.json."""
+    tokenizer = make_tokenizer()
+    prompts = JudgePrompts(prompts_file)
+    unseen = make_prompts(300, seed=seed + 1_000)
+    rng = random.Random(seed)
+    questions = [random_single(prompt.instruction, prompts, rng) for prompt in unseen]
+    questions += [random_pairwise(prompt.instruction, prompts, rng) for prompt in unseen[:100]]
+
+    def step(name: str, folder: Path, start: Path | None, batches: Iterator[list[list[Pair]]], report: Report) -> Path:
+        if (folder / "model.safetensors").is_file():
+            print(f"{name}: {folder} is there already", flush=True)
+            return folder
+        model = LlamaForCausalLM.from_pretrained(start) if start else make_model(tokenizer, seed)
+        recipe = RECIPES[name]
+        train(model, tokenizer, batches, recipe.steps, recipe.learning_rate, name, lambda: report(model))
+        save(model, tokenizer, folder)
+        return folder
+
+    def answers(model: LlamaForCausalLM) -> str:
+        return answer_report(model, tokenizer, unseen)
+
+    def verdicts(model: LlamaForCausalLM) -> str:
+        return judge_report(model, tokenizer, questions)
+
+    sizes = {name: recipe.singles for name, recipe in RECIPES.items()}
+    solver = step("solver", work / "solver", None, solver_batches(seed, sizes["solver"]), answers)
+    step("policy", out / "policy", solver, policy_batches(seed, sizes["policy"]), answers)
+    draft_batches = judge_batches(f"{seed}", prompts, RECIPES["judge_draft"])
+    draft = step("judge_draft", work / "judge_draft", solver, draft_batches, verdicts)
+    step("judge", out / "judge", draft, judge_batches(f"refined {seed}", prompts, RECIPES["judge"]), verdicts)
+    write_card(out, seed)
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Writes a Hugging Face model folder whole or not at all."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    for file in partial.iterdir():
+        file.chmod(0o644)  # safetensors writes 0600, which another user of an installed package could not read
+    partial.rename(folder)
+    print(f"wrote {folder}", flush=True)
+
+
+def write_card(out: Path, seed: int) -> None:
+    """Writes `out`/card.json: how the models were made, their parameter counts and the sha256 of their files."""
+    models: dict[str, Any] = {}
+    for folder in sorted(path.parent for path in out.glob("*/model.safetensors")):
+        model = LlamaForCausalLM.from_pretrained(folder)
+        files = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
+        models[folder.name] = {"parameters": model.num_parameters(), "sha256": files}
+    card = {
+        "made_by": "python -m ray_pipeline.pocket.make_models",
+        "seed": seed,
+        "torch": torch.__version__,
+        "recipes": {name: asdict(recipe) for name, recipe in RECIPES.items()},
+        "models": models,
+    }
+    (out / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write policy/, judge/ and card.json into")
+    parser.add_argument("--work", type=Path, help="folder for the models they start from (default: OUT/work)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1, help="more than one only helps on idle cores")
+    parser.add_argument("--prompts", type=Path, default=PROMPTS_FILE, help="the judge prompts to train on")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    make(arguments.out, arguments.work or arguments.out / "work", arguments.seed, arguments.prompts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""Measures the pocket models through a real vLLM engine on prompts they never saw; writes the figures into card.json.
+
+`python -m ray_pipeline.pocket.measure [--weights DIR] [--prompts 400]`, about two minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import time
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray_pipeline.pocket import WEIGHTS
+from ray_pipeline.pocket.judging import LAYOUTS, ROLES, SCHEMAS, Judgement, JudgePrompts, Layout, verdict_of
+from ray_pipeline.pocket.responses import judged_response
+from ray_pipeline.pocket.tasks import PocketPrompt, critique, grade, is_correct, make_prompts, rubric_scores
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+CANDIDATES = 4
+SAMPLING: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95}
+ANSWER_TOKENS = 24
+VERDICT_TOKENS = 48
+REPORT_SEED = 77  # no other module draws prompts with this seed
+
+
+def start_engine(folder: Path) -> LLM:
+    """A vLLM engine on the CPU (or GPU, if vLLM finds one); takes 10 to 20 seconds."""
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    from vllm import LLM
+
+    return LLM(str(folder), dtype="float32", enforce_eager=True, max_model_len=256, disable_log_stats=True)
+
+
+def generate(
+    engine: LLM, messages: list[str], schemas: list[dict[str, Any]] | None = None, **sampling: Any
+) -> tuple[list[str], float]:
+    """One reply per user message, and calls per second; with `schemas`, each reply is held to its own by xgrammar."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    def parameters(index: int) -> SamplingParams:
+        grammar = StructuredOutputsParams(json=schemas[index]) if schemas else None
+        return SamplingParams(structured_outputs=grammar, seed=index, **sampling)
+
+    chats: list[Any] = [[{"role": "user", "content": message}] for message in messages]
+    started = time.monotonic()
+    outputs = engine.chat(chats, [parameters(index) for index in range(len(messages))], use_tqdm=False)
+    return [output.outputs[0].text for output in outputs], len(messages) / (time.monotonic() - started)
+
+
+# --- policy --------------------------------------------------------------------------------------------------
+
+
+def measure_policy(engine: LLM, prompts: list[PocketPrompt]) -> tuple[dict[str, Any], list[list[str]]]:
+    """Accuracy greedy and sampled, what the default gate would make of the samples, and the samples of each prompt."""
+    instructions = [prompt.instruction for prompt in prompts]
+    greedy, _ = generate(engine, instructions, temperature=0.0, max_tokens=ANSWER_TOKENS)
+    repeated = [text for text in instructions for _ in range(CANDIDATES)]
+    samples, speed = generate(engine, repeated, max_tokens=ANSWER_TOKENS, **SAMPLING)
+    right = [is_correct(text, reply) for text, reply in zip(repeated, samples, strict=True)]
+    figures = {
+        "greedy_right": share(is_correct(text, reply) for text, reply in zip(instructions, greedy, strict=True)),
+        "sampled_right": share(right),
+        "prompts_with_right_and_wrong_samples": share(
+            0 < sum(right[start : start + CANDIDATES]) < CANDIDATES for start in range(0, len(right), CANDIDATES)
+        ),
+        "labels": shares(gate_label(text, reply) for text, reply in zip(repeated, samples, strict=True)),
+        "grades": shares(grade(text, reply) for text, reply in zip(repeated, samples, strict=True)),
+        "calls_per_second": round(speed, 1),
+    }
+    return figures, [samples[start : start + CANDIDATES] for start in range(0, len(samples), CANDIDATES)]
+
+
+def gate_label(instruction: str, response: str) -> str:
+    """The label the default gate (design §5) gives under a perfect judge and critic."""
+    scores = list(rubric_scores(instruction, response).values())
+    flawed, _ = critique(instruction, response)
+    final = statistics.mean(scores) * (1 - 0.15 * flawed)
+    if statistics.variance(scores) > 2.5:
+        return "abstain"
+    return "desirable" if final >= 7 else "undesirable" if final <= 4 else "discard"
+
+
+# --- judge ---------------------------------------------------------------------------------------------------
+
+
+def measure_judge(
+    engine: LLM, prompts: list[PocketPrompt], samples: list[list[str]], judge_prompts: JudgePrompts
+) -> dict[str, Any]:
+    """Share of exactly right verdicts by role, layout and source of the responses; pairwise also in both orders."""
+    rng = random.Random(REPORT_SEED)
+    made = [[judged_response(prompt.instruction, rng) for _ in range(CANDIDATES)] for prompt in prompts]
+    figures: dict[str, Any] = {"calls_per_second": []}
+    for layout in LAYOUTS:
+        for source, responses in (("sampled", samples), ("rule_made", made)):
+            questions = _questions(prompts, responses, judge_prompts, layout)
+            figures[f"{layout}/{source}"] = _judge_figures(engine, questions, figures["calls_per_second"])
+    questions = _questions(prompts, samples, judge_prompts, "shared_first")
+    replies, speed = generate(engine, [q.message for q in questions], temperature=0.0, max_tokens=VERDICT_TOKENS)
+    figures["same_without_grammar"] = share(
+        verdict_of(r) == q.verdict() for q, r in zip(questions, replies, strict=True)
+    )
+    figures["calls_per_second_without_grammar"] = round(speed, 1)
+    figures["calls_per_second"] = round(statistics.median(figures["calls_per_second"]), 1)
+    return figures
+
+
+def _questions(
+    prompts: list[PocketPrompt], responses: list[list[str]], judge_prompts: JudgePrompts, layout: Layout
+) -> list[Judgement]:
+    """Per response its three rubrics and critic; then per prompt its first two responses in both orders."""
+    questions = [
+        judge_prompts.single(role, prompt.instruction, response, layout)
+        for prompt, candidates in zip(prompts, responses, strict=True)
+        for response in candidates
+        for role in ROLES
+        if role != "pairwise"
+    ]
+    for prompt, (first, second, *_) in zip(prompts, responses, strict=True):
+        questions.append(judge_prompts.pairwise(prompt.instruction, first, second, layout))
+        questions.append(judge_prompts.pairwise(prompt.instruction, second, first, layout))
+    return questions
+
+
+def _judge_figures(engine: LLM, questions: list[Judgement], speeds: list[float]) -> dict[str, float]:
+    replies, speed = generate(
+        engine,
+        [question.message for question in questions],
+        [SCHEMAS[question.role] for question in questions],
+        temperature=0.0,
+        max_tokens=VERDICT_TOKENS,
+    )
+    speeds.append(speed)
+    hits: dict[str, list[bool]] = {role: [] for role in ROLES}
+    flawed_hits, choices = [], []
+    for question, reply in zip(questions, replies, strict=True):
+        verdict, expected = verdict_of(reply) or {}, question.verdict()
+        hits[question.role].append(verdict == expected)
+        if question.role == "critic":
+            flawed_hits.append(verdict.get("flawed") == expected["flawed"])
+        if question.role == "pairwise":
+            choices.append(verdict.get("choice"))
+    swapped = {"A": "B", "B": "A", "C": "C"}
+    flips = [swapped.get(str(ab)) != ba for ab, ba in zip(choices[::2], choices[1::2], strict=True)]
+    return {
+        **{role: share(found) for role, found in hits.items()},
+        "critic_flawed_bit": share(flawed_hits),
+        "pairwise_flips": share(flips),
+    }
+
+
+# --- all -----------------------------------------------------------------------------------------------------
+
+
+def share(flags: Any) -> float:
+    """The share of true flags, to four digits."""
+    listed = list(flags)
+    return round(sum(listed) / len(listed), 4)
+
+
+def shares(names: Any) -> dict[str, float]:
+    """The share of each name, most frequent first."""
+    counts = Counter(names)
+    return {name: round(count / counts.total(), 4) for name, count in counts.most_common()}
+
+
+def measure(weights: Path, count: int) -> dict[str, Any]:
+    """Both models' figures on `count` unseen prompts."""
+    prompts = make_prompts(count, seed=REPORT_SEED)
+    engine = start_engine(weights / "policy")
+    policy_figures, samples = measure_policy(engine, prompts)
+    engine.llm_engine.engine_core.shutdown()
+    engine = start_engine(weights / "judge")
+    judge_figures = measure_judge(engine, prompts, samples, JudgePrompts())
+    engine.llm_engine.engine_core.shutdown()
+    return {
+        "prompts": count,
+        "sampling": {"k": CANDIDATES, **SAMPLING},
+        "policy": policy_figures,
+        "judge": judge_figures,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    parser.add_argument("--prompts", type=int, default=400)
+    arguments = parser.parse_args()
+    figures = measure(arguments.weights, arguments.prompts)
+    print(json.dumps(figures, indent=2))
+    card_file = arguments.weights / "card.json"
+    card = json.loads(card_file.read_text(encoding="utf-8"))
+    card_file.write_text(json.dumps({**card, "measured": figures}, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

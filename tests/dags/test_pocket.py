@@ -1,0 +1,158 @@
+"""The whole method in the pocket world: the policy gets better from data that judges agreed on, and worse from lies.
+
+One full run, and two more policies from its data sets; the call log answers what was asked before.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.dags.conftest import CONFIG, Quorum, manifest, run
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
+
+LABELS = ("desirable", "undesirable", "discard", "abstain")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `make demo` runs."""
+    folder = tmp_path_factory.mktemp("demo") / "run"
+    quorum = Quorum("run", "dmapo", "-c", CONFIG, "--run-dir", str(folder))
+    assert quorum.wait(900) == 0, quorum.output
+    assert quorum.living_engines() == []
+    return folder
+
+
+def accuracy(folder: Path) -> dict[tuple[str, str], float]:
+    """Share of right answers by (model, mode), by the pocket world's own checker, from the stored responses."""
+    from ray_pipeline.pocket.tasks import is_correct
+
+    asked = {row["prompt_id"]: row["messages"][-1]["content"] for row in _rows(folder, "prompts")}
+    right: dict[tuple[str, str], list[bool]] = {}
+    for stage in ("responses-base", "responses-policy"):
+        for row in _rows(folder, stage):
+            right.setdefault((row["model"], row["mode"]), []).append(
+                is_correct(asked[row["prompt_id"]], row["response"])
+            )
+    return {key: sum(values) / len(values) for key, values in right.items()}
+
+
+def _rows(folder: Path, stage: str) -> list[dict[str, Any]]:
+    path = folder / manifest(folder)["stages"][stage]["path"]
+    return [row for shard in sorted(path.glob("shard-*.parquet")) for row in pq.read_table(shard).to_pylist()]
+
+
+def assert_better(folder: Path) -> None:
+    found = accuracy(folder)
+    print(f"\n{folder.name}: " + ", ".join(f"{m} {mode} {value:.3f}" for (m, mode), value in sorted(found.items())))
+    for mode in ("greedy", "sampled"):
+        assert 0.40 <= found["base", mode] <= 0.60
+        assert found["policy", mode] >= found["base", mode] + 0.20
+
+
+def test_it_has_the_size_that_the_readme_says(demo: Path) -> None:
+    counts = manifest(demo)["stages"]["prompts"]["facts"]["counts"]
+    assert counts["train"] >= 400 and counts["val"] >= 200
+
+
+def test_all_labels_occur_and_the_classes_are_of_one_order(demo: Path) -> None:
+    counts = manifest(demo)["stages"]["gate"]["facts"]["counts"]
+    assert all(counts[label] > 0 for label in LABELS), counts
+    assert counts["incomplete"] <= 0.02 * sum(counts.values())
+    assert 1 / 3 <= counts["desirable"] / counts["undesirable"] <= 3
+
+
+def test_the_policy_is_right_more_often(demo: Path) -> None:
+    assert_better(demo)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_with_other_seeds_too(demo: Path, tmp_path: Path, seed: int) -> None:
+    folder = tmp_path / f"seed-{seed}"
+    shutil.copytree(demo, folder, symlinks=True, ignore=shutil.ignore_patterns("train-*", "evaluate-*", "policy"))
+    quorum = Quorum("run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), f"train.seed={seed}")
+    assert quorum.wait(900) == 0, quorum.output
+    stages = manifest(folder)["stages"]
+    assert stages["train"]["fingerprint"] != manifest(demo)["stages"]["train"]["fingerprint"]
+    assert_better(folder)
+
+
+def test_with_flipped_labels_it_is_right_less_often_than_the_base(demo: Path, tmp_path: Path) -> None:
+    """The same rows with the opposite labels: what a wrong sign anywhere between gate and loss would do."""
+    folder = tmp_path / "flipped"
+    shutil.copytree(demo, folder, symlinks=True, ignore=shutil.ignore_patterns("train-*", "evaluate-*", "policy"))
+    data = folder / manifest(folder)["stages"]["datasets"]["path"] / "kto"
+    for file in data.rglob("*.parquet"):
+        table = pq.read_table(file)
+        flipped = [not label for label in table["label"].to_pylist()]
+        at = table.schema.get_field_index("label")
+        pq.write_table(table.set_column(at, table.schema.field("label"), [flipped]), file)
+    result = folder / manifest(folder)["stages"]["datasets"]["path"] / "result.json"
+    facts = json.loads(result.read_text())
+    weights = facts["facts"]["kto_weights"]
+    facts["facts"]["kto_weights"] = {
+        "desirable_weight": weights["undesirable_weight"],
+        "undesirable_weight": weights["desirable_weight"],
+    }
+    result.write_text(json.dumps(facts))
+    quorum = Quorum("run", "dmapo", "-c", CONFIG, "--run-dir", str(folder))
+    assert quorum.wait(900) == 0, quorum.output
+    found = accuracy(folder)
+    print(f"\nflipped: {found}")
+    for mode in ("greedy", "sampled"):
+        assert found["policy", mode] < found["base", mode]
+
+
+def test_the_audit_finds_nothing_and_then_what_is_planted(demo: Path, tmp_path: Path) -> None:
+    assert "no problem" in run("audit", str(demo)).output
+    folder = tmp_path / "run"
+    shutil.copytree(demo, folder, symlinks=True)
+    file = next((folder / "datasets" / "kto" / "train").glob("*.parquet"))
+    table = pq.read_table(file)
+    labels = table["label"].to_pylist()
+    labels[0] = not labels[0]
+    at = table.schema.get_field_index("label")
+    pq.write_table(table.set_column(at, table.schema.field("label"), [labels]), file)
+    assert "label" in run("audit", str(folder), expect=1).output
+
+
+def test_the_report_says_what_happened(demo: Path) -> None:
+    report = (demo / "report" / "report.md").read_text()
+    metrics = json.loads((demo / "report" / "metrics.json").read_text())
+    assert metrics["missing_stages"] == []
+    assert len(report.splitlines()) > 50
+    assert (demo / "report" / "summary.csv").read_text().count("\n") == 2
+    assert list((demo / "report" / "plots").glob("*.png"))
+
+
+def test_other_tools_open_the_data_sets(demo: Path) -> None:
+    import pandas as pd
+    from datasets import load_dataset
+
+    kto = load_dataset("parquet", data_dir=str(demo / "datasets" / "kto" / "train"), split="train")
+    assert {"prompt", "completion", "label"} <= set(kto.column_names)
+    both = load_dataset(str(demo / "datasets" / "dpo"))
+    assert {"prompt", "chosen", "rejected"} <= set(both["train"].column_names)
+    assert len(pd.read_parquet(demo / "datasets" / "kto" / "train")) == len(kto)
+
+
+def test_evaluation_without_new_responses(demo: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(demo, folder, symlinks=True)
+    quorum = Quorum("run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), "--to", "evaluate", "--skip-generation")
+    assert quorum.wait(600) == 0, quorum.output
+    assert quorum.engines == {}
+    metrics = json.loads((folder / "report" / "metrics.json").read_text())
+    assert "evaluate" in metrics["missing_stages"]
+
+
+def test_status_tells_every_stage(demo: Path) -> None:
+    output = run("status", str(demo)).output
+    assert all(name in output for name in manifest(demo)["stages"])
