@@ -35,19 +35,14 @@ def dmapo(config: DmapoConfig, run_folder: str) -> Dag:
     data = datasets(config.datasets, config.gate, config.judge.names, base, asked, answers, verdicts, decisions)
     policy = train(config.train, models[config.train.model], config.datasets.max_length, data)
 
-    judged: dict[str, Stage] = {"prompts": asked, "candidates": answers, "gate": decisions, "datasets": data}
-    judged |= {stage.name: stage for stage in verdicts}
-    if critiques is not None:
-        judged["critic"] = critiques
+    made = [asked, answers, *verdicts, *([critiques] if critiques else []), decisions, data]
     if not config.evaluate.skip_generation:
-        judged |= {"train": policy, **_both_answer(config, run_folder, asked, policy)}
-    report = evaluate(config.evaluate, config.report(), models[config.train.model], config.datasets.max_length, judged)
-    return Dag(
-        "dmapo", [asked, answers, *verdicts, *([critiques] if critiques else []), decisions, data, policy, report]
-    )
+        made += [policy, *_both_answer(config, run_folder, asked, policy)]
+    report = evaluate(config.evaluate, config.report(), models[config.train.model], config.datasets.max_length, made)
+    return Dag("dmapo", [*made, policy, report])
 
 
-def _both_answer(config: DmapoConfig, run_folder: str, asked: Stage, policy: Stage) -> dict[str, Stage]:
+def _both_answer(config: DmapoConfig, run_folder: str, asked: Stage, policy: Stage) -> list[Stage]:
     """Base and policy answer the held-out prompts; the judges score both, and one compares them in both orders."""
     texts, models, base = config.templates(), config.models, config.models[config.train.model]
     trained = functools.partial(VllmEngine, base.trained(f"{stage_folder(run_folder, policy).location}/merged").spec())
@@ -59,4 +54,4 @@ def _both_answer(config: DmapoConfig, run_folder: str, asked: Stage, policy: Sta
     )
     both = {"base": before, "policy": after}
     scored = judges(config.judge, config.failure, models, texts.judge, asked, both, "score-responses", "evaluate")
-    return {stage.name: stage for stage in [before, after, compared, *scored]}
+    return [before, after, compared, *scored]

@@ -139,6 +139,8 @@ def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 #: As asked; and as models write without a grammar, with line breaks inside strings.
 _STRICT = json.JSONDecoder(object_pairs_hook=_distinct_keys)
 _LOOSE = json.JSONDecoder(object_pairs_hook=_distinct_keys, strict=False)
+#: Where an object begins: a brace with anything else behind it is prose.
+_OBJECT = re.compile(r'\{\s*["}]')
 
 
 def _json_object(text: str) -> dict[str, Any] | None:
@@ -156,17 +158,13 @@ def _embedded_objects(text: str) -> tuple[list[dict[str, Any]], str]:
     damaged one the verdict.
     """
     found, rest, read = [], "", 0
-    begin = text.find("{")
-    while begin >= 0:
-        end = begin + 1
+    while (begins := _OBJECT.search(text, read)) is not None:
         try:
-            value, end = _LOOSE.raw_decode(text, begin)
-            found.append(value)
-            rest, read = rest + text[read:begin], end
+            value, end = _LOOSE.raw_decode(text, begins.start())
         except (ValueError, RecursionError):
-            if re.match(r'\{\s*"', text[begin : begin + 80]):
-                return [], text
-        begin = text.find("{", end)
+            return [], text
+        found.append(value)
+        rest, read = rest + text[read : begins.start()], end
     return found, rest + text[read:]
 
 

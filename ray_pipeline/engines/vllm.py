@@ -78,8 +78,8 @@ _SPEED_ONLY = frozenset(
         "enable_prefix_caching", "enforce_eager", "gpu_memory_utilization", "kv_cache_memory_bytes", "load_format",
         "long_prefill_token_threshold", "max_cpu_loras", "max_cudagraph_capture_size", "max_logprobs", "max_lora_rank",
         "max_loras", "max_num_batched_tokens", "max_num_partial_prefills", "max_num_seqs",
-        "max_parallel_loading_workers", "num_gpu_blocks_override", "pipeline_parallel_size", "scheduling_policy", "shutdown_timeout",
-        "stream_interval", "swap_space", "tokenizer_mode", "use_tqdm_on_load",
+        "max_parallel_loading_workers", "num_gpu_blocks_override", "pipeline_parallel_size", "scheduling_policy",
+        "shutdown_timeout", "stream_interval", "swap_space", "tokenizer_mode", "use_tqdm_on_load",
     }
 )
 # fmt: on

@@ -55,9 +55,9 @@ def evaluate(
     report: ReportSettings,
     base: ModelSettings,
     max_length: int,
-    inputs: Mapping[str, Stage],
+    stages: Sequence[Stage],
 ) -> Stage:
-    """metrics.json, summary.csv, report.md and its plots. Reads whatever stages it is given."""
+    """metrics.json, summary.csv, report.md and its plots, of whatever stages it is given, in their order."""
     given = _Given(evaluate=settings, report=report, base=base, max_length=max_length)
     return Stage(
         name="evaluate",
@@ -68,7 +68,7 @@ def evaluate(
             "report": report.model_dump(mode="json", exclude={"run_name", "config_digest", "models"}),
             "max_length": max_length,
         },
-        inputs=inputs,
+        inputs={stage.name: stage for stage in stages},
         external=base.weights(),
     )
 

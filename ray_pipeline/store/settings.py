@@ -1,4 +1,4 @@
-"""Base of every block of the configuration: typed, frozen, and strict about unknown keys."""
+"""Base of every block of the configuration: typed, frozen, and without unknown keys."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Settings(BaseModel):
-    """A block of the YAML file. Unknown keys are errors; numbers are not made from text."""
+    """A block of the YAML file. Unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())

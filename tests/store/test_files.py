@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 from pathlib import Path
@@ -176,7 +177,7 @@ def test_equal_tables_give_equal_bytes(tmp_path: Path, cuts: list[int]) -> None:
     # However a table came about: in pieces, with offsets, or whole. Long texts, so that there are several pages.
     whole = pa.table({"a": [f"{i:0200d}" for i in range(6000)], "b": [None, 1.5] * 3000})
     ends = sorted({0, *cuts, 6000})
-    pieces = pa.concat_tables([whole.slice(a, b - a) for a, b in zip(ends, ends[1:], strict=False)])
+    pieces = pa.concat_tables([whole.slice(a, b - a) for a, b in itertools.pairwise(ends)])
     assert pieces.equals(whole)
     folder = Folder(str(tmp_path))
     for name, table in (("whole", whole), ("pieces", pieces)):
