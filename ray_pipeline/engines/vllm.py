@@ -24,6 +24,7 @@ import importlib.util
 import itertools
 import json
 import logging
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -442,6 +443,9 @@ class VllmEngine:
     async def _ask(self, messages: Sequence[Message], sampling: Sampling) -> Completion:
         from vllm.v1.engine.exceptions import EngineDeadError
 
+        engine = self._engine
+        if self._closed or engine is None:
+            raise EngineDead("the engine was closed")
         assert self._template is not None
         begin = time.perf_counter()
         try:
@@ -453,7 +457,7 @@ class VllmEngine:
         params = _sampling_params(sampling)
         final: Any = None
         try:
-            async for output in self._engine.generate(
+            async for output in engine.generate(
                 # A prompt of this type is taken as it is, without a detour through vLLM's tokenizer threads.
                 {"type": "token", "prompt_token_ids": prompt},
                 params,
@@ -464,7 +468,7 @@ class VllmEngine:
         except EngineDeadError as error:
             raise EngineDead(f"the engine of {self.spec.model!r} is gone; its log says why") from error
         except Exception as error:
-            if self._engine.errored:  # what its end looks like depends on where a call was at the time
+            if engine.errored or self._closed:  # what its end looks like depends on where a call was at the time
                 raise EngineDead(f"the engine of {self.spec.model!r} is gone; its log says why") from error
             raise EngineError(_reason(error)) from error
         if final is None or not final.outputs:
@@ -486,15 +490,18 @@ class VllmEngine:
         """Fail the calls that wait when the core is gone, should vLLM itself not have told them."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        while not self._engine.errored:
+        engine = self._engine
+        while not engine.errored:
             await asyncio.sleep(1.0)
         await asyncio.sleep(1.0)  # vLLM does it by itself, as a rule
-        self._engine.output_processor.propagate_error(EngineDeadError())
+        engine.output_processor.propagate_error(EngineDeadError())
 
     async def _shut_down(self) -> None:
-        engine, self._engine = self._engine, None if self._closed else self._engine
+        engine, self._engine = self._engine, None
         if engine is not None:
-            engine.output_processor.propagate_error(EngineDead("the engine was closed"))
+            from vllm.v1.engine.exceptions import EngineDeadError
+
+            engine.output_processor.propagate_error(EngineDeadError())  # calls that wait would wait for ever
             await asyncio.to_thread(engine.shutdown, timeout=_CLOSE_SECONDS)
         if self._reaper is not None:
             await asyncio.to_thread(self._reaper.release)
@@ -524,6 +531,7 @@ class _Reaper:
         if self._process is None or self._process.stdin is None:
             return
         reaper.kill_marked(self._entry.encode())
+        multiprocessing.active_children()  # collects the exit status of those that were killed
         with contextlib.suppress(OSError):
             self._process.stdin.write(b"done")
             self._process.stdin.close()
@@ -536,7 +544,8 @@ def _prepare_environment() -> None:
     defaults = {
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_LOGGING_LEVEL": "ERROR",  # its warnings say what it chose by itself, a dozen lines per engine
+        "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # what a command prints on stdout is its own
         "TOKENIZERS_PARALLELISM": "false",  # one prompt at a time: threads only cost
         # Bound threads of two engines would share one core and leave the other idle.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -563,6 +572,7 @@ def _child_environment(owner: _Reaper, *, cpu: bool) -> Iterator[None]:
         # they wait take it away again.
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) - 1)))
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         yield
     finally:

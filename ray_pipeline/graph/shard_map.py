@@ -26,7 +26,7 @@ from ray_pipeline.engines.base import ChatEngine, EngineDead, EngineStartError
 from ray_pipeline.engines.logged import CallNotLogged, CallStats, LoggedEngine
 from ray_pipeline.graph.models import Placement
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, StageStop, stage_table
-from ray_pipeline.store.files import Folder
+from ray_pipeline.store.files import Folder, StoreError
 from ray_pipeline.store.tables import ShardedTable
 
 logger = logging.getLogger("quorum.shards")
@@ -136,23 +136,20 @@ def map_shards(job: ShardJob, shards: list[int]) -> Iterable[Receipt]:
         for row in dataset.iter_rows():
             yield Receipt(**json.loads(row["receipt"]))
     except ray.exceptions.RayError as error:
-        raise _reason(error) from error
+        raise _reason(job, error) from error
 
 
-def _reason(error: BaseException) -> BaseException:
-    """The error that a worker stopped for, out of what Ray wrapped around it."""
-    seen: list[BaseException] = []
-    todo: list[BaseException | None] = [error]
-    while todo:
-        one = todo.pop()
-        if one is None or one in seen:
-            continue
-        seen.append(one)
-        todo += [getattr(one, "cause", None), one.__cause__, one.__context__]
-    for one in seen:
-        if isinstance(one, (StageStop, EngineStartError, CallNotLogged)):
-            return StageStop(str(one))
-    return error
+def _leave_reason(job: ShardJob, error: BaseException) -> None:
+    """Write down why a worker stops the stage: of an error in a worker, Ray hands on a text full of stack frames."""
+    (Folder(job.folder) / "attempts").write_json(f"stop-{job.session}.json", {"reason": str(error)})
+
+
+def _reason(job: ShardJob, error: BaseException) -> BaseException:
+    """The error that a worker stopped for, or what Ray says when none left a word."""
+    try:
+        return StageStop((Folder(job.folder) / "attempts").read_json(f"stop-{job.session}.json")["reason"])
+    except (FileNotFoundError, StoreError):
+        return error
 
 
 class ShardActor:
@@ -207,7 +204,8 @@ class ShardActor:
             for other in list(self._open):
                 await other.flush()
             os._exit(1)
-        except (StageStop, EngineStartError, CallNotLogged):
+        except (StageStop, EngineStartError, CallNotLogged) as error:
+            await asyncio.to_thread(_leave_reason, job, error)
             raise
         except Exception as error:
             logger.exception("%s, shard %d", job.stage, shard)
@@ -242,7 +240,8 @@ def make_shard(batch: dict[str, Any], job: ShardJob) -> dict[str, Any]:
         output: ShardOutput = job.work.function(given)  # type: ignore[assignment]
         receipt = _commit(job, shard, output, {"seconds": time.monotonic() - begin})
         report.send()
-    except StageStop:
+    except StageStop as error:
+        _leave_reason(job, error)
         raise
     except Exception as error:
         logger.exception("%s, shard %d", job.stage, shard)

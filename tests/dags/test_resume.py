@@ -42,8 +42,26 @@ def logged_calls(calls: Path, role: str) -> int:
     return len(keys)
 
 
+def unanswered_verdicts(folder: Path) -> list[dict[str, object]]:
+    """Verdicts and critiques whose call failed: a failed call is not remembered, so a replay has no answer for it."""
+    stages = manifest(folder)["stages"]
+    files = [f for name in ("judge", "critic") for f in (folder / stages[name]["path"]).glob("*.parquet")]
+    return [row for f in files for row in pq.read_table(f).to_pylist() if row["parse_status"] == "error"]
+
+
+def contradictions(calls: Path) -> list[set[str]]:
+    """Different replies to one call: each call must have been made once."""
+    texts: dict[str, set[str]] = {}
+    for part in calls.rglob("*.parquet"):
+        for row in pq.read_table(part, columns=["call_key", "text"]).to_pylist():
+            texts.setdefault(row["call_key"], set()).add(row["text"])
+    return [found for found in texts.values() if len(found) > 1]
+
+
 def replay(folder: Path, into: Path) -> None:
     """A fresh run that may read the finished run's call log and nothing else gives the same bytes."""
+    assert unanswered_verdicts(folder) == []
+    assert contradictions(folder / "calls") == []
     run(*to_datasets(into, f"calls.root={folder / 'calls'}", "calls.replay_only=true"))
     assert engine_calls(into) == {}
     assert tables(into, STAGES) == tables(folder, STAGES)

@@ -28,7 +28,7 @@ from ray_pipeline.engines.vllm import VllmEngine, VllmSpec
 def engine_processes():
     # Everything below this process but Python's own helper, which ends with it.
     return [[p.pid, p.create_time()] for p in psutil.Process().children(recursive=True)
-            if "resource_tracker" not in " ".join(p.cmdline())]
+            if p.status() == psutil.STATUS_ZOMBIE or "resource_tracker" not in " ".join(p.cmdline())]
 
 async def main(model, then):
     engine = VllmEngine(VllmSpec(model, dtype="float32", canary=False))
@@ -157,6 +157,7 @@ class Worker:
         below = psutil.Process().children(recursive=True)
         processes = [[p.pid, p.create_time()] for p in [psutil.Process(), *below]]
         (self.notes / f"processes-{os.getpid()}").write_text(json.dumps(processes))
+        (self.notes / "ready").touch()
         trouble = self.troubles.get(shard)
         if trouble and self.first_time(trouble):
             core = max(below, key=lambda p: p.memory_info().rss)
@@ -179,7 +180,9 @@ if __name__ == "__main__":
         Worker, fn_constructor_args=(model, notes, troubles), batch_size=1, num_cpus=0.5,
         compute=ray.data.ActorPoolStrategy(size=1, max_tasks_in_flight_per_actor=4, max_concurrent_calls_per_actor=3))
     rows = dataset.take_all()
-    print(json.dumps([{k: int(v) for k, v in row.items()} for row in rows]), flush=True)
+    rows = json.dumps([{k: int(v) for k, v in row.items()} for row in rows])
+    Path(notes, "rows").write_text(rows)  # Ray itself writes on stdout
+    Path(notes, "done").touch()
     time.sleep(600)
 """
 
@@ -191,12 +194,19 @@ def start_driver(model: Path, tmp_path: Path, troubles: dict[int, str]) -> tuple
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, str(script), str(model), str(notes), json.dumps(troubles)],
-            stdout=subprocess.PIPE,
+            stdout=log,
             stderr=log,
             text=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "RAY_AUTH_MODE": "disabled"},
         )
     return process, notes
+
+
+def wait_for(note: Path, driver: subprocess.Popen[str], tmp_path: Path, seconds: float = 600.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not note.exists() and time.monotonic() < deadline and driver.poll() is None:
+        time.sleep(0.2)
+    assert note.exists(), (tmp_path / "log").read_text()[-3000:]
 
 
 def noted(notes: Path) -> list[list[float]]:
@@ -206,10 +216,8 @@ def noted(notes: Path) -> list[list[float]]:
 def test_ray_data_replaces_actors_whose_engine_or_process_died(qwen3: Path, tmp_path: Path) -> None:
     driver, notes = start_driver(qwen3, tmp_path, {1: "core", 3: "actor"})
     try:
-        assert driver.stdout
-        line = driver.stdout.readline()
-        assert line, (tmp_path / "log").read_text()[-3000:]
-        rows: list[dict[str, Any]] = json.loads(line)
+        wait_for(notes / "done", driver, tmp_path)
+        rows: list[dict[str, Any]] = json.loads((notes / "rows").read_text())
         assert sorted(row["shard"] for row in rows) == list(range(6))
         assert all(row["tokens"] == 4 for row in rows)
         assert len(list(notes.glob("processes-*"))) == 3  # the first actor, the second, and the one that ended it
@@ -223,10 +231,7 @@ def test_ray_data_replaces_actors_whose_engine_or_process_died(qwen3: Path, tmp_
 def test_a_killed_driver_leaves_no_engine(qwen3: Path, tmp_path: Path) -> None:
     driver, notes = start_driver(qwen3, tmp_path, {0: "hold", 1: "hold", 2: "hold"})
     try:
-        deadline = time.monotonic() + 600
-        while not noted(notes) and time.monotonic() < deadline and driver.poll() is None:
-            time.sleep(0.2)
-        assert noted(notes), (tmp_path / "log").read_text()[-3000:]
+        wait_for(notes / "ready", driver, tmp_path)
         time.sleep(1.0)
     finally:
         driver.kill()

@@ -1,0 +1,157 @@
+"""One writer a run folder, without process ids and without comparing clocks."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ray_pipeline.graph.heartbeat import BEATS_WAITED, Heartbeat, RunBusy
+from ray_pipeline.store.files import Folder
+
+BEAT = 0.05
+FILE = "heartbeat.json"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    return Folder(str(tmp_path / "run"))
+
+
+def beat(folder: Folder, **options: Any) -> Heartbeat:
+    return Heartbeat(folder, **{"beat_seconds": BEAT, **options})
+
+
+def until(true: Callable[[], bool], seconds: float = 20) -> bool:
+    end = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > end:
+            return False
+        time.sleep(BEAT / 5)
+    return True
+
+
+def test_an_owner_beats_and_leaves_nothing_behind(folder: Folder) -> None:
+    with beat(folder) as mine:
+        first = folder.read_json(FILE)
+        assert first["owner"] == mine.owner
+        assert until(lambda: folder.read_json(FILE)["beat"] > first["beat"] + 1)
+    assert folder.names() == [] and not mine.lost
+    begin = time.monotonic()
+    with beat(folder, beat_seconds=1.0):  # a clean exit lets the next one in at once
+        assert time.monotonic() - begin < 0.9 * BEATS_WAITED
+
+
+def test_a_living_owner_is_not_disturbed(folder: Folder) -> None:
+    said: list[str] = []
+    busy = pytest.raises(RunBusy, match=r"another process is running in .*run.*--run-dir")
+    with beat(folder, beat_seconds=0.1) as owner:
+        with busy, beat(folder, beat_seconds=0.5, say=said.append):
+            pass
+        time.sleep(0.3)
+        assert not owner.lost and folder.read_json(FILE)["owner"] == owner.owner
+    assert "watching it" in said[0]
+
+
+def test_a_dead_owner_is_replaced(folder: Folder) -> None:
+    said: list[str] = []
+    folder.write_json(FILE, {"owner": "the dead", "beat": 41})
+    begin = time.monotonic()
+    with beat(folder, say=said.append) as mine:
+        assert time.monotonic() - begin >= BEAT * BEATS_WAITED
+        assert folder.read_json(FILE)["owner"] == mine.owner
+    assert any("its owner is gone" in line for line in said) and folder.names() == []
+
+
+def test_an_owner_that_ends_while_it_is_watched_lets_in(folder: Folder) -> None:
+    folder.write_json(FILE, {"owner": "leaving", "beat": 1})
+    threading.Timer(1.5 * BEAT, lambda: folder.delete(FILE)).start()
+    with beat(folder, beat_seconds=0.2) as mine:
+        assert folder.read_json(FILE)["owner"] == mine.owner
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[1]", b"7", b'{"owner": 3}'])
+def test_a_corrupt_file_is_a_dead_owner(folder: Folder, content: bytes) -> None:
+    folder.write_bytes(FILE, content)
+    with beat(folder, beat_seconds=0.02) as mine:
+        assert folder.read_json(FILE)["owner"] == mine.owner
+
+
+def test_an_owner_notices_that_it_was_replaced(folder: Folder) -> None:
+    lost = threading.Event()
+    with beat(folder, on_loss=lost.set) as mine:
+        folder.write_json(FILE, {"owner": "somebody else", "beat": 1})
+        assert lost.wait(20) and mine.lost
+    # The file is the other one's: it is neither overwritten nor removed.
+    assert folder.read_json(FILE) == {"owner": "somebody else", "beat": 1}
+
+
+def test_an_owner_notices_that_its_file_is_gone(folder: Folder) -> None:
+    lost = threading.Event()
+    with beat(folder, on_loss=lost.set):
+        folder.delete(FILE)
+        assert lost.wait(20)
+    assert folder.names() == []
+
+
+def test_what_the_owner_does_about_a_loss_happens_once(folder: Folder) -> None:
+    told: list[int] = []
+
+    with beat(folder, on_loss=lambda: told.append(1)) as mine:
+        folder.delete(FILE)
+        assert until(lambda: mine.lost)
+        time.sleep(5 * BEAT)
+    assert told == [1]
+
+
+@pytest.mark.parametrize("error", [OSError("hiccup"), RuntimeError("odd")])
+def test_a_storage_hiccup_stops_no_heart(folder: Folder, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    said: list[str] = []
+    with beat(folder, say=said.append) as mine:
+        read, failures = Folder.read_json, iter([error, error])
+
+        def sometimes(self: Folder, name: str) -> Any:
+            if (failure := next(failures, None)) is not None:
+                raise failure
+            return read(self, name)
+
+        monkeypatch.setattr(Folder, "read_json", sometimes)
+        assert until(lambda: len(said) == 2)
+        before = mine._count
+        assert until(lambda: mine._count > before + 1) and not mine.lost
+    assert str(error) in said[0]
+
+
+@pytest.mark.parametrize("stale", [True, False])
+def test_of_newcomers_at_the_same_moment_exactly_one_wins(folder: Folder, stale: bool) -> None:
+    if stale:
+        folder.write_json(FILE, {"owner": "the dead", "beat": 41})
+    else:
+        folder.write_json("other.json", {})
+    start, done = threading.Barrier(3), threading.Event()
+    won: list[Heartbeat] = []
+    refused: list[RunBusy] = []
+
+    def come() -> None:
+        start.wait()
+        try:
+            with beat(folder, beat_seconds=0.2) as mine:
+                won.append(mine)
+                done.wait(30)
+        except RunBusy as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=come) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    assert until(lambda: len(refused) == 2), (len(won), len(refused))
+    assert until(lambda: len(won) == 1) and not won[0].lost
+    assert folder.read_json(FILE)["owner"] == won[0].owner
+    done.set()
+    for thread in threads:
+        thread.join(20)
+    assert not folder.exists(FILE)
