@@ -60,11 +60,8 @@ def main() -> None:
             sys.exit(f"the run failed with exit code {code}")
         print(f"\n{'stage':<20} {'rows':>7} {'engine calls':>13} {'seconds':>8}")
         for name, stage in json.loads((run / "manifest.json").read_text())["stages"].items():
-            rows = sum(stage["rows"].values())
-            usage = stage["usage"]
-            print(
-                f"{name:<20} {rows or '':>7} {int(usage.get('calls_engine', 0)) or '':>13} {usage['wall_seconds']:>8.1f}"
-            )
+            rows, calls = sum(stage["rows"].values()), int(stage["usage"].get("calls_engine", 0))
+            print(f"{name:<20} {rows or '':>7} {calls or '':>13} {stage['usage']['wall_seconds']:>8.1f}")
         print(f"\npipeline {wall:.0f} s wall, peak memory {peak / 2**30:.1f} GiB (PSS of the process tree)")
         print(json.loads((run / "report" / "metrics.json").read_text())["headline"]["text"])
 

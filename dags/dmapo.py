@@ -6,10 +6,7 @@ prompts → candidates → judges ─┐
 
 from __future__ import annotations
 
-import functools
-
 from ray_pipeline.config import DmapoConfig
-from ray_pipeline.engines.vllm import VllmEngine
 from ray_pipeline.graph.run import stage_folder
 from ray_pipeline.graph.stage import Dag, Stage
 from ray_pipeline.stages.candidates import candidates
@@ -23,32 +20,30 @@ from ray_pipeline.stages.train import train
 
 def dmapo(config: DmapoConfig, run_folder: str) -> Dag:
     """The whole method as a DAG; `run_folder` is where the policy will lie for its own evaluation."""
-    texts, models, base = config.templates(), config.models, config.models[config.candidates.model]
+    texts, models, base = config.templates(), config.models, config.models[config.train.model]
 
     asked = prompts(config.prompts)
-    answers = candidates(config.candidates, base, asked)
+    answers = candidates(config.candidates, config.failure, models[config.candidates.model], asked)
     verdicts = judges(config.judge, config.failure, models, texts.judge, asked, {"candidates": answers})
     critiques = None
     if config.gate.use_critic:
         critiques = critic(config.critic, config.failure, models[config.critic.model], texts.critic, asked, answers)
     decisions = gate(config.gate, config.judge.names, answers, verdicts, critiques)
     data = datasets(config.datasets, config.gate, config.judge.names, base, asked, answers, verdicts, decisions)
-    policy = train(config.train, models[config.train.model], config.datasets.max_length, data)
-
     made = [asked, answers, *verdicts, *([critiques] if critiques else []), decisions, data]
     if not config.evaluate.skip_generation:
+        policy = train(config.train, base, config.datasets.max_length, data)
         made += [policy, *_both_answer(config, run_folder, asked, policy)]
-    report = evaluate(config.evaluate, config.report(), models[config.train.model], config.datasets.max_length, made)
-    return Dag("dmapo", [*made, policy, report])
+    report = evaluate(config.evaluate, config.report(), base, config.datasets.max_length, made)
+    return Dag("dmapo", [*made, report])
 
 
 def _both_answer(config: DmapoConfig, run_folder: str, asked: Stage, policy: Stage) -> list[Stage]:
     """Base and policy answer the held-out prompts; the judges score both, and one compares them in both orders."""
     texts, models, base = config.templates(), config.models, config.models[config.train.model]
-    trained = functools.partial(VllmEngine, base.trained(f"{stage_folder(run_folder, policy).location}/merged").spec())
-    semantics, where = base.semantics(), base.placement
-    before = responses("base", config.evaluate, base.factory(), where, semantics, base.weights(), asked, None)
-    after = responses("policy", config.evaluate, trained, where, semantics, {}, asked, policy)
+    trained = base.trained(f"{stage_folder(run_folder, policy).location}/merged")
+    before = responses("base", config.evaluate, config.failure, base, asked)
+    after = responses("policy", config.evaluate, config.failure, trained, asked, policy)
     compared = comparisons(
         config.evaluate, config.failure, models[config.evaluate.judge], texts.pairwise, asked, before, after
     )

@@ -309,13 +309,13 @@ def _check(config: DmapoConfig) -> None:
     try:
         config.templates()
         for key, model in config.models.items():
+            if model.chat_template is not None and not os.path.isfile(model.chat_template):
+                raise ConfigError(f"models.{key}.chat_template: there is no file {model.chat_template}")
             try:
                 validate_engine_args(model.args)
                 model.weights()
             except (EngineStartError, ModelNotFound) as error:
                 raise ConfigError(f"models.{key}: {error}") from error
-            if model.chat_template is not None and not os.path.isfile(model.chat_template):
-                raise ConfigError(f"models.{key}.chat_template: there is no file {model.chat_template}")
         for key, sampling in _samplings(config).items():
             try:
                 validate_sampling_extra(sampling)

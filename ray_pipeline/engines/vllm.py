@@ -502,10 +502,18 @@ class VllmEngine:
             from vllm.v1.engine.exceptions import EngineDeadError
 
             engine.output_processor.propagate_error(EngineDeadError())  # calls that wait would wait for ever
-            await asyncio.to_thread(engine.shutdown, timeout=_CLOSE_SECONDS)
-        if self._reaper is not None:
-            await asyncio.to_thread(self._reaper.release)
-            self._reaper = None
+        owner, self._reaper = self._reaper, None
+        await asyncio.to_thread(_end_processes, engine, owner)
+
+
+def _end_processes(engine: Any, owner: _Reaper | None) -> None:
+    children = owner.children() if owner is not None else []
+    if engine is not None:
+        engine.shutdown(timeout=_CLOSE_SECONDS)
+    if owner is not None:
+        owner.release()
+    for child in children:
+        child.join(timeout=5.0)  # or the killed ones stay behind as zombies
 
 
 class _Reaper:
@@ -526,12 +534,16 @@ class _Reaper:
     def _entry(self) -> str:
         return f"{self.name}={self.value}"
 
+    def children(self) -> list[multiprocessing.process.BaseProcess]:
+        """Processes of the engine that this process has started itself and has to wait for."""
+        marked = reaper.marked(self._entry.encode())
+        return [child for child in multiprocessing.active_children() if child.pid in marked]
+
     def release(self) -> None:
         """Kill what is left of the engine and let the reaper go."""
         if self._process is None or self._process.stdin is None:
             return
         reaper.kill_marked(self._entry.encode())
-        multiprocessing.active_children()  # collects the exit status of those that were killed
         with contextlib.suppress(OSError):
             self._process.stdin.write(b"done")
             self._process.stdin.close()

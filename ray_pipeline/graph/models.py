@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from ray_pipeline.engines.base import ChatEngine
-from ray_pipeline.engines.identity import model_identity
+from ray_pipeline.engines.identity import model_identity, text_digest
 from ray_pipeline.engines.vllm import VllmEngine, VllmSpec
 from ray_pipeline.store.settings import Settings
 
@@ -64,8 +64,12 @@ class ModelSettings(Settings):
         return functools.partial(VllmEngine, self.spec())
 
     def weights(self) -> dict[str, str]:
-        """Content identity of the weights. Raises ModelNotFound, naming the model."""
-        return {k: str(v) for k, v in model_identity(self.model, self.revision, self.adapter).items()}
+        """Content identity of weights, adapter and chat template. Raises ModelNotFound, naming the model."""
+        found = {k: str(v) for k, v in model_identity(self.model, self.revision, self.adapter).items()}
+        if self.chat_template is not None:
+            with open(self.chat_template, encoding="utf-8") as file:
+                found["chat_template"] = text_digest(file.read())
+        return found
 
     def semantics(self) -> dict[str, Any]:
         """What a stage's fingerprint needs to know beside the weights: everything but names and placement."""

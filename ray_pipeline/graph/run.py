@@ -294,7 +294,8 @@ def execute(
                     results[stage.name] = result
                 elif from_group and _before(dag, stage, from_group):
                     raise ValueError(
-                        f"--from {from_group} needs {stage.name} to be complete, and it is not; leave --from out to make it"
+                        f"--from {from_group} needs {stage.name} to be complete, and it is not; "
+                        "leave --from out to make it"
                     )
         todo = [s for s in wanted if s.name not in results]
         manifest = _Manifest(folder, dag, settings, results)

@@ -99,8 +99,9 @@ def check_room(stage: str, work: ShardWork) -> None:
     wanted = placement.max_actors * placement.num_cpus
     if wanted and wanted > cpus - 1:
         raise StageStop(
-            f"{stage}: {placement.max_actors} actors × {placement.num_cpus:g} CPUs leave none of the cluster's {cpus:g} "
-            "CPUs for Ray Data, which would hang. Lower placement.max_actors or placement.num_cpus (0 is fine for engines)"
+            f"{stage}: {placement.max_actors} actors × {placement.num_cpus:g} CPUs leave none of the cluster's "
+            f"{cpus:g} CPUs for Ray Data, which would hang. Lower placement.max_actors or placement.num_cpus "
+            "(0 is fine for engines)"
         )
 
 
@@ -223,8 +224,8 @@ class ShardActor:
         if len(window) >= max(1, work.error_window // 4) and unread > work.max_error_rate * len(window):
             raise StageStop(
                 f"{self._job.stage}: {unread} of the last {len(window)} replies of {judge} could not be read "
-                f"({unread / len(window):.0%}, allowed {work.max_error_rate:.0%}). Look at the `raw` column or the call "
-                "log for what it says; a wrong model, endpoint, template or a grammar turned off are the usual reasons"
+                f"({unread / len(window):.0%}, allowed {work.max_error_rate:.0%}). The call log holds what it says; "
+                "a wrong model, a wrong template or a grammar that is turned off are the usual reasons"
             )
 
 

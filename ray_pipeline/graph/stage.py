@@ -66,7 +66,7 @@ class ShardWork:
     tables: tuple[str, ...]
     settings: Any = None
     engine: EngineFactory | None = None
-    placement: Placement = Placement()
+    placement: Placement = dataclasses.field(default_factory=Placement)
     max_error_rate: float = 0.5
     error_window: int = 200
 

@@ -35,11 +35,8 @@ class CandidateSettings(Settings):
         return {**_PUBLISHED.model_dump(), **given} if isinstance(given, Mapping) else given
 
 
-def candidates(
-    settings: CandidateSettings, model: ModelSettings, prompts: Stage, failure: FailureSettings | None = None
-) -> Stage:
+def candidates(settings: CandidateSettings, failure: FailureSettings, model: ModelSettings, prompts: Stage) -> Stage:
     """k rows a prompt. A prompt that does not fit the model's context gives rows that say so."""
-    failure = failure or FailureSettings()
     return Stage(
         name="candidates",
         work=ShardWork(

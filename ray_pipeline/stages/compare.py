@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from ray_pipeline.agents.judges import Asking, Choice, SamplingSettings, compare
 from ray_pipeline.agents.templates import Layout, RoleTemplate
 from ray_pipeline.engines.base import EngineError, PromptTooLong
-from ray_pipeline.graph.models import EngineFactory, ModelSettings, Placement
+from ray_pipeline.graph.models import ModelSettings
 from ray_pipeline.graph.shard_map import all_of
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage
 from ray_pipeline.stages.judge import FailureSettings, unanswered
@@ -67,16 +67,16 @@ class _Draw(Settings):
 def responses(
     label: Literal["base", "policy"],
     settings: EvaluateSettings,
-    engine: EngineFactory,
-    placement: Placement,
-    semantics: Mapping[str, Any],
-    external: Mapping[str, str],
+    failure: FailureSettings,
+    model: ModelSettings,
     prompts: Stage,
-    train: Stage | None,
-    failure: FailureSettings | None = None,
+    train: Stage | None = None,
 ) -> Stage:
-    """Answers of one model to the held-out prompts, one row a mode."""
-    failure = failure or FailureSettings()
+    """Answers of one model to the held-out prompts, one row a mode.
+
+    Args:
+        train: the stage that makes the model's weights. They need not be there yet: its fingerprint stands for them.
+    """
     given = _Draw(label=label, modes=settings.modes, seed=settings.seed)
     return Stage(
         name=f"responses-{label}",
@@ -85,14 +85,14 @@ def responses(
             function=respond,
             tables=("responses",),
             settings=given,
-            engine=engine,
-            placement=placement,
+            engine=model.factory(),
+            placement=model.placement,
             max_error_rate=failure.max_error_rate,
             error_window=failure.error_window,
         ),
-        config={**given.model_dump(mode="json"), "engine": dict(semantics)},
+        config={**given.model_dump(mode="json"), "engine": model.semantics()},
         inputs={"prompts": prompts, **({"train": train} if train is not None else {})},
-        external=external,
+        external=model.weights() if train is None else {},
     )
 
 

@@ -17,7 +17,6 @@ from ray_pipeline.graph.models import ModelSettings
 from ray_pipeline.graph.results import Run
 from ray_pipeline.graph.stage import Stage, StageResult, StageStop, WholeInput, WholeWork
 from ray_pipeline.pocket.tasks import is_correct
-from ray_pipeline.report.data import DMAPO_STAGES, ReportData, RunIdentity, StageUse
 from ray_pipeline.stages.compare import EvaluateSettings
 from ray_pipeline.stages.gate import GateConfig
 from ray_pipeline.stages.train import METRICS
@@ -27,6 +26,7 @@ from ray_pipeline.store.settings import Settings
 
 if TYPE_CHECKING:  # Torch, transformers and scikit-learn take seconds to import, and a DAG is wired without them.
     from ray_pipeline.evaluation.perplexity import Perplexity
+    from ray_pipeline.report.data import ReportData, StageUse
 
 
 class ReportSettings(Settings):
@@ -130,6 +130,8 @@ def report_data(
     results: Mapping[str, StageResult], settings: ReportSettings, measured: Mapping[str, Perplexity]
 ) -> ReportData:
     """Everything a report shows, from the results of the stages that there are (by role or by name)."""
+    from ray_pipeline.report.data import DMAPO_STAGES, ReportData, RunIdentity
+
     by_name = {result.name: result for result in results.values()}
     prompts = _table(by_name, "prompts")
     responses = _table(by_name, "responses-base", "responses-policy")
@@ -193,6 +195,8 @@ def _with_truth(responses: pa.Table, prompts: pa.Table) -> pa.Table:
 
 
 def _use(result: StageResult) -> StageUse:
+    from ray_pipeline.report.data import StageUse
+
     usage = result.usage
 
     def whole(name: str) -> int | None:

@@ -48,6 +48,12 @@ class JudgeSettings(Settings):
         twice = sorted({n for n in names if names.count(n) > 1})
         if twice:
             raise ValueError(f"two judges have the same name: {', '.join(twice)}")
+        scales = sorted({(r.low, r.high) for r in self.rubrics})
+        if len(scales) > 1:
+            shown = " and ".join(f"{low} to {high}" for low, high in scales)
+            raise ValueError(
+                f"judges score on different scales ({shown}), and the gate averages them; choose one scale"
+            )
         return self
 
     @property

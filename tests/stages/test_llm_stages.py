@@ -349,10 +349,10 @@ def test_every_llm_stage_stops_by_the_configured_error_rate(model: ModelSettings
     failure, start = FailureSettings(max_error_rate=0.25, error_window=8), nothing()
     both = {"base": start, "policy": start}
     stages = [
-        candidates_stage(CandidateSettings(), model, start, failure),
+        candidates_stage(CandidateSettings(), failure, model, start),
         *judge.judges(rubrics(), failure, {"judge": model}, TEXTS.judge, start, {"candidates": start}),
         critic.critic(CriticSettings(), failure, model, TEXTS.critic, start, start),
-        compare.responses("base", EvaluateSettings(), model.factory(), model.placement, {}, {}, start, None, failure),
+        compare.responses("base", EvaluateSettings(), failure, model, start),
         compare.comparisons(EvaluateSettings(), failure, model, TEXTS.pairwise, start, **both),
     ]
     for stage in stages:
