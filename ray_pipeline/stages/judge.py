@@ -52,7 +52,7 @@ class JudgeSettings(Settings):
         if len(scales) > 1:
             shown = " and ".join(f"{low} to {high}" for low, high in scales)
             raise ValueError(
-                f"judges score on different scales ({shown}), and the gate averages them; choose one scale"
+                f"judges score on different scales ({shown}), but the gate averages them; choose one"
             )
         return self
 
