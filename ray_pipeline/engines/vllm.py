@@ -536,6 +536,8 @@ class _Reaper:
 
     def children(self) -> list[multiprocessing.process.BaseProcess]:
         """Processes of the engine that this process has started itself and has to wait for."""
+        if self._process is None:
+            return []
         marked = reaper.marked(self._entry.encode())
         return [child for child in multiprocessing.active_children() if child.pid in marked]
 
@@ -547,7 +549,8 @@ class _Reaper:
         with contextlib.suppress(OSError):
             self._process.stdin.write(b"done")
             self._process.stdin.close()
-        self._process.wait(timeout=5.0)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it ends when the machine finds the time
+            self._process.wait(timeout=5.0)
         self._process = None
 
 
