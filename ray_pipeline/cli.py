@@ -101,12 +101,12 @@ def run(
         _err.print("quorum: interrupted; the same command goes on from here", markup=False)
         raise typer.Exit(INTERRUPTED) from None
     if outcome.failures:
-        for name, reason in outcome.failures.items():
-            _err.print(f"quorum: {name} failed: {reason}", markup=False, highlight=False)
+        for name, failure in outcome.failures.items():
+            _err.print(f"quorum: {name} failed: {failure.reason}", markup=False, highlight=False)
         if outcome.not_run:
             _err.print(f"quorum: not run because of that: {', '.join(outcome.not_run)}", markup=False, highlight=False)
         _err.print("quorum: what is done is kept; the same command goes on from here", markup=False)
-        raise typer.Exit(STAGE_FAILED)
+        raise typer.Exit(BAD_INPUT if all(f.bad_input for f in outcome.failures.values()) else STAGE_FAILED)
     report = os.path.join(folder, "report", "report.md")
     if "evaluate" in outcome.results and os.path.exists(report):
         _print(f"report: {report}")

@@ -28,6 +28,7 @@ from ray_pipeline.graph.heartbeat import BEAT_SECONDS, Heartbeat
 from ray_pipeline.graph.progress import Display, ProgressBoard, StageProgress
 from ray_pipeline.graph.shard_map import ShardJob, map_shards, receipt_name
 from ray_pipeline.graph.stage import (
+    BadInput,
     Dag,
     ShardWork,
     Stage,
@@ -83,11 +84,19 @@ class RunSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class Failure:
+    """Why a stage failed, in words for the user, and whether it is what the user gave."""
+
+    reason: str
+    bad_input: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class RunOutcome:
     """Results by stage, what went wrong by stage, and the stages that were not run because of it."""
 
     results: dict[str, StageResult]
-    failures: dict[str, str]
+    failures: dict[str, Failure]
     not_run: list[str]
 
 
@@ -283,7 +292,7 @@ def execute(
     again = [s for s in dag.downstream(from_group) if s in wanted] if from_group else []
     with (
         _RunLog(folder, console) as log,
-        Heartbeat(folder, beat_seconds=settings.beat_seconds, on_loss=_interrupt, say=log.say),
+        Heartbeat(folder, beat_seconds=settings.beat_seconds, on_loss=lambda: _lost(folder, log), say=log.say),
     ):
         folder.write_bytes("config.yaml", yaml.safe_dump(dict(settings.config), sort_keys=False).encode())
         results: dict[str, StageResult] = {}
@@ -301,7 +310,7 @@ def execute(
         manifest = _Manifest(folder, dag, settings, results)
         for stage in wanted:
             log.say(f"{stage.name:<20} {'done before' if stage.name in results else 'to do':<12} {stage.folder_name}")
-        failures: dict[str, str] = {}
+        failures: dict[str, Failure] = {}
         if todo:
             for stage in todo:
                 if stage in again:
@@ -326,7 +335,9 @@ def _before(dag: Dag, stage: Stage, group: str) -> bool:
     return False
 
 
-def _interrupt() -> None:
+def _lost(folder: Folder, log: _RunLog) -> None:
+    """End this process as an interrupt would: two writers must not work in one run folder."""
+    log.say(f"another process has taken over {folder.location}; this one stops")
     os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -340,8 +351,7 @@ def start_ray(arguments: Mapping[str, Any]) -> bool:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING, **arguments}
     if not options.get("address") and not os.environ.get("RAY_ADDRESS"):
-        # A cluster of our own on this machine: nobody else can reach it, so it needs no token file in the home folder.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        # A cluster of our own. Its ports are open to the network, and Ray guards them with a token by default.
         options.setdefault("include_dashboard", False)
         options["address"] = "local"
     ray.init(**options)
@@ -356,10 +366,10 @@ def _run_tasks(
     manifest: _Manifest,
     log: _RunLog,
     console: Console,
-) -> dict[str, str]:
+) -> dict[str, Failure]:
     session = uuid.uuid4().hex[:8]
     ours = start_ray(settings.ray)
-    failures: dict[str, str] = {}
+    failures: dict[str, Failure] = {}
     try:
         board: Any = ray.remote(num_cpus=0)(ProgressBoard).remote()  # type: ignore[call-overload]
         task: Any = ray.remote(num_cpus=0, max_retries=2, retry_exceptions=False)(run_stage)
@@ -399,16 +409,16 @@ def _run_tasks(
 
 
 def _settle(
-    ref: Any, stage: Stage, results: dict[str, StageResult], failures: dict[str, str], board: Any, log: _RunLog
+    ref: Any, stage: Stage, results: dict[str, StageResult], failures: dict[str, Failure], board: Any, log: _RunLog
 ) -> None:
     try:
         result: StageResult = ray.get(ref)
     except Exception as error:
         # Ray gives a stage the error of the parent that failed; only the parent's own is a failure to tell.
         if all(parent.name in results for parent in stage.inputs.values()):
-            failures[stage.name] = _explain(error)
+            failure = failures[stage.name] = _explain(stage.name, error)
             logger.debug("".join(traceback.format_exception(error)))
-            log.say(f"{stage.name}: FAILED: {failures[stage.name]}")
+            log.say(f"{stage.name}: FAILED: {failure.reason}")
             board.end.remote(stage.name, "failed")
         return
     results[stage.name] = result
@@ -426,11 +436,11 @@ def _settle(
     log.say(f"{stage.name}: done in {usage['wall_seconds']:.1f} s{', ' + rows if rows else ''}{calls}")
 
 
-def _explain(error: BaseException) -> str:
+def _explain(stage: str, error: BaseException) -> Failure:
     cause = getattr(error, "cause", None) or error
     if isinstance(cause, (StageStop, ValueError, FileNotFoundError)):
-        return str(cause)
-    return f"{type(cause).__name__}: {str(cause).strip()}"
+        return Failure(str(cause).removeprefix(f"{stage}: "), isinstance(cause, BadInput))
+    return Failure(f"{type(cause).__name__}: {str(cause).strip()}", bad_input=False)
 
 
 def _show(board: Any, display: Display, log: _RunLog, manifest: _Manifest, results: dict[str, StageResult]) -> None:
@@ -497,7 +507,7 @@ class _Manifest:
         }
         self.write(results, {})
 
-    def write(self, results: Mapping[str, StageResult], failures: Mapping[str, str]) -> None:
+    def write(self, results: Mapping[str, StageResult], failures: Mapping[str, Failure]) -> None:
         stages: dict[str, Any] = {}
         for stage in self._dag.stages:
             entry: dict[str, Any] = {
@@ -509,7 +519,7 @@ class _Manifest:
                 "status": "waiting",
             }
             if stage.name in failures:
-                entry.update(status="failed", error=failures[stage.name])
+                entry.update(status="failed", error=failures[stage.name].reason)
             elif stage.name in results:
                 result = results[stage.name]
                 entry.update(status="done", rows=dict(result.rows), facts=dict(result.facts), usage=dict(result.usage))

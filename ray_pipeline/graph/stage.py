@@ -20,6 +20,10 @@ class StageStop(RuntimeError):
     """A stage must not go on. The message says what is wrong and what to do; it is shown to the user as it is."""
 
 
+class BadInput(StageStop):
+    """What the user gave cannot be used: the same command would fail again until it is changed."""
+
+
 @dataclasses.dataclass
 class ShardInput:
     """What a shard function gets: its shard of every input table, and an engine if the stage has one.

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from ray_pipeline.graph.models import ModelSettings
-from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage, StageStop, WholeInput, WholeWork
+from ray_pipeline.graph.stage import BadInput, ShardInput, ShardOutput, ShardWork, Stage, WholeInput, WholeWork
 from ray_pipeline.stages.datasets import DatasetsConfig, TokenCounter, dpo_rows, kto_rows, write_dataset_files
 from ray_pipeline.stages.gate import GateConfig, decide, label_counts
 from ray_pipeline.stages.prompts import PromptsConfig, load_prompts, shard_prompts, source_digests
@@ -46,7 +46,7 @@ def make_prompts(given: WholeInput) -> dict[str, Any]:
     try:
         found = load_prompts(settings.prompts, settings.digests)
     except InputError as error:
-        raise StageStop(f"prompts: {error}") from error
+        raise BadInput(str(error)) from error
     table = ShardedTable(given.folder.location, "prompts", given.num_shards, given.fingerprint)
     for shard, part in enumerate(shard_prompts(found.table, given.num_shards)):
         table.write(shard, part)

@@ -51,9 +51,7 @@ class JudgeSettings(Settings):
         scales = sorted({(r.low, r.high) for r in self.rubrics})
         if len(scales) > 1:
             shown = " and ".join(f"{low} to {high}" for low, high in scales)
-            raise ValueError(
-                f"judges score on different scales ({shown}), but the gate averages them; choose one"
-            )
+            raise ValueError(f"judges score on different scales ({shown}), but the gate averages them; choose one")
         return self
 
     @property

@@ -10,7 +10,7 @@ import ray
 from pydantic import Field, model_validator
 
 from ray_pipeline.graph.models import ModelSettings
-from ray_pipeline.graph.stage import Stage, StageStop, WholeInput, WholeWork
+from ray_pipeline.graph.stage import BadInput, Stage, StageStop, WholeInput, WholeWork
 from ray_pipeline.store.files import StoreError
 from ray_pipeline.store.schemas import TRAIN_METRICS
 from ray_pipeline.store.settings import Settings
@@ -139,7 +139,7 @@ def train_policy(given: WholeInput) -> dict[str, Any]:
     try:
         result = fit(spec)
     except TrainingInputError as error:
-        raise StageStop(f"train: {error}") from error
+        raise BadInput(str(error)) from error
     finally:
         ended.set()
         teller.join()
