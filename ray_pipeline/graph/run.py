@@ -1,7 +1,8 @@
 """Run a DAG in a run folder: one Ray task a stage, wired by their results, resumed from what is there.
 
-A stage is done when its folder holds `result.json` with its fingerprint and every shard file with the same
-fingerprint in its footer. Anything else is made again, shard by shard.
+A stage is done when its folder holds `_result.json` with its fingerprint and every shard file with the same
+fingerprint in its footer. Anything else is made again, shard by shard. Names with an underscore are no data: readers
+of Parquet folders pass over them.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ def load_result(run: str, stage: Stage, num_shards: int, say: Any = None) -> Sta
     """The result of a stage if it is whole, else None; unusable shard files are named."""
     folder = stage_folder(run, stage)
     try:
-        value = folder.read_json("result.json")
+        value = folder.read_json("_result.json")
     except (FileNotFoundError, StoreError):
         value = None
     whole = isinstance(value, dict) and value.get("fingerprint") == stage.fingerprint
@@ -172,9 +173,9 @@ def run_stage(job: _StageJob, roles: tuple[str, ...], *parents: StageResult) -> 
     usage = {**usage, "wall_seconds": time.monotonic() - begin}
     result = StageResult(job.name, job.fingerprint, job.folder, job.num_shards, job.work.tables, rows, facts, usage)
     folder = Folder(job.folder)
-    folder.delete_folder("attempts")
+    folder.delete_folder("_attempts")
     folder.write_json(
-        "result.json",
+        "_result.json",
         {"stage": job.name, "fingerprint": job.fingerprint, "rows": rows, "facts": facts, "usage": usage},
     )
     return result
@@ -229,7 +230,7 @@ def _run_shards(job: _StageJob, parents: Mapping[str, StageResult]) -> tuple[dic
     counts: dict[str, int] = {}
     usage = dict.fromkeys(_USAGE, 0.0)
     for shard in range(job.num_shards):
-        receipt = (Folder(job.folder) / "receipts").read_json(receipt_name(shard))
+        receipt = (Folder(job.folder) / "_receipts").read_json(receipt_name(shard))
         for name, count in receipt["counts"].items():
             counts[name] = counts.get(name, 0) + count
         for name, value in receipt["usage"].items():

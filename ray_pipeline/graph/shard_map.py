@@ -142,13 +142,13 @@ def map_shards(job: ShardJob, shards: list[int]) -> Iterable[Receipt]:
 
 def _leave_reason(job: ShardJob, error: BaseException) -> None:
     """Write down why a worker stops the stage: of an error in a worker, Ray hands on a text full of stack frames."""
-    (Folder(job.folder) / "attempts").write_json(f"stop-{job.session}.json", {"reason": str(error)})
+    (Folder(job.folder) / "_attempts").write_json(f"stop-{job.session}.json", {"reason": str(error)})
 
 
 def _reason(job: ShardJob, error: BaseException) -> BaseException:
     """The error that a worker stopped for, or what Ray says when none left a word."""
     try:
-        return StageStop((Folder(job.folder) / "attempts").read_json(f"stop-{job.session}.json")["reason"])
+        return StageStop((Folder(job.folder) / "_attempts").read_json(f"stop-{job.session}.json")["reason"])
     except (FileNotFoundError, StoreError):
         return error
 
@@ -293,7 +293,7 @@ class _Report:
 
 def _begin_attempt(job: ShardJob, shard: int) -> int:
     """Leave a mark that this session began the shard; returns how many marks there are now."""
-    folder = Folder(job.folder) / "attempts"
+    folder = Folder(job.folder) / "_attempts"
     prefix = f"shard-{shard:05d}-{job.session}-"
     number = sum(name.startswith(prefix) for name in folder.names()) + 1
     folder.write_bytes(f"{prefix}{number}", b"")
@@ -310,7 +310,7 @@ def _commit(job: ShardJob, shard: int, output: ShardOutput, usage: Mapping[str, 
         raise ValueError(f"{job.stage} made {sorted(output.tables)}, not {sorted(job.work.tables)}")
     rows = {kind: table.num_rows for kind, table in output.tables.items()}
     receipt = Receipt(shard, "ok", rows, dict(output.counts), dict(usage))
-    (Folder(job.folder) / "receipts").write_json(receipt_name(shard), dataclasses.asdict(receipt))
+    (Folder(job.folder) / "_receipts").write_json(receipt_name(shard), dataclasses.asdict(receipt))
     for kind, table in output.tables.items():
         job.output(kind).write(shard, table)
     return receipt

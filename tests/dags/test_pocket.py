@@ -94,7 +94,7 @@ def test_with_flipped_labels_it_is_right_less_often_than_the_base(demo: Path, tm
         flipped = [not label for label in table["label"].to_pylist()]
         at = table.schema.get_field_index("label")
         pq.write_table(table.set_column(at, table.schema.field("label"), [flipped]), file)
-    result = folder / manifest(folder)["stages"]["datasets"]["path"] / "result.json"
+    result = folder / manifest(folder)["stages"]["datasets"]["path"] / "_result.json"
     facts = json.loads(result.read_text())
     weights = facts["facts"]["kto_weights"]
     facts["facts"]["kto_weights"] = {

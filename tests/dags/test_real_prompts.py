@@ -52,7 +52,7 @@ def test_real_prompts_through_candidates_and_judging(tmp_path: Path) -> None:
     assert counts["dropped"]["duplicate"] >= exact > 0
     assert counts["kept"] + sum(counts["dropped"].values()) == 871
     assert stages["candidates"]["rows"]["candidates"] == counts["kept"]
-    verdicts = pq.read_table(folder / stages["judge"]["path"], schema=None).to_pylist()
+    verdicts = pq.read_table(folder / stages["judge"]["path"]).to_pylist()
     assert len(verdicts) == counts["kept"]
     assert {v["parse_status"] for v in verdicts} <= set(PARSE_STATUSES) - {"error"}
     assert all((v["score"] is None) == (v["parse_status"] not in ("ok", "repaired")) for v in verdicts)
