@@ -75,6 +75,9 @@ def run(
         if dry_run:
             _show_plan(graph, folder, settings, from_stage, to_stage, load_result)
             return
+        parent = os.path.dirname(folder)
+        if "://" not in folder and os.path.basename(folder) != "latest":
+            point_at(Folder(parent), "latest", os.path.basename(folder))
         outcome = execute(
             graph,
             RunSettings(
@@ -90,9 +93,6 @@ def run(
             to_group=to_stage,
             console=Console(soft_wrap=True),
         )
-        parent = os.path.dirname(folder)
-        if "://" not in folder and os.path.basename(folder) != "latest":
-            point_at(Folder(parent), "latest", os.path.basename(folder))
     except (ConfigError, InputError, StoreError, RunBusy) as error:
         raise _refuse(error) from error
     except ValueError as error:
