@@ -507,6 +507,8 @@ class VllmEngine:
             from vllm.v1.engine.exceptions import EngineDeadError
 
             engine.output_processor.propagate_error(EngineDeadError())  # calls that wait would wait for ever
+            if engine.output_handler is not None:
+                engine.output_handler.cancel()  # or it logs the end of the core as an error
         owner, self._reaper = self._reaper, None
         await asyncio.to_thread(_end_processes, engine, owner)
 

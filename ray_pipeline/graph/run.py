@@ -307,6 +307,7 @@ def execute(
                         f"--from {from_group} needs {stage.name} to be complete, and it is not; "
                         "leave --from out to make it"
                     )
+        again += [s for s in _stale(wanted, results) if s not in again]
         todo = [s for s in wanted if s.name not in results]
         manifest = _Manifest(folder, dag, settings, results)
         for stage in wanted:
@@ -323,6 +324,17 @@ def execute(
         manifest.write(results, failures)
         not_run = [s.name for s in wanted if s.name not in results and s.name not in failures]
         return RunOutcome(results, failures, not_run)
+
+
+def _stale(wanted: list[Stage], results: dict[str, StageResult]) -> list[Stage]:
+    """Take out of `results` what was made from an output that is gone and would not come out the same again."""
+    stale: list[Stage] = []
+    for stage in wanted:
+        parents = stage.inputs.values()
+        if any(p in stale or (p.name not in results and not p.repeatable) for p in parents):
+            results.pop(stage.name, None)
+            stale.append(stage)
+    return stale
 
 
 def _before(dag: Dag, stage: Stage, group: str) -> bool:

@@ -116,6 +116,8 @@ class Stage:
         name: unique in the DAG.
         group: the word that `--from` and `--to` know it by; several stages may share it.
         version: raised when the code changes what the stage writes.
+        repeatable: making it again gives the same output. Where it does not (training), everything that was made
+            from an output that is gone is made again too.
         config: the slice of the configuration that decides its output, as plain data.
         inputs: the stages that it reads, by role.
         external: digests of what it reads from outside the run: files, hub commits, model identities.
@@ -127,6 +129,7 @@ class Stage:
     inputs: Mapping[str, Stage] = dataclasses.field(default_factory=dict)
     external: Mapping[str, str] = dataclasses.field(default_factory=dict)
     version: int = 1
+    repeatable: bool = True
     group: str = ""
     view: str = ""
 

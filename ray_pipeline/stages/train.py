@@ -76,6 +76,7 @@ def train(settings: TrainSettings, model: ModelSettings, max_length: int, datase
     return Stage(
         name="train",
         view="policy",
+        repeatable=False,
         work=WholeWork(function=train_policy, settings=_Given(train=settings, model=model, max_length=max_length)),
         config={**settings.model_dump(mode="json", exclude=_NOT_LEARNT), "max_length": max_length},
         inputs={"datasets": datasets},
