@@ -92,6 +92,7 @@ _SAMPLING_OURS = frozenset({"n", "output_kind", "skip_clone", "detokenize", "fla
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM reserves memory for
 _CPU_CACHE_BYTES = 1 << 30  # of keys and values; holds half a million tokens of a pocket model
 _CPU_STEP_TOKENS = 8192  # prompts of a step together; vLLM's 2048 keep most slots of a batch empty
+_STARTS = 2  # how often an engine is started before it is said not to start
 _CLOSE_SECONDS = 2.0  # the core lets go of everything within one and takes five more to end: then it is killed
 
 
@@ -306,16 +307,23 @@ class VllmEngine:
     async def _start(self) -> None:
         begin = time.perf_counter()
         validate_engine_args(self.spec.args)
-        try:
-            # Off the loop: loading takes seconds to minutes, and other shards of the actor read, write and answer from
-            # the call log meanwhile.
-            await asyncio.to_thread(self._load)
-            await self._prove()
-        except BaseException as error:
-            await self._shut_down()
-            if isinstance(error, EngineStartError) or not isinstance(error, Exception):
-                raise
-            raise EngineStartError(f"vLLM did not start with {self.spec.model!r}: {_reason(error)}") from error
+        for starts_left in reversed(range(_STARTS)):
+            try:
+                # Off the loop: loading takes seconds to minutes, and other shards of the actor read, write and answer
+                # from the call log meanwhile.
+                await asyncio.to_thread(self._load)
+                await self._prove()
+                break
+            except BaseException as error:
+                await self._shut_down()
+                if isinstance(error, EngineStartError) or not isinstance(error, Exception):
+                    raise
+                # A core that was killed while it loaded, or that found the memory still held by one that was ending,
+                # starts the next time. vLLM does not say which it was, so a wrong setting is tried twice as well.
+                if starts_left and not self._closed and "core" in str(error):
+                    logger.warning("vLLM did not start with %s (%s); once more", self.spec.model, _reason(error))
+                    continue
+                raise EngineStartError(f"vLLM did not start with {self.spec.model!r}: {_reason(error)}") from error
         self._watchdog = asyncio.create_task(self._watch(), name="vllm-watchdog")
         self._ready = True
         logger.info("vLLM serves %s after %.1f s", self.spec.model, time.perf_counter() - begin)

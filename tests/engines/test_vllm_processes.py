@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
 SOON = 20.0  # seconds; an idle machine needs three
 
 OWNER = """
-import asyncio, json, sys, time
+import asyncio, json, sys, threading, time
 import psutil
 from ray_pipeline.engines.base import Sampling
 from ray_pipeline.engines.vllm import VllmEngine, VllmSpec
@@ -30,8 +30,24 @@ def engine_processes():
     return [[p.pid, p.create_time()] for p in psutil.Process().children(recursive=True)
             if p.status() == psutil.STATUS_ZOMBIE or "resource_tracker" not in " ".join(p.cmdline())]
 
+def kill_first_core():
+    while True:
+        for process in psutil.Process().children():
+            command = " ".join(process.cmdline())
+            if "EngineCore" in command or "spawn_main" in command:
+                time.sleep(1.0)
+                process.kill()
+                return
+        time.sleep(0.05)
+
 async def main(model, then):
     engine = VllmEngine(VllmSpec(model, dtype="float32", canary=False))
+    if then == "start again":
+        killer = threading.Thread(target=kill_first_core)
+        killer.start()
+        await engine.start()
+        assert not killer.is_alive(), "nothing was killed"
+        then = "close"
     await engine.start()
     await engine.chat([{"role": "user", "content": "x"}], Sampling(max_tokens=2))
     forever = Sampling(max_tokens=1900, extra=(("ignore_eos", True),))
@@ -112,10 +128,11 @@ def test_a_killed_core_is_noticed_by_every_call(qwen3: Path, tmp_path: Path) -> 
     assert_gone(processes)
 
 
-@pytest.mark.parametrize("then", ["close", "exit"])
+@pytest.mark.parametrize("then", ["close", "exit", "start again"])
 def test_a_normal_end_leaves_nothing(qwen3: Path, tmp_path: Path, then: str) -> None:
+    """Also when the first core was killed while it started: a second one took its place."""
     owner, processes = start_owner(qwen3, then, tmp_path)
-    if then == "close":
+    if then != "exit":
         assert owner.stdout
         kinds, left = json.loads(owner.stdout.readline())
         assert kinds == ["EngineDead"]

@@ -16,6 +16,7 @@ import torch
 
 from ray_pipeline.store.schemas import TRAIN_METRICS
 from ray_pipeline.training import TrainResult, TrainSpec, fit
+from ray_pipeline.training.spec import PROGRESS
 
 from .conftest import MakeSpec
 
@@ -80,7 +81,8 @@ def test_adapter_and_merged_model_load_and_agree(finished: tuple[TrainSpec, Trai
     assert {"adapter_model.safetensors", "tokenizer.json", "chat_template.jinja", "README.md"} <= names
     assert not [name for name in names if name.endswith(".bin")]
     assert "0123abcd" in (Path(result.merged) / "README.md").read_text()
-    assert sorted(path.name for path in Path(spec.output_dir).iterdir()) == ["adapter", "merged"]
+    assert sorted(path.name for path in Path(spec.output_dir).iterdir()) == ["adapter", "merged", PROGRESS]
+    assert json.loads((Path(spec.output_dir) / PROGRESS).read_text())["step"] == result.steps
 
     tokenizer = AutoTokenizer.from_pretrained(result.merged)
     ids = tokenizer.apply_chat_template(
