@@ -16,7 +16,7 @@ import pytest
 
 from tests.dags.conftest import CONFIG, Quorum, engine_calls, manifest, run
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
+pytestmark = pytest.mark.e2e
 
 COMPARISON = "configs/pocket_baselines.yaml"
 LABELS = ("desirable", "undesirable", "discard", "abstain")
