@@ -91,7 +91,7 @@ def pool_scores(
     Returns:
         Shape (answers, juries, items), NaN where no member was read.
     """
-    read = ~np.isnan(scores).any(axis=0)
+    read: NDArray[np.bool_] = np.asarray(~np.isnan(scores).any(axis=0))
     if rule == "median":
         pooled = np.full((len(scores), len(members), scores.shape[2]), np.nan)
         whole = np.where(read, scores, np.nan)

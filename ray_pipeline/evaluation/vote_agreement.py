@@ -339,7 +339,7 @@ class Ceiling:
         pairs: pairs of annotators with at least one item in common.
         kappa: mean over these pairs, weighted by their items; pairs whose kappa is undefined are left out.
         alpha: Krippendorff's, nominal, over all annotators.
-        one_against_rest: share of annotations that equal the unique mode of the item's others (tie where there is none).
+        one_against_rest: share of annotations that equal the unique mode of the item's others, a tie if there is none.
     """
 
     annotators: int
@@ -408,7 +408,7 @@ def _alpha_of_many(codes: Codes, draws: NDArray[np.float32]) -> Estimate:
 
     value = alpha(parts.sum(axis=1))
     low, high = quantiles(alpha(parts @ draws.T.astype(np.float64)), (0.025, 0.975))
-    return Estimate(number(value), number(low), number(high))
+    return Estimate(number(float(value)), number(low), number(high))
 
 
 def ratio(numerator: Floats, denominator: Floats, draws: NDArray[np.float32], confidence: float = 0.95) -> Estimate:

@@ -21,7 +21,7 @@ import difflib
 import functools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from ray_pipeline.agents.jury import MISSING, VOTES, compare_scores
@@ -85,9 +85,9 @@ def read_item(where: str, row: Mapping[str, Any]) -> dict[str, Any]:
     for field in ("question", "response_a", "response_b", "model_a", "model_b"):
         if not isinstance(row.get(field), (str, type(None))):
             raise InputError(f"{where}: {field} must be text or null, not {type(row[field]).__name__}")
-    if "human_label" not in row:
+    if "human_label" not in row and "versus" not in row:
         raise InputError(f"{where}: human_label is missing; it is one of {', '.join(LABELS)}, or null")
-    _check_label(where, "human_label", row["human_label"])
+    _check_label(where, "human_label", row.get("human_label"))
     votes = row.get("human_votes") or {}
     if not isinstance(votes, dict):
         raise InputError(f"{where}: human_votes must be an object of annotator: label, not {type(votes).__name__}")
@@ -177,13 +177,13 @@ def _stored(where: str, strategy: str, recording: Mapping[str, Any]) -> dict[str
         pick = _field(where, recording, "stored_pick", str, "replay: stored needs it; use replay: text")
         if pick not in LABELS:
             raise InputError(f"{where}.stored_pick must be one of {', '.join(LABELS)}, not {pick!r}")
-        return _ballot(recording, None, None, pick, None, "ok")
+        return _ballot(recording, "ok", vote=pick)
     if strategy == "versus":
         winner = _field(where, recording, "winner", str, "replay: stored needs it; use replay: text")
         # Some runs name the opponent by another word; whatever is neither the agent nor a tie is the opponent.
-        return _ballot(recording, None, None, {"agent": "A", "tie": "tie"}.get(winner, "B"), None, "ok")
+        return _ballot(recording, "ok", vote={"agent": "A", "tie": "tie"}.get(winner, "B"))
     scores = [_number(where, recording, f"stored_{side}") for side in "ab"]
-    return _ballot(recording, *scores, vote_of(*scores), None, "ok")
+    return _ballot(recording, "ok", scores)
 
 
 # --- the replies themselves -------------------------------------------------------------------------------------------
@@ -194,8 +194,8 @@ def _text(where: str, strategy: str, recording: Mapping[str, Any]) -> dict[str, 
     if kind == "direct":
         found, status = _read(where, recording, "text", "turns", lambda r: read_pick(r, tuple(CHOICE_VOTES), "text"))
         if found is None:
-            return _ballot(recording, None, None, None, None, status)
-        return _ballot(recording, None, None, CHOICE_VOTES[found["choice"]], found["reason"], status)
+            return _ballot(recording, status)
+        return _ballot(recording, status, vote=CHOICE_VOTES[found["choice"]], reason=found["reason"])
     scale = recorded_scale(int(maximum or 10))
     if kind == "independent":
         one, other = (
@@ -204,12 +204,12 @@ def _text(where: str, strategy: str, recording: Mapping[str, Any]) -> dict[str, 
         )
         scores = [None if found is None else found["score"] for found, _ in (one, other)]
         reasons = [found["reason"] for found, _ in (one, other) if found and found["reason"]]
-        return _ballot(recording, *scores, vote_of(*scores), "\n\n".join(reasons) or None, _worse(one[1], other[1]))
+        return _ballot(recording, _worse(one[1], other[1]), scores, reason="\n\n".join(reasons) or None)
     found, status = _read(where, recording, "text", "turns", lambda r: read_scores(r, ("A", "B"), scale, "text"))
     if found is None:
-        return _ballot(recording, None, None, None, None, status)
+        return _ballot(recording, status)
     scores = [found["scores"][label] for label in ("A", "B")]
-    return _ballot(recording, *scores, vote_of(*scores), found["reason"], status)
+    return _ballot(recording, status, scores, reason=found["reason"])
 
 
 @functools.cache
@@ -246,7 +246,7 @@ def _debate(where: str, recording: Mapping[str, Any], replay: Replay) -> Iterato
     """One ballot a voice; in a stored replay one of the stored means, where the run kept them."""
     if replay == "stored" and ("stored_mean_1" in recording or "stored_mean_2" in recording):
         means = [_number(where, recording, f"stored_mean_{side}") for side in "12"]
-        yield {"voice": "", "order": "ab", **_ballot({}, *means, vote_of(*means), None, "ok")}
+        yield {"voice": "", "order": "ab", **_ballot({}, "ok", means)}
         return
     final = _field(where, recording, "final", dict, "it holds the scoring text of each role")
     if not final:
@@ -256,30 +256,29 @@ def _debate(where: str, recording: Mapping[str, Any], replay: Replay) -> Iterato
         found, status = _read(
             f"{where}.final", {role: final[role]}, role, "turns", lambda r: read_scores(r, ("1", "2"), scale, "text")
         )
-        scores = [None, None] if found is None else [found["scores"]["1"], found["scores"]["2"]]
+        scores: list[float | None] = [None, None] if found is None else [found["scores"]["1"], found["scores"]["2"]]
         if replay == "stored" and found is None:
             scores, status = [0.0, 0.0], "ok"  # the original counted an unread agent so
         reason = None if found is None else found["reason"]
         yield {
             "voice": role,
             "order": "ab",
-            **_ballot({"text": final[role]}, *scores, vote_of(*scores), reason, status),
+            **_ballot({"text": final[role]}, status, scores, reason=reason),
         }
 
 
 def _ballot(
     recording: Mapping[str, Any],
-    score_a: float | None,
-    score_b: float | None,
-    vote: str | None,
-    reason: str | None,
     status: str,
+    scores: Sequence[float | None] = (None, None),
+    vote: str | None = None,
+    reason: str | None = None,
 ) -> dict[str, Any]:
     texts = [t for t in (recording.get(f) for f in ("text", "text_a", "text_b")) if isinstance(t, str)]
     return {
-        "score_a": score_a,
-        "score_b": score_b,
-        "vote": vote,
+        "score_a": scores[0],
+        "score_b": scores[1],
+        "vote": vote_of(*scores) if vote is None else vote,
         "reason": reason,
         "parse_status": status,
         "raw": "\n\n".join(texts) or None,
