@@ -51,7 +51,7 @@ LABELS = string.ascii_uppercase
 TIE_LABEL = "C"
 
 #: Parse statuses from the worst on: what a judgement of several replies is called by.
-_WORST_FIRST = ("error", "too_long", "truncated", "unparsed", "repaired", "ok")
+WORST_FIRST = ("error", "too_long", "truncated", "unparsed", "repaired", "ok")
 
 
 class Strategy(Settings):
@@ -84,10 +84,11 @@ class Strategy(Settings):
     def scale(self) -> Scale:
         return Scale(low=self.low, high=self.high, decimals=self.decimals)
 
-    def shown(self, answers: int) -> list[tuple[int, ...]]:
-        """The orders in which answers are shown, as their numbers from first to last; swapped is reversed."""
-        given = tuple(range(answers))
-        return {"given": [given], "swapped": [given[::-1]], "both": [given, given[::-1]]}[self.orders]
+
+def shown_orders(orders: Orders, answers: int) -> list[tuple[int, ...]]:
+    """The orders in which answers are shown, as their numbers from first to last; swapped is reversed."""
+    given = tuple(range(answers))
+    return {"given": [given], "swapped": [given[::-1]], "both": [given, given[::-1]]}[orders]
 
 
 class StrategyAsking(Settings):
@@ -202,13 +203,13 @@ async def decide(
         looks = [await asker.independent()]
     else:
         one = asker.direct if strategy.kind == "direct" else asker.combined
-        looks = list(await asyncio.gather(*(one(order) for order in strategy.shown(len(answers)))))
+        looks = list(await asyncio.gather(*(one(order) for order in shown_orders(strategy.orders, len(answers)))))
     return settle(looks, strategy.conflict)
 
 
 def settle(looks: Sequence[Look], conflict: Conflict) -> Judgement:
     """One judgement from all orders, by the rule for conflict. Scores are means over the orders."""
-    status = min((look.parse_status for look in looks), key=_WORST_FIRST.index)
+    status = min((look.parse_status for look in looks), key=WORST_FIRST.index)
     if not all(look.best for look in looks):
         return Judgement(None, (), status, tuple(looks))
     scores = None
@@ -223,6 +224,11 @@ def settle(looks: Sequence[Look], conflict: Conflict) -> Judgement:
     else:
         best = tuple(sorted({answer for look in looks for answer in look.best}))
     return Judgement(scores, best, status, tuple(looks))
+
+
+def pick_best(judgement: Judgement) -> int | None:
+    """The number of the best answer, the earliest of several that are tied; None when unread."""
+    return judgement.best[0] if judgement.best else None
 
 
 def best_scores(scores: Sequence[float]) -> tuple[int, ...]:
@@ -292,7 +298,7 @@ class _Asker:
             )
         )
         order = tuple(range(len(self.answers)))
-        status = min((status for _, _, status in replies), key=_WORST_FIRST.index)
+        status = min((status for _, _, status in replies), key=WORST_FIRST.index)
         raw = "\n\n".join(raw for _, raw, _ in replies if raw is not None) or None
         scores = [read.fields["score"] for read, _, _ in replies if read is not None]
         if len(scores) < len(order):

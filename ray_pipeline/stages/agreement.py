@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,10 +11,12 @@ from pydantic import Field, model_validator
 
 from ray_pipeline.agents.strategies import Conflict
 from ray_pipeline.evaluation.agreement_document import MeasureSettings
+from ray_pipeline.graph.results import Run
 from ray_pipeline.graph.stage import BadInput, Stage, StageResult, StageStop, WholeInput, WholeWork, stage_table
 from ray_pipeline.stages.human_labels import HUMAN_DATA, read_human_labels, where_to_find
 from ray_pipeline.stages.recorded import Recorded, Replay, read_recorded
 from ray_pipeline.stages.sources import HuggingFaceSource, InputError, JsonlSource, content_digests
+from ray_pipeline.store.files import StoreError, point_at
 from ray_pipeline.store.keys import check_num_shards, shard_of, unit_hash
 from ray_pipeline.store.schemas import BALLOTS, ITEMS, to_table
 from ray_pipeline.store.settings import Settings
@@ -53,6 +55,15 @@ class AgreementData(Settings):
     def label(self) -> str:
         """How reports call the data."""
         return Path(self.path).name if self.path else HUMAN_DATA[self.type].hub_name or self.type
+
+    def told(self, asked: bool) -> str:
+        """Where verdicts come from, in words for a report."""
+        recorded = "as the original run stored them" if self.replay == "stored" else "read from the recorded texts"
+        if not asked:
+            return recorded
+        return (
+            f"{recorded}, and asked in this run" if self.recordings and self.type == "recorded" else "asked in this run"
+        )
 
 
 def data_digests(settings: AgreementData) -> dict[str, str]:
@@ -142,12 +153,6 @@ def _ballot_key(row: Mapping[str, Any]) -> tuple[str, ...]:
 # --- reports ----------------------------------------------------------------------------------------------------------
 
 
-class _ReportGiven(Settings):
-    measure: MeasureSettings
-    data: str
-    replay: str
-
-
 class WinrateMeasure(Settings):
     """The `measure` block of a win-rate run."""
 
@@ -156,94 +161,88 @@ class WinrateMeasure(Settings):
     seed: int = 0
 
 
-class _WinrateGiven(Settings):
-    measure: WinrateMeasure
+class AgreementPage(Settings):
+    """What a report says, and how it is computed; kept in the manifest, so that it can be written anew."""
+
+    workflow: Literal["agreement", "winrate"]
     data: str
     replay: str
+    measure: MeasureSettings = MeasureSettings()
+    winrate: WinrateMeasure = WinrateMeasure()
 
 
-def agreement_stage(settings: MeasureSettings, data: AgreementData, items: Stage, asked: Sequence[Stage]) -> Stage:
-    """agreement.json and report.md over the recorded and the asked verdicts."""
-    given = _ReportGiven(measure=settings, data=data.label, replay=_replay(data, asked))
-    return _report_stage("agreement", write_agreement_report, given, items, asked)
-
-
-def winrate_stage(settings: WinrateMeasure, data: AgreementData, items: Stage, asked: Sequence[Stage] = ()) -> Stage:
-    """winrate.json and report.md over ballots of strategy `versus`."""
-    given = _WinrateGiven(measure=settings, data=data.label, replay=_replay(data, asked))
-    return _report_stage("winrate", write_winrate_report, given, items, asked)
-
-
-def _replay(data: AgreementData, asked: Sequence[Stage]) -> str:
-    replayed = "as the original run stored them" if data.replay == "stored" else "read again from the recorded texts"
-    if not asked:
-        return replayed
-    return f"{replayed}, and asked in this run" if data.recordings and data.type == "recorded" else "asked in this run"
-
-
-def _report_stage(
-    name: str, function: Callable[[WholeInput], dict[str, Any]], given: Settings, items: Stage, asked: Sequence[Stage]
-) -> Stage:
+def report_stage(page: AgreementPage, items: Stage, asked: Sequence[Stage] = ()) -> Stage:
+    """agreement.json or winrate.json, and report.md, over the recorded and the asked verdicts."""
     return Stage(
-        name=name,
+        name=page.workflow,
         view="report",
-        work=WholeWork(function=function, settings=given),
-        config=given.model_dump(mode="json"),
+        work=WholeWork(function=write_report_stage, settings=page),
+        config=page.model_dump(mode="json"),
         inputs={"items": items, **{f"asked/{stage.name}": stage for stage in asked}},
     )
 
 
-def write_agreement_report(given: WholeInput) -> dict[str, Any]:
-    from ray_pipeline.evaluation.agreement_document import as_document, measure
-    from ray_pipeline.report.agreement import write_agreement
-
-    settings: _ReportGiven = given.settings
+def write_report_stage(given: WholeInput) -> dict[str, Any]:
+    if not given.folder.is_local:
+        raise StageStop(f"a report writes plots to a local folder; {given.folder.location} is none")
     try:
-        found = measure(_all(given, "items"), _ballots(given), settings.measure)
+        headline = write_page(given.settings, list(given.inputs.values()), Path(given.folder.path()))
     except ValueError as error:
         raise BadInput(str(error)) from error
-    document = as_document(found, settings.measure, {"data": settings.data, "replay": settings.replay})
-    page = write_agreement(document, _local(given))
-    best = max(
-        (j for j in [*found.judges, *(d.judged for d in found.debates)] if j.agreement.kappa is not None),
-        key=lambda j: j.agreement.kappa or -2.0,
-        default=None,
-    )
+    given.log(headline)
+    return {"headline": headline}
+
+
+def rewrite_page(run: Run) -> str:
+    """Write the report of a run anew from its tables, as far as there are any; returns the path of report.md.
+
+    Raises:
+        StoreError: the run folder is not local, or its items are not there yet.
+    """
+    if not run.folder.is_local:
+        raise StoreError(f"a report needs a local run folder for its plots; {run.folder.location} is none")
+    if "items" not in run.results:
+        raise StoreError(f"{run.folder.location} has no items yet; `quorum run` makes them")
+    page = AgreementPage.model_validate(run.manifest["report"])
+    done = page.workflow in run.results
+    name = run.manifest["stages"][page.workflow]["path"] if done else f"report-{run.manifest['config_digest']}"
+    results = [result for result in run.results.values() if "ballots" in result.tables]
+    try:
+        write_page(page, results, Path(run.folder.path(name)))
+    except ValueError as error:
+        raise StoreError(str(error)) from error
+    point_at(run.folder, "report", name)
+    return run.folder.uri("report/report.md")
+
+
+def write_page(page: AgreementPage, results: Sequence[StageResult], folder: Path) -> str:
+    """Compute and write a report from the stages that have ballots; returns its first line.
+
+    Raises:
+        ValueError: the tables do not fit together or hold nothing to report.
+    """
+    from ray_pipeline.evaluation.agreement_document import as_document, measure
+    from ray_pipeline.evaluation.recorded_winrate import versus_rates
+    from ray_pipeline.report.agreement import write_agreement, write_winrate
+
+    items = pa.concat_tables([r.table("items").read_all() for r in results if "items" in r.tables])
+    ballots = pa.concat_tables([r.table("ballots").read_all() for r in results])
+    about = {"data": page.data, "replay": page.replay}
+    if page.workflow == "winrate":
+        rules = page.winrate
+        rates = versus_rates(items, ballots, conflict=rules.conflict, draws=rules.draws, seed=rules.seed)
+        if not rates:
+            raise ValueError(f"{page.data} holds no pairwise verdicts: none of its items has a `versus` block")
+        write_winrate(rates, {**about, **rules.model_dump()}, folder)
+        return f"{len(rates)} runs over {max(r.n for r in rates)} items"
+    found = measure(items, ballots, page.measure)
+    write_agreement(as_document(found, page.measure, about), folder)
+    judged = [*found.judges, *(d.judged for d in found.debates)]
     headline = (
         f"{found.items} items, {len(found.judges)} judges, {len(found.juries)} juries, {len(found.debates)} debates"
     )
-    if best is not None:
-        headline += f"; highest kappa {best.agreement.kappa:.3f} ({best.strategy}: {best.judge})"
-    given.log(headline)
-    return {"headline": headline, "report": page.name}
-
-
-def write_winrate_report(given: WholeInput) -> dict[str, Any]:
-    from ray_pipeline.evaluation.recorded_winrate import versus_rates
-    from ray_pipeline.report.agreement import write_winrate
-
-    settings: _WinrateGiven = given.settings
-    rules = settings.measure
-    rates = versus_rates(
-        _all(given, "items"), _ballots(given), conflict=rules.conflict, draws=rules.draws, seed=rules.seed
-    )
-    if not rates:
-        raise BadInput(f"{settings.data} holds no pairwise verdicts: its items have no `versus` block")
-    page = write_winrate(rates, {"data": settings.data, "replay": settings.replay, **rules.model_dump()}, _local(given))
-    given.log(f"{len(rates)} runs over {max(r.n for r in rates)} items")
-    return {"runs": len(rates), "report": page.name}
-
-
-def _all(given: WholeInput, kind: str) -> pa.Table:
-    return given.inputs["items"].table(kind).read_all()
-
-
-def _ballots(given: WholeInput) -> pa.Table:
-    asked: list[StageResult] = [result for role, result in given.inputs.items() if role.startswith("asked/")]
-    return pa.concat_tables([_all(given, "ballots"), *(result.table("ballots").read_all() for result in asked)])
-
-
-def _local(given: WholeInput) -> Path:
-    if not given.folder.is_local:
-        raise StageStop(f"a report writes plots to a local folder; {given.folder.location} is none")
-    return Path(given.folder.path())
+    known = [j for j in judged if j.agreement.kappa is not None]
+    if known:
+        best = max(known, key=lambda j: j.agreement.kappa or 0.0)
+        headline += f"; highest kappa of one judge {best.agreement.kappa:.3f} ({best.strategy}: {best.judge})"
+    return headline
