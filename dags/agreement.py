@@ -18,4 +18,4 @@ def agreement(config: AgreementConfig, run_folder: str) -> Dag:
     items = items_stage(config.data)
     strategies, debates = config.strategy_templates(), config.debate_templates()
     asked = ask_stages(config.ask, strategies, debates, config.failure, config.models, items)
-    return Dag("agreement", [items, *asked, report_stage(config.report(), items, asked)])
+    return Dag("agreement", [items, *asked, report_stage(config.page(), items, asked)])

@@ -13,4 +13,4 @@ from ray_pipeline.stages.agreement import items_stage, report_stage
 def winrate(config: WinrateConfig, run_folder: str) -> Dag:
     """The workflow as a DAG."""
     items = items_stage(config.data)
-    return Dag("winrate", [items, report_stage(config.report(), items)])
+    return Dag("winrate", [items, report_stage(config.page(), items)])

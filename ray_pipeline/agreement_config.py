@@ -66,7 +66,7 @@ class AgreementConfig(_AgreementRun):
     def debate_templates(self) -> DebateTemplates:
         return load_debate_templates(self.ask.debate_templates)
 
-    def report(self) -> AgreementPage:
+    def page(self) -> AgreementPage:
         """What the report says beside the tables."""
         asked = bool(self.ask.judges or self.ask.debaters)
         return AgreementPage(
@@ -84,7 +84,9 @@ class AgreementConfig(_AgreementRun):
                 **{f"ask.debaters.{d.name}.sampling": d.sampling.extra for d in self.ask.debaters if d.sampling},
             }
         )
-        self.strategy_templates()
+        templates = self.strategy_templates()
+        for strategy in self.ask.strategies:
+            templates.of(strategy)
         roles = self.debate_templates().roles
         try:
             self.ask.debate.speakers(roles)
@@ -98,7 +100,7 @@ class WinrateConfig(_AgreementRun):
     run: RunBlock = RunBlock(name="winrate")
     measure: WinrateMeasure = WinrateMeasure()
 
-    def report(self) -> AgreementPage:
+    def page(self) -> AgreementPage:
         """What the report says beside the tables."""
         return AgreementPage(
             workflow="winrate", data=self.data.label, replay=self.data.told(False), winrate=self.measure

@@ -36,7 +36,12 @@ def _refuse(message: object) -> typer.Exit:
 
 @app.command()
 def run(
-    dag: Annotated[str, typer.Argument(help="workflow: dmapo, agreement or winrate")],
+    dag: Annotated[
+        str,
+        typer.Argument(
+            help="workflow: dmapo, baselines (methods and data side by side), agreement (judges with humans) or winrate"
+        ),
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key=value, for example gate.tau=2 candidates.k=8")
     ] = None,
@@ -58,9 +63,7 @@ def run(
     Finished stages are kept, unfinished ones make only their missing shards, and an LLM call that was ever answered
     is not made again.
     """
-    from dags.agreement import agreement
-    from dags.dmapo import dmapo
-    from dags.winrate import winrate
+    from dags import DAGS
     from ray_pipeline.agreement_config import AGREEMENT_CONFIGS
     from ray_pipeline.config import CONFIGS, ConfigError, load_config
     from ray_pipeline.graph.heartbeat import RunBusy
@@ -69,14 +72,13 @@ def run(
     from ray_pipeline.store.files import Folder, StoreError, point_at
 
     configs: dict[str, Any] = {**CONFIGS, **AGREEMENT_CONFIGS}
-    dags: dict[str, Any] = {"dmapo": dmapo, "agreement": agreement, "winrate": winrate}
     if dag not in configs:
         raise _refuse(f"there is no workflow {dag!r}; there is {', '.join(configs)}")
     changes = [*(overrides or []), *(["evaluate.skip_generation=true"] if skip_generation else [])]
     try:
         settings = load_config(dag, config, changes, configs[dag])
         folder = settings.run_folder(run_dir)
-        graph = dags[dag](settings, folder)
+        graph = DAGS[dag](settings, folder)
         if dry_run:
             _show_plan(graph, folder, settings, from_stage, to_stage, load_result)
             return
@@ -91,8 +93,9 @@ def run(
                 num_shards=settings.num_shards,
                 config=settings.model_dump(mode="json"),
                 ray=settings.ray.arguments(),
-                report=settings.report().model_dump(mode="json"),
+                report=settings.page().model_dump(mode="json"),
                 replay_only=settings.calls.replay_only,
+                max_stages=settings.ray.max_stages,
             ),
             from_group=from_stage,
             to_group=to_stage,
@@ -169,14 +172,18 @@ def status(run: RunArgument = "runs/latest") -> None:
 def report(run: RunArgument = "runs/latest") -> None:
     """Write the report anew from the tables that a run has, finished or not."""
     from ray_pipeline.graph.results import read_run
-    from ray_pipeline.stages.agreement import rewrite_page
+    from ray_pipeline.stages import agreement, method_table
     from ray_pipeline.stages.evaluate import write_report
     from ray_pipeline.store.files import StoreError
 
+    pages = {
+        "baselines": method_table.rewrite_page,
+        "agreement": agreement.rewrite_page,
+        "winrate": agreement.rewrite_page,
+    }
     try:
         found = read_run(run)
-        write = rewrite_page if found.manifest["dag"] in ("agreement", "winrate") else write_report
-        _print(f"report: {write(found)}")
+        _print(f"report: {pages.get(found.manifest['dag'], write_report)(found)}")
     except StoreError as error:
         raise _refuse(error) from error
 
@@ -192,13 +199,14 @@ def audit(run: RunArgument = "runs/latest") -> None:
     from ray_pipeline.store.files import StoreError
 
     try:
-        found = audit_folder(read_run(run))
+        reports = audit_folder(read_run(run))
     except (StoreError, FileNotFoundError) as error:
         raise _refuse(error) from error
-    for problem in found.problems:
-        _print(f"{problem.kind}: {problem.table} {problem.id}: {problem.message}")
-    _print(found.summary())
-    if not found.ok:
+    for name, found in reports.items():
+        for problem in found.problems:
+            _print(f"{problem.kind}: {problem.table} {problem.id}: {problem.message}")
+        _print(found.summary() if len(reports) == 1 else f"{name}: {found.summary()}")
+    if not all(found.ok for found in reports.values()):
         raise typer.Exit(STAGE_FAILED)
 
 

@@ -31,6 +31,7 @@ from ray_pipeline.agents.replies import Read
 from ray_pipeline.agents.templates import (
     Layout,
     RoleTemplate,
+    TemplateError,
     check_role,
     read_template_file,
     render,
@@ -115,12 +116,22 @@ class StrategyTemplate(RoleTemplate):
 
 
 class StrategyTemplates(Settings):
-    """All texts of a strategies file. `rubric` is what to look at unless a strategy brings its own."""
+    """All texts of a strategies file. `rubric` is what to look at unless a strategy brings its own.
+
+    A file may leave out a kind of strategy; nothing can be asked by it then.
+    """
 
     rubric: str
-    direct: StrategyTemplate
-    independent: StrategyTemplate
-    combined: StrategyTemplate
+    direct: StrategyTemplate | None = None
+    independent: StrategyTemplate | None = None
+    combined: StrategyTemplate | None = None
+
+    def of(self, strategy: Strategy) -> StrategyTemplate:
+        """The texts of a strategy. Raises TemplateError when the file has none of its kind."""
+        found: StrategyTemplate | None = getattr(self, strategy.kind)
+        if found is None:
+            raise TemplateError(f"strategy {strategy.name}: the template file has no block {strategy.kind}")
+        return found
 
 
 _ANSWERS = [{"label": "A", "text": "x"}, {"label": "B", "text": "y"}]
@@ -137,8 +148,10 @@ def load_strategy_templates(name_or_path: str) -> StrategyTemplates:
     """Strategy texts by built-in name or from a YAML file. Raises TemplateError, naming file and block."""
     templates = read_template_file(name_or_path, StrategyTemplates, "strategies")
     for role, variables in STRATEGY_VARIABLES.items():
-        for form in ("json", "text"):
-            check_role(name_or_path, role, getattr(templates, role), {**variables, "form": form})
+        block: StrategyTemplate | None = getattr(templates, role)
+        for form in ("json", "text") if block is not None else ():
+            assert block is not None
+            check_role(name_or_path, role, block, {**variables, "form": form})
     return templates
 
 
@@ -259,7 +272,7 @@ class _Asker:
     async def direct(self, order: tuple[int, ...]) -> Look:
         options = (*LABELS[:2], TIE_LABEL)
         read, raw, status = await self._ask(
-            self.templates.direct,
+            self.templates.of(self.strategy),
             self._shown(order),
             lambda: pick_grammar(options, self.asking.reason_chars),
             lambda reply: read_pick(reply, options, self.asking.form),
@@ -273,7 +286,7 @@ class _Asker:
     async def combined(self, order: tuple[int, ...]) -> Look:
         labels, scale = LABELS[: len(order)], self.strategy.scale
         read, raw, status = await self._ask(
-            self.templates.combined,
+            self.templates.of(self.strategy),
             {**self._shown(order), "low": scale.low, "high": scale.high},
             lambda: scores_grammar(labels, scale, self.asking.reason_chars),
             lambda reply: read_scores(reply, labels, scale, self.asking.form),
@@ -289,7 +302,7 @@ class _Asker:
         replies = await asyncio.gather(
             *(
                 self._ask(
-                    self.templates.independent,
+                    self.templates.of(self.strategy),
                     {"response": answer, "low": scale.low, "high": scale.high, "fence": self._fence([answer])},
                     lambda: rating_grammar(scale, self.asking.reason_chars),
                     lambda reply: read_rating(reply, scale, self.asking.form),

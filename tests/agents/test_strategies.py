@@ -310,7 +310,7 @@ def test_built_in_texts_show_everything_that_is_judged() -> None:
     assert "default" in builtin_templates("strategies")
     for name in builtin_templates("strategies"):
         texts = load_strategy_templates(name)
-        for kind in ("direct", "independent", "combined"):
+        for kind in [k for k in ("direct", "independent", "combined") if getattr(texts, k) is not None]:
             for form in ({}, TEXT_FORM):
                 engine = ScriptedEngine("hm")
                 asyncio.run(
@@ -336,8 +336,11 @@ def test_a_mistake_in_a_file_is_told_by_block(tmp_path: Path) -> None:
         load_strategy_templates(written(independent={"shared": "x", "rubric": "{{ answers }}"}))
     with pytest.raises(TemplateError, match=r"combined\.retry: "):
         load_strategy_templates(written(combined={**block, "retry": "{% if form == 'text' %}{{ typo }}{% endif %}"}))
-    with pytest.raises(TemplateError, match="direct: field required"):
-        (tmp_path / "bad.yaml").write_text(yaml.safe_dump({k: v for k, v in good.items() if k != "direct"}))
+    with pytest.raises(TemplateError, match="rubric: field required"):
+        (tmp_path / "bad.yaml").write_text(yaml.safe_dump({k: v for k, v in good.items() if k != "rubric"}))
         load_strategy_templates(str(tmp_path / "bad.yaml"))
-    with pytest.raises(TemplateError, match="no built-in prompt templates 'nope'; there are default"):
+    few = load_strategy_templates(written(direct=None))
+    with pytest.raises(TemplateError, match="strategy direct: the template file has no block direct"):
+        few.of(Strategy(kind="direct"))
+    with pytest.raises(TemplateError, match="no built-in prompt templates 'nope'; there are default, pocket"):
         load_strategy_templates("nope")
