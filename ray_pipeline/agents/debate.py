@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from ray_pipeline.agents.judges import SamplingSettings, ask_until_read
-from ray_pipeline.agents.jury import pooled_vote
+from ray_pipeline.agents.jurors import most_held
 from ray_pipeline.agents.labelled_replies import Scale, read_scores, scores_grammar
 from ray_pipeline.agents.strategies import (
     LABELS,
@@ -28,7 +28,6 @@ from ray_pipeline.agents.strategies import (
     best_scores,
     settle,
     shown_orders,
-    vote,
 )
 from ray_pipeline.agents.templates import (
     RoleTemplate,
@@ -210,20 +209,8 @@ def _pool(finals: Mapping[str, Look], pool: Pool) -> Look:
     if len(scores) < len(looks):
         return Look(looks[0].order, None, (), None, status, None)
     means = tuple(sum(column) / len(scores) for column in zip(*scores, strict=True))
-    best = best_scores(means) if pool == "mean" else _most_votes([look.best for look in looks])
+    best = best_scores(means) if pool == "mean" else most_held([look.best for look in looks])
     return Look(looks[0].order, means, best, "\n\n".join(reasons) or None, status, None)
-
-
-def _most_votes(winners: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The answers that most voices hold best alone. Of two answers: the unique mode of A, B and tie, else both."""
-    if all(set(best) <= {0, 1} for best in winners):
-        pooled = pooled_vote([vote(best) for best in winners])
-        return {"A": (0,), "B": (1,)}.get(pooled or "", (0, 1))
-    alone = [best[0] for best in winners if len(best) == 1]
-    if not alone:
-        return tuple(sorted({answer for best in winners for answer in best}))
-    counts = {answer: alone.count(answer) for answer in alone}
-    return tuple(sorted(answer for answer, count in counts.items() if count == max(counts.values())))
 
 
 @dataclasses.dataclass(frozen=True)

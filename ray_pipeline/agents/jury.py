@@ -6,10 +6,9 @@ A judge whose verdict is missing abstains; a jury of which nobody was read has n
 
 from __future__ import annotations
 
-import asyncio
 import itertools
-from collections.abc import Awaitable, Iterator, Mapping, Sequence
-from typing import Literal, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,7 +23,6 @@ PoolRule = Literal["mode", "weighted", "mean", "median", "weighted_mean"]
 VOTE_RULES: tuple[PoolRule, ...] = ("mode", "weighted")
 
 Codes = NDArray[np.int8]
-T = TypeVar("T")
 
 #: Scores whose distance is under this are equal: a mean of thirds is not exact in binary.
 _EQUAL = 1e-9
@@ -115,15 +113,6 @@ def pooled_vote(votes: Sequence[str | None], weights: Sequence[float] | None = N
     codes = vote_codes(votes)[:, None]
     (((code,)),) = pool_votes(codes, np.ones((1, len(votes)), dtype=bool), weights)
     return None if code == MISSING else VOTES[code]
-
-
-async def convene(verdicts: Mapping[str, Awaitable[T]]) -> dict[str, T]:
-    """The verdicts of all jurors, asked together; by juror, in the order given.
-
-    Jurors may sit on different engines: each awaitable brings its own.
-    """
-    found = await asyncio.gather(*verdicts.values())
-    return dict(zip(verdicts, found, strict=True))
 
 
 def jury_names(judges: Sequence[str], members: NDArray[np.bool_]) -> Iterator[tuple[str, ...]]:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import collections
 import itertools
+import json
 import statistics
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ray_pipeline.agents.judges import SamplingSettings
+from ray_pipeline.agents.jurors import Juror, pool_judgements, sit
 from ray_pipeline.agents.jury import (
     MISSING,
     VOTES,
     compare_scores,
-    convene,
     jury_names,
     pool_scores,
     pool_votes,
@@ -25,19 +26,29 @@ from ray_pipeline.agents.jury import (
     subsets,
     vote_codes,
 )
+from ray_pipeline.agents.strategies import (
+    Judgement,
+    Look,
+    Strategy,
+    StrategyAsking,
+    load_strategy_templates,
+    vote,
+)
+from tests.scripted import ScriptedEngine, user
 
+COLD = SamplingSettings(max_tokens=64)
 BALLOT = st.sampled_from(["A", "B", "tie", None])
 
 
 def mode_by_hand(votes: list[str | None], weights: list[float]) -> str | None:
     support: dict[str, float] = collections.defaultdict(float)
-    for vote, weight in zip(votes, weights, strict=True):
-        if vote is not None:
-            support[vote] += weight
+    for said, weight in zip(votes, weights, strict=True):
+        if said is not None:
+            support[said] += weight
     top = max(support.values(), default=0.0)
     if top == 0:
         return None
-    leaders = [vote for vote, weight in support.items() if weight == top]
+    leaders = [said for said, weight in support.items() if weight == top]
     return leaders[0] if len(leaders) == 1 else "tie"
 
 
@@ -130,20 +141,47 @@ def test_subsets_are_all_of_their_sizes() -> None:
     assert list(jury_names(["x", "y", "z"], subsets(3, [2]))) == [("x", "y"), ("x", "z"), ("y", "z")]
 
 
-def test_jurors_are_asked_together() -> None:
-    going, most = 0, 0
+# --- a jury that sits -------------------------------------------------------------------------------------------------
 
-    async def juror(vote: str) -> str:
-        nonlocal going, most
-        going += 1
-        most = max(most, going)
-        await asyncio.sleep(0.01)
-        going -= 1
-        return vote
 
-    async def sit() -> dict[str, Any]:
-        return await convene({"one": juror("A"), "two": juror("B"), "three": juror("A")})
+def judgement(best: tuple[int, ...], scores: tuple[float, ...] | None = None) -> Judgement:
+    status = "ok" if best else "unparsed"
+    return Judgement(scores, best, status, (Look((0, 1), scores, best, "because", status, None),))
 
-    found = asyncio.run(sit())
-    assert found == {"one": "A", "two": "B", "three": "A"} and most == 3
-    assert pooled_vote(list(found.values())) == "A"
+
+@given(st.lists(st.sampled_from([(0,), (1,), (0, 1), ()]), min_size=1, max_size=7))
+def test_a_sitting_jury_is_the_pooled_vote(best: list[tuple[int, ...]]) -> None:
+    names = {(0,): "A", (1,): "B", (0, 1): "tie", (): None}
+    found = pool_judgements({str(n): judgement(b) for n, b in enumerate(best)})
+    assert names[found.best] == pooled_vote([names[b] for b in best])
+    assert len(found.looks) == len(best)
+
+
+def test_rules_of_a_sitting_jury() -> None:
+    members = {"x": judgement((0,), (9, 1, 2)), "y": judgement((1,), (5, 6, 2)), "z": judgement((1,), (5, 6, 2))}
+    assert pool_judgements(members).best == (1,)
+    assert pool_judgements(members, "mean").best == (0,)
+    assert pool_judgements(members, "mean").scores == pytest.approx((19 / 3, 13 / 3, 2))
+    assert pool_judgements(members, "median").scores == (5, 6, 2)
+    assert pool_judgements(members, "weighted", {"x": 3, "y": 1, "z": 1}).best == (0,)
+    assert pool_judgements(members, "weighted_mean", {"x": 0, "y": 1, "z": 1}).best == (1,)
+    assert pool_judgements({**members, "w": judgement(())}, "mean").scores == pytest.approx((19 / 3, 13 / 3, 2))
+    assert pool_judgements({"w": judgement(())}).parse_status == "unparsed"
+    with pytest.raises(ValueError, match="pools scores, and w gives none"):
+        pool_judgements({**members, "w": judgement((0,))}, "mean")
+    with pytest.raises(ValueError, match="at least one"):
+        pool_judgements({})
+
+
+def test_jurors_on_engines_of_their_own_are_asked_together() -> None:
+    engines = {
+        name: ScriptedEngine(json.dumps({"score_a": a, "score_b": b, "choice": "B"}), delay=0.01)
+        for name, (a, b) in {"one": (8, 3), "two": (7, 6), "three": (0, 0)}.items()
+    }
+    jurors = {name: Juror(engine, Strategy(kind="combined"), COLD) for name, engine in engines.items()}
+    jurors["three"] = Juror(engines["three"], Strategy(kind="direct"), COLD)
+    found, own = asyncio.run(
+        sit(jurors, user("q"), ("x", "y"), load_strategy_templates("default"), StrategyAsking(reason_chars=0))
+    )
+    assert {name: vote(j.best) for name, j in own.items()} == {"one": "A", "two": "A", "three": "B"}
+    assert vote(found.best) == "A" and all(engine.calls == 1 for engine in engines.values())

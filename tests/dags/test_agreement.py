@@ -79,6 +79,7 @@ def test_recorded_and_live_judges_side_by_side(tmp_path: Path) -> None:
     (folder / "report" / "report.md").unlink()
     run("report", str(folder))
     assert (folder / "report" / "report.md").read_text() == page
+    assert "makes no training rows to audit" in run("audit", str(folder), expect=2).output
 
 
 def test_a_mistake_in_the_file_is_told_by_line_and_field(tmp_path: Path) -> None:
