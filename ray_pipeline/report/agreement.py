@@ -32,6 +32,7 @@ def write_agreement(document: Mapping[str, Any], folder: Path) -> Path:
             "columns": columns,
             "plot": drawn.name if drawn else None,
             "juries": _best_juries(document["juries"]),
+            "roles": list(dict.fromkeys(role for debate in document["debates"] for role in debate["voices"])),
             "interval": _interval,
             "estimate": _estimate,
         },

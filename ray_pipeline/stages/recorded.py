@@ -128,15 +128,25 @@ def _lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _recordings(where: str, row: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The recordings of a line by strategy; other objects are passed over unless they look like one."""
     for name, value in row.items():
         if name in ITEM_FIELDS or not isinstance(value, dict):
             continue
-        if not _STRATEGY.fullmatch(name):
-            known = ["direct", "independent_10", "combined_5", "combined_10", "combined_100", "debate", "versus"]
-            near = difflib.get_close_matches(name, [*known, "human_votes"], n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)} (with any maximum)"
+        if _STRATEGY.fullmatch(name):
+            yield name, value
+        elif _looks_recorded(name, value):
+            near = difflib.get_close_matches(name, _EXAMPLES, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(_EXAMPLES)} (with any maximum)"
             raise InputError(f"{where}: {name} is no kind of recording; {hint}")
-        yield name, value
+
+
+_EXAMPLES = ("direct", "independent_10", "combined_5", "combined_10", "combined_100", "debate", "versus")
+_RECORDED = {"text", "text_a", "text_b", "stored_a", "stored_pick", "final", "winner"}
+
+
+def _looks_recorded(name: str, value: Mapping[str, Any]) -> bool:
+    by_name = difflib.get_close_matches(name, _EXAMPLES, n=1, cutoff=0.75)
+    return bool(by_name) or any(isinstance(part, dict) and _RECORDED & part.keys() for part in value.values())
 
 
 def _ballots(
@@ -197,6 +207,8 @@ def _text(where: str, strategy: str, recording: Mapping[str, Any]) -> dict[str, 
             return _ballot(recording, status)
         return _ballot(recording, status, vote=CHOICE_VOTES[found["choice"]], reason=found["reason"])
     scale = recorded_scale(int(maximum or 10))
+    if kind == "versus":
+        return _versus(where, recording, scale)
     if kind == "independent":
         one, other = (
             _read(where, recording, f"text_{side}", f"turns_{side}", lambda r: read_rating(r, scale, "text"))
@@ -210,6 +222,18 @@ def _text(where: str, strategy: str, recording: Mapping[str, Any]) -> dict[str, 
         return _ballot(recording, status)
     scores = [found["scores"][label] for label in ("A", "B")]
     return _ballot(recording, status, scores, reason=found["reason"])
+
+
+def _versus(where: str, recording: Mapping[str, Any], scale: Scale) -> dict[str, Any]:
+    """A pairwise verdict, by scores or by choice."""
+    found, status = _read(where, recording, "text", "turns", lambda r: read_scores(r, ("A", "B"), scale, "text"))
+    if found is not None:
+        scores = [found["scores"][label] for label in ("A", "B")]
+        return _ballot(recording, status, scores, reason=found["reason"])
+    found, status = _read(where, recording, "text", "turns", lambda r: read_pick(r, tuple(CHOICE_VOTES), "text"))
+    if found is None:
+        return _ballot(recording, status)
+    return _ballot(recording, status, vote=CHOICE_VOTES[found["choice"]], reason=found["reason"])
 
 
 @functools.cache
@@ -251,20 +275,25 @@ def _debate(where: str, recording: Mapping[str, Any], replay: Replay) -> Iterato
     final = _field(where, recording, "final", dict, "it holds the scoring text of each role")
     if not final:
         raise InputError(f"{where}.final is empty; it holds the scoring text of each role")
-    scale = recorded_scale(10)
     for role in final:
-        found, status = _read(
-            f"{where}.final", {role: final[role]}, role, "turns", lambda r: read_scores(r, ("1", "2"), scale, "text")
-        )
-        scores: list[float | None] = [None, None] if found is None else [found["scores"]["1"], found["scores"]["2"]]
+        scores: list[float | None] = [None, None]
+        reason: str | None = None
+        for labels in (("1", "2"), ("A", "B")):
+            found, status = _debater(f"{where}.final", final, role, labels)
+            if found is not None:
+                scores, reason = [found["scores"][label] for label in labels], found["reason"]
+                break
         if replay == "stored" and found is None:
             scores, status = [0.0, 0.0], "ok"  # the original counted an unread agent so
-        reason = None if found is None else found["reason"]
-        yield {
-            "voice": role,
-            "order": "ab",
-            **_ballot({"text": final[role]}, status, scores, reason=reason),
-        }
+        yield {"voice": role, "order": "ab", **_ballot({"text": final[role]}, status, scores, reason=reason)}
+
+
+def _debater(
+    where: str, final: Mapping[str, Any], role: str, labels: tuple[str, str]
+) -> tuple[dict[str, Any] | None, str]:
+    """A debater's last words; the answers are called 1 and 2, or A and B."""
+    scale = recorded_scale(10)
+    return _read(where, {role: final[role]}, role, "turns", lambda r: read_scores(r, labels, scale, "text"))
 
 
 def _ballot(

@@ -105,6 +105,8 @@ def test_what_cannot_be_read_is_missing_and_not_a_number(tmp_path: Path) -> None
 
 
 def test_debates(tmp_path: Path) -> None:
+    by_letter = {"m": {"final": {"critic": "Score A: 2/10\nScore B: 1/10"}}}
+    assert brief(read(tmp_path, debate=by_letter)) == [("debate", "m", "critic", "ab", 2.0, 1.0, "A", "ok")]
     final = {"critic": "Well.\n\nScore Assistant 1: 8/10\nScore Assistant 2: 9/10", "public": "no"}
     debate = {"m": {"final": final, "stored_mean_1": 4.0, "stored_mean_2": 4.5, "rounds": []}}
     assert brief(read(tmp_path, debate=debate)) == [
@@ -126,6 +128,23 @@ def test_a_swapped_recording_is_brought_back_to_the_items_order(tmp_path: Path) 
     assert [b[6] for b in brief(read(tmp_path, direct={"m": pick}))] == ["A", "B"]
 
 
+def test_other_fields_of_an_item_are_passed_over(tmp_path: Path) -> None:
+    found = read(tmp_path, category="generic", meta={"source": {"page": 3}}, tags=["x"])
+    assert found.ballots == []
+
+
+def test_pairwise_verdicts_by_scores_or_by_choice(tmp_path: Path) -> None:
+    runs = {
+        "a-vs-b": {"text": "Score A: 3/10\nScore B: 8/10"},
+        "b-vs-a": {"text": "Because.\n\nChoice: A"},
+        "c": {"text": "?"},
+    }
+    found = brief(read(tmp_path, versus=runs))
+    assert [(b[1], b[6], b[7]) for b in found] == [
+        ("a-vs-b", "B", "ok"), ("b-vs-a", "A", "ok"), ("c", None, "unparsed"),
+    ]  # fmt: skip
+
+
 def test_human_votes(tmp_path: Path) -> None:
     found = read(tmp_path, human_votes={"b": "tie", "a": "A", "c": None})
     assert found.items[0]["human_votes"] == [{"annotator": "a", "label": "A"}, {"annotator": "b", "label": "tie"}]
@@ -141,6 +160,7 @@ def test_human_votes(tmp_path: Path) -> None:
         ({**ITEM, "human_label": "C"}, "line 1: human_label must be one of A, B, tie, or null, not 'C'"),
         ({k: v for k, v in ITEM.items() if k != "human_label"}, "line 1: human_label is missing"),
         ({**ITEM, "human_votes": {"a": "B wins"}}, r"line 1: human_votes\.a must be one of"),
+        ({**ITEM, "pairwise": {"m": {"text": "x"}}}, "line 1: pairwise is no kind of recording; there are direct"),
         ({**ITEM, "combined": {}}, "line 1: combined is no kind of recording; did you mean 'combined_"),
         ({**ITEM, "combined_0": {}}, "combined_0 is no kind of recording"),
         ({**ITEM, "combined_10": {"m": "text"}}, r"line 1: combined_10\.m must be an object, not str"),
