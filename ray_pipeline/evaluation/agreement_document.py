@@ -165,7 +165,7 @@ def measure(items: pa.Table, ballots: pa.Table, settings: MeasureSettings) -> Do
     choose_on = np.array([unit_hash("held-out", settings.seed, i) < settings.held_out for i in panel.item_ids])
     judged = _judged(panel, draws, settings)
     juries: list[JuryResult] = []
-    among, pairs, chosen = [], [], []
+    among, chosen = [], []
     for strategy in panel.strategies:
         own = panel.of(strategy)
         if strategy in ("debate", "versus") or len(own) < 2:
@@ -173,7 +173,6 @@ def measure(items: pa.Table, ballots: pa.Table, settings: MeasureSettings) -> Do
         results, votes = _juries(strategy, own, panel.labels, draws, settings)
         juries += results
         among.append(_among(strategy, own, draws))
-        pairs += _pairs(strategy, own, panel.labels, draws)
         found = held_out_choice(votes, panel.labels, choose_on, draws)
         if found is not None:
             chosen.append(dataclasses.replace(found, chosen=f"{strategy}: {found.chosen}"))
@@ -186,7 +185,7 @@ def measure(items: pa.Table, ballots: pa.Table, settings: MeasureSettings) -> Do
         debates=_debates(panel, [j for j in judged if j.strategy == "debate"], settings),
         bias=[_bias(panel, evaluator, draws, settings) for evaluator in panel.evaluators],
         among_judges=among,
-        paired=pairs,
+        paired=_pairs([e for e in panel.evaluators if e.strategy != "versus"], panel.labels, draws),
         held_out=chosen,
         humans=human_ceiling(panel.human_votes, draws) if len(panel.human_votes) else None,
     )
@@ -267,11 +266,20 @@ def _among(strategy: str, judges: Sequence[Evaluator], draws: NDArray[np.float32
     )
 
 
-def _pairs(strategy: str, judges: Sequence[Evaluator], labels: Codes, draws: NDArray[np.float32]) -> list[Paired]:
+def _pairs(evaluators: Sequence[Evaluator], labels: Codes, draws: NDArray[np.float32]) -> list[Paired]:
+    """Judges of one strategy with each other, and each judge's strategies with each other."""
     if not (labels != MISSING).any():
         return []
-    named = [(f"{strategy}: {e.judge}", e.votes) for e in judges]
-    return [paired(one, other, labels, draws) for one, other in itertools.combinations(named, 2)]
+    return [
+        paired(
+            (f"{one.strategy}: {one.judge}", one.votes),
+            (f"{other.strategy}: {other.judge}", other.votes),
+            labels,
+            draws,
+        )
+        for one, other in itertools.combinations(evaluators, 2)
+        if one.strategy == other.strategy or one.judge == other.judge
+    ]
 
 
 def _debates(panel: Panel, judged: Sequence[Judged], settings: MeasureSettings) -> list[Debate]:

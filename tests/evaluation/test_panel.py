@@ -163,6 +163,18 @@ def test_the_document_of_a_panel() -> None:
     assert again == found
 
 
+def test_judges_of_a_strategy_and_strategies_of_a_judge_are_paired() -> None:
+    table, votes = small(2)
+    rows = [*votes.to_pylist(), *({**row, "strategy": "combined_5"} for row in votes.to_pylist())]
+    found = measure(table, ballots(*rows), MeasureSettings(draws=100)).paired
+    assert sorted((p.first, p.second) for p in found) == [
+        ("combined_10: judge-0", "combined_10: judge-1"),
+        ("combined_5: judge-0", "combined_10: judge-0"),
+        ("combined_5: judge-0", "combined_5: judge-1"),
+        ("combined_5: judge-1", "combined_10: judge-1"),
+    ]
+
+
 def test_rules_of_juries() -> None:
     table, votes = small()
     for rules in (
