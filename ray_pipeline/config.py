@@ -283,6 +283,7 @@ class BaselinesConfig(DmapoConfig):
                 "base": _shown(self.models[self.train.model].model),
                 "comparing judge": f"{self.evaluate.judge} ({judge}), both orders, mode {self.evaluate.modes[0].name}",
                 "rubric judges": ", ".join(f"{name} ({model})" for name, model in shown.curating.items()),
+                **self._published(),
                 "seeds": ", ".join(map(str, self.baselines.seeds)),
                 "training": ", ".join(f"{k} {v}" for k, v in self.train.model_dump(exclude_unset=True).items()),
                 "per method": "; ".join(f"{k}: {v}" for k, v in self.baselines.methods.items() if v) or "nothing",
@@ -292,6 +293,11 @@ class BaselinesConfig(DmapoConfig):
             bootstrap_draws=self.evaluate.bootstrap_draws,
             seed=self.evaluate.seed,
         )
+
+    def _published(self) -> dict[str, str]:
+        """Which line of the table is the method of the paper, where there is one."""
+        whole = [name for name, variant in self.baselines.data.items() if variant == DataVariant()]
+        return {"DMAPO": f"kto on {whole[0]}"} if whole and "kto" in self.baselines.methods else {}
 
     def how(self, variant: DataVariant) -> str:
         if variant.source is not None:

@@ -180,7 +180,7 @@ def train_policy(given: WholeInput) -> dict[str, Any]:
     teller = threading.Thread(target=_tell, args=(given, ended), daemon=True)
     teller.start()
     try:
-        result = fit(spec)
+        result = fit(spec, lambda warning: given.log(f"warning: {warning}"))
     except TrainingInputError as error:
         raise BadInput(str(error)) from error
     finally:

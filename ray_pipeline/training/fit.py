@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import time
+from collections.abc import Callable
 
 import pyarrow as pa
 
@@ -29,10 +30,13 @@ WORKER_ENV = {
 }
 
 
-def fit(spec: TrainSpec) -> TrainResult:
+def fit(spec: TrainSpec, warn: Callable[[str], None] = logger.warning) -> TrainResult:
     """Train with Ray Train, going on where a run of the same name stopped, and leave the model in `output_dir`.
 
     Needs a connected Ray; call it from a driver or from a task of `num_cpus=0`.
+
+    Args:
+        warn: gets what deserves a look in the data, as sentences, before the workers start.
 
     Raises:
         TrainingInputError: settings, data or cluster cannot give a run; nothing was started.
@@ -51,7 +55,7 @@ def fit(spec: TrainSpec) -> TrainResult:
     check_cluster(spec)
     data = check_data(spec)
     for warning in data.warnings:
-        logger.warning(warning)
+        warn(warning)
     os.makedirs(spec.output_dir, exist_ok=True)
 
     resources = {"CPU": spec.cpus_per_worker, **({"GPU": 1.0} if spec.use_gpu else {})}
