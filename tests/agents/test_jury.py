@@ -149,6 +149,7 @@ def judgement(best: tuple[int, ...], scores: tuple[float, ...] | None = None) ->
     return Judgement(scores, best, status, (Look((0, 1), scores, best, "because", status, None),))
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([(0,), (1,), (0, 1), ()]), min_size=1, max_size=7))
 def test_a_sitting_jury_is_the_pooled_vote(best: list[tuple[int, ...]]) -> None:
     names = {(0,): "A", (1,): "B", (0, 1): "tie", (): None}

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_pipeline.agents.labelled_replies import (
@@ -99,6 +99,7 @@ def test_a_reply_that_was_cut_off_is_no_verdict(reason: str) -> None:
     assert read_rating(said("Score: 7", reason), TEN) is None
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 100), min_size=2, max_size=6), st.sampled_from(["json", "text"]))
 def test_k_answers_are_read_back(values: list[int], form: Any) -> None:
     labels, scale = "ABCDEF"[: len(values)], Scale(low=0, high=100)
