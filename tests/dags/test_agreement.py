@@ -66,7 +66,8 @@ def test_recorded_and_live_judges_side_by_side(tmp_path: Path) -> None:
     first = engine_calls(folder)["ask-judge"]
     assert 2 * 60 <= first < 3 * 60
     one, other = (judged(folder)["direct", name] for name in ("pocket", "again"))
-    assert one["kappa"] == other["kappa"] and one["kappa"] > 0.8 and one["missing"] <= 3
+    assert one["kappa"] == other["kappa"] and one["kappa"] > 0.5 and one["missing"] <= 3
+    assert one["accuracy_no_ties"]["value"] > 0.9
     assert one["flip_rate"]["value"] < 0.1
 
     more = run(*common, *live, f"ask.strategies=[{direct}, {{kind: independent, low: 1}}]")
