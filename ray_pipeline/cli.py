@@ -36,7 +36,12 @@ def _refuse(message: object) -> typer.Exit:
 
 @app.command()
 def run(
-    dag: Annotated[str, typer.Argument(help="workflow: dmapo, or baselines (methods and data sets side by side)")],
+    dag: Annotated[
+        str,
+        typer.Argument(
+            help="workflow: dmapo, baselines (methods and data side by side), agreement (judges with humans) or winrate"
+        ),
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key=value, for example gate.tau=2 candidates.k=8")
     ] = None,
@@ -59,17 +64,19 @@ def run(
     is not made again.
     """
     from dags import DAGS
+    from ray_pipeline.agreement_config import AGREEMENT_CONFIGS
     from ray_pipeline.config import CONFIGS, ConfigError, load_config
     from ray_pipeline.graph.heartbeat import RunBusy
     from ray_pipeline.graph.run import RunSettings, execute, load_result
     from ray_pipeline.stages.sources import InputError
     from ray_pipeline.store.files import Folder, StoreError, point_at
 
-    if dag not in CONFIGS:
-        raise _refuse(f"there is no workflow {dag!r}; there is {', '.join(CONFIGS)}")
+    configs: dict[str, Any] = {**CONFIGS, **AGREEMENT_CONFIGS}
+    if dag not in configs:
+        raise _refuse(f"there is no workflow {dag!r}; there is {', '.join(configs)}")
     changes = [*(overrides or []), *(["evaluate.skip_generation=true"] if skip_generation else [])]
     try:
-        settings = load_config(dag, config, changes)
+        settings = load_config(dag, config, changes, configs[dag])
         folder = settings.run_folder(run_dir)
         graph = DAGS[dag](settings, folder)
         if dry_run:
@@ -83,7 +90,7 @@ def run(
             RunSettings(
                 folder=folder,
                 calls_root=settings.calls_root(folder),
-                num_shards=settings.prompts.num_shards,
+                num_shards=settings.num_shards,
                 config=settings.model_dump(mode="json"),
                 ray=settings.ray.arguments(),
                 report=settings.page().model_dump(mode="json"),
@@ -109,7 +116,7 @@ def run(
         _err.print("quorum: what is done is kept; the same command goes on from here", markup=False)
         raise typer.Exit(BAD_INPUT if all(f.bad_input for f in outcome.failures.values()) else STAGE_FAILED)
     report = os.path.join(folder, "report", "report.md")
-    if "evaluate" in outcome.results and os.path.exists(report):
+    if {"evaluate", "agreement", "winrate"} & set(outcome.results) and os.path.exists(report):
         _print(f"report: {report}")
     _print(f"run folder: {folder}")
 
@@ -121,10 +128,10 @@ def _print(text: str) -> None:
 def _show_plan(graph: Any, folder: str, settings: Any, from_stage: str | None, to_stage: str | None, load: Any) -> None:
     again = graph.downstream(from_stage) if from_stage else []
     for stage in graph.upto(to_stage):
-        done = stage not in again and load(folder, stage, settings.prompts.num_shards) is not None
+        done = stage not in again and load(folder, stage, settings.num_shards) is not None
         reads = ", ".join(parent.name for parent in stage.inputs.values()) or "-"
         _print(f"{stage.name:<28} {'done' if done else 'to do':<6} {stage.folder_name:<48} reads {reads}")
-    _print(f"run folder: {folder}; call log: {settings.calls_root(folder)}; {settings.prompts.num_shards} shards")
+    _print(f"run folder: {folder}; call log: {settings.calls_root(folder)}; {settings.num_shards} shards")
 
 
 RunArgument = Annotated[str, typer.Argument(help="run folder")]
@@ -165,14 +172,18 @@ def status(run: RunArgument = "runs/latest") -> None:
 def report(run: RunArgument = "runs/latest") -> None:
     """Write the report anew from the tables that a run has, finished or not."""
     from ray_pipeline.graph.results import read_run
+    from ray_pipeline.stages import agreement, method_table
     from ray_pipeline.stages.evaluate import write_report
-    from ray_pipeline.stages.method_table import rewrite_page
     from ray_pipeline.store.files import StoreError
 
+    pages = {
+        "baselines": method_table.rewrite_page,
+        "agreement": agreement.rewrite_page,
+        "winrate": agreement.rewrite_page,
+    }
     try:
         found = read_run(run)
-        write = rewrite_page if found.manifest["dag"] == "baselines" else write_report
-        _print(f"report: {write(found)}")
+        _print(f"report: {pages.get(found.manifest['dag'], write_report)(found)}")
     except StoreError as error:
         raise _refuse(error) from error
 

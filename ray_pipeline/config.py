@@ -139,6 +139,10 @@ class DmapoConfig(Settings):
             seed=self.evaluate.seed,
         )
 
+    @property
+    def num_shards(self) -> int:
+        return self.prompts.num_shards
+
     def page(self) -> ReportSettings | TableSettings:
         """What the last stage's page says beside the tables, kept in the manifest so that it can be written anew."""
         return self.report()
@@ -324,12 +328,14 @@ def _first_problem(error: ValidationError | InputError) -> str:
 CONFIGS: dict[str, type[DmapoConfig]] = {"dmapo": DmapoConfig, "baselines": BaselinesConfig}
 
 
-def load_config(dag: str, name_or_path: str, overrides: Sequence[str] = ()) -> DmapoConfig:
+def load_config(dag: str, name_or_path: str, overrides: Sequence[str] = (), kind: type[Any] | None = None) -> Any:
     """Read a configuration and check everything that can be checked before a stage starts.
 
     Args:
         name_or_path: a YAML file, or the name of one that comes with Quorum (`pocket`, `configs/pocket.yaml`).
         overrides: `key=value`, with dots for nesting (`gate.tau=2`) and YAML values; list items by number.
+        kind: the class of the configuration; default: that of the workflow in CONFIGS. One that is not in CONFIGS
+            checks itself by its method `check`.
 
     Raises:
         ConfigError: no such file, not YAML, an unknown or unread key, a wrong type, a model that does not exist.
@@ -337,12 +343,18 @@ def load_config(dag: str, name_or_path: str, overrides: Sequence[str] = ()) -> D
     values = _read_yaml(name_or_path)
     for override in overrides:
         _apply(values, override)
-    kind = CONFIGS[dag]
+    kind = CONFIGS[dag] if kind is None else kind
     try:
         config = kind.model_validate(_resolve(values))
     except ValidationError as error:
         raise ConfigError(_explain(error, kind, name_or_path)) from error
-    _check(config)
+    try:
+        if isinstance(config, DmapoConfig):
+            _check(config)
+        else:
+            config.check()
+    except TemplateError as error:
+        raise ConfigError(str(error)) from error
     return config
 
 
@@ -493,28 +505,35 @@ def _nearest(name: str, known: Any) -> str:
 
 def _check(config: DmapoConfig) -> None:
     """What types cannot say: names that other libraries know, files, and models that must exist."""
-    try:
-        config.templates()
-        for key, model in config.models.items():
-            if model.chat_template is not None and not os.path.isfile(model.chat_template):
-                raise ConfigError(f"models.{key}.chat_template: there is no file {model.chat_template}")
-            try:
-                validate_engine_args(model.args)
-                model.weights()
-            except (EngineStartError, ModelNotFound) as error:
-                raise ConfigError(f"models.{key}: {error}") from error
-        for key, sampling in _samplings(config).items():
-            try:
-                validate_sampling_extra(sampling)
-            except EngineStartError as error:
-                raise ConfigError(f"{key}.extra: {error}") from error
-        for key, train in config.trained().items():
-            try:
-                validate_trainer_args(train.method, train.trainer_args)
-            except TrainingInputError as error:
-                raise ConfigError(f"{key}.{error}") from error
-    except TemplateError as error:
-        raise ConfigError(str(error)) from error
+    config.templates()
+    check_models(config.models)
+    check_sampling(_samplings(config))
+    for key, train in config.trained().items():
+        try:
+            validate_trainer_args(train.method, train.trainer_args)
+        except TrainingInputError as error:
+            raise ConfigError(f"{key}.{error}") from error
+
+
+def check_models(models: Mapping[str, ModelSettings]) -> None:
+    """Raises ConfigError for a model, a chat template or an engine argument that does not exist."""
+    for key, model in models.items():
+        if model.chat_template is not None and not os.path.isfile(model.chat_template):
+            raise ConfigError(f"models.{key}.chat_template: there is no file {model.chat_template}")
+        try:
+            validate_engine_args(model.args)
+            model.weights()
+        except (EngineStartError, ModelNotFound) as error:
+            raise ConfigError(f"models.{key}: {error}") from error
+
+
+def check_sampling(extras: Mapping[str, dict[str, Any]]) -> None:
+    """Raises ConfigError for a sampling argument that the engine does not know; `extras` is by key of its block."""
+    for key, extra in extras.items():
+        try:
+            validate_sampling_extra(extra)
+        except EngineStartError as error:
+            raise ConfigError(f"{key}.extra: {error}") from error
 
 
 def _samplings(config: DmapoConfig) -> dict[str, dict[str, Any]]:

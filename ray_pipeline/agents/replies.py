@@ -105,11 +105,11 @@ def _read(reply: Completion, valid: _Valid, key: str, line: re.Pattern[str] | No
     if reply.finish_reason != "stop":
         return None
     text = reply.text.strip()
-    whole = _json_object(text)
+    whole = json_object(text)
     if whole is not None:
         fields = valid(whole)
         return Read("ok", fields) if fields is not None else None
-    objects, rest = _embedded_objects(text)
+    objects, rest = embedded_objects(text)
     said = [o for o in objects if key in o]
     if line is not None:
         said += [{key: _value(match)} for match in line.finditer(text)]
@@ -143,7 +143,7 @@ _LOOSE = json.JSONDecoder(object_pairs_hook=_distinct_keys, strict=False)
 _OBJECT = re.compile(r'\{\s*["}]')
 
 
-def _json_object(text: str) -> dict[str, Any] | None:
+def json_object(text: str) -> dict[str, Any] | None:
     try:
         value = _STRICT.decode(text)
     except (ValueError, RecursionError):
@@ -151,7 +151,7 @@ def _json_object(text: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _embedded_objects(text: str) -> tuple[list[dict[str, Any]], str]:
+def embedded_objects(text: str) -> tuple[list[dict[str, Any]], str]:
     """JSON objects inside prose or code fences, outermost ones only, and the text around them.
 
     There are none at all when one of them is damaged: what stands inside or beside it may be a quotation, and the
@@ -172,7 +172,7 @@ def _valid_score(fields: dict[str, Any], low: int, high: int) -> dict[str, Any] 
     score = _integer(fields.get("score"))
     if score is None or not low <= score <= high:
         return None
-    return {"reason": _text(fields.get("reason")), "score": score}
+    return {"reason": text_or_none(fields.get("reason")), "score": score}
 
 
 def _integer(value: Any) -> int | None:
@@ -191,17 +191,17 @@ def _valid_critique(fields: dict[str, Any]) -> dict[str, Any] | None:
     flawed, kind = fields.get("flawed"), fields.get("failure_type")
     if not isinstance(flawed, bool) or kind not in FAILURE_TYPES or flawed != (kind != "none"):
         return None
-    return {"reason": _text(fields.get("reason")), "flawed": flawed, "failure_type": kind}
+    return {"reason": text_or_none(fields.get("reason")), "flawed": flawed, "failure_type": kind}
 
 
 def _valid_choice(fields: dict[str, Any]) -> dict[str, Any] | None:
     choice = fields.get("choice")
     if not isinstance(choice, str) or choice.strip().upper() not in ("A", "B", "C"):
         return None
-    return {"reason": _text(fields.get("reason")), "choice": choice.strip().upper()}
+    return {"reason": text_or_none(fields.get("reason")), "choice": choice.strip().upper()}
 
 
-def _text(value: Any) -> str | None:
+def text_or_none(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 

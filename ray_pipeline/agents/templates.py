@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import importlib.resources
 import os
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 import jinja2
 import jinja2.meta
@@ -55,10 +55,10 @@ VARIABLES: dict[str, dict[str, Any]] = {
 }
 
 
-def builtin_templates() -> list[str]:
-    """Names of the template files that come with Quorum."""
-    folder = importlib.resources.files("configs") / "prompts"
-    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+def builtin_templates(folder: str = "") -> list[str]:
+    """Names of the template files that come with Quorum, by their folder under configs/prompts."""
+    files = (importlib.resources.files("configs") / "prompts" / folder).iterdir()
+    return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
 
 
 def load_templates(name_or_path: str) -> Templates:
@@ -66,6 +66,21 @@ def load_templates(name_or_path: str) -> Templates:
 
     Raises:
         TemplateError: no such file, a missing block, or a text that uses a variable its role does not have.
+    """
+    templates = read_template_file(name_or_path, Templates)
+    for role, variables in VARIABLES.items():
+        check_role(name_or_path, role, getattr(templates, role), variables)
+    return templates
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def read_template_file(name_or_path: str, kind: type[S], folder: str = "") -> S:
+    """A YAML file of texts, by path or by its name under configs/prompts; what the texts use is not checked yet.
+
+    Raises:
+        TemplateError: no such file, not YAML, or other blocks than `kind` has.
     """
     if name_or_path.endswith((".yaml", ".yml")) or os.sep in name_or_path:
         if not os.path.isfile(name_or_path):
@@ -76,31 +91,37 @@ def load_templates(name_or_path: str) -> Templates:
         except (OSError, UnicodeDecodeError) as error:
             raise TemplateError(f"prompt template file {name_or_path} cannot be read: {error}") from error
     else:
-        if name_or_path not in builtin_templates():
-            known = ", ".join(builtin_templates())
+        if name_or_path not in builtin_templates(folder):
+            known = ", ".join(builtin_templates(folder))
             raise TemplateError(f"there are no built-in prompt templates {name_or_path!r}; there are {known}")
-        text = (importlib.resources.files("configs") / "prompts" / f"{name_or_path}.yaml").read_text("utf-8")
+        place = importlib.resources.files("configs") / "prompts" / folder
+        text = (place / f"{name_or_path}.yaml").read_text("utf-8")
     try:
-        templates = Templates.model_validate(yaml.safe_load(text))
+        return kind.model_validate(yaml.safe_load(text))
     except yaml.YAMLError as error:
         raise TemplateError(f"prompt template file {name_or_path} is not valid YAML: {error}") from error
     except ValidationError as error:
         problems = (f"{'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg'].lower()}" for e in error.errors())
         raise TemplateError(f"prompt template file {name_or_path}: {'; '.join(problems)}") from error
-    for role, variables in VARIABLES.items():
-        block: RoleTemplate = getattr(templates, role)
-        for part in ("system", "shared", "rubric"):
-            where = f"prompt template file {name_or_path}, {role}.{part}"
-            may_use = f"it may use {', '.join(variables)}"
-            try:
-                # A name inside a branch that the example does not take is found as well.
-                unknown = jinja2.meta.find_undeclared_variables(_ENVIRONMENT.parse(getattr(block, part)))
-                _render(getattr(block, part), variables)
-            except Exception as error:  # A template may do anything that an expression can.
-                raise TemplateError(f"{where}: {error}; {may_use}") from error
-            if unknown := unknown - set(variables) - set(_ENVIRONMENT.globals):
-                raise TemplateError(f"{where}: {', '.join(sorted(unknown))} is undefined; {may_use}")
-    return templates
+
+
+def check_role(file: str, role: str, block: RoleTemplate, variables: Mapping[str, Any]) -> None:
+    """Try every text of a role on an example.
+
+    Raises:
+        TemplateError: a text uses a variable that its role does not have, or fails.
+    """
+    for part in [name for name in type(block).model_fields if isinstance(getattr(block, name), str)]:
+        where = f"prompt template file {file}, {role}.{part}"
+        may_use = f"it may use {', '.join(variables)}"
+        try:
+            # A name inside a branch that the example does not take is found as well.
+            unknown = jinja2.meta.find_undeclared_variables(_ENVIRONMENT.parse(getattr(block, part)))
+            render_text(getattr(block, part), variables)
+        except Exception as error:  # A template may do anything that an expression can.
+            raise TemplateError(f"{where}: {error}; {may_use}") from error
+        if unknown := unknown - set(variables) - set(_ENVIRONMENT.globals):
+            raise TemplateError(f"{where}: {', '.join(sorted(unknown))} is undefined; {may_use}")
 
 
 @functools.lru_cache(maxsize=64)
@@ -108,21 +129,22 @@ def _compiled(text: str) -> jinja2.Template:
     return _ENVIRONMENT.from_string(text)
 
 
-def _render(text: str, variables: dict[str, Any]) -> str:
-    return _compiled(text).render(variables).strip("\n")
+def render_text(text: str, variables: Mapping[str, Any]) -> str:
+    """One text with its variables put in, without line breaks around it."""
+    return _compiled(text).render(dict(variables)).strip("\n")
 
 
 def render(template: RoleTemplate, layout: Layout, **variables: Any) -> list[Message]:
     """The messages of one call. Values are inserted as text and never read as templates."""
-    shared, rubric = _render(template.shared, variables), _render(template.rubric, variables)
+    shared, rubric = render_text(template.shared, variables), render_text(template.rubric, variables)
     user = f"{shared}\n{rubric}" if layout == "shared_first" else f"{rubric}\n{shared}"
-    system = _render(template.system, variables)
+    system = render_text(template.system, variables)
     return [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": user}]
 
 
 def part_lengths(template: RoleTemplate, **variables: Any) -> tuple[int, int]:
     """Characters of the shared part and of the own part of a call."""
-    return len(_render(template.shared, variables)), len(_render(template.rubric, variables))
+    return len(render_text(template.shared, variables)), len(render_text(template.rubric, variables))
 
 
 def best_layout(shared: float, rubric: float, judges: int) -> Layout:

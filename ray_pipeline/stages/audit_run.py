@@ -34,6 +34,8 @@ def audit_folder(run: Run) -> dict[str, AuditReport]:
     Raises:
         StoreError: the run has not come to its data sets, naming what is missing, or has none that can be audited.
     """
+    if run.manifest["dag"] in ("agreement", "winrate"):
+        raise StoreError(f"{run.folder.location} is a run of {run.manifest['dag']}: it makes no training rows to audit")
     made = list(_compared(run) if run.manifest["dag"] == "baselines" else _single(run))
     if not made:
         raise StoreError(f"{run.folder.location} has no data set of the gate on all candidates: nothing to audit")

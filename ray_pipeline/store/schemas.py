@@ -140,6 +140,49 @@ COMPARISONS = _schema(
     ("raw", _S, True),
 )
 
+#: Two answers to one question, with what humans say of them. A label is "A", "B" or "tie".
+ITEMS = _schema(
+    ("item_id", _S),
+    ("prompt_id", _S),
+    ("question", _S, True),
+    ("response_a", _S, True),
+    ("response_b", _S, True),
+    ("model_a", _S, True),
+    ("model_b", _S, True),
+    ("human_label", _S, True),
+    ("human_votes", pa.list_(pa.field("element", pa.struct([("annotator", _S), ("label", _S)])))),
+)
+
+#: What one judge said of one item in one order (`ab` as given, `ba` swapped; A and B are always the item's answers,
+#: not the places where they were shown). `voice` is a debater's role, else empty.
+BALLOTS = _schema(
+    ("item_id", _S),
+    ("prompt_id", _S),
+    ("strategy", _S),
+    ("judge", _S),
+    ("voice", _S),
+    ("order", _S),
+    ("score_a", _F, True),
+    ("score_b", _F, True),
+    ("vote", _S, True),
+    ("reason", _S, True),
+    ("parse_status", _S),
+    ("raw", _S, True),
+)
+
+#: What was said in a debate, in the order in which it was said.
+SPEECHES = _schema(
+    ("item_id", _S),
+    ("prompt_id", _S),
+    ("judge", _S),
+    ("order", _S),
+    ("round", _I),
+    ("position", _I),
+    ("role", _S),
+    ("text", _S, True),
+    ("finish_reason", _S),
+)
+
 #: One row per optimiser step (`split` = train) or evaluation (`split` = eval).
 TRAIN_METRICS = _schema(
     ("step", pa.int64()),
@@ -186,6 +229,9 @@ TABLES: dict[str, pa.Schema] = {
     "sft": SFT,
     "responses": RESPONSES,
     "comparisons": COMPARISONS,
+    "items": ITEMS,
+    "ballots": BALLOTS,
+    "speeches": SPEECHES,
     "train_metrics": TRAIN_METRICS,
     "calls": CALLS,
 }

@@ -1,0 +1,311 @@
+"""Debate (Chan et al. 2023, "ChatEval"): roles speak in rounds about the same answers, then each of them scores.
+
+Who speaks when, and who sees what, is in the settings; who they are and what they are asked is in a file. The loop
+keeps a history and asks engines; nothing of it is stored here, so a debate that was cut off in the middle is asked
+again and every call of it that was answered comes from the call log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from ray_pipeline.agents.judges import SamplingSettings, ask_until_read
+from ray_pipeline.agents.jurors import most_held
+from ray_pipeline.agents.labelled_replies import Scale, read_scores, scores_grammar
+from ray_pipeline.agents.strategies import (
+    LABELS,
+    WORST_FIRST,
+    Conflict,
+    Judgement,
+    Look,
+    Orders,
+    StrategyAsking,
+    best_scores,
+    settle,
+    shown_orders,
+)
+from ray_pipeline.agents.templates import (
+    RoleTemplate,
+    TemplateError,
+    check_role,
+    read_template_file,
+    render,
+    render_text,
+    transcript,
+)
+from ray_pipeline.engines.base import ChatEngine, EngineError, Message, PromptTooLong
+from ray_pipeline.store.keys import derived_seed, digest
+from ray_pipeline.store.settings import Settings
+
+#: How the voices' scores become one verdict: their means are compared, or each voice votes (unique mode, else tie).
+Pool = Literal["mean", "vote"]
+
+
+class Role(Settings):
+    """One debater: its key, its name for the others, and who it is."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")
+    title: str
+    persona: str
+
+
+class DebateTemplates(Settings):
+    """All texts of a debate file."""
+
+    roles: tuple[Role, ...] = Field(min_length=1)
+    system: str = ""
+    shared: str
+    speak: str
+    score: str
+    retry: str = ""
+
+
+#: What the texts of a debate may use.
+DEBATE_VARIABLES: dict[str, Any] = {
+    "instruction": "x",
+    "answers": [{"label": "A", "text": "x"}, {"label": "B", "text": "y"}],
+    "labels": ["A", "B"],
+    "speeches": [{"round": 1, "title": "x", "text": "x"}],
+    "title": "x",
+    "persona": "x",
+    "low": 0,
+    "high": 10,
+    "form": "json",
+    "reason": True,
+    "fence": "0",
+}
+
+
+def load_debate_templates(name_or_path: str) -> DebateTemplates:
+    """Debate texts by built-in name or from a YAML file.
+
+    Raises:
+        TemplateError: naming file and block; two roles of one name too.
+    """
+    templates = read_template_file(name_or_path, DebateTemplates, "debate")
+    names = [role.name for role in templates.roles]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise TemplateError(f"prompt template file {name_or_path}, roles: {', '.join(twice)} is there twice")
+    parts = {"speak": templates.speak, "score": templates.score, "retry": templates.retry}
+    for form in ("json", "text"):
+        for speeches in (0, 1):  # before and after somebody spoke
+            said = DEBATE_VARIABLES["speeches"][:speeches]
+            variables = {**DEBATE_VARIABLES, "form": form, "speeches": said}
+            for part, text in parts.items():
+                block = RoleTemplate(system=templates.system, shared=templates.shared, rubric=text)
+                check_role(name_or_path, part, block, variables)
+    return templates
+
+
+class DebateSettings(Settings):
+    """The rules of a debate.
+
+    Attributes:
+        turns: in_turn: a speaker sees what was said before it in the same round; at_once: all of a round speak
+            without seeing each other.
+        sees: of the earlier rounds: all of them, the last one, or only what the speaker said itself.
+        schedule: who speaks in which round, by name, in order; default: all roles in the order of the file.
+        pool: how the final scores become one verdict.
+    """
+
+    rounds: int = Field(2, ge=0)
+    turns: Literal["in_turn", "at_once"] = "in_turn"
+    sees: Literal["all", "last_round", "own"] = "all"
+    schedule: tuple[tuple[str, ...], ...] | None = None
+    pool: Pool = "mean"
+    low: int = 0
+    high: int = 10
+    decimals: bool = False
+    orders: Orders = "given"
+    conflict: Conflict = "tie"
+    speech: SamplingSettings = SamplingSettings(temperature=0.0, max_tokens=512)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DebateSettings:
+        _ = self.scale
+        if self.schedule is not None and len(self.schedule) != self.rounds:
+            raise ValueError(f"debate.schedule has {len(self.schedule)} rounds, and debate.rounds is {self.rounds}")
+        return self
+
+    @property
+    def scale(self) -> Scale:
+        return Scale(low=self.low, high=self.high, decimals=self.decimals)
+
+    def speakers(self, roles: Sequence[Role]) -> list[list[Role]]:
+        """Who speaks in each round. Raises ValueError for a name that no role has."""
+        if self.schedule is None:
+            return [list(roles) for _ in range(self.rounds)]
+        known = {role.name: role for role in roles}
+        if unknown := sorted({n for names in self.schedule for n in names} - set(known)):
+            raise ValueError(f"debate.schedule names {', '.join(unknown)}; the roles are {', '.join(known)}")
+        return [[known[name] for name in names] for names in self.schedule]
+
+
+@dataclasses.dataclass(frozen=True)
+class Speech:
+    """What one role said. `text` is None when the call failed; `finish_reason` then says why."""
+
+    order: tuple[int, ...]
+    round: int
+    position: int
+    role: str
+    text: str | None
+    finish_reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Debated:
+    """A debate's verdict, every role's own at its end (in all orders), and everything that was said."""
+
+    judgement: Judgement
+    voices: dict[str, Judgement]
+    speeches: tuple[Speech, ...]
+
+
+async def debate(
+    engines: ChatEngine | Mapping[str, ChatEngine],
+    prompt: Sequence[Message],
+    answers: Sequence[str],
+    templates: DebateTemplates,
+    settings: DebateSettings,
+    sampling: SamplingSettings,
+    asking: StrategyAsking,
+) -> Debated:
+    """Let the roles debate answers to one prompt.
+
+    Args:
+        engines: one for all roles, or one by role name.
+        sampling: of the final scores; `settings.speech` is of what is said before.
+
+    Raises:
+        ValueError: fewer than two answers, a role without an engine, or a schedule with a name that no role has.
+    """
+    if not 2 <= len(answers) <= len(LABELS):
+        raise ValueError(f"a debate is about 2 to {len(LABELS)} answers, got {len(answers)}")
+    by_role = engines if isinstance(engines, Mapping) else {role.name: engines for role in templates.roles}
+    if without := [role.name for role in templates.roles if role.name not in by_role]:
+        raise ValueError(f"no engine for {', '.join(without)}")
+    table = _Table(by_role, transcript(prompt), answers, templates, settings, sampling, asking)
+    held = await asyncio.gather(*(table.hold(order) for order in shown_orders(settings.orders, len(answers))))
+    pooled = [_pool(finals, settings.pool) for _, finals in held]
+    voices = {
+        role.name: settle([finals[role.name] for _, finals in held], settings.conflict) for role in templates.roles
+    }
+    speeches = tuple(speech for said, _ in held for speech in said)
+    return Debated(settle(pooled, settings.conflict), voices, speeches)
+
+
+def _pool(finals: Mapping[str, Look], pool: Pool) -> Look:
+    """One look from all voices; one that could not be read leaves it unread."""
+    looks = list(finals.values())
+    status = min((look.parse_status for look in looks), key=WORST_FIRST.index)
+    reasons = [f"{role}: {look.reason}" for role, look in finals.items() if look.reason]
+    scores = [look.scores for look in looks if look.scores is not None]
+    if len(scores) < len(looks):
+        return Look(looks[0].order, None, (), None, status, None)
+    means = tuple(sum(column) / len(scores) for column in zip(*scores, strict=True))
+    best = best_scores(means) if pool == "mean" else most_held([look.best for look in looks])
+    return Look(looks[0].order, means, best, "\n\n".join(reasons) or None, status, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Table:
+    """One debate about one set of answers, in any order."""
+
+    engines: Mapping[str, ChatEngine]
+    instruction: str
+    answers: Sequence[str]
+    templates: DebateTemplates
+    settings: DebateSettings
+    sampling: SamplingSettings
+    asking: StrategyAsking
+
+    async def hold(self, order: tuple[int, ...]) -> tuple[list[Speech], dict[str, Look]]:
+        """All rounds, then the scores of all roles."""
+        said: list[Speech] = []
+        for number, speakers in enumerate(self.settings.speakers(self.templates.roles), 1):
+            before = list(said)
+            if self.settings.turns == "at_once":
+                said += await asyncio.gather(
+                    *(self._speak(order, number, place, role, before) for place, role in enumerate(speakers))
+                )
+            else:
+                for place, role in enumerate(speakers):
+                    said.append(await self._speak(order, number, place, role, said))
+        finals = await asyncio.gather(*(self._score(order, role, said) for role in self.templates.roles))
+        return said, {role.name: look for role, look in zip(self.templates.roles, finals, strict=True)}
+
+    async def _speak(
+        self, order: tuple[int, ...], number: int, place: int, role: Role, said: Sequence[Speech]
+    ) -> Speech:
+        variables = self._variables(order, role, said, number)
+        messages = self._messages(self.templates.speak, variables)
+        sampling = self.settings.speech.sampling()
+        if sampling.temperature > 0:
+            seed = derived_seed("speech", [m["content"] for m in messages], number, place)
+            sampling = dataclasses.replace(sampling, seed=seed)
+        try:
+            reply = await self.engines[role.name].chat(messages, sampling)
+        except PromptTooLong:
+            return Speech(order, number, place, role.name, None, "too_long")
+        except EngineError:
+            return Speech(order, number, place, role.name, None, "error")
+        return Speech(order, number, place, role.name, reply.text, reply.finish_reason)
+
+    async def _score(self, order: tuple[int, ...], role: Role, said: Sequence[Speech]) -> Look:
+        labels, scale = LABELS[: len(order)], self.settings.scale
+        variables = self._variables(order, role, said, self.settings.rounds + 1)
+        read, reply, status = await ask_until_read(
+            self.engines[role.name],
+            self._messages(self.templates.score, variables),
+            self.sampling,
+            self.asking,
+            scores_grammar(labels, scale, self.asking.reason_chars) if self.asking.grammar else None,
+            lambda reply: read_scores(reply, labels, scale, self.asking.form),
+            follow_up=render_text(self.templates.retry, variables) if self.asking.follow_up else None,
+        )
+        raw = None if reply is None else reply.text
+        if read is None:
+            return Look(order, None, (), None, status, raw)
+        by_answer = {answer: read.fields["scores"][label] for answer, label in zip(order, labels, strict=True)}
+        scores = tuple(by_answer[answer] for answer in range(len(order)))
+        return Look(order, scores, best_scores(scores), read.fields["reason"], status, raw)
+
+    def _variables(self, order: tuple[int, ...], role: Role, said: Sequence[Speech], now: int) -> dict[str, Any]:
+        labels = LABELS[: len(order)]
+        titles = {r.name: r.title for r in self.templates.roles}
+        return {
+            "instruction": self.instruction,
+            "answers": [{"label": a, "text": self.answers[n]} for a, n in zip(labels, order, strict=True)],
+            "labels": list(labels),
+            "speeches": [
+                {"round": s.round, "title": titles[s.role], "text": s.text}
+                for s in said
+                if s.text is not None and self._may_see(role, s, now)
+            ],
+            "title": role.title,
+            "persona": role.persona,
+            "low": self.settings.low,
+            "high": self.settings.high,
+            "form": self.asking.form,
+            "reason": self.asking.reason_chars > 0,
+            "fence": digest(["fence", self.instruction, sorted(self.answers)], size=4),
+        }
+
+    def _may_see(self, role: Role, speech: Speech, now: int) -> bool:
+        """Whether a role may see a speech in round `now` (the scores are one round more)."""
+        if speech.role == role.name:
+            return True
+        if self.settings.sees == "own":
+            return False
+        return self.settings.sees == "all" or speech.round >= now - 1
+
+    def _messages(self, task: str, variables: Mapping[str, Any]) -> list[Message]:
+        # Question, answers and history come first: speakers of one debate share that prefix.
+        block = RoleTemplate(system=self.templates.system, shared=self.templates.shared, rubric=task)
+        return render(block, "shared_first", **variables)

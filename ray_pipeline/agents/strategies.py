@@ -1,0 +1,354 @@
+"""Judge strategies over two or more answers: direct comparison, independent scoring, combined scoring.
+
+A strategy shows the answers in one or both orders and gives one `Judgement`. Whatever order they are shown in,
+results are by answer, never by label. A judgement of which any part could not be read is unread as a whole: it has
+no scores and no best answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import re
+import string
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from ray_pipeline.agents.judges import SamplingSettings, ask_until_read
+from ray_pipeline.agents.labelled_replies import (
+    Form,
+    Scale,
+    pick_grammar,
+    rating_grammar,
+    read_pick,
+    read_rating,
+    read_scores,
+    scores_grammar,
+)
+from ray_pipeline.agents.replies import Read
+from ray_pipeline.agents.templates import (
+    Layout,
+    RoleTemplate,
+    TemplateError,
+    check_role,
+    read_template_file,
+    render,
+    render_text,
+    transcript,
+)
+from ray_pipeline.engines.base import ChatEngine, Completion, Grammar, Message
+from ray_pipeline.store.keys import digest
+from ray_pipeline.store.settings import Settings
+
+Orders = Literal["given", "swapped", "both"]
+#: What two orders that differ mean. tie: the answers that either order holds best are equal. mean: the answer with
+#: the highest mean score over the orders is best. given: the given order decides; the other is only for the flip rate.
+Conflict = Literal["tie", "mean", "given"]
+
+#: Labels under which answers are shown. Direct comparison says C for a tie, so it takes two answers.
+LABELS = string.ascii_uppercase
+TIE_LABEL = "C"
+
+#: Parse statuses from the worst on: what a judgement of several replies is called by.
+WORST_FIRST = ("error", "too_long", "truncated", "unparsed", "repaired", "ok")
+
+
+class Strategy(Settings):
+    """One way of asking a judge about several answers."""
+
+    kind: Literal["direct", "independent", "combined"]
+    low: int = 0
+    high: int = 10
+    decimals: bool = False
+    orders: Orders = "given"
+    conflict: Conflict = "tie"
+    rubric: str | None = Field(None, description="what to look at; default: the template file's `rubric`")
+    name: str = Field("", description="default: direct, independent_HIGH or combined_HIGH")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Strategy:
+        if self.kind == "direct" and self.conflict == "mean":
+            raise ValueError("direct comparison gives no scores to average; conflict is tie or given")
+        if self.kind == "independent" and self.orders != "given":
+            raise ValueError("independent scoring shows one answer at a time and has no order; leave orders at given")
+        _ = self.scale
+        if not self.name:
+            # Settings are frozen values; this fills in a default that depends on the others.
+            object.__setattr__(self, "name", self.kind if self.kind == "direct" else f"{self.kind}_{self.high}")
+        if not re.fullmatch(r"[a-z][a-z0-9_-]{0,63}", self.name):
+            raise ValueError(f"a strategy's name is lower-case letters, digits, - and _, not {self.name!r}")
+        return self
+
+    @property
+    def scale(self) -> Scale:
+        return Scale(low=self.low, high=self.high, decimals=self.decimals)
+
+
+def shown_orders(orders: Orders, answers: int) -> list[tuple[int, ...]]:
+    """The orders in which answers are shown, as their numbers from first to last; swapped is reversed."""
+    given = tuple(range(answers))
+    return {"given": [given], "swapped": [given[::-1]], "both": [given, given[::-1]]}[orders]
+
+
+class StrategyAsking(Settings):
+    """How the reply is asked for, whatever the strategy."""
+
+    form: Form = Field("json", description="json: one object; text: prose that ends with anchored lines")
+    grammar: bool = Field(True, description="force the form while the reply is sampled; json only")
+    reason_chars: int = Field(1000, ge=0, description="longest reason under a grammar; 0 asks for the verdict alone")
+    retries: int = Field(2, ge=0, description="how often an unreadable reply is asked for again")
+    retry_temperature: float = Field(0.7, ge=0)
+    follow_up: bool = Field(False, description="a retry shows the model its reply and asks for the verdict anew")
+
+    @model_validator(mode="after")
+    def _form(self) -> StrategyAsking:
+        if self.form == "text" and self.grammar:
+            raise ValueError("form text has no grammar; set grammar: false, or form: json")
+        return self
+
+
+class StrategyTemplate(RoleTemplate):
+    """The texts of one strategy. `retry` is said after an unreadable reply when `follow_up` is on."""
+
+    retry: str = ""
+
+
+class StrategyTemplates(Settings):
+    """All texts of a strategies file. `rubric` is what to look at unless a strategy brings its own.
+
+    A file may leave out a kind of strategy; nothing can be asked by it then.
+    """
+
+    rubric: str
+    direct: StrategyTemplate | None = None
+    independent: StrategyTemplate | None = None
+    combined: StrategyTemplate | None = None
+
+    def of(self, strategy: Strategy) -> StrategyTemplate:
+        """The texts of a strategy. Raises TemplateError when the file has none of its kind."""
+        found: StrategyTemplate | None = getattr(self, strategy.kind)
+        if found is None:
+            raise TemplateError(f"strategy {strategy.name}: the template file has no block {strategy.kind}")
+        return found
+
+
+_ANSWERS = [{"label": "A", "text": "x"}, {"label": "B", "text": "y"}]
+_COMMON = {"instruction": "x", "rubric": "x", "form": "json", "reason": True, "fence": "0"}
+#: What each strategy's texts may use. `fence` is a word that follows from the texts and so stands in none of them.
+STRATEGY_VARIABLES: dict[str, dict[str, Any]] = {
+    "direct": {**_COMMON, "answers": _ANSWERS, "labels": ["A", "B"]},
+    "independent": {**_COMMON, "response": "x", "low": 0, "high": 10},
+    "combined": {**_COMMON, "answers": _ANSWERS, "labels": ["A", "B"], "low": 0, "high": 10},
+}
+
+
+def load_strategy_templates(name_or_path: str) -> StrategyTemplates:
+    """Strategy texts by built-in name or from a YAML file. Raises TemplateError, naming file and block."""
+    templates = read_template_file(name_or_path, StrategyTemplates, "strategies")
+    for role, variables in STRATEGY_VARIABLES.items():
+        block: StrategyTemplate | None = getattr(templates, role)
+        for form in ("json", "text") if block is not None else ():
+            assert block is not None
+            check_role(name_or_path, role, block, {**variables, "form": form})
+    return templates
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """What a judge said of the answers in one order.
+
+    Attributes:
+        order: numbers of the answers, from the one shown first.
+        scores: by answer; None for a direct comparison and for an unread reply.
+        best: numbers of the best answers: one wins, several are tied, none when unread.
+    """
+
+    order: tuple[int, ...]
+    scores: tuple[float, ...] | None
+    best: tuple[int, ...]
+    reason: str | None
+    parse_status: str
+    raw: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """What a judge says of several answers. `scores` and `best` are as in `Look`; `looks` hold the reasons."""
+
+    scores: tuple[float, ...] | None
+    best: tuple[int, ...]
+    parse_status: str
+    looks: tuple[Look, ...]
+
+    @property
+    def read(self) -> bool:
+        return bool(self.best)
+
+    @property
+    def flipped(self) -> bool:
+        """Whether every order names a winner and not the same one."""
+        winners = {look.best for look in self.looks}
+        return all(len(best) == 1 for best in winners) and len(winners) > 1
+
+
+async def decide(
+    engine: ChatEngine,
+    prompt: Sequence[Message],
+    answers: Sequence[str],
+    strategy: Strategy,
+    templates: StrategyTemplates,
+    sampling: SamplingSettings,
+    asking: StrategyAsking,
+    layout: Layout = "shared_first",
+) -> Judgement:
+    """Judge answers to one prompt by a strategy.
+
+    Raises:
+        ValueError: fewer than two answers, more than two for a direct comparison, or more than there are labels.
+    """
+    most = 2 if strategy.kind == "direct" else len(LABELS)
+    if not 2 <= len(answers) <= most:
+        raise ValueError(f"{strategy.name} judges 2 to {most} answers, got {len(answers)}")
+    asker = _Asker(engine, transcript(prompt), answers, strategy, templates, sampling, asking, layout)
+    if strategy.kind == "independent":
+        looks = [await asker.independent()]
+    else:
+        one = asker.direct if strategy.kind == "direct" else asker.combined
+        looks = list(await asyncio.gather(*(one(order) for order in shown_orders(strategy.orders, len(answers)))))
+    return settle(looks, strategy.conflict)
+
+
+def settle(looks: Sequence[Look], conflict: Conflict) -> Judgement:
+    """One judgement from all orders, by the rule for conflict. Scores are means over the orders."""
+    status = min((look.parse_status for look in looks), key=WORST_FIRST.index)
+    if not all(look.best for look in looks):
+        return Judgement(None, (), status, tuple(looks))
+    scores = None
+    if all(look.scores is not None for look in looks):
+        columns = zip(*(look.scores for look in looks if look.scores is not None), strict=True)
+        scores = tuple(sum(column) / len(looks) for column in columns)
+    if conflict == "mean" and scores is not None:
+        best = best_scores(scores)
+    elif conflict == "given":
+        best = looks[0].best
+        scores = looks[0].scores
+    else:
+        best = tuple(sorted({answer for look in looks for answer in look.best}))
+    return Judgement(scores, best, status, tuple(looks))
+
+
+def pick_best(judgement: Judgement) -> int | None:
+    """The number of the best answer, the earliest of several that are tied; None when unread."""
+    return judgement.best[0] if judgement.best else None
+
+
+def best_scores(scores: Sequence[float]) -> tuple[int, ...]:
+    """Numbers of the highest scores."""
+    return tuple(i for i, score in enumerate(scores) if score >= max(scores) - 1e-9)
+
+
+def vote(best: Sequence[int]) -> str | None:
+    """The vote on two answers that a judgement is: "A", "B", "tie", or None when unread."""
+    if not best:
+        return None
+    return "tie" if len(best) > 1 else LABELS[best[0]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asker:
+    """Puts one set of answers before one judge."""
+
+    engine: ChatEngine
+    instruction: str
+    answers: Sequence[str]
+    strategy: Strategy
+    templates: StrategyTemplates
+    sampling: SamplingSettings
+    asking: StrategyAsking
+    layout: Layout
+
+    async def direct(self, order: tuple[int, ...]) -> Look:
+        options = (*LABELS[:2], TIE_LABEL)
+        read, raw, status = await self._ask(
+            self.templates.of(self.strategy),
+            self._shown(order),
+            lambda: pick_grammar(options, self.asking.reason_chars),
+            lambda reply: read_pick(reply, options, self.asking.form),
+        )
+        if read is None:
+            return Look(order, None, (), None, status, raw)
+        choice = read.fields["choice"]
+        best = tuple(sorted(order)) if choice == TIE_LABEL else (order[LABELS.index(choice)],)
+        return Look(order, None, best, read.fields["reason"], status, raw)
+
+    async def combined(self, order: tuple[int, ...]) -> Look:
+        labels, scale = LABELS[: len(order)], self.strategy.scale
+        read, raw, status = await self._ask(
+            self.templates.of(self.strategy),
+            {**self._shown(order), "low": scale.low, "high": scale.high},
+            lambda: scores_grammar(labels, scale, self.asking.reason_chars),
+            lambda reply: read_scores(reply, labels, scale, self.asking.form),
+        )
+        if read is None:
+            return Look(order, None, (), None, status, raw)
+        by_answer = {answer: read.fields["scores"][label] for answer, label in zip(order, labels, strict=True)}
+        scores = tuple(by_answer[answer] for answer in range(len(order)))
+        return Look(order, scores, best_scores(scores), read.fields["reason"], status, raw)
+
+    async def independent(self) -> Look:
+        scale = self.strategy.scale
+        replies = await asyncio.gather(
+            *(
+                self._ask(
+                    self.templates.of(self.strategy),
+                    {"response": answer, "low": scale.low, "high": scale.high, "fence": self._fence([answer])},
+                    lambda: rating_grammar(scale, self.asking.reason_chars),
+                    lambda reply: read_rating(reply, scale, self.asking.form),
+                )
+                for answer in self.answers
+            )
+        )
+        order = tuple(range(len(self.answers)))
+        status = min((status for _, _, status in replies), key=WORST_FIRST.index)
+        raw = "\n\n".join(raw for _, raw, _ in replies if raw is not None) or None
+        scores = [read.fields["score"] for read, _, _ in replies if read is not None]
+        if len(scores) < len(order):
+            return Look(order, None, (), None, status, raw)
+        reasons = [read.fields["reason"] for read, _, _ in replies if read is not None and read.fields["reason"]]
+        return Look(order, tuple(scores), best_scores(scores), "\n\n".join(reasons) or None, status, raw)
+
+    def _shown(self, order: tuple[int, ...]) -> dict[str, Any]:
+        labels = LABELS[: len(order)]
+        answers = [{"label": label, "text": self.answers[n]} for label, n in zip(labels, order, strict=True)]
+        # Not by order: the question and its fence are what both orders have in common.
+        return {"answers": answers, "labels": list(labels), "fence": self._fence(sorted(self.answers))}
+
+    def _fence(self, texts: Sequence[str]) -> str:
+        return digest(["fence", self.instruction, list(texts)], size=4)
+
+    async def _ask(
+        self,
+        template: StrategyTemplate,
+        shown: dict[str, Any],
+        grammar: Callable[[], Grammar],
+        reader: Callable[[Completion], Read | None],
+    ) -> tuple[Read | None, str | None, str]:
+        variables = {
+            "instruction": self.instruction,
+            "rubric": self.templates.rubric if self.strategy.rubric is None else self.strategy.rubric,
+            "form": self.asking.form,
+            "reason": self.asking.reason_chars > 0,
+            **shown,
+        }
+        read, reply, status = await ask_until_read(
+            self.engine,
+            render(template, self.layout, **variables),
+            self.sampling,
+            self.asking,
+            grammar() if self.asking.grammar else None,
+            reader,
+            follow_up=render_text(template.retry, variables) if self.asking.follow_up else None,
+        )
+        return read, None if reply is None else reply.text, status

@@ -1,0 +1,114 @@
+"""What `quorum run agreement` and `quorum run winrate` read."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from ray_pipeline.agents.debate import DebateTemplates, load_debate_templates
+from ray_pipeline.agents.strategies import StrategyTemplates, load_strategy_templates
+from ray_pipeline.config import CallsBlock, ConfigError, RayBlock, RunBlock, check_models, check_sampling
+from ray_pipeline.evaluation.agreement_document import MeasureSettings
+from ray_pipeline.graph.models import ModelSettings
+from ray_pipeline.stages.agreement import AgreementData, AgreementPage, WinrateMeasure
+from ray_pipeline.stages.ask import AskSettings
+from ray_pipeline.stages.judge import FailureSettings
+from ray_pipeline.store.files import normalise_location
+from ray_pipeline.store.settings import Settings
+
+
+class _AgreementRun(Settings):
+    """What both workflows have in common."""
+
+    run: RunBlock = RunBlock()
+    data: AgreementData
+    calls: CallsBlock = CallsBlock()
+    ray: RayBlock = RayBlock()
+
+    @property
+    def num_shards(self) -> int:
+        return self.data.num_shards
+
+    def run_folder(self, run_dir: str | None = None) -> str:
+        return normalise_location(run_dir or f"{self.run.root.rstrip('/')}/{self.run.name}")
+
+    def calls_root(self, run_folder: str) -> str:
+        return normalise_location(self.calls.root or f"{run_folder}/calls")
+
+
+class AgreementConfig(_AgreementRun):
+    """Everything that `quorum run agreement` reads."""
+
+    run: RunBlock = RunBlock(name="agreement")
+    measure: MeasureSettings = MeasureSettings()
+    ask: AskSettings = AskSettings()
+    models: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], ModelSettings] = Field(
+        default_factory=dict
+    )
+    failure: FailureSettings = FailureSettings()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AgreementConfig:
+        for judge in (*self.ask.judges, *self.ask.debaters):
+            if judge.model not in self.models:
+                known = f"there are {', '.join(self.models)}" if self.models else "there are none"
+                raise ValueError(
+                    f"ask: {judge.name} sits on model {judge.model!r}, and models has no such key; {known}"
+                )
+        if idle := sorted(set(self.models) - set(self.ask.models)):
+            raise ValueError(f"models.{idle[0]} is read by no judge; remove it, or name it in ask.judges")
+        return self
+
+    def strategy_templates(self) -> StrategyTemplates:
+        return load_strategy_templates(self.ask.strategy_templates)
+
+    def debate_templates(self) -> DebateTemplates:
+        return load_debate_templates(self.ask.debate_templates)
+
+    def page(self) -> AgreementPage:
+        """What the report says beside the tables."""
+        asked = bool(self.ask.judges or self.ask.debaters)
+        return AgreementPage(
+            workflow="agreement", data=self.data.label, replay=self.data.told(asked), measure=self.measure
+        )
+
+    def check(self) -> None:
+        """What types cannot say. Raises ConfigError or TemplateError."""
+        check_models(self.models)
+        check_sampling(
+            {
+                "ask.sampling": self.ask.sampling.extra,
+                "ask.debate.speech": self.ask.debate.speech.extra,
+                **{f"ask.judges.{j.name}.sampling": j.sampling.extra for j in self.ask.judges if j.sampling},
+                **{f"ask.debaters.{d.name}.sampling": d.sampling.extra for d in self.ask.debaters if d.sampling},
+            }
+        )
+        templates = self.strategy_templates()
+        for strategy in self.ask.strategies:
+            templates.of(strategy)
+        roles = self.debate_templates().roles
+        try:
+            self.ask.debate.speakers(roles)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+
+class WinrateConfig(_AgreementRun):
+    """Everything that `quorum run winrate` reads."""
+
+    run: RunBlock = RunBlock(name="winrate")
+    measure: WinrateMeasure = WinrateMeasure()
+
+    def page(self) -> AgreementPage:
+        """What the report says beside the tables."""
+        return AgreementPage(
+            workflow="winrate", data=self.data.label, replay=self.data.told(False), winrate=self.measure
+        )
+
+    def check(self) -> None:
+        """Nothing beside the types."""
+
+
+#: Workflow → its configuration class.
+AGREEMENT_CONFIGS: dict[str, type[_AgreementRun]] = {"agreement": AgreementConfig, "winrate": WinrateConfig}

@@ -1,0 +1,248 @@
+"""Agreement with humans and win rates as stages: items and recorded judgements in, a report out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+from pydantic import Field, model_validator
+
+from ray_pipeline.agents.strategies import Conflict
+from ray_pipeline.evaluation.agreement_document import MeasureSettings
+from ray_pipeline.graph.results import Run
+from ray_pipeline.graph.stage import BadInput, Stage, StageResult, StageStop, WholeInput, WholeWork, stage_table
+from ray_pipeline.stages.human_labels import HUMAN_DATA, read_human_labels, where_to_find
+from ray_pipeline.stages.recorded import Recorded, Replay, read_recorded
+from ray_pipeline.stages.sources import HuggingFaceSource, InputError, JsonlSource, content_digests
+from ray_pipeline.store.files import StoreError, point_at
+from ray_pipeline.store.keys import check_num_shards, shard_of, unit_hash
+from ray_pipeline.store.schemas import BALLOTS, ITEMS, to_table
+from ray_pipeline.store.settings import Settings
+
+
+class AgreementData(Settings):
+    """The `data` block: items with human labels, and what was recorded of judges.
+
+    Attributes:
+        path: of a recorded file (`type: recorded`), or of a local copy of a human data set; default: its place on the
+            hub.
+        replay: text reads recorded replies again; stored takes what the original run made of them.
+        recordings: false leaves recorded judgements out and keeps the items.
+        limit: so many items, those of the smallest hash.
+    """
+
+    type: Literal["recorded", "alpaca_eval", "fair_eval", "pandalm", "mt_bench"] = "recorded"
+    path: str | None = None
+    revision: str | None = None
+    replay: Replay = "text"
+    recordings: bool = True
+    limit: int | None = Field(None, ge=1)
+    seed: int = 0
+    num_shards: int = 8
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AgreementData:
+        if self.type == "recorded" and self.path is None:
+            raise ValueError("data.path is missing: name a file of recorded judgements (data.path=FILE.jsonl.gz)")
+        if self.type == "recorded" and self.revision is not None:
+            raise ValueError("data.revision is of a data set on the hub; data.type recorded reads a file")
+        check_num_shards(self.num_shards)
+        return self
+
+    @property
+    def label(self) -> str:
+        """How reports call the data."""
+        return Path(self.path).name if self.path else HUMAN_DATA[self.type].hub_name or self.type
+
+    def told(self, asked: bool) -> str:
+        """Where verdicts come from, in words for a report."""
+        recorded = "as the original run stored them" if self.replay == "stored" else "read from the recorded texts"
+        if not asked:
+            return recorded
+        return (
+            f"{recorded}, and asked in this run" if self.recordings and self.type == "recorded" else "asked in this run"
+        )
+
+
+def data_digests(settings: AgreementData) -> dict[str, str]:
+    """Content digests of the data. Raises InputError when it cannot be found."""
+    if settings.type == "recorded" or (settings.path is not None and not Path(settings.path).is_dir()):
+        assert settings.path is not None
+        return content_digests(JsonlSource(path=settings.path, column="item_id"))
+    name = settings.path or HUMAN_DATA[settings.type].hub_name
+    if name is None:
+        raise InputError(where_to_find(settings.type))
+    return content_digests(HuggingFaceSource(name=name, column="item_id", revision=settings.revision))
+
+
+def read_data(settings: AgreementData, commit: str | None = None) -> Recorded:
+    """Items and recorded ballots.
+
+    Args:
+        commit: of the hub to read instead of the newest of `settings.revision`.
+
+    Raises:
+        InputError: naming file and place.
+    """
+    if settings.type == "recorded":
+        assert settings.path is not None
+        found = read_recorded(settings.path, settings.replay)
+    else:
+        found = Recorded(read_human_labels(settings.type, settings.path, commit or settings.revision), [])
+    items = sorted(found.items, key=lambda item: (unit_hash("items", settings.seed, item["item_id"]), item["item_id"]))
+    items = items[: settings.limit]
+    kept = {item["item_id"] for item in items}
+    ballots = [b for b in found.ballots if b["item_id"] in kept] if settings.recordings else []
+    return Recorded(items, ballots)
+
+
+class _ItemsGiven(Settings):
+    data: AgreementData
+    commit: str | None
+
+
+def items_stage(settings: AgreementData) -> Stage:
+    """The tables `items` and `ballots` of the data, sharded by question. Raises InputError when it is not there."""
+    digests = data_digests(settings)
+    commit = next(iter(digests.values())) if settings.path is None else None
+    return Stage(
+        name="items",
+        work=WholeWork(
+            function=make_items, settings=_ItemsGiven(data=settings, commit=commit), tables=("items", "ballots")
+        ),
+        config=settings.model_dump(mode="json", exclude={"path"}),
+        external=digests,
+    )
+
+
+def make_items(given: WholeInput) -> dict[str, Any]:
+    settings: _ItemsGiven = given.settings
+    try:
+        found = read_data(settings.data, settings.commit)
+    except InputError as error:
+        raise BadInput(str(error)) from error
+    for kind, rows, schema, key in (
+        ("items", found.items, ITEMS, _item_key),
+        ("ballots", found.ballots, BALLOTS, _ballot_key),
+    ):
+        table = stage_table(given.folder.location, ("items", "ballots"), kind, given.num_shards, given.fingerprint)
+        shards: list[list[dict[str, Any]]] = [[] for _ in range(given.num_shards)]
+        for row in sorted(rows, key=key):
+            shards[shard_of(row["prompt_id"], given.num_shards)].append(row)
+        for shard, part in enumerate(shards):
+            table.write(shard, to_table(part, schema))
+    judges = sorted({b["judge"] for b in found.ballots})
+    strategies = sorted({b["strategy"] for b in found.ballots})
+    given.log(
+        f"{len(found.items)} items, {len(found.ballots)} recorded verdicts"
+        + (f" of {', '.join(judges)} ({', '.join(strategies)})" if judges else "")
+    )
+    return {"counts": {"items": len(found.items), "ballots": len(found.ballots)}, "judges": judges}
+
+
+def _item_key(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return (row["item_id"],)
+
+
+def _ballot_key(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(row[f] for f in ("item_id", "strategy", "judge", "voice", "order"))
+
+
+# --- reports ----------------------------------------------------------------------------------------------------------
+
+
+class WinrateMeasure(Settings):
+    """The `measure` block of a win-rate run."""
+
+    conflict: Conflict = Field("tie", description="what two orders that differ mean: tie, mean (of scores) or given")
+    draws: int = Field(2000, ge=100, description="bootstrap samples of the items")
+    seed: int = 0
+
+
+class AgreementPage(Settings):
+    """What a report says, and how it is computed; kept in the manifest, so that it can be written anew."""
+
+    workflow: Literal["agreement", "winrate"]
+    data: str
+    replay: str
+    measure: MeasureSettings = MeasureSettings()
+    winrate: WinrateMeasure = WinrateMeasure()
+
+
+def report_stage(page: AgreementPage, items: Stage, asked: Sequence[Stage] = ()) -> Stage:
+    """agreement.json or winrate.json, and report.md, over the recorded and the asked verdicts."""
+    return Stage(
+        name=page.workflow,
+        view="report",
+        work=WholeWork(function=write_report_stage, settings=page),
+        config=page.model_dump(mode="json"),
+        inputs={"items": items, **{f"asked/{stage.name}": stage for stage in asked}},
+    )
+
+
+def write_report_stage(given: WholeInput) -> dict[str, Any]:
+    if not given.folder.is_local:
+        raise StageStop(f"a report writes plots to a local folder; {given.folder.location} is none")
+    try:
+        headline = write_page(given.settings, list(given.inputs.values()), Path(given.folder.path()))
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+    given.log(headline)
+    return {"headline": headline}
+
+
+def rewrite_page(run: Run) -> str:
+    """Write the report of a run anew from its tables, as far as there are any; returns the path of report.md.
+
+    Raises:
+        StoreError: the run folder is not local, or its items are not there yet.
+    """
+    if not run.folder.is_local:
+        raise StoreError(f"a report needs a local run folder for its plots; {run.folder.location} is none")
+    if "items" not in run.results:
+        raise StoreError(f"{run.folder.location} has no items yet; `quorum run` makes them")
+    page = AgreementPage.model_validate(run.manifest["report"])
+    done = page.workflow in run.results
+    name = run.manifest["stages"][page.workflow]["path"] if done else f"report-{run.manifest['config_digest']}"
+    results = [result for result in run.results.values() if "ballots" in result.tables]
+    try:
+        write_page(page, results, Path(run.folder.path(name)))
+    except ValueError as error:
+        raise StoreError(str(error)) from error
+    point_at(run.folder, "report", name)
+    return run.folder.uri("report/report.md")
+
+
+def write_page(page: AgreementPage, results: Sequence[StageResult], folder: Path) -> str:
+    """Compute and write a report from the stages that have ballots; returns its first line.
+
+    Raises:
+        ValueError: the tables do not fit together or hold nothing to report.
+    """
+    from ray_pipeline.evaluation.agreement_document import as_document, measure
+    from ray_pipeline.evaluation.recorded_winrate import versus_rates
+    from ray_pipeline.report.agreement import write_agreement, write_winrate
+
+    items = pa.concat_tables([r.table("items").read_all() for r in results if "items" in r.tables])
+    ballots = pa.concat_tables([r.table("ballots").read_all() for r in results])
+    about = {"data": page.data, "replay": page.replay}
+    if page.workflow == "winrate":
+        rules = page.winrate
+        rates = versus_rates(items, ballots, conflict=rules.conflict, draws=rules.draws, seed=rules.seed)
+        if not rates:
+            raise ValueError(f"{page.data} holds no pairwise verdicts: none of its items has a `versus` block")
+        write_winrate(rates, {**about, **rules.model_dump()}, folder)
+        return f"{len(rates)} runs over {max(r.n for r in rates)} items"
+    found = measure(items, ballots, page.measure)
+    write_agreement(as_document(found, page.measure, about), folder)
+    judged = [*found.judges, *(d.judged for d in found.debates)]
+    headline = (
+        f"{found.items} items, {len(found.judges)} judges, {len(found.juries)} juries, {len(found.debates)} debates"
+    )
+    known = [j for j in judged if j.agreement.kappa is not None]
+    if known:
+        best = max(known, key=lambda j: j.agreement.kappa or 0.0)
+        headline += f"; highest kappa of one judge {best.agreement.kappa:.3f} ({best.strategy}: {best.judge})"
+    return headline
