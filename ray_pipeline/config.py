@@ -15,7 +15,6 @@ from ray_pipeline.agents.judges import Rubric
 from ray_pipeline.agents.templates import TemplateError, Templates, load_templates
 from ray_pipeline.engines.base import EngineStartError
 from ray_pipeline.engines.identity import ModelNotFound
-from ray_pipeline.engines.vllm import validate_engine_args, validate_sampling_extra
 from ray_pipeline.graph.models import ModelSettings
 from ray_pipeline.pocket import model_path
 from ray_pipeline.stages.candidates import CandidateSettings
@@ -97,6 +96,11 @@ class DmapoConfig(Settings):
         idle = sorted(set(self.models) - set(wanted.values()))
         if idle:
             raise ValueError(f"models.{idle[0]} is read by no stage; remove it, or name it where a model is chosen")
+        if not self.models[self.train.model].is_here:
+            raise ValueError(
+                f"train.model is {self.train.model!r}, a model at an endpoint; what is trained needs weights here: "
+                "name a model of engine vllm"
+            )
         if self.train.method not in self.datasets.kinds:
             raise ValueError(
                 f"train.method is {self.train.method}, and datasets.kinds does not make {self.train.method}"
@@ -238,6 +242,8 @@ def _resolve(values: Mapping[str, Any]) -> dict[str, Any]:
 def _resolve_model(model: Any) -> Any:
     if not isinstance(model, Mapping) or not isinstance(model.get("model"), str):
         return model
+    if model.get("engine") == "openai":  # its name is the endpoint's word, whatever lies in this folder
+        return model
     name = model["model"]
     if name.startswith("pocket:"):
         try:
@@ -312,29 +318,35 @@ def _check(config: DmapoConfig) -> None:
             if model.chat_template is not None and not os.path.isfile(model.chat_template):
                 raise ConfigError(f"models.{key}.chat_template: there is no file {model.chat_template}")
             try:
-                validate_engine_args(model.args)
-                model.weights()
+                model.check()
             except (EngineStartError, ModelNotFound) as error:
                 raise ConfigError(f"models.{key}: {error}") from error
-        for key, sampling in _samplings(config).items():
-            try:
-                validate_sampling_extra(sampling)
-            except EngineStartError as error:
-                raise ConfigError(f"{key}.extra: {error}") from error
+        for key, (models, extra) in _samplings(config).items():
+            for name in models:
+                try:
+                    config.models[name].check_extra(extra)
+                except EngineStartError as error:
+                    raise ConfigError(f"{key}.extra: {error}") from error
         validate_trainer_args(config.train.method, config.train.trainer_args)
     except (TemplateError, TrainingInputError) as error:
         raise ConfigError(str(error)) from error
 
 
-def _samplings(config: DmapoConfig) -> dict[str, dict[str, Any]]:
+def _samplings(config: DmapoConfig) -> dict[str, tuple[list[str], dict[str, Any]]]:
+    """Key of every sampling → the models that it is used on, and its `extra`."""
+    answering, judge = [config.train.model], config.judge
     found = {
-        "candidates.sampling": config.candidates.sampling.extra,
-        "judge.sampling": config.judge.sampling.extra,
-        "critic.sampling": config.critic.sampling.extra,
-        "evaluate.sampling": config.evaluate.sampling.extra,
+        "candidates.sampling": ([config.candidates.model], config.candidates.sampling.extra),
+        "judge.sampling": (judge.models, judge.sampling.extra),
+        "critic.sampling": ([config.critic.model], config.critic.sampling.extra),
+        "evaluate.sampling": ([config.evaluate.judge], config.evaluate.sampling.extra),
     }
-    found |= {f"evaluate.modes.{m.name}.sampling": m.sampling.extra for m in config.evaluate.modes}
-    found |= {f"judge.rubrics.{r.name}.sampling": r.sampling.extra for r in config.judge.rubrics if r.sampling}
+    found |= {f"evaluate.modes.{m.name}.sampling": (answering, m.sampling.extra) for m in config.evaluate.modes}
+    found |= {
+        f"judge.rubrics.{r.name}.sampling": ([r.model or judge.model], r.sampling.extra)
+        for r in judge.rubrics
+        if r.sampling
+    }
     return found
 
 
