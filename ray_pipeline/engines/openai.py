@@ -330,7 +330,7 @@ class OpenAIEngine:
 
     async def _start(self) -> None:
         try:
-            self._connect()
+            await asyncio.to_thread(self._connect)  # importing the client takes a second
             await self._look_around()
             if self.spec.canary:
                 await self._prove()
