@@ -27,7 +27,7 @@ _TOO_LONG = re.compile(
 #: In order of trust: "contains at least 9000 input tokens", "resulted in 9000 tokens", "(8000 in the messages",
 #: `"n_prompt_tokens": 9000`, "Given: 4000 `inputs` tokens", "request (9000 tokens)".
 _PROMPT_TOKENS = re.compile(
-    r"(\d+) input tokens|resulted in (\d+) tokens|\((\d+) in (?:the|your) (?:messages|prompt)"
+    r"contains (?:at least )?(\d+) input tokens|resulted in (\d+) tokens|\((\d+) in (?:the|your) (?:messages|prompt)"
     r"|n_prompt_tokens\W+(\d+)|given: (\d+) `inputs`|request \((\d+) tokens",
     re.IGNORECASE,
 )

@@ -582,7 +582,8 @@ class OpenAIEngine:
             self._check_open()
             try:
                 answer = await request()
-            except Again as trouble:
+            except Again as error:
+                trouble = Again(clean(str(error), self._key), error.blame, error.wait)
                 if not failures and not limited:
                     answered = self._answered
                 if trouble.blame == "limit":
