@@ -441,6 +441,8 @@ class OpenAIEngine:
             self._released.clear()
             await self._released.wait()
             self._check_open()
+        if not self._under_way:  # an hour in which nothing was asked is no silence
+            self._silent_since = None
         self._reserved += most
         self._under_way += 1
         try:
@@ -604,7 +606,9 @@ class OpenAIEngine:
         if trouble.wait is not None:
             wait = trouble.wait + random.uniform(0, min(1.0, 0.1 + trouble.wait / 10))
         now, patience = time.monotonic(), self._settings.patience_s
-        if trouble.blame != "call":
+        if trouble.blame == "call":
+            wait = min(wait, max(patience, _BACKOFF_MOST))
+        else:
             if self._silent_since is None:
                 self._silent_since = now
             left = self._silent_since + patience - now

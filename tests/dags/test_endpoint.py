@@ -1,0 +1,264 @@
+"""Judges behind a real OpenAI-compatible server: vLLM's own, on the pocket judge, with a proxy that breaks things.
+
+One server for the module. The proxy passes requests on, or answers with a fault instead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from ray_pipeline.agents.judges import Asking, Rubric, SamplingSettings, Verdict, judge
+from ray_pipeline.agents.templates import load_templates
+from ray_pipeline.engines.base import EngineStartError, Grammar, PromptTooLong, Sampling
+from ray_pipeline.engines.logged import LoggedEngine
+from ray_pipeline.engines.openai import EndpointSettings, OpenAIEngine, OpenAISpec
+from ray_pipeline.pocket import model_path
+from ray_pipeline.pocket.tasks import make_prompts, rubric_scores, truth
+from ray_pipeline.store.files import Folder
+from ray_pipeline.store.keys import prompt_id
+from tests.dags.conftest import SMALL, manifest, run
+from tests.endpoint import KEY, Answer, Endpoint, refused, said
+from tests.scripted import user
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
+
+MODEL = "pocket-judge"
+RUBRICS = tuple(Rubric(name=name) for name in ("helpfulness", "factuality", "conciseness"))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Base URL of vLLM's server; its processes are gone afterwards."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model_path("pocket:judge")]
+    command += ["--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
+    command += ["--max-model-len", "256", "--max-num-seqs", "64", "--enforce-eager", "--no-enable-chunked-prefill"]
+    command += ["--max-num-batched-tokens", "4096", "--enable-prompt-tokens-details"]
+    environment = {
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+        "TORCHDYNAMO_DISABLE": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
+    log = tmp_path_factory.mktemp("server") / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    url = f"http://127.0.0.1:{port}/v1"
+    try:
+        for _ in range(600):
+            assert process.poll() is None, log.read_text()[-3000:]
+            try:
+                urllib.request.urlopen(f"{url}/models", timeout=2).close()
+                break
+            except OSError:
+                time.sleep(0.5)
+        else:
+            raise AssertionError(f"the server does not answer\n{log.read_text()[-3000:]}")
+        yield url
+    finally:
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        process.terminate()
+        _, alive = psutil.wait_procs(family, timeout=30)
+        for left in alive:
+            left.kill()
+        psutil.wait_procs(alive, timeout=10)
+        process.wait(10)
+
+
+@pytest.fixture(scope="module")
+def proxy(server: str) -> Iterator[Endpoint]:
+    with Endpoint(lambda body, n: None, behind=server) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(autouse=True)
+def _calm(proxy: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOOPBACK_KEY", KEY)
+    proxy.script = lambda body, n: None
+    proxy.asked.clear()
+
+
+def engine_at(url: str, model: str = MODEL, **settings: Any) -> OpenAIEngine:
+    endpoint = EndpointSettings(**{"base_url": url, "api_key_env": "LOOPBACK_KEY", "concurrency": 16, **settings})
+    return OpenAIEngine(OpenAISpec(model, endpoint))
+
+
+def using(engine: OpenAIEngine, work: Callable[[OpenAIEngine], Any]) -> Any:
+    async def go() -> Any:
+        try:
+            return await asyncio.wait_for(work(engine), 300)
+        finally:
+            await engine.close()
+
+    return asyncio.run(go())
+
+
+def test_forms_seeds_and_limits_of_a_real_server(proxy: Endpoint) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"zeta": {"type": "integer", "minimum": 3, "maximum": 5}, "alpha": {"enum": ["x", "y"]}},
+        "required": ["zeta", "alpha"],
+        "additionalProperties": False,
+    }
+
+    async def work(engine: OpenAIEngine) -> None:
+        asked = user("task : largest of 4 9 2 answer : 9\njudge helpfulness")
+
+        async def forced(grammar: Grammar, seed: int) -> str:
+            reply = await engine.chat(asked, Sampling(temperature=1.0, seed=seed, max_tokens=40, grammar=grammar))
+            assert reply.finish_reason == "stop" and reply.prompt_tokens > 10 and reply.completion_tokens > 0
+            return reply.text
+
+        for seed in range(4):
+            value = json.loads(await forced(Grammar.json(schema), seed))
+            # The fields come in the order of the schema, which is not that of the alphabet.
+            assert list(value) == ["zeta", "alpha"] and value["zeta"] in (3, 4, 5) and value["alpha"] in ("x", "y")
+            assert await forced(Grammar.choice(["yes", "no", "I do not know"]), seed) in ("yes", "no", "I do not know")
+            assert len(await forced(Grammar.regex("[0-7]{5}"), seed)) == 5
+        free = Sampling(temperature=1.0, seed=7, max_tokens=24, logprobs=3)
+        first, second = [await engine.chat(asked, free) for _ in range(2)]
+        assert first.text == second.text and first.logprobs is not None
+        assert len(first.logprobs) == first.completion_tokens
+        assert all(len(step) >= 3 and step[0][1] <= 0 for step in first.logprobs)
+        cut = await engine.chat(asked, Sampling(max_tokens=3))
+        assert (cut.finish_reason, cut.completion_tokens) == ("length", 3)
+        with pytest.raises(PromptTooLong) as caught:
+            await engine.chat(user("nine " * 250), Sampling(max_tokens=20))
+        assert caught.value.limit == 256 and caught.value.prompt_tokens >= 237
+
+    using(engine_at(proxy.url), work)
+    with pytest.raises(EngineStartError, match=f"does not serve 'pocket-jugde'.*{MODEL}"):
+        using(engine_at(proxy.url, "pocket-jugde"), lambda e: e.start())
+
+
+def faults() -> Callable[[dict[str, Any], int], Answer | None]:
+    """Every second request goes wrong, in every way in turn."""
+    wrong: Iterator[Answer] = itertools.cycle(
+        [
+            refused(429, "slow down", Retry_After="0.2"),
+            refused(500, "out of memory"),
+            Answer(503, b"<html>bad gateway</html>"),
+            Answer(**{**vars(said()), "delay": 2.0}),
+            Answer(**{**vars(said('{"score": 1}' * 50)), "cut": True}),
+            Answer(body=b'{"choices": [{"message": {"content": "{\\"score\\": 1'),
+            Answer(body={"choices": []}),
+        ]
+    )
+    return lambda body, n: next(wrong) if n % 2 else None
+
+
+async def judged(engine: OpenAIEngine, root: Path) -> tuple[list[Verdict], Any]:
+    """Verdicts of three rubrics on right and wrong answers, through the call log."""
+    template = load_templates("pocket").judge
+    tasks = make_prompts(12, seed=5)
+    pairs = [
+        (t.instruction, a) for i, t in enumerate(tasks) for a in (truth(t.instruction), truth(tasks[i - 1].instruction))
+    ]
+    async with LoggedEngine(engine, Folder(str(root)), 0, 1) as log:
+        calls = [
+            judge(
+                log.bound(prompt_id(user(task)), f"judge/{rubric.name}"),
+                user(task),
+                answer,
+                rubric,
+                template,
+                SamplingSettings(max_tokens=64),
+                Asking(reason_chars=200),
+            )
+            for task, answer in pairs
+            for rubric in RUBRICS
+        ]
+        verdicts = await asyncio.gather(*calls)
+    right = [
+        verdict.score == rubric_scores(task, answer)[rubric.name]
+        for verdict, ((task, answer), rubric) in zip(verdicts, itertools.product(pairs, RUBRICS), strict=True)
+    ]
+    assert sum(right) > 0.9 * len(right)  # it is the judge that answers, and it is asked as it was taught
+    return verdicts, log.stats
+
+
+def test_faults_change_no_verdict_and_a_second_pass_asks_nobody(proxy: Endpoint, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"timeout_s": 1.5, "retries": 12}
+    clean, stats = using(engine_at(proxy.url), lambda e: judged(e, tmp_path / "clean"))
+    assert {v.parse_status for v in clean} == {"ok"}
+    undisturbed, calls = len(proxy.asked), stats.calls_engine
+    assert undisturbed == calls + 1  # and the canary
+
+    proxy.script, before = faults(), len(proxy.asked)
+    broken, stats = using(engine_at(proxy.url, **settings), lambda e: judged(e, tmp_path / "broken"))
+    assert broken == clean and stats.errors == 0
+    assert len(proxy.asked) - before > 1.5 * undisturbed
+
+    before = len(proxy.asked)
+    again, stats = using(engine_at(proxy.url, **settings), lambda e: judged(e, tmp_path / "broken"))
+    assert again == clean and len(proxy.asked) == before
+    assert (stats.calls_engine, stats.calls_log) == (0, calls)
+
+
+def test_a_run_stops_at_its_budget_and_goes_on_with_a_bigger_one(
+    proxy: Endpoint, small_run: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(small_run, folder, symlinks=True)
+    prices = "prices: {input: 1000, output: 1000}"
+
+    def command(budget: float) -> list[str]:
+        endpoint = (
+            f"{{base_url: '{proxy.url}', api_key_env: LOOPBACK_KEY, concurrency: 16, {prices}, budget: {budget}}}"
+        )
+        judge = f"models.judge={{engine: openai, model: {MODEL}, endpoint: {endpoint}}}"
+        return ["run", "dmapo", "-c", "configs/pocket.yaml", "--run-dir", str(folder), "--to", "judge", *SMALL, judge]
+
+    stopped = run(*command(15.0), expect=1)
+    assert f"quorum: judge failed: the budget for {MODEL} at {proxy.url} is used up" in stopped.output
+    assert "raise endpoint.budget" in stopped.output and stopped.engines == {}
+
+    def calls() -> list[dict[str, Any]]:
+        parts = [pq.read_table(part).to_pylist() for part in (folder / "calls").rglob("*.parquet")]
+        return [row for rows in parts for row in rows if row["model"].startswith('{"engine": "openai"')]
+
+    # All that was paid for is in the log, and the canary is all that is not.
+    assert len(calls()) == len(proxy.asked) - 1
+    spent = sum(row["prompt_tokens"] + row["completion_tokens"] for row in calls()) / 1000
+    assert 14 < spent < 15
+
+    before = len(proxy.asked)
+    done = run(*command(1000.0))
+    entry = manifest(folder)["stages"]["judge"]
+    assert len({row["call_key"] for row in calls()}) == len(calls()) == len(proxy.asked) - 2
+    assert entry["usage"]["calls_engine"] == len(proxy.asked) - before - 1 > 0
+    assert entry["usage"]["cost"] == pytest.approx(
+        (entry["usage"]["prompt_tokens"] + entry["usage"]["completion_tokens"]) / 1000
+    )
+    assert KEY not in done.output + stopped.output + (folder / "manifest.json").read_text()
+
+    def scores(run_folder: Path) -> dict[tuple[str, str], float]:
+        path = run_folder / manifest(run_folder)["stages"]["judge"]["path"]
+        rows = [row for shard in path.glob("shard-*.parquet") for row in pq.read_table(shard).to_pylist()]
+        return {(row["candidate_id"], row["judge"]): row["score"] for row in rows}
+
+    # The same weights on the engine in process say the same.
+    there, here = scores(folder), scores(small_run)
+    assert there.keys() == here.keys() and len(here) == 40 * 4 * 3
+    assert sum(there[key] == here[key] for key in here) >= 0.98 * len(here)
