@@ -24,8 +24,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from ray_pipeline.agents.judges import Asking, Rubric, SamplingSettings, Verdict, judge
-from ray_pipeline.agents.templates import load_templates
-from ray_pipeline.engines.base import EngineStartError, Grammar, PromptTooLong, Sampling
+from ray_pipeline.agents.replies import critique_grammar, score_grammar
+from ray_pipeline.agents.templates import load_templates, render
+from ray_pipeline.engines.base import EngineStartError, Grammar, Message, PromptTooLong, Sampling
 from ray_pipeline.engines.logged import LoggedEngine
 from ray_pipeline.engines.openai import EndpointSettings, OpenAIEngine, OpenAISpec
 from ray_pipeline.pocket import model_path
@@ -115,33 +116,36 @@ def using(engine: OpenAIEngine, work: Callable[[OpenAIEngine], Any]) -> Any:
 
 
 def test_forms_seeds_and_limits_of_a_real_server(proxy: Endpoint) -> None:
-    schema = {
-        "type": "object",
-        "properties": {"zeta": {"type": "integer", "minimum": 3, "maximum": 5}, "alpha": {"enum": ["x", "y"]}},
-        "required": ["zeta", "alpha"],
-        "additionalProperties": False,
-    }
+    texts, task = load_templates("pocket"), make_prompts(1, seed=3)[0].instruction
+    about: dict[str, Any] = {"instruction": task, "response": truth(task), "name": "helpfulness", "rubric": ""}
+    scored = render(texts.judge, "shared_first", low=1, high=10, **about)
+    criticised = render(texts.critic, "shared_first", **about)
 
     async def work(engine: OpenAIEngine) -> None:
-        asked = user("task : largest of 4 9 2 answer : 9\njudge helpfulness")
-
-        async def forced(grammar: Grammar, seed: int) -> str:
-            reply = await engine.chat(asked, Sampling(temperature=1.0, seed=seed, max_tokens=40, grammar=grammar))
+        async def forced(asked: list[Message], grammar: Grammar, **sampling: Any) -> str:
+            reply = await engine.chat(asked, Sampling(max_tokens=80, grammar=grammar, **sampling))
             assert reply.finish_reason == "stop" and reply.prompt_tokens > 10 and reply.completion_tokens > 0
             return reply.text
 
+        assert json.loads(await forced(scored, score_grammar(1, 10, 200)))["score"] == 10
+        assert json.loads(await forced(scored, score_grammar(3, 5, 200)))["score"] in (3, 4, 5)
+        # The fields come in the order of the schema, which is not that of the alphabet.
+        value = json.loads(await forced(criticised, critique_grammar(200)))
+        assert list(value) == ["reason", "failure_type", "flawed"] and value["flawed"] is False
+        warm: dict[str, Any] = {"temperature": 1.0}
         for seed in range(4):
-            value = json.loads(await forced(Grammar.json(schema), seed))
-            # The fields come in the order of the schema, which is not that of the alphabet.
-            assert list(value) == ["zeta", "alpha"] and value["zeta"] in (3, 4, 5) and value["alpha"] in ("x", "y")
-            assert await forced(Grammar.choice(["yes", "no", "I do not know"]), seed) in ("yes", "no", "I do not know")
-            assert len(await forced(Grammar.regex("[0-7]{5}"), seed)) == 5
+            assert await forced(scored, Grammar.choice(["yes", "no", "I do not know"]), seed=seed, **warm) in (
+                "yes",
+                "no",
+                "I do not know",
+            )
+            assert len(await forced(scored, Grammar.regex("[0-7]{5}"), seed=seed, **warm)) == 5
         free = Sampling(temperature=1.0, seed=7, max_tokens=24, logprobs=3)
-        first, second = [await engine.chat(asked, free) for _ in range(2)]
+        first, second = [await engine.chat(scored, free) for _ in range(2)]
         assert first.text == second.text and first.logprobs is not None
         assert len(first.logprobs) == first.completion_tokens
         assert all(len(step) >= 3 and step[0][1] <= 0 for step in first.logprobs)
-        cut = await engine.chat(asked, Sampling(max_tokens=3))
+        cut = await engine.chat(scored, Sampling(max_tokens=3))
         assert (cut.finish_reason, cut.completion_tokens) == ("length", 3)
         with pytest.raises(PromptTooLong) as caught:
             await engine.chat(user("nine " * 250), Sampling(max_tokens=20))
@@ -230,7 +234,7 @@ def test_a_run_stops_at_its_budget_and_goes_on_with_a_bigger_one(
         judge = f"models.judge={{engine: openai, model: {MODEL}, endpoint: {endpoint}}}"
         return ["run", "dmapo", "-c", "configs/pocket.yaml", "--run-dir", str(folder), "--to", "judge", *SMALL, judge]
 
-    stopped = run(*command(15.0), expect=1)
+    stopped = run(*command(4.0), expect=1)
     assert f"quorum: judge failed: the budget for {MODEL} at {proxy.url} is used up" in stopped.output
     assert "raise endpoint.budget" in stopped.output and stopped.engines == {}
 
@@ -241,7 +245,7 @@ def test_a_run_stops_at_its_budget_and_goes_on_with_a_bigger_one(
     # All that was paid for is in the log, and the canary is all that is not.
     assert len(calls()) == len(proxy.asked) - 1
     spent = sum(row["prompt_tokens"] + row["completion_tokens"] for row in calls()) / 1000
-    assert 14 < spent < 15
+    assert 3.5 < spent <= 4.0
 
     before = len(proxy.asked)
     done = run(*command(1000.0))
