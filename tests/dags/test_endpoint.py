@@ -133,12 +133,9 @@ def test_forms_seeds_and_limits_of_a_real_server(proxy: Endpoint) -> None:
         value = json.loads(await forced(criticised, critique_grammar(200)))
         assert list(value) == ["reason", "failure_type", "flawed"] and value["flawed"] is False
         warm: dict[str, Any] = {"temperature": 1.0}
+        options = ["yes", "no", "I do not know"]
         for seed in range(4):
-            assert await forced(scored, Grammar.choice(["yes", "no", "I do not know"]), seed=seed, **warm) in (
-                "yes",
-                "no",
-                "I do not know",
-            )
+            assert await forced(scored, Grammar.choice(options), seed=seed, **warm) in options
             assert len(await forced(scored, Grammar.regex("[0-7]{5}"), seed=seed, **warm)) == 5
         free = Sampling(temperature=1.0, seed=7, max_tokens=24, logprobs=3)
         first, second = [await engine.chat(scored, free) for _ in range(2)]
