@@ -1,1 +1,13 @@
 """The workflows: each module wires stages and reads like the figure of its method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from dags.baselines import baselines
+from dags.dmapo import dmapo
+from ray_pipeline.graph.stage import Dag
+
+#: Name of a workflow → the function that wires it from its configuration and the run folder.
+DAGS: dict[str, Callable[[Any, str], Dag]] = {"dmapo": dmapo, "baselines": baselines}

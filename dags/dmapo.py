@@ -45,7 +45,7 @@ def _both_answer(config: DmapoConfig, run_folder: str, asked: Stage, policy: Sta
     before = responses("base", config.evaluate, config.failure, base, asked)
     after = responses("policy", config.evaluate, config.failure, trained, asked, policy)
     compared = comparisons(
-        config.evaluate, config.failure, models[config.evaluate.judge], texts.pairwise, asked, before, after
+        config.evaluate, config.failure, models[config.evaluate.judge], texts.pairwise, asked, before, {"policy": after}
     )
     both = {"base": before, "policy": after}
     scored = judges(config.judge, config.failure, models, texts.judge, asked, both, "score-responses", "evaluate")

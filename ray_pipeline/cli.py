@@ -36,7 +36,7 @@ def _refuse(message: object) -> typer.Exit:
 
 @app.command()
 def run(
-    dag: Annotated[str, typer.Argument(help="workflow: dmapo")],
+    dag: Annotated[str, typer.Argument(help="workflow: dmapo, or baselines (methods and data sets side by side)")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key=value, for example gate.tau=2 candidates.k=8")
     ] = None,
@@ -58,7 +58,7 @@ def run(
     Finished stages are kept, unfinished ones make only their missing shards, and an LLM call that was ever answered
     is not made again.
     """
-    from dags.dmapo import dmapo
+    from dags import DAGS
     from ray_pipeline.config import CONFIGS, ConfigError, load_config
     from ray_pipeline.graph.heartbeat import RunBusy
     from ray_pipeline.graph.run import RunSettings, execute, load_result
@@ -71,7 +71,7 @@ def run(
     try:
         settings = load_config(dag, config, changes)
         folder = settings.run_folder(run_dir)
-        graph = dmapo(settings, folder)
+        graph = DAGS[dag](settings, folder)
         if dry_run:
             _show_plan(graph, folder, settings, from_stage, to_stage, load_result)
             return
@@ -86,8 +86,9 @@ def run(
                 num_shards=settings.prompts.num_shards,
                 config=settings.model_dump(mode="json"),
                 ray=settings.ray.arguments(),
-                report=settings.report().model_dump(mode="json"),
+                report=settings.page().model_dump(mode="json"),
                 replay_only=settings.calls.replay_only,
+                max_stages=settings.ray.max_stages,
             ),
             from_group=from_stage,
             to_group=to_stage,
@@ -165,10 +166,13 @@ def report(run: RunArgument = "runs/latest") -> None:
     """Write the report anew from the tables that a run has, finished or not."""
     from ray_pipeline.graph.results import read_run
     from ray_pipeline.stages.evaluate import write_report
+    from ray_pipeline.stages.method_table import rewrite_page
     from ray_pipeline.store.files import StoreError
 
     try:
-        _print(f"report: {write_report(read_run(run))}")
+        found = read_run(run)
+        write = rewrite_page if found.manifest["dag"] == "baselines" else write_report
+        _print(f"report: {write(found)}")
     except StoreError as error:
         raise _refuse(error) from error
 
@@ -184,13 +188,14 @@ def audit(run: RunArgument = "runs/latest") -> None:
     from ray_pipeline.store.files import StoreError
 
     try:
-        found = audit_folder(read_run(run))
+        reports = audit_folder(read_run(run))
     except (StoreError, FileNotFoundError) as error:
         raise _refuse(error) from error
-    for problem in found.problems:
-        _print(f"{problem.kind}: {problem.table} {problem.id}: {problem.message}")
-    _print(found.summary())
-    if not found.ok:
+    for name, found in reports.items():
+        for problem in found.problems:
+            _print(f"{problem.kind}: {problem.table} {problem.id}: {problem.message}")
+        _print(found.summary() if len(reports) == 1 else f"{name}: {found.summary()}")
+    if not all(found.ok for found in reports.values()):
         raise typer.Exit(STAGE_FAILED)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from ray_pipeline.agents.judges import Rubric
 from ray_pipeline.agents.templates import TemplateError, Templates, load_templates
@@ -24,13 +24,16 @@ from ray_pipeline.stages.datasets import DatasetsConfig
 from ray_pipeline.stages.evaluate import ReportSettings
 from ray_pipeline.stages.gate import GateConfig
 from ray_pipeline.stages.judge import FailureSettings, JudgeSettings
+from ray_pipeline.stages.method_table import PolicyName, TableSettings
+from ray_pipeline.stages.preferences import PreferenceSource, tables_of
 from ray_pipeline.stages.prompts import PromptsConfig
+from ray_pipeline.stages.sources import InputError
 from ray_pipeline.stages.train import TrainSettings
 from ray_pipeline.store.files import normalise_location
 from ray_pipeline.store.keys import digest
 from ray_pipeline.store.settings import Settings
-from ray_pipeline.training.methods import validate_trainer_args
-from ray_pipeline.training.spec import TrainingInputError
+from ray_pipeline.training.methods import METHODS, validate_trainer_args
+from ray_pipeline.training.spec import MethodName, TrainingInputError
 
 
 class ConfigError(ValueError):
@@ -58,9 +61,13 @@ class RayBlock(Settings):
     num_cpus: int | None = Field(None, ge=1)
     num_gpus: int | None = Field(None, ge=0)
     object_store_memory: int | None = Field(None, ge=80_000_000, description="bytes")
+    max_stages: int | None = Field(
+        None, ge=1, description="stages at work at once; default: all whose inputs are there (set it without GPUs)"
+    )
 
     def arguments(self) -> dict[str, Any]:
-        return {k: v for k, v in self.model_dump().items() if v is not None}
+        """What `ray.init` takes."""
+        return {k: v for k, v in self.model_dump(exclude={"max_stages"}).items() if v is not None}
 
 
 class DmapoConfig(Settings):
@@ -101,15 +108,21 @@ class DmapoConfig(Settings):
                 f"train.model is {self.train.model!r}, a model at an endpoint; what is trained needs weights here: "
                 "name a model of engine vllm"
             )
-        if self.train.method not in self.datasets.kinds:
-            raise ValueError(
-                f"train.method is {self.train.method}, and datasets.kinds does not make {self.train.method}"
-            )
+        self._check_training()
+        return self
+
+    def _check_training(self) -> None:
+        kind = METHODS[self.train.method].data
+        if kind not in self.datasets.kinds:
+            raise ValueError(f"train.method is {self.train.method}, and datasets.kinds does not make {kind}")
         if self.evaluate.perplexity and "kto" not in self.datasets.kinds:
             raise ValueError(
                 "evaluate.perplexity reads the held-out kto rows; add kto to datasets.kinds or turn it off"
             )
-        return self
+
+    def trained(self) -> dict[str, TrainSettings]:
+        """Where a training is configured → its settings."""
+        return {"train": self.train}
 
     def templates(self) -> Templates:
         return load_templates(self.prompt_templates)
@@ -130,6 +143,10 @@ class DmapoConfig(Settings):
             seed=self.evaluate.seed,
         )
 
+    def page(self) -> ReportSettings | TableSettings:
+        """What the last stage's page says beside the tables, kept in the manifest so that it can be written anew."""
+        return self.report()
+
     def run_folder(self, run_dir: str | None = None) -> str:
         return normalise_location(run_dir or f"{self.run.root.rstrip('/')}/{self.run.name}")
 
@@ -137,8 +154,178 @@ class DmapoConfig(Settings):
         return normalise_location(self.calls.root or f"{run_folder}/calls")
 
 
+class DataVariant(Settings):
+    """One way of making training data: from the run's candidates and scores, or from somebody else's rows.
+
+    Attributes:
+        gated: the confidence gate decides. False: best and worst of k by the mean score, whatever it is.
+        gate: changes of the `gate` block ({use_variance: false}, {use_critic: false}, {tau: 1}).
+        judges: whose scores count; default: all.
+        k: only the first so many candidates of each prompt; default: all.
+        min_gap: smallest gap of a pair's scores; default: datasets.min_gap with the gate, any gap above 0 without.
+        source: training rows of a hub data set or of files; nothing above applies to them.
+    """
+
+    gated: bool = True
+    gate: dict[str, Any] = Field(default_factory=dict)
+    judges: tuple[str, ...] | None = Field(None, min_length=1)
+    k: int | None = Field(None, ge=2)
+    min_gap: float | None = Field(None, ge=0)
+    source: PreferenceSource | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> DataVariant:
+        set_here = sorted(self.model_fields_set - {"source"})
+        if self.source is not None and set_here:
+            raise ValueError(f"{set_here[0]} is read by nothing: rows of a source were judged by somebody else")
+        if not self.gated and self.gate:
+            raise ValueError("gate is read by nothing where gated is false")
+        return self
+
+
+class BaselinesBlock(Settings):
+    """The `baselines` block: every method is trained on every data set with every seed."""
+
+    methods: dict[MethodName, dict[str, Any]] = Field(
+        default_factory=lambda: {name: dict[str, Any]() for name in METHODS},
+        min_length=1,
+        description="method → changes of the `train` block for it",
+    )
+    data: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_]*$")], DataVariant] = Field(min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 2), min_length=1)
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _names(cls, given: Any) -> Any:
+        """A plain list of methods changes nothing for any of them."""
+        return {name: {} for name in given} if isinstance(given, (list, tuple)) else given
+
+
+class BaselinesConfig(DmapoConfig):
+    """Everything that `quorum run baselines` reads: a DMAPO configuration and what to compare."""
+
+    baselines: BaselinesBlock
+
+    def _check_training(self) -> None:
+        """What the block of one training would say is said by `baselines`."""
+        for name, block, keys, instead in (
+            ("train", self.train, ("method", "seed"), "baselines.methods and baselines.seeds say it"),
+            ("datasets", self.datasets, ("kinds", "seed"), "it follows from baselines.methods and baselines.seeds"),
+            ("evaluate", self.evaluate, ("perplexity", "perplexity_rows", "skip_generation"), "remove it"),
+        ):
+            for key in keys:
+                if key in block.model_fields_set:
+                    raise ValueError(f"{name}.{key} is read by nothing in a comparison: {instead}")
+        if len(set(self.baselines.seeds)) < len(self.baselines.seeds):
+            raise ValueError(f"baselines.seeds names a seed twice: {list(self.baselines.seeds)}")
+        for name, variant in self.baselines.data.items():
+            strangers = [judge for judge in variant.judges or () if judge not in self.judge.names]
+            if strangers:
+                near = _nearest(strangers[0], self.judge.names)
+                raise ValueError(f"baselines.data.{name}.judges names {strangers[0]!r}, which is no rubric{near}")
+            if variant.k is not None and variant.k > self.candidates.k:
+                raise ValueError(f"baselines.data.{name}.k is {variant.k}, and candidates.k only {self.candidates.k}")
+            try:
+                self.gate_of(variant)
+                if variant.source is not None:
+                    tables_of(variant.source.format, self.rows_of(variant))
+            except (ValidationError, InputError) as error:
+                raise ValueError(f"baselines.data.{name}: {_first_problem(error)}") from error
+        for name in self.baselines.methods:
+            try:
+                self.training(name, 0)
+            except ValidationError as error:
+                raise ValueError(f"baselines.methods.{name}: {_first_problem(error)}") from error
+
+    def trained(self) -> dict[str, TrainSettings]:
+        return {f"baselines.methods.{name}": self.training(name, 0) for name in self.baselines.methods}
+
+    def training(self, method: MethodName, seed: int) -> TrainSettings:
+        """The `train` block with the changes of a method."""
+        shared = self.train.model_dump(exclude_unset=True)
+        return TrainSettings.model_validate(
+            {**shared, **self.baselines.methods[method], "method": method, "seed": seed}
+        )
+
+    def gate_of(self, variant: DataVariant) -> GateConfig | None:
+        """The gate of a data set; None where none decides."""
+        if not variant.gated or variant.source is not None:
+            return None
+        return GateConfig.model_validate({**self.gate.model_dump(), **variant.gate})
+
+    def rows_of(self, variant: DataVariant, seed: int = 0) -> DatasetsConfig:
+        """The `datasets` block of a data set: the kinds that the methods need, in the order of a seed."""
+        kinds = list(dict.fromkeys(METHODS[name].data for name in self.baselines.methods))
+        gap = variant.min_gap if variant.min_gap is not None else self.datasets.min_gap if variant.gated else 0.0
+        return self.datasets.model_copy(update={"kinds": kinds, "seed": seed, "min_gap": gap})
+
+    def policies(self) -> list[PolicyName]:
+        """Every policy that is trained, data set by data set and seed by seed."""
+        compared = self.baselines
+        return [
+            PolicyName(label=f"{method}-{data}-s{seed}", method=method, data=data, seed=seed)
+            for data in compared.data
+            for seed in compared.seeds
+            for method in compared.methods
+        ]
+
+    def page(self) -> TableSettings:
+        shown = self.report()
+        data = self.baselines.data
+        judge = _shown(self.models[self.evaluate.judge].model)
+        return TableSettings(
+            run_name=self.run.name,
+            policies=tuple(self.policies()),
+            mode=self.evaluate.modes[0].name,
+            over=next((name for name, variant in data.items() if not variant.gated), next(iter(data))),
+            data={name: self.how(variant) for name, variant in data.items()},
+            facts={
+                "base": _shown(self.models[self.train.model].model),
+                "comparing judge": f"{self.evaluate.judge} ({judge}), both orders, mode {self.evaluate.modes[0].name}",
+                "rubric judges": ", ".join(f"{name} ({model})" for name, model in shown.curating.items()),
+                **self._published(),
+                "seeds": ", ".join(map(str, self.baselines.seeds)),
+                "training": ", ".join(f"{k} {v}" for k, v in self.train.model_dump(exclude_unset=True).items()),
+                "per method": "; ".join(f"{k}: {v}" for k, v in self.baselines.methods.items() if v) or "nothing",
+            },
+            curating=shown.curating if any(v.source is None for v in data.values()) else {},
+            evaluating=shown.evaluating,
+            bootstrap_draws=self.evaluate.bootstrap_draws,
+            seed=self.evaluate.seed,
+        )
+
+    def _published(self) -> dict[str, str]:
+        """Which line of the table is the method of the paper, where there is one."""
+        whole = [name for name, variant in self.baselines.data.items() if variant == DataVariant()]
+        return {"DMAPO": f"kto on {whole[0]}"} if whole and "kto" in self.baselines.methods else {}
+
+    def how(self, variant: DataVariant) -> str:
+        if variant.source is not None:
+            place = variant.source.name if variant.source.type == "huggingface" else variant.source.path
+            return f"{variant.source.format} rows of {place}"
+        judges, k = ", ".join(variant.judges or self.judge.names), variant.k or self.candidates.k
+        if not variant.gated:
+            return f"best and worst of {k} by {judges}; no gate"
+        gate = self.gate_of(variant)
+        assert gate is not None
+        rules = [f"tau {gate.tau:g}" if gate.use_variance else "no variance rule"]
+        rules.append(f"alpha {gate.alpha:g}" if gate.use_critic else "no critic")
+        return f"gate on {k} candidates by {judges}; {', '.join(rules)}"
+
+
+def _first_problem(error: ValidationError | InputError) -> str:
+    if isinstance(error, InputError):
+        return str(error)
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        message = "there is no such key"
+    return f"{where}: {message}" if where else message
+
+
 #: DAG name → its configuration class.
-CONFIGS: dict[str, type[DmapoConfig]] = {"dmapo": DmapoConfig}
+CONFIGS: dict[str, type[DmapoConfig]] = {"dmapo": DmapoConfig, "baselines": BaselinesConfig}
 
 
 def load_config(dag: str, name_or_path: str, overrides: Sequence[str] = ()) -> DmapoConfig:
@@ -327,8 +514,12 @@ def _check(config: DmapoConfig) -> None:
                     config.models[name].check_extra(extra)
                 except EngineStartError as error:
                     raise ConfigError(f"{key}.extra: {error}") from error
-        validate_trainer_args(config.train.method, config.train.trainer_args)
-    except (TemplateError, TrainingInputError) as error:
+        for key, train in config.trained().items():
+            try:
+                validate_trainer_args(train.method, train.trainer_args)
+            except TrainingInputError as error:
+                raise ConfigError(f"{key}.{error}") from error
+    except TemplateError as error:
         raise ConfigError(str(error)) from error
 
 
@@ -350,4 +541,4 @@ def _samplings(config: DmapoConfig) -> dict[str, tuple[list[str], dict[str, Any]
     return found
 
 
-__all__ = ["CONFIGS", "ConfigError", "DmapoConfig", "Rubric", "load_config"]
+__all__ = ["CONFIGS", "BaselinesConfig", "ConfigError", "DmapoConfig", "Rubric", "load_config"]

@@ -1,5 +1,6 @@
 """Base against policy on held-out prompts: length, true accuracy where a checker knows it, rubric scores."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,15 +42,17 @@ class RubricStats:
     gain: Interval
 
 
-def response_stats(responses: pa.Table, *, draws: int = 2000, seed: int = 0) -> list[ResponseStats]:
-    """Length and accuracy per mode and model (base first).
+def response_stats(
+    responses: pa.Table, *, models: Sequence[str] = MODELS, draws: int = 2000, seed: int = 0
+) -> list[ResponseStats]:
+    """Length and accuracy per mode and model, in the order of `models`.
 
     Columns read: prompt_id, model, mode, response (or response_chars), completion_tokens, finish_reason;
     `correct` (bool, null where not known) where there is a checker.
     """
     found = []
     for mode in _modes(responses):
-        for model in MODELS:
+        for model in models:
             part = _part(responses, mode, model)
             if len(part):
                 found.append(_one_model(part, model, mode, draws, seed))
@@ -97,6 +100,21 @@ def rubric_stats(response_verdicts: pa.Table, *, draws: int = 2000, seed: int = 
                 )
             )
     return found
+
+
+def rubric_means(verdicts: pa.Table) -> tuple[dict[str, float | None], float | None]:
+    """Each judge's mean over the scores that were read, and the mean over responses of the judges' mean.
+
+    The second is over responses whose scores were all read: a mean over fewer judges is another scale.
+    Columns read: candidate_id, judge, score (null when unread).
+    """
+    judges = sorted(verdicts.column("judge").unique().to_pylist())
+    means = {judge: pc.mean(verdicts.filter(pc.field("judge") == judge).column("score")).as_py() for judge in judges}
+    of_response: dict[str, list[float]] = {}
+    for name, score in zip(*(verdicts.column(c).to_pylist() for c in ("candidate_id", "score")), strict=True):
+        of_response.setdefault(name, []).append(np.nan if score is None else score)
+    whole = [np.mean(s) for s in of_response.values() if len(s) == len(judges) and not np.isnan(s).any()]
+    return means, float(np.mean(whole)) if whole else None
 
 
 def name_models(verdicts: pa.Table, responses: pa.Table) -> pa.Table:

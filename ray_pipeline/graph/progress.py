@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import time
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ from rich.table import Table
 #: Seconds between two pictures: a live table may be quick, lines in a log should be few.
 LIVE_SECONDS = 0.5
 LINE_SECONDS = 10.0
+#: Stages that a live table shows before it leaves out those that wait or are done.
+MOST_LINES = 20
 
 
 @dataclasses.dataclass
@@ -159,6 +162,10 @@ class Display:
 
 def _picture(stages: list[StageProgress]) -> Table:
     table = Table(box=None, pad_edge=False)
+    if len(stages) > MOST_LINES:  # a comparison has dozens: show those that something happens to, and count the others
+        others = collections.Counter(s.status for s in stages if s.status not in ("running", "failed"))
+        table.caption = ", ".join(f"{n} stages {status}" for status, n in others.items())
+        stages = [s for s in stages if s.status in ("running", "failed")]
     for title, justify in [
         ("stage", "left"),
         ("", "left"),

@@ -72,6 +72,7 @@ class RunSettings:
         report: what the report says beside the tables, kept in the manifest so that it can be written anew.
         ray: arguments of `ray.init`.
         replay_only: answer every LLM call from the log, and fail where it cannot.
+        max_stages: how many stages may be at work at once; None: all whose inputs are there.
     """
 
     folder: str
@@ -81,6 +82,7 @@ class RunSettings:
     ray: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     report: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     replay_only: bool = False
+    max_stages: int | None = None
     beat_seconds: float = BEAT_SECONDS
 
 
@@ -315,8 +317,10 @@ def execute(
         again += [s for s in _stale(wanted, results) if s not in again]
         todo = [s for s in wanted if s.name not in results]
         manifest = _Manifest(folder, dag, settings, results)
+        width = max(len(stage.name) for stage in wanted)
         for stage in wanted:
-            log.say(f"{stage.name:<20} {'done before' if stage.name in results else 'to do':<12} {stage.folder_name}")
+            state = "done before" if stage.name in results else "to do"
+            log.say(f"{stage.name:<{width}}  {state:<11}  {stage.folder_name}")
         failures: dict[str, Failure] = {}
         if todo:
             for stage in todo:
@@ -393,7 +397,8 @@ def _run_tasks(
         task: Any = ray.remote(num_cpus=0, max_retries=2, retry_exceptions=False)(run_stage)
         outputs: dict[str, Any] = {name: result for name, result in results.items()}
         refs: dict[Any, Stage] = {}
-        for stage in todo:
+
+        def submit(stage: Stage) -> None:
             job = _StageJob(
                 stage.name,
                 stage.fingerprint,
@@ -409,10 +414,17 @@ def _run_tasks(
             ref = task.options(name=stage.name).remote(job, roles, *(outputs[stage.inputs[r].name] for r in roles))
             outputs[stage.name] = ref
             refs[ref] = stage
+
         with Display(console, [s.name for s in wanted]) as display:
             log.display = display
-            waiting = list(refs)
-            while waiting:
+            later, waiting = list(todo), list[Any]()
+            while later or waiting:
+                for stage in _may_start(later, results, len(waiting), settings.max_stages):
+                    later.remove(stage)
+                    submit(stage)
+                    waiting.append(outputs[stage.name])
+                if not waiting:  # what is left needs a stage that failed
+                    break
                 done, waiting = ray.wait(waiting, num_returns=1, timeout=0.5)
                 for ref in done:
                     _settle(ref, refs[ref], results, failures, board, log)
@@ -424,6 +436,17 @@ def _run_tasks(
         if ours:
             ray.shutdown()
     return failures
+
+
+def _may_start(
+    later: list[Stage], results: Mapping[str, StageResult], at_work: int, max_stages: int | None
+) -> list[Stage]:
+    """Stages to submit now, of those that were not. Without a limit all of them: Ray starts each when its inputs are
+    there. With one, only stages that can begin at once, so that none holds a place while it waits."""
+    if max_stages is None:
+        return list(later)
+    ready = [s for s in later if all(parent.name in results for parent in s.inputs.values())]
+    return ready[: max(0, max_stages - at_work)]
 
 
 def _settle(

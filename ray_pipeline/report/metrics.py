@@ -130,7 +130,7 @@ def _evaluation(data: ReportData) -> Evaluation | None:
     parts = (data.comparisons, data.responses, data.response_verdicts, data.perplexity)
     if all(part is None for part in parts):
         return None
-    options = {"draws": data.bootstrap_draws, "seed": data.bootstrap_seed}
+    options: Any = {"draws": data.bootstrap_draws, "seed": data.bootstrap_seed}
     responses = data.responses
     return Evaluation(
         win_rates=[] if data.comparisons is None else win_rates(data.comparisons, **options),

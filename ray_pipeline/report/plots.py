@@ -2,7 +2,7 @@
 beside the bars, so that no plot needs its colours to be read.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,11 @@ def draw_plots(metrics: RunMetrics, train_metrics: pa.Table | None, folder: Path
         "training": lambda: None if train_metrics is None else _training(train_metrics),
         "base_vs_policy": lambda: None if metrics.evaluation is None else _base_vs_policy(metrics.evaluation),
     }
+    return save_figures(figures, folder)
+
+
+def save_figures(figures: Mapping[str, Callable[[], Figure | None]], folder: Path) -> dict[str, Path]:
+    """Draw each figure in the style of the report and save it as `folder`/NAME.png; name → file of those there are."""
     drawn: dict[str, Path] = {}
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # a user's matplotlibrc must not change the report
@@ -72,7 +77,7 @@ def draw_plots(metrics: RunMetrics, train_metrics: pa.Table | None, folder: Path
 def _labels(gate: GateStats) -> Figure | None:
     if not gate.rows:
         return None
-    figure, (axes,) = _row_of_axes(1, width=6.4, height=2.5)
+    figure, (axes,) = row_of_axes(1, width=6.4, height=2.5)
     names = list(gate.labels)[::-1]
     counts = [gate.labels[name].count for name in names]
     bars = axes.barh(names, counts, color=[LABEL_COLOURS[name] for name in names])
@@ -100,7 +105,7 @@ def _scores(judging: JudgingStats) -> Figure | None:
         axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
         _whole_numbers(axes, "y")
         unread = f", {stats.unread} unread" if stats.unread else ""
-        axes.set_title(f"{_short(name)}\nmean {stats.score.mean:.2f}{unread}")
+        axes.set_title(f"{short(name)}\nmean {stats.score.mean:.2f}{unread}")
         axes.set_xlabel("score")
         axes.grid(visible=False, axis="x")
     panels[0].set_ylabel("verdicts")
@@ -115,7 +120,7 @@ def _training(train_metrics: pa.Table) -> Figure | None:
             shown[title] = parts
     if not shown:
         return None
-    figure, panels = _row_of_axes(len(shown), width=3.2 * len(shown), height=2.6)
+    figure, panels = row_of_axes(len(shown), width=3.2 * len(shown), height=2.6)
     for axes, (title, (train, validation)) in zip(panels, shown.items(), strict=True):
         if len(train[0]):
             # A run of a few steps is a few points: without markers a single one would not show at all.
@@ -146,7 +151,7 @@ def _base_vs_policy(evaluation: Evaluation) -> Figure | None:
         draws.append(lambda axes: _draw_models(axes, rubrics, "mean rubric score", 10.0))
     if not draws:
         return None
-    figure, panels = _row_of_axes(len(draws), width=max(4.0, 3.7 * len(draws)), height=3.2)
+    figure, panels = row_of_axes(len(draws), width=max(4.0, 3.7 * len(draws)), height=3.2)
     for axes, draw in zip(panels, draws, strict=True):
         draw(axes)
     return figure
@@ -175,7 +180,7 @@ def _draw_win_rates(axes: Axes, evaluation: Evaluation) -> None:
         _draw_interval(axes, rate.score, row + 0.33, vertical=False)
     axes.plot([], [], "o-", color="black", ms=4, linewidth=1.2, label="score, 95 %")
     axes.axvline(0.5, color="black", linestyle=":", linewidth=1)
-    axes.set_yticks(list(rows), [_short(rate.judge, 18) for rate in rates])
+    axes.set_yticks(list(rows), [short(rate.judge, 18) for rate in rates])
     axes.set_ylim(-0.5, len(rates) - 0.3)
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -198,7 +203,7 @@ def _draw_models(axes: Axes, by_group: dict[str, dict[str, Interval]], title: st
             above = interval.high if interval.high is not None else interval.mean
             text = f"{interval.mean:.0%}" if top == 1.0 else f"{interval.mean:.1f}"
             axes.annotate(text, (i + offset, above), (0, 3), textcoords="offset points", ha="center", fontsize=8)
-    axes.set_xticks(range(len(by_group)), [_short(name, 16) for name in by_group])
+    axes.set_xticks(range(len(by_group)), [short(name, 16) for name in by_group])
     if len(by_group) > 3:
         axes.tick_params(axis="x", labelrotation=20)
     axes.set_xlim(-0.6, len(by_group) - 0.4)
@@ -225,7 +230,7 @@ def _draw_interval(axes: Axes, interval: Interval, place: float, *, vertical: bo
         axes.errorbar([interval.mean], [place], xerr=error, fmt="o", markersize=4, **style)
 
 
-def _row_of_axes(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+def row_of_axes(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
     """A figure outside pyplot's registry: nothing to close, and safe beside other figures of the process."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
@@ -250,7 +255,7 @@ def _whole_numbers(axes: Axes, axis: str) -> None:
     (axes.xaxis if axis == "x" else axes.yaxis).set_major_locator(MaxNLocator(6, integer=True))
 
 
-def _short(name: str, width: int = 30) -> str:
+def short(name: str, width: int = 30) -> str:
     """A name that fits; control characters shown as escapes, other scripts as they are."""
     lines: Sequence[str] = [visible(line) for line in name.split("\n")]
     return "\n".join(line if len(line) <= width else f"{line[: width - 1]}…" for line in lines)

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections.abc import Mapping
 from typing import Any
 
 from ray_pipeline.report.data import ReportData
@@ -31,13 +32,14 @@ def summary_row(data: ReportData, metrics: RunMetrics, headline: Headline, warni
     return row | {"prefix_hit_rate": prefix_hit_rate(use)}
 
 
-def as_csv(row: dict[str, Any]) -> str:
-    """Header and one line; NaN and None are empty cells."""
+def as_csv(*rows: Mapping[str, Any]) -> str:
+    """Header and a line for each row; NaN and None are empty cells. All rows have the columns of the first."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(row)
-    values = [as_json(value) for value in row.values()]
-    writer.writerow(["" if v is None else visible(v) if isinstance(v, str) else v for v in values])
+    writer.writerow(rows[0])
+    for row in rows:
+        values = [as_json(row[column]) for column in rows[0]]
+        writer.writerow(["" if v is None else visible(v) if isinstance(v, str) else v for v in values])
     return text.getvalue()
 
 

@@ -99,7 +99,8 @@ class AuditReport:
 
     def summary(self) -> str:
         """One line to print."""
-        walked = f"{self.rows['kto']} KTO and {self.rows['dpo']} DPO rows walked back to {self.rows['prompts']} prompts"
+        kinds = " and ".join(f"{self.rows[kind]} {kind.upper()}" for kind in ("kto", "dpo", "sft") if kind in self.rows)
+        walked = f"{kinds} rows walked back to {self.rows['prompts']} prompts"
         if self.ok:
             return f"{walked}: no problem"
         return f"{walked}: " + ", ".join(f"{n} × {kind} ({PROBLEMS[kind]})" for kind, n in self.found.items())
@@ -139,11 +140,11 @@ class _Audit:
         self.run = run
         self.encode = encode
         self.max_problems = max_problems
-        self.rows: collections.Counter[str] = collections.Counter(dict.fromkeys(("kto", "dpo", "prompts"), 0))
+        self.rows: collections.Counter[str] = collections.Counter(dict.fromkeys((*run.config.kinds, "prompts"), 0))
         self.found: collections.Counter[str] = collections.Counter()
         self.problems: list[Problem] = []
         #: Own counts of what the data set stage counted, by kind.
-        self.counted: dict[str, collections.Counter[str]] = {"kto": collections.Counter(), "dpo": collections.Counter()}
+        self.counted: dict[str, collections.Counter[str]] = {k: collections.Counter() for k in ("kto", "dpo", "sft")}
 
     def problem(self, kind: str, table: str, id: str, message: str) -> None:
         assert kind in PROBLEMS
@@ -234,6 +235,8 @@ class _Shard:
             self._check_kto(self.training["kto"])
         if "dpo" in self.training:
             self._check_dpo(self.training["dpo"])
+        if "sft" in self.training:
+            self._check_sft(self.training["sft"])
 
     # --- tables of the run ---
 
@@ -340,6 +343,31 @@ class _Shard:
                 for name in names:
                     self.audit.problem("missing", "kto", name, "the candidate has a label but no row, without a reason")
             counted["prompt_too_long" if self.audit.encode else "unexplained"] += len(names)
+
+    def _check_sft(self, rows: list[Row]) -> None:
+        """Each row is the best desirable answer of its prompt; where pairs were written, the chosen one of its pair."""
+        report = self.audit.problem
+        chosen = {row["chosen_id"] for row in self.training.get("dpo", [])}
+        present: set[str] = set()
+        for row in rows:
+            name = row["candidate_id"]
+            if name in present:
+                report("duplicate", "sft", name, "the candidate occurs twice")
+                continue
+            present.add(name)
+            owner = self._owner("sft", name, row, name)
+            if owner is None:
+                continue
+            candidate, decision, _ = owner
+            self._check_answer("sft", name, "completion", row["completion"], candidate)
+            if decision["label"] != "desirable":
+                report("label", "sft", name, f"an answer to imitate, but the decision is {decision['label']!r}")
+            if not _close(row["final_score"], decision["final_score"]):
+                report("scores", "sft", name, f"final_score {row['final_score']}, decided {decision['final_score']}")
+            if "dpo" in self.training and name not in chosen:
+                report("pair", "sft", name, "no pair has chosen it")
+        for name in chosen - present:
+            report("missing", "sft", name, "a pair has chosen it, but it has no row")
 
     def _check_dpo(self, rows: list[Row]) -> None:
         report = self.audit.problem
@@ -494,4 +522,4 @@ def _shard_of(prompt: str, num_shards: int) -> int:
 
 
 def _row_id(kind: str, row: Row) -> str:
-    return row["candidate_id"] if kind == "kto" else f"{row['chosen_id']} over {row['rejected_id']}"
+    return f"{row['chosen_id']} over {row['rejected_id']}" if kind == "dpo" else row["candidate_id"]

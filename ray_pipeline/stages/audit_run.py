@@ -2,20 +2,78 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
+
 from ray_pipeline.graph.results import Run
 from ray_pipeline.stages.audit import AuditReport, RunTables, audit_run
 from ray_pipeline.stages.datasets import DatasetsConfig, TokenCounter
 from ray_pipeline.stages.gate import GateConfig
 from ray_pipeline.store.files import StoreError
 
-_NEEDED = ("prompts", "candidates", "gate", "datasets")
+_NEEDED = ("prompts", "candidates")
 
 
-def audit_folder(run: Run) -> AuditReport:
-    """Raises StoreError when the run has not come to its data sets, naming what is missing."""
-    missing = [name for name in _NEEDED if name not in run.results]
+@dataclasses.dataclass(frozen=True)
+class _Made:
+    """A data set and the rules that made it, by the names of its stages."""
+
+    decisions: str
+    datasets: str
+    judges: list[str]
+    gate: GateConfig
+    config: DatasetsConfig
+
+
+def audit_folder(run: Run) -> dict[str, AuditReport]:
+    """An audit of every data set that the gate made, by the name of its stage.
+
+    Of a comparison, data sets without a gate, of fewer candidates or of imported rows follow other rules and are left
+    out.
+
+    Raises:
+        StoreError: the run has not come to its data sets, naming what is missing, or has none that can be audited.
+    """
+    made = list(_compared(run) if run.manifest["dag"] == "baselines" else _single(run))
+    if not made:
+        raise StoreError(f"{run.folder.location} has no data set of the gate on all candidates: nothing to audit")
+    needed = [*_NEEDED, *dict.fromkeys(name for one in made for name in (one.decisions, one.datasets))]
+    missing = [name for name in needed if name not in run.results]
     if missing:
         raise StoreError(f"{run.folder.location} cannot be audited yet: {', '.join(missing)} is not done; run it first")
+    return {one.datasets: _audit(run, one) for one in made}
+
+
+def _single(run: Run) -> Iterator[_Made]:
+    config = run.manifest["config"]
+    yield _Made(
+        decisions="gate",
+        datasets="datasets",
+        judges=[rubric["name"] for rubric in config["judge"]["rubrics"]],
+        gate=GateConfig.model_validate(config["gate"]),
+        config=DatasetsConfig.model_validate(config["datasets"]),
+    )
+
+
+def _compared(run: Run) -> Iterator[_Made]:
+    config = run.manifest["config"]
+    names = [rubric["name"] for rubric in config["judge"]["rubrics"]]
+    for data, variant in config["baselines"]["data"].items():
+        if not variant["gated"] or variant["source"] or variant["k"]:
+            continue
+        for seed in config["baselines"]["seeds"]:
+            stage = f"datasets-{data}-s{seed}"
+            settings = run.folder / run.manifest["stages"][stage]["path"]
+            yield _Made(
+                decisions=f"gate-{data}",
+                datasets=stage,
+                judges=list(variant["judges"] or names),
+                gate=GateConfig.model_validate({**config["gate"], **variant["gate"]}),
+                config=DatasetsConfig.model_validate(settings.read_json("stats.json")["settings"]),
+            )
+
+
+def _audit(run: Run, made: _Made) -> AuditReport:
     config, results = run.manifest["config"], run.results
     policy = config["models"][config["candidates"]["model"]]
     judges = [n for n in sorted(results) if results[n].tables == ("verdicts",) and not n.startswith("score-")]
@@ -24,10 +82,10 @@ def audit_folder(run: Run) -> AuditReport:
         candidates=results["candidates"].table(),
         verdicts=[results[n].table() for n in judges],
         critiques=results["critic"].table() if "critic" in results else None,
-        decisions=results["gate"].table(),
-        datasets=results["datasets"].folder,
-        judges=[r["name"] for r in config["judge"]["rubrics"]],
-        gate=GateConfig.model_validate(config["gate"]),
-        config=DatasetsConfig.model_validate(config["datasets"]),
+        decisions=results[made.decisions].table(),
+        datasets=results[made.datasets].folder,
+        judges=made.judges,
+        gate=made.gate,
+        config=made.config,
     )
     return audit_run(tables, TokenCounter.load(policy["model"], policy["revision"]))

@@ -6,17 +6,21 @@ No stage here makes an LLM call, so a new threshold, limit or seed is answered f
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ray_pipeline.graph.models import ModelSettings
 from ray_pipeline.graph.stage import BadInput, ShardInput, ShardOutput, ShardWork, Stage, WholeInput, WholeWork
+from ray_pipeline.stages.convert import pairs_to_sft
 from ray_pipeline.stages.datasets import DatasetsConfig, TokenCounter, dpo_rows, kto_rows, write_dataset_files
 from ray_pipeline.stages.gate import GateConfig, decide, label_counts
 from ray_pipeline.stages.prompts import PromptsConfig, load_prompts, shard_prompts, source_digests
+from ray_pipeline.stages.rows import add_counts, one_array
 from ray_pipeline.stages.sources import InputError
+from ray_pipeline.stages.ungated import best_and_worst
 from ray_pipeline.store.settings import Settings
 from ray_pipeline.store.tables import ShardedTable
 
@@ -58,36 +62,53 @@ def make_prompts(given: WholeInput) -> dict[str, Any]:
 
 
 class _GateGiven(Settings):
-    gate: GateConfig
+    gate: GateConfig | None
     judges: tuple[str, ...]
+    first: int | None
 
 
 def gate(
-    settings: GateConfig, judges: Sequence[str], candidates: Stage, verdicts: Sequence[Stage], critiques: Stage | None
+    settings: GateConfig | None,
+    judges: Sequence[str],
+    candidates: Stage,
+    verdicts: Sequence[Stage],
+    critiques: Stage | None,
+    *,
+    name: str = "gate",
+    first: int | None = None,
 ) -> Stage:
-    """One decision a candidate."""
+    """One decision a candidate.
+
+    Args:
+        settings: None: no gate, best and worst of k instead.
+        first: only the first so many candidates of each prompt.
+    """
     inputs = {"candidates": candidates, **_verdict_roles(verdicts)}
-    if critiques is not None:
+    if critiques is not None and settings is not None and settings.use_critic:
         inputs["critiques"] = critiques
+    given = _GateGiven(gate=settings, judges=tuple(judges), first=first)
     return Stage(
-        name="gate",
-        work=ShardWork(
-            function=decide_shard, tables=("decisions",), settings=_GateGiven(gate=settings, judges=tuple(judges))
-        ),
-        config={"gate": settings.model_dump(mode="json"), "judges": list(judges)},
+        name=name,
+        group="gate",
+        work=ShardWork(function=decide_shard, tables=("decisions",), settings=given),
+        config=given.model_dump(mode="json"),
         inputs=inputs,
     )
 
 
 def decide_shard(given: ShardInput) -> ShardOutput:
     settings: _GateGiven = given.settings
-    table = decide(
-        given.tables["candidates"],
-        _verdicts(given.tables),
-        given.tables.get("critiques"),
-        settings.judges,
-        settings.gate,
-    )
+    candidates, others = given.tables["candidates"], [_verdicts(given.tables), given.tables.get("critiques")]
+    if settings.first is not None:
+        candidates = candidates.filter(pc.field("k") < settings.first)
+        of_them = pc.is_in(pc.field("candidate_id"), value_set=one_array(candidates["candidate_id"]))
+        others = [None if table is None else table.filter(of_them) for table in others]
+    verdicts, critiques = others
+    assert verdicts is not None
+    if settings.gate is None:
+        table = best_and_worst(candidates, verdicts, settings.judges)
+    else:
+        table = decide(candidates, verdicts, critiques, settings.judges, settings.gate)
     given.tick(table.num_rows)
     return ShardOutput({"decisions": table}, label_counts(table))
 
@@ -113,9 +134,10 @@ class _RowsGiven(Settings):
 
 class _FilesGiven(Settings):
     datasets: DatasetsConfig
-    gate: GateConfig
+    gate: GateConfig | None
     judges: tuple[str, ...]
     lineage: dict[str, str]
+    origin: str | None
 
 
 def datasets(
@@ -129,30 +151,70 @@ def datasets(
     decisions: Stage,
 ) -> Stage:
     """Training files, in two steps: rows shard by shard, then one writer over the kept rows."""
-    inputs = {"prompts": prompts, "candidates": candidates, "decisions": decisions, **_verdict_roles(verdicts)}
-    rows = Stage(
-        name="dataset-rows",
+    rows = dataset_rows(settings, judges, policy, prompts, candidates, verdicts, decisions)
+    return dataset_files(settings, gate_settings, judges, rows)
+
+
+def dataset_rows(
+    settings: DatasetsConfig,
+    judges: Sequence[str],
+    policy: ModelSettings,
+    prompts: Stage,
+    candidates: Stage,
+    verdicts: Sequence[Stage],
+    decisions: Stage,
+    *,
+    name: str = "dataset-rows",
+) -> Stage:
+    """Rows of every kind that the data sets are made from, shard by shard."""
+    return Stage(
+        name=name,
         group="datasets",
         work=ShardWork(
             function=make_rows,
-            tables=tuple(settings.kinds),
+            tables=settings.row_kinds,
             settings=_RowsGiven(
                 datasets=settings, judges=tuple(judges), tokenizer=policy.model, revision=policy.revision
             ),
         ),
-        config={**settings.model_dump(mode="json", exclude={"seed", "rows_per_file"}), "judges": list(judges)},
-        inputs=inputs,
+        config={
+            **settings.model_dump(mode="json", exclude={"kinds", "seed", "rows_per_file"}),
+            "tables": list(settings.row_kinds),
+            "judges": list(judges),
+        },
+        inputs={"prompts": prompts, "candidates": candidates, "decisions": decisions, **_verdict_roles(verdicts)},
         external=policy.weights(),
     )
-    lineage = {stage.name: stage.fingerprint for stage in [*inputs.values(), rows]}
+
+
+def dataset_files(
+    settings: DatasetsConfig,
+    gate_settings: GateConfig | None,
+    judges: Sequence[str],
+    rows: Stage,
+    *,
+    name: str = "datasets",
+    view: str = "datasets",
+    origin: str | None = None,
+) -> Stage:
+    """Training files of all kinds, in the order of `settings.seed`.
+
+    Args:
+        rows: the stage with a table of each of `settings.row_kinds`.
+        origin: how the preferences came about, for the data set cards; by default the judges' consensus.
+    """
+    lineage = {stage.name: stage.fingerprint for stage in [*rows.inputs.values(), rows]}
     return Stage(
-        name="datasets",
-        view="datasets",
+        name=name,
+        group="datasets",
+        view=view,
         work=WholeWork(
             function=write_files,
-            settings=_FilesGiven(datasets=settings, gate=gate_settings, judges=tuple(judges), lineage=lineage),
+            settings=_FilesGiven(
+                datasets=settings, gate=gate_settings, judges=tuple(judges), lineage=lineage, origin=origin
+            ),
         ),
-        config=settings.model_dump(mode="json"),
+        config={**settings.model_dump(mode="json"), "origin": origin},
         inputs={"rows": rows},
     )
 
@@ -169,7 +231,7 @@ def make_rows(given: ShardInput) -> ShardOutput:
     arguments = (given.tables["prompts"], given.tables["candidates"], verdicts, given.tables["decisions"])
     tables: dict[str, pa.Table] = {}
     counts: dict[str, int] = {}
-    for kind in settings.datasets.kinds:
+    for kind in settings.datasets.row_kinds:
         if kind == "kto":
             tables[kind], found = kto_rows(*arguments, settings.datasets, encode, settings.judges)
         else:
@@ -203,16 +265,24 @@ def _nested(counts: Mapping[str, int], kind: str) -> dict[str, Any]:
 def write_files(given: WholeInput) -> dict[str, Any]:
     settings: _FilesGiven = given.settings
     rows = given.inputs["rows"]
-    counts: dict[str, dict[str, Any]] = {kind: _nested(rows.facts["counts"], kind) for kind in settings.datasets.kinds}
+    tables: dict[str, Iterable[pa.Table]] = {}
+    counts: dict[str, dict[str, Any]] = {}
+    for kind in settings.datasets.kinds:
+        if kind == "sft":
+            made = [pairs_to_sft(pairs) for pairs in rows.table("dpo").scan()]
+            tables[kind], counts[kind] = [table for table, _ in made], add_counts([found for _, found in made])
+        else:
+            tables[kind], counts[kind] = rows.table(kind).scan(), _nested(rows.facts["counts"], kind)
     stats = write_dataset_files(
         given.folder,
-        {kind: rows.table(kind).scan() for kind in settings.datasets.kinds},
+        tables,
         settings.datasets,
         fingerprint=given.fingerprint,
         counts=counts,
         gate=settings.gate,
         judges=settings.judges,
         lineage=settings.lineage,
+        origin=settings.origin,
     )
     given.log(", ".join(f"{kind} {split} {n}" for kind, sizes in stats["rows"].items() for split, n in sizes.items()))
     guards = {f"{kind}: {why}": n for kind, found in counts.items() for why, n in found.get("dropped", {}).items()}

@@ -1,9 +1,10 @@
-"""Responses and comparisons: base and policy answer the same held-out prompts, and a judge compares them both ways."""
+"""Responses and comparisons: base and policies answer the same held-out prompts, and a judge compares each policy with
+the base, both ways."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, model_validator
 
@@ -59,13 +60,13 @@ class EvaluateSettings(Settings):
 
 
 class _Draw(Settings):
-    label: Literal["base", "policy"]
+    label: str
     modes: tuple[Mode, ...]
     seed: int
 
 
 def responses(
-    label: Literal["base", "policy"],
+    label: str,
     settings: EvaluateSettings,
     failure: FailureSettings,
     model: ModelSettings,
@@ -75,6 +76,7 @@ def responses(
     """Answers of one model to the held-out prompts, one row a mode.
 
     Args:
+        label: name of the model in the tables; "base" is the one that policies are compared with.
         train: the stage that makes the model's weights. They need not be there yet: its fingerprint stands for them.
     """
     given = _Draw(label=label, modes=settings.modes, seed=settings.seed)
@@ -138,6 +140,7 @@ async def _respond_one(given: ShardInput, settings: _Draw, prompt: Mapping[str, 
 
 
 class _Compare(Settings):
+    policies: tuple[str, ...]
     judge: str
     mode: str
     template: RoleTemplate
@@ -153,10 +156,15 @@ def comparisons(
     template: RoleTemplate,
     prompts: Stage,
     base: Stage,
-    policy: Stage,
+    policies: Mapping[str, Stage],
 ) -> Stage:
-    """Policy against base in the first mode, in both orders."""
+    """Each policy against the base in the first mode, in both orders.
+
+    Args:
+        policies: label → stage of its responses.
+    """
     given = _Compare(
+        policies=tuple(policies),
         judge=settings.judge,
         mode=settings.modes[0].name,
         template=template,
@@ -177,22 +185,25 @@ def comparisons(
             error_window=failure.error_window,
         ),
         config={**given.model_dump(mode="json"), "engine": model.semantics()},
-        inputs={"prompts": prompts, "base": base, "policy": policy},
+        inputs={"prompts": prompts, "base": base, **policies},
         external=model.weights(),
     )
 
 
 async def compare_shard(given: ShardInput) -> ShardOutput:
-    """The comparisons of one shard, ordered by prompt and order; joined by prompt and mode."""
+    """The comparisons of one shard, ordered by prompt, policy and order; joined by prompt and mode."""
     settings: _Compare = given.settings
-    base, policy = (
-        {r["prompt_id"]: r for r in given.tables[role].to_pylist() if r["mode"] == settings.mode}
-        for role in ("base", "policy")
-    )
-    prompts = [row for row in given.tables["prompts"].to_pylist() if row["prompt_id"] in base]
+    answers = {
+        role: {r["prompt_id"]: r for r in given.tables[role].to_pylist() if r["mode"] == settings.mode}
+        for role in ("base", *settings.policies)
+    }
+    prompts = [row for row in given.tables["prompts"].to_pylist() if row["prompt_id"] in answers["base"]]
     rows = await all_of(
-        _compare_one(given, settings, prompt, base[prompt["prompt_id"]], policy[prompt["prompt_id"]], order)
+        _compare_one(
+            given, settings, prompt, answers["base"][prompt["prompt_id"]], answers[policy][prompt["prompt_id"]], order
+        )
         for prompt in prompts
+        for policy in settings.policies
         for order in ("ab", "ba")
     )
     return ShardOutput({"comparisons": to_table(rows, COMPARISONS)})

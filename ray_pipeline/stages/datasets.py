@@ -29,7 +29,7 @@ from ray_pipeline.store.schemas import DPO, KTO, READ_STATUSES, TABLES, to_table
 from ray_pipeline.store.settings import Settings
 
 Messages = Sequence[Mapping[str, str]]
-Kind = Literal["kto", "dpo"]
+Kind = Literal["kto", "dpo", "sft"]
 SPLITS = ("train", "val")
 
 #: Why a desirable or undesirable candidate gives no KTO row, in the order in which it is asked.
@@ -45,7 +45,7 @@ class DatasetsConfig(Settings):
     """Which data sets are made, and the limits that their rows keep.
 
     Attributes:
-        kinds: "kto", "dpo" or both.
+        kinds: "kto", "dpo" and "sft" (the chosen answers of the pairs), one or more of them.
         min_gap: smallest difference of final scores of a DPO pair.
         max_length: tokens of prompt and completion at which the trainer cuts; must equal the trainer's.
         max_prompt_length: prompts of more tokens (with the generation prompt) are left out.
@@ -70,6 +70,12 @@ class DatasetsConfig(Settings):
         if len(set(self.kinds)) < len(self.kinds):
             raise ValueError(f"kinds names a data set twice: {self.kinds}")
         return self
+
+    @property
+    def row_kinds(self) -> tuple[Kind, ...]:
+        """The tables that the kinds are made from: SFT rows are the chosen halves of pairs."""
+        wanted: dict[Kind, None] = dict.fromkeys("dpo" if kind == "sft" else kind for kind in self.kinds)
+        return tuple(wanted)
 
 
 # --- lengths ----------------------------------------------------------------------------------------------------------
@@ -301,6 +307,14 @@ def _is_empty(response: str | None) -> bool:
     return response is None or not response.strip()
 
 
+#: What makes a row of each kind one of its own.
+_KEYS: dict[Kind, tuple[str, ...]] = {
+    "kto": ("candidate_id",),
+    "dpo": ("prompt_id", "chosen_id", "rejected_id"),
+    "sft": ("candidate_id",),
+}
+
+
 # --- training order ---------------------------------------------------------------------------------------------------
 
 
@@ -315,7 +329,12 @@ def order_kto(table: pa.Table, seed: int) -> pa.Table:
 
 def order_dpo(table: pa.Table, seed: int) -> pa.Table:
     """DPO rows shuffled by hash(seed, ids); depends on the rows and the seed alone."""
-    return gather(table, _dpo_order(table, seed))
+    return gather(table, _hashed_order(table, seed, "dpo"))
+
+
+def order_sft(table: pa.Table, seed: int) -> pa.Table:
+    """SFT rows, likewise."""
+    return gather(table, _hashed_order(table, seed, "sft"))
 
 
 def kto_weights(n_desirable: int, n_undesirable: int) -> tuple[float, float] | None:
@@ -350,8 +369,8 @@ def _kto_order(table: pa.Table, seed: int) -> Rows:
     return order
 
 
-def _dpo_order(table: pa.Table, seed: int) -> Rows:
-    ids = zip(*(table[name].to_pylist() for name in ("prompt_id", "chosen_id", "rejected_id")), strict=True)
+def _hashed_order(table: pa.Table, seed: int, kind: Kind) -> Rows:
+    ids = zip(*(table[name].to_pylist() for name in _KEYS[kind]), strict=True)
     keys = [(unit_hash(seed, *row), row) for row in ids]
     return np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
 
@@ -366,20 +385,22 @@ def write_dataset_files(
     *,
     fingerprint: str,
     counts: Mapping[str, Mapping[str, Any]],
-    gate: GateConfig,
+    gate: GateConfig | None,
     judges: Sequence[str],
     lineage: Mapping[str, str] | None = None,
     license: str = "other",
+    origin: str | None = None,
 ) -> dict[str, Any]:
-    """Write `<folder>/{kto,dpo}/{train,val}/part-00000.parquet …`, a README.md for each kind, and stats.json last.
+    """Write `<folder>/<kind>/{train,val}/part-00000.parquet …`, a README.md for each kind, and stats.json last.
 
     Args:
         tables: kind → tables of the shards, in any order; only these kept rows are held in memory.
         fingerprint: of the stage; goes into the footer of every file.
         counts: kind → sum of the shards' counts (`rows.add_counts`).
-        gate: thresholds that made the labels, for the card.
+        gate: thresholds that made the labels, for the card; None where no gate did.
         lineage: stage → fingerprint of what the rows were made from, for the card.
         license: of the card, as the hub spells it ("apache-2.0", "cc-by-4.0" …).
+        origin: how the preferences came about, for the card; by default the consensus of the judges.
 
     Returns:
         What stats.json holds: `rows` (kind → rows of each split, for KTO of each class too), `counts`,
@@ -396,7 +417,7 @@ def write_dataset_files(
         "rows": {},
         "counts": {kind: dict(counts[kind]) for kind in config.kinds},
         "kto_weights": None,
-        "gate": gate.model_dump(mode="json"),
+        "gate": None if gate is None else gate.model_dump(mode="json"),
         "judges": list(judges),
         "lineage": dict(lineage or {}),
         "settings": config.model_dump(mode="json"),
@@ -416,7 +437,7 @@ def write_dataset_files(
         stats["rows"][kind] = rows
         if kind == "kto" and (weights := kto_weights(rows["train_desirable"], rows["train_undesirable"])):
             stats["kto_weights"] = {"desirable_weight": weights[0], "undesirable_weight": weights[1]}
-        (folder / kind).write_bytes("README.md", _card(kind, stats, license).encode())
+        (folder / kind).write_bytes("README.md", _card(kind, stats, license, origin).encode())
     folder.write_json("stats.json", stats)
     return stats
 
@@ -429,17 +450,17 @@ def _all_rows(kind: str, tables: Iterable[pa.Table]) -> pa.Table:
             raise ValueError(f"a {kind} table must have the schema\n{schema}\nnot\n{table.schema}")
         parts.append(table)
     table = pa.concat_tables(parts)
-    if kind == "kto":
-        refuse_repeats(one_array(table["candidate_id"]), "kto: candidate_id")
-    else:
+    if kind == "dpo":
         pairs = pc.binary_join_element_wise(one_array(table["chosen_id"]), one_array(table["rejected_id"]), " over ")
         refuse_repeats(pairs, "dpo: pair")
+    else:
+        refuse_repeats(one_array(table["candidate_id"]), f"{kind}: candidate_id")
     return table
 
 
-def _write_split(folder: Folder, kind: str, table: pa.Table, config: DatasetsConfig, fingerprint: str) -> None:
+def _write_split(folder: Folder, kind: Kind, table: pa.Table, config: DatasetsConfig, fingerprint: str) -> None:
     """Numbered files in training order. A split without rows gets one file too, so that readers find its columns."""
-    order = (_kto_order if kind == "kto" else _dpo_order)(table, config.seed)
+    order = _kto_order(table, config.seed) if kind == "kto" else _hashed_order(table, config.seed, kind)
     written = []
     for number, start in enumerate(range(0, max(len(order), 1), config.rows_per_file)):
         name = f"part-{number:05d}.parquet"
@@ -472,10 +493,17 @@ _COLUMNS = {
         "prompt_id, chosen_id, rejected_id": "keys of the run's other tables",
         "split": "train or val; follows from the prompt's hash",
     },
+    "sft": {
+        "prompt": "chat messages up to the user's last turn",
+        "completion": "the chosen answer of the prompt's pair, as one assistant message",
+        "final_score": "its final score",
+        "candidate_id, prompt_id": "keys of the run's other tables",
+        "split": "train or val; follows from the prompt's hash",
+    },
 }
 
 
-def _card(kind: str, stats: Mapping[str, Any], license: str) -> str:
+def _card(kind: str, stats: Mapping[str, Any], license: str, origin: str | None) -> str:
     """README.md with the front matter by which `datasets.load_dataset(folder)` finds the splits."""
     rows, counts, gate = stats["rows"][kind], stats["counts"][kind], stats["gate"]
     front: dict[str, Any] = {
@@ -489,7 +517,9 @@ def _card(kind: str, stats: Mapping[str, Any], license: str) -> str:
     named = {"train": "train", "val": "validation"}
     files = [{"split": named[split], "path": f"{split}/*.parquet"} for split in SPLITS if rows[split]]
     if files:
-        front["configs"] = [{"config_name": "default", "data_files": files}]
+        # `datasets` 5.2 caches a local folder by its own name and that of the configuration, whatever is in its files:
+        # under a fixed name it would give the rows of another run that has the same folder name.
+        front["configs"] = [{"config_name": stats["fingerprint"], "data_files": files}]
     columns = _COLUMNS[kind]
     lines = [
         "---",
@@ -498,8 +528,8 @@ def _card(kind: str, stats: Mapping[str, Any], license: str) -> str:
         "",
         f"# Quorum {kind.upper()} data",
         "",
-        f"Preference data by consensus of {len(stats['judges'])} LLM judges ({', '.join(stats['judges'])}), "
-        f"ready for TRL's `{kind.upper()}Trainer`. Rows are in training order.",
+        f"{origin or _consensus(stats['judges'])}, ready for TRL's `{kind.upper()}Trainer`. "
+        "Rows are in training order.",
         "",
         "```python",
         "from datasets import load_dataset",
@@ -509,7 +539,7 @@ def _card(kind: str, stats: Mapping[str, Any], license: str) -> str:
         *_markdown("Columns", columns),
         *_markdown("Rows", rows),
         *_markdown("Kept and left out", _flat(counts)),
-        *_markdown("Gate", gate),
+        *(_markdown("Gate", gate) if gate else ()),
         *_markdown("Limits and order", stats["settings"]),
     ]
     if kind == "kto":
@@ -517,6 +547,10 @@ def _card(kind: str, stats: Mapping[str, Any], license: str) -> str:
         lines += _markdown("Class weights for KTO", weights)
     lines += _markdown("Made from", {**stats["lineage"], "datasets": stats["fingerprint"]})
     return "\n".join(lines)
+
+
+def _consensus(judges: Sequence[str]) -> str:
+    return f"Preference data by consensus of {len(judges)} LLM judges ({', '.join(judges)})"
 
 
 def _markdown(title: str, values: Mapping[str, Any]) -> list[str]:

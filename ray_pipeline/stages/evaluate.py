@@ -133,10 +133,10 @@ def report_data(
     from ray_pipeline.report.data import DMAPO_STAGES, ReportData, RunIdentity
 
     by_name = {result.name: result for result in results.values()}
-    prompts = _table(by_name, "prompts")
-    responses = _table(by_name, "responses-base", "responses-policy")
+    prompts = table_of(by_name, "prompts")
+    responses = table_of(by_name, "responses-base", "responses-policy")
     if responses is not None and prompts is not None:
-        responses = _with_truth(responses, prompts)
+        responses = with_truth(responses, prompts)
     facts: dict[str, Any] = {name: result.facts for name, result in by_name.items()}
     data = facts.get("datasets", {})
     train = by_name.get("train")
@@ -151,10 +151,10 @@ def report_data(
         ),
         prompt_counts=facts.get("prompts", {}).get("counts"),
         prompts=prompts,
-        candidates=_table(by_name, "candidates"),
-        verdicts=_table(by_name, *sorted(n for n in by_name if n == "judge" or n.startswith("judge-"))),
-        critiques=_table(by_name, "critic"),
-        decisions=_table(by_name, "gate"),
+        candidates=table_of(by_name, "candidates"),
+        verdicts=table_of(by_name, *sorted(n for n in by_name if n == "judge" or n.startswith("judge-"))),
+        critiques=table_of(by_name, "critic"),
+        decisions=table_of(by_name, "gate"),
         dataset_counts=data.get("rows"),
         dataset_guards=data.get("dropped"),
         kto_weights=data.get("kto_weights"),
@@ -162,9 +162,9 @@ def report_data(
         train_metrics=None
         if train is None
         else Folder(train.folder).read_table(METRICS, fingerprint=train.fingerprint, schema=TRAIN_METRICS),
-        comparisons=_table(by_name, "comparisons"),
+        comparisons=table_of(by_name, "comparisons"),
         responses=responses,
-        response_verdicts=_table(by_name, *sorted(n for n in by_name if n.startswith("score-"))),
+        response_verdicts=table_of(by_name, *sorted(n for n in by_name if n.startswith("score-"))),
         perplexity=dict(measured) or None,
         curating_models=settings.curating,
         evaluating_models=settings.evaluating if "comparisons" in by_name else {},
@@ -176,13 +176,13 @@ def report_data(
     )
 
 
-def _table(results: Mapping[str, StageResult], *names: str) -> pa.Table | None:
+def table_of(results: Mapping[str, StageResult], *names: str) -> pa.Table | None:
     """The tables of the named stages as one, or None when none of them ran."""
     tables = [results[name].table().read_all() for name in names if name in results and results[name].tables]
     return pa.concat_tables(tables) if tables else None
 
 
-def _with_truth(responses: pa.Table, prompts: pa.Table) -> pa.Table:
+def with_truth(responses: pa.Table, prompts: pa.Table) -> pa.Table:
     """Add `correct` where every prompt is of the pocket world, whose checker knows the truth."""
     asked = {row["prompt_id"]: row for row in prompts.select(["prompt_id", "messages", "source"]).to_pylist()}
     if any(row["source"] != "pocket" for row in asked.values()):

@@ -94,7 +94,7 @@ def decide(
     ids = one_array(candidates["candidate_id"])
     refuse_repeats(ids, "candidates: candidate_id")
 
-    scores, read = _scores(verdicts, ids, judges)
+    scores, read = read_scores(verdicts, ids, judges)
     mean, variance = mean_and_variance(scores)
     if config.use_critic:
         if critiques is None:
@@ -123,10 +123,10 @@ def decide(
     columns = {
         "candidate_id": ids,
         "prompt_id": one_array(candidates["prompt_id"]),
-        "mean_score": _with_nulls(mean),
-        "score_variance": _with_nulls(variance),
-        "penalty": _with_nulls(penalty),
-        "final_score": _with_nulls(final),
+        "mean_score": with_nulls(mean),
+        "score_variance": with_nulls(variance),
+        "penalty": with_nulls(penalty),
+        "final_score": with_nulls(final),
         "label": label,
         "why": _reasons(cases, read, variance, final, judges, config),
     }
@@ -159,7 +159,7 @@ def mean_and_variance(scores: Floats) -> tuple[Floats, Floats]:
     return total / n, np.maximum(n * square - linear * linear, 0.0) / (n * (n - 1))
 
 
-def _scores(verdicts: pa.Table, ids: pa.Array, judges: list[str]) -> tuple[Floats, Mask]:
+def read_scores(verdicts: pa.Table, ids: pa.Array, judges: list[str]) -> tuple[Floats, Mask]:
     """Scores [candidates, judges], NaN where unread, and where they were read."""
     row = rows_of(verdicts["candidate_id"], ids, "verdicts: candidate", "candidates")
     judge = np.asarray(
@@ -200,7 +200,8 @@ def _read_values(table: pa.Table, column: str) -> Floats:
     return numbers
 
 
-def _with_nulls(values: Floats) -> pa.Array:
+def with_nulls(values: Floats) -> pa.Array:
+    """A column of numbers; NaN is null."""
     return pa.array(values, mask=np.isnan(values))
 
 

@@ -152,7 +152,15 @@ def read_rows(source: Source, commit: str | None = None) -> Iterator[SourceRow]:
         yield from reader(source, file)
 
 
-def _jsonl_rows(source: _FileSource, file: _File) -> Iterator[SourceRow]:
+def _jsonl_rows(source: _FileSource, file: File) -> Iterator[SourceRow]:
+    for number, row in jsonl_records(file):
+        where = f"{file.uri}: line {number}"
+        _need_columns(where, row, source)
+        yield _row(source, {"file": file.name, "row": number}, row, where)
+
+
+def jsonl_records(file: File) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and object of each line that is not blank. Raises InputError, naming file and line."""
     with file.open() as stream:
         for number, line in enumerate(_lines(file, stream), 1):
             if not line.strip():
@@ -162,36 +170,47 @@ def _jsonl_rows(source: _FileSource, file: _File) -> Iterator[SourceRow]:
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
                 raise InputError(f"{file.uri}: line {number} is not JSON ({error}); mend or remove the line") from error
-            where = f"{file.uri}: line {number}"
             if not isinstance(row, dict):
-                raise InputError(f'{where} is not a JSON object; each line must be one, such as {{"prompt": "…"}}')
-            _need_columns(where, row, source)
-            yield _row(source, {"file": file.name, "row": number}, row, where)
+                raise InputError(
+                    f'{file.uri}: line {number} is not a JSON object; each line must be one, such as {{"prompt": "…"}}'
+                )
+            yield number, row
 
 
-def _lines(file: _File, stream: BinaryIO) -> Iterator[bytes]:
+def _lines(file: File, stream: BinaryIO) -> Iterator[bytes]:
     try:
         yield from stream
     except (OSError, pa.ArrowException) as error:  # a compressed file that is cut short
         raise InputError(f"{file.uri} cannot be read whole ({error}); make the file anew") from error
 
 
-def _parquet_rows(source: _FileSource, file: _File) -> Iterator[SourceRow]:
+def _parquet_rows(source: _FileSource, file: File) -> Iterator[SourceRow]:
+    with open_parquet(file) as table:
+        _need_columns(file.uri, table.schema_arrow.names, source)
+        _check_type(file.uri, table.schema_arrow.field(source.column))
+        yield from _arrow_rows(source, parquet_batches(file, table, _wanted(source)), {"file": file.name}, file.uri)
+
+
+@contextlib.contextmanager
+def open_parquet(file: File) -> Iterator[pq.ParquetFile]:
+    """Raises InputError, naming the file, when it is none."""
     with file.open_seekable() as stream:
         try:
             table = pq.ParquetFile(stream)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise InputError(f"{file.uri} is cut short or is no Parquet file ({error}); check the file") from error
-        _need_columns(file.uri, table.schema_arrow.names, source)
-        _check_type(file.uri, table.schema_arrow.field(source.column))
-        try:
-            batches = table.iter_batches(_BATCH_ROWS, columns=_wanted(source))
-            yield from _arrow_rows(source, batches, {"file": file.name}, file.uri)
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(f"{file.uri} cannot be read whole ({error}); make the file anew") from error
+        yield table
 
 
-def _csv_rows(source: _FileSource, file: _File) -> Iterator[SourceRow]:
+def parquet_batches(file: File, table: pq.ParquetFile, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Raises InputError, naming the file, where its pages are damaged."""
+    try:
+        yield from table.iter_batches(_BATCH_ROWS, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{file.uri} cannot be read whole ({error}); make the file anew") from error
+
+
+def _csv_rows(source: _FileSource, file: File) -> Iterator[SourceRow]:
     # Only the wanted columns are converted, all as text: a number further down must not change a column's type.
     wanted = _wanted(source)
     read = pacsv.ReadOptions(block_size=_BLOCK_BYTES, use_threads=False)  # with threads, errors name no row
@@ -211,13 +230,33 @@ def _csv_rows(source: _FileSource, file: _File) -> Iterator[SourceRow]:
 
 
 def _hub_rows(source: HuggingFaceSource, commit: str | None) -> Iterator[SourceRow]:
+    where = hub_place(source.name, source.subset, source.split)
+    data = load_hub(source.name, source.subset, source.split, commit or source.revision)
+    _need_columns(where, data.column_names, source)
+    _check_type(where, data.features.arrow_schema.field(source.column))
+    tables = data.select_columns(_wanted(source)).with_format("arrow").iter(_BATCH_ROWS)
+    place = {"dataset": source.name, "subset": source.subset, "split": source.split}
+    yield from _arrow_rows(source, tables, {k: v for k, v in place.items() if v is not None}, where)
+
+
+def hub_place(name: str, subset: str | None, split: str) -> str:
+    """A hub data set as messages name it."""
+    return f"data set {name} ({subset or 'default'}, {split})"
+
+
+def load_hub(name: str, subset: str | None, split: str, revision: str | None) -> Any:
+    """A `datasets.Dataset` of the hub, or of a local folder, at a revision.
+
+    Raises:
+        InputError: it cannot be loaded, or the cache holds another commit and the hub was not reached.
+    """
     import datasets  # takes seconds to import
     import httpx
 
-    where = f"data set {source.name} ({source.subset or 'default'}, {source.split})"
-    revision = None if os.path.isdir(source.name) else commit or source.revision
+    where = hub_place(name, subset, split)
+    revision = None if os.path.isdir(name) else revision
     try:
-        data = datasets.load_dataset(source.name, source.subset, split=source.split, revision=revision)
+        data = datasets.load_dataset(name, subset, split=split, revision=revision)
     except (OSError, ValueError, RuntimeError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(
@@ -225,11 +264,7 @@ def _hub_rows(source: HuggingFaceSource, commit: str | None) -> Iterator[SourceR
             "data sets, `hf auth login`"
         ) from error
     _check_commit(data, revision, where)
-    _need_columns(where, data.column_names, source)
-    _check_type(where, data.features.arrow_schema.field(source.column))
-    tables = data.select_columns(_wanted(source)).with_format("arrow").iter(_BATCH_ROWS)
-    place = {"dataset": source.name, "subset": source.subset, "split": source.split}
-    yield from _arrow_rows(source, tables, {k: v for k, v in place.items() if v is not None}, where)
+    return data
 
 
 def _check_commit(data: Any, commit: str | None, where: str) -> None:
@@ -330,7 +365,7 @@ def _check_type(where: str, field: pa.Field) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _File:
+class File:
     """A file of a source. `name` is relative to the folder before the first wildcard, so it moves with the data."""
 
     folder: Folder
@@ -360,7 +395,7 @@ class _File:
             yield cast(BinaryIO, io.BufferedReader(cast(Any, stream), _BLOCK_BYTES))
 
 
-def find_files(path: str) -> list[_File]:
+def find_files(path: str) -> list[File]:
     """Files of a path or pattern, sorted by name. `*` and `?` stay within a folder, `**/` spans folders.
 
     Raises:
@@ -380,16 +415,16 @@ def find_files(path: str) -> list[_File]:
         raise InputError(f"{path} cannot be looked up ({error}); check the path and your access to it") from error
     if not names:
         raise InputError(f"{path} matches no file; check the pattern ({folder.location} is where it looks)")
-    return [_File(folder, name) for name in names]
+    return [File(folder, name) for name in names]
 
 
-def _one_file(folder: Folder, name: str, path: str) -> _File:
+def _one_file(folder: Folder, name: str, path: str) -> File:
     kind = folder.fs.get_file_info(folder.path(name)).type
     if kind == pafs.FileType.NotFound:
         raise InputError(f"{path} does not exist (looked for {folder.uri(name)}); check the path")
     if kind == pafs.FileType.Directory:
         raise InputError(f"{path} is a folder; name its files, such as {path.rstrip('/')}/*")
-    return _File(folder, name)
+    return File(folder, name)
 
 
 def _names_below(folder: Folder) -> Iterator[str]:
@@ -429,7 +464,7 @@ def content_digests(source: Source) -> dict[str, str]:
     return {file.name: _sha256(file) for file in find_files(source.path)}
 
 
-def _sha256(file: _File) -> str:
+def _sha256(file: File) -> str:
     total = hashlib.sha256()
     with file.open_arrow(compression=None) as stream:
         while block := stream.read(_BLOCK_BYTES):
@@ -441,7 +476,7 @@ def _commit(source: HuggingFaceSource) -> str:
     if os.path.isdir(source.name):
         folder = Folder(source.name)
         names = sorted(n for n in _names_below(folder) if not any(part.startswith(".") for part in n.split("/")))
-        return digest({name: _sha256(_File(folder, name)) for name in names}, size=20)
+        return digest({name: _sha256(File(folder, name)) for name in names}, size=20)
     if _COMMIT.fullmatch(source.revision or ""):
         return cast(str, source.revision)
 

@@ -1,4 +1,4 @@
-"""Train: a LoRA policy from the preference data, by TRL inside Ray Train."""
+"""Train: a policy from the training rows, by TRL inside Ray Train."""
 
 from __future__ import annotations
 
@@ -15,7 +15,16 @@ from ray_pipeline.store.files import StoreError
 from ray_pipeline.store.schemas import TRAIN_METRICS
 from ray_pipeline.store.settings import Settings
 from ray_pipeline.training.fit import fit
-from ray_pipeline.training.spec import PROGRESS, LoraSpec, TrainingInputError, TrainSpec
+from ray_pipeline.training.methods import METHODS
+from ray_pipeline.training.spec import (
+    PROGRESS,
+    LoraSpec,
+    MethodName,
+    Quantization,
+    Shard,
+    TrainingInputError,
+    TrainSpec,
+)
 
 METRICS = "train_metrics.parquet"
 
@@ -32,21 +41,25 @@ class LoraSettings(Settings):
 class TrainSettings(Settings):
     """The `train` block; the defaults are the published hyper-parameters."""
 
-    method: Literal["kto", "dpo"] = "kto"
+    method: MethodName = "kto"
     model: str = Field("policy", description="a key of `models`: the base that is adapted")
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     num_workers: int = Field(1, ge=1)
     use_gpu: bool | None = Field(None, description="default: where the cluster has GPUs")
     cpus_per_worker: float = Field(1, gt=0)
     seed: int = 0
-    beta: float = Field(0.1, gt=0)
+    beta: float | None = Field(
+        None, gt=0, description="β of the method's paper (λ in ORPO's); default: the one published with it"
+    )
     learning_rate: float = Field(5e-5, gt=0)
     epochs: float = Field(2, gt=0)
     batch_size: int = Field(2, ge=1)
     gradient_accumulation: int = Field(8, ge=1)
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
     lr_scheduler: str = "cosine"
-    lora: LoraSettings = LoraSettings()
+    lora: LoraSettings | None = Field(LoraSettings(), description="null trains every weight")
+    quantization: Quantization | None = Field(None, description="the frozen base in 4 or 8 bits; GPUs, extra qlora")
+    shard: Shard = Field("none", description="deal a model that does not fit one worker out to all of them")
     disable_dropout: bool = Field(False, description="TRL's own default, true, would zero the LoRA dropout as well")
     gradient_checkpointing: bool = True
     save_steps: int = Field(50, ge=1)
@@ -55,9 +68,20 @@ class TrainSettings(Settings):
     trainer_args: dict[str, Any] = Field(default_factory=dict, description="further settings by TRL's own names")
 
     @model_validator(mode="after")
-    def _kto_batches(self) -> TrainSettings:
-        if self.method == "kto" and self.batch_size < 2:
-            raise ValueError("train.batch_size must be 2 or more for kto: its KL term pairs the rows of a micro-batch")
+    def _of_the_method(self) -> TrainSettings:
+        method = METHODS[self.method]
+        if self.batch_size < method.min_batch_size:
+            raise ValueError(
+                f"train.batch_size must be {method.min_batch_size} or more for {self.method}: its KL term pairs the "
+                "rows of a micro-batch"
+            )
+        if self.beta is not None and method.beta is None:
+            raise ValueError(f"train.beta: the loss of {self.method} has none; remove it")
+        if self.quantization is not None and self.lora is None:
+            raise ValueError("train.quantization needs train.lora: quantized weights cannot be trained")
+        if self.beta is None:
+            # Shown as the method's own and still not set: a copy for another method must not inherit it.
+            self.__dict__["beta"] = method.beta
         return self
 
 
@@ -71,11 +95,26 @@ class _Given(Settings):
 _NOT_LEARNT = {"use_gpu", "cpus_per_worker", "max_failures", "report_to", "save_steps"}
 
 
-def train(settings: TrainSettings, model: ModelSettings, max_length: int, datasets: Stage) -> Stage:
-    """One policy: `adapter/`, `merged/` and the metrics of every step."""
+def train(
+    settings: TrainSettings,
+    model: ModelSettings,
+    max_length: int,
+    datasets: Stage,
+    *,
+    name: str = "train",
+    view: str = "policy",
+) -> Stage:
+    """One policy: `merged/`, `adapter/` unless every weight was trained, and the metrics of every step.
+
+    Args:
+        datasets: the stage with `<kind>/train/*.parquet` in its folder, for the kind that the method learns from.
+        name: of the stage, where a workflow trains several policies; all are in the group `train`.
+        view: link in the run's folder that shows the newest of them; "" makes none.
+    """
     return Stage(
-        name="train",
-        view="policy",
+        name=name,
+        group="train",
+        view=view,
         repeatable=False,
         work=WholeWork(function=train_policy, settings=_Given(train=settings, model=model, max_length=max_length)),
         config={**settings.model_dump(mode="json", exclude=_NOT_LEARNT), "max_length": max_length},
@@ -95,9 +134,10 @@ def train_policy(given: WholeInput) -> dict[str, Any]:
     data = given.inputs["datasets"]
     if not given.folder.is_local:
         raise StageStop(f"train writes to folders that all nodes share; {given.folder.location} is none")
-    weights = data.facts.get("kto_weights") or {}
-    files = f"{data.folder}/{train.method}"
-    validation = data.facts.get("rows", {}).get(train.method, {}).get("val", 0)
+    kind = METHODS[train.method].data
+    weights = (data.facts.get("kto_weights") or {}) if kind == "kto" else {}
+    files = f"{data.folder}/{kind}"
+    validation = data.facts.get("rows", {}).get(kind, {}).get("val", 0)
     use_gpu = train.use_gpu if train.use_gpu is not None else bool(ray.cluster_resources().get("GPU"))
     spec = TrainSpec(
         method=train.method,
@@ -121,7 +161,9 @@ def train_policy(given: WholeInput) -> dict[str, Any]:
         warmup_ratio=train.warmup_ratio,
         lr_scheduler=train.lr_scheduler,
         max_length=settings.max_length,
-        lora=LoraSpec(**train.lora.model_dump()),
+        lora=None if train.lora is None else LoraSpec(**train.lora.model_dump()),
+        quantization=train.quantization,
+        shard=train.shard,
         desirable_weight=weights.get("desirable_weight", 1.0),
         undesirable_weight=weights.get("undesirable_weight", 1.0),
         disable_dropout=train.disable_dropout,
@@ -131,14 +173,14 @@ def train_policy(given: WholeInput) -> dict[str, Any]:
         report_to=train.report_to,
         trust_remote_code=model.trust_remote_code,
         trainer_args=train.trainer_args,
-        card={"data set": data.fingerprint, "training": given.fingerprint},
+        card={"data set": data.fingerprint, "kind of rows": kind, "training": given.fingerprint},
     )
     os.makedirs(spec.storage_path, exist_ok=True)
     ended = threading.Event()
     teller = threading.Thread(target=_tell, args=(given, ended), daemon=True)
     teller.start()
     try:
-        result = fit(spec)
+        result = fit(spec, lambda warning: given.log(f"warning: {warning}"))
     except TrainingInputError as error:
         raise BadInput(str(error)) from error
     finally:

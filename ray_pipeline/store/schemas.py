@@ -81,6 +81,7 @@ DECISIONS = _schema(
 #: Name of a judge and the score that it gave, as data set rows carry them.
 SCORES = pa.list_(pa.field("element", pa.struct([("judge", _S), ("score", _F)])))
 
+# Training rows. Scores are null in rows of data sets that came with none.
 KTO = _schema(
     ("candidate_id", _S),
     ("prompt_id", _S),
@@ -88,8 +89,8 @@ KTO = _schema(
     ("prompt", MESSAGES),
     ("completion", MESSAGES),
     ("label", _B),
-    ("final_score", _F),
-    ("scores", SCORES),
+    ("final_score", _F, True),
+    ("scores", SCORES, True),
 )
 
 DPO = _schema(
@@ -100,9 +101,18 @@ DPO = _schema(
     ("prompt", MESSAGES),
     ("chosen", MESSAGES),
     ("rejected", MESSAGES),
-    ("chosen_score", _F),
-    ("rejected_score", _F),
-    ("score_gap", _F),
+    ("chosen_score", _F, True),
+    ("rejected_score", _F, True),
+    ("score_gap", _F, True),
+)
+
+SFT = _schema(
+    ("candidate_id", _S),
+    ("prompt_id", _S),
+    ("split", _S),
+    ("prompt", MESSAGES),
+    ("completion", MESSAGES),
+    ("final_score", _F, True),
 )
 
 RESPONSES = _schema(
@@ -173,6 +183,7 @@ TABLES: dict[str, pa.Schema] = {
     "decisions": DECISIONS,
     "kto": KTO,
     "dpo": DPO,
+    "sft": SFT,
     "responses": RESPONSES,
     "comparisons": COMPARISONS,
     "train_metrics": TRAIN_METRICS,

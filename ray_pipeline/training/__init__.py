@@ -1,4 +1,4 @@
-"""LoRA preference training: TRL trainers inside Ray Train workers, resumable, with the adapter merged at the end.
+"""Training a policy: TRL trainers inside Ray Train workers, resumable, with one whole model at the end.
 
 >>> result = fit(TrainSpec(method="kto", model=…, train_files=…, output_dir=…, storage_path=…, run_name=…))
 >>> result.adapter, result.merged, result.metrics
@@ -8,14 +8,16 @@ from ray_pipeline.training.fit import fit
 from ray_pipeline.training.merge import MergeError, MergeReport, merge_adapter
 from ray_pipeline.training.methods import METHODS, validate_trainer_args
 from ray_pipeline.training.preflight import DataReport, check_cluster, check_data, check_spec
-from ray_pipeline.training.spec import LoraSpec, TrainingInputError, TrainResult, TrainSpec
+from ray_pipeline.training.spec import DataKind, LoraSpec, MethodName, TrainingInputError, TrainResult, TrainSpec
 
 __all__ = [
     "METHODS",
+    "DataKind",
     "DataReport",
     "LoraSpec",
     "MergeError",
     "MergeReport",
+    "MethodName",
     "TrainResult",
     "TrainSpec",
     "TrainingInputError",

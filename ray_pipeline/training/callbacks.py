@@ -15,6 +15,31 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 logger = logging.getLogger("quorum.train")
 
 
+class AllStepsDone(Exception):
+    """The checkpoint is that of the last step."""
+
+
+class StopWhenDone(TrainerCallback):
+    """End a resumed training before its first step if there is none left to take.
+
+    transformers may take one more before it looks at `max_steps`. Here, model, optimiser and log are the checkpoint's
+    already, sharded or not.
+
+    Attributes:
+        step: of the checkpoint.
+    """
+
+    step = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.step = state.global_step
+        if state.global_step >= state.max_steps:
+            raise AllStepsDone
+        logger.info("going on from step %d/%d", state.global_step, state.max_steps)
+
+
 class EvaluateEachEpoch(TrainerCallback):
     """Ask for an evaluation at the last step of each epoch and of the run.
 

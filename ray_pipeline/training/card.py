@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from ray_pipeline.training.methods import METHODS
 from ray_pipeline.training.spec import TrainSpec
 
 #: Fields that say where a run happened, not what was trained.
@@ -19,7 +20,7 @@ def model_card(
     """Markdown with the front matter that the hub reads.
 
     Args:
-        kind: "adapter" or "merged".
+        kind: "adapter", "merged" (base and adapter in one) or "full" (every weight was trained).
         steps: optimiser steps of the run.
         effective: settings as they were in force.
         final: the last training row of the metrics table, if any.
@@ -28,9 +29,13 @@ def model_card(
         "library_name": "peft" if kind == "adapter" else "transformers",
         "tags": ["quorum", "trl", spec.method] + (["lora"] if kind == "adapter" else []),
     }
+    what = {
+        "adapter": f"LoRA adapter for `{spec.model}`",
+        "merged": f"LoRA adapter merged into `{spec.model}`",
+        "full": f"`{spec.model}` with every weight trained",
+    }[kind]
     if not os.path.isabs(spec.model):  # the hub accepts only its own names here
         front["base_model"] = spec.model
-    what = "LoRA adapter for" if kind == "adapter" else "LoRA adapter merged into"
     lines = [
         "---",
         *(f"{key}: {json.dumps(value)}" for key, value in front.items()),
@@ -38,10 +43,15 @@ def model_card(
         "",
         f"# {spec.run_name} ({kind})",
         "",
-        f"{what} `{spec.model}`, trained with {spec.method.upper()} for {steps} optimiser steps by Quorum.",
+        f"{what}, by {spec.method.upper()} in {steps} optimiser steps of Quorum.",
         "",
     ]
-    settings = {k: v for k, v in spec.to_dict().items() if k not in _NOT_IN_CARD}
+    unread = {name for method in METHODS.values() for name in method.fields} - set(METHODS[spec.method].fields)
+    settings = {
+        name: value
+        for name, value in spec.to_dict().items()
+        if name not in (*_NOT_IN_CARD, *unread) and value not in (None, (), {})
+    }
     for title, values in (
         ("Data", spec.card),
         ("Settings", settings),

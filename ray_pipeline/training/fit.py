@@ -7,11 +7,12 @@ import logging
 import math
 import os
 import time
+from collections.abc import Callable
 
 import pyarrow as pa
 
 from ray_pipeline.store.schemas import TRAIN_METRICS
-from ray_pipeline.training.methods import validate_trainer_args
+from ray_pipeline.training.methods import beta_of, validate_trainer_args
 from ray_pipeline.training.metrics import mean_train_loss
 from ray_pipeline.training.preflight import check_cluster, check_data, check_spec
 from ray_pipeline.training.spec import TrainResult, TrainSpec
@@ -29,10 +30,13 @@ WORKER_ENV = {
 }
 
 
-def fit(spec: TrainSpec) -> TrainResult:
-    """Train an adapter with Ray Train, going on where a run of the same name stopped, and merge it.
+def fit(spec: TrainSpec, warn: Callable[[str], None] = logger.warning) -> TrainResult:
+    """Train with Ray Train, going on where a run of the same name stopped, and leave the model in `output_dir`.
 
     Needs a connected Ray; call it from a driver or from a task of `num_cpus=0`.
+
+    Args:
+        warn: gets what deserves a look in the data, as sentences, before the workers start.
 
     Raises:
         TrainingInputError: settings, data or cluster cannot give a run; nothing was started.
@@ -46,11 +50,12 @@ def fit(spec: TrainSpec) -> TrainResult:
 
     started = time.monotonic()
     check_spec(spec)
+    spec = dataclasses.replace(spec, beta=beta_of(spec))
     validate_trainer_args(spec.method, spec.trainer_args)
     check_cluster(spec)
     data = check_data(spec)
     for warning in data.warnings:
-        logger.warning(warning)
+        warn(warning)
     os.makedirs(spec.output_dir, exist_ok=True)
 
     resources = {"CPU": spec.cpus_per_worker, **({"GPU": 1.0} if spec.use_gpu else {})}
@@ -74,16 +79,17 @@ def fit(spec: TrainSpec) -> TrainResult:
     )
     done = trainer.fit().return_value  # type: ignore[attr-defined]
     metrics = pa.Table.from_pylist(done["metrics"], schema=TRAIN_METRICS)
+    written = done["written"]
     return TrainResult(
         steps=done["steps"],
         epochs=done["epochs"],
         train_loss=mean_train_loss(metrics),
-        adapter=os.path.join(spec.output_dir, "adapter"),
+        adapter=None if spec.lora is None else os.path.join(spec.output_dir, "adapter"),
         merged=os.path.join(spec.output_dir, "merged"),
-        effective={**done["effective"], "adapter_effect": done["adapter_effect"]},
+        effective=done["effective"] | {k: v for k, v in written.items() if k == "adapter_effect"},
         data=dataclasses.asdict(data),
         resumed_from=done["resumed_from"],
-        max_logit_diff=done["max_logit_diff"],
+        max_logit_diff=written["max_logit_diff"],
         metrics=metrics,
         seconds=time.monotonic() - started,
         train_seconds=done["train_seconds"],

@@ -1,6 +1,7 @@
 """The training methods as a table, and how a `TrainSpec` becomes a TRL config.
 
-Adding a method is adding a row to `METHODS` (and its name to `TrainSpec.method`).
+Adding a method is adding a row to `METHODS` (and its name to `spec.MethodName`). Nothing here imports TRL before a
+config or a trainer is asked for.
 """
 
 from __future__ import annotations
@@ -8,12 +9,21 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from ray_pipeline.training.spec import TrainingInputError, TrainSpec
+from ray_pipeline.training.sharding import sharding_settings
+from ray_pipeline.training.spec import DataKind, MethodName, TrainingInputError, TrainSpec
 
 ColumnKind = Literal["messages", "bool"]
+
+#: Kind of data -> the columns that a trainer reads. No others are read.
+COLUMNS: dict[DataKind, Mapping[str, ColumnKind]] = {
+    "sft": {"prompt": "messages", "completion": "messages"},
+    "dpo": {"prompt": "messages", "chosen": "messages", "rejected": "messages"},
+    "kto": {"prompt": "messages", "completion": "messages", "label": "bool"},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,48 +33,110 @@ class Method:
     Attributes:
         module: where TRL keeps the two classes.
         config: name of the config class; `trainer` is the trainer's.
-        columns: what the data set must have. Only these columns are read.
-        fields: fields of `TrainSpec` that the config takes under the same name.
+        data: the kind of rows that it learns from.
+        objective: the loss of one batch as TRL computes it, and where that differs from the paper.
+        beta: the β that the method was published with; None: its loss has none.
+        fields: fields of `TrainSpec` that the config takes under the same name, beside those that all take.
         settings: settings that make the class pair this method. `trainer_args` may replace them.
         min_batch_size: the smallest `batch_size` that the loss is defined for.
+        adds_ends: the trainer puts the tokenizer's BOS and EOS around a chat whose template leaves them out.
         refuses: TRL settings that would break this method, and why.
     """
 
     module: str
     config: str
     trainer: str
-    columns: Mapping[str, ColumnKind]
-    fields: tuple[str, ...]
+    data: DataKind
+    objective: str
+    beta: float | None = None
+    fields: tuple[str, ...] = ()
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     min_batch_size: int = 1
+    adds_ends: bool = False
     refuses: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    @property
+    def columns(self) -> Mapping[str, ColumnKind]:
+        return COLUMNS[self.data]
+
     def config_class(self) -> Any:
-        return getattr(importlib.import_module(self.module), self.config)
+        return getattr(self._module(), self.config)
 
     def trainer_class(self) -> Any:
-        return getattr(importlib.import_module(self.module), self.trainer)
+        return getattr(self._module(), self.trainer)
+
+    def _module(self) -> Any:
+        os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # else two of the modules warn that they may change
+        return importlib.import_module(self.module)
 
 
-# Rows come interleaved by label and shuffled by seed. KTO has to read them in order (its KL pairs are made per fixed
-# batch); the others do too, so that what a step saw can be looked up in the files.
-METHODS: dict[str, Method] = {
+_FILE_ORDER = {"train_sampling_strategy": "sequential"}
+
+# Rows come interleaved by label and shuffled by seed, and all methods read them in that order: KTO has to (its KL pairs
+# are made per fixed batch); the others do so that what a step saw can be looked up in the files.
+METHODS: dict[MethodName, Method] = {
+    "sft": Method(
+        "trl", "SFTConfig", "SFTTrainer",
+        data="sft",
+        objective=(
+            "−log π(y|x) per token: the mean over all completion tokens of an optimiser step (so that a long answer "
+            "counts more than a short one); prompts are context only."
+        ),
+        settings={**_FILE_ORDER, "completion_only_loss": True},
+    ),
+    "dpo": Method(  # Rafailov et al. 2023, arXiv:2305.18290
+        "trl", "DPOConfig", "DPOTrainer",
+        data="dpo",
+        objective="−log σ(β·(r_w − r_l)), r = log π(y|x) − log π_ref(y|x) (eq. 7), the mean over pairs.",
+        beta=0.1,
+        fields=("disable_dropout",),
+        settings=_FILE_ORDER,
+    ),
     "kto": Method(  # Ethayarajh et al. 2024, arXiv:2402.01306
         "trl", "KTOConfig", "KTOTrainer",
-        columns={"prompt": "messages", "completion": "messages", "label": "bool"},
-        fields=("beta", "max_length", "disable_dropout", "desirable_weight", "undesirable_weight"),
-        settings={"train_sampling_strategy": "sequential"},
+        data="kto",
+        objective=(
+            "λ_D·(1 − σ(β·(r − z0))) for desirable and λ_U·(1 − σ(β·(z0 − r))) for undesirable rows (eq. 7–8), "
+            "r = log π(y|x) − log π_ref(y|x); z0 ≥ 0 is the mean r of each prompt with the completion of the row "
+            "before it in the micro-batch."
+        ),
+        beta=0.1,
+        fields=("disable_dropout", "desirable_weight", "undesirable_weight"),
+        settings=_FILE_ORDER,
         min_batch_size=2,
         refuses={
             "train_sampling_strategy": "KTO's KL pairs are made per batch of rows in file order; they are shuffled",
             "dataset_num_proc": "TRL cuts the data set before it makes KTO's KL pairs, which breaks them",
         },
     ),
-    "dpo": Method(  # Rafailov et al. 2023, arXiv:2305.18290
-        "trl", "DPOConfig", "DPOTrainer",
-        columns={"prompt": "messages", "chosen": "messages", "rejected": "messages"},
-        fields=("beta", "max_length", "disable_dropout"),
-        settings={"train_sampling_strategy": "sequential"},
+    "orpo": Method(  # Hong et al. 2024, arXiv:2403.07691
+        "trl.experimental.orpo", "ORPOConfig", "ORPOTrainer",
+        data="dpo",
+        objective=(
+            "NLL(chosen) − β·log σ(log odds(y_w|x) − log odds(y_l|x)), odds = p/(1 − p), log p = the mean log π per "
+            "token of the answer (eq. 6–7, where β is λ). TRL's NLL differs from the paper's: it is taken over the "
+            "prompt as well as the chosen answer, and over all tokens of the micro-batch together."
+        ),
+        beta=0.1,
+        fields=("disable_dropout",),
+        settings={**_FILE_ORDER, "remove_unused_columns": False},
+        adds_ends=True,
+    ),
+    "simpo": Method(  # Meng et al. 2024, arXiv:2405.14734
+        "trl.experimental.cpo", "CPOConfig", "CPOTrainer",
+        data="dpo",
+        objective=(
+            "−log σ(β·(p_w − p_l) − γ), p = the mean log π per token of the answer (eq. 6), the mean over pairs; "
+            "γ is `simpo_gamma`."
+        ),
+        beta=2.0,
+        fields=("disable_dropout",),
+        # β and γ of the paper's section 4: 2.0 to 2.5 and 0.5 to 1.5.
+        settings={
+            **_FILE_ORDER, "loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 1.0, "remove_unused_columns": False
+        },
+        adds_ends=True,
+        refuses={"loss_type": "with another loss this would not be SimPO (AlphaPO is trainer_args.alpha)"},
     ),
 }  # fmt: skip
 
@@ -97,7 +169,10 @@ OWNED: dict[str, str] = {
     "bf16": "dtype",
     "fp16": "dtype",
     "use_cpu": "use_gpu",
+    "fsdp": "shard",
 }
+#: Names that transformers gave up and that people still write.
+_RENAMED = ("warmup_ratio",)
 
 #: Settings that a resumable run needs as they are, and why.
 FIXED: dict[str, str] = {
@@ -110,13 +185,14 @@ FIXED: dict[str, str] = {
     "load_best_model_at_end": "the policy is the one after the last step",
     "ignore_data_skip": "a resumed run must not see rows twice",
     "dataloader_drop_last": "only whole batches train: KTO's KL pairs need them",
-    "sync_ref_model": "the reference is the base with the adapter switched off",
+    "sync_ref_model": "the reference is the base, and stays it",
+    "truncation_mode": "prompts stay whole and answers are cut at their end, as the check before the run counts them",
 }
 
 #: Keys of `model_init_kwargs` -> the field of `TrainSpec` that has it.
 OWNED_MODEL_ARGS: dict[str, str] = {
     "dtype": "dtype", "torch_dtype": "dtype", "revision": "revision", "trust_remote_code": "trust_remote_code",
-    "device_map": "use_gpu",
+    "device_map": "use_gpu", "quantization_config": "quantization",
 }  # fmt: skip
 
 
@@ -139,17 +215,18 @@ def validate_trainer_args(method: str, trainer_args: Mapping[str, Any]) -> None:
             `TrainSpec` (the message names it) or must not be changed; or a value is none of the choices.
     """
     known = {f.name: f for f in dataclasses.fields(method_of(method).config_class()) if f.init}
+    owned = {name: field for name, field in OWNED.items() if name in known or name in _RENAMED}
     for name, value in trainer_args.items():
         key = f"trainer_args.{name}"
-        if name in OWNED:
+        if name in owned:
             raise TrainingInputError(f"{key} would override the setting {OWNED[name]!r}: set that one")
+        if name not in known:
+            near = difflib.get_close_matches(name, [*known, *owned], n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise TrainingInputError(f"{key}: TRL's {method_of(method).config} has no such setting{hint}")
         reason = FIXED.get(name) or method_of(method).refuses.get(name)
         if reason:
             raise TrainingInputError(f"{key} cannot be set: {reason}")
-        if name not in known:
-            near = difflib.get_close_matches(name, [*known, *OWNED], n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise TrainingInputError(f"{key}: TRL's {method_of(method).config} has no such setting{hint}")
         choices = known[name].metadata.get("choices")
         for item in value if isinstance(value, (list, tuple)) else [value]:
             if choices and item not in choices:
@@ -169,6 +246,16 @@ def _check_model_args(value: Any) -> None:
             )
 
 
+def beta_of(spec: TrainSpec) -> float | None:
+    """The β that a run trains with: its own, else the method's; None where the loss has none."""
+    return method_of(spec.method).beta if spec.beta is None else spec.beta
+
+
+def packs(spec: TrainSpec) -> bool:
+    """Whether TRL joins several rows into one sequence (SFT only)."""
+    return bool(spec.trainer_args.get("packing"))
+
+
 def trainer_config(spec: TrainSpec, output_dir: str) -> Any:
     """TRL's config for a spec.
 
@@ -177,23 +264,25 @@ def trainer_config(spec: TrainSpec, output_dir: str) -> Any:
     """
     method = method_of(spec.method)
     user = dict(spec.trainer_args)
-    model_args = {"dtype": spec.dtype, **user.pop("model_init_kwargs", {})}
-    if spec.revision is not None:
-        model_args["revision"] = spec.revision
+    beta = beta_of(spec)
     defaults = {
-        "ddp_find_unused_parameters": False,  # every adapter weight is used in each forward pass
+        "ddp_find_unused_parameters": False,  # every trained weight is used in each forward pass
         "disable_tqdm": True,  # progress goes through `logging`
         **method.settings,
+        **sharding_settings(spec),
     }
+    if packs(spec):
+        defaults["train_sampling_strategy"] = "random"  # by seed: packing sorts the rows by length
     return method.config_class()(
         output_dir=output_dir,
         run_name=spec.run_name,
-        model_init_kwargs=model_args,
+        model_init_kwargs=_model_args(spec, user.pop("model_init_kwargs", {})),
         trust_remote_code=spec.trust_remote_code,
         per_device_train_batch_size=spec.batch_size,
         per_device_eval_batch_size=spec.batch_size,  # TRL makes KTO's KL pairs of the evaluation rows in train batches
         gradient_accumulation_steps=spec.gradient_accumulation,
         num_train_epochs=spec.epochs,
+        max_length=spec.max_length,
         learning_rate=spec.learning_rate,
         lr_scheduler_type=spec.lr_scheduler,
         warmup_steps=spec.warmup_ratio,  # transformers 5 reads a number below 1 as a share
@@ -210,6 +299,28 @@ def trainer_config(spec: TrainSpec, output_dir: str) -> Any:
         eval_strategy="no",  # callbacks.EvaluateEachEpoch does it, before the checkpoint of the same step
         dataloader_drop_last=True,
         report_to=list(spec.report_to) or "none",
+        **({} if beta is None else {"beta": beta}),
         **{name: getattr(spec, name) for name in method.fields},
         **{**defaults, **user},
     )
+
+
+def _model_args(spec: TrainSpec, user: Mapping[str, Any]) -> dict[str, Any]:
+    """What the base is loaded with. Every worker has one device: "auto" would spread the model over all it can see."""
+    # DeepSpeed keeps float32 copies of the trained weights itself.
+    in_float32 = spec.lora is None and spec.shard not in ("zero2", "zero3")
+    found = {"dtype": "float32" if in_float32 else spec.dtype, "device_map": None, **user}
+    if spec.revision is not None:
+        found["revision"] = spec.revision
+    if spec.quantization is not None:
+        import torch
+        from transformers import BitsAndBytesConfig
+
+        found["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=spec.quantization == "int8",
+            load_in_4bit=spec.quantization == "nf4",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, spec.dtype),
+        )
+    return found

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import glob
+import importlib.util
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ray_pipeline.training.methods import Method, method_of
+from ray_pipeline.training.methods import Method, beta_of, method_of, packs
 from ray_pipeline.training.spec import TrainingInputError, TrainSpec
 
 _BATCH_ROWS = 512
@@ -24,7 +26,7 @@ _AT_LEAST: dict[str, float] = {
     "num_workers": 1, "batch_size": 1, "gradient_accumulation": 1, "max_length": 2, "save_steps": 1,
     "logging_steps": 1, "max_failures": 0, "seed": 0, "desirable_weight": 0, "undesirable_weight": 0,
 }  # fmt: skip
-_ABOVE_ZERO = ("beta", "learning_rate", "epochs", "cpus_per_worker", "schedule_timeout_s")
+_ABOVE_ZERO = ("learning_rate", "epochs", "cpus_per_worker", "schedule_timeout_s")
 
 
 @dataclass(frozen=True)
@@ -33,23 +35,23 @@ class DataReport:
 
     Attributes:
         rows: rows in the files.
-        dropped: rows whose prompt alone fills `max_length`; TRL drops them without a word.
-        truncated: rows, of those left, with a completion cut at `max_length`.
-        desirable, undesirable: labels of the rows left (KTO; 0 for paired methods).
-        identical_pairs: pairs, of those left, whose chosen and rejected tokens are equal after truncation (DPO).
-        unused: rows at the end that fill no whole batch and are never trained on.
+        truncated: rows with a completion cut at `max_length`.
+        desirable, undesirable: labels (KTO; 0 for other methods).
+        identical_pairs: pairs whose chosen and rejected tokens are equal after truncation.
+        sequences: what the batches are made of: the rows, or where TRL packs them the longer sequences they give.
+        unused: sequences of an epoch that fill no whole batch and are not trained on (rows: those at the end).
         steps_per_epoch: optimiser steps.
         val_rows: rows in the evaluation files.
-        val_rows_used: rows that evaluation takes: whole batches of rows that fit `max_length`.
+        val_rows_used: what evaluation takes: the whole batches.
         warnings: what deserves a look, as sentences.
     """
 
     rows: int
-    dropped: int
     truncated: int
     desirable: int
     undesirable: int
     identical_pairs: int
+    sequences: int
     unused: int
     steps_per_epoch: int
     val_rows: int
@@ -60,15 +62,13 @@ class DataReport:
 @dataclass
 class _Counts:
     rows: int = 0
-    dropped: int = 0
+    filled: int = 0  # by the prompt alone
     truncated: int = 0
     desirable: int = 0
     undesirable: int = 0
     identical_pairs: int = 0
-
-    @property
-    def kept(self) -> int:
-        return self.rows - self.dropped
+    ends_added: int = 0
+    lengths: list[int] = field(default_factory=list)  # of whole rows, where they are to be packed
 
 
 def check_spec(spec: TrainSpec) -> None:
@@ -102,6 +102,11 @@ def check_spec(spec: TrainSpec) -> None:
             raise TrainingInputError(f"{name} must be above 0, not {getattr(spec, name)}")
     if not 0 <= spec.warmup_ratio < 1:
         raise TrainingInputError(f"warmup_ratio is a share of all steps in [0, 1), not {spec.warmup_ratio}")
+    beta = beta_of(spec)
+    if beta is not None and method.beta is None:
+        raise TrainingInputError(f"beta: the loss of {spec.method} has none; remove it")
+    if beta is not None and not beta > 0:
+        raise TrainingInputError(f"beta must be above 0, not {beta}")
     if spec.batch_size < method.min_batch_size:
         raise TrainingInputError(
             f"{spec.method} needs batch_size ≥ {method.min_batch_size} (it is {spec.batch_size}): its KL term pairs "
@@ -109,6 +114,7 @@ def check_spec(spec: TrainSpec) -> None:
             "gradient_accumulation to keep the effective batch"
         )
     _check_names(spec)
+    _check_options(spec)
 
 
 def _check_names(spec: TrainSpec) -> None:
@@ -124,6 +130,38 @@ def _check_names(spec: TrainSpec) -> None:
             raise TrainingInputError(
                 f"report_to: {name!r} is not installed or unknown (installed: {', '.join(installed) or 'none'})"
             )
+
+
+def _check_options(spec: TrainSpec) -> None:
+    """Options that need a package, a device or each other."""
+    if spec.quantization is not None:
+        if spec.lora is None:
+            raise TrainingInputError(
+                "quantization: quantized weights cannot be trained; set lora, or quantization null"
+            )
+        if spec.shard != "none":
+            raise TrainingInputError(f"quantization together with shard={spec.shard} is not supported: choose one")
+        if not spec.use_gpu:
+            raise TrainingInputError("quantization needs workers with a GPU (use_gpu)")
+        _need("bitsandbytes", "quantization", "qlora")
+    if spec.shard != "none" and spec.num_workers < 2:
+        raise TrainingInputError(f"shard={spec.shard} has nothing to deal out with num_workers=1")
+    if spec.shard in ("zero2", "zero3"):
+        if not spec.use_gpu:
+            raise TrainingInputError(
+                f"shard={spec.shard} needs workers with a GPU (use_gpu): Accelerate leaves DeepSpeed unread on CPUs"
+            )
+        _need("deepspeed", f"shard={spec.shard}", "deepspeed")
+    for name, shards in {"fsdp_config": ("fsdp",), "deepspeed": ("zero2", "zero3")}.items():
+        if name in spec.trainer_args and spec.shard not in shards:
+            raise TrainingInputError(f"trainer_args.{name} is read with shard={' or '.join(shards)} only; set that too")
+    if spec.trainer_args.get("use_liger_kernel"):
+        _need("liger_kernel", "trainer_args.use_liger_kernel", "liger")
+
+
+def _need(package: str, setting: str, extra: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise TrainingInputError(f"{setting} needs {package}: pip install 'quorum-align[{extra}]'")
 
 
 def parquet_files(pattern: str, setting: str) -> list[str]:
@@ -149,44 +187,45 @@ def check_data(spec: TrainSpec) -> DataReport:
     """
     method = method_of(spec.method)
     tokenizer = _tokenizer(spec)
-    train = _count(spec, method, tokenizer, parquet_files(spec.train_files, "train_files"))
+    train = _count(spec, method, tokenizer, "train_files", spec.train_files)
     if train.rows == 0:
         raise TrainingInputError(f"train_files: {spec.train_files} holds no row; nothing passed the gate?")
-    if train.kept < spec.micro_batch:
-        dropped = f" ({train.dropped} more have a prompt of max_length={spec.max_length} tokens or longer)"
-        raise TrainingInputError(
-            f"train_files: {train.kept} usable rows{dropped if train.dropped else ''} do not fill one batch of "
-            f"{spec.batch_size} (batch_size) × {spec.num_workers} (num_workers) = {spec.micro_batch} rows; "
-            "make more rows, or lower batch_size or num_workers"
-        )
     if "label" in method.columns and not (train.desirable and train.undesirable):
         raise TrainingInputError(
             f"train_files: {train.desirable} desirable and {train.undesirable} undesirable rows; {spec.method} needs "
             "both classes. Loosen the gate's thresholds or make more candidates"
         )
-    if "rejected" in method.columns and train.identical_pairs == train.kept:
+    if "rejected" in method.columns and train.identical_pairs == train.rows:
         raise TrainingInputError(
             f"train_files: chosen and rejected are equal after truncation to max_length={spec.max_length} in all "
-            f"{train.kept} pairs; raise max_length or check the pairs"
+            f"{train.rows} pairs; raise max_length or check the pairs"
+        )
+    sequences = _sequences(spec, train)
+    if sequences < spec.micro_batch:
+        packed = f" (packed into {sequences} sequences)" if packs(spec) else ""
+        raise TrainingInputError(
+            f"train_files: {train.rows} rows{packed} do not fill one batch of {spec.batch_size} (batch_size) × "
+            f"{spec.num_workers} (num_workers) = {spec.micro_batch}; make more rows, or lower batch_size or num_workers"
         )
 
     val = _Counts()
     if spec.val_files is not None:
-        val = _count(spec, method, tokenizer, parquet_files(spec.val_files, "val_files"))
-    val_used = val.kept - val.kept % spec.micro_batch
-    micro_batches = train.kept // spec.micro_batch
+        val = _count(spec, method, tokenizer, "val_files", spec.val_files)
+    val_sequences = _sequences(spec, val, spec.trainer_args.get("eval_packing"))
+    val_used = val_sequences - val_sequences % spec.micro_batch
+    micro_batches = sequences // spec.micro_batch
     return DataReport(
         rows=train.rows,
-        dropped=train.dropped,
         truncated=train.truncated,
         desirable=train.desirable,
         undesirable=train.undesirable,
         identical_pairs=train.identical_pairs,
-        unused=train.kept - micro_batches * spec.micro_batch,
+        sequences=sequences,
+        unused=sequences - micro_batches * spec.micro_batch,
         steps_per_epoch=math.ceil(micro_batches / spec.gradient_accumulation),
         val_rows=val.rows,
         val_rows_used=val_used,
-        warnings=tuple(_warnings(spec, method, train, val, val_used)),
+        warnings=tuple(_warnings(spec, method, tokenizer, train, sequences, val, val_used)),
     )
 
 
@@ -228,10 +267,10 @@ def _tokenizer(spec: TrainSpec) -> Any:
     return tokenizer
 
 
-def _count(spec: TrainSpec, method: Method, tokenizer: Any, files: Sequence[str]) -> _Counts:
+def _count(spec: TrainSpec, method: Method, tokenizer: Any, setting: str, pattern: str) -> _Counts:
     counts = _Counts()
     completions = [c for c, kind in method.columns.items() if kind == "messages" and c != "prompt"]
-    for batch in _batches(files, method):
+    for batch in _batches(parquet_files(pattern, setting), method):
         rows = batch.to_pylist()
         prompts = _token_ids(tokenizer, [row["prompt"] for row in rows], add_generation_prompt=True)
         answers = [
@@ -239,19 +278,54 @@ def _count(spec: TrainSpec, method: Method, tokenizer: Any, files: Sequence[str]
             for column in completions
         ]
         for i, row in enumerate(rows):
+            prompt, whole = prompts[i], [ids[i] for ids in answers]
+            if method.adds_ends:
+                ended = [_with_ends(tokenizer, ids) for ids in whole]
+                counts.ends_added += ended != whole
+                prompt, whole = _with_ends(tokenizer, prompt, end=False), ended
             counts.rows += 1
             # TRL starts the completion where prompt and prompt + completion part, which may be inside the prompt.
-            if min(_common_prefix(prompts[i], ids[i]) for ids in answers) >= spec.max_length:
-                counts.dropped += 1
-                continue
-            counts.truncated += any(len(ids[i]) > spec.max_length for ids in answers)
+            counts.filled += min(_common_prefix(prompt, ids) for ids in whole) >= spec.max_length
+            counts.truncated += any(len(ids) > spec.max_length for ids in whole)
             if "label" in row:
                 counts.desirable += row["label"]
                 counts.undesirable += not row["label"]
-            if len(answers) == 2:
-                chosen, rejected = (ids[i][: spec.max_length] for ids in answers)
+            if len(whole) == 2:
+                chosen, rejected = (ids[: spec.max_length] for ids in whole)
                 counts.identical_pairs += chosen == rejected
+            if packs(spec):
+                counts.lengths.append(len(whole[0]))
+    if counts.filled:
+        raise TrainingInputError(
+            f"{setting}: in {counts.filled} of {counts.rows} rows the prompt alone fills max_length={spec.max_length} "
+            "tokens, so that nothing of the answer is left to learn from; raise max_length, or leave such rows out "
+            "(datasets.max_prompt_length does)"
+        )
     return counts
+
+
+def _with_ends(tokenizer: Any, ids: list[int], end: bool = True) -> list[int]:
+    """What TRL's ORPO and CPO trainers make of a rendered chat: BOS in front and EOS at the end, if it has none."""
+    first, last = tokenizer.bos_token_id, tokenizer.eos_token_id
+    front = [first] if first is not None and ids[:1] != [first] else []
+    return front + ids + ([last] if end and ids[-1:] != [last] else [])
+
+
+def _sequences(spec: TrainSpec, counts: _Counts, packing: bool | None = None) -> int:
+    """How many sequences the batches are dealt from. Packing is done by TRL's own function, on rows of zeros."""
+    if not (packs(spec) if packing is None else packing) or not counts.rows:
+        return counts.rows
+    from datasets import Dataset, disable_progress_bars, enable_progress_bars
+    from trl import pack_dataset
+
+    ends = np.cumsum([0, *counts.lengths])
+    zeros = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(np.zeros(ends[-1], np.int8)))
+    disable_progress_bars()
+    try:
+        rows = Dataset(pa.table({"input_ids": zeros}))
+        return len(pack_dataset(rows, spec.max_length, spec.trainer_args.get("packing_strategy", "bfd")))
+    finally:
+        enable_progress_bars()
 
 
 def _batches(files: Sequence[str], method: Method) -> Iterator[pa.RecordBatch]:
@@ -322,24 +396,41 @@ def _common_prefix(left: list[int], right: list[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
 
 
-def _warnings(spec: TrainSpec, method: Method, train: _Counts, val: _Counts, val_used: int) -> Iterator[str]:
-    if train.dropped:
-        yield (
-            f"{train.dropped} of {train.rows} rows have a prompt of max_length={spec.max_length} tokens or longer "
-            "and are not trained on"
-        )
+def _warnings(
+    spec: TrainSpec, method: Method, tokenizer: Any, train: _Counts, sequences: int, val: _Counts, val_used: int
+) -> Iterator[str]:
     if train.identical_pairs:
-        yield f"{train.identical_pairs} of {train.kept} pairs are equal after truncation and teach nothing"
-    if train.kept < spec.effective_batch:
-        yield f"{train.kept} rows are fewer than the effective batch of {spec.effective_batch}: one step an epoch"
+        yield f"{train.identical_pairs} of {train.rows} pairs are equal after truncation and teach nothing"
+    if sequences < spec.effective_batch:
+        what = "packed sequences" if packs(spec) else "rows"
+        yield f"{sequences} {what} are fewer than the effective batch of {spec.effective_batch}: one step an epoch"
+    if train.ends_added:
+        yield (
+            f"{spec.method} trains on {train.ends_added} of {train.rows} rows with the tokenizer's "
+            f"{tokenizer.bos_token or 'no BOS'} in front and {tokenizer.eos_token} at the end, where the chat template "
+            "has none: TRL puts them there"
+        )
     if "label" in method.columns:
-        # Eq. 8 of the KTO paper: λ_D·n_D / (λ_U·n_U) should lie in [1, 4/3].
-        ratio = spec.desirable_weight * train.desirable / max(spec.undesirable_weight * train.undesirable, 1e-9)
-        if not 0.99 <= ratio <= 4 / 3 + 0.01:
-            best = spec.undesirable_weight * train.undesirable / train.desirable
-            yield (
-                f"the classes weigh {ratio:.2f} : 1 ({train.desirable} desirable, {train.undesirable} undesirable); "
-                f"the KTO paper recommends 1 to 1.33, that is desirable_weight {best:.2f} to {best * 4 / 3:.2f}"
-            )
+        yield from _imbalance(spec, train)
     if spec.val_files is not None and not val_used:
-        yield f"val_files: {val.kept} usable rows do not fill one batch of {spec.micro_batch}: no evaluation"
+        yield f"val_files: {val.rows} rows do not fill one batch of {spec.micro_batch}: no evaluation"
+
+
+def _imbalance(spec: TrainSpec, train: _Counts) -> Iterator[str]:
+    """Unequal classes, and whether the weights make up for it: λ_D·n_D / (λ_U·n_U) in [1, 4/3] (KTO paper, eq. 8)."""
+    low, high = 0.99, 4 / 3 + 0.01
+    rows = train.desirable / train.undesirable
+    weighed = spec.desirable_weight * train.desirable / max(spec.undesirable_weight * train.undesirable, 1e-9)
+    if low <= rows <= high and low <= weighed <= high:
+        return
+    best = spec.undesirable_weight * train.undesirable / train.desirable
+    advice = (
+        ""
+        if low <= weighed <= high
+        else (f"; the KTO paper recommends 1 to 1.33, that is desirable_weight {best:.2f} to {best * 4 / 3:.2f}")
+    )
+    yield (
+        f"class imbalance: {train.desirable} desirable, {train.undesirable} undesirable rows; with desirable_weight "
+        f"{spec.desirable_weight:.4g} and undesirable_weight {spec.undesirable_weight:.4g} they weigh "
+        f"{weighed:.2f} : 1{advice}"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,14 +10,19 @@ import torch
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
+from trl.trainer.utils import disable_dropout_in_model
 
 from ray_pipeline.training.methods import Method, method_of, trainer_config
 from ray_pipeline.training.preflight import parquet_files
+from ray_pipeline.training.sharding import fsdp_on_cpus
 from ray_pipeline.training.spec import TrainSpec
 
 
 def build_trainer(spec: TrainSpec, output_dir: str, callbacks: Sequence[TrainerCallback] = ()) -> Any:
-    """The trainer of one rank. The reference model is the base with the adapter switched off.
+    """The trainer of one rank.
+
+    Where the method has a reference model, it is the base with the adapter switched off, or, in full fine-tuning, a
+    frozen copy of the base that TRL makes.
 
     Every rank loads all rows and Accelerate deals them out: rows that Ray Data has dealt out already would be
     dealt out twice, and half of them never seen.
@@ -25,25 +31,18 @@ def build_trainer(spec: TrainSpec, output_dir: str, callbacks: Sequence[TrainerC
     tokenizer = AutoTokenizer.from_pretrained(
         spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code
     )
-    lora = LoraConfig(
-        r=spec.lora.r,
-        lora_alpha=spec.lora.alpha,
-        lora_dropout=spec.lora.dropout,
-        target_modules=spec.lora.target_modules
-        if isinstance(spec.lora.target_modules, str)
-        else list(spec.lora.target_modules),
-        task_type="CAUSAL_LM",
-        revision=spec.revision,
-    )
-    trainer = method.trainer_class()(
-        model=spec.model,
-        args=trainer_config(spec, output_dir),
-        train_dataset=_rows(spec.train_files, "train_files", method),
-        eval_dataset=_rows(spec.val_files, "val_files", method) if spec.val_files else None,
-        processing_class=tokenizer,
-        peft_config=lora,
-        callbacks=list(callbacks),
-    )
+    with fsdp_on_cpus(spec):
+        trainer = method.trainer_class()(
+            model=spec.model,
+            args=trainer_config(spec, output_dir),
+            train_dataset=_rows(spec.train_files, "train_files", method),
+            eval_dataset=_rows(spec.val_files, "val_files", method) if spec.val_files else None,
+            processing_class=tokenizer,
+            peft_config=_lora_config(spec),
+            callbacks=list(callbacks),
+        )
+    if spec.disable_dropout and "disable_dropout" not in method.fields:  # SFT's config has no such setting
+        disable_dropout_in_model(trainer.model)
     trainer.remove_callback(PrinterCallback)  # prints every log as a dict; `callbacks.LogProgress` says it better
     if trainer.eval_dataset is not None:
         # A last batch that is not whole would be padded with rows seen already, and a batch of one is its own KL pair.
@@ -60,25 +59,64 @@ def effective_settings(spec: TrainSpec, trainer: Any) -> dict[str, Any]:
         for name, module in model.named_modules()
         if "lora_dropout" in name and isinstance(module, torch.nn.Dropout)
     ]
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return {
-        "lora_dropout": max(dropouts, default=0.0),
-        "disable_dropout": args.disable_dropout,
-        "base_dtype": str(next(p for p in model.parameters() if not p.requires_grad).dtype).removeprefix("torch."),
-        "adapter_dtype": str(trained[0].dtype).removeprefix("torch."),
+    parameters = list(model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    base = next((p for p in parameters if not p.requires_grad), parameters[0])
+    found = {
+        "objective": method_of(spec.method).objective,
+        "loss_type": getattr(args, "loss_type", None),
+        "beta": getattr(args, "beta", None),
+        "simpo_gamma": getattr(args, "simpo_gamma", None),
+        "reference": _reference(spec, trainer),
+        "trains": "every weight" if spec.lora is None else "a LoRA adapter",
+        "lora_dropout": max(dropouts, default=0.0) if spec.lora is not None else None,
+        "disable_dropout": spec.disable_dropout,
+        "base_dtype": spec.quantization or str(base.dtype).removeprefix("torch."),
+        "trained_dtype": str(trained[0].dtype).removeprefix("torch."),
         "bf16": args.bf16,
         "device": args.device.type,
         "world_size": args.world_size,
+        "shard": spec.shard,
         "effective_batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        "loss_type": args.loss_type,
         "sampling": str(args.train_sampling_strategy),
+        "packing": getattr(args, "packing", None),
         "optimizer": str(getattr(args.optim, "value", args.optim)),
-        "trained_parameters": sum(p.numel() for p in trained),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "train_rows": len(trainer.train_dataset),
+        "trained_parameters": sum(map(_size, trained)),
+        "parameters": sum(map(_size, parameters)),
+        "train_rows": len(trainer.train_dataset),  # sequences, where rows are packed
         "eval_rows": len(trainer.eval_dataset) if trainer.eval_dataset is not None else 0,
         "rows_per_epoch": len(trainer.train_dataset) // spec.micro_batch * spec.micro_batch,
     }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _reference(spec: TrainSpec, trainer: Any) -> str | None:
+    """What holds the policy back; None where the method has no reference model."""
+    if not hasattr(trainer, "ref_model"):
+        return None
+    return "the base, adapter switched off" if trainer.ref_model is None else "a frozen copy of the base"
+
+
+def _size(parameter: torch.nn.Parameter) -> int:
+    """Entries of a parameter: DeepSpeed leaves shells of those that it dealt out, bitsandbytes packs two a byte."""
+    if hasattr(parameter, "ds_numel"):
+        return parameter.ds_numel
+    shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
+    return parameter.numel() if shape is None else math.prod(shape)
+
+
+def _lora_config(spec: TrainSpec) -> LoraConfig | None:
+    if spec.lora is None:
+        return None
+    modules = spec.lora.target_modules
+    return LoraConfig(
+        r=spec.lora.r,
+        lora_alpha=spec.lora.alpha,
+        lora_dropout=spec.lora.dropout,
+        target_modules=modules if isinstance(modules, str) else list(modules),
+        task_type="CAUSAL_LM",
+        revision=spec.revision,
+    )
 
 
 def _rows(pattern: str, setting: str, method: Method) -> Dataset:

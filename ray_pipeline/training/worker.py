@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import resource
@@ -13,26 +14,27 @@ from typing import Any
 
 import ray.train
 import torch
-from peft import load_peft_weights, set_peft_model_state_dict
-from transformers import TrainerState
 
 from ray_pipeline.store.keys import digest
-from ray_pipeline.training.callbacks import EvaluateEachEpoch, LogProgress, ReportCheckpoint
+from ray_pipeline.training.callbacks import (
+    AllStepsDone,
+    EvaluateEachEpoch,
+    LogProgress,
+    ReportCheckpoint,
+    StopWhenDone,
+)
 from ray_pipeline.training.card import model_card
-from ray_pipeline.training.folders import clear, partial_folder, publish
-from ray_pipeline.training.merge import MergeReport, merge_adapter
+from ray_pipeline.training.folders import clear
 from ray_pipeline.training.metrics import train_metrics
+from ray_pipeline.training.save import write_model
 from ray_pipeline.training.spec import PROGRESS, TrainSpec
 from ray_pipeline.training.trainer import build_trainer, effective_settings
 
 logger = logging.getLogger("quorum.train")
 
-#: Prompts of the data set that the merge is checked on.
-_CHECK_PROMPTS = 4
-
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
-    """Train, or go on training, and leave adapter and merged model behind. Rank 0 returns what `fit` reports.
+    """Train, or go on training, and leave the trained model behind. Rank 0 returns what `fit` reports.
 
     Args:
         config: {"spec": `TrainSpec.to_dict()`}.
@@ -45,12 +47,10 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
 
     scratch = _scratch_folder(spec, rank)
     clear(scratch)
+    _logger_folders(spec)
     try:
-        trainer = build_trainer(
-            spec,
-            str(scratch),
-            callbacks=[ReportCheckpoint(), LogProgress(spec.effective_batch, Path(spec.output_dir) / PROGRESS)],
-        )
+        progress = LogProgress(spec.effective_batch, Path(spec.output_dir) / PROGRESS)
+        trainer = build_trainer(spec, str(scratch), callbacks=[ReportCheckpoint(), progress])
         if trainer.eval_dataset is not None:
             trainer.add_callback(EvaluateEachEpoch())
         effective = effective_settings(spec, trainer)
@@ -70,18 +70,17 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
         last = next((row for row in reversed(rows) if row["split"] == "train"), None)
         steps = trainer.state.global_step
 
-        _save_adapter(spec, trainer, rank, model_card(spec, "adapter", steps, effective, last))
+        written = write_model(
+            spec, trainer, functools.partial(model_card, spec, steps=steps, effective=effective, final=last)
+        )
         if rank != 0:
             return None
-        logger.info("merging the adapter into %s on the CPU", spec.model)
-        merge = _merge(spec, trainer, model_card(spec, "merged", steps, effective, last))
         return {
             "steps": steps,
             "epochs": float(trainer.state.epoch or 0.0),
             "effective": effective,
+            "written": written,
             "resumed_from": resumed_from,
-            "max_logit_diff": merge.max_logit_diff,
-            "adapter_effect": merge.adapter_effect,
             "metrics": rows,
             "train_seconds": train_seconds,
         }
@@ -95,44 +94,30 @@ def _train(trainer: Any) -> int | None:
     if checkpoint is None:
         trainer.train()
         return None
+    begun = StopWhenDone()
+    trainer.add_callback(begun)
     with checkpoint.as_directory() as folder:
-        state = TrainerState.load_from_json(str(Path(folder) / "trainer_state.json"))
-        if state.global_step < state.max_steps:
-            logger.info("going on from step %d/%d", state.global_step, state.max_steps)
+        try:
             trainer.train(resume_from_checkpoint=folder)
-        else:
-            # transformers would take one optimiser step more before it looks at max_steps.
-            logger.info("all %d steps are done already", state.max_steps)
-            model = trainer.accelerator.unwrap_model(trainer.model)
-            set_peft_model_state_dict(model, load_peft_weights(folder, device="cpu"))
-            trainer.state = state
-    return state.global_step
+        except AllStepsDone:
+            logger.info("all %d steps are done already", begun.step)
+    return begun.step
 
 
-def _save_adapter(spec: TrainSpec, trainer: Any, rank: int, readme: str) -> None:
-    final = Path(spec.output_dir) / "adapter"
-    partial = partial_folder(final)
-    if rank == 0:
-        clear(partial)
-    trainer.save_model(str(partial))  # on all ranks: a sharded model is gathered here; only rank 0 writes
-    if rank == 0:
-        (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle, with paths of this machine
-        (partial / "README.md").write_text(readme)
-        publish(final)
+def _logger_folders(spec: TrainSpec) -> None:
+    """Where loggers write: beside the model, not into the scratch folder, and one run a training, resumed or not.
 
-
-def _merge(spec: TrainSpec, trainer: Any, readme: str) -> MergeReport:
-    rows = trainer.train_dataset.select(range(min(_CHECK_PROMPTS, len(trainer.train_dataset))))
-    return merge_adapter(
-        spec.model,
-        str(Path(spec.output_dir) / "adapter"),
-        str(Path(spec.output_dir) / "merged"),
-        spec.dtype,
-        revision=spec.revision,
-        trust_remote_code=spec.trust_remote_code,
-        prompts=[trainer.processing_class.decode(ids) for ids in rows["prompt_ids"]],
-        readme=readme,
-    )
+    What the user's environment says wins.
+    """
+    run = digest(spec.run_name)
+    for name, value in {
+        "TENSORBOARD_LOGGING_DIR": f"{spec.output_dir}/tensorboard",
+        "WANDB_DIR": spec.output_dir,  # makes `wandb` in it
+        "WANDB_RUN_ID": run,
+        "WANDB_RESUME": "allow",
+        "MLFLOW_TRACKING_URI": f"sqlite:///{spec.output_dir}/mlflow.db",
+    }.items():
+        os.environ.setdefault(name, value)
 
 
 def _scratch_folder(spec: TrainSpec, rank: int) -> Path:

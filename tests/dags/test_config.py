@@ -14,7 +14,8 @@ from pydantic import BaseModel, ValidationError
 
 from dags.dmapo import dmapo
 from ray_pipeline import config as module
-from ray_pipeline.config import ConfigError, DmapoConfig, load_config
+from ray_pipeline.config import CONFIGS as CONFIGS_OF
+from ray_pipeline.config import BaselinesConfig, ConfigError, DmapoConfig, load_config
 from ray_pipeline.graph.run import stage_folder
 from ray_pipeline.training.spec import TrainingInputError
 
@@ -72,7 +73,7 @@ def test_the_smallest_configuration(load: Any) -> None:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_files_say_what_they_should(path: Path) -> None:
     written = yaml.safe_load(path.read_text())
-    found = DmapoConfig.model_validate(written)
+    found = CONFIGS_OF["baselines" if "baselines" in written else "dmapo"].model_validate(written)
     assert found.run.name == path.stem
     assert [r.name for r in found.judge.rubrics] == ["helpfulness", "factuality", "conciseness"]
     assert found.templates()
@@ -85,8 +86,9 @@ def test_shipped_files_say_what_they_should(path: Path) -> None:
     assert (found.gate.desirable_at, found.gate.undesirable_at, found.datasets.min_gap) == (7.0, 4.0, 1.5)
     # Published as policy and judge; a model that thinks gives no score.
     assert all(m.chat_template_args == {"enable_thinking": False} for m in found.models.values())
-    if path.stem == "dmapo":
-        train, lora = found.train, found.train.lora
+    if path.stem in ("dmapo", "baselines", "ablations"):
+        train = found.training("kto", 0) if isinstance(found, BaselinesConfig) else found.train
+        lora = train.lora
         assert (train.beta, train.learning_rate, train.lr_scheduler, train.warmup_ratio) == (0.1, 5e-5, "cosine", 0.05)
         assert (train.epochs, train.batch_size, train.gradient_accumulation) == (2, 2, 8)
         assert (lora.r, lora.alpha, lora.dropout, lora.target_modules) == (16, 32, 0.05, "all-linear")
@@ -143,7 +145,7 @@ def test_pocket_weights_that_are_not_there(monkeypatch: pytest.MonkeyPatch, erro
         ("judge.rubrics={}", r"judge\.rubrics: "),
         ("models.judge.dtype=float8", r"models\.judge\.dtype: .*'float32'.*\(it is 'float8'\)"),
         ("prompts.num_shards=48", r"prompts\.num_shards: num_shards must divide 1024.*32 and 64"),
-        ("train.method=ppo", r"train\.method: .*'kto' or 'dpo'"),
+        ("train.method=ppo", r"train\.method: .*'sft', 'dpo'"),
         ("train.batch_size=1", r"train\.batch_size must be 2 or more for kto"),
         ("gate.undesirable_at=8", r"gate: undesirable_at \(8\) must be below desirable_at"),
         ("run.name=a/b", r"run\.name: "),
@@ -360,6 +362,8 @@ OPERATIONAL = (
 
 #: Values for keys that have no obvious other one.
 OTHER: dict[str, Any] = {
+    "train.method": "dpo",
+    "train.quantization": "nf4",
     "prompt_templates": "pocket",
     "candidates.model": "judge",
     "judge.model": "policy",

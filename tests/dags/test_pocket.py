@@ -1,6 +1,7 @@
 """The whole method in the pocket world: the policy gets better from data that judges agreed on, and worse from lies.
 
-One full run, and two more policies from its data sets; the call log answers what was asked before.
+One full run, a comparison of methods and data sets on its candidates, and a policy from flipped labels; the call log
+answers what was asked before.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from tests.dags.conftest import CONFIG, Quorum, manifest, run
+from tests.dags.conftest import CONFIG, Quorum, engine_calls, manifest, run
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
 
+COMPARISON = "configs/pocket_baselines.yaml"
 LABELS = ("desirable", "undesirable", "discard", "abstain")
 
 
@@ -73,15 +75,43 @@ def test_the_policy_is_right_more_often(demo: Path) -> None:
     assert_better(demo)
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_with_other_seeds_too(demo: Path, tmp_path: Path, seed: int) -> None:
-    folder = tmp_path / f"seed-{seed}"
-    shutil.copytree(demo, folder, symlinks=True, ignore=shutil.ignore_patterns("train-*", "evaluate-*", "policy"))
-    quorum = Quorum("run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), f"train.seed={seed}")
-    assert quorum.wait(900) == 0, quorum.output
-    stages = manifest(folder)["stages"]
-    assert stages["train"]["fingerprint"] != manifest(demo)["stages"]["train"]["fingerprint"]
-    assert_better(folder)
+@pytest.fixture(scope="module")
+def compared(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two methods on gated and ungated data of the demo's own candidates, with two other seeds."""
+    folder = tmp_path_factory.mktemp("compared") / "run"
+    shutil.copytree(demo / "calls", folder.parent / "calls")
+    quorum = run("run", "baselines", "-c", COMPARISON, "--run-dir", str(folder), *_of(folder))
+    assert quorum.living_engines() == []
+    return folder
+
+
+def _of(folder: Path) -> list[str]:
+    return ["baselines.methods=[kto, dpo]", "baselines.seeds=[1, 2]", f"calls.root={folder.parent / 'calls'}"]
+
+
+def test_other_seeds_and_methods_are_right_more_often_too(compared: Path) -> None:
+    metrics = json.loads((compared / "report" / "metrics.json").read_text())
+    base, *policies = metrics["policies"]
+    print("\n" + (compared / "report" / "methods.csv").read_text())
+    assert len(policies) == 8 and 0.40 <= base["accuracy"]["greedy"] <= 0.60
+    for policy in policies:
+        gain = policy["accuracy"]["greedy"] - base["accuracy"]["greedy"]
+        assert gain >= (0.20 if policy["run"]["method"] == "kto" else 0.10), policy["run"]["label"]
+        assert policy["win_rate"] > policy["loss_rate"]
+
+
+def test_a_comparison_asks_nothing_twice_and_can_be_audited(compared: Path) -> None:
+    stages = manifest(compared)["stages"]
+    calls = engine_calls(compared)
+    assert not {"candidates", "judge", "critic"} & set(calls)  # the demo's call log has them
+    assert stages["rows-raw"]["rows"]["dpo"] > stages["rows-gated"]["rows"]["dpo"] > 0
+    again = run("run", "baselines", "--config", COMPARISON, "--run-dir", str(compared), *_of(compared))
+    assert "to do" not in again.output and again.engines == {}
+    output = run("audit", str(compared)).output
+    assert output.count("no problem") == 2 and "datasets-gated-s1" in output
+    before = (compared / "report" / "report.md").read_bytes()
+    run("report", str(compared))
+    assert (compared / "report" / "report.md").read_bytes() == before
 
 
 def test_with_flipped_labels_it_is_right_less_often_than_the_base(demo: Path, tmp_path: Path) -> None:

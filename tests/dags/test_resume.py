@@ -167,15 +167,16 @@ def test_the_driver_killed_in_the_judge_stage(tmp_path: Path) -> None:
     replay(folder, tmp_path / "replay")
 
 
-@pytest.mark.parametrize("victim", ["engine core", "actor"])
-def test_a_killed_engine_or_actor_is_replaced_without_a_rerun(tmp_path: Path, victim: str) -> None:
+def test_killed_engines_and_actors_are_replaced_without_a_rerun(tmp_path: Path) -> None:
+    """First every engine core that lives, later every actor; the judge and critic stages run side by side."""
     folder = tmp_path / "run"
     quorum = Quorum(*to_datasets(folder, *SLOW))
-    wait_until(quorum, lambda: (folder / "calls").exists() and logged_calls(folder / "calls", "judge/") > 20)
-    chosen = _victims(quorum, victim)
-    assert chosen, "nobody to kill"
-    for process in chosen:
-        process.kill()
+    for calls, victims in ((20, engine_cores), (150, actors)):
+        wait_until(quorum, lambda n=calls: (folder / "calls").exists() and logged_calls(folder / "calls", "judge/") > n)
+        chosen = victims(quorum)
+        assert chosen, f"no {victims.__name__} to kill"
+        for process in chosen:
+            process.kill()
     assert quorum.wait() == 0, quorum.output
     assert quorum.living_engines() == []
     stages = manifest(folder)["stages"]
@@ -183,8 +184,9 @@ def test_a_killed_engine_or_actor_is_replaced_without_a_rerun(tmp_path: Path, vi
     replay(folder, tmp_path / "replay")
 
 
-def _victims(quorum: Quorum, victim: str) -> list[psutil.Process]:
-    """The judge and critic stages run side by side: every engine (or actor) that lives now."""
-    if victim == "actor":
-        return [p for p in quorum.actors.values() if p.is_running()]
+def engine_cores(quorum: Quorum) -> list[psutil.Process]:
     return [p for p in quorum.engines.values() if p.is_running() and "EngineCore" in p.cmdline()[0]]
+
+
+def actors(quorum: Quorum) -> list[psutil.Process]:
+    return [p for p in quorum.actors.values() if p.is_running()]

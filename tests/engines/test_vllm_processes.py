@@ -1,4 +1,7 @@
-"""No engine process outlives its owner, and a dead engine is noticed at once. Processes are found by their ids."""
+"""No engine process outlives its owner, and a dead engine is noticed at once. Processes are found by their ids.
+
+That Ray Data replaces actors whose engine or process died is tested with whole runs, in `tests/dags/test_resume.py`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -146,111 +148,3 @@ def test_a_killed_owner_leaves_nothing(qwen3: Path, tmp_path: Path) -> None:
     owner.kill()
     owner.wait(10)
     assert_gone(processes)
-
-
-DRIVER = """
-import asyncio, json, os, signal, sys, time
-from pathlib import Path
-import psutil, ray
-from ray_pipeline.engines.base import EngineDead, Sampling
-from ray_pipeline.engines.vllm import VllmEngine, VllmSpec
-
-class Worker:
-    def __init__(self, model, notes, troubles):
-        self.engine = VllmEngine(VllmSpec(model, dtype="float32", canary=False))
-        self.notes, self.troubles = Path(notes), troubles
-
-    def first_time(self, name):
-        # A note on disk: the actor that takes over must not meet the same trouble again.
-        try:
-            (self.notes / name).touch(exist_ok=False)
-            return True
-        except FileExistsError:
-            return False
-
-    async def __call__(self, batch):
-        shard = int(batch["item"][0])
-        await self.engine.start()
-        below = psutil.Process().children(recursive=True)
-        processes = [[p.pid, p.create_time()] for p in [psutil.Process(), *below]]
-        (self.notes / f"processes-{os.getpid()}").write_text(json.dumps(processes))
-        (self.notes / "ready").touch()
-        trouble = self.troubles.get(shard)
-        if trouble and self.first_time(trouble):
-            core = max(below, key=lambda p: p.memory_info().rss)
-            os.kill(core.pid if trouble == "core" else os.getpid(), signal.SIGKILL)
-        try:
-            reply = await self.engine.chat([{"role": "user", "content": str(shard)}], Sampling(max_tokens=4))
-        except EngineDead:
-            os._exit(1)  # Ray Data starts another actor and repeats the shard
-        if trouble == "hold":
-            await asyncio.sleep(600)
-        yield {"shard": [shard], "tokens": [reply.completion_tokens], "pid": [os.getpid()]}
-
-if __name__ == "__main__":
-
-    model, notes, troubles = sys.argv[1:]
-    troubles = {int(k): v for k, v in json.loads(troubles).items()}
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    dataset = ray.data.from_items(list(range(6)), override_num_blocks=6).map_batches(
-        Worker, fn_constructor_args=(model, notes, troubles), batch_size=1, num_cpus=0.5,
-        compute=ray.data.ActorPoolStrategy(size=1, max_tasks_in_flight_per_actor=4, max_concurrent_calls_per_actor=3))
-    rows = dataset.take_all()
-    rows = json.dumps([{k: int(v) for k, v in row.items()} for row in rows])
-    Path(notes, "rows").write_text(rows)  # Ray itself writes on stdout
-    Path(notes, "done").touch()
-    time.sleep(600)
-"""
-
-
-def start_driver(model: Path, tmp_path: Path, troubles: dict[int, str]) -> tuple[subprocess.Popen[str], Path]:
-    script, notes = tmp_path / "driver.py", tmp_path / "notes"
-    script.write_text(DRIVER)
-    notes.mkdir()
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, str(script), str(model), str(notes), json.dumps(troubles)],
-            stdout=log,
-            stderr=log,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "RAY_AUTH_MODE": "disabled"},
-        )
-    return process, notes
-
-
-def wait_for(note: Path, driver: subprocess.Popen[str], tmp_path: Path, seconds: float = 600.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not note.exists() and time.monotonic() < deadline and driver.poll() is None:
-        time.sleep(0.2)
-    assert note.exists(), (tmp_path / "log").read_text()[-3000:]
-
-
-def noted(notes: Path) -> list[list[float]]:
-    return [entry for file in notes.glob("processes-*") for entry in json.loads(file.read_text())]
-
-
-def test_ray_data_replaces_actors_whose_engine_or_process_died(qwen3: Path, tmp_path: Path) -> None:
-    driver, notes = start_driver(qwen3, tmp_path, {1: "core", 3: "actor"})
-    try:
-        wait_for(notes / "done", driver, tmp_path)
-        rows: list[dict[str, Any]] = json.loads((notes / "rows").read_text())
-        assert sorted(row["shard"] for row in rows) == list(range(6))
-        assert all(row["tokens"] == 4 for row in rows)
-        assert len(list(notes.glob("processes-*"))) == 3  # the first actor, the second, and the one that ended it
-        assert (notes / "core").exists() and (notes / "actor").exists()
-        assert_gone(noted(notes))  # the driver lives on: the data set's end alone frees them
-    finally:
-        driver.kill()
-        driver.wait(10)
-
-
-def test_a_killed_driver_leaves_no_engine(qwen3: Path, tmp_path: Path) -> None:
-    driver, notes = start_driver(qwen3, tmp_path, {0: "hold", 1: "hold", 2: "hold"})
-    try:
-        wait_for(notes / "ready", driver, tmp_path)
-        time.sleep(1.0)
-    finally:
-        driver.kill()
-        driver.wait(10)
-    assert_gone(noted(notes), 40.0)

@@ -105,6 +105,16 @@ def test_lines_where_there_is_no_terminal(clock: list[float]) -> None:
     ]
 
 
+def test_a_picture_of_many_stages_shows_those_that_something_happens_to() -> None:
+    status = ["done"] * 15 + ["running"] * 2 + ["waiting"] * 20
+    stages = [StageProgress(f"train-{i}", state) for i, state in enumerate(status)]
+    out = io.StringIO()
+    Console(file=out, width=120).print(progress._picture(stages))
+    shown = out.getvalue()
+    assert "train-15" in shown and "train-16" in shown and "train-14" not in shown and "train-17" not in shown
+    assert "15 stages done, 20 stages waiting" in shown
+
+
 def test_a_picture_on_a_terminal() -> None:
     out = io.StringIO()
     with Display(Console(file=out, force_terminal=True, width=120), ["prompts", "judge", "gate"]) as display:

@@ -1,8 +1,8 @@
-"""Which finished stages still count when an earlier one has to be made again."""
+"""Which finished stages still count when an earlier one has to be made again, and which may begin."""
 
 from __future__ import annotations
 
-from ray_pipeline.graph.run import _stale
+from ray_pipeline.graph.run import _may_start, _stale
 from ray_pipeline.graph.stage import Stage, StageResult, WholeWork
 
 
@@ -31,3 +31,17 @@ def test_what_was_made_from_a_lost_but_repeatable_table_still_counts() -> None:
     results = done(candidates)
     assert _stale([prompts, candidates], results) == []
     assert set(results) == {"candidates"}
+
+
+def test_with_a_limit_only_stages_that_can_begin_are_submitted() -> None:
+    data = stage("data")
+    first, second = stage("first", data), stage("second", data)
+    last = stage("last", first, second)
+    everything = [data, first, second, last]
+    assert _may_start(everything, {}, 0, None) == everything
+    assert _may_start(everything, {}, 0, 2) == [data]
+    assert _may_start([first, second, last], done(data), 0, 1) == [first]
+    assert _may_start([second, last], done(data), 1, 1) == []
+    assert _may_start([second, last], done(data), 1, 2) == [second]
+    # `first` failed: its place is free, and `last` never begins.
+    assert _may_start([last], done(data, second), 0, 2) == []

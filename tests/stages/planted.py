@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from ray_pipeline.stages.audit import RunTables
+from ray_pipeline.stages.convert import pairs_to_sft
 from ray_pipeline.stages.datasets import DatasetsConfig, dpo_rows, kto_rows, write_dataset_files
 from ray_pipeline.stages.gate import GateConfig, decide
 from ray_pipeline.stages.rows import add_counts
@@ -120,13 +121,16 @@ def write_run(
         for kind in ("prompts", "candidates", "verdicts", "critiques", "decisions")
     }
     parts = {kind: by_shard(getattr(world, kind), num_shards) for kind in tables if kind != "decisions"}
-    made: dict[str, list[pa.Table]] = {"kto": [], "dpo": []}
-    counts: dict[str, list[dict]] = {"kto": [], "dpo": []}
+    made: dict[str, list[pa.Table]] = {"kto": [], "dpo": [], "sft": []}
+    counts: dict[str, list[dict]] = {"kto": [], "dpo": [], "sft": []}
     for shard in range(num_shards):
         shards = {kind: part[shard] for kind, part in parts.items()}
         decisions = decide(shards["candidates"], shards["verdicts"], shards["critiques"], JUDGES, gate)
         arguments = (shards["prompts"], shards["candidates"], shards["verdicts"], decisions, config, count_words)
-        for kind, (table, count) in (("kto", kto_rows(*arguments)), ("dpo", dpo_rows(*arguments))):
+        pairs = dpo_rows(*arguments)
+        for kind, (table, count) in (
+            ("kto", kto_rows(*arguments)), ("dpo", pairs), ("sft", pairs_to_sft(pairs[0])),
+        ):  # fmt: skip
             made[kind].append(change(kind, shard, table))
             counts[kind].append(count)
         for kind, table in {**shards, "decisions": decisions}.items():

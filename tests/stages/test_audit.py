@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -296,4 +297,22 @@ def test_a_run_without_critic_or_pairs(tmp_path):
     config = DatasetsConfig(kinds=["kto"], max_length=60, max_prompt_length=20)
     run: RunTables = write_run(tmp_path, random_world(10, seed=8), gate=GateConfig(use_critic=False), config=config)
     report = audit_run(dataclasses.replace(run, critiques=None))
-    assert report.ok and report.rows["dpo"] == 0 and "critiques" not in report.rows
+    assert report.ok and "dpo" not in report.rows and "critiques" not in report.rows
+
+
+def test_sft_rows_are_walked_back_too(tmp_path: Path) -> None:
+    config = DatasetsConfig(kinds=["dpo", "sft"], max_length=60, max_prompt_length=20)
+    world = random_world(60, seed=5)
+    report = audit_run(write_run(tmp_path / "good", world, config=config), count_words)
+    assert report.ok and report.rows["sft"] == report.rows["dpo"] > 0
+    assert f"{report.rows['sft']} SFT rows" in report.summary()
+
+    def damage(kind: str, shard: int, table: pa.Table) -> pa.Table:
+        if kind != "sft" or table.num_rows < 2:
+            return table
+        rows = table.to_pylist()
+        rows[0]["completion"] = rows[1]["completion"]
+        return pa.Table.from_pylist([rows[0], *rows[2:]], schema=table.schema)
+
+    found = audit_run(write_run(tmp_path / "bad", world, config=config, change=damage), count_words).found
+    assert found["completion"] == found["missing"] == 2

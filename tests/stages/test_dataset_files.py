@@ -104,6 +104,7 @@ def test_card(written):
         front, body = text.removeprefix("---\n").split("\n---\n", 1)
         card = yaml.safe_load(front)
         assert card["size_categories"] == ["n<1K"] and kind in card["tags"] and card["license"] == "other"
+        assert card["configs"][0]["config_name"] == "f2"  # `datasets` caches by this name
         paths = [(f["split"], f["path"]) for f in card["configs"][0]["data_files"]]
         assert paths == [("train", "train/*.parquet"), ("validation", "val/*.parquet")]
         for word in ("| tau | 2.5 |", "helpfulness, factuality, conciseness", "prompt_too_long", "| gate | f1 |", "f2"):

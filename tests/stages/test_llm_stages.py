@@ -347,13 +347,12 @@ def test_judges_on_two_models_are_two_stages(model: ModelSettings) -> None:
 
 def test_every_llm_stage_stops_by_the_configured_error_rate(model: ModelSettings) -> None:
     failure, start = FailureSettings(max_error_rate=0.25, error_window=8), nothing()
-    both = {"base": start, "policy": start}
     stages = [
         candidates_stage(CandidateSettings(), failure, model, start),
         *judge.judges(rubrics(), failure, {"judge": model}, TEXTS.judge, start, {"candidates": start}),
         critic.critic(CriticSettings(), failure, model, TEXTS.critic, start, start),
         compare.responses("base", EvaluateSettings(), failure, model, start),
-        compare.comparisons(EvaluateSettings(), failure, model, TEXTS.pairwise, start, **both),
+        compare.comparisons(EvaluateSettings(), failure, model, TEXTS.pairwise, start, start, {"policy": start}),
     ]
     for stage in stages:
         assert (stage.work.max_error_rate, stage.work.error_window) == (0.25, 8), stage.name  # type: ignore[union-attr]
@@ -480,7 +479,13 @@ def compare_all(
     root: Path, script: Any, base: pa.Table, policy: pa.Table, texts: Sequence[str] = ("one", "two")
 ) -> tuple[ShardOutput, ScriptedEngine, Shard]:
     settings = compare._Compare(
-        judge="judge", mode="greedy", template=TEXTS.pairwise, layout="shared_first", sampling=COLD, asking=Asking()
+        policies=("policy",),
+        judge="judge",
+        mode="greedy",
+        template=TEXTS.pairwise,
+        layout="shared_first",
+        sampling=COLD,
+        asking=Asking(),
     )
     shard = Shard({"prompts": prompts(*texts), "base": base, "policy": policy}, settings)
     engine = ScriptedEngine(script)
@@ -512,6 +517,27 @@ def test_both_orders_are_asked_and_votes_are_for_models(tmp_path: Path) -> None:
     ids = column(found, "pair_id")
     assert ids[0] == ids[1] != ids[2] == ids[3]
     assert not any("not to be compared" in text for text in asked(engine))
+
+
+def test_several_policies_are_each_compared_with_the_base(tmp_path: Path) -> None:
+    settings = compare._Compare(
+        policies=("dpo-s0", "kto-s0"),
+        judge="judge",
+        mode="greedy",
+        template=TEXTS.pairwise,
+        layout="shared_first",
+        sampling=COLD,
+        asking=Asking(),
+    )
+    other = responses("kto-s0", ("one", "excellent", "stop"), ("two", "excellent", "stop"))
+    tables = {"prompts": prompts("one", "two"), "base": BASE, "dpo-s0": POLICY, "kto-s0": other}
+    found = Shard(tables, settings).run(compare_shard, ScriptedEngine(prefers("excellent")), tmp_path)
+    named = list(zip(column(found, "model_a"), column(found, "model_b"), column(found, "vote"), strict=True))
+    assert named[:4] == [
+        ("policy", "base", "base"), ("base", "policy", "base"), ("kto-s0", "base", "tie"), ("base", "kto-s0", "tie"),
+    ]  # fmt: skip
+    assert [vote for _, _, vote in named[4:]] == ["policy"] * 4
+    assert len(set(column(found, "pair_id"))) == 4
 
 
 @pytest.mark.parametrize(

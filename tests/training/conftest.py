@@ -1,7 +1,8 @@
-"""A tiny random Llama with its own tokenizer and chat template, small data sets, and a local Ray."""
+"""A tiny random Llama with its own tokenizer and chat template, small data sets, a local Ray, and one finished run."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ray_pipeline.store.schemas import MESSAGES
-from ray_pipeline.training import LoraSpec, TrainSpec
+from ray_pipeline.training import METHODS, LoraSpec, TrainResult, TrainSpec, fit
 
 REPOSITORY = Path(__file__).parents[2]
 TEXT = "add two numbers and say the largest word of three red green blue seven nine please sort them"
@@ -26,12 +27,14 @@ TEMPLATE = (
 
 KTO_SCHEMA = pa.schema([("candidate_id", pa.string()), ("prompt", MESSAGES), ("completion", MESSAGES),
                         ("label", pa.bool_()), ("images", pa.string())])  # fmt: skip
+SFT_SCHEMA = pa.schema([("prompt", MESSAGES), ("completion", MESSAGES), ("final_score", pa.float64())])
 DPO_SCHEMA = pa.schema([("prompt", MESSAGES), ("chosen", MESSAGES), ("rejected", MESSAGES), ("gap", pa.float64())])
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Folder of a random Llama: hidden 64, two layers, a BPE tokenizer of 300 entries."""
+    """Folder of a random Llama: hidden 64, two layers, heads of 32 (the smallest that vLLM has a kernel for), a BPE
+    tokenizer of 300 entries."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -55,8 +58,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
             hidden_size=64,
             intermediate_size=128,
             num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
             max_position_embeddings=256,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -97,6 +100,18 @@ def dpo_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def sft_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    return [{"prompt": row["prompt"], "completion": row["completion"], "final_score": 8.0}
+            for row in kto_rows(count, seed)]  # fmt: skip
+
+
+ROWS: dict[str, tuple[Callable[..., list[dict[str, Any]]], pa.Schema]] = {
+    "sft": (sft_rows, SFT_SCHEMA),
+    "dpo": (dpo_rows, DPO_SCHEMA),
+    "kto": (kto_rows, KTO_SCHEMA),
+}
+
+
 def write_rows(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
@@ -110,17 +125,18 @@ MakeSpec = Callable[..., TrainSpec]
 def make_spec(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> MakeSpec:
     """`make_spec(method, **changes)`: a spec over 48 training rows in two files and 9 evaluation rows."""
     data = tmp_path_factory.mktemp("data")
-    for method, rows, schema in (("kto", kto_rows, KTO_SCHEMA), ("dpo", dpo_rows, DPO_SCHEMA)):
-        write_rows(data / method / "train" / "00000.parquet", rows(28, seed=1), schema)
-        write_rows(data / method / "train" / "00001.parquet", rows(20, seed=2), schema)
-        write_rows(data / method / "val" / "00000.parquet", rows(9, seed=3), schema)
+    for kind, (rows, schema) in ROWS.items():
+        write_rows(data / kind / "train" / "00000.parquet", rows(28, seed=1), schema)
+        write_rows(data / kind / "train" / "00001.parquet", rows(20, seed=2), schema)
+        write_rows(data / kind / "val" / "00000.parquet", rows(9, seed=3), schema)
 
     def make(method: str = "kto", **changes: Any) -> TrainSpec:
         out = tmp_path_factory.mktemp("run")
+        files = data / (METHODS[method].data if method in METHODS else "kto")
         values: dict[str, Any] = {
             "method": method,
             "model": tiny_model,
-            "train_files": str(data / method / "train" / "*.parquet"),
+            "train_files": str(files / "train" / "*.parquet"),
             "output_dir": str(out / "policy"),
             "storage_path": str(out / "ray_train"),
             "run_name": f"{method}-0123abcd",
@@ -150,3 +166,22 @@ def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(REPOSITORY)}})
     yield
     ray.shutdown()
+
+
+#: Optimiser steps of `undisturbed_spec`.
+STEPS = 12
+
+
+def with_validation(spec: TrainSpec) -> TrainSpec:
+    return dataclasses.replace(spec, val_files=spec.train_files.replace("train", "val"))
+
+
+def undisturbed_spec(make_spec: MakeSpec, **changes: Any) -> TrainSpec:
+    """KTO on two workers, evaluated after each of two epochs; the run that killed ones must equal."""
+    return with_validation(make_spec("kto", epochs=2, **changes))
+
+
+@pytest.fixture(scope="session")
+def finished(make_spec: MakeSpec, local_ray: None) -> tuple[TrainSpec, TrainResult]:
+    spec = undisturbed_spec(make_spec)
+    return spec, fit(spec)

@@ -4,55 +4,56 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from ray_pipeline.store.schemas import TRAIN_METRICS
-from ray_pipeline.training import TrainResult, TrainSpec, fit
+from ray_pipeline.training import METHODS, TrainResult, TrainSpec, fit
 from ray_pipeline.training.spec import PROGRESS
 
-from .conftest import MakeSpec
+from .conftest import REPOSITORY, STEPS, MakeSpec, undisturbed_spec, with_validation
 
 pytestmark = pytest.mark.e2e
 
-STEPS = 12
+Finished = tuple[TrainSpec, TrainResult]
 
 
-def kto_spec(make_spec: MakeSpec) -> TrainSpec:
-    spec = make_spec("kto", epochs=2, disable_dropout=False)
-    return dataclasses.replace(spec, val_files=spec.train_files.replace("train", "val"))
-
-
-@pytest.fixture(scope="module")
-def finished(make_spec: MakeSpec, local_ray: None) -> tuple[TrainSpec, TrainResult]:
-    spec = kto_spec(make_spec)
-    return spec, fit(spec)
-
-
-def weights(adapter: str) -> dict[str, torch.Tensor]:
+def weights(folder: str | Path, name: str = "adapter_model") -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
-    return load_file(Path(adapter) / "adapter_model.safetensors")
+    return load_file(Path(folder) / f"{name}.safetensors")
 
 
-def assert_same_adapter(left: str, right: str) -> None:
-    one, two = weights(left), weights(right)
+def assert_same_weights(left: str | Path, right: str | Path, name: str = "adapter_model", atol: float = 0.0) -> None:
+    one, two = weights(left, name), weights(right, name)
     assert one.keys() == two.keys()
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert all(torch.allclose(one[key], two[key], rtol=0, atol=atol) for key in one)
 
 
 def steps(result: TrainResult, split: str) -> list[int]:
     return [row["step"] for row in result.metrics.to_pylist() if row["split"] == split]
 
 
-def test_two_workers_train_with_a_row_per_step(finished: tuple[TrainSpec, TrainResult]) -> None:
+def mean_loss(rows: list[dict[str, Any]]) -> float:
+    return sum(row["loss"] for row in rows) / len(rows)
+
+
+def names(folder: str | Path) -> list[str]:
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def test_two_workers_train_with_a_row_per_step(finished: Finished) -> None:
     spec, result = finished
     assert (result.steps, result.epochs, result.resumed_from) == (STEPS, 2.0, None)
     assert result.metrics.schema == TRAIN_METRICS
@@ -63,25 +64,27 @@ def test_two_workers_train_with_a_row_per_step(finished: tuple[TrainSpec, TrainR
     assert first["loss"] == pytest.approx(0.5)
     assert last["loss"] < first["loss"]
     assert first["rewards_accuracies"] is None  # KTO has none
-    assert result.effective["lora_dropout"] == spec.lora.dropout
-    assert result.effective["world_size"] == 2
-    assert result.effective["effective_batch"] == 8
+    assert spec.lora is not None and result.effective["lora_dropout"] == spec.lora.dropout
+    assert result.effective["reference"] == "the base, adapter switched off"
+    assert (result.effective["world_size"], result.effective["effective_batch"]) == (2, 8)
     assert result.effective["eval_rows"] == result.data["val_rows_used"] == 8
     assert result.data["rows"] == result.effective["train_rows"] == 48
 
 
-def test_adapter_and_merged_model_load_and_agree(finished: tuple[TrainSpec, TrainResult]) -> None:
+def test_adapter_and_merged_model_load_and_agree(finished: Finished) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     spec, result = finished
+    assert result.adapter is not None and result.max_logit_diff is not None
     config = json.loads((Path(result.adapter) / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == spec.model
-    names = {path.name for path in Path(result.adapter).iterdir()}
-    assert {"adapter_model.safetensors", "tokenizer.json", "chat_template.jinja", "README.md"} <= names
-    assert not [name for name in names if name.endswith(".bin")]
+    assert {"adapter_model.safetensors", "tokenizer.json", "chat_template.jinja", "README.md"} <= set(
+        names(result.adapter)
+    )
+    assert not [name for name in names(result.adapter) if name.endswith(".bin")]
     assert "0123abcd" in (Path(result.merged) / "README.md").read_text()
-    assert sorted(path.name for path in Path(spec.output_dir).iterdir()) == ["adapter", "merged", PROGRESS]
+    assert names(spec.output_dir) == ["adapter", "merged", PROGRESS]
     assert json.loads((Path(spec.output_dir) / PROGRESS).read_text())["step"] == result.steps
 
     tokenizer = AutoTokenizer.from_pretrained(result.merged)
@@ -98,49 +101,107 @@ def test_adapter_and_merged_model_load_and_agree(finished: tuple[TrainSpec, Trai
     assert effect > 1e-2
 
 
-def test_a_finished_run_takes_no_more_steps(finished: tuple[TrainSpec, TrainResult]) -> None:
-    import ray
-
-    spec, result = finished
-    before = sorted(os.listdir(Path(spec.storage_path) / spec.run_name))
-    inside_a_task = ray.remote(num_cpus=0)(fit)  # as the train stage calls it
-    again = ray.get(inside_a_task.remote(dataclasses.replace(spec, output_dir=spec.output_dir + "-again")))
-    assert sorted(os.listdir(Path(spec.storage_path) / spec.run_name)) == before
-    assert (again.steps, again.resumed_from) == (STEPS, STEPS)
-    assert again.metrics.equals(result.metrics)
-    assert_same_adapter(again.adapter, result.adapter)
+# --- kill -9 ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_killed_worker_costs_nothing_but_time(
-    finished: tuple[TrainSpec, TrainResult], make_spec: MakeSpec, local_ray: None
-) -> None:
-    spec = kto_spec(make_spec)
-    killed: list[int] = []
+def training_workers() -> list[psutil.Process]:
+    """Of this test's own cluster, whose processes are children of this one."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.name().startswith("ray::RayTrain"):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found
 
-    def kill_a_worker() -> None:
-        snapshot = Path(spec.storage_path) / spec.run_name / "checkpoint_manager_snapshot.json"
-        while not snapshot.exists() or "step-" not in snapshot.read_text():  # what Ray Train restarts from
+
+class AtFirstCheckpoint(threading.Thread):
+    """Calls something as soon as Ray Train has a checkpoint to start again from; `done` is what it returned."""
+
+    def __init__(self, spec: TrainSpec, act: Callable[[], Any]) -> None:
+        super().__init__(daemon=True)
+        self._snapshot = Path(spec.storage_path) / spec.run_name / "checkpoint_manager_snapshot.json"
+        self._act = act
+        self.done: Any = None
+
+    def run(self) -> None:
+        while not self._snapshot.exists() or "step-" not in self._snapshot.read_text():
             time.sleep(0.02)
-        for process in psutil.Process().children(recursive=True):  # the raylet's, so of this test's own cluster
-            if process.name().startswith("ray::RayTrain") and not killed:
-                process.send_signal(signal.SIGKILL)
-                killed.append(process.pid)
+        self.done = self._act()
 
-    killer = threading.Thread(target=kill_a_worker, daemon=True)
+
+def kill(processes: list[psutil.Process]) -> int:
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+    return len(processes)
+
+
+def assert_undisturbed(killed: TrainResult, undisturbed: TrainResult) -> None:
+    assert killed.resumed_from is not None and 2 <= killed.resumed_from < STEPS
+    assert killed.steps == STEPS
+    assert killed.metrics.equals(undisturbed.metrics)  # no hole, no duplicate, the same numbers
+    assert killed.train_loss == undisturbed.train_loss
+    assert_same_weights(killed.adapter, undisturbed.adapter)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_killed_workers_cost_nothing_but_time(finished: Finished, make_spec: MakeSpec, number: int) -> None:
+    spec = undisturbed_spec(make_spec)
+    killer = AtFirstCheckpoint(spec, lambda: kill(training_workers()[:number]))
     killer.start()
     result = fit(spec)
     killer.join(timeout=1)
-    assert killed
-    assert result.resumed_from is not None and 2 <= result.resumed_from < STEPS
-    assert result.steps == STEPS
-    assert result.metrics.equals(finished[1].metrics)  # no hole, no duplicate, the same numbers
-    assert result.train_loss == finished[1].train_loss
-    assert_same_adapter(result.adapter, finished[1].adapter)
+    assert killer.done == number
+    assert_undisturbed(result, finished[1])
+
+
+DRIVER = """
+import json, sys
+import pyarrow.parquet as pq
+import ray
+from ray_pipeline.training import TrainSpec, fit
+
+address, spec, out = sys.argv[1:]
+ray.init(address=address, log_to_driver=False)
+result = fit(TrainSpec.from_dict(json.load(open(spec))))
+pq.write_table(result.metrics, out + ".parquet")
+json.dump({"steps": result.steps, "resumed_from": result.resumed_from, "adapter": result.adapter,
+           "train_loss": result.train_loss}, open(out + ".json", "w"))
+"""
+
+
+def test_a_killed_driver_goes_on_by_the_same_command(finished: Finished, make_spec: MakeSpec, tmp_path: Path) -> None:
+    import ray
+
+    spec = undisturbed_spec(make_spec)
+    (tmp_path / "spec.json").write_text(json.dumps(spec.to_dict()))
+    address = ray.get_runtime_context().gcs_address
+    command = [sys.executable, "-c", DRIVER, address, str(tmp_path / "spec.json"), str(tmp_path / "result")]
+
+    driver = subprocess.Popen(command, cwd=REPOSITORY)
+    killer = AtFirstCheckpoint(spec, driver.kill)
+    killer.start()
+    assert driver.wait(timeout=240) == -signal.SIGKILL
+    assert not (tmp_path / "result.json").exists()
+    deadline = time.monotonic() + 30
+    while training_workers():
+        assert time.monotonic() < deadline, "workers outlive their driver"
+        time.sleep(0.1)
+
+    subprocess.run(command, cwd=REPOSITORY, check=True, timeout=240)
+    result = json.loads((tmp_path / "result.json").read_text())
+    undisturbed = finished[1]
+    assert 2 <= result["resumed_from"] < STEPS and result["steps"] == STEPS
+    assert pq.read_table(tmp_path / "result.parquet").equals(undisturbed.metrics)
+    assert result["train_loss"] == undisturbed.train_loss
+    assert_same_weights(result["adapter"], undisturbed.adapter)
+
+
+# --- the other methods and options ------------------------------------------------------------------------------------
 
 
 def test_dpo_trains_from_bfloat16_with_accumulation(make_spec: MakeSpec, local_ray: None) -> None:
-    from safetensors.torch import load_file
-
     spec = make_spec(
         "dpo",
         dtype="bfloat16",
@@ -157,5 +218,88 @@ def test_dpo_trains_from_bfloat16_with_accumulation(make_spec: MakeSpec, local_r
     assert last["loss"] < first["loss"]
     assert last["rewards_accuracies"] is not None and last["kl"] is None
     assert result.effective["lora_dropout"] == 0.0  # TRL zeroes the adapter's dropout too
-    assert (result.effective["base_dtype"], result.effective["adapter_dtype"]) == ("bfloat16", "float32")
-    assert {t.dtype for t in load_file(Path(result.merged) / "model.safetensors").values()} == {torch.bfloat16}
+    assert (result.effective["base_dtype"], result.effective["trained_dtype"]) == ("bfloat16", "float32")
+    assert {t.dtype for t in weights(result.merged, "model").values()} == {torch.bfloat16}
+
+
+def test_sft_learns_the_answers_and_tells_tensorboard(make_spec: MakeSpec, local_ray: None) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    spec = with_validation(make_spec("sft", report_to=("tensorboard",)))
+    result = fit(spec)
+    rows = result.metrics.to_pylist()
+    train = [row["loss"] for row in rows if row["split"] == "train"]
+    assert result.steps == len(train) == 18 and train[-1] < train[0] - 0.1
+    held_out = [row["loss"] for row in rows if row["split"] == "eval"]
+    assert len(held_out) == 3 and held_out[-1] < held_out[0]
+    assert "reference" not in result.effective and "beta" not in result.effective
+    assert result.effective["loss_type"] == "nll" and result.effective["lora_dropout"] == 0.1
+
+    assert names(spec.output_dir) == ["adapter", "merged", PROGRESS, "tensorboard"]
+    events = EventAccumulator(str(Path(spec.output_dir) / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 19))
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(train)
+
+
+def test_orpo_trains_with_accumulation(make_spec: MakeSpec, local_ray: None) -> None:
+    result = fit(with_validation(make_spec("orpo", batch_size=2, gradient_accumulation=2, epochs=2)))
+    first, *_, last = [row for row in result.metrics.to_pylist() if row["split"] == "train"]
+    assert result.steps == STEPS and steps(result, "eval") == [STEPS // 2, STEPS]
+    # The mean over the micro-batches, not their sum: NLL of a random model is about log(vocabulary) + λ·log 2.
+    assert 3 < last["loss"] < first["loss"] < 12
+    assert last["logps_chosen"] > first["logps_chosen"]
+    assert last["rewards_chosen"] == pytest.approx(0.1 * last["logps_chosen"])
+    assert result.effective["objective"] == METHODS["orpo"].objective and result.effective["beta"] == 0.1
+
+
+@pytest.fixture(scope="module")
+def full(make_spec: MakeSpec, local_ray: None) -> Finished:
+    spec = make_spec("simpo", lora=None, dtype="bfloat16", learning_rate=1e-3, epochs=2)
+    return spec, fit(spec)
+
+
+def test_full_fine_tuning_leaves_one_model(full: Finished) -> None:
+    spec, result = full
+    assert (result.adapter, result.max_logit_diff) == (None, None)
+    assert names(spec.output_dir) == ["merged", PROGRESS]
+    effective = result.effective
+    assert (effective["trains"], effective["trained_dtype"]) == ("every weight", "float32")
+    assert effective["trained_parameters"] == effective["parameters"]
+    assert (effective["beta"], effective["simpo_gamma"], effective["loss_type"]) == (2.0, 1.0, "simpo")
+    trained, base = weights(result.merged, "model"), weights(spec.model, "model")
+    assert {t.dtype for t in trained.values()} == {torch.bfloat16} and trained.keys() == base.keys()
+    assert all((trained[name].float() - base[name]).abs().max() > 1e-3 for name in base)
+    card = (Path(result.merged) / "README.md").read_text()
+    assert "every weight trained" in card and "| simpo_gamma | 1 |" in card and "0123abcd" in card
+    rows = result.metrics.to_pylist()
+    assert mean_loss(rows[STEPS // 2 :]) < mean_loss(rows[: STEPS // 2])
+
+
+def test_a_finished_run_takes_no_more_steps(full: Finished) -> None:
+    import ray
+
+    spec, result = full
+    before = names(Path(spec.storage_path) / spec.run_name)
+    inside_a_task = ray.remote(num_cpus=0)(fit)  # as the train stage calls it
+    again = ray.get(inside_a_task.remote(dataclasses.replace(spec, output_dir=spec.output_dir + "-again")))
+    assert names(Path(spec.storage_path) / spec.run_name) == before
+    assert (again.steps, again.resumed_from) == (STEPS, STEPS)
+    assert again.metrics.equals(result.metrics)
+    assert_same_weights(again.merged, result.merged, "model")
+
+
+def test_a_sharded_model_trains_resumes_and_is_gathered(finished: Finished, make_spec: MakeSpec) -> None:
+    spec = undisturbed_spec(make_spec, shard="fsdp")
+    killer = AtFirstCheckpoint(spec, lambda: kill(training_workers()[:1]))
+    killer.start()
+    result = fit(spec)
+    killer.join(timeout=1)
+    assert killer.done == 1 and result.resumed_from is not None and 2 <= result.resumed_from < STEPS
+    checkpoint = next((Path(spec.storage_path) / spec.run_name).glob("step-*"))
+    assert len(list((checkpoint / "pytorch_model_fsdp_0").glob("*.distcp"))) == 2  # each worker has a part
+    undisturbed = finished[1]
+    assert steps(result, "train") == steps(undisturbed, "train")
+    for ours, theirs in zip(result.metrics.to_pylist(), undisturbed.metrics.to_pylist(), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+    assert_same_weights(result.adapter, undisturbed.adapter, atol=1e-3)
+    assert result.max_logit_diff is not None and result.max_logit_diff < 1e-5

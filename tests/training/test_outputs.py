@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ray_pipeline.store.schemas import TRAIN_METRICS
-from ray_pipeline.training import MergeError, merge_adapter
+from ray_pipeline.training import METHODS, MergeError, merge_adapter
 from ray_pipeline.training.card import model_card
 from ray_pipeline.training.folders import partial_folder, publish
 from ray_pipeline.training.metrics import mean_train_loss, train_metrics
@@ -89,10 +89,19 @@ def test_a_merge_that_gives_no_numbers_is_refused(tiny_model: str, tmp_path: Pat
     assert sorted(os.listdir(tmp_path)) == ["adapter"]
 
 
-def test_the_model_card_names_data_settings_and_result(make_spec: MakeSpec) -> None:
-    card = model_card(make_spec("kto"), "adapter", 12, {"lora_dropout": 0.1}, {"loss": 0.25, "kl": None})
-    assert card.startswith('---\nlibrary_name: "peft"\n')
+@pytest.mark.parametrize("method", list(METHODS))
+def test_the_model_card_names_data_settings_and_result(make_spec: MakeSpec, method: str) -> None:
+    beta = METHODS[method].beta
+    spec = make_spec(method, beta=beta)
+    card = model_card(spec, "adapter", 12, {"lora_dropout": 0.1}, {"loss": 0.25, "kl": None})
+    assert card.startswith('---\nlibrary_name: "peft"\n') and f"by {method.upper()} in 12 optimiser steps" in card
     assert "base_model:" not in card  # a local path is no name on the hub
-    assert "| data set | 0123abcd |" in card and "| beta | 0.1 |" in card
+    assert "| data set | 0123abcd |" in card and f"| method | {method} |" in card
+    assert "| learning_rate | 0.005 |" in card and "'dropout': 0.1" in card
+    assert (f"| beta | {beta:g} |" if beta else "| beta |") in card or beta is None
+    assert ("| desirable_weight |" in card) == (method == "kto")
     assert "| lora_dropout | 0.1 |" in card and "| loss | 0.25 |" in card and "| kl |" not in card
-    assert 'base_model: "org/base"' in model_card(make_spec("kto", model="org/base"), "merged", 1, {}, None)
+    assert 'base_model: "org/base"' in model_card(make_spec(method, model="org/base"), "merged", 1, {}, None)
+    full = model_card(make_spec(method, lora=None), "full", 1, {}, None)
+    assert 'library_name: "transformers"' in full and "with every weight trained" in full
+    assert "lora" not in full.lower()

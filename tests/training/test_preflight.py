@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,27 @@ import pyarrow as pa
 import pytest
 
 from ray_pipeline.store.schemas import MESSAGES
-from ray_pipeline.training import TrainingInputError, check_cluster, check_data, check_spec, validate_trainer_args
+from ray_pipeline.training import (
+    METHODS,
+    TrainingInputError,
+    check_cluster,
+    check_data,
+    check_spec,
+    validate_trainer_args,
+)
 
-from .conftest import DPO_SCHEMA, KTO_SCHEMA, MakeSpec, assistant, dpo_rows, kto_rows, user, write_rows
+from .conftest import (
+    DPO_SCHEMA,
+    KTO_SCHEMA,
+    ROWS,
+    TEMPLATE,
+    MakeSpec,
+    assistant,
+    dpo_rows,
+    kto_rows,
+    user,
+    write_rows,
+)
 
 
 @pytest.mark.parametrize(
@@ -25,20 +45,50 @@ from .conftest import DPO_SCHEMA, KTO_SCHEMA, MakeSpec, assistant, dpo_rows, kto
         ({"model": "./model"}, "model must be an absolute path or a hub name"),
         ({"model": "/nowhere/model"}, "no folder /nowhere/model"),
         ({"run_name": "a/b"}, "run_name"),
-        ({"method": "ppo"}, "method must be one of kto, dpo"),
+        ({"method": "ppo"}, "method must be one of sft, dpo, kto, orpo, simpo"),
         ({"dtype": "float16"}, "dtype must be one of float32, bfloat16"),
         ({"num_workers": 0}, "num_workers must be at least 1"),
         ({"beta": 0.0}, "beta must be above 0"),
+        ({"method": "sft", "beta": 0.1}, "beta: the loss of sft has none"),
         ({"learning_rate": float("nan")}, "learning_rate must be above 0"),
         ({"warmup_ratio": 5}, "warmup_ratio is a share"),
         ({"batch_size": 1}, "kto needs batch_size ≥ 2"),
         ({"lr_scheduler": "cosin"}, "lr_scheduler must be one of linear, cosine"),
         ({"report_to": ("wandbb",)}, "report_to: 'wandbb' is not installed"),
+        ({"quantization": "nf4", "lora": None}, "quantized weights cannot be trained"),
+        ({"quantization": "nf4"}, "quantization needs workers with a GPU"),
+        ({"quantization": "int8", "use_gpu": True, "shard": "fsdp"}, "together with shard=fsdp is not supported"),
+        ({"shard": "fsdp", "num_workers": 1}, "nothing to deal out"),
+        ({"shard": "zero2"}, "shard=zero2 needs workers with a GPU"),
+        ({"trainer_args": {"fsdp_config": {}}}, "trainer_args.fsdp_config is read with shard=fsdp only"),
     ],
 )
 def test_settings_are_checked_by_name(make_spec: MakeSpec, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(TrainingInputError, match=words):
         check_spec(make_spec(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "package", "words"),
+    [
+        ({"quantization": "nf4", "use_gpu": True}, "bitsandbytes", r"quantization needs bitsandbytes: .*\[qlora\]"),
+        ({"shard": "zero3", "use_gpu": True}, "deepspeed", r"shard=zero3 needs deepspeed: .*\[deepspeed\]"),
+        ({"trainer_args": {"use_liger_kernel": True}}, "liger_kernel", r"use_liger_kernel needs .*\[liger\]"),
+    ],
+)
+def test_packages_that_are_not_there_are_named(
+    make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], package: str, words: str
+) -> None:
+    find, there = importlib.util.find_spec, False
+
+    def find_spec(name: str, *rest: Any) -> Any:
+        return (object() if there else None) if name == package else find(name, *rest)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    with pytest.raises(TrainingInputError, match=words):
+        check_spec(make_spec(**changes))
+    there = True
+    check_spec(make_spec(**changes))
 
 
 def test_good_settings_pass(make_spec: MakeSpec) -> None:
@@ -66,10 +116,20 @@ def test_a_spec_survives_the_way_to_the_workers(make_spec: MakeSpec) -> None:
         ("dpo", {"bf16": True}, "'dtype'"),
         ("kto", {"dataset_num_proc": 4}, "breaks them"),
         ("kto", {"train_sampling_strategy": "random"}, "in file order"),
-        ("dpo", {"sync_ref_model": True}, "adapter switched off"),
+        ("dpo", {"sync_ref_model": True}, "the reference is the base"),
+        ("dpo", {"truncation_mode": "keep_end"}, "answers are cut at their end"),
         ("kto", {"loss_type": "ktoo"}, "must be one of kto, apo_zero_unpaired"),
         ("dpo", {"model_init_kwargs": {"dtype": "float16"}}, "model_init_kwargs.dtype .* 'dtype'"),
         ("dpo", {"model_init_kwargs": "dtype"}, "must be a mapping"),
+        ("sft", {"beta": 0.1}, "SFTConfig has no such setting"),
+        ("sft", {"disable_dropout": True}, "SFTConfig has no such setting"),
+        ("dpo", {"desirable_weight": 1.2}, "DPOConfig has no such setting"),
+        ("orpo", {"sync_ref_model": True}, "ORPOConfig has no such setting"),
+        ("orpo", {"packing": True}, "ORPOConfig has no such setting"),
+        ("orpo", {"fsdp": True}, "'shard'"),
+        ("simpo", {"loss_type": "ipo"}, "would not be SimPO"),
+        ("simpo", {"simpo_gama": 1.5}, "did you mean 'simpo_gamma'"),
+        ("simpo", {"model_init_kwargs": {"quantization_config": {}}}, "'quantization'"),
     ],
 )
 def test_trainer_args_are_checked_by_name(method: str, args: dict[str, Any], words: str) -> None:
@@ -82,6 +142,9 @@ def test_good_trainer_args_pass() -> None:
     validate_trainer_args("dpo", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.1]})
     validate_trainer_args("dpo", {"train_sampling_strategy": "random", "dataset_num_proc": 4})
     validate_trainer_args("dpo", {"model_init_kwargs": {"attn_implementation": "sdpa"}})
+    validate_trainer_args("sft", {"packing": True, "packing_strategy": "wrapped", "assistant_only_loss": True})
+    validate_trainer_args("orpo", {"weight_decay": 0.1, "max_completion_length": 64})
+    validate_trainer_args("simpo", {"simpo_gamma": 1.5, "alpha": 0.25, "cpo_alpha": 0.5, "label_smoothing": 0.1})
 
 
 def test_trainer_args_and_fields_reach_trl(make_spec: MakeSpec, tmp_path: Path) -> None:
@@ -98,10 +161,37 @@ def test_trainer_args_and_fields_reach_trl(make_spec: MakeSpec, tmp_path: Path) 
     assert args.train_sampling_strategy == "sequential"
 
 
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_method_makes_its_config(make_spec: MakeSpec, tmp_path: Path, method: str) -> None:
+    from ray_pipeline.training.methods import trainer_config
+
+    args = trainer_config(make_spec(method, beta=None), str(tmp_path))
+    published = {"sft": None, "dpo": 0.1, "kto": 0.1, "orpo": 0.1, "simpo": 2.0}
+    assert getattr(args, "beta", None) == METHODS[method].beta == published[method]
+    assert args.max_length == 64 and args.train_sampling_strategy == "sequential"
+    assert args.model_init_kwargs == {"dtype": "float32", "device_map": None}
+    if method == "simpo":
+        assert (args.loss_type, args.cpo_alpha, args.simpo_gamma) == ("simpo", 0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype"),
+    [
+        ({}, "bfloat16"),
+        ({"lora": None}, "float32"),  # in bfloat16 most updates would be rounded away
+        ({"lora": None, "shard": "zero3"}, "bfloat16"),  # DeepSpeed has float32 copies of its own
+    ],
+)
+def test_trained_weights_are_precise(make_spec: MakeSpec, changes: dict[str, Any], dtype: str) -> None:
+    from ray_pipeline.training.methods import _model_args
+
+    assert _model_args(make_spec(dtype="bfloat16", **changes), {})["dtype"] == dtype
+
+
 def test_counts_of_a_good_data_set(make_spec: MakeSpec) -> None:
     spec = make_spec("kto", gradient_accumulation=4)
     report = check_data(dataclasses.replace(spec, val_files=spec.train_files.replace("train", "val")))
-    assert (report.rows, report.desirable, report.undesirable, report.dropped) == (48, 24, 24, 0)
+    assert (report.rows, report.desirable, report.undesirable, report.sequences) == (48, 24, 24, 48)
     assert (report.steps_per_epoch, report.unused) == (2, 0)  # six micro-batches of 8 rows, four to a step
     assert (report.val_rows, report.val_rows_used) == (9, 8)
     assert report.warnings == ()
@@ -111,24 +201,72 @@ def over_long(rows: list[dict[str, Any]], every: int) -> list[dict[str, Any]]:
     return [{**row, "prompt": user("red " * 100)} if i % every == 0 else row for i, row in enumerate(rows)]
 
 
-@pytest.mark.parametrize("method", ["kto", "dpo"])
-def test_dropped_rows_are_those_that_trl_drops(make_spec: MakeSpec, tmp_path: Path, method: str) -> None:
+@pytest.fixture(scope="module")
+def bare_model(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tiny model with a chat template that neither begins with BOS nor ends with EOS, as Qwen's does not."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("bare") / "bare"
+    shutil.copytree(tiny_model, folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.bos_token = "<|system|>"
+    tokenizer.chat_template = TEMPLATE.replace("<eos>", "<eos>\n")
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def lengths_in_trl(dataset: Any) -> list[tuple[int, int]]:
+    """(tokens of the prompt, tokens of the longest whole) of each row that TRL has tokenized."""
+    found = []
+    for row in dataset:
+        if "prompt_ids" in row:  # dpo, kto
+            answers = [row[name] for name in ("completion_ids", "chosen_ids", "rejected_ids") if name in row]
+            found.append((len(row["prompt_ids"]), len(row["prompt_ids"]) + max(map(len, answers))))
+        else:  # sft; orpo and simpo
+            labels = [row[name] for name in ("labels", "chosen_labels", "rejected_labels") if name in row]
+            found.append((labels[0].count(-100), max(map(len, labels))))
+    return found
+
+
+@pytest.mark.parametrize("bare", [False, True], ids=["ended", "bare"])
+@pytest.mark.parametrize("method", list(METHODS))
+def test_counts_are_those_of_trl(
+    make_spec: MakeSpec, tiny_model: str, bare_model: str, tmp_path: Path, method: str, bare: bool
+) -> None:
     from ray_pipeline.training.trainer import build_trainer
 
-    rows, schema = (kto_rows(40), KTO_SCHEMA) if method == "kto" else (dpo_rows(40), DPO_SCHEMA)
-    spec = make_spec(
-        method, num_workers=1, max_length=16, train_files=write_rows(tmp_path / "a.parquet", over_long(rows, 5), schema)
-    )
-    report = check_data(spec)
+    make, schema = ROWS[METHODS[method].data]
+    rows = [{**row, "prompt": user("red " * (i % 7))} for i, row in enumerate(make(40))]
+    files = write_rows(tmp_path / "a.parquet", rows, schema)
+    spec = make_spec(method, num_workers=1, max_length=256, model=bare_model if bare else tiny_model, train_files=files)
     trainer = build_trainer(spec, str(tmp_path / "scratch"))
-    assert 8 <= report.dropped < 40
-    assert len(trainer.train_dataset) == report.rows - report.dropped
-    columns = [c for c in trainer.train_dataset.column_names if c in ("completion_ids", "chosen_ids", "rejected_ids")]
-    cut = sum(
-        any(len(row["prompt_ids"]) + len(row[c]) > spec.max_length for c in columns) for row in trainer.train_dataset
-    )
-    assert report.truncated == cut > 0
-    assert any(f"{report.dropped} of 40 rows" in warning for warning in report.warnings)
+    seen = lengths_in_trl(trainer.train_dataset)
+    prompts, wholes = [prompt for prompt, _ in seen], [whole for _, whole in seen]
+    assert trainer.args.train_sampling_strategy == "sequential" and len(seen) == 40
+    batch = next(iter(trainer.get_train_dataloader()))
+    widths = [ids.shape[1] for name, ids in batch.items() if name.endswith("input_ids") and "KL" not in name]
+    assert max(wholes[: spec.batch_size]) in widths  # the first rows of the file are the first batch
+
+    longest_prompt = max(prompts)
+    report = check_data(dataclasses.replace(spec, max_length=longest_prompt + 1))
+    assert report.truncated == sum(whole > longest_prompt + 1 for whole in wholes) > 0
+    filled = sum(prompt >= longest_prompt for prompt in prompts)
+    with pytest.raises(TrainingInputError, match=f"in {filled} of 40 rows the prompt alone fills max_length"):
+        check_data(dataclasses.replace(spec, max_length=longest_prompt))
+    added = "<|system|> in front and <eos> at the end" in " ".join(report.warnings)
+    assert added == (bare and METHODS[method].adds_ends)
+
+
+def test_packed_rows_are_counted_as_sequences(make_spec: MakeSpec, tmp_path: Path) -> None:
+    from ray_pipeline.training.trainer import build_trainer
+
+    spec = make_spec("sft", num_workers=1, batch_size=2, trainer_args={"packing": True})
+    report, trainer = check_data(spec), build_trainer(spec, str(tmp_path / "scratch"))
+    assert 4 < report.sequences == len(trainer.train_dataset) < report.rows == 48
+    assert report.steps_per_epoch == len(trainer.train_dataset) // 2
+    assert trainer.args.train_sampling_strategy == "random"  # TRL sorts the rows by length to pack them
+    with pytest.raises(TrainingInputError, match=r"48 rows .packed into \d+ sequences. do not fill"):
+        check_data(dataclasses.replace(spec, batch_size=40))
 
 
 def refuse(make_spec: MakeSpec, path: Path, rows: list[dict[str, Any]], schema: pa.Schema, words: str) -> None:
@@ -165,8 +303,9 @@ def test_wrong_columns_are_refused_by_name(make_spec: MakeSpec, tmp_path: Path) 
 def test_data_that_teach_nothing_are_refused(make_spec: MakeSpec, tmp_path: Path) -> None:
     one_class = [{**row, "label": True} for row in kto_rows(20)]
     refuse(make_spec, tmp_path / "1.parquet", one_class, KTO_SCHEMA, "20 desirable and 0 undesirable")
-    refuse(make_spec, tmp_path / "2.parquet", kto_rows(7), KTO_SCHEMA, r"7 usable rows .* 4 \(batch_size\) × 2")
-    refuse(make_spec, tmp_path / "3.parquet", over_long(kto_rows(20), 1), KTO_SCHEMA, "0 usable rows .20 more")
+    refuse(make_spec, tmp_path / "2.parquet", kto_rows(7), KTO_SCHEMA, r"7 rows do not fill .* 4 \(batch_size\) × 2")
+    words = "in 4 of 20 rows the prompt alone fills max_length=64 .* raise max_length"
+    refuse(make_spec, tmp_path / "3.parquet", over_long(kto_rows(20), 5), KTO_SCHEMA, words)
     same = [{**row, "rejected": row["chosen"]} for row in dpo_rows(20)]
     refuse(make_spec, tmp_path / "4.parquet", same, DPO_SCHEMA, "equal after truncation to max_length=64 in all 20")
     tails = [{**row, "chosen": assistant("red " * 80 + "one"), "rejected": assistant("red " * 80 + "two")}
@@ -185,9 +324,13 @@ def test_doubtful_data_are_said(make_spec: MakeSpec, tmp_path: Path) -> None:
         )
     )
     said = " ".join(report.warnings)
-    assert "2.00 : 1" in said and "desirable_weight 0.50 to 0.67" in said
+    assert "20 desirable, 10 undesirable rows; with desirable_weight 1 and undesirable_weight 1" in said
+    assert "they weigh 2.00 : 1" in said and "desirable_weight 0.50 to 0.67" in said
     assert "fewer than the effective batch of 64" in said and report.steps_per_epoch == 1
     assert "no evaluation" in said and report.val_rows_used == 0
+    balanced = check_data(make_spec(train_files=str(tmp_path / "a.parquet"), undesirable_weight=1.7143))
+    assert "undesirable_weight 1.714 they weigh 1.17 : 1" in " ".join(balanced.warnings)
+    assert "recommends" not in " ".join(balanced.warnings)
     pairs = dpo_rows(20)
     pairs[0] = {**pairs[0], "rejected": pairs[0]["chosen"]}
     report = check_data(make_spec("dpo", train_files=write_rows(tmp_path / "c.parquet", pairs, DPO_SCHEMA)))

@@ -1,0 +1,151 @@
+"""The last stage of a comparison: one table over all policies, from the stored answers, comparisons and scores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from ray_pipeline.graph.results import Run
+from ray_pipeline.graph.stage import Stage, StageResult, StageStop, WholeInput, WholeWork
+from ray_pipeline.stages.evaluate import table_of, with_truth
+from ray_pipeline.store.files import StoreError, point_at
+from ray_pipeline.store.settings import Settings
+from ray_pipeline.training.spec import MethodName
+
+
+class PolicyName(Settings):
+    """A policy of the comparison: `label` names it in the tables; its training stage is `train-<label>`."""
+
+    label: str
+    method: MethodName
+    data: str
+    seed: int
+
+
+class TableSettings(Settings):
+    """What the page says beside the tables.
+
+    Attributes:
+        over: the data set that the others are held against.
+        data: name of each data set → how it was made.
+        facts: further lines of the page.
+        curating, evaluating: judge → model, for the warning that a judge marks its own work.
+    """
+
+    run_name: str
+    policies: tuple[PolicyName, ...]
+    mode: str
+    over: str
+    data: dict[str, str]
+    facts: dict[str, str]
+    curating: dict[str, str]
+    evaluating: dict[str, str]
+    bootstrap_draws: int = 2000
+    seed: int = 0
+
+
+def method_table(settings: TableSettings, stages: Sequence[Stage]) -> Stage:
+    """report.md, methods.csv, policies.csv and a plot.
+
+    Args:
+        stages: prompts, the training stages, all responses, the comparisons and the scores of the responses.
+    """
+    return Stage(
+        name="evaluate",
+        view="report",
+        work=WholeWork(function=write_page, settings=settings),
+        config=settings.model_dump(mode="json", exclude={"run_name"}),
+        inputs={stage.name: stage for stage in stages},
+    )
+
+
+def write_page(given: WholeInput) -> dict[str, Any]:
+    """Raises StageStop on an object store: plots need a folder."""
+    if not given.folder.is_local:
+        raise StageStop(f"the table is written with plots to a local folder; {given.folder.location} is none")
+    settings: TableSettings = given.settings
+    _build(given.inputs, settings, Path(given.folder.path()))
+    metrics = json.loads(Path(given.folder.path("metrics.json")).read_text())
+    for method in metrics["methods"]:
+        won, right = method["win_rate"], method["accuracy"]
+        shares = {"wins": won, **{f"right {mode}": share for mode, share in right.items()}}
+        told = ", ".join(f"{name} {share['mean']:.1%}" for name, share in shares.items() if share)
+        given.log(f"{method['method']} on {method['data']}: {told}")
+    return {"methods": len(metrics["methods"]), "policies": len(settings.policies)}
+
+
+def rewrite_page(run: Run) -> str:
+    """The page anew, from the policies that are done; returns the path of report.md.
+
+    Raises:
+        StoreError: the run folder is not local, or nothing was compared yet.
+    """
+    if not run.folder.is_local:
+        raise StoreError(f"a report needs a local run folder for its plots; {run.folder.location} is none")
+    settings = TableSettings.model_validate(run.manifest["report"])
+    if "comparisons" not in run.results:
+        raise StoreError(f"{run.folder.location} has compared no policy yet; run the same command again first")
+    name = run.manifest["stages"]["evaluate"]["path"]
+    _build(run.results, settings, Path(run.folder.path(name)))
+    point_at(run.folder, "report", name)
+    return run.folder.uri("report/report.md")
+
+
+def _build(results: Mapping[str, StageResult], settings: TableSettings, folder: Path) -> None:
+    from ray_pipeline.evaluation.method_stats import differences, method_stats, policy_stats
+    from ray_pipeline.report.methods import Comparison, build_comparison
+
+    by_name = {result.name: result for result in results.values()}
+    responses, comparisons, verdicts = _tables(by_name)
+    options: Any = {"draws": settings.bootstrap_draws, "seed": settings.seed}
+    runs = [_policy_run(by_name, policy) for policy in settings.policies]
+    policies = policy_stats(runs, responses, comparisons, verdicts, settings.mode, **options)
+    page = Comparison(
+        name=settings.run_name,
+        policies=policies,
+        methods=method_stats(policies, comparisons, **options),
+        differences=differences(policies, settings.over),
+        data=settings.data,
+        facts={**settings.facts, "held-out prompts": str(len(responses.column("prompt_id").unique()))},
+        warnings=list(_warnings(settings)),
+    )
+    build_comparison(page, folder)
+
+
+def _tables(by_name: Mapping[str, StageResult]) -> tuple[pa.Table, pa.Table, pa.Table]:
+    answered = [name for name in by_name if name.startswith("responses-")]
+    scored = sorted(name for name in by_name if by_name[name].tables == ("verdicts",) and name.startswith("score-"))
+    responses, prompts = table_of(by_name, *answered), table_of(by_name, "prompts")
+    comparisons, verdicts = table_of(by_name, "comparisons"), table_of(by_name, *scored)
+    assert responses is not None and prompts is not None and comparisons is not None and verdicts is not None
+    return with_truth(responses, prompts), comparisons, verdicts
+
+
+def _policy_run(by_name: Mapping[str, StageResult], policy: PolicyName) -> Any:
+    from ray_pipeline.evaluation.method_stats import PolicyRun
+
+    facts = by_name[f"train-{policy.label}"].facts
+    return PolicyRun(
+        **policy.model_dump(),
+        rows=facts["data"]["rows"],
+        steps=facts["steps"],
+        train_seconds=facts["train_seconds"],
+    )
+
+
+def _warnings(settings: TableSettings) -> list[str]:
+    seeds = {policy.seed for policy in settings.policies}
+    shared = sorted(set(settings.curating.values()) & set(settings.evaluating.values()))
+    found = []
+    if shared:
+        found.append(
+            f"The judge of the win rates ({', '.join(shared)}) also made the data: it marks its own taste. Read the "
+            "win rates with that in mind, or compare by another judge (evaluate.judge)."
+        )
+    if len(seeds) < 3:
+        found.append(f"Only {len(seeds)} seed(s): differences of this size can be luck. Use three or more.")
+    return found

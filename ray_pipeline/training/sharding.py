@@ -1,0 +1,76 @@
+"""Models that do not fit one worker: presets over the settings of transformers.
+
+FSDP and DeepSpeed deal parameters, gradients and optimiser states out to the workers. Every worker then writes its own
+part of a checkpoint, and Ray Train puts the parts into one folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from ray_pipeline.training.spec import TrainSpec
+
+_FSDP: dict[str, Any] = {
+    "version": 2,
+    "reshard_after_forward": True,
+    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+    # Not with `activation_checkpointing` of this same dictionary: its wrappers rename the modules, and a resumed LoRA
+    # run then goes on with a fresh adapter without a word (accelerate 1.15).
+    "state_dict_type": "SHARDED_STATE_DICT",
+}
+_ZERO: dict[str, Any] = {
+    "overlap_comm": True,
+    "contiguous_gradients": True,
+    "stage3_gather_16bit_weights_on_model_save": True,
+}
+_FROM_TRAINER = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+)
+
+
+def sharding_settings(spec: TrainSpec) -> dict[str, Any]:
+    """The preset as TRL settings; empty for "none"."""
+    if spec.shard == "none":
+        return {}
+    if spec.shard == "fsdp":
+        return {"fsdp": True, "fsdp_config": dict(_FSDP)}
+    stage = int(spec.shard.removeprefix("zero"))
+    return {
+        "deepspeed": {
+            "zero_optimization": {"stage": stage, **_ZERO},
+            "bf16": {"enabled": "auto"},
+            **dict.fromkeys(_FROM_TRAINER, "auto"),
+        }
+    }
+
+
+@contextlib.contextmanager
+def fsdp_on_cpus(spec: TrainSpec) -> Iterator[None]:
+    """Let a trainer that is made in here shard its model over CPU workers, if the spec asks for that.
+
+    PyTorch does it over gloo; Accelerate 1.15 leaves its FSDP setting unread where there are no GPUs, and would train
+    whole copies without a word.
+    """
+    if spec.shard != "fsdp" or spec.use_gpu:
+        yield
+        return
+    from accelerate.state import AcceleratorState, DistributedType, PartialState
+
+    original = AcceleratorState.__init__
+
+    def init(state: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        original(state, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            state.fsdp_plugin, state.distributed_type = fsdp_plugin, DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = init  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        AcceleratorState.__init__ = original  # type: ignore[method-assign]

@@ -1,0 +1,161 @@
+"""The comparison of methods: what its configuration says, and the stages that follow from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dags.baselines import baselines
+from ray_pipeline import config as module
+from ray_pipeline.config import BaselinesConfig, ConfigError, load_config
+from ray_pipeline.graph.stage import Stage
+
+
+@pytest.fixture(autouse=True)
+def _no_trl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL takes many seconds to import, and its names are tested beside its trainers."""
+    monkeypatch.setattr(module, "validate_trainer_args", lambda *_: None)
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Any:
+    """`load(**baselines)`: the smallest configuration with this `baselines` block; other blocks by `blocks`."""
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "hello"}\n')
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n')
+    for name in ("policy", "judge"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"name": name}))
+        (tmp_path / name / "tokenizer.json").write_text("{}")
+
+    def go(blocks: dict[str, Any] | None = None, **block: Any) -> BaselinesConfig:
+        block = {"data": {"raw": {"gated": False, "judges": ["a"]}, "gated": {}}, "seeds": [0, 1], **block}
+        values = {
+            "models": {name: {"model": str(tmp_path / name)} for name in ("policy", "judge")},
+            "prompts": {"sources": [{"type": "jsonl", "path": str(tmp_path / "prompts.jsonl"), "column": "prompt"}]},
+            "judge": {"rubrics": [{"name": "a", "text": "?"}, {"name": "b", "text": "?"}], "layout": "shared_first"},
+            "baselines": json.loads(json.dumps(block).replace("PAIRS", str(tmp_path / "pairs.jsonl"))),
+            **(blocks or {}),
+        }
+        path = tmp_path / "my.yaml"
+        path.write_text(yaml.safe_dump(values))
+        found = load_config("baselines", str(path))
+        assert isinstance(found, BaselinesConfig)
+        return found
+
+    return go
+
+
+def stages(config: BaselinesConfig) -> dict[str, Stage]:
+    return {stage.name: stage for stage in baselines(config, "/run").stages}
+
+
+def reads(stage: Stage) -> set[str]:
+    return {parent.name for parent in stage.inputs.values()}
+
+
+def test_every_method_on_every_data_set_with_every_seed(load: Any) -> None:
+    config = load()
+    made = stages(config)
+    trained = {name for name in made if name.startswith("train-")}
+    assert trained == {
+        f"train-{m}-{d}-s{s}"
+        for m in ("sft", "dpo", "kto", "orpo", "simpo")
+        for d in ("raw", "gated")
+        for s in (0, 1)
+    }  # fmt: skip
+    assert reads(made["train-dpo-raw-s1"]) == {"datasets-raw-s1"}
+    assert reads(made["datasets-raw-s0"]) == reads(made["datasets-raw-s1"]) == {"rows-raw"}
+    assert reads(made["rows-raw"]) == {"prompts", "candidates", "judge", "ranks-raw"}
+    assert reads(made["gate-gated"]) == {"candidates", "judge", "critic"}
+    assert reads(made["ranks-raw"]) == {"candidates", "judge"}
+    assert len(reads(made["comparisons"])) == 1 + 1 + 20
+    assert reads(made["score-responses"]) == reads(made["comparisons"])
+    assert trained < reads(made["evaluate"])
+    # All policies are judged by one stage: an engine starts once for all of them.
+    assert [name for name in made if name.startswith("score-")] == ["score-responses"]
+
+
+def test_settings_of_a_method_come_over_the_shared_ones(load: Any) -> None:
+    config = load(
+        blocks={"train": {"learning_rate": 1e-4, "epochs": 3}},
+        methods={"dpo": {"learning_rate": 2e-5, "beta": 0.3}, "simpo": {}, "sft": {}},
+    )
+    dpo, simpo, sft = (config.training(name, 7) for name in ("dpo", "simpo", "sft"))
+    assert (dpo.method, dpo.learning_rate, dpo.beta, dpo.epochs, dpo.seed) == ("dpo", 2e-5, 0.3, 3, 7)
+    assert (simpo.learning_rate, simpo.beta) == (1e-4, 2.0)
+    assert sft.beta is None
+    assert config.rows_of(config.baselines.data["gated"], 4).model_dump(include={"kinds", "seed", "min_gap"}) == {
+        "kinds": ["dpo", "sft"], "seed": 4, "min_gap": 1.5,
+    }  # fmt: skip
+    assert config.rows_of(config.baselines.data["raw"]).min_gap == 0
+
+
+def test_ablations_change_one_rule_each(load: Any) -> None:
+    data = {
+        "no_gate": {"gated": False},
+        "no_variance": {"gate": {"use_variance": False}},
+        "no_critic": {"gate": {"use_critic": False}},
+        "k2": {"k": 2},
+        "one": {"judges": ["b"]},
+    }
+    config = load(data=data, methods=["kto"], seeds=[0])
+    made = stages(config)
+    assert reads(made["gate-no_critic"]) == {"candidates", "judge"}
+    assert made["gate-no_variance"].config["gate"]["use_variance"] is False
+    assert made["gate-k2"].config["first"] == 2 and made["gate-one"].config["judges"] == ["b"]
+    assert made["ranks-no_gate"].config["judges"] == ["a", "b"]
+    # Candidates, verdicts and critiques are made once for all.
+    assert sum(stage.group_name in ("candidates", "judge", "critic") for stage in made.values()) == 3
+
+
+def test_rows_of_others_alone_need_no_candidates(load: Any) -> None:
+    data = {"others": {"source": {"type": "jsonl", "path": "PAIRS"}}}
+    config = load(data=data, methods=["dpo", "kto"], seeds=[0])
+    made = stages(config)
+    assert "candidates" not in made and "judge" not in made
+    assert reads(made["datasets-others-s0"]) == {"rows-others"} and not reads(made["rows-others"])
+    assert config.page().curating == {}
+    assert "paired rows of" in config.page().data["others"]
+
+
+def test_the_shipped_comparisons_wire(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
+    (tmp_path / "m" / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr(module, "model_path", lambda name: str(tmp_path / "m"))
+    for name, policies in (("pocket_baselines", 30), ("pocket_ablations", 21)):
+        config = load_config("baselines", name)
+        assert isinstance(config, BaselinesConfig)
+        assert len(config.policies()) == policies == sum(n.startswith("train-") for n in stages(config))
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"methods": ["kto", "ppo"]}, r"baselines\.methods\.ppo"),
+        ({"methods": {"kto": {"learning_rat": 1}}}, r"baselines\.methods\.kto: learning_rat: there is no such key"),
+        ({"methods": {"kto": {"batch_size": 1}}}, r"baselines\.methods\.kto: .*must be 2 or more for kto"),
+        ({"data": {"x": {"judges": ["c"]}}}, r"baselines\.data\.x\.judges names 'c', which is no rubric"),
+        ({"data": {"x": {"k": 9}}}, r"baselines\.data\.x\.k is 9, and candidates\.k only 4"),
+        ({"data": {"x": {"gate": {"tauu": 1}}}}, r"baselines\.data\.x: tauu: there is no such key"),
+        ({"data": {"x": {"gated": False, "gate": {"tau": 1}}}}, r"gate is read by nothing where gated is false"),
+        ({"data": {"x": {"k": 2, "source": {"type": "jsonl", "path": "PAIRS"}}}}, r"k is read by nothing"),
+        (
+            {"data": {"x": {"source": {"type": "jsonl", "path": "PAIRS", "format": "unpaired"}}}, "methods": ["dpo"]},
+            r"baselines\.data\.x: unpaired rows cannot give dpo data",
+        ),
+        ({"data": {}}, r"baselines\.data"),
+        ({"seeds": [1, 1]}, r"baselines\.seeds names a seed twice"),
+        ({"blocks": {"train": {"method": "dpo"}}}, r"train\.method is read by nothing in a comparison"),
+        ({"blocks": {"train": {"seed": 3}}}, r"train\.seed is read by nothing in a comparison"),
+        ({"blocks": {"datasets": {"kinds": ["kto"]}}}, r"datasets\.kinds is read by nothing in a comparison"),
+        ({"blocks": {"evaluate": {"skip_generation": True}}}, r"evaluate\.skip_generation is read by nothing"),
+    ],
+)
+def test_a_mistake_is_told_by_its_key(load: Any, block: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(**block)

@@ -1,0 +1,128 @@
+"""The train stage: its settings, and what it asks of the training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from ray_pipeline.graph.models import ModelSettings
+from ray_pipeline.graph.stage import BadInput, Stage, StageResult, WholeInput, WholeWork
+from ray_pipeline.stages import train as stage
+from ray_pipeline.stages.train import TrainSettings, train, train_policy
+from ray_pipeline.store.files import Folder
+from ray_pipeline.store.schemas import TRAIN_METRICS
+from ray_pipeline.training import METHODS, TrainingInputError, TrainResult, TrainSpec
+
+
+def test_beta_is_the_methods_own_and_shown() -> None:
+    shown = {name: TrainSettings.model_validate({"method": name}).model_dump()["beta"] for name in METHODS}
+    assert shown == {"sft": None, "dpo": 0.1, "kto": 0.1, "orpo": 0.1, "simpo": 2.0}
+    assert TrainSettings.model_validate({"method": "simpo", "beta": 2.5}).beta == 2.5
+    # Filled in and yet not set: the same block for another method gets that method's β.
+    assert TrainSettings(learning_rate=1e-3).model_dump(exclude_unset=True) == {"learning_rate": 1e-3}
+    again = TrainSettings.model_validate(TrainSettings().model_dump(mode="json"))
+    assert again == TrainSettings()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"method": "sft", "beta": 0.1}, "the loss of sft has none"),
+        ({"method": "kto", "batch_size": 1}, "batch_size must be 2 or more for kto"),
+        ({"method": "ppo"}, "Input should be 'sft', 'dpo', 'kto', 'orpo' or 'simpo'"),
+        ({"lora": None, "quantization": "nf4"}, "quantized weights cannot be trained"),
+        ({"quantization": "int4"}, "Input should be 'nf4' or 'int8'"),
+        ({"shard": "zero1"}, "Input should be 'none', 'fsdp', 'zero2' or 'zero3'"),
+        ({"lora": {"rank": 4}}, "Extra inputs are not permitted"),
+    ],
+)
+def test_settings_that_contradict_are_refused(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        TrainSettings.model_validate(given)
+
+
+def data_stage() -> Stage:
+    return Stage("datasets", WholeWork(lambda given: {}), {})
+
+
+def test_one_workflow_can_have_many_policies(tiny_model: str) -> None:
+    model, data = ModelSettings(model=tiny_model), data_stage()
+    one = train(TrainSettings(), model, 64, data)
+    assert (one.name, one.view, one.group_name) == ("train", "policy", "train")
+    many = [
+        train(TrainSettings(method=method, seed=seed), model, 64, data, name=f"train-{method}-gated-s{seed}", view="")
+        for method in METHODS
+        for seed in (0, 1)
+    ]
+    assert len({policy.fingerprint for policy in many}) == len(many)
+    assert {policy.group_name for policy in many} == {"train"} and not any(policy.view for policy in many)
+    whole = train(TrainSettings(lora=None), model, 64, data)
+    assert len({one.fingerprint, whole.fingerprint}) == 2
+    # What only says how to run makes no other policy.
+    elsewhere = train(TrainSettings(cpus_per_worker=2, report_to=("wandb",), max_failures=9), model, 64, data)
+    assert elsewhere.fingerprint == one.fingerprint
+
+
+RunStage = Callable[..., tuple[TrainSpec, dict[str, Any], list[str]]]
+
+
+@pytest.fixture
+def run_stage(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunStage:
+    """`run_stage(settings, max_length)`: what the training was asked for, what the stage found out, and what it said."""
+
+    def run(settings: TrainSettings, max_length: int = 64) -> tuple[TrainSpec, dict[str, Any], list[str]]:
+        asked: list[TrainSpec] = []
+        said: list[str] = []
+
+        def fit(spec: TrainSpec, warn: Callable[[str], None]) -> TrainResult:
+            asked.append(spec)
+            if spec.max_length < 16:
+                raise TrainingInputError("train_files: no row fits")
+            warn("class imbalance: 2 desirable, 1 undesirable rows")
+            steps = TRAIN_METRICS.empty_table()
+            return TrainResult(1, 1.0, 0.5, None, f"{spec.output_dir}/merged", {}, {}, None, None, steps, 1.0, 1.0)
+
+        monkeypatch.setattr(stage, "fit", fit)
+        monkeypatch.setattr(stage.ray, "cluster_resources", lambda: {"CPU": 2.0})
+        facts = {
+            "rows": {kind: {"train": 40, "val": 9 if kind == "kto" else 0} for kind in ("sft", "dpo", "kto")},
+            "kto_weights": {"desirable_weight": 1.0, "undesirable_weight": 1.7},
+        }
+        data = StageResult("datasets", "d" * 16, str(tmp_path / "data"), 1, (), {}, facts, {})
+        made = train(settings, ModelSettings(model=tiny_model), max_length, data_stage())
+        assert isinstance(made.work, WholeWork)
+        given = WholeInput(
+            {"datasets": data}, Folder(str(tmp_path / "stage")), Folder(str(tmp_path / "calls")), "f" * 16, 1,
+            made.work.settings, said.append, lambda step, steps: None,
+        )  # fmt: skip
+        found = train_policy(given)
+        assert Folder(str(tmp_path / "stage")).exists(stage.METRICS)
+        return asked[0], found, said
+
+    return run
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_a_method_reads_its_kind_of_rows(run_stage: RunStage, tmp_path: Path, method: str) -> None:
+    spec, found, said = run_stage(TrainSettings.model_validate({"method": method}))
+    kind = METHODS[method].data
+    assert spec.train_files == str(tmp_path / "data" / kind / "train" / "*.parquet")
+    assert spec.val_files == (str(tmp_path / "data" / kind / "val" / "*.parquet") if kind == "kto" else None)
+    assert (spec.desirable_weight, spec.undesirable_weight) == ((1.0, 1.7) if method == "kto" else (1.0, 1.0))
+    assert spec.card == {"data set": "d" * 16, "kind of rows": kind, "training": "f" * 16}
+    assert (found["method"], found["max_logit_diff"]) == (method, None)
+    assert said == ["warning: class imbalance: 2 desirable, 1 undesirable rows"]
+
+
+def test_options_reach_the_training(run_stage: RunStage) -> None:
+    spec, _, _ = run_stage(TrainSettings(method="simpo", lora=None, shard="fsdp", trainer_args={"simpo_gamma": 0.5}))
+    assert (spec.lora, spec.shard, spec.beta, spec.trainer_args) == (None, "fsdp", 2.0, {"simpo_gamma": 0.5})
+
+
+def test_data_that_cannot_be_trained_on_stop_the_stage(run_stage: RunStage) -> None:
+    with pytest.raises(BadInput, match="no row fits"):
+        run_stage(TrainSettings(), 15)
