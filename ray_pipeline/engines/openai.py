@@ -763,7 +763,7 @@ class _Pace:
             return
         async with self._turn:
             while (left := self._next - time.monotonic()) > 0:
-                await asyncio.sleep(min(left, 0.25))  # what is given back meanwhile counts
+                await asyncio.sleep(min(left, 0.05))  # what is given back meanwhile counts
             self._next = max(self._next, time.monotonic()) + amount * self._gap
 
     def give_back(self, amount: int) -> None:
