@@ -249,7 +249,7 @@ class OpenAIEngine:
         self._limit = 0  # context in tokens; 0: not known
         self._text_only = settings.structured == "text"
         self._step: dict[Grammar, int] = {}  # how far a grammar had to be loosened
-        self._warned: set[str] = set()
+        self.notes: list[str] = []  # what the user should know, each once: the engine's log is far from the terminal
         name = settings.max_tokens_name
         openai_itself = urllib.parse.urlsplit(settings.base_url).hostname == "api.openai.com"
         self._max_tokens = name if name != "auto" else "max_completion_tokens" if openai_itself else "max_tokens"
@@ -741,8 +741,8 @@ class OpenAIEngine:
             raise type(self._halted)(str(self._halted))
 
     def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
+        if message not in self.notes:
+            self.notes.append(message)
             logger.warning("%s", message)
 
 

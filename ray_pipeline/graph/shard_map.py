@@ -168,6 +168,7 @@ class ShardActor:
         self._limit: asyncio.Semaphore | None = None
         self._open: set[LoggedEngine] = set()
         self._watched: dict[str, collections.deque[bool]] = {}
+        self._told = 0
 
     async def __call__(self, batch: Mapping[str, Any]) -> Any:
         if self._limit is None:
@@ -226,6 +227,15 @@ class ShardActor:
         finally:
             self._open.discard(engine)
             report.send()
+            self._tell()
+
+    def _tell(self) -> None:
+        """Hand on what the engine wants the user to know (structured output that a server refuses, say)."""
+        notes = getattr(self._engine, "notes", ())
+        if self._job.board is not None:
+            for note in notes[self._told :]:
+                self._job.board.say.remote(f"{self._job.stage}: {note}")
+        self._told = len(notes)
 
     def _watch(self, judge: str, read: bool) -> None:
         """Stop the stage when too many of a judge's last replies could not be read."""

@@ -389,9 +389,11 @@ def test_a_schema_that_is_refused_is_loosened_and_then_left_out(caplog: pytest.L
     caplog.clear()
     answer = refused(400, "response_format json_schema is not supported by this model")
     with Endpoint(lambda body, n: answer if "response_format" in body else said()) as server:
-        replies = ask(engine_at(server.url), *"abcd", sampling=Sampling(grammar=SCORE))
+        engine = engine_at(server.url)
+        replies = ask(engine, *"abcd", sampling=Sampling(grammar=SCORE))
         assert all(r.text == "ok" for r in replies) and schemas(server)[-1] is None
         assert caplog.text.count("come as text") == 1
+        assert len(engine.notes) == 2 and "come as text" in engine.notes[-1]
         [error] = ask(engine_at(server.url, structured="schema"), sampling=Sampling(grammar=SCORE))
     assert (
         isinstance(error, EngineStop) and "refuses structured output" in str(error) and "structured: text" in str(error)
