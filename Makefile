@@ -14,7 +14,7 @@ demo: $(MADE)
 	@echo; cat $(RUN)/report/report.md | head -40
 
 test: $(MADE)
-	$(VENV)/bin/python -m pytest -m "e2e or not e2e"
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --durations=25 -m "e2e or not e2e"
 
 venv: $(MADE)
 

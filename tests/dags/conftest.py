@@ -61,7 +61,7 @@ class Quorum:
     def output(self) -> str:
         return "".join(self._lines)
 
-    def wait(self, timeout: float = 420) -> int:
+    def wait(self, timeout: float = 900) -> int:
         code = self.process.wait(timeout)
         for thread in self._threads:
             thread.join(timeout=10)

@@ -16,7 +16,7 @@ import pytest
 
 from tests.dags.conftest import CONFIG, Quorum, engine_calls, manifest, run
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
+pytestmark = pytest.mark.e2e
 
 COMPARISON = "configs/pocket_baselines.yaml"
 LABELS = ("desirable", "undesirable", "discard", "abstain")
@@ -80,13 +80,15 @@ def compared(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two methods on gated and ungated data of the demo's own candidates, with two other seeds."""
     folder = tmp_path_factory.mktemp("compared") / "run"
     shutil.copytree(demo / "calls", folder.parent / "calls")
-    quorum = run("run", "baselines", "-c", COMPARISON, "--run-dir", str(folder), *_of(folder))
+    quorum = Quorum("run", "baselines", "-c", COMPARISON, "--run-dir", str(folder), *_of(folder))
+    assert quorum.wait(1200) == 0, quorum.output
     assert quorum.living_engines() == []
     return folder
 
 
 def _of(folder: Path) -> list[str]:
-    return ["baselines.methods=[kto, dpo]", "baselines.seeds=[1, 2]", f"calls.root={folder.parent / 'calls'}"]
+    methods = "{kto: {}, dpo: {learning_rate: 5.0e-4}}"
+    return [f"baselines.methods={methods}", "baselines.seeds=[1, 2]", f"calls.root={folder.parent / 'calls'}"]
 
 
 def test_other_seeds_and_methods_are_right_more_often_too(compared: Path) -> None:

@@ -67,7 +67,7 @@ def replay(folder: Path, into: Path) -> None:
     assert tables(into, STAGES) == tables(folder, STAGES)
 
 
-def wait_until(quorum: Quorum, ready: Callable[[], bool], seconds: float = 240) -> None:
+def wait_until(quorum: Quorum, ready: Callable[[], bool], seconds: float = 480) -> None:
     end = time.monotonic() + seconds
     while not ready():
         assert quorum.process.poll() is None, f"ended before the moment came\n{quorum.output}"
