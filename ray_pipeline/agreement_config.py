@@ -76,13 +76,15 @@ class AgreementConfig(_AgreementRun):
     def check(self) -> None:
         """What types cannot say. Raises ConfigError or TemplateError."""
         check_models(self.models)
+        judges, debaters = self.ask.judges, self.ask.debaters
         check_sampling(
+            self.models,
             {
-                "ask.sampling": self.ask.sampling.extra,
-                "ask.debate.speech": self.ask.debate.speech.extra,
-                **{f"ask.judges.{j.name}.sampling": j.sampling.extra for j in self.ask.judges if j.sampling},
-                **{f"ask.debaters.{d.name}.sampling": d.sampling.extra for d in self.ask.debaters if d.sampling},
-            }
+                "ask.sampling": (self.ask.models, self.ask.sampling.extra),
+                "ask.debate.speech": ([d.model for d in debaters], self.ask.debate.speech.extra),
+                **{f"ask.judges.{j.name}.sampling": ([j.model], j.sampling.extra) for j in judges if j.sampling},
+                **{f"ask.debaters.{d.name}.sampling": ([d.model], d.sampling.extra) for d in debaters if d.sampling},
+            },
         )
         templates = self.strategy_templates()
         for strategy in self.ask.strategies:

@@ -15,7 +15,6 @@ from ray_pipeline.agents.judges import Rubric
 from ray_pipeline.agents.templates import TemplateError, Templates, load_templates
 from ray_pipeline.engines.base import EngineStartError
 from ray_pipeline.engines.identity import ModelNotFound
-from ray_pipeline.engines.vllm import validate_engine_args, validate_sampling_extra
 from ray_pipeline.graph.models import ModelSettings
 from ray_pipeline.pocket import model_path
 from ray_pipeline.stages.candidates import CandidateSettings
@@ -104,6 +103,11 @@ class DmapoConfig(Settings):
         idle = sorted(set(self.models) - set(wanted.values()))
         if idle:
             raise ValueError(f"models.{idle[0]} is read by no stage; remove it, or name it where a model is chosen")
+        if not self.models[self.train.model].is_here:
+            raise ValueError(
+                f"train.model is {self.train.model!r}, a model at an endpoint; what is trained needs weights here: "
+                "name a model of engine vllm"
+            )
         self._check_training()
         return self
 
@@ -437,6 +441,8 @@ def _resolve(values: Mapping[str, Any]) -> dict[str, Any]:
 def _resolve_model(model: Any) -> Any:
     if not isinstance(model, Mapping) or not isinstance(model.get("model"), str):
         return model
+    if model.get("engine") == "openai":  # its name is the endpoint's word, whatever lies in this folder
+        return model
     name = model["model"]
     if name.startswith("pocket:"):
         try:
@@ -507,7 +513,7 @@ def _check(config: DmapoConfig) -> None:
     """What types cannot say: names that other libraries know, files, and models that must exist."""
     config.templates()
     check_models(config.models)
-    check_sampling(_samplings(config))
+    check_sampling(config.models, _samplings(config))
     for key, train in config.trained().items():
         try:
             validate_trainer_args(train.method, train.trainer_args)
@@ -521,30 +527,42 @@ def check_models(models: Mapping[str, ModelSettings]) -> None:
         if model.chat_template is not None and not os.path.isfile(model.chat_template):
             raise ConfigError(f"models.{key}.chat_template: there is no file {model.chat_template}")
         try:
-            validate_engine_args(model.args)
-            model.weights()
+            model.check()
         except (EngineStartError, ModelNotFound) as error:
             raise ConfigError(f"models.{key}: {error}") from error
 
 
-def check_sampling(extras: Mapping[str, dict[str, Any]]) -> None:
-    """Raises ConfigError for a sampling argument that the engine does not know; `extras` is by key of its block."""
-    for key, extra in extras.items():
-        try:
-            validate_sampling_extra(extra)
-        except EngineStartError as error:
-            raise ConfigError(f"{key}.extra: {error}") from error
+def check_sampling(
+    models: Mapping[str, ModelSettings], extras: Mapping[str, tuple[Sequence[str], Mapping[str, Any]]]
+) -> None:
+    """Raises ConfigError for a sampling argument that an engine does not know.
+
+    Args:
+        extras: key of a block → the models that it is used on, and its `extra`.
+    """
+    for key, (names, extra) in extras.items():
+        for name in names:
+            try:
+                models[name].check_extra(extra)
+            except EngineStartError as error:
+                raise ConfigError(f"{key}.extra: {error}") from error
 
 
-def _samplings(config: DmapoConfig) -> dict[str, dict[str, Any]]:
+def _samplings(config: DmapoConfig) -> dict[str, tuple[list[str], dict[str, Any]]]:
+    """Key of every sampling → the models that it is used on, and its `extra`."""
+    answering, judge = [config.train.model], config.judge
     found = {
-        "candidates.sampling": config.candidates.sampling.extra,
-        "judge.sampling": config.judge.sampling.extra,
-        "critic.sampling": config.critic.sampling.extra,
-        "evaluate.sampling": config.evaluate.sampling.extra,
+        "candidates.sampling": ([config.candidates.model], config.candidates.sampling.extra),
+        "judge.sampling": (judge.models, judge.sampling.extra),
+        "critic.sampling": ([config.critic.model], config.critic.sampling.extra),
+        "evaluate.sampling": ([config.evaluate.judge], config.evaluate.sampling.extra),
     }
-    found |= {f"evaluate.modes.{m.name}.sampling": m.sampling.extra for m in config.evaluate.modes}
-    found |= {f"judge.rubrics.{r.name}.sampling": r.sampling.extra for r in config.judge.rubrics if r.sampling}
+    found |= {f"evaluate.modes.{m.name}.sampling": (answering, m.sampling.extra) for m in config.evaluate.modes}
+    found |= {
+        f"judge.rubrics.{r.name}.sampling": ([r.model or judge.model], r.sampling.extra)
+        for r in judge.rubrics
+        if r.sampling
+    }
     return found
 
 

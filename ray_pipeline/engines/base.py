@@ -11,7 +11,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from ray_pipeline.store.files import Folder
 
 Message = dict[str, str]
 """One chat message: ``{"role": "system" | "user" | "assistant", "content": text}``."""
@@ -128,12 +131,13 @@ class EngineError(RuntimeError):
 class PromptTooLong(EngineError):
     """Prompt and new tokens do not fit the model's context. Engines raise this and never cut.
 
-    All three figures are tokens.
+    All three figures are tokens; a server that does not say its limit has 0.
     """
 
     def __init__(self, prompt_tokens: int, max_tokens: int, limit: int) -> None:
+        context = f"context of {limit} tokens" if limit else "server's context"
         super().__init__(
-            f"prompt of {prompt_tokens} tokens + max_tokens {max_tokens} does not fit the context of {limit} tokens; "
+            f"prompt of {prompt_tokens} tokens + max_tokens {max_tokens} does not fit the {context}; "
             "raise max_model_len (if the model allows it), lower max_tokens, or drop the prompt"
         )
         self.prompt_tokens = prompt_tokens
@@ -153,8 +157,21 @@ class EngineDead(RuntimeError):
     """
 
 
-class EngineStartError(RuntimeError):
+class EngineStop(RuntimeError):
+    """No further call makes sense until the user has done something; the message says what.
+
+    Not an :class:`EngineError`, because no row is at fault, and not :class:`EngineDead`, because another actor would
+    fare no better: the stage ends with this message, and the call log keeps what was answered.
+    """
+
+
+class EngineStartError(EngineStop):
     """The engine cannot serve this model as configured. The message says what to change."""
+
+
+class BudgetSpent(EngineStop):
+    """The next call could cost more than the budget leaves. Raised when no call of the engine is under way any more,
+    so that everything that was paid for has been answered."""
 
 
 @runtime_checkable
@@ -176,5 +193,19 @@ class ChatEngine(Protocol):
             PromptTooLong: prompt + ``max_tokens`` exceeds the context.
             EngineError: this call failed; others may still succeed.
             EngineDead: no call can succeed any more.
+            EngineStop: none should be made any more, and the user must hear why.
         """
+        ...
+
+
+@runtime_checkable
+class Metered(Protocol):
+    """What an engine has beside :class:`ChatEngine` when its replies cost money."""
+
+    def cost(self, completion: Completion) -> float:
+        """Price of one reply, in the unit of the engine's prices; 0 where no prices are set."""
+        ...
+
+    async def settle(self, root: Folder) -> None:
+        """Write under `root`, the call log's folder, what was spent here, and read what others have spent."""
         ...

@@ -21,6 +21,7 @@ from ray_pipeline.engines.base import (
     EngineDead,
     EngineError,
     Message,
+    Metered,
     PromptTooLong,
     Sampling,
 )
@@ -40,7 +41,7 @@ class CallNotLogged(RuntimeError):
 
 @dataclasses.dataclass
 class CallStats:
-    """What one shard asked for. Tokens are of the calls that the engine answered."""
+    """What one shard asked for. Tokens and cost are of the calls that the engine answered."""
 
     calls_engine: int = 0
     calls_log: int = 0
@@ -49,6 +50,7 @@ class CallStats:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    cost: float = 0.0
 
 
 class LoggedEngine:
@@ -75,7 +77,8 @@ class LoggedEngine:
         self.engine = engine
         self.identity: Mapping[str, Any] = engine.identity
         self.stats = CallStats()
-        self._folder = model_folder(root, self.identity)
+        self._root, self._folder = root, model_folder(root, self.identity)
+        self._metered = engine if isinstance(engine, Metered) else None
         self._shard, self._num_shards = shard, num_shards
         self._writer = CallWriter(self._folder, shard, num_shards)
         self._limit = limit or asyncio.Semaphore(256)
@@ -93,6 +96,7 @@ class LoggedEngine:
             known = self._known.get(row["call_key"])
             if known is None or known.finish_reason == _TOO_LONG:  # An answer counts for more than a refusal.
                 self._known[row["call_key"]] = _from_row(row)
+        await self._settle()
         self._flusher = asyncio.create_task(self._flush_forever())
         return self
 
@@ -122,6 +126,7 @@ class LoggedEngine:
 
     async def flush(self) -> None:
         """Write what is pending as one part; what could not be written stays pending."""
+        await self._settle()
         async with self._writing:
             rows, self._pending = self._pending, []
             if not rows:
@@ -131,6 +136,15 @@ class LoggedEngine:
             except BaseException:
                 self._pending = rows + self._pending
                 raise
+
+    async def _settle(self) -> None:
+        """What replies have cost is written as often as the replies."""
+        if self._replay_only or self._metered is None:
+            return
+        try:
+            await self._metered.settle(self._root)
+        except (OSError, StoreError) as error:
+            logger.warning("what was spent cannot be written under %s yet (%s)", self._root.location, error)
 
     async def _flush_forever(self) -> None:
         while True:
@@ -184,6 +198,7 @@ class LoggedEngine:
         self.stats.prompt_tokens += completion.prompt_tokens
         self.stats.completion_tokens += completion.completion_tokens
         self.stats.cached_tokens += completion.cached_tokens
+        self.stats.cost += self._metered.cost(completion) if self._metered is not None else 0.0
         self._remember(key, prompt_id, role, messages, asked, completion)
         return completion
 

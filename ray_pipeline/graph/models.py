@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from ray_pipeline.engines.base import ChatEngine
 from ray_pipeline.engines.identity import model_identity, text_digest
-from ray_pipeline.engines.vllm import VllmEngine, VllmSpec
+from ray_pipeline.engines.openai import EndpointSettings, OpenAIEngine, OpenAISpec, validate_request_extra
+from ray_pipeline.engines.vllm import VllmEngine, VllmSpec, validate_engine_args, validate_sampling_extra
 from ray_pipeline.store.settings import Settings
 
 EngineFactory = Callable[[], ChatEngine]
@@ -39,10 +40,17 @@ class Placement(Settings):
 
 
 class ModelSettings(Settings):
-    """A model that stages refer to by its key under `models`."""
+    """A model that stages refer to by its key under `models`.
 
-    engine: Literal["vllm"] = "vllm"
-    model: str = Field(description="folder, hub name, or `pocket:policy` / `pocket:judge`")
+    Engine `vllm` loads it here; engine `openai` asks the OpenAI-compatible server that `endpoint` describes. The keys
+    of one engine are errors under the other.
+    """
+
+    engine: Literal["vllm", "openai"] = "vllm"
+    model: str = Field(
+        description="folder, hub name, or `pocket:policy` / `pocket:judge`; engine openai: the endpoint's name for it"
+    )
+    endpoint: EndpointSettings | None = Field(None, description="engine openai alone: where the model is served")
     revision: str | None = None
     adapter: str | None = Field(None, description="folder of a LoRA adapter")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -54,17 +62,62 @@ class ModelSettings(Settings):
     chat_template_args: dict[str, Any] = Field(default_factory=lambda: {"enable_thinking": False})
     trust_remote_code: bool = False
     args: dict[str, Any] = Field(default_factory=dict, description="further vLLM engine arguments by their own names")
-    canary: bool = True
+    canary: bool = Field(True, description="prove at the start, with short calls, that the model answers as asked")
     placement: Placement = Placement()
 
+    @model_validator(mode="after")
+    def _keys_of_one_engine(self) -> ModelSettings:
+        if self.engine == "vllm":
+            if self.endpoint is not None:
+                raise ValueError("endpoint is read by engine openai alone; set engine: openai, or remove the block")
+            return self
+        if self.endpoint is None:
+            raise ValueError("engine openai needs the block endpoint, with base_url at least")
+        fields = type(self).model_fields
+        for name in sorted(set(fields) - {"engine", "model", "endpoint", "canary", "placement"}):
+            if getattr(self, name) != fields[name].get_default(call_default_factory=True):
+                raise ValueError(
+                    f"{name} is read by engine vllm alone; remove it (what an endpoint should be sent beside the "
+                    "sampling goes under endpoint.extra_body), or set engine: vllm"
+                )
+        if self.placement.num_gpus:
+            raise ValueError("placement.num_gpus: a model at an endpoint takes no GPU here; remove it")
+        return self
+
     def spec(self) -> VllmSpec:
-        return VllmSpec(**self.model_dump(exclude={"engine", "placement"}))
+        return VllmSpec(**self.model_dump(exclude={"engine", "endpoint", "placement"}))
 
     def factory(self) -> EngineFactory:
+        if self.endpoint is not None:
+            spec = OpenAISpec(self.model, self.endpoint, self.canary, share=self.placement.max_actors)
+            return functools.partial(OpenAIEngine, spec)
         return functools.partial(VllmEngine, self.spec())
 
+    @property
+    def is_here(self) -> bool:
+        """Whether its weights and tokenizer can be loaded here: to be trained, or to count tokens with."""
+        return self.engine == "vllm"
+
+    def check(self) -> None:
+        """What types cannot say. Raises EngineStartError or ModelNotFound; asks no endpoint."""
+        if self.is_here:
+            validate_engine_args(self.args)
+        self.weights()
+
+    def check_extra(self, extra: Mapping[str, Any]) -> None:
+        """Whether the engine takes the names under a sampling's `extra`. Raises EngineStartError."""
+        if self.is_here:
+            validate_sampling_extra(extra)
+        else:
+            validate_request_extra(extra)
+
     def weights(self) -> dict[str, str]:
-        """Content identity of weights, adapter and chat template. Raises ModelNotFound, naming the model."""
+        """Content identity of weights, adapter and chat template; of a model at an endpoint its address and name.
+
+        Raises ModelNotFound, naming the model.
+        """
+        if self.endpoint is not None:
+            return {"model": self.endpoint.identity(self.model)}
         found = {k: str(v) for k, v in model_identity(self.model, self.revision, self.adapter).items()}
         if self.chat_template is not None:
             with open(self.chat_template, encoding="utf-8") as file:
@@ -73,8 +126,10 @@ class ModelSettings(Settings):
 
     def semantics(self) -> dict[str, Any]:
         """What a stage's fingerprint needs to know beside the weights: everything but names and placement."""
+        if self.endpoint is not None:
+            return {"engine": self.engine, **self.endpoint.answers()}
         return self.model_dump(
-            mode="json", exclude={"model", "revision", "adapter", "placement", "canary", "chat_template"}
+            mode="json", exclude={"model", "revision", "adapter", "endpoint", "placement", "canary", "chat_template"}
         )
 
     def trained(self, folder: str) -> ModelSettings:

@@ -194,6 +194,7 @@ def _run_shards(job: _StageJob, parents: Mapping[str, StageResult]) -> tuple[dic
     missing = sorted({s for state in states.values() for s in state.missing})
     job.board.begin.remote(job.name, job.num_shards, job.num_shards - len(missing))
     failed: dict[int, str] = {}
+    stopped: dict[int, str] = {}
     if missing:
         shard_job = ShardJob(
             job.name,
@@ -211,10 +212,14 @@ def _run_shards(job: _StageJob, parents: Mapping[str, StageResult]) -> tuple[dic
         for receipt in map_shards(shard_job, missing):
             if receipt.status == "ok":
                 job.board.add.remote(job.name, {"shards_done": 1})
+            elif receipt.status == "stopped":
+                stopped[receipt.shard] = receipt.error or "no reason given"
             else:
                 failed[receipt.shard] = receipt.error or "no reason given"
                 job.board.add.remote(job.name, {"shards_failed": 1})
                 job.board.say.remote(f"{job.name}: shard {receipt.shard} failed: {receipt.error}")
+    if stopped:
+        raise StageStop(f"{job.name}: {min(stopped.items())[1]}")
     if failed:
         shard, error = min(failed.items())
         raise StageStop(
@@ -468,6 +473,8 @@ def _settle(
             f"{(usage['prompt_tokens'] + usage['completion_tokens']) / max(usage['wall_seconds'], 1e-9):.0f} tokens/s, "
             f"prefix hits {hit:.0%}"
         )
+    if usage.get("cost"):
+        calls += f", cost {usage['cost']:.4g}"
     rows = ", ".join(f"{n} {kind}" for kind, n in result.rows.items())
     log.say(f"{stage.name}: done in {usage['wall_seconds']:.1f} s{', ' + rows if rows else ''}{calls}")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import json
 import logging
@@ -22,7 +23,7 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
-from ray_pipeline.engines.base import ChatEngine, EngineDead, EngineStartError
+from ray_pipeline.engines.base import BudgetSpent, ChatEngine, EngineDead, EngineStop
 from ray_pipeline.engines.logged import CallNotLogged, CallStats, LoggedEngine
 from ray_pipeline.graph.models import Placement
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, StageStop, stage_table
@@ -61,7 +62,10 @@ class ShardJob:
 
 @dataclasses.dataclass(frozen=True)
 class Receipt:
-    """What became of one shard. `usage` holds calls, tokens and seconds; `counts` is deterministic."""
+    """What became of one shard. `usage` holds calls, tokens and seconds; `counts` is deterministic.
+
+    `status` is ok, failed, or stopped (nothing is wrong with the shard, but no more may be spent).
+    """
 
     shard: int
     status: str
@@ -80,7 +84,8 @@ def _engine_room(work: ShardWork, placement: Placement) -> dict[str, Any]:
     num_gpus = placement.num_gpus
     if num_gpus is None:
         factory_spec = getattr(work.engine, "args", ())
-        wanted = getattr(factory_spec[0], "tensor_parallel_size", 1) if factory_spec else 1
+        # The specification of an engine that is elsewhere (an endpoint) has no such field.
+        wanted = getattr(factory_spec[0], "tensor_parallel_size", 0) if factory_spec else 1
         num_gpus = wanted if ray.cluster_resources().get("GPU", 0) else 0
     room: dict[str, Any] = {"num_cpus": placement.num_cpus, "num_gpus": num_gpus}
     if placement.label_selector:
@@ -163,6 +168,7 @@ class ShardActor:
         self._limit: asyncio.Semaphore | None = None
         self._open: set[LoggedEngine] = set()
         self._watched: dict[str, collections.deque[bool]] = {}
+        self._told = 0
 
     async def __call__(self, batch: Mapping[str, Any]) -> Any:
         if self._limit is None:
@@ -205,7 +211,14 @@ class ShardActor:
             for other in list(self._open):
                 await other.flush()
             os._exit(1)
-        except (StageStop, EngineStartError, CallNotLogged) as error:
+        except BudgetSpent as error:
+            # No call is under way. The other shards come here one by one, or are answered by the log alone.
+            return dataclasses.replace(_failed(job, shard, str(error)), status="stopped")
+        except (StageStop, EngineStop, CallNotLogged) as error:
+            # Ray ends the actor with this error, and what its other shards were answered would be lost.
+            for other in list(self._open):
+                with contextlib.suppress(OSError, StoreError):
+                    await other.flush()
             await asyncio.to_thread(_leave_reason, job, error)
             raise
         except Exception as error:
@@ -214,6 +227,15 @@ class ShardActor:
         finally:
             self._open.discard(engine)
             report.send()
+            self._tell()
+
+    def _tell(self) -> None:
+        """Hand on what the engine wants the user to know (structured output that a server refuses, say)."""
+        notes = getattr(self._engine, "notes", ())
+        if self._job.board is not None:
+            for note in notes[self._told :]:
+                self._job.board.say.remote(f"{self._job.stage}: {note}")
+        self._told = len(notes)
 
     def _watch(self, judge: str, read: bool) -> None:
         """Stop the stage when too many of a judge's last replies could not be read."""

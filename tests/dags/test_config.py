@@ -355,6 +355,7 @@ OPERATIONAL = (
     "models.*.placement.",
     "models.*.canary",
     "models.*.engine",
+    "models.*.endpoint",  # of engine openai alone; its own test is in tests/engines/test_openai_settings.py
     "models.*.revision",  # of a hub model it is in the commit; a folder has none
     "train.use_gpu",
     "train.cpus_per_worker",
@@ -379,6 +380,7 @@ OTHER: dict[str, Any] = {
     "datasets.kinds": ["kto"],
     "train.lora.target_modules": ["q_proj"],
     "evaluate.modes": [{"name": "greedy", "sampling": {"max_tokens": 9}}],
+    "models.*.engine": "vllm",  # openai needs other keys as well
     "models.*.quantization": "fp8",
     "models.*.placement.min_actors": 1,  # more need more max_actors
     "models.*.max_model_len": 512,

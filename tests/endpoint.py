@@ -1,0 +1,138 @@
+"""An OpenAI-compatible server on loopback whose replies come from a script: for tests of what goes wrong on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from aiohttp import ClientSession, web
+
+KEY = "sk-loopback-0123456789abcdef"
+
+
+@dataclasses.dataclass
+class Answer:
+    """One HTTP response. `cut`: the connection is closed after half of the body."""
+
+    status: int = 200
+    body: Any = None
+    headers: dict[str, str] = dataclasses.field(default_factory=dict)
+    delay: float = 0.0
+    cut: bool = False
+
+    def bytes(self) -> bytes:
+        return self.body if isinstance(self.body, bytes) else json.dumps(self.body).encode()
+
+
+#: (request body, number of this request from 1) → the answer; None: what the script does not say is forwarded.
+Script = Callable[[dict[str, Any], int], Answer | None]
+
+
+def said(text: str | None = "ok", finish: str = "stop", prompt: int = 10, new: int = 5, **message: Any) -> Answer:
+    usage = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+    choice = {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text, **message}}
+    return Answer(body={"id": "x", "object": "chat.completion", "choices": [choice], "usage": usage})
+
+
+def refused(status: int, message: str = "no", code: Any = None, param: str | None = None, **headers: str) -> Answer:
+    error = {"message": message, "type": "invalid_request_error", "code": code, "param": param}
+    return Answer(status, {"error": error}, {k.replace("_", "-"): v for k, v in headers.items()})
+
+
+class Endpoint:
+    """Serves `/v1/chat/completions` and `/v1/models` from a thread of its own, so that other processes can ask too.
+
+    Args:
+        script: what a request for a reply is answered with.
+        models: entries of the list of models; an Answer instead; None: there is no such list.
+        behind: base URL of a server that gets what the script leaves to it: then this is a proxy.
+    """
+
+    def __init__(self, script: Script, *, models: Any = None, behind: str | None = None) -> None:
+        self.script, self.models, self.behind = script, models, behind
+        self.asked: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.most_at_once = self._at_once = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
+        self._port = 0
+        self._end: asyncio.Event | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}/v1"
+
+    def __enter__(self) -> Endpoint:
+        self._thread.start()
+        assert self._started.wait(10)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        assert self._end is not None and self._loop is not None
+        self._loop.call_soon_threadsafe(self._end.set)
+        self._thread.join(10)
+
+    async def _serve(self) -> None:
+        self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
+        app = web.Application()
+        app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_get("/v1/models", self._list)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        self._port = runner.addresses[0][1]
+        async with ClientSession() as self._session:
+            self._started.set()
+            await self._end.wait()
+        await runner.cleanup()
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.asked.append(body)
+        self.headers.append(dict(request.headers))
+        self._at_once += 1
+        self.most_at_once = max(self.most_at_once, self._at_once)
+        try:
+            answer = self.script(body, len(self.asked))
+            if answer is None:
+                answer = await self._forward(body)
+            await asyncio.sleep(answer.delay)
+            return await self._send(request, answer)
+        finally:
+            self._at_once -= 1
+
+    async def _forward(self, body: dict[str, Any]) -> Answer:
+        assert self.behind is not None, "the script has no answer, and there is no server behind"
+        async with self._session.post(f"{self.behind}/chat/completions", json=body) as response:
+            return Answer(response.status, await response.read())
+
+    async def _list(self, request: web.Request) -> web.StreamResponse:
+        if isinstance(self.models, Answer):
+            return await self._send(request, self.models)
+        if self.models is None and self.behind is not None:
+            async with self._session.get(f"{self.behind}/models") as response:
+                return await self._send(request, Answer(response.status, await response.read()))
+        if self.models is None:
+            return web.Response(status=404, text="404 page not found")
+        return await self._send(request, Answer(body={"object": "list", "data": self.models}))
+
+    async def _send(self, request: web.Request, answer: Answer) -> web.StreamResponse:
+        body = answer.bytes()
+        if not answer.cut:
+            return web.Response(
+                status=answer.status, body=body, headers={"Content-Type": "application/json", **answer.headers}
+            )
+        response = web.StreamResponse(status=answer.status, headers={"Content-Type": "application/json"})
+        response.content_length = len(body)
+        await response.prepare(request)
+        await response.write(body[: len(body) // 2])
+        assert request.transport is not None
+        request.transport.close()
+        return response

@@ -1,0 +1,642 @@
+"""The engine for endpoints against a real HTTP server on loopback that misbehaves by script."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ray_pipeline.engines import openai as module
+from ray_pipeline.engines.account import Prices
+from ray_pipeline.engines.base import (
+    BudgetSpent,
+    ChatEngine,
+    Completion,
+    EngineDead,
+    EngineError,
+    EngineStartError,
+    EngineStop,
+    Grammar,
+    Metered,
+    PromptTooLong,
+    Sampling,
+)
+from ray_pipeline.engines.logged import LoggedEngine
+from ray_pipeline.engines.openai import EndpointSettings, OpenAIEngine, OpenAISpec
+from ray_pipeline.store.calls import scan_calls
+from ray_pipeline.store.files import Folder
+from ray_pipeline.store.keys import prompt_id
+from tests.endpoint import KEY, Answer, Endpoint, refused, said
+from tests.scripted import user
+
+COLD = Sampling(max_tokens=20)
+SCORE = Grammar.json(
+    {
+        "type": "object",
+        "properties": {
+            "reason": {"type": "string", "maxLength": 40},
+            "score": {"type": "integer", "minimum": 1, "maximum": 10},
+        },
+        "required": ["reason", "score"],
+        "additionalProperties": False,
+    }
+)
+#: One unit of money a token, so that sums are easy to read.
+PRICES = Prices(input=1e6, output=1e6)
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOOPBACK_KEY", KEY)
+    monkeypatch.setattr(module, "_BACKOFF_SECONDS", 0.01)
+
+
+def engine_at(url: str, *, canary: bool = False, share: int = 1, **settings: Any) -> OpenAIEngine:
+    endpoint = EndpointSettings(**{"base_url": url, "api_key_env": "LOOPBACK_KEY", **settings})
+    return OpenAIEngine(OpenAISpec("judge", endpoint, canary=canary, share=share))
+
+
+def using(engine: OpenAIEngine, work: Callable[[OpenAIEngine], Awaitable[Any]]) -> Any:
+    async def go() -> Any:
+        try:
+            return await asyncio.wait_for(work(engine), 60)
+        finally:
+            await engine.close()
+
+    return asyncio.run(go())
+
+
+def ask(engine: OpenAIEngine, *texts: str, sampling: Sampling = COLD) -> list[Any]:
+    """All texts at once; completions and exceptions."""
+    return using(
+        engine,
+        lambda e: asyncio.gather(*(e.chat(user(t), sampling) for t in texts or ("hello",)), return_exceptions=True),
+    )
+
+
+# --- what is sent and what is read ------------------------------------------------------------------------------------
+
+
+def test_a_call_and_its_reply() -> None:
+    usage = {"prompt_tokens": 12, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 8}}
+    steps = [
+        {
+            "token": "a",
+            "logprob": -0.5,
+            "top_logprobs": [
+                {"token": "c", "logprob": -3.0},
+                {"token": "a", "logprob": -0.5},
+                {"token": "b", "logprob": -1.0},
+            ],
+        }
+    ]
+    message = {"role": "assistant", "content": "a"}
+    body = {
+        "choices": [{"message": message, "finish_reason": "length", "logprobs": {"content": steps}}],
+        "usage": usage,
+    }
+    sampling = Sampling(0.7, 0.9, 20, 3, ("x", "y"), 2, extra=(("top_k", 5),))
+    with Endpoint(lambda body_, n: Answer(body=body)) as server:
+        engine = engine_at(server.url + "/", extra_body={"chat_template_kwargs": {"enable_thinking": False}})
+        assert isinstance(engine, ChatEngine) and isinstance(engine, Metered)
+        [reply] = ask(engine, "hello", sampling=sampling)
+    assert server.asked == [
+        {
+            "model": "judge",
+            "messages": [{"role": "user", "content": "hello"}],
+            "temperature": 0.7,
+            "top_p": 0.9,
+            "max_tokens": 20,
+            "seed": 3,
+            "stop": ["x", "y"],
+            "logprobs": True,
+            "top_logprobs": 2,
+            "top_k": 5,
+            "chat_template_kwargs": {"enable_thinking": False},
+        }
+    ]
+    assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
+    assert (reply.text, reply.finish_reason) == ("a", "length") and 0 < reply.latency_s < 30
+    assert (reply.prompt_tokens, reply.completion_tokens, reply.cached_tokens) == (12, 3, 8)
+    assert reply.logprobs == [[("a", -0.5), ("b", -1.0), ("c", -3.0)]]
+    stats = engine.stats()
+    assert (stats.calls, stats.requests, stats.prompt_tokens, stats.cached_tokens) == (1, 1, 12, 8)
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "finish"),
+    [
+        (said("x", "eos_token"), "x", "stop"),
+        (said("x", "max_tokens"), "x", "length"),
+        (said("x", "content_filter"), "x", "content_filter"),
+        (said(None, "stop", refusal="I will not"), "I will not", "refusal"),
+        (said(None, "length"), "", "length"),
+        (said([{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]), "xy", "stop"),  # type: ignore[arg-type]
+        (Answer(body={"choices": [{"message": {"content": "abcdef"}, "finish_reason": "stop"}]}), "abcdef", "stop"),
+    ],
+)
+def test_ends_of_replies(answer: Answer, text: str, finish: str) -> None:
+    with Endpoint(lambda body, n: answer) as server:
+        [reply] = ask(engine_at(server.url))
+    assert (reply.text, reply.finish_reason) == (text, finish)
+    assert reply.prompt_tokens > 0 and reply.completion_tokens > 0  # an estimate, where nothing is said
+
+
+def test_parameters_that_are_never_sent() -> None:
+    with Endpoint(lambda body, n: said()) as server:
+        ask(engine_at(server.url, omit=("temperature", "top_p")))
+        ask(engine_at(server.url, max_tokens_name="max_completion_tokens"))
+    assert set(server.asked[0]) == {"model", "messages", "max_tokens"}
+    assert set(server.asked[1]) == {"model", "messages", "temperature", "top_p", "max_completion_tokens"}
+
+
+# --- one call's trouble -----------------------------------------------------------------------------------------------
+
+PASSING = {
+    "500": refused(500),
+    "502": Answer(502, b"<html>bad gateway</html>"),
+    "503": refused(503),
+    "429": refused(429),
+    "408": refused(408),
+    "cut": Answer(**{**vars(said("x" * 500)), "cut": True}),
+    "cut error": Answer(500, b"x" * 500, cut=True),
+    "slow": Answer(**{**vars(said()), "delay": 3.0}),
+    "no JSON": Answer(body=b"<html>hello</html>"),
+    "half JSON": Answer(body=b'{"choices": [{"mess'),
+    "no bytes": Answer(body=b""),
+    "no choices": Answer(body={"choices": []}),
+    "another form": Answer(body={"hello": "world"}),
+    "a list": Answer(body=[1, 2]),
+    "no message": Answer(body={"choices": [{"text": "x"}]}),
+    "text is a number": Answer(body={"choices": [{"message": {"content": 7}}]}),
+    "an error as a reply": Answer(body={"error": {"code": 502, "message": "upstream"}}),
+    "ended by an error": said("", "error"),
+}
+
+
+@pytest.mark.parametrize("trouble", PASSING.values(), ids=PASSING)
+def test_a_trouble_that_passes(trouble: Answer) -> None:
+    with Endpoint(lambda body, n: trouble if n == 1 else said("fine")) as server:
+        [reply] = ask(engine_at(server.url, timeout_s=1.0))
+    assert isinstance(reply, Completion), reply
+    assert reply.text == "fine" and len(server.asked) == 2
+
+
+@pytest.mark.parametrize("name", ["500", "cut", "no JSON", "another form", "slow"])
+def test_a_call_that_fails_for_ever_fails_alone(name: str) -> None:
+    def script(body: dict[str, Any], n: int) -> Answer:
+        return PASSING[name] if "bad" in body["messages"][0]["content"] else said("fine")
+
+    with Endpoint(script) as server:
+        first, bad, last = ask(engine_at(server.url, retries=2, timeout_s=0.5), "good", "bad", "better")
+    assert isinstance(bad, EngineError) and "given up after 3 tries" in str(bad)
+    assert first.text == last.text == "fine" and len(server.asked) == 5
+
+
+def test_a_refused_message_is_not_asked_again() -> None:
+    with Endpoint(lambda body, n: refused(400, "content management policy", "content_filter")) as server:
+        [error] = ask(engine_at(server.url))
+    assert type(error) is EngineError and "content management policy" in str(error) and len(server.asked) == 1
+
+
+def test_retry_after_holds_back_every_call() -> None:
+    times: list[float] = []
+
+    def script(body: dict[str, Any], n: int) -> Answer:
+        times.append(time.monotonic())
+        return refused(429, Retry_After="1") if n == 1 else said()
+
+    async def work(engine: OpenAIEngine) -> list[Any]:
+        first = asyncio.create_task(engine.chat(user("a"), COLD))
+        while not times:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.3)
+        return [await engine.chat(user("b"), COLD), await first]
+
+    with Endpoint(script) as server:
+        assert all(reply.text == "ok" for reply in using(engine_at(server.url), work))
+    assert len(times) == 3 and all(1.0 <= t - times[0] < 4 for t in times[1:])
+
+
+def test_an_overloaded_server_says_when_to_come_back() -> None:
+    times: list[float] = []
+
+    def script(body: dict[str, Any], n: int) -> Answer:
+        times.append(time.monotonic())
+        return refused(503, Retry_After="0.8") if n == 1 else said()
+
+    with Endpoint(script) as server:
+        assert ask(engine_at(server.url))[0].text == "ok"
+    assert 0.8 <= times[1] - times[0] < 3
+
+
+def test_names_that_an_engine_sets_itself() -> None:
+    with Endpoint(lambda body, n: said()) as server:
+        for name in ("seed", "n", "response_format"):
+            [error] = ask(engine_at(server.url), sampling=Sampling(extra=((name, 1),)))
+            assert type(error) is EngineError and name in str(error)
+    assert server.asked == []
+
+
+# --- the user's trouble -----------------------------------------------------------------------------------------------
+
+
+def test_a_key_that_is_not_taken_stops_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    with Endpoint(lambda body, n: refused(401, f"Incorrect API key provided: {KEY[:9]}*****{KEY[-4:]}")) as server:
+        engine = engine_at(server.url)
+
+        async def work(engine: OpenAIEngine) -> list[Any]:
+            first = await asyncio.gather(engine.chat(user("a"), COLD), return_exceptions=True)
+            return first + await asyncio.gather(
+                *(engine.chat(user("b"), COLD) for _ in range(5)), return_exceptions=True
+            )
+
+        errors = using(engine, work)
+    assert len(server.asked) == 1 and {type(e) for e in errors} == {EngineStop}
+    assert "LOOPBACK_KEY" in str(errors[0]) and server.url in str(errors[0])
+    assert "sk-" not in caplog.text + "".join(map(repr, errors))
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (
+            refused(404, "The model `judge` does not exist", "model_not_found"),
+            "does not serve 'judge'.*serves judgement",
+        ),
+        (refused(400, "model judge not found, try pulling it first"), "does not serve 'judge'.*serves judgement"),
+        (Answer(404, b"404 page not found"), "404 page not found"),
+        (refused(402, "Insufficient Balance"), "no credit left.*top it up"),
+        (refused(429, "You exceeded your current quota", "insufficient_quota"), "no credit left"),
+        (refused(403, "Country not supported"), "Country not supported"),
+        (refused(405), "Is base_url the address"),
+        (
+            refused(400, "Unsupported value: 'temperature' does not support 0 with this model.", param="temperature"),
+            r"'temperature'.*endpoint\.omit",
+        ),
+        (refused(429, "slow down", Retry_After="86400"), "asks to wait 86400 s.*patience_s"),
+    ],
+)
+def test_what_every_call_would_run_into_stops_the_engine(answer: Answer, message: str) -> None:
+    with Endpoint(lambda body, n: answer, models=[{"id": "judgement"}]) as server:
+        [error] = ask(engine_at(server.url))
+        assert isinstance(error, EngineStop) and len(server.asked) == 1
+        with pytest.raises(EngineStartError, match=message):
+            using(engine_at(server.url, canary=True), lambda e: e.start())
+    assert re.search(message, str(error)) and server.url in str(error)
+
+
+def test_a_key_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Endpoint(lambda body, n: said()) as server:
+        monkeypatch.delenv("LOOPBACK_KEY")
+        [error] = ask(engine_at(server.url))
+        assert isinstance(error, EngineStartError) and "LOOPBACK_KEY is not set" in str(error)
+        [reply] = ask(engine_at(server.url, api_key_env=None))
+        assert reply.text == "ok"
+        monkeypatch.setenv("LOOPBACK_KEY", f"{KEY} {KEY}")
+        [error] = ask(engine_at(server.url))
+        assert isinstance(error, EngineStartError) and KEY not in str(error)
+        monkeypatch.setenv("LOOPBACK_KEY", f" {KEY}\n")  # as files of keys end
+        [reply] = ask(engine_at(server.url))
+        assert reply.text == "ok" and server.headers[-1]["Authorization"] == f"Bearer {KEY}"
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def test_an_address_where_nobody_is() -> None:
+    url = f"http://127.0.0.1:{free_port()}/v1"
+    begin = time.monotonic()
+    errors = ask(engine_at(url, patience_s=1.0), *"abc")
+    assert time.monotonic() - begin < 10
+    assert {type(e) for e in errors} == {EngineStartError}
+    assert url in str(errors[0]) and "Check base_url" in str(errors[0])
+
+
+def test_an_address_that_never_answers() -> None:
+    silent = Answer(**{**vars(said()), "delay": 30.0})
+    with Endpoint(lambda body, n: silent) as server:
+        begin = time.monotonic()
+        with pytest.raises(EngineStartError, match="no reply in time"):
+            using(engine_at(server.url, canary=True, timeout_s=20, patience_s=0.7, retries=99), lambda e: e.start())
+        assert time.monotonic() - begin < 10
+
+
+def test_an_endpoint_that_goes_away_stops_the_engine_and_no_row_is_blamed() -> None:
+    gone = refused(503)
+    with Endpoint(lambda body, n: said() if n <= 3 else gone) as server:
+        engine = engine_at(server.url, retries=1, patience_s=1.5, concurrency=3)
+        replies = ask(engine, *map(str, range(9)))
+    stops = [str(r) for r in replies if type(r) is EngineStop]
+    assert len(stops) == 6 and sum(isinstance(r, Completion) for r in replies) == 3
+    assert "has given no answer for" in stops[0] and "same command goes on" in stops[0]
+
+
+def test_a_web_page_is_no_endpoint() -> None:
+    with Endpoint(lambda body, n: Answer(body=b"<html>welcome</html>")) as server:
+        engine = engine_at(server.url, canary=True, retries=1)
+        with pytest.raises(EngineStartError, match=r"<html>welcome.*Is base_url the address.*/v1"):
+            using(engine, lambda e: e.start())
+
+
+def test_a_closed_engine() -> None:
+    with Endpoint(lambda body, n: said()) as server:
+        engine = engine_at(server.url)
+        ask(engine)
+        [error] = ask(engine)
+    assert isinstance(error, EngineDead)
+
+
+# --- the form of replies ----------------------------------------------------------------------------------------------
+
+
+def schemas(server: Endpoint) -> list[Any]:
+    return [b["response_format"]["json_schema"]["schema"] if "response_format" in b else None for b in server.asked]
+
+
+def test_a_schema_is_sent_as_it_is() -> None:
+    with Endpoint(lambda body, n: said()) as server:
+        ask(engine_at(server.url), sampling=Sampling(grammar=SCORE))
+    assert schemas(server) == [SCORE.decoded()] and list(schemas(server)[0]["properties"]) == ["reason", "score"]
+    assert server.asked[0]["response_format"]["json_schema"]["strict"] is True
+
+
+def test_a_schema_that_is_refused_is_loosened_and_then_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    def script(body: dict[str, Any], n: int) -> Answer:
+        if "maxLength" in json.dumps(body):
+            return refused(400, "Invalid schema for response_format 'reply': 'maxLength' is not permitted", param="x")
+        return said()
+
+    with Endpoint(script) as server:
+        replies = ask(engine_at(server.url), *"abcd", sampling=Sampling(grammar=SCORE))
+    assert all(r.text == "ok" for r in replies)
+    loose = schemas(server)[-1]["properties"]
+    assert loose == {"reason": {"type": "string"}, "score": {"type": "integer"}}
+    assert caplog.text.count("asking without its bounds") == 1
+
+    caplog.clear()
+    answer = refused(400, "response_format json_schema is not supported by this model")
+    with Endpoint(lambda body, n: answer if "response_format" in body else said()) as server:
+        engine = engine_at(server.url)
+        replies = ask(engine, *"abcd", sampling=Sampling(grammar=SCORE))
+        assert all(r.text == "ok" for r in replies) and schemas(server)[-1] is None
+        assert caplog.text.count("come as text") == 1
+        assert len(engine.notes) == 2 and "come as text" in engine.notes[-1]
+        [error] = ask(engine_at(server.url, structured="schema"), sampling=Sampling(grammar=SCORE))
+    assert (
+        isinstance(error, EngineStop) and "refuses structured output" in str(error) and "structured: text" in str(error)
+    )
+
+
+def test_a_server_that_does_not_obey_is_found_out_at_the_start(caplog: pytest.LogCaptureFixture) -> None:
+    with Endpoint(lambda body, n: said("Sure! Green.")) as server:
+        ask(engine_at(server.url, canary=True), sampling=Sampling(grammar=SCORE))
+        assert schemas(server)[0] is not None and schemas(server)[1] is None
+        assert "does not obey structured output" in caplog.text
+        [error] = ask(engine_at(server.url, canary=True, structured="schema"))
+        assert isinstance(error, EngineStartError) and "does not obey" in str(error)
+    # A refusal in words that nobody has foreseen, and a model that was still thinking.
+    with Endpoint(lambda body, n: refused(422, "nope") if "response_format" in body else said("Green.")) as server:
+        [reply] = ask(engine_at(server.url, canary=True), sampling=Sampling(grammar=SCORE))
+        assert reply.text == "Green." and [s is None for s in schemas(server)] == [False, True, True]
+    with Endpoint(lambda body, n: said("", "length")) as server:
+        ask(engine_at(server.url, canary=True), sampling=Sampling(grammar=SCORE))
+        assert None not in schemas(server)
+    with Endpoint(lambda body, n: said('{"verdict": "blue"}')) as server:
+        ask(engine_at(server.url, canary=True), sampling=Sampling(grammar=SCORE))
+        ask(engine_at(server.url, canary=True, structured="text"), sampling=Sampling(grammar=SCORE))
+        assert [s is None for s in schemas(server)] == [False, False, True, True]
+
+
+def test_choices_and_patterns_are_for_vllm() -> None:
+    choice, regex = Grammar.choice(["yes", "no"]), Grammar.regex("[0-9]+")
+    with Endpoint(lambda body, n: said(), models=[{"id": "judge", "owned_by": "vllm", "max_model_len": 64}]) as server:
+        for grammar in (choice, regex):
+            ask(engine_at(server.url), sampling=Sampling(grammar=grammar))
+        ask(engine_at(server.url, structured="text"), sampling=Sampling(grammar=choice))
+        assert [b.get("structured_outputs") for b in server.asked] == [
+            {"choice": ["yes", "no"]},
+            {"regex": "[0-9]+"},
+            None,
+        ]
+        server.models = [{"id": "judge", "owned_by": "somebody"}]
+        ask(engine_at(server.url), sampling=Sampling(grammar=choice))
+        ask(engine_at(server.url, structured="vllm"), sampling=Sampling(grammar=choice))
+        assert ["structured_outputs" in b for b in server.asked[3:]] == [False, True]
+
+
+def test_the_name_of_the_limit_is_found_out() -> None:
+    def script(body: dict[str, Any], n: int) -> Answer:
+        if "max_tokens" in body:
+            return refused(
+                400,
+                "Unsupported parameter: 'max_tokens' is not supported with this model. "
+                "Use 'max_completion_tokens' instead.",
+                param="max_tokens",
+            )
+        return said()
+
+    with Endpoint(script) as server:
+        replies = ask(engine_at(server.url), *"abc")
+        assert [r.text for r in replies] == ["ok"] * 3 and server.asked[-1]["max_completion_tokens"] == 20
+        [error] = ask(engine_at(server.url, max_tokens_name="max_tokens"))
+        assert isinstance(error, EngineStop) and "'max_tokens'" in str(error)
+
+
+TOO_LONG = (
+    "This model's maximum context length is 64 tokens. However, you requested 20 output tokens and your prompt "
+    "contains at least 70 input tokens, for a total of at least 90 tokens."
+)
+
+
+def test_a_prompt_that_is_too_long() -> None:
+    with Endpoint(lambda body, n: refused(400, TOO_LONG)) as server:
+        [error] = ask(engine_at(server.url))
+    assert isinstance(error, PromptTooLong)
+    assert (error.prompt_tokens, error.max_tokens, error.limit) == (70, 20, 64) and len(server.asked) == 1
+
+
+# --- limits and money -------------------------------------------------------------------------------------------------
+
+
+def test_no_more_at_once_than_allowed() -> None:
+    with Endpoint(lambda body, n: Answer(**{**vars(said()), "delay": 0.05})) as server:
+        assert len(ask(engine_at(server.url, concurrency=3), *map(str, range(12)))) == 12
+    assert server.most_at_once == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "share", "least", "most"),
+    [
+        ({"requests_per_minute": 600}, 1, 0.8, 3.0),  # nine gaps of 0.1 s
+        ({"requests_per_minute": 1200}, 2, 0.8, 3.0),
+        # 36 tokens may be used and 15 are, which is known soon: nine gaps of 15 / 75 s, and not of 36 / 75 s.
+        ({"tokens_per_minute": 4500}, 1, 1.7, 3.8),
+    ],
+)
+def test_limits_per_minute(settings: dict[str, Any], share: int, least: float, most: float) -> None:
+    times: list[float] = []
+
+    def script(body: dict[str, Any], n: int) -> Answer:
+        times.append(time.monotonic())
+        return said()
+
+    with Endpoint(script) as server:
+        ask(engine_at(server.url, share=share, **settings), *"abcdefghij")
+    assert least < times[-1] - times[0] < most
+
+
+def test_the_budget_stops_cleanly_and_a_bigger_one_goes_on(tmp_path: Path) -> None:
+    """Replies cost 15 each, and may cost 40; a budget of 100 leaves room for five and not for the sixth."""
+
+    async def run(engine: OpenAIEngine) -> list[Any]:
+        async with LoggedEngine(engine, Folder(str(tmp_path)), 0, 1, flush_seconds=0.05) as log:
+            calls = (log.bound(prompt_id(user(str(i))), "judge").chat(user(str(i)), COLD) for i in range(12))
+            return await asyncio.gather(*calls, return_exceptions=True)
+
+    def answered(replies: list[Any]) -> int:
+        assert {type(r) for r in replies} <= {Completion, BudgetSpent}
+        return sum(isinstance(r, Completion) for r in replies)
+
+    slow = Answer(**{**vars(said()), "delay": 0.05})
+    with Endpoint(lambda body, n: slow) as server:
+
+        def again(**settings: Any) -> tuple[OpenAIEngine, list[Any]]:
+            engine = engine_at(server.url, prices=PRICES, concurrency=4, **settings)
+            return engine, using(engine, run)
+
+        engine, replies = again(budget=100.0)
+        assert answered(replies) == len(server.asked) == 5 and engine.stats().cost == 75
+        # Everything that was sent was answered, and everything that was answered is in the log.
+        assert sum(table.num_rows for table in scan_calls(Folder(str(tmp_path)))) == 5
+        error = str(next(r for r in replies if isinstance(r, BudgetSpent)))
+        assert "75 of 100 USD spent (5 calls" in error and "raise endpoint.budget" in error
+
+        # The same budget is spent already: nothing is asked, and the log still answers.
+        engine, replies = again(budget=100.0)
+        assert answered(replies) == 5 and len(server.asked) == 5 and engine.stats().requests == 0
+
+        _, replies = again(budget=150.0)
+        assert answered(replies) == len(server.asked) == 8
+        _, replies = again()
+        assert answered(replies) == len(server.asked) == 12
+    total = sum(json.loads(f.read_text())["calls"] for f in tmp_path.glob("spent-*/*.json"))
+    assert total == 12
+
+
+def test_the_budget_counts_all_engines_on_a_call_log(tmp_path: Path) -> None:
+    async def run(server: Endpoint) -> list[Any]:
+        engines = [engine_at(server.url, prices=PRICES, budget=300.0, concurrency=1) for _ in range(2)]
+
+        async def use(engine: OpenAIEngine, shard: int) -> list[Any]:
+            done = []
+            async with LoggedEngine(engine, Folder(str(tmp_path)), shard, 2, flush_seconds=0.05) as log:
+                for i in range(20):
+                    call = log.bound(prompt_id(user(str(i))), "judge").chat(user(f"{shard} {i}"), COLD)
+                    done += await asyncio.gather(call, return_exceptions=True)
+            return done
+
+        found = await asyncio.gather(*(use(engine, shard) for shard, engine in enumerate(engines)))
+        for engine in engines:
+            await engine.close()
+        return [reply for replies in found for reply in replies]
+
+    with Endpoint(lambda body, n: Answer(**{**vars(said()), "delay": 0.3})) as server:
+        replies = asyncio.run(asyncio.wait_for(run(server), 60))
+    answered = sum(isinstance(r, Completion) for r in replies)
+    assert {type(r) for r in replies} == {Completion, BudgetSpent}
+    # Alone each would have made 17; what the other spends within two seconds is all that it may go over by.
+    assert 17 <= answered == len(server.asked) <= 17 + 14
+
+
+def test_the_first_short_call_is_paid_from_the_budget_too() -> None:
+    with Endpoint(lambda body, n: said('{"verdict": "blue"}')) as server:
+        engine = engine_at(server.url, canary=True, prices=PRICES, budget=60.0)
+        [error] = ask(engine)
+        assert isinstance(error, BudgetSpent) and server.asked == []
+        engine = engine_at(server.url, canary=True, prices=PRICES, budget=1000.0)
+        ask(engine)
+    assert engine.stats().cost == 30 and engine.cost(Completion("", "stop", 10, 5, 4)) == 15
+
+
+def test_cached_tokens_have_their_price() -> None:
+    prices = Prices(input=2.0, cached_input=0.5, output=8.0)
+    assert prices.of(1_000_000, 400_000, 250_000) == pytest.approx(0.6 * 2 + 0.4 * 0.5 + 0.25 * 8)
+
+
+# --- the key ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_key_is_in_no_log_no_file_and_no_message(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: Any
+) -> None:
+    """A server that throws the key back at us in everything that it says about errors."""
+    caplog.set_level(logging.DEBUG)
+    echo = f"Authorization was Bearer {KEY}"
+    troubles = [
+        refused(500, echo),
+        Answer(body=echo.encode()),
+        Answer(body={echo: echo}),
+        refused(429, echo),
+        refused(503, echo),
+        Answer(502, echo.encode()),
+        said("fine"),
+        refused(400, echo),
+        refused(400, f"{TOO_LONG} {echo}"),
+        refused(400, f"response_format is not supported. {echo}"),
+        refused(400, f"response_format is not supported. {echo}"),
+        said("finer"),
+        refused(404, echo),
+    ]
+
+    async def run(engine: OpenAIEngine) -> list[Any]:
+        found: list[Any] = []
+        async with LoggedEngine(engine, Folder(str(tmp_path)), 0, 1, flush_seconds=0.05) as log:
+            for i in range(6):
+                call = log.bound(prompt_id(user(str(i))), "judge").chat(user(str(i)), Sampling(grammar=SCORE))
+                found += await asyncio.gather(call, return_exceptions=True)
+        return found
+
+    with Endpoint(lambda body, n: troubles[n - 1], models=Answer(500, echo.encode())) as server:
+        engine = engine_at(server.url)
+        found = using(engine, run)
+        assert len(server.asked) == len(troubles)
+    kinds = [Completion, EngineError, PromptTooLong, Completion, EngineStop, EngineStop]
+    assert [type(f) for f in found] == kinds
+    shown = [caplog.text, *capfd.readouterr(), repr(engine), repr(engine.spec), str(engine.spec), repr(engine.identity)]
+    for error in found:
+        while error is not None:
+            shown += [repr(error), str(error)]
+            error = getattr(error, "__cause__", None)
+    tables = [table.to_pylist() for table in scan_calls(Folder(str(tmp_path)))]
+    assert [row["text"] for rows in tables for row in rows if row["finish_reason"] == "stop"] == ["fine", "finer"]
+    files = [file.read_bytes().decode("latin-1") for file in tmp_path.rglob("*") if file.is_file()]
+    assert KEY not in "\n".join([*shown, repr(tables), *files])
+    assert "***" in caplog.text  # it would have been there
+
+
+# --- with the call log in front ---------------------------------------------------------------------------------------
+
+
+def test_a_second_pass_asks_nobody(tmp_path: Path) -> None:
+    async def run(engine: OpenAIEngine) -> list[Any]:
+        async with LoggedEngine(engine, Folder(str(tmp_path)), 0, 1) as log:
+            calls = (log.bound(prompt_id(user(t)), "judge").chat(user(t), COLD) for t in "abc")
+            return [reply.text for reply in await asyncio.gather(*calls)] + [log.stats.calls_engine, log.stats.cost]
+
+    with Endpoint(lambda body, n: said(body["messages"][0]["content"].upper())) as server:
+        assert using(engine_at(server.url, prices=PRICES), run) == ["A", "B", "C", 3, 45.0]
+    # The server is gone, the key too, and another key or limit is no other model.
+    assert using(engine_at(server.url, api_key_env="ELSEWHERE", retries=0), run) == ["A", "B", "C", 0, 0.0]
