@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import Field, field_validator, model_validator
 
@@ -113,6 +113,16 @@ class Choice:
     raw: str | None
 
 
+class Retries(Protocol):
+    """How often an unreadable reply is asked for again, and how warm."""
+
+    @property
+    def retries(self) -> int: ...
+
+    @property
+    def retry_temperature(self) -> float: ...
+
+
 async def judge(
     engine: ChatEngine,
     prompt: Sequence[Message],
@@ -137,7 +147,7 @@ async def judge(
     grammar = score_grammar(rubric.low, rubric.high, asking.reason_chars) if asking.grammar else None
     # Twenty alternatives cover every score of a ten-point scale and what competes with them.
     logprobs = 20 if asking.expected_score else None
-    read, reply, status = await _ask(
+    read, reply, status = await ask_until_read(
         engine,
         messages,
         rubric.sampling or sampling,
@@ -167,7 +177,7 @@ async def critique(
     """Say whether the way to an answer is flawed, and how."""
     messages = render(template, layout, instruction=transcript(prompt), response=response)
     grammar = critique_grammar(asking.reason_chars) if asking.grammar else None
-    read, reply, status = await _ask(engine, messages, sampling, asking, grammar, read_critique)
+    read, reply, status = await ask_until_read(engine, messages, sampling, asking, grammar, read_critique)
     raw = None if reply is None else reply.text
     if read is None:
         return Critique(None, None, None, status, raw)
@@ -187,30 +197,37 @@ async def compare(
     """Choose between two answers, shown in the given order. Callers ask in both orders."""
     messages = render(template, layout, instruction=transcript(prompt), response_a=response_a, response_b=response_b)
     grammar = choice_grammar(asking.reason_chars) if asking.grammar else None
-    read, reply, status = await _ask(engine, messages, sampling, asking, grammar, read_choice)
+    read, reply, status = await ask_until_read(engine, messages, sampling, asking, grammar, read_choice)
     raw = None if reply is None else reply.text
     if read is None:
         return Choice(None, None, status, raw)
     return Choice(read.fields["choice"], read.fields["reason"], status, raw)
 
 
-async def _ask(
+async def ask_until_read(
     engine: ChatEngine,
     messages: list[Message],
     settings: SamplingSettings,
-    asking: Asking,
+    asking: Retries,
     grammar: Grammar | None,
     reader: Callable[[Completion], Read | None],
     logprobs: int | None = None,
+    follow_up: str | None = None,
 ) -> tuple[Read | None, Completion | None, str]:
     """Ask until a reply can be read or the retries are used up; returns what was read, the last reply, the status.
 
     A retry is another call (its own temperature and seed, both in the call key), because a greedy call would only
-    give the same unreadable reply again.
+    give the same unreadable reply again. Nothing of an earlier reply is kept: the whole verdict is the last reply's.
+
+    Args:
+        follow_up: said to the model after its unreadable reply; None asks the same question again.
     """
     reply: Completion | None = None
-    status = "unparsed"
+    status, first = "unparsed", messages
     for attempt in range(asking.retries + 1):
+        if follow_up is not None and reply is not None:
+            said = [{"role": "assistant", "content": reply.text}, {"role": "user", "content": follow_up}]
+            messages = [*first, *said]
         sampling = settings.sampling(grammar=grammar, logprobs=logprobs)
         if attempt:
             seed = derived_seed("retry", _contents(messages), attempt)
