@@ -54,7 +54,7 @@ async def prefer(
 ) -> PairPreference:
     """Ask once which output is better; identical outputs are a draw, as published. Callers choose the order."""
     if first == second:
-        return PairPreference(0.5, "same", None, "skipped", None)
+        return PairPreference(0.5, "same", None, "ok", None)
     messages = prompt.filled(instruction, first, second)
     sampling = asking.sampling.sampling(
         logprobs=asking.top_logprobs or None,

@@ -21,10 +21,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from ray_pipeline.agents.alpaca_eval_judge import PairPreference, PreferenceAsking, prefer
 from ray_pipeline.agents.bench_prompts import PreferencePrompt, prompts_digest
+from ray_pipeline.engines.base import ChatEngine
 from ray_pipeline.evaluation.benchmark_files import BenchmarkFileError, need
 from ray_pipeline.evaluation.bootstrap import Interval, bootstrap_mean
 from ray_pipeline.evaluation.protocol import Protocol, PublishedProtocol, settings_text
-from ray_pipeline.engines.base import ChatEngine
 from ray_pipeline.store.keys import digest
 
 if TYPE_CHECKING:

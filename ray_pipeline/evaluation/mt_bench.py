@@ -25,11 +25,11 @@ from ray_pipeline.agents.mt_bench_judge import (
     compare_turn,
     rate_turn,
 )
+from ray_pipeline.engines.base import ChatEngine
 from ray_pipeline.evaluation.benchmark_files import BenchmarkFileError, need
 from ray_pipeline.evaluation.bootstrap import Interval, bootstrap_mean
 from ray_pipeline.evaluation.protocol import Protocol, PublishedProtocol, settings_text
 from ray_pipeline.evaluation.winrate import WinRate, win_rate
-from ray_pipeline.engines.base import ChatEngine
 from ray_pipeline.store.keys import digest
 from ray_pipeline.store.schemas import READ_STATUSES
 
@@ -359,7 +359,7 @@ def mt_bench_protocol(
     Args:
         judge: identity of the judging model.
         contradictory: replies with two verdicts; without any, both rules of reading are the published one.
-        reference: who wrote the reference answers, where there are any.
+        reference: who wrote the reference answers; of comparisons, model B.
     """
     published = asking.reading == "published" or contradictory == 0
     shown = references_digest(questions)
@@ -372,9 +372,9 @@ def mt_bench_protocol(
         judge_sampling=_judge_sampling(asking),
         reading="first verdict" if published else "no contradiction",
         order="both orders" if mode == "pairwise" else None,
-        reference=reference if shown else None,
+        reference=reference if shown or mode == "pairwise" else None,
         reference_answers=shown,
-        answers=settings_text(max_tokens=answer_tokens, **{f"temperature {c}": t for c, t in temperatures.items()}),
+        answers=_answer_sampling(answer_tokens, temperatures),
     )
 
 
@@ -385,31 +385,31 @@ def _judge_sampling(asking: BenchAsking) -> str:
     )
 
 
-def published_mt_bench(mode: Mode) -> PublishedProtocol:
-    """The protocol of the paper's scores: FastChat's files and GPT-4 as judge."""
+def published_mt_bench() -> PublishedProtocol:
+    """The protocol of the published single-answer grades: FastChat's files and GPT-4 as judge.
+
+    Pairwise win rates have none here: they depend on the opponent's recorded answers, which have no digest.
+    """
     return PublishedProtocol(
         Protocol(
             benchmark="MT-Bench",
-            metric="" if mode == "single" else "pairwise",
             questions=_QUESTIONS,
             judge="endpoint:gpt-4@https://api.openai.com/v1",
-            judge_prompts=_PROMPTS[mode],
+            judge_prompts=_PROMPTS,
             judge_sampling=_judge_sampling(BenchAsking()),
             reading="first verdict",
-            order="both orders" if mode == "pairwise" else None,
             reference="gpt-4",
             reference_answers=_REFERENCES,
-            answers=settings_text(
-                max_tokens=ANSWER_TOKENS, **{f"temperature {c}": t for c, t in CATEGORY_TEMPERATURES.items()}
-            ),
+            answers=_answer_sampling(ANSWER_TOKENS, CATEGORY_TEMPERATURES),
         )
     )
+
+
+def _answer_sampling(max_tokens: int, temperatures: Mapping[str, float]) -> str:
+    return settings_text(max_tokens=max_tokens, **{f"temperature {c}": t for c, t in temperatures.items()})
 
 
 # Digests of FastChat's files, recomputed by the tests where those files are at hand.
 _QUESTIONS = "e218a10e21004c15dfff49491558b3b8"
 _REFERENCES = "0bc38fadd869757cb2e238b2b9b588cd"
-_PROMPTS: Mapping[Mode, str] = {
-    "single": "fac3965c3e73dd21f957d7252890f216",
-    "pairwise": "0a9029786608c66460cf8bf159cc345d",
-}
+_PROMPTS = "fac3965c3e73dd21f957d7252890f216"
