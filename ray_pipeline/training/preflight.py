@@ -293,7 +293,7 @@ def _count(spec: TrainSpec, method: Method, tokenizer: Any, setting: str, patter
             if len(whole) == 2:
                 chosen, rejected = (ids[: spec.max_length] for ids in whole)
                 counts.identical_pairs += chosen == rejected
-            if packs(spec):
+            if packs(spec) or spec.trainer_args.get("eval_packing"):
                 counts.lengths.append(len(whole[0]))
     if counts.filled:
         raise TrainingInputError(

@@ -1,4 +1,4 @@
-"""A tiny random Llama with its own tokenizer and chat template, small data sets, a local Ray, and one finished run."""
+"""A tiny random Llama with its own tokenizer and chat template, small data sets, a local Ray, and finished runs."""
 
 from __future__ import annotations
 
@@ -184,4 +184,11 @@ def undisturbed_spec(make_spec: MakeSpec, **changes: Any) -> TrainSpec:
 @pytest.fixture(scope="session")
 def finished(make_spec: MakeSpec, local_ray: None) -> tuple[TrainSpec, TrainResult]:
     spec = undisturbed_spec(make_spec)
+    return spec, fit(spec)
+
+
+@pytest.fixture(scope="session")
+def full(make_spec: MakeSpec, local_ray: None) -> tuple[TrainSpec, TrainResult]:
+    """SimPO with every weight trained, written in bfloat16."""
+    spec = make_spec("simpo", lora=None, dtype="bfloat16", learning_rate=1e-3, epochs=2)
     return spec, fit(spec)

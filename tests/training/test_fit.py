@@ -252,12 +252,6 @@ def test_orpo_trains_with_accumulation(make_spec: MakeSpec, local_ray: None) -> 
     assert result.effective["objective"] == METHODS["orpo"].objective and result.effective["beta"] == 0.1
 
 
-@pytest.fixture(scope="module")
-def full(make_spec: MakeSpec, local_ray: None) -> Finished:
-    spec = make_spec("simpo", lora=None, dtype="bfloat16", learning_rate=1e-3, epochs=2)
-    return spec, fit(spec)
-
-
 def test_full_fine_tuning_leaves_one_model(full: Finished) -> None:
     spec, result = full
     assert (result.adapter, result.max_logit_diff) == (None, None)

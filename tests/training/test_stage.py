@@ -72,7 +72,7 @@ RunStage = Callable[..., tuple[TrainSpec, dict[str, Any], list[str]]]
 
 @pytest.fixture
 def run_stage(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunStage:
-    """`run_stage(settings, max_length)`: what the training was asked for, what the stage found out, and what it said."""
+    """`run_stage(settings, max_length)`: what the training was asked for, what the stage found and what it said."""
 
     def run(settings: TrainSettings, max_length: int = 64) -> tuple[TrainSpec, dict[str, Any], list[str]]:
         asked: list[TrainSpec] = []

@@ -1,0 +1,64 @@
+"""vLLM serves what a training leaves: the merged model, the adapter on its base, and a wholly trained model."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import torch
+
+from ray_pipeline.engines.base import Sampling
+from ray_pipeline.engines.vllm import VllmEngine, VllmSpec
+from ray_pipeline.training import TrainResult, TrainSpec
+
+from .conftest import WORDS, user
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+pytestmark = pytest.mark.e2e
+
+PROMPTS = [" ".join(WORDS[i : i + 4]) for i in range(0, 12, 3)]
+TOKENS = 12
+#: What half a character at the end of a reply becomes; vLLM leaves it out.
+CUT = "\N{REPLACEMENT CHARACTER}"
+
+
+def vllm_replies(model: str, adapter: str | None = None) -> list[str]:
+    """Greedy replies of an engine that is started for them."""
+
+    async def ask() -> list[str]:
+        engine = VllmEngine(VllmSpec(model, adapter=adapter, dtype="float32", max_model_len=128, canary=False))
+        await engine.start()
+        try:
+            greedy = Sampling(max_tokens=TOKENS)
+            replies = await asyncio.gather(*(engine.chat(user(prompt), greedy) for prompt in PROMPTS))
+            return [reply.text.rstrip(CUT) for reply in replies]
+        finally:
+            await engine.close()
+
+    return asyncio.run(ask())
+
+
+def transformers_replies(model: str) -> list[str]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    found = []
+    for prompt in PROMPTS:
+        ids = tokenizer.apply_chat_template(user(prompt), add_generation_prompt=True, return_tensors="pt")["input_ids"]
+        out = policy.generate(ids, do_sample=False, max_new_tokens=TOKENS)
+        found.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).rstrip(CUT))
+    return found
+
+
+def test_adapter_and_merged_model_reply_alike(finished: tuple[TrainSpec, TrainResult]) -> None:
+    spec, result = finished
+    merged = vllm_replies(result.merged)
+    assert merged == vllm_replies(spec.model, result.adapter) == transformers_replies(result.merged)
+    assert merged != transformers_replies(spec.model), "the training changed no reply: the adapter was not tested"
+
+
+def test_a_wholly_trained_model_is_served(full: tuple[TrainSpec, TrainResult]) -> None:
+    spec, result = full
+    replies = vllm_replies(result.merged)
+    assert replies == transformers_replies(result.merged) != transformers_replies(spec.model)
