@@ -115,7 +115,7 @@ def test_closed_form_length_controlled_win_rates() -> None:
 def test_refit_meets_the_leaderboard() -> None:
     gamed = gamed_rows_of(read_csv(str(FOLDER / "derived" / "df_gamed_surrogate.csv")))
     assert gamed.surrogate and len(gamed.preference) == 1610
-    errors = {}
+    errors, weight_errors = {}, []
     for model, rows in preferences().items():
         fit = fit_length_controlled(
             column(model, "preference") - 1,
@@ -129,11 +129,13 @@ def test_refit_meets_the_leaderboard() -> None:
             assert fit.win_rate == pytest.approx(50, abs=0.2)
             continue
         errors[model] = abs(fit.win_rate - float(published["length_controlled_winrate"]))
+        weight_errors.append(abs(fit.weights.length - weights()[model].length))
         assert fit.estimator == "re-fit, surrogate of the gamed rows"
         if published["lc_standard_error"]:
             assert fit.standard_error == pytest.approx(float(published["lc_standard_error"]), abs=1e-3)
     assert max(errors.values()) < 0.2, errors
     assert float(np.median(list(errors.values()))) < 0.005, errors
+    assert float(np.median(weight_errors)) < 2.5e-4, weight_errors
 
 
 @needs("alpaca_eval")

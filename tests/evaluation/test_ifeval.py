@@ -93,6 +93,15 @@ def test_verdicts_repeat_and_leave_the_generator_alone() -> None:
 
 @needs("ifeval")
 @checkers_installed
+def test_language_detection_is_seeded() -> None:
+    # Unseeded, the detector calls this text English on some calls and not on others.
+    prompt = IfevalPrompt(0, "p", ("language:response_language",), ({"language": "en"},))
+    found = {check([prompt], {0: "Hello world"}, official())[0].strict for _ in range(25)}
+    assert len(found) == 1
+
+
+@needs("ifeval")
+@checkers_installed
 @pytest.mark.parametrize(
     ("floor", "prompt_strict", "instruction_strict"), [("x", 11.46, 22.9), ("echo", 24.77, 36.09), ("empty", 0, 0)]
 )
