@@ -223,10 +223,8 @@ def test_a_run_stops_at_its_budget_and_goes_on_with_a_bigger_one(proxy: Endpoint
     small = ["prompts.sources.0.count=16", "prompts.num_shards=2", "candidates.model=judge"]
 
     def command(budget: float) -> list[str]:
-        prices = "prices: {input: 1000, output: 1000}"
-        endpoint = (
-            f"{{base_url: '{proxy.url}', api_key_env: LOOPBACK_KEY, concurrency: 16, {prices}, budget: {budget}}}"
-        )
+        money = f"prices: {{input: 1000, output: 1000}}, budget: {budget}"
+        endpoint = f"{{base_url: '{proxy.url}', api_key_env: LOOPBACK_KEY, concurrency: 16, {money}}}"
         judge = f"models.judge={{engine: openai, model: {MODEL}, endpoint: {endpoint}}}"
         return ["run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), "--to", "judge", *small, judge]
 
