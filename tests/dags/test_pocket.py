@@ -1,6 +1,6 @@
 """The whole method in the pocket world: the policy gets better from data that judges agreed on, and worse from lies.
 
-One full run, a comparison of methods and data sets on its candidates, and a policy from flipped labels; the call log
+One full run, a comparison of data sets on its candidates, and a policy from flipped labels; the call log
 answers what was asked before.
 """
 
@@ -16,7 +16,7 @@ import pytest
 
 from tests.dags.conftest import CONFIG, Quorum, engine_calls, manifest, run
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(2400)]
 
 COMPARISON = "configs/pocket_baselines.yaml"
 LABELS = ("desirable", "undesirable", "discard", "abstain")
@@ -77,7 +77,7 @@ def test_the_policy_is_right_more_often(demo: Path) -> None:
 
 @pytest.fixture(scope="module")
 def compared(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two methods on gated and ungated data of the demo's own candidates, with two other seeds."""
+    """KTO on gated and ungated data of the demo's own candidates, with two other seeds."""
     folder = tmp_path_factory.mktemp("compared") / "run"
     shutil.copytree(demo / "calls", folder.parent / "calls")
     quorum = Quorum("run", "baselines", "-c", COMPARISON, "--run-dir", str(folder), *_of(folder))
@@ -87,18 +87,16 @@ def compared(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _of(folder: Path) -> list[str]:
-    methods = "{kto: {}, dpo: {learning_rate: 5.0e-4}}"
-    return [f"baselines.methods={methods}", "baselines.seeds=[1, 2]", f"calls.root={folder.parent / 'calls'}"]
+    return ["baselines.methods=[kto]", "baselines.seeds=[1, 2]", f"calls.root={folder.parent / 'calls'}"]
 
 
-def test_other_seeds_and_methods_are_right_more_often_too(compared: Path) -> None:
+def test_with_other_seeds_and_data_it_is_right_more_often_too(compared: Path) -> None:
     metrics = json.loads((compared / "report" / "metrics.json").read_text())
     base, *policies = metrics["policies"]
     print("\n" + (compared / "report" / "methods.csv").read_text())
-    assert len(policies) == 8 and 0.40 <= base["accuracy"]["greedy"] <= 0.60
+    assert len(policies) == 4 and 0.40 <= base["accuracy"]["greedy"] <= 0.60
     for policy in policies:
-        gain = policy["accuracy"]["greedy"] - base["accuracy"]["greedy"]
-        assert gain >= (0.20 if policy["run"]["method"] == "kto" else 0.10), policy["run"]["label"]
+        assert policy["accuracy"]["greedy"] >= base["accuracy"]["greedy"] + 0.20, policy["run"]["label"]
         assert policy["win_rate"] > policy["loss_rate"]
 
 
