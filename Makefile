@@ -14,7 +14,8 @@ demo: $(MADE)
 	@echo; cat $(RUN)/report/report.md | head -40
 
 test: $(MADE)
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --durations=25 -m "e2e or not e2e"
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	$(VENV)/bin/python -m pytest -m e2e --durations=25
 
 venv: $(MADE)
 

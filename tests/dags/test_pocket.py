@@ -134,12 +134,29 @@ def test_with_flipped_labels_it_is_right_less_often_than_the_base(demo: Path, tm
         "undesirable_weight": weights["desirable_weight"],
     }
     result.write_text(json.dumps(facts))
-    quorum = Quorum("run", "dmapo", "-c", CONFIG, "--run-dir", str(folder))
-    assert quorum.wait(900) == 0, quorum.output
-    found = accuracy(folder)
+    run("run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), "--to", "train")
+    instructions = [r["messages"][-1]["content"] for r in _rows(folder, "prompts") if r["split"] == "val"]
+    found = greedy_accuracy(folder / "policy" / "merged", instructions)
     print(f"\nflipped: {found}")
-    for mode in ("greedy", "sampled"):
-        assert found["policy", mode] < found["base", mode]
+    assert found < accuracy(demo)["base", "greedy"]
+
+
+def greedy_accuracy(model: Path, instructions: list[str]) -> float:
+    """Share of right answers of a model, without an engine: a check of the policy alone."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ray_pipeline.pocket.tasks import is_correct
+
+    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    chats = [[{"role": "user", "content": text}] for text in instructions]
+    asked = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        ids = AutoModelForCausalLM.from_pretrained(model).generate(**asked, max_new_tokens=48, do_sample=False)
+    replies = tokenizer.batch_decode(ids[:, asked["input_ids"].shape[1] :], skip_special_tokens=True)
+    return sum(map(is_correct, instructions, replies)) / len(instructions)
 
 
 def test_the_audit_finds_nothing_and_then_what_is_planted(demo: Path, tmp_path: Path) -> None:
