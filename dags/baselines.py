@@ -59,7 +59,7 @@ def baselines(config: BaselinesConfig, run_folder: str) -> Dag:
         config.evaluate, config.failure, models[config.evaluate.judge], texts.pairwise, asked, before, policies
     )
     scores = judges(config.judge, config.failure, models, texts.judge, asked, answers, "score-responses", "evaluate")
-    table = method_table(config.page(), [asked, *trained, *answers.values(), pairs, *scores])
+    table = method_table(config.page(), [asked, *rows.values(), *trained, *answers.values(), pairs, *scores])
     return Dag("baselines", [table])
 
 

@@ -27,6 +27,7 @@ class Comparison:
 
     Attributes:
         data: name of each data set → how it was made, in a few words.
+        truth: name of a data set → its rows held against a checker that knows the truth, as figures by name.
         facts: what else a reader needs to judge the table (judge, prompts, seeds …), in order.
         warnings: whole sentences.
     """
@@ -36,6 +37,7 @@ class Comparison:
     methods: Sequence[MethodStats]
     differences: Sequence[Difference]
     data: Mapping[str, str]
+    truth: Mapping[str, Any]
     facts: Mapping[str, str]
     warnings: Sequence[str]
 
@@ -94,6 +96,7 @@ def _values(page: Comparison, plots: Mapping[str, Path]) -> dict[str, Any]:
         "head": _line(head + [f"right, {mode}" for mode in modes]),
         "rows": [_line(row) for row in rows],
         "gains": [_line(row) for row in gains],
+        "truth": [_line([name, *_truth(found)]) for name, found in page.truth.items()],
         "plots": {name: Safe(f"plots/{path.name}") for name, path in plots.items()},
     }
 
@@ -101,6 +104,15 @@ def _values(page: Comparison, plots: Mapping[str, Path]) -> dict[str, Any]:
 def _line(cells: Sequence[str]) -> Safe:
     """A row of a Markdown table."""
     return Safe(f"| {' | '.join(cell if isinstance(cell, Safe) else inline(cell) for cell in cells)} |")
+
+
+def _truth(found: Any) -> list[Safe]:
+    def share(value: float | None) -> Safe:
+        return Safe("–" if value is None else percent(value))
+
+    labelled = [share(value) for value in (found.repeated, found.desirable_right, found.undesirable_wrong)]
+    pairs = [share(value) for value in (found.chosen_right, found.rejected_wrong)]
+    return [Safe(f"{found.labelled:,}"), *labelled, Safe(f"{found.pairs:,}"), *pairs]
 
 
 def _number(value: float | None) -> Safe:

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ray_pipeline.graph.results import Run
 from ray_pipeline.graph.stage import Stage, StageResult, StageStop, WholeInput, WholeWork
 from ray_pipeline.stages.evaluate import table_of, with_truth
+from ray_pipeline.stages.row_truth import RowTruth, row_truth
 from ray_pipeline.store.files import StoreError, point_at
 from ray_pipeline.store.settings import Settings
 from ray_pipeline.training.spec import MethodName
@@ -52,7 +54,8 @@ def method_table(settings: TableSettings, stages: Sequence[Stage]) -> Stage:
     """report.md, methods.csv, policies.csv and a plot.
 
     Args:
-        stages: prompts, the training stages, all responses, the comparisons and the scores of the responses.
+        stages: prompts, the rows of every data set, the training stages, all responses, the comparisons and the
+            scores of the responses.
     """
     return Stage(
         name="evaluate",
@@ -110,6 +113,7 @@ def _build(results: Mapping[str, StageResult], settings: TableSettings, folder: 
         methods=method_stats(policies, comparisons, **options),
         differences=differences(policies, settings.over),
         data=settings.data,
+        truth={name: found for name in settings.data if (found := _truth(by_name, name)) is not None},
         facts={**settings.facts, "held-out prompts": str(len(responses.column("prompt_id").unique()))},
         warnings=list(_warnings(settings)),
     )
@@ -134,6 +138,16 @@ def _policy_run(by_name: Mapping[str, StageResult], policy: PolicyName) -> Any:
         rows=facts["data"]["rows"],
         steps=facts["steps"],
         train_seconds=facts["train_seconds"],
+    )
+
+
+def _truth(by_name: Mapping[str, StageResult], data: str) -> RowTruth | None:
+    rows, prompts = by_name.get(f"rows-{data}"), table_of(by_name, "prompts")
+    if rows is None or prompts is None:
+        return None
+    own = prompts.filter(pc.equal(prompts["source"], "pocket"))
+    return row_truth(
+        {kind: rows.table(kind).read_all() for kind in rows.tables}, frozenset(own["prompt_id"].to_pylist())
     )
 
 

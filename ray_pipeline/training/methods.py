@@ -214,7 +214,10 @@ def validate_trainer_args(method: str, trainer_args: Mapping[str, Any]) -> None:
         TrainingInputError: a name is unknown (the message has the nearest right one), belongs to a field of
             `TrainSpec` (the message names it) or must not be changed; or a value is none of the choices.
     """
-    known = {f.name: f for f in dataclasses.fields(method_of(method).config_class()) if f.init}
+    found = method_of(method)
+    if not trainer_args:
+        return  # TRL takes seconds to import, and every command reads a config
+    known = {f.name: f for f in dataclasses.fields(found.config_class()) if f.init}
     owned = {name: field for name, field in OWNED.items() if name in known or name in _RENAMED}
     for name, value in trainer_args.items():
         key = f"trainer_args.{name}"
@@ -223,8 +226,8 @@ def validate_trainer_args(method: str, trainer_args: Mapping[str, Any]) -> None:
         if name not in known:
             near = difflib.get_close_matches(name, [*known, *owned], n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise TrainingInputError(f"{key}: TRL's {method_of(method).config} has no such setting{hint}")
-        reason = FIXED.get(name) or method_of(method).refuses.get(name)
+            raise TrainingInputError(f"{key}: TRL's {found.config} has no such setting{hint}")
+        reason = FIXED.get(name) or found.refuses.get(name)
         if reason:
             raise TrainingInputError(f"{key} cannot be set: {reason}")
         choices = known[name].metadata.get("choices")

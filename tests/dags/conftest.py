@@ -16,8 +16,9 @@ import pytest
 
 CONFIG = "configs/pocket.yaml"
 ROOT = Path(__file__).parents[2]
-#: A small run: 40 prompts, a few of them held out.
-SMALL = ["prompts.sources.0.count=40", "prompts.num_shards=4"]
+#: A small run: 32 prompts, a few of them held out.
+COUNT = 32
+SMALL = [f"prompts.sources.0.count={COUNT}", "prompts.num_shards=4"]
 
 
 class Quorum:

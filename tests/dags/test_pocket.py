@@ -77,7 +77,7 @@ def test_the_policy_is_right_more_often(demo: Path) -> None:
 
 @pytest.fixture(scope="module")
 def compared(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """KTO on gated and ungated data of the demo's own candidates, with two other seeds."""
+    """KTO on the demo's own candidates and gate, with two other seeds."""
     folder = tmp_path_factory.mktemp("compared") / "run"
     shutil.copytree(demo / "calls", folder.parent / "calls")
     quorum = Quorum("run", "baselines", "-c", COMPARISON, "--run-dir", str(folder), *_of(folder))
@@ -87,14 +87,16 @@ def compared(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _of(folder: Path) -> list[str]:
-    return ["baselines.methods=[kto]", "baselines.seeds=[1, 2]", f"calls.root={folder.parent / 'calls'}"]
+    """One method on the gated data alone: a policy takes a minute to train and ask."""
+    calls = f"calls.root={folder.parent / 'calls'}"
+    return ["baselines.methods=[kto]", "baselines.seeds=[1, 2]", "baselines.data={gated: {}}", calls]
 
 
-def test_with_other_seeds_and_data_it_is_right_more_often_too(compared: Path) -> None:
+def test_with_other_seeds_it_is_right_more_often_too(compared: Path) -> None:
     metrics = json.loads((compared / "report" / "metrics.json").read_text())
     base, *policies = metrics["policies"]
     print("\n" + (compared / "report" / "methods.csv").read_text())
-    assert len(policies) == 4
+    assert len(policies) == 2
     for policy in policies:
         for mode in ("greedy", "sampled"):
             assert 0.40 <= base["accuracy"][mode] <= 0.60
@@ -103,10 +105,8 @@ def test_with_other_seeds_and_data_it_is_right_more_often_too(compared: Path) ->
 
 
 def test_a_comparison_asks_nothing_twice_and_can_be_audited(compared: Path) -> None:
-    stages = manifest(compared)["stages"]
     calls = engine_calls(compared)
-    assert not {"candidates", "judge", "critic"} & set(calls)  # the demo's call log has them
-    assert stages["rows-raw"]["rows"]["dpo"] > stages["rows-gated"]["rows"]["dpo"] > 0
+    assert not {"candidates", "judge", "critic", "responses-base"} & set(calls)  # the demo's call log has them
     again = run("run", "baselines", "--config", COMPARISON, "--run-dir", str(compared), *_of(compared))
     assert "to do" not in again.output and again.engines == {}
     output = run("audit", str(compared)).output
@@ -134,7 +134,7 @@ def test_with_flipped_labels_it_is_right_less_often_than_the_base(demo: Path, tm
         "undesirable_weight": weights["desirable_weight"],
     }
     result.write_text(json.dumps(facts))
-    run("run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), "--to", "train")
+    run("run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), "--to", "train", "train.epochs=1")
     instructions = [r["messages"][-1]["content"] for r in _rows(folder, "prompts") if r["split"] == "val"]
     found = greedy_accuracy(folder / "policy" / "merged", instructions)
     print(f"\nflipped: {found}")

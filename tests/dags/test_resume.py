@@ -1,4 +1,4 @@
-"""What is not asked twice: resumed runs, changed settings, killed processes. Real engines, real processes."""
+"""What is not asked twice: resumed runs, changed settings, bad judges, killed processes. Real engines and processes."""
 
 from __future__ import annotations
 
@@ -12,34 +12,48 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from tests.dags.conftest import CONFIG, SMALL, Quorum, engine_calls, manifest, run, tables
+from tests.dags.conftest import CONFIG, COUNT, SMALL, Quorum, engine_calls, manifest, run, tables
 
 pytestmark = pytest.mark.e2e
 
 #: The tables that a replay must give byte for byte.
 STAGES = ("prompts", "candidates", "judge", "critic", "gate", "dataset-rows", "datasets")
-#: Few calls in flight, so that a stage lasts long enough to be hit in its middle.
-SLOW = ["models.judge.placement.concurrency=2", "models.judge.placement.shards_in_flight=2"]
+RUBRICS = ("helpfulness", "factuality", "conciseness")
+#: Judging that the small run's call log has no answers to, and few calls in flight, so that the stage lasts long
+#: enough to be hit in its middle. The candidates come from the log.
+SLOW = [
+    "judge.sampling.max_tokens=63",
+    "critic.sampling.max_tokens=63",
+    "models.judge.placement.concurrency=2",
+    "models.judge.placement.shards_in_flight=2",
+]
 
 
 def to_datasets(folder: Path, *more: str) -> list[str]:
     return ["run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), "--to", "datasets", *SMALL, *more]
 
 
-def logged_calls(calls: Path, role: str) -> int:
-    """Distinct calls of a role prefix in a call log."""
-    keys: set[str] = set()
+def calls_by_role(calls: Path) -> dict[str, int]:
+    """Distinct calls in a call log, by role."""
+    keys: dict[str, set[str]] = {}
     for part in calls.rglob("*.parquet"):
         try:
             table = pq.read_table(part, columns=["call_key", "role"])
         except FileNotFoundError:  # Merged away while we look.
             continue
-        keys.update(
-            k
-            for k, r in zip(table["call_key"].to_pylist(), table["role"].to_pylist(), strict=True)
-            if r.startswith(role)
-        )
-    return len(keys)
+        for key, role in zip(table["call_key"].to_pylist(), table["role"].to_pylist(), strict=True):
+            keys.setdefault(role, set()).add(key)
+    return {role: len(found) for role, found in keys.items()}
+
+
+def verdict_calls(calls: Path) -> int:
+    return sum(n for role, n in calls_by_role(calls).items() if role.startswith("judge/"))
+
+
+@pytest.fixture
+def log(small_run: Path, tmp_path: Path) -> Path:
+    """A copy of the small run's call log."""
+    return shutil.copytree(small_run / "calls", tmp_path / "calls")
 
 
 def unanswered_verdicts(folder: Path) -> list[dict[str, object]]:
@@ -58,11 +72,11 @@ def contradictions(calls: Path) -> list[set[str]]:
     return [found for found in texts.values() if len(found) > 1]
 
 
-def replay(folder: Path, into: Path) -> None:
+def replay(folder: Path, log: Path, into: Path) -> None:
     """A fresh run that may read the finished run's call log and nothing else gives the same bytes."""
     assert unanswered_verdicts(folder) == []
-    assert contradictions(folder / "calls") == []
-    run(*to_datasets(into, f"calls.root={folder / 'calls'}", "calls.replay_only=true"))
+    assert contradictions(log) == []
+    run(*to_datasets(into, *SLOW, f"calls.root={log}", "calls.replay_only=true"))
     assert engine_calls(into) == {}
     assert tables(into, STAGES) == tables(folder, STAGES)
 
@@ -83,51 +97,34 @@ def test_the_same_command_again_does_nothing(small_run: Path) -> None:
     assert {f: f.stat().st_mtime_ns for f in small_run.rglob("*.parquet")} == before
 
 
-def test_a_replay_with_the_engine_forbidden_gives_the_same_bytes(small_run: Path, tmp_path: Path) -> None:
-    replay(small_run, tmp_path / "replay")
-
-
-def test_new_thresholds_make_no_call(small_run: Path, tmp_path: Path) -> None:
+def test_new_thresholds_and_another_shard_count_make_no_call(small_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
     calls = f"calls.root={small_run / 'calls'}"
-    folder = tmp_path / "run"
-    run(*to_datasets(folder, calls, "gate.tau=1.0", "gate.desirable_at=8"))
+    run(*to_datasets(folder, calls, "gate.tau=1.0", "gate.desirable_at=8", "prompts.num_shards=16"))
     assert engine_calls(folder) == {}
-    assert tables(folder, ("gate",)) != tables(small_run, ("gate",))
+    new, old = manifest(folder)["stages"], manifest(small_run)["stages"]
+    assert new["judge"]["rows"] == old["judge"]["rows"]
+    assert new["gate"]["facts"]["counts"] != old["gate"]["facts"]["counts"]
 
 
-def test_another_shard_count_makes_no_call(small_run: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    run(*to_datasets(folder, f"calls.root={small_run / 'calls'}", "prompts.num_shards=16"))
-    assert engine_calls(folder) == {}
-    rows = manifest(folder)["stages"]["judge"]["rows"]
-    assert rows == manifest(small_run)["stages"]["judge"]["rows"]
-
-
-def test_a_fourth_judge_makes_only_its_own_calls(small_run: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    shutil.copytree(small_run / "calls", tmp_path / "calls")
+def test_a_fourth_judge_and_more_prompts_make_only_their_own_calls(small_run: Path, log: Path, tmp_path: Path) -> None:
+    folder, before = tmp_path / "run", calls_by_role(log)
     rubrics = "[{name: helpfulness}, {name: factuality}, {name: conciseness}, {name: helpfulness-again}]"
-    run(
-        *to_datasets(folder, f"calls.root={tmp_path / 'calls'}", f"judge.rubrics={rubrics}", "failure.max_error_rate=1")
-    )
-    candidates = manifest(folder)["stages"]["candidates"]["rows"]["candidates"]
-    calls = engine_calls(folder)
-    assert set(calls) == {"judge"}
-    # Each candidate once, and a retry where the reply to an unknown rubric could not be read.
-    assert calls["judge"] <= 3 * candidates
-    assert logged_calls(tmp_path / "calls", "judge/helpfulness-again") == calls["judge"]
-
-
-def test_more_prompts_make_only_their_calls(small_run: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    shutil.copytree(small_run / "calls", tmp_path / "calls")
-    run(*to_datasets(folder, f"calls.root={tmp_path / 'calls'}"), "prompts.sources.0.count=48")
-    old, new = manifest(small_run)["stages"], manifest(folder)["stages"]
-    added = new["candidates"]["rows"]["candidates"] - old["candidates"]["rows"]["candidates"]
+    more = f"prompts.sources.0.count={COUNT + 8}"
+    # Replies to a rubric that the judge never learnt may be unreadable; they are asked again, and that is all right.
+    run(*to_datasets(folder, f"calls.root={log}", f"judge.rubrics={rubrics}", "failure.max_error_rate=1"), more)
+    new, old = manifest(folder)["stages"], manifest(small_run)["stages"]
+    candidates = new["candidates"]["rows"]["candidates"]
+    added = candidates - old["candidates"]["rows"]["candidates"]
     assert added == 8 * 4
-    assert engine_calls(folder)["candidates"] == added
-    assert engine_calls(folder)["critic"] <= added + 2
-    assert engine_calls(folder)["judge"] <= 3 * (added + 2)
+    made = {role: n - before.get(role, 0) for role, n in calls_by_role(log).items()}
+    calls = engine_calls(folder)
+    assert calls["candidates"] == made["candidate"] == added
+    assert calls["critic"] == made["critic"] <= added
+    assert all(made[f"judge/{name}"] <= added for name in RUBRICS)
+    again = made["judge/helpfulness-again"]
+    assert again <= 3 * candidates  # each once, and at most two retries
+    assert calls["judge"] == again + sum(made[f"judge/{name}"] for name in RUBRICS)
 
 
 def test_a_shard_that_was_cut_in_half_is_named_and_remade(small_run: Path, tmp_path: Path) -> None:
@@ -142,37 +139,56 @@ def test_a_shard_that_was_cut_in_half_is_named_and_remade(small_run: Path, tmp_p
     assert engine_calls(folder).get("judge") is not None  # what it took the first time is still told
 
 
-def test_the_driver_killed_in_the_judge_stage(tmp_path: Path) -> None:
+def test_a_judge_that_talks_nonsense_stops_the_stage(log: Path, tmp_path: Path) -> None:
+    """And when that much nonsense is allowed, the run goes on and has incomplete rows."""
     folder = tmp_path / "run"
-    first = Quorum(*to_datasets(folder, *SLOW))
-    wait_until(first, lambda: (folder / "calls").exists() and logged_calls(folder / "calls", "judge/") > 20)
+    # The policy knows no judge's prompts; without a grammar nothing forces it into the form of a verdict.
+    command = [
+        "run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), "--to", "gate", *SMALL, f"calls.root={log}",
+        "models.judge.model=pocket:policy", "judge.asking.grammar=false", "judge.asking.retries=0",
+        "models.judge.canary=false",
+    ]  # fmt: skip
+    stopped = run(*command, expect=1)
+    assert "could not be read" in stopped.output and "judge " in stopped.output and "%" in stopped.output
+    assert manifest(folder)["stages"]["judge"]["status"] == "failed"
+    assert stopped.living_engines() == []
+    run(*command, "failure.max_error_rate=1.0")
+    counts = manifest(folder)["stages"]["gate"]["facts"]["counts"]
+    assert counts["incomplete"] >= 0.9 * sum(counts.values())
+
+
+def test_the_driver_killed_in_the_judge_stage(log: Path, tmp_path: Path) -> None:
+    folder, before = tmp_path / "run", verdict_calls(log)
+    command = to_datasets(folder, *SLOW, f"calls.root={log}")
+    first = Quorum(*command)
+    wait_until(first, lambda: verdict_calls(log) > before + 20)
     time.sleep(1.0)
     first.kill()
     assert first.living_engines() == []
     assert not list(folder.glob("datasets-*/stats.json")), "the run was over before it was killed"
-    kept = logged_calls(folder / "calls", "judge/")
+    kept = verdict_calls(log) - before
     progress = {s["name"]: s for s in json.loads((folder / "progress.json").read_text())}
     answered = progress["judge"]["calls_engine"]
     rate = answered / max(progress["judge"]["seconds"], 1)
 
-    second = run(*to_datasets(folder, *SLOW))
+    second = run(*command)
     assert "taking the run over" in second.output
     assert second.living_engines() == []
-    total = logged_calls(folder / "calls", "judge/")
+    total = verdict_calls(log) - before
     lost = max(0.0, answered - kept)
     # In flight (2), and what was answered since the last flush (2 s) or told by a progress file that is 2 s old.
     print(f"\ndriver killed: {answered:.0f} calls answered, {kept} in the log, {lost:.0f} made twice, {total} in all")
     assert lost <= 2 + 4.0 * max(rate, 1.0)
     assert sum(engine_calls(folder).values()) > 0
-    replay(folder, tmp_path / "replay")
+    replay(folder, log, tmp_path / "replay")
 
 
-def test_killed_engines_and_actors_are_replaced_without_a_rerun(tmp_path: Path) -> None:
+def test_killed_engines_and_actors_are_replaced_without_a_rerun(log: Path, tmp_path: Path) -> None:
     """First every engine core that lives, later every actor; the judge and critic stages run side by side."""
-    folder = tmp_path / "run"
-    quorum = Quorum(*to_datasets(folder, *SLOW))
-    for calls, victims in ((20, engine_cores), (150, actors)):
-        wait_until(quorum, lambda n=calls: (folder / "calls").exists() and logged_calls(folder / "calls", "judge/") > n)
+    folder, before = tmp_path / "run", verdict_calls(log)
+    quorum = Quorum(*to_datasets(folder, *SLOW, f"calls.root={log}"))
+    for calls, victims in ((20, engine_cores), (100, actors)):
+        wait_until(quorum, lambda n=calls: verdict_calls(log) > before + n)
         chosen = victims(quorum)
         assert chosen, f"no {victims.__name__} to kill"
         for process in chosen:
@@ -181,7 +197,7 @@ def test_killed_engines_and_actors_are_replaced_without_a_rerun(tmp_path: Path) 
     assert quorum.living_engines() == []
     stages = manifest(folder)["stages"]
     assert stages["judge"]["rows"]["verdicts"] == 3 * stages["candidates"]["rows"]["candidates"]
-    replay(folder, tmp_path / "replay")
+    replay(folder, log, tmp_path / "replay")
 
 
 def engine_cores(quorum: Quorum) -> list[psutil.Process]:

@@ -79,8 +79,8 @@ def test_judge_gives_the_rules_verdicts_on_unseen_responses() -> None:
 
 @pytest.mark.e2e
 def test_figures_through_vllm() -> None:
-    """The card's figures, measured again through a real vLLM engine: two engine starts, about three minutes."""
-    figures = measure(WEIGHTS, 200)
+    """The card's figures, measured again through a real vLLM engine: two engine starts, about a minute and a half."""
+    figures = measure(WEIGHTS, 120)
     policy, judge = figures["policy"], figures["judge"]
     assert 0.4 <= policy["greedy_right"] <= 0.6
     assert 0.4 <= policy["sampled_right"] <= 0.6

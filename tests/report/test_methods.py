@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 
 from ray_pipeline.evaluation.method_stats import differences, method_stats, policy_stats
 from ray_pipeline.report.methods import Comparison, build_comparison
+from ray_pipeline.stages.row_truth import RowTruth
 from tests.evaluation.test_method_stats import RUNS, tables
 
 
@@ -22,6 +23,7 @@ def page(name: str = "run") -> Comparison:
         methods=method_stats(policies, comparisons, draws=200),
         differences=differences(policies, "raw"),
         data={"gated": "the gate", "raw": "rows of | <b>x</b>"},
+        truth={"raw": RowTruth(4, 0.25, 1.0, 0.5, 0, None, None)},
         facts={"judge": "a|b"},
         warnings=["Only 2 seed(s)."],
     )
@@ -39,6 +41,7 @@ def test_the_same_numbers_in_all_files(tmp_path: Path) -> None:
     text = files["report.md"].read_text()
     assert "| kto | gated | 100 | 10 | 70.0 ± 10.0 % |" in text
     assert "| kto | gated − raw | accuracy greedy | +25.0 ± 5.0 points |" in text
+    assert "| raw | 4 | 25.0 % | 100.0 % | 50.0 % | 0 | – | – |" in text
     assert json.loads(files["metrics.json"].read_text())["methods"][0]["win_rate"]["mean"] == 0.7
 
 
@@ -54,7 +57,7 @@ def test_the_page_is_escaped_and_repeats(tmp_path: Path) -> None:
 def test_without_a_checker_there_is_no_accuracy(tmp_path: Path) -> None:
     responses, comparisons, verdicts = tables()
     policies = policy_stats(RUNS, responses.drop_columns("correct"), comparisons, verdicts, "greedy", draws=200)
-    made = Comparison("r", policies, method_stats(policies, comparisons, draws=200), [], {}, {}, [])
+    made = Comparison("r", policies, method_stats(policies, comparisons, draws=200), [], {}, {}, {}, [])
     build_comparison(made, tmp_path)
     assert "right" not in (tmp_path / "report.md").read_text()
     assert pc.all(pc.is_valid(responses["correct"])).as_py()
