@@ -69,9 +69,9 @@ class StageProgress:
             parts.append(f"calls {self.calls_engine:.0f} engine + {self.calls_log:.0f} log")
             parts.append(f"{self.tokens_per_second:.0f} tokens/s")
         if self.eta is not None:
-            parts.append(f"ETA {_duration(self.eta)}")
+            parts.append(f"ETA {duration(self.eta)}")
         elif self.seconds and self.status != "running":
-            parts.append(_duration(self.seconds))
+            parts.append(duration(self.seconds))
         return ", ".join(parts)
 
 
@@ -185,14 +185,15 @@ def _picture(stages: list[StageProgress]) -> Table:
             f"{s.rows:.0f}/{s.rows_total:.0f}" if s.rows_total else (f"{s.rows:.0f}" if s.rows else ""),
             f"{s.calls_engine:.0f}+{s.calls_log:.0f}" if s.calls_engine or s.calls_log else "",
             f"{s.tokens_per_second:.0f}" if s.calls_engine else "",
-            _duration(s.seconds) if s.seconds else "",
-            _duration(s.eta) if s.eta is not None else "",
+            duration(s.seconds) if s.seconds else "",
+            duration(s.eta) if s.eta is not None else "",
             style={"waiting": "dim", "failed": "red", "done": "green", "cached": "green"}.get(s.status),
         )
     return table
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds for readers: `99 s`, `12 min 05 s`, `25 h 00 min`."""
     seconds = round(seconds)
     if seconds < 100:
         return f"{seconds} s"

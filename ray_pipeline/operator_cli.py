@@ -1,0 +1,80 @@
+"""The operator's commands of `quorum`: what the user types, and what the shell gets back."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.live import Live
+
+#: What a command returns to the shell.
+DONE, STAGE_FAILED, BAD_INPUT = 0, 1, 2
+
+_err = Console(stderr=True, soft_wrap=True)
+
+RunArgument = Annotated[str, typer.Argument(help="run folder: a path, or the URI of any pyarrow filesystem")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the operator's commands to the `quorum` command."""
+    app.command()(status)
+
+
+def say(text: str) -> None:
+    """A line of plain text: what models and servers said is never markup."""
+    Console(soft_wrap=True).print(text, markup=False, highlight=False)
+
+
+@contextlib.contextmanager
+def refused() -> Iterator[None]:
+    """What the user gave and cannot be used: one line, exit code 2."""
+    from ray_pipeline.graph.heartbeat import RunBusy
+
+    try:
+        yield
+    except (ValueError, FileNotFoundError, RunBusy) as error:  # configuration, input and storage errors are ValueErrors
+        _err.print(f"quorum: {error}", markup=False, highlight=False)
+        raise typer.Exit(BAD_INPUT) from error
+
+
+def status(
+    run: RunArgument = "runs/latest",
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="look again until nobody works on the run")] = False,
+    every: Annotated[float, typer.Option(help="seconds between two looks", min=0.2)] = 2.0,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON document a look, for scripts")] = False,
+) -> None:
+    """Show what a run has done and what it is doing, wherever it runs.
+
+    Everything comes from the run folder: stages, shards done and failed, rows/s, tokens/s, prefix hits, time to go,
+    and errors by kind (`rows.unparsed`: a judge's reply could not be read; `shards.StoreError`: a shard failed).
+    Rates are of the time since the last look. A heartbeat that stands still for some seconds means that the run was
+    killed or lost its storage.
+
+    With --watch the exit code tells how it ended: 0 all stages done, 1 a stage failed or work is left.
+
+    Examples: `quorum status runs/pocket`, `quorum status s3://bucket/run --watch`,
+    `quorum status RUN --json | jq '.stages[] | select(.status == "running")'`.
+    """
+    from ray_pipeline.operate.status import Watch
+    from ray_pipeline.operate.status_page import lines, picture
+
+    console = Console()
+    with refused():
+        looks = Watch(run)
+        state = None
+        live = Live(console=console, auto_refresh=False) if watch and console.is_terminal and not as_json else None
+        with live or contextlib.nullcontext():
+            for state in looks.until_ended(every) if watch else [looks.look()]:
+                if as_json:
+                    print(json.dumps(state.plain(), ensure_ascii=False), flush=True)
+                elif live is not None:
+                    live.update(picture(state), refresh=True)
+                else:
+                    for line in lines(state):
+                        say(line)
+        if watch and state is not None and not state.done:
+            raise typer.Exit(STAGE_FAILED)
