@@ -22,6 +22,7 @@ RunArgument = Annotated[str, typer.Argument(help="run folder: a path, or the URI
 def register(app: typer.Typer) -> None:
     """Add the operator's commands to the `quorum` command."""
     app.command()(status)
+    app.command()(regate)
 
 
 def say(text: str) -> None:
@@ -78,3 +79,39 @@ def status(
                         say(line)
         if watch and state is not None and not state.done:
             raise typer.Exit(STAGE_FAILED)
+
+
+def regate(
+    run: RunArgument,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value of gate and datasets: gate.tau=1.5 datasets.min_gap=2")
+    ] = None,
+    write: Annotated[
+        bool, typer.Option("--write", help="make the gate and the data sets, not only the preview")
+    ] = False,
+) -> None:
+    """Try new thresholds on the scores that a run has; no model is asked and no GPU is needed.
+
+    Shows labels, kept rows, pairs and class balance of the old thresholds against the new ones. With --write the gate
+    and the data sets are made, and the run folder's `datasets` points at them; a policy that was trained on the old
+    ones stays as it is until the next `quorum run`.
+
+    Examples: `quorum regate runs/pocket gate.tau=1.5`, then
+    `quorum regate runs/pocket gate.tau=1.5 gate.desirable_at=8 --write`.
+    """
+    from ray_pipeline.graph.results import read_run
+    from ray_pipeline.graph.stage import StageStop
+    from ray_pipeline.operate import regate as gating
+
+    with refused():
+        given = gating.regate(read_run(run), overrides or [])
+        for line in gating.preview_lines(gating.preview(given)):
+            say(line)
+        if not write:
+            say("nothing is written; --write makes the gate and the data sets")
+            return
+        try:
+            gating.write(given, say)
+        except StageStop as error:
+            _err.print(f"quorum: {error}", markup=False, highlight=False)
+            raise typer.Exit(STAGE_FAILED) from error
