@@ -66,6 +66,7 @@ def run(
     from dags import DAGS
     from ray_pipeline.agreement_config import AGREEMENT_CONFIGS
     from ray_pipeline.config import CONFIGS, ConfigError, load_config
+    from ray_pipeline.graph.failures import FailurePolicy
     from ray_pipeline.graph.heartbeat import RunBusy
     from ray_pipeline.graph.run import RunSettings, execute, load_result
     from ray_pipeline.stages.sources import InputError
@@ -91,6 +92,7 @@ def run(
                 folder=folder,
                 calls_root=settings.calls_root(folder),
                 num_shards=settings.num_shards,
+                failure=getattr(settings, "failure", FailurePolicy()),
                 config=settings.model_dump(mode="json"),
                 ray=settings.ray.arguments(),
                 report=settings.page().model_dump(mode="json"),

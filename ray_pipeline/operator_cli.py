@@ -23,6 +23,7 @@ def register(app: typer.Typer) -> None:
     """Add the operator's commands to the `quorum` command."""
     app.command()(status)
     app.command()(regate)
+    app.command()(retry)
 
 
 def say(text: str) -> None:
@@ -115,3 +116,47 @@ def regate(
         except StageStop as error:
             _err.print(f"quorum: {error}", markup=False, highlight=False)
             raise typer.Exit(STAGE_FAILED) from error
+
+
+def retry(
+    run: RunArgument,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value that the repair needs, for example failure.retries=5")
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option("--config", "-c", help="configuration of the run (default: what its manifest holds)")
+    ] = None,
+) -> None:
+    """Make the failed and quarantined shards of a run, and no others.
+
+    A shard that fails is tried again with back-off (`failure.retries`, `failure.backoff_s`); one that was given up in
+    `failure.quarantine_after` sessions is left alone by `quorum run`, with its error in the manifest, until this
+    command. Answered calls are not repeated. When it ends well, `quorum run` goes on with what follows.
+
+    Example: `quorum status RUN` (which shards failed, and of what), then `quorum retry RUN`.
+    """
+    from dags import DAGS
+    from ray_pipeline.config import CONFIGS, load_config, read_config
+    from ray_pipeline.graph.results import read_run
+    from ray_pipeline.operate.retry import failed_shards, retry_shards
+
+    with refused():
+        found = read_run(run)
+        failed = failed_shards(found)
+        if not failed:
+            say("no shard failed or is in quarantine; `quorum run` makes what is missing")
+            return
+        dag, folder = found.manifest["dag"], found.folder.location
+        if config is not None:
+            settings = load_config(dag, config, overrides or [], CONFIGS.get(dag))
+        else:
+            source = found.folder.uri("manifest.json")
+            settings = read_config(dag, found.manifest["config"], overrides or [], source)
+        for stage, shards in failed.items():
+            say(f"{stage}: {len(shards)} shards to try again: {', '.join(map(str, shards[:20]))}")
+        problems = retry_shards(found, DAGS[dag](settings, folder), settings, failed, Console(soft_wrap=True))
+    for problem in problems:
+        _err.print(f"quorum: {problem}", markup=False, highlight=False)
+    if problems:
+        raise typer.Exit(STAGE_FAILED)
+    say("every failed shard is there now; `quorum run` goes on with what follows")
