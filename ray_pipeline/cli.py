@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ray_pipeline.graph.progress import StageProgress
+from ray_pipeline import operator_cli
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -66,6 +66,7 @@ def run(
     from dags import DAGS
     from ray_pipeline.agreement_config import AGREEMENT_CONFIGS
     from ray_pipeline.config import CONFIGS, ConfigError, load_config
+    from ray_pipeline.graph.failures import FailurePolicy
     from ray_pipeline.graph.heartbeat import RunBusy
     from ray_pipeline.graph.run import RunSettings, execute, load_result
     from ray_pipeline.stages.sources import InputError
@@ -91,6 +92,7 @@ def run(
                 folder=folder,
                 calls_root=settings.calls_root(folder),
                 num_shards=settings.num_shards,
+                failure=getattr(settings, "failure", FailurePolicy()),
                 config=settings.model_dump(mode="json"),
                 ray=settings.ray.arguments(),
                 report=settings.page().model_dump(mode="json"),
@@ -138,37 +140,6 @@ RunArgument = Annotated[str, typer.Argument(help="run folder")]
 
 
 @app.command()
-def status(run: RunArgument = "runs/latest") -> None:
-    """Show what a run has done and what it is doing."""
-    from ray_pipeline.graph.results import read_run
-    from ray_pipeline.store.files import Folder, StoreError
-
-    try:
-        found = read_run(run)
-    except StoreError as error:
-        raise _refuse(error) from error
-    for name, entry in found.manifest["stages"].items():
-        rows = ", ".join(f"{n} {kind}" for kind, n in entry.get("rows", {}).items())
-        usage = entry.get("usage", {})
-        calls = (
-            f"{usage['calls_engine']:.0f} engine + {usage['calls_log']:.0f} log calls"
-            if usage.get("calls_engine") or usage.get("calls_log")
-            else ""
-        )
-        seconds = f"{usage['wall_seconds']:.1f} s" if "wall_seconds" in usage else ""
-        _print(
-            f"{name:<28} {entry['status']:<8} "
-            + ", ".join(x for x in (rows, calls, seconds, entry.get("error", "")) if x)
-        )
-    folder = Folder(run)
-    if folder.exists("heartbeat.json") and folder.exists("progress.json"):
-        _print("\nnow:")
-        for stage in folder.read_json("progress.json"):
-            if stage["status"] == "running":
-                _print("  " + StageProgress(**stage).line())
-
-
-@app.command()
 def report(run: RunArgument = "runs/latest") -> None:
     """Write the report anew from the tables that a run has, finished or not."""
     from ray_pipeline.graph.results import read_run
@@ -208,6 +179,9 @@ def audit(run: RunArgument = "runs/latest") -> None:
         _print(found.summary() if len(reports) == 1 else f"{name}: {found.summary()}")
     if not all(found.ok for found in reports.values()):
         raise typer.Exit(STAGE_FAILED)
+
+
+operator_cli.register(app)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib.resources
 import os
@@ -362,6 +363,28 @@ def load_config(dag: str, name_or_path: str, overrides: Sequence[str] = (), kind
     return config
 
 
+def read_config(dag: str, values: Mapping[str, Any], overrides: Sequence[str] = (), source: str = "config") -> Any:
+    """A configuration from plain data, of a run that was checked when it began: types and keys alone are checked here,
+    so that neither weights nor trainers are needed.
+
+    Args:
+        values: what `config.yaml` of a run folder holds.
+        source: named in errors.
+
+    Raises:
+        ConfigError: as `load_config`, or the workflow keeps no configuration of this kind.
+    """
+    if dag not in CONFIGS:
+        raise ConfigError(f"{source}: {dag} is no workflow that can be read back; there are {', '.join(CONFIGS)}")
+    changed = copy.deepcopy(dict(values))
+    for override in overrides:
+        _apply(changed, override)
+    try:
+        return CONFIGS[dag].model_validate(_resolve(changed))
+    except ValidationError as error:
+        raise ConfigError(_explain(error, CONFIGS[dag], source)) from error
+
+
 def _read_yaml(name_or_path: str) -> dict[str, Any]:
     if os.path.isfile(name_or_path):
         try:
@@ -566,4 +589,4 @@ def _samplings(config: DmapoConfig) -> dict[str, tuple[list[str], dict[str, Any]
     return found
 
 
-__all__ = ["CONFIGS", "BaselinesConfig", "ConfigError", "DmapoConfig", "Rubric", "load_config"]
+__all__ = ["CONFIGS", "BaselinesConfig", "ConfigError", "DmapoConfig", "Rubric", "load_config", "read_config"]

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ray_pipeline.engines.base import (
+    BudgetSpent,
     ChatEngine,
     Completion,
     EngineDead,
@@ -88,6 +89,9 @@ class LoggedEngine:
         self._in_flight: dict[str, asyncio.Future[Completion]] = {}
         self._pending: list[dict[str, Any]] = []
         self._flusher: asyncio.Task | None = None
+        self._stopped: str | None = None
+        self._under_way, self._idle = 0, asyncio.Event()
+        self._idle.set()
         self._writing = asyncio.Lock()  # A writer is no thing for two threads: a periodic flush may meet the last one.
 
     async def __aenter__(self) -> LoggedEngine:
@@ -202,10 +206,28 @@ class LoggedEngine:
         self._remember(key, prompt_id, role, messages, asked, completion)
         return completion
 
+    def stop(self, reason: str) -> None:
+        """Make no further call: those under way are awaited and kept, every other one raises BudgetSpent."""
+        self._stopped = self._stopped or reason
+
     async def _ask(self, messages: Sequence[Message], sampling: Sampling) -> Completion:
         async with self._limit:
             begin = time.monotonic()
-            completion = await self.engine.chat(messages, sampling)
+            if self._stopped is None:
+                self._under_way += 1
+                self._idle.clear()
+                try:
+                    completion = await self.engine.chat(messages, sampling)
+                finally:
+                    self._under_way -= 1
+                    if not self._under_way:
+                        self._idle.set()
+            else:
+                completion = None
+        if completion is None:
+            # Raised at once, it would cancel the calls of this shard that are being answered.
+            await self._idle.wait()
+            raise BudgetSpent(self._stopped or "stopped")
         # Half a character (a lone surrogate, which JSON from an endpoint can say) fits no UTF-8 file: one reply that
         # holds one must not spoil the files of a whole shard.
         text = completion.text.encode("utf-8", "replace").decode()

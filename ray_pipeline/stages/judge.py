@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from ray_pipeline.agents.judges import Asking, Rubric, SamplingSettings, Verdict, judge
 from ray_pipeline.agents.templates import Layout, RoleTemplate, best_layout, part_lengths, transcript
+from ray_pipeline.graph.failures import FailurePolicy
 from ray_pipeline.graph.models import ModelSettings
 from ray_pipeline.graph.shard_map import all_of
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage, WholeInput, WholeWork
@@ -74,8 +75,8 @@ def _over(shared: Mapping[str, Any], rubric: Any) -> Any:
     return {**rubric, "sampling": {**shared, **rubric["sampling"]}}
 
 
-class FailureSettings(Settings):
-    """The `failure` block: when a stage stops because too much goes wrong."""
+class FailureSettings(FailurePolicy):
+    """The `failure` block: when a stage stops because too much goes wrong, and what becomes of shards that fail."""
 
     max_error_rate: float = Field(
         0.5, gt=0, le=1, description="share of unreadable replies of one judge that stops a stage"

@@ -83,7 +83,7 @@ def test_when_it_will_be_done(changes: dict[str, Any], eta: float | None) -> Non
     ],
 )
 def test_durations(seconds: float, text: str) -> None:
-    assert progress._duration(seconds) == text
+    assert progress.duration(seconds) == text
 
 
 def test_lines_where_there_is_no_terminal(clock: list[float]) -> None:

@@ -1,0 +1,280 @@
+"""New thresholds on stored scores: what they would keep, then the gate and the data sets anew.
+
+Scores are read from the run's own tables; no model is asked, no engine or cluster starts. The labels come from the
+same function as in a run, and what is written carries the fingerprints that a run with these thresholds would give it.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import yaml
+
+from ray_pipeline.config import ConfigError, DmapoConfig, read_config
+from ray_pipeline.graph.heartbeat import BEAT_SECONDS, Heartbeat
+from ray_pipeline.graph.inline import make_here
+from ray_pipeline.graph.results import Run
+from ray_pipeline.graph.run import stage_folder
+from ray_pipeline.graph.stage import Stage, WholeWork
+from ray_pipeline.stages import columnar
+from ray_pipeline.stages.datasets import kto_weights
+from ray_pipeline.stages.gate import GateConfig, decide, label_counts
+from ray_pipeline.store.files import StoreError, point_at
+from ray_pipeline.store.keys import digest
+from ray_pipeline.store.schemas import LABELS
+
+#: Blocks of the configuration that stored scores can be read again under.
+_BLOCKS = ("gate.", "datasets.")
+
+
+@dataclasses.dataclass
+class Side:
+    """What one set of thresholds keeps. `pairs` are prompts whose best desirable and worst undesirable candidate are
+    min_gap apart; empty answers and token limits, which take a few rows more, are applied when data sets are written.
+    """
+
+    labels: dict[str, int]
+    pairs: int
+
+    @property
+    def kept(self) -> int:
+        return self.labels["desirable"] + self.labels["undesirable"]
+
+    @property
+    def weights(self) -> tuple[float, float] | None:
+        """(desirable_weight, undesirable_weight) that KTO would need for these classes; None if one is empty."""
+        return kto_weights(self.labels["desirable"], self.labels["undesirable"])
+
+
+@dataclasses.dataclass
+class Preview:
+    """Old thresholds against new ones on the same scores. `moved` is (old label, new label) → candidates."""
+
+    candidates: int
+    old: Side
+    new: Side
+    moved: dict[tuple[str, str], int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Regate:
+    """A run, its configuration as it was, and as it would be."""
+
+    run: Run
+    before: DmapoConfig
+    after: DmapoConfig
+
+
+def regate(run: Run, overrides: Sequence[str]) -> Regate:
+    """Read new thresholds.
+
+    Raises:
+        ConfigError: a key outside `gate` and `datasets`, an unknown key, or a run of another workflow.
+        StoreError: the run has no scores yet.
+    """
+    if run.manifest.get("dag") != "dmapo":
+        raise ConfigError(
+            f"{run.folder.location} is a run of {run.manifest.get('dag')}; regate reads runs of dmapo. In a "
+            "comparison, change baselines.data and run it again: no call is repeated"
+        )
+    for override in overrides:
+        if not override.startswith(_BLOCKS):
+            raise ConfigError(
+                f"{override}: regate changes keys of gate and datasets alone, because stored scores answer no other; "
+                "`quorum run` takes every key and repeats no call"
+            )
+    for name in ("prompts", "candidates", *_verdict_stages(run)):
+        if name not in run.results:
+            raise StoreError(f"{run.folder.location}: {name} is not done yet, so there is nothing to gate")
+    source = run.folder.uri("manifest.json")
+    before = read_config("dmapo", run.manifest["config"], source=source)
+    after = read_config("dmapo", run.manifest["config"], overrides, source="quorum regate")
+    if after.gate.use_critic and "critic" not in run.results:
+        raise StoreError(f"{run.folder.location}: critic is not done; run it, or add gate.use_critic=false")
+    return Regate(run, before, after)
+
+
+def _verdict_stages(run: Run) -> list[str]:
+    return [n for n, entry in run.manifest["stages"].items() if entry["group"] == "judge" and entry["tables"]]
+
+
+# --- preview ----------------------------------------------------------------------------------------------------------
+
+
+def preview(given: Regate) -> Preview:
+    """Count both sides, one shard in memory at a time."""
+    sides = {name: Side(dict.fromkeys(LABELS, 0), 0) for name in ("old", "new")}
+    moved: collections.Counter[tuple[str, str]] = collections.Counter()
+    candidates = 0
+    for tables in _scores(given):
+        old = _decide(tables, given.before)
+        new = _decide(tables, given.after)
+        candidates += new.num_rows
+        for side, decisions, config in (("old", old, given.before), ("new", new, given.after)):
+            for label, number in label_counts(decisions).items():
+                sides[side].labels[label] += number
+            sides[side].pairs += _pairs(decisions, config.datasets.min_gap)
+        moved.update(zip(old["label"].to_pylist(), new["label"].to_pylist(), strict=True))
+    return Preview(candidates, sides["old"], sides["new"], dict(moved))
+
+
+def _scores(given: Regate) -> Iterator[dict[str, pa.Table | None]]:
+    """Of each shard only what the gate reads: ids, scores, flaws."""
+    results, judged = given.run.results, _verdict_stages(given.run)
+    wants_critic = given.before.gate.use_critic or given.after.gate.use_critic
+    critic = results["critic"].table() if wants_critic and "critic" in results else None
+    for shard in range(given.run.manifest["num_shards"]):
+        verdicts = [
+            results[name].table().read(shard, ["candidate_id", "judge", "score", "parse_status"]) for name in judged
+        ]
+        yield {
+            "candidates": results["candidates"].table().read(shard, ["candidate_id", "prompt_id"]),
+            "verdicts": pa.concat_tables(verdicts),
+            "critiques": None if critic is None else critic.read(shard, ["candidate_id", "flawed", "parse_status"]),
+        }
+
+
+def _decide(tables: Mapping[str, Any], config: DmapoConfig) -> pa.Table:
+    gate: GateConfig = config.gate
+    critiques = tables["critiques"] if gate.use_critic else None
+    return decide(tables["candidates"], tables["verdicts"], critiques, config.judge.names, gate)
+
+
+def _pairs(decisions: pa.Table, min_gap: float) -> int:
+    """Prompts whose highest desirable and lowest undesirable final score are at least `min_gap` apart."""
+    ends = {}
+    for label, end in (("desirable", "max"), ("undesirable", "min")):
+        of_label = decisions.filter(pc.equal(decisions["label"], label)).select(["prompt_id", "final_score"])
+        grouped = of_label.group_by("prompt_id").aggregate([("final_score", end)])
+        ends[label] = grouped.rename_columns(
+            [label if name == f"final_score_{end}" else name for name in grouped.schema.names]
+        )
+    both = ends["desirable"].join(ends["undesirable"], "prompt_id", join_type="inner")
+    # Subtracted as the data sets stage does, float by float, so that a gap at the limit counts alike.
+    gap = np.asarray(both["desirable"], dtype=float) - np.asarray(both["undesirable"], dtype=float)
+    return int((gap >= min_gap).sum())
+
+
+def preview_lines(found: Preview) -> list[str]:
+    """Old against new, for a terminal."""
+    lines = [f"{found.candidates} candidates", "", f"{'':<24}{'old':>10}{'new':>10}{'change':>10}"]
+
+    def row(name: str, old: int, new: int) -> str:
+        return f"{name:<24}{old:>10}{new:>10}{new - old:>+10}"
+
+    old, new = found.old, found.new
+    lines += [row(label, old.labels[label], new.labels[label]) for label in LABELS]
+    lines += [row("kept", old.kept, new.kept), row("pairs", old.pairs, new.pairs)]
+    lines.append(f"{'desirable of kept':<24}{_share(old):>10}{_share(new):>10}")
+    lines.append(f"{'KTO weights':<24}{_weights(old):>10}{_weights(new):>10}")
+    changed = sorted(((n, a, b) for (a, b), n in found.moved.items() if a != b), reverse=True)
+    lines += ["", *(f"{n} candidates {a} → {b}" for n, a, b in changed)] if changed else ["", "no label changes"]
+    return [line.rstrip() for line in lines]
+
+
+def _share(side: Side) -> str:
+    return f"{side.labels['desirable'] / side.kept:.1%}" if side.kept else "–"
+
+
+def _weights(side: Side) -> str:
+    return "none" if side.weights is None else "{:.3g}:{:.3g}".format(*side.weights)
+
+
+# --- write ------------------------------------------------------------------------------------------------------------
+
+
+def write(given: Regate, say: Callable[[str], None], beat_seconds: float = BEAT_SECONDS) -> None:
+    """Make the gate and the data sets, and let the manifest, config.yaml and the `datasets` view name them.
+
+    What was made from the data sets of before (a policy, its evaluation) stays where it is; the manifest says that it
+    waits, because the next run makes it anew.
+
+    Raises:
+        RunBusy: the run is being worked on.
+        StageStop, ModelNotFound: a shard failed; the policy's tokenizer, which limits are counted with, is not here.
+    """
+    run, config = given.run, given.after
+    made = _stages(given)
+    with Heartbeat(run.folder, beat_seconds=beat_seconds, say=say):
+        results = dict(run.results)
+        num_shards = run.manifest["num_shards"]
+        make_here(made, run.folder.location, num_shards, results, run.manifest["calls_root"], say)
+        plain = config.model_dump(mode="json")
+        manifest = {
+            **run.manifest,
+            "config": plain,
+            "config_digest": digest(plain),
+            "report": config.page().model_dump(mode="json"),
+            "stages": _entries(run.manifest["stages"], made, results),
+        }
+        run.folder.write_bytes("config.yaml", yaml.safe_dump(plain, sort_keys=False).encode())
+        run.folder.write_json("manifest.json", manifest)
+        for stage in made:
+            if stage.view:
+                point_at(run.folder, stage.view, stage.folder_name)
+            say(f"{stage.name}: {stage_folder(run.folder.location, stage).location}")
+
+
+def _stages(given: Regate) -> list[Stage]:
+    """Gate and data sets over the stored tables, as the workflow wires them."""
+    config, entries = given.after, given.run.manifest["stages"]
+    asked, answers = stored(entries, "prompts"), stored(entries, "candidates")
+    verdicts = [stored(entries, name) for name in _verdict_stages(given.run)]
+    critiques = stored(entries, "critic") if config.gate.use_critic else None
+    base = config.models[config.train.model]
+    decisions = columnar.gate(config.gate, config.judge.names, answers, verdicts, critiques)
+    files = columnar.datasets(
+        config.datasets, config.gate, config.judge.names, base, asked, answers, verdicts, decisions
+    )
+    return [decisions, files.inputs["rows"], files]
+
+
+def stored(entries: Mapping[str, Any], name: str) -> Stage:
+    """A stage that is done, as an input: its fingerprint is what the manifest says, not computed from its settings,
+    so that the weights that made it need not be here."""
+    entry = entries[name]
+    stage = Stage(
+        name=name, work=WholeWork(_not_again, tables=tuple(entry["tables"])), config=None, group=entry["group"]
+    )
+    stage.__dict__["fingerprint"] = entry["fingerprint"]  # where the cached property keeps it
+    return stage
+
+
+def _not_again(given: Any) -> dict[str, Any]:
+    raise AssertionError("a stored stage is never made")
+
+
+def _entries(before: Mapping[str, Any], made: Sequence[Stage], results: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest's stages: what was made, and what was made from its predecessors waiting again."""
+    changed = {stage.name for stage in made if before.get(stage.name, {}).get("fingerprint") != stage.fingerprint}
+    entries: dict[str, Any] = {}
+    by_name = {stage.name: stage for stage in made}
+    for name, entry in before.items():
+        if name in by_name:
+            stage, result = by_name[name], results[name]
+            entries[name] = {
+                "group": entry["group"],
+                "fingerprint": stage.fingerprint,
+                "path": stage.folder_name,
+                "tables": list(stage.work.tables),
+                "inputs": {role: parent.name for role, parent in stage.inputs.items()},
+                "status": "done",
+                "rows": dict(result.rows),
+                "facts": dict(result.facts),
+                "usage": dict(result.usage),
+            }
+        elif changed & set(entry["inputs"].values()):
+            changed.add(name)
+            entries[name] = {
+                **{key: entry[key] for key in ("group", "fingerprint", "path", "tables", "inputs")},
+                "status": "waiting",
+            }
+        else:
+            entries[name] = entry
+    return entries

@@ -1,0 +1,261 @@
+"""What a run has done and is doing, read from its folder alone: it may run on another machine.
+
+The manifest says which stages are done, `progress.json` (written every two seconds by whoever runs) what the others are
+doing, receipts and failure records what went wrong. Whether the run lives is told by a heartbeat that moves: clocks of
+two machines are never compared.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+from ray_pipeline.graph.failures import read_failures
+from ray_pipeline.graph.heartbeat import BEAT_SECONDS
+from ray_pipeline.graph.progress import StageProgress
+from ray_pipeline.graph.results import Run, read_run
+from ray_pipeline.store.files import Folder, StoreError
+
+#: Ends of a count's name that mean that a row is not what it should be (`helpfulness.unparsed`, `error`).
+ROW_ERRORS = ("unparsed", "truncated", "too_long", "error")
+
+#: Life of a run: its heartbeat moves; a heartbeat stands still (killed, or cut off from its storage); it has none.
+Life = Literal["running", "silent", "ended"]
+
+
+@dataclasses.dataclass
+class StageState:
+    """One stage as an operator sees it. Rates are of the latest interval where two looks were taken, else the mean.
+
+    `errors` is by kind: `rows.unparsed`, `shards.StoreError` …; `error` is why the stage itself failed.
+    """
+
+    name: str
+    status: str
+    shards: int = 0
+    shards_done: int = 0
+    shards_failed: int = 0
+    shards_quarantined: int = 0
+    rows: float = 0
+    calls_engine: float = 0
+    calls_log: float = 0
+    prompt_tokens: float = 0
+    completion_tokens: float = 0
+    cached_tokens: float = 0
+    seconds: float = 0.0
+    rows_per_second: float | None = None
+    tokens_per_second: float | None = None
+    eta_seconds: float | None = None
+    errors: dict[str, int] = dataclasses.field(default_factory=dict)
+    error: str = ""
+
+    @property
+    def prefix_hit_rate(self) -> float | None:
+        """Share of the prompt tokens that came from the prefix cache; None without prompt tokens."""
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else None
+
+    def plain(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "prefix_hit_rate": self.prefix_hit_rate}
+
+
+@dataclasses.dataclass
+class RunState:
+    """A run folder at one moment."""
+
+    folder: str
+    workflow: str
+    life: Life
+    stages: list[StageState]
+
+    @property
+    def failed(self) -> list[StageState]:
+        return [s for s in self.stages if s.status == "failed" or s.shards_failed]
+
+    @property
+    def done(self) -> bool:
+        return all(s.status == "done" for s in self.stages)
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """Seconds until the stages that are at work now are done; stages that wait are not guessed."""
+        known = [s.eta_seconds for s in self.stages if s.status == "running" and s.eta_seconds is not None]
+        return max(known) if known else None
+
+    def plain(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        return {
+            "folder": self.folder,
+            "workflow": self.workflow,
+            "life": self.life,
+            "eta_seconds": self.eta_seconds,
+            "stages": [stage.plain() for stage in self.stages],
+        }
+
+
+class Watch:
+    """Looks at a run folder again and again; remembers what cannot change and the last counters for rates.
+
+    Args:
+        clock, sleep: seconds; tests give their own.
+    """
+
+    def __init__(
+        self,
+        location: str,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.folder = Folder(location)
+        self._clock, self._sleep = clock, sleep
+        self._receipts: dict[tuple[str, str], dict[str, Any]] = {}
+        self._last: dict[str, tuple[float, float, float]] = {}  # stage → its seconds, rows, tokens at the last look
+        self._untouched: set[str] = set()
+        self._beat: object = None
+
+    def look(self, patience: float = 1.5 * BEAT_SECONDS) -> RunState:
+        """The run now.
+
+        Args:
+            patience: seconds to wait for a heartbeat to move before a run is called silent.
+
+        Raises:
+            StoreError: the folder holds no run.
+        """
+        run = read_run(self.folder.location)
+        life = self._life(patience)
+        if life == "ended":  # it may have ended since the manifest was read
+            run = read_run(self.folder.location)
+        running = self._progress() if life != "ended" else {}
+        stages = [self._stage(run, name, entry, running.get(name)) for name, entry in run.manifest["stages"].items()]
+        if life == "silent":
+            for stage in stages:
+                stage.eta_seconds = stage.rows_per_second = stage.tokens_per_second = None
+                stage.status = "stopped" if stage.status == "running" else stage.status
+        return RunState(self.folder.location, run.manifest.get("dag", ""), life, stages)
+
+    def until_ended(self, every: float) -> Iterator[RunState]:
+        """The run as it is now and every so many seconds, until nobody works on it any more."""
+        while True:
+            state = self.look()
+            yield state
+            if state.life != "running":
+                return
+            self._sleep(every)
+
+    def _life(self, patience: float) -> Life:
+        begin = self._clock()
+        while True:
+            try:
+                beat: object = self.folder.read_json("heartbeat.json")
+            except FileNotFoundError:
+                return "ended"
+            except StoreError:
+                beat = None
+            first, moved = self._beat is None, beat != self._beat
+            self._beat = beat
+            if moved and not first:
+                return "running"
+            if self._clock() - begin >= patience:
+                return "silent"
+            self._sleep(0.2)
+
+    def _progress(self) -> dict[str, StageProgress]:
+        try:
+            found = self.folder.read_json("progress.json")
+            return {stage["name"]: StageProgress(**stage) for stage in found}
+        except (FileNotFoundError, StoreError, TypeError, KeyError):  # not yet there, or another version's
+            return {}
+
+    def _stage(self, run: Run, name: str, entry: Mapping[str, Any], now: StageProgress | None) -> StageState:
+        state = StageState(name, entry["status"], error=entry.get("error", ""))
+        folder = self.folder / entry["path"] if entry.get("path") else None
+        if entry["status"] == "done":
+            self._finished(state, run, entry)
+            return state
+        counts: collections.Counter[str] = collections.Counter()
+        if folder is not None and (now is not None or entry["status"] != "waiting" or name not in self._untouched):
+            self._unfinished(state, folder, entry, counts, run.manifest["num_shards"])
+            state.errors = _errors(counts) | self._shard_errors(state, folder)
+            if state.shards_done:
+                state.status = "partial" if state.status == "waiting" else state.status
+            elif now is None:
+                self._untouched.add(name)  # not listed again before somebody begins it
+        if now is not None and now.status == "running":
+            self._live(state, now)
+        return state
+
+    def _finished(self, state: StageState, run: Run, entry: Mapping[str, Any]) -> None:
+        usage, counts = entry.get("usage", {}), entry.get("facts", {}).get("counts", {})
+        state.rows = sum(entry.get("rows", {}).values())
+        if entry["tables"]:
+            state.shards = state.shards_done = run.manifest["num_shards"]
+        for field in ("calls_engine", "calls_log", "prompt_tokens", "completion_tokens", "cached_tokens"):
+            setattr(state, field, usage.get(field, 0))
+        state.seconds = usage.get("wall_seconds", 0.0)
+        state.errors = _errors({k: n for k, n in counts.items() if isinstance(n, int)})
+        if state.seconds:
+            state.rows_per_second = state.rows / state.seconds
+            state.tokens_per_second = (state.prompt_tokens + state.completion_tokens) / state.seconds
+
+    def _unfinished(
+        self, state: StageState, folder: Folder, entry: Mapping[str, Any], counts: collections.Counter, num_shards: int
+    ) -> None:
+        """What is there of a stage that is not done: names of shards, and their receipts (read once)."""
+        tables = entry["tables"]
+        places = [folder / kind for kind in tables] if len(tables) > 1 else [folder] * len(tables)
+        if not tables:
+            return
+        state.shards = num_shards
+        state.shards_done = min(len(place.names(".parquet")) for place in places)
+        receipts = folder / "_receipts"
+        for name in receipts.names(".json"):
+            receipt = self._receipt(receipts, name)
+            counts.update(receipt.get("counts", {}))
+            state.rows += sum(receipt.get("rows", {}).values())
+            for field in ("calls_engine", "calls_log", "prompt_tokens", "completion_tokens", "cached_tokens"):
+                setattr(state, field, getattr(state, field) + receipt.get("usage", {}).get(field, 0))
+
+    def _receipt(self, folder: Folder, name: str) -> dict[str, Any]:
+        key = (folder.location, name)
+        if key not in self._receipts:
+            try:
+                self._receipts[key] = folder.read_json(name)
+            except (FileNotFoundError, StoreError):
+                return {}
+        return self._receipts[key]
+
+    def _live(self, state: StageState, now: StageProgress) -> None:
+        """Counters of the session that is at work, and rates between two looks of ours."""
+        state.status, state.seconds, state.eta_seconds = "running", now.seconds, now.eta
+        state.shards, state.shards_done = now.shards or state.shards, max(now.shards_done, state.shards_done)
+        for field in ("rows", "calls_engine", "calls_log", "prompt_tokens", "completion_tokens", "cached_tokens"):
+            setattr(state, field, getattr(now, field))
+        tokens = now.prompt_tokens + now.completion_tokens
+        before = self._last.get(state.name, (0.0, 0.0, 0.0))
+        if now.seconds <= before[0]:  # the same picture again, or a new session
+            before = (0.0, 0.0, 0.0)
+        passed = now.seconds - before[0]
+        if passed > 0:
+            state.rows_per_second = max(now.rows - before[1], 0) / passed
+            state.tokens_per_second = max(tokens - before[2], 0) / passed
+        self._last[state.name] = (now.seconds, now.rows, tokens)
+
+    def _shard_errors(self, state: StageState, folder: Folder) -> dict[str, int]:
+        failures = read_failures(folder)
+        state.shards_failed = len(failures)
+        state.shards_quarantined = sum(f.quarantined for f in failures.values())
+        return dict(sorted(collections.Counter(f"shards.{f.kind}" for f in failures.values()).items()))
+
+
+def _errors(counts: Mapping[str, int]) -> dict[str, int]:
+    """Rows that went wrong, by kind, over all judges."""
+    found: collections.Counter[str] = collections.Counter()
+    for name, number in counts.items():
+        kind = name.rsplit(".", 1)[-1]
+        if kind in ROW_ERRORS and number:
+            found[f"rows.{kind}"] += number
+    return dict(sorted(found.items()))

@@ -1,0 +1,86 @@
+"""A run's state as lines of text and as a live table."""
+
+from __future__ import annotations
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from ray_pipeline.graph.progress import duration
+from ray_pipeline.operate.status import RunState, StageState
+
+_LIFE = {
+    "running": "running",
+    "silent": "its heartbeat stands still: killed, or cut off from its storage; the same `quorum run` goes on",
+    "ended": "nobody works on it",
+}
+_STYLE = {"waiting": "dim", "failed": "red", "stopped": "yellow", "partial": "yellow", "done": "green"}
+
+
+def head_line(state: RunState) -> str:
+    done = sum(stage.status == "done" for stage in state.stages)
+    eta = f", {duration(state.eta_seconds)} to the end of what is at work" if state.eta_seconds is not None else ""
+    return f"{state.folder}: {state.workflow}, {done} of {len(state.stages)} stages done; {_LIFE[state.life]}{eta}"
+
+
+def stage_line(stage: StageState) -> str:
+    """One line, only of what there is to tell."""
+    parts = []
+    if stage.shards:
+        parts.append(f"shards {stage.shards_done}/{stage.shards}")
+    if stage.shards_failed:
+        held = f", {stage.shards_quarantined} quarantined" if stage.shards_quarantined else ""
+        parts.append(f"{stage.shards_failed} failed{held}")
+    if stage.rows:
+        rate = f" ({stage.rows_per_second:.3g}/s)" if stage.rows_per_second is not None else ""
+        parts.append(f"{stage.rows:.0f} rows{rate}")
+    if stage.calls_engine or stage.calls_log:
+        parts.append(f"calls {stage.calls_engine:.0f} engine + {stage.calls_log:.0f} log")
+        if stage.tokens_per_second is not None:
+            parts.append(f"{stage.tokens_per_second:.0f} tokens/s")
+        if stage.prefix_hit_rate is not None:
+            parts.append(f"prefix hits {stage.prefix_hit_rate:.0%}")
+    if stage.seconds:
+        parts.append(duration(stage.seconds))
+    if stage.eta_seconds is not None:
+        parts.append(f"ETA {duration(stage.eta_seconds)}")
+    parts += [f"{kind} {number}" for kind, number in stage.errors.items()]
+    if stage.error:
+        parts.append(stage.error)
+    return f"{stage.name:<28} {stage.status:<8} {', '.join(parts)}".rstrip()
+
+
+def lines(state: RunState) -> list[str]:
+    return [head_line(state), *(stage_line(stage) for stage in state.stages)]
+
+
+def picture(state: RunState) -> Group:
+    """The same as a table for a terminal; waiting stages are counted, not listed."""
+    table = Table(box=None, pad_edge=False)
+    for title in ("stage", ""):
+        table.add_column(title)
+    for title in ("shards", "failed", "rows", "rows/s", "tokens/s", "prefix", "time", "ETA"):
+        table.add_column(title, justify="right")
+    table.add_column("errors by kind")
+    for stage in state.stages:
+        if stage.status == "waiting":
+            continue
+        hits = stage.prefix_hit_rate
+        table.add_row(
+            stage.name,
+            stage.status,
+            f"{stage.shards_done}/{stage.shards}" if stage.shards else "",
+            str(stage.shards_failed or ""),
+            f"{stage.rows:.0f}" if stage.rows else "",
+            f"{stage.rows_per_second:.3g}" if stage.rows_per_second else "",
+            f"{stage.tokens_per_second:.0f}" if stage.tokens_per_second else "",
+            f"{hits:.0%}" if hits is not None else "",
+            duration(stage.seconds) if stage.seconds else "",
+            duration(stage.eta_seconds) if stage.eta_seconds is not None else "",
+            # Errors may quote models and servers: text, never markup.
+            Text(", ".join([*(f"{k} {n}" for k, n in stage.errors.items()), *([stage.error] if stage.error else [])])),
+            style=_STYLE.get(stage.status),
+        )
+    waiting = sum(stage.status == "waiting" for stage in state.stages)
+    foot = [Text(f"{waiting} stages waiting", style="dim")] if waiting else []
+    return Group(Text(head_line(state)), table, *foot)

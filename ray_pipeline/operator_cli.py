@@ -1,0 +1,162 @@
+"""The operator's commands of `quorum`: what the user types, and what the shell gets back."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.live import Live
+
+#: What a command returns to the shell.
+DONE, STAGE_FAILED, BAD_INPUT = 0, 1, 2
+
+_err = Console(stderr=True, soft_wrap=True)
+
+RunArgument = Annotated[str, typer.Argument(help="run folder: a path, or the URI of any pyarrow filesystem")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the operator's commands to the `quorum` command."""
+    app.command()(status)
+    app.command()(regate)
+    app.command()(retry)
+
+
+def say(text: str) -> None:
+    """A line of plain text: what models and servers said is never markup."""
+    Console(soft_wrap=True).print(text, markup=False, highlight=False)
+
+
+@contextlib.contextmanager
+def refused() -> Iterator[None]:
+    """What the user gave and cannot be used: one line, exit code 2."""
+    from ray_pipeline.graph.heartbeat import RunBusy
+
+    try:
+        yield
+    except (ValueError, FileNotFoundError, RunBusy) as error:  # configuration, input and storage errors are ValueErrors
+        _err.print(f"quorum: {error}", markup=False, highlight=False)
+        raise typer.Exit(BAD_INPUT) from error
+
+
+def status(
+    run: RunArgument = "runs/latest",
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="look again until nobody works on the run")] = False,
+    every: Annotated[float, typer.Option(help="seconds between two looks", min=0.2)] = 2.0,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON document a look, for scripts")] = False,
+) -> None:
+    """Show what a run has done and what it is doing, wherever it runs.
+
+    Everything comes from the run folder: stages, shards done and failed, rows/s, tokens/s, prefix hits, time to go,
+    and errors by kind (`rows.unparsed`: a judge's reply could not be read; `shards.StoreError`: a shard failed).
+    Rates are of the time since the last look. A heartbeat that stands still for some seconds means that the run was
+    killed or lost its storage.
+
+    With --watch the exit code tells how it ended: 0 all stages done, 1 a stage failed or work is left.
+
+    Examples: `quorum status runs/pocket`, `quorum status s3://bucket/run --watch`,
+    `quorum status RUN --json | jq '.stages[] | select(.status == "running")'`.
+    """
+    from ray_pipeline.operate.status import Watch
+    from ray_pipeline.operate.status_page import lines, picture
+
+    console = Console()
+    with refused():
+        looks = Watch(run)
+        state = None
+        live = Live(console=console, auto_refresh=False) if watch and console.is_terminal and not as_json else None
+        with live or contextlib.nullcontext():
+            for state in looks.until_ended(every) if watch else [looks.look()]:
+                if as_json:
+                    print(json.dumps(state.plain(), ensure_ascii=False), flush=True)
+                elif live is not None:
+                    live.update(picture(state), refresh=True)
+                else:
+                    for line in lines(state):
+                        say(line)
+        if watch and state is not None and not state.done:
+            raise typer.Exit(STAGE_FAILED)
+
+
+def regate(
+    run: RunArgument,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value of gate and datasets: gate.tau=1.5 datasets.min_gap=2")
+    ] = None,
+    write: Annotated[
+        bool, typer.Option("--write", help="make the gate and the data sets, not only the preview")
+    ] = False,
+) -> None:
+    """Try new thresholds on the scores that a run has; no model is asked and no GPU is needed.
+
+    Shows labels, kept rows, pairs and class balance of the old thresholds against the new ones. With --write the gate
+    and the data sets are made, and the run folder's `datasets` points at them; a policy that was trained on the old
+    ones stays as it is until the next `quorum run`.
+
+    Examples: `quorum regate runs/pocket gate.tau=1.5`, then
+    `quorum regate runs/pocket gate.tau=1.5 gate.desirable_at=8 --write`.
+    """
+    from ray_pipeline.graph.results import read_run
+    from ray_pipeline.graph.stage import StageStop
+    from ray_pipeline.operate import regate as gating
+
+    with refused():
+        given = gating.regate(read_run(run), overrides or [])
+        for line in gating.preview_lines(gating.preview(given)):
+            say(line)
+        if not write:
+            say("nothing is written; --write makes the gate and the data sets")
+            return
+        try:
+            gating.write(given, say)
+        except StageStop as error:
+            _err.print(f"quorum: {error}", markup=False, highlight=False)
+            raise typer.Exit(STAGE_FAILED) from error
+
+
+def retry(
+    run: RunArgument,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value that the repair needs, for example failure.retries=5")
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option("--config", "-c", help="configuration of the run (default: what its manifest holds)")
+    ] = None,
+) -> None:
+    """Make the failed and quarantined shards of a run, and no others.
+
+    A shard that fails is tried again with back-off (`failure.retries`, `failure.backoff_s`); one that was given up in
+    `failure.quarantine_after` sessions is left alone by `quorum run`, with its error in the manifest, until this
+    command. Answered calls are not repeated. When it ends well, `quorum run` goes on with what follows.
+
+    Example: `quorum status RUN` (which shards failed, and of what), then `quorum retry RUN`.
+    """
+    from dags import DAGS
+    from ray_pipeline.config import CONFIGS, load_config, read_config
+    from ray_pipeline.graph.results import read_run
+    from ray_pipeline.operate.retry import failed_shards, retry_shards
+
+    with refused():
+        found = read_run(run)
+        failed = failed_shards(found)
+        if not failed:
+            say("no shard failed or is in quarantine; `quorum run` makes what is missing")
+            return
+        dag, folder = found.manifest["dag"], found.folder.location
+        if config is not None:
+            settings = load_config(dag, config, overrides or [], CONFIGS.get(dag))
+        else:
+            source = found.folder.uri("manifest.json")
+            settings = read_config(dag, found.manifest["config"], overrides or [], source)
+        for stage, shards in failed.items():
+            say(f"{stage}: {len(shards)} shards to try again: {', '.join(map(str, shards[:20]))}")
+        problems = retry_shards(found, DAGS[dag](settings, folder), settings, failed, Console(soft_wrap=True))
+    for problem in problems:
+        _err.print(f"quorum: {problem}", markup=False, highlight=False)
+    if problems:
+        raise typer.Exit(STAGE_FAILED)
+    say("every failed shard is there now; `quorum run` goes on with what follows")

@@ -1,0 +1,268 @@
+"""Shards that fail: retries with back-off, quarantine, the window that stops a stage, and what does not count."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ray_pipeline.engines.base import BudgetSpent, Completion, Sampling
+from ray_pipeline.engines.logged import LoggedEngine
+from ray_pipeline.graph import shard_map
+from ray_pipeline.graph.failures import FailureLedger, FailurePolicy, read_failures
+from ray_pipeline.graph.shard_map import Receipt, ShardActor, ShardJob, make_shard
+from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, StageStop
+from ray_pipeline.store.calls import scan_calls
+from ray_pipeline.store.files import Folder
+from ray_pipeline.store.schemas import DECISIONS
+from tests.scripted import ScriptedEngine, said, user
+
+QUICK = FailurePolicy(backoff_s=0.0)
+EMPTY = ShardOutput({"decisions": DECISIONS.empty_table()})
+
+
+class Board:
+    """A progress board without Ray: `x.remote(…)` gives an awaitable."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self.lines: list[str] = []
+        self.added: list[dict[str, float]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        class Method:
+            @staticmethod
+            def remote(*given: Any) -> Any:
+                if name == "say":
+                    self.lines.append(given[0])
+                if name == "add":
+                    self.added.append(given[1])
+
+                async def answer() -> str | None:
+                    return self.reason
+
+                return _Answer(answer)
+
+        return Method
+
+
+class _Answer:
+    """Awaitable, and no warning when nobody awaits it."""
+
+    def __init__(self, answer: Callable[[], Any]) -> None:
+        self._answer = answer
+
+    def __await__(self) -> Any:
+        return self._answer().__await__()
+
+
+def job(folder: Path, function: Any, engine: Any = None, policy: FailurePolicy = QUICK, board: Any = None) -> ShardJob:
+    work = ShardWork(function=function, tables=("decisions",), engine=engine)
+    return ShardJob(
+        "stage", str(folder / "stage"), "f", 4, work, {}, {}, str(folder / "calls"), "s1", False, board, policy
+    )
+
+
+@pytest.fixture
+def actor(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ShardActor]:
+    monkeypatch.setattr(shard_map, "_devices", lambda: 2.0)
+    monkeypatch.setattr(shard_map, "REPORT_SECONDS", 0.02)
+    return ShardActor
+
+
+def make(actor: ShardActor, shard: int = 0) -> Receipt:
+    async def go() -> Receipt:
+        async for row in actor({"shard": [shard]}):
+            return Receipt(**json.loads(row["receipt"][0]))
+        raise AssertionError
+
+    return asyncio.run(go())
+
+
+def failing(times: int) -> tuple[Any, list[int]]:
+    """A shard function that fails so many times, and the shards that it was called for."""
+    seen: list[int] = []
+
+    async def function(given: ShardInput) -> ShardOutput:
+        seen.append(given.shard)
+        if len(seen) <= times:
+            raise OSError("no space left")
+        return EMPTY
+
+    return function, seen
+
+
+# --- retries ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("times", "status", "tries"), [(0, "ok", 1), (2, "ok", 3), (3, "failed", 3)])
+def test_a_shard_is_tried_again_before_it_is_given_up(
+    tmp_path: Path, actor: Callable[..., ShardActor], times: int, status: str, tries: int
+) -> None:
+    board = Board()
+    function, seen = failing(times)
+    receipt = make(actor(job(tmp_path, function, ScriptedEngine, board=board)))
+    assert (receipt.status, len(seen)) == (status, tries)
+    assert len(board.lines) == tries - 1 and all("again in 0 s" in line for line in board.lines)
+    if status == "failed":
+        assert receipt.error is not None and receipt.error.startswith("OSError: no space left")
+
+
+def test_columnar_shards_are_tried_again_too(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def function(given: ShardInput) -> ShardOutput:
+        seen.append(given.shard)
+        if len(seen) < 3:
+            raise OSError("no space left")
+        return EMPTY
+
+    row = make_shard({"shard": [1]}, job(tmp_path, function))
+    assert Receipt(**json.loads(row["receipt"][0])).status == "ok" and seen == [1, 1, 1]
+    row = make_shard({"shard": [1]}, job(tmp_path, failing_always, policy=FailurePolicy(retries=0)))
+    assert Receipt(**json.loads(row["receipt"][0])).status == "failed"
+
+
+def failing_always(given: ShardInput) -> ShardOutput:
+    raise OSError("never")
+
+
+def test_back_off_doubles_up_to_its_limit() -> None:
+    policy = FailurePolicy(backoff_s=2, backoff_max_s=10)
+    assert [policy.pause(n) for n in (1, 2, 3, 4)] == [2, 4, 8, 10]
+
+
+def test_device_seconds_of_shards_of_one_actor_count_once(tmp_path: Path, actor: Callable[..., ShardActor]) -> None:
+    async def slow(given: ShardInput) -> ShardOutput:
+        await asyncio.sleep(0.3)
+        return EMPTY
+
+    board = Board()
+    one = actor(job(tmp_path, slow, ScriptedEngine, board=board))
+
+    async def both() -> list[Receipt]:
+        return await asyncio.gather(*(one._make(shard) for shard in (0, 1)))
+
+    one._limit = asyncio.Semaphore(8)
+    receipts = asyncio.run(both())
+    billed = sum(change.get("device_seconds", 0.0) for change in board.added)
+    assert 0.6 <= billed < 1.2  # 2 devices, one time span of 0.3 s, not two
+    assert sum(r.usage["device_seconds"] for r in receipts) == pytest.approx(billed, abs=0.1)
+
+
+# --- lost workers and dead engines ------------------------------------------------------------------------------------
+
+
+def test_a_lost_worker_is_no_failure_and_a_dead_engine_is(tmp_path: Path, actor: Callable[..., ShardActor]) -> None:
+    policy = FailurePolicy(retries=0, engine_deaths=2, preemptions=3)
+    function, seen = failing(0)
+    board = Board()
+    given = job(tmp_path, function, ScriptedEngine, policy, board)
+    shard_map._begin_attempt(given, 2)  # whoever made these marks never came back
+    shard_map._begin_attempt(given, 2)
+    assert make(actor(given), 2).status == "ok"
+    assert board.lines == ["stage: shard 2 begins anew, its actor or node was lost"]
+
+    shard_map._mark_death(given, 3)
+    assert make(actor(given), 3).status == "ok"
+    shard_map._mark_death(given, 3)
+    receipt = make(actor(given), 3)
+    assert receipt.status == "failed" and receipt.error == "EngineDead: given up, the engine died 2 times on this shard"
+
+    for _ in range(4):
+        shard_map._begin_attempt(given, 0)
+    receipt = make(actor(given), 0)
+    assert receipt.status == "failed" and receipt.error is not None and "lost 4 times" in receipt.error
+    assert seen == [2, 3]
+
+
+# --- stopping in good order -------------------------------------------------------------------------------------------
+
+
+def test_a_stopped_engine_keeps_what_is_under_way_and_asks_nothing_more(tmp_path: Path) -> None:
+    engine = ScriptedEngine("ok", delay=0.2)
+
+    async def go() -> list[Any]:
+        logged = LoggedEngine(engine, Folder(str(tmp_path)), 0, 1)
+        async with logged:
+            calls = [asyncio.create_task(logged.call("0" * 32, "r", user(str(n)), Sampling())) for n in range(3)]
+            await asyncio.sleep(0.05)
+            logged.stop("enough")
+            logged.stop("later reasons do not count")
+            late = asyncio.create_task(logged.call("0" * 32, "r", user("late"), Sampling()))
+            return await asyncio.gather(*calls, late, return_exceptions=True)
+
+    *answered, late = asyncio.run(go())
+    assert all(isinstance(a, Completion) for a in answered)
+    assert isinstance(late, BudgetSpent) and str(late) == "enough"
+    assert engine.calls == 3 and sum(t.num_rows for t in scan_calls(Folder(str(tmp_path)))) == 3
+
+
+def test_the_board_stops_a_shard_and_its_calls_are_kept(tmp_path: Path, actor: Callable[..., ShardActor]) -> None:
+    board = Board()
+
+    async def function(given: ShardInput) -> ShardOutput:
+        assert given.engine is not None
+        for n in range(1000):
+            if n == 3:
+                board.reason = "the run may cost no more"
+            await given.engine.bound("0" * 32, "r").chat(user(str(n)), Sampling())
+            await asyncio.sleep(0.03)
+        return EMPTY
+
+    def engine() -> ScriptedEngine:
+        return ScriptedEngine(lambda messages, sampling: said("yes"))
+
+    receipt = make(actor(job(tmp_path, function, engine, board=board)))
+    assert (receipt.status, receipt.error) == ("stopped", "the run may cost no more")
+    assert 3 < sum(t.num_rows for t in scan_calls(Folder(str(tmp_path / "calls")))) < 50
+    again = make(actor(job(tmp_path, function, engine, board=board)), 1)
+    assert again.status == "stopped"  # a shard that has not begun does not begin
+
+
+# --- the record of a stage --------------------------------------------------------------------------------------------
+
+
+def test_quarantine_comes_after_so_many_sessions_and_keeps_the_error(tmp_path: Path) -> None:
+    stage, policy = Folder(str(tmp_path)), FailurePolicy(quarantine_after=2)
+    for session in (1, 2):
+        ledger = FailureLedger(stage, policy, [1, 2, 3])
+        assert ledger.quarantined == set()
+        ledger.done(1)
+        assert ledger.failed(2, f"OSError: session {session}") is None
+        with pytest.raises(StageStop, match=f"1 of 4 shards failed, the first is shard 2: OSError: session {session}"):
+            ledger.check("stage", 4)
+    found = read_failures(stage)[2]
+    assert (found.failures, found.quarantined, found.error, found.kind) == (2, True, "OSError: session 2", "OSError")
+    ledger = FailureLedger(stage, policy, [2, 3])
+    assert ledger.quarantined == {2}
+    with pytest.raises(StageStop, match=r"quarantine, the first is shard 2, which failed 2 times.*quorum retry"):
+        ledger.check("stage", 4)
+    ledger.done(2)
+    ledger.check("stage", 4)
+    assert read_failures(stage) == {}
+
+
+def test_records_of_shards_that_are_there_by_now_go(tmp_path: Path) -> None:
+    stage = Folder(str(tmp_path))
+    FailureLedger(stage, QUICK, [1]).failed(1, "x")
+    FailureLedger(stage, QUICK, [2])
+    assert read_failures(stage) == {}
+    (tmp_path / "_failures.json").write_text("{")
+    assert read_failures(stage) == {}
+
+
+def test_too_many_failed_shards_stop_a_stage(tmp_path: Path) -> None:
+    ledger = FailureLedger(Folder(str(tmp_path)), FailurePolicy(max_failed_shards=0.5, shard_window=6), range(99))
+    assert ledger.failed(0, "x") is None and ledger.failed(1, "x") is None  # too few to say
+    for shard in (2, 3, 4):
+        ledger.done(shard)
+    assert ledger.failed(5, "x") is None  # 3 of 6
+    assert ledger.failed(6, "x") is None  # the window has moved on: 3 of 6 again
+    reason = ledger.failed(7, "OSError: disk full")
+    assert reason is None  # 3 of 6: two old failures have left the window
+    assert "4 of the last 6 shards failed (67%, allowed 50%)" in (ledger.failed(8, "OSError: disk full") or "")

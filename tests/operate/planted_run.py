@@ -1,0 +1,100 @@
+"""A run folder as `quorum run dmapo` leaves it, written by the real stages on planted scores, without an engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ray_pipeline.config import read_config
+from ray_pipeline.graph.results import read_run
+from ray_pipeline.graph.shard_map import receipt_name
+from ray_pipeline.graph.stage import Dag, Stage, stage_table
+from ray_pipeline.stages.gate import GateConfig, decide, label_counts
+from tests.stages.planted import JUDGES, World, by_shard, random_world
+
+SHARDS = 4
+
+
+def planted_dag(folder: Path, *overrides: str) -> tuple[Dag, Any]:
+    """The pocket DAG whose fingerprints the planted files carry, and its configuration."""
+    from dags import DAGS
+
+    with open("configs/pocket.yaml", encoding="utf-8") as file:
+        values = yaml.safe_load(file)
+    config = read_config("dmapo", values, [f"prompts.num_shards={SHARDS}", *overrides])
+    return DAGS["dmapo"](config, str(folder)), config
+
+
+def plant(folder: Path, world: World | None = None, *overrides: str) -> Path:
+    """Prompts to gate done, what follows waiting."""
+    world = world or random_world(40, seed=1)
+    dag, config = planted_dag(folder, *overrides)
+    stages = {stage.name: stage for stage in dag.stages}
+    parts = {
+        name: by_shard(getattr(world, name), SHARDS) for name in ("prompts", "candidates", "verdicts", "critiques")
+    }
+    decisions = [
+        decide(parts["candidates"][s], parts["verdicts"][s], parts["critiques"][s], JUDGES, GateConfig())
+        for s in range(SHARDS)
+    ]
+    tables = {
+        "prompts": parts["prompts"],
+        "candidates": parts["candidates"],
+        "judge": parts["verdicts"],
+        "critic": parts["critiques"],
+        "gate": decisions,
+    }
+    done = {name: _write(folder, stages[name], made) for name, made in tables.items()}
+    done["gate"]["facts"] = {"counts": label_counts(_all(decisions))}
+    done["judge"]["facts"] = {"counts": {"helpfulness.ok": 150, "helpfulness.unparsed": 3, "factuality.unparsed": 1}}
+    manifest = {
+        "dag": "dmapo",
+        "config_digest": "0" * 32,
+        "config": config.model_dump(mode="json"),
+        "report": config.page().model_dump(mode="json"),
+        "num_shards": SHARDS,
+        "calls_root": f"{folder}/calls",
+        "stages": {stage.name: {**_entry(stage), **done.get(stage.name, {})} for stage in dag.stages},
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "config.yaml").write_text(json.dumps(config.model_dump(mode="json")))  # JSON is YAML
+    read_run(str(folder))
+    return folder
+
+
+def _entry(stage: Stage) -> dict[str, Any]:
+    return {
+        "group": stage.group_name,
+        "fingerprint": stage.fingerprint,
+        "path": stage.folder_name,
+        "tables": list(stage.work.tables),
+        "inputs": {role: parent.name for role, parent in stage.inputs.items()},
+        "status": "waiting",
+    }
+
+
+def _write(folder: Path, stage: Stage, made: list[Any]) -> dict[str, Any]:
+    place = folder / stage.folder_name
+    (kind,) = stage.work.tables
+    table = stage_table(str(place), stage.work.tables, kind, SHARDS, stage.fingerprint)
+    for shard, part in enumerate(made):
+        table.write(shard, part)
+        receipt = {"shard": shard, "status": "ok", "rows": {kind: part.num_rows}, "counts": {}, "usage": {}}
+        (place / "_receipts").mkdir(exist_ok=True)
+        (place / "_receipts" / receipt_name(shard)).write_text(json.dumps({**receipt, "error": None}))
+    usage = {"wall_seconds": 2.0, "calls_engine": 160.0, "calls_log": 0.0, "prompt_tokens": 1000.0,
+             "completion_tokens": 200.0, "cached_tokens": 250.0}  # fmt: skip
+    facts: dict[str, Any] = {"counts": {}}
+    rows = {kind: sum(part.num_rows for part in made)}
+    result = {"stage": stage.name, "fingerprint": stage.fingerprint, "rows": rows, "facts": facts, "usage": usage}
+    (place / "_result.json").write_text(json.dumps(result))
+    return {"status": "done", "rows": rows, "facts": facts, "usage": usage}
+
+
+def _all(tables: list[Any]) -> Any:
+    import pyarrow as pa
+
+    return pa.concat_tables(tables)

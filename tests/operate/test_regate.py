@@ -1,0 +1,137 @@
+"""New thresholds on planted scores: the preview against counts by hand, and files against those of a run."""
+
+from __future__ import annotations
+
+import collections
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from ray_pipeline.cli import app
+from ray_pipeline.config import ConfigError
+from ray_pipeline.graph.heartbeat import RunBusy
+from ray_pipeline.graph.results import read_run
+from ray_pipeline.graph.run import load_result
+from ray_pipeline.operate import regate as gating
+from ray_pipeline.stages.datasets import DatasetsConfig, dpo_rows
+from ray_pipeline.stages.gate import GateConfig, decide
+from ray_pipeline.store.files import StoreError
+from tests.operate.planted_run import SHARDS, plant, planted_dag
+from tests.stages.planted import JUDGES, count_words, random_world
+
+WORLD = random_world(60, seed=5)
+NEW = ["gate.tau=1.0", "gate.desirable_at=8"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return plant(tmp_path / "run", WORLD)
+
+
+def by_hand(gate: GateConfig, min_gap: float = 1.5) -> tuple[collections.Counter, int]:
+    """Labels and pairs of the whole world at once, by the rows that the data sets stage makes."""
+    decisions = decide(WORLD.candidates, WORLD.verdicts, WORLD.critiques, JUDGES, gate)
+    config = DatasetsConfig(max_length=10_000, max_prompt_length=5_000, min_gap=min_gap)
+    pairs, _ = dpo_rows(WORLD.prompts, WORLD.candidates, WORLD.verdicts, decisions, config, count_words)
+    return collections.Counter(decisions["label"].to_pylist()), pairs.num_rows
+
+
+def test_a_preview_counts_what_the_stages_would_make(folder: Path) -> None:
+    found = gating.preview(gating.regate(read_run(str(folder)), [*NEW, "datasets.min_gap=6"]))
+    old_labels, old_pairs = by_hand(GateConfig())
+    new_labels, new_pairs = by_hand(GateConfig(tau=1.0, desirable_at=8), min_gap=6)
+    assert {k: n for k, n in found.old.labels.items() if n} == dict(old_labels) and found.old.pairs == old_pairs
+    assert {k: n for k, n in found.new.labels.items() if n} == dict(new_labels) and found.new.pairs == new_pairs
+    assert 0 < new_pairs < old_pairs and found.candidates == 240
+    for label, number in found.old.labels.items():
+        assert sum(n for (a, _), n in found.moved.items() if a == label) == number
+    lines = "\n".join(gating.preview_lines(found))
+    assert f"{found.moved['desirable', 'discard']} candidates desirable → discard" in lines
+    kept = [line for line in lines.splitlines() if line.startswith("kept")]
+    assert kept[0].split()[1:] == [str(found.old.kept), str(found.new.kept), f"{found.new.kept - found.old.kept:+d}"]
+
+
+def test_a_preview_writes_nothing(folder: Path) -> None:
+    before = {f: f.stat().st_mtime_ns for f in folder.rglob("*") if f.is_file()}
+    shown = CliRunner().invoke(app, ["regate", str(folder), *NEW])
+    assert shown.exit_code == 0 and "nothing is written" in shown.output, shown.output
+    assert {f: f.stat().st_mtime_ns for f in folder.rglob("*") if f.is_file()} == before
+
+
+def test_written_data_sets_are_those_that_a_run_with_these_thresholds_finds(folder: Path) -> None:
+    written = CliRunner().invoke(app, ["regate", str(folder), *NEW, "--write"])
+    assert written.exit_code == 0, written.output
+    dag, config = planted_dag(folder, *NEW)
+    stages = {stage.name: stage for stage in dag.stages}
+    for name in ("gate", "dataset-rows", "datasets"):
+        assert load_result(str(folder), stages[name], SHARDS) is not None, name
+    run = read_run(str(folder))
+    labels, _ = by_hand(GateConfig(tau=1.0, desirable_at=8))
+    assert run.results["gate"].facts["counts"] == {**dict.fromkeys(run.results["gate"].facts["counts"], 0), **labels}
+    assert run.manifest["config"] == config.model_dump(mode="json")
+    rows = [
+        row for f in sorted((folder / "datasets" / "kto").rglob("*.parquet")) for row in pq.read_table(f).to_pylist()
+    ]
+    assert len(rows) == labels["desirable"] + labels["undesirable"]
+    assert (folder / "datasets").resolve().name == stages["datasets"].folder_name
+    assert not (folder / "heartbeat.json").exists()
+
+    again = CliRunner().invoke(app, ["regate", str(folder), "gate.tau=1.0"])  # the new thresholds are the old ones now
+    assert "no label changes" in again.output
+
+
+def test_what_was_made_from_the_old_data_sets_waits_and_keeps_its_folder(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name in ("train", "evaluate"):
+        manifest["stages"][name] |= {"status": "done", "rows": {}, "facts": {}, "usage": {}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    gating.write(gating.regate(read_run(str(folder)), NEW), lambda line: None, beat_seconds=0.05)
+    after = json.loads((folder / "manifest.json").read_text())["stages"]
+    assert {name: after[name]["status"] for name in ("judge", "gate", "train", "evaluate")} == {
+        "judge": "done", "gate": "done", "train": "waiting", "evaluate": "waiting",
+    }  # fmt: skip
+    assert after["train"]["path"] == manifest["stages"]["train"]["path"] and "facts" not in after["train"]
+
+
+def test_a_gate_without_the_critic_reads_no_critiques(folder: Path) -> None:
+    found = gating.preview(gating.regate(read_run(str(folder)), ["gate.use_critic=false"]))
+    labels, _ = by_hand(GateConfig(use_critic=False))
+    assert {k: n for k, n in found.new.labels.items() if n} == dict(labels)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("judge.model=policy", "regate changes keys of gate and datasets alone"),
+        ("gate.taw=2", "did you mean 'tau'"),
+        ("gate.desirable_at=3", "must be below desirable_at"),
+        ("gate.tau=high", "gate.tau"),
+    ],
+)
+def test_what_stored_scores_cannot_answer(folder: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        gating.regate(read_run(str(folder)), [override])
+    assert CliRunner().invoke(app, ["regate", str(folder), override]).exit_code == 2
+
+
+def test_runs_that_cannot_be_gated(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["stages"]["judge"]["status"] = "failed"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(StoreError, match="judge is not done yet"):
+        gating.regate(read_run(str(folder)), NEW)
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "dag": "baselines"}))
+    with pytest.raises(ConfigError, match="is a run of baselines"):
+        gating.regate(read_run(str(folder)), NEW)
+
+
+def test_a_run_at_work_is_left_alone(folder: Path) -> None:
+    from ray_pipeline.graph.heartbeat import Heartbeat
+    from ray_pipeline.store.files import Folder
+
+    with Heartbeat(Folder(str(folder)), beat_seconds=0.1), pytest.raises(RunBusy):
+        gating.write(gating.regate(read_run(str(folder)), NEW), lambda line: None, beat_seconds=0.1)
+    assert not list(folder.glob("datasets*"))
