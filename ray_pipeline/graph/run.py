@@ -23,10 +23,12 @@ from typing import Any
 
 import ray
 import yaml
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
 from ray_pipeline.graph.heartbeat import BEAT_SECONDS, Heartbeat
 from ray_pipeline.graph.progress import Display, ProgressBoard, StageProgress
+from ray_pipeline.graph.reach import WantedKey, check_nodes
 from ray_pipeline.graph.shard_map import ShardJob, map_shards, receipt_name
 from ray_pipeline.graph.stage import (
     BadInput,
@@ -73,6 +75,7 @@ class RunSettings:
         ray: arguments of `ray.init`.
         replay_only: answer every LLM call from the log, and fail where it cannot.
         max_stages: how many stages may be at work at once; None: all whose inputs are there.
+        keys: environment variables that nodes with engines must have.
     """
 
     folder: str
@@ -83,6 +86,7 @@ class RunSettings:
     report: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     replay_only: bool = False
     max_stages: int | None = None
+    keys: tuple[WantedKey, ...] = ()
     beat_seconds: float = BEAT_SECONDS
 
 
@@ -393,8 +397,14 @@ def _run_tasks(
     ours = start_ray(settings.ray)
     failures: dict[str, Failure] = {}
     try:
-        board: Any = ray.remote(num_cpus=0)(ProgressBoard).remote()  # type: ignore[call-overload]
-        task: Any = ray.remote(num_cpus=0, max_retries=2, retry_exceptions=False)(run_stage)
+        asked = check_nodes([settings.folder, settings.calls_root], settings.keys)
+        if asked:
+            log.say(f"{asked} nodes read and write in {settings.folder}")
+        # What steers a stage lives beside the driver: the loss of another node then costs actors and their shards,
+        # not the stage. The driver's own node cannot be lost without the run.
+        here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=True)
+        board: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(ProgressBoard).remote()  # type: ignore[call-overload]
+        task: Any = ray.remote(num_cpus=0, max_retries=2, retry_exceptions=False, scheduling_strategy=here)(run_stage)
         outputs: dict[str, Any] = {name: result for name, result in results.items()}
         refs: dict[Any, Stage] = {}
 
