@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ray_pipeline.store.files import Folder, StoreError
+from ray_pipeline.store.node_labels import may_run
 
 #: Seconds that a node has for its answer: it may have to unpack the job's package first.
 ANSWER_S = 120.0
@@ -199,23 +199,3 @@ def _remove_probes(location: str, probe: str) -> None:
                 folder.delete(name)
     except OSError:  # It could not be written to either, and that is what is being told.
         return
-
-
-_SET = re.compile(r"^(!?)in\((.*)\)$")
-
-
-def may_run(label_selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
-    """Whether a node's labels satisfy a selector as Ray reads it: `v`, `!v`, `in(a, b)`, `!in(a, b)`."""
-    for name, condition in label_selector.items():
-        value = labels.get(name)
-        several = _SET.match(condition)
-        if several:
-            named = value in [item.strip() for item in several[2].split(",")]
-            holds = not named if several[1] else named
-        elif condition.startswith("!"):
-            holds = value != condition[1:]
-        else:
-            holds = value == condition
-        if not holds:
-            return False
-    return True
