@@ -403,8 +403,9 @@ def _run_tasks(
         # What steers a stage lives beside the driver: the loss of another node then costs actors and their shards,
         # not the stage. The driver's own node cannot be lost without the run.
         here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=True)
-        board: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(ProgressBoard).remote()  # type: ignore[call-overload]
-        task: Any = ray.remote(num_cpus=0, max_retries=2, retry_exceptions=False, scheduling_strategy=here)(run_stage)
+        board_class: Any = ray.remote(num_cpus=0)(ProgressBoard)  # type: ignore[call-overload]
+        board: Any = board_class.options(scheduling_strategy=here).remote()
+        task: Any = ray.remote(num_cpus=0, max_retries=2, retry_exceptions=False)(run_stage)
         outputs: dict[str, Any] = {name: result for name, result in results.items()}
         refs: dict[Any, Stage] = {}
 
@@ -421,7 +422,7 @@ def _run_tasks(
                 board,
             )
             roles = tuple(stage.inputs)
-            ref = task.options(name=stage.name).remote(job, roles, *(outputs[stage.inputs[r].name] for r in roles))
+            ref = task.options(name=stage.name, scheduling_strategy=here).remote(job, roles, *(outputs[stage.inputs[r].name] for r in roles))
             outputs[stage.name] = ref
             refs[ref] = stage
 
