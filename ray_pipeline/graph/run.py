@@ -422,7 +422,9 @@ def _run_tasks(
                 board,
             )
             roles = tuple(stage.inputs)
-            ref = task.options(name=stage.name, scheduling_strategy=here).remote(job, roles, *(outputs[stage.inputs[r].name] for r in roles))
+            ref = task.options(name=stage.name, scheduling_strategy=here).remote(
+                job, roles, *(outputs[stage.inputs[r].name] for r in roles)
+            )
             outputs[stage.name] = ref
             refs[ref] = stage
 
