@@ -14,7 +14,7 @@ from ray_pipeline.graph.models import ModelSettings
 from ray_pipeline.stages.agreement import AgreementData, AgreementPage, WinrateMeasure
 from ray_pipeline.stages.ask import AskSettings
 from ray_pipeline.stages.judge import FailureSettings
-from ray_pipeline.store.files import normalise_location
+from ray_pipeline.store.files import join, normalise_location
 from ray_pipeline.store.settings import Settings
 
 
@@ -31,10 +31,10 @@ class _AgreementRun(Settings):
         return self.data.num_shards
 
     def run_folder(self, run_dir: str | None = None) -> str:
-        return normalise_location(run_dir or f"{self.run.root.rstrip('/')}/{self.run.name}")
+        return normalise_location(run_dir or join(self.run.root, self.run.name))
 
     def calls_root(self, run_folder: str) -> str:
-        return normalise_location(self.calls.root or f"{run_folder}/calls")
+        return normalise_location(self.calls.root or join(run_folder, "calls"))
 
 
 class AgreementConfig(_AgreementRun):

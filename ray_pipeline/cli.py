@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from ray_pipeline import operator_cli
+from ray_pipeline.submit.command import submit
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -68,6 +69,7 @@ def run(
     from ray_pipeline.config import CONFIGS, ConfigError, load_config
     from ray_pipeline.graph.failures import FailurePolicy
     from ray_pipeline.graph.heartbeat import RunBusy
+    from ray_pipeline.graph.reach import check_location, in_a_job, wanted_keys
     from ray_pipeline.graph.run import RunSettings, execute, load_result
     from ray_pipeline.stages.sources import InputError
     from ray_pipeline.store.files import Folder, StoreError, point_at
@@ -83,6 +85,9 @@ def run(
         if dry_run:
             _show_plan(graph, folder, settings, from_stage, to_stage, load_result)
             return
+        if in_a_job():
+            check_location(run_dir or settings.run.root, "--run-dir" if run_dir else "run.root")
+            check_location(settings.calls.root or folder, "calls.root")
         parent = os.path.dirname(folder)
         if "://" not in folder and os.path.basename(folder) != "latest":
             point_at(Folder(parent), "latest", os.path.basename(folder))
@@ -98,6 +103,7 @@ def run(
                 report=settings.page().model_dump(mode="json"),
                 replay_only=settings.calls.replay_only,
                 max_stages=settings.ray.max_stages,
+                keys=wanted_keys(getattr(settings, "models", None) or {}),
             ),
             from_group=from_stage,
             to_group=to_stage,
@@ -135,6 +141,8 @@ def _show_plan(graph: Any, folder: str, settings: Any, from_stage: str | None, t
         _print(f"{stage.name:<28} {'done' if done else 'to do':<6} {stage.folder_name:<48} reads {reads}")
     _print(f"run folder: {folder}; call log: {settings.calls_root(folder)}; {settings.num_shards} shards")
 
+
+app.command()(submit)
 
 RunArgument = Annotated[str, typer.Argument(help="run folder")]
 

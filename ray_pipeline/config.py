@@ -30,7 +30,7 @@ from ray_pipeline.stages.preferences import PreferenceSource, tables_of
 from ray_pipeline.stages.prompts import PromptsConfig
 from ray_pipeline.stages.sources import InputError
 from ray_pipeline.stages.train import TrainSettings
-from ray_pipeline.store.files import normalise_location
+from ray_pipeline.store.files import join, normalise_location
 from ray_pipeline.store.keys import digest
 from ray_pipeline.store.settings import Settings
 from ray_pipeline.training.methods import METHODS, validate_trainer_args
@@ -153,10 +153,10 @@ class DmapoConfig(Settings):
         return self.report()
 
     def run_folder(self, run_dir: str | None = None) -> str:
-        return normalise_location(run_dir or f"{self.run.root.rstrip('/')}/{self.run.name}")
+        return normalise_location(run_dir or join(self.run.root, self.run.name))
 
     def calls_root(self, run_folder: str) -> str:
-        return normalise_location(self.calls.root or f"{run_folder}/calls")
+        return normalise_location(self.calls.root or join(run_folder, "calls"))
 
 
 class DataVariant(Settings):

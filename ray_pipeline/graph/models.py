@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -21,7 +21,10 @@ class Placement(Settings):
     """Where the actors of a stage run and how many there are. Nothing here changes what is computed."""
 
     num_gpus: float | None = Field(
-        None, ge=0, description="GPUs an actor; default: tensor_parallel_size where there are GPUs"
+        None,
+        ge=0,
+        description="GPUs an actor, 0.5 for two on one; default: tensor_parallel_size where there are GPUs now (say it "
+        "where GPU nodes come on demand)",
     )
     num_cpus: float = Field(0, ge=0, description="CPUs that an actor reserves; engines need none reserved")
     min_actors: int = Field(1, ge=1)
@@ -31,11 +34,17 @@ class Placement(Settings):
     )
     concurrency: int = Field(256, ge=1, description="calls in flight an actor")
     label_selector: dict[str, str] = Field(default_factory=dict, description="labels of the nodes that may be used")
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict, description="custom resources that an actor takes, as `ray start --resources` names them"
+    )
 
     @model_validator(mode="after")
     def _range(self) -> Placement:
         if self.min_actors > self.max_actors:
             raise ValueError(f"min_actors ({self.min_actors}) is over max_actors ({self.max_actors})")
+        for name in ("CPU", "GPU"):
+            if name in self.resources:
+                raise ValueError(f"resources.{name} is no custom resource; set num_{name.lower()}s")
         return self
 
 
@@ -82,6 +91,17 @@ class ModelSettings(Settings):
                 )
         if self.placement.num_gpus:
             raise ValueError("placement.num_gpus: a model at an endpoint takes no GPU here; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _gpus_of_one_actor(self) -> ModelSettings:
+        """Tensor parallelism stays inside one actor, and so inside one node."""
+        gpus, wanted = self.placement.num_gpus, self.tensor_parallel_size
+        if wanted > 1 and gpus is not None and gpus < wanted:
+            raise ValueError(
+                f"placement.num_gpus is {gpus:g}, and tensor_parallel_size {wanted} needs as many GPUs in one actor; "
+                "leave num_gpus out, or raise it"
+            )
         return self
 
     def spec(self) -> VllmSpec:

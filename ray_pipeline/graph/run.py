@@ -23,11 +23,13 @@ from typing import Any
 
 import ray
 import yaml
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
 from ray_pipeline.graph.failures import FailureLedger, FailurePolicy, lift_quarantine, read_failures
 from ray_pipeline.graph.heartbeat import BEAT_SECONDS, Heartbeat
 from ray_pipeline.graph.progress import Display, ProgressBoard, StageProgress
+from ray_pipeline.graph.reach import WantedKey, check_nodes
 from ray_pipeline.graph.shard_map import ShardJob, map_shards
 from ray_pipeline.graph.stage import (
     BadInput,
@@ -80,6 +82,7 @@ class RunSettings:
         failure: what becomes of shards that fail.
         only: by stage, the shards to make; of other stages and where it is None, all that are missing.
         lift_quarantine: shards of `only` that are left alone by now are tried again.
+        keys: environment variables that nodes with engines must have.
     """
 
     folder: str
@@ -93,6 +96,7 @@ class RunSettings:
     failure: FailurePolicy = dataclasses.field(default_factory=FailurePolicy)
     only: Mapping[str, tuple[int, ...]] | None = None
     lift_quarantine: bool = False
+    keys: tuple[WantedKey, ...] = ()
     beat_seconds: float = BEAT_SECONDS
 
 
@@ -392,7 +396,14 @@ def _run_tasks(
     ours = start_ray(settings.ray)
     failures: dict[str, Failure] = {}
     try:
-        board: Any = ray.remote(num_cpus=0)(ProgressBoard).remote()  # type: ignore[call-overload]
+        asked = check_nodes([settings.folder, settings.calls_root], settings.keys)
+        if asked:
+            log.say(f"{asked} nodes read and write in {settings.folder}")
+        # What steers a stage lives beside the driver: the loss of another node then costs actors and their shards,
+        # not the stage. The driver's own node cannot be lost without the run.
+        here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=True)
+        board_class: Any = ray.remote(num_cpus=0)(ProgressBoard)  # type: ignore[call-overload]
+        board: Any = board_class.options(scheduling_strategy=here).remote()
         task: Any = ray.remote(num_cpus=0, max_retries=2, retry_exceptions=False)(run_stage)
         outputs: dict[str, Any] = {name: result for name, result in results.items()}
         refs: dict[Any, Stage] = {}
@@ -412,7 +423,9 @@ def _run_tasks(
                 None if settings.only is None else settings.only.get(stage.name),
             )
             roles = tuple(stage.inputs)
-            ref = task.options(name=stage.name).remote(job, roles, *(outputs[stage.inputs[r].name] for r in roles))
+            ref = task.options(name=stage.name, scheduling_strategy=here).remote(
+                job, roles, *(outputs[stage.inputs[r].name] for r in roles)
+            )
             outputs[stage.name] = ref
             refs[ref] = stage
 

@@ -34,6 +34,8 @@ from ray_pipeline.store.tables import ShardedTable
 
 logger = logging.getLogger("quorum.shards")
 
+#: Shares of the shards that a pool can have in flight: from the first on it grows, at the second it may shrink.
+GROW_AT, SHRINK_AT = 0.25, 0.1
 #: Seconds between two reports of a worker to the progress board.
 REPORT_SECONDS = 0.5
 
@@ -91,7 +93,22 @@ def _engine_room(work: ShardWork, placement: Placement) -> dict[str, Any]:
     room: dict[str, Any] = {"num_cpus": placement.num_cpus, "num_gpus": num_gpus}
     if placement.label_selector:
         room["label_selector"] = placement.label_selector
+    if placement.resources:
+        room["resources"] = placement.resources
     return room
+
+
+def _pool(placement: Placement, shards: int) -> ActorPoolStrategy:
+    """All actors that are allowed are asked for at once: what has no place yet waits for a node that joins, and tells
+    the autoscaler that one is wanted."""
+    actors = min(placement.max_actors, shards)
+    return ActorPoolStrategy(
+        min_size=min(placement.min_actors, actors),
+        max_size=actors,
+        initial_size=actors,
+        max_tasks_in_flight_per_actor=placement.shards_in_flight,
+        max_concurrent_calls_per_actor=placement.shards_in_flight,
+    )
 
 
 def check_room(stage: str, work: ShardWork) -> None:
@@ -120,21 +137,20 @@ def map_shards(job: ShardJob, shards: list[int]) -> Iterable[Receipt]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # Ray Data gives back actors beyond the GPUs that are there now, and asks for them again when the pool is busy
+    # enough. Its own measure of busy (1.75 times what the actors can do at once) is never reached by a pool that is
+    # given no more than that.
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = GROW_AT
+    context.autoscaling_config.actor_pool_util_downscaling_threshold = SHRINK_AT
     dataset: ray.data.Dataset = ray.data.from_items([{"shard": s} for s in shards], override_num_blocks=len(shards))
     if job.work.engine is not None:
         placement = job.work.placement
         check_room(job.stage, job.work)
-        actors = min(placement.max_actors, len(shards))
         dataset = dataset.map_batches(
             ShardActor,
             batch_size=1,
             fn_constructor_args=(job,),
-            compute=ActorPoolStrategy(
-                min_size=min(placement.min_actors, actors),
-                max_size=actors,
-                max_tasks_in_flight_per_actor=placement.shards_in_flight,
-                max_concurrent_calls_per_actor=placement.shards_in_flight,
-            ),
+            compute=_pool(placement, len(shards)),
             **_engine_room(job.work, placement),
         )
     else:

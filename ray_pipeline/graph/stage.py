@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from ray_pipeline.engines.logged import LoggedEngine
 from ray_pipeline.graph.models import EngineFactory, Placement
-from ray_pipeline.store.files import Folder
+from ray_pipeline.store.files import Folder, join
 from ray_pipeline.store.keys import fingerprint
 from ray_pipeline.store.tables import ShardedTable
 
@@ -170,7 +170,7 @@ class StageResult:
 
 
 def stage_table(folder: str, tables: tuple[str, ...], kind: str, num_shards: int, mark: str) -> ShardedTable:
-    where = folder if len(tables) == 1 else f"{folder}/{kind}"
+    where = folder if len(tables) == 1 else join(folder, kind)
     return ShardedTable(where, kind, num_shards, mark)
 
 

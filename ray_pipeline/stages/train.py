@@ -47,6 +47,10 @@ class TrainSettings(Settings):
     num_workers: int = Field(1, ge=1)
     use_gpu: bool | None = Field(None, description="default: where the cluster has GPUs")
     cpus_per_worker: float = Field(1, gt=0)
+    label_selector: dict[str, str] = Field(default_factory=dict, description="labels of the nodes that may be used")
+    autoscaling: bool = Field(
+        False, description="wait for nodes that come on demand, and do not refuse for lack of them"
+    )
     seed: int = 0
     beta: float | None = Field(
         None, gt=0, description="β of the method's paper (λ in ORPO's); default: the one published with it"
@@ -92,7 +96,7 @@ class _Given(Settings):
 
 
 #: Settings that say how to run and not what to learn.
-_NOT_LEARNT = {"use_gpu", "cpus_per_worker", "max_failures", "report_to", "save_steps"}
+_NOT_LEARNT = {"use_gpu", "cpus_per_worker", "label_selector", "autoscaling", "max_failures", "report_to", "save_steps"}
 
 
 def train(
@@ -152,6 +156,8 @@ def train_policy(given: WholeInput) -> dict[str, Any]:
         num_workers=train.num_workers,
         use_gpu=use_gpu,
         cpus_per_worker=train.cpus_per_worker,
+        label_selector=train.label_selector,
+        autoscaling=train.autoscaling,
         seed=train.seed,
         beta=train.beta,
         learning_rate=train.learning_rate,

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import posixpath
+import re
 import urllib.parse
 import uuid
 from collections.abc import Iterator
@@ -22,6 +23,9 @@ import pyarrow.parquet as pq
 #: Footer key that carries the fingerprint of the stage that wrote a Parquet file.
 FINGERPRINT_KEY = b"quorum.fingerprint"
 TABLE_KEY = b"quorum.table"
+
+#: Object stores: what looks like a folder there is part of a name, and making one costs two requests a write.
+_WITHOUT_FOLDERS = frozenset({"s3", "gcs", "abfs"})
 
 
 class StoreError(ValueError):
@@ -111,7 +115,8 @@ class Folder:
         Local: written beside, flushed to the disk, renamed. Elsewhere: one upload, which object stores publish whole.
         """
         target = self.path(name)
-        self.fs.create_dir(posixpath.dirname(target), recursive=True)
+        if self.fs.type_name not in _WITHOUT_FOLDERS:
+            self.fs.create_dir(posixpath.dirname(target), recursive=True)
         if not self.is_local:
             with self.fs.open_output_stream(target) as stream:
                 stream.write(data)
@@ -228,12 +233,38 @@ def normalise_location(location: str) -> str:
         if not location.startswith("/"):
             raise StoreError(f"file URI must have an absolute path (file:///…), not file://{location}")
     if "://" in location:
-        return location.rstrip("/")
+        path, query = _cut_query(location)
+        _refuse_keys(path, query)
+        return path.rstrip("/") + query
     return os.path.abspath(os.path.expanduser(location))
 
 
 def join(location: str, name: str) -> str:
-    return f"{location.rstrip('/')}/{name}" if name else location
+    """Location of a member. What a URI says after its `?` (endpoint, region) is of the filesystem, and stays last."""
+    if not name:
+        return location
+    path, query = _cut_query(location)
+    return f"{path.rstrip('/')}/{name}{query}"
+
+
+def _cut_query(location: str) -> tuple[str, str]:
+    """A URI's path, and its query with the `?`; of a local path nothing is cut off."""
+    if "://" not in location:
+        return location, ""
+    path, sign, query = location.partition("?")
+    return path, sign + query
+
+
+def _refuse_keys(path: str, query: str) -> None:
+    """Locations stand in manifests and logs, so no key may stand in a location."""
+    user, at, host = path.partition("://")[2].partition("/")[0].rpartition("@")
+    named = [name for name in urllib.parse.parse_qs(query[1:]) if re.search("secret|password|access_key|token", name)]
+    if named or (at and ":" in user):
+        what = f"the parameter {named[0]}" if named else "a key before the @"
+        raise StoreError(
+            f"the location of {host or path} holds {what}; manifests and logs would show it. Put keys into the "
+            "environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile or role)"
+        )
 
 
 def point_at(folder: Folder, name: str, target: str) -> None:

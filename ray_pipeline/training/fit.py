@@ -63,8 +63,11 @@ def fit(spec: TrainSpec, warn: Callable[[str], None] = logger.warning) -> TrainR
         train_worker,  # type: ignore[arg-type]  # Train V2 keeps what it returns; the types are V1's
         train_loop_config={"spec": spec.to_dict()},
         torch_config=TorchConfig(timeout_s=2 * 3600),  # ranks wait while rank 0 tokenizes a large data set
-        scaling_config=ScalingConfig(
-            num_workers=spec.num_workers, use_gpu=spec.use_gpu, resources_per_worker=resources
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]
+            num_workers=spec.num_workers,
+            use_gpu=spec.use_gpu,
+            resources_per_worker=resources,
+            label_selector=spec.label_selector or None,
         ),
         run_config=RunConfig(  # type: ignore[call-arg]
             name=spec.run_name,

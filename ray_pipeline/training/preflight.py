@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ray_pipeline.store.node_labels import may_run
 from ray_pipeline.training.methods import Method, beta_of, method_of, packs
 from ray_pipeline.training.spec import TrainingInputError, TrainSpec
 
@@ -240,7 +241,11 @@ def check_cluster(spec: TrainSpec) -> None:
     need = {"CPU": spec.cpus_per_worker, **({"GPU": 1.0} if spec.use_gpu else {})}
     if spec.autoscaling:
         return
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [
+        node["Resources"]
+        for node in ray.nodes()
+        if node["Alive"] and may_run(spec.label_selector, node.get("Labels") or {})
+    ]
     places = sum(int(min(node.get(name, 0.0) / amount for name, amount in need.items())) for node in nodes)
     if places < spec.num_workers:
         total = ray.cluster_resources()
@@ -248,8 +253,8 @@ def check_cluster(spec: TrainSpec) -> None:
         have = ", ".join(f"{total.get(name, 0.0):g} {name}" for name in need)
         raise TrainingInputError(
             f"num_workers={spec.num_workers} workers of {wanted} each do not fit the cluster, which has {have} on "
-            f"{len(nodes)} node(s): room for {places}. Lower num_workers or cpus_per_worker, add nodes, or set "
-            "autoscaling if the cluster grows on demand"
+            f"{len(nodes)} node(s) that may be used: room for {places}. Lower num_workers or cpus_per_worker, add "
+            "nodes, or set autoscaling if the cluster grows on demand"
         )
 
 

@@ -1,0 +1,207 @@
+"""What lies in cluster/ against the schemas of those who read it: KubeRay, `ray up`, the shell."""
+
+from __future__ import annotations
+
+import copy
+import gzip
+import importlib.metadata
+import json
+import os
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import ray
+import yaml
+
+from ray_pipeline.config import DmapoConfig, _apply, _read_yaml
+from ray_pipeline.store.node_labels import may_run
+from tests.published import DATA
+
+ROOT = Path(__file__).parents[2]
+CLUSTER = ROOT / "cluster"
+KUBERAY = DATA / "kuberay"
+RAY_UP = CLUSTER / "ray-up/aws.yaml"
+MANIFESTS = {"raycluster.yaml": "rayclusters", "rayjob.yaml": "rayjobs"}
+
+
+def schema(kind: str) -> dict[str, Any]:
+    file = KUBERAY / f"ray.io_{kind}.v1.openapi.json.gz"
+    if not file.exists():
+        pytest.skip(f"{file} is not there: the schemas of KubeRay lie beside the project, not in it")
+    return json.loads(gzip.decompress(file.read_bytes()))
+
+
+def problems(value: Any, schema: dict[str, Any], where: str = "") -> list[str]:
+    """What a Kubernetes API server would refuse or drop without a word: wrong types, and keys that nobody reads."""
+    found = [
+        f"{where}/{'/'.join(map(str, e.path))}: {e.message}"
+        for e in jsonschema.Draft7Validator(schema).iter_errors(value)
+    ]
+    return found + _unread(value, schema, where)
+
+
+def _unread(value: Any, schema: dict[str, Any], where: str) -> list[str]:
+    found: list[str] = []
+    if isinstance(value, dict) and "properties" in schema:
+        for key, inner in value.items():
+            if key not in schema["properties"]:
+                found.append(f"{where}/{key}: there is no such key")
+            else:
+                found += _unread(inner, schema["properties"][key], f"{where}/{key}")
+    elif isinstance(value, list) and isinstance(schema.get("items"), dict):
+        for i, inner in enumerate(value):
+            found += _unread(inner, schema["items"], f"{where}/{i}")
+    return found
+
+
+def manifest(name: str) -> dict[str, Any]:
+    return yaml.safe_load((CLUSTER / "kuberay" / name).read_text())
+
+
+def spec(name: str) -> dict[str, Any]:
+    found = manifest(name)["spec"]
+    return found.get("rayClusterSpec", found)
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_kuberay_reads_every_key(name: str) -> None:
+    assert problems(manifest(name), schema(MANIFESTS[name])) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("enableInTreeAutoscaling",), "yes"),
+        (("workerGroupSpecs", 0, "maxReplicas"), "8"),
+        (("workerGroupSpecs", 0, "maxReplica"), 8),
+        (("headGroupSpec", "template", "spec", "containers", 0, "imagee"), "x"),
+    ],
+)
+def test_the_check_finds_mistakes(path: tuple[Any, ...], value: Any) -> None:
+    wrong = copy.deepcopy(manifest("raycluster.yaml"))
+    place = wrong["spec"]
+    for step in path[:-1]:
+        place = place[step]
+    place[path[-1]] = value
+    assert len(problems(wrong, schema("rayclusters"))) == 1
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_generation_judging_and_training_have_groups_of_their_own(name: str) -> None:
+    found = spec(name)
+    assert found["rayVersion"] == importlib.metadata.version("ray")
+    assert found["enableInTreeAutoscaling"] is True
+    groups = {group["groupName"]: group for group in found["workerGroupSpecs"]}
+    assert set(groups) == {"generation", "judging", "training"}
+    pods = [found["headGroupSpec"]["template"]["spec"], *(g["template"]["spec"] for g in groups.values())]
+    for pod in pods:
+        (container,) = pod["containers"]
+        assert {"name": "shared", "mountPath": "/shared"} in container["volumeMounts"]
+        assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == manifest("storage.yaml")["metadata"]["name"]
+        assert container["envFrom"] == [{"secretRef": {"name": "quorum-keys", "optional": True}}]
+        assert container["resources"]["requests"] == container["resources"]["limits"]
+    for name_, group in groups.items():
+        assert group["labels"] == {"quorum-role": name_}
+        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+        assert int(group["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]) >= 1
+    assert "nvidia.com/gpu" not in pods[0]["containers"][0]["resources"]["limits"]
+
+
+def test_the_job_places_each_model_on_a_group_that_is_there() -> None:
+    job = manifest("rayjob.yaml")["spec"]
+    words = shlex.split(job["entrypoint"])
+    assert words[:5] == ["quorum", "run", "dmapo", "--config", "dmapo"]
+    assert words[words.index("--run-dir") + 1].startswith("/shared/")
+    values = _read_yaml(words[4])
+    for word in words:
+        if "=" in word:
+            _apply(values, word)
+    config = DmapoConfig.model_validate(values)  # an override that is no key of the configuration ends here
+    labels = [group["labels"] for group in spec("rayjob.yaml")["workerGroupSpecs"]]
+    selectors = [model.placement.label_selector for model in config.models.values()] + [config.train.label_selector]
+    for selector in selectors:
+        assert selector and any(may_run(selector, label) for label in labels), selector
+    # Before the first GPU pod has come the cluster has none, and a default would be none.
+    assert all(model.placement.num_gpus for model in config.models.values())
+    assert config.train.use_gpu is True and config.train.autoscaling is True
+
+
+def test_ray_up_reads_its_file() -> None:
+    rules = json.loads((Path(ray.__file__).parent / "autoscaler/ray-schema.json").read_text())
+    found = yaml.safe_load(RAY_UP.read_text())
+    jsonschema.validate(found, rules)
+    assert found["head_node_type"] in found["available_node_types"]
+    roles = {name: node["labels"]["quorum-role"] for name, node in found["available_node_types"].items()}
+    assert set(roles.values()) == {"head", "generation", "judging", "training"}
+    assert found["max_workers"] >= sum(node.get("max_workers", 0) for node in found["available_node_types"].values())
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**found, "idle_timeout": 5}, rules)
+
+
+SCRIPTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in CLUSTER.rglob("*")
+    if path.is_file() and path.read_text().startswith("#!/usr/bin/env bash")
+)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_shell_scripts_are_read_whole_and_can_be_started(script: str) -> None:
+    subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
+    assert os.access(ROOT / script, os.X_OK)
+    assert "set -euo pipefail" in (ROOT / script).read_text()
+
+
+def test_the_slurm_script_says_what_is_missing(tmp_path: Path) -> None:
+    script = str(CLUSTER / "slurm/quorum.sbatch")
+    bare = subprocess.run(["bash", script], capture_output=True, text=True)
+    assert bare.returncode == 2 and "usage: sbatch" in bare.stderr
+    env = {**os.environ, "QUORUM_CHECKOUT": str(tmp_path)}
+    without = subprocess.run(["bash", script, "dmapo"], capture_output=True, text=True, env=env)
+    assert without.returncode == 2 and "make venv" in without.stderr
+
+
+def test_the_slurm_script_starts_ray_on_every_node_and_hands_the_arguments_on(tmp_path: Path) -> None:
+    for name, body in {
+        "scontrol": 'echo "node1"; echo "node2"',
+        "srun": 'case "$*" in *hostname*) echo "10.0.0.1 fe80::1";; *) printf "%s|" "$@" > "$SEEN"; exit 7;; esac',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/quorum").write_text("")
+    (tmp_path / ".venv/bin/quorum").chmod(0o755)
+    env = {
+        **os.environ,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "QUORUM_CHECKOUT": str(tmp_path),
+        "SEEN": str(tmp_path / "seen"),
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_ID": "40001",
+        "SLURM_GPUS_ON_NODE": "4",
+    }
+    script = str(CLUSTER / "slurm/quorum.sbatch")
+    done = subprocess.run(["bash", script, "dmapo", "gate.tau=2 ; x"], capture_output=True, text=True, env=env)
+    assert done.returncode == 7, done.stderr  # the run's exit code is the job's
+    seen = (tmp_path / "seen").read_text().split("|")
+    assert "10.0.0.1:20001" in seen and "--num-gpus=4" in seen
+    assert seen[seen.index("--") :] == ["--", "quorum", "run", "dmapo", "gate.tau=2 ; x", ""]
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.cpu"])
+def test_the_images_copy_what_is_there_and_nothing_else_reaches_the_build(name: str) -> None:
+    lines = (CLUSTER / "docker" / name).read_text().splitlines()
+    copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
+    ignore = (CLUSTER / "docker" / f"{name}.dockerignore").read_text().splitlines()
+    kept = {line[1:] for line in ignore if line.startswith("!")}
+    assert "*" in ignore
+    for path in copied:
+        assert (ROOT / path).exists(), path
+        assert path in kept, path
+    pinned = next(d for d in importlib.metadata.requires("quorum-align") or [] if d.startswith("torch=="))
+    assert any(pinned in line for line in lines)
