@@ -212,6 +212,7 @@ def _use(result: StageResult) -> StageUse:
         cached_tokens=whole("cached_tokens"),
         seconds=usage.get("wall_seconds"),
         errors=None,
+        cost=usage.get("cost"),
     )
 
 
