@@ -166,7 +166,7 @@ def stacked(
     """Shares that add up to one as a bar a row, with a dot and its interval above; `names` are the legend's."""
     if not rows:
         return None
-    x = _scale(0.0, 1.0, 8, WIDTH - 12)
+    x = _scale(0.0, 1.0, 8, WIDTH - 20)
     bottom = (_ROW + 14) * len(rows) + 2
     drawn = [_vertical(x(t), 0, bottom, "grid") + _text(x(t), bottom + 14, _percent(t), "middle") for t in _fifths()]
     for i, (name, parts, score) in enumerate(rows):

@@ -83,6 +83,23 @@ class Folded:
 
 
 @dataclass(frozen=True)
+class FunnelStep:
+    """`share` (0 to 1) is the length of its bar."""
+
+    name: str
+    note: str
+    figure: str
+    share: float
+    colour: str
+
+
+@dataclass(frozen=True)
+class Funnel:
+    steps: Sequence[FunnelStep]
+    kind: str = "funnel"
+
+
+@dataclass(frozen=True)
 class Browser:
     """The browser of examples."""
 
@@ -90,7 +107,7 @@ class Browser:
     kind: str = "browser"
 
 
-Block = Text | Table | Panels | HeatMap | Folded | Browser
+Block = Text | Table | Panels | HeatMap | Folded | Funnel | Browser
 
 
 @dataclass(frozen=True)

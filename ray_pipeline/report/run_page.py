@@ -16,12 +16,14 @@ from ray_pipeline.report.distributions import Histogram, length_histogram, score
 from ray_pipeline.report.examples_data import Examples, collect_examples
 from ray_pipeline.report.headline import Headline, percent, percent_interval
 from ray_pipeline.report.markdown import number, signed
-from ray_pipeline.report.metrics import Evaluation, RunMetrics, as_json, prefix_hit_rate, total_use
+from ray_pipeline.report.metrics import Evaluation, RunMetrics, Step, as_json, prefix_hit_rate, total_use
 from ray_pipeline.report.page import (
     Block,
     Browser,
     Cell,
     Folded,
+    Funnel,
+    FunnelStep,
     Heat,
     HeatMap,
     Page,
@@ -104,11 +106,13 @@ def _funnel(data: ReportData, metrics: RunMetrics) -> Section | None:
     if not metrics.funnel:
         return None
     most = max(step.rows for step in metrics.funnel)
-    rows: list[list[str | Cell]] = [
-        [step.name, step.note, Cell(number(step.rows), bar=step.rows / most if most else 0.0)]
+    steps = [
+        FunnelStep(
+            step.name, step.note, number(step.rows), step.rows / most if most else 0.0, _funnel_colour(step)
+        )
         for step in metrics.funnel
     ]
-    blocks: list[Block] = [Table(["step", "reason", "rows"], rows, text_columns=2)]
+    blocks: list[Block] = [Funnel(steps)]
     guards = {reason: kept_out for reason, kept_out in (data.dataset_guards or {}).items() if kept_out}
     if guards:
         out: list[list[str | Cell]] = [[reason, number(count)] for reason, count in sorted(guards.items())]
@@ -121,6 +125,12 @@ def _funnel(data: ReportData, metrics: RunMetrics) -> Section | None:
         ]
         blocks.append(Table(["data set", "part", "rows"], parts, text_columns=2))
     return Section("funnel", "Funnel", blocks)
+
+
+def _funnel_colour(step: Step) -> str:
+    if step.name == "labelled":
+        return LABEL_COLOURS.get(step.note, "grey")
+    return "grey" if "dropped" in step.name else "green" if step.note == "train and val" else "blue"
 
 
 def _labels(data: ReportData, gate: GateStats | None) -> Section | None:
