@@ -1,4 +1,4 @@
-"""Intervals of the judges' pairwise kappas, by a bootstrap over prompts: candidates of one prompt are no independent rows."""
+"""Intervals of the judges' pairwise kappas: a bootstrap over prompts, since rows of one prompt are not independent."""
 
 from __future__ import annotations
 

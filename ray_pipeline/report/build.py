@@ -17,7 +17,9 @@ PLOT_FOLDER = "plots"
 
 
 def build_report(data: ReportData, out_dir: Path) -> list[Path]:
-    """Write metrics.json, summary.csv, report.md, report.html and plots/*.png into `out_dir` (made if absent); return their paths.
+    """Write metrics.json, summary.csv, report.md, report.html and plots/*.png into `out_dir` (made if absent).
+
+    Returns their paths.
 
     Equal data give equal bytes: nothing here reads a clock, a host name or the order of a hash table.
     """

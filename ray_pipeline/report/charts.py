@@ -77,9 +77,7 @@ def histogram(title: str, bins: Sequence[Bins], x_title: str, *, shares: bool = 
     y = _scale(0.0, top, HEIGHT - _BOTTOM, _TOP)
     marks = []
     for b, tall in zip(bins, heights, strict=True):
-        steps = "".join(
-            f"V{y(h):.1f}H{x(right):.1f}" for h, right in zip(tall, b.edges[1:], strict=True)
-        )
+        steps = "".join(f"V{y(h):.1f}H{x(right):.1f}" for h, right in zip(tall, b.edges[1:], strict=True))
         path = f"M{x(b.edges[0]):.1f} {y(0):.1f}{steps}V{y(0):.1f}Z"
         marks.append(f'<path class="area {b.colour}" d="{path}"/>')
     percent = _percent if shares else _plain

@@ -56,7 +56,7 @@ def _labels(decisions: pa.Table) -> NDArray[Any]:
     return np.asarray(decisions.column("label").to_pylist(), dtype=object)
 
 
-def _count(values: NDArray[np.float64], labels: NDArray[Any], edges: NDArray[np.float64]) -> Histogram:
+def _count(values: NDArray[np.float64], labels: NDArray[Any], edges: NDArray[Any]) -> Histogram:
     counts = {}
     for label in LABELS:
         own = values[labels == label]

@@ -112,7 +112,8 @@ def _chosen(data: ReportData, others: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _texts(data: ReportData, rows: Sequence[Mapping[str, Any]]) -> _Texts:
+def _texts(data: ReportData, rows: list[dict[str, Any]]) -> _Texts:
+    """Adds `scores` and `snippet`, which the index needs, to the rows."""
     responses = _by_id(data.candidates, rows, ["response"])
     verdicts: dict[str, dict[str, dict[str, Any]]] = {}
     if data.verdicts is not None:
@@ -225,7 +226,7 @@ def _told(data: ReportData, rows: Sequence[Mapping[str, Any]], limit: int | None
     if here < kept:
         told += " More would make this page too large."
     if limit is not None:
-        told += f" Texts are cut at {limit:,} characters (the longest has {longest:,}); the run's tables hold them whole."
+        told += f" Texts are cut at {limit:,} characters (the longest has {longest:,}); the tables hold them whole."
     return told
 
 
@@ -285,4 +286,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return value
-

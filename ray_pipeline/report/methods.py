@@ -47,8 +47,8 @@ class Comparison:
 
 
 def build_comparison(page: Comparison, out_dir: Path) -> list[Path]:
-    """Write report.md, report.html, methods.csv (a row a method and data set), policies.csv (a row a policy), metrics.json and
-    plots/methods.png; return their paths. Equal results give equal bytes."""
+    """Write report.md, report.html, methods.csv (a row a method and data set), policies.csv (a row a policy),
+    metrics.json and plots/methods.png; return their paths. Equal results give equal bytes."""
     out_dir.mkdir(parents=True, exist_ok=True)
     plots = save_figures({"methods": lambda: _figure(page)}, out_dir / "plots")
     texts = {

@@ -107,9 +107,7 @@ def _funnel(data: ReportData, metrics: RunMetrics) -> Section | None:
         return None
     most = max(step.rows for step in metrics.funnel)
     steps = [
-        FunnelStep(
-            step.name, step.note, number(step.rows), step.rows / most if most else 0.0, _funnel_colour(step)
-        )
+        FunnelStep(step.name, step.note, number(step.rows), step.rows / most if most else 0.0, _funnel_colour(step))
         for step in metrics.funnel
     ]
     blocks: list[Block] = [Funnel(steps)]
@@ -152,7 +150,9 @@ def _labels(data: ReportData, gate: GateStats | None) -> Section | None:
         ]
         for label, stats in gate.labels.items()
     ]
-    measure = "tokens" if data.candidates.column("completion_tokens").null_count < len(data.candidates) else "characters"
+    measure = (
+        "tokens" if data.candidates.column("completion_tokens").null_count < len(data.candidates) else "characters"
+    )
     scores = score_histogram(data.decisions)
     lengths = length_histogram(data.decisions, data.candidates, measure)
     drawn = panels(
@@ -342,7 +342,9 @@ def _evaluation(evaluation: Evaluation | None) -> Section | None:
             for model, p in sorted(evaluation.perplexity.items())
         ]
         blocks.append(Table(["model", "perplexity", "tokens", "rows"], rows, title="Perplexity of held-out answers"))
-        blocks.append(Text("Perplexity says how likely the held-out answers are to a model, not which model is better."))
+        blocks.append(
+            Text("Perplexity says how likely the held-out answers are to a model, not which model is better.")
+        )
     return Section("evaluation", "Policy against base", blocks)
 
 
