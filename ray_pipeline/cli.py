@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import webbrowser
 from typing import Annotated, Any
 
 import typer
@@ -148,8 +149,11 @@ RunArgument = Annotated[str, typer.Argument(help="run folder")]
 
 
 @app.command()
-def report(run: RunArgument = "runs/latest") -> None:
-    """Write the report anew from the tables that a run has, finished or not."""
+def report(
+    run: RunArgument = "runs/latest",
+    open_page: Annotated[bool, typer.Option("--open", help="show report.html in the browser")] = False,
+) -> None:
+    """Write report.md, report.html and their numbers anew from the tables that a run has, finished or not."""
     from ray_pipeline.graph.results import read_run
     from ray_pipeline.stages import agreement, method_table
     from ray_pipeline.stages.evaluate import write_report
@@ -162,9 +166,60 @@ def report(run: RunArgument = "runs/latest") -> None:
     }
     try:
         found = read_run(run)
-        _print(f"report: {pages.get(found.manifest['dag'], write_report)(found)}")
+        written = pages.get(found.manifest["dag"], write_report)(found)
     except StoreError as error:
         raise _refuse(error) from error
+    page = os.path.join(os.path.dirname(written), "report.html")
+    _print(f"report: {written}")
+    if os.path.exists(page):
+        _print(f"page: {page}")
+        if open_page and not webbrowser.open(f"file://{os.path.abspath(page)}"):
+            _err.print("quorum: there is no browser to open the page in; open the file by hand", markup=False)
+
+
+@app.command()
+def compare(
+    run_a: Annotated[str, typer.Argument(help="run folder")],
+    run_b: Annotated[str, typer.Argument(help="run folder of the same workflow")],
+    out: Annotated[str | None, typer.Option(help="write the comparison as an HTML page to this file, too")] = None,
+) -> None:
+    """Show two runs side by side: configuration, counts, scores, agreement, win rates and costs."""
+    from pathlib import Path
+
+    from ray_pipeline.graph.results import read_run
+    from ray_pipeline.report.side_by_side import compare_page, side_by_side
+    from ray_pipeline.stages.compare_runs import side_of
+    from ray_pipeline.store.files import StoreError
+
+    try:
+        a, b = (side_of(read_run(run)) for run in (run_a, run_b))
+        for part in side_by_side(a, b):
+            _print_part(part, (run_a, run_b))
+        if out is not None:
+            Path(out).write_text(compare_page(a, b), encoding="utf-8", newline="\n")
+            _print(f"page: {out}")
+    except (StoreError, ValueError) as error:
+        raise _refuse(error) from error
+    except OSError as error:
+        raise _refuse(f"{out}: {error.strerror}; name a file in a folder that exists") from error
+
+
+def _print_part(part: Any, names: tuple[str, str]) -> None:
+    """A part of a comparison as a table; names and values are text, whatever is in them."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from ray_pipeline.report.markdown import visible
+
+    table = Table(title=part.title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table.add_column("", overflow="fold")
+    for name in (*names, "difference"):
+        table.add_column(Text(visible(name)), overflow="fold")
+    for row in part.rows:
+        table.add_row(*(Text(visible(text)) for text in (row.name, row.a, row.b, row.difference)))
+    console = Console()
+    console.print(table)
+    console.print()
 
 
 @app.command()

@@ -58,7 +58,7 @@ def judging_stats(
     """
     ids = chunk(candidate_ids)
     refuse_repeats(ids, "candidates")
-    scores = _scores_by_judge(verdicts, ids)
+    scores = scores_by_judge(verdicts, ids)
     in_slice = np.ones(len(ids), dtype=bool)
     if agreement_on is not None:
         in_slice = np.asarray(pc.is_in(ids, value_set=pa.array(sorted(agreement_on), ids.type)))
@@ -75,7 +75,7 @@ def judging_stats(
     )
 
 
-def _scores_by_judge(verdicts: pa.Table, ids: pa.Array) -> dict[str, NDArray[np.float64]]:
+def scores_by_judge(verdicts: pa.Table, ids: pa.Array) -> dict[str, NDArray[np.float64]]:
     """Each judge's scores in the order of `ids`, NaN where unread or absent."""
     scores: dict[str, NDArray[np.float64]] = {}
     for judge in sorted(verdicts.column("judge").unique().to_pylist()):

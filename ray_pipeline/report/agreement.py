@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ray_pipeline.evaluation.recorded_winrate import VersusRate
+from ray_pipeline.report.agreement_page import agreement_page, winrate_page
 from ray_pipeline.report.markdown import render, visible
 from ray_pipeline.report.metrics import as_json
 
@@ -19,11 +20,12 @@ SHOWN_JURIES = 15
 
 
 def write_agreement(document: Mapping[str, Any], folder: Path) -> Path:
-    """agreement.json, report.md and, where there are kappas, kappa.png; returns the path of report.md."""
+    """agreement.json, report.md, report.html and, where there are kappas, kappa.png; returns the path of report.md."""
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "agreement.json", document)
     rows, columns, values = _grid(document)
     drawn = draw_heat_map(rows, columns, values, folder / "kappa.png") if rows else None
+    juries = _best_juries(document["juries"])
     page = render(
         "agreement.md.j2",
         {
@@ -31,24 +33,27 @@ def write_agreement(document: Mapping[str, Any], folder: Path) -> Path:
             "grid": [(row, list(cells)) for row, cells in zip(rows, values, strict=True)],
             "columns": columns,
             "plot": drawn.name if drawn else None,
-            "juries": _best_juries(document["juries"]),
+            "juries": juries,
             "roles": list(dict.fromkeys(role for debate in document["debates"] for role in debate["voices"])),
             "interval": _interval,
             "estimate": _estimate,
         },
     )
+    _write(folder / "report.html", agreement_page(as_json(document), juries))
     return _write(folder / "report.md", page)
 
 
 def write_winrate(rates: Sequence[VersusRate], about: Mapping[str, Any], folder: Path) -> Path:
-    """winrate.json and report.md; returns the path of report.md."""
+    """winrate.json, report.md and report.html; returns the path of report.md."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [dataclasses.asdict(rate) for rate in rates]
     _write_json(folder / "winrate.json", {**about, "runs": rows})
+    table = _configurations(rates)
     page = render(
         "winrate.md.j2",
-        {"about": about, "rates": rows, "table": _configurations(rates), "interval": _interval, "estimate": _estimate},
+        {"about": about, "rates": rows, "table": table, "interval": _interval, "estimate": _estimate},
     )
+    _write(folder / "report.html", winrate_page(about, as_json(rows), table))
     return _write(folder / "report.md", page)
 
 

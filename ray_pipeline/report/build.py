@@ -10,13 +10,16 @@ from ray_pipeline.report.headline import Headline, headline
 from ray_pipeline.report.markdown import Safe, render
 from ray_pipeline.report.metrics import RunMetrics, as_json, collect_metrics, prefix_hit_rate, total_use
 from ray_pipeline.report.plots import draw_plots
+from ray_pipeline.report.run_page import run_page
 from ray_pipeline.report.summary import as_csv, summary_row
 
 PLOT_FOLDER = "plots"
 
 
 def build_report(data: ReportData, out_dir: Path) -> list[Path]:
-    """Write metrics.json, summary.csv, report.md and plots/*.png into `out_dir` (made if absent); return their paths.
+    """Write metrics.json, summary.csv, report.md, report.html and plots/*.png into `out_dir` (made if absent).
+
+    Returns their paths.
 
     Equal data give equal bytes: nothing here reads a clock, a host name or the order of a hash table.
     """
@@ -29,6 +32,7 @@ def build_report(data: ReportData, out_dir: Path) -> list[Path]:
         "metrics.json": _metrics_json(data, metrics, first_line, warnings),
         "summary.csv": as_csv(summary_row(data, metrics, first_line, len(warnings))),
         "report.md": _page(data, metrics, first_line, warnings, plots),
+        "report.html": run_page(data, metrics, first_line, warnings),
     }
     for name, text in texts.items():
         (out_dir / name).write_text(text, encoding="utf-8", newline="\n")

@@ -29,7 +29,7 @@ class RunIdentity:
 @dataclass(frozen=True)
 class StageUse:
     """What one stage used: sums over its receipts. `calls` counts engine calls made, `log_hits` those found in the
-    call log instead; `errors` counts rows or shards that ended in an error.
+    call log instead; `errors` counts rows or shards that ended in an error; `cost` is in the unit of the prices.
     """
 
     stage: str
@@ -41,6 +41,7 @@ class StageUse:
     cached_tokens: int | None = None
     seconds: float | None = None
     errors: int | None = None
+    cost: float | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class ReportData:
     curating_models    judge of the data → model identity
     evaluating_models  judge of the comparisons → model identity
     stage_use          one StageUse per stage that ran
+    config             the configuration as resolved, shown as it is
     """
 
     run: RunIdentity
@@ -88,6 +90,7 @@ class ReportData:
     curating_models: Mapping[str, str] = field(default_factory=dict)
     evaluating_models: Mapping[str, str] = field(default_factory=dict)
     stage_use: Sequence[StageUse] | None = None
+    config: Mapping[str, Any] | None = None
     desirable_from: float = 7.0
     undesirable_to: float = 4.0
     bootstrap_draws: int = 2000

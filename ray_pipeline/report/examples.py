@@ -50,7 +50,7 @@ def _example(data: ReportData, decision: dict[str, Any]) -> Example:
         label=decision["label"],
         final_score=decision["final_score"],
         scores=scores,
-        prompt="(prompt not given)" if prompt is None else _as_text(prompt["messages"]),
+        prompt="(prompt not given)" if prompt is None else as_text(prompt["messages"]),
         response=candidate.get("response") or "",
         why=decision.get("why") or "",
     )
@@ -70,7 +70,7 @@ def _only_row(table: pa.Table, column: str, key: Any) -> dict[str, Any] | None:
     return found[0] if found else None
 
 
-def _as_text(messages: Sequence[dict[str, str]] | str) -> str:
+def as_text(messages: Sequence[dict[str, str]] | str) -> str:
     """A conversation as text; a single user message is only its content."""
     turns: Sequence[dict[str, str]] = json.loads(messages) if isinstance(messages, str) else messages
     if len(turns) == 1:

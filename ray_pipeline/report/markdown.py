@@ -28,6 +28,8 @@ class Safe(str):
 def visible(text: str) -> str:
     """`text` with every control, format and surrogate character but newline and tab as a backslash escape."""
     text = text.replace("\r\n", "\n")
+    if text.replace("\n", "").replace("\t", "").isprintable():  # most texts are, and looking at each character is slow
+        return text
     return "".join(c if c in "\n\t" or unicodedata.category(c) not in _INVISIBLE else _escape(c) for c in text)
 
 

@@ -11,8 +11,10 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ray_pipeline.evaluation.method_stats import Difference, MethodStats, OverSeeds, PolicyStats
+from ray_pipeline.report.data import StageUse
 from ray_pipeline.report.headline import percent
 from ray_pipeline.report.markdown import Safe, inline, render
+from ray_pipeline.report.methods_page import methods_page
 from ray_pipeline.report.metrics import as_json
 from ray_pipeline.report.plots import row_of_axes, save_figures, short
 from ray_pipeline.report.summary import as_csv
@@ -30,6 +32,7 @@ class Comparison:
         truth: name of a data set → its rows held against a checker that knows the truth, as figures by name.
         facts: what else a reader needs to judge the table (judge, prompts, seeds …), in order.
         warnings: whole sentences.
+        stage_use, fingerprints, config: what each stage took and is, and the configuration as resolved.
     """
 
     name: str
@@ -40,22 +43,31 @@ class Comparison:
     truth: Mapping[str, Any]
     facts: Mapping[str, str]
     warnings: Sequence[str]
+    stage_use: Sequence[StageUse] = ()
+    fingerprints: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    config: Mapping[str, Any] | None = None
 
 
 def build_comparison(page: Comparison, out_dir: Path) -> list[Path]:
-    """Write report.md, methods.csv (a row a method and data set), policies.csv (a row a policy), metrics.json and
-    plots/methods.png; return their paths. Equal results give equal bytes."""
+    """Write report.md, report.html, methods.csv (a row a method and data set), policies.csv (a row a policy),
+    metrics.json and plots/methods.png; return their paths. Equal results give equal bytes."""
     out_dir.mkdir(parents=True, exist_ok=True)
     plots = save_figures({"methods": lambda: _figure(page)}, out_dir / "plots")
     texts = {
         "methods.csv": as_csv(*(_method_row(method) for method in page.methods)),
         "policies.csv": as_csv(*(_policy_row(policy) for policy in page.policies)),
-        "metrics.json": json.dumps(as_json(dataclasses.asdict(page)), indent=2, sort_keys=True, allow_nan=False) + "\n",
+        "metrics.json": _metrics_json(page),
+        "report.html": methods_page(page),
         "report.md": render("methods.md.j2", _values(page, plots)),
     }
     for name, text in texts.items():
         (out_dir / name).write_text(text, encoding="utf-8", newline="\n")
     return [*(out_dir / name for name in texts), *plots.values()]
+
+
+def _metrics_json(page: Comparison) -> str:
+    numbers = {name: value for name, value in dataclasses.asdict(page).items() if name != "config"}
+    return json.dumps(as_json(numbers), indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
 def _values(page: Comparison, plots: Mapping[str, Path]) -> dict[str, Any]:

@@ -6,12 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ray_pipeline.evaluation.bootstrap import Interval
+from ray_pipeline.evaluation.columns import chunk
 from ray_pipeline.evaluation.critic_stats import CriticStats, critic_stats
 from ray_pipeline.evaluation.gate_stats import GateStats, gate_stats
-from ray_pipeline.evaluation.judge_stats import JudgingStats, judging_stats
+from ray_pipeline.evaluation.judge_stats import JudgingStats, judging_stats, scores_by_judge
+from ray_pipeline.evaluation.kappa_intervals import KappaInterval, kappa_intervals
 from ray_pipeline.evaluation.response_stats import (
     ResponseStats,
     RubricStats,
@@ -52,6 +56,7 @@ class RunMetrics:
     funnel: list[Step]
     gate: GateStats | None
     judging: JudgingStats | None
+    kappa_intervals: list[KappaInterval]
     critic: CriticStats | None
     training: TrainingSummary | None
     evaluation: Evaluation | None
@@ -67,6 +72,7 @@ def collect_metrics(data: ReportData) -> RunMetrics:
         funnel=_funnel(data, gate, judging),
         gate=gate,
         judging=judging,
+        kappa_intervals=_kappa_intervals(data),
         critic=None if data.critiques is None else critic_stats(data.critiques),
         training=None if data.train_metrics is None else summarise_training(data.train_metrics),
         evaluation=_evaluation(data),
@@ -124,6 +130,28 @@ def _judging(data: ReportData) -> JudgingStats | None:
         undesirable_to=data.undesirable_to,
         agreement_on=data.agreement_on,
     )
+
+
+def _kappa_intervals(data: ReportData) -> list[KappaInterval]:
+    """Of the rows that kappas are over. Candidates without a prompt (there are none in a run) cannot be resampled."""
+    if data.verdicts is None or data.candidates is None:
+        return []
+    rows = data.candidates if data.decisions is None else _in_order_of(data.decisions, data.candidates)
+    if data.agreement_on is not None:
+        rows = rows.filter(pc.is_in(rows.column("candidate_id"), value_set=pa.array(data.agreement_on, pa.string())))
+    return kappa_intervals(
+        scores_by_judge(data.verdicts, chunk(rows.column("candidate_id"))),
+        np.asarray(rows.column("prompt_id").to_pylist(), dtype=np.str_),
+        desirable_from=data.desirable_from,
+        undesirable_to=data.undesirable_to,
+        draws=data.bootstrap_draws,
+        seed=data.bootstrap_seed,
+    )
+
+
+def _in_order_of(decisions: pa.Table, candidates: pa.Table) -> pa.Table:
+    place = pc.index_in(chunk(decisions.column("candidate_id")), value_set=chunk(candidates.column("candidate_id")))
+    return candidates.select(["candidate_id", "prompt_id"]).take(place)
 
 
 def _evaluation(data: ReportData) -> Evaluation | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
+import yaml
 from pydantic import Field
 
 from ray_pipeline.graph.models import ModelSettings
@@ -85,6 +86,7 @@ def evaluate_run(given: WholeInput) -> dict[str, Any]:
         measured = _perplexities(given, settings)
     given.folder.write_json("perplexity.json", {name: dataclasses.asdict(p) for name, p in measured.items()})
     data = report_data(given.inputs, settings.report, measured)
+    data = dataclasses.replace(data, config=stored_config(Path(given.folder.path()).parent))
     build_report(data, Path(given.folder.path()))
     metrics = json.loads(Path(given.folder.path("metrics.json")).read_text())
     headline = metrics["headline"]
@@ -168,7 +170,7 @@ def report_data(
         perplexity=dict(measured) or None,
         curating_models=settings.curating,
         evaluating_models=settings.evaluating if "comparisons" in by_name else {},
-        stage_use=[_use(result) for result in by_name.values()],
+        stage_use=[stage_use(result) for result in by_name.values()],
         desirable_from=settings.gate.desirable_at,
         undesirable_to=settings.gate.undesirable_at,
         bootstrap_draws=settings.bootstrap_draws,
@@ -194,7 +196,14 @@ def with_truth(responses: pa.Table, prompts: pa.Table) -> pa.Table:
     return responses.append_column("correct", pa.array(correct, pa.bool_()))
 
 
-def _use(result: StageResult) -> StageUse:
+def stored_config(run_folder: Path) -> dict[str, Any] | None:
+    """The configuration as the run keeps it beside its stages, for the page; None for a stage folder by itself."""
+    path = run_folder / "config.yaml"
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def stage_use(result: StageResult) -> StageUse:
+    """What one stage used, for a report."""
     from ray_pipeline.report.data import StageUse
 
     usage = result.usage
@@ -212,6 +221,7 @@ def _use(result: StageResult) -> StageUse:
         cached_tokens=whole("cached_tokens"),
         seconds=usage.get("wall_seconds"),
         errors=None,
+        cost=usage.get("cost"),
     )
 
 
@@ -234,6 +244,7 @@ def write_report(run: Run) -> str:
         name = run.manifest["stages"]["evaluate"]["path"]
     else:
         name = f"report-{run.manifest['config_digest']}"
-    build_report(report_data(run.results, settings, measured), Path(run.folder.path(name)))
+    data = dataclasses.replace(report_data(run.results, settings, measured), config=run.manifest.get("config"))
+    build_report(data, Path(run.folder.path(name)))
     point_at(run.folder, "report", name)
     return run.folder.uri("report/report.md")

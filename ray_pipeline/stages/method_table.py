@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from ray_pipeline.graph.results import Run
 from ray_pipeline.graph.stage import Stage, StageResult, StageStop, WholeInput, WholeWork
-from ray_pipeline.stages.evaluate import table_of, with_truth
+from ray_pipeline.stages.evaluate import stage_use, stored_config, table_of, with_truth
 from ray_pipeline.stages.row_truth import RowTruth, row_truth
 from ray_pipeline.store.files import StoreError, point_at
 from ray_pipeline.store.settings import Settings
@@ -71,7 +71,8 @@ def write_page(given: WholeInput) -> dict[str, Any]:
     if not given.folder.is_local:
         raise StageStop(f"the table is written with plots to a local folder; {given.folder.location} is none")
     settings: TableSettings = given.settings
-    _build(given.inputs, settings, Path(given.folder.path()))
+    folder = Path(given.folder.path())
+    _build(given.inputs, settings, folder, stored_config(folder.parent))
     metrics = json.loads(Path(given.folder.path("metrics.json")).read_text())
     for method in metrics["methods"]:
         won, right = method["win_rate"], method["accuracy"]
@@ -93,12 +94,14 @@ def rewrite_page(run: Run) -> str:
     if "comparisons" not in run.results:
         raise StoreError(f"{run.folder.location} has compared no policy yet; run the same command again first")
     name = run.manifest["stages"]["evaluate"]["path"]
-    _build(run.results, settings, Path(run.folder.path(name)))
+    _build(run.results, settings, Path(run.folder.path(name)), run.manifest.get("config"))
     point_at(run.folder, "report", name)
     return run.folder.uri("report/report.md")
 
 
-def _build(results: Mapping[str, StageResult], settings: TableSettings, folder: Path) -> None:
+def _build(
+    results: Mapping[str, StageResult], settings: TableSettings, folder: Path, config: Mapping[str, Any] | None
+) -> None:
     from ray_pipeline.evaluation.method_stats import differences, method_stats, policy_stats
     from ray_pipeline.report.methods import Comparison, build_comparison
 
@@ -116,6 +119,9 @@ def _build(results: Mapping[str, StageResult], settings: TableSettings, folder: 
         truth={name: found for name in settings.data if (found := _truth(by_name, name)) is not None},
         facts={**settings.facts, "held-out prompts": str(len(responses.column("prompt_id").unique()))},
         warnings=list(_warnings(settings)),
+        stage_use=[stage_use(result) for result in by_name.values()],
+        fingerprints={name: result.fingerprint for name, result in by_name.items()},
+        config=config,
     )
     build_comparison(page, folder)
 

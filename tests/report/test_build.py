@@ -26,7 +26,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
     paths = build_report(data, tmp_path / "report")
     names = {p.relative_to(tmp_path / "report").as_posix() for p in paths}
     plots = {f"plots/{n}.png" for n in ("labels", "scores", "training", "base_vs_policy")}
-    assert names == {"report.md", "metrics.json", "summary.csv"} | plots
+    assert names == {"report.md", "report.html", "metrics.json", "summary.csv"} | plots
     page, metrics, row = build(data, tmp_path / "report")
     for plot in plots:
         assert f"]({plot})" in page

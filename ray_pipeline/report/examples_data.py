@@ -1,0 +1,288 @@
+"""The examples that a page brings along: all kept candidates and a seeded sample of the others, packed to be small.
+
+Texts lie in gzip-compressed parts of some hundred rows, in base64. The page unpacks the index when it opens, and a part
+only when one of its rows is opened or searched: a page of 20,000 candidates opens as fast as one of 20. When even the
+compressed texts are too large, long texts are cut, and the page says at how many characters.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from markupsafe import Markup
+
+from ray_pipeline.report.data import ReportData
+from ray_pipeline.report.examples import as_text
+from ray_pipeline.report.markdown import visible
+from ray_pipeline.store.keys import unit_hash
+from ray_pipeline.store.schemas import LABELS
+
+#: Candidates that are not kept and are shown nevertheless: so many of the smallest seeded hash.
+OTHERS = 2_500
+#: Bytes of base64 that all texts together may have; with plots and tables the page stays under 15 MB.
+BUDGET = 12_000_000
+#: Characters at which a text is cut: the first limit whose pages fit the budget.
+LIMITS = (20_000, 8_000, 4_000, 2_500, 1_600, 1_000, 600, 300, 150)
+#: Characters of a prompt in the list.
+SNIPPET = 90
+_ROWS_PER_CHUNK = 400
+_KEPT = ("desirable", "undesirable")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """`about`: what the script needs first, as JSON; `index` and `chunks`: gzip in base64; `told`: what is here."""
+
+    about: Mapping[str, Any]
+    index: Markup
+    chunks: Sequence[Markup]
+    told: str
+    rows: int
+
+
+def collect_examples(data: ReportData, *, others: int = OTHERS, budget: int = BUDGET) -> Examples | None:
+    """None without decisions or without the texts of the candidates."""
+    if data.decisions is None or data.candidates is None or "response" not in data.candidates.column_names:
+        return None
+    rows = _chosen(data, others)
+    texts = _texts(data, rows)
+    limit, rows, packed = _fit(rows, texts, budget)
+    judges = sorted(data.verdicts.column("judge").unique().to_pylist()) if data.verdicts is not None else []
+    failures = sorted({row["failure"] for row in rows if row["failure"] is not None})
+    return Examples(
+        about={
+            "judges": [visible(judge) for judge in judges],
+            "labels": list(LABELS),
+            "failures": [visible(failure) for failure in failures],
+            "chunk_rows": _ROWS_PER_CHUNK,
+            "rows": len(rows),
+        },
+        index=_packed(_index(rows, judges, failures)),
+        chunks=packed,
+        told=_told(data, rows, limit, texts.longest),
+        rows=len(rows),
+    )
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Texts by id, not cut yet; `of` a candidate are its answer and what was said of it."""
+
+    prompts: Mapping[str, str]
+    of: Callable[[dict[str, Any]], list[Any]]
+    longest: int
+
+
+def _chosen(data: ReportData, others: int) -> list[dict[str, Any]]:
+    """Index rows of all kept candidates and of `others` seeded ones, by prompt, in the order of the prompts."""
+    assert data.decisions is not None and data.candidates is not None
+    columns = ["candidate_id", "label", "final_score", "score_variance", "mean_score", "penalty", "why"]
+    decisions = data.decisions.select([c for c in columns if c in data.decisions.column_names])
+    labels = decisions.column("label")
+    kept = pc.is_in(labels, value_set=pa.array(_KEPT))
+    rest = decisions.filter(pc.invert(kept)).column("candidate_id").to_pylist()
+    seed = data.bootstrap_seed
+    sampled = sorted(rest, key=lambda name: (unit_hash("report examples", seed, name), name))[:others]
+    wanted = pc.or_(kept, pc.is_in(decisions.column("candidate_id"), value_set=pa.array(sampled, pa.string())))
+    rows = decisions.filter(wanted).to_pylist()
+    candidates = _by_id(data.candidates, rows, [c for c in ("prompt_id", "k") if c in data.candidates.column_names])
+    lengths = dict(
+        zip(
+            data.candidates.column("candidate_id").to_pylist(),
+            pc.utf8_length(data.candidates.column("response")).to_pylist(),
+            strict=True,
+        )
+    )
+    order = _prompt_order(data)
+    failures = _critiques(data, rows)
+    for row in rows:
+        found = candidates.get(row["candidate_id"], {})
+        row["prompt_id"], row["k"] = found.get("prompt_id"), found.get("k")
+        row["chars"] = lengths.get(row["candidate_id"]) or 0
+        row["critique"] = failures.get(row["candidate_id"])
+        row["failure"] = (row["critique"] or {}).get("failure_type")
+    rows.sort(key=lambda row: (order.get(row["prompt_id"], len(order)), row["k"] or 0, row["candidate_id"]))
+    return rows
+
+
+def _texts(data: ReportData, rows: list[dict[str, Any]]) -> _Texts:
+    """Adds `scores` and `snippet`, which the index needs, to the rows."""
+    responses = _by_id(data.candidates, rows, ["response"])
+    verdicts: dict[str, dict[str, dict[str, Any]]] = {}
+    if data.verdicts is not None:
+        columns = [c for c in ("reason", "parse_status", "score") if c in data.verdicts.column_names]
+        for row in _only(data.verdicts, rows, ["candidate_id", "judge", *columns]).to_pylist():
+            verdicts.setdefault(row["candidate_id"], {})[row["judge"]] = row
+    prompts: dict[str, str] = {}
+    if data.prompts is not None:
+        wanted = pa.array({row["prompt_id"] for row in rows}, pa.string())
+        named = data.prompts.filter(pc.is_in(data.prompts.column("prompt_id"), value_set=wanted))
+        for row in named.select(["prompt_id", "messages"]).to_pylist():
+            prompts[row["prompt_id"]] = visible(as_text(row["messages"]))
+
+    def texts_of(row: dict[str, Any]) -> list[Any]:
+        """[answer, why, critique's reason, its status, flawed, [[judge, score, reason, status] …]]"""
+        name = row["candidate_id"]
+        critique = row["critique"] or {}
+        told = [
+            [visible(judge), found.get("score"), _shown(found.get("reason")), found.get("parse_status")]
+            for judge, found in sorted(verdicts.get(name, {}).items())
+        ]
+        flawed = critique.get("flawed")
+        return [
+            _shown(responses.get(name, {}).get("response")),
+            _shown(row.get("why")),
+            _shown(critique.get("reason")),
+            critique.get("parse_status"),
+            flawed,
+            told,
+        ]
+
+    for row in rows:
+        row["scores"] = {judge: found.get("score") for judge, found in verdicts.get(row["candidate_id"], {}).items()}
+        row["snippet"] = " ".join(prompts.get(row["prompt_id"], "").split())[:SNIPPET]
+    longest = max((row["chars"] for row in rows), default=0)
+    return _Texts(prompts, texts_of, max(longest, max(map(len, prompts.values()), default=0)))
+
+
+def _fit(
+    rows: list[dict[str, Any]], texts: _Texts, budget: int
+) -> tuple[int | None, list[dict[str, Any]], list[Markup]]:
+    """The largest limit whose packed texts fit, judged on every eighth chunk first; then, if none does, fewer rows.
+
+    Returns (limit, or None where nothing was cut; rows; chunks).
+    """
+    while True:
+        for limit in LIMITS:
+            if limit < LIMITS[0] and limit > texts.longest:
+                continue
+            starts = range(0, len(rows), _ROWS_PER_CHUNK)
+            if len(starts) > 16:
+                some = [_chunk(rows, texts, start, limit) for start in starts[::8]]
+                if sum(map(len, some)) * len(starts) / len(some) > budget * 1.02:
+                    continue
+            packed = [_chunk(rows, texts, start, limit) for start in starts]
+            if sum(map(len, packed)) <= budget:
+                return (limit if texts.longest > limit else None), rows, packed
+        # Millions of kept rows: those of the smallest hash stay.
+        half = sorted(rows, key=lambda row: unit_hash("report rows", 0, row["candidate_id"]))[: len(rows) // 2]
+        chosen = {row["candidate_id"] for row in half}
+        rows = [row for row in rows if row["candidate_id"] in chosen]
+
+
+def _chunk(rows: Sequence[dict[str, Any]], texts: _Texts, start: int, limit: int) -> Markup:
+    """Rows from `start` on, their prompts once: {"p": [prompts], "r": [[prompt's place, answer, why, …]]}."""
+    prompts: dict[str, int] = {}
+    listed = []
+    for row in rows[start : start + _ROWS_PER_CHUNK]:
+        place = prompts.setdefault(row["prompt_id"], len(prompts))
+        listed.append([place, *_cut(texts.of(row), limit)])
+    return _packed({"p": [_cut(texts.prompts.get(name, "(not given)"), limit) for name in prompts], "r": listed})
+
+
+def _index(rows: Sequence[Mapping[str, Any]], judges: Sequence[str], failures: Sequence[str]) -> dict[str, Any]:
+    """A column a property; the list, its filters and its order need no more."""
+    prompts: dict[Any, int] = {}
+    snippets: list[str] = []
+    places = []
+    for row in rows:
+        if row["prompt_id"] not in prompts:
+            prompts[row["prompt_id"]] = len(prompts)
+            snippets.append(row["snippet"])
+        places.append(prompts[row["prompt_id"]])
+    failure_places = {name: i for i, name in enumerate(failures)}
+    return {
+        "id": [visible(row["candidate_id"]) for row in rows],
+        "prompt": places,
+        "snippets": snippets,
+        "label": [LABELS.index(row["label"]) for row in rows],
+        "final": [_rounded(row["final_score"]) for row in rows],
+        "mean": [_rounded(row.get("mean_score")) for row in rows],
+        "penalty": [row.get("penalty") for row in rows],
+        "variance": [_rounded(row.get("score_variance")) for row in rows],
+        "failure": [failure_places.get(row["failure"], -1) for row in rows],
+        "chars": [row["chars"] for row in rows],
+        "scores": [[row["scores"].get(judge) for row in rows] for judge in judges],
+    }
+
+
+def _told(data: ReportData, rows: Sequence[Mapping[str, Any]], limit: int | None, longest: int) -> str:
+    assert data.decisions is not None
+    here = sum(row["label"] in _KEPT for row in rows)
+    kept = pc.sum(pc.is_in(data.decisions.column("label"), value_set=pa.array(_KEPT))).as_py() or 0
+    other, all_others = len(rows) - here, len(data.decisions) - kept
+    told = f"{'All ' if here == kept else f'{here:,} of '}{kept:,} kept candidates"
+    if other == all_others:
+        told += f" and all {all_others:,} others are here."
+    else:
+        told += f" and {other:,} of {all_others:,} others, chosen by a seeded hash and not by their looks, are here."
+    if here < kept:
+        told += " More would make this page too large."
+    if limit is not None:
+        told += f" Texts are cut at {limit:,} characters (the longest has {longest:,}); the tables hold them whole."
+    return told
+
+
+def _by_id(table: pa.Table | None, rows: Sequence[Mapping[str, Any]], columns: list[str]) -> dict[str, dict[str, Any]]:
+    if table is None:
+        return {}
+    found = _only(table, rows, ["candidate_id", *columns]).to_pylist()
+    return {row["candidate_id"]: row for row in found}
+
+
+def _only(table: pa.Table, rows: Sequence[Mapping[str, Any]], columns: list[str]) -> pa.Table:
+    wanted = pa.array([row["candidate_id"] for row in rows], pa.string())
+    return table.select(columns).filter(pc.is_in(table.column("candidate_id"), value_set=wanted))
+
+
+def _critiques(data: ReportData, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    if data.critiques is None or "candidate_id" not in data.critiques.column_names:
+        return {}
+    wanted = ("flawed", "failure_type", "reason", "parse_status")
+    return _by_id(data.critiques, rows, [c for c in wanted if c in data.critiques.column_names])
+
+
+def _prompt_order(data: ReportData) -> dict[str, int]:
+    source = data.prompts if data.prompts is not None else data.candidates
+    assert source is not None
+    return {name: i for i, name in enumerate(source.column("prompt_id").unique().to_pylist())}
+
+
+def _cut(value: Any, limit: int) -> Any:
+    """Every text within `value` of at most `limit` characters, with how many are missing."""
+    if isinstance(value, str):
+        return value if len(value) <= limit else f"{value[:limit]}… [{len(value) - limit:,} more characters]"
+    if isinstance(value, list):
+        return [_cut(item, limit) for item in value]
+    return value
+
+
+def _shown(text: str | None) -> str | None:
+    return None if text is None else visible(text)
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)
+
+
+def _packed(value: Any) -> Markup:
+    text = json.dumps(_finite(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return Markup(base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode("ascii"))
+
+
+def _finite(value: Any) -> Any:
+    """NaN (a score of a foreign table) has no JSON: null."""
+    if isinstance(value, float):
+        return value if value == value and abs(value) != float("inf") else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return value
