@@ -150,7 +150,8 @@ def review_messages(
 
 
 def revision_messages(prompt: Sequence[Message], response: str, feedback: str, template: str) -> list[Message]:
-    """The conversation that a revision answers: prompt, the answer as the assistant's turn, the feedback as the user's."""
+    """The conversation that a revision answers: the prompt, the answer as the assistant's turn, the feedback as the
+    user's."""
     asked = {"feedback": feedback, "response": response, "instruction": transcript(prompt)}
     said = {"role": "assistant", "content": response}
     return [*map(dict, prompt), said, {"role": "user", "content": render_text(template, asked)}]
@@ -184,7 +185,7 @@ class Reviewer:
     """One reviewer: who answers, how replies are drawn, and what it looks at."""
 
     engine: ChatEngine
-    sampling: SamplingSettings = SamplingSettings()
+    sampling: SamplingSettings
     focus: str = ""
 
 
