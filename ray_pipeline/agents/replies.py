@@ -56,6 +56,12 @@ def choice_grammar(reason_chars: int) -> Grammar:
     return _object({**_reason(reason_chars), "choice": {"type": "string", "enum": ["A", "B", "C"]}})
 
 
+def review_grammar(reason_chars: int, feedback_chars: int, scale: tuple[int, int] | None) -> Grammar:
+    """`{"reason": …, "feedback": …, "score": …}`; without the score where there is no scale."""
+    score = {} if scale is None else {"score": {"type": "integer", "minimum": scale[0], "maximum": scale[1]}}
+    return _object({**_reason(reason_chars), "feedback": {"type": "string", "maxLength": feedback_chars}, **score})
+
+
 def _reason(chars: int) -> dict[str, Any]:
     return {"reason": {"type": "string", "maxLength": chars}} if chars else {}
 
@@ -79,6 +85,11 @@ def read_critique(reply: Completion) -> Read | None:
 def read_choice(reply: Completion) -> Read | None:
     """A choice of A, B or C (tie), or None."""
     return _read(reply, _valid_choice, "choice", _CHOICE_LINE)
+
+
+def read_review(reply: Completion, scale: tuple[int, int] | None) -> Read | None:
+    """`feedback` (empty: nothing to improve) and, where there is a scale, a `score` on it, or None."""
+    return _read(reply, lambda fields: _valid_review(fields, scale), "feedback", None)
 
 
 def _line(words: str, value: str) -> re.Pattern[str]:
@@ -199,6 +210,17 @@ def _valid_choice(fields: dict[str, Any]) -> dict[str, Any] | None:
     if not isinstance(choice, str) or choice.strip().upper() not in ("A", "B", "C"):
         return None
     return {"reason": text_or_none(fields.get("reason")), "choice": choice.strip().upper()}
+
+
+def _valid_review(fields: dict[str, Any], scale: tuple[int, int] | None) -> dict[str, Any] | None:
+    feedback, score = fields.get("feedback"), None
+    if not isinstance(feedback, str):
+        return None
+    if scale is not None:
+        score = _integer(fields.get("score"))
+        if score is None or not scale[0] <= score <= scale[1]:
+            return None
+    return {"reason": text_or_none(fields.get("reason")), "feedback": feedback.strip(), "score": score}
 
 
 def text_or_none(value: Any) -> str | None:

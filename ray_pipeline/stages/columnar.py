@@ -130,6 +130,7 @@ class _RowsGiven(Settings):
     judges: tuple[str, ...]
     tokenizer: str
     revision: str | None
+    every_rejected: bool
 
 
 class _FilesGiven(Settings):
@@ -165,8 +166,13 @@ def dataset_rows(
     decisions: Stage,
     *,
     name: str = "dataset-rows",
+    every_rejected: bool = False,
 ) -> Stage:
-    """Rows of every kind that the data sets are made from, shard by shard."""
+    """Rows of every kind that the data sets are made from, shard by shard.
+
+    Args:
+        every_rejected: a pair with each rejected candidate of a prompt, not with the worst alone.
+    """
     return Stage(
         name=name,
         group="datasets",
@@ -174,13 +180,18 @@ def dataset_rows(
             function=make_rows,
             tables=settings.row_kinds,
             settings=_RowsGiven(
-                datasets=settings, judges=tuple(judges), tokenizer=policy.model, revision=policy.revision
+                datasets=settings,
+                judges=tuple(judges),
+                tokenizer=policy.model,
+                revision=policy.revision,
+                every_rejected=every_rejected,
             ),
         ),
         config={
             **settings.model_dump(mode="json", exclude={"kinds", "seed", "rows_per_file"}),
             "tables": list(settings.row_kinds),
             "judges": list(judges),
+            **({"every_rejected": True} if every_rejected else {}),
         },
         inputs={"prompts": prompts, "candidates": candidates, "decisions": decisions, **_verdict_roles(verdicts)},
         external=policy.weights(),
@@ -235,7 +246,7 @@ def make_rows(given: ShardInput) -> ShardOutput:
         if kind == "kto":
             tables[kind], found = kto_rows(*arguments, settings.datasets, encode, settings.judges)
         else:
-            tables[kind], found = dpo_rows(*arguments, settings.datasets, encode)
+            tables[kind], found = dpo_rows(*arguments, settings.datasets, encode, settings.every_rejected)
         counts |= _flat(found, f"{kind}.")
     given.tick(given.tables["decisions"].num_rows)
     return ShardOutput(tables, counts)

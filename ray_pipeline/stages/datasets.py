@@ -185,6 +185,7 @@ def dpo_rows(
     decisions: pa.Table,
     config: DatasetsConfig,
     encode: Encode,
+    every_rejected: bool = False,
 ) -> tuple[pa.Table, dict[str, Any]]:
     """At most one pair for each prompt of a shard, sorted by prompt_id.
 
@@ -193,6 +194,8 @@ def dpo_rows(
 
     Args:
         verdicts: not read; here so that all data sets are made by the same call.
+        every_rejected: a pair with each undesirable candidate, the lowest first, not with the lowest alone. A prompt
+            without a pair then counts once, one with several counts them all.
 
     Returns:
         A table of schema DPO, and counts: `prompts` (with decisions), `kept`, `dropped` by reason (`DPO_DROPPED`),
@@ -217,28 +220,32 @@ def dpo_rows(
         if reason := _no_pair(desirable, undesirable):
             dropped[reason] += 1
             continue
-        chosen, rejected = best_pair(desirable, undesirable)
-        reason, cut = _guard(chosen, rejected, config, encode)
-        if reason:
-            dropped[reason] += 1
-            continue
-        truncated += cut
-        rows.append(
-            {
-                "prompt_id": prompt,
-                "chosen_id": chosen["candidate_id"],
-                "rejected_id": rejected["candidate_id"],
-                "split": chosen["split"],
-                "prompt": chosen["messages"],
-                "chosen": _answer(chosen["response"]),
-                "rejected": _answer(rejected["response"]),
-                "chosen_score": chosen["final_score"],
-                "rejected_score": rejected["final_score"],
-                "score_gap": chosen["final_score"] - rejected["final_score"],
-            }
-        )
+        chosen, worst = best_pair(desirable, undesirable)
+        others = sorted(undesirable, key=lambda c: (c["final_score"], c["candidate_id"]))
+        for rejected in others if every_rejected else [worst]:
+            reason, cut = _guard(chosen, rejected, config, encode)
+            if reason:
+                dropped[reason] += 1
+                continue
+            truncated += cut
+            rows.append(_pair(prompt, chosen, rejected))
     counts = {"prompts": len(sides), "kept": len(rows), "dropped": dropped}
     return to_table(rows, DPO), {**counts, "truncated": truncated, "empty_responses": empty}
+
+
+def _pair(prompt: str, chosen: Mapping, rejected: Mapping) -> dict[str, Any]:
+    return {
+        "prompt_id": prompt,
+        "chosen_id": chosen["candidate_id"],
+        "rejected_id": rejected["candidate_id"],
+        "split": chosen["split"],
+        "prompt": chosen["messages"],
+        "chosen": _answer(chosen["response"]),
+        "rejected": _answer(rejected["response"]),
+        "chosen_score": chosen["final_score"],
+        "rejected_score": rejected["final_score"],
+        "score_gap": chosen["final_score"] - rejected["final_score"],
+    }
 
 
 def best_pair(desirable: Sequence[Mapping], undesirable: Sequence[Mapping]) -> tuple[Mapping, Mapping]:

@@ -183,6 +183,24 @@ SPEECHES = _schema(
     ("finish_reason", _S),
 )
 
+#: What a reviewer said of one response of a feedback loop; `iteration` is the response's k. Feedback is null exactly
+#: when it was not read, and empty when there is nothing to improve.
+REVIEWS = _schema(
+    ("review_id", _S),
+    ("candidate_id", _S),
+    ("prompt_id", _S),
+    ("reviewer", _S),
+    ("iteration", _I),
+    ("feedback", _S, True),
+    ("score", _F, True),
+    ("reason", _S, True),
+    ("parse_status", _S),
+    ("raw", _S, True),
+)
+
+#: Candidates that answer one review each: what the generator made of its feedback.
+REVISIONS = CANDIDATES.append(pa.field("review_id", _S, nullable=False))
+
 #: One row per optimiser step (`split` = train) or evaluation (`split` = eval).
 TRAIN_METRICS = _schema(
     ("step", pa.int64()),
@@ -232,6 +250,8 @@ TABLES: dict[str, pa.Schema] = {
     "items": ITEMS,
     "ballots": BALLOTS,
     "speeches": SPEECHES,
+    "reviews": REVIEWS,
+    "revisions": REVISIONS,
     "train_metrics": TRAIN_METRICS,
     "calls": CALLS,
 }
