@@ -7,6 +7,7 @@ from typing import Any
 
 from dags.agreement import agreement
 from dags.baselines import baselines
+from dags.benchmarks import benchmarks
 from dags.dmapo import dmapo
 from dags.winrate import winrate
 from ray_pipeline.graph.stage import Dag
@@ -17,4 +18,5 @@ DAGS: dict[str, Callable[[Any, str], Dag]] = {
     "baselines": baselines,
     "agreement": agreement,
     "winrate": winrate,
+    "benchmarks": benchmarks,
 }

@@ -41,7 +41,8 @@ def run(
     dag: Annotated[
         str,
         typer.Argument(
-            help="workflow: dmapo, baselines (methods and data side by side), agreement (judges with humans) or winrate"
+            help="workflow: dmapo, baselines (methods and data side by side), agreement (judges with humans), winrate or "
+            "benchmarks (MT-Bench, AlpacaEval, IFEval)"
         ),
     ],
     overrides: Annotated[
@@ -67,6 +68,7 @@ def run(
     """
     from dags import DAGS
     from ray_pipeline.agreement_config import AGREEMENT_CONFIGS
+    from ray_pipeline.benchmark_config import BenchmarksConfig
     from ray_pipeline.config import CONFIGS, ConfigError, load_config
     from ray_pipeline.graph.failures import FailurePolicy
     from ray_pipeline.graph.heartbeat import RunBusy
@@ -75,7 +77,7 @@ def run(
     from ray_pipeline.stages.sources import InputError
     from ray_pipeline.store.files import Folder, StoreError, point_at
 
-    configs: dict[str, Any] = {**CONFIGS, **AGREEMENT_CONFIGS}
+    configs: dict[str, Any] = {**CONFIGS, **AGREEMENT_CONFIGS, "benchmarks": BenchmarksConfig}
     if dag not in configs:
         raise _refuse(f"there is no workflow {dag!r}; there is {', '.join(configs)}")
     changes = [*(overrides or []), *(["evaluate.skip_generation=true"] if skip_generation else [])]
@@ -125,7 +127,7 @@ def run(
         _err.print("quorum: what is done is kept; the same command goes on from here", markup=False)
         raise typer.Exit(BAD_INPUT if all(f.bad_input for f in outcome.failures.values()) else STAGE_FAILED)
     report = os.path.join(folder, "report", "report.md")
-    if {"evaluate", "agreement", "winrate"} & set(outcome.results) and os.path.exists(report):
+    if {"evaluate", "agreement", "winrate", "benchmarks"} & set(outcome.results) and os.path.exists(report):
         _print(f"report: {report}")
     _print(f"run folder: {folder}")
 
@@ -155,7 +157,7 @@ def report(
 ) -> None:
     """Write report.md, report.html and their numbers anew from the tables that a run has, finished or not."""
     from ray_pipeline.graph.results import read_run
-    from ray_pipeline.stages import agreement, method_table
+    from ray_pipeline.stages import agreement, benchmark_report, method_table
     from ray_pipeline.stages.evaluate import write_report
     from ray_pipeline.store.files import StoreError
 
@@ -163,6 +165,7 @@ def report(
         "baselines": method_table.rewrite_page,
         "agreement": agreement.rewrite_page,
         "winrate": agreement.rewrite_page,
+        "benchmarks": benchmark_report.rewrite_page,
     }
     try:
         found = read_run(run)

@@ -16,10 +16,12 @@ from ray_pipeline.agents.bracket_replies import (
     read_rating,
 )
 from ray_pipeline.agents.judges import SamplingSettings, ask_until_read
-from ray_pipeline.engines.base import ChatEngine, EngineError, Message, PromptTooLong, Sampling
+from ray_pipeline.engines.base import ChatEngine, EngineError, Grammar, Message, PromptTooLong, Sampling
 from ray_pipeline.store.settings import Settings
 
 LOW, HIGH = 1.0, 10.0
+#: Replies under `BenchAsking.grammar`.
+_RATING, _CHOICE = r"Rating: \[\[(10|[1-9])\]\]", r"\[\[[ABC]\]\]"
 
 Turn = Literal[1, 2]
 
@@ -29,12 +31,16 @@ class BenchAsking(Settings):
 
     With `unanimous` a reply that holds two verdicts is unread instead of taken at its first one, which an answer could
     have planted; the two rules read alike where no reply contradicts itself.
+
+    `grammar` forces the reply to be the verdict alone, without the explanation that the published judge gives first:
+    for judges that are too small to keep the form.
     """
 
     sampling: SamplingSettings = SamplingSettings(temperature=0.0, max_tokens=2048)
     reading: Reading = "unanimous"
     retries: int = Field(0, ge=0, description="how often an unreadable reply is asked for again; published: never")
     retry_temperature: float = Field(0.7, ge=0)
+    grammar: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +131,7 @@ async def rate_turn(
         prompts[name].messages(fields),
         asking.sampling,
         asking,
-        None,
+        Grammar.regex(_RATING) if asking.grammar else None,
         lambda reply: read_rating(reply, asking.reading, LOW, HIGH),
     )
     raw = None if reply is None else reply.text
@@ -154,7 +160,7 @@ async def compare_turn(
         prompts[name].messages(fields),
         asking.sampling,
         asking,
-        None,
+        Grammar.regex(_CHOICE) if asking.grammar else None,
         lambda reply: read_bracketed_choice(reply, asking.reading),
     )
     raw = None if reply is None else reply.text

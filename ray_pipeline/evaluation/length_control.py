@@ -70,17 +70,45 @@ def length_controlled_score(
     """
     decided = [d for d in decisions if d.outcome != "unread"]
     known = [d for d in decided if d.pair_id in policy_chars and d.pair_id in base_chars]
-    y = np.array([_POINTS[d.outcome] for d in known], dtype=np.float64)
-    delta = np.array([base_chars[d.pair_id] - policy_chars[d.pair_id] for d in known], dtype=np.float64)
-    prompts = np.array([d.prompt_id for d in known], dtype=np.str_)
+    y = [_POINTS[d.outcome] for d in known]
+    delta = [base_chars[d.pair_id] - policy_chars[d.pair_id] for d in known]
+    prompts = [d.prompt_id for d in known]
     raw = bootstrap_mean(y, prompts, draws, seed, confidence=confidence)
-    counts = {"pairs": len(known), "unread": len(decisions) - len(decided), "unmeasured": len(decided) - len(known)}
-    if not known:
-        return LengthControlledScore(Interval(None, None, None), raw, None, None, **counts)
+    score, length = at_equal_length(y, delta, prompts, draws=draws, seed=seed, confidence=confidence)
+    return LengthControlledScore(
+        score,
+        raw,
+        length,
+        -float(np.mean(delta)) if known else None,
+        pairs=len(known),
+        unread=len(decisions) - len(decided),
+        unmeasured=len(decided) - len(known),
+    )
+
+
+def at_equal_length(
+    outcomes: ArrayLike,
+    length_difference: ArrayLike,
+    prompts: Sequence[str],
+    *,
+    draws: int = 500,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> tuple[Interval, float | None]:
+    """The mean outcome at equal length with its bootstrap interval over prompts, and the weight of length.
+
+    Args:
+        outcomes: between 0 and 1, shape (pairs,); preferences count as they are.
+        length_difference: the other answer's characters minus this one's, shape (pairs,).
+        prompts: of each pair.
+    """
+    y, delta = np.asarray(outcomes, dtype=np.float64), np.asarray(length_difference, dtype=np.float64)
+    if len(y) == 0:
+        return Interval(None, None, None), None
     sd = float(delta.std(ddof=1)) if len(delta) > 1 else 0.0
     x = np.tanh(delta / sd) if sd > 0 else np.zeros(len(delta))
     model, length = fit_two_weights(x, y, np.ones((1, len(y))))[0]
-    names, group = np.unique(prompts, return_inverse=True)
+    names, group = np.unique(np.array(prompts, dtype=np.str_), return_inverse=True)
     low = high = None
     if len(names) > 1:
         rng = np.random.default_rng(seed)
@@ -88,8 +116,7 @@ def length_controlled_score(
         models = fit_two_weights(x, y, counts_of_draw[:, group].astype(np.float64))[:, 0]
         tail = (1 - confidence) / 2
         low, high = (float(q) for q in np.quantile(_sigmoid(models), [tail, 1 - tail]))
-    score = Interval(float(_sigmoid(np.array(model))), low, high, len(known), len(names))
-    return LengthControlledScore(score, raw, float(length), float(-delta.mean()), **counts)
+    return Interval(float(_sigmoid(np.array(model))), low, high, len(y), len(names)), float(length)
 
 
 def fit_two_weights(x: ArrayLike, y: ArrayLike, weights: ArrayLike) -> Floats:

@@ -380,8 +380,14 @@ def mt_bench_protocol(
 
 def _judge_sampling(asking: BenchAsking) -> str:
     s = asking.sampling
+    forced = {"grammar": True} if asking.grammar else {}
     return settings_text(
-        temperature=s.temperature, top_p=s.top_p, max_tokens=s.max_tokens, retries=asking.retries, extra=dict(s.extra)
+        temperature=s.temperature,
+        top_p=s.top_p,
+        max_tokens=s.max_tokens,
+        retries=asking.retries,
+        extra=dict(s.extra),
+        **forced,
     )
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import pyarrow as pa
 
+from ray_pipeline.store.benchmark_schemas import BENCHMARK_TABLES
+
 #: One chat message; conversations are lists of these, as TRL and `datasets` expect them.
 MESSAGE = pa.struct([pa.field("role", pa.string(), nullable=False), pa.field("content", pa.string(), nullable=False)])
 MESSAGES = pa.list_(pa.field("element", MESSAGE, nullable=False))
@@ -254,6 +256,7 @@ TABLES: dict[str, pa.Schema] = {
     "revisions": REVISIONS,
     "train_metrics": TRAIN_METRICS,
     "calls": CALLS,
+    **BENCHMARK_TABLES,
 }
 
 
