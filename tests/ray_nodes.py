@@ -103,7 +103,11 @@ class RayNodes:
         return f"http://127.0.0.1:{self._dashboard}"
 
     def __enter__(self) -> RayNodes:
-        self.start_head()
+        try:
+            self.start_head()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
@@ -164,11 +168,12 @@ class RayNodes:
         try:
             with urllib.request.urlopen(f"{self.dashboard}/api/v0/nodes?detail=0", timeout=5) as reply:
                 found = json.load(reply)["data"]["result"]["result"]
+        # The servers behind the dashboard come up one after another, and until then it answers with errors.
         except (OSError, ValueError, KeyError):
             return []
         return [node for node in found if node["state"] == "ALIVE"]
 
-    def _until(self, ready: Any, what: str, seconds: float = 60) -> None:
+    def _until(self, ready: Any, what: str, seconds: float = 240) -> None:
         end = time.monotonic() + seconds
         while not ready():
             assert time.monotonic() < end, f"{what} did not come up within {seconds:.0f} s; see {self.folder}"

@@ -100,7 +100,7 @@ class Submitted:
         return "".join(self._lines)
 
     def wait(self, expect: int) -> str:
-        code = self.process.wait(180)
+        code = self.process.wait(400)
         self._thread.join(10)
         assert code == expect, f"exit code {code}\n{self.output}"
         return self.output
@@ -118,12 +118,12 @@ def tree(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def nodes() -> Iterator[RayNodes]:
-    # The head has no key and no place for engines; a label keeps them off it.
+    # The head has no key: engines are kept off it by a label, so it needs none.
     with RayNodes(cpus=2) as cluster:
         yield cluster
 
 
-def wait_until(job: Submitted, ready: Callable[[], bool], seconds: float = 90) -> None:
+def wait_until(job: Submitted, ready: Callable[[], bool], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not ready():
         assert job.process.poll() is None, f"ended before the moment came\n{job.output}"
