@@ -41,7 +41,7 @@ from ray_pipeline.graph.stage import (
     WholeWork,
     stage_table,
 )
-from ray_pipeline.store.files import Folder, StoreError, point_at
+from ray_pipeline.store.files import Folder, StoreError, not_written, point_at
 from ray_pipeline.store.keys import digest
 from ray_pipeline.store.tables import ShardedTable
 
@@ -524,9 +524,12 @@ class _RunLog:
 
     def __enter__(self) -> _RunLog:
         if self._folder.is_local:
-            os.makedirs(self._folder.path("logs"), exist_ok=True)
             stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-            self._handler = logging.FileHandler(self._folder.path(f"logs/{stamp}.log"), encoding="utf-8")
+            try:
+                os.makedirs(self._folder.path("logs"), exist_ok=True)
+                self._handler = logging.FileHandler(self._folder.path(f"logs/{stamp}.log"), encoding="utf-8")
+            except OSError as error:
+                raise not_written(self._folder.uri("logs"), error) from error
             self._handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
             logger.addHandler(self._handler)
             logger.setLevel(logging.DEBUG)
