@@ -35,12 +35,13 @@ def read_run(location: str) -> Run:
 
 
 def _results(folder: Folder, manifest: dict[str, Any]) -> dict[str, StageResult]:
+    num_shards = manifest["num_shards"]
     return {
         name: StageResult(
             name=name,
             fingerprint=entry["fingerprint"],
             folder=folder.uri(entry["path"]),
-            num_shards=manifest["num_shards"],
+            num_shards=num_shards,
             tables=tuple(entry["tables"]),
             rows=entry["rows"],
             facts=entry["facts"],
