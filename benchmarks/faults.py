@@ -36,6 +36,7 @@ from tests.ray_nodes import Node, RayNodes  # noqa: E402
 
 #: Stages whose tables a replay of the call log must give byte for byte.
 REPLAYED = ("prompts", "candidates", "judge", "critic", "gate", "dataset-rows", "datasets")
+WORKER = {"quorum-role": "worker"}
 #: Few calls at once and several shards, so that a stage lasts long enough to be hit in its middle.
 SLOW = [
     *(
@@ -48,6 +49,7 @@ SLOW = [
     "train.use_gpu=false",
     "train.num_workers=1",
     "train.save_steps=2",
+    "train.label_selector.quorum-role=worker",
 ]
 
 
@@ -186,7 +188,7 @@ def kill_in(stage: str, nodes: RayNodes, folder: Path, prompts: int) -> Line:
     before = run.progress().get(stage, {}).get("shards_done", 0)
     victim.kill()
     nodes.nodes.remove(victim)
-    nodes.add(gpus=1, wait=False)  # what an autoscaler does
+    nodes.add(gpus=1, labels=WORKER, wait=False)  # what an autoscaler does
     recovered = killed
     if stage in ("candidates", "judge"):
         run.until(lambda: run.progress().get(stage, {}).get("shards_done", 0) > before, f"{stage} goes on")
@@ -228,7 +230,7 @@ def kill_head(nodes: RayNodes, folder: Path, prompts: int) -> Line:
     kept = logged(folder)
     nodes.start_head()
     for _ in range(3):
-        nodes.add(gpus=1)
+        nodes.add(gpus=1, labels=WORKER)
     again = Run(nodes, folder, *arguments)
     again.until(lambda: again.progress().get("judge", {}).get("status") == "running", "judge goes on", 600)
     recovered = time.monotonic()
@@ -254,7 +256,7 @@ def join(nodes: RayNodes, folder: Path, prompts: int) -> Line:
     run.until(lambda: run.progress().get("judge", {}).get("calls_engine", 0) > 10, "judge gives rows")
     before = len(actors(nodes))
     joined = time.monotonic()
-    nodes.add(gpus=1, wait=False)
+    nodes.add(gpus=1, labels=WORKER, wait=False)
     run.until(lambda: len(actors(nodes)) > before, "another actor")
     seconds = time.monotonic() - joined
     after = len(actors(nodes))
@@ -289,7 +291,7 @@ def main() -> None:
         for fault in given.faults or FAULTS:
             with RayNodes(cpus=2, dashboard=False) as nodes:
                 for _ in range(3):
-                    nodes.add(gpus=1)
+                    nodes.add(gpus=1, labels=WORKER)
                 print(FAULTS[fault](nodes, Path(given.keep or temporary) / fault, given.prompts), flush=True)
 
 

@@ -118,7 +118,7 @@ def test_a_job_is_submitted_and_again_from_a_changed_tree(tree: Path, tmp_path: 
     (tree / "job.yaml").write_text(yaml.safe_dump(config("http://127.0.0.1:9/v1")))
     with RayNodes(cpus=2) as nodes:
         # The head has no key: a label keeps engines off it, so it needs none.
-        nodes.add(labels=JUDGE, env={"QUORUM_TEST_KEY": "x"}, wait=False)
+        nodes.add(labels=JUDGE, env={"QUORUM_TEST_KEY": "x"})
         submit = ["submit", "dmapo", "-c", "job.yaml", "--address", nodes.dashboard, "--to", "prompts"]
         refused = Command(nodes, tree, *submit)
         first = Command(nodes, tree, *submit, "--run-dir", str(run))
