@@ -77,9 +77,18 @@ class RayNodes:
 
     Args:
         head: resources of the head beside its CPUs; env: of every node.
+        dashboard: and with it the job server; without it a head is up in a third of the time.
     """
 
-    def __init__(self, *, cpus: int = 2, head: Mapping[str, float] | None = None, env: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        *,
+        cpus: int = 2,
+        head: Mapping[str, float] | None = None,
+        env: Mapping[str, str] | None = None,
+        dashboard: bool = True,
+    ):
+        self._with_dashboard = dashboard
         # Short: the path of a socket has 107 bytes, and Ray's own part of it is long.
         self.folder = tempfile.mkdtemp(prefix="qr-", dir="/tmp")
         self._port, self._dashboard, self._client = free_ports(3)
@@ -103,7 +112,11 @@ class RayNodes:
         return f"http://127.0.0.1:{self._dashboard}"
 
     def __enter__(self) -> RayNodes:
-        self.start_head()
+        try:
+            self.start_head()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
@@ -119,6 +132,7 @@ class RayNodes:
             f"--port={self._port}",
             f"--dashboard-port={self._dashboard}",
             "--dashboard-host=127.0.0.1",
+            f"--include-dashboard={'true' if self._with_dashboard else 'false'}",
             f"--ray-client-server-port={self._client}",
             f"--dashboard-agent-listen-port={agent}",
             f"--dashboard-agent-grpc-port={grpc}",
@@ -127,7 +141,7 @@ class RayNodes:
             *self._room(self._cpus, 0, self._head_resources, {}),
             env=self.env,
         )
-        self._until(lambda: bool(self._nodes()), "the head")
+        self._until(lambda: self._living() > 0 and (not self._with_dashboard or self._answers()), "the head")
 
     def add(
         self,
@@ -139,7 +153,7 @@ class RayNodes:
         env: Mapping[str, str] | None = None,
         wait: bool = True,
     ) -> Node:
-        before = len(self._nodes()) if wait else 0
+        before = self._living() if wait else 0
         node = Node(
             f"--address={self.address}",
             *self._room(cpus, gpus, resources or {}, labels or {}),
@@ -147,7 +161,7 @@ class RayNodes:
         )
         self.nodes.append(node)
         if wait:
-            self._until(lambda: len(self._nodes()) > before, "a node")
+            self._until(lambda: self._living() > before, "a node")
         return node
 
     @staticmethod
@@ -159,16 +173,30 @@ class RayNodes:
             room.append(f"--labels={','.join(f'{k}={v}' for k, v in labels.items())}")
         return room
 
-    def _nodes(self) -> list[dict[str, Any]]:
-        """Living nodes as the dashboard tells them; none while it does not answer."""
-        try:
-            with urllib.request.urlopen(f"{self.dashboard}/api/v0/nodes?detail=0", timeout=5) as reply:
-                found = json.load(reply)["data"]["result"]["result"]
-        except (OSError, ValueError, KeyError):
-            return []
-        return [node for node in found if node["state"] == "ALIVE"]
+    def _living(self) -> int:
+        """How many nodes the head knows to be alive; 0 while it does not answer."""
+        from ray._private.state import GlobalState
+        from ray._raylet import GcsClientOptions
 
-    def _until(self, ready: Any, what: str, seconds: float = 60) -> None:
+        try:
+            socket.create_connection(("127.0.0.1", self._port), timeout=1).close()
+            state = GlobalState()
+            state._initialize_global_state(
+                GcsClientOptions.create(self.address, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=False)
+            )
+            return sum(node["Alive"] for node in state.node_table())
+        except Exception:  # Of many kinds while it starts; whoever asks waits for an end of his own.
+            return 0
+
+    def _answers(self) -> bool:
+        """Whether jobs can be submitted: the servers behind the dashboard come up one after another."""
+        try:
+            urllib.request.urlopen(f"{self.dashboard}/api/jobs/", timeout=5).close()
+        except OSError:
+            return False
+        return True
+
+    def _until(self, ready: Any, what: str, seconds: float = 240) -> None:
         end = time.monotonic() + seconds
         while not ready():
             assert time.monotonic() < end, f"{what} did not come up within {seconds:.0f} s; see {self.folder}"

@@ -25,21 +25,29 @@ def read_run(location: str) -> Run:
         manifest = folder.read_json("manifest.json")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise StoreError(f"{folder.location} holds no run (no manifest.json there); `quorum run` makes one") from error
-    if not isinstance(manifest, dict) or "stages" not in manifest or "num_shards" not in manifest:
-        raise StoreError(f"{folder.uri('manifest.json')} is no manifest; run the same command again to write it anew")
-    results = {}
-    for name, entry in manifest["stages"].items():
-        if entry["status"] != "done":
-            continue
-        results[name] = StageResult(
+    try:
+        return Run(folder, manifest, _results(folder, manifest))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise StoreError(
+            f"{folder.uri('manifest.json')} is no manifest ({type(error).__name__}: {error}); run the same command "
+            "again to write it anew: it finds what is done in the stage folders"
+        ) from error
+
+
+def _results(folder: Folder, manifest: dict[str, Any]) -> dict[str, StageResult]:
+    num_shards = manifest["num_shards"]
+    return {
+        name: StageResult(
             name=name,
             fingerprint=entry["fingerprint"],
             folder=folder.uri(entry["path"]),
-            num_shards=manifest["num_shards"],
+            num_shards=num_shards,
             tables=tuple(entry["tables"]),
             rows=entry["rows"],
             facts=entry["facts"],
             usage=entry["usage"],
             cached=True,
         )
-    return Run(folder, manifest, results)
+        for name, entry in manifest["stages"].items()
+        if entry["status"] == "done"
+    }

@@ -43,7 +43,7 @@ from ray_pipeline.graph.stage import (
     stage_table,
 )
 from ray_pipeline.graph.totals import receipts_of, rows_of_tables, tables_by_role
-from ray_pipeline.store.files import Folder, StoreError, point_at
+from ray_pipeline.store.files import Folder, StoreError, not_written, point_at
 from ray_pipeline.store.keys import digest
 
 logger = logging.getLogger("quorum")
@@ -525,9 +525,12 @@ class _RunLog:
 
     def __enter__(self) -> _RunLog:
         if self._folder.is_local:
-            os.makedirs(self._folder.path("logs"), exist_ok=True)
             stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-            self._handler = logging.FileHandler(self._folder.path(f"logs/{stamp}.log"), encoding="utf-8")
+            try:
+                os.makedirs(self._folder.path("logs"), exist_ok=True)
+                self._handler = logging.FileHandler(self._folder.path(f"logs/{stamp}.log"), encoding="utf-8")
+            except OSError as error:
+                raise not_written(self._folder.uri("logs"), error) from error
             self._handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
             logger.addHandler(self._handler)
             logger.setLevel(logging.DEBUG)

@@ -6,6 +6,7 @@ A *location* is a local path, a `file://` URI or the URI of any filesystem that 
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -38,6 +39,31 @@ class TornFile(StoreError):
 
 class ForeignFile(StoreError):
     """A whole Parquet file that another stage, another configuration or somebody else wrote."""
+
+
+class NotWritten(StoreError, OSError):
+    """A file cannot be written; what was there before is still there. The message says why and what to do."""
+
+
+#: What the user can do about the reasons for which a file is not written; others say their reason alone.
+_REMEDIES = {
+    errno.ENOSPC: "make room there",
+    errno.EDQUOT: "make room under the quota",
+    errno.EROFS: "mount it writable, or choose another folder",
+    errno.EACCES: "give the user of this process the right to write there, or choose another folder",
+    errno.EPERM: "give the user of this process the right to write there, or choose another folder",
+    errno.ENOTDIR: "a file is where a folder must be: move it, or choose another folder",
+}
+
+
+def not_written(location: str, error: OSError) -> NotWritten:
+    """The error of a write, with the place and the remedy."""
+    remedy = _REMEDIES.get(error.errno or 0)
+    reason = error.strerror if remedy and error.strerror else str(error)
+    return NotWritten(
+        f"{location} cannot be written: {reason}. "
+        + (f"{remedy[0].upper()}{remedy[1:]}; then the same command goes on" if remedy else "The same command goes on")
+    )
 
 
 class Folder:
@@ -113,7 +139,16 @@ class Folder:
         """Put a whole file in place of what is there, or leave what is there.
 
         Local: written beside, flushed to the disk, renamed. Elsewhere: one upload, which object stores publish whole.
+
+        Raises:
+            NotWritten: no room, no right to write, a file in the way of a folder, or what else the filesystem says.
         """
+        try:
+            self._write_bytes(name, data)
+        except OSError as error:
+            raise not_written(self.uri(name), error) from error
+
+    def _write_bytes(self, name: str, data: bytes) -> None:
         target = self.path(name)
         if self.fs.type_name not in _WITHOUT_FOLDERS:
             self.fs.create_dir(posixpath.dirname(target), recursive=True)
@@ -274,21 +309,22 @@ def point_at(folder: Folder, name: str, target: str) -> None:
 
     Raises:
         StoreError: something that is not a link is in the way.
+        NotWritten: the folder cannot be written to.
     """
     if not folder.is_local:
         return
     link = folder.path(name)
     if os.path.lexists(link) and not os.path.islink(link):
         raise StoreError(f"{link} is in the way: Quorum keeps a link of that name there. Move it and run again")
-    os.makedirs(os.path.dirname(link), exist_ok=True)
     beside = os.path.join(os.path.dirname(link), _temporary(os.path.basename(link)))
-    os.symlink(target, beside)
     try:
+        os.makedirs(os.path.dirname(link), exist_ok=True)
+        os.symlink(target, beside)
         os.replace(beside, link)
-    except BaseException:
+    except OSError as error:
         with contextlib.suppress(OSError):
             os.unlink(beside)
-        raise
+        raise not_written(link, error) from error
 
 
 def _temporary(name: str) -> str:

@@ -359,6 +359,8 @@ OPERATIONAL = (
     "models.*.revision",  # of a hub model it is in the commit; a folder has none
     "train.use_gpu",
     "train.cpus_per_worker",
+    "train.label_selector",
+    "train.autoscaling",
     "train.max_failures",
     "train.report_to",
     "train.save_steps",
