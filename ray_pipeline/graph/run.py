@@ -29,6 +29,7 @@ from ray_pipeline.graph.failures import FailureLedger, FailurePolicy, lift_quara
 from ray_pipeline.graph.heartbeat import BEAT_SECONDS, Heartbeat
 from ray_pipeline.graph.progress import Display, ProgressBoard, StageProgress
 from ray_pipeline.graph.shard_map import ShardJob, map_shards
+from ray_pipeline.graph.spending import Budget, Spending
 from ray_pipeline.graph.stage import (
     BadInput,
     Dag,
@@ -79,6 +80,7 @@ class RunSettings:
         max_stages: how many stages may be at work at once; None: all whose inputs are there.
         failure: what becomes of shards that fail.
         only: by stage, the shards to make; of other stages and where it is None, all that are missing.
+        budget: what the run may cost, over all sessions.
         lift_quarantine: shards of `only` that are left alone by now are tried again.
     """
 
@@ -93,6 +95,7 @@ class RunSettings:
     failure: FailurePolicy = dataclasses.field(default_factory=FailurePolicy)
     only: Mapping[str, tuple[int, ...]] | None = None
     lift_quarantine: bool = False
+    budget: Budget = dataclasses.field(default_factory=Budget)
     beat_seconds: float = BEAT_SECONDS
 
 
@@ -416,6 +419,9 @@ def _run_tasks(
             outputs[stage.name] = ref
             refs[ref] = stage
 
+        spending = Spending(Folder(settings.folder), settings.budget)
+        if reason := spending.over():
+            board.stop.remote("*", reason)
         with Display(console, [s.name for s in wanted]) as display:
             log.display = display
             later, waiting = list(todo), list[Any]()
@@ -431,7 +437,8 @@ def _run_tasks(
                     _settle(ref, refs[ref], results, failures, board, log)
                 if done:
                     manifest.write(results, failures)
-                _show(board, display, log, manifest, results)
+                _show(board, display, log, manifest, results, spending)
+            _show(board, display, log, manifest, results, spending, last=True)
             log.display = None
     finally:
         if ours:
@@ -487,7 +494,15 @@ def _explain(stage: str, error: BaseException) -> Failure:
     return Failure(f"{type(cause).__name__}: {str(cause).strip()}", bad_input=False)
 
 
-def _show(board: Any, display: Display, log: _RunLog, manifest: _Manifest, results: dict[str, StageResult]) -> None:
+def _show(
+    board: Any,
+    display: Display,
+    log: _RunLog,
+    manifest: _Manifest,
+    results: dict[str, StageResult],
+    spending: Spending,
+    last: bool = False,
+) -> None:
     try:
         stages, lines = ray.get(board.look.remote(), timeout=10)
     except Exception as error:  # The display must never end a run.
@@ -500,6 +515,8 @@ def _show(board: Any, display: Display, log: _RunLog, manifest: _Manifest, resul
     progress += [StageProgress(name, "cached") for name in results if name not in known]
     display.show(progress)
     manifest.progress(stages)
+    if reason := spending.look(stages, write=last):
+        board.stop.remote("*", reason)
 
 
 class _RunLog:

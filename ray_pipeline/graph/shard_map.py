@@ -165,10 +165,12 @@ class ShardActor:
     def __init__(self, job: ShardJob) -> None:
         self._job = job
         assert job.work.engine is not None
+        self._billed, self._devices = time.monotonic(), _devices()
         self._engine: ChatEngine = job.work.engine()
+        # Paid for like the rest, and told apart: a plan must not take it for the time of calls.
+        self._start_seconds = (time.monotonic() - self._billed) * self._devices
         self._limit: asyncio.Semaphore | None = None
         self._open: dict[LoggedEngine, int] = {}
-        self._billed, self._devices = time.monotonic(), _devices()
         self._watched: dict[str, collections.deque[bool]] = {}
         self._told = 0
 
@@ -227,7 +229,12 @@ class ShardActor:
                 finally:
                     reporter.cancel()
             report.send()
-            spent = {"seconds": time.monotonic() - begin, "device_seconds": report.device_seconds}
+            spent = {
+                "seconds": time.monotonic() - begin,
+                "device_seconds": report.device_seconds,
+                "start_seconds": self._start_seconds,
+            }
+            self._start_seconds = 0.0
             return await asyncio.to_thread(_commit, job, shard, output, {**dataclasses.asdict(engine.stats), **spent})
         except EngineDead as error:
             # No call can succeed any more. Save what every shard of this actor has learnt, then end the process:
