@@ -2,10 +2,10 @@
 
 python benchmarks/gate_scale.py [--sizes 10000,100000,1000000] [--folder DIR] [--seconds 220]
 
-Each size runs the stages of a run (`gate`, `dataset-rows`, `datasets`) in a process of its own, shard after shard, whose
-peak memory is measured. Tables are made before, by another process. Tokens are counted by words: how long a tokenizer
-takes is not asked here. A size that is not done within --seconds goes on when the command is repeated: finished shards
-are kept, and its times add up. The table and `gate_scale.png` are of the sizes that are done.
+Each size runs the stages of a run (`gate`, `dataset-rows`, `datasets`) in a process of its own, shard after shard,
+whose peak memory is measured. Tables are made before, by another process. Tokens are counted by words: how long a
+tokenizer takes is not asked here. A size that is not done within --seconds goes on when the command is repeated: shards
+that are there are kept, and the times of all add up (peak memory is of the process that ended it). The table and `gate_scale.png` come when all sizes are done.
 """
 
 from __future__ import annotations
@@ -142,9 +142,11 @@ def shard_tables(shard: int, prompts: int) -> dict[str, pa.Table]:
 
 
 def _filled(values: dict[str, Any], schema: pa.Schema) -> pa.Table:
-    """Columns that no stage here reads are null."""
+    """Columns that no stage here reads are null, or a plain value where null is not allowed."""
     rows = len(next(iter(values.values())))
-    return pa.table([pa.array(values.get(f.name, [None] * rows), f.type) for f in schema], schema=schema)
+    plain = {pa.string(): "x", pa.int32(): 0, pa.int64(): 0}
+    columns = [values[f.name] if f.name in values else [None if f.nullable else plain[f.type]] * rows for f in schema]
+    return pa.table([pa.array(v, f.type) for v, f in zip(columns, schema, strict=True)], schema=schema)
 
 
 # --- the stages -------------------------------------------------------------------------------------------------------
