@@ -5,7 +5,8 @@ python benchmarks/gate_scale.py [--sizes 10000,100000,1000000] [--folder DIR] [-
 Each size runs the stages of a run (`gate`, `dataset-rows`, `datasets`) in a process of its own, shard after shard,
 whose peak memory is measured. Tables are made before, by another process. Tokens are counted by words: how long a
 tokenizer takes is not asked here. A size that is not done within --seconds goes on when the command is repeated: shards
-that are there are kept, and the times of all add up (peak memory is of the process that ended it). The table and `gate_scale.png` come when all sizes are done.
+that are there are kept, and the times of all add up (peak memory is of the process that ended it). The table and
+`gate_scale.png` come when all sizes are done.
 """
 
 from __future__ import annotations

@@ -63,6 +63,9 @@ def run(
     device_hour: Annotated[
         float | None, typer.Option(help="price of one GPU (without GPUs: of one engine) for an hour, for --max-cost")
     ] = None,
+    log_json: Annotated[
+        bool, typer.Option("--log-json", help="log as JSON lines with run, stage and shard, for log collectors")
+    ] = False,
 ) -> None:
     """Run a workflow, or go on where it stopped: the same command does both.
 
@@ -101,6 +104,7 @@ def run(
                 num_shards=settings.num_shards,
                 failure=getattr(settings, "failure", FailurePolicy()),
                 budget=budget_of(settings, max_cost, device_hour),
+                log_json=log_json,
                 config=settings.model_dump(mode="json"),
                 ray=settings.ray.arguments(),
                 report=settings.page().model_dump(mode="json"),

@@ -36,6 +36,8 @@ logger = logging.getLogger("quorum.shards")
 
 #: Seconds between two reports of a worker to the progress board.
 REPORT_SECONDS = 0.5
+#: Replies that are counted before the board hears of them.
+_REPLIES_AT_ONCE = 100
 
 T = TypeVar("T")
 
@@ -172,6 +174,7 @@ class ShardActor:
         self._limit: asyncio.Semaphore | None = None
         self._open: dict[LoggedEngine, int] = {}
         self._watched: dict[str, collections.deque[bool]] = {}
+        self._replies: collections.Counter[tuple[str, bool]] = collections.Counter()
         self._told = 0
 
     async def __call__(self, batch: Mapping[str, Any]) -> Any:
@@ -270,15 +273,25 @@ class ShardActor:
 
     def _tell(self) -> None:
         """Hand on what the engine wants the user to know (structured output that a server refuses, say)."""
+        self._count_replies()
         notes = getattr(self._engine, "notes", ())
         if self._job.board is not None:
             for note in notes[self._told :]:
                 self._job.board.say.remote(f"{self._job.stage}: {note}")
         self._told = len(notes)
 
+    def _count_replies(self) -> None:
+        """Hand on how many replies could be read, judge by judge."""
+        if self._replies and self._job.board is not None:
+            self._job.board.replies.remote(self._job.stage, dict(self._replies))
+        self._replies.clear()
+
     def _watch(self, judge: str, read: bool) -> None:
         """Stop the stage when too many of a judge's last replies could not be read."""
         work = self._job.work
+        self._replies[judge, read] += 1
+        if self._replies.total() >= _REPLIES_AT_ONCE:
+            self._count_replies()
         window = self._watched.setdefault(judge, collections.deque(maxlen=work.error_window))
         window.append(read)
         unread = window.count(False) if not read else 0
