@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from ray_pipeline.agents.templates import TemplateError
 from ray_pipeline.config import (
     CallsBlock,
     ConfigError,

@@ -60,6 +60,15 @@ def run(
     skip_generation: Annotated[
         bool, typer.Option(help="evaluate what the stored tables hold, without new responses")
     ] = False,
+    max_cost: Annotated[
+        float | None, typer.Option(help="stop in good order when the run has cost so much, all its sessions together")
+    ] = None,
+    device_hour: Annotated[
+        float | None, typer.Option(help="price of one GPU (without GPUs: of one engine) for an hour, for --max-cost")
+    ] = None,
+    log_json: Annotated[
+        bool, typer.Option("--log-json", help="log as JSON lines with run, stage and shard, for log collectors")
+    ] = False,
 ) -> None:
     """Run a workflow, or go on where it stopped: the same command does both.
 
@@ -74,6 +83,7 @@ def run(
     from ray_pipeline.graph.heartbeat import RunBusy
     from ray_pipeline.graph.reach import check_location, in_a_job, wanted_keys
     from ray_pipeline.graph.run import RunSettings, execute, load_result
+    from ray_pipeline.operate.prices import budget_of
     from ray_pipeline.stages.sources import InputError
     from ray_pipeline.store.files import Folder, StoreError, point_at
 
@@ -101,6 +111,8 @@ def run(
                 calls_root=settings.calls_root(folder),
                 num_shards=settings.num_shards,
                 failure=getattr(settings, "failure", FailurePolicy()),
+                budget=budget_of(settings, max_cost, device_hour),
+                log_json=log_json,
                 config=settings.model_dump(mode="json"),
                 ray=settings.ray.arguments(),
                 report=settings.page().model_dump(mode="json"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -22,8 +23,11 @@ RunArgument = Annotated[str, typer.Argument(help="run folder: a path, or the URI
 def register(app: typer.Typer) -> None:
     """Add the operator's commands to the `quorum` command."""
     app.command()(status)
+    app.command()(plan)
     app.command()(regate)
     app.command()(retry)
+    app.command()(export)
+    app.command()(clean)
 
 
 def say(text: str) -> None:
@@ -160,3 +164,123 @@ def retry(
     if problems:
         raise typer.Exit(STAGE_FAILED)
     say("every failed shard is there now; `quorum run` goes on with what follows")
+
+
+def export(
+    run: RunArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder to write; empty, or an earlier export")],
+    kind: Annotated[
+        list[str] | None, typer.Option("--kind", help="kto, dpo or sft; default: all that the run has")
+    ] = None,
+    stage: Annotated[str, typer.Option(help="stage that wrote them, where a run has several")] = "datasets",
+    push: Annotated[
+        str | None, typer.Option("--push", help="OWNER/NAME on the Hugging Face hub; your token is read from HF_TOKEN")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="make a new hub repository public")] = False,
+) -> None:
+    """Write the data sets of a run as one folder with a card, as the Hugging Face hub takes it.
+
+    The folder opens with `datasets.load_dataset(DIR, "kto")`. Every file is checked against the run's fingerprint
+    before it is copied. The card says how the rows were made; no path of this machine is in it.
+
+    Examples: `quorum export runs/pocket --out pocket-data`,
+    `HF_TOKEN=… quorum export RUN --out data --kind dpo --push me/my-preferences`.
+    """
+    from ray_pipeline.graph.results import read_run
+    from ray_pipeline.operate import export as exporting
+
+    with refused():
+        written = exporting.export(read_run(run), out, kind or (), stage)
+        say(f"{len(written)} files in {out}")
+        if push is not None:
+            say(exporting.push(out, push, public=public))
+
+
+def clean(
+    run: RunArgument,
+    yes: Annotated[bool, typer.Option("--yes/--dry-run", help="delete; default: show what would go")] = False,
+) -> None:
+    """Show or delete what the newest manifest of a run does not refer to: outputs of earlier settings.
+
+    Stage folders that the manifest names stay, and so does what `datasets`, `policy` and `report` point at, the call
+    log and the logs. Nothing outside the run folder is touched, links are not followed, and a run at work is refused.
+
+    Examples: `quorum clean runs/pocket`, then `quorum clean runs/pocket --yes`.
+    """
+    from ray_pipeline.graph.results import read_run
+    from ray_pipeline.operate import clean as cleaning
+
+    with refused():
+        found = read_run(run)
+        if yes:
+            gone = cleaning.clean(found, say)
+        else:
+            gone = cleaning.leftovers(found)
+            for left in gone:
+                say(f"{cleaning.size_text(left.size):>10}  {left.name}")
+    total = cleaning.size_text(sum(left.size for left in gone))
+    say(f"{len(gone)} leftovers, {total}{' deleted' if yes else '; --yes deletes them'}")
+
+
+def plan(
+    dag: Annotated[str, typer.Argument(help="workflow: dmapo")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as in `quorum run`")] = None,
+    config: Annotated[str, typer.Option("--config", "-c", help="YAML file, or the name of one of ours")] = "pocket",
+    rates: Annotated[
+        str | None, typer.Option("--rates", help="YAML file of rates and prices, each with source and date")
+    ] = None,
+    device_hour: Annotated[
+        float | None, typer.Option(help="price of one GPU (without GPUs: of one engine) for an hour")
+    ] = None,
+    probe: Annotated[
+        bool,
+        typer.Option("--probe", help="measure: a share of the prompts on the real engine, up to the data sets"),
+    ] = False,
+    share: Annotated[float, typer.Option(help="of the prompts, for --probe", min=0.0001, max=1.0)] = 0.01,
+    run_dir: Annotated[str | None, typer.Option(help="run folder (default: run.root/run.name of the config)")] = None,
+    write: Annotated[
+        bool, typer.Option("--write/--no-write", help="keep plan.json in the run folder: the report compares with it")
+    ] = True,
+) -> None:
+    """Say what a run would cost before it starts: calls, tokens, GPU-hours, wall time and money by stage.
+
+    Prompts are read and counted for real. Time and money need rates: --probe measures them here (its calls are kept in
+    the run's call log and not made again), --rates takes them from a file. There are no built-in rates; each one that
+    is used is printed with its source and date.
+
+    A rates file:
+
+    \b
+      models:
+        judge: {prompt_tokens_per_s: 20000, completion_tokens_per_s: 2500, source: "our bench, H100", date: 2026-11-01}
+      reply_tokens: {candidates: 300, judge: 80, critic: 90}
+      train: {tokens_per_s: 9000, source: "our bench, H100", date: 2026-11-01}
+      kept_share: 0.6
+      device_hour: {price: 2.5, currency: USD, source: "our contract", date: 2026-10-01}
+
+    Example: `quorum plan dmapo -c configs/dmapo.yaml --probe --device-hour 2.5`, then
+    `quorum run dmapo -c configs/dmapo.yaml --device-hour 2.5 --max-cost 400`.
+    """
+    from ray_pipeline.config import ConfigError, load_config
+    from ray_pipeline.operate import plan as planning
+    from ray_pipeline.operate.prices import Rates, currency_of, given_price, read_rates
+    from ray_pipeline.store.files import Folder
+
+    with refused():
+        if dag != "dmapo":
+            raise ConfigError(f"plan knows the calls of dmapo alone, not of {dag!r}")
+        settings = load_config(dag, config, overrides or [])
+        folder = settings.run_folder(run_dir)
+        given = read_rates(rates) if rates is not None else Rates()
+        if probe:
+            from dags import DAGS
+            from ray_pipeline.operate.probe import probe as measure
+
+            given = measure(settings, folder, share, DAGS[dag], given, Console(soft_wrap=True))
+        if device_hour is not None:
+            given = given.model_copy(update={"device_hour": given_price(device_hour, currency_of(settings))})
+        found = planning.plan(settings, given)
+        if write:
+            Folder(folder).write_json("plan.json", found.plain())
+    for line in planning.plan_lines(found):
+        say(line)

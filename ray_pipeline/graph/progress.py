@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from ray_pipeline.graph.meters import Meters
+
 #: Seconds between two pictures: a live table may be quick, lines in a log should be few.
 LIVE_SECONDS = 0.5
 LINE_SECONDS = 10.0
@@ -84,7 +86,18 @@ class ProgressBoard:
     def __init__(self) -> None:
         self._stages: dict[str, StageProgress] = {}
         self._lines: list[str] = []
+        self._of_shards: list[int | None] = []
         self._stops: dict[str, str] = {}
+        self._meters: Meters | None = None
+
+    def meter(self, run: str) -> None:
+        """Export the counters to Prometheus, under the name of a run."""
+        self._meters = Meters(run)
+
+    def replies(self, name: str, counts: Mapping[tuple[str, bool], int]) -> None:
+        """Replies of judges that were read or not, since the worker's last word."""
+        if self._meters is not None:
+            self._meters.replies(name, counts)
 
     def stop(self, name: str, reason: str) -> None:
         """Ask the workers of a stage (`*`: of every stage) to end in good order; the first reason stays."""
@@ -104,6 +117,8 @@ class ProgressBoard:
         stage = self._stages.setdefault(name, StageProgress(name, "running", began=time.monotonic()))
         for key, value in counts.items():
             setattr(stage, key, getattr(stage, key) + value)
+        if self._meters is not None:
+            self._meters.add(name, counts)
         return self.stopping(name)
 
     def put(self, name: str, counts: Mapping[str, float]) -> None:
@@ -120,13 +135,17 @@ class ProgressBoard:
 
     def say(self, line: str, shard: int | None = None) -> None:
         self._lines.append(line)
+        self._of_shards.append(shard)
 
-    def look(self) -> tuple[list[dict[str, Any]], list[str]]:
-        """All stages as plain data, and the lines since the last look."""
+    def look(self) -> tuple[list[dict[str, Any]], list[str], list[int | None]]:
+        """All stages as plain data, the lines since the last look, and the shard of each line where it has one."""
         lines, self._lines = self._lines, []
+        shards, self._of_shards = self._of_shards, []
         for stage in self._stages.values():
             self._age(stage)
-        return [dataclasses.asdict(stage) for stage in self._stages.values()], lines
+            if self._meters is not None:
+                self._meters.look(stage.name, stage.shards, stage.shards_done, stage.shards_failed, stage.seconds)
+        return [dataclasses.asdict(stage) for stage in self._stages.values()], lines, shards
 
     @staticmethod
     def _age(stage: StageProgress) -> None:

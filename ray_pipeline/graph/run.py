@@ -15,6 +15,7 @@ import os
 import platform
 import signal
 import subprocess
+import sys
 import time
 import traceback
 import uuid
@@ -28,9 +29,11 @@ from rich.console import Console
 
 from ray_pipeline.graph.failures import FailureLedger, FailurePolicy, lift_quarantine, read_failures
 from ray_pipeline.graph.heartbeat import BEAT_SECONDS, Heartbeat
-from ray_pipeline.graph.progress import Display, ProgressBoard, StageProgress
+from ray_pipeline.graph.json_log import JsonLines, run_name, stage_of
+from ray_pipeline.graph.progress import LINE_SECONDS, Display, ProgressBoard, StageProgress
 from ray_pipeline.graph.reach import WantedKey, check_nodes
 from ray_pipeline.graph.shard_map import ShardJob, map_shards
+from ray_pipeline.graph.spending import Budget, Spending
 from ray_pipeline.graph.stage import (
     BadInput,
     Dag,
@@ -81,6 +84,8 @@ class RunSettings:
         max_stages: how many stages may be at work at once; None: all whose inputs are there.
         failure: what becomes of shards that fail.
         only: by stage, the shards to make; of other stages and where it is None, all that are missing.
+        budget: what the run may cost, over all sessions.
+        log_json: the log is JSON lines, on the terminal and in logs/TIMESTAMP.jsonl.
         lift_quarantine: shards of `only` that are left alone by now are tried again.
         keys: environment variables that nodes with engines must have.
     """
@@ -97,6 +102,8 @@ class RunSettings:
     only: Mapping[str, tuple[int, ...]] | None = None
     lift_quarantine: bool = False
     keys: tuple[WantedKey, ...] = ()
+    budget: Budget = dataclasses.field(default_factory=Budget)
+    log_json: bool = False
     beat_seconds: float = BEAT_SECONDS
 
 
@@ -299,7 +306,7 @@ def execute(
     wanted = dag.upto(to_group)
     again = [s for s in dag.downstream(from_group) if s in wanted] if from_group else []
     with (
-        _RunLog(folder, console) as log,
+        _RunLog(folder, console, settings.log_json) as log,
         Heartbeat(folder, beat_seconds=settings.beat_seconds, on_loss=lambda: _lost(folder, log), say=log.say),
     ):
         folder.write_bytes("config.yaml", yaml.safe_dump(dict(settings.config), sort_keys=False).encode())
@@ -429,7 +436,12 @@ def _run_tasks(
             outputs[stage.name] = ref
             refs[ref] = stage
 
-        with Display(console, [s.name for s in wanted]) as display:
+        board.meter.remote(run_name(settings.folder))
+        spending = Spending(Folder(settings.folder), settings.budget)
+        if reason := spending.over():
+            board.stop.remote("*", reason)
+        log.stages = [s.name for s in wanted]
+        with Display(Console(quiet=True) if settings.log_json else console, log.stages) as display:
             log.display = display
             later, waiting = list(todo), list[Any]()
             while later or waiting:
@@ -444,7 +456,8 @@ def _run_tasks(
                     _settle(ref, refs[ref], results, failures, board, log)
                 if done:
                     manifest.write(results, failures)
-                _show(board, display, log, manifest, results)
+                _show(board, display, log, manifest, results, spending)
+            _show(board, display, log, manifest, results, spending, last=True)
             log.display = None
     finally:
         if ours:
@@ -500,53 +513,86 @@ def _explain(stage: str, error: BaseException) -> Failure:
     return Failure(f"{type(cause).__name__}: {str(cause).strip()}", bad_input=False)
 
 
-def _show(board: Any, display: Display, log: _RunLog, manifest: _Manifest, results: dict[str, StageResult]) -> None:
+def _show(
+    board: Any,
+    display: Display,
+    log: _RunLog,
+    manifest: _Manifest,
+    results: dict[str, StageResult],
+    spending: Spending,
+    last: bool = False,
+) -> None:
     try:
-        stages, lines = ray.get(board.look.remote(), timeout=10)
+        stages, lines, shards = ray.get(board.look.remote(), timeout=10)
     except Exception as error:  # The display must never end a run.
         logger.debug("progress: %s", error)
         return
-    for line in lines:
-        log.say(line)
+    for line, shard in zip(lines, shards, strict=True):
+        log.say(line, shard)
+    log.progress(stages)
     progress = [StageProgress(**s) for s in stages]
     known = {s.name for s in progress}
     progress += [StageProgress(name, "cached") for name in results if name not in known]
     display.show(progress)
     manifest.progress(stages)
+    if reason := spending.look(stages, write=last):
+        board.stop.remote("*", reason)
 
 
 class _RunLog:
     """Lines to the terminal and to logs/TIMESTAMP.log of a local run folder."""
 
-    def __init__(self, folder: Folder, console: Console) -> None:
-        self._folder, self._console = folder, console
+    def __init__(self, folder: Folder, console: Console, as_json: bool = False) -> None:
+        self._folder, self._console, self._json = folder, console, as_json
         self.display: Display | None = None
-        self._handler: logging.Handler | None = None
+        self.stages: list[str] = []
+        self._handlers: list[logging.Handler] = []
+        self._shown = time.monotonic()
 
     def __enter__(self) -> _RunLog:
+        formatter: logging.Formatter = logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s")
+        if self._json:
+            formatter = JsonLines(run_name(self._folder.location))
+            shown = logging.StreamHandler(sys.stdout)
+            shown.setLevel(logging.INFO)
+            self._handlers.append(shown)
         if self._folder.is_local:
             stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+            name = f"logs/{stamp}.{'jsonl' if self._json else 'log'}"
             try:
                 os.makedirs(self._folder.path("logs"), exist_ok=True)
-                self._handler = logging.FileHandler(self._folder.path(f"logs/{stamp}.log"), encoding="utf-8")
+                self._handlers.append(logging.FileHandler(self._folder.path(name), encoding="utf-8"))
             except OSError as error:
                 raise not_written(self._folder.uri("logs"), error) from error
-            self._handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
-            logger.addHandler(self._handler)
+        for handler in self._handlers:
+            handler.setFormatter(formatter)
+            logger.addHandler(handler)
             logger.setLevel(logging.DEBUG)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._handler is not None:
-            logger.removeHandler(self._handler)
-            self._handler.close()
+        for handler in self._handlers:
+            logger.removeHandler(handler)
+            handler.close()
 
-    def say(self, line: str) -> None:
-        logger.info(line)
+    def say(self, line: str, shard: int | None = None) -> None:
+        logger.info(line, extra={"stage": stage_of(line, self.stages), "shard": shard})
+        if self._json:
+            return
         if self.display is not None:
             self.display.say(line)
         else:
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def progress(self, stages: list[dict[str, Any]]) -> None:
+        """Counters of the stages at work as records of a JSON log; elsewhere the display shows them."""
+        if not self._json or time.monotonic() - self._shown < LINE_SECONDS:
+            return
+        self._shown = time.monotonic()
+        for stage in stages:
+            if stage["status"] == "running":
+                line = StageProgress(**stage).line()
+                logger.info(line, extra={"stage": stage["name"], "data": stage})
 
 
 class _Manifest:

@@ -38,6 +38,8 @@ logger = logging.getLogger("quorum.shards")
 GROW_AT, SHRINK_AT = 0.25, 0.1
 #: Seconds between two reports of a worker to the progress board.
 REPORT_SECONDS = 0.5
+#: Replies that are counted before the board hears of them.
+_REPLIES_AT_ONCE = 100
 
 T = TypeVar("T")
 
@@ -181,11 +183,14 @@ class ShardActor:
     def __init__(self, job: ShardJob) -> None:
         self._job = job
         assert job.work.engine is not None
+        self._billed, self._devices = time.monotonic(), _devices()
         self._engine: ChatEngine = job.work.engine()
+        # Paid for like the rest, and told apart: a plan must not take it for the time of calls.
+        self._start_seconds = (time.monotonic() - self._billed) * self._devices
         self._limit: asyncio.Semaphore | None = None
         self._open: dict[LoggedEngine, int] = {}
-        self._billed, self._devices = time.monotonic(), _devices()
         self._watched: dict[str, collections.deque[bool]] = {}
+        self._replies: collections.Counter[tuple[str, bool]] = collections.Counter()
         self._told = 0
 
     async def __call__(self, batch: Mapping[str, Any]) -> Any:
@@ -243,7 +248,12 @@ class ShardActor:
                 finally:
                     reporter.cancel()
             report.send()
-            spent = {"seconds": time.monotonic() - begin, "device_seconds": report.device_seconds}
+            spent = {
+                "seconds": time.monotonic() - begin,
+                "device_seconds": report.device_seconds,
+                "start_seconds": self._start_seconds,
+            }
+            self._start_seconds = 0.0
             return await asyncio.to_thread(_commit, job, shard, output, {**dataclasses.asdict(engine.stats), **spent})
         except EngineDead as error:
             # No call can succeed any more. Save what every shard of this actor has learnt, then end the process:
@@ -279,15 +289,25 @@ class ShardActor:
 
     def _tell(self) -> None:
         """Hand on what the engine wants the user to know (structured output that a server refuses, say)."""
+        self._count_replies()
         notes = getattr(self._engine, "notes", ())
         if self._job.board is not None:
             for note in notes[self._told :]:
                 self._job.board.say.remote(f"{self._job.stage}: {note}")
         self._told = len(notes)
 
+    def _count_replies(self) -> None:
+        """Hand on how many replies could be read, judge by judge."""
+        if self._replies and self._job.board is not None:
+            self._job.board.replies.remote(self._job.stage, dict(self._replies))
+        self._replies.clear()
+
     def _watch(self, judge: str, read: bool) -> None:
         """Stop the stage when too many of a judge's last replies could not be read."""
         work = self._job.work
+        self._replies[judge, read] += 1
+        if self._replies.total() >= _REPLIES_AT_ONCE:
+            self._count_replies()
         window = self._watched.setdefault(judge, collections.deque(maxlen=work.error_window))
         window.append(read)
         unread = window.count(False) if not read else 0

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from ray_pipeline.report.planned import PlannedUse
+
 if TYPE_CHECKING:  # importing torch and transformers takes seconds, and a report needs neither
     from ray_pipeline.evaluation.perplexity import Perplexity
 
@@ -68,6 +70,7 @@ class ReportData:
     evaluating_models  judge of the comparisons → model identity
     stage_use          one StageUse per stage that ran
     config             the configuration as resolved, shown as it is
+    planned            the stages of `quorum plan` beside what they took
     """
 
     run: RunIdentity
@@ -91,6 +94,7 @@ class ReportData:
     evaluating_models: Mapping[str, str] = field(default_factory=dict)
     stage_use: Sequence[StageUse] | None = None
     config: Mapping[str, Any] | None = None
+    planned: Sequence[PlannedUse] = ()
     desirable_from: float = 7.0
     undesirable_to: float = 4.0
     bootstrap_draws: int = 2000

@@ -28,6 +28,7 @@ from ray_pipeline.store.settings import Settings
 if TYPE_CHECKING:  # Torch, transformers and scikit-learn take seconds to import, and a DAG is wired without them.
     from ray_pipeline.evaluation.perplexity import Perplexity
     from ray_pipeline.report.data import ReportData, StageUse
+    from ray_pipeline.report.planned import PlannedUse
 
 
 class ReportSettings(Settings):
@@ -86,7 +87,9 @@ def evaluate_run(given: WholeInput) -> dict[str, Any]:
         measured = _perplexities(given, settings)
     given.folder.write_json("perplexity.json", {name: dataclasses.asdict(p) for name, p in measured.items()})
     data = report_data(given.inputs, settings.report, measured)
-    data = dataclasses.replace(data, config=stored_config(Path(given.folder.path()).parent))
+    run_folder = Folder(given.folder.location.rpartition("/")[0])
+    config = stored_config(Path(given.folder.path()).parent)
+    data = dataclasses.replace(data, config=config, planned=planned_use(run_folder, given.inputs))
     build_report(data, Path(given.folder.path()))
     metrics = json.loads(Path(given.folder.path("metrics.json")).read_text())
     headline = metrics["headline"]
@@ -178,6 +181,17 @@ def report_data(
     )
 
 
+def planned_use(run_folder: Folder, results: Mapping[str, StageResult]) -> list[PlannedUse]:
+    """The stages that `quorum plan` planned for this run folder, beside what they took; none without a plan."""
+    from ray_pipeline.report.planned import compare_with_plan
+
+    try:
+        plan = run_folder.read_json("plan.json")
+    except (FileNotFoundError, StoreError):
+        return []
+    return compare_with_plan(plan, {result.name: result.usage for result in results.values()})
+
+
 def table_of(results: Mapping[str, StageResult], *names: str) -> pa.Table | None:
     """The tables of the named stages as one, or None when none of them ran."""
     tables = [results[name].table().read_all() for name in names if name in results and results[name].tables]
@@ -244,7 +258,9 @@ def write_report(run: Run) -> str:
         name = run.manifest["stages"]["evaluate"]["path"]
     else:
         name = f"report-{run.manifest['config_digest']}"
-    data = dataclasses.replace(report_data(run.results, settings, measured), config=run.manifest.get("config"))
+    data = report_data(run.results, settings, measured)
+    planned = planned_use(run.folder, run.results)
+    data = dataclasses.replace(data, config=run.manifest.get("config"), planned=planned)
     build_report(data, Path(run.folder.path(name)))
     point_at(run.folder, "report", name)
     return run.folder.uri("report/report.md")

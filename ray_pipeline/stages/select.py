@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from ray_pipeline.agents.judges import SamplingSettings
 from ray_pipeline.agents.ranking import Ranking, rank

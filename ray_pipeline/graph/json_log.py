@@ -1,0 +1,45 @@
+"""A run's log as JSON lines: one object a line, with run, stage and shard where they are known."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import os
+from collections.abc import Iterable
+from typing import Any
+
+
+class JsonLines(logging.Formatter):
+    """Formats a record with the attributes `stage`, `shard` and `data`, where it has them.
+
+    Args:
+        run: name of the run folder.
+    """
+
+    def __init__(self, run: str) -> None:
+        super().__init__()
+        self._run = run
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = datetime.datetime.fromtimestamp(record.created, datetime.UTC).isoformat(timespec="milliseconds")
+        line: dict[str, Any] = {"time": moment, "level": record.levelname, "logger": record.name, "run": self._run}
+        for name in ("stage", "shard", "data"):
+            value = getattr(record, name, None)
+            if value is not None:
+                line[name] = value
+        line["message"] = record.getMessage()
+        if record.exc_info:
+            line["trace"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False, default=str)
+
+
+def run_name(location: str) -> str:
+    """Last part of a run folder."""
+    return os.path.basename(location.rstrip("/"))
+
+
+def stage_of(line: str, stages: Iterable[str]) -> str | None:
+    """The stage that a line of the run's log is about: what stands before its first colon, where that is a stage."""
+    name = line.split(": ", 1)[0]
+    return name if name in set(stages) else None

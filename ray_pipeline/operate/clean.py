@@ -1,0 +1,100 @@
+"""What a run folder holds beside its newest run: stage folders that its manifest does not name.
+
+Only folders that Quorum itself makes are looked at: `NAME-FINGERPRINT` directly in the run folder, and files that an
+interrupted write left behind there. The call log, logs, and whatever else lies there is never touched. Links are
+neither followed nor removed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shutil
+from collections.abc import Callable
+
+import pyarrow.fs as pafs
+
+from ray_pipeline.graph.heartbeat import BEAT_SECONDS, Heartbeat
+from ray_pipeline.graph.results import Run, read_run
+from ray_pipeline.store.files import StoreError
+
+#: A stage folder ends with its fingerprint (16 hexadecimal digits), a report of an unfinished run with a digest.
+_MADE = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*-([0-9a-f]{16}|[0-9a-f]{32})$")
+_TORN = re.compile(r"^\..+\.[0-9a-f]{32}\.tmp$")
+_VIEWS = ("datasets", "policy", "report")
+
+
+@dataclasses.dataclass(frozen=True)
+class Leftover:
+    """A folder or file of the run folder that nothing refers to; `size` in bytes."""
+
+    name: str
+    is_folder: bool
+    size: int
+
+
+def leftovers(run: Run) -> list[Leftover]:
+    """What `clean` would delete, by name."""
+    kept = {entry["path"] for entry in run.manifest["stages"].values()} | _viewed(run)
+    found = []
+    selector = pafs.FileSelector(run.folder.path(), recursive=False)
+    for info in run.folder.fs.get_file_info(selector):
+        name, is_folder = info.base_name, info.type == pafs.FileType.Directory
+        if run.folder.is_local and os.path.islink(info.path):
+            continue
+        if (is_folder and _MADE.match(name) and name not in kept) or (not is_folder and _TORN.match(name)):
+            found.append(Leftover(name, is_folder, _size(run, name) if is_folder else info.size or 0))
+    return sorted(found, key=lambda left: left.name)
+
+
+def clean(run: Run, say: Callable[[str], None], beat_seconds: float = BEAT_SECONDS) -> list[Leftover]:
+    """Delete the leftovers and return them.
+
+    Raises:
+        RunBusy: the run is being worked on.
+        StoreError: a name leads out of the run folder, or something cannot be deleted.
+    """
+    with Heartbeat(run.folder, beat_seconds=beat_seconds, say=say):
+        # Read again under the heartbeat: a run may have ended in between and made one of them its own.
+        found = leftovers(read_run(run.folder.location))
+        for left in found:
+            path = run.folder.path(left.name)
+            try:
+                if not run.folder.is_local:
+                    (run.folder.delete_folder if left.is_folder else run.folder.delete)(left.name)
+                elif left.is_folder:
+                    shutil.rmtree(path)  # refuses a link, and removes links inside without following them
+                else:
+                    os.unlink(path)
+            except OSError as error:
+                raise StoreError(f"{path} cannot be deleted ({error}); what was deleted before it is gone") from error
+            say(f"deleted {left.name} ({size_text(left.size)})")
+    return found
+
+
+def _viewed(run: Run) -> set[str]:
+    """Folders that the views point at: a policy stays usable after a re-gate."""
+    if not run.folder.is_local:
+        return set()
+    paths = [run.folder.path(name) for name in _VIEWS]
+    return {os.path.basename(os.readlink(path).rstrip("/")) for path in paths if os.path.islink(path)}
+
+
+def _size(run: Run, name: str) -> int:
+    if run.folder.is_local:
+        total = 0
+        for place, _, files in os.walk(run.folder.path(name), followlinks=False):
+            total += sum(os.lstat(os.path.join(place, file)).st_size for file in files)
+        return total
+    infos = run.folder.fs.get_file_info(pafs.FileSelector(run.folder.path(name), recursive=True))
+    return sum(info.size or 0 for info in infos)
+
+
+def size_text(size: float) -> str:
+    """Bytes for readers."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"

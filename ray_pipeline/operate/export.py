@@ -1,0 +1,155 @@
+"""The data sets of a run as one folder that the Hugging Face hub takes as it is: a card, and a configuration a kind."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ray_pipeline.graph.results import Run
+from ray_pipeline.stages.datasets import SPLITS
+from ray_pipeline.store.files import Folder, StoreError
+
+#: By this file a folder is known as an export, which another one may replace.
+_MARK = "quorum.json"
+_KINDS = ("kto", "dpo", "sft")
+_SPLIT_NAMES = {"train": "train", "val": "validation"}
+_REPO = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*$")
+
+
+def export(run: Run, out: Path, kinds: Sequence[str] = (), stage: str = "datasets") -> list[Path]:
+    """Write `out/README.md`, `out/KIND/{train,val}/*.parquet`, `out/KIND/README.md` and `out/quorum.json`.
+
+    Args:
+        kinds: which data sets; none: all that the run has.
+        stage: the stage that wrote them (a comparison has several: `datasets-gated-s0`).
+
+    Returns:
+        The files written.
+
+    Raises:
+        StoreError: the stage is not done, has no such kind, a file is torn or foreign, or `out` holds something else.
+    """
+    if stage not in run.results:
+        others = ", ".join(name for name in run.results if name.startswith("datasets")) or "none"
+        raise StoreError(f"{run.folder.location}: {stage} is not done; data sets that are: {others}")
+    result = run.results[stage]
+    source = Folder(result.folder)
+    there = [kind for kind in _KINDS if kind in source.folders()]
+    missing = [kind for kind in kinds if kind not in there]
+    if missing:
+        raise StoreError(f"{source.location} has no {missing[0]} data set; it has {', '.join(there)}")
+    if out.exists() and any(out.iterdir()) and not (out / _MARK).is_file():
+        raise StoreError(f"{out} is not empty and no earlier export; name an empty folder")
+    target, written = Folder(str(out)), list[Path]()
+    rows: dict[str, dict[str, int]] = {}
+    for kind in kinds or there:
+        rows[kind] = {}
+        for split in SPLITS:
+            place = source / kind / split
+            names = place.names(".parquet")
+            rows[kind][split] = sum(place.check_table(n, fingerprint=result.fingerprint, kind=kind) for n in names)
+            for name in names:
+                (target / kind / split).write_bytes(name, place.read_bytes(name))
+                written.append(out / kind / split / name)
+            for name in (target / kind / split).names(".parquet"):
+                if name not in names:  # of an earlier export; a loader would read it
+                    (target / kind / split).delete(name)
+        (target / kind).write_bytes("README.md", (source / kind).read_bytes("README.md"))
+    cards = {kind: (source / kind).read_bytes("README.md").decode() for kind in rows}
+    target.write_bytes("README.md", _card(run, cards, rows).encode())
+    target.write_json(_MARK, {**_origin(run, stage), "rows": rows})
+    return [*written, out / "README.md", out / _MARK]
+
+
+def _origin(run: Run, stage: str) -> dict[str, Any]:
+    """Where the rows came from, without a path of this machine."""
+    stages = run.manifest["stages"]
+    return {
+        "workflow": run.manifest.get("dag"),
+        "run": run.manifest["config"].get("run", {}).get("name"),
+        "stage": stage,
+        "fingerprints": {name: entry["fingerprint"] for name, entry in stages.items() if entry["status"] == "done"},
+        "gate": run.manifest["config"].get("gate"),
+        "versions": run.manifest.get("versions"),
+        "git_revision": run.manifest.get("git_revision"),
+    }
+
+
+def _card(run: Run, cards: dict[str, str], rows: dict[str, dict[str, int]]) -> str:
+    """README.md whose front matter names a configuration a kind; the text is that of the kinds' own cards."""
+    parts = {kind: _split_card(card) for kind, card in cards.items()}
+    first = next(iter(parts.values()))[0]
+    front = {
+        "pretty_name": f"Quorum preference data: {run.manifest['config'].get('run', {}).get('name', 'run')}",
+        "license": first.get("license", "other"),
+        "task_categories": ["text-generation"],
+        "tags": ["quorum", "preference", "rlaif", "trl", *rows],
+        "configs": [
+            {
+                "config_name": kind,
+                # `datasets` 5.2 fails on a split without rows, so only those that have some are named.
+                "data_files": [
+                    {"split": _SPLIT_NAMES[split], "path": f"{kind}/{split}/*.parquet"} for split, n in of.items() if n
+                ],
+            }
+            for kind, of in rows.items()
+            if any(of.values())
+        ],
+    }
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False).rstrip(),
+        "---",
+        "",
+        "# Preference data made with Quorum",
+        "",
+    ]
+    lines += ["```python", "from datasets import load_dataset"]
+    lines += [f'{kind} = load_dataset("OWNER/NAME", "{kind}")' for kind in rows]
+    lines += ["```", ""]
+    for _, text in parts.values():
+        lines += [_demoted(text), ""]
+    return "\n".join(lines)
+
+
+def _split_card(card: str) -> tuple[dict[str, Any], str]:
+    """Front matter and text of a card."""
+    _, front, text = card.split("---\n", 2)
+    return yaml.safe_load(front), text.strip()
+
+
+def _demoted(text: str) -> str:
+    """Headings one level down, and without the code block, whose path is that of a single data set."""
+    text = re.sub(r"```python\n.*?```\n\n?", "", text, flags=re.S)
+    return re.sub(r"^#", "##", text, flags=re.M)
+
+
+def push(out: Path, repo: str, *, public: bool = False) -> str:
+    """Upload an exported folder to the hub as a data set; returns its address.
+
+    Raises:
+        StoreError: no token in the environment, a name that is none, or the hub refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if not _REPO.match(repo):
+        raise StoreError(f"--push takes OWNER/NAME, not {repo!r}")
+    token = os.environ.get("HF_TOKEN")
+    if not token:
+        raise StoreError("--push needs your hub token in the environment variable HF_TOKEN; the folder is written")
+    api = HfApi(token=token)
+    try:
+        api.create_repo(repo, repo_type="dataset", private=not public, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo, repo_type="dataset", folder_path=str(out), commit_message="Data set from Quorum"
+        )
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0].replace(token, "…")
+        raise StoreError(f"the hub did not take {repo}: {reason}; the folder {out} is written") from None
+    return f"https://huggingface.co/datasets/{repo}"

@@ -1,0 +1,128 @@
+"""What things cost, and who says so: rates and prices carry a source and a date, or they are not used."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from ray_pipeline.config import ConfigError
+from ray_pipeline.graph.spending import Budget
+from ray_pipeline.store.settings import Settings
+
+
+class Sourced(Settings):
+    """A figure that somebody stands for."""
+
+    source: str = Field(min_length=3, description="a benchmark and its address, or who measured it on what")
+    date: datetime.date
+
+
+class ModelRate(Sourced):
+    """Tokens a second of one device (GPU) under load, for a key of `models`.
+
+    Attributes:
+        spread: share by which it may be off to either side, for the interval.
+    """
+
+    prompt_tokens_per_s: float = Field(gt=0)
+    completion_tokens_per_s: float = Field(gt=0)
+    spread: float = Field(0.25, ge=0, lt=1)
+
+
+class TrainRate(Sourced):
+    """Tokens a second of one training worker, forward and backward."""
+
+    tokens_per_s: float = Field(gt=0)
+    spread: float = Field(0.25, ge=0, lt=1)
+
+
+class CallTime(Sourced):
+    """Device seconds of one call of a stage, with an interval: what a probe measures."""
+
+    seconds_per_call: float = Field(ge=0)
+    low: float = Field(ge=0)
+    high: float = Field(ge=0)
+
+
+class DevicePrice(Sourced):
+    """Price of one device for an hour."""
+
+    price: float = Field(ge=0)
+    currency: str = "USD"
+
+
+class Rates(Settings):
+    """The rates file of `quorum plan`. There are no defaults: what is not given is not planned.
+
+    Attributes:
+        models: by key of `models`.
+        reply_tokens: mean completion tokens a call by stage; where it is missing, the stage's max_tokens, which is an
+            upper bound.
+        kept_share: expected share of candidates that become KTO rows, for training.
+    """
+
+    models: dict[str, ModelRate] = Field(default_factory=dict)
+    stages: dict[str, CallTime] = Field(default_factory=dict, description="go before the rates of the stage's model")
+    reply_tokens: dict[str, float] = Field(default_factory=dict)
+    train: TrainRate | None = None
+    kept_share: float | None = Field(None, ge=0, le=1)
+    device_hour: DevicePrice | None = None
+
+
+def read_rates(path: str) -> Rates:
+    """Raises ConfigError, naming the file and the key."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.safe_load(file)
+        return Rates.model_validate(values)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as rates: {error}") from error
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise ConfigError(f"{path}: {where}: {problem['msg']}; every rate needs a source and a date") from error
+
+
+def given_price(price: float, currency: str) -> DevicePrice:
+    """A price from the command line."""
+    return DevicePrice(price=price, currency=currency, source="given by the user", date=datetime.date.today())
+
+
+def currency_of(config: Any) -> str:
+    """The one currency of all endpoints' prices; USD where none has any.
+
+    Raises:
+        ConfigError: two endpoints are priced in different currencies, which nobody can add up.
+    """
+    found = {p.currency: key for key, p in _endpoint_prices(config).items()}
+    if len(found) > 1:
+        raise ConfigError(f"models are priced in {' and '.join(sorted(found))}; give all prices in one currency")
+    return next(iter(found), "USD")
+
+
+def _endpoint_prices(config: Any) -> dict[str, Any]:
+    models = getattr(config, "models", None) or {}
+    return {key: m.endpoint.prices for key, m in models.items() if m.endpoint is not None and m.endpoint.prices}
+
+
+def budget_of(config: Any, max_cost: float | None, device_hour: float | None) -> Budget:
+    """What `quorum run --max-cost` means for a configuration.
+
+    Raises:
+        ConfigError: a limit without any price, a price below nought, or prices in two currencies.
+    """
+    for name, value in (("--max-cost", max_cost), ("--device-hour", device_hour)):
+        if value is not None and value < 0:
+            raise ConfigError(f"{name} is {value:g}; it cannot be negative")
+    if max_cost is not None and device_hour is None and not _endpoint_prices(config):
+        raise ConfigError(
+            "--max-cost needs a price: --device-hour for devices of your own, or models.….endpoint.prices"
+        )
+    workers: dict[str, float] = {}
+    if hasattr(config, "train"):
+        workers["train"] = config.train.num_workers
+        workers |= {f"train-{p.label}": config.train.num_workers for p in getattr(config, "policies", list)()}
+    return Budget(max_cost, device_hour, currency_of(config), workers)

@@ -1,0 +1,131 @@
+"""A share of the prompts through the real engines, to learn how long replies are and how long calls take.
+
+The probe is a run like any other, in a folder of its own beside the planned run, with the planned run's call log: what
+it asks is not asked again. Its prompts are those of the smallest hash, so they are among the run's prompts.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from ray_pipeline.config import DmapoConfig
+from ray_pipeline.graph.run import RunSettings, execute
+from ray_pipeline.graph.shard_map import receipt_name
+from ray_pipeline.graph.stage import Dag, StageResult, StageStop
+from ray_pipeline.operate.prices import CallTime, Rates
+from ray_pipeline.stages.prompts import load_prompts
+from ray_pipeline.store.files import Folder, StoreError
+
+#: Fewer prompts say nothing about a mean.
+_LEAST = 16
+_DRAWS = 500
+
+
+def probe(
+    config: DmapoConfig,
+    folder: str,
+    share: float,
+    wire: Callable[[DmapoConfig, str], Dag],
+    given: Rates,
+    console: Console,
+) -> Rates:
+    """Run the probe and return the rates with what it measured put in place.
+
+    Args:
+        folder: of the planned run.
+        share: of the prompts.
+        wire: makes the workflow.
+
+    Raises:
+        StoreError: a stage of the probe failed, or all of its calls were in the log already.
+    """
+    total = load_prompts(config.prompts).table.num_rows
+    size = min(total, max(_LEAST, math.ceil(total * share)))
+    console.print(f"probe: {size} of {total} prompts ({size / total:.1%})", markup=False, highlight=False)
+    prompts = config.prompts.model_copy(update={"max_prompts": size, "num_shards": min(config.prompts.num_shards, 8)})
+    small = config.model_copy(update={"prompts": prompts})
+    place = f"{folder}-probe"
+    outcome = execute(
+        wire(small, place),
+        RunSettings(
+            folder=place,
+            calls_root=config.calls_root(folder),
+            num_shards=small.num_shards,
+            config=small.model_dump(mode="json"),
+            ray=config.ray.arguments(),
+            report=small.page().model_dump(mode="json"),
+            max_stages=1,  # side by side, stages would slow each other and be measured wrong
+            failure=config.failure,
+        ),
+        to_group="datasets",
+        console=console,
+    )
+    for name, failure in outcome.failures.items():
+        raise StoreError(f"the probe's stage {name} failed: {failure.reason}")
+    source = f"probe of {size} prompts in {place}"
+    try:
+        return measured(outcome.results, given, source)
+    except StageStop as error:
+        raise StoreError(f"{error}; delete {place} and the call log, or give --rates") from error
+
+
+def measured(results: Mapping[str, StageResult], given: Rates, source: str) -> Rates:
+    """Rates from a run's receipts: tokens a reply, device seconds a call with a 95 % bootstrap interval over shards,
+    and the share of candidates that the gate kept. Engine starts are left out.
+
+    Raises:
+        StageStop: no stage made a call.
+    """
+    today = datetime.date.today()
+    replies: dict[str, float] = {}
+    stages: dict[str, CallTime] = {}
+    for name, result in results.items():
+        calls, tokens, seconds = _by_shard(result)
+        if calls.sum() <= 0:
+            continue
+        replies[name] = float(tokens.sum() / calls.sum())
+        low, high = _interval(seconds, calls)
+        stages[name] = CallTime(
+            seconds_per_call=float(seconds.sum() / calls.sum()), low=low, high=high, source=source, date=today
+        )
+    if not stages:
+        raise StageStop("every call of the probe was in the call log already, so nothing was measured")
+    kept = given.kept_share
+    if "gate" in results and (counts := results["gate"].facts["counts"]) and sum(counts.values()):
+        kept = (counts["desirable"] + counts["undesirable"]) / sum(counts.values())
+    return given.model_copy(
+        update={
+            "stages": {**stages, **given.stages},
+            "reply_tokens": {**replies, **given.reply_tokens},
+            "kept_share": kept,
+        }
+    )
+
+
+def _by_shard(result: StageResult) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Engine calls, completion tokens and device seconds (engine start left out) of each shard."""
+    rows: list[tuple[float, float, float]] = []
+    if result.usage.get("calls_engine"):
+        receipts = Folder(result.folder) / "_receipts"
+        for shard in range(result.num_shards):
+            usage: dict[str, Any] = receipts.read_json(receipt_name(shard))["usage"]
+            busy = usage.get("device_seconds", 0.0) - usage.get("start_seconds", 0.0)
+            rows.append((usage.get("calls_engine", 0.0), usage.get("completion_tokens", 0.0), busy))
+    table = np.array(rows or [(0.0, 0.0, 0.0)])
+    return table[:, 0], table[:, 1], table[:, 2]
+
+
+def _interval(seconds: np.ndarray, calls: np.ndarray) -> tuple[float, float]:
+    rng = np.random.default_rng(0)
+    draws = rng.integers(0, len(calls), (_DRAWS, len(calls)))
+    asked = calls[draws].sum(axis=1)
+    ratios = seconds[draws].sum(axis=1)[asked > 0] / asked[asked > 0]
+    # A shard whose actor's time was reported by its neighbour may look free: the interval never dips below nought.
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return max(0.0, float(low)), max(0.0, float(high))

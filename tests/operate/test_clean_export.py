@@ -1,0 +1,185 @@
+"""Leftovers of a run folder, and its data sets as a folder for the hub."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from ray_pipeline.cli import app
+from ray_pipeline.graph.heartbeat import Heartbeat, RunBusy
+from ray_pipeline.graph.results import read_run
+from ray_pipeline.operate import regate as gating
+from ray_pipeline.operate.clean import clean, leftovers, size_text
+from ray_pipeline.operate.export import export, push
+from ray_pipeline.store.files import Folder, StoreError
+from tests.operate.planted_run import plant
+
+OLD = "0123456789abcdef"
+
+
+@pytest.fixture(scope="module")
+def gated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with data sets; tests that change it copy it."""
+    folder = plant(tmp_path_factory.mktemp("gated") / "run")
+    gating.write(gating.regate(read_run(str(folder)), ["gate.tau=2.4"]), lambda line: None, beat_seconds=0.05)
+    return folder
+
+
+@pytest.fixture
+def littered(tmp_path: Path) -> Path:
+    """A run with outputs of earlier settings, links that lead out, and folders that are nobody's business."""
+    folder = plant(tmp_path / "run")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious").write_text("keep me")
+    for name in (f"gate-{OLD}", f"judge-{OLD}"):
+        (folder / name / "_receipts").mkdir(parents=True)
+        (folder / name / "shard-00000.parquet").write_bytes(b"x" * 1000)
+    (folder / f"judge-{OLD}" / "way-out").symlink_to(outside)
+    (folder / f"critic-{OLD}").symlink_to(outside)
+    (folder / f"train-{OLD}").mkdir()
+    (folder / "policy").symlink_to(f"train-{OLD}")
+    for name in ("calls", "logs", "my notes", f"-{OLD}", "gate-new"):
+        (folder / name).mkdir()
+    (folder / f".manifest.json.{'a' * 32}.tmp").write_bytes(b"y" * 10)
+    (folder / ".hidden.tmp").write_text("somebody's")
+    return folder
+
+
+def test_what_the_manifest_does_not_name_is_left_over(littered: Path) -> None:
+    found = leftovers(read_run(str(littered)))
+    assert [(left.name, left.is_folder) for left in found] == [
+        (f".manifest.json.{'a' * 32}.tmp", False), (f"gate-{OLD}", True), (f"judge-{OLD}", True),
+    ]  # fmt: skip
+    assert 1000 <= found[1].size < 1100
+
+
+def test_clean_shows_first_and_deletes_nothing_else(littered: Path) -> None:
+    everything = sorted(p for p in littered.rglob("*"))
+    shown = CliRunner().invoke(app, ["clean", str(littered)])
+    assert shown.exit_code == 0 and f"gate-{OLD}" in shown.output and "--yes deletes them" in shown.output
+    assert sorted(littered.rglob("*")) == everything
+
+    done = CliRunner().invoke(app, ["clean", str(littered), "--yes"])
+    assert done.exit_code == 0 and "3 leftovers" in done.output
+    gone = set(everything) - set(littered.rglob("*"))
+    assert {p.relative_to(littered).parts[0] for p in gone} == {
+        f"gate-{OLD}", f"judge-{OLD}", f".manifest.json.{'a' * 32}.tmp",
+    }  # fmt: skip
+    assert (littered.parent / "outside" / "precious").read_text() == "keep me"
+    assert os.path.islink(littered / f"critic-{OLD}") and (littered / f"train-{OLD}").is_dir()
+    assert leftovers(read_run(str(littered))) == []
+
+
+def test_a_run_at_work_or_without_a_manifest_is_not_cleaned(littered: Path) -> None:
+    with Heartbeat(Folder(str(littered)), beat_seconds=0.1), pytest.raises(RunBusy):
+        clean(read_run(str(littered)), lambda line: None, beat_seconds=0.1)
+    (littered / "manifest.json").write_text("{")
+    assert CliRunner().invoke(app, ["clean", str(littered), "--yes"]).exit_code == 2
+    assert (littered / f"gate-{OLD}").is_dir()
+
+
+def test_what_a_regate_leaves_behind_can_be_cleaned(gated: Path) -> None:
+    old = [left.name for left in leftovers(read_run(str(gated)))]
+    assert len(old) == 1 and old[0].startswith("gate-")  # the gate of before; its data sets were never made
+
+
+def test_sizes() -> None:
+    assert [size_text(n) for n in (0, 999, 1000, 2_500_000)] == ["0 B", "999 B", "1.0 kB", "2.5 MB"]
+
+
+# --- export -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_export_opens_with_datasets(gated: Path, tmp_path: Path) -> None:
+    from datasets import load_dataset
+
+    out = tmp_path / "out"
+    done = CliRunner().invoke(app, ["export", str(gated), "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    rows = json.loads((out / "quorum.json").read_text())["rows"]
+    for kind in ("kto", "dpo"):
+        found = load_dataset(str(out), kind, cache_dir=str(tmp_path / "cache"))
+        assert {"train": found["train"].num_rows, "val": found["validation"].num_rows} == rows[kind]
+        assert rows[kind]["train"] > 0 and rows[kind]["val"] > 0
+    card = (out / "README.md").read_text()
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert [c["config_name"] for c in front["configs"]] == ["kto", "dpo"] and front["license"] == "other"
+    assert "## Quorum KTO data" in card and 'load_dataset("OWNER/NAME", "dpo")' in card and "| tau | 2.4 |" in card
+    for file in (p for p in out.rglob("*") if p.suffix in (".md", ".json")):
+        assert str(gated) not in file.read_text()
+
+
+def test_an_export_of_one_kind_replaces_an_earlier_one(gated: Path, tmp_path: Path) -> None:
+    run, out = read_run(str(gated)), tmp_path / "out"
+    export(run, out, ["dpo"])
+    stale = out / "dpo" / "train" / "part-00099.parquet"
+    stale.write_bytes(b"old")
+    written = export(run, out, ["dpo"])
+    assert not stale.exists() and not (out / "kto").exists() and all(path.is_file() for path in written)
+
+
+def test_what_cannot_be_exported(gated: Path, tmp_path: Path) -> None:
+    run = read_run(str(gated))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("")
+    for arguments, message in (
+        ((tmp_path / "full",), "no earlier export"),
+        ((tmp_path / "out", ["sft"]), "has no sft data set; it has kto, dpo"),
+        ((tmp_path / "out", (), "datasets-raw-s0"), "datasets-raw-s0 is not done; data sets that are: datasets"),
+    ):
+        with pytest.raises(StoreError, match=message):
+            export(run, *arguments)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_torn_file_is_named_and_not_exported(gated: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(gated, copy, symlinks=True)
+    part = next((copy / "datasets" / "dpo" / "train").resolve().glob("*.parquet"))
+    part.write_bytes(part.read_bytes()[:-20])
+    shown = CliRunner().invoke(app, ["export", str(copy), "--out", str(tmp_path / "out"), "--kind", "dpo"])
+    assert shown.exit_code == 2
+
+
+def test_push_takes_the_token_from_the_environment_and_says_it_nowhere(
+    gated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, Any]] = []
+
+    class Hub:
+        def __init__(self, token: str) -> None:
+            calls.append(("token", token))
+
+        def create_repo(self, repo: str, **given: Any) -> None:
+            calls.append(("create", (repo, given["repo_type"], given["private"])))
+
+        def upload_folder(self, **given: Any) -> None:
+            calls.append(("upload", (given["repo_id"], given["repo_type"], given["folder_path"])))
+            if given["repo_id"] == "me/broken":
+                raise OSError("no way with secret-token\nand a second line")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    out = tmp_path / "out"
+    export(read_run(str(gated)), out, ["dpo"])
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with pytest.raises(StoreError, match="HF_TOKEN"):
+        push(out, "me/data")
+    monkeypatch.setenv("HF_TOKEN", "secret-token")
+    assert push(out, "me/data") == "https://huggingface.co/datasets/me/data"
+    assert calls == [("token", "secret-token"), ("create", ("me/data", "dataset", True)),
+                     ("upload", ("me/data", "dataset", str(out)))]  # fmt: skip
+    with pytest.raises(StoreError, match="the hub did not take me/broken: no way with …; the folder") as refused:
+        push(out, "me/broken")
+    assert "secret" not in str(refused.value)
+    with pytest.raises(StoreError, match="OWNER/NAME"):
+        push(out, "../data")
+    assert all("secret-token" not in p.read_text(errors="replace") for p in out.rglob("*") if p.is_file())

@@ -1,0 +1,202 @@
+"""What a run would cost, against counts by hand; limits; what a probe's receipts say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from ray_pipeline.cli import app
+from ray_pipeline.config import ConfigError, read_config
+from ray_pipeline.graph.results import read_run
+from ray_pipeline.graph.spending import Budget, Spending
+from ray_pipeline.graph.stage import StageStop
+from ray_pipeline.operate.plan import StagePlan, plan, plan_lines
+from ray_pipeline.operate.prices import Rates, budget_of, given_price, read_rates
+from ray_pipeline.operate.probe import measured
+from ray_pipeline.stages.prompts import load_prompts
+from ray_pipeline.store.files import Folder
+from tests.operate.planted_run import plant
+
+SAID = {"source": "a bench of ours", "date": "2026-11-01"}
+
+
+def pocket(*overrides: str) -> Any:
+    values = yaml.safe_load(Path("configs/pocket.yaml").read_text())
+    return read_config("dmapo", values, ["prompts.sources.0.count=60", *overrides])
+
+
+def letters(key: str, model: Any) -> Any:
+    """A tokenizer that counts characters."""
+    return lambda messages: sum(len(m["content"]) for m in messages)
+
+
+def rates(**changes: Any) -> Rates:
+    model = {"prompt_tokens_per_s": 1000, "completion_tokens_per_s": 100, "spread": 0.5, **SAID}
+    given = {"models": {"policy": model, "judge": model}, "reply_tokens": {"candidates": 20, "judge": 10, "critic": 5}}
+    return Rates.model_validate({**given, **changes})
+
+
+def by_name(stages: list[StagePlan]) -> dict[str, StagePlan]:
+    return {stage.stage: stage for stage in stages}
+
+
+def test_calls_and_tokens_are_those_of_the_real_prompts() -> None:
+    config = pocket()
+    table = load_prompts(config.prompts).table
+    n, held = table.num_rows, table["split"].to_pylist().count("val")
+    found = by_name(plan(config, rates(), letters).stages)
+    assert {name: s.calls for name, s in found.items()} == {
+        "candidates": 4 * n, "judge": 12 * n, "critic": 4 * n, "responses-base": 2 * held,
+        "responses-policy": 2 * held, "comparisons": 2 * held, "score-responses": 3 * 4 * held,
+    }  # fmt: skip
+    asked = sum(len(m[-1]["content"]) for m in table["messages"].to_pylist())
+    assert found["candidates"].prompt_tokens == pytest.approx(4 * asked)
+    assert found["candidates"].completion_tokens == 4 * n * 20 and not found["candidates"].bound
+    assert found["judge"].completion_tokens == 12 * n * 10
+    # A judge reads the instruction, the answer, and the words around them.
+    assert found["judge"].prompt_tokens > 12 * asked / 4 + 12 * n * 20
+    assert found["responses-base"].completion_tokens == 2 * held * 20  # as long as candidates are
+
+
+def test_without_reply_tokens_a_plan_is_an_upper_bound_and_says_so() -> None:
+    found = plan(pocket(), rates(reply_tokens={}), letters)
+    assert all(stage.bound for stage in found.stages)
+    assert by_name(found.stages)["candidates"].completion_tokens == by_name(found.stages)["candidates"].calls * 48
+    assert any("upper bound" in note for note in found.notes) and "≤" in "\n".join(plan_lines(found))
+
+
+def test_time_and_money_come_from_the_rates_and_name_them() -> None:
+    config = pocket("models.judge.placement.max_actors=4")
+    given = rates(device_hour={"price": 3.6, **SAID})
+    found = plan(config, given, letters)
+    judge = by_name(found.stages)["judge"]
+    seconds = judge.prompt_tokens / 1000 + judge.completion_tokens / 100
+    assert judge.device_seconds == pytest.approx(seconds) and judge.wall_seconds == pytest.approx(seconds / 4)
+    assert (judge.low, judge.high) == (pytest.approx(seconds / 1.5), pytest.approx(seconds / 0.5))
+    assert judge.money == pytest.approx(seconds * 0.001)
+    total = sum(s.money or 0 for s in found.stages)
+    lines = plan_lines(found)
+    assert f"{total:.2f}" in next(line for line in lines if line.startswith("all"))
+    assert "assumed: a device hour: 3.6 USD; a bench of ours, 2026-11-01" in lines
+    assert any("training is not planned" in note for note in found.notes)
+
+
+def test_training_is_planned_where_it_can_be() -> None:
+    found = plan(pocket(), rates(train={"tokens_per_s": 50, **SAID}, kept_share=0.5), letters)
+    drawn, train = by_name(found.stages)["candidates"], by_name(found.stages)["train"]
+    tokens = (drawn.prompt_tokens + drawn.completion_tokens) * 0.5 * 2
+    assert train.device_seconds == pytest.approx(tokens / 50) and train.devices == 2
+
+
+def test_without_rates_there_is_no_time_and_no_money() -> None:
+    found = plan(pocket(), Rates(), letters)
+    assert found.total("device_seconds") is None and found.total("money") is None and found.assumed == []
+    assert any(note.startswith("no rates for judge, policy") for note in found.notes)
+
+
+def test_an_endpoint_has_prices_and_a_pace() -> None:
+    endpoint = {
+        "base_url": "https://example.org/v1",
+        "requests_per_minute": 60,
+        "prices": {"input": 1.0, "output": 10.0, "currency": "EUR", "source": "price list, 2026-11-01"},
+    }
+    values = yaml.safe_load(Path("configs/pocket.yaml").read_text())
+    values["models"]["judge"] = {"engine": "openai", "model": "big", "endpoint": endpoint}
+    config = read_config("dmapo", values, ["prompts.sources.0.count=60"])
+    found = plan(config, rates(models={}), letters)
+    judge = by_name(found.stages)["judge"]
+    assert judge.money == pytest.approx((int(judge.prompt_tokens) + 10 * int(judge.completion_tokens)) / 1e6)
+    assert judge.wall_seconds == judge.calls and found.currency == "EUR"
+    assert any("price list, 2026-11-01" in line for line in found.assumed)
+    budget = budget_of(config, 5.0, None)
+    assert (budget.max_cost, budget.currency, budget.workers) == (5.0, "EUR", {"train": 2})
+
+
+def test_rates_without_a_source_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "rates.yaml"
+    file.write_text("device_hour: {price: 2}")
+    with pytest.raises(ConfigError, match=r"rates\.yaml: device_hour\.source.*source and a date"):
+        read_rates(str(file))
+    file.write_text("device_hour: {price: 2, source: contract, date: 2026-01-02, prise: 1}")
+    with pytest.raises(ConfigError, match="prise"):
+        read_rates(str(file))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_rates(str(tmp_path / "none.yaml"))
+    with pytest.raises(ConfigError, match=r"models\.jugde is no key"):
+        plan(pocket(), Rates.model_validate({"models": {"jugde": rates().models["judge"].model_dump()}}), letters)
+    assert given_price(2, "USD").source == "given by the user"
+
+
+def test_the_command_counts_with_the_real_tokenizer_and_keeps_the_plan(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = ["plan", "dmapo", "-c", "configs/pocket.yaml", "--run-dir", str(run), "prompts.sources.0.count=40"]
+    done = CliRunner().invoke(app, [*arguments, "--device-hour", "2"])
+    assert done.exit_code == 0 and "given by the user" in done.output, done.output
+    stages = json.loads((run / "plan.json").read_text())["stages"]
+    assert stages[0]["stage"] == "candidates" and stages[0]["calls"] == 160 and stages[0]["prompt_tokens"] > 500
+    assert CliRunner().invoke(app, ["plan", "winrate"]).exit_code == 2
+
+
+# --- limits -----------------------------------------------------------------------------------------------------------
+
+
+def session(name: str, device_seconds: float, cost: float = 0.0, seconds: float = 0.0) -> dict[str, Any]:
+    return {"name": name, "device_seconds": device_seconds, "cost": cost, "seconds": seconds}
+
+
+def test_a_limit_holds_over_sessions(tmp_path: Path) -> None:
+    folder, budget = Folder(str(tmp_path)), Budget(max_cost=3.0, device_hour=2.0, workers={"train": 4})
+    first = Spending(folder, budget)
+    assert first.look([session("judge", 1800, cost=0.5)]) is None  # 1 + 0.5
+    assert first.look([session("judge", 2700, cost=0.5)], write=True) is None  # 1.5 + 0.5
+    second = Spending(folder, budget)
+    assert second.money == pytest.approx(2.0) and second.over() is None
+    assert second.look([session("critic", 900)]) is None  # 2.5
+    reason = second.look([session("critic", 900), session("train", 0, seconds=225)], write=True)  # 4 workers: 3.0
+    assert reason is not None and "cost 3 USD (1.25 device hours), and --max-cost is 3" in reason
+    assert Spending(folder, Budget(3.5, 2.0)).over() is None and Spending(folder, budget).over() is not None
+    (tmp_path / "spent.json").write_text("[")
+    assert Spending(folder, budget).money == 0
+
+
+def test_a_limit_needs_a_price() -> None:
+    with pytest.raises(ConfigError, match="--max-cost needs a price"):
+        budget_of(pocket(), 5.0, None)
+    with pytest.raises(ConfigError, match="negative"):
+        budget_of(pocket(), -1.0, 1.0)
+    assert budget_of(pocket(), None, None).max_cost is None
+
+
+# --- probes -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_receipts_say_becomes_rates(tmp_path: Path) -> None:
+    folder = plant(tmp_path / "run")
+    run = read_run(str(folder))
+    receipts = Path(run.results["judge"].folder) / "_receipts"
+    for shard, (calls, tokens, busy, start) in enumerate(
+        [(10, 50, 1.0, 0.0), (30, 70, 9.0, 5.0), (0, 0, 0, 0), (10, 30, 3, 0)]
+    ):
+        file = receipts / f"shard-{shard:05d}.json"
+        usage = {"calls_engine": calls, "completion_tokens": tokens, "device_seconds": busy, "start_seconds": start}
+        file.write_text(json.dumps({**json.loads(file.read_text()), "usage": usage}))
+    results = {"judge": run.results["judge"], "gate": run.results["gate"]}
+    found = measured(results, Rates(), "a probe")
+    took = found.stages["judge"]
+    assert took.seconds_per_call == pytest.approx(8 / 50) and took.low < 8 / 50 < took.high
+    assert found.reply_tokens == {"judge": 3.0}
+    counts = run.results["gate"].facts["counts"]
+    assert found.kept_share == (counts["desirable"] + counts["undesirable"]) / 160
+    planned = by_name(plan(pocket(), found, letters).stages)
+    for name in ("judge", "comparisons", "score-responses"):
+        assert planned[name].device_seconds == pytest.approx(planned[name].calls * 8 / 50)
+    assert planned["candidates"].device_seconds is None
+    for file in receipts.glob("*.json"):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "usage": {}}))
+    with pytest.raises(StageStop, match="in the call log already"):
+        measured(results, Rates(), "a probe")
