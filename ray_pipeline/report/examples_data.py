@@ -27,9 +27,9 @@ from ray_pipeline.store.schemas import LABELS
 #: Candidates that are not kept and are shown nevertheless: so many of the smallest seeded hash.
 OTHERS = 2_500
 #: Bytes of base64 that all texts together may have; with plots and tables the page stays under 15 MB.
-BUDGET = 12_000_000
+BUDGET = 13_500_000
 #: Characters at which a text is cut: the first limit whose pages fit the budget.
-LIMITS = (20_000, 8_000, 4_000, 2_500, 1_600, 1_000, 600, 300, 150)
+LIMITS = (20_000, 8_000, 4_000, 2_500, 2_000, 1_600, 1_300, 1_000, 800, 600, 400, 200, 100)
 #: Characters of a prompt in the list.
 SNIPPET = 90
 _ROWS_PER_CHUNK = 400
