@@ -218,6 +218,9 @@ def _rates(side: Side) -> Iterator[tuple[str, Interval]]:
             yield f"{_method(method)}: wins", _percent({**bounds, "mean": method["win_rate"]["mean"]})
         for mode, share in method["accuracy"].items():
             yield f"{_method(method)}: right, {mode}", _percent({"mean": share["mean"] if share else None})
+    for score in side.metrics.get("scores") or ():
+        name = f"{score['model']}: {score['name']}, {score['metric']} ({score['unit']})"
+        yield name, Interval(score["value"], score["low"], score["high"])
     for run in side.metrics.get("runs") or ():
         rate = run["win_rate"]
         yield run["run"], Interval(rate["value"], rate["low"], rate["high"])

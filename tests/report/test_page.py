@@ -16,6 +16,7 @@ import pytest
 from ray_pipeline.evaluation.agreement import pairwise_kappas
 from ray_pipeline.evaluation.kappa_intervals import kappa_intervals
 from ray_pipeline.report import ReportData, charts, examples_data
+from ray_pipeline.report.benchmarks_page import benchmarks_page
 from ray_pipeline.report.charts import Bins
 from ray_pipeline.report.distributions import length_histogram, score_histogram
 from ray_pipeline.report.examples_data import Examples, collect_examples
@@ -221,6 +222,29 @@ def test_charts_without_numbers_are_none() -> None:
     assert charts.lines("t", [], "x") is None and charts.dots("t", [], (0, 1)) is None
     drawn = charts.histogram("<b>", [Bins("a", "blue", [0, 1, 2], [3, 1])], "<x>")
     assert drawn is not None and "<b>" not in drawn.svg and "&lt;x&gt;" in drawn.svg
+
+
+SCORES = [
+    {
+        "model": model, "benchmark": "mt_bench", "metric": "turn 1", "name": "MT-Bench-style, judge <b>x</b>",
+        "value": value, "low": 6.0, "high": 8.0, "unit": "1–10", "rows": 80, "unread": 2, "worst": 5.9, "best": 8.1,
+        "protocol": "ab12", "note": "",
+    }
+    for model, value in (("base", 7.0), ("policy", None))
+]  # fmt: skip
+
+
+def test_benchmarks_have_a_page_and_a_section() -> None:
+    document = {
+        "name": "bench", "models": ["base", "policy"], "scores": SCORES, "warnings": ["Careful."], "facts": {"seed": 0},
+        "readings": [{"model": "base", "benchmark": "mt_bench", "statuses": {"ok": 78, "unparsed": 2}}],
+        "protocols": {"ab12": {"judge": "x", "reference": None}}, "mt_bench_categories": [], "ifeval_types": [],
+    }  # fmt: skip
+    html = benchmarks_page(document)
+    assert "<b>" not in html and "judge &lt;b&gt;x&lt;/b&gt;" in html and "ok 78, unparsed 2" in html
+    assert "6.00 to 8.00" in html and "5.90 to 8.10" in html and html.count("<figure>") == 1
+    assert '<section id="benchmarks"' in page(whole_run(benchmarks=SCORES))
+    assert '<section id="benchmarks"' not in page(whole_run())
 
 
 def test_judges_are_in_the_page_in_the_order_of_their_names() -> None:
