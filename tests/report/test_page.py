@@ -111,7 +111,7 @@ def test_no_text_of_a_model_becomes_markup() -> None:
 def test_texts_arrive_whole_or_cut_with_a_note() -> None:
     data = nasty_run()
     examples = collect_examples(data)
-    assert examples is not None and examples.rows == 160 and "Texts are cut at 20,000 characters" in examples.told
+    assert examples is not None and examples.rows == 160 and "answers are cut at 20,000 characters" in examples.told
     answers = [answer for _, answer in rows_of(examples)]
     shown = {0: NASTY[0], 1: NASTY[1], 2: NASTY[2], 3: "\\x1b[31mred\\x1b[0m", 4: "\\u202eright to left\\u202c"}
     for place, text in shown.items():
@@ -151,10 +151,10 @@ def test_kept_rows_are_all_there_and_others_a_seeded_sample() -> None:
 def test_a_small_budget_cuts_texts_first_and_rows_last() -> None:
     data = whole_run(100, candidates=_long(whole_run(100).candidates))
     whole = collect_examples(data)
-    assert whole is not None and "cut" not in whole.told and whole.rows == 400
+    assert whole is not None and "are cut" not in whole.told and whole.rows == 400
     size = sum(map(len, whole.chunks))
     cut = collect_examples(data, budget=size // 3)
-    assert cut is not None and cut.rows == 400 and "Texts are cut at" in cut.told
+    assert cut is not None and cut.rows == 400 and "answers are cut at" in cut.told
     assert sum(map(len, cut.chunks)) <= size // 3
     fewer = collect_examples(data, budget=8_000)
     assert fewer is not None and 0 < fewer.rows < 400 and "would make this page too large" in fewer.told
