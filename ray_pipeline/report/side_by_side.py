@@ -98,7 +98,7 @@ def compare_page(a: Side, b: Side) -> str:
             title=f"{names[0]} and {names[1]}",
             subtitle=f"Quorum, two runs of {a.workflow} side by side: {a.folder} and {b.folder}",
             headline=(
-                f"{changed} keys of the configuration differ; {same} of {len(stages)} stages are the same. "
+                f"Keys of the configuration that differ: {changed}; {same} of {len(stages)} stages are the same. "
                 "Differences are the second run less the first."
             ),
             sections=[
