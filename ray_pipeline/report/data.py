@@ -69,6 +69,7 @@ class ReportData:
     curating_models    judge of the data → model identity
     evaluating_models  judge of the comparisons → model identity
     stage_use          one StageUse per stage that ran
+    benchmarks         scores of public benchmarks, as in `scores` of benchmarks.json
     config             the configuration as resolved, shown as it is
     planned            the stages of `quorum plan` beside what they took
     """
@@ -93,6 +94,7 @@ class ReportData:
     curating_models: Mapping[str, str] = field(default_factory=dict)
     evaluating_models: Mapping[str, str] = field(default_factory=dict)
     stage_use: Sequence[StageUse] | None = None
+    benchmarks: Sequence[Mapping[str, Any]] = ()
     config: Mapping[str, Any] | None = None
     planned: Sequence[PlannedUse] = ()
     desirable_from: float = 7.0

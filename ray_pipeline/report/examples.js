@@ -167,7 +167,8 @@
     if (texts.status === null && texts.flawed === null) return "No critique.";
     const verdict = texts.flawed === null ? `not read (${texts.status})` : texts.flawed ? "flawed" : "sound";
     const failure = about.failures[index.failure[row]];
-    return [verdict, failure, texts.reason].filter(Boolean).join(": ");
+    const kind = failure === "none" ? "" : failure;
+    return [verdict, kind, texts.reason].filter(Boolean).join(": ");
   };
   const detail = (row, texts) => {
     const made = [make("h3", "Prompt"), block(texts.prompt), make("h3", "Answer"), block(texts.answer ?? "(no answer)")];

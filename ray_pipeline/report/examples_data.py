@@ -26,10 +26,12 @@ from ray_pipeline.store.schemas import LABELS
 
 #: Candidates that are not kept and are shown nevertheless: so many of the smallest seeded hash.
 OTHERS = 2_500
-#: Bytes of base64 that all texts together may have; with plots and tables the page stays under 15 MB.
-BUDGET = 12_000_000
-#: Characters at which a text is cut: the first limit whose pages fit the budget.
-LIMITS = (20_000, 8_000, 4_000, 2_500, 1_600, 1_000, 600, 300, 150)
+#: Bytes of base64 that index and texts together may have; with plots and tables the page stays under 15 MB.
+BUDGET = 14_400_000
+#: Characters at which prompts and answers are cut: the first limit with which everything fits the budget.
+LIMITS = (20_000, 8_000, 4_000, 2_500, 2_000, 1_600, 1_300, 1_000, 800, 700, 600, 500, 400, 300, 200, 100)
+#: What is said of an answer is cut at a fifth of that, and not before so many characters.
+_SAID = 80
 #: Characters of a prompt in the list.
 SNIPPET = 90
 _ROWS_PER_CHUNK = 400
@@ -53,9 +55,9 @@ def collect_examples(data: ReportData, *, others: int = OTHERS, budget: int = BU
         return None
     rows = _chosen(data, others)
     texts = _texts(data, rows)
-    limit, rows, packed = _fit(rows, texts, budget)
     judges = sorted(data.verdicts.column("judge").unique().to_pylist()) if data.verdicts is not None else []
     failures = sorted({row["failure"] for row in rows if row["failure"] is not None})
+    limit, rows, index, packed = _fit(rows, texts, budget, lambda rows: _packed(_index(rows, judges, failures)))
     return Examples(
         about={
             "judges": [visible(judge) for judge in judges],
@@ -64,7 +66,7 @@ def collect_examples(data: ReportData, *, others: int = OTHERS, budget: int = BU
             "chunk_rows": _ROWS_PER_CHUNK,
             "rows": len(rows),
         },
-        index=_packed(_index(rows, judges, failures)),
+        index=index,
         chunks=packed,
         told=_told(data, rows, limit, texts.longest),
         rows=len(rows),
@@ -153,24 +155,29 @@ def _texts(data: ReportData, rows: list[dict[str, Any]]) -> _Texts:
 
 
 def _fit(
-    rows: list[dict[str, Any]], texts: _Texts, budget: int
-) -> tuple[int | None, list[dict[str, Any]], list[Markup]]:
+    rows: list[dict[str, Any]],
+    texts: _Texts,
+    budget: int,
+    index_of: Callable[[list[dict[str, Any]]], Markup],
+) -> tuple[int | None, list[dict[str, Any]], Markup, list[Markup]]:
     """The largest limit whose packed texts fit, judged on every eighth chunk first; then, if none does, fewer rows.
 
-    Returns (limit, or None where nothing was cut; rows; chunks).
+    Returns (limit, or None where nothing was cut; rows; index; chunks).
     """
     while True:
+        index = index_of(rows)
+        left = budget - len(index)
+        starts = range(0, len(rows), _ROWS_PER_CHUNK)
         for limit in LIMITS:
-            if limit < LIMITS[0] and limit > texts.longest:
+            if LIMITS[0] > limit > 5 * texts.longest:
                 continue
-            starts = range(0, len(rows), _ROWS_PER_CHUNK)
             if len(starts) > 16:
                 some = [_chunk(rows, texts, start, limit) for start in starts[::8]]
-                if sum(map(len, some)) * len(starts) / len(some) > budget * 1.02:
+                if sum(map(len, some)) * len(starts) / len(some) > left * 1.02:
                     continue
             packed = [_chunk(rows, texts, start, limit) for start in starts]
-            if sum(map(len, packed)) <= budget:
-                return (limit if texts.longest > limit else None), rows, packed
+            if sum(map(len, packed)) <= left:
+                return (limit if texts.longest > limit or limit < LIMITS[0] else None), rows, index, packed
         # Millions of kept rows: those of the smallest hash stay.
         half = sorted(rows, key=lambda row: unit_hash("report rows", 0, row["candidate_id"]))[: len(rows) // 2]
         chosen = {row["candidate_id"] for row in half}
@@ -183,7 +190,8 @@ def _chunk(rows: Sequence[dict[str, Any]], texts: _Texts, start: int, limit: int
     listed = []
     for row in rows[start : start + _ROWS_PER_CHUNK]:
         place = prompts.setdefault(row["prompt_id"], len(prompts))
-        listed.append([place, *_cut(texts.of(row), limit)])
+        answer, *said = texts.of(row)
+        listed.append([place, _cut(answer, limit), *_cut(said, max(_SAID, limit // 5))])
     return _packed({"p": [_cut(texts.prompts.get(name, "(not given)"), limit) for name in prompts], "r": listed})
 
 
@@ -226,7 +234,10 @@ def _told(data: ReportData, rows: Sequence[Mapping[str, Any]], limit: int | None
     if here < kept:
         told += " More would make this page too large."
     if limit is not None:
-        told += f" Texts are cut at {limit:,} characters (the longest has {longest:,}); the tables hold them whole."
+        told += (
+            f" Prompts and answers are cut at {limit:,} characters (the longest has {longest:,}), reasons at "
+            f"{max(_SAID, limit // 5):,}; the run's tables hold them whole."
+        )
     return told
 
 

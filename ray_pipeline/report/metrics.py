@@ -185,7 +185,8 @@ def _funnel(data: ReportData, gate: GateStats | None, judging: JudgingStats | No
     if data.prompt_counts is not None:
         steps.append(Step("prompts read", data.prompt_counts.get("read", 0)))
         for reason, rows in sorted(data.prompt_counts.get("dropped", {}).items()):
-            steps.append(Step("prompts dropped", rows, str(reason)))
+            if rows:
+                steps.append(Step("prompts dropped", rows, str(reason)))
         steps.append(Step("prompts kept", data.prompt_counts.get("kept", 0)))
     if data.candidates is not None:
         steps.append(Step("candidates", len(data.candidates)))

@@ -10,6 +10,7 @@ import yaml
 from ray_pipeline.evaluation.bootstrap import Interval
 from ray_pipeline.evaluation.gate_stats import GateStats
 from ray_pipeline.evaluation.judge_stats import JudgingStats
+from ray_pipeline.report.benchmarks_page import benchmark_blocks
 from ray_pipeline.report.charts import Bins, Chart, Dot, Series, bars, dots, histogram, lines, stacked
 from ray_pipeline.report.data import ReportData, StageUse
 from ray_pipeline.report.distributions import Histogram, length_histogram, score_histogram
@@ -62,6 +63,7 @@ def run_page(data: ReportData, metrics: RunMetrics, first_line: Headline, warnin
         _critic(metrics),
         _training(data, metrics),
         _evaluation(metrics.evaluation),
+        _benchmarks(data),
         _use(data.stage_use or ()),
         _examples(collect_examples(data)),
         _identity(data),
@@ -346,6 +348,10 @@ def _evaluation(evaluation: Evaluation | None) -> Section | None:
             Text("Perplexity says how likely the held-out answers are to a model, not which model is better.")
         )
     return Section("evaluation", "Policy against base", blocks)
+
+
+def _benchmarks(data: ReportData) -> Section | None:
+    return Section("benchmarks", "Benchmarks", benchmark_blocks(data.benchmarks)) if data.benchmarks else None
 
 
 def _win_table(evaluation: Evaluation) -> Table:

@@ -98,7 +98,7 @@ def compare_page(a: Side, b: Side) -> str:
             title=f"{names[0]} and {names[1]}",
             subtitle=f"Quorum, two runs of {a.workflow} side by side: {a.folder} and {b.folder}",
             headline=(
-                f"{changed} keys of the configuration differ; {same} of {len(stages)} stages are the same. "
+                f"Keys of the configuration that differ: {changed}; {same} of {len(stages)} stages are the same. "
                 "Differences are the second run less the first."
             ),
             sections=[
@@ -218,6 +218,9 @@ def _rates(side: Side) -> Iterator[tuple[str, Interval]]:
             yield f"{_method(method)}: wins", _percent({**bounds, "mean": method["win_rate"]["mean"]})
         for mode, share in method["accuracy"].items():
             yield f"{_method(method)}: right, {mode}", _percent({"mean": share["mean"] if share else None})
+    for score in side.metrics.get("scores") or ():
+        name = f"{score['model']}: {score['name']}, {score['metric']} ({score['unit']})"
+        yield name, Interval(score["value"], score["low"], score["high"])
     for run in side.metrics.get("runs") or ():
         rate = run["win_rate"]
         yield run["run"], Interval(rate["value"], rate["low"], rate["high"])

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ray_pipeline.report.side_by_side import Side
 
 #: Where the numbers of a workflow's report are; elsewhere in metrics.json.
-_NUMBERS = {"agreement": "agreement.json", "winrate": "winrate.json"}
+_NUMBERS = {"agreement": "agreement.json", "winrate": "winrate.json", "benchmarks": "benchmarks.json"}
 
 
 def side_of(run: Run) -> Side:

@@ -174,6 +174,7 @@ def report_data(
         curating_models=settings.curating,
         evaluating_models=settings.evaluating if "comparisons" in by_name else {},
         stage_use=[stage_use(result) for result in by_name.values()],
+        benchmarks=_benchmark_scores(by_name.get("benchmarks")),
         desirable_from=settings.gate.desirable_at,
         undesirable_to=settings.gate.undesirable_at,
         bootstrap_draws=settings.bootstrap_draws,
@@ -208,6 +209,14 @@ def with_truth(responses: pa.Table, prompts: pa.Table) -> pa.Table:
         for pid, text in zip(responses["prompt_id"].to_pylist(), responses["response"].to_pylist(), strict=True)
     ]
     return responses.append_column("correct", pa.array(correct, pa.bool_()))
+
+
+def _benchmark_scores(result: StageResult | None) -> list[dict[str, Any]]:
+    """Scores of public benchmarks that the run has; none where it ran none."""
+    if result is None or not Folder(result.folder).exists("benchmarks.json"):
+        return []
+    scores: list[dict[str, Any]] = Folder(result.folder).read_json("benchmarks.json")["scores"]
+    return scores
 
 
 def stored_config(run_folder: Path) -> dict[str, Any] | None:
