@@ -415,6 +415,8 @@ class _Report:
 
 def _devices() -> float:
     """GPUs that this actor holds; an engine without any counts as one device."""
+    if not ray.is_initialized():  # asking would start a cluster
+        return 1.0
     return float(ray.get_runtime_context().get_assigned_resources().get("GPU", 0)) or 1.0
 
 
