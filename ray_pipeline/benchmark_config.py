@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from ray_pipeline.agents.templates import TemplateError
 from ray_pipeline.config import (
     CallsBlock,
     ConfigError,
@@ -19,9 +18,9 @@ from ray_pipeline.config import (
     RunBlock,
     check_models,
     check_sampling,
-    resolve_model,
-    shown_model,
 )
+from ray_pipeline.config import _resolve_model as resolve_model
+from ray_pipeline.config import _shown as shown_model
 from ray_pipeline.evaluation.benchmark_files import BenchmarkFileError
 from ray_pipeline.evaluation.ifeval import CheckersMissing, load_checkers
 from ray_pipeline.graph.models import ModelSettings

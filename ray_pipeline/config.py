@@ -131,13 +131,13 @@ class DmapoConfig(Settings):
         """What the report says beside the tables."""
         judges = {r.name: self.models[r.model or self.judge.model].model for r in self.judge.rubrics}
         comparing = self.models[self.evaluate.judge].model
-        names = {key: shown_model(model.model) for key, model in self.models.items()}
+        names = {key: _shown(model.model) for key, model in self.models.items()}
         return ReportSettings(
             run_name=self.run.name,
             config_digest=digest(self.model_dump(mode="json", exclude={"run", "calls", "ray"}), size=8),
             models=names,
-            curating={name: shown_model(model) for name, model in judges.items()},
-            evaluating={self.evaluate.judge: shown_model(comparing)},
+            curating={name: _shown(model) for name, model in judges.items()},
+            evaluating={self.evaluate.judge: _shown(comparing)},
             gate=self.gate,
             bootstrap_draws=self.evaluate.bootstrap_draws,
             seed=self.evaluate.seed,
@@ -276,7 +276,7 @@ class BaselinesConfig(DmapoConfig):
     def page(self) -> TableSettings:
         shown = self.report()
         data = self.baselines.data
-        judge = shown_model(self.models[self.evaluate.judge].model)
+        judge = _shown(self.models[self.evaluate.judge].model)
         return TableSettings(
             run_name=self.run.name,
             policies=tuple(self.policies()),
@@ -284,7 +284,7 @@ class BaselinesConfig(DmapoConfig):
             over=next((name for name, variant in data.items() if not variant.gated), next(iter(data))),
             data={name: self.how(variant) for name, variant in data.items()},
             facts={
-                "base": shown_model(self.models[self.train.model].model),
+                "base": _shown(self.models[self.train.model].model),
                 "comparing judge": f"{self.evaluate.judge} ({judge}), both orders, mode {self.evaluate.modes[0].name}",
                 "rubric judges": ", ".join(f"{name} ({model})" for name, model in shown.curating.items()),
                 **self._published(),
@@ -434,12 +434,11 @@ def _resolve(values: Mapping[str, Any]) -> dict[str, Any]:
     resolved = dict(values)
     models = resolved.get("models")
     if isinstance(models, Mapping):
-        resolved["models"] = {key: resolve_model(model) for key, model in models.items()}
+        resolved["models"] = {key: _resolve_model(model) for key, model in models.items()}
     return resolved
 
 
-def resolve_model(model: Any) -> Any:
-    """A model block with the folder of a pocket model, and with paths that mean the same everywhere."""
+def _resolve_model(model: Any) -> Any:
     if not isinstance(model, Mapping) or not isinstance(model.get("model"), str):
         return model
     if model.get("engine") == "openai":  # its name is the endpoint's word, whatever lies in this folder
@@ -456,7 +455,7 @@ def resolve_model(model: Any) -> Any:
     return {**model, **{key: path for key, path in paths.items() if os.path.exists(path)}}
 
 
-def shown_model(model: str) -> str:
+def _shown(model: str) -> str:
     """A model's name for readers: hub names as they are, folders by their last part."""
     return os.path.basename(model.rstrip("/")) if os.path.isabs(model) else model
 
