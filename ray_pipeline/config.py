@@ -15,8 +15,12 @@ from ray_pipeline.agents.judges import Rubric
 from ray_pipeline.agents.templates import TemplateError, Templates, load_templates
 from ray_pipeline.engines.base import EngineStartError
 from ray_pipeline.engines.identity import ModelNotFound
+from ray_pipeline.evaluation.benchmark_files import BenchmarkFileError
 from ray_pipeline.graph.models import ModelSettings
 from ray_pipeline.pocket import model_path
+from ray_pipeline.stages.benchmark_questions import BenchmarksSettings
+from ray_pipeline.stages.benchmark_report import BenchmarksPage, MeasuredModel, judging_model
+from ray_pipeline.stages.benchmarks import benchmark_samplings, check_benchmarks
 from ray_pipeline.stages.candidates import CandidateSettings
 from ray_pipeline.stages.compare import EvaluateSettings
 from ray_pipeline.stages.critic import CriticSettings
@@ -84,6 +88,9 @@ class DmapoConfig(Settings):
     datasets: DatasetsConfig = DatasetsConfig()
     train: TrainSettings = TrainSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    benchmarks: BenchmarksSettings | None = Field(
+        None, description="public benchmarks as the last stage; default: none"
+    )
     failure: FailureSettings = FailureSettings()
     calls: CallsBlock = CallsBlock()
     ray: RayBlock = RayBlock()
@@ -97,6 +104,8 @@ class DmapoConfig(Settings):
             "evaluate.judge": self.evaluate.judge,
             **{f"judge.rubrics.{r.name}.model": r.model or self.judge.model for r in self.judge.rubrics},
         }
+        if self.benchmarks is not None:
+            wanted |= {f"benchmarks: the judge {key}": key for key in self.benchmarks.judges}
         for key, model in wanted.items():
             if model not in self.models:
                 raise ValueError(f"{key} is {model!r}, and models has no such key{_nearest(model, self.models)}")
@@ -109,7 +118,32 @@ class DmapoConfig(Settings):
                 "name a model of engine vllm"
             )
         self._check_training()
+        mt = self.benchmarks.mt_bench if self.benchmarks is not None else None
+        if mt is not None and "pairwise" in mt.modes and mt.against not in ("base", *self.policy_labels()):
+            raise ValueError(
+                f"benchmarks.mt_bench.against is {mt.against!r}; there are base, {', '.join(self.policy_labels())}"
+            )
         return self
+
+    def policy_labels(self) -> list[str]:
+        """What the policies of this run are called in tables."""
+        return ["policy"]
+
+    def benchmarks_page(self) -> BenchmarksPage:
+        """What the page of the public benchmarks says beside the tables."""
+        assert self.benchmarks is not None
+        base, curating = self.models[self.train.model], tuple(sorted(set(self.report().curating.values())))
+        shown = _shown(base.model)
+        judges = {key: self.models[key] for key in self.benchmarks.judges}
+        return BenchmarksPage(
+            run_name=self.run.name,
+            benchmarks=self.benchmarks,
+            models={
+                "base": MeasuredModel(shown=shown, identity="+".join(base.weights().values())),
+                **{label: MeasuredModel(shown=shown, curating=curating) for label in self.policy_labels()},
+            },
+            judges={key: judging_model(model, _shown(model.model)) for key, model in judges.items()},
+        )
 
     def _check_training(self) -> None:
         kind = METHODS[self.train.method].data
@@ -272,6 +306,9 @@ class BaselinesConfig(DmapoConfig):
             for seed in compared.seeds
             for method in compared.methods
         ]
+
+    def policy_labels(self) -> list[str]:
+        return [policy.label for policy in self.policies()]
 
     def page(self) -> TableSettings:
         shown = self.report()
@@ -514,6 +551,13 @@ def _check(config: DmapoConfig) -> None:
     config.templates()
     check_models(config.models)
     check_sampling(config.models, _samplings(config))
+    if config.benchmarks is not None:
+        try:
+            check_benchmarks(config.benchmarks)
+        except BenchmarkFileError as error:
+            raise ConfigError(f"benchmarks: {error}") from error
+        for given in benchmark_samplings(config.benchmarks, [config.train.model]):
+            check_sampling(config.models, given)
     for key, train in config.trained().items():
         try:
             validate_trainer_args(train.method, train.trainer_args)

@@ -75,5 +75,7 @@ def pocket_rows(source: str) -> list[dict[str, Any]]:
     """
     name = source.removeprefix(_PREFIX)
     if name not in _FILES:
-        raise ValueError(f"the pocket world has no questions {source!r}; it has {', '.join(_PREFIX + f for f in _FILES)}")
+        raise ValueError(
+            f"the pocket world has no questions {source!r}; it has {', '.join(_PREFIX + f for f in _FILES)}"
+        )
     return _FILES[name]()

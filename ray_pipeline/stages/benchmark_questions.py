@@ -85,8 +85,9 @@ class MtBenchSettings(Settings):
 
     def load(self) -> list[mt_bench.Question]:
         """Raises BenchmarkFileError."""
+        rows = source_rows(self.questions)
         references = source_rows(self.references) if self.references is not None else []
-        return mt_bench.questions_of(source_rows(self.questions), references, self.questions)
+        return mt_bench.questions_of(rows, references, self.questions)
 
     def judge_prompts(self) -> dict[str, BenchPrompt]:
         """Raises BenchmarkFileError or TemplateError."""
@@ -124,6 +125,8 @@ class AlpacaEvalSettings(Settings):
     def _difficulties(self) -> AlpacaEvalSettings:
         if self.difficulties is not None and self.gamed is None:
             raise ValueError("difficulties is read only together with gamed; name both or neither")
+        if self.prompt == OWN and self.labels != PreferencePrompt.model_fields["labels"].default:
+            raise ValueError("labels is read only with a prompt file; the project's own prompt brings its labels")
         return self
 
     def load(self) -> list[Instruction]:
