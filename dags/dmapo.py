@@ -1,7 +1,7 @@
 """DMAPO: three judges, a process critic and a confidence gate make the data; KTO aligns the policy with it.
 
 prompts → candidates → judges ─┐
-                    └→ critic ─┴→ gate → data sets → train → evaluate (→ public benchmarks)
+                    └→ critic ─┴→ gate → data sets → train (→ public benchmarks) → evaluate
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def dmapo(config: DmapoConfig, run_folder: str) -> Dag:
     if not config.evaluate.skip_generation:
         policy = train(config.train, base, config.datasets.max_length, data)
         made += [policy, *_both_answer(config, run_folder, asked, policy)]
+        made += _benchmarks(config, run_folder, policy)
     report = evaluate(config.evaluate, config.report(), base, config.datasets.max_length, made)
-    return Dag("dmapo", [*made, report, *_benchmarks(config, run_folder, made)])
+    return Dag("dmapo", [*made, report])
 
 
-def _benchmarks(config: DmapoConfig, run_folder: str, made: list[Stage]) -> list[Stage]:
+def _benchmarks(config: DmapoConfig, run_folder: str, policy: Stage) -> list[Stage]:
     """Base and policy on public benchmarks, where the configuration asks for them."""
-    policy = next((stage for stage in made if stage.name == "train"), None)
-    if config.benchmarks is None or policy is None:
+    if config.benchmarks is None:
         return []
     base = config.models[config.train.model]
     trained = base.trained(f"{stage_folder(run_folder, policy).location}/merged")

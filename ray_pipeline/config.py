@@ -172,6 +172,7 @@ class DmapoConfig(Settings):
             models=names,
             curating={name: _shown(model) for name, model in judges.items()},
             evaluating={self.evaluate.judge: _shown(comparing)},
+            candidate=_shown(self.models[self.train.model].model),
             gate=self.gate,
             bootstrap_draws=self.evaluate.bootstrap_draws,
             seed=self.evaluate.seed,

@@ -65,6 +65,7 @@ class ReportData:
     perplexity         model → Perplexity of held-out completions
     curating_models    judge of the data → model identity
     evaluating_models  judge of the comparisons → model identity
+    candidate_model    name of the model that is trained and compared
     stage_use          one StageUse per stage that ran
     """
 
@@ -87,6 +88,7 @@ class ReportData:
     perplexity: "Mapping[str, Perplexity] | None" = None
     curating_models: Mapping[str, str] = field(default_factory=dict)
     evaluating_models: Mapping[str, str] = field(default_factory=dict)
+    candidate_model: str = ""
     stage_use: Sequence[StageUse] | None = None
     desirable_from: float = 7.0
     undesirable_to: float = 4.0

@@ -38,6 +38,7 @@ class ReportSettings(Settings):
     models: dict[str, str] = Field(default_factory=dict)
     curating: dict[str, str] = Field(default_factory=dict)
     evaluating: dict[str, str] = Field(default_factory=dict)
+    candidate: str = ""
     gate: GateConfig = GateConfig()
     bootstrap_draws: int = 2000
     seed: int = 0
@@ -168,6 +169,7 @@ def report_data(
         perplexity=dict(measured) or None,
         curating_models=settings.curating,
         evaluating_models=settings.evaluating if "comparisons" in by_name else {},
+        candidate_model=settings.candidate,
         stage_use=[_use(result) for result in by_name.values()],
         desirable_from=settings.gate.desirable_at,
         undesirable_to=settings.gate.undesirable_at,
