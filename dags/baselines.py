@@ -15,6 +15,7 @@ import dataclasses
 from ray_pipeline.config import BaselinesConfig, DataVariant
 from ray_pipeline.graph.run import stage_folder
 from ray_pipeline.graph.stage import Dag, Stage
+from ray_pipeline.stages.benchmarks import Answering, benchmark_stages
 from ray_pipeline.stages.candidates import candidates
 from ray_pipeline.stages.columnar import dataset_files, dataset_rows, gate, prompts
 from ray_pipeline.stages.compare import comparisons, responses
@@ -45,12 +46,14 @@ def baselines(config: BaselinesConfig, run_folder: str) -> Dag:
     files = {(data, seed): _files(config, data, rows[data], seed) for data in rows for seed in compared.seeds}
     trained: list[Stage] = []
     policies: dict[str, Stage] = {}
+    measured = {"base": Answering(base)}
     for name in config.policies():
         settings = config.training(name.method, name.seed)
         length, data = config.datasets.max_length, files[name.data, name.seed]
         policy = train(settings, base, length, data, name=f"train-{name.label}", view="")
         weights = base.trained(f"{stage_folder(run_folder, policy).location}/merged")
         policies[name.label] = responses(name.label, config.evaluate, config.failure, weights, asked, policy)
+        measured[name.label] = Answering(weights, policy)
         trained.append(policy)
 
     before = responses("base", config.evaluate, config.failure, base, asked)
@@ -60,7 +63,11 @@ def baselines(config: BaselinesConfig, run_folder: str) -> Dag:
     )
     scores = judges(config.judge, config.failure, models, texts.judge, asked, answers, "score-responses", "evaluate")
     table = method_table(config.page(), [asked, *rows.values(), *trained, *answers.values(), pairs, *scores])
-    return Dag("baselines", [table])
+    last = [table]
+    if config.benchmarks is not None:
+        page = config.benchmarks_page()
+        last += benchmark_stages(config.benchmarks, page, config.failure, models, measured, view="benchmarks")
+    return Dag("baselines", last)
 
 
 def _judged(config: BaselinesConfig, asked: Stage) -> _Judged | None:

@@ -1,7 +1,7 @@
 """DMAPO: three judges, a process critic and a confidence gate make the data; KTO aligns the policy with it.
 
 prompts → candidates → judges ─┐
-                    └→ critic ─┴→ gate → data sets → train → evaluate
+                    └→ critic ─┴→ gate → data sets → train (→ public benchmarks) → evaluate
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from ray_pipeline.config import DmapoConfig
 from ray_pipeline.graph.run import stage_folder
 from ray_pipeline.graph.stage import Dag, Stage
+from ray_pipeline.stages.benchmarks import Answering, benchmark_stages
 from ray_pipeline.stages.candidates import candidates
 from ray_pipeline.stages.columnar import datasets, gate, prompts
 from ray_pipeline.stages.compare import comparisons, responses
@@ -34,8 +35,21 @@ def dmapo(config: DmapoConfig, run_folder: str) -> Dag:
     if not config.evaluate.skip_generation:
         policy = train(config.train, base, config.datasets.max_length, data)
         made += [policy, *_both_answer(config, run_folder, asked, policy)]
+        made += _benchmarks(config, run_folder, policy)
     report = evaluate(config.evaluate, config.report(), base, config.datasets.max_length, made)
     return Dag("dmapo", [*made, report])
+
+
+def _benchmarks(config: DmapoConfig, run_folder: str, policy: Stage) -> list[Stage]:
+    """Base and policy on public benchmarks, where the configuration asks for them."""
+    if config.benchmarks is None:
+        return []
+    base = config.models[config.train.model]
+    trained = base.trained(f"{stage_folder(run_folder, policy).location}/merged")
+    measured = {"base": Answering(base), "policy": Answering(trained, policy)}
+    return benchmark_stages(
+        config.benchmarks, config.benchmarks_page(), config.failure, config.models, measured, view="benchmarks"
+    )
 
 
 def _both_answer(config: DmapoConfig, run_folder: str, asked: Stage, policy: Stage) -> list[Stage]:

@@ -18,14 +18,14 @@ from ray_pipeline.config import (
     RunBlock,
     check_models,
     check_sampling,
-    resolve_model,
-    shown_model,
 )
+from ray_pipeline.config import _resolve_model as resolve_model
+from ray_pipeline.config import _shown as shown_model
 from ray_pipeline.evaluation.benchmark_files import BenchmarkFileError
-from ray_pipeline.evaluation.ifeval import CheckersMissing, load_checkers
 from ray_pipeline.graph.models import ModelSettings
-from ray_pipeline.stages.benchmark_questions import BenchmarksSettings, question_rows
+from ray_pipeline.stages.benchmark_questions import BenchmarksSettings
 from ray_pipeline.stages.benchmark_report import BenchmarksPage, MeasuredModel, judging_model
+from ray_pipeline.stages.benchmarks import benchmark_samplings, check_benchmarks
 from ray_pipeline.stages.judge import FailureSettings
 from ray_pipeline.store.files import normalise_location
 from ray_pipeline.store.keys import check_num_shards
@@ -148,51 +148,14 @@ class BenchmarksConfig(Settings):
                 check_models({candidate.name: candidate.settings})
             except ConfigError as error:
                 raise ConfigError(f"models.{number}: {error}") from error
-        check_benchmarks(self.benchmarks, {**self.measured(), **self.judges}, list(self.measured()))
-
-
-def check_benchmarks(
-    settings: BenchmarksSettings, models: Mapping[str, ModelSettings], answering: list[str], key: str = "benchmarks"
-) -> None:
-    """Files, prompts, sampling arguments and checkers of the `benchmarks` block.
-
-    Args:
-        models: all models by key; the judges' keys are among them.
-        answering: keys of the models that answer.
-
-    Raises:
-        ConfigError: naming the key.
-        TemplateError: a prompt file is not one.
-    """
-    mt, alpaca, checked = settings.mt_bench, settings.alpaca_eval, settings.ifeval
-    samplings: dict[str, tuple[list[str], dict[str, Any]]] = {}
-    try:
-        if mt is not None:
-            mt.judge_prompts()
-            samplings["mt_bench.asking.sampling"] = ([mt.judge], mt.asking.sampling.extra)
-        if alpaca is not None:
-            alpaca.judge_prompt()
-            alpaca.length_data()
-            samplings["alpaca_eval.asking.sampling"] = ([alpaca.judge], alpaca.asking.sampling.extra)
-            samplings["alpaca_eval.sampling"] = (answering, alpaca.sampling.extra)
-        if checked is not None:
-            samplings["ifeval.sampling"] = (answering, checked.sampling.extra)
-        rows = question_rows(settings)
-    except BenchmarkFileError as error:
-        raise ConfigError(f"{key}: {error}") from error
-    check_sampling(models, {f"{key}.{name}": given for name, given in samplings.items()})
-    if checked is not None:
         try:
-            known = load_checkers().registry
-        except CheckersMissing as error:
-            raise ConfigError(f"{key}.ifeval: {error}") from error
-        for row in rows:
-            wanted = json.loads(row["checks"])["instructions"] if row["checks"] else []
-            if unknown := [name for name in wanted if name not in known]:
-                raise ConfigError(
-                    f"{key}.ifeval.prompts: prompt {row['question_id']} of {checked.prompts} has the instruction "
-                    f"{unknown[0]}, and no checker knows it"
-                )
+            check_benchmarks(self.benchmarks)
+        except BenchmarkFileError as error:
+            raise ConfigError(f"benchmarks: {error}") from error
+        # A judge and a measured model may have the same name, so the answering models are looked at by themselves.
+        answered, judged = benchmark_samplings(self.benchmarks, list(self.measured()))
+        check_sampling(self.measured(), answered)
+        check_sampling(self.judges, judged)
 
 
 # --- the list of models -----------------------------------------------------------------------------------------------

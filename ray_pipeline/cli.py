@@ -41,8 +41,8 @@ def run(
     dag: Annotated[
         str,
         typer.Argument(
-            help="workflow: dmapo, baselines (methods and data side by side), agreement (judges with humans), winrate or "
-            "benchmarks (MT-Bench, AlpacaEval, IFEval)"
+            help="workflow: dmapo, baselines (methods and data side by side), agreement (judges with humans), winrate "
+            "or benchmarks (MT-Bench, AlpacaEval, IFEval)"
         ),
     ],
     overrides: Annotated[

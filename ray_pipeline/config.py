@@ -16,8 +16,12 @@ from ray_pipeline.agents.judges import Rubric
 from ray_pipeline.agents.templates import TemplateError, Templates, load_templates
 from ray_pipeline.engines.base import EngineStartError
 from ray_pipeline.engines.identity import ModelNotFound
+from ray_pipeline.evaluation.benchmark_files import BenchmarkFileError
 from ray_pipeline.graph.models import ModelSettings
 from ray_pipeline.pocket import model_path
+from ray_pipeline.stages.benchmark_questions import BenchmarksSettings
+from ray_pipeline.stages.benchmark_report import BenchmarksPage, MeasuredModel, judging_model
+from ray_pipeline.stages.benchmarks import benchmark_samplings, check_benchmarks
 from ray_pipeline.stages.candidates import CandidateSettings
 from ray_pipeline.stages.compare import EvaluateSettings
 from ray_pipeline.stages.critic import CriticSettings
@@ -85,6 +89,9 @@ class DmapoConfig(Settings):
     datasets: DatasetsConfig = DatasetsConfig()
     train: TrainSettings = TrainSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    benchmarks: BenchmarksSettings | None = Field(
+        None, description="public benchmarks as the last stage; default: none"
+    )
     failure: FailureSettings = FailureSettings()
     calls: CallsBlock = CallsBlock()
     ray: RayBlock = RayBlock()
@@ -98,6 +105,8 @@ class DmapoConfig(Settings):
             "evaluate.judge": self.evaluate.judge,
             **{f"judge.rubrics.{r.name}.model": r.model or self.judge.model for r in self.judge.rubrics},
         }
+        if self.benchmarks is not None:
+            wanted |= {f"benchmarks: the judge {key}": key for key in self.benchmarks.judges}
         for key, model in wanted.items():
             if model not in self.models:
                 raise ValueError(f"{key} is {model!r}, and models has no such key{_nearest(model, self.models)}")
@@ -110,7 +119,32 @@ class DmapoConfig(Settings):
                 "name a model of engine vllm"
             )
         self._check_training()
+        mt = self.benchmarks.mt_bench if self.benchmarks is not None else None
+        if mt is not None and "pairwise" in mt.modes and mt.against not in ("base", *self.policy_labels()):
+            raise ValueError(
+                f"benchmarks.mt_bench.against is {mt.against!r}; there are base, {', '.join(self.policy_labels())}"
+            )
         return self
+
+    def policy_labels(self) -> list[str]:
+        """What the policies of this run are called in tables."""
+        return ["policy"]
+
+    def benchmarks_page(self) -> BenchmarksPage:
+        """What the page of the public benchmarks says beside the tables."""
+        assert self.benchmarks is not None
+        base, curating = self.models[self.train.model], tuple(sorted(set(self.report().curating.values())))
+        shown = _shown(base.model)
+        judges = {key: self.models[key] for key in self.benchmarks.judges}
+        return BenchmarksPage(
+            run_name=self.run.name,
+            benchmarks=self.benchmarks,
+            models={
+                "base": MeasuredModel(shown=shown, identity="+".join(base.weights().values())),
+                **{label: MeasuredModel(shown=shown, curating=curating) for label in self.policy_labels()},
+            },
+            judges={key: judging_model(model, _shown(model.model)) for key, model in judges.items()},
+        )
 
     def _check_training(self) -> None:
         kind = METHODS[self.train.method].data
@@ -132,13 +166,14 @@ class DmapoConfig(Settings):
         """What the report says beside the tables."""
         judges = {r.name: self.models[r.model or self.judge.model].model for r in self.judge.rubrics}
         comparing = self.models[self.evaluate.judge].model
-        names = {key: shown_model(model.model) for key, model in self.models.items()}
+        names = {key: _shown(model.model) for key, model in self.models.items()}
         return ReportSettings(
             run_name=self.run.name,
             config_digest=digest(self.model_dump(mode="json", exclude={"run", "calls", "ray"}), size=8),
             models=names,
-            curating={name: shown_model(model) for name, model in judges.items()},
-            evaluating={self.evaluate.judge: shown_model(comparing)},
+            curating={name: _shown(model) for name, model in judges.items()},
+            evaluating={self.evaluate.judge: _shown(comparing)},
+            candidate=_shown(self.models[self.train.model].model),
             gate=self.gate,
             bootstrap_draws=self.evaluate.bootstrap_draws,
             seed=self.evaluate.seed,
@@ -274,10 +309,13 @@ class BaselinesConfig(DmapoConfig):
             for method in compared.methods
         ]
 
+    def policy_labels(self) -> list[str]:
+        return [policy.label for policy in self.policies()]
+
     def page(self) -> TableSettings:
         shown = self.report()
         data = self.baselines.data
-        judge = shown_model(self.models[self.evaluate.judge].model)
+        judge = _shown(self.models[self.evaluate.judge].model)
         return TableSettings(
             run_name=self.run.name,
             policies=tuple(self.policies()),
@@ -285,7 +323,7 @@ class BaselinesConfig(DmapoConfig):
             over=next((name for name, variant in data.items() if not variant.gated), next(iter(data))),
             data={name: self.how(variant) for name, variant in data.items()},
             facts={
-                "base": shown_model(self.models[self.train.model].model),
+                "base": _shown(self.models[self.train.model].model),
                 "comparing judge": f"{self.evaluate.judge} ({judge}), both orders, mode {self.evaluate.modes[0].name}",
                 "rubric judges": ", ".join(f"{name} ({model})" for name, model in shown.curating.items()),
                 **self._published(),
@@ -457,12 +495,11 @@ def _resolve(values: Mapping[str, Any]) -> dict[str, Any]:
     resolved = dict(values)
     models = resolved.get("models")
     if isinstance(models, Mapping):
-        resolved["models"] = {key: resolve_model(model) for key, model in models.items()}
+        resolved["models"] = {key: _resolve_model(model) for key, model in models.items()}
     return resolved
 
 
-def resolve_model(model: Any) -> Any:
-    """A model block with the folder of a pocket model, and with paths that mean the same everywhere."""
+def _resolve_model(model: Any) -> Any:
     if not isinstance(model, Mapping) or not isinstance(model.get("model"), str):
         return model
     if model.get("engine") == "openai":  # its name is the endpoint's word, whatever lies in this folder
@@ -479,7 +516,7 @@ def resolve_model(model: Any) -> Any:
     return {**model, **{key: path for key, path in paths.items() if os.path.exists(path)}}
 
 
-def shown_model(model: str) -> str:
+def _shown(model: str) -> str:
     """A model's name for readers: hub names as they are, folders by their last part."""
     return os.path.basename(model.rstrip("/")) if os.path.isabs(model) else model
 
@@ -538,6 +575,13 @@ def _check(config: DmapoConfig) -> None:
     config.templates()
     check_models(config.models)
     check_sampling(config.models, _samplings(config))
+    if config.benchmarks is not None:
+        try:
+            check_benchmarks(config.benchmarks)
+        except BenchmarkFileError as error:
+            raise ConfigError(f"benchmarks: {error}") from error
+        for given in benchmark_samplings(config.benchmarks, [config.train.model]):
+            check_sampling(config.models, given)
     for key, train in config.trained().items():
         try:
             validate_trainer_args(train.method, train.trainer_args)

@@ -17,10 +17,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
 from ray_pipeline.evaluation.bootstrap import Interval, bootstrap_mean
 from ray_pipeline.evaluation.winrate import Outcome, PairDecision
+from ray_pipeline.store.keys import digest
 
 Floats = NDArray[np.float64]
 
@@ -84,6 +86,31 @@ def length_controlled_score(
         unread=len(decisions) - len(decided),
         unmeasured=len(decided) - len(known),
     )
+
+
+def pair_lengths(responses: pa.Table) -> tuple[dict[str, int], dict[str, int]]:
+    """Characters of the policy's and the base's answer by pair_id, from a table of responses.
+
+    A pair is made of two responses to one prompt in one mode, and its id follows from theirs.
+    """
+    base: dict[tuple[str, str], tuple[str, int]] = {}
+    others: list[tuple[tuple[str, str], str, int]] = []
+    columns = ["response_id", "prompt_id", "model", "mode", "response"]
+    for row in responses.select(columns).to_pylist():
+        if row["response"] is None:
+            continue
+        place, length = (row["prompt_id"], row["mode"]), len(row["response"])
+        if row["model"] == "base":
+            base[place] = (row["response_id"], length)
+        else:
+            others.append((place, row["response_id"], length))
+    policy_chars: dict[str, int] = {}
+    base_chars: dict[str, int] = {}
+    for place, response_id, length in others:
+        if place in base:
+            pair = digest(["pair", response_id, base[place][0]])
+            policy_chars[pair], base_chars[pair] = length, base[place][1]
+    return policy_chars, base_chars
 
 
 def at_equal_length(

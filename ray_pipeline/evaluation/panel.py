@@ -19,6 +19,15 @@ Floats = NDArray[np.float64]
 #: How the voices of a debate become one vote: by the means of their scores, or as a jury of their votes.
 DebateRule = Literal["mean", "vote"]
 
+#: How names of models begin, by family, for warnings; other models: the first word of their name.
+FAMILIES: Mapping[str, Sequence[str]] = {
+    "gpt": ("gpt", "chatgpt", "text-davinci", "o1", "o3", "o4"),
+    "llama": ("llama", "meta-llama", "vicuna", "alpaca"),
+    "mistral": ("mistral", "mixtral", "ministral"),
+    "gemma": ("gemma", "gemini"),
+    "qwen": ("qwen", "qwq"),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from ray_pipeline.evaluation.panel import FAMILIES, family
 from ray_pipeline.evaluation.response_stats import ResponseStats
 from ray_pipeline.evaluation.winrate import WinRate
 from ray_pipeline.report.data import ReportData
@@ -95,6 +96,11 @@ def _on_evaluation(data: ReportData, evaluation: Evaluation) -> Iterator[str]:
     for judge, model in sorted(data.evaluating_models.items()):
         if model in curators:
             yield f"Evaluating judge {judge} ({model}) also curated the data: it may prefer what it has taught."
+        if data.candidate_model and family(model, FAMILIES) == family(data.candidate_model, FAMILIES):
+            yield (
+                f"Evaluating judge {judge} ({model}) is of the same family as the policy ({data.candidate_model}): "
+                "judges prefer answers like their own."
+            )
     for rate in evaluation.win_rates:
         yield from _on_win_rate(rate)
     by_mode: dict[str, dict[str, ResponseStats]] = {}

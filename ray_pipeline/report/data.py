@@ -68,6 +68,7 @@ class ReportData:
     perplexity         model → Perplexity of held-out completions
     curating_models    judge of the data → model identity
     evaluating_models  judge of the comparisons → model identity
+    candidate_model    name of the model that is trained and compared
     stage_use          one StageUse per stage that ran
     benchmarks         scores of public benchmarks, as in `scores` of benchmarks.json
     config             the configuration as resolved, shown as it is
@@ -93,6 +94,7 @@ class ReportData:
     perplexity: "Mapping[str, Perplexity] | None" = None
     curating_models: Mapping[str, str] = field(default_factory=dict)
     evaluating_models: Mapping[str, str] = field(default_factory=dict)
+    candidate_model: str = ""
     stage_use: Sequence[StageUse] | None = None
     benchmarks: Sequence[Mapping[str, Any]] = ()
     config: Mapping[str, Any] | None = None

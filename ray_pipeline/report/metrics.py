@@ -16,6 +16,11 @@ from ray_pipeline.evaluation.critic_stats import CriticStats, critic_stats
 from ray_pipeline.evaluation.gate_stats import GateStats, gate_stats
 from ray_pipeline.evaluation.judge_stats import JudgingStats, judging_stats, scores_by_judge
 from ray_pipeline.evaluation.kappa_intervals import KappaInterval, kappa_intervals
+from ray_pipeline.evaluation.length_control import (
+    LengthControlledScore,
+    length_controlled_score,
+    pair_lengths,
+)
 from ray_pipeline.evaluation.response_stats import (
     ResponseStats,
     RubricStats,
@@ -24,7 +29,7 @@ from ray_pipeline.evaluation.response_stats import (
     response_stats,
     rubric_stats,
 )
-from ray_pipeline.evaluation.winrate import WinRate, win_rates
+from ray_pipeline.evaluation.winrate import WinRate, decide_pairs, judges_of, win_rates
 from ray_pipeline.report.data import ReportData, StageUse
 from ray_pipeline.report.training import TrainingSummary, summarise_training
 
@@ -40,13 +45,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Base against policy; empty parts were not measured."""
+    """Base against policy; empty parts were not measured. `length_controlled` is by judge."""
 
     win_rates: list[WinRate]
     responses: list[ResponseStats]
     accuracy_gains: dict[str, Interval]
     rubrics: list[RubricStats]
     perplexity: dict[str, Any]
+    length_controlled: dict[str, LengthControlledScore] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -166,7 +172,20 @@ def _evaluation(data: ReportData) -> Evaluation | None:
         accuracy_gains={} if responses is None else accuracy_gains(responses, **options),
         rubrics=_rubrics(data.response_verdicts, responses, options),
         perplexity=dict(data.perplexity or {}),
+        length_controlled=_length_controlled(data),
     )
+
+
+def _length_controlled(data: ReportData) -> dict[str, LengthControlledScore]:
+    """By judge, the score at equal length; empty without responses, or where those have no ids to join by."""
+    if data.comparisons is None or data.responses is None or "response_id" not in data.responses.column_names:
+        return {}
+    lengths = pair_lengths(data.responses)
+    found = {
+        judge: length_controlled_score(decide_pairs(data.comparisons, judge), *lengths, seed=data.bootstrap_seed)
+        for judge in judges_of(data.comparisons)
+    }
+    return {judge: score for judge, score in found.items() if score.pairs}
 
 
 def _rubrics(verdicts: pa.Table | None, responses: pa.Table | None, options: dict[str, int]) -> list[RubricStats]:

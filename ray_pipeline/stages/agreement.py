@@ -222,21 +222,29 @@ def write_page(page: AgreementPage, results: Sequence[StageResult], folder: Path
         ValueError: the tables do not fit together or hold nothing to report.
     """
     from ray_pipeline.evaluation.agreement_document import as_document, measure
+    from ray_pipeline.evaluation.gate_curves import gate_curves
+    from ray_pipeline.evaluation.panel import make_panel
     from ray_pipeline.evaluation.recorded_winrate import versus_rates
     from ray_pipeline.report.agreement import write_agreement, write_winrate
+    from ray_pipeline.report.risk_coverage import write_risk_coverage
 
     items = pa.concat_tables([r.table("items").read_all() for r in results if "items" in r.tables])
     ballots = pa.concat_tables([r.table("ballots").read_all() for r in results])
     about = {"data": page.data, "replay": page.replay}
     if page.workflow == "winrate":
-        rules = page.winrate
-        rates = versus_rates(items, ballots, conflict=rules.conflict, draws=rules.draws, seed=rules.seed)
+        asked = page.winrate
+        rates = versus_rates(items, ballots, conflict=asked.conflict, draws=asked.draws, seed=asked.seed)
         if not rates:
             raise ValueError(f"{page.data} holds no pairwise verdicts: none of its items has a `versus` block")
-        write_winrate(rates, {**about, **rules.model_dump()}, folder)
+        write_winrate(rates, {**about, **asked.model_dump()}, folder)
         return f"{len(rates)} runs over {max(r.n for r in rates)} items"
     found = measure(items, ballots, page.measure)
-    write_agreement(as_document(found, page.measure, about), folder)
+    rules = page.measure
+    panel = make_panel(items, ballots, rules.conflict, rules.debate, rules.families)
+    curves = gate_curves(panel, draws=rules.draws, seed=rules.seed)
+    write_risk_coverage(curves, folder)
+    gate = {"gate_curves": [row for curve in curves for row in curve.summary]}
+    write_agreement({**as_document(found, rules, about), **gate}, folder)
     judged = [*found.judges, *(d.judged for d in found.debates)]
     headline = (
         f"{found.items} items, {len(found.judges)} judges, {len(found.juries)} juries, {len(found.debates)} debates"

@@ -176,7 +176,7 @@ async def _rate(
 ) -> list[dict[str, Any]]:
     assert given.engine is not None
     said = await mt_bench.grade(
-        given.engine.bound(question["prompt_id"], "benchmark/mt_bench/judge"),
+        given.engine.bound(question["prompt_id"], "benchmark-judge/mt_bench"),
         mt_question(question),
         _conversation(answered["mt_bench", question["question_id"], model]),
         settings.prompts,
@@ -204,7 +204,7 @@ async def _compare(
 ) -> list[dict[str, Any]]:
     assert given.engine is not None
     said = await mt_bench.compare(
-        given.engine.bound(question["prompt_id"], "benchmark/mt_bench/pairwise"),
+        given.engine.bound(question["prompt_id"], "benchmark-judge/mt_bench/pairwise"),
         mt_question(question),
         _conversation(answered["mt_bench", question["question_id"], model]),
         _conversation(answered["mt_bench", question["question_id"], settings.against]),
@@ -235,7 +235,7 @@ async def _prefer(
 ) -> list[dict[str, Any]]:
     assert given.engine is not None
     found = await annotate(
-        given.engine.bound(question["prompt_id"], "benchmark/alpaca_eval/judge"),
+        given.engine.bound(question["prompt_id"], "benchmark-judge/alpaca_eval"),
         alpaca_instruction(question),
         answered["alpaca_eval", question["question_id"], model][0]["answer"],
         settings.prompt,

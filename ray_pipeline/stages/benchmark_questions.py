@@ -21,7 +21,6 @@ from ray_pipeline.agents.bench_prompts import (
 )
 from ray_pipeline.agents.judges import SamplingSettings
 from ray_pipeline.agents.mt_bench_judge import BenchAsking
-from ray_pipeline.agents.templates import TemplateError
 from ray_pipeline.engines.identity import text_digest
 from ray_pipeline.evaluation import mt_bench
 from ray_pipeline.evaluation.alpaca_eval import (
@@ -36,6 +35,7 @@ from ray_pipeline.evaluation.alpaca_eval import (
 from ray_pipeline.evaluation.benchmark_files import BenchmarkFileError, read_csv, read_rows, read_text
 from ray_pipeline.evaluation.ifeval import IfevalPrompt, prompts_of
 from ray_pipeline.graph.stage import BadInput, Stage, WholeInput, WholeWork
+from ray_pipeline.pocket.bench_files import is_pocket, pocket_rows
 from ray_pipeline.store.benchmark_schemas import BENCH_QUESTIONS
 from ray_pipeline.store.keys import canonical_json, prompt_id, shard_of, unit_hash
 from ray_pipeline.store.schemas import to_table
@@ -48,7 +48,16 @@ FloorName = Literal["empty", "x", "echo", "constant"]
 #: A prompt file of this name is the project's own wording.
 OWN = "own"
 
-_Source = Field(description="a path, or hf://datasets/OWNER/NAME[@REVISION]/FILE (also hf://spaces/…)")
+
+def source_rows(source: str) -> list[dict[str, Any]]:
+    """Rows of a question file: a path, hf://datasets/OWNER/NAME[@REVISION]/FILE (also hf://spaces/…), or one that the
+    pocket world makes (`pocket:mt_bench`). Raises BenchmarkFileError."""
+    if not is_pocket(source):
+        return read_rows(source)
+    try:
+        return pocket_rows(source)
+    except ValueError as error:
+        raise BenchmarkFileError(str(error)) from error
 
 
 class MtBenchSettings(Settings):
@@ -76,8 +85,9 @@ class MtBenchSettings(Settings):
 
     def load(self) -> list[mt_bench.Question]:
         """Raises BenchmarkFileError."""
-        references = read_rows(self.references) if self.references is not None else []
-        return mt_bench.questions_of(read_rows(self.questions), references, self.questions)
+        rows = source_rows(self.questions)
+        references = source_rows(self.references) if self.references is not None else []
+        return mt_bench.questions_of(rows, references, self.questions)
 
     def judge_prompts(self) -> dict[str, BenchPrompt]:
         """Raises BenchmarkFileError or TemplateError."""
@@ -115,11 +125,13 @@ class AlpacaEvalSettings(Settings):
     def _difficulties(self) -> AlpacaEvalSettings:
         if self.difficulties is not None and self.gamed is None:
             raise ValueError("difficulties is read only together with gamed; name both or neither")
+        if self.prompt == OWN and self.labels != PreferencePrompt.model_fields["labels"].default:
+            raise ValueError("labels is read only with a prompt file; the project's own prompt brings its labels")
         return self
 
     def load(self) -> list[Instruction]:
         """Raises BenchmarkFileError."""
-        return instructions_of(read_rows(self.reference), self.reference)
+        return instructions_of(source_rows(self.reference), self.reference)
 
     def judge_prompt(self) -> PreferencePrompt:
         """Raises BenchmarkFileError or TemplateError."""
@@ -146,7 +158,7 @@ class IfevalSettings(Settings):
     def load(self) -> list[IfevalPrompt]:
         """Raises BenchmarkFileError."""
         try:
-            return prompts_of(read_rows(self.prompts), self.prompts)
+            return prompts_of(source_rows(self.prompts), self.prompts)
         except BenchmarkFileError:
             raise
         except ValueError as error:
@@ -206,7 +218,7 @@ class BenchmarksSettings(Settings):
 
 @functools.cache
 def _content(source: str) -> str:
-    return text_digest(read_text(source))
+    return text_digest(canonical_json(source_rows(source)) if is_pocket(source) else read_text(source))
 
 
 def content_digests(sources: Mapping[str, str]) -> dict[str, str]:
@@ -355,7 +367,6 @@ __all__ = [
     "BenchmarksSettings",
     "IfevalSettings",
     "MtBenchSettings",
-    "TemplateError",
     "alpaca_instruction",
     "content_digests",
     "ifeval_prompt",

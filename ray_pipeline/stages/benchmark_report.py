@@ -26,7 +26,7 @@ from ray_pipeline.evaluation.benchmark_scores import (
     mt_bench_grades,
     mt_bench_pairs,
 )
-from ray_pipeline.evaluation.panel import family
+from ray_pipeline.evaluation.panel import FAMILIES, family
 from ray_pipeline.evaluation.protocol import settings_text, short_name
 from ray_pipeline.graph.models import ModelSettings
 from ray_pipeline.graph.results import Run
@@ -50,15 +50,6 @@ from ray_pipeline.store.settings import Settings
 
 MAX_FLIP_RATE = 0.3
 MAX_UNREAD = 0.05
-
-#: How names of models begin, by family; other models: the first word of their name.
-FAMILIES: Mapping[str, Sequence[str]] = {
-    "gpt": ("gpt", "chatgpt", "text-davinci", "o1", "o3", "o4"),
-    "llama": ("llama", "meta-llama", "vicuna", "alpaca"),
-    "mistral": ("mistral", "mixtral", "ministral"),
-    "gemma": ("gemma", "gemini"),
-    "qwen": ("qwen", "qwq"),
-}
 
 
 class MeasuredModel(Settings):

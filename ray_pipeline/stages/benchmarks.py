@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from ray_pipeline.evaluation.benchmark_files import BenchmarkFileError
+from ray_pipeline.evaluation.ifeval import CheckersMissing, load_checkers
 from ray_pipeline.graph.models import ModelSettings
 from ray_pipeline.graph.stage import Stage
 from ray_pipeline.stages.benchmark_answers import answers, floors
 from ray_pipeline.stages.benchmark_judge import checks, judge_stages
-from ray_pipeline.stages.benchmark_questions import BenchmarksSettings, questions_stage
+from ray_pipeline.stages.benchmark_questions import BenchmarksSettings, question_rows, questions_stage
 from ray_pipeline.stages.benchmark_report import BenchmarksPage, report_stage
 from ray_pipeline.stages.judge import FailureSettings
 
@@ -46,3 +50,49 @@ def benchmark_stages(
     if settings.ifeval is not None:
         said.append(checks(questions, answered))
     return [questions, *answered.values(), *said, report_stage(page, [questions, *answered.values(), *said], view=view)]
+
+
+def check_benchmarks(settings: BenchmarksSettings) -> None:
+    """Everything that the chosen benchmarks need beside models: files, judge prompts and checkers.
+
+    Raises:
+        BenchmarkFileError: something is missing or wrong; the message names it and the remedy.
+        TemplateError: a prompt file is not one.
+    """
+    if settings.mt_bench is not None:
+        settings.mt_bench.judge_prompts()
+    if settings.alpaca_eval is not None:
+        settings.alpaca_eval.judge_prompt()
+        settings.alpaca_eval.length_data()
+    rows = question_rows(settings)
+    if settings.ifeval is None:
+        return
+    try:
+        known = load_checkers().registry
+    except CheckersMissing as error:
+        raise BenchmarkFileError(f"ifeval: {error}") from error
+    for row in rows:
+        for name in json.loads(row["checks"])["instructions"] if row["checks"] else ():
+            if name not in known:
+                raise BenchmarkFileError(
+                    f"ifeval.prompts: prompt {row['question_id']} of {settings.ifeval.prompts} has the instruction "
+                    f"{name}, and no checker knows it"
+                )
+
+
+_Samplings = dict[str, tuple[Sequence[str], Mapping[str, Any]]]
+
+
+def benchmark_samplings(settings: BenchmarksSettings, answering: Sequence[str]) -> tuple[_Samplings, _Samplings]:
+    """Of answers and of judges: key of every sampling → the models that it is used on, and its `extra`."""
+    mt, alpaca, checked = settings.mt_bench, settings.alpaca_eval, settings.ifeval
+    answers: _Samplings = {}
+    judges: _Samplings = {}
+    if mt is not None:
+        judges["benchmarks.mt_bench.asking.sampling"] = ([mt.judge], mt.asking.sampling.extra)
+    if alpaca is not None:
+        judges["benchmarks.alpaca_eval.asking.sampling"] = ([alpaca.judge], alpaca.asking.sampling.extra)
+        answers["benchmarks.alpaca_eval.sampling"] = (answering, alpaca.sampling.extra)
+    if checked is not None:
+        answers["benchmarks.ifeval.sampling"] = (answering, checked.sampling.extra)
+    return answers, judges

@@ -40,6 +40,7 @@ class ReportSettings(Settings):
     models: dict[str, str] = Field(default_factory=dict)
     curating: dict[str, str] = Field(default_factory=dict)
     evaluating: dict[str, str] = Field(default_factory=dict)
+    candidate: str = ""
     gate: GateConfig = GateConfig()
     bootstrap_draws: int = 2000
     seed: int = 0
@@ -173,6 +174,7 @@ def report_data(
         perplexity=dict(measured) or None,
         curating_models=settings.curating,
         evaluating_models=settings.evaluating if "comparisons" in by_name else {},
+        candidate_model=settings.candidate,
         stage_use=[stage_use(result) for result in by_name.values()],
         benchmarks=_benchmark_scores(by_name.get("benchmarks")),
         desirable_from=settings.gate.desirable_at,

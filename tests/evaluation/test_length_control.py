@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from sklearn.linear_model import LogisticRegression
 
@@ -11,8 +12,10 @@ from ray_pipeline.evaluation.length_control import (
     PRIOR_MODEL,
     fit_two_weights,
     length_controlled_score,
+    pair_lengths,
 )
 from ray_pipeline.evaluation.winrate import Outcome, PairDecision
+from ray_pipeline.store.keys import digest
 
 
 def decision(pair: int, outcome: Outcome) -> PairDecision:
@@ -95,3 +98,15 @@ def test_the_fit_is_that_of_another_solver() -> None:
             sample_weight=np.concatenate([weights * y, weights * (1 - y)]),
         )
         assert mine == pytest.approx(other.coef_[0] * [PRIOR_MODEL, PRIOR_LENGTH], abs=1e-4)
+
+
+def test_lengths_of_pairs_are_joined_by_the_ids_that_the_comparisons_have() -> None:
+    rows = [
+        {"response_id": "b1", "prompt_id": "p1", "model": "base", "mode": "greedy", "response": "four"},
+        {"response_id": "b2", "prompt_id": "p2", "model": "base", "mode": "greedy", "response": None},
+        {"response_id": "p1", "prompt_id": "p1", "model": "policy", "mode": "greedy", "response": "longer one"},
+        {"response_id": "p2", "prompt_id": "p2", "model": "policy", "mode": "greedy", "response": "x"},
+        {"response_id": "s1", "prompt_id": "p1", "model": "policy", "mode": "sampled", "response": "x"},
+    ]
+    policy, base = pair_lengths(pa.Table.from_pylist(rows))
+    assert policy == {digest(["pair", "p1", "b1"]): 10} and base == {digest(["pair", "p1", "b1"]): 4}

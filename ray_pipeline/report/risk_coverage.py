@@ -1,0 +1,55 @@
+"""The gate's risk–coverage curves as risk_coverage.csv and risk_coverage.png."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow.csv
+
+from ray_pipeline.evaluation.gate_curves import GateCurve, curves_table
+from ray_pipeline.report.markdown import visible
+
+
+def write_risk_coverage(curves: Sequence[GateCurve], folder: Path) -> Path | None:
+    """Both files; returns the path of the plot, or None where there is no curve (and no file is written)."""
+    if not curves:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    pyarrow.csv.write_csv(curves_table(curves), folder / "risk_coverage.csv")
+    return draw_curves(curves, folder / "risk_coverage.png")
+
+
+def draw_curves(curves: Sequence[GateCurve], path: Path) -> Path:
+    """Agreement with humans over coverage, one panel a strategy, one line a pair of thresholds, a dot at τ = 2.5."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from ray_pipeline.evaluation.gate_curves import TAU
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(
+            {"font.family": "DejaVu Sans", "font.size": 9, "figure.dpi": 120, "text.parse_math": False}
+        )
+        figure = Figure(figsize=(4.2 * len(curves), 3.4), layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(1, len(curves), squeeze=False)[0]
+        for axes, one in zip(panels, curves, strict=True):
+            for pair in one.curve.areas:
+                wanted = None if pair is None else pair[0]
+                rows = [r for r in one.curve.table.to_pylist() if r["desirable_at"] == wanted and r["kept"]]
+                if not rows:
+                    continue
+                label = "variance alone" if pair is None else f"≥ {pair[0]:g} and ≤ {pair[1]:g}"
+                (line,) = axes.plot([r["coverage"] for r in rows], [r["agreement"] for r in rows], label=label, lw=1.4)
+                for r in rows:
+                    if r["tau"] == TAU:
+                        axes.plot([r["coverage"]], [r["agreement"]], "o", color=line.get_color(), ms=4)
+            axes.set(xlabel="share kept", ylabel="agreement with humans", xlim=(0, 1.02), ylim=(0, 1.02))
+            axes.set_title(f"{' '.join(visible(one.strategy).split())}, {len(one.judges)} judges")
+            axes.legend(fontsize=8, loc="lower left")
+        figure.savefig(path, metadata={"Software": None})
+        figure.clear()
+    return path

@@ -1,0 +1,75 @@
+"""The gate's curve on planted ballots: recomputed by counting, written as data and plot, on the agreement page."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ray_pipeline.evaluation.gate_curves import gate_curves
+from ray_pipeline.evaluation.panel import make_panel
+from ray_pipeline.report.risk_coverage import write_risk_coverage
+from ray_pipeline.store.schemas import BALLOTS, ITEMS, to_table
+
+LABELS = ["A", "B", "A", "tie", "B", None]
+#: Scores of three judges on both answers of each item.
+SCORES = [
+    [(9, 2), (9, 3), (8, 2)],
+    [(2, 9), (9, 2), (5, 5)],
+    [(3, 8), (3, 9), (2, 9)],
+    [(5, 5), (5, 5), (5, 5)],
+    [(2, 8), (4, 9), (3, 10)],
+    [(9, 1), (9, 1), (9, 1)],
+]
+
+
+def panel() -> Any:
+    items, ballots = [], []
+    for n, (label, scores) in enumerate(zip(LABELS, SCORES, strict=True)):
+        key = {"item_id": f"i{n}", "prompt_id": f"{n:02x}"}
+        items.append(
+            {**key, "question": "q", "response_a": "a", "response_b": "b", "model_a": None, "model_b": None,
+             "human_label": label, "human_votes": []}
+        )  # fmt: skip
+        for judge, (a, b) in enumerate(scores):
+            ballots.append(
+                {**key, "strategy": "combined_10", "judge": f"j{judge}", "voice": "", "order": "ab", "score_a": a,
+                 "score_b": b, "vote": "A" if a > b else "B" if b > a else "tie", "reason": None,
+                 "parse_status": "ok", "raw": None}
+            )  # fmt: skip
+    return make_panel(to_table(items, ITEMS), to_table(ballots, BALLOTS))
+
+
+def test_the_curve_is_what_counting_gives() -> None:
+    (found,) = gate_curves(panel(), draws=100)
+    assert found.strategy == "combined_10" and found.judges == ("j0", "j1", "j2")
+    for row in found.curve.table.to_pylist():
+        kept, right = 0, 0
+        for label, scores in zip(LABELS, SCORES, strict=True):
+            sides = [[s[k] for s in scores] for k in (0, 1)]
+            means = [statistics.mean(s) for s in sides]
+            spread = max(statistics.variance(s) for s in sides)
+            if label is None or spread > row["tau"] + 1e-6:
+                continue
+            if row["desirable_at"] is not None and not (
+                max(means) >= row["desirable_at"] and min(means) <= row["undesirable_at"]
+            ):
+                continue
+            kept += 1
+            right += label == ("A" if means[0] > means[1] else "B" if means[1] > means[0] else "tie")
+        assert (row["kept"], row["pairs"]) == (kept, 5)
+        assert row["agreement"] == (pytest.approx(right / kept) if kept else None)
+    assert found.summary[0]["kept"] == 4 and found.summary[0]["agreement"] == 0.75
+
+
+def test_data_and_plot_are_written(tmp_path: Path) -> None:
+    curves = gate_curves(panel(), draws=100)
+    plot = write_risk_coverage(curves, tmp_path)
+    assert plot is not None and plot.read_bytes()[:4] == b"\x89PNG"
+    with open(tmp_path / "risk_coverage.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == curves[0].curve.table.num_rows and rows[0]["strategy"] == "combined_10"
+    assert write_risk_coverage([], tmp_path / "none") is None and not (tmp_path / "none").exists()
