@@ -8,6 +8,7 @@ from typing import Any
 from dags.agreement import agreement
 from dags.baselines import baselines
 from dags.dmapo import dmapo
+from dags.fellowship import fellowship
 from dags.winrate import winrate
 from ray_pipeline.graph.stage import Dag
 
@@ -15,6 +16,7 @@ from ray_pipeline.graph.stage import Dag
 DAGS: dict[str, Callable[[Any, str], Dag]] = {
     "dmapo": dmapo,
     "baselines": baselines,
+    "fellowship": fellowship,
     "agreement": agreement,
     "winrate": winrate,
 }

@@ -39,7 +39,10 @@ def run(
     dag: Annotated[
         str,
         typer.Argument(
-            help="workflow: dmapo, baselines (methods and data side by side), agreement (judges with humans) or winrate"
+            help=(
+                "workflow: dmapo, baselines (methods and data side by side), fellowship (feedback loop), agreement "
+                "(judges with humans) or winrate"
+            )
         ),
     ],
     overrides: Annotated[
@@ -66,12 +69,13 @@ def run(
     from dags import DAGS
     from ray_pipeline.agreement_config import AGREEMENT_CONFIGS
     from ray_pipeline.config import CONFIGS, ConfigError, load_config
+    from ray_pipeline.fellowship_config import FELLOWSHIP_CONFIGS
     from ray_pipeline.graph.heartbeat import RunBusy
     from ray_pipeline.graph.run import RunSettings, execute, load_result
     from ray_pipeline.stages.sources import InputError
     from ray_pipeline.store.files import Folder, StoreError, point_at
 
-    configs: dict[str, Any] = {**CONFIGS, **AGREEMENT_CONFIGS}
+    configs: dict[str, Any] = {**CONFIGS, **FELLOWSHIP_CONFIGS, **AGREEMENT_CONFIGS}
     if dag not in configs:
         raise _refuse(f"there is no workflow {dag!r}; there is {', '.join(configs)}")
     changes = [*(overrides or []), *(["evaluate.skip_generation=true"] if skip_generation else [])]
@@ -172,12 +176,13 @@ def status(run: RunArgument = "runs/latest") -> None:
 def report(run: RunArgument = "runs/latest") -> None:
     """Write the report anew from the tables that a run has, finished or not."""
     from ray_pipeline.graph.results import read_run
-    from ray_pipeline.stages import agreement, method_table
+    from ray_pipeline.stages import agreement, loop_page, method_table
     from ray_pipeline.stages.evaluate import write_report
     from ray_pipeline.store.files import StoreError
 
     pages = {
         "baselines": method_table.rewrite_page,
+        "fellowship": loop_page.rewrite_page,
         "agreement": agreement.rewrite_page,
         "winrate": agreement.rewrite_page,
     }

@@ -36,6 +36,11 @@ def audit_folder(run: Run) -> dict[str, AuditReport]:
     """
     if run.manifest["dag"] in ("agreement", "winrate"):
         raise StoreError(f"{run.folder.location} is a run of {run.manifest['dag']}: it makes no training rows to audit")
+    if run.manifest["dag"] == "fellowship":
+        raise StoreError(
+            f"{run.folder.location} is a run of fellowship: its rows follow a judge's pick, and the audit knows the "
+            "gate's rules alone. Its tables can be walked by candidate_id and review_id"
+        )
     made = list(_compared(run) if run.manifest["dag"] == "baselines" else _single(run))
     if not made:
         raise StoreError(f"{run.folder.location} has no data set of the gate on all candidates: nothing to audit")

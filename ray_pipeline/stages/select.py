@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from ray_pipeline.agents.judges import SamplingSettings
 from ray_pipeline.agents.ranking import Ranking, rank
@@ -109,9 +109,7 @@ def ranks(
             asking=settings.asking,
         )
         own = name if len(settings.models) == 1 else f"{name}-{key}"
-        stages.append(
-            llm_stage(own, rank_shard, "verdicts", given, models[key], failure, prompts, group=name, **answers)
-        )
+        stages.append(llm_stage(own, rank_shard, "verdicts", given, models[key], failure, prompts, answers, name))
     return stages
 
 
