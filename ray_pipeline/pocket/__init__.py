@@ -1,15 +1,15 @@
-"""The pocket world: verifiable tasks, two tiny real models, and the checker that knows the truth (see tasks.py)."""
+"""The pocket world: verifiable tasks, four tiny real models, and the checker that knows the truth (see tasks.py)."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
-MODELS = ("policy", "judge")
+MODELS = ("policy", "judge", "reviewer", "generator")
 
 
 def model_path(name: str) -> str:
-    """The absolute folder of a shipped model: "pocket:policy" or "pocket:judge" (the prefix may be left out).
+    """The absolute folder of a shipped model of `MODELS`, as in "pocket:judge" (the prefix may be left out).
 
     Raises ValueError for any other name, FileNotFoundError if the weights are not in the package.
     """

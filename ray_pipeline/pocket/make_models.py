@@ -4,11 +4,14 @@
 2. policy: the solver, trained on to the mixture of right and wrong answers of responses.py;
 3. judge draft: the solver, trained on to every judging role in both layouts;
 4. judge: the draft, refined at half the learning rate with more comparisons;
-5. card.json: digests, parameter counts, recipe; measure.py adds the accuracies measured through vLLM.
+5. reviewer: the judge, trained on with fresh data of every judging role and with reviews: a second judge;
+6. generator: the policy, trained on with its own mixture and with revisions by feedback;
+7. card.json: digests, parameter counts, recipe; measure.py adds the accuracies measured through vLLM.
 
-About half an hour on one idle core. Every step leaves its model in a folder, and a folder that is there is not made
-again: after an interruption the same command goes on with the next step. A run repeats on one machine and torch build
-with the same --threads; elsewhere the weights come out different, so shipped files are told by digest.
+About 40 minutes on one idle core. Every step leaves its model in a folder, and a folder that is there is not made
+again, nor are the ones that only lead to it: after an interruption the same command goes on with the next step. A run
+repeats on one machine and torch build with the same --threads; elsewhere the weights come out different, so shipped
+files are told by digest.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import hashlib
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,22 +29,25 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ray_pipeline.pocket import MODELS
 from ray_pipeline.pocket.judging import PROMPTS_FILE, RUBRICS, Judgement, JudgePrompts, Layout, verdict_of
 from ray_pipeline.pocket.responses import judged_response, policy_response
+from ray_pipeline.pocket.reviewing import FEEDBACK_FILE, FeedbackPrompts, feedback_on, random_review, random_revision
 from ray_pipeline.pocket.tasks import PocketPrompt, is_correct, make_prompts, pool_of, random_prompt, truth
 from ray_pipeline.pocket.tokenizer import make_tokenizer
-from ray_pipeline.pocket.training import Pair, answer, make_model, train
+from ray_pipeline.pocket.training import Pair, answer, conversation, make_model, train
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How long and how fast a step trains, on how many questions of one response (or plain instructions) and how many
-    comparisons per optimiser step."""
+    comparisons, and how many reviews (or revisions by a review) per optimiser step."""
 
     steps: int
     learning_rate: float
     singles: int
     pairs: int = 0
+    reviews: int = 0
 
 
 RECIPES = {
@@ -49,10 +55,13 @@ RECIPES = {
     "policy": Recipe(steps=700, learning_rate=2e-3, singles=128),
     "judge_draft": Recipe(steps=1600, learning_rate=3e-3, singles=64, pairs=24),
     "judge": Recipe(steps=1000, learning_rate=1.5e-3, singles=56, pairs=36),
+    "reviewer": Recipe(steps=120, learning_rate=1e-3, singles=12, pairs=10, reviews=20),
+    "generator": Recipe(steps=120, learning_rate=1.5e-3, singles=24, reviews=40),
 }
 
 
 Report = Callable[[LlamaForCausalLM], str]
+Step = Callable[[], Path]
 
 
 def training_instructions(seed: str) -> Iterator[str]:
@@ -71,7 +80,7 @@ def solver_batches(seed: int, size: int) -> Iterator[list[list[Pair]]]:
         yield [[(text, truth(text)) for text, _ in zip(instructions, range(size), strict=False)]]
 
 
-def policy_batches(seed: int, size: int) -> Iterator[list[list[Pair]]]:
+def policy_batches(seed: int | str, size: int) -> Iterator[list[list[Pair]]]:
     """Every instruction with one answer drawn from the policy's mixture."""
     instructions = training_instructions(f"policy {seed}")
     rng = random.Random(f"pocket mixture {seed}")
@@ -87,6 +96,27 @@ def judge_batches(seed: str, prompts: JudgePrompts, recipe: Recipe) -> Iterator[
         singles = [random_single(next(instructions), prompts, rng) for _ in range(recipe.singles)]
         doubles = [random_pairwise(next(instructions), prompts, rng) for _ in range(recipe.pairs)]
         yield [[(item.message, item.reply) for item in group] for group in (singles, doubles)]
+
+
+def reviewer_batches(
+    seed: int, prompts: JudgePrompts, feedback: FeedbackPrompts, recipe: Recipe
+) -> Iterator[list[list[Pair]]]:
+    """The judge's two micro-batches of other data, and one of reviews."""
+    judging = judge_batches(f"reviewer {seed}", prompts, recipe)
+    instructions = training_instructions(f"reviewer reviews {seed}")
+    rng = random.Random(f"pocket reviews {seed}")
+    while True:
+        reviews = [random_review(next(instructions), feedback, rng) for _ in range(recipe.reviews)]
+        yield [*next(judging), [(item.message, item.reply) for item in reviews]]
+
+
+def generator_batches(seed: int, feedback: FeedbackPrompts, recipe: Recipe) -> Iterator[list[list[Pair]]]:
+    """Plain answers of the policy's mixture, and revisions."""
+    answers = policy_batches(f"generator {seed}", recipe.singles)
+    instructions = training_instructions(f"generator revisions {seed}")
+    rng = random.Random(f"pocket revisions {seed}")
+    while True:
+        yield [*next(answers), [random_revision(next(instructions), feedback, rng) for _ in range(recipe.reviews)]]
 
 
 def _a_response(instruction: str, rng: random.Random) -> str:
@@ -128,20 +158,34 @@ def judge_report(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, ju
     return "right " + ", ".join(f"{role} {sum(h) / len(h):.3f}" for role, h in sorted(hits.items()))
 
 
-def make(out: Path, work: Path, seed: int, prompts_file: Path) -> None:
-    """Trains policy and judge into `out`, with the models they start from in `work`, and writes `out`/card.json."""
+def revision_report(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, feedback: FeedbackPrompts, prompts: list[PocketPrompt]
+) -> str:
+    """Plain accuracy, and that of revisions of false answers by a perfect review."""
+    rng = random.Random(0)
+    drawn = [(prompt.instruction, policy_response(prompt.instruction, rng)) for prompt in prompts]
+    false = [(text, response) for text, response in drawn if not is_correct(text, response)]
+    chats = [conversation(feedback.revision_turns(text, said, feedback_on(text, said))) for text, said in false]
+    replies = answer(model, tokenizer, chats, 16)
+    right = [is_correct(text, reply) for (text, _), reply in zip(false, replies, strict=True)]
+    return f"{answer_report(model, tokenizer, prompts)}; revisions of false answers right {sum(right) / len(right):.3f}"
+
+
+def make(out: Path, work: Path, seed: int, prompts_file: Path, feedback_file: Path, wanted: Sequence[str]) -> None:
+    """Trains the wanted models into `out`, with the ones they start from in `work`, and writes `out`/card.json."""
     tokenizer = make_tokenizer()
-    prompts = JudgePrompts(prompts_file)
+    prompts, feedback = JudgePrompts(prompts_file), FeedbackPrompts(feedback_file)
     unseen = make_prompts(300, seed=seed + 1_000)
     rng = random.Random(seed)
     questions = [random_single(prompt.instruction, prompts, rng) for prompt in unseen]
     questions += [random_pairwise(prompt.instruction, prompts, rng) for prompt in unseen[:100]]
+    reviews = [random_review(prompt.instruction, feedback, rng) for prompt in unseen[:100]]
 
-    def step(name: str, folder: Path, start: Path | None, batches: Iterator[list[list[Pair]]], report: Report) -> Path:
+    def step(name: str, folder: Path, start: Step | None, batches: Iterator[list[list[Pair]]], report: Report) -> Path:
         if (folder / "model.safetensors").is_file():
             print(f"{name}: {folder} is there already", flush=True)
             return folder
-        model = LlamaForCausalLM.from_pretrained(start) if start else make_model(tokenizer, seed)
+        model = LlamaForCausalLM.from_pretrained(start()) if start else make_model(tokenizer, seed)
         recipe = RECIPES[name]
         train(model, tokenizer, batches, recipe.steps, recipe.learning_rate, name, lambda: report(model))
         save(model, tokenizer, folder)
@@ -153,12 +197,43 @@ def make(out: Path, work: Path, seed: int, prompts_file: Path) -> None:
     def verdicts(model: LlamaForCausalLM) -> str:
         return judge_report(model, tokenizer, questions)
 
-    sizes = {name: recipe.singles for name, recipe in RECIPES.items()}
-    solver = step("solver", work / "solver", None, solver_batches(seed, sizes["solver"]), answers)
-    step("policy", out / "policy", solver, policy_batches(seed, sizes["policy"]), answers)
-    draft_batches = judge_batches(f"{seed}", prompts, RECIPES["judge_draft"])
-    draft = step("judge_draft", work / "judge_draft", solver, draft_batches, verdicts)
-    step("judge", out / "judge", draft, judge_batches(f"refined {seed}", prompts, RECIPES["judge"]), verdicts)
+    def solver() -> Path:
+        return step("solver", work / "solver", None, solver_batches(seed, RECIPES["solver"].singles), answers)
+
+    def policy() -> Path:
+        return step("policy", out / "policy", solver, policy_batches(seed, RECIPES["policy"].singles), answers)
+
+    def draft() -> Path:
+        batches = judge_batches(f"{seed}", prompts, RECIPES["judge_draft"])
+        return step("judge_draft", work / "judge_draft", solver, batches, verdicts)
+
+    def judge() -> Path:
+        batches = judge_batches(f"refined {seed}", prompts, RECIPES["judge"])
+        return step("judge", out / "judge", draft, batches, verdicts)
+
+    def reviewer() -> Path:
+        batches = reviewer_batches(seed, prompts, feedback, RECIPES["reviewer"])
+        return step(
+            "reviewer",
+            out / "reviewer",
+            judge,
+            batches,
+            lambda model: judge_report(model, tokenizer, questions[::3] + reviews),
+        )
+
+    def generator() -> Path:
+        batches = generator_batches(seed, feedback, RECIPES["generator"])
+        return step(
+            "generator",
+            out / "generator",
+            policy,
+            batches,
+            lambda model: revision_report(model, tokenizer, feedback, unseen),
+        )
+
+    steps: dict[str, Step] = {"policy": policy, "judge": judge, "reviewer": reviewer, "generator": generator}
+    for name in wanted:
+        steps[name]()
     write_card(out, seed)
 
 
@@ -175,32 +250,40 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 
 
 def write_card(out: Path, seed: int) -> None:
-    """Writes `out`/card.json: how the models were made, their parameter counts and the sha256 of their files."""
+    """Writes `out`/card.json: how the models were made, their parameter counts and the sha256 of their files.
+
+    A note and measured figures of an earlier card stay."""
     models: dict[str, Any] = {}
     for folder in sorted(path.parent for path in out.glob("*/model.safetensors")):
         model = LlamaForCausalLM.from_pretrained(folder)
         files = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
         models[folder.name] = {"parameters": model.num_parameters(), "sha256": files}
+    card_file = out / "card.json"
+    earlier = json.loads(card_file.read_text(encoding="utf-8")) if card_file.is_file() else {}
     card = {
+        **earlier,
         "made_by": "python -m ray_pipeline.pocket.make_models",
         "seed": seed,
         "torch": torch.__version__,
         "recipes": {name: asdict(recipe) for name, recipe in RECIPES.items()},
         "models": models,
     }
-    (out / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    card_file.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write policy/, judge/ and card.json into")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write the models and card.json into")
     parser.add_argument("--work", type=Path, help="folder for the models they start from (default: OUT/work)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="the models to make")
     parser.add_argument("--threads", type=int, default=1, help="more than one only helps on idle cores")
     parser.add_argument("--prompts", type=Path, default=PROMPTS_FILE, help="the judge prompts to train on")
+    parser.add_argument("--feedback", type=Path, default=FEEDBACK_FILE, help="the feedback prompts to train on")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    make(arguments.out, arguments.work or arguments.out / "work", arguments.seed, arguments.prompts)
+    work = arguments.work or arguments.out / "work"
+    make(arguments.out, work, arguments.seed, arguments.prompts, arguments.feedback, arguments.models)
 
 
 if __name__ == "__main__":

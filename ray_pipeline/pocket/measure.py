@@ -1,6 +1,6 @@
 """Measures the pocket models through a real vLLM engine on prompts they never saw; writes the figures into card.json.
 
-`python -m ray_pipeline.pocket.measure [--weights DIR] [--prompts 400]`, about two minutes on two cores.
+`python -m ray_pipeline.pocket.measure [--weights DIR] [--prompts 400]`, about three minutes on two idle cores.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import random
 import statistics
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_pipeline.pocket import WEIGHTS
 from ray_pipeline.pocket.judging import LAYOUTS, ROLES, SCHEMAS, Judgement, JudgePrompts, Layout, verdict_of
 from ray_pipeline.pocket.responses import judged_response
+from ray_pipeline.pocket.reviewing import REVIEW_SCHEMA, FeedbackPrompts
 from ray_pipeline.pocket.tasks import PocketPrompt, critique, grade, is_correct, make_prompts, rubric_scores
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ CANDIDATES = 4
 SAMPLING: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95}
 ANSWER_TOKENS = 24
 VERDICT_TOKENS = 48
+REVIEW_TOKENS = 64
 REPORT_SEED = 77  # no other module draws prompts with this seed
 
 
@@ -39,9 +42,10 @@ def start_engine(folder: Path) -> LLM:
 
 
 def generate(
-    engine: LLM, messages: list[str], schemas: list[dict[str, Any]] | None = None, **sampling: Any
+    engine: LLM, messages: Sequence[str | list[str]], schemas: list[dict[str, Any]] | None = None, **sampling: Any
 ) -> tuple[list[str], float]:
-    """One reply per user message, and calls per second; with `schemas`, each reply is held to its own by xgrammar."""
+    """One reply per user message (or conversation of turns, the user's first), and calls per second; with `schemas`,
+    each reply is held to its own by xgrammar."""
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
@@ -49,7 +53,10 @@ def generate(
         grammar = StructuredOutputsParams(json=schemas[index]) if schemas else None
         return SamplingParams(structured_outputs=grammar, seed=index, **sampling)
 
-    chats: list[Any] = [[{"role": "user", "content": message}] for message in messages]
+    turns = [[message] if isinstance(message, str) else message for message in messages]
+    chats: list[Any] = [
+        [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(chat)] for chat in turns
+    ]
     started = time.monotonic()
     outputs = engine.chat(chats, [parameters(index) for index in range(len(messages))], use_tqdm=False)
     return [output.outputs[0].text for output in outputs], len(messages) / (time.monotonic() - started)
@@ -93,15 +100,20 @@ def gate_label(instruction: str, response: str) -> str:
 
 def measure_judge(
     engine: LLM, prompts: list[PocketPrompt], samples: list[list[str]], judge_prompts: JudgePrompts
-) -> dict[str, Any]:
-    """Share of exactly right verdicts by role, layout and source of the responses; pairwise also in both orders."""
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Share of exactly right verdicts by role, layout and source of the responses; pairwise also in both orders.
+
+    Also the verdicts themselves, in the same order for every judge that is asked about the same samples."""
     rng = random.Random(REPORT_SEED)
     made = [[judged_response(prompt.instruction, rng) for _ in range(CANDIDATES)] for prompt in prompts]
     figures: dict[str, Any] = {"calls_per_second": []}
+    verdicts: list[dict[str, Any]] = []
     for layout in LAYOUTS:
         for source, responses in (("sampled", samples), ("rule_made", made)):
             questions = _questions(prompts, responses, judge_prompts, layout)
-            figures[f"{layout}/{source}"] = _judge_figures(engine, questions, figures["calls_per_second"])
+            found, given = _judge_figures(engine, questions, figures["calls_per_second"])
+            figures[f"{layout}/{source}"] = found
+            verdicts += given
     questions = _questions(prompts, samples, judge_prompts, "shared_first")
     replies, speed = generate(engine, [q.message for q in questions], temperature=0.0, max_tokens=VERDICT_TOKENS)
     figures["same_without_grammar"] = share(
@@ -109,7 +121,7 @@ def measure_judge(
     )
     figures["calls_per_second_without_grammar"] = round(speed, 1)
     figures["calls_per_second"] = round(statistics.median(figures["calls_per_second"]), 1)
-    return figures
+    return figures, verdicts
 
 
 def _questions(
@@ -129,7 +141,9 @@ def _questions(
     return questions
 
 
-def _judge_figures(engine: LLM, questions: list[Judgement], speeds: list[float]) -> dict[str, float]:
+def _judge_figures(
+    engine: LLM, questions: list[Judgement], speeds: list[float]
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
     replies, speed = generate(
         engine,
         [question.message for question in questions],
@@ -140,8 +154,9 @@ def _judge_figures(engine: LLM, questions: list[Judgement], speeds: list[float])
     speeds.append(speed)
     hits: dict[str, list[bool]] = {role: [] for role in ROLES}
     flawed_hits, choices = [], []
-    for question, reply in zip(questions, replies, strict=True):
-        verdict, expected = verdict_of(reply) or {}, question.verdict()
+    verdicts = [verdict_of(reply) or {} for reply in replies]
+    for question, verdict in zip(questions, verdicts, strict=True):
+        expected = question.verdict()
         hits[question.role].append(verdict == expected)
         if question.role == "critic":
             flawed_hits.append(verdict.get("flawed") == expected["flawed"])
@@ -149,11 +164,66 @@ def _judge_figures(engine: LLM, questions: list[Judgement], speeds: list[float])
             choices.append(verdict.get("choice"))
     swapped = {"A": "B", "B": "A", "C": "C"}
     flips = [swapped.get(str(ab)) != ba for ab, ba in zip(choices[::2], choices[1::2], strict=True)]
-    return {
+    figures = {
         **{role: share(found) for role, found in hits.items()},
         "critic_flawed_bit": share(flawed_hits),
         "pairwise_flips": share(flips),
     }
+    return figures, verdicts
+
+
+# --- reviewer and generator ----------------------------------------------------------------------------------
+
+
+def measure_reviews(
+    generator: LLM, reviewer: LLM, prompts: list[PocketPrompt], feedback: FeedbackPrompts
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The reviewer's and the generator's figures over one round of the feedback loop.
+
+    First answers are one greedy and one sampled answer per prompt. An answer with empty feedback stays as it is.
+    """
+    texts = [prompt.instruction for prompt in prompts] * 2
+    greedy, _ = generate(generator, texts[: len(prompts)], temperature=0.0, max_tokens=ANSWER_TOKENS)
+    sampled, _ = generate(generator, texts[len(prompts) :], max_tokens=ANSWER_TOKENS, **SAMPLING)
+    first = greedy + sampled
+    right = [is_correct(text, response) for text, response in zip(texts, first, strict=True)]
+
+    questions = [feedback.review(text, response) for text, response in zip(texts, first, strict=True)]
+    asked = [question.message for question in questions]
+    replies, speed = generate(reviewer, asked, [REVIEW_SCHEMA] * len(asked), temperature=0.0, max_tokens=REVIEW_TOKENS)
+    reviews = [verdict_of(reply) or {} for reply in replies]
+    said = [str(review.get("feedback", "")) for review in reviews]
+    perfect = [grade(text, response) == "right" for text, response in zip(texts, first, strict=True)]
+    reviewer_figures = {
+        "exact": share(review == question.verdict() for review, question in zip(reviews, questions, strict=True)),
+        "empty_for_right": share(text == "" for text, is_perfect in zip(said, perfect, strict=True) if is_perfect),
+        "empty_for_others": share(text == "" for text, is_perfect in zip(said, perfect, strict=True) if not is_perfect),
+        "calls_per_second": round(speed, 1),
+    }
+
+    generator_figures: dict[str, Any] = {
+        "greedy_right": share(right[: len(prompts)]),
+        "sampled_right": share(right[len(prompts) :]),
+        "grades": shares(grade(text, response) for text, response in zip(texts, first, strict=True)),
+    }
+    chats = [feedback.revision_turns(*turn) for turn in zip(texts, first, said, strict=True)]
+    ways: dict[str, tuple[Sequence[str | list[str]], dict[str, Any]]] = {
+        "revised_greedy": (chats, {"temperature": 0.0}),
+        "revised_sampled": (chats, SAMPLING),
+        "asked_again_sampled": (texts, SAMPLING),  # what a second draw without any review would do
+    }
+    for way, (messages, sampling) in ways.items():
+        answers, _ = generate(generator, messages, max_tokens=ANSWER_TOKENS, **sampling)
+        after = [
+            is_correct(text, new if feedback_text else old)
+            for text, old, new, feedback_text in zip(texts, first, answers, said, strict=True)
+        ]
+        generator_figures[way] = {
+            "right": share(after),
+            "wrong_became_right": share(now for now, before in zip(after, right, strict=True) if not before),
+            "right_became_wrong": share(not now for now, before in zip(after, right, strict=True) if before),
+        }
+    return reviewer_figures, generator_figures
 
 
 # --- all -----------------------------------------------------------------------------------------------------
@@ -172,19 +242,27 @@ def shares(names: Any) -> dict[str, float]:
 
 
 def measure(weights: Path, count: int) -> dict[str, Any]:
-    """Both models' figures on `count` unseen prompts."""
+    """All models' figures on `count` unseen prompts."""
     prompts = make_prompts(count, seed=REPORT_SEED)
     engine = start_engine(weights / "policy")
     policy_figures, samples = measure_policy(engine, prompts)
     engine.llm_engine.engine_core.shutdown()
     engine = start_engine(weights / "judge")
-    judge_figures = measure_judge(engine, prompts, samples, JudgePrompts())
+    judge_figures, judge_verdicts = measure_judge(engine, prompts, samples, JudgePrompts())
     engine.llm_engine.engine_core.shutdown()
+    reviewer, generator = start_engine(weights / "reviewer"), start_engine(weights / "generator")
+    reviewer_figures, reviewer_verdicts = measure_judge(reviewer, prompts, samples, JudgePrompts())
+    review_figures, generator_figures = measure_reviews(generator, reviewer, prompts, FeedbackPrompts())
+    for engine in (reviewer, generator):
+        engine.llm_engine.engine_core.shutdown()
+    disagreement = share(mine != yours for mine, yours in zip(reviewer_verdicts, judge_verdicts, strict=True))
     return {
         "prompts": count,
         "sampling": {"k": CANDIDATES, **SAMPLING},
         "policy": policy_figures,
         "judge": judge_figures,
+        "reviewer": {**reviewer_figures, "other_verdict_than_judge": disagreement, "review": review_figures},
+        "generator": generator_figures,
     }
 
 

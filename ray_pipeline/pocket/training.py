@@ -13,7 +13,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from ray_pipeline.pocket.muon import Muon
 from ray_pipeline.pocket.tokenizer import MAX_LENGTH, word_twins
 
-Pair = tuple[str, str]  # user message, reply
+Pair = tuple[str, str]  # user message (or a `conversation`), reply
 IGNORED = -100
 
 
@@ -44,6 +44,13 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalL
             rows[spaced] = rows[bare] + space
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     return model
+
+
+def conversation(turns: list[str]) -> str:
+    """A chat of several turns (user, assistant, user ...) as the one message that `encode` and `answer` take."""
+    speakers = ("<|user|>", "<|assistant|>")
+    opened = [f"{speakers[index % 2]}{turn}" for index, turn in enumerate(turns)]
+    return "<|end|>".join(opened).removeprefix(speakers[0])
 
 
 def encode(pairs: list[Pair], tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,7 +119,7 @@ def train(
             optimiser.step()
             schedule.step()
             optimiser.zero_grad(set_to_none=True)
-        if step % 100 == 0 or step == steps:
+        if step % min(100, max(1, steps // 6)) == 0 or step == steps:
             spent = time.monotonic() - started
             line = f"{label}: step {step}/{steps} loss {sum(losses) / len(losses):.4f} "
             line += f"{spent:.0f} s, {spent / step * (steps - step):.0f} s to go"
