@@ -409,7 +409,8 @@ def over_reviews(
         name = _conversation(conversations, prompt, turns)
         origin[name] = review["prompt_id"]
         replies[name, review["raw"]].append(review)
-    candidates, made = [], []
+    candidates: list[dict[str, Any]] = []
+    made: list[dict[str, Any]] = []
     for (name, raw), same in replies.items():
         ids = [after for r in same for after in (followed[r["review_id"]] if r["feedback"] else [r["candidate_id"]])]
         values = [scores.get(after) for after in ids]
