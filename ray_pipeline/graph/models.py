@@ -48,7 +48,8 @@ class ModelSettings(Settings):
 
     engine: Literal["vllm", "openai"] = "vllm"
     model: str = Field(
-        description="folder, hub name, or `pocket:NAME` (policy, judge, reviewer, generator); engine openai: the endpoint's name for it"
+        description="folder, hub name, or `pocket:NAME` (policy, judge, reviewer, generator); "
+        "engine openai: the endpoint's name for it"
     )
     endpoint: EndpointSettings | None = Field(None, description="engine openai alone: where the model is served")
     revision: str | None = None

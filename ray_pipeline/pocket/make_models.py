@@ -4,9 +4,10 @@
 2. policy: the solver, trained on to the mixture of right and wrong answers of responses.py;
 3. judge draft: the solver, trained on to every judging role in both layouts;
 4. judge: the draft, refined at half the learning rate with more comparisons;
-5. reviewer: the judge, trained on with fresh data of every judging role and with reviews: a second judge;
-6. generator: the policy, trained on with its own mixture and with revisions by feedback;
-7. card.json: digests, parameter counts, recipe; measure.py adds the accuracies measured through vLLM.
+5. reviewer draft: the judge, trained on with other data of every judging role and with reviews;
+6. reviewer: the draft, trained on until it copies its own answer into the feedback; a second judge of other weights;
+7. generator: the policy, trained on with its own mixture and with revisions by feedback;
+8. card.json: digests, parameter counts, recipe; measure.py adds the accuracies measured through vLLM.
 
 About 40 minutes on one idle core. Every step leaves its model in a folder, and a folder that is there is not made
 again, nor are the ones that only lead to it: after an interruption the same command goes on with the next step. A run
@@ -55,7 +56,8 @@ RECIPES = {
     "policy": Recipe(steps=700, learning_rate=2e-3, singles=128),
     "judge_draft": Recipe(steps=1600, learning_rate=3e-3, singles=64, pairs=24),
     "judge": Recipe(steps=1000, learning_rate=1.5e-3, singles=56, pairs=36),
-    "reviewer": Recipe(steps=120, learning_rate=1e-3, singles=12, pairs=10, reviews=20),
+    "reviewer_draft": Recipe(steps=120, learning_rate=1e-3, singles=12, pairs=10, reviews=20),
+    "reviewer": Recipe(steps=220, learning_rate=1.5e-3, singles=12, pairs=10, reviews=32),
     "generator": Recipe(steps=120, learning_rate=1.5e-3, singles=24, reviews=40),
 }
 
@@ -99,7 +101,7 @@ def judge_batches(seed: str, prompts: JudgePrompts, recipe: Recipe) -> Iterator[
 
 
 def reviewer_batches(
-    seed: int, prompts: JudgePrompts, feedback: FeedbackPrompts, recipe: Recipe
+    seed: str, prompts: JudgePrompts, feedback: FeedbackPrompts, recipe: Recipe
 ) -> Iterator[list[list[Pair]]]:
     """The judge's two micro-batches of other data, and one of reviews."""
     judging = judge_batches(f"reviewer {seed}", prompts, recipe)
@@ -211,15 +213,16 @@ def make(out: Path, work: Path, seed: int, prompts_file: Path, feedback_file: Pa
         batches = judge_batches(f"refined {seed}", prompts, RECIPES["judge"])
         return step("judge", out / "judge", draft, batches, verdicts)
 
+    def reviews_too(model: LlamaForCausalLM) -> str:
+        return judge_report(model, tokenizer, questions[::3] + reviews)
+
+    def reviewer_draft() -> Path:
+        batches = reviewer_batches(f"{seed}", prompts, feedback, RECIPES["reviewer_draft"])
+        return step("reviewer_draft", work / "reviewer_draft", judge, batches, reviews_too)
+
     def reviewer() -> Path:
-        batches = reviewer_batches(seed, prompts, feedback, RECIPES["reviewer"])
-        return step(
-            "reviewer",
-            out / "reviewer",
-            judge,
-            batches,
-            lambda model: judge_report(model, tokenizer, questions[::3] + reviews),
-        )
+        batches = reviewer_batches(f"refined {seed}", prompts, feedback, RECIPES["reviewer"])
+        return step("reviewer", out / "reviewer", reviewer_draft, batches, reviews_too)
 
     def generator() -> Path:
         batches = generator_batches(seed, feedback, RECIPES["generator"])

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_pipeline.pocket import WEIGHTS
+from ray_pipeline.pocket import MODELS, WEIGHTS
 from ray_pipeline.pocket.judging import LAYOUTS, ROLES, SCHEMAS, Judgement, JudgePrompts, Layout, verdict_of
 from ray_pipeline.pocket.responses import judged_response
 from ray_pipeline.pocket.reviewing import REVIEW_SCHEMA, FeedbackPrompts
@@ -242,40 +242,49 @@ def shares(names: Any) -> dict[str, float]:
 
 
 def measure(weights: Path, count: int) -> dict[str, Any]:
-    """All models' figures on `count` unseen prompts."""
+    """All models' figures on `count` unseen prompts; each is printed as soon as it is known."""
     prompts = make_prompts(count, seed=REPORT_SEED)
+    figures: dict[str, Any] = {}
+
+    def note(name: str, found: dict[str, Any]) -> None:
+        figures[name] = {"prompts": count, "sampling": {"k": CANDIDATES, **SAMPLING}, **found}
+        print(json.dumps({name: figures[name]}, indent=2), flush=True)
+
     engine = start_engine(weights / "policy")
-    policy_figures, samples = measure_policy(engine, prompts)
+    found, samples = measure_policy(engine, prompts)
     engine.llm_engine.engine_core.shutdown()
+    note("policy", found)
+
     engine = start_engine(weights / "judge")
-    judge_figures, judge_verdicts = measure_judge(engine, prompts, samples, JudgePrompts())
+    found, judge_verdicts = measure_judge(engine, prompts, samples, JudgePrompts())
     engine.llm_engine.engine_core.shutdown()
-    reviewer, generator = start_engine(weights / "reviewer"), start_engine(weights / "generator")
-    reviewer_figures, reviewer_verdicts = measure_judge(reviewer, prompts, samples, JudgePrompts())
-    review_figures, generator_figures = measure_reviews(generator, reviewer, prompts, FeedbackPrompts())
+    note("judge", found)
+
+    reviewer = start_engine(weights / "reviewer")
+    found, reviewer_verdicts = measure_judge(reviewer, prompts, samples, JudgePrompts())
+    found["other_verdict_than_judge"] = share(a != b for a, b in zip(reviewer_verdicts, judge_verdicts, strict=True))
+    note("reviewer", found)
+
+    generator = start_engine(weights / "generator")
+    review, found = measure_reviews(generator, reviewer, prompts, FeedbackPrompts())
     for engine in (reviewer, generator):
         engine.llm_engine.engine_core.shutdown()
-    disagreement = share(mine != yours for mine, yours in zip(reviewer_verdicts, judge_verdicts, strict=True))
-    return {
-        "prompts": count,
-        "sampling": {"k": CANDIDATES, **SAMPLING},
-        "policy": policy_figures,
-        "judge": judge_figures,
-        "reviewer": {**reviewer_figures, "other_verdict_than_judge": disagreement, "review": review_figures},
-        "generator": generator_figures,
-    }
+    note("reviewer", {**figures["reviewer"], "review": review})
+    note("generator", found)
+    return figures
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--prompts", type=int, default=400)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="whose figures go into the card")
     arguments = parser.parse_args()
     figures = measure(arguments.weights, arguments.prompts)
-    print(json.dumps(figures, indent=2))
     card_file = arguments.weights / "card.json"
     card = json.loads(card_file.read_text(encoding="utf-8"))
-    card_file.write_text(json.dumps({**card, "measured": figures}, indent=2) + "\n", encoding="utf-8")
+    card.setdefault("measured", {}).update({name: figures[name] for name in arguments.models})
+    card_file.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

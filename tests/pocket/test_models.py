@@ -11,12 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ray_pipeline.pocket import MODELS, WEIGHTS, model_path
-from ray_pipeline.pocket.judging import ROLES, JudgePrompts, verdict_of
+from ray_pipeline.pocket.judging import LAYOUTS, ROLES, JudgePrompts, verdict_of
 from ray_pipeline.pocket.measure import measure
 from ray_pipeline.pocket.responses import judged_response
+from ray_pipeline.pocket.reviewing import FeedbackPrompts
 from ray_pipeline.pocket.tasks import is_correct, make_prompts
 from ray_pipeline.pocket.tokenizer import make_tokenizer
-from ray_pipeline.pocket.training import answer
+from ray_pipeline.pocket.training import answer, conversation
 
 CARD = json.loads((WEIGHTS / "card.json").read_text(encoding="utf-8"))
 
@@ -29,7 +30,7 @@ def load(name: str):
 
 
 def test_unknown_names_are_told_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="pocket:policy, pocket:judge"):
+    with pytest.raises(ValueError, match="pocket:policy, pocket:judge, pocket:reviewer, pocket:generator"):
         model_path("pocket:jury")
 
 
@@ -61,8 +62,9 @@ def test_policy_is_right_on_about_half_of_unseen_prompts() -> None:
         assert 0.35 < right / len(instructions) < 0.65
 
 
-def test_judge_gives_the_rules_verdicts_on_unseen_responses() -> None:
-    judge, tokenizer = load("judge")
+@pytest.mark.parametrize("name", ["judge", "reviewer"])
+def test_judges_give_the_rules_verdicts_on_unseen_responses(name: str) -> None:
+    judge, tokenizer = load(name)
     prompts, rng = JudgePrompts(), random.Random(0)
     questions = []
     for index, prompt in enumerate(make_prompts(150, seed=32)):
@@ -77,16 +79,50 @@ def test_judge_gives_the_rules_verdicts_on_unseen_responses() -> None:
     assert right / len(questions) > 0.93
 
 
+def test_the_second_judge_has_other_weights() -> None:
+    digests = {CARD["models"][name]["sha256"]["model.safetensors"] for name in MODELS}
+    assert len(digests) == len(MODELS)
+
+
+def test_a_review_makes_most_false_answers_right() -> None:
+    generator, tokenizer = load("generator")
+    reviewer, _ = load("reviewer")
+    feedback = FeedbackPrompts()
+    texts = [prompt.instruction for prompt in make_prompts(100, seed=33)]
+    first = answer(generator, tokenizer, texts, 24)
+    false = [(text, said) for text, said in zip(texts, first, strict=True) if not is_correct(text, said)]
+    assert 0.25 < len(false) / len(texts) < 0.65
+    questions = [feedback.review(text, said).message for text, said in false]
+    reviews = [verdict_of(reply) or {} for reply in answer(reviewer, tokenizer, questions, 64)]
+    chats = [
+        conversation(feedback.revision_turns(text, said, review.get("feedback", "")))
+        for (text, said), review in zip(false, reviews, strict=True)
+    ]
+    revised = answer(generator, tokenizer, chats, 24)
+    right = [is_correct(text, reply) for (text, _), reply in zip(false, revised, strict=True)]
+    assert sum(right) / len(right) > 0.5
+
+
 @pytest.mark.e2e
 def test_figures_through_vllm() -> None:
-    """The card's figures, measured again through a real vLLM engine: two engine starts, about three minutes."""
-    figures = measure(WEIGHTS, 200)
-    policy, judge = figures["policy"], figures["judge"]
+    """The card's figures, measured again through real vLLM engines: four engine starts, about three minutes."""
+    figures = measure(WEIGHTS, 100)
+    policy, reviewer, generator = figures["policy"], figures["reviewer"], figures["generator"]
     assert 0.4 <= policy["greedy_right"] <= 0.6
     assert 0.4 <= policy["sampled_right"] <= 0.6
     assert min(policy["labels"].get(label, 0) for label in ("desirable", "undesirable", "discard", "abstain")) >= 0.03
-    for part in ("shared_first/sampled", "shared_first/rule_made", "rubric_first/sampled", "rubric_first/rule_made"):
-        assert min(judge[part][role] for role in ROLES if role != "pairwise") >= 0.95
-        assert judge[part]["pairwise"] >= 0.9
-        assert judge[part]["pairwise_flips"] <= 0.05
-    assert judge["same_without_grammar"] >= 0.95
+    for judge in (figures["judge"], reviewer):
+        for part in (f"{layout}/{source}" for layout in LAYOUTS for source in ("sampled", "rule_made")):
+            assert min(judge[part][role] for role in ROLES if role != "pairwise") >= 0.95
+            assert judge[part]["pairwise"] >= 0.9
+            assert judge[part]["pairwise_flips"] <= 0.05
+        assert judge["same_without_grammar"] >= 0.95
+    assert 0 < reviewer["other_verdict_than_judge"] <= 0.1
+    assert reviewer["review"]["empty_for_right"] >= 0.95
+    assert reviewer["review"]["empty_for_others"] <= 0.05
+    assert 0.35 <= generator["sampled_right"] <= 0.7
+    for way in ("revised_greedy", "revised_sampled"):
+        assert generator[way]["wrong_became_right"] >= 0.5
+        assert generator[way]["right_became_wrong"] <= 0.05
+    again = generator["asked_again_sampled"]["wrong_became_right"]
+    assert generator["revised_sampled"]["wrong_became_right"] >= again + 0.1

@@ -86,7 +86,7 @@ def test_a_review_is_in_the_models_words_and_fits_its_budget(instruction: str, s
     assert asked.role == "review"
     assert len(TOKENIZER(asked.reply)["input_ids"]) < REVIEW_TOKENS
     spelled = TOKENIZER.tokenize(asked.message)
-    assert [token for token in spelled if len(token) == 1 and token.isalpha() and token not in "ab"] == ["Ċ"]
+    assert [token for token in spelled if len(token) == 1 and token.isalpha() and token not in "abĠ"] == ["Ċ"]
 
 
 @given(instructions, seeds, st.text(max_size=20))
@@ -132,10 +132,10 @@ def test_two_reviewers_come_in_any_order_and_the_other_one_may_err() -> None:
 
 def test_batches_repeat_and_never_show_held_out_instructions_nor_the_judges_data() -> None:
     judging, recipe = JudgePrompts(), RECIPES["reviewer"]
-    first, again = (next(reviewer_batches(0, judging, PROMPTS, recipe)) for _ in range(2))
+    first, again = (next(reviewer_batches("0", judging, PROMPTS, recipe)) for _ in range(2))
     assert first == again
     assert [len(group) for group in first] == [recipe.singles, recipe.pairs, recipe.reviews]
-    assert first != next(reviewer_batches(1, judging, PROMPTS, recipe))
+    assert first != next(reviewer_batches("1", judging, PROMPTS, recipe))
     assert first[:2] != next(judge_batches("refined 0", judging, recipe))
     for message, _ in first[2]:
         assert pool_of(message.split(" : ")[1].removesuffix(" answer")) == "weights"
