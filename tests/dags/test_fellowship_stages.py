@@ -31,7 +31,7 @@ SHARDS = 2
 
 
 def worker(messages: Any, sampling: Any) -> str:
-    """Generator, reviewer and judge. The generator is right on a third of first answers and on half of the revisions."""
+    """Generator, reviewer and judge. The generator is right on a third of first answers and half of revisions."""
     text = messages[-1]["content"]
     if len(messages) == 1 and text.startswith("task : "):
         (asked, _, rest), lines = text.removeprefix("task : ").partition(" answer : "), text.split("\n")
@@ -44,7 +44,7 @@ def worker(messages: Any, sampling: Any) -> str:
     if luck < 2 or (luck == 2 and len(messages) > 1):
         return right
     # Two kinds of faults: a review of another fault is not the same feedback again.
-    return f"it is {right} moon" if luck % 2 else f"let me see the answer is it is {right}"
+    return f"it is {right} moon" if luck % 2 else "sorry i can not"
 
 
 def play(
@@ -142,7 +142,7 @@ def test_the_page_tells_the_truth_by_iteration(played: dict[str, StageResult]) -
     first, second, _ = stats["responses"]
     assert stats["prompts"] == 60 == sum(stats["ends"].values()) == first["responses"]
     assert stats["ends"]["empty"] > 10 and set(stats["ends"]) <= {"empty", "limit", "repeated"}
-    # A wrong answer only ever comes back from a review: those that were right are not in the second round.
+    # The reviewer sees through everything: only wrong answers come back from it.
     assert second["responses"] == second["wrong_before"] and second["mended"] / second["wrong_before"] > 0.4
     so_far = [r["accuracy_so_far"] for r in stats["responses"]]
     assert so_far == sorted(so_far) and so_far[-1] > so_far[0] + 0.3
