@@ -1,4 +1,5 @@
 # make demo   the whole method on small real models; ends with a report
+# make fellowship   feedback loop, selection and data sets on small real models
 # make test   all tests, the ones with real engines, clusters and training included
 # make venv   the environment alone
 # make check  ruff and mypy
@@ -7,11 +8,15 @@ PYTHON ?= python3
 RUN ?= runs/pocket
 MADE := $(VENV)/.made
 
-.PHONY: demo test venv check clean
+.PHONY: demo fellowship test venv check clean
 
 demo: $(MADE)
 	$(VENV)/bin/quorum run dmapo --config configs/pocket.yaml --run-dir $(RUN)
 	@echo; cat $(RUN)/report/report.md | head -40
+
+fellowship: $(MADE)
+	$(VENV)/bin/quorum run fellowship --config configs/pocket_fellowship.yaml
+	@echo; cat runs/pocket_fellowship/loop/report.md
 
 test: $(MADE)
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile

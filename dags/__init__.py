@@ -9,6 +9,7 @@ from dags.agreement import agreement
 from dags.baselines import baselines
 from dags.benchmarks import benchmarks
 from dags.dmapo import dmapo
+from dags.fellowship import fellowship
 from dags.winrate import winrate
 from ray_pipeline.graph.stage import Dag
 
@@ -16,6 +17,7 @@ from ray_pipeline.graph.stage import Dag
 DAGS: dict[str, Callable[[Any, str], Dag]] = {
     "dmapo": dmapo,
     "baselines": baselines,
+    "fellowship": fellowship,
     "agreement": agreement,
     "winrate": winrate,
     "benchmarks": benchmarks,

@@ -41,8 +41,8 @@ def run(
     dag: Annotated[
         str,
         typer.Argument(
-            help="workflow: dmapo, baselines (methods and data side by side), agreement (judges with humans), winrate "
-            "or benchmarks (MT-Bench, AlpacaEval, IFEval)"
+            help="workflow: dmapo, fellowship (feedback loop), baselines (methods and data side by side), agreement "
+            "(judges with humans), winrate or benchmarks (MT-Bench, AlpacaEval, IFEval)"
         ),
     ],
     overrides: Annotated[
@@ -79,6 +79,7 @@ def run(
     from ray_pipeline.agreement_config import AGREEMENT_CONFIGS
     from ray_pipeline.benchmark_config import BenchmarksConfig
     from ray_pipeline.config import CONFIGS, ConfigError, load_config
+    from ray_pipeline.fellowship_config import FELLOWSHIP_CONFIGS
     from ray_pipeline.graph.failures import FailurePolicy
     from ray_pipeline.graph.heartbeat import RunBusy
     from ray_pipeline.graph.reach import check_location, in_a_job, wanted_keys
@@ -87,7 +88,12 @@ def run(
     from ray_pipeline.stages.sources import InputError
     from ray_pipeline.store.files import Folder, StoreError, point_at
 
-    configs: dict[str, Any] = {**CONFIGS, **AGREEMENT_CONFIGS, "benchmarks": BenchmarksConfig}
+    configs: dict[str, Any] = {
+        **CONFIGS,
+        **FELLOWSHIP_CONFIGS,
+        **AGREEMENT_CONFIGS,
+        "benchmarks": BenchmarksConfig,
+    }
     if dag not in configs:
         raise _refuse(f"there is no workflow {dag!r}; there is {', '.join(configs)}")
     changes = [*(overrides or []), *(["evaluate.skip_generation=true"] if skip_generation else [])]
@@ -169,12 +175,13 @@ def report(
 ) -> None:
     """Write report.md, report.html and their numbers anew from the tables that a run has, finished or not."""
     from ray_pipeline.graph.results import read_run
-    from ray_pipeline.stages import agreement, benchmark_report, method_table
+    from ray_pipeline.stages import agreement, benchmark_report, loop_page, method_table
     from ray_pipeline.stages.evaluate import write_report
     from ray_pipeline.store.files import StoreError
 
     pages = {
         "baselines": method_table.rewrite_page,
+        "fellowship": loop_page.rewrite_page,
         "agreement": agreement.rewrite_page,
         "winrate": agreement.rewrite_page,
         "benchmarks": benchmark_report.rewrite_page,

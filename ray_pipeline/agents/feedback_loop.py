@@ -113,8 +113,14 @@ async def review(
     sampling: SamplingSettings,
     asking: ReviewAsking,
     focus: str = "",
+    sample: int = 0,
 ) -> Review:
-    """Review one answer. `focus` is what this reviewer looks at; empty is the template's own question."""
+    """Review one answer.
+
+    Args:
+        focus: what this reviewer looks at; empty is the template's own question.
+        sample: which of several reviews of the same answer this is.
+    """
     read, reply, status = await ask_until_read(
         engine,
         review_messages(prompt, response, template, asking, focus),
@@ -122,6 +128,7 @@ async def review(
         asking,
         review_grammar(asking.reason_chars, asking.feedback_chars, asking.scale) if asking.grammar else None,
         lambda reply: read_review(reply, asking.scale),
+        sample=sample,
     )
     raw = None if reply is None else reply.text
     if read is None:

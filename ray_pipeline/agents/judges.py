@@ -213,6 +213,7 @@ async def ask_until_read(
     reader: Callable[[Completion], Read | None],
     logprobs: int | None = None,
     follow_up: str | None = None,
+    sample: int = 0,
 ) -> tuple[Read | None, Completion | None, str]:
     """Ask until a reply can be read or the retries are used up; returns what was read, the last reply, the status.
 
@@ -221,19 +222,21 @@ async def ask_until_read(
 
     Args:
         follow_up: said to the model after its unreadable reply; None asks the same question again.
+        sample: which of several replies to the same question this is; each is drawn with a seed of its own.
     """
     reply: Completion | None = None
     status, first = "unparsed", messages
+    nth = (sample,) if sample else ()
     for attempt in range(asking.retries + 1):
         if follow_up is not None and reply is not None:
             said = [{"role": "assistant", "content": reply.text}, {"role": "user", "content": follow_up}]
             messages = [*first, *said]
         sampling = settings.sampling(grammar=grammar, logprobs=logprobs)
         if attempt:
-            seed = derived_seed("retry", _contents(messages), attempt)
+            seed = derived_seed("retry", _contents(messages), attempt, *nth)
             sampling = dataclasses.replace(sampling, temperature=asking.retry_temperature, seed=seed)
         elif settings.temperature > 0:
-            sampling = dataclasses.replace(sampling, seed=derived_seed("judge", _contents(messages)))
+            sampling = dataclasses.replace(sampling, seed=derived_seed("judge", _contents(messages), *nth))
         try:
             reply = await engine.chat(messages, sampling)
         except PromptTooLong:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from ray_pipeline.graph.results import Run
 from ray_pipeline.stages.audit import AuditReport, RunTables, audit_run
+from ray_pipeline.stages.audit_loop import audit_loop
 from ray_pipeline.stages.datasets import DatasetsConfig, TokenCounter
 from ray_pipeline.stages.gate import GateConfig
 from ray_pipeline.store.files import StoreError
@@ -26,7 +27,7 @@ class _Made:
 
 
 def audit_folder(run: Run) -> dict[str, AuditReport]:
-    """An audit of every data set that the gate made, by the name of its stage.
+    """An audit of every data set that the gate or a loop's pick made, by the name of its stage.
 
     Of a comparison, data sets without a gate, of fewer candidates or of imported rows follow other rules and are left
     out.
@@ -36,6 +37,8 @@ def audit_folder(run: Run) -> dict[str, AuditReport]:
     """
     if run.manifest["dag"] in ("agreement", "winrate"):
         raise StoreError(f"{run.folder.location} is a run of {run.manifest['dag']}: it makes no training rows to audit")
+    if run.manifest["dag"] == "fellowship":
+        return {"datasets": _loop(run)}
     made = list(_compared(run) if run.manifest["dag"] == "baselines" else _single(run))
     if not made:
         raise StoreError(f"{run.folder.location} has no data set of the gate on all candidates: nothing to audit")
@@ -73,6 +76,25 @@ def _compared(run: Run) -> Iterator[_Made]:
                 gate=GateConfig.model_validate({**config["gate"], **variant["gate"]}),
                 config=DatasetsConfig.model_validate(settings.read_json("stats.json")["settings"]),
             )
+
+
+def _loop(run: Run) -> AuditReport:
+    """The data set of a feedback loop's pick; those of the second kind lead back by review_id and are not audited."""
+    needed = (*_NEEDED, "select", "datasets")
+    if missing := [name for name in needed if name not in run.results]:
+        raise StoreError(f"{run.folder.location} cannot be audited yet: {', '.join(missing)} is not done; run it first")
+    config, results = run.manifest["config"], run.results
+    judges = config["select"]["judges"] or config["judge"]["rubrics"]
+    verdicts = [n for n in sorted(results) if n.startswith("judge") and results[n].tables == ("verdicts",)]
+    return audit_loop(
+        prompts=results["prompts"].table(),
+        candidates=results["candidates"].table(),
+        verdicts=[results[n].table() for n in verdicts],
+        decisions=results["select"].table(),
+        datasets=results["datasets"].folder,
+        judges=[judge["name"] for judge in judges],
+        min_gap=config["datasets"]["min_gap"],
+    )
 
 
 def _audit(run: Run, made: _Made) -> AuditReport:

@@ -231,13 +231,13 @@ def dataset_files(
 
 
 @functools.cache
-def _token_counter(tokenizer: str, revision: str | None) -> TokenCounter:
+def token_counter(tokenizer: str, revision: str | None) -> TokenCounter:
     return TokenCounter.load(tokenizer, revision)
 
 
 def make_rows(given: ShardInput) -> ShardOutput:
     settings: _RowsGiven = given.settings
-    encode = _token_counter(settings.tokenizer, settings.revision)
+    encode = token_counter(settings.tokenizer, settings.revision)
     verdicts = _verdicts(given.tables)
     arguments = (given.tables["prompts"], given.tables["candidates"], verdicts, given.tables["decisions"])
     tables: dict[str, pa.Table] = {}
@@ -247,20 +247,22 @@ def make_rows(given: ShardInput) -> ShardOutput:
             tables[kind], found = kto_rows(*arguments, settings.datasets, encode, settings.judges)
         else:
             tables[kind], found = dpo_rows(*arguments, settings.datasets, encode, settings.every_rejected)
-        counts |= _flat(found, f"{kind}.")
+        counts |= flat_counts(found, f"{kind}.")
     given.tick(given.tables["decisions"].num_rows)
     return ShardOutput(tables, counts)
 
 
-def _flat(counts: Mapping[str, Any], before: str) -> dict[str, int]:
+def flat_counts(counts: Mapping[str, Any], before: str) -> dict[str, int]:
     flat: dict[str, int] = {}
     for name, value in counts.items():
-        flat |= _flat(value, f"{before}{name}.") if isinstance(value, Mapping) else {f"{before}{name}": int(value)}
+        flat |= (
+            flat_counts(value, f"{before}{name}.") if isinstance(value, Mapping) else {f"{before}{name}": int(value)}
+        )
     return flat
 
 
 def _nested(counts: Mapping[str, int], kind: str) -> dict[str, Any]:
-    """Undo `_flat` for one kind of data set."""
+    """Undo `flat_counts` for one kind of data set."""
     nested: dict[str, Any] = {}
     for name, value in counts.items():
         first, *path = name.split(".")

@@ -32,10 +32,16 @@ if TYPE_CHECKING:  # Torch, transformers and scikit-learn take seconds to import
 
 
 class ReportSettings(Settings):
-    """What a report says of a run beside its tables. `models` is role → name of the model, for reading."""
+    """What a report says of a run beside its tables.
+
+    Attributes:
+        stages: those that the workflow should have, so that missing ones are named; default: those of DMAPO.
+        models: role → name of the model, for reading.
+    """
 
     run_name: str
     workflow: str = "dmapo"
+    stages: tuple[str, ...] | None = None
     config_digest: str = ""
     models: dict[str, str] = Field(default_factory=dict)
     curating: dict[str, str] = Field(default_factory=dict)
@@ -68,7 +74,7 @@ def evaluate(
         work=WholeWork(function=evaluate_run, settings=given),
         config={
             "evaluate": settings.model_dump(mode="json"),
-            "report": report.model_dump(mode="json", exclude={"run_name", "config_digest", "models"}),
+            "report": report.model_dump(mode="json", exclude={"run_name", "config_digest", "models", "stages"}),
             "max_length": max_length,
         },
         inputs={stage.name: stage for stage in stages},
@@ -153,14 +159,14 @@ def report_data(
             config_digest=settings.config_digest,
             fingerprints={name: result.fingerprint for name, result in by_name.items()},
             models=settings.models,
-            stages=DMAPO_STAGES,
+            stages=DMAPO_STAGES if settings.stages is None else settings.stages,
         ),
         prompt_counts=facts.get("prompts", {}).get("counts"),
         prompts=prompts,
         candidates=table_of(by_name, "candidates"),
         verdicts=table_of(by_name, *sorted(n for n in by_name if n == "judge" or n.startswith("judge-"))),
         critiques=table_of(by_name, "critic"),
-        decisions=table_of(by_name, "gate"),
+        decisions=table_of(by_name, "gate", "select"),
         dataset_counts=data.get("rows"),
         dataset_guards=data.get("dropped"),
         kto_weights=data.get("kto_weights"),

@@ -141,9 +141,7 @@ def feedback_stages(
         )
         last = {"last": made[-1], **{f"reviews/{stage.name}": stage for stage in reviews}} if k else {}
         model = models[settings.generator]
-        made.append(
-            llm_stage(f"generate-{k + 1}", generate_shard, "candidates", given, model, failure, prompts, **last)
-        )
+        made.append(llm_stage(f"generate-{k + 1}", generate_shard, "candidates", given, model, failure, prompts, last))
     joined = Stage(
         name="candidates",
         work=ShardWork(function=join_shard, tables=("candidates",)),
@@ -175,7 +173,7 @@ def _reviews(
         group = f"review-{iteration + 1}"
         name = group if len(settings.review_models) == 1 else f"{group}-{key}"
         stages.append(
-            llm_stage(name, review_shard, "reviews", given, models[key], failure, prompts, group=group, last=last)
+            llm_stage(name, review_shard, "reviews", given, models[key], failure, prompts, {"last": last}, group)
         )
     return stages
 
@@ -188,9 +186,8 @@ def llm_stage(
     model: ModelSettings,
     failure: FailureSettings,
     prompts: Stage,
-    *,
+    inputs: Mapping[str, Stage],
     group: str = "",
-    **inputs: Stage,
 ) -> Stage:
     """A stage that asks one model about prompts and writes one table; its settings decide its output."""
     return Stage(
@@ -374,11 +371,12 @@ async def reviewed(
     template: RoleTemplate,
     sampling: SamplingSettings,
     asking: ReviewAsking,
+    sample: int = 0,
 ) -> Review:
     """One review of an answer (a row with prompt_id and response)."""
     assert given.engine is not None
     engine = given.engine.bound(answer["prompt_id"], f"review/{reviewer.name}")
-    found = await review(engine, messages, answer["response"], template, sampling, asking, reviewer.focus)
+    found = await review(engine, messages, answer["response"], template, sampling, asking, reviewer.focus, sample)
     if found.parse_status != "too_long":
         given.watch(f"reviewer {reviewer.name}", found.parse_status in READ_STATUSES)
     return found

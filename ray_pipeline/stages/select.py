@@ -109,9 +109,7 @@ def ranks(
             asking=settings.asking,
         )
         own = name if len(settings.models) == 1 else f"{name}-{key}"
-        stages.append(
-            llm_stage(own, rank_shard, "verdicts", given, models[key], failure, prompts, group=name, **answers)
-        )
+        stages.append(llm_stage(own, rank_shard, "verdicts", given, models[key], failure, prompts, answers, name))
     return stages
 
 
