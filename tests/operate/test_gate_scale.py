@@ -1,0 +1,50 @@
+"""The benchmark of gate and data sets, small: what it makes, and that it goes on where it was interrupted."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from ray_pipeline.stages import columnar
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    spec = importlib.util.spec_from_file_location("gate_scale", Path("benchmarks/gate_scale.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "gate_scale", module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(columnar, "_token_counter", columnar._token_counter)  # the benchmark puts its own in place
+    monkeypatch.setattr(module, "SHARD", 100)
+    return module
+
+
+def test_a_small_size_through_all_stages(bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "400"
+    bench.make(folder, 400)
+    bench.run(folder, 400)
+    found = json.loads((folder / "run.json").read_text())
+    assert found["shards"] == 4 and found["peak"] >= found["loaded"] > 0
+    (gate,) = folder.glob("gate-*")
+    labels = [label for f in gate.glob("*.parquet") for label in pq.read_table(f)["label"].to_pylist()]
+    assert len(labels) == 400 and {"desirable", "undesirable", "discard", "abstain"} <= set(labels)
+    kept = found["rows"]["kto"]["train"] + found["rows"]["kto"]["val"]
+    assert kept == labels.count("desirable") + labels.count("undesirable")
+    assert found["rows"]["dpo"]["train"] > 0 and found["rows"]["kto"]["val"] > 0
+
+    made = sorted(gate.glob("shard-*.parquet"))
+    (gate / "_result.json").unlink()
+    made[0].unlink()
+    kept_files = {f: f.stat().st_mtime_ns for f in made[1:]}
+    bench.run(folder, 400)  # as after an interruption: the other shards stay
+    assert {f: f.stat().st_mtime_ns for f in made[1:]} == kept_files and made[0].exists()
+
+    bench.show(tmp_path, [400])
+    assert f"| 400 | 4 | {kept:,} |" in capsys.readouterr().out and (tmp_path / "gate_scale.png").stat().st_size > 5000
