@@ -16,11 +16,13 @@ import yaml
 
 from dags import DAGS
 from dags.benchmarks import benchmarks
+from ray_pipeline import config as module
 from ray_pipeline.benchmark_config import BenchmarksConfig
 from ray_pipeline.config import ConfigError, load_config
 from ray_pipeline.engines.logged import LoggedEngine
 from ray_pipeline.evaluation.mt_bench import CATEGORY_TEMPERATURES
 from ray_pipeline.graph.stage import Dag, ShardInput, ShardWork, StageResult, WholeInput
+from ray_pipeline.stages.benchmark_questions import question_rows
 from ray_pipeline.stages.benchmark_report import rewrite_page
 from ray_pipeline.store.files import Folder
 from tests.published import DATA, needs
@@ -439,3 +441,16 @@ def test_two_models_of_one_name_are_refused_and_a_run_folder_gives_its_policy(tm
     values["models"] = [base, {"run": str(finished), "policy": "kto"}]
     with pytest.raises(ConfigError, match="has no policy 'kto'; there are its only policy"):
         loaded(tmp_path, values)
+
+
+def test_the_shipped_files_are_whole_and_the_pocket_questions_are_in_the_published_forms() -> None:
+    shipped = Path(module.__file__).parents[1] / "configs"
+    real = BenchmarksConfig.model_validate(yaml.safe_load((shipped / "benchmarks.yaml").read_text()))
+    assert real.benchmarks.chosen == ["mt_bench", "alpaca_eval", "ifeval"] and len(real.benchmarks.floors) == 4
+    assert all(source.startswith("hf://") for source in real.benchmarks.sources().values())
+    pocket = BenchmarksConfig.model_validate(yaml.safe_load((shipped / "pocket_benchmarks.yaml").read_text()))
+    rows = question_rows(pocket.benchmarks)
+    assert [sum(r["benchmark"] == b for r in rows) for b in pocket.benchmarks.chosen] == [8, 12, 12]
+    assert {r["category"] for r in rows if r["benchmark"] == "mt_bench" and r["references"]} == {
+        "math", "reasoning", "coding"
+    }  # fmt: skip

@@ -1,0 +1,51 @@
+"""The win rate at equal length on the page, and the warning that judge and policy are of one family."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from ray_pipeline.report.cautions import cautions
+from ray_pipeline.report.metrics import as_json, collect_metrics
+from ray_pipeline.store.keys import digest
+
+from .example_run import comparisons, whole_run
+
+
+def compared() -> dict[str, pa.Table]:
+    """Twenty prompts; the policy is always longer, and wins in both orders where it is much longer."""
+    prompts = [f"p{n}" for n in range(20)]
+    table = comparisons(["A" if n % 4 else "B" for n in range(20)], prompts)
+    pairs = {p: digest(["pair", f"policy-{p}", f"base-{p}"]) for p in prompts}
+    table = table.set_column(
+        table.column_names.index("pair_id"), "pair_id", pa.array([pairs[p] for p in table["prompt_id"].to_pylist()])
+    )
+    rows = [
+        {"response_id": f"{model}-{p}", "prompt_id": p, "model": model, "mode": "greedy", "response": "x" * length,
+         "finish_reason": "stop", "prompt_tokens": 5, "completion_tokens": 5}
+        for n, p in enumerate(prompts)
+        for model, length in (("base", 40), ("policy", 60 + 10 * (n % 4)))
+    ]  # fmt: skip
+    return {"comparisons": table, "responses": pa.Table.from_pylist(rows), "response_verdicts": None}
+
+
+def test_the_score_at_equal_length_is_beside_the_win_rate() -> None:
+    metrics = collect_metrics(whole_run(12, **compared()))
+    assert metrics.evaluation is not None
+    (judge,) = metrics.evaluation.length_controlled
+    found = metrics.evaluation.length_controlled[judge]
+    (rate,) = metrics.evaluation.win_rates
+    assert rate.judge == judge and found.pairs == rate.decided == 20 and found.unmeasured == 0
+    assert found.raw.mean == rate.score.mean
+    assert found.mean_difference == 35
+    # Longer answers win, so that part of the score is length's.
+    assert found.length_weight is not None and found.length_weight < 0
+    assert found.score.mean is not None and found.score.mean < rate.score.mean
+    assert as_json(metrics.evaluation)["length_controlled"][judge]["score"]["mean"] == found.score.mean
+
+
+def test_a_judge_of_the_policys_family_is_warned_of() -> None:
+    given = {**compared(), "curating_models": {}, "evaluating_models": {"judge": "Qwen/Qwen3-8B"}}
+    for candidate, warned in (("Qwen/QwQ-32B", True), ("mistralai/Mistral-7B", False), ("", False)):
+        data = whole_run(12, **given, candidate_model=candidate)
+        told = [w for w in cautions(data, collect_metrics(data)) if "same family" in w]
+        assert bool(told) == warned, candidate
