@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 from ray_pipeline.evaluation.benchmark_scores import Reading, Score
+from ray_pipeline.report.benchmarks_page import benchmarks_page
 from ray_pipeline.report.markdown import inline, render, visible
 from ray_pipeline.report.metrics import as_json
 
@@ -49,7 +50,9 @@ def write_benchmarks(page: BenchmarkPage, folder: Path) -> Path:
     """All files of the page; returns the path of report.md."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = table_lines(page)
-    _write(folder / "benchmarks.json", _document(page))
+    document = _document(page)
+    _write(folder / "benchmarks.json", document)
+    _write(folder / "report.html", benchmarks_page(json.loads(document)))
     _write(folder / "benchmarks.csv", _csv([_flat(s) for s in page.scores], _COLUMNS))
     _write(folder / "benchmarks.md", markdown_table(page.models, lines))
     _write(folder / "benchmarks.tex", latex_table(page.models, lines))

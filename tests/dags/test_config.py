@@ -70,8 +70,9 @@ def test_the_smallest_configuration(load: Any) -> None:
 # --- the files that come with Quorum ----------------------------------------------------------------------------------
 
 
-#: Agreement and win rates have configurations of their own (test_agreement_config.py).
-SHIPPED = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem not in ("agreement", "winrate"))
+#: The other workflows have configurations of their own (test_agreement_config.py and its like).
+OTHERS = ("agreement", "winrate", "benchmarks", "pocket_benchmarks", "fellowship", "pocket_fellowship")
+SHIPPED = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem not in OTHERS)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
@@ -457,6 +458,8 @@ def test_every_key_changes_a_fingerprint_or_is_operational(values: dict[str, Any
             continue
         if key.startswith("prompts.sources") or general == "models.*.model":
             continue  # by content: the next test
+        if key == "benchmarks":
+            continue  # it adds stages, which tests/stages/test_benchmarks.py looks at
         if key in ("critic.asking.expected_score", "evaluate.asking.expected_score"):
             continue  # nothing reads it, so it is refused
         other = another(general, annotation, value)
