@@ -1,0 +1,49 @@
+"""The feedback loop by the real command: small real models review and revise, a judge picks, data sets are made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.dags.conftest import engine_calls, manifest, run, tables
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+
+COMMAND = ["run", "fellowship", "-c", "configs/pocket_fellowship.yaml"]
+SMALL = ["prompts.sources.0.count=24", "prompts.num_shards=2", "loop.responses=2"]
+LOOP = ("generate-1", "review-1", "generate-2", "candidates", "judge", "select")
+
+
+def rows(folder: Path, stage: str) -> list[dict[str, Any]]:
+    path = folder / manifest(folder)["stages"][stage]["path"]
+    return [row for shard in sorted(path.glob("shard-*.parquet")) for row in pq.read_table(shard).to_pylist()]
+
+
+def test_a_loop_and_its_data_sets(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    quorum = run(*COMMAND, "--run-dir", str(folder), "--to", "loop", *SMALL)
+    assert quorum.living_engines() == []
+
+    candidates = {row["candidate_id"]: row for row in rows(folder, "candidates")}
+    reviews, asked = rows(folder, "review-1"), rows(folder, "prompts")
+    assert len(reviews) == len(asked) == 24
+    assert sum(row["feedback"] is None for row in reviews) <= 2
+    revised = {row["prompt_id"] for row in candidates.values() if row["k"] == 1}
+    assert revised == {row["prompt_id"] for row in reviews if row["feedback"]}
+    assert all(candidates[row["candidate_id"]]["prompt_id"] == row["prompt_id"] for row in reviews)
+
+    stats = json.loads((folder / "loop" / "loop.json").read_text())
+    print("\n" + (folder / "loop" / "report.md").read_text())
+    assert stats["prompts"] == 24 == sum(stats["ends"].values()) and stats["truth"]
+    assert stats["responses"][1]["accuracy_so_far"] > stats["responses"][0]["accuracy"]
+
+    before = tables(folder, LOOP)
+    assert set(engine_calls(folder)) == {"generate-1", "review-1", "generate-2", "judge"}
+    further = run(*COMMAND, "--run-dir", str(folder), "--to", "datasets", *SMALL)
+    assert further.engines == {} and tables(folder, LOOP) == before
+    assert list((folder / "datasets" / "dpo").rglob("*.parquet"))
+    assert "no problem" in run("audit", str(folder)).output

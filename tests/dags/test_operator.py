@@ -1,0 +1,66 @@
+"""The operator's commands on a real small run: watched, re-gated, repaired, limited."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ray_pipeline.graph.failures import failed_again, read_failures, write_failures
+from ray_pipeline.store.files import Folder
+from tests.dags.conftest import CONFIG, COUNT, SMALL, engine_calls, manifest, run, tables
+from tests.dags.test_resume import to_datasets
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture
+def folder(small_run: Path, tmp_path: Path) -> Path:
+    copy = tmp_path / "run"
+    shutil.copytree(small_run, copy, symlinks=True)
+    return copy
+
+
+def test_a_run_finds_what_regate_wrote(folder: Path) -> None:
+    usage = manifest(folder)["stages"]["judge"]["usage"]
+    assert usage["device_seconds"] > usage["start_seconds"] > 0  # the engine's start is paid for and told apart
+    state = json.loads(run("status", str(folder), "--json").output.splitlines()[-1])
+    judge = next(stage for stage in state["stages"] if stage["name"] == "judge")
+    assert state["life"] == "ended" and judge["status"] == "done" and judge["shards_done"] == 4
+    run("regate", str(folder), "gate.tau=1.0", "--write")
+    again = run(*to_datasets(folder, "gate.tau=1.0"))
+    assert "to do" not in again.output and again.engines == {}
+
+
+def test_a_quarantined_shard_waits_for_retry(folder: Path, small_run: Path) -> None:
+    gate = folder / manifest(folder)["stages"]["gate"]["path"]
+    (gate / "shard-00002.parquet").unlink()
+    (gate / "_result.json").unlink()
+    write_failures(Folder(str(gate)), {2: failed_again(None, 2, "OSError: the disk was full", 1)})
+
+    left = run("run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), "--to", "gate", *SMALL, expect=1)
+    assert "1 of 4 shards are in quarantine" in left.output and "OSError: the disk was full" in left.output
+    entry = manifest(folder)["stages"]["gate"]
+    assert entry["status"] == "failed" and entry["failed_shards"][0]["quarantined"]
+
+    retried = run("retry", str(folder))
+    assert "gate: 1 shards to try again: 2" in retried.output and retried.engines == {}
+    assert read_failures(Folder(str(gate))) == {}
+    assert tables(folder, ("gate",)) == tables(small_run, ("gate",))
+
+
+def test_a_limit_ends_a_run_in_good_order_and_a_higher_one_goes_on(small_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    price = ["--device-hour", "3600"]  # one a second: the engine's start alone is over the limit
+    stop = ["run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), "--to", "candidates", *SMALL, *price]
+    stopped = run(*stop, "--max-cost", "2", expect=1)
+    assert "--max-cost is 2" in stopped.output and stopped.living_engines() == []
+    assert json.loads((folder / "spent.json").read_text())["device_seconds"] > 2
+    again = run(*stop, "--max-cost", "2", expect=1)  # nothing is left of it: no engine starts
+    assert again.engines == {} and "--max-cost is 2" in again.output
+    run(*stop, "--max-cost", "10000", f"calls.root={small_run / 'calls'}")
+    # What the first try was answered before it heard of the limit is kept; the small run's log answers the rest.
+    assert manifest(folder)["stages"]["candidates"]["status"] == "done"
+    assert engine_calls(folder).get("candidates", 0) <= 4 * COUNT

@@ -1,0 +1,203 @@
+"""A Ray cluster of real processes on this machine: a head with its dashboard, and nodes that join and are killed.
+
+Everything is started by `ray start --block` with ports and a folder of its own, so that no other Ray on the machine is
+met, and ended by process id.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+
+def free_ports(n: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(n)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+class Node:
+    """One `ray start --block` with all its children: raylet, workers, and on the head the servers."""
+
+    def __init__(self, *arguments: str, env: Mapping[str, str]) -> None:
+        executable = os.path.join(os.path.dirname(sys.executable), "ray")
+        self.process = subprocess.Popen(
+            [executable, "start", "--block", "--disable-usage-stats", *arguments],
+            env={**os.environ, **env},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def processes(self) -> list[psutil.Process]:
+        with contextlib.suppress(psutil.Error):
+            parent = psutil.Process(self.process.pid)
+            return [*parent.children(recursive=True), parent]
+        return []
+
+    def kill(self) -> None:
+        """As a machine that loses its power: every process at once, no good-bye."""
+        found = self.processes()
+        for process in found:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(found, timeout=20)
+        self.process.wait(20)
+
+    def end(self) -> None:
+        found = self.processes()
+        self.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(10)
+        _, alive = psutil.wait_procs(found, timeout=5)
+        for process in alive:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+
+class RayNodes:
+    """A head and its worker nodes, for a `with` block.
+
+    Args:
+        head: resources of the head beside its CPUs; env: of every node.
+        dashboard: and with it the job server; without it a head is up in a third of the time.
+    """
+
+    def __init__(
+        self,
+        *,
+        cpus: int = 2,
+        head: Mapping[str, float] | None = None,
+        env: Mapping[str, str] | None = None,
+        dashboard: bool = True,
+    ):
+        self._with_dashboard = dashboard
+        # Short: the path of a socket has 107 bytes, and Ray's own part of it is long.
+        self.folder = tempfile.mkdtemp(prefix="qr-", dir="/tmp")
+        self._port, self._dashboard, self._client = free_ports(3)
+        self._cpus, self._head_resources = cpus, dict(head or {})
+        # A token is asked for only where this user's Ray has made one, which another test may have done or not.
+        path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+        self.env = {"PATH": path, "RAY_AUTH_MODE": "disabled", "RAY_DEDUP_LOGS": "0", **(env or {})}
+        self.env["RAY_health_check_period_ms"] = "1000"
+        self.env["RAY_health_check_failure_threshold"] = "3"
+        self.env["RAY_health_check_timeout_ms"] = "3000"
+        self.head: Node | None = None
+        self.nodes: list[Node] = []
+
+    @property
+    def address(self) -> str:
+        """What `ray.init` and RAY_ADDRESS take."""
+        return f"127.0.0.1:{self._port}"
+
+    @property
+    def dashboard(self) -> str:
+        return f"http://127.0.0.1:{self._dashboard}"
+
+    def __enter__(self) -> RayNodes:
+        try:
+            self.start_head()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        for node in [*self.nodes, *([self.head] if self.head else [])]:
+            node.end()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def start_head(self) -> None:
+        """Also after the head was killed: at the same addresses, and with nothing of what it knew."""
+        agent, grpc, metrics = free_ports(3)
+        self.head = Node(
+            "--head",
+            f"--port={self._port}",
+            f"--dashboard-port={self._dashboard}",
+            "--dashboard-host=127.0.0.1",
+            f"--include-dashboard={'true' if self._with_dashboard else 'false'}",
+            f"--ray-client-server-port={self._client}",
+            f"--dashboard-agent-listen-port={agent}",
+            f"--dashboard-agent-grpc-port={grpc}",
+            f"--metrics-export-port={metrics}",
+            f"--temp-dir={self.folder}",
+            *self._room(self._cpus, 0, self._head_resources, {}),
+            env=self.env,
+        )
+        self._until(lambda: self._living() > 0 and (not self._with_dashboard or self._answers()), "the head")
+
+    def add(
+        self,
+        *,
+        cpus: int = 1,
+        gpus: int = 0,
+        resources: Mapping[str, float] | None = None,
+        labels: Mapping[str, str] | None = None,
+        env: Mapping[str, str] | None = None,
+        wait: bool = True,
+    ) -> Node:
+        before = self._living() if wait else 0
+        node = Node(
+            f"--address={self.address}",
+            *self._room(cpus, gpus, resources or {}, labels or {}),
+            env={**self.env, **(env or {})},
+        )
+        self.nodes.append(node)
+        if wait:
+            self._until(lambda: self._living() > before, "a node")
+        return node
+
+    @staticmethod
+    def _room(cpus: int, gpus: int, resources: Mapping[str, float], labels: Mapping[str, str]) -> list[str]:
+        room = [f"--num-cpus={cpus}", f"--num-gpus={gpus}", "--object-store-memory=100000000"]
+        if resources:
+            room.append(f"--resources={json.dumps(dict(resources))}")
+        if labels:
+            room.append(f"--labels={','.join(f'{k}={v}' for k, v in labels.items())}")
+        return room
+
+    def _living(self) -> int:
+        """How many nodes the head knows to be alive; 0 while it does not answer."""
+        from ray._private.state import GlobalState
+        from ray._raylet import GcsClientOptions
+
+        try:
+            socket.create_connection(("127.0.0.1", self._port), timeout=1).close()
+            state = GlobalState()
+            state._initialize_global_state(
+                GcsClientOptions.create(self.address, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=False)
+            )
+            return sum(node["Alive"] for node in state.node_table())
+        except Exception:  # Of many kinds while it starts; whoever asks waits for an end of his own.
+            return 0
+
+    def _answers(self) -> bool:
+        """Whether jobs can be submitted: the servers behind the dashboard come up one after another."""
+        try:
+            urllib.request.urlopen(f"{self.dashboard}/api/jobs/", timeout=5).close()
+        except OSError:
+            return False
+        return True
+
+    def _until(self, ready: Any, what: str, seconds: float = 240) -> None:
+        end = time.monotonic() + seconds
+        while not ready():
+            assert time.monotonic() < end, f"{what} did not come up within {seconds:.0f} s; see {self.folder}"
+            time.sleep(0.2)
