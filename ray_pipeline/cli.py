@@ -78,7 +78,7 @@ def run(
     from dags import DAGS
     from ray_pipeline.agreement_config import AGREEMENT_CONFIGS
     from ray_pipeline.benchmark_config import BenchmarksConfig
-    from ray_pipeline.config import CONFIGS, ConfigError, load_config
+    from ray_pipeline.config import CONFIGS, ConfigError, load_config, served_models
     from ray_pipeline.fellowship_config import FELLOWSHIP_CONFIGS
     from ray_pipeline.graph.failures import FailurePolicy
     from ray_pipeline.graph.heartbeat import RunBusy
@@ -124,7 +124,7 @@ def run(
                 report=settings.page().model_dump(mode="json"),
                 replay_only=settings.calls.replay_only,
                 max_stages=settings.ray.max_stages,
-                keys=wanted_keys(getattr(settings, "models", None) or {}),
+                keys=wanted_keys(served_models(settings)),
             ),
             from_group=from_stage,
             to_group=to_stage,

@@ -194,6 +194,15 @@ class DmapoConfig(Settings):
         return normalise_location(self.calls.root or join(run_folder, "calls"))
 
 
+def served_models(config: Any) -> dict[str, ModelSettings]:
+    """Every model of any workflow's configuration by its name: a mapping, or the measured list and the judges of
+    benchmarks."""
+    models = getattr(config, "models", None) or {}
+    if isinstance(models, Mapping):
+        return dict(models)
+    return {candidate.name: candidate.settings for candidate in models} | dict(config.judges)
+
+
 class DataVariant(Settings):
     """One way of making training data: from the run's candidates and scores, or from somebody else's rows.
 

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError
 
-from ray_pipeline.config import ConfigError
+from ray_pipeline.config import ConfigError, served_models
 from ray_pipeline.graph.spending import Budget
 from ray_pipeline.store.settings import Settings
 
@@ -104,8 +104,8 @@ def currency_of(config: Any) -> str:
 
 
 def _endpoint_prices(config: Any) -> dict[str, Any]:
-    models = getattr(config, "models", None) or {}
-    return {key: m.endpoint.prices for key, m in models.items() if m.endpoint is not None and m.endpoint.prices}
+    models = served_models(config).items()
+    return {key: m.endpoint.prices for key, m in models if m.endpoint is not None and m.endpoint.prices}
 
 
 def budget_of(config: Any, max_cost: float | None, device_hour: float | None) -> Budget:
