@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+from filelock import FileLock
 
 CONFIG = "configs/pocket.yaml"
 ROOT = Path(__file__).parents[2]
@@ -130,8 +131,12 @@ def tables(folder: Path, names: tuple[str, ...]) -> dict[str, bytes]:
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small run up to the data sets, whose call log other tests start from."""
-    folder = tmp_path_factory.mktemp("small") / "run"
-    quorum = run("run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), "--to", "datasets", *SMALL)
-    assert quorum.living_engines() == []
+    """A small run up to the data sets, whose call log other tests start from: made once for all workers of xdist."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = shared / "small" / "run"
+    with FileLock(shared / "small.lock"):
+        if not (folder / "datasets").exists():
+            quorum = run("run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), "--to", "datasets", *SMALL)
+            assert quorum.living_engines() == []
     return folder
