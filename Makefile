@@ -20,7 +20,7 @@ fellowship: $(MADE)
 
 test: $(MADE)
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m e2e --durations=25
+	$(VENV)/bin/python -m pytest -m e2e --durations=40
 
 venv: $(MADE)
 

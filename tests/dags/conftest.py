@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def engine_calls(folder: Path) -> dict[str, int]:
     return {name: n for name, n in calls.items() if n}
 
 
-def tables(folder: Path, names: tuple[str, ...]) -> dict[str, bytes]:
+def tables(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
     """The bytes of every Parquet file of the named stages."""
     stages = manifest(folder)["stages"]
     found = {}

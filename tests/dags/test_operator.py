@@ -58,8 +58,6 @@ def test_a_limit_ends_a_run_in_good_order_and_a_higher_one_goes_on(small_run: Pa
     stopped = run(*stop, "--max-cost", "2", expect=1)
     assert "--max-cost is 2" in stopped.output and stopped.living_engines() == []
     assert json.loads((folder / "spent.json").read_text())["device_seconds"] > 2
-    again = run(*stop, "--max-cost", "2", expect=1)  # nothing is left of it: no engine starts
-    assert again.engines == {} and "--max-cost is 2" in again.output
     run(*stop, "--max-cost", "10000", f"calls.root={small_run / 'calls'}")
     # What the first try was answered before it heard of the limit is kept; the small run's log answers the rest.
     assert manifest(folder)["stages"]["candidates"]["status"] == "done"

@@ -27,11 +27,11 @@ def test_real_prompts_through_candidates_and_judging(tmp_path: Path) -> None:
             "sources": [{"type": "jsonl", "path": str(DATA), "column": "prompt", "source_column": "source"}],
             "num_shards": 8,
         },
-        "candidates": {"model": "anyone", "k": 1, "sampling": {"temperature": 0.8, "max_tokens": 8}},
+        "candidates": {"model": "anyone", "k": 1, "sampling": {"temperature": 0.8, "max_tokens": 4}},
         "judge": {
             "model": "anyone",
             "rubrics": [{"name": "helpfulness", "text": "Is the response helpful?"}],
-            "sampling": {"max_tokens": 24},
+            "sampling": {"max_tokens": 16},
             "asking": {"reason_chars": 0, "retries": 0},
         },
         "critic": {"model": "anyone"},

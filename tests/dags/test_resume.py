@@ -59,7 +59,8 @@ def log(small_run: Path, tmp_path: Path) -> Path:
 def unanswered_verdicts(folder: Path) -> list[dict[str, object]]:
     """Verdicts and critiques whose call failed: a failed call is not remembered, so a replay has no answer for it."""
     stages = manifest(folder)["stages"]
-    files = [f for name in ("judge", "critic") for f in (folder / stages[name]["path"]).glob("*.parquet")]
+    asked = [stages[name]["path"] for name in ("judge", "critic") if name in stages]
+    files = [file for path in asked for file in (folder / path).glob("*.parquet")]
     return [row for f in files for row in pq.read_table(f).to_pylist() if row["parse_status"] == "error"]
 
 
@@ -72,13 +73,14 @@ def contradictions(calls: Path) -> list[set[str]]:
     return [found for found in texts.values() if len(found) > 1]
 
 
-def replay(folder: Path, log: Path, into: Path) -> None:
+def replay(folder: Path, log: Path, into: Path, *settings: str) -> None:
     """A fresh run that may read the finished run's call log and nothing else gives the same bytes."""
     assert unanswered_verdicts(folder) == []
     assert contradictions(log) == []
-    run(*to_datasets(into, *SLOW, f"calls.root={log}", "calls.replay_only=true"))
+    run(*to_datasets(into, *settings, f"calls.root={log}", "calls.replay_only=true"))
     assert engine_calls(into) == {}
-    assert tables(into, STAGES) == tables(folder, STAGES)
+    stages = [name for name in STAGES if name in manifest(folder)["stages"]]
+    assert tables(into, stages) == tables(folder, stages)
 
 
 def wait_until(quorum: Quorum, ready: Callable[[], bool], seconds: float = 480) -> None:
@@ -148,7 +150,7 @@ def test_a_judge_that_talks_nonsense_stops_the_stage(log: Path, tmp_path: Path) 
     command = [
         "run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), "--to", "gate", *SMALL, f"calls.root={log}",
         "models.judge.model=pocket:policy", "judge.asking.grammar=false", "judge.asking.retries=0",
-        "models.judge.canary=false",
+        "models.judge.canary=false", "gate.use_critic=false",
     ]  # fmt: skip
     stopped = run(*command, expect=1)
     assert "could not be read" in stopped.output and "judge " in stopped.output and "%" in stopped.output
@@ -161,7 +163,8 @@ def test_a_judge_that_talks_nonsense_stops_the_stage(log: Path, tmp_path: Path) 
 
 def test_the_driver_killed_in_the_judge_stage(log: Path, tmp_path: Path) -> None:
     folder, before = tmp_path / "run", verdict_calls(log)
-    command = to_datasets(folder, *SLOW, f"calls.root={log}")
+    slow = [*SLOW, "gate.use_critic=false"]  # an engine less to wait for
+    command = to_datasets(folder, *slow, f"calls.root={log}")
     first = Quorum(*command)
     wait_until(first, lambda: verdict_calls(log) > before + 20)
     time.sleep(1.0)
@@ -182,7 +185,7 @@ def test_the_driver_killed_in_the_judge_stage(log: Path, tmp_path: Path) -> None
     print(f"\ndriver killed: {answered:.0f} calls answered, {kept} in the log, {lost:.0f} made twice, {total} in all")
     assert lost <= 2 + 4.0 * max(rate, 1.0)
     assert sum(engine_calls(folder).values()) > 0
-    replay(folder, log, tmp_path / "replay")
+    replay(folder, log, tmp_path / "replay", *slow)
 
 
 def test_killed_engines_and_actors_are_replaced_without_a_rerun(log: Path, tmp_path: Path) -> None:
@@ -199,7 +202,7 @@ def test_killed_engines_and_actors_are_replaced_without_a_rerun(log: Path, tmp_p
     assert quorum.living_engines() == []
     stages = manifest(folder)["stages"]
     assert stages["judge"]["rows"]["verdicts"] == 3 * stages["candidates"]["rows"]["candidates"]
-    replay(folder, log, tmp_path / "replay")
+    replay(folder, log, tmp_path / "replay", *SLOW)
 
 
 def engine_cores(quorum: Quorum) -> list[psutil.Process]:
