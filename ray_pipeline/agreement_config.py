@@ -10,11 +10,10 @@ from ray_pipeline.agents.debate import DebateTemplates, load_debate_templates
 from ray_pipeline.agents.strategies import StrategyTemplates, load_strategy_templates
 from ray_pipeline.config import CallsBlock, ConfigError, RayBlock, RunBlock, check_models, check_sampling
 from ray_pipeline.evaluation.agreement_document import MeasureSettings
+from ray_pipeline.graph.failures import FailureSettings
 from ray_pipeline.graph.models import ModelSettings
 from ray_pipeline.stages.agreement import AgreementData, AgreementPage, WinrateMeasure
 from ray_pipeline.stages.ask import AskSettings
-from ray_pipeline.stages.judge import FailureSettings
-from ray_pipeline.store.files import join, normalise_location
 from ray_pipeline.store.settings import Settings
 
 
@@ -31,10 +30,10 @@ class _AgreementRun(Settings):
         return self.data.num_shards
 
     def run_folder(self, run_dir: str | None = None) -> str:
-        return normalise_location(run_dir or join(self.run.root, self.run.name))
+        return self.run.folder(run_dir)
 
     def calls_root(self, run_folder: str) -> str:
-        return normalise_location(self.calls.root or join(run_folder, "calls"))
+        return self.calls.folder(run_folder)
 
 
 class AgreementConfig(_AgreementRun):

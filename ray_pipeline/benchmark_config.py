@@ -22,12 +22,11 @@ from ray_pipeline.config import (
 from ray_pipeline.config import _resolve_model as resolve_model
 from ray_pipeline.config import _shown as shown_model
 from ray_pipeline.evaluation.benchmark_files import BenchmarkFileError
+from ray_pipeline.graph.failures import FailureSettings
 from ray_pipeline.graph.models import ModelSettings
 from ray_pipeline.stages.benchmark_questions import BenchmarksSettings
 from ray_pipeline.stages.benchmark_report import BenchmarksPage, MeasuredModel, judging_model
 from ray_pipeline.stages.benchmarks import benchmark_samplings, check_benchmarks
-from ray_pipeline.stages.judge import FailureSettings
-from ray_pipeline.store.files import normalise_location
 from ray_pipeline.store.keys import check_num_shards
 from ray_pipeline.store.settings import Settings
 
@@ -135,10 +134,10 @@ class BenchmarksConfig(Settings):
         return self._page
 
     def run_folder(self, run_dir: str | None = None) -> str:
-        return normalise_location(run_dir or f"{self.run.root.rstrip('/')}/{self.run.name}")
+        return self.run.folder(run_dir)
 
     def calls_root(self, run_folder: str) -> str:
-        return normalise_location(self.calls.root or f"{run_folder}/calls")
+        return self.calls.folder(run_folder)
 
     def check(self) -> None:
         """What types cannot say. Raises ConfigError or TemplateError."""

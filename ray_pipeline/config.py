@@ -17,6 +17,7 @@ from ray_pipeline.agents.templates import TemplateError, Templates, load_templat
 from ray_pipeline.engines.base import EngineStartError
 from ray_pipeline.engines.identity import ModelNotFound
 from ray_pipeline.evaluation.benchmark_files import BenchmarkFileError
+from ray_pipeline.graph.failures import FailureSettings
 from ray_pipeline.graph.models import ModelSettings
 from ray_pipeline.pocket import model_path
 from ray_pipeline.stages.benchmark_questions import BenchmarksSettings
@@ -28,7 +29,7 @@ from ray_pipeline.stages.critic import CriticSettings
 from ray_pipeline.stages.datasets import DatasetsConfig
 from ray_pipeline.stages.evaluate import ReportSettings
 from ray_pipeline.stages.gate import GateConfig
-from ray_pipeline.stages.judge import FailureSettings, JudgeSettings
+from ray_pipeline.stages.judge import JudgeSettings
 from ray_pipeline.stages.method_table import PolicyName, TableSettings
 from ray_pipeline.stages.preferences import PreferenceSource, tables_of
 from ray_pipeline.stages.prompts import PromptsConfig
@@ -51,12 +52,20 @@ class RunBlock(Settings):
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     root: str = Field("runs", description="folder of run folders; a path or the URI of any pyarrow filesystem")
 
+    def folder(self, run_dir: str | None = None) -> str:
+        """The run folder: what `--run-dir` says, or the run's name below the root."""
+        return normalise_location(run_dir or join(self.root, self.name))
+
 
 class CallsBlock(Settings):
     """The `calls` block: the log of every LLM call."""
 
     root: str | None = Field(None, description="default: `calls` in the run folder; runs may share one")
     replay_only: bool = Field(False, description="answer from the log alone, and fail where it cannot")
+
+    def folder(self, run_folder: str) -> str:
+        """Where the call log lies."""
+        return normalise_location(self.root or join(run_folder, "calls"))
 
 
 class RayBlock(Settings):
@@ -73,6 +82,15 @@ class RayBlock(Settings):
     def arguments(self) -> dict[str, Any]:
         """What `ray.init` takes."""
         return {k: v for k, v in self.model_dump(exclude={"max_stages"}).items() if v is not None}
+
+
+def check_kinds(train: TrainSettings, datasets: DatasetsConfig, evaluate: EvaluateSettings) -> None:
+    """Raises ValueError when training or perplexity reads a kind of rows that is not made."""
+    kind = METHODS[train.method].data
+    if kind not in datasets.kinds:
+        raise ValueError(f"train.method is {train.method}, and datasets.kinds does not make {kind}")
+    if evaluate.perplexity and "kto" not in datasets.kinds:
+        raise ValueError("evaluate.perplexity reads the held-out kto rows; add kto to datasets.kinds or turn it off")
 
 
 class DmapoConfig(Settings):
@@ -147,13 +165,7 @@ class DmapoConfig(Settings):
         )
 
     def _check_training(self) -> None:
-        kind = METHODS[self.train.method].data
-        if kind not in self.datasets.kinds:
-            raise ValueError(f"train.method is {self.train.method}, and datasets.kinds does not make {kind}")
-        if self.evaluate.perplexity and "kto" not in self.datasets.kinds:
-            raise ValueError(
-                "evaluate.perplexity reads the held-out kto rows; add kto to datasets.kinds or turn it off"
-            )
+        check_kinds(self.train, self.datasets, self.evaluate)
 
     def trained(self) -> dict[str, TrainSettings]:
         """Where a training is configured → its settings."""
@@ -188,10 +200,10 @@ class DmapoConfig(Settings):
         return self.report()
 
     def run_folder(self, run_dir: str | None = None) -> str:
-        return normalise_location(run_dir or join(self.run.root, self.run.name))
+        return self.run.folder(run_dir)
 
     def calls_root(self, run_folder: str) -> str:
-        return normalise_location(self.calls.root or join(run_folder, "calls"))
+        return self.calls.folder(run_folder)
 
 
 def served_models(config: Any) -> dict[str, ModelSettings]:

@@ -12,23 +12,24 @@ from ray_pipeline.config import (
     ConfigError,
     RayBlock,
     RunBlock,
+    check_kinds,
     check_models,
     check_sampling,
 )
+from ray_pipeline.graph.failures import FailureSettings
 from ray_pipeline.graph.models import ModelSettings
 from ray_pipeline.stages.compare import EvaluateSettings
 from ray_pipeline.stages.datasets import DatasetsConfig
 from ray_pipeline.stages.evaluate import ReportSettings
 from ray_pipeline.stages.feedback import LoopSettings
 from ray_pipeline.stages.improve import ImproveSettings
-from ray_pipeline.stages.judge import FailureSettings, JudgeSettings
+from ray_pipeline.stages.judge import JudgeSettings
 from ray_pipeline.stages.prompts import PromptsConfig
 from ray_pipeline.stages.select import SelectSettings
 from ray_pipeline.stages.train import TrainSettings
-from ray_pipeline.store.files import normalise_location
 from ray_pipeline.store.keys import digest
 from ray_pipeline.store.settings import Settings
-from ray_pipeline.training.methods import METHODS, validate_trainer_args
+from ray_pipeline.training.methods import validate_trainer_args
 from ray_pipeline.training.spec import TrainingInputError
 
 #: Stages that leave something to report, in the order of the workflow.
@@ -89,13 +90,7 @@ class FellowshipConfig(Settings):
         for key, model in {"train.model": self.train.model, **self._tokenizers()}.items():
             if not self.models[model].is_here:
                 raise ValueError(f"{key} is {model!r}, a model at an endpoint; name a model of engine vllm: {_WHY}")
-        kind = METHODS[self.train.method].data
-        if kind not in self.datasets.kinds:
-            raise ValueError(f"train.method is {self.train.method}, and datasets.kinds does not make {kind}")
-        if self.evaluate.perplexity and "kto" not in self.datasets.kinds:
-            raise ValueError(
-                "evaluate.perplexity reads the held-out kto rows; add kto to datasets.kinds or turn it off"
-            )
+        check_kinds(self.train, self.datasets, self.evaluate)
         own = None if self.improve is None else self.improve.prompts
         if own is not None and own.num_shards != self.prompts.num_shards:
             raise ValueError(
@@ -155,10 +150,10 @@ class FellowshipConfig(Settings):
         return f"{what or 'Best of the responses'} of {loop}, judged by {judged}{how}"
 
     def run_folder(self, run_dir: str | None = None) -> str:
-        return normalise_location(run_dir or f"{self.run.root.rstrip('/')}/{self.run.name}")
+        return self.run.folder(run_dir)
 
     def calls_root(self, run_folder: str) -> str:
-        return normalise_location(self.calls.root or f"{run_folder}/calls")
+        return self.calls.folder(run_folder)
 
     def check(self) -> None:
         """What types cannot say. Raises ConfigError or TemplateError."""

@@ -42,6 +42,15 @@ class FailurePolicy(Settings):
         return min(self.backoff_s * 2 ** (tries - 1), self.backoff_max_s)
 
 
+class FailureSettings(FailurePolicy):
+    """The `failure` block: when a stage stops because too much goes wrong, and what becomes of shards that fail."""
+
+    max_error_rate: float = Field(
+        0.5, gt=0, le=1, description="share of unreadable replies of one judge that stops a stage"
+    )
+    error_window: int = Field(200, ge=4, description="over how many of its last replies")
+
+
 @dataclasses.dataclass(frozen=True)
 class ShardFailure:
     """One shard that is not there because it failed.

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ray_pipeline.evaluation.recorded_winrate import VersusRate
-from ray_pipeline.report.agreement_page import agreement_page, winrate_page
+from ray_pipeline.report.agreement_page import agreement_page, estimate_text, interval_text, winrate_page
 from ray_pipeline.report.markdown import render, visible
 from ray_pipeline.report.metrics import as_json
 
@@ -35,8 +35,8 @@ def write_agreement(document: Mapping[str, Any], folder: Path) -> Path:
             "plot": drawn.name if drawn else None,
             "juries": juries,
             "roles": list(dict.fromkeys(role for debate in document["debates"] for role in debate["voices"])),
-            "interval": _interval,
-            "estimate": _estimate,
+            "interval": interval_text,
+            "estimate": estimate_text,
         },
     )
     _write(folder / "report.html", agreement_page(as_json(document), juries))
@@ -51,7 +51,7 @@ def write_winrate(rates: Sequence[VersusRate], about: Mapping[str, Any], folder:
     table = _configurations(rates)
     page = render(
         "winrate.md.j2",
-        {"about": about, "rates": rows, "table": table, "interval": _interval, "estimate": _estimate},
+        {"about": about, "rates": rows, "table": table, "interval": interval_text, "estimate": estimate_text},
     )
     _write(folder / "report.html", winrate_page(about, as_json(rows), table))
     return _write(folder / "report.md", page)
@@ -125,19 +125,6 @@ def draw_heat_map(
 def _short(name: str, limit: int = 36) -> str:
     shown = " ".join(visible(name).split())
     return shown if len(shown) <= limit else f"{shown[: limit - 1]}…"
-
-
-def _interval(pair: Sequence[float | None], digits: int = 2) -> str:
-    low, high = pair
-    return "–" if low is None or high is None else f"{low:.{digits}f} to {high:.{digits}f}"
-
-
-def _estimate(found: Mapping[str, Any] | None, digits: int = 2) -> str:
-    """`0.31 (0.11 to 0.50)`; "–" for nothing."""
-    if found is None or found["value"] is None:
-        return "–"
-    value = f"{round(found['value'], digits) + 0.0:.{digits}f}"  # adding 0 makes a negative zero a plain one
-    return value if found["low"] is None else f"{value} ({_interval([found['low'], found['high']], digits)})"
 
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:

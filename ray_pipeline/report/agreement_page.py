@@ -39,7 +39,7 @@ def agreement_page(document: Mapping[str, Any], best_juries: Mapping[str, Sequen
     if best is not None:
         headline += (
             f" Highest kappa with humans of one judge: {best['kappa']:.3f} ({best['judge']}, {best['strategy']}; "
-            f"{_interval(best['kappa_interval'])})."
+            f"{interval_text(best['kappa_interval'])})."
         )
     return render_page(
         Page(
@@ -73,7 +73,7 @@ def winrate_page(about: Mapping[str, Any], rates: Sequence[Mapping[str, Any]], t
             number(r["ties"]),
             number(r["losses"]),
             number(r["missing"]),
-            _estimate(r["win_rate"], 1),
+            estimate_text(r["win_rate"], 1),
             number(r["half_tie_rate"], 1),
             number(r["flip_rate"]["value"], 3),
         ]
@@ -144,8 +144,8 @@ def _judges(document: Mapping[str, Any]) -> Section | None:
             j["judge"],
             *(number(j["vote_counts"][vote]) for vote in _VOTES),
             number(j["missing"]),
-            f"{number(j['kappa'], 3)} ({_interval(j['kappa_interval'])})",
-            _interval(j["kappa_bounds"], 3) if j["missing"] else "–",
+            f"{number(j['kappa'], 3)} ({interval_text(j['kappa_interval'])})",
+            interval_text(j["kappa_bounds"], 3) if j["missing"] else "–",
             number(j["kappa_linear"]["value"], 3),
             number(j["kappa_quadratic"]["value"], 3),
             number(j["alpha"]["value"], 3),
@@ -178,7 +178,7 @@ def _debates(document: Mapping[str, Any]) -> Section | None:
             d["debater"],
             *(number(d["vote_counts"][vote]) for vote in _VOTES),
             number(d["missing"]),
-            f"{number(d['kappa'], 3)} ({_interval(d['kappa_interval'])})",
+            f"{number(d['kappa'], 3)} ({interval_text(d['kappa_interval'])})",
             number(d["other_rule_kappa"], 3),
             *(number(d["voices"][role]["kappa"] if role in d["voices"] else None, 3) for role in roles),
         ]
@@ -196,7 +196,7 @@ def _juries(strategy: str, best: Sequence[Mapping[str, Any]], pool: str, place: 
             " + ".join(j["jury"]),
             *(number(j["vote_counts"][vote]) for vote in _VOTES),
             number(j["missing"]),
-            f"{number(j['kappa'], 3)} ({_interval(j['kappa_interval'])})",
+            f"{number(j['kappa'], 3)} ({interval_text(j['kappa_interval'])})",
             number(j["accuracy"]["value"], 3),
         ]
         for j in best
@@ -217,7 +217,7 @@ def _held_out(document: Mapping[str, Any]) -> Section | None:
             str(h["chosen"]),
             number(h["of"]),
             f"{number(h['kappa_chosen_on'], 3)} ({h['items_chosen_on']:,} items)",
-            f"{_estimate(h['kappa'], 3)}, {h['items_reported_on']:,} items",
+            f"{estimate_text(h['kappa'], 3)}, {h['items_reported_on']:,} items",
         ]
         for h in document["held_out"]
     ]
@@ -233,7 +233,7 @@ def _bias(document: Mapping[str, Any]) -> Section | None:
         row: list[str | Cell] = [b["strategy"], b["judge"]]
         for kind in ("longer", "first", "own_family"):
             found = b[kind]
-            row += [number(found["share"]["value"] if found else None), _estimate(found["bias"] if found else None)]
+            row += [number(found["share"]["value"] if found else None), estimate_text(found["bias"] if found else None)]
         rows.append(row)
     said = (
         "Share of decided votes for an answer, and how much that is over the humans' share on the same items (interval "
@@ -252,7 +252,7 @@ def _paired(document: Mapping[str, Any]) -> Section | None:
             str(p["first"]),
             str(p["second"]),
             number(p["items"]),
-            _estimate(p["difference"]),
+            estimate_text(p["difference"]),
             number(p["p_bootstrap"], 3),
             number(p["only_first_right"]),
             number(p["only_second_right"]),
@@ -271,8 +271,8 @@ def _humans(document: Mapping[str, Any]) -> Section | None:
         return None
     said = (
         f"{humans['annotators']:,} annotators, {humans['items']:,} items with at least two of them. Mean kappa over "
-        f"{humans['pairs']:,} pairs: {number(humans['kappa'], 3)}; alpha {_estimate(humans['alpha'], 3)}; one "
-        f"annotator against the mode of the others: {_estimate(humans['one_against_rest'], 3)}."
+        f"{humans['pairs']:,} pairs: {number(humans['kappa'], 3)}; alpha {estimate_text(humans['alpha'], 3)}; one "
+        f"annotator against the mode of the others: {estimate_text(humans['one_against_rest'], 3)}."
     )
     return Section("humans", "Humans among themselves", [Text(said)])
 
@@ -283,14 +283,15 @@ def _share(found: Mapping[str, Any]) -> Interval:
     return Interval(mean, low, high)
 
 
-def _interval(pair: Sequence[float | None], digits: int = 2) -> str:
+def interval_text(pair: Sequence[float | None], digits: int = 2) -> str:
+    """`0.11 to 0.50`; "–" where an end is missing."""
     low, high = pair
     return "–" if low is None or high is None else f"{low:.{digits}f} to {high:.{digits}f}"
 
 
-def _estimate(found: Mapping[str, Any] | None, digits: int = 2) -> str:
+def estimate_text(found: Mapping[str, Any] | None, digits: int = 2) -> str:
     """`0.31 (0.11 to 0.50)`; "–" for nothing."""
     if found is None or found["value"] is None:
         return "–"
-    value = f"{round(found['value'], digits) + 0.0:.{digits}f}"
-    return value if found["low"] is None else f"{value} ({_interval([found['low'], found['high']], digits)})"
+    value = f"{round(found['value'], digits) + 0.0:.{digits}f}"  # adding 0 makes a negative zero a plain one
+    return value if found["low"] is None else f"{value} ({interval_text([found['low'], found['high']], digits)})"

@@ -18,10 +18,11 @@ from ray_pipeline.agents.strategies import (
     vote,
 )
 from ray_pipeline.agents.templates import Layout
+from ray_pipeline.graph.failures import FailureSettings
 from ray_pipeline.graph.models import ModelSettings
 from ray_pipeline.graph.shard_map import all_of
-from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage
-from ray_pipeline.stages.judge import FailureSettings
+from ray_pipeline.graph.stage import ShardInput, ShardOutput, Stage
+from ray_pipeline.stages.llm_stage import llm_stage
 from ray_pipeline.store.schemas import BALLOTS, SPEECHES, to_table
 from ray_pipeline.store.settings import Settings
 
@@ -117,7 +118,11 @@ def ask_stages(
                 sampling=settings.sampling,
                 asking=settings.asking,
             )
-            stages.append(_stage(f"ask-{key}", "ask", ask_shard, ("ballots",), given, failure, models[key], items))
+            stages.append(
+                llm_stage(
+                    f"ask-{key}", ask_shard, ("ballots",), given, models[key], failure, {"items": items}, group="ask"
+                )
+            )
         if debaters:
             given = _DebatersGiven(
                 debaters=debaters,
@@ -126,37 +131,11 @@ def ask_stages(
                 sampling=settings.sampling,
                 asking=settings.asking,
             )
-            tables = ("ballots", "speeches")
-            stages.append(_stage(f"debate-{key}", "debate", debate_shard, tables, given, failure, models[key], items))
+            name, tables = f"debate-{key}", ("ballots", "speeches")
+            stages.append(
+                llm_stage(name, debate_shard, tables, given, models[key], failure, {"items": items}, group="debate")
+            )
     return stages
-
-
-def _stage(
-    name: str,
-    group: str,
-    function: Any,
-    tables: tuple[str, ...],
-    given: Settings,
-    failure: FailureSettings,
-    model: ModelSettings,
-    items: Stage,
-) -> Stage:
-    return Stage(
-        name=name,
-        group=group,
-        work=ShardWork(
-            function=function,
-            tables=tables,
-            settings=given,
-            engine=model.factory(),
-            placement=model.placement,
-            max_error_rate=failure.max_error_rate,
-            error_window=failure.error_window,
-        ),
-        config={**given.model_dump(mode="json"), "engine": model.semantics()},
-        inputs={"items": items},
-        external=model.weights(),
-    )
 
 
 async def ask_shard(given: ShardInput) -> ShardOutput:

@@ -9,11 +9,12 @@ from ray_pipeline.agents.mt_bench_judge import answer_turns
 from ray_pipeline.engines.base import EngineError, Message, PromptTooLong, Sampling
 from ray_pipeline.evaluation.floors import FLOORS
 from ray_pipeline.evaluation.mt_bench import OTHER_TEMPERATURE
+from ray_pipeline.graph.failures import FailureSettings
 from ray_pipeline.graph.models import ModelSettings
 from ray_pipeline.graph.shard_map import all_of
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage
 from ray_pipeline.stages.benchmark_questions import BenchmarksSettings
-from ray_pipeline.stages.judge import FailureSettings
+from ray_pipeline.stages.llm_stage import llm_stage
 from ray_pipeline.store.benchmark_schemas import BENCH_ANSWERS
 from ray_pipeline.store.keys import derived_seed
 from ray_pipeline.store.schemas import to_table
@@ -77,21 +78,16 @@ def answers(
         alpaca_eval=alpaca and alpaca.sampling.model_dump(),
         ifeval=ifeval and ifeval.sampling.model_dump(),
     )
-    return Stage(
-        name=f"bench-answers-{label}",
+    return llm_stage(
+        f"bench-answers-{label}",
+        answer_shard,
+        ("bench_answers",),
+        given,
+        model,
+        failure,
+        {"questions": questions},
         group="bench-answers",
-        work=ShardWork(
-            function=answer_shard,
-            tables=("bench_answers",),
-            settings=given,
-            engine=model.factory(),
-            placement=model.placement,
-            max_error_rate=failure.max_error_rate,
-            error_window=failure.error_window,
-        ),
-        config={**given.model_dump(mode="json"), "engine": model.semantics()},
-        inputs={"questions": questions, **({"train": train} if train is not None else {})},
-        external=model.weights() if train is None else {},
+        train=train,
     )
 
 

@@ -21,6 +21,7 @@ from ray_pipeline.evaluation.ifeval import (
     checker_version,
     load_checkers,
 )
+from ray_pipeline.graph.failures import FailureSettings
 from ray_pipeline.graph.models import ModelSettings
 from ray_pipeline.graph.shard_map import all_of
 from ray_pipeline.graph.stage import BadInput, ShardInput, ShardOutput, ShardWork, Stage
@@ -30,7 +31,7 @@ from ray_pipeline.stages.benchmark_questions import (
     ifeval_prompt,
     mt_question,
 )
-from ray_pipeline.stages.judge import FailureSettings
+from ray_pipeline.stages.llm_stage import llm_stage
 from ray_pipeline.store.benchmark_schemas import (
     BENCH_CHECKS,
     BENCH_COMPARISONS,
@@ -103,21 +104,15 @@ def judge_stages(
             tables += ["bench_comparisons"] if "pairwise" in given.mt_bench.modes else []
         tables += ["bench_preferences"] if given.alpaca_eval is not None else []
         stages.append(
-            Stage(
-                name=f"bench-judge-{key}",
+            llm_stage(
+                f"bench-judge-{key}",
+                judge_shard,
+                tuple(tables),
+                given,
+                judges[key],
+                failure,
+                {"questions": questions, **{f"answers/{name}": stage for name, stage in answered.items()}},
                 group="bench-judge",
-                work=ShardWork(
-                    function=judge_shard,
-                    tables=tuple(tables),
-                    settings=given,
-                    engine=judges[key].factory(),
-                    placement=judges[key].placement,
-                    max_error_rate=failure.max_error_rate,
-                    error_window=failure.error_window,
-                ),
-                config={**given.model_dump(mode="json"), "engine": judges[key].semantics()},
-                inputs={"questions": questions, **{f"answers/{name}": stage for name, stage in answered.items()}},
-                external=judges[key].weights(),
             )
         )
     return stages

@@ -9,13 +9,13 @@ from typing import Any
 
 from ray_pipeline.evaluation.benchmark_files import BenchmarkFileError
 from ray_pipeline.evaluation.ifeval import CheckersMissing, load_checkers
+from ray_pipeline.graph.failures import FailureSettings
 from ray_pipeline.graph.models import ModelSettings
 from ray_pipeline.graph.stage import Stage
 from ray_pipeline.stages.benchmark_answers import answers, floors
 from ray_pipeline.stages.benchmark_judge import checks, judge_stages
 from ray_pipeline.stages.benchmark_questions import BenchmarksSettings, question_rows, questions_stage
 from ray_pipeline.stages.benchmark_report import BenchmarksPage, report_stage
-from ray_pipeline.stages.judge import FailureSettings
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,10 +9,11 @@ from pydantic import Field, field_validator
 
 from ray_pipeline.agents.judges import SamplingSettings
 from ray_pipeline.engines.base import EngineError, PromptTooLong
+from ray_pipeline.graph.failures import FailureSettings
 from ray_pipeline.graph.models import ModelSettings
 from ray_pipeline.graph.shard_map import all_of
-from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage
-from ray_pipeline.stages.judge import FailureSettings
+from ray_pipeline.graph.stage import ShardInput, ShardOutput, Stage
+from ray_pipeline.stages.llm_stage import llm_stage
 from ray_pipeline.store.keys import candidate_id, derived_seed
 from ray_pipeline.store.schemas import CANDIDATES, to_table
 from ray_pipeline.store.settings import Settings
@@ -37,21 +38,7 @@ class CandidateSettings(Settings):
 
 def candidates(settings: CandidateSettings, failure: FailureSettings, model: ModelSettings, prompts: Stage) -> Stage:
     """k rows a prompt. A prompt that does not fit the model's context gives rows that say so."""
-    return Stage(
-        name="candidates",
-        work=ShardWork(
-            function=draw,
-            tables=("candidates",),
-            settings=settings,
-            engine=model.factory(),
-            placement=model.placement,
-            max_error_rate=failure.max_error_rate,
-            error_window=failure.error_window,
-        ),
-        config={**settings.model_dump(mode="json"), "engine": model.semantics()},
-        inputs={"prompts": prompts},
-        external=model.weights(),
-    )
+    return llm_stage("candidates", draw, ("candidates",), settings, model, failure, {"prompts": prompts})
 
 
 async def draw(given: ShardInput) -> ShardOutput:

@@ -11,10 +11,12 @@ from pydantic import Field, model_validator
 from ray_pipeline.agents.judges import Asking, Choice, SamplingSettings, compare
 from ray_pipeline.agents.templates import Layout, RoleTemplate
 from ray_pipeline.engines.base import EngineError, PromptTooLong
+from ray_pipeline.graph.failures import FailureSettings
 from ray_pipeline.graph.models import ModelSettings
 from ray_pipeline.graph.shard_map import all_of
-from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage
-from ray_pipeline.stages.judge import FailureSettings, unanswered
+from ray_pipeline.graph.stage import ShardInput, ShardOutput, Stage
+from ray_pipeline.stages.judge import unanswered
+from ray_pipeline.stages.llm_stage import llm_stage
 from ray_pipeline.store.keys import derived_seed, digest
 from ray_pipeline.store.schemas import COMPARISONS, READ_STATUSES, RESPONSES, to_table
 from ray_pipeline.store.settings import Settings
@@ -80,21 +82,16 @@ def responses(
         train: the stage that makes the model's weights. They need not be there yet: its fingerprint stands for them.
     """
     given = _Draw(label=label, modes=settings.modes, seed=settings.seed)
-    return Stage(
-        name=f"responses-{label}",
+    return llm_stage(
+        f"responses-{label}",
+        respond,
+        ("responses",),
+        given,
+        model,
+        failure,
+        {"prompts": prompts},
         group="evaluate",
-        work=ShardWork(
-            function=respond,
-            tables=("responses",),
-            settings=given,
-            engine=model.factory(),
-            placement=model.placement,
-            max_error_rate=failure.max_error_rate,
-            error_window=failure.error_window,
-        ),
-        config={**given.model_dump(mode="json"), "engine": model.semantics()},
-        inputs={"prompts": prompts, **({"train": train} if train is not None else {})},
-        external=model.weights() if train is None else {},
+        train=train,
     )
 
 
@@ -172,22 +169,8 @@ def comparisons(
         sampling=settings.sampling,
         asking=settings.asking,
     )
-    return Stage(
-        name="comparisons",
-        group="evaluate",
-        work=ShardWork(
-            function=compare_shard,
-            tables=("comparisons",),
-            settings=given,
-            engine=model.factory(),
-            placement=model.placement,
-            max_error_rate=failure.max_error_rate,
-            error_window=failure.error_window,
-        ),
-        config={**given.model_dump(mode="json"), "engine": model.semantics()},
-        inputs={"prompts": prompts, "base": base, **policies},
-        external=model.weights(),
-    )
+    inputs = {"prompts": prompts, "base": base, **policies}
+    return llm_stage("comparisons", compare_shard, ("comparisons",), given, model, failure, inputs, group="evaluate")
 
 
 async def compare_shard(given: ShardInput) -> ShardOutput:

@@ -9,10 +9,12 @@ from pydantic import Field, model_validator
 
 from ray_pipeline.agents.judges import Asking, Critique, SamplingSettings, critique
 from ray_pipeline.agents.templates import Layout, RoleTemplate
+from ray_pipeline.graph.failures import FailureSettings
 from ray_pipeline.graph.models import ModelSettings
 from ray_pipeline.graph.shard_map import all_of
-from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage
-from ray_pipeline.stages.judge import FailureSettings, answers_of, unanswered
+from ray_pipeline.graph.stage import ShardInput, ShardOutput, Stage
+from ray_pipeline.stages.judge import answers_of, unanswered
+from ray_pipeline.stages.llm_stage import llm_stage
 from ray_pipeline.store.schemas import CRITIQUES, READ_STATUSES, to_table
 from ray_pipeline.store.settings import Settings
 
@@ -49,21 +51,8 @@ def critic(
 ) -> Stage:
     """One critique a candidate."""
     given = _Given(template=template, layout=settings.layout, sampling=settings.sampling, asking=settings.asking)
-    return Stage(
-        name="critic",
-        work=ShardWork(
-            function=critique_shard,
-            tables=("critiques",),
-            settings=given,
-            engine=model.factory(),
-            placement=model.placement,
-            max_error_rate=failure.max_error_rate,
-            error_window=failure.error_window,
-        ),
-        config={**given.model_dump(mode="json"), "engine": model.semantics()},
-        inputs={"prompts": prompts, "candidates": candidates},
-        external=model.weights(),
-    )
+    inputs = {"prompts": prompts, "candidates": candidates}
+    return llm_stage("critic", critique_shard, ("critiques",), given, model, failure, inputs)
 
 
 async def critique_shard(given: ShardInput) -> ShardOutput:

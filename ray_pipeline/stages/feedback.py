@@ -27,10 +27,11 @@ from ray_pipeline.agents.feedback_loop import (
 from ray_pipeline.agents.judges import SamplingSettings
 from ray_pipeline.agents.templates import RoleTemplate
 from ray_pipeline.engines.base import Completion, Message, PromptTooLong
+from ray_pipeline.graph.failures import FailureSettings
 from ray_pipeline.graph.models import ModelSettings
 from ray_pipeline.graph.shard_map import all_of
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage
-from ray_pipeline.stages.judge import FailureSettings
+from ray_pipeline.stages.llm_stage import llm_stage
 from ray_pipeline.store.keys import candidate_id, derived_seed, digest
 from ray_pipeline.store.schemas import CANDIDATES, READ_STATUSES, REVIEWS, to_table
 from ray_pipeline.store.settings import Settings
@@ -141,7 +142,8 @@ def feedback_stages(
         )
         last = {"last": made[-1], **{f"reviews/{stage.name}": stage for stage in reviews}} if k else {}
         model = models[settings.generator]
-        made.append(llm_stage(f"generate-{k + 1}", generate_shard, "candidates", given, model, failure, prompts, last))
+        inputs = {"prompts": prompts, **last}
+        made.append(llm_stage(f"generate-{k + 1}", generate_shard, ("candidates",), given, model, failure, inputs))
     joined = Stage(
         name="candidates",
         work=ShardWork(function=join_shard, tables=("candidates",)),
@@ -170,42 +172,10 @@ def _reviews(
             asking=settings.asking,
             iteration=iteration,
         )
-        group = f"review-{iteration + 1}"
+        group, inputs = f"review-{iteration + 1}", {"prompts": prompts, "last": last}
         name = group if len(settings.review_models) == 1 else f"{group}-{key}"
-        stages.append(
-            llm_stage(name, review_shard, "reviews", given, models[key], failure, prompts, {"last": last}, group)
-        )
+        stages.append(llm_stage(name, review_shard, ("reviews",), given, models[key], failure, inputs, group=group))
     return stages
-
-
-def llm_stage(
-    name: str,
-    function: Any,
-    table: str,
-    given: Settings,
-    model: ModelSettings,
-    failure: FailureSettings,
-    prompts: Stage,
-    inputs: Mapping[str, Stage],
-    group: str = "",
-) -> Stage:
-    """A stage that asks one model about prompts and writes one table; its settings decide its output."""
-    return Stage(
-        name=name,
-        group=group,
-        work=ShardWork(
-            function=function,
-            tables=(table,),
-            settings=given,
-            engine=model.factory(),
-            placement=model.placement,
-            max_error_rate=failure.max_error_rate,
-            error_window=failure.error_window,
-        ),
-        config={**given.model_dump(mode="json"), "engine": model.semantics()},
-        inputs={"prompts": prompts, **inputs},
-        external=model.weights(),
-    )
 
 
 # --- generating -------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from ray_pipeline.agents.feedback_loop import FeedbackTemplates, ReviewAsking, r
 from ray_pipeline.agents.judges import SamplingSettings
 from ray_pipeline.agents.templates import RoleTemplate
 from ray_pipeline.engines.base import Message
+from ray_pipeline.graph.failures import FailureSettings
 from ray_pipeline.graph.models import ModelSettings
 from ray_pipeline.graph.shard_map import all_of
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage
@@ -31,13 +32,12 @@ from ray_pipeline.stages.feedback import (
     LoopSettings,
     ReviewerSettings,
     drawn,
-    llm_stage,
     review_counts,
     review_row,
     review_tables,
     reviewed,
 )
-from ray_pipeline.stages.judge import FailureSettings
+from ray_pipeline.stages.llm_stage import llm_stage
 from ray_pipeline.stages.prompts import PromptsConfig
 from ray_pipeline.stages.select import accept_best
 from ray_pipeline.store.keys import derived_seed, digest, prompt_id
@@ -142,14 +142,14 @@ def branch_stages(
             number=settings.reviews,
         )
         name = "improve-review" if len(loop.review_models) == 1 else f"improve-review-{key}"
-        inputs = {"responses": responses}
+        inputs = {"prompts": prompts, "responses": responses}
         reviews.append(
-            llm_stage(name, draw_reviews, "reviews", given, models[key], failure, prompts, inputs, "improve-review")
+            llm_stage(name, draw_reviews, ("reviews",), given, models[key], failure, inputs, group="improve-review")
         )
     revise = _Revise(revise=texts.revise, sampling=settings.sampling, seed=settings.seed, number=settings.revisions)
-    inputs = {"responses": responses, **{f"reviews/{stage.name}": stage for stage in reviews}}
+    inputs = {"prompts": prompts, "responses": responses, **{f"reviews/{stage.name}": stage for stage in reviews}}
     revisions = llm_stage(
-        "improve-revise", draw_revisions, "revisions", revise, models[loop.generator], failure, prompts, inputs
+        "improve-revise", draw_revisions, ("revisions",), revise, models[loop.generator], failure, inputs
     )
     return Branches(responses, reviews, revisions)
 

@@ -9,10 +9,11 @@ from pydantic import Field, model_validator
 
 from ray_pipeline.agents.judges import Asking, Rubric, SamplingSettings, Verdict, judge
 from ray_pipeline.agents.templates import Layout, RoleTemplate, best_layout, part_lengths, transcript
-from ray_pipeline.graph.failures import FailurePolicy
+from ray_pipeline.graph.failures import FailureSettings
 from ray_pipeline.graph.models import ModelSettings
 from ray_pipeline.graph.shard_map import all_of
-from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage, WholeInput, WholeWork
+from ray_pipeline.graph.stage import ShardInput, ShardOutput, Stage, WholeInput, WholeWork
+from ray_pipeline.stages.llm_stage import llm_stage
 from ray_pipeline.store.files import StoreError
 from ray_pipeline.store.keys import digest
 from ray_pipeline.store.schemas import READ_STATUSES, VERDICTS, to_table
@@ -75,15 +76,6 @@ def _over(shared: Mapping[str, Any], rubric: Any) -> Any:
     return {**rubric, "sampling": {**shared, **rubric["sampling"]}}
 
 
-class FailureSettings(FailurePolicy):
-    """The `failure` block: when a stage stops because too much goes wrong, and what becomes of shards that fail."""
-
-    max_error_rate: float = Field(
-        0.5, gt=0, le=1, description="share of unreadable replies of one judge that stops a stage"
-    )
-    error_window: int = Field(200, ge=4, description="over how many of its last replies")
-
-
 class _Given(Settings):
     """What the shard function needs. `answers` are the input roles whose rows are judged."""
 
@@ -128,21 +120,15 @@ def judges(
             asking=settings.asking,
         )
         stages.append(
-            Stage(
-                name=name if one else f"{name}-{key}",
+            llm_stage(
+                name if one else f"{name}-{key}",
+                judge_shard,
+                ("verdicts",),
+                given,
+                model,
+                failure,
+                inputs,
                 group=group or name,
-                work=ShardWork(
-                    function=judge_shard,
-                    tables=("verdicts",),
-                    settings=given,
-                    engine=model.factory(),
-                    placement=model.placement,
-                    max_error_rate=failure.max_error_rate,
-                    error_window=failure.error_window,
-                ),
-                config={**given.model_dump(mode="json"), "engine": model.semantics()},
-                inputs=inputs,
-                external=model.weights(),
             )
         )
     return stages

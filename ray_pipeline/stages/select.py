@@ -11,7 +11,6 @@ import collections
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
 from pydantic import model_validator
 
@@ -20,15 +19,15 @@ from ray_pipeline.agents.ranking import Ranking, rank
 from ray_pipeline.agents.strategies import Strategy, StrategyAsking, StrategyTemplates, load_strategy_templates
 from ray_pipeline.agents.templates import Layout
 from ray_pipeline.engines.base import Message
+from ray_pipeline.graph.failures import FailureSettings
 from ray_pipeline.graph.models import ModelSettings
 from ray_pipeline.graph.shard_map import all_of
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage
 from ray_pipeline.stages.ask import LiveJudge
-from ray_pipeline.stages.feedback import llm_stage
-from ray_pipeline.stages.gate import label_counts, mean_and_variance, read_scores, with_nulls
-from ray_pipeline.stages.judge import FailureSettings
-from ray_pipeline.stages.rows import one_array, refuse_repeats
-from ray_pipeline.store.schemas import DECISIONS, READ_STATUSES, VERDICTS, to_table
+from ray_pipeline.stages.gate import label_counts
+from ray_pipeline.stages.llm_stage import llm_stage
+from ray_pipeline.stages.mean_rank import mean_rank
+from ray_pipeline.store.schemas import READ_STATUSES, VERDICTS, to_table
 from ray_pipeline.store.settings import Settings
 
 
@@ -109,7 +108,8 @@ def ranks(
             asking=settings.asking,
         )
         own = name if len(settings.models) == 1 else f"{name}-{key}"
-        stages.append(llm_stage(own, rank_shard, "verdicts", given, models[key], failure, prompts, answers, name))
+        inputs = {"prompts": prompts, **answers}
+        stages.append(llm_stage(own, rank_shard, ("verdicts",), given, models[key], failure, inputs, group=name))
     return stages
 
 
@@ -214,23 +214,11 @@ def accept_best(candidates: pa.Table, verdicts: pa.Table, judges: Sequence[str])
         KeyMismatch: as `gate.decide`.
         ValueError: there are no judges, or one is named twice.
     """
-    judges = list(judges)
-    if not judges or len(set(judges)) < len(judges):
-        raise ValueError(f"a selection needs one or more judges, each named once, not {judges}")
-    ids = one_array(candidates["candidate_id"])
-    refuse_repeats(ids, "candidates: candidate_id")
-    scores, read = read_scores(verdicts, ids, judges)
-    mean, variance = mean_and_variance(scores)
-    complete = np.asarray(read.all(axis=1))
-
-    names, turn = ids.to_pylist(), candidates["k"].to_pylist()
-    label = np.where(complete, "discard", "incomplete").astype(object)
-    why = np.where(complete, "the only response with a score", "a score was not read").astype(object)
-    of_prompt: dict[str, list[int]] = collections.defaultdict(list)
-    for row, prompt in enumerate(candidates["prompt_id"].to_pylist()):
-        if complete[row]:
-            of_prompt[prompt].append(row)
-    for rows in (rows for rows in of_prompt.values() if len(rows) > 1):
+    ranked = mean_rank(candidates, verdicts, judges, "a selection needs")
+    mean, names, turn = ranked.mean, ranked.ids.to_pylist(), candidates["k"].to_pylist()
+    label = ranked.texts("discard", "incomplete")
+    why = ranked.texts("the only response with a score", "a score was not read")
+    for rows in (rows for rows in ranked.of_prompt.values() if len(rows) > 1):
         top = max(mean[row] for row in rows)
         best = min((row for row in rows if mean[row] == top), key=lambda row: (turn[row], names[row]))
         lower = [row for row in rows if mean[row] < top]
@@ -240,14 +228,4 @@ def accept_best(candidates: pa.Table, verdicts: pa.Table, judges: Sequence[str])
             label[best], why[best] = "desirable", f"best of {len(rows)}: {top:g}"
         for row in lower:
             label[row], why[row] = "undesirable", f"{mean[row]:g} is below {top:g}, the best of {len(rows)}"
-    columns = {
-        "candidate_id": ids,
-        "prompt_id": one_array(candidates["prompt_id"]),
-        "mean_score": with_nulls(mean),
-        "score_variance": with_nulls(variance),
-        "penalty": with_nulls(0.0 * mean),
-        "final_score": with_nulls(mean),
-        "label": pa.array(label.tolist(), pa.string()),
-        "why": pa.array(why.tolist(), pa.string()),
-    }
-    return pa.table([columns[name] for name in DECISIONS.names], schema=DECISIONS)
+    return ranked.decisions(label, why)

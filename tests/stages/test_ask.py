@@ -17,11 +17,11 @@ from ray_pipeline.agents.strategies import Strategy, StrategyAsking, load_strate
 from ray_pipeline.engines.base import PromptTooLong
 from ray_pipeline.engines.logged import LoggedEngine
 from ray_pipeline.evaluation.agreement_document import MeasureSettings, measure
+from ray_pipeline.graph.failures import FailureSettings
 from ray_pipeline.graph.models import ModelSettings
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, Stage, StageStop, WholeWork
 from ray_pipeline.stages import ask
 from ray_pipeline.stages.ask import AskSettings, LiveJudge
-from ray_pipeline.stages.judge import FailureSettings
 from ray_pipeline.stages.recorded import read_item
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.schemas import BALLOTS, ITEMS, SPEECHES, to_table

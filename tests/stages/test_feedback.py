@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from ray_pipeline.agents.feedback_loop import Loop, Reviewer, feedback_loop
 from ray_pipeline.engines.logged import CallNotLogged
+from ray_pipeline.graph.failures import FailureSettings
 from ray_pipeline.graph.models import ModelSettings
 from ray_pipeline.graph.stage import ShardInput, Stage, WholeWork
 from ray_pipeline.stages.feedback import (
@@ -24,7 +25,6 @@ from ray_pipeline.stages.feedback import (
     reviews_by_prompt,
     what_next,
 )
-from ray_pipeline.stages.judge import FailureSettings
 from ray_pipeline.store.keys import derived_seed, prompt_id
 from ray_pipeline.store.schemas import CANDIDATES, REVIEWS
 from tests.scripted import ScriptedEngine, echo, failing, user

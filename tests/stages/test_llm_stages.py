@@ -16,6 +16,7 @@ from ray_pipeline.agents.judges import Asking, Rubric, SamplingSettings
 from ray_pipeline.agents.templates import load_templates
 from ray_pipeline.engines.base import EngineDead, EngineError, PromptTooLong, Sampling
 from ray_pipeline.engines.logged import CallNotLogged, LoggedEngine
+from ray_pipeline.graph.failures import FailureSettings
 from ray_pipeline.graph.models import ModelSettings
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, Stage, StageStop, WholeInput, WholeWork
 from ray_pipeline.stages import compare, critic, judge
@@ -23,7 +24,7 @@ from ray_pipeline.stages.candidates import CandidateSettings, draw
 from ray_pipeline.stages.candidates import candidates as candidates_stage
 from ray_pipeline.stages.compare import EvaluateSettings, Mode, compare_shard, respond
 from ray_pipeline.stages.critic import CriticSettings, critique_shard
-from ray_pipeline.stages.judge import FailureSettings, JudgeSettings, judge_shard
+from ray_pipeline.stages.judge import JudgeSettings, judge_shard
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import prompt_id
 from ray_pipeline.store.schemas import CANDIDATES, PROMPTS, RESPONSES, to_table
