@@ -156,6 +156,8 @@ class RayNodes:
         before = self._living() if wait else 0
         node = Node(
             f"--address={self.address}",
+            # Of its own, as on a machine of its own: a node unpacks a job's package anew, also under one that reads it.
+            f"--temp-dir={self.folder}/{len(self.nodes)}",
             *self._room(cpus, gpus, resources or {}, labels or {}),
             env={**self.env, **(env or {})},
         )
