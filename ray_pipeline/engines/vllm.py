@@ -3,7 +3,7 @@
 The engine is vLLM's ``AsyncLLM``, which batches all chats that wait at the same time. Its core runs in child processes,
 and three things follow from that:
 
-- **Scripts** need ``if __name__ == "__main__":`` (children are spawned and import the main module again).
+- **Scripts** need ``if __name__ == "__main__":`` (children import the main module again).
 - **A dead core** makes every chat raise :class:`EngineDead`, those that wait included. An actor must then end itself
   (``os._exit(1)``): Ray Data starts another one and repeats its tasks. Raising out of the task would fail the data set.
 - **No process outlives its owner**: ``close()`` ends them, the normal end of the interpreter does, and a small process
@@ -49,6 +49,7 @@ from ray_pipeline.engines.base import (
     TokenLogprobs,
 )
 from ray_pipeline.engines.chat_template import ChatTemplate
+from ray_pipeline.engines.core_server import CoreServer, is_cpu_build
 from ray_pipeline.engines.identity import ModelNotFound, model_identity, text_digest
 
 logger = logging.getLogger("quorum.vllm")
@@ -227,6 +228,7 @@ class VllmEngine:
         self._lora: Any = None
         self._limit = 0
         self._reaper: _Reaper | None = None
+        self._server: CoreServer | None = None
         self._watchdog: asyncio.Task[None] | None = None
         self._ready = False  # started and proven
         self._closed = False
@@ -330,8 +332,15 @@ class VllmEngine:
 
     def _load(self) -> None:
         model = self.identity  # first: says clearly when there is no such model
-        self._template = self._load_template()
         _prepare_environment()
+        self._reaper = _Reaper()
+        with _child_environment(self._reaper, cpu=is_cpu_build()):
+            self._server = CoreServer()  # it imports while this process does
+            self._template = self._load_template()
+            self._load_core(str(model["model"]))
+        self._limit = int(self._engine.model_config.max_model_len)
+
+    def _load_core(self, identity: str) -> None:
         try:
             from vllm.engine.arg_utils import AsyncEngineArgs
             from vllm.lora.request import LoRARequest
@@ -342,13 +351,12 @@ class VllmEngine:
                 f"vLLM cannot be imported ({error}); install it with `pip install quorum-align[gpu]`, or on a machine "
                 "without GPU as the README's section on the CPU build says"
             ) from error
-        args = self._engine_args(str(model["model"]), cpu=current_platform.is_cpu())
+        args = self._engine_args(identity, cpu=current_platform.is_cpu())
         if self.spec.adapter is not None:
             self._lora = LoRARequest("policy", 1, _local(self.spec.adapter))
-        self._reaper = _Reaper()
-        with _child_environment(self._reaper, cpu=current_platform.is_cpu()):
+        assert self._server is not None
+        with self._server.starts_cores():
             self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
-        self._limit = int(self._engine.model_config.max_model_len)
 
     def _engine_args(self, identity: str, *, cpu: bool) -> dict[str, Any]:
         """What ``AsyncEngineArgs`` is made of: defaults that suit batch work, then the specification."""
@@ -518,10 +526,11 @@ class VllmEngine:
             if engine.output_handler is not None:
                 engine.output_handler.cancel()  # or it logs the end of the core as an error
         owner, self._reaper = self._reaper, None
-        await asyncio.to_thread(_end_processes, engine, owner)
+        server, self._server = self._server, None
+        await asyncio.to_thread(_end_processes, engine, owner, server)
 
 
-def _end_processes(engine: Any, owner: _Reaper | None) -> None:
+def _end_processes(engine: Any, owner: _Reaper | None, server: CoreServer | None) -> None:
     children = owner.children() if owner is not None else []
     if engine is not None:
         engine.shutdown(timeout=_CLOSE_SECONDS)
@@ -529,6 +538,8 @@ def _end_processes(engine: Any, owner: _Reaper | None) -> None:
         owner.release()
     for child in children:
         child.join(timeout=5.0)  # or the killed ones stay behind as zombies
+    if server is not None:
+        server.release()
 
 
 class _Reaper:

@@ -34,12 +34,11 @@ def engine_processes():
 
 def kill_first_core():
     while True:
-        for process in psutil.Process().children():
-            command = " ".join(process.cmdline())
-            if "EngineCore" in command or "spawn_main" in command:
-                time.sleep(1.0)
-                process.kill()
-                return
+        # The core is forked from a server, which is the only child that has children.
+        for process in [core for child in psutil.Process().children() for core in child.children()]:
+            time.sleep(1.0)
+            process.kill()
+            return
         time.sleep(0.05)
 
 async def main(model, then):
@@ -88,7 +87,7 @@ def start_owner(model: Path, then: str, tmp_path: Path) -> tuple[subprocess.Pope
     line = process.stdout.readline()
     assert line, (tmp_path / "log").read_text()[-3000:]
     processes = json.loads(line)
-    assert len(processes) >= 2  # the core and the reaper
+    assert len(processes) >= 3  # the core, the server that it was forked from, and the reaper
     return process, processes
 
 
