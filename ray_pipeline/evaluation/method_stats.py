@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ray_pipeline.evaluation.bootstrap import Interval, bootstrap_mean
+from ray_pipeline.evaluation.length_control import length_controlled_score, pair_lengths
 from ray_pipeline.evaluation.response_stats import name_models, response_stats, rubric_means
 from ray_pipeline.evaluation.winrate import decide_pairs, judges_of, win_rate
 
@@ -37,6 +38,7 @@ class PolicyStats:
     Attributes:
         win_rate, tie_rate, loss_rate, flip_rate: against the base, over decided pairs; None for the base.
         unread: pairs with an order that was not read.
+        equal_length: score against the base at equal length (wins + ties / 2, see ``length_control``).
         scores: judge → mean score of the responses of the first mode, over those that were read.
         mean_score: mean over prompts of the judges' mean, over responses that all judges read.
         accuracy: mode → share of right answers, where a checker knows the truth; else empty.
@@ -49,6 +51,7 @@ class PolicyStats:
     loss_rate: float | None
     flip_rate: float | None
     unread: int
+    equal_length: float | None
     scores: dict[str, float | None]
     mean_score: float | None
     accuracy: dict[str, float]
@@ -82,6 +85,7 @@ class MethodStats:
     tie_rate: OverSeeds | None
     flip_rate: OverSeeds | None
     unread: int
+    equal_length: OverSeeds | None
     scores: dict[str, OverSeeds]
     mean_score: OverSeeds | None
     accuracy: dict[str, OverSeeds]
@@ -123,6 +127,7 @@ def policy_stats(
     if len(judges) > 1:
         raise ValueError(f"comparisons of one judge are needed, not of {', '.join(judges)}")
     named = name_models(verdicts, responses)
+    lengths = pair_lengths(responses)
     found = []
     for run in [None, *runs]:
         label = BASE if run is None else run.label
@@ -130,7 +135,13 @@ def policy_stats(
         by_mode = {stats.mode: stats for stats in own}
         scored = named.filter((pc.field("model") == label) & (pc.field("mode") == first_mode))
         scores, mean_score = rubric_means(scored)
-        won = None if run is None else win_rate(_pairs_of(comparisons, label), *judges, draws=draws, seed=seed)
+        won = at_equal_length = None
+        if run is not None:
+            pairs = _pairs_of(comparisons, label)
+            won = win_rate(pairs, *judges, draws=draws, seed=seed)
+            # One draw: what is told of it is the error over seeds.
+            controlled = length_controlled_score(decide_pairs(pairs, *judges), *lengths, draws=1)
+            at_equal_length = controlled.score.mean
         found.append(
             PolicyStats(
                 run=run,
@@ -139,6 +150,7 @@ def policy_stats(
                 loss_rate=None if won is None else won.loss_rate,
                 flip_rate=None if won is None else won.flip_rate,
                 unread=0 if won is None else won.unread,
+                equal_length=at_equal_length,
                 scores=scores,
                 mean_score=mean_score,
                 accuracy={
@@ -175,6 +187,7 @@ def method_stats(
                 tie_rate=over_seeds(policy.tie_rate for policy in members),
                 flip_rate=over_seeds(policy.flip_rate for policy in members),
                 unread=sum(policy.unread for policy in members),
+                equal_length=over_seeds(policy.equal_length for policy in members),
                 scores={judge: s for judge in members[0].scores if (s := over_seeds(p.scores[judge] for p in members))},
                 mean_score=over_seeds(policy.mean_score for policy in members),
                 accuracy={

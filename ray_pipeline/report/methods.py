@@ -74,8 +74,9 @@ def _values(page: Comparison, plots: Mapping[str, Path]) -> dict[str, Any]:
     base = next(policy for policy in page.policies if policy.run is None)
     judges = list(page.methods[0].scores) if page.methods else list(base.scores)
     modes = list(base.accuracy)
-    head = ["method", "data", "rows", "steps", "wins", "95 %", "ties", "flips", *judges, "mean score"]
-    first = ["base", *["–"] * 7, *(_number(base.scores.get(judge)) for judge in judges), _number(base.mean_score)]
+    head = ["method", "data", "rows", "steps", "wins", "95 %", "ties", "flips", "at equal length", *judges]
+    head.append("mean score")
+    first = ["base", *["–"] * 8, *(_number(base.scores.get(judge)) for judge in judges), _number(base.mean_score)]
     rows: list[list[str]] = [[*first, *(Safe(percent(base.accuracy[mode])) for mode in modes)]]
     for method in page.methods:
         rows.append(
@@ -88,6 +89,7 @@ def _values(page: Comparison, plots: Mapping[str, Path]) -> dict[str, Any]:
                 Safe(f"{percent(method.win_interval.low)} to {percent(method.win_interval.high)}"),
                 _share(method.tie_rate),
                 _share(method.flip_rate),
+                _share(method.equal_length),
                 *(_points(method.scores.get(judge)) for judge in judges),
                 _points(method.mean_score),
                 *(_share(method.accuracy.get(mode)) for mode in modes),
@@ -153,6 +155,7 @@ def _method_row(method: MethodStats) -> dict[str, Any]:
         "win_rate": method.win_rate,
         "tie_rate": method.tie_rate,
         "flip_rate": method.flip_rate,
+        "equal_length": method.equal_length,
         **{f"score_{judge}": score for judge, score in method.scores.items()},
         "mean_score": method.mean_score,
         **{f"accuracy_{mode}": share for mode, share in method.accuracy.items()},
@@ -171,7 +174,7 @@ def _policy_row(policy: PolicyStats) -> dict[str, Any]:
     row: dict[str, Any] = {"policy": "base" if run is None else run.label}
     for name in ("method", "data", "seed", "rows", "steps", "train_seconds"):
         row[name] = None if run is None else getattr(run, name)
-    for name in ("win_rate", "tie_rate", "loss_rate", "flip_rate", "unread"):
+    for name in ("win_rate", "tie_rate", "loss_rate", "flip_rate", "unread", "equal_length"):
         row[name] = getattr(policy, name)
     row |= {f"score_{judge}": score for judge, score in policy.scores.items()} | {"mean_score": policy.mean_score}
     return row | {f"accuracy_{mode}": share for mode, share in policy.accuracy.items()} | {"tokens": policy.tokens}

@@ -108,9 +108,9 @@ def _over_seeds(value: OverSeeds | None) -> Interval | None:
 def _table(page: Comparison, base: PolicyStats) -> list[Block]:
     judges = list(page.methods[0].scores) if page.methods else list(base.scores)
     modes = list(base.accuracy)
-    columns = ["method", "data", "rows", "steps", "seconds", "wins", "95 %", "ties", "flips", "unread", *judges]
-    columns += ["mean score", *(f"right, {mode}" for mode in modes)]
-    first: list[str | Cell] = ["base", *["–"] * 9, *(number(base.scores.get(judge)) for judge in judges)]
+    columns = ["method", "data", "rows", "steps", "seconds", "wins", "95 %", "ties", "flips", "unread"]
+    columns += ["at equal length", *judges, "mean score", *(f"right, {mode}" for mode in modes)]
+    first: list[str | Cell] = ["base", *["–"] * 10, *(number(base.scores.get(judge)) for judge in judges)]
     rows: list[list[str | Cell]] = [[*first, number(base.mean_score), *(percent(base.accuracy[m]) for m in modes)]]
     for m in page.methods:
         rows.append(
@@ -125,6 +125,7 @@ def _table(page: Comparison, base: PolicyStats) -> list[Block]:
                 _share(m.tie_rate),
                 _share(m.flip_rate),
                 number(m.unread),
+                _share(m.equal_length),
                 *(_points(m.scores.get(judge)) for judge in judges),
                 _points(m.mean_score),
                 *(_share(m.accuracy.get(mode)) for mode in modes),
@@ -132,20 +133,22 @@ def _table(page: Comparison, base: PolicyStats) -> list[Block]:
         )
     said = (
         "± is the standard error of the mean over seeds. Wins are against the base on the held-out prompts, counted "
-        "only where the judge says so in both orders; flips are pairs on which the two orders name different models."
+        "only where the judge says so in both orders; flips are pairs on which the two orders name different models. "
+        "At equal length is (wins + ties / 2) at equal length of both answers, by a fit of the verdicts to the "
+        "difference in length."
     )
     return [Table(columns, rows, text_columns=2), Text(said)]
 
 
 def _policies(page: Comparison) -> Table:
     modes = list(next(iter(page.policies)).accuracy)
-    columns = ["policy", "method", "data", "seed", "wins", "ties", "losses", "flips", "mean score"]
+    columns = ["policy", "method", "data", "seed", "wins", "ties", "losses", "flips", "at equal length", "mean score"]
     columns += [f"right, {mode}" for mode in modes]
     rows: list[list[str | Cell]] = []
     for p in page.policies:
         run = p.run
         named = ["base", "–", "–", "–"] if run is None else [run.label, run.method, run.data, str(run.seed)]
-        shares = [percent(share) for share in (p.win_rate, p.tie_rate, p.loss_rate, p.flip_rate)]
+        shares = [percent(share) for share in (p.win_rate, p.tie_rate, p.loss_rate, p.flip_rate, p.equal_length)]
         rows.append([*named, *shares, number(p.mean_score), *(percent(p.accuracy.get(mode)) for mode in modes)])
     return Table(columns, rows, text_columns=4)
 

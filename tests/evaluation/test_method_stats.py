@@ -9,7 +9,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from ray_pipeline.evaluation.length_control import at_equal_length
 from ray_pipeline.evaluation.method_stats import PolicyRun, differences, method_stats, over_seeds, policy_stats
+from ray_pipeline.store.keys import digest
 
 PROMPTS = [f"p{i}" for i in range(10)]
 
@@ -35,18 +37,20 @@ def tables() -> tuple[pa.Table, pa.Table, pa.Table]:
     for label, (wins, ties, right) in {"base": (0, 0, 4), **PLANTED}.items():
         for i, prompt in enumerate(PROMPTS):
             name = f"{label}/{prompt}"
+            text = "x" * (i + 1 + (2 * (i % 2) if label != "base" else 0))
             responses.append(
-                {"response_id": name, "prompt_id": prompt, "model": label, "mode": "greedy", "response": "x" * (i + 1),
+                {"response_id": name, "prompt_id": prompt, "model": label, "mode": "greedy", "response": text,
                  "finish_reason": "stop", "completion_tokens": i, "correct": i < right}
             )  # fmt: skip
             scores = {"a": 8.0 if i < right else 2.0, "b": None if i == 9 else 6.0}
             verdicts += [{"candidate_id": name, "prompt_id": prompt, "judge": j, "score": s} for j, s in scores.items()]
             if label != "base":
+                pair = digest(["pair", name, f"base/{prompt}"])
                 outcome = "AB" if i < wins else "CC" if i < wins + ties else "BA"  # the choice in order ab, then in ba
                 for order, choice in zip(("ab", "ba"), outcome, strict=True):
                     names = (label, "base") if order == "ab" else ("base", label)
                     comparisons.append(
-                        {"pair_id": name, "prompt_id": prompt, "judge": "judge", "order": order, "model_a": names[0],
+                        {"pair_id": pair, "prompt_id": prompt, "judge": "judge", "order": order, "model_a": names[0],
                          "model_b": names[1], "choice": choice, "parse_status": "ok"}
                     )  # fmt: skip
     return tuple(pa.Table.from_pylist(rows) for rows in (responses, comparisons, verdicts))  # type: ignore[return-value]
@@ -60,6 +64,15 @@ def test_each_policy_is_measured_on_its_own_rows() -> None:
         assert policy.scores == {"a": pytest.approx(2 + 0.6 * right), "b": 6.0}
         # The answer to p9 has a score that was not read: it has no mean.
         assert policy.mean_score == pytest.approx(statistics.mean([7.0] * min(right, 9) + [4.0] * (9 - min(right, 9))))
+
+
+def test_the_score_at_equal_length_is_fitted_for_each_policy() -> None:
+    """Every second answer of a policy is two characters longer than the base's."""
+    _, *policies = policy_stats(RUNS, *tables(), "greedy", draws=200)
+    for policy, (wins, ties, _right) in zip(policies, PLANTED.values(), strict=True):
+        outcomes = [1.0] * wins + [0.5] * ties + [0.0] * (10 - wins - ties)
+        score, _ = at_equal_length(outcomes, [-2 * (i % 2) for i in range(10)], PROMPTS)
+        assert policy.equal_length == pytest.approx(score.mean)
 
 
 def test_seeds_become_a_mean_with_its_error() -> None:

@@ -233,14 +233,15 @@ SCORES = [
     for model, value in (("base", 7.0), ("policy", None))
 ]  # fmt: skip
 
+BENCHMARKS: dict[str, Any] = {
+    "name": "bench", "models": ["base", "policy"], "scores": SCORES, "warnings": ["Careful."], "facts": {"seed": 0},
+    "readings": [{"model": "base", "benchmark": "mt_bench", "statuses": {"ok": 78, "unparsed": 2}}],
+    "protocols": {"ab12": {"judge": "x", "reference": None}}, "mt_bench_categories": [], "ifeval_types": [],
+}  # fmt: skip
+
 
 def test_benchmarks_have_a_page_and_a_section() -> None:
-    document = {
-        "name": "bench", "models": ["base", "policy"], "scores": SCORES, "warnings": ["Careful."], "facts": {"seed": 0},
-        "readings": [{"model": "base", "benchmark": "mt_bench", "statuses": {"ok": 78, "unparsed": 2}}],
-        "protocols": {"ab12": {"judge": "x", "reference": None}}, "mt_bench_categories": [], "ifeval_types": [],
-    }  # fmt: skip
-    html = benchmarks_page(document)
+    html = benchmarks_page(BENCHMARKS)
     assert "<b>" not in html and "judge &lt;b&gt;x&lt;/b&gt;" in html and "ok 78, unparsed 2" in html
     assert "6.00 to 8.00" in html and "5.90 to 8.10" in html and html.count("<figure>") == 1
     assert '<section id="benchmarks"' in page(whole_run(benchmarks=SCORES))

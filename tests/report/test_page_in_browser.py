@@ -18,14 +18,16 @@ import pytest
 
 from benchmarks.report_page import big_run
 from ray_pipeline.evaluation.agreement_document import MeasureSettings, as_document, measure
-from ray_pipeline.report.agreement import write_agreement
+from ray_pipeline.evaluation.recorded_winrate import versus_rates
+from ray_pipeline.report.agreement import write_agreement, write_winrate
+from ray_pipeline.report.benchmarks_page import benchmarks_page
 from ray_pipeline.report.methods_page import methods_page
 from ray_pipeline.report.side_by_side import compare_page
 
 from .example_run import whole_run
 from .test_agreement_page import tables
 from .test_methods import page as methods
-from .test_page import NASTY, nasty_run, page
+from .test_page import BENCHMARKS, NASTY, nasty_run, page
 from .test_side_by_side import pair
 
 pytestmark = [pytest.mark.e2e]
@@ -188,11 +190,16 @@ def test_nothing_serious_for_axe(browser: Browser, folder: Path) -> None:
     settings = MeasureSettings(draws=100)
     document = as_document(measure(*tables(), settings), settings, {"data": "x.jsonl", "replay": "as told"})
     write_agreement(document, folder / "agreement")
+    write_winrate(
+        versus_rates(*tables(), draws=100), {"data": "x", "replay": "as told", "draws": 100}, folder / "winrate"
+    )
     pages = {
         "run": page(whole_run()),
         "methods": methods_page(methods()),
         "compare": compare_page(*pair()),
         "agreement": (folder / "agreement" / "report.html").read_text(encoding="utf-8"),
+        "winrate": (folder / "winrate" / "report.html").read_text(encoding="utf-8"),
+        "benchmarks": benchmarks_page(BENCHMARKS),
     }
     for name, html in pages.items():
         path = folder / f"{name}.html"
