@@ -1,5 +1,6 @@
 # make demo   the whole method on small real models; ends with a report
 # make fellowship   feedback loop, selection and data sets on small real models
+# make agreement   two judges, their jury and a debate on small real models, against known labels
 # make test   all tests, the ones with real engines, clusters and training included
 # make venv   the environment alone
 # make check  ruff and mypy
@@ -8,7 +9,7 @@ PYTHON ?= python3
 RUN ?= runs/pocket
 MADE := $(VENV)/.made
 
-.PHONY: demo fellowship test venv check clean
+.PHONY: demo fellowship agreement test venv check clean
 
 demo: $(MADE)
 	$(VENV)/bin/quorum run dmapo --config configs/pocket.yaml --run-dir $(RUN)
@@ -17,6 +18,10 @@ demo: $(MADE)
 fellowship: $(MADE)
 	$(VENV)/bin/quorum run fellowship --config configs/pocket_fellowship.yaml
 	@echo; cat runs/pocket_fellowship/loop/report.md
+
+agreement: $(MADE)
+	$(VENV)/bin/quorum run agreement --config configs/pocket_agreement.yaml
+	@echo; cat runs/pocket_agreement/report/report.md
 
 test: $(MADE)
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile

@@ -3,7 +3,7 @@
 vLLM spawns its core as a new Python, which begins to import when the owner has finished importing: 10 s after 10 s, of
 the 25 s that a small model takes to start on a CPU. Here Python's own fork server (``multiprocessing.forkserver``) is
 started first and imports the same modules beside the owner; the core is forked from it. It has no thread and has used
-no device, as a fork needs it.
+no device, as a fork needs it. The core dies with the server, and the server with the owner.
 
 On the CPU build only: where a core initialises CUDA, weights and graphs take most of the start, and vLLM spawns.
 """
@@ -11,8 +11,10 @@ On the CPU build only: where a core initialises CUDA, weights and graphs take mo
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from importlib import metadata
@@ -30,6 +32,7 @@ _PRELOAD = [
     __name__,
 ]
 
+_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 _in_use = threading.Lock()
 
 
@@ -53,8 +56,26 @@ class _Core(ForkServerProcess):
         super().start()
 
     def run(self) -> None:
+        _die_with_parent()
+        with contextlib.suppress(ImportError):
+            # It finds the place of the title by the environment as it was at the start, so it must look before.
+            import setproctitle
+
+            setproctitle.getproctitle()
         os.environ.update(self._environment)
         super().run()
+
+
+def _die_with_parent() -> None:
+    """Let the kernel kill this process when the server ends, in whatever way.
+
+    The server ends with the owner: a pipe tells it. Ray, too, kills the children of an actor that ends, but not their
+    children, and the owner's reaper is one of the killed.
+    """
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended a moment before
+        os._exit(1)
 
 
 class _CoreContext(ForkServerContext):

@@ -5,11 +5,12 @@
 3. judge draft: the solver, trained on to every judging role in both layouts;
 4. judge: the draft, refined at half the learning rate with more comparisons;
 5. reviewer draft: the judge, trained on with other data of every judging role and with reviews;
-6. reviewer: the draft, trained on until it copies its own answer into the feedback; a second judge of other weights;
-7. generator: the policy, trained on with its own mixture and with revisions by feedback;
-8. card.json: digests, parameter counts, recipe; measure.py adds the accuracies measured through vLLM.
+6. reviewer second draft: trained on until it copies its own answer into the feedback;
+7. reviewer: the second draft, trained on with more comparisons; a second judge of other weights;
+8. generator: the policy, trained on with its own mixture and with revisions by feedback;
+9. card.json: digests, parameter counts, recipe; measure.py adds the accuracies measured through vLLM.
 
-About 40 minutes on one idle core. Every step leaves its model in a folder, and a folder that is there is not made
+About 50 minutes on one idle core. Every step leaves its model in a folder, and a folder that is there is not made
 again, nor are the ones that only lead to it: after an interruption the same command goes on with the next step. A run
 repeats on one machine and torch build with the same --threads; elsewhere the weights come out different, so shipped
 files are told by digest.
@@ -57,7 +58,8 @@ RECIPES = {
     "judge_draft": Recipe(steps=1600, learning_rate=3e-3, singles=64, pairs=24),
     "judge": Recipe(steps=1000, learning_rate=1.5e-3, singles=56, pairs=36),
     "reviewer_draft": Recipe(steps=120, learning_rate=1e-3, singles=12, pairs=10, reviews=20),
-    "reviewer": Recipe(steps=220, learning_rate=1.5e-3, singles=12, pairs=10, reviews=32),
+    "reviewer_second_draft": Recipe(steps=220, learning_rate=1.5e-3, singles=12, pairs=10, reviews=32),
+    "reviewer": Recipe(steps=300, learning_rate=1e-3, singles=16, pairs=40, reviews=16),
     "generator": Recipe(steps=120, learning_rate=1.5e-3, singles=24, reviews=40),
 }
 
@@ -220,9 +222,14 @@ def make(out: Path, work: Path, seed: int, prompts_file: Path, feedback_file: Pa
         batches = reviewer_batches(f"{seed}", prompts, feedback, RECIPES["reviewer_draft"])
         return step("reviewer_draft", work / "reviewer_draft", judge, batches, reviews_too)
 
+    def reviewer_second_draft() -> Path:
+        batches = reviewer_batches(f"refined {seed}", prompts, feedback, RECIPES["reviewer_second_draft"])
+        folder = work / "reviewer_second_draft"
+        return step("reviewer_second_draft", folder, reviewer_draft, batches, reviews_too)
+
     def reviewer() -> Path:
-        batches = reviewer_batches(f"refined {seed}", prompts, feedback, RECIPES["reviewer"])
-        return step("reviewer", out / "reviewer", reviewer_draft, batches, reviews_too)
+        batches = reviewer_batches(f"comparing {seed}", prompts, feedback, RECIPES["reviewer"])
+        return step("reviewer", out / "reviewer", reviewer_second_draft, batches, reviews_too)
 
     def generator() -> Path:
         batches = generator_batches(seed, feedback, RECIPES["generator"])

@@ -14,10 +14,10 @@ from ray_pipeline.evaluation.agreement_document import MeasureSettings
 from ray_pipeline.graph.results import Run
 from ray_pipeline.graph.stage import BadInput, Stage, StageResult, StageStop, WholeInput, WholeWork, stage_table
 from ray_pipeline.stages.human_labels import HUMAN_DATA, read_human_labels, where_to_find
-from ray_pipeline.stages.recorded import Recorded, Replay, read_recorded
+from ray_pipeline.stages.recorded import Recorded, Replay, read_item, read_recorded
 from ray_pipeline.stages.sources import HuggingFaceSource, InputError, JsonlSource, content_digests
 from ray_pipeline.store.files import StoreError, point_at
-from ray_pipeline.store.keys import check_num_shards, shard_of, unit_hash
+from ray_pipeline.store.keys import check_num_shards, digest, shard_of, unit_hash
 from ray_pipeline.store.schemas import BALLOTS, ITEMS, to_table
 from ray_pipeline.store.settings import Settings
 
@@ -30,10 +30,10 @@ class AgreementData(Settings):
             hub.
         replay: text reads recorded replies again; stored takes what the original run made of them.
         recordings: false leaves recorded judgements out and keeps the items.
-        limit: so many items, those of the smallest hash.
+        limit: so many items, those of the smallest hash; of `type: pocket`, how many are made.
     """
 
-    type: Literal["recorded", "alpaca_eval", "fair_eval", "pandalm", "mt_bench"] = "recorded"
+    type: Literal["recorded", "alpaca_eval", "fair_eval", "pandalm", "mt_bench", "pocket"] = "recorded"
     path: str | None = None
     revision: str | None = None
     replay: Replay = "text"
@@ -48,12 +48,16 @@ class AgreementData(Settings):
             raise ValueError("data.path is missing: name a file of recorded judgements (data.path=FILE.jsonl.gz)")
         if self.type == "recorded" and self.revision is not None:
             raise ValueError("data.revision is of a data set on the hub; data.type recorded reads a file")
+        if self.type == "pocket" and (self.limit is None or self.path is not None):
+            raise ValueError("data.type pocket makes its items: say how many by data.limit, and no path")
         check_num_shards(self.num_shards)
         return self
 
     @property
     def label(self) -> str:
         """How reports call the data."""
+        if self.type == "pocket":
+            return f"{self.limit} pairs of the pocket world"
         return Path(self.path).name if self.path else HUMAN_DATA[self.type].hub_name or self.type
 
     def told(self, asked: bool) -> str:
@@ -68,6 +72,8 @@ class AgreementData(Settings):
 
 def data_digests(settings: AgreementData) -> dict[str, str]:
     """Content digests of the data. Raises InputError when it cannot be found."""
+    if settings.type == "pocket":
+        return {"pocket": digest(_pocket_pairs(settings))}
     if settings.type == "recorded" or (settings.path is not None and not Path(settings.path).is_dir()):
         assert settings.path is not None
         return content_digests(JsonlSource(path=settings.path, column="item_id"))
@@ -89,6 +95,8 @@ def read_data(settings: AgreementData, commit: str | None = None) -> Recorded:
     if settings.type == "recorded":
         assert settings.path is not None
         found = read_recorded(settings.path, settings.replay)
+    elif settings.type == "pocket":
+        found = Recorded([read_item(row["item_id"], row) for row in _pocket_pairs(settings)], [])
     else:
         found = Recorded(read_human_labels(settings.type, settings.path, commit or settings.revision), [])
     items = sorted(found.items, key=lambda item: (unit_hash("items", settings.seed, item["item_id"]), item["item_id"]))
@@ -96,6 +104,16 @@ def read_data(settings: AgreementData, commit: str | None = None) -> Recorded:
     kept = {item["item_id"] for item in items}
     ballots = [b for b in found.ballots if b["item_id"] in kept] if settings.recordings else []
     return Recorded(items, ballots)
+
+
+def _pocket_pairs(settings: AgreementData) -> list[dict[str, Any]]:
+    from ray_pipeline.pocket.pairs import make_pairs
+
+    assert settings.limit is not None
+    try:
+        return make_pairs(settings.limit, settings.seed)
+    except ValueError as error:
+        raise InputError(f"data.type pocket: {error}") from error
 
 
 class _ItemsGiven(Settings):
@@ -106,7 +124,7 @@ class _ItemsGiven(Settings):
 def items_stage(settings: AgreementData) -> Stage:
     """The tables `items` and `ballots` of the data, sharded by question. Raises InputError when it is not there."""
     digests = data_digests(settings)
-    commit = next(iter(digests.values())) if settings.path is None else None
+    commit = next(iter(digests.values())) if settings.path is None and settings.type != "pocket" else None
     return Stage(
         name="items",
         work=WholeWork(

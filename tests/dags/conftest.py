@@ -51,10 +51,12 @@ class Quorum:
         while self.process.poll() is None:
             for child in descendants(self.process.pid):
                 try:
-                    name = child.cmdline()[0] if child.cmdline() else ""
+                    command = child.cmdline()
                 except psutil.Error:
                     continue
-                if name.startswith("VLLM::"):
+                name = command[0] if command else ""
+                # A core that has just been forked has not its name yet.
+                if name.startswith("VLLM::") or any("multiprocessing.forkserver" in word for word in command):
                     self.engines[child.pid] = child
                 elif "ShardActor" in name:
                     self.actors[child.pid] = child

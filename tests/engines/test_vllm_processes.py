@@ -113,6 +113,12 @@ def assert_gone(processes: list[list[float]], seconds: float = SOON) -> None:
     assert not left
 
 
+def server_of(processes: list[list[float]]) -> psutil.Process:
+    """The one that the core was forked from."""
+    (found,) = [process for process in alive(processes) if process.children()]
+    return found
+
+
 def core_of(processes: list[list[float]]) -> int:
     """The engine core: the biggest of them."""
     return max(alive(processes), key=lambda process: process.memory_info().rss).pid
@@ -126,6 +132,17 @@ def test_a_killed_core_is_noticed_by_every_call(qwen3: Path, tmp_path: Path) -> 
     assert kinds == ["EngineDead"]
     assert seconds < SOON
     assert owner.wait(60) == 0  # and the owner can still end by itself
+    assert_gone(processes)
+
+
+def test_a_killed_server_takes_the_core_along(qwen3: Path, tmp_path: Path) -> None:
+    """As Ray does it to the children of an actor that ends; their own children it leaves alone."""
+    owner, processes = start_owner(qwen3, "wait", tmp_path)
+    assert owner.stdout
+    server_of(processes).kill()
+    kinds, seconds = json.loads(owner.stdout.readline())
+    assert kinds == ["EngineDead"] and seconds < SOON
+    assert owner.wait(60) == 0
     assert_gone(processes)
 
 

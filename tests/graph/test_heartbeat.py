@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -65,6 +66,24 @@ def test_a_dead_owner_is_replaced(folder: Folder) -> None:
         assert time.monotonic() - begin >= BEAT * BEATS_WAITED
         assert folder.read_json(FILE)["owner"] == mine.owner
     assert any("its owner is gone" in line for line in said) and folder.names() == []
+
+
+@pytest.mark.parametrize("hours", [-30, 30])
+def test_clocks_that_differ_by_more_than_a_day_decide_nothing(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, hours: int
+) -> None:
+    """The newcomer's clock and the times of the owner's file: the living stay, the dead are replaced."""
+    now = time.time() + 3600 * hours
+    monkeypatch.setattr(time, "time", lambda: now)
+    with beat(folder, beat_seconds=0.1) as owner:
+        os.utime(folder.path(FILE), (now, now))
+        with pytest.raises(RunBusy), beat(folder, beat_seconds=0.5):
+            pass
+        assert not owner.lost
+    folder.write_json(FILE, {"owner": "the dead", "beat": 41})
+    os.utime(folder.path(FILE), (now, now))
+    with beat(folder) as mine:
+        assert folder.read_json(FILE)["owner"] == mine.owner
 
 
 def test_an_owner_that_ends_while_it_is_watched_lets_in(folder: Folder) -> None:

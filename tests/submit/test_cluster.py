@@ -1,39 +1,67 @@
-"""A run submitted to a real cluster: a head with its dashboard and one more node, each with processes of its own."""
+"""Runs submitted to a real cluster: a head with its dashboard, nodes that join and that are killed in mid-stage.
+
+Models sit behind an endpoint on loopback, so that every process is real and none is heavy.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from ray_pipeline.submit.package import package
+from tests.endpoint import Answer, Endpoint, said
 from tests.ray_nodes import RayNodes
 
 pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).parents[2]
 JUDGE = {"quorum-role": "judge"}
+RUBRICS = ("helpfulness", "factuality")
 
 
-def config(tau: float) -> dict[str, Any]:
-    """Prompts of the pocket world; the judges sit behind an endpoint that nobody asks here."""
-    endpoint = {"base_url": "http://127.0.0.1:9/v1", "api_key_env": "QUORUM_TEST_KEY"}
-    judge = {"engine": "openai", "endpoint": endpoint, "canary": False, "model": "judge"}
+class Replies:
+    """Replies that depend on what is asked and on nothing else; a score takes `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def __call__(self, body: dict[str, Any], number: int) -> Answer:
+        asked = json.dumps([body["messages"], body.get("seed")])
+        value = int(hashlib.sha256(asked.encode()).hexdigest(), 16)
+        if "response_format" not in body:
+            return said(f"answer {value % 1000}")
+        reply = said(json.dumps({"reason": "because", "score": 1 + value % 10}))
+        reply.delay = self.seconds
+        return reply
+
+
+def config(url: str, tau: float = 2.5) -> dict[str, Any]:
+    endpoint = {"base_url": url, "api_key_env": "QUORUM_TEST_KEY"}
+    asked = {"engine": "openai", "endpoint": endpoint, "canary": False}
+    place = {"label_selector": JUDGE, "max_actors": 4, "resources": {"engine": 1}, "shards_in_flight": 2}
     return {
         "run": {"name": "job"},
         "models": {
             "policy": {"model": "pocket:policy", "dtype": "float32"},
-            "judge": {**judge, "placement": {"label_selector": JUDGE}},
+            "writer": {**asked, "model": "writer", "placement": place},
+            "judge": {**asked, "model": "judge", "placement": {**place, "concurrency": 1}},
         },
         "prompts": {"sources": [{"type": "pocket", "count": 24, "seed": 0}], "num_shards": 16},
-        "candidates": {"model": "judge", "k": 1},
-        "judge": {"rubrics": [{"name": "helpfulness", "text": "helpful?"}]},
+        "candidates": {"model": "writer", "k": 1},
+        "judge": {"rubrics": [{"name": name, "text": f"{name}?"} for name in RUBRICS]},
         "gate": {"tau": tau, "use_critic": False},
     }
 
@@ -50,11 +78,30 @@ class Command:
             stderr=subprocess.STDOUT,
             text=True,
         )
+        self._lines: list[str] = []
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        self._lines.extend(self.process.stdout)
+
+    @property
+    def output(self) -> str:
+        return "".join(self._lines)
 
     def wait(self, expect: int) -> str:
-        output, _ = self.process.communicate(timeout=400)
-        assert self.process.returncode == expect, f"exit code {self.process.returncode}\n{output}"
-        return output
+        code = self.process.wait(400)
+        self._thread.join(10)
+        assert code == expect, f"exit code {code}\n{self.output}"
+        return self.output
+
+    def until(self, ready: Callable[[], bool], what: str) -> None:
+        end = time.monotonic() + 300
+        while not ready():
+            assert self.process.poll() is None, f"ended before {what}\n{self.output}"
+            assert time.monotonic() < end, f"never came: {what}\n{self.output}"
+            time.sleep(0.1)
 
 
 @pytest.fixture
@@ -69,7 +116,7 @@ def tree(tmp_path: Path) -> Path:
 
 def test_a_job_is_submitted_and_again_from_a_changed_tree(tree: Path, tmp_path: Path) -> None:
     run = tmp_path / "shared" / "run"
-    (tree / "job.yaml").write_text(yaml.safe_dump(config(tau=2.5)))
+    (tree / "job.yaml").write_text(yaml.safe_dump(config("http://127.0.0.1:9/v1")))
     with RayNodes(cpus=2) as nodes:
         # The head has no key: a label keeps engines off it, so it needs none.
         nodes.add(labels=JUDGE, env={"QUORUM_TEST_KEY": "x"})
@@ -82,6 +129,41 @@ def test_a_job_is_submitted_and_again_from_a_changed_tree(tree: Path, tmp_path: 
         assert "2 nodes read and write in" in output and "24 prompts" in output
         assert not list(run.glob("_probe*"))
 
-        (tree / "job.yaml").write_text(yaml.safe_dump(config(tau=1.0)))
+        (tree / "job.yaml").write_text(yaml.safe_dump(config("http://127.0.0.1:9/v1", tau=1.0)))
         (tree / "note.py").write_text("changed = True\n")
         assert re.search(r"prompts +done before", Command(nodes, tree, *submit, "--run-dir", str(run)).wait(0))
+
+
+def test_a_node_that_joins_gets_actors_and_one_that_dies_costs_no_row(tree: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    key = {"QUORUM_TEST_KEY": "sk-only-on-judging-nodes"}
+    # So slow that the stage is not over before another node is there; then as fast as it can.
+    replies = Replies(seconds=3.0)
+    with Endpoint(replies) as server, RayNodes(cpus=2, dashboard=False) as nodes:
+
+        def asks() -> list[str]:
+            return [json.dumps(body["messages"]) for body in list(server.asked) if body["model"] == "judge"]
+
+        first = nodes.add(resources={"engine": 1}, labels=JUDGE, env=key)
+        (tree / "job.yaml").write_text(yaml.safe_dump(config(server.url)))
+        command = Command(nodes, tree, "run", "dmapo", "-c", "job.yaml", "--run-dir", str(run), "--to", "gate")
+        command.until(lambda: len(asks()) >= 2, "the judge stage")
+        server.most_at_once = 0
+        nodes.add(resources={"engine": 1}, labels=JUDGE, env=key, wait=False)
+        # An actor has one call under way at a time here, so two at once are two actors.
+        command.until(lambda: server.most_at_once >= 2, "a second judge actor")
+        replies.seconds = 0.2
+        first.kill()
+        when = len(asks())
+        command.wait(0)
+        asked = asks()
+
+    assert when < 24 * len(RUBRICS) <= len(asked), "the node died in the middle of the stage"
+    assert all(h["Authorization"] == "Bearer " + key["QUORUM_TEST_KEY"] for h in server.headers)
+    stages = json.loads((run / "manifest.json").read_text())["stages"]
+    assert {stages[name]["status"] for name in ("prompts", "candidates", "judge", "gate")} == {"done"}
+    verdicts = pq.read_table(run / stages["judge"]["path"]).to_pylist()
+    assert len({(v["candidate_id"], v["judge"]) for v in verdicts}) == len(verdicts) == 24 * len(RUBRICS)
+    assert {v["parse_status"] for v in verdicts} == {"ok"}
+    # What the dead node had not flushed (2 s of one call at a time) is asked again, and nothing else.
+    assert len(asked) - len(set(asked)) <= 8
