@@ -61,9 +61,9 @@ def test_a_jury_of_two_and_a_debate_that_is_killed_in_its_middle(tmp_path: Path)
         assert found["direct", name]["flip_rate"]["value"] <= 0.1, name
         assert found["independent_10", name]["accuracy"]["value"] > 0.7, name
     document = json.loads((folder / "report" / "agreement.json").read_text())
-    assert [jury["judges"] for jury in document["juries"] if jury["strategy"] == "direct"] == [["judge", "reviewer"]]
+    assert [jury["jury"] for jury in document["juries"] if jury["strategy"] == "direct"] == [["judge", "reviewer"]]
     (debate,) = document["debates"]
-    assert {voice["voice"] for voice in debate["voices"]} == {"critic", "general_public", "psychologist"}
+    assert set(debate["voices"]) == {"critic", "general_public", "psychologist"}
     speeches = pq.read_table(folder / manifest(folder)["stages"]["debate-judge"]["path"] / "speeches")
     assert len(speeches) == PAIRS * ROLES * ROUNDS and None not in speeches["text"].to_pylist()
 
