@@ -495,11 +495,12 @@ def _settle(
     calls = ""
     if usage.get("calls_engine") or usage.get("calls_log"):
         hit = usage["cached_tokens"] / usage["prompt_tokens"] if usage.get("prompt_tokens") else 0.0
-        calls = (
-            f", calls {usage['calls_engine']:.0f} engine + {usage['calls_log']:.0f} log, "
-            f"{(usage['prompt_tokens'] + usage['completion_tokens']) / max(usage['wall_seconds'], 1e-9):.0f} tokens/s, "
-            f"prefix hits {hit:.0%}"
-        )
+        calls = f", calls {usage['calls_engine']:.0f} engine + {usage['calls_log']:.0f} log"
+        # Shards that an earlier session made have tokens here, and no seconds.
+        if usage["wall_seconds"] >= 1:
+            tokens = usage["prompt_tokens"] + usage["completion_tokens"]
+            calls += f", {tokens / usage['wall_seconds']:.0f} tokens/s"
+        calls += f", prefix hits {hit:.0%}"
     if usage.get("cost"):
         calls += f", cost {usage['cost']:.4g}"
     rows = ", ".join(f"{n} {kind}" for kind, n in result.rows.items())

@@ -111,8 +111,9 @@ def test_figures_through_vllm() -> None:
     assert 0.4 <= policy["greedy_right"] <= 0.6
     assert 0.4 <= policy["sampled_right"] <= 0.6
     assert min(policy["labels"].get(label, 0) for label in ("desirable", "undesirable", "discard", "abstain")) >= 0.03
-    # The reviewer plays one role more with as many weights, and is the weaker judge of the two.
-    for judge, rubric, pairwise, flips in ((figures["judge"], 0.95, 0.9, 0.05), (reviewer, 0.92, 0.86, 0.12)):
+    # The reviewer plays one role more with as many weights. Five of a hundred of its comparisons flip (the card's
+    # figures, of twice as many prompts): one more may do so here.
+    for judge, rubric, pairwise, flips in ((figures["judge"], 0.95, 0.9, 0.05), (reviewer, 0.95, 0.9, 0.0625)):
         for part in (f"{layout}/{source}" for layout in LAYOUTS for source in ("sampled", "rule_made")):
             assert min(judge[part][role] for role in ROLES if role != "pairwise") >= rubric
             assert judge[part]["pairwise"] >= pairwise
