@@ -6,11 +6,13 @@ import asyncio
 import dataclasses
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Any
 
 from aiohttp import ClientSession, web
+
+from ray_pipeline.engines.openai import OpenAIEngine
 
 KEY = "sk-loopback-0123456789abcdef"
 
@@ -42,6 +44,18 @@ def said(text: str | None = "ok", finish: str = "stop", prompt: int = 10, new: i
 def refused(status: int, message: str = "no", code: Any = None, param: str | None = None, **headers: str) -> Answer:
     error = {"message": message, "type": "invalid_request_error", "code": code, "param": param}
     return Answer(status, {"error": error}, {k.replace("_", "-"): v for k, v in headers.items()})
+
+
+def using(engine: OpenAIEngine, work: Callable[[OpenAIEngine], Awaitable[Any]], seconds: float = 60) -> Any:
+    """What some work with an engine gives; the engine is closed afterwards, on the same event loop."""
+
+    async def go() -> Any:
+        try:
+            return await asyncio.wait_for(work(engine), seconds)
+        finally:
+            await engine.close()
+
+    return asyncio.run(go())
 
 
 class Endpoint:

@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from importlib import metadata
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
-from typing import Any
 
 #: What a core of the CPU build imports before it reads a model. A name that is not there is passed over.
 _PRELOAD = [
@@ -47,9 +46,7 @@ def is_cpu_build() -> bool:
 class _Core(ForkServerProcess):
     """The core, with the environment that its owner has when it starts: the server's is older."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._environment: dict[str, str] = {}
+    _environment: dict[str, str]
 
     def start(self) -> None:
         self._environment = dict(os.environ)

@@ -40,6 +40,8 @@ GROW_AT, SHRINK_AT = 0.25, 0.1
 REPORT_SECONDS = 0.5
 #: Replies that are counted before the board hears of them.
 _REPLIES_AT_ONCE = 100
+#: What ends the whole stage; any other error is of one shard.
+_STOPS = (StageStop, EngineStop, CallNotLogged)
 
 T = TypeVar("T")
 
@@ -166,7 +168,9 @@ def map_shards(job: ShardJob, shards: list[int]) -> Iterable[Receipt]:
 
 def _leave_reason(job: ShardJob, error: BaseException) -> None:
     """Write down why a worker stops the stage: of an error in a worker, Ray hands on a text full of stack frames."""
-    (Folder(job.folder) / "_attempts").write_json(f"stop-{job.session}.json", {"reason": str(error)})
+    reason = str(error) if isinstance(error, _STOPS) else _describe(error)
+    with contextlib.suppress(OSError, StoreError):  # the error itself is what counts
+        (Folder(job.folder) / "_attempts").write_json(f"stop-{job.session}.json", {"reason": reason})
 
 
 def _reason(job: ShardJob, error: BaseException) -> BaseException:
@@ -196,7 +200,15 @@ class ShardActor:
     async def __call__(self, batch: Mapping[str, Any]) -> Any:
         if self._limit is None:
             self._limit = asyncio.Semaphore(self._job.work.placement.concurrency)
-        receipt = await self._make(int(batch["shard"][0]))
+        try:
+            receipt = await self._make(int(batch["shard"][0]))
+        except Exception as error:
+            # Ray ends the actor with this error, and what its other shards were answered would be lost.
+            for other in list(self._open):
+                with contextlib.suppress(OSError, StoreError):
+                    await other.flush()
+            await asyncio.to_thread(_leave_reason, self._job, error)
+            raise
         yield {"receipt": [json.dumps(dataclasses.asdict(receipt))]}
 
     async def _make(self, shard: int) -> Receipt:
@@ -266,12 +278,7 @@ class ShardActor:
         except BudgetSpent as error:
             # No call is under way. The other shards come here one by one, or are answered by the log alone.
             return dataclasses.replace(_failed(job, shard, str(error)), status="stopped")
-        except (StageStop, EngineStop, CallNotLogged) as error:
-            # Ray ends the actor with this error, and what its other shards were answered would be lost.
-            for other in list(self._open):
-                with contextlib.suppress(OSError, StoreError):
-                    await other.flush()
-            await asyncio.to_thread(_leave_reason, job, error)
+        except _STOPS:
             raise
         except Exception as error:
             logger.exception("%s, shard %d", job.stage, shard)
@@ -321,18 +328,25 @@ class ShardActor:
 
 def make_shard(batch: dict[str, Any], job: ShardJob) -> dict[str, Any]:
     """Make one shard of a columnar stage."""
-    shard, tries = int(batch["shard"][0]), 0
+    try:
+        receipt = _make_columnar(job, int(batch["shard"][0]))
+    except Exception as error:
+        _leave_reason(job, error)
+        raise
+    return {"receipt": [json.dumps(dataclasses.asdict(receipt))]}
+
+
+def _make_columnar(job: ShardJob, shard: int) -> Receipt:
+    tries = 0
     while True:
         reason = ray.get(job.board.stopping.remote(job.stage)) if job.board is not None else None
         if reason:
-            receipt = dataclasses.replace(_failed(job, shard, reason), status="stopped")
-            break
+            return dataclasses.replace(_failed(job, shard, reason), status="stopped")
         receipt = _try_columnar(job, shard)
         tries += 1
         if receipt.status != "failed" or tries > job.policy.retries:
-            break
+            return receipt
         time.sleep(job.policy.pause(tries))
-    return {"receipt": [json.dumps(dataclasses.asdict(receipt))]}
 
 
 def _try_columnar(job: ShardJob, shard: int) -> Receipt:
@@ -347,8 +361,7 @@ def _try_columnar(job: ShardJob, shard: int) -> Receipt:
         receipt = _commit(job, shard, output, {"seconds": time.monotonic() - begin})
         report.send()
         return receipt
-    except StageStop as error:
-        _leave_reason(job, error)
+    except StageStop:
         raise
     except Exception as error:
         logger.exception("%s, shard %d", job.stage, shard)

@@ -74,9 +74,14 @@ def _values(page: Comparison, plots: Mapping[str, Path]) -> dict[str, Any]:
     base = next(policy for policy in page.policies if policy.run is None)
     judges = list(page.methods[0].scores) if page.methods else list(base.scores)
     modes = list(base.accuracy)
-    head = ["method", "data", "rows", "steps", "wins", "95 %", "ties", "flips", "at equal length", *judges]
-    head.append("mean score")
-    first = ["base", *["–"] * 8, *(_number(base.scores.get(judge)) for judge in judges), _number(base.mean_score)]
+    trained = ["data", "rows", "steps", "wins", "95 %", "ties", "flips", "at equal length"]  # what the base has not
+    head = ["method", *trained, *judges, "mean score"]
+    first = [
+        "base",
+        *("–" for _ in trained),
+        *(_number(base.scores.get(judge)) for judge in judges),
+        _number(base.mean_score),
+    ]
     rows: list[list[str]] = [[*first, *(Safe(percent(base.accuracy[mode])) for mode in modes)]]
     for method in page.methods:
         rows.append(

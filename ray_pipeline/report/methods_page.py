@@ -108,9 +108,9 @@ def _over_seeds(value: OverSeeds | None) -> Interval | None:
 def _table(page: Comparison, base: PolicyStats) -> list[Block]:
     judges = list(page.methods[0].scores) if page.methods else list(base.scores)
     modes = list(base.accuracy)
-    columns = ["method", "data", "rows", "steps", "seconds", "wins", "95 %", "ties", "flips", "unread"]
-    columns += ["at equal length", *judges, "mean score", *(f"right, {mode}" for mode in modes)]
-    first: list[str | Cell] = ["base", *["–"] * 10, *(number(base.scores.get(judge)) for judge in judges)]
+    trained = ["data", "rows", "steps", "seconds", "wins", "95 %", "ties", "flips", "unread", "at equal length"]
+    columns = ["method", *trained, *judges, "mean score", *(f"right, {mode}" for mode in modes)]
+    first: list[str | Cell] = ["base", *("–" for _ in trained), *(number(base.scores.get(judge)) for judge in judges)]
     rows: list[list[str | Cell]] = [[*first, number(base.mean_score), *(percent(base.accuracy[m]) for m in modes)]]
     for m in page.methods:
         rows.append(

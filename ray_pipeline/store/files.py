@@ -115,21 +115,28 @@ class Folder:
 
     def names(self, suffix: str = "") -> list[str]:
         """Sorted names of the files directly in the folder; temporary files and sub-folders are left out."""
-        selector = pafs.FileSelector(self.path(), allow_not_found=True, recursive=False)
-        infos = self.fs.get_file_info(selector)
         return sorted(
             info.base_name
-            for info in infos
+            for info in self._members()
             if info.type == pafs.FileType.File and info.base_name.endswith(suffix) and not _is_temporary(info.base_name)
         )
 
     def folders(self) -> list[str]:
         """Sorted names of the sub-folders."""
-        selector = pafs.FileSelector(self.path(), allow_not_found=True, recursive=False)
-        infos = self.fs.get_file_info(selector)
         return sorted(
-            i.base_name for i in infos if i.type == pafs.FileType.Directory and not _is_temporary(i.base_name)
+            info.base_name
+            for info in self._members()
+            if info.type == pafs.FileType.Directory and not _is_temporary(info.base_name)
         )
+
+    def _members(self) -> list[pafs.FileInfo]:
+        selector = pafs.FileSelector(self.path(), allow_not_found=True, recursive=False)
+        try:
+            return self.fs.get_file_info(selector)
+        except FileNotFoundError:
+            # Arrow lists first and then asks whether the folder is there at all: it is an error when another process
+            # makes the folder in between.
+            return self.fs.get_file_info(selector)
 
     def read_bytes(self, name: str) -> bytes:
         with self.fs.open_input_stream(self.path(name)) as stream:

@@ -8,11 +8,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
 
@@ -26,10 +27,10 @@ SMALL = [f"prompts.sources.0.count={COUNT}", "prompts.num_shards=4"]
 class Quorum:
     """`quorum` as a user types it, with the pids of every engine process that it ever had."""
 
-    def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
+    def __init__(self, *arguments: str, env: dict[str, str] | None = None, cwd: Path = ROOT) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "ray_pipeline.cli", *arguments],
-            cwd=ROOT,
+            cwd=cwd,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -72,6 +73,12 @@ class Quorum:
             thread.join(timeout=10)
         return code
 
+    def ends(self, expect: int, timeout: float = 900) -> str:
+        """Wait until it ends with this exit code; everything that it said."""
+        code = self.wait(timeout)
+        assert code == expect, f"exit code {code}\n{self.output}"
+        return self.output
+
     def kill(self) -> None:
         self.process.kill()
         self.process.wait(30)
@@ -104,9 +111,10 @@ def descendants(pid: int) -> list[psutil.Process]:
 def run(*arguments: str, expect: int | None = 0, **kwargs: Any) -> Quorum:
     """Run a command to its end."""
     quorum = Quorum(*arguments, **kwargs)
-    code = quorum.wait()
-    if expect is not None:
-        assert code == expect, f"exit code {code}\n{quorum.output}"
+    if expect is None:
+        quorum.wait()
+    else:
+        quorum.ends(expect)
     return quorum
 
 
@@ -121,6 +129,33 @@ def engine_calls(folder: Path) -> dict[str, int]:
     return {name: n for name, n in calls.items() if n}
 
 
+def calls_by_role(calls: Path) -> dict[str, int]:
+    """Distinct calls in a call log, by role."""
+    keys: dict[str, set[str]] = {}
+    for part in calls.rglob("*.parquet"):
+        try:
+            table = pq.read_table(part, columns=["call_key", "role"])
+        except FileNotFoundError:  # Merged away while we look.
+            continue
+        for key, role in zip(table["call_key"].to_pylist(), table["role"].to_pylist(), strict=True):
+            keys.setdefault(role, set()).add(key)
+    return {role: len(found) for role, found in keys.items()}
+
+
+def calls_of(calls: Path, roles: str) -> int:
+    """Distinct calls in a call log of the roles that begin so."""
+    return sum(n for role, n in calls_by_role(calls).items() if role.startswith(roles))
+
+
+def contradictions(calls: Path) -> list[set[str]]:
+    """Different replies to one call: each call must have been made once."""
+    texts: dict[str, set[str]] = {}
+    for part in calls.rglob("*.parquet"):
+        for row in pq.read_table(part, columns=["call_key", "text"]).to_pylist():
+            texts.setdefault(row["call_key"], set()).add(row["text"])
+    return [found for found in texts.values() if len(found) > 1]
+
+
 def tables(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
     """The bytes of every Parquet file of the named stages."""
     stages = manifest(folder)["stages"]
@@ -130,6 +165,14 @@ def tables(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
         for file in sorted(base.rglob("*.parquet")):
             found[f"{name}/{file.relative_to(base)}"] = file.read_bytes()
     return found
+
+
+def wait_until(quorum: Quorum, ready: Callable[[], bool], seconds: float = 480) -> None:
+    end = time.monotonic() + seconds
+    while not ready():
+        assert quorum.process.poll() is None, f"ended before the moment came\n{quorum.output}"
+        assert time.monotonic() < end, f"the moment never came\n{quorum.output}"
+        time.sleep(0.05)
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ray_pipeline.pocket.pairs import make_pairs
-from tests.dags.conftest import Quorum, engine_calls, manifest, run, tables
-from tests.dags.test_resume import calls_by_role, contradictions, wait_until
+from tests.dags.conftest import Quorum, calls_of, contradictions, engine_calls, manifest, run, tables, wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -27,7 +26,7 @@ def judged(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def debated(calls: Path) -> int:
-    return sum(n for role, n in calls_by_role(calls).items() if role.startswith("debate"))
+    return calls_of(calls, "debate")
 
 
 def test_a_jury_of_two_and_a_debate_that_is_killed_in_its_middle(tmp_path: Path) -> None:

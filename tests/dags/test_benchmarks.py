@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.dags.conftest import Quorum, engine_calls, manifest, run
-from tests.dags.test_resume import calls_by_role, contradictions, wait_until
+from tests.dags.conftest import Quorum, calls_of, contradictions, engine_calls, manifest, run, wait_until
 from tests.published import DATA
 
 pytestmark = pytest.mark.e2e
@@ -30,7 +29,7 @@ NLTK = DATA / "ifeval" / "nltk_data"
 
 
 def judged(calls: Path) -> int:
-    return sum(n for role, n in calls_by_role(calls).items() if role.startswith("benchmark-judge/"))
+    return calls_of(calls, "benchmark-judge/")
 
 
 def test_all_three_benchmarks_survive_a_killed_driver(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from ray_pipeline.pocket.tasks import make_prompts, rubric_scores, truth
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import prompt_id
 from tests.dags.conftest import CONFIG, manifest, run
-from tests.endpoint import KEY, Answer, Endpoint, refused, said
+from tests.endpoint import KEY, Answer, Endpoint, refused, said, using
 from tests.scripted import user
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -104,16 +104,6 @@ def engine_at(url: str, model: str = MODEL, **settings: Any) -> OpenAIEngine:
     return OpenAIEngine(OpenAISpec(model, endpoint))
 
 
-def using(engine: OpenAIEngine, work: Callable[[OpenAIEngine], Any]) -> Any:
-    async def go() -> Any:
-        try:
-            return await asyncio.wait_for(work(engine), 300)
-        finally:
-            await engine.close()
-
-    return asyncio.run(go())
-
-
 def test_forms_seeds_and_limits_of_a_real_server(proxy: Endpoint) -> None:
     texts, task = load_templates("pocket"), make_prompts(1, seed=3)[0].instruction
     about: dict[str, Any] = {"instruction": task, "response": truth(task), "name": "helpfulness", "rubric": ""}
@@ -148,9 +138,9 @@ def test_forms_seeds_and_limits_of_a_real_server(proxy: Endpoint) -> None:
             await engine.chat(user("nine " * 250), Sampling(max_tokens=20))
         assert caught.value.limit == 256 and caught.value.prompt_tokens >= 237
 
-    using(engine_at(proxy.url), work)
+    using(engine_at(proxy.url), work, seconds=300)
     with pytest.raises(EngineStartError, match=f"does not serve 'pocket-jugde'.*{MODEL}"):
-        using(engine_at(proxy.url, "pocket-jugde"), lambda e: e.start())
+        using(engine_at(proxy.url, "pocket-jugde"), lambda e: e.start(), seconds=300)
 
 
 def faults() -> Callable[[dict[str, Any], int], Answer | None]:
@@ -201,18 +191,18 @@ async def judged(engine: OpenAIEngine, root: Path) -> tuple[list[Verdict], Any]:
 
 def test_faults_change_no_verdict_and_a_second_pass_asks_nobody(proxy: Endpoint, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"timeout_s": 1.5, "retries": 12}
-    clean, stats = using(engine_at(proxy.url), lambda e: judged(e, tmp_path / "clean"))
+    clean, stats = using(engine_at(proxy.url), lambda e: judged(e, tmp_path / "clean"), seconds=300)
     assert {v.parse_status for v in clean} == {"ok"}
     undisturbed, calls = len(proxy.asked), stats.calls_engine
     assert undisturbed == calls + 1  # and the canary
 
     proxy.script, before = faults(), len(proxy.asked)
-    broken, stats = using(engine_at(proxy.url, **settings), lambda e: judged(e, tmp_path / "broken"))
+    broken, stats = using(engine_at(proxy.url, **settings), lambda e: judged(e, tmp_path / "broken"), seconds=300)
     assert broken == clean and stats.errors == 0
     assert len(proxy.asked) - before > 1.5 * undisturbed
 
     before = len(proxy.asked)
-    again, stats = using(engine_at(proxy.url, **settings), lambda e: judged(e, tmp_path / "broken"))
+    again, stats = using(engine_at(proxy.url, **settings), lambda e: judged(e, tmp_path / "broken"), seconds=300)
     assert again == clean and len(proxy.asked) == before
     assert (stats.calls_engine, stats.calls_log) == (0, calls)
 

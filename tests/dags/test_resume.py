@@ -5,14 +5,26 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from tests.dags.conftest import CONFIG, COUNT, SMALL, Quorum, engine_calls, manifest, run, tables
+from tests.dags.conftest import (
+    CONFIG,
+    COUNT,
+    SMALL,
+    Quorum,
+    calls_by_role,
+    calls_of,
+    contradictions,
+    engine_calls,
+    manifest,
+    run,
+    tables,
+    wait_until,
+)  # fmt: skip
 
 pytestmark = pytest.mark.e2e
 
@@ -33,21 +45,8 @@ def to_datasets(folder: Path, *more: str) -> list[str]:
     return ["run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), "--to", "datasets", *SMALL, *more]
 
 
-def calls_by_role(calls: Path) -> dict[str, int]:
-    """Distinct calls in a call log, by role."""
-    keys: dict[str, set[str]] = {}
-    for part in calls.rglob("*.parquet"):
-        try:
-            table = pq.read_table(part, columns=["call_key", "role"])
-        except FileNotFoundError:  # Merged away while we look.
-            continue
-        for key, role in zip(table["call_key"].to_pylist(), table["role"].to_pylist(), strict=True):
-            keys.setdefault(role, set()).add(key)
-    return {role: len(found) for role, found in keys.items()}
-
-
 def verdict_calls(calls: Path) -> int:
-    return sum(n for role, n in calls_by_role(calls).items() if role.startswith("judge/"))
+    return calls_of(calls, "judge/")
 
 
 @pytest.fixture
@@ -64,15 +63,6 @@ def unanswered_verdicts(folder: Path) -> list[dict[str, object]]:
     return [row for f in files for row in pq.read_table(f).to_pylist() if row["parse_status"] == "error"]
 
 
-def contradictions(calls: Path) -> list[set[str]]:
-    """Different replies to one call: each call must have been made once."""
-    texts: dict[str, set[str]] = {}
-    for part in calls.rglob("*.parquet"):
-        for row in pq.read_table(part, columns=["call_key", "text"]).to_pylist():
-            texts.setdefault(row["call_key"], set()).add(row["text"])
-    return [found for found in texts.values() if len(found) > 1]
-
-
 def replay(folder: Path, log: Path, into: Path, *settings: str) -> None:
     """A fresh run that may read the finished run's call log and nothing else gives the same bytes."""
     assert unanswered_verdicts(folder) == []
@@ -81,14 +71,6 @@ def replay(folder: Path, log: Path, into: Path, *settings: str) -> None:
     assert engine_calls(into) == {}
     stages = [name for name in STAGES if name in manifest(folder)["stages"]]
     assert tables(into, stages) == tables(folder, stages)
-
-
-def wait_until(quorum: Quorum, ready: Callable[[], bool], seconds: float = 480) -> None:
-    end = time.monotonic() + seconds
-    while not ready():
-        assert quorum.process.poll() is None, f"ended before the moment came\n{quorum.output}"
-        assert time.monotonic() < end, f"the moment never came\n{quorum.output}"
-        time.sleep(0.05)
 
 
 def test_the_same_command_again_does_nothing(small_run: Path, tmp_path: Path) -> None:

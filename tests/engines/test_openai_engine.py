@@ -8,7 +8,6 @@ import logging
 import re
 import socket
 import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from ray_pipeline.engines.openai import EndpointSettings, OpenAIEngine, OpenAISp
 from ray_pipeline.store.calls import scan_calls
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import prompt_id
-from tests.endpoint import KEY, Answer, Endpoint, refused, said
+from tests.endpoint import KEY, Answer, Endpoint, refused, said, using
 from tests.scripted import user
 
 COLD = Sampling(max_tokens=20)
@@ -62,16 +61,6 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def engine_at(url: str, *, canary: bool = False, share: int = 1, **settings: Any) -> OpenAIEngine:
     endpoint = EndpointSettings(**{"base_url": url, "api_key_env": "LOOPBACK_KEY", **settings})
     return OpenAIEngine(OpenAISpec("judge", endpoint, canary=canary, share=share))
-
-
-def using(engine: OpenAIEngine, work: Callable[[OpenAIEngine], Awaitable[Any]]) -> Any:
-    async def go() -> Any:
-        try:
-            return await asyncio.wait_for(work(engine), 60)
-        finally:
-            await engine.close()
-
-    return asyncio.run(go())
 
 
 def ask(engine: OpenAIEngine, *texts: str, sampling: Sampling = COLD) -> list[Any]:

@@ -132,6 +132,25 @@ def failing_always(given: ShardInput) -> ShardOutput:
     raise OSError("never")
 
 
+class LostBoard(Board):
+    """A board that ended with the node of the driver."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ConnectionError("the board is gone")
+
+
+@pytest.mark.parametrize("engine", [None, ScriptedEngine])
+def test_an_error_that_nobody_foresaw_is_told_in_its_own_words(
+    tmp_path: Path, actor: Callable[..., ShardActor], engine: Any
+) -> None:
+    """Ray hands on "UDF failed to process a data block" and keeps the cause to itself."""
+    given = job(tmp_path, failing_always, engine, board=LostBoard())
+    with pytest.raises(ConnectionError) as raised:
+        make(actor(given)) if engine else make_shard({"shard": [1]}, given)
+    told = shard_map._reason(given, raised.value)
+    assert isinstance(told, StageStop) and str(told).startswith("ConnectionError: the board is gone")
+
+
 def test_back_off_doubles_up_to_its_limit() -> None:
     policy = FailurePolicy(backoff_s=2, backoff_max_s=10)
     assert [policy.pause(n) for n in (1, 2, 3, 4)] == [2, 4, 8, 10]

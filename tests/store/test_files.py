@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -281,3 +282,19 @@ def test_writing_needs_no_parquet_metadata_of_others(tmp_path: Path) -> None:
     Folder(str(tmp_path)).write_table("a", table, fingerprint="f")
     Folder(str(tmp_path)).write_table("b", prompts(2), fingerprint="f")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_folder_that_is_made_while_it_is_listed(tmp_path: Path) -> None:
+    """Arrow alone calls some two in a hundred of these a folder that is not there."""
+
+    def work(round_: int, worker: int) -> list[str]:
+        folder = Folder(f"{tmp_path / str(round_)}/stage/attempts")
+        before = folder.names()
+        folder.write_bytes(f"{worker}", b"")
+        return before
+
+    with ThreadPoolExecutor(6) as pool:
+        for round_ in range(300):
+            seen = list(pool.map(work, [round_] * 6, range(6)))
+            assert all(set(names) <= set("012345") for names in seen)
+            assert Folder(f"{tmp_path / str(round_)}/stage").folders() == ["attempts"]

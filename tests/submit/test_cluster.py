@@ -7,13 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +16,7 @@ import pytest
 import yaml
 
 from ray_pipeline.submit.package import package
+from tests.dags.conftest import Quorum, wait_until
 from tests.endpoint import Answer, Endpoint, said
 from tests.ray_nodes import RayNodes
 
@@ -30,6 +25,7 @@ pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[2]
 JUDGE = {"quorum-role": "judge"}
 RUBRICS = ("helpfulness", "factuality")
+SECONDS = 400.0
 
 
 class Replies:
@@ -66,42 +62,9 @@ def config(url: str, tau: float = 2.5) -> dict[str, Any]:
     }
 
 
-class Command:
+def command(nodes: RayNodes, tree: Path, *arguments: str) -> Quorum:
     """`quorum` as a user types it, in a working directory that was packed as for a cluster."""
-
-    def __init__(self, nodes: RayNodes, tree: Path, *arguments: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "ray_pipeline.cli", *arguments],
-            cwd=tree,
-            env={**os.environ, **nodes.env, "PYTHONPATH": str(tree), "RAY_ADDRESS": nodes.address},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self._lines: list[str] = []
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        self._lines.extend(self.process.stdout)
-
-    @property
-    def output(self) -> str:
-        return "".join(self._lines)
-
-    def wait(self, expect: int) -> str:
-        code = self.process.wait(400)
-        self._thread.join(10)
-        assert code == expect, f"exit code {code}\n{self.output}"
-        return self.output
-
-    def until(self, ready: Callable[[], bool], what: str) -> None:
-        end = time.monotonic() + 300
-        while not ready():
-            assert self.process.poll() is None, f"ended before {what}\n{self.output}"
-            assert time.monotonic() < end, f"never came: {what}\n{self.output}"
-            time.sleep(0.1)
+    return Quorum(*arguments, cwd=tree, env={**nodes.env, "PYTHONPATH": str(tree), "RAY_ADDRESS": nodes.address})
 
 
 @pytest.fixture
@@ -121,17 +84,17 @@ def test_a_job_is_submitted_and_again_from_a_changed_tree(tree: Path, tmp_path: 
         # The head has no key: a label keeps engines off it, so it needs none.
         nodes.add(labels=JUDGE, env={"QUORUM_TEST_KEY": "x"})
         submit = ["submit", "dmapo", "-c", "job.yaml", "--address", nodes.dashboard, "--to", "prompts"]
-        refused = Command(nodes, tree, *submit)
-        first = Command(nodes, tree, *submit, "--run-dir", str(run))
+        refused = command(nodes, tree, *submit)
+        first = command(nodes, tree, *submit, "--run-dir", str(run))
         # The job's own exit code and words come back.
-        assert re.search(r"run.root is 'runs'.*absolute path.*s3://", refused.wait(2))
-        output = first.wait(0)
+        assert re.search(r"run.root is 'runs'.*absolute path.*s3://", refused.ends(2, SECONDS))
+        output = first.ends(0, SECONDS)
         assert "2 nodes read and write in" in output and "24 prompts" in output
         assert not list(run.glob("_probe*"))
 
         (tree / "job.yaml").write_text(yaml.safe_dump(config("http://127.0.0.1:9/v1", tau=1.0)))
         (tree / "note.py").write_text("changed = True\n")
-        assert re.search(r"prompts +done before", Command(nodes, tree, *submit, "--run-dir", str(run)).wait(0))
+        assert re.search(r"prompts +done before", command(nodes, tree, *submit, "--run-dir", str(run)).ends(0, SECONDS))
 
 
 def test_a_node_that_joins_gets_actors_and_one_that_dies_costs_no_row(tree: Path, tmp_path: Path) -> None:
@@ -144,18 +107,20 @@ def test_a_node_that_joins_gets_actors_and_one_that_dies_costs_no_row(tree: Path
         def asks() -> list[str]:
             return [json.dumps(body["messages"]) for body in list(server.asked) if body["model"] == "judge"]
 
-        first = nodes.add(resources={"engine": 1}, labels=JUDGE, env=key)
         (tree / "job.yaml").write_text(yaml.safe_dump(config(server.url)))
-        command = Command(nodes, tree, "run", "dmapo", "-c", "job.yaml", "--run-dir", str(run), "--to", "gate")
-        command.until(lambda: len(asks()) >= 2, "the judge stage")
+        judging = command(nodes, tree, "run", "dmapo", "-c", "job.yaml", "--run-dir", str(run), "--to", "gate")
+        # A driver sits on a node of its host, and here all are: while there is one alone it is the head, which lives.
+        wait_until(judging, lambda: "prompts: done" in judging.output, seconds=300)
+        first = nodes.add(resources={"engine": 1}, labels=JUDGE, env=key)
+        wait_until(judging, lambda: len(asks()) >= 2, seconds=300)
         server.most_at_once = 0
         nodes.add(resources={"engine": 1}, labels=JUDGE, env=key, wait=False)
         # An actor has one call under way at a time here, so two at once are two actors.
-        command.until(lambda: server.most_at_once >= 2, "a second judge actor")
+        wait_until(judging, lambda: server.most_at_once >= 2, seconds=300)
         replies.seconds = 0.2
         first.kill()
         when = len(asks())
-        command.wait(0)
+        judging.ends(0, SECONDS)
         asked = asks()
 
     assert when < 24 * len(RUBRICS) <= len(asked), "the node died in the middle of the stage"
