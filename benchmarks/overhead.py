@@ -129,7 +129,7 @@ def through_the_pipeline(config: DmapoConfig, tables: dict[str, ShardedTable], f
         str(folder / "calls"), "session", False, None,
     )  # fmt: skip
     calls = 0
-    for receipt in map_shards(job, list(range(job.num_shards))):
+    for receipt in map_shards([job], [(job.stage, shard) for shard in range(job.num_shards)]):
         assert receipt.status == "ok", receipt.error
         calls += int(receipt.usage["calls_engine"])
     return time.monotonic() - float(note.read_text()), calls

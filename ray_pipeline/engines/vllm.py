@@ -231,6 +231,7 @@ class VllmEngine:
         self._server: CoreServer | None = None
         self._watchdog: asyncio.Task[None] | None = None
         self._ready = False  # started and proven
+        self.start_seconds = 0.0  # what that took
         self._closed = False
         self._ids = itertools.count()
         self._stats = EngineStats()
@@ -328,7 +329,8 @@ class VllmEngine:
                 raise EngineStartError(f"vLLM did not start with {self.spec.model!r}: {_reason(error)}") from error
         self._watchdog = asyncio.create_task(self._watch(), name="vllm-watchdog")
         self._ready = True
-        logger.info("vLLM serves %s after %.1f s", self.spec.model, time.perf_counter() - begin)
+        self.start_seconds = time.perf_counter() - begin
+        logger.info("vLLM serves %s after %.1f s", self.spec.model, self.start_seconds)
 
     def _load(self) -> None:
         model = self.identity  # first: says clearly when there is no such model

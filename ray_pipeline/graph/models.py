@@ -28,7 +28,7 @@ class Placement(Settings):
     )
     num_cpus: float = Field(0, ge=0, description="CPUs that an actor reserves; engines need none reserved")
     min_actors: int = Field(1, ge=1)
-    max_actors: int = Field(1, ge=1)
+    max_actors: int = Field(1, ge=1, description="shared by stages on one model that can begin together")
     shards_in_flight: int = Field(
         3, ge=1, description="shards that an actor works on at once, so that its engine never drains"
     )

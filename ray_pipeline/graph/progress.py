@@ -107,14 +107,20 @@ class ProgressBoard:
         """Why a stage should end, or None."""
         return self._stops.get(name) or self._stops.get("*")
 
-    def begin(self, name: str, shards: int = 0, shards_done: int = 0, rows_total: float = 0) -> None:
-        stage = self._stages[name] = StageProgress(name, "running", shards, shards_done, rows_total=rows_total)
-        stage.began = time.monotonic()
+    def begin(
+        self, name: str, shards: int = 0, shards_done: int = 0, rows_total: float = 0, *, waits: bool = False
+    ) -> None:
+        """Show a stage; one that waits begins with the first word from a worker."""
+        stage = self._stages[name] = StageProgress(name, "waiting", shards, shards_done, rows_total=rows_total)
         stage.shards_at_start = shards_done
+        if not waits:
+            self._start(stage)
 
     def add(self, name: str, counts: Mapping[str, float]) -> str | None:
         """Add to counters; returns why the stage should end, if it should."""
-        stage = self._stages.setdefault(name, StageProgress(name, "running", began=time.monotonic()))
+        stage = self._stages.setdefault(name, StageProgress(name))
+        if stage.status == "waiting":
+            self._start(stage)
         for key, value in counts.items():
             setattr(stage, key, getattr(stage, key) + value)
         if self._meters is not None:
@@ -123,7 +129,9 @@ class ProgressBoard:
 
     def put(self, name: str, counts: Mapping[str, float]) -> None:
         """Set counters that do not add up (steps of a training, say)."""
-        stage = self._stages.setdefault(name, StageProgress(name, "running", began=time.monotonic()))
+        stage = self._stages.setdefault(name, StageProgress(name))
+        if stage.status == "waiting":
+            self._start(stage)
         for key, value in counts.items():
             setattr(stage, key, value)
 
@@ -146,6 +154,10 @@ class ProgressBoard:
             if self._meters is not None:
                 self._meters.look(stage.name, stage.shards, stage.shards_done, stage.shards_failed, stage.seconds)
         return [dataclasses.asdict(stage) for stage in self._stages.values()], lines, shards
+
+    @staticmethod
+    def _start(stage: StageProgress) -> None:
+        stage.status, stage.began = "running", time.monotonic()
 
     @staticmethod
     def _age(stage: StageProgress) -> None:

@@ -17,7 +17,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 import uuid
 from collections.abc import Mapping
 from typing import Any
@@ -27,25 +26,15 @@ import yaml
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
-from ray_pipeline.graph.failures import FailureLedger, FailurePolicy, lift_quarantine, read_failures
+from ray_pipeline.graph.failures import FailurePolicy, lift_quarantine, read_failures
 from ray_pipeline.graph.heartbeat import BEAT_SECONDS, Heartbeat
 from ray_pipeline.graph.json_log import JsonLines, run_name, stage_of
+from ray_pipeline.graph.pools import share_pools
 from ray_pipeline.graph.progress import LINE_SECONDS, Display, ProgressBoard, StageProgress
 from ray_pipeline.graph.reach import WantedKey, check_nodes
-from ray_pipeline.graph.shard_map import ShardJob, map_shards
 from ray_pipeline.graph.spending import Budget, Spending
-from ray_pipeline.graph.stage import (
-    BadInput,
-    Dag,
-    ShardWork,
-    Stage,
-    StageResult,
-    StageStop,
-    WholeInput,
-    WholeWork,
-    stage_table,
-)
-from ray_pipeline.graph.totals import receipts_of, rows_of_tables, tables_by_role
+from ray_pipeline.graph.stage import Dag, Stage, StageResult, stage_table
+from ray_pipeline.graph.stage_task import Failure, StageJob, explain, run_stages
 from ray_pipeline.store.files import Folder, StoreError, not_written, point_at
 from ray_pipeline.store.keys import digest
 
@@ -108,37 +97,12 @@ class RunSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Failure:
-    """Why a stage failed, in words for the user, and whether it is what the user gave."""
-
-    reason: str
-    bad_input: bool
-
-
-@dataclasses.dataclass(frozen=True)
 class RunOutcome:
     """Results by stage, what went wrong by stage, and the stages that were not run because of it."""
 
     results: dict[str, StageResult]
     failures: dict[str, Failure]
     not_run: list[str]
-
-
-@dataclasses.dataclass(frozen=True)
-class _StageJob:
-    """A stage as its Ray task gets it."""
-
-    name: str
-    fingerprint: str
-    folder: str
-    num_shards: int
-    work: ShardWork | WholeWork
-    calls_root: str
-    session: str
-    replay_only: bool
-    board: Any
-    policy: FailurePolicy
-    only: tuple[int, ...] | None
 
 
 # --- what is there already ------------------------------------------------------------------------------------------
@@ -182,106 +146,6 @@ def _result(stage: Stage, folder: Folder, num_shards: int, value: Mapping[str, A
         usage=value["usage"],
         cached=True,
     )
-
-
-# --- one stage, inside its Ray task ---------------------------------------------------------------------------------
-
-
-def run_stage(job: _StageJob, roles: tuple[str, ...], *parents: StageResult) -> StageResult:
-    """Make what is missing of a stage. Raises StageStop with a message for the user."""
-    begin = time.monotonic()
-    inputs = dict(zip(roles, parents, strict=True))
-    if isinstance(job.work, ShardWork):
-        rows, facts, usage = _run_shards(job, inputs)
-    else:
-        rows, facts, usage = _run_whole(job, inputs)
-    usage = {**usage, "wall_seconds": time.monotonic() - begin}
-    result = StageResult(job.name, job.fingerprint, job.folder, job.num_shards, job.work.tables, rows, facts, usage)
-    folder = Folder(job.folder)
-    folder.delete_folder("_attempts")
-    folder.write_json(
-        "_result.json",
-        {"stage": job.name, "fingerprint": job.fingerprint, "rows": rows, "facts": facts, "usage": usage},
-    )
-    return result
-
-
-def _run_shards(job: _StageJob, parents: Mapping[str, StageResult]) -> tuple[dict, dict, dict]:
-    assert isinstance(job.work, ShardWork)
-    inputs = tables_by_role(parents)
-    outputs = {k: stage_table(job.folder, job.work.tables, k, job.num_shards, job.fingerprint) for k in job.work.tables}
-    states = {kind: table.state() for kind, table in outputs.items()}
-    missing = sorted({s for state in states.values() for s in state.missing})
-    job.board.begin.remote(job.name, job.num_shards, job.num_shards - len(missing))
-    _check_stop(job)
-    ledger = FailureLedger(Folder(job.folder), job.policy, missing)
-    todo = [s for s in missing if s not in ledger.quarantined and (job.only is None or s in job.only)]
-    stopped: dict[int, str] = {}
-    if todo:
-        shard_job = ShardJob(
-            job.name,
-            job.folder,
-            job.fingerprint,
-            job.num_shards,
-            job.work,
-            inputs,
-            {role: parent.facts for role, parent in parents.items()},
-            job.calls_root,
-            job.session,
-            job.replay_only,
-            job.board,
-            job.policy,
-        )
-        for receipt in map_shards(shard_job, todo):
-            if receipt.status == "ok":
-                job.board.add.remote(job.name, {"shards_done": 1})
-                ledger.done(receipt.shard)
-            elif receipt.status == "stopped":
-                stopped[receipt.shard] = receipt.error or "no reason given"
-            else:
-                job.board.add.remote(job.name, {"shards_failed": 1})
-                job.board.say.remote(f"{job.name}: shard {receipt.shard} failed: {receipt.error}", receipt.shard)
-                too_many = ledger.failed(receipt.shard, receipt.error or "no reason given")
-                if too_many:
-                    job.board.stop.remote(job.name, too_many)
-    if stopped:
-        raise StageStop(f"{job.name}: {min(stopped.items())[1]}")
-    ledger.check(job.name, job.num_shards)
-    rows = rows_of_tables(job.name, outputs)
-    return rows, *receipts_of(Folder(job.folder), job.num_shards)
-
-
-def _check_stop(job: _StageJob) -> None:
-    """Raises StageStop when no more may be spent: a stage that waited for its inputs does not begin then."""
-    reason = ray.get(job.board.stopping.remote(job.name))
-    if reason:
-        raise StageStop(f"{job.name}: {reason}")
-
-
-def _run_whole(job: _StageJob, parents: Mapping[str, StageResult]) -> tuple[dict, dict, dict]:
-    assert isinstance(job.work, WholeWork)
-    job.board.begin.remote(job.name)
-    _check_stop(job)
-
-    def log(line: str) -> None:
-        job.board.say.remote(f"{job.name}: {line}")
-
-    def tick(done: int, total: int) -> None:
-        job.board.put.remote(job.name, {"rows": done, "rows_total": total})
-
-    given = WholeInput(
-        parents,
-        Folder(job.folder),
-        Folder(job.calls_root),
-        job.fingerprint,
-        job.num_shards,
-        job.work.settings,
-        log,
-        tick,
-    )
-    facts = job.work.function(given)
-    outputs = {k: stage_table(job.folder, job.work.tables, k, job.num_shards, job.fingerprint) for k in job.work.tables}
-    return rows_of_tables(job.name, outputs), facts, {}
 
 
 # --- the whole run, in the driver -----------------------------------------------------------------------------------
@@ -411,30 +275,38 @@ def _run_tasks(
         here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=True)
         board_class: Any = ray.remote(num_cpus=0)(ProgressBoard)  # type: ignore[call-overload]
         board: Any = board_class.options(scheduling_strategy=here).remote()
-        task: Any = ray.remote(num_cpus=0, max_retries=2, retry_exceptions=False)(run_stage)
+        task: Any = ray.remote(num_cpus=0, max_retries=2, retry_exceptions=False)(run_stages)
         outputs: dict[str, Any] = {name: result for name, result in results.items()}
-        refs: dict[Any, Stage] = {}
+        tasks: dict[Any, dict[Any, Stage]] = {}  # by the first of its results, all of them
 
-        def submit(stage: Stage) -> None:
-            job = _StageJob(
-                stage.name,
-                stage.fingerprint,
-                stage_folder(settings.folder, stage).location,
-                settings.num_shards,
-                stage.work,
-                settings.calls_root,
-                session,
-                settings.replay_only,
-                board,
-                settings.failure,
-                None if settings.only is None else settings.only.get(stage.name),
+        def submit(stages: tuple[Stage, ...]) -> Any:
+            jobs = [
+                StageJob(
+                    stage.name,
+                    stage.fingerprint,
+                    stage_folder(settings.folder, stage).location,
+                    settings.num_shards,
+                    stage.work,
+                    settings.calls_root,
+                    session,
+                    settings.replay_only,
+                    board,
+                    settings.failure,
+                    None if settings.only is None else settings.only.get(stage.name),
+                )
+                for stage in stages
+            ]
+            roles = [tuple(stage.inputs) for stage in stages]
+            parents = [outputs[parent.name] for stage in stages for parent in stage.inputs.values()]
+            name = "+".join(stage.name for stage in stages)
+            found = task.options(name=name, scheduling_strategy=here, num_returns=len(stages)).remote(
+                jobs, roles, *parents
             )
-            roles = tuple(stage.inputs)
-            ref = task.options(name=stage.name, scheduling_strategy=here).remote(
-                job, roles, *(outputs[stage.inputs[r].name] for r in roles)
-            )
-            outputs[stage.name] = ref
-            refs[ref] = stage
+            made = dict(zip(found if len(stages) > 1 else [found], stages, strict=True))
+            outputs.update((stage.name, ref) for ref, stage in made.items())
+            first = next(iter(made))
+            tasks[first] = made
+            return first
 
         board.meter.remote(run_name(settings.folder))
         spending = Spending(Folder(settings.folder), settings.budget)
@@ -443,17 +315,17 @@ def _run_tasks(
         log.stages = [s.name for s in wanted]
         with Display(Console(quiet=True) if settings.log_json else console, log.stages) as display:
             log.display = display
-            later, waiting = list(todo), list[Any]()
+            later, waiting = share_pools(todo), list[Any]()
             while later or waiting:
-                for stage in _may_start(later, results, len(waiting), settings.max_stages):
-                    later.remove(stage)
-                    submit(stage)
-                    waiting.append(outputs[stage.name])
+                for stages in _may_start(later, results, len(waiting), settings.max_stages):
+                    later.remove(stages)
+                    waiting.append(submit(stages))
                 if not waiting:  # what is left needs a stage that failed
                     break
                 done, waiting = ray.wait(waiting, num_returns=1, timeout=0.5)
-                for ref in done:
-                    _settle(ref, refs[ref], results, failures, board, log)
+                for first in done:
+                    for ref, stage in tasks[first].items():
+                        _settle(ref, stage, results, failures, board, log)
                 if done:
                     manifest.write(results, failures)
                 _show(board, display, log, manifest, results, spending)
@@ -466,13 +338,14 @@ def _run_tasks(
 
 
 def _may_start(
-    later: list[Stage], results: Mapping[str, StageResult], at_work: int, max_stages: int | None
-) -> list[Stage]:
+    later: list[tuple[Stage, ...]], results: Mapping[str, StageResult], at_work: int, max_stages: int | None
+) -> list[tuple[Stage, ...]]:
     """Stages to submit now, of those that were not. Without a limit all of them: Ray starts each when its inputs are
-    there. With one, only stages that can begin at once, so that none holds a place while it waits."""
+    there. With one, only stages that can begin at once, so that none holds a place while it waits; those that share a
+    pool count as one."""
     if max_stages is None:
         return list(later)
-    ready = [s for s in later if all(parent.name in results for parent in s.inputs.values())]
+    ready = [g for g in later if all(parent.name in results for stage in g for parent in stage.inputs.values())]
     return ready[: max(0, max_stages - at_work)]
 
 
@@ -480,13 +353,15 @@ def _settle(
     ref: Any, stage: Stage, results: dict[str, StageResult], failures: dict[str, Failure], board: Any, log: _RunLog
 ) -> None:
     try:
-        result: StageResult = ray.get(ref)
-    except Exception as error:
-        # Ray gives a stage the error of the parent that failed; only the parent's own is a failure to tell.
+        result: StageResult | Failure = ray.get(ref)
+    except Exception as error:  # of the task itself: what goes wrong in a stage is a value
+        result = explain(stage.name, error)
+    if isinstance(result, Failure):
+        # A stage fails with the one that it reads; only the first is a failure to tell.
         if all(parent.name in results for parent in stage.inputs.values()):
-            failure = failures[stage.name] = _explain(stage.name, error)
-            logger.debug("".join(traceback.format_exception(error)))
-            log.say(f"{stage.name}: FAILED: {failure.reason}")
+            failures[stage.name] = result
+            logger.debug(result.trace)
+            log.say(f"{stage.name}: FAILED: {result.reason}")
             board.end.remote(stage.name, "failed")
         return
     results[stage.name] = result
@@ -505,13 +380,6 @@ def _settle(
         calls += f", cost {usage['cost']:.4g}"
     rows = ", ".join(f"{n} {kind}" for kind, n in result.rows.items())
     log.say(f"{stage.name}: done in {usage['wall_seconds']:.1f} s{', ' + rows if rows else ''}{calls}")
-
-
-def _explain(stage: str, error: BaseException) -> Failure:
-    cause = getattr(error, "cause", None) or error
-    if isinstance(cause, (StageStop, ValueError, FileNotFoundError)):
-        return Failure(str(cause).removeprefix(f"{stage}: "), isinstance(cause, BadInput))
-    return Failure(f"{type(cause).__name__}: {str(cause).strip()}", bad_input=False)
 
 
 def _show(

@@ -1,7 +1,8 @@
-"""Ray Data maps the missing shards of a stage over actors (with an engine) or tasks (without).
+"""Ray Data maps the missing shards of stages over actors (with an engine) or tasks (without).
 
-A row of the Ray Dataset is a shard number. Whoever gets it reads its shard of the inputs, runs the stage's function,
-commits one Parquet file a table, and yields a receipt. Text never travels through Ray.
+A row of the Ray Dataset is a stage and a shard number. Whoever gets it reads its shard of the inputs, runs the stage's
+function, commits one Parquet file a table, and yields a receipt. Text never travels through Ray, and no error either:
+of an error in a worker Ray hands on a page of stack frames, so a receipt says what went wrong.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
 import time
 import traceback
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -24,7 +26,7 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
-from ray_pipeline.engines.base import BudgetSpent, ChatEngine, EngineDead, EngineStop
+from ray_pipeline.engines.base import ChatEngine, EngineDead, EngineStop
 from ray_pipeline.engines.logged import CallNotLogged, CallStats, LoggedEngine
 from ray_pipeline.graph.failures import FailurePolicy
 from ray_pipeline.graph.models import Placement
@@ -71,9 +73,10 @@ class ShardJob:
 class Receipt:
     """What became of one shard. `usage` holds calls, tokens and seconds; `counts` is deterministic.
 
-    `status` is ok, failed, or stopped (nothing is wrong with the shard, but no more may be spent).
+    `status` is ok, failed, or stopped: `error` is then why its whole stage must stop, or was stopped.
     """
 
+    stage: str
     shard: int
     status: str
     rows: Mapping[str, int]
@@ -132,11 +135,14 @@ def check_room(stage: str, work: ShardWork) -> None:
         )
 
 
-def map_shards(job: ShardJob, shards: list[int]) -> Iterable[Receipt]:
-    """Make the given shards; yields a receipt as each is done, in the order in which they end.
+def map_shards(jobs: Sequence[ShardJob], shards: Sequence[tuple[str, int]]) -> Iterable[Receipt]:
+    """Make the given shards (stage and number), in about their order; yields a receipt as each is done.
+
+    Args:
+        jobs: of one stage, or of several with the same engine and placement: they share the actors.
 
     Raises:
-        StageStop: a worker found a reason to stop the whole stage.
+        StageStop: the actors would hold every CPU.
     """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -146,74 +152,62 @@ def map_shards(job: ShardJob, shards: list[int]) -> Iterable[Receipt]:
     # given no more than that.
     context.autoscaling_config.actor_pool_util_upscaling_threshold = GROW_AT
     context.autoscaling_config.actor_pool_util_downscaling_threshold = SHRINK_AT
-    dataset: ray.data.Dataset = ray.data.from_items([{"shard": s} for s in shards], override_num_blocks=len(shards))
-    if job.work.engine is not None:
-        placement = job.work.placement
-        check_room(job.stage, job.work)
+    rows = [{"stage": stage, "shard": shard} for stage, shard in shards]
+    dataset: ray.data.Dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    first = jobs[0]
+    if first.work.engine is not None:
+        placement = first.work.placement
+        check_room(first.stage, first.work)
         dataset = dataset.map_batches(
             ShardActor,
             batch_size=1,
-            fn_constructor_args=(job,),
-            compute=_pool(placement, len(shards)),
-            **_engine_room(job.work, placement),
+            fn_constructor_args=(tuple(jobs),),
+            compute=_pool(placement, len(rows)),
+            **_engine_room(first.work, placement),
         )
     else:
+        (job,) = jobs
         dataset = dataset.map_batches(make_shard, batch_size=1, fn_args=(job,), compute=TaskPoolStrategy(), num_cpus=1)  # type: ignore[arg-type]
-    try:
-        for row in dataset.iter_rows():
-            yield Receipt(**json.loads(row["receipt"]))
-    except ray.exceptions.RayError as error:
-        raise _reason(job, error) from error
-
-
-def _leave_reason(job: ShardJob, error: BaseException) -> None:
-    """Write down why a worker stops the stage: of an error in a worker, Ray hands on a text full of stack frames."""
-    reason = str(error) if isinstance(error, _STOPS) else _describe(error)
-    with contextlib.suppress(OSError, StoreError):  # the error itself is what counts
-        (Folder(job.folder) / "_attempts").write_json(f"stop-{job.session}.json", {"reason": reason})
-
-
-def _reason(job: ShardJob, error: BaseException) -> BaseException:
-    """The error that a worker stopped for, or what Ray says when none left a word."""
-    try:
-        return StageStop((Folder(job.folder) / "_attempts").read_json(f"stop-{job.session}.json")["reason"])
-    except (FileNotFoundError, StoreError):
-        return error
+    for row in dataset.iter_rows():
+        yield Receipt(**json.loads(row["receipt"]))
 
 
 class ShardActor:
-    """Makes shards of an LLM stage, several at once, on one engine."""
+    """Makes shards of LLM stages, several at once, on one engine.
 
-    def __init__(self, job: ShardJob) -> None:
-        self._job = job
-        assert job.work.engine is not None
+    Args:
+        jobs: of stages with the same engine and placement.
+    """
+
+    def __init__(self, jobs: Sequence[ShardJob]) -> None:
+        self._jobs = {job.stage: job for job in jobs}
+        first = jobs[0].work
+        assert first.engine is not None
+        self._concurrency = first.placement.concurrency
         self._billed, self._devices = time.monotonic(), _devices()
-        self._engine: ChatEngine = job.work.engine()
-        # Paid for like the rest, and told apart: a plan must not take it for the time of calls.
-        self._start_seconds = (time.monotonic() - self._billed) * self._devices
+        self._engine: ChatEngine = first.engine()
+        self._making_seconds = time.monotonic() - self._billed
+        self._start_told = 0.0
         self._limit: asyncio.Semaphore | None = None
-        self._open: dict[LoggedEngine, int] = {}
-        self._watched: dict[str, collections.deque[bool]] = {}
-        self._replies: collections.Counter[tuple[str, bool]] = collections.Counter()
+        self._open: dict[LoggedEngine, tuple[ShardJob, int]] = {}
+        self._watched: dict[tuple[str, str], collections.deque[bool]] = {}
+        self._replies: dict[str, collections.Counter[tuple[str, bool]]] = {}
         self._told = 0
 
     async def __call__(self, batch: Mapping[str, Any]) -> Any:
         if self._limit is None:
-            self._limit = asyncio.Semaphore(self._job.work.placement.concurrency)
+            self._limit = asyncio.Semaphore(self._concurrency)
+        job, shard = self._jobs[str(batch["stage"][0])], int(batch["shard"][0])
         try:
-            receipt = await self._make(int(batch["shard"][0]))
+            receipt = await self._make(job, shard)
         except Exception as error:
-            # Ray ends the actor with this error, and what its other shards were answered would be lost.
-            for other in list(self._open):
-                with contextlib.suppress(OSError, StoreError):
-                    await other.flush()
-            await asyncio.to_thread(_leave_reason, self._job, error)
-            raise
+            logger.exception("%s, shard %d", job.stage, shard)
+            receipt = _failed(job, shard, _describe(error))
         yield {"receipt": [json.dumps(dataclasses.asdict(receipt))]}
 
-    async def _make(self, shard: int) -> Receipt:
+    async def _make(self, job: ShardJob, shard: int) -> Receipt:
         """Try a shard until it is there, it was given up, or nobody may go on."""
-        job, policy = self._job, self._job.policy
+        policy = job.policy
         begun, deaths = await asyncio.to_thread(_begin_attempt, job, shard)
         if deaths >= policy.engine_deaths:
             return _failed(job, shard, f"EngineDead: given up, the engine died {deaths} times on this shard")
@@ -225,8 +219,8 @@ class ShardActor:
         while True:
             reason = await job.board.stopping.remote(job.stage) if job.board is not None else None
             if reason:
-                return dataclasses.replace(_failed(job, shard, reason), status="stopped")
-            receipt = await self._try(shard)
+                return _stopped(job, shard, reason)
+            receipt = await self._try(job, shard)
             tries += 1
             if receipt.status != "failed" or tries > policy.retries:
                 return receipt
@@ -236,8 +230,8 @@ class ShardActor:
                 )
             await asyncio.sleep(policy.pause(tries))
 
-    async def _try(self, shard: int) -> Receipt:
-        job, begin = self._job, time.monotonic()
+    async def _try(self, job: ShardJob, shard: int) -> Receipt:
+        begin = time.monotonic()
         engine = LoggedEngine(
             self._engine,
             Folder(job.calls_root),
@@ -247,12 +241,13 @@ class ShardActor:
             replay_only=job.replay_only,
         )
         report = _Report(job, engine.stats, self._bill, engine.stop)
-        self._open[engine] = shard
+        self._open[engine] = (job, shard)
         try:
             async with engine:
                 tables = await asyncio.to_thread(_read_inputs, job, shard)
+                watch = functools.partial(self._watch, job)
                 given = ShardInput(
-                    shard, job.num_shards, tables, job.facts, engine, job.work.settings, report.tick, self._watch
+                    shard, job.num_shards, tables, job.facts, engine, job.work.settings, report.tick, watch
                 )
                 reporter = asyncio.create_task(report.forever())
                 try:
@@ -263,30 +258,27 @@ class ShardActor:
             spent = {
                 "seconds": time.monotonic() - begin,
                 "device_seconds": report.device_seconds,
-                "start_seconds": self._start_seconds,
+                "start_seconds": self._start_seconds(),
             }
-            self._start_seconds = 0.0
             return await asyncio.to_thread(_commit, job, shard, output, {**dataclasses.asdict(engine.stats), **spent})
         except EngineDead as error:
             # No call can succeed any more. Save what every shard of this actor has learnt, then end the process:
             # Ray Data replaces the actor and gives the shards to the new one.
             logger.error("%s, shard %d: %s; the actor ends itself", job.stage, shard, error)
-            for other, number in list(self._open.items()):
-                _mark_death(job, number)
+            for other, (its_job, its_shard) in list(self._open.items()):
+                _mark_death(its_job, its_shard)
                 await other.flush()
             os._exit(1)
-        except BudgetSpent as error:
-            # No call is under way. The other shards come here one by one, or are answered by the log alone.
-            return dataclasses.replace(_failed(job, shard, str(error)), status="stopped")
-        except _STOPS:
-            raise
+        except _STOPS as error:
+            # The other shards come here one by one, find it on the board, or are answered by the log alone.
+            return _stopped(job, shard, str(error))
         except Exception as error:
             logger.exception("%s, shard %d", job.stage, shard)
             return _failed(job, shard, _describe(error))
         finally:
             self._open.pop(engine, None)
             report.send()
-            self._tell()
+            self._tell(job)
 
     def _bill(self) -> float:
         """Device seconds since somebody last asked: shards of an actor share its devices, each second counts once."""
@@ -294,33 +286,40 @@ class ShardActor:
         passed, self._billed = now - self._billed, now
         return passed * self._devices
 
-    def _tell(self) -> None:
+    def _start_seconds(self) -> float:
+        """Device seconds of the engine's start that no receipt has told of: paid for like the rest, and told apart, so
+        that a plan does not take them for the time of calls. Most engines start with their first call."""
+        start = (self._making_seconds + getattr(self._engine, "start_seconds", 0.0)) * self._devices
+        new, self._start_told = start - self._start_told, start
+        return new
+
+    def _tell(self, job: ShardJob) -> None:
         """Hand on what the engine wants the user to know (structured output that a server refuses, say)."""
-        self._count_replies()
+        self._count_replies(job)
         notes = getattr(self._engine, "notes", ())
-        if self._job.board is not None:
+        if job.board is not None:
             for note in notes[self._told :]:
-                self._job.board.say.remote(f"{self._job.stage}: {note}")
+                job.board.say.remote(f"{job.stage}: {note}")
         self._told = len(notes)
 
-    def _count_replies(self) -> None:
+    def _count_replies(self, job: ShardJob) -> None:
         """Hand on how many replies could be read, judge by judge."""
-        if self._replies and self._job.board is not None:
-            self._job.board.replies.remote(self._job.stage, dict(self._replies))
-        self._replies.clear()
+        replies = self._replies.pop(job.stage, None)
+        if replies and job.board is not None:
+            job.board.replies.remote(job.stage, dict(replies))
 
-    def _watch(self, judge: str, read: bool) -> None:
+    def _watch(self, job: ShardJob, judge: str, read: bool) -> None:
         """Stop the stage when too many of a judge's last replies could not be read."""
-        work = self._job.work
-        self._replies[judge, read] += 1
-        if self._replies.total() >= _REPLIES_AT_ONCE:
-            self._count_replies()
-        window = self._watched.setdefault(judge, collections.deque(maxlen=work.error_window))
+        work, replies = job.work, self._replies.setdefault(job.stage, collections.Counter())
+        replies[judge, read] += 1
+        if replies.total() >= _REPLIES_AT_ONCE:
+            self._count_replies(job)
+        window = self._watched.setdefault((job.stage, judge), collections.deque(maxlen=work.error_window))
         window.append(read)
         unread = window.count(False) if not read else 0
         if len(window) >= max(1, work.error_window // 4) and unread > work.max_error_rate * len(window):
             raise StageStop(
-                f"{self._job.stage}: {unread} of the last {len(window)} replies of {judge} could not be read "
+                f"{unread} of the last {len(window)} replies of {judge} could not be read "
                 f"({unread / len(window):.0%}, allowed {work.max_error_rate:.0%}). The call log holds what it says; "
                 "a wrong model, a wrong template or a grammar that is turned off are the usual reasons"
             )
@@ -328,11 +327,12 @@ class ShardActor:
 
 def make_shard(batch: dict[str, Any], job: ShardJob) -> dict[str, Any]:
     """Make one shard of a columnar stage."""
+    shard = int(batch["shard"][0])
     try:
-        receipt = _make_columnar(job, int(batch["shard"][0]))
+        receipt = _make_columnar(job, shard)
     except Exception as error:
-        _leave_reason(job, error)
-        raise
+        logger.exception("%s, shard %d", job.stage, shard)
+        receipt = _failed(job, shard, _describe(error))
     return {"receipt": [json.dumps(dataclasses.asdict(receipt))]}
 
 
@@ -341,7 +341,7 @@ def _make_columnar(job: ShardJob, shard: int) -> Receipt:
     while True:
         reason = ray.get(job.board.stopping.remote(job.stage)) if job.board is not None else None
         if reason:
-            return dataclasses.replace(_failed(job, shard, reason), status="stopped")
+            return _stopped(job, shard, reason)
         receipt = _try_columnar(job, shard)
         tries += 1
         if receipt.status != "failed" or tries > job.policy.retries:
@@ -361,8 +361,8 @@ def _try_columnar(job: ShardJob, shard: int) -> Receipt:
         receipt = _commit(job, shard, output, {"seconds": time.monotonic() - begin})
         report.send()
         return receipt
-    except StageStop:
-        raise
+    except StageStop as error:
+        return _stopped(job, shard, str(error))
     except Exception as error:
         logger.exception("%s, shard %d", job.stage, shard)
         return _failed(job, shard, _describe(error))
@@ -459,7 +459,7 @@ def _commit(job: ShardJob, shard: int, output: ShardOutput, usage: Mapping[str, 
     if set(output.tables) != set(job.work.tables):
         raise ValueError(f"{job.stage} made {sorted(output.tables)}, not {sorted(job.work.tables)}")
     rows = {kind: table.num_rows for kind, table in output.tables.items()}
-    receipt = Receipt(shard, "ok", rows, dict(output.counts), dict(usage))
+    receipt = Receipt(job.stage, shard, "ok", rows, dict(output.counts), dict(usage))
     (Folder(job.folder) / "_receipts").write_json(receipt_name(shard), dataclasses.asdict(receipt))
     for kind, table in output.tables.items():
         job.output(kind).write(shard, table)
@@ -467,7 +467,11 @@ def _commit(job: ShardJob, shard: int, output: ShardOutput, usage: Mapping[str, 
 
 
 def _failed(job: ShardJob, shard: int, error: str) -> Receipt:
-    return Receipt(shard, "failed", {}, {}, {}, error)
+    return Receipt(job.stage, shard, "failed", {}, {}, {}, error)
+
+
+def _stopped(job: ShardJob, shard: int, reason: str) -> Receipt:
+    return Receipt(job.stage, shard, "stopped", {}, {}, {}, reason)
 
 
 def _describe(error: BaseException) -> str:

@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pyarrow as pa
 
@@ -46,8 +47,6 @@ def fit(spec: TrainSpec, warn: Callable[[str], None] = logger.warning) -> TrainR
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from ray_pipeline.training.worker import train_worker
-
     started = time.monotonic()
     check_spec(spec)
     spec = dataclasses.replace(spec, beta=beta_of(spec))
@@ -60,7 +59,7 @@ def fit(spec: TrainSpec, warn: Callable[[str], None] = logger.warning) -> TrainR
 
     resources = {"CPU": spec.cpus_per_worker, **({"GPU": 1.0} if spec.use_gpu else {})}
     trainer = TorchTrainer(
-        train_worker,  # type: ignore[arg-type]  # Train V2 keeps what it returns; the types are V1's
+        _train,  # type: ignore[arg-type]  # Train V2 keeps what it returns; the types are V1's
         train_loop_config={"spec": spec.to_dict()},
         torch_config=TorchConfig(timeout_s=2 * 3600),  # ranks wait while rank 0 tokenizes a large data set
         scaling_config=ScalingConfig(  # type: ignore[call-arg]
@@ -97,3 +96,11 @@ def fit(spec: TrainSpec, warn: Callable[[str], None] = logger.warning) -> TrainR
         seconds=time.monotonic() - started,
         train_seconds=done["train_seconds"],
     )
+
+
+def _train(config: dict[str, Any]) -> dict[str, Any] | None:
+    """What a worker runs. Imported there alone: TRL takes seconds, which this process and Ray Train's controller, each
+    before the next begins, would spend as well."""
+    from ray_pipeline.training.worker import train_worker
+
+    return train_worker(config)

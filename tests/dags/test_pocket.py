@@ -202,6 +202,15 @@ def test_evaluation_without_new_responses(demo: Path, tmp_path: Path) -> None:
     assert "evaluate" in metrics["missing_stages"]
 
 
+def test_stages_that_share_a_pool_start_one_engine(demo: Path) -> None:
+    stages = manifest(demo)["stages"]
+    for first, second in (("candidates", "responses-base"), ("judge", "critic"), ("comparisons", "score-responses")):
+        one, other = stages[first]["usage"], stages[second]["usage"]
+        assert one["start_seconds"] > 1 > other["start_seconds"]
+        # The time of the pool is told once: what the second took is not the wait for the first.
+        assert other["wall_seconds"] < one["wall_seconds"]
+
+
 def test_status_tells_every_stage(demo: Path) -> None:
     output = run("status", str(demo)).output
     assert all(name in output for name in manifest(demo)["stages"])

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from ray_pipeline.cli import app
 from ray_pipeline.graph.heartbeat import Heartbeat
 from ray_pipeline.graph.results import read_run
-from ray_pipeline.graph.run import _explain
+from ray_pipeline.graph.stage_task import explain
 from ray_pipeline.store.files import Folder, NotWritten, StoreError, point_at
 
 
@@ -56,7 +56,7 @@ def test_storage_that_takes_nothing_is_told_with_the_remedy(
     assert told in str(refused.value) and os.strerror(number) in str(refused.value)
     # Both what code that meets files expects, and what becomes a line for the user.
     assert isinstance(refused.value, OSError) and isinstance(refused.value, StoreError)
-    assert _explain("judge", refused.value).reason == str(refused.value)
+    assert explain("judge", refused.value).reason == str(refused.value)
 
 
 def test_views_say_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -72,16 +73,20 @@ def job(folder: Path, function: Any, engine: Any = None, policy: FailurePolicy =
 def actor(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ShardActor]:
     monkeypatch.setattr(shard_map, "_devices", lambda: 2.0)
     monkeypatch.setattr(shard_map, "REPORT_SECONDS", 0.02)
-    return ShardActor
+    return lambda *jobs: ShardActor(jobs)
 
 
-def make(actor: ShardActor, shard: int = 0) -> Receipt:
+def make(actor: ShardActor, shard: int = 0, stage: str = "stage") -> Receipt:
     async def go() -> Receipt:
-        async for row in actor({"shard": [shard]}):
+        async for row in actor({"stage": [stage], "shard": [shard]}):
             return Receipt(**json.loads(row["receipt"][0]))
         raise AssertionError
 
     return asyncio.run(go())
+
+
+def columnar(given: ShardJob, shard: int = 1) -> Receipt:
+    return Receipt(**json.loads(make_shard({"shard": [shard]}, given)["receipt"][0]))
 
 
 def failing(times: int) -> tuple[Any, list[int]]:
@@ -122,10 +127,8 @@ def test_columnar_shards_are_tried_again_too(tmp_path: Path) -> None:
             raise OSError("no space left")
         return EMPTY
 
-    row = make_shard({"shard": [1]}, job(tmp_path, function))
-    assert Receipt(**json.loads(row["receipt"][0])).status == "ok" and seen == [1, 1, 1]
-    row = make_shard({"shard": [1]}, job(tmp_path, failing_always, policy=FailurePolicy(retries=0)))
-    assert Receipt(**json.loads(row["receipt"][0])).status == "failed"
+    assert columnar(job(tmp_path, function)).status == "ok" and seen == [1, 1, 1]
+    assert columnar(job(tmp_path, failing_always, policy=FailurePolicy(retries=0))).status == "failed"
 
 
 def failing_always(given: ShardInput) -> ShardOutput:
@@ -145,15 +148,33 @@ def test_an_error_that_nobody_foresaw_is_told_in_its_own_words(
 ) -> None:
     """Ray hands on "UDF failed to process a data block" and keeps the cause to itself."""
     given = job(tmp_path, failing_always, engine, board=LostBoard())
-    with pytest.raises(ConnectionError) as raised:
-        make(actor(given)) if engine else make_shard({"shard": [1]}, given)
-    told = shard_map._reason(given, raised.value)
-    assert isinstance(told, StageStop) and str(told).startswith("ConnectionError: the board is gone")
+    receipt = make(actor(given)) if engine else columnar(given)
+    assert receipt.status == "failed" and str(receipt.error).startswith("ConnectionError: the board is gone")
 
 
 def test_back_off_doubles_up_to_its_limit() -> None:
     policy = FailurePolicy(backoff_s=2, backoff_max_s=10)
     assert [policy.pause(n) for n in (1, 2, 3, 4)] == [2, 4, 8, 10]
+
+
+def test_an_engine_that_starts_with_its_first_call_tells_what_that_took(
+    tmp_path: Path, actor: Callable[..., ShardActor]
+) -> None:
+    class Lazy(ScriptedEngine):
+        start_seconds = 0.0
+
+        async def chat(self, *given: Any) -> Completion:
+            self.start_seconds = 30.0
+            return await super().chat(*given)
+
+    async def function(given: ShardInput) -> ShardOutput:
+        assert given.engine is not None
+        await given.engine.bound("0" * 32, "r").chat(user(str(given.shard)), Sampling())
+        return EMPTY
+
+    one = actor(job(tmp_path, function, Lazy))
+    first, second = (make(one, shard).usage["start_seconds"] for shard in (0, 1))
+    assert 60 <= first < 61 and second == 0.0  # 2 devices, and told once
 
 
 def test_device_seconds_of_shards_of_one_actor_count_once(tmp_path: Path, actor: Callable[..., ShardActor]) -> None:
@@ -165,7 +186,7 @@ def test_device_seconds_of_shards_of_one_actor_count_once(tmp_path: Path, actor:
     one = actor(job(tmp_path, slow, ScriptedEngine, board=board))
 
     async def both() -> list[Receipt]:
-        return await asyncio.gather(*(one._make(shard) for shard in (0, 1)))
+        return await asyncio.gather(*(one._make(one._jobs["stage"], shard) for shard in (0, 1)))
 
     one._limit = asyncio.Semaphore(8)
     receipts = asyncio.run(both())
@@ -243,6 +264,39 @@ def test_the_board_stops_a_shard_and_its_calls_are_kept(tmp_path: Path, actor: C
     assert 3 < sum(t.num_rows for t in scan_calls(Folder(str(tmp_path / "calls")))) < 50
     again = make(actor(job(tmp_path, function, engine, board=board)), 1)
     assert again.status == "stopped"  # a shard that has not begun does not begin
+
+
+def test_a_stage_that_stops_leaves_the_others_of_its_pool_at_work(
+    tmp_path: Path, actor: Callable[..., ShardActor]
+) -> None:
+    """Two stages on one engine, and of one every reply is unreadable."""
+    engines: list[ScriptedEngine] = []
+
+    def engine() -> ScriptedEngine:
+        engines.append(ScriptedEngine())
+        return engines[-1]
+
+    def reading(read: bool) -> Any:
+        async def function(given: ShardInput) -> ShardOutput:
+            assert given.engine is not None
+            for n in range(8):
+                await given.engine.bound("0" * 32, "r").chat(user(f"{read} {given.shard} {n}"), Sampling())
+                given.watch("judge", read)
+            return EMPTY
+
+        return function
+
+    def named(name: str, read: bool) -> ShardJob:
+        made = job(tmp_path, reading(read), engine)
+        work = dataclasses.replace(made.work, error_window=8)
+        return dataclasses.replace(made, stage=name, folder=str(tmp_path / name), work=work)
+
+    pool = actor(named("deaf", read=False), named("well", read=True))
+    stopped = make(pool, 0, "deaf")
+    assert stopped.stage == "deaf" and stopped.status == "stopped"
+    assert stopped.error is not None and stopped.error.startswith("2 of the last 2 replies of judge could not be read")
+    assert make(pool, 0, "well").status == "ok"
+    assert len(engines) == 1 and engines[0].calls == 2 + 8
 
 
 # --- the record of a stage --------------------------------------------------------------------------------------------

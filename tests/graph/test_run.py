@@ -37,11 +37,14 @@ def test_with_a_limit_only_stages_that_can_begin_are_submitted() -> None:
     data = stage("data")
     first, second = stage("first", data), stage("second", data)
     last = stage("last", first, second)
-    everything = [data, first, second, last]
+    everything = [(data,), (first,), (second,), (last,)]
     assert _may_start(everything, {}, 0, None) == everything
-    assert _may_start(everything, {}, 0, 2) == [data]
-    assert _may_start([first, second, last], done(data), 0, 1) == [first]
-    assert _may_start([second, last], done(data), 1, 1) == []
-    assert _may_start([second, last], done(data), 1, 2) == [second]
+    assert _may_start(everything, {}, 0, 2) == [(data,)]
+    assert _may_start([(first,), (second,), (last,)], done(data), 0, 1) == [(first,)]
+    assert _may_start([(second,), (last,)], done(data), 1, 1) == []
+    assert _may_start([(second,), (last,)], done(data), 1, 2) == [(second,)]
     # `first` failed: its place is free, and `last` never begins.
-    assert _may_start([last], done(data, second), 0, 2) == []
+    assert _may_start([(last,)], done(data, second), 0, 2) == []
+    # Those that share a pool take one place, and wait for each other's inputs.
+    assert _may_start([(first, second), (last,)], done(data), 0, 1) == [(first, second)]
+    assert _may_start([(first, last)], done(data), 0, 1) == []

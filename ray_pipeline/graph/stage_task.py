@@ -1,0 +1,254 @@
+"""What the Ray task of a stage does, or of several stages that share a pool of engines.
+
+A stage that fails is a value, not an error: the other stages of its task have results, and whoever reads the failed one
+is not run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import ray
+
+from ray_pipeline.graph.failures import FailureLedger, FailurePolicy
+from ray_pipeline.graph.shard_map import Receipt, ShardJob, map_shards
+from ray_pipeline.graph.stage import (
+    BadInput,
+    ShardWork,
+    StageResult,
+    StageStop,
+    WholeInput,
+    WholeWork,
+    stage_table,
+)
+from ray_pipeline.graph.totals import receipts_of, rows_of_tables, tables_by_role
+from ray_pipeline.store.files import Folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """Why a stage failed, in words for the user; whether it is what the user gave; and where in the code, for a log."""
+
+    reason: str
+    bad_input: bool = False
+    trace: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class StageJob:
+    """A stage as its Ray task gets it."""
+
+    name: str
+    fingerprint: str
+    folder: str
+    num_shards: int
+    work: ShardWork | WholeWork
+    calls_root: str
+    session: str
+    replay_only: bool
+    board: Any
+    policy: FailurePolicy
+    only: tuple[int, ...] | None
+
+
+def explain(stage: str, error: BaseException) -> Failure:
+    """An error in words: what a stage stopped for as it is said, anything else with its kind."""
+    trace = "".join(traceback.format_exception(error))
+    if isinstance(error, (StageStop, ValueError, FileNotFoundError)):
+        return Failure(str(error).removeprefix(f"{stage}: "), isinstance(error, BadInput), trace)
+    return Failure(f"{type(error).__name__}: {str(error).strip()}", trace=trace)
+
+
+def run_stages(jobs: Sequence[StageJob], roles: Sequence[Sequence[str]], *parents: StageResult | Failure) -> Any:
+    """Make what is missing of stages.
+
+    Args:
+        jobs: one, or several whose engine and placement are the same.
+        roles: for each the roles of the stages that it reads.
+        parents: the results of those, for all jobs one after another: Ray resolves what is not inside a list.
+
+    Returns:
+        The stage's StageResult or Failure; of several stages a list.
+    """
+    if any(isinstance(parent, Failure) for parent in parents):
+        ends: list[StageResult | Failure] = [Failure("a stage that it reads failed")] * len(jobs)
+    else:
+        given = iter(parents)
+        inputs: list[Any] = [dict(zip(names, itertools.islice(given, len(names)), strict=True)) for names in roles]
+        if isinstance(jobs[0].work, ShardWork):
+            ends = _run_sharded(jobs, inputs)
+        else:
+            ends = [_end(job, functools.partial(_run_whole, job, read)) for job, read in zip(jobs, inputs, strict=True)]
+    return ends if len(ends) > 1 else ends[0]
+
+
+def _end(job: StageJob, make: Callable[[], StageResult]) -> StageResult | Failure:
+    try:
+        return make()
+    except Exception as error:
+        return explain(job.name, error)
+
+
+def _finish(job: StageJob, rows: dict[str, int], facts: dict[str, Any], usage: dict[str, float]) -> StageResult:
+    """Write down that the stage is done."""
+    folder = Folder(job.folder)
+    folder.delete_folder("_attempts")
+    folder.write_json(
+        "_result.json",
+        {"stage": job.name, "fingerprint": job.fingerprint, "rows": rows, "facts": facts, "usage": usage},
+    )
+    return StageResult(job.name, job.fingerprint, job.folder, job.num_shards, job.work.tables, rows, facts, usage)
+
+
+def _check_stop(job: StageJob) -> None:
+    """Raises StageStop when no more may be spent: a stage that waited for its inputs does not begin then."""
+    reason = ray.get(job.board.stopping.remote(job.name))
+    if reason:
+        raise StageStop(reason)
+
+
+# --- whole tables -----------------------------------------------------------------------------------------------------
+
+
+def _run_whole(job: StageJob, parents: Mapping[str, StageResult]) -> StageResult:
+    assert isinstance(job.work, WholeWork)
+    begin = time.monotonic()
+    job.board.begin.remote(job.name)
+    _check_stop(job)
+
+    def log(line: str) -> None:
+        job.board.say.remote(f"{job.name}: {line}")
+
+    def tick(done: int, total: int) -> None:
+        job.board.put.remote(job.name, {"rows": done, "rows_total": total})
+
+    given = WholeInput(
+        parents,
+        Folder(job.folder),
+        Folder(job.calls_root),
+        job.fingerprint,
+        job.num_shards,
+        job.work.settings,
+        log,
+        tick,
+    )
+    facts = job.work.function(given)
+    outputs = {k: stage_table(job.folder, job.work.tables, k, job.num_shards, job.fingerprint) for k in job.work.tables}
+    rows = rows_of_tables(job.name, outputs)
+    return _finish(job, rows, facts, {"wall_seconds": time.monotonic() - begin})
+
+
+# --- shard by shard ---------------------------------------------------------------------------------------------------
+
+
+def _run_sharded(jobs: Sequence[StageJob], inputs: Sequence[Mapping[str, StageResult]]) -> list[StageResult | Failure]:
+    """Make the missing shards of all jobs with one pool, job after job, as far as the pool does not wait for them."""
+    stages = [_Sharded(job, parents, waits=i > 0) for i, (job, parents) in enumerate(zip(jobs, inputs, strict=True))]
+    by_name = {stage.job.name: stage for stage in stages}
+    ends: dict[str, StageResult | Failure] = {}
+    todo: list[tuple[str, int]] = []
+    for name, stage in by_name.items():
+        try:
+            todo += [(name, shard) for shard in stage.missing_shards()]
+        except Exception as error:
+            ends[name] = explain(name, error)
+    at_work = [stage.shard_job() for name, stage in by_name.items() if name not in ends]
+    begin = time.monotonic()
+    try:
+        if todo:
+            for receipt in map_shards(at_work, todo):
+                by_name[receipt.stage].take(receipt)
+    except Exception as error:  # what is done of them is kept
+        ends |= {name: explain(name, error) for name in by_name if name not in ends}
+    for name, stage in by_name.items():
+        if name not in ends:
+            ends[name] = _end(stage.job, functools.partial(stage.finish, begin))
+            begin = max(begin, stage.last)
+    return [ends[job.name] for job in jobs]
+
+
+class _Sharded:
+    """A stage whose shards are made: what is missing of it, and what became of that.
+
+    Args:
+        waits: its shards come after those of another stage.
+    """
+
+    def __init__(self, job: StageJob, parents: Mapping[str, StageResult], waits: bool) -> None:
+        assert isinstance(job.work, ShardWork)
+        self.job, self._work, self._waits = job, job.work, waits
+        self._inputs = tables_by_role(parents)
+        self._facts = {role: parent.facts for role, parent in parents.items()}
+        self._outputs = {
+            kind: stage_table(job.folder, job.work.tables, kind, job.num_shards, job.fingerprint)
+            for kind in job.work.tables
+        }
+        self._ledger: FailureLedger | None = None
+        self._stopped: dict[int, str] = {}
+        self.last = 0.0  # when its last receipt came
+
+    def missing_shards(self) -> list[int]:
+        """Shards that are not there and may be made now. Raises StageStop when none may."""
+        job = self.job
+        missing = sorted({s for table in self._outputs.values() for s in table.state().missing})
+        job.board.begin.remote(job.name, job.num_shards, job.num_shards - len(missing), waits=self._waits)
+        _check_stop(job)
+        self._ledger = FailureLedger(Folder(job.folder), job.policy, missing)
+        return [s for s in missing if s not in self._ledger.quarantined and (job.only is None or s in job.only)]
+
+    def shard_job(self) -> ShardJob:
+        job = self.job
+        return ShardJob(
+            job.name,
+            job.folder,
+            job.fingerprint,
+            job.num_shards,
+            self._work,
+            self._inputs,
+            self._facts,
+            job.calls_root,
+            job.session,
+            job.replay_only,
+            job.board,
+            job.policy,
+        )
+
+    def take(self, receipt: Receipt) -> None:
+        job, ledger = self.job, self._ledger
+        assert ledger is not None
+        self.last = time.monotonic()
+        reason = receipt.error or "no reason given"
+        if receipt.status == "ok":
+            job.board.add.remote(job.name, {"shards_done": 1})
+            ledger.done(receipt.shard)
+        elif receipt.status == "stopped":
+            self._stopped[receipt.shard] = reason
+            job.board.stop.remote(job.name, reason)
+        else:
+            job.board.add.remote(job.name, {"shards_failed": 1})
+            job.board.say.remote(f"{job.name}: shard {receipt.shard} failed: {receipt.error}", receipt.shard)
+            too_many = ledger.failed(receipt.shard, reason)
+            if too_many:
+                job.board.stop.remote(job.name, too_many)
+
+    def finish(self, begin: float) -> StageResult:
+        """The result, if all shards are there. Raises StageStop with the reason if not.
+
+        Args:
+            begin: when the pool came to its shards; stages of one pool follow each other.
+        """
+        job, end = self.job, time.monotonic()
+        assert self._ledger is not None
+        if self._stopped:
+            raise StageStop(min(self._stopped.items())[1])
+        self._ledger.check(job.name, job.num_shards)
+        rows = rows_of_tables(job.name, self._outputs)
+        facts, usage = receipts_of(Folder(job.folder), job.num_shards)
+        seconds = max(0.0, self.last - begin) + time.monotonic() - end
+        return _finish(job, rows, facts, {**usage, "wall_seconds": seconds})
