@@ -65,12 +65,16 @@ class Endpoint:
         script: what a request for a reply is answered with.
         models: entries of the list of models; an Answer instead; None: there is no such list.
         behind: base URL of a server that gets what the script leaves to it: then this is a proxy.
+        host: the address at which it serves.
     """
 
-    def __init__(self, script: Script, *, models: Any = None, behind: str | None = None) -> None:
-        self.script, self.models, self.behind = script, models, behind
+    def __init__(
+        self, script: Script, *, models: Any = None, behind: str | None = None, host: str = "127.0.0.1"
+    ) -> None:
+        self.script, self.models, self.behind, self._host = script, models, behind, host
         self.asked: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self.clients: set[str | None] = set()  # addresses
         self.most_at_once = self._at_once = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._started = threading.Event()
@@ -80,7 +84,7 @@ class Endpoint:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._port}/v1"
+        return f"http://{self._host}:{self._port}/v1"
 
     def __enter__(self) -> Endpoint:
         self._thread.start()
@@ -99,7 +103,7 @@ class Endpoint:
         app.router.add_get("/v1/models", self._list)
         runner = web.AppRunner(app, shutdown_timeout=0.1)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
+        site = web.TCPSite(runner, self._host, 0)
         await site.start()
         self._port = runner.addresses[0][1]
         async with ClientSession() as self._session:
@@ -111,6 +115,7 @@ class Endpoint:
         body = await request.json()
         self.asked.append(body)
         self.headers.append(dict(request.headers))
+        self.clients.add(request.remote)
         self._at_once += 1
         self.most_at_once = max(self.most_at_once, self._at_once)
         try:

@@ -7,6 +7,7 @@ met, and ended by process id.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -16,11 +17,13 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import psutil
+
+from tests.hosts import Hosts
 
 
 def free_ports(n: int) -> list[int]:
@@ -36,10 +39,10 @@ def free_ports(n: int) -> list[int]:
 class Node:
     """One `ray start --block` with all its children: raylet, workers, and on the head the servers."""
 
-    def __init__(self, *arguments: str, env: Mapping[str, str]) -> None:
+    def __init__(self, *arguments: str, env: Mapping[str, str], host: Sequence[str] = ()) -> None:
         executable = os.path.join(os.path.dirname(sys.executable), "ray")
         self.process = subprocess.Popen(
-            [executable, "start", "--block", "--disable-usage-stats", *arguments],
+            [*host, executable, "start", "--block", "--disable-usage-stats", *arguments],
             env={**os.environ, **env},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -78,6 +81,7 @@ class RayNodes:
     Args:
         head: resources of the head beside its CPUs; env: of every node.
         dashboard: and with it the job server; without it a head is up in a third of the time.
+        own_addresses: each node that is added is a host of its own (see `hosts`), with nothing in common but files.
     """
 
     def __init__(
@@ -87,7 +91,9 @@ class RayNodes:
         head: Mapping[str, float] | None = None,
         env: Mapping[str, str] | None = None,
         dashboard: bool = True,
+        own_addresses: bool = False,
     ):
+        self._hosts = Hosts() if own_addresses else None
         self._with_dashboard = dashboard
         # Short: the path of a socket has 107 bytes, and Ray's own part of it is long.
         self.folder = tempfile.mkdtemp(prefix="qr-", dir="/tmp")
@@ -101,11 +107,17 @@ class RayNodes:
         self.env["RAY_health_check_timeout_ms"] = "3000"
         self.head: Node | None = None
         self.nodes: list[Node] = []
+        self._numbers = itertools.count()
+
+    @property
+    def ip(self) -> str:
+        """Where all nodes reach this machine."""
+        return "127.0.0.1" if self._hosts is None else self._hosts.address
 
     @property
     def address(self) -> str:
         """What `ray.init` and RAY_ADDRESS take."""
-        return f"127.0.0.1:{self._port}"
+        return f"{self.ip}:{self._port}"
 
     @property
     def dashboard(self) -> str:
@@ -113,6 +125,8 @@ class RayNodes:
 
     def __enter__(self) -> RayNodes:
         try:
+            if self._hosts is not None:
+                self._hosts.__enter__()
             self.start_head()
         except BaseException:
             self.__exit__(None, None, None)
@@ -122,6 +136,8 @@ class RayNodes:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         for node in [*self.nodes, *([self.head] if self.head else [])]:
             node.end()
+        if self._hosts is not None:
+            self._hosts.__exit__()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def start_head(self) -> None:
@@ -138,6 +154,7 @@ class RayNodes:
             f"--dashboard-agent-grpc-port={grpc}",
             f"--metrics-export-port={metrics}",
             f"--temp-dir={self.folder}",
+            *([f"--node-ip-address={self.ip}"] if self._hosts is not None else []),
             *self._room(self._cpus, 0, self._head_resources, {}),
             env=self.env,
         )
@@ -154,12 +171,15 @@ class RayNodes:
         wait: bool = True,
     ) -> Node:
         before = self._living() if wait else 0
+        host, ip = ([], None) if self._hosts is None else self._hosts.add()
         node = Node(
             f"--address={self.address}",
+            *([f"--node-ip-address={ip}"] if ip else []),
             # Of its own, as on a machine of its own: a node unpacks a job's package anew, also under one that reads it.
-            f"--temp-dir={self.folder}/{len(self.nodes)}",
+            f"--temp-dir={self.folder}/{next(self._numbers)}",
             *self._room(cpus, gpus, resources or {}, labels or {}),
             env={**self.env, **(env or {})},
+            host=host,
         )
         self.nodes.append(node)
         if wait:
@@ -181,7 +201,7 @@ class RayNodes:
         from ray._raylet import GcsClientOptions
 
         try:
-            socket.create_connection(("127.0.0.1", self._port), timeout=1).close()
+            socket.create_connection((self.ip, self._port), timeout=1).close()
             state = GlobalState()
             state._initialize_global_state(
                 GcsClientOptions.create(self.address, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=False)

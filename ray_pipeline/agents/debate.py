@@ -32,7 +32,7 @@ from ray_pipeline.agents.strategies import (
 from ray_pipeline.agents.templates import (
     RoleTemplate,
     TemplateError,
-    check_role,
+    check_text,
     read_template_file,
     render,
     render_text,
@@ -91,14 +91,13 @@ def load_debate_templates(name_or_path: str) -> DebateTemplates:
     names = [role.name for role in templates.roles]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise TemplateError(f"prompt template file {name_or_path}, roles: {', '.join(twice)} is there twice")
-    parts = {"speak": templates.speak, "score": templates.score, "retry": templates.retry}
+    texts = ("system", "shared", "speak", "score", "retry")
     for form in ("json", "text"):
         for speeches in (0, 1):  # before and after somebody spoke
             said = DEBATE_VARIABLES["speeches"][:speeches]
             variables = {**DEBATE_VARIABLES, "form": form, "speeches": said}
-            for part, text in parts.items():
-                block = RoleTemplate(system=templates.system, shared=templates.shared, rubric=text)
-                check_role(name_or_path, part, block, variables)
+            for key in texts:
+                check_text(name_or_path, key, getattr(templates, key), variables)
     return templates
 
 

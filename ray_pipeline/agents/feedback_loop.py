@@ -16,7 +16,15 @@ from pydantic import Field, model_validator
 
 from ray_pipeline.agents.judges import SamplingSettings, ask_until_read
 from ray_pipeline.agents.replies import read_review, review_grammar
-from ray_pipeline.agents.templates import RoleTemplate, check_role, read_template_file, render, render_text, transcript
+from ray_pipeline.agents.templates import (
+    RoleTemplate,
+    check_role,
+    check_text,
+    read_template_file,
+    render,
+    render_text,
+    transcript,
+)
 from ray_pipeline.engines.base import ChatEngine, Completion, EngineError, Message, Sampling
 from ray_pipeline.store.keys import digest, normalise_text
 from ray_pipeline.store.schemas import READ_STATUSES
@@ -53,7 +61,7 @@ def load_feedback_templates(name_or_path: str) -> FeedbackTemplates:
     templates = read_template_file(name_or_path, FeedbackTemplates, "feedback")
     for given in (True, False):
         check_role(name_or_path, "review", templates.review, {**REVIEW_VARIABLES, "reason": given, "score": given})
-    check_role(name_or_path, "revise", RoleTemplate(shared=templates.revise, rubric=""), REVISE_VARIABLES)
+    check_text(name_or_path, "revise", templates.revise, REVISE_VARIABLES)
     return templates
 
 

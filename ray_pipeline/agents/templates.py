@@ -112,16 +112,24 @@ def check_role(file: str, role: str, block: RoleTemplate, variables: Mapping[str
         TemplateError: a text uses a variable that its role does not have, or fails.
     """
     for part in [name for name in type(block).model_fields if isinstance(getattr(block, name), str)]:
-        where = f"prompt template file {file}, {role}.{part}"
-        may_use = f"it may use {', '.join(variables)}"
-        try:
-            # A name inside a branch that the example does not take is found as well.
-            unknown = jinja2.meta.find_undeclared_variables(_ENVIRONMENT.parse(getattr(block, part)))
-            render_text(getattr(block, part), variables)
-        except Exception as error:  # A template may do anything that an expression can.
-            raise TemplateError(f"{where}: {error}; {may_use}") from error
-        if unknown := unknown - set(variables) - set(_ENVIRONMENT.globals):
-            raise TemplateError(f"{where}: {', '.join(sorted(unknown))} is undefined; {may_use}")
+        check_text(file, f"{role}.{part}", getattr(block, part), variables)
+
+
+def check_text(file: str, key: str, text: str, variables: Mapping[str, Any]) -> None:
+    """Try a text on an example.
+
+    Raises:
+        TemplateError: it uses a variable that it does not have, or fails.
+    """
+    where, may_use = f"prompt template file {file}, {key}", f"it may use {', '.join(variables)}"
+    try:
+        # A name inside a branch that the example does not take is found as well.
+        unknown = jinja2.meta.find_undeclared_variables(_ENVIRONMENT.parse(text))
+        render_text(text, variables)
+    except Exception as error:  # A template may do anything that an expression can.
+        raise TemplateError(f"{where}: {error}; {may_use}") from error
+    if unknown := unknown - set(variables) - set(_ENVIRONMENT.globals):
+        raise TemplateError(f"{where}: {', '.join(sorted(unknown))} is undefined; {may_use}")
 
 
 @functools.lru_cache(maxsize=64)

@@ -403,7 +403,7 @@ def _show(
     known = {s.name for s in progress}
     progress += [StageProgress(name, "cached") for name in results if name not in known]
     display.show(progress)
-    manifest.progress(stages)
+    manifest.progress(stages, last)
     if reason := spending.look(stages, write=last):
         board.stop.remote("*", reason)
 
@@ -504,8 +504,8 @@ class _Manifest:
             stages[stage.name] = entry
         self._folder.write_json("manifest.json", {**self._head, "stages": stages})
 
-    def progress(self, stages: list[dict[str, Any]]) -> None:
-        if time.monotonic() - self._last >= 2.0:
+    def progress(self, stages: list[dict[str, Any]], last: bool) -> None:
+        if last or time.monotonic() - self._last >= 2.0:
             self._last = time.monotonic()
             self._folder.write_json("progress.json", stages)
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ray_pipeline.evaluation.method_stats import Difference, MethodStats, OverSeeds, PolicyStats
-from ray_pipeline.report.data import StageUse
+from ray_pipeline.evaluation.method_stats import MethodStats, OverSeeds, PolicyStats
+from ray_pipeline.report.comparison import Comparison
 from ray_pipeline.report.headline import percent
 from ray_pipeline.report.markdown import Safe, inline, render
 from ray_pipeline.report.methods_page import methods_page
@@ -21,31 +21,6 @@ from ray_pipeline.report.summary import as_csv
 
 #: Okabe & Ito (2008) without black, in the order in which data sets are drawn.
 _COLOURS = ("#999999", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442")
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """Everything on the page.
-
-    Attributes:
-        data: name of each data set → how it was made, in a few words.
-        truth: name of a data set → its rows held against a checker that knows the truth, as figures by name.
-        facts: what else a reader needs to judge the table (judge, prompts, seeds …), in order.
-        warnings: whole sentences.
-        stage_use, fingerprints, config: what each stage took and is, and the configuration as resolved.
-    """
-
-    name: str
-    policies: Sequence[PolicyStats]
-    methods: Sequence[MethodStats]
-    differences: Sequence[Difference]
-    data: Mapping[str, str]
-    truth: Mapping[str, Any]
-    facts: Mapping[str, str]
-    warnings: Sequence[str]
-    stage_use: Sequence[StageUse] = ()
-    fingerprints: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    config: Mapping[str, Any] | None = None
 
 
 def build_comparison(page: Comparison, out_dir: Path) -> list[Path]:

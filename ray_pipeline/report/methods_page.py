@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from ray_pipeline.evaluation.bootstrap import Interval
 from ray_pipeline.evaluation.method_stats import MethodStats, OverSeeds, PolicyStats
 from ray_pipeline.report.charts import Chart, Dot, dots
+from ray_pipeline.report.comparison import Comparison
 from ray_pipeline.report.headline import percent
 from ray_pipeline.report.markdown import number
 from ray_pipeline.report.metrics import as_json
 from ray_pipeline.report.page import Block, Cell, Folded, Page, Section, Table, Text, panels, render_page
 from ray_pipeline.report.run_page import use_table
-
-if TYPE_CHECKING:
-    from ray_pipeline.report.methods import Comparison
 
 #: Of the data sets, in their order.
 _COLOURS = ("grey", "blue", "orange", "green", "purple", "vermilion")

@@ -103,7 +103,8 @@ def _build(
     results: Mapping[str, StageResult], settings: TableSettings, folder: Path, config: Mapping[str, Any] | None
 ) -> None:
     from ray_pipeline.evaluation.method_stats import differences, method_stats, policy_stats
-    from ray_pipeline.report.methods import Comparison, build_comparison
+    from ray_pipeline.report.comparison import Comparison
+    from ray_pipeline.report.methods import build_comparison
 
     by_name = {result.name: result for result in results.values()}
     responses, comparisons, verdicts = _tables(by_name)

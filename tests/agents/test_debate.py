@@ -249,8 +249,8 @@ def test_built_in_texts_and_mistakes_in_a_file(tmp_path: Path) -> None:
     for changes, message in (
         ({"roles": [role, role]}, "roles: one is there twice"),
         ({"roles": []}, "roles: "),
-        ({"score": "{{ typo }}"}, r"score\.rubric: .*typo"),
-        ({"shared": "{% if not speeches %}{{ typo }}{% endif %}"}, r"shared: .*typo"),
+        ({"score": "{{ typo }}"}, r", score: .*typo"),
+        ({"shared": "{% if not speeches %}{{ typo }}{% endif %}"}, r", shared: .*typo"),
         ({"speek": "x"}, "speek: extra inputs"),
     ):
         with pytest.raises(TemplateError, match=message):

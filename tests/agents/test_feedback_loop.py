@@ -303,7 +303,7 @@ def test_files_are_checked_before_anything_runs(tmp_path: Path) -> None:
     assert load_feedback_templates(write()).revise == "{{ feedback }}"
     for changes, words in (
         ({"revise": None}, "revise: field required"),
-        ({"revise": "{{ feedbak }}"}, "revise.shared: 'feedbak' is undefined"),
+        ({"revise": "{{ feedbak }}"}, ", revise: 'feedbak' is undefined"),
         ({"review": {"shared": "{{ x }}", "rubric": ""}}, "review.shared"),
         ({"extra": "x"}, "extra"),
     ):

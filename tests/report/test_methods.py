@@ -9,7 +9,8 @@ from pathlib import Path
 import pyarrow.compute as pc
 
 from ray_pipeline.evaluation.method_stats import differences, method_stats, policy_stats
-from ray_pipeline.report.methods import Comparison, build_comparison
+from ray_pipeline.report.comparison import Comparison
+from ray_pipeline.report.methods import build_comparison
 from ray_pipeline.stages.row_truth import RowTruth
 from tests.evaluation.test_method_stats import RUNS, tables
 

@@ -18,6 +18,7 @@ import yaml
 from ray_pipeline.submit.package import package
 from tests.dags.conftest import Quorum, wait_until
 from tests.endpoint import Answer, Endpoint, said
+from tests.hosts import hosts_can_be_made
 from tests.ray_nodes import RayNodes
 
 pytestmark = pytest.mark.e2e
@@ -102,14 +103,20 @@ def test_a_node_that_joins_gets_actors_and_one_that_dies_costs_no_row(tree: Path
     key = {"QUORUM_TEST_KEY": "sk-only-on-judging-nodes"}
     # So slow that the stage is not over before another node is there; then as fast as it can.
     replies = Replies(seconds=3.0)
-    with Endpoint(replies) as server, RayNodes(cpus=2, dashboard=False) as nodes:
+    # Each judging node is a host with an address of its own, where that can be had here.
+    own = hosts_can_be_made()
+    with (
+        RayNodes(cpus=2, dashboard=False, own_addresses=own) as nodes,
+        Endpoint(replies, host=nodes.ip) as server,
+    ):
 
         def asks() -> list[str]:
             return [json.dumps(body["messages"]) for body in list(server.asked) if body["model"] == "judge"]
 
         (tree / "job.yaml").write_text(yaml.safe_dump(config(server.url)))
         judging = command(nodes, tree, "run", "dmapo", "-c", "job.yaml", "--run-dir", str(run), "--to", "gate")
-        # A driver sits on a node of its host, and here all are: while there is one alone it is the head, which lives.
+        # A driver sits on a node of its host, and without addresses of their own here all are: while there is one
+        # alone it is the head, which lives.
         wait_until(judging, lambda: "prompts: done" in judging.output, seconds=300)
         first = nodes.add(resources={"engine": 1}, labels=JUDGE, env=key)
         wait_until(judging, lambda: len(asks()) >= 2, seconds=300)
@@ -124,6 +131,7 @@ def test_a_node_that_joins_gets_actors_and_one_that_dies_costs_no_row(tree: Path
         asked = asks()
 
     assert when < 24 * len(RUBRICS) <= len(asked), "the node died in the middle of the stage"
+    assert len(server.clients) >= (2 if own else 1)
     assert all(h["Authorization"] == "Bearer " + key["QUORUM_TEST_KEY"] for h in server.headers)
     stages = json.loads((run / "manifest.json").read_text())["stages"]
     assert {stages[name]["status"] for name in ("prompts", "candidates", "judge", "gate")} == {"done"}
