@@ -106,27 +106,39 @@ def _over_seeds(value: OverSeeds | None) -> Interval | None:
 def _table(page: Comparison, base: PolicyStats) -> list[Block]:
     judges = list(page.methods[0].scores) if page.methods else list(base.scores)
     modes = list(base.accuracy)
-    trained = ["data", "rows", "steps", "seconds", "wins", "95 %", "ties", "flips", "unread", "at equal length"]
-    columns = ["method", *trained, *judges, "mean score", *(f"right, {mode}" for mode in modes)]
-    first: list[str | Cell] = ["base", *("–" for _ in trained), *(number(base.scores.get(judge)) for judge in judges)]
-    rows: list[list[str | Cell]] = [[*first, number(base.mean_score), *(percent(base.accuracy[m]) for m in modes)]]
+    # What decides comes first: on a narrow window the table scrolls.
+    against, trained = (
+        ["data", "rows", "wins", "95 %", "at equal length"],
+        ["ties", "flips", "unread", "steps", "seconds"],
+    )
+    columns = ["method", *against, "mean score", *(f"right, {mode}" for mode in modes), *judges, *trained]
+    rows: list[list[str | Cell]] = [
+        [
+            "base",
+            *("–" for _ in against),
+            number(base.mean_score),
+            *(percent(base.accuracy[mode]) for mode in modes),
+            *(number(base.scores.get(judge)) for judge in judges),
+            *("–" for _ in trained),
+        ]
+    ]
     for m in page.methods:
         rows.append(
             [
                 m.method,
                 m.data,
                 number(m.rows),
-                number(m.steps),
-                _points(m.train_seconds, 1),
                 Cell(_share(m.win_rate), bar=m.win_rate.mean if m.win_rate else None),
                 f"{percent(m.win_interval.low)} to {percent(m.win_interval.high)}",
+                _share(m.equal_length),
+                _points(m.mean_score),
+                *(_share(m.accuracy.get(mode)) for mode in modes),
+                *(_points(m.scores.get(judge)) for judge in judges),
                 _share(m.tie_rate),
                 _share(m.flip_rate),
                 number(m.unread),
-                _share(m.equal_length),
-                *(_points(m.scores.get(judge)) for judge in judges),
-                _points(m.mean_score),
-                *(_share(m.accuracy.get(mode)) for mode in modes),
+                number(m.steps),
+                _points(m.train_seconds, 1),
             ]
         )
     said = (
