@@ -60,9 +60,10 @@ class StageJob:
 def explain(stage: str, error: BaseException) -> Failure:
     """An error in words: what a stage stopped for as it is said, anything else with its kind."""
     trace = "".join(traceback.format_exception(error))
-    if isinstance(error, (StageStop, ValueError, FileNotFoundError)):
-        return Failure(str(error).removeprefix(f"{stage}: "), isinstance(error, BadInput), trace)
-    return Failure(f"{type(error).__name__}: {str(error).strip()}", trace=trace)
+    cause = getattr(error, "cause", None) or error  # Ray's errors of a task say the stack, and hold what was raised
+    if isinstance(cause, (StageStop, ValueError, FileNotFoundError)):
+        return Failure(str(cause).removeprefix(f"{stage}: "), isinstance(cause, BadInput), trace)
+    return Failure(f"{type(cause).__name__}: {str(cause).strip()}", trace=trace)
 
 
 def run_stages(jobs: Sequence[StageJob], roles: Sequence[Sequence[str]], *parents: StageResult | Failure) -> Any:
