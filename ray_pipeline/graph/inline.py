@@ -68,11 +68,7 @@ def _make(
     outputs = {k: stage_table(folder.location, tables, k, num_shards, stage.fingerprint) for k in tables}
     rows = rows_of_tables(stage.name, outputs)
     usage = {**usage, "wall_seconds": time.monotonic() - begin}
-    folder.write_json(
-        "_result.json",
-        {"stage": stage.name, "fingerprint": stage.fingerprint, "rows": rows, "facts": facts, "usage": usage},
-    )
-    return StageResult(stage.name, stage.fingerprint, folder.location, num_shards, tables, rows, facts, usage)
+    return StageResult(stage.name, stage.fingerprint, folder.location, num_shards, tables, rows, facts, usage).save()
 
 
 def _shards(
@@ -101,6 +97,8 @@ def _shards(
     missing = sorted({s for kind in work.tables for s in job.output(kind).state().missing})
     for shard in missing:
         receipt = Receipt(**json.loads(make_shard({"shard": [shard]}, job)["receipt"][0]))
+        if receipt.status == "stopped":
+            raise StageStop(receipt.error)
         if receipt.status != "ok":
             raise StageStop(f"{stage.name}: shard {shard} failed: {receipt.error}")
     return receipts_of(folder, num_shards)

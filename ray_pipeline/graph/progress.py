@@ -118,9 +118,7 @@ class ProgressBoard:
 
     def add(self, name: str, counts: Mapping[str, float]) -> str | None:
         """Add to counters; returns why the stage should end, if it should."""
-        stage = self._stages.setdefault(name, StageProgress(name))
-        if stage.status == "waiting":
-            self._start(stage)
+        stage = self._at_work(name)
         for key, value in counts.items():
             setattr(stage, key, getattr(stage, key) + value)
         if self._meters is not None:
@@ -129,9 +127,7 @@ class ProgressBoard:
 
     def put(self, name: str, counts: Mapping[str, float]) -> None:
         """Set counters that do not add up (steps of a training, say)."""
-        stage = self._stages.setdefault(name, StageProgress(name))
-        if stage.status == "waiting":
-            self._start(stage)
+        stage = self._at_work(name)
         for key, value in counts.items():
             setattr(stage, key, value)
 
@@ -154,6 +150,13 @@ class ProgressBoard:
             if self._meters is not None:
                 self._meters.look(stage.name, stage.shards, stage.shards_done, stage.shards_failed, stage.seconds)
         return [dataclasses.asdict(stage) for stage in self._stages.values()], lines, shards
+
+    def _at_work(self, name: str) -> StageProgress:
+        """The counters of a stage that a worker speaks of: if it has not begun, it begins."""
+        stage = self._stages.setdefault(name, StageProgress(name))
+        if stage.status == "waiting":
+            self._start(stage)
+        return stage
 
     @staticmethod
     def _start(stage: StageProgress) -> None:

@@ -183,20 +183,17 @@ class ShardActor:
         self._jobs = {job.stage: job for job in jobs}
         first = jobs[0].work
         assert first.engine is not None
-        self._concurrency = first.placement.concurrency
         self._billed, self._devices = time.monotonic(), _devices()
         self._engine: ChatEngine = first.engine()
         self._making_seconds = time.monotonic() - self._billed
         self._start_told = 0.0
-        self._limit: asyncio.Semaphore | None = None
+        self._limit = asyncio.Semaphore(first.placement.concurrency)
         self._open: dict[LoggedEngine, tuple[ShardJob, int]] = {}
         self._watched: dict[tuple[str, str], collections.deque[bool]] = {}
         self._replies: dict[str, collections.Counter[tuple[str, bool]]] = {}
         self._told = 0
 
     async def __call__(self, batch: Mapping[str, Any]) -> Any:
-        if self._limit is None:
-            self._limit = asyncio.Semaphore(self._concurrency)
         job, shard = self._jobs[str(batch["stage"][0])], int(batch["shard"][0])
         try:
             receipt = await self._make(job, shard)

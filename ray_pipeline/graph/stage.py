@@ -162,6 +162,12 @@ class StageResult:
     usage: Mapping[str, float]
     cached: bool = False
 
+    def save(self) -> StageResult:
+        """Write down that the stage is done: what a later run finds (`load_result`)."""
+        value = {"fingerprint": self.fingerprint, "rows": self.rows, "facts": self.facts, "usage": self.usage}
+        Folder(self.folder).write_json("_result.json", {"stage": self.name, **value})
+        return self
+
     def table(self, kind: str | None = None) -> ShardedTable:
         """The (only) table of the stage, or the one of a kind."""
         if kind is None:

@@ -97,14 +97,9 @@ def _end(job: StageJob, make: Callable[[], StageResult]) -> StageResult | Failur
 
 
 def _finish(job: StageJob, rows: dict[str, int], facts: dict[str, Any], usage: dict[str, float]) -> StageResult:
-    """Write down that the stage is done."""
-    folder = Folder(job.folder)
-    folder.delete_folder("_attempts")
-    folder.write_json(
-        "_result.json",
-        {"stage": job.name, "fingerprint": job.fingerprint, "rows": rows, "facts": facts, "usage": usage},
-    )
-    return StageResult(job.name, job.fingerprint, job.folder, job.num_shards, job.work.tables, rows, facts, usage)
+    Folder(job.folder).delete_folder("_attempts")
+    tables = job.work.tables
+    return StageResult(job.name, job.fingerprint, job.folder, job.num_shards, tables, rows, facts, usage).save()
 
 
 def _check_stop(job: StageJob) -> None:
@@ -150,58 +145,53 @@ def _run_whole(job: StageJob, parents: Mapping[str, StageResult]) -> StageResult
 
 def _run_sharded(jobs: Sequence[StageJob], inputs: Sequence[Mapping[str, StageResult]]) -> list[StageResult | Failure]:
     """Make the missing shards of all jobs with one pool, job after job, as far as the pool does not wait for them."""
-    stages = [_Sharded(job, parents, waits=i > 0) for i, (job, parents) in enumerate(zip(jobs, inputs, strict=True))]
-    by_name = {stage.job.name: stage for stage in stages}
     ends: dict[str, StageResult | Failure] = {}
-    todo: list[tuple[str, int]] = []
-    for name, stage in by_name.items():
+    at_work: dict[str, _Sharded] = {}
+    for job, parents in zip(jobs, inputs, strict=True):
         try:
-            todo += [(name, shard) for shard in stage.missing_shards()]
+            at_work[job.name] = _Sharded(job, parents, waits=bool(at_work))
         except Exception as error:
-            ends[name] = explain(name, error)
-    at_work = [stage.shard_job() for name, stage in by_name.items() if name not in ends]
+            ends[job.name] = explain(job.name, error)
+    todo = [(name, shard) for name, stage in at_work.items() for shard in stage.todo]
     begin = time.monotonic()
     try:
         if todo:
-            for receipt in map_shards(at_work, todo):
-                by_name[receipt.stage].take(receipt)
+            for receipt in map_shards([stage.shard_job() for stage in at_work.values()], todo):
+                at_work[receipt.stage].take(receipt)
     except Exception as error:  # what is done of them is kept
-        ends |= {name: explain(name, error) for name in by_name if name not in ends}
-    for name, stage in by_name.items():
-        if name not in ends:
-            ends[name] = _end(stage.job, functools.partial(stage.finish, begin))
-            begin = max(begin, stage.last)
+        return [ends.get(job.name) or explain(job.name, error) for job in jobs]
+    for name, stage in at_work.items():
+        ends[name] = _end(stage.job, functools.partial(stage.finish, begin))
+        begin = max(begin, stage.last)
     return [ends[job.name] for job in jobs]
 
 
 class _Sharded:
-    """A stage whose shards are made: what is missing of it, and what became of that.
+    """A stage whose shards are made: `todo`, those that are not there and may be made now, and what became of them.
 
     Args:
         waits: its shards come after those of another stage.
+
+    Raises:
+        StageStop: no more may be spent.
     """
 
     def __init__(self, job: StageJob, parents: Mapping[str, StageResult], waits: bool) -> None:
         assert isinstance(job.work, ShardWork)
-        self.job, self._work, self._waits = job, job.work, waits
+        self.job, self._work = job, job.work
         self._inputs = tables_by_role(parents)
         self._facts = {role: parent.facts for role, parent in parents.items()}
         self._outputs = {
             kind: stage_table(job.folder, job.work.tables, kind, job.num_shards, job.fingerprint)
             for kind in job.work.tables
         }
-        self._ledger: FailureLedger | None = None
         self._stopped: dict[int, str] = {}
         self.last = 0.0  # when its last receipt came
-
-    def missing_shards(self) -> list[int]:
-        """Shards that are not there and may be made now. Raises StageStop when none may."""
-        job = self.job
         missing = sorted({s for table in self._outputs.values() for s in table.state().missing})
-        job.board.begin.remote(job.name, job.num_shards, job.num_shards - len(missing), waits=self._waits)
+        job.board.begin.remote(job.name, job.num_shards, job.num_shards - len(missing), waits=waits)
         _check_stop(job)
-        self._ledger = FailureLedger(Folder(job.folder), job.policy, missing)
-        return [s for s in missing if s not in self._ledger.quarantined and (job.only is None or s in job.only)]
+        self._ledger = ledger = FailureLedger(Folder(job.folder), job.policy, missing)
+        self.todo = [s for s in missing if s not in ledger.quarantined and (job.only is None or s in job.only)]
 
     def shard_job(self) -> ShardJob:
         job = self.job
@@ -221,20 +211,19 @@ class _Sharded:
         )
 
     def take(self, receipt: Receipt) -> None:
-        job, ledger = self.job, self._ledger
-        assert ledger is not None
+        job = self.job
         self.last = time.monotonic()
         reason = receipt.error or "no reason given"
         if receipt.status == "ok":
             job.board.add.remote(job.name, {"shards_done": 1})
-            ledger.done(receipt.shard)
+            self._ledger.done(receipt.shard)
         elif receipt.status == "stopped":
             self._stopped[receipt.shard] = reason
             job.board.stop.remote(job.name, reason)
         else:
             job.board.add.remote(job.name, {"shards_failed": 1})
             job.board.say.remote(f"{job.name}: shard {receipt.shard} failed: {receipt.error}", receipt.shard)
-            too_many = ledger.failed(receipt.shard, reason)
+            too_many = self._ledger.failed(receipt.shard, reason)
             if too_many:
                 job.board.stop.remote(job.name, too_many)
 
@@ -245,7 +234,6 @@ class _Sharded:
             begin: when the pool came to its shards; stages of one pool follow each other.
         """
         job, end = self.job, time.monotonic()
-        assert self._ledger is not None
         if self._stopped:
             raise StageStop(min(self._stopped.items())[1])
         self._ledger.check(job.name, job.num_shards)

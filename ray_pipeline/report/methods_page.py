@@ -107,10 +107,8 @@ def _table(page: Comparison, base: PolicyStats) -> list[Block]:
     judges = list(page.methods[0].scores) if page.methods else list(base.scores)
     modes = list(base.accuracy)
     # What decides comes first: on a narrow window the table scrolls.
-    against, trained = (
-        ["data", "rows", "wins", "95 %", "at equal length"],
-        ["ties", "flips", "unread", "steps", "seconds"],
-    )
+    against = ["data", "rows", "wins", "95 %", "at equal length"]
+    trained = ["ties", "flips", "unread", "steps", "seconds"]
     columns = ["method", *against, "mean score", *(f"right, {mode}" for mode in modes), *judges, *trained]
     rows: list[list[str | Cell]] = [
         [

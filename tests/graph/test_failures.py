@@ -16,8 +16,9 @@ from ray_pipeline.engines.base import BudgetSpent, Completion, Sampling
 from ray_pipeline.engines.logged import LoggedEngine
 from ray_pipeline.graph import shard_map
 from ray_pipeline.graph.failures import FailureLedger, FailurePolicy, read_failures
+from ray_pipeline.graph.inline import make_here
 from ray_pipeline.graph.shard_map import Receipt, ShardActor, ShardJob, make_shard
-from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, StageStop
+from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage, StageStop
 from ray_pipeline.store.calls import scan_calls
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.schemas import DECISIONS
@@ -150,6 +151,15 @@ def test_an_error_that_nobody_foresaw_is_told_in_its_own_words(
     given = job(tmp_path, failing_always, engine, board=LostBoard())
     receipt = make(actor(given)) if engine else columnar(given)
     assert receipt.status == "failed" and str(receipt.error).startswith("ConnectionError: the board is gone")
+
+
+def test_a_stage_that_stops_in_this_process_says_its_reason_alone(tmp_path: Path) -> None:
+    def stops(given: ShardInput) -> ShardOutput:
+        raise StageStop("there is nothing to gate")
+
+    stage = Stage("gate", ShardWork(stops, ("decisions",)), {})
+    with pytest.raises(StageStop, match=r"^there is nothing to gate$"):
+        make_here([stage], str(tmp_path), 2, {}, str(tmp_path / "calls"), lambda line: None)
 
 
 def test_back_off_doubles_up_to_its_limit() -> None:
