@@ -57,7 +57,7 @@ SLOW = [
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A line of the table; `seconds` from the fault until the run went on."""
+    """A line of the table; `seconds` from the fault until what it hit was made good (see `node_killed` and others)."""
 
     fault: str
     happened: str
@@ -108,6 +108,14 @@ class Cluster:
     def logged(self) -> int:
         return sum(calls_by_role(self.folder / "calls").values())
 
+    def under_way(self, stage: str) -> set[str]:
+        """Shards of the running stage that an actor has begun and nobody has finished."""
+        found: set[str] = set()
+        for folder in self.folder.glob(f"{stage}-*"):
+            found |= {name.name[: len("shard-00000")] for name in folder.glob("_attempts/shard-*")}
+            found -= {name.stem for name in folder.glob("_receipts/shard-*.json")}
+        return found
+
     def step(self) -> int:
         """The newest step that a running training has told."""
         for file in self.folder.glob("train-*/progress.json"):
@@ -139,7 +147,8 @@ class Cluster:
 
 
 def node_killed(stage: str, nodes: RayNodes, folder: Path) -> Line:
-    """A worker node that is at work for the stage is killed, and another joins, as with an autoscaler."""
+    """A worker node that is at work for the stage is killed, and another joins, as with an autoscaler. It is made good
+    when all shards that were under way are there, when a columnar stage is done, when a training has taken a new step."""
     cluster = Cluster(nodes, folder, "train" if stage == "train" else "datasets")
     run = cluster.start(workers=3)
     if stage == "train":
@@ -151,12 +160,17 @@ def node_killed(stage: str, nodes: RayNodes, folder: Path) -> Line:
     else:
         wait_until(run, lambda: cluster.told(stage, "shards_done") >= 3)
         victim = cluster.at_work("ShardActor")[0]
-    before, step = cluster.told(stage, "shards_done"), cluster.step()
+    hit, step = cluster.under_way(stage), cluster.step()
     killed = time.monotonic()
     victim.kill()
     nodes.nodes.remove(victim)
     nodes.add(gpus=1, labels=WORKER, wait=False)
-    wait_until(run, lambda: cluster.told(stage, "shards_done") > before or cluster.step() > step)
+    if stage == "train":
+        wait_until(run, lambda: cluster.step() > step)
+    elif hit:
+        wait_until(run, lambda: not hit & cluster.under_way(stage))
+    else:
+        wait_until(run, lambda: cluster.progress().get(stage, {}).get("status") == "done")
     seconds = time.monotonic() - killed
     run.ends(0)
     resumed = manifest(folder)["stages"].get("train", {}).get("facts", {}).get("resumed_from")
@@ -225,7 +239,7 @@ def main() -> None:
     strangers = [fault for fault in given.faults if fault not in FAULTS]
     if strangers:
         parser.error(f"there is no fault {strangers[0]!r}; there is {', '.join(FAULTS)}")
-    print("| fault | what happened | rows lost | calls repeated | seconds to go on |", flush=True)
+    print("| fault | what happened | rows lost | calls repeated | seconds to recover |", flush=True)
     print("|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory(prefix="quorum-faults-") as temporary:
         for fault in given.faults or FAULTS:

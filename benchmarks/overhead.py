@@ -1,7 +1,7 @@
 """What the pipeline costs over the engine: the judge stage's calls/s through Ray Data, store and call log, over the
 same requests sent to the same engine in a bare asyncio loop.
 
-    python benchmarks/overhead.py [--prompts 300] [--rounds 3]
+    python benchmarks/overhead.py [--prompts 1200] [--rounds 3]
 
 Engine start is left out on both sides, the call log is empty in every round, the concurrency is the same, and the two
 sides take turns, so that a machine whose speed drifts slows both. Prints one table; the median ratio is the figure.
@@ -158,7 +158,7 @@ def bare_loop(spec: VllmSpec, asked: list[tuple[list[Message], Sampling]], limit
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="pipeline calls/s over bare engine calls/s")
-    parser.add_argument("--prompts", type=int, default=300, help="4 candidates each, 3 judges: up to 12 calls a prompt")
+    parser.add_argument("--prompts", type=int, default=1200, help="4 candidates each, 3 judges: up to 12 calls a prompt")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     config = load_config("dmapo", "pocket", ["judge.asking.retries=0"])

@@ -265,11 +265,14 @@ def _training(config: DmapoConfig, rates: Rates, stages: Sequence[StagePlan], no
 
 # --- for readers ------------------------------------------------------------------------------------------------------
 
+#: Width of a wall time with its interval: three times hours and minutes.
+_WALL = 42
+
 
 def plan_lines(found: Plan) -> list[str]:
     """A plan for a terminal."""
     head = f"{'stage':<18}{'model':<10}{'calls':>10}{'prompt tok.':>14}{'reply tok.':>14}{'GPU-h':>9}"
-    lines = [head + f"{'wall time (interval)':>36}{found.currency:>10}"]
+    lines = [head + f"{'wall time (interval)':>{_WALL}}{found.currency:>10}"]
     for stage in found.stages:
         lines.append(_line(stage.stage, stage.model, stage, stage.money))
     money = found.total("money")
@@ -286,7 +289,7 @@ def plan_lines(found: Plan) -> list[str]:
     if all(wall is not None for wall, *_ in walls):
         low, high = (sum((w[i] or 0) / w[3] for w in walls) for i in (1, 2))
         shown = f"{duration(sum(w[0] or 0 for w in walls))} ({duration(low)} to {duration(high)})"
-        row = f"{row[:75]}{shown:>36}{row[111:]}"
+        row = f"{row[: len(head)]}{shown:>{_WALL}}{row[len(head) + _WALL :]}"
     lines += [row, ""]
     lines += [f"assumed: {text}" for text in found.assumed]
     return lines + [f"note: {text}" for text in found.notes]
@@ -301,6 +304,6 @@ def _line(name: str, model: str, stage: StagePlan, money: float | None) -> str:
         wall = f"{duration(stage.wall_seconds)} ({duration(low)} to {duration(high)})"
     return (
         f"{name:<18}{model:<10}{stage.calls:>10,}{stage.prompt_tokens:>14,.0f}"
-        f"{sign + format(stage.completion_tokens, ',.0f'):>14}{hours:>9}{wall:>36}"
+        f"{sign + format(stage.completion_tokens, ',.0f'):>14}{hours:>9}{wall:>{_WALL}}"
         f"{'–' if money is None else format(money, '.2f'):>10}"
     )

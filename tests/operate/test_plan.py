@@ -172,6 +172,18 @@ def test_a_limit_needs_a_price() -> None:
     assert budget_of(pocket(), None, None).max_cost is None
 
 
+def test_the_rates_of_the_cluster_guide_plan_every_stage_of_the_published_run() -> None:
+    values = yaml.safe_load(Path("configs/dmapo.yaml").read_text())
+    values["prompts"]["sources"] = [{"type": "pocket", "count": 60, "seed": 0}]  # without the hub
+    for key in values["models"]:
+        values["models"][key]["model"] = f"pocket:{key}"
+    config = read_config("dmapo", values, [])
+    for gpu in ("8xa100", "8xh100"):
+        found = plan(config, read_rates(f"cluster/rates/{gpu}.yaml"), letters)
+        assert found.stages[-1].stage == "train" and all(stage.money for stage in found.stages)
+        assert not any(stage.bound for stage in found.stages) and not found.notes
+
+
 # --- probes -----------------------------------------------------------------------------------------------------------
 
 
