@@ -147,8 +147,10 @@ class Cluster:
 
 
 def node_killed(stage: str, nodes: RayNodes, folder: Path) -> Line:
-    """A worker node that is at work for the stage is killed, and another joins, as with an autoscaler. It is made good
-    when all shards that were under way are there, when a columnar stage is done, when a training has taken a new step."""
+    """A worker node that is at work for the stage is killed, and another joins, as with an autoscaler.
+
+    It is made good when all shards that were under way are there, when a columnar stage is done, or when a training has
+    taken a new step."""
     cluster = Cluster(nodes, folder, "train" if stage == "train" else "datasets")
     run = cluster.start(workers=3)
     if stage == "train":

@@ -158,7 +158,7 @@ def bare_loop(spec: VllmSpec, asked: list[tuple[list[Message], Sampling]], limit
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="pipeline calls/s over bare engine calls/s")
-    parser.add_argument("--prompts", type=int, default=1200, help="4 candidates each, 3 judges: up to 12 calls a prompt")
+    parser.add_argument("--prompts", type=int, default=1200, help="4 candidates each, 3 judges")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     config = load_config("dmapo", "pocket", ["judge.asking.retries=0"])
