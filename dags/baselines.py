@@ -51,7 +51,7 @@ def baselines(config: BaselinesConfig, run_folder: str) -> Dag:
         settings = config.training(name.method, name.seed)
         length, data = config.datasets.max_length, files[name.data, name.seed]
         policy = train(settings, base, length, data, name=f"train-{name.label}", view="")
-        weights = base.trained(f"{stage_folder(run_folder, policy).location}/merged")
+        weights = base.trained((stage_folder(run_folder, policy) / "merged").location)
         policies[name.label] = responses(name.label, config.evaluate, config.failure, weights, asked, policy)
         measured[name.label] = Answering(weights, policy)
         trained.append(policy)

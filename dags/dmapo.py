@@ -45,7 +45,7 @@ def _benchmarks(config: DmapoConfig, run_folder: str, policy: Stage) -> list[Sta
     if config.benchmarks is None:
         return []
     base = config.models[config.train.model]
-    trained = base.trained(f"{stage_folder(run_folder, policy).location}/merged")
+    trained = base.trained((stage_folder(run_folder, policy) / "merged").location)
     measured = {"base": Answering(base), "policy": Answering(trained, policy)}
     return benchmark_stages(
         config.benchmarks, config.benchmarks_page(), config.failure, config.models, measured, view="benchmarks"
@@ -55,7 +55,7 @@ def _benchmarks(config: DmapoConfig, run_folder: str, policy: Stage) -> list[Sta
 def _both_answer(config: DmapoConfig, run_folder: str, asked: Stage, policy: Stage) -> list[Stage]:
     """Base and policy answer the held-out prompts; the judges score both, and one compares them in both orders."""
     texts, models, base = config.templates(), config.models, config.models[config.train.model]
-    trained = base.trained(f"{stage_folder(run_folder, policy).location}/merged")
+    trained = base.trained((stage_folder(run_folder, policy) / "merged").location)
     before = responses("base", config.evaluate, config.failure, base, asked)
     after = responses("policy", config.evaluate, config.failure, trained, asked, policy)
     compared = comparisons(

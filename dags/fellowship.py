@@ -99,7 +99,7 @@ def _improvement(config: FellowshipConfig, asked: Stage) -> list[Stage]:
 def _both_answer(config: FellowshipConfig, run_folder: str, asked: Stage, policy: Stage) -> list[Stage]:
     """Base and policy answer the held-out prompts; a judge compares them in both orders, rubric judges score both."""
     texts, models, base = config.templates(), config.models, config.models[config.train.model]
-    trained = base.trained(f"{stage_folder(run_folder, policy).location}/merged")
+    trained = base.trained((stage_folder(run_folder, policy) / "merged").location)
     before = responses("base", config.evaluate, config.failure, base, asked)
     after = responses("policy", config.evaluate, config.failure, trained, asked, policy)
     compared = comparisons(

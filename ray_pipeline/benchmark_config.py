@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
-import os
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -27,6 +25,7 @@ from ray_pipeline.graph.models import ModelSettings
 from ray_pipeline.stages.benchmark_questions import BenchmarksSettings
 from ray_pipeline.stages.benchmark_report import BenchmarksPage, MeasuredModel, judging_model
 from ray_pipeline.stages.benchmarks import benchmark_samplings, check_benchmarks
+from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import check_num_shards
 from ray_pipeline.store.settings import Settings
 
@@ -162,7 +161,7 @@ class BenchmarksConfig(Settings):
 
 def _candidate(number: int, given: Any, defaults: Any) -> Any:
     if isinstance(given, str):
-        given = {"run": given} if os.path.isfile(os.path.join(given, "manifest.json")) else {"model": given}
+        given = {"run": given} if Folder(given).exists("manifest.json") else {"model": given}
     if not isinstance(given, Mapping) or "settings" in given:  # Already written out, or for the types to refuse.
         return given
     own = {key: given[key] for key in ("name", "run", "policy") if key in given}
@@ -181,16 +180,15 @@ def _candidate(number: int, given: Any, defaults: Any) -> Any:
 
 def _short(name: str) -> str:
     """A name for the tables from a path, a hub name or `pocket:policy`."""
-    last = re.split(r"[/\\:]", name.rstrip("/\\"))[-1]
+    last = re.split(r"[/\\:]", name.partition("?")[0].rstrip("/\\"))[-1]
     return re.sub(r"[^A-Za-z0-9._-]", "-", last)[:64]
 
 
 def _policy_of(number: int, own: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
     """A run's policy, on the settings that its base model had there."""
-    where, folder = f"models.{number}", os.path.abspath(os.path.expanduser(str(own["run"])))
+    where, folder = f"models.{number}", Folder(str(own["run"]))
     try:
-        with open(os.path.join(folder, "manifest.json"), encoding="utf-8") as file:
-            manifest = json.load(file)
+        manifest = folder.read_json("manifest.json")
         stages, config = manifest["stages"], manifest["config"]
         base = dict(config["models"][config["train"]["model"]])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -207,7 +205,7 @@ def _policy_of(number: int, own: Mapping[str, Any], keys: Mapping[str, Any]) -> 
         labels = ", ".join(name or "its only policy" for name in trained) or "none that is trained"
         asked = f"has no policy {label!r}" if label is not None else "has several policies: name one by `policy`"
         raise ValueError(f"{where}: the run {own['run']} {asked if trained else 'has no policy'}; there are {labels}")
-    weights = os.path.join(folder, trained[label]["path"], "merged")
+    weights = (folder / trained[label]["path"] / "merged").location
     report = manifest.get("report") or {}
     curating = sorted(set((report.get("curating") or {}).values()))
     try:

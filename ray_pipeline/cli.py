@@ -28,6 +28,9 @@ app = typer.Typer(
 #: What a command returns to the shell.
 DONE, STAGE_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
+#: Stages that write the page of their workflow, the first of those that a run has.
+_PAGES = ("evaluate", "agreement", "winrate", "benchmarks")
+
 _err = Console(stderr=True, soft_wrap=True)
 
 
@@ -144,9 +147,9 @@ def run(
             _err.print(f"quorum: not run because of that: {', '.join(outcome.not_run)}", markup=False, highlight=False)
         _err.print("quorum: what is done is kept; the same command goes on from here", markup=False)
         raise typer.Exit(BAD_INPUT if all(f.bad_input for f in outcome.failures.values()) else STAGE_FAILED)
-    report = os.path.join(folder, "report", "report.md")
-    if {"evaluate", "agreement", "winrate", "benchmarks"} & set(outcome.results) and os.path.exists(report):
-        _print(f"report: {report}")
+    written = [outcome.results[name] for name in _PAGES if name in outcome.results]
+    if written and (page := Folder(written[0].folder)).exists("report.md"):
+        _print(f"report: {(Folder(folder) / 'report' if page.is_local else page).uri('report.md')}")
     _print(f"run folder: {folder}")
 
 
@@ -178,6 +181,7 @@ def report(
     from ray_pipeline.stages import agreement, benchmark_report, loop_page, method_table
     from ray_pipeline.stages.evaluate import write_report
     from ray_pipeline.store.files import StoreError
+    from ray_pipeline.store.local import local_copy
 
     pages = {
         "baselines": method_table.rewrite_page,
@@ -191,11 +195,10 @@ def report(
         written = pages.get(found.manifest["dag"], write_report)(found)
     except StoreError as error:
         raise _refuse(error) from error
-    page = os.path.join(os.path.dirname(written), "report.html")
-    _print(f"report: {written}")
-    if os.path.exists(page):
-        _print(f"page: {page}")
-        if open_page and not webbrowser.open(f"file://{os.path.abspath(page)}"):
+    _print(f"report: {written.uri('report.md')}")
+    if written.exists("report.html"):
+        _print(f"page: {written.uri('report.html')}")
+        if open_page and not webbrowser.open(f"file://{local_copy(written.location)}/report.html"):
             _err.print("quorum: there is no browser to open the page in; open the file by hand", markup=False)
 
 

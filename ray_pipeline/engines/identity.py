@@ -14,6 +14,9 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ray_pipeline.store.files import StoreError
+from ray_pipeline.store.local import local_copy
+
 #: Files that decide what a model answers, besides its weights.
 _DESCRIBING = (
     r"config\.json|generation_config\.json|adapter_config\.json|quant\w*_config\.json|hf_quant_config\.json"
@@ -45,7 +48,7 @@ def model_identity(model: str, revision: str | None = None, adapter: str | None 
     """What identifies a model, with its LoRA adapter when there is one.
 
     Args:
-        model: folder (or GGUF file) on this machine, or the name of a hub model.
+        model: folder (or GGUF file) on this machine, URI of a folder, or the name of a hub model.
         revision: branch, tag or commit of a hub model; a folder has none, and it is ignored there.
         adapter: folder or hub name of a LoRA adapter.
 
@@ -69,7 +72,10 @@ def text_digest(text: str) -> str:
 
 
 def _identify(name: str, revision: str | None, what: str) -> str:
-    path = Path(name).expanduser()
+    try:
+        path = Path(local_copy(name)).expanduser()
+    except (FileNotFoundError, StoreError) as error:
+        raise ModelNotFound(f"{what} {name!r}: {error}") from error
     if path.exists():
         return "sha256:" + folder_digest(path)
     if name.startswith(("/", ".", "~")) or not _HUB_NAME.fullmatch(name):

@@ -51,6 +51,7 @@ from ray_pipeline.engines.base import (
 from ray_pipeline.engines.chat_template import ChatTemplate
 from ray_pipeline.engines.core_server import CoreServer, is_cpu_build
 from ray_pipeline.engines.identity import ModelNotFound, model_identity, text_digest
+from ray_pipeline.store.local import local_copy
 
 logger = logging.getLogger("quorum.vllm")
 
@@ -390,13 +391,15 @@ class VllmEngine:
             args |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _lora_rank(_local(spec.adapter))}
         args |= spec.args
         args |= {
-            "model": spec.model,
+            "model": local_copy(spec.model),
             "dtype": spec.dtype,
             "quantization": spec.quantization,
             "tensor_parallel_size": spec.tensor_parallel_size,
             "seed": spec.seed,
             "trust_remote_code": spec.trust_remote_code,
         }
+        if "tokenizer" in args:
+            args["tokenizer"] = local_copy(str(args["tokenizer"]))
         if spec.max_model_len is not None:
             args["max_model_len"] = spec.max_model_len
         if identity.startswith("hub:"):
@@ -422,7 +425,7 @@ class VllmEngine:
         revision = identity.rsplit("@", 1)[1] if identity.startswith("hub:") and source == spec.model else None
         try:
             tokenizer = AutoTokenizer.from_pretrained(
-                source, revision=revision or "main", trust_remote_code=spec.trust_remote_code
+                local_copy(source), revision=revision or "main", trust_remote_code=spec.trust_remote_code
             )
         except Exception as error:
             raise EngineStartError(f"the tokenizer of {source!r} cannot be loaded: {_reason(error)}") from error
@@ -627,6 +630,7 @@ def _child_environment(owner: _Reaper, *, cpu: bool) -> Iterator[None]:
 
 def _local(adapter: str) -> str:
     """A folder with the adapter's files; a hub adapter is downloaded (or found in the hub cache)."""
+    adapter = local_copy(adapter)
     if Path(adapter).expanduser().exists():
         return str(Path(adapter).expanduser())
     from huggingface_hub import snapshot_download

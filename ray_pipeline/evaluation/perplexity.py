@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ray_pipeline.store.local import local_copy
+
 Message = Mapping[str, str]
 # Rows of logits turned to float32 at once: 1,024 × a vocabulary of 150,000 × 4 bytes is 0.6 GB.
 _LOGIT_ROWS = 1024
@@ -48,15 +50,17 @@ def perplexity(
     """Perplexity of the completion tokens of `rows`, each (prompt messages, completion text), given their prompts.
 
     Uses the model's own tokenizer and chat template (with `chat_template_kwargs`, such as enable_thinking).
-    `max_length` is in tokens of prompt and completion together. Loads the model, and frees it with the function.
+    `max_length` is in tokens of prompt and completion together, `model_path` a folder, a hub name or the URI of a
+    folder. Loads the model, and frees it with the function.
     """
-    tokenizer = AutoTokenizer.from_pretrained(str(model_path), trust_remote_code=trust_remote_code)
+    model_path = local_copy(str(model_path))
+    tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
     encoded = [encode_row(tokenizer, prompt, text, chat_template_kwargs) for prompt, text in rows]
     fitting = [row for row in encoded if len(row.ids) <= max_length and len(row.ids) > row.start > 0]
     too_long = sum(len(row.ids) > max_length for row in encoded)
     if not fitting:
         return Perplexity(None, None, 0, 0, too_long)
-    model: Any = AutoModelForCausalLM.from_pretrained(str(model_path), dtype=dtype, trust_remote_code=trust_remote_code)
+    model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, trust_remote_code=trust_remote_code)
     model.to(device).eval()
     nll = 0.0
     with torch.inference_mode():

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from ray_pipeline.graph.stage import StageResult
-from ray_pipeline.store.files import Folder, StoreError
+from ray_pipeline.store.files import Folder, StoreError, point_at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +16,11 @@ class Run:
     folder: Folder
     manifest: dict[str, Any]
     results: dict[str, StageResult]
+
+    def show(self, view: str, name: str) -> Folder:
+        """Point a view at a folder of the run; returns where to look: the view, or without links the folder itself."""
+        point_at(self.folder, view, name)
+        return self.folder / (view if self.folder.is_local else name)
 
 
 def read_run(location: str) -> Run:

@@ -12,12 +12,13 @@ from pydantic import Field, model_validator
 from ray_pipeline.agents.strategies import Conflict
 from ray_pipeline.evaluation.agreement_document import MeasureSettings
 from ray_pipeline.graph.results import Run
-from ray_pipeline.graph.stage import BadInput, Stage, StageResult, StageStop, WholeInput, WholeWork, stage_table
+from ray_pipeline.graph.stage import BadInput, Stage, StageResult, WholeInput, WholeWork, stage_table
 from ray_pipeline.stages.human_labels import HUMAN_DATA, read_human_labels, where_to_find
 from ray_pipeline.stages.recorded import Recorded, Replay, read_item, read_recorded
 from ray_pipeline.stages.sources import HuggingFaceSource, InputError, JsonlSource, content_digests
-from ray_pipeline.store.files import StoreError, point_at
+from ray_pipeline.store.files import Folder, StoreError
 from ray_pipeline.store.keys import check_num_shards, digest, shard_of, unit_hash
+from ray_pipeline.store.local import written_here
 from ray_pipeline.store.schemas import BALLOTS, ITEMS, to_table
 from ray_pipeline.store.settings import Settings
 
@@ -201,24 +202,21 @@ def report_stage(page: AgreementPage, items: Stage, asked: Sequence[Stage] = ())
 
 
 def write_report_stage(given: WholeInput) -> dict[str, Any]:
-    if not given.folder.is_local:
-        raise StageStop(f"a report writes plots to a local folder; {given.folder.location} is none")
     try:
-        headline = write_page(given.settings, list(given.inputs.values()), Path(given.folder.path()))
+        with written_here(given.folder) as folder:
+            headline = write_page(given.settings, list(given.inputs.values()), folder)
     except ValueError as error:
         raise BadInput(str(error)) from error
     given.log(headline)
     return {"headline": headline}
 
 
-def rewrite_page(run: Run) -> str:
-    """Write the report of a run anew from its tables, as far as there are any; returns the path of report.md.
+def rewrite_page(run: Run) -> Folder:
+    """Write the report of a run anew from its tables, as far as there are any; returns its folder.
 
     Raises:
-        StoreError: the run folder is not local, or its items are not there yet.
+        StoreError: its items are not there yet.
     """
-    if not run.folder.is_local:
-        raise StoreError(f"a report needs a local run folder for its plots; {run.folder.location} is none")
     if "items" not in run.results:
         raise StoreError(f"{run.folder.location} has no items yet; `quorum run` makes them")
     page = AgreementPage.model_validate(run.manifest["report"])
@@ -226,11 +224,11 @@ def rewrite_page(run: Run) -> str:
     name = run.manifest["stages"][page.workflow]["path"] if done else f"report-{run.manifest['config_digest']}"
     results = [result for result in run.results.values() if "ballots" in result.tables]
     try:
-        write_page(page, results, Path(run.folder.path(name)))
+        with written_here(run.folder / name) as folder:
+            write_page(page, results, folder)
     except ValueError as error:
         raise StoreError(str(error)) from error
-    point_at(run.folder, "report", name)
-    return run.folder.uri("report/report.md")
+    return run.show("report", name)
 
 
 def write_page(page: AgreementPage, results: Sequence[StageResult], folder: Path) -> str:

@@ -30,7 +30,7 @@ from ray_pipeline.evaluation.panel import FAMILIES, family
 from ray_pipeline.evaluation.protocol import settings_text, short_name
 from ray_pipeline.graph.models import ModelSettings
 from ray_pipeline.graph.results import Run
-from ray_pipeline.graph.stage import BadInput, Stage, StageResult, StageStop, WholeInput, WholeWork
+from ray_pipeline.graph.stage import BadInput, Stage, StageResult, WholeInput, WholeWork
 from ray_pipeline.stages.benchmark_answers import FLOOR
 from ray_pipeline.stages.benchmark_judge import answers_by_key
 from ray_pipeline.stages.benchmark_questions import (
@@ -43,8 +43,9 @@ from ray_pipeline.stages.benchmark_questions import (
     ifeval_prompt,
     mt_question,
 )
-from ray_pipeline.store.files import StoreError, point_at
+from ray_pipeline.store.files import Folder, StoreError
 from ray_pipeline.store.keys import canonical_json
+from ray_pipeline.store.local import written_here
 from ray_pipeline.store.schemas import READ_STATUSES
 from ray_pipeline.store.settings import Settings
 
@@ -118,11 +119,9 @@ def report_stage(page: BenchmarksPage, stages: Sequence[Stage], *, view: str, na
 
 
 def write_scores(given: WholeInput) -> dict[str, Any]:
-    """Raises StageStop on an object store: the page needs a folder."""
-    if not given.folder.is_local:
-        raise StageStop(f"the table of benchmarks is written to a local folder; {given.folder.location} is none")
     try:
-        scores = _build(given.inputs, given.settings, Path(given.folder.path()))
+        with written_here(given.folder) as folder:
+            scores = _build(given.inputs, given.settings, folder)
     except (BenchmarkFileError, TemplateError, ifeval.CheckersMissing) as error:
         raise BadInput(str(error)) from error
     from ray_pipeline.report.benchmarks import figure
@@ -133,25 +132,23 @@ def write_scores(given: WholeInput) -> dict[str, Any]:
     return {"scores": headline}
 
 
-def rewrite_page(run: Run) -> str:
-    """The page anew, from the benchmarks that are judged; returns the path of report.md.
+def rewrite_page(run: Run) -> Folder:
+    """The page anew, from the benchmarks that are judged; returns its folder.
 
     Raises:
-        StoreError: the run folder is not local, or no question was answered yet.
+        StoreError: no question was answered yet.
     """
-    if not run.folder.is_local:
-        raise StoreError(f"a report needs a local run folder; {run.folder.location} is none")
     if not any(name.startswith(("bench-judge-", "bench-checks")) for name in run.results):
         raise StoreError(f"{run.folder.location} has judged no benchmark yet; run the same command again first")
     page = BenchmarksPage.model_validate(run.manifest["report"])
     done = "benchmarks" in run.results
     name = run.manifest["stages"]["benchmarks"]["path"] if done else f"report-{run.manifest['config_digest']}"
     try:
-        _build(run.results, page, Path(run.folder.path(name)))
+        with written_here(run.folder / name) as folder:
+            _build(run.results, page, folder)
     except (BenchmarkFileError, TemplateError, ifeval.CheckersMissing) as error:
         raise StoreError(str(error)) from error
-    point_at(run.folder, "report", name)
-    return run.folder.uri("report/report.md")
+    return run.show("report", name)
 
 
 # --- scores from tables -----------------------------------------------------------------------------------------------

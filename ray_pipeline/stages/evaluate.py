@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -16,12 +14,13 @@ from pydantic import Field
 
 from ray_pipeline.graph.models import ModelSettings
 from ray_pipeline.graph.results import Run
-from ray_pipeline.graph.stage import Stage, StageResult, StageStop, WholeInput, WholeWork
+from ray_pipeline.graph.stage import Stage, StageResult, WholeInput, WholeWork
 from ray_pipeline.pocket.tasks import is_correct
 from ray_pipeline.stages.compare import EvaluateSettings
 from ray_pipeline.stages.gate import GateConfig
 from ray_pipeline.stages.train import METRICS
-from ray_pipeline.store.files import Folder, StoreError, point_at
+from ray_pipeline.store.files import Folder, StoreError, join
+from ray_pipeline.store.local import written_here
 from ray_pipeline.store.schemas import TRAIN_METRICS
 from ray_pipeline.store.settings import Settings
 
@@ -83,23 +82,21 @@ def evaluate(
 
 
 def evaluate_run(given: WholeInput) -> dict[str, Any]:
-    """Measure the perplexities, then write the report. Raises StageStop on an object store: plots need a folder."""
+    """Measure the perplexities, then write the report."""
     from ray_pipeline.report.build import build_report
 
     settings: _Given = given.settings
-    if not given.folder.is_local:
-        raise StageStop(f"evaluate writes plots to a local folder; {given.folder.location} is none")
     measured: dict[str, Perplexity] = {}
     if settings.evaluate.perplexity and "train" in given.inputs:
         measured = _perplexities(given, settings)
     given.folder.write_json("perplexity.json", {name: dataclasses.asdict(p) for name, p in measured.items()})
     data = report_data(given.inputs, settings.report, measured)
-    run_folder = Folder(given.folder.location.rpartition("/")[0])
-    config = stored_config(Path(given.folder.path()).parent)
-    data = dataclasses.replace(data, config=config, planned=planned_use(run_folder, given.inputs))
-    build_report(data, Path(given.folder.path()))
-    metrics = json.loads(Path(given.folder.path("metrics.json")).read_text())
-    headline = metrics["headline"]
+    run_folder = given.folder.parent
+    planned = planned_use(run_folder, given.inputs)
+    data = dataclasses.replace(data, config=stored_config(run_folder), planned=planned)
+    with written_here(given.folder) as folder:
+        build_report(data, folder)
+    headline = given.folder.read_json("metrics.json")["headline"]
     given.log(headline["text"] if isinstance(headline, dict) and "text" in headline else str(headline))
     return {"headline": headline}
 
@@ -109,7 +106,7 @@ def _perplexities(given: WholeInput, settings: _Given) -> dict[str, Perplexity]:
     from ray_pipeline.evaluation.perplexity import perplexity
 
     datasets = given.inputs["datasets"]
-    folder = Folder(f"{datasets.folder}/kto/val")
+    folder = Folder(datasets.folder) / "kto/val"
     rows: list[tuple[str, Any, str]] = []
     for name in folder.names(".parquet"):
         table = folder.read_table(name, fingerprint=datasets.fingerprint)
@@ -120,7 +117,7 @@ def _perplexities(given: WholeInput, settings: _Given) -> dict[str, Perplexity]:
         return {}
     gpus = 1 if ray.cluster_resources().get("GPU") else 0
     task: Any = ray.remote(num_cpus=0, num_gpus=gpus)(perplexity)
-    policy = f"{given.inputs['train'].folder}/merged"
+    policy = join(given.inputs["train"].folder, "merged")
     found = {
         name: ray.get(
             task.remote(
@@ -227,10 +224,12 @@ def _benchmark_scores(result: StageResult | None) -> list[dict[str, Any]]:
     return scores
 
 
-def stored_config(run_folder: Path) -> dict[str, Any] | None:
+def stored_config(run_folder: Folder) -> dict[str, Any] | None:
     """The configuration as the run keeps it beside its stages, for the page; None for a stage folder by itself."""
-    path = run_folder / "config.yaml"
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    try:
+        return yaml.safe_load(run_folder.read_bytes("config.yaml"))  # type: ignore[no-any-return]
+    except FileNotFoundError:
+        return None
 
 
 def stage_use(result: StageResult) -> StageUse:
@@ -256,17 +255,11 @@ def stage_use(result: StageResult) -> StageUse:
     )
 
 
-def write_report(run: Run) -> str:
-    """The report of a run as far as it got, from its stored tables; returns the path of report.md.
-
-    Raises:
-        StoreError: the run folder is not local.
-    """
+def write_report(run: Run) -> Folder:
+    """The report of a run as far as it got, from its stored tables; returns its folder."""
     from ray_pipeline.evaluation.perplexity import Perplexity
     from ray_pipeline.report.build import build_report
 
-    if not run.folder.is_local:
-        raise StoreError(f"a report needs a local run folder for its plots; {run.folder.location} is none")
     settings = ReportSettings.model_validate(run.manifest["report"])
     measured = {}
     if "evaluate" in run.results:
@@ -278,6 +271,6 @@ def write_report(run: Run) -> str:
     data = report_data(run.results, settings, measured)
     planned = planned_use(run.folder, run.results)
     data = dataclasses.replace(data, config=run.manifest.get("config"), planned=planned)
-    build_report(data, Path(run.folder.path(name)))
-    point_at(run.folder, "report", name)
-    return run.folder.uri("report/report.md")
+    with written_here(run.folder / name) as folder:
+        build_report(data, folder)
+    return run.show("report", name)

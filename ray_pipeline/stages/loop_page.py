@@ -10,10 +10,11 @@ from typing import Any
 import pyarrow as pa
 
 from ray_pipeline.graph.results import Run
-from ray_pipeline.graph.stage import Stage, StageResult, StageStop, WholeInput, WholeWork
+from ray_pipeline.graph.stage import Stage, StageResult, WholeInput, WholeWork
 from ray_pipeline.stages.evaluate import with_truth, write_report
 from ray_pipeline.stages.feedback import reviews_by_prompt, what_next
-from ray_pipeline.store.files import point_at
+from ray_pipeline.store.files import Folder
+from ray_pipeline.store.local import written_here
 from ray_pipeline.store.schemas import REVIEWS
 from ray_pipeline.store.settings import Settings
 
@@ -46,10 +47,8 @@ def loop_page(settings: LoopPage, prompts: Stage, candidates: Stage, reviews: Se
 
 
 def write_loop_page(given: WholeInput) -> dict[str, Any]:
-    """Raises StageStop on an object store, as all pages do."""
-    if not given.folder.is_local:
-        raise StageStop(f"the page is written to a local folder; {given.folder.location} is none")
-    stats = build_page(given.settings, {r.name: r for r in given.inputs.values()}, Path(given.folder.path()))
+    with written_here(given.folder) as folder:
+        stats = build_page(given.settings, {r.name: r for r in given.inputs.values()}, folder)
     given.log(
         "; ".join(
             f"response {r['response']}: {r['responses']} prompts, mean score "
@@ -61,14 +60,15 @@ def write_loop_page(given: WholeInput) -> dict[str, Any]:
     return {"ends": stats["ends"]}
 
 
-def rewrite_page(run: Run) -> str:
-    """The loop's page anew, if it came so far, and the report; returns the path of report.md."""
+def rewrite_page(run: Run) -> Folder:
+    """The loop's page anew, if it came so far, and the report; returns its folder."""
     if "loop" in run.results:
         entry = run.manifest["stages"]["loop"]
         reviewers = tuple(r["name"] for r in run.manifest["config"]["loop"]["reviewers"])
         page = LoopPage(run_name=run.manifest["config"]["run"]["name"], reviewers=reviewers)
-        build_page(page, run.results, Path(run.folder.path(entry["path"])))
-        point_at(run.folder, "loop", entry["path"])
+        with written_here(run.folder / entry["path"]) as folder:
+            build_page(page, run.results, folder)
+        run.show("loop", entry["path"])
     return write_report(run)
 
 

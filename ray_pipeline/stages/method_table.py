@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ray_pipeline.graph.results import Run
-from ray_pipeline.graph.stage import Stage, StageResult, StageStop, WholeInput, WholeWork
+from ray_pipeline.graph.stage import Stage, StageResult, WholeInput, WholeWork
 from ray_pipeline.stages.evaluate import stage_use, stored_config, table_of, with_truth
 from ray_pipeline.stages.row_truth import RowTruth, row_truth
-from ray_pipeline.store.files import StoreError, point_at
+from ray_pipeline.store.files import Folder, StoreError
+from ray_pipeline.store.local import written_here
 from ray_pipeline.store.settings import Settings
 from ray_pipeline.training.spec import MethodName
 
@@ -67,13 +67,10 @@ def method_table(settings: TableSettings, stages: Sequence[Stage]) -> Stage:
 
 
 def write_page(given: WholeInput) -> dict[str, Any]:
-    """Raises StageStop on an object store: plots need a folder."""
-    if not given.folder.is_local:
-        raise StageStop(f"the table is written with plots to a local folder; {given.folder.location} is none")
     settings: TableSettings = given.settings
-    folder = Path(given.folder.path())
-    _build(given.inputs, settings, folder, stored_config(folder.parent))
-    metrics = json.loads(Path(given.folder.path("metrics.json")).read_text())
+    with written_here(given.folder) as folder:
+        _build(given.inputs, settings, folder, stored_config(given.folder.parent))
+    metrics = given.folder.read_json("metrics.json")
     for method in metrics["methods"]:
         won, right = method["win_rate"], method["accuracy"]
         shares = {"wins": won, **{f"right {mode}": share for mode, share in right.items()}}
@@ -82,21 +79,19 @@ def write_page(given: WholeInput) -> dict[str, Any]:
     return {"methods": len(metrics["methods"]), "policies": len(settings.policies)}
 
 
-def rewrite_page(run: Run) -> str:
-    """The page anew, from the policies that are done; returns the path of report.md.
+def rewrite_page(run: Run) -> Folder:
+    """The page anew, from the policies that are done; returns its folder.
 
     Raises:
-        StoreError: the run folder is not local, or nothing was compared yet.
+        StoreError: nothing was compared yet.
     """
-    if not run.folder.is_local:
-        raise StoreError(f"a report needs a local run folder for its plots; {run.folder.location} is none")
     settings = TableSettings.model_validate(run.manifest["report"])
     if "comparisons" not in run.results:
         raise StoreError(f"{run.folder.location} has compared no policy yet; run the same command again first")
     name = run.manifest["stages"]["evaluate"]["path"]
-    _build(run.results, settings, Path(run.folder.path(name)), run.manifest.get("config"))
-    point_at(run.folder, "report", name)
-    return run.folder.uri("report/report.md")
+    with written_here(run.folder / name) as folder:
+        _build(run.results, settings, folder, run.manifest.get("config"))
+    return run.show("report", name)
 
 
 def _build(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from typing import Any, Literal
 
@@ -10,8 +9,8 @@ import ray
 from pydantic import Field, model_validator
 
 from ray_pipeline.graph.models import ModelSettings
-from ray_pipeline.graph.stage import BadInput, Stage, StageStop, WholeInput, WholeWork
-from ray_pipeline.store.files import StoreError
+from ray_pipeline.graph.stage import BadInput, Stage, WholeInput, WholeWork
+from ray_pipeline.store.files import StoreError, join
 from ray_pipeline.store.schemas import TRAIN_METRICS
 from ray_pipeline.store.settings import Settings
 from ray_pipeline.training.fit import fit
@@ -131,16 +130,13 @@ def train_policy(given: WholeInput) -> dict[str, Any]:
     """Train on the data set files of the `datasets` stage.
 
     Raises:
-        StageStop: the data, the settings or the cluster cannot give a training run.
+        BadInput: the data, the settings or the cluster cannot give a training run.
     """
     settings: _Given = given.settings
     train, model = settings.train, settings.model
     data = given.inputs["datasets"]
-    if not given.folder.is_local:
-        raise StageStop(f"train writes to folders that all nodes share; {given.folder.location} is none")
     kind = METHODS[train.method].data
     weights = (data.facts.get("kto_weights") or {}) if kind == "kto" else {}
-    files = f"{data.folder}/{kind}"
     validation = data.facts.get("rows", {}).get(kind, {}).get("val", 0)
     use_gpu = train.use_gpu if train.use_gpu is not None else bool(ray.cluster_resources().get("GPU"))
     spec = TrainSpec(
@@ -148,10 +144,10 @@ def train_policy(given: WholeInput) -> dict[str, Any]:
         model=model.model,
         revision=model.revision,
         dtype=train.dtype,
-        train_files=f"{files}/train/*.parquet",
-        val_files=f"{files}/val/*.parquet" if validation else None,
-        output_dir=given.folder.path(),
-        storage_path=given.folder.path("ray_train"),
+        train_files=join(data.folder, f"{kind}/train/*.parquet"),
+        val_files=join(data.folder, f"{kind}/val/*.parquet") if validation else None,
+        output_dir=given.folder.location,
+        storage_path=given.folder.uri("ray_train"),
         run_name=f"{train.method}-{given.fingerprint}",
         num_workers=train.num_workers,
         use_gpu=use_gpu,
@@ -181,7 +177,6 @@ def train_policy(given: WholeInput) -> dict[str, Any]:
         trainer_args=train.trainer_args,
         card={"data set": data.fingerprint, "kind of rows": kind, "training": given.fingerprint},
     )
-    os.makedirs(spec.storage_path, exist_ok=True)
     ended = threading.Event()
     teller = threading.Thread(target=_tell, args=(given, ended), daemon=True)
     teller.start()

@@ -92,6 +92,12 @@ class Folder:
         return self._fs
 
     @property
+    def parent(self) -> Folder:
+        """The folder that this one lies in."""
+        path, query = _cut_query(self.location)
+        return Folder(path.rpartition("/")[0] + query)
+
+    @property
     def is_local(self) -> bool:
         return "://" not in self.location
 

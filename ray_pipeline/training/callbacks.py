@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 import shutil
 import time
@@ -11,6 +11,9 @@ from typing import Any
 
 import ray.train
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ray_pipeline.store.files import Folder, NotWritten
+from ray_pipeline.training.spec import PROGRESS
 
 logger = logging.getLogger("quorum.train")
 
@@ -74,12 +77,12 @@ class ReportCheckpoint(TrainerCallback):
 class LogProgress(TrainerCallback):
     """A line every few seconds: step of all, loss, steps per second since the start, time left.
 
-    The newest line also lies in `progress_file`, for whoever started the training on another node.
+    The newest line also lies in `folder`, for whoever started the training on another node.
     """
 
-    def __init__(self, rows_per_step: int, progress_file: Path, every_s: float = 5.0) -> None:
+    def __init__(self, rows_per_step: int, folder: Folder, every_s: float = 5.0) -> None:
         self._rows_per_step = rows_per_step
-        self._file = progress_file
+        self._folder = folder
         self._every_s = every_s
         self._started = self._last = 0.0
         self._first_step = 0
@@ -114,6 +117,6 @@ class LogProgress(TrainerCallback):
             f"{(state.max_steps - state.global_step) / max(rate, 1e-9):.0f} s left"
         )
         logger.info(line)
-        beside = self._file.with_suffix(".tmp")
-        beside.write_text(json.dumps({"step": state.global_step, "steps": state.max_steps, "line": line}))
-        beside.replace(self._file)
+        # What cannot be written here says so at the next checkpoint, which counts.
+        with contextlib.suppress(NotWritten):
+            self._folder.write_json(PROGRESS, {"step": state.global_step, "steps": state.max_steps, "line": line})

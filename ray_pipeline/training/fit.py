@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from ray_pipeline.store.files import Folder, join
 from ray_pipeline.store.schemas import TRAIN_METRICS
 from ray_pipeline.training.methods import beta_of, validate_trainer_args
 from ray_pipeline.training.metrics import mean_train_loss
@@ -55,8 +56,11 @@ def fit(spec: TrainSpec, warn: Callable[[str], None] = logger.warning) -> TrainR
     data = check_data(spec)
     for warning in data.warnings:
         warn(warning)
-    os.makedirs(spec.output_dir, exist_ok=True)
+    for place in (spec.output_dir, spec.storage_path):
+        if Folder(place).is_local:
+            os.makedirs(place, exist_ok=True)
 
+    storage = Folder(spec.storage_path)
     resources = {"CPU": spec.cpus_per_worker, **({"GPU": 1.0} if spec.use_gpu else {})}
     trainer = TorchTrainer(
         _train,  # type: ignore[arg-type]  # Train V2 keeps what it returns; the types are V1's
@@ -70,7 +74,8 @@ def fit(spec: TrainSpec, warn: Callable[[str], None] = logger.warning) -> TrainR
         ),
         run_config=RunConfig(  # type: ignore[call-arg]
             name=spec.run_name,
-            storage_path=spec.storage_path,
+            storage_path=storage.path(),
+            storage_filesystem=None if storage.is_local else storage.fs,
             failure_config=FailureConfig(  # type: ignore[call-arg]
                 max_failures=spec.max_failures,
                 controller_failure_limit=math.ceil(spec.schedule_timeout_s / _START_TIMEOUT_S),
@@ -86,8 +91,8 @@ def fit(spec: TrainSpec, warn: Callable[[str], None] = logger.warning) -> TrainR
         steps=done["steps"],
         epochs=done["epochs"],
         train_loss=mean_train_loss(metrics),
-        adapter=None if spec.lora is None else os.path.join(spec.output_dir, "adapter"),
-        merged=os.path.join(spec.output_dir, "merged"),
+        adapter=None if spec.lora is None else join(spec.output_dir, "adapter"),
+        merged=join(spec.output_dir, "merged"),
         effective=done["effective"] | {k: v for k, v in written.items() if k == "adapter_effect"},
         data=dataclasses.asdict(data),
         resumed_from=done["resumed_from"],

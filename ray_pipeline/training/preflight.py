@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import importlib.util
 import math
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ray_pipeline.store.local import local_copy
 from ray_pipeline.store.node_labels import may_run
 from ray_pipeline.training.methods import Method, beta_of, method_of, packs
 from ray_pipeline.training.spec import TrainingInputError, TrainSpec
@@ -79,14 +81,14 @@ def check_spec(spec: TrainSpec) -> None:
         TrainingInputError: a path is relative, a number is out of range, the method is unknown, KTO with a batch of 1.
     """
     method = method_of(spec.method)
-    for name in ("train_files", "val_files", "output_dir"):
+    for name in ("train_files", "val_files", "output_dir", "storage_path"):
         path = getattr(spec, name)
-        if path is not None and not os.path.isabs(path):
+        if path is not None and not os.path.isabs(path) and "://" not in path:
             raise TrainingInputError(
-                f"{name} must be an absolute path, not {path!r}: training workers run in folders of their own"
+                f"{name} must be an absolute path or a URI, not {path!r}: training workers run in folders of their own"
             )
-    if not os.path.isabs(spec.storage_path) and "://" not in spec.storage_path:
-        raise TrainingInputError(f"storage_path must be an absolute path or a URI, not {spec.storage_path!r}")
+    if "://" in spec.model:
+        raise TrainingInputError(f"model must be a folder or a hub name, not {spec.model!r}; copy it to a folder")
     if not os.path.isabs(spec.model) and spec.model.startswith((".", "~")):
         raise TrainingInputError(f"model must be an absolute path or a hub name, not {spec.model!r}")
     if os.path.isabs(spec.model) and not os.path.isdir(spec.model):
@@ -166,14 +168,20 @@ def _need(package: str, setting: str, extra: str) -> None:
 
 
 def parquet_files(pattern: str, setting: str) -> list[str]:
-    """Files of a path or glob in the order in which they are trained on.
+    """Files of a path or glob in the order in which they are trained on; those of a URI are copied to this machine.
 
     Raises:
         TrainingInputError: there are none, naming the setting.
     """
+    shown = pattern
+    if "://" in pattern:
+        path, mark, query = pattern.partition("?")
+        folder, _, names = path.rpartition("/")
+        with contextlib.suppress(FileNotFoundError):
+            pattern = f"{local_copy(folder + mark + query)}/{names}"
     files = sorted(glob.glob(pattern, recursive=True))
     if not files:
-        raise TrainingInputError(f"{setting}: no file matches {pattern}; run the data set stage first or fix the path")
+        raise TrainingInputError(f"{setting}: no file matches {shown}; run the data set stage first or fix the path")
     return files
 
 

@@ -40,7 +40,8 @@ class LoraSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSpec:
-    """One training run. All paths are absolute: Ray Train's workers run in folders of their own.
+    """One training run. Paths are absolute, or URIs of any pyarrow filesystem: Ray Train's workers run in folders of
+    their own.
 
     Attributes:
         method: a row of `methods.METHODS`.
@@ -49,10 +50,10 @@ class TrainSpec:
         dtype: what the base is loaded with and the trained model is written in: "float32" or "bfloat16". On GPUs
             "bfloat16" also turns on autocast. Full fine-tuning keeps its weights in float32 all the same: bfloat16
             has 8 bits of precision and would round most updates of this size away.
-        train_files: path or glob of Parquet files, read in the order of their names. Rows keep their order.
+        train_files: path, URI or glob of Parquet files, read in the order of their names. Rows keep their order.
         val_files: the same for evaluation (after each epoch and at the end), or None.
-        output_dir: `adapter/` and `merged/` (the trained model as a whole) are made here, on a disk that the workers
-            and the caller share. Loggers that write files get a folder of their name here.
+        output_dir: `adapter/` and `merged/` (the trained model as a whole) are made here: on a disk that the workers
+            and the caller share, or a URI. Loggers that write files get a folder of their name here.
         storage_path: where Ray Train keeps checkpoints: a path that all nodes share, or a URI.
         run_name: names the run below `storage_path`. The same name goes on where that run stopped, so it must
             contain a fingerprint of settings and data.

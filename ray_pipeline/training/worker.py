@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
@@ -15,7 +16,9 @@ from typing import Any
 import ray.train
 import torch
 
+from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import digest
+from ray_pipeline.store.local import upload
 from ray_pipeline.training.callbacks import (
     AllStepsDone,
     EvaluateEachEpoch,
@@ -27,7 +30,7 @@ from ray_pipeline.training.card import model_card
 from ray_pipeline.training.folders import clear
 from ray_pipeline.training.metrics import train_metrics
 from ray_pipeline.training.save import write_model
-from ray_pipeline.training.spec import PROGRESS, TrainSpec
+from ray_pipeline.training.spec import TrainSpec
 from ray_pipeline.training.trainer import build_trainer, effective_settings
 
 logger = logging.getLogger("quorum.train")
@@ -47,9 +50,13 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
 
     scratch = _scratch_folder(spec, rank)
     clear(scratch)
+    kept = Folder(spec.output_dir)
+    if not kept.is_local:
+        spec = dataclasses.replace(spec, output_dir=str(scratch / "model"))
+        os.makedirs(spec.output_dir)
     _logger_folders(spec)
     try:
-        progress = LogProgress(spec.effective_batch, Path(spec.output_dir) / PROGRESS)
+        progress = LogProgress(spec.effective_batch, kept)
         trainer = build_trainer(spec, str(scratch), callbacks=[ReportCheckpoint(), progress])
         if trainer.eval_dataset is not None:
             trainer.add_callback(EvaluateEachEpoch())
@@ -75,6 +82,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
         )
         if rank != 0:
             return None
+        if not kept.is_local:
+            upload(Path(spec.output_dir), kept)
         return {
             "steps": steps,
             "epochs": float(trainer.state.epoch or 0.0),

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import time
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -16,36 +14,17 @@ import pytest
 from ray_pipeline.graph.heartbeat import Heartbeat, RunBusy
 from ray_pipeline.store.calls import model_folder, read_calls, scan_calls
 from ray_pipeline.store.files import Folder, ForeignFile, StoreError, TornFile, point_at
+from ray_pipeline.store.local import CACHE_VARIABLE, local_copy, written_here
 from ray_pipeline.store.schemas import TABLES
 from ray_pipeline.store.tables import ShardedTable, shard_name
+from tests.s3 import BUCKET, location, s3_server
 from tests.store.test_calls import row, write
-
-BUCKET = "quorum-test"
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    """The address of an S3 server with one bucket, and its credentials in the environment as users have them."""
-    server_module = pytest.importorskip("moto.server", reason="the S3 server (moto, in the dev extra) is not installed")
-    running = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    running.start()
-    host, port = running.get_host_and_port()
-    address = f"{host}:{port}"
-    kept = {k: os.environ.get(k) for k in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_EC2_METADATA_DISABLED")}
-    os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test", AWS_EC2_METADATA_DISABLED="true")
-    urllib.request.urlopen(urllib.request.Request(f"http://{address}/{BUCKET}", method="PUT"), timeout=10).close()
-    yield address
-    for name, value in kept.items():
-        if value is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = value
-    running.stop()
-
-
-def location(address: str, path: str) -> str:
-    query = urllib.parse.urlencode({"scheme": "http", "endpoint_override": address, "region": "us-east-1"})
-    return f"s3://{BUCKET}/{path}?{query}"
+    with s3_server() as address:
+        yield address
 
 
 @pytest.fixture
@@ -207,3 +186,75 @@ def test_a_location_with_a_key_in_it_is_refused_and_not_repeated(uri: str) -> No
 def test_whole_filesystems_of_pyarrow_are_taken_by_their_uri(server: str) -> None:
     fs = Folder(location(server, "x")).fs
     assert isinstance(fs, pafs.S3FileSystem)
+
+
+# --- for libraries that know disks alone ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_the_folder_that_a_folder_lies_in(folder: Folder, tmp_path: Path) -> None:
+    assert (folder / "judge-abc").parent.location == folder.location
+    assert Folder(str(tmp_path / "a")).parent.location == str(tmp_path)
+
+
+def test_a_copy_is_fetched_once_and_anew_when_something_was_written(
+    folder: Folder, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = folder / "merged"
+    model.write_bytes("config.json", b"{}")
+    model.write_bytes("deep/weights.bin", b"1" * 10)
+    first = Path(local_copy(model.location))
+    assert first.is_relative_to(cache)
+    assert (first / "config.json").read_bytes() == b"{}"
+    assert (first / "deep/weights.bin").read_bytes() == b"1" * 10
+    with monkeypatch.context() as nothing_is_copied:
+        nothing_is_copied.setattr(pafs, "copy_files", None)
+        assert Path(local_copy(model.location)) == first
+    model.write_bytes("deep/weights.bin", b"2" * 11)
+    second = Path(local_copy(model.location))
+    assert second != first and (second / "deep/weights.bin").read_bytes() == b"2" * 11
+    assert (first / "deep/weights.bin").read_bytes() == b"1" * 10  # whoever has it open goes on
+
+
+def test_a_copy_that_was_cut_short_is_made_anew(folder: Folder, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "ab":
+        folder.write_bytes(name, name.encode())
+    copied, real = [], pafs.copy_files
+
+    def cut_short(source: str, *args: object, **kwargs: object) -> None:
+        if copied:
+            raise OSError("connection lost")
+        copied.append(source)
+        real(source, *args, **kwargs)
+
+    with monkeypatch.context() as cut:
+        cut.setattr(pafs, "copy_files", cut_short)
+        with pytest.raises(StoreError, match=rf"connection lost.*{CACHE_VARIABLE}"):
+            local_copy(folder.location)
+    assert sorted(path.name for path in Path(local_copy(folder.location)).iterdir()) == ["a", "b"]
+
+
+def test_what_is_local_is_its_own_copy_and_what_is_not_there_is_said(folder: Folder, tmp_path: Path) -> None:
+    for name in (str(tmp_path), "openbmb/MiniCPM", "pocket:policy", "../x"):
+        assert local_copy(name) == name
+    with pytest.raises(FileNotFoundError, match="nothing lies there"):
+        local_copy(folder.location)
+
+
+def test_a_page_is_written_on_this_machine_and_put_into_the_folder(folder: Folder, tmp_path: Path) -> None:
+    for place in (folder / "report", Folder(str(tmp_path / "report"))):
+        with written_here(place) as here:
+            (here / "report.md").write_text("text")
+            (here / "plots").mkdir()
+            (here / "plots" / "a.png").write_bytes(b"png")
+        assert place.read_bytes("report.md") == b"text"
+        assert (place / "plots").names() == ["a.png"]
+    with pytest.raises(KeyError), written_here(folder / "broken") as here:
+        (here / "report.md").write_text("half")
+        raise KeyError
+    assert not (folder / "broken").names()
