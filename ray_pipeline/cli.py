@@ -81,13 +81,13 @@ def run(
     from dags import DAGS
     from ray_pipeline.agreement_config import AGREEMENT_CONFIGS
     from ray_pipeline.benchmark_config import BenchmarksConfig
-    from ray_pipeline.config import CONFIGS, ConfigError, load_config, served_models
+    from ray_pipeline.config import CONFIGS, ConfigError, load_config
     from ray_pipeline.fellowship_config import FELLOWSHIP_CONFIGS
-    from ray_pipeline.graph.failures import FailurePolicy
     from ray_pipeline.graph.heartbeat import RunBusy
-    from ray_pipeline.graph.reach import check_location, in_a_job, wanted_keys
-    from ray_pipeline.graph.run import RunSettings, execute, load_result
+    from ray_pipeline.graph.reach import check_location, in_a_job
+    from ray_pipeline.graph.run import execute, load_result
     from ray_pipeline.operate.prices import budget_of
+    from ray_pipeline.operate.run_settings import run_settings
     from ray_pipeline.stages.sources import InputError
     from ray_pipeline.store.files import Folder, StoreError, point_at
 
@@ -115,20 +115,7 @@ def run(
             point_at(Folder(parent), "latest", os.path.basename(folder))
         outcome = execute(
             graph,
-            RunSettings(
-                folder=folder,
-                calls_root=settings.calls_root(folder),
-                num_shards=settings.num_shards,
-                failure=getattr(settings, "failure", FailurePolicy()),
-                budget=budget_of(settings, max_cost, device_hour),
-                log_json=log_json,
-                config=settings.model_dump(mode="json"),
-                ray=settings.ray.arguments(),
-                report=settings.page().model_dump(mode="json"),
-                replay_only=settings.calls.replay_only,
-                max_stages=settings.ray.max_stages,
-                keys=wanted_keys(served_models(settings)),
-            ),
+            run_settings(settings, folder, budget=budget_of(settings, max_cost, device_hour), log_json=log_json),
             from_group=from_stage,
             to_group=to_stage,
             console=Console(soft_wrap=True),

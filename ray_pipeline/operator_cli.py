@@ -253,9 +253,9 @@ def plan(
     \b
       models:
         judge: {prompt_tokens_per_s: 20000, completion_tokens_per_s: 2500, source: "our bench, H100", date: 2026-11-01}
-      reply_tokens: {candidates: 300, judge: 80, critic: 90}
+      reply_tokens: {tokens: {candidates: 300, judge: 80, critic: 90}, source: "our bench", date: 2026-11-01}
       train: {tokens_per_s: 9000, source: "our bench, H100", date: 2026-11-01}
-      kept_share: 0.6
+      kept_share: {share: 0.6, source: "our last run", date: 2026-11-01}
       device_hour: {price: 2.5, currency: USD, source: "our contract", date: 2026-10-01}
 
     Example: `quorum plan dmapo -c configs/dmapo.yaml --probe --device-hour 2.5`, then

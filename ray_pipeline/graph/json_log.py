@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import logging
-import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -32,11 +31,6 @@ class JsonLines(logging.Formatter):
         if record.exc_info:
             line["trace"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False, default=str)
-
-
-def run_name(location: str) -> str:
-    """Last part of a run folder."""
-    return os.path.basename(location.rstrip("/"))
 
 
 def stage_of(line: str, stages: Iterable[str]) -> str | None:

@@ -16,6 +16,9 @@ from ray_pipeline.store.settings import Settings
 
 EngineFactory = Callable[[], ChatEngine]
 
+#: Of a GPU's memory, what engines that share it may take together; the rest is for their CUDA contexts.
+_MEMORY_SHARE = 0.9
+
 
 class Placement(Settings):
     """Where the actors of a stage run and how many there are. Nothing here changes what is computed."""
@@ -106,7 +109,12 @@ class ModelSettings(Settings):
         return self
 
     def spec(self) -> VllmSpec:
-        return VllmSpec(**self.model_dump(exclude={"engine", "endpoint", "placement"}))
+        """What the engine gets. Of a GPU that it shares, it takes its part of the memory and no more."""
+        given = self.model_dump(exclude={"engine", "endpoint", "placement"})
+        share = self.placement.num_gpus
+        if share and share < 1:
+            given["args"] = {"gpu_memory_utilization": round(_MEMORY_SHARE * share, 3), **given["args"]}
+        return VllmSpec(**given)
 
     def factory(self) -> EngineFactory:
         if self.endpoint is not None:

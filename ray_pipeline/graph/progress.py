@@ -88,6 +88,7 @@ class ProgressBoard:
         self._lines: list[str] = []
         self._of_shards: list[int | None] = []
         self._stops: dict[str, str] = {}
+        self._actors: collections.Counter[str] = collections.Counter()
         self._meters: Meters | None = None
 
     def meter(self, run: str) -> None:
@@ -124,6 +125,11 @@ class ProgressBoard:
         if self._meters is not None:
             self._meters.add(name, counts)
         return self.stopping(name)
+
+    def actor(self, name: str, address: str) -> None:
+        """Tell of an actor that begins to work for a stage, on the node with that address."""
+        self._actors[name] += 1
+        self.say(f"{name}: actor {self._actors[name]} begins on {address}")
 
     def put(self, name: str, counts: Mapping[str, float]) -> None:
         """Set counters that do not add up (steps of a training, say)."""

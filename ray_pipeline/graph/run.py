@@ -28,14 +28,14 @@ from rich.console import Console
 
 from ray_pipeline.graph.failures import FailurePolicy, lift_quarantine, read_failures
 from ray_pipeline.graph.heartbeat import BEAT_SECONDS, Heartbeat
-from ray_pipeline.graph.json_log import JsonLines, run_name, stage_of
+from ray_pipeline.graph.json_log import JsonLines, stage_of
 from ray_pipeline.graph.pools import share_pools
 from ray_pipeline.graph.progress import LINE_SECONDS, Display, ProgressBoard, StageProgress
 from ray_pipeline.graph.reach import WantedKey, check_nodes
 from ray_pipeline.graph.spending import Budget, Spending
 from ray_pipeline.graph.stage import Dag, Stage, StageResult, stage_table
 from ray_pipeline.graph.stage_task import Failure, StageJob, explain, run_stages
-from ray_pipeline.store.files import Folder, StoreError, not_written, point_at
+from ray_pipeline.store.files import Folder, StoreError, base_name, not_written, point_at
 from ray_pipeline.store.keys import digest
 
 logger = logging.getLogger("quorum")
@@ -72,7 +72,7 @@ class RunSettings:
         replay_only: answer every LLM call from the log, and fail where it cannot.
         max_stages: how many stages may be at work at once; None: all whose inputs are there.
         failure: what becomes of shards that fail.
-        only: by stage, the shards to make; of other stages and where it is None, all that are missing.
+        only: by stage, the shards to make, and none of other sharded stages; where it is None, all that are missing.
         budget: what the run may cost, over all sessions.
         log_json: the log is JSON lines, on the terminal and in logs/TIMESTAMP.jsonl.
         lift_quarantine: shards of `only` that are left alone by now are tried again.
@@ -292,7 +292,7 @@ def _run_tasks(
                     settings.replay_only,
                     board,
                     settings.failure,
-                    None if settings.only is None else settings.only.get(stage.name),
+                    None if settings.only is None else settings.only.get(stage.name, ()),
                 )
                 for stage in stages
             ]
@@ -308,7 +308,7 @@ def _run_tasks(
             tasks[first] = made
             return first
 
-        board.meter.remote(run_name(settings.folder))
+        board.meter.remote(base_name(settings.folder))
         spending = Spending(Folder(settings.folder), settings.budget)
         if reason := spending.over():
             board.stop.remote("*", reason)
@@ -403,7 +403,10 @@ def _show(
     known = {s.name for s in progress}
     progress += [StageProgress(name, "cached") for name in results if name not in known]
     display.show(progress)
-    manifest.progress(stages, last)
+    try:
+        manifest.progress(stages, last)
+    except StoreError as error:
+        logger.debug("progress: %s", error)
     if reason := spending.look(stages, write=last):
         board.stop.remote("*", reason)
 
@@ -421,7 +424,7 @@ class _RunLog:
     def __enter__(self) -> _RunLog:
         formatter: logging.Formatter = logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s")
         if self._json:
-            formatter = JsonLines(run_name(self._folder.location))
+            formatter = JsonLines(base_name(self._folder.location))
             shown = logging.StreamHandler(sys.stdout)
             shown.setLevel(logging.INFO)
             self._handlers.append(shown)

@@ -192,6 +192,8 @@ class ShardActor:
         self._watched: dict[tuple[str, str], collections.deque[bool]] = {}
         self._replies: dict[str, collections.Counter[tuple[str, bool]]] = {}
         self._told = 0
+        if first.placement.max_actors > 1 and jobs[0].board is not None:
+            jobs[0].board.actor.remote(jobs[0].stage, ray.util.get_node_ip_address())
 
     async def __call__(self, batch: Mapping[str, Any]) -> Any:
         job, shard = self._jobs[str(batch["stage"][0])], int(batch["shard"][0])

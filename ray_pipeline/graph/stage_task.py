@@ -192,6 +192,7 @@ class _Sharded:
         _check_stop(job)
         self._ledger = ledger = FailureLedger(Folder(job.folder), job.policy, missing)
         self.todo = [s for s in missing if s not in ledger.quarantined and (job.only is None or s in job.only)]
+        self._left = len(set(missing) - set(self.todo) - set(ledger.quarantined))
 
     def shard_job(self) -> ShardJob:
         job = self.job
@@ -237,6 +238,8 @@ class _Sharded:
         if self._stopped:
             raise StageStop(min(self._stopped.items())[1])
         self._ledger.check(job.name, job.num_shards)
+        if self._left:
+            raise StageStop(f"{self._left} of {job.num_shards} shards were not to be made now; `quorum run` makes them")
         rows = rows_of_tables(job.name, self._outputs)
         facts, usage = receipts_of(Folder(job.folder), job.num_shards)
         seconds = max(0.0, self.last - begin) + time.monotonic() - end

@@ -22,7 +22,6 @@ from ray_pipeline.store.files import StoreError
 #: A stage folder ends with its fingerprint (16 hexadecimal digits), a report of an unfinished run with a digest.
 _MADE = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*-([0-9a-f]{16}|[0-9a-f]{32})$")
 _TORN = re.compile(r"^\..+\.[0-9a-f]{32}\.tmp$")
-_VIEWS = ("datasets", "policy", "report")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +76,8 @@ def _viewed(run: Run) -> set[str]:
     """Folders that the views point at: a policy stays usable after a re-gate."""
     if not run.folder.is_local:
         return set()
-    paths = [run.folder.path(name) for name in _VIEWS]
-    return {os.path.basename(os.readlink(path).rstrip("/")) for path in paths if os.path.islink(path)}
+    with os.scandir(run.folder.path()) as found:
+        return {os.path.basename(os.readlink(entry.path).rstrip("/")) for entry in found if entry.is_symlink()}
 
 
 def _size(run: Run, name: str) -> int:

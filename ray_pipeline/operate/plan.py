@@ -100,10 +100,15 @@ def plan(config: DmapoConfig, rates: Rates, count: Callable[[str, ModelSettings]
         )
     for stage in stages:
         _price(stage, config, rates)
+    if rates.reply_tokens is not None:
+        told = ", ".join(f"{name} {tokens:g}" for name, tokens in rates.reply_tokens.tokens.items())
+        assumed.append(f"tokens of a reply: {told}; {rates.reply_tokens.source}, {rates.reply_tokens.date}")
     train = _training(config, rates, stages, notes)
     if train is not None:
         stages.append(train)
-        assert rates.train is not None
+        assert rates.train is not None and rates.kept_share is not None
+        kept = rates.kept_share
+        assumed.append(f"kept share of candidates: {kept.share:.1%}; {kept.source}, {kept.date}")
         assumed.append(
             f"train: {rates.train.tokens_per_s:g} tokens/s a worker; {rates.train.source}, {rates.train.date}"
         )
@@ -137,10 +142,12 @@ def work(
     texts, base = config.templates(), config.train.model
     policy, judge = config.candidates.model, config.evaluate.judge
 
+    known = {} if rates.reply_tokens is None else rates.reply_tokens.tokens
+
     def reply(stage: str, most: int) -> tuple[float, bool]:
         for name in (stage, _LIKE.get(stage.split("-")[0], "")):
-            if name in rates.reply_tokens:
-                return min(rates.reply_tokens[name], float(most)), False
+            if name in known:
+                return min(known[name], float(most)), False
         return float(most), True
 
     def mean(model: str, chats: Sequence[Sequence[Message]]) -> float:
@@ -257,7 +264,7 @@ def _training(config: DmapoConfig, rates: Rates, stages: Sequence[StagePlan], no
         notes.append("training is not planned: rates need train.tokens_per_s and kept_share")
         return None
     drawn = stages[0]
-    tokens = (drawn.prompt_tokens + drawn.completion_tokens) * rates.kept_share * config.train.epochs
+    tokens = (drawn.prompt_tokens + drawn.completion_tokens) * rates.kept_share.share * config.train.epochs
     found = StagePlan("train", config.train.model, 0, tokens, 0.0, drawn.bound, float(config.train.num_workers))
     _time(found, tokens / rates.train.tokens_per_s, rates.train.spread, rates.device_hour)
     return found
@@ -290,9 +297,24 @@ def plan_lines(found: Plan) -> list[str]:
         low, high = (sum((w[i] or 0) / w[3] for w in walls) for i in (1, 2))
         shown = f"{duration(sum(w[0] or 0 for w in walls))} ({duration(low)} to {duration(high)})"
         row = f"{row[: len(head)]}{shown:>{_WALL}}{row[len(head) + _WALL :]}"
-    lines += [row, ""]
+    lines += [row, *_interval(found), ""]
     lines += [f"assumed: {text}" for text in found.assumed]
     return lines + [f"note: {text}" for text in found.notes]
+
+
+def _interval(found: Plan) -> list[str]:
+    """How far the total may be off, by the intervals of the rates; nothing where a stage has no time."""
+    if any(stage.device_seconds is None or stage.low is None or stage.high is None for stage in found.stages):
+        return []
+    hours = [sum(getattr(stage, end) for stage in found.stages) / 3600 for end in ("low", "high")]
+    told = f"interval: {hours[0]:.2f} to {hours[1]:.2f} GPU-hours"
+    if found.total("money") is not None:
+        money = [
+            sum((s.money or 0) * (getattr(s, end) / s.device_seconds if s.device_seconds else 1) for s in found.stages)
+            for end in ("low", "high")
+        ]
+        told += f", {money[0]:.2f} to {money[1]:.2f} {found.currency}"
+    return [told]
 
 
 def _line(name: str, model: str, stage: StagePlan, money: float | None) -> str:

@@ -47,6 +47,18 @@ class CallTime(Sourced):
     high: float = Field(ge=0)
 
 
+class ReplyTokens(Sourced):
+    """Mean completion tokens of a call, by stage."""
+
+    tokens: dict[str, float]
+
+
+class KeptShare(Sourced):
+    """Share of the candidates that become KTO rows."""
+
+    share: float = Field(ge=0, le=1)
+
+
 class DevicePrice(Sourced):
     """Price of one device for an hour."""
 
@@ -59,16 +71,15 @@ class Rates(Settings):
 
     Attributes:
         models: by key of `models`.
-        reply_tokens: mean completion tokens a call by stage; where it is missing, the stage's max_tokens, which is an
-            upper bound.
-        kept_share: expected share of candidates that become KTO rows, for training.
+        reply_tokens: where a stage is missing, its max_tokens are taken, which is an upper bound.
+        kept_share: needed to plan training.
     """
 
     models: dict[str, ModelRate] = Field(default_factory=dict)
     stages: dict[str, CallTime] = Field(default_factory=dict, description="go before the rates of the stage's model")
-    reply_tokens: dict[str, float] = Field(default_factory=dict)
+    reply_tokens: ReplyTokens | None = None
     train: TrainRate | None = None
-    kept_share: float | None = Field(None, ge=0, le=1)
+    kept_share: KeptShare | None = None
     device_hour: DevicePrice | None = None
 
 

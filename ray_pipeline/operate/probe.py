@@ -15,12 +15,13 @@ import numpy as np
 from rich.console import Console
 
 from ray_pipeline.config import DmapoConfig
-from ray_pipeline.graph.run import RunSettings, execute
+from ray_pipeline.graph.run import execute
 from ray_pipeline.graph.shard_map import receipt_name
 from ray_pipeline.graph.stage import Dag, StageResult, StageStop
-from ray_pipeline.operate.prices import CallTime, Rates
+from ray_pipeline.operate.prices import CallTime, KeptShare, Rates, ReplyTokens
+from ray_pipeline.operate.run_settings import run_settings
 from ray_pipeline.stages.prompts import load_prompts
-from ray_pipeline.store.files import Folder, StoreError
+from ray_pipeline.store.files import Folder, StoreError, beside
 
 #: Fewer prompts say nothing about a mean.
 _LEAST = 16
@@ -50,18 +51,14 @@ def probe(
     console.print(f"probe: {size} of {total} prompts ({size / total:.1%})", markup=False, highlight=False)
     prompts = config.prompts.model_copy(update={"max_prompts": size, "num_shards": min(config.prompts.num_shards, 8)})
     small = config.model_copy(update={"prompts": prompts})
-    place = f"{folder}-probe"
+    place = beside(folder, "-probe")
     outcome = execute(
         wire(small, place),
-        RunSettings(
-            folder=place,
+        run_settings(
+            small,
+            place,
             calls_root=config.calls_root(folder),
-            num_shards=small.num_shards,
-            config=small.model_dump(mode="json"),
-            ray=config.ray.arguments(),
-            report=small.page().model_dump(mode="json"),
             max_stages=1,  # side by side, stages would slow each other and be measured wrong
-            failure=config.failure,
         ),
         to_group="datasets",
         console=console,
@@ -98,14 +95,10 @@ def measured(results: Mapping[str, StageResult], given: Rates, source: str) -> R
         raise StageStop("every call of the probe was in the call log already, so nothing was measured")
     kept = given.kept_share
     if "gate" in results and (counts := results["gate"].facts["counts"]) and sum(counts.values()):
-        kept = (counts["desirable"] + counts["undesirable"]) / sum(counts.values())
-    return given.model_copy(
-        update={
-            "stages": {**stages, **given.stages},
-            "reply_tokens": {**replies, **given.reply_tokens},
-            "kept_share": kept,
-        }
-    )
+        share = (counts["desirable"] + counts["undesirable"]) / sum(counts.values())
+        kept = KeptShare(share=share, source=source, date=today)
+    lengths = given.reply_tokens or ReplyTokens(tokens=replies, source=source, date=today)
+    return given.model_copy(update={"stages": {**stages, **given.stages}, "reply_tokens": lengths, "kept_share": kept})
 
 
 def _by_shard(result: StageResult) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 
 from ray_pipeline.graph.failures import read_failures
 from ray_pipeline.graph.results import Run
-from ray_pipeline.graph.run import RunSettings, execute
+from ray_pipeline.graph.run import execute, stage_folder
 from ray_pipeline.graph.stage import Dag
+from ray_pipeline.operate.run_settings import run_settings
 from ray_pipeline.store.files import StoreError
 
 Failed = dict[str, tuple[int, ...]]
@@ -46,27 +46,16 @@ def retry_shards(run: Run, dag: Dag, settings: Any, failed: Failed, console: Con
                 f"{run.folder.location}: with this configuration {name} is another stage than the one whose shards "
                 "failed; leave out what changes its output, or use `quorum run`"
             )
+    how = run_settings(settings, run.folder.location, only=failed, lift_quarantine=True)
     groups = [g for g in dag.groups if any(stages[name].group_name == g for name in failed)]
     problems: list[str] = []
     for group in groups:
-        outcome = execute(dag, _settings(run, settings, failed), to_group=group, console=console)
-        problems += [f"{name}: {failure.reason}" for name, failure in outcome.failures.items()]
+        outcome = execute(dag, how, to_group=group, console=console)
+        for name in (name for name in failed if stages[name].group_name == group):
+            if name in outcome.not_run:
+                problems.append(f"{name}: a stage that it reads is not done; `quorum run` makes it")
+            elif name in outcome.failures and read_failures(stage_folder(run.folder.location, stages[name])):
+                problems.append(f"{name}: {outcome.failures[name].reason}")
         if problems:
             break
     return problems
-
-
-def _settings(run: Run, settings: Any, failed: Mapping[str, tuple[int, ...]]) -> RunSettings:
-    folder = run.folder.location
-    return RunSettings(
-        folder=folder,
-        calls_root=settings.calls_root(folder),
-        num_shards=settings.num_shards,
-        config=settings.model_dump(mode="json"),
-        ray=settings.ray.arguments(),
-        report=settings.page().model_dump(mode="json"),
-        max_stages=settings.ray.max_stages,
-        failure=settings.failure,
-        only=failed,
-        lift_quarantine=True,
-    )

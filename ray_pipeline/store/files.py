@@ -295,6 +295,17 @@ def join(location: str, name: str) -> str:
     return f"{path.rstrip('/')}/{name}{query}"
 
 
+def base_name(location: str) -> str:
+    """Last part of a location: the name of a run folder."""
+    return _cut_query(location)[0].rstrip("/").rpartition("/")[2]
+
+
+def beside(location: str, suffix: str) -> str:
+    """Location of the folder whose name is that of another one and a suffix."""
+    path, query = _cut_query(location)
+    return f"{path.rstrip('/')}{suffix}{query}"
+
+
 def _cut_query(location: str) -> tuple[str, str]:
     """A URI's path, and its query with the `?`; of a local path nothing is cut off."""
     if "://" not in location:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +10,7 @@ import typer
 from rich.console import Console
 
 from ray_pipeline.graph.reach import UnreachableFolder, check_location
+from ray_pipeline.store.files import base_name
 from ray_pipeline.submit.job import CONFIG_FOLDER, ClusterLost, Ended, Job, SubmitError, run_job
 from ray_pipeline.submit.package import MAX_BYTES, PackageError, package
 
@@ -35,6 +35,11 @@ def submit(
     ] = None,
     from_stage: Annotated[str | None, typer.Option("--from", help="make this stage and what follows anew")] = None,
     to_stage: Annotated[str | None, typer.Option("--to", help="stop after this stage")] = None,
+    max_cost: Annotated[
+        float | None, typer.Option(help="stop in good order when the run has cost so much, all its sessions together")
+    ] = None,
+    device_hour: Annotated[float | None, typer.Option(help="price of one GPU for an hour, for --max-cost")] = None,
+    log_json: Annotated[bool, typer.Option("--log-json", help="log as JSON lines, for log collectors")] = False,
     address: Annotated[
         str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="the cluster's dashboard")
     ] = "http://127.0.0.1:8265",
@@ -60,12 +65,15 @@ def submit(
         packed.check(max_mib * 2**20)
         named, extra = _config(config, packed.root, packed.sizes)
         command = ["run", dag, "--config", named, *(overrides or [])]
-        for option, value in (("--run-dir", run_dir), ("--from", from_stage), ("--to", to_stage)):
+        given = {"--run-dir": run_dir, "--from": from_stage, "--to": to_stage}
+        given |= {"--max-cost": max_cost, "--device-hour": device_hour}
+        for option, value in given.items():
             if value is not None:
-                command += [option, value]
+                command += [option, str(value)]
+        command += ["--log-json"] if log_json else []
         job = Job(
             command,
-            name=os.path.basename(run_dir.rstrip("/")) if run_dir else Path(named).stem,
+            name=base_name(run_dir) if run_dir else Path(named).stem,
             env=_pairs(env, "--env"),
             resources={k: _amount(k, v) for k, v in _pairs(driver_resource, "--driver-resource").items()},
             labels=_pairs(driver_label, "--driver-label"),

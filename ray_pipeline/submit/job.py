@@ -18,6 +18,8 @@ from ray_pipeline.submit.package import Package
 
 #: Seconds to wait for an answer of the job server before a lost connection is believed, and between two questions.
 PATIENCE_S = 60.0
+#: Seconds that a lost head has to come back before what was cut off is given up.
+AGAIN_S = 10 * PATIENCE_S
 POLL_S = 0.5
 
 #: Folder of the package for a config file that lies outside the working directory.
@@ -104,9 +106,7 @@ def run_job(
     """
     tries = 0
     while True:
-        client = connect(address)
-        id_ = submission_id(job.name)
-        _submit(client, job, package, extra_files or {}, id_)
+        client, id_ = _accepted(address, job, package, extra_files or {}, patience_s=AGAIN_S if tries else 0.0)
         say(f"submitted {id_}: {job.entrypoint}")
         if not wait:
             return Ended("PENDING", None, "")
@@ -122,18 +122,24 @@ def run_job(
             why = (ended.message or ended.status).splitlines()[-1]
         tries += 1
         say(f"{id_} was cut off ({why}); submitting it again, {tries} of {resubmits}")
-        _wait_for_server(address)
 
 
-def _wait_for_server(address: str, patience_s: float = 10 * PATIENCE_S) -> None:
-    """Give a head that went down the time to come back. Raises SubmitError after `patience_s`."""
+def _accepted(
+    address: str, job: Job, package: Package, extra_files: Mapping[str, bytes], patience_s: float
+) -> tuple[Any, str]:
+    """A client, and the id under which the cluster took the job.
+
+    Args:
+        patience_s: a head that went down has so long to come back, and its agents to be there again.
+    """
     end = time.monotonic() + patience_s
     while True:
         try:
-            connect(address)
-            return
+            client, id_ = connect(address), submission_id(job.name)
+            _submit(client, job, package, extra_files, id_)
+            return client, id_
         except SubmitError:
-            if time.monotonic() > end:
+            if time.monotonic() >= end:
                 raise
             time.sleep(10 * POLL_S)
 
@@ -146,7 +152,7 @@ def connect(address: str) -> Any:
         raise SubmitError(f"--address is the URL of the dashboard, for example http://HEAD:8265, not {address}")
     try:
         return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError) as error:
+    except (RuntimeError, OSError) as error:
         raise SubmitError(
             f"no job server answers at {address} ({str(error).splitlines()[0]}). Is the cluster up, with "
             "`ray[default]` on the head? From outside, make a tunnel first (`ray dashboard`, `kubectl port-forward`)"
@@ -178,7 +184,7 @@ def _submit(client: Any, job: Job, package: Package, extra_files: Mapping[str, b
                 entrypoint_resources=dict(job.resources) or None,
                 entrypoint_label_selector=dict(job.labels) or None,
             )
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, OSError) as error:
             raise SubmitError(f"the cluster refuses the job: {error}") from error
 
 

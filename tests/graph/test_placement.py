@@ -84,6 +84,14 @@ def test_tensor_parallelism_stays_inside_one_actor() -> None:
     with pytest.raises(ValidationError, match="tensor_parallel_size 4 needs as many GPUs in one actor"):
         ModelSettings(model="m", tensor_parallel_size=4, placement=Placement(num_gpus=1))
     ModelSettings(model="m", tensor_parallel_size=4, placement=Placement(num_gpus=4))
+
+
+def test_engines_that_share_a_gpu_share_its_memory() -> None:
+    half, whole = Placement(num_gpus=0.5), Placement(num_gpus=1)
+    assert ModelSettings(model="m", placement=half).spec().args == {"gpu_memory_utilization": 0.45}
+    own = {"gpu_memory_utilization": 0.3, "max_num_seqs": 8}
+    assert ModelSettings(model="m", placement=half, args=own).spec().args == own
+    assert ModelSettings(model="m", placement=whole).spec().args == {}
     ModelSettings(model="m", tensor_parallel_size=4)
 
 

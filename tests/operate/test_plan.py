@@ -37,7 +37,8 @@ def letters(key: str, model: Any) -> Any:
 
 def rates(**changes: Any) -> Rates:
     model = {"prompt_tokens_per_s": 1000, "completion_tokens_per_s": 100, "spread": 0.5, **SAID}
-    given = {"models": {"policy": model, "judge": model}, "reply_tokens": {"candidates": 20, "judge": 10, "critic": 5}}
+    lengths = {"tokens": {"candidates": 20, "judge": 10, "critic": 5}, **SAID}
+    given = {"models": {"policy": model, "judge": model}, "reply_tokens": lengths}
     return Rates.model_validate({**given, **changes})
 
 
@@ -64,7 +65,7 @@ def test_calls_and_tokens_are_those_of_the_real_prompts() -> None:
 
 
 def test_without_reply_tokens_a_plan_is_an_upper_bound_and_says_so() -> None:
-    found = plan(pocket(), rates(reply_tokens={}), letters)
+    found = plan(pocket(), rates(reply_tokens=None), letters)
     assert all(stage.bound for stage in found.stages)
     assert by_name(found.stages)["candidates"].completion_tokens == by_name(found.stages)["candidates"].calls * 48
     assert any("upper bound" in note for note in found.notes) and "≤" in "\n".join(plan_lines(found))
@@ -83,13 +84,18 @@ def test_time_and_money_come_from_the_rates_and_name_them() -> None:
     lines = plan_lines(found)
     assert f"{total:.2f}" in next(line for line in lines if line.startswith("all"))
     assert "assumed: a device hour: 3.6 USD; a bench of ours, 2026-11-01" in lines
+    assert "assumed: tokens of a reply: candidates 20, judge 10, critic 5; a bench of ours, 2026-11-01" in lines
+    low, high = (sum(getattr(s, name) or 0 for s in found.stages) for name in ("low", "high"))
+    interval = f"interval: {low / 3600:.2f} to {high / 3600:.2f} GPU-hours, {low / 1000:.2f} to {high / 1000:.2f} USD"
+    assert interval in lines
     assert any("training is not planned" in note for note in found.notes)
 
 
 def test_training_is_planned_where_it_can_be() -> None:
-    found = plan(pocket(), rates(train={"tokens_per_s": 50, **SAID}, kept_share=0.5), letters)
+    found = plan(pocket(), rates(train={"tokens_per_s": 50, **SAID}, kept_share={"share": 0.5, **SAID}), letters)
     drawn, train = by_name(found.stages)["candidates"], by_name(found.stages)["train"]
     tokens = (drawn.prompt_tokens + drawn.completion_tokens) * 0.5 * 2
+    assert "kept share of candidates: 50.0%; a bench of ours, 2026-11-01" in found.assumed
     assert train.device_seconds == pytest.approx(tokens / 50) and train.devices == 2
 
 
@@ -201,9 +207,10 @@ def test_what_receipts_say_becomes_rates(tmp_path: Path) -> None:
     found = measured(results, Rates(), "a probe")
     took = found.stages["judge"]
     assert took.seconds_per_call == pytest.approx(8 / 50) and took.low < 8 / 50 < took.high
-    assert found.reply_tokens == {"judge": 3.0}
+    assert found.reply_tokens is not None and found.reply_tokens.tokens == {"judge": 3.0}
     counts = run.results["gate"].facts["counts"]
-    assert found.kept_share == (counts["desirable"] + counts["undesirable"]) / 160
+    assert found.kept_share is not None and found.kept_share.source == "a probe"
+    assert found.kept_share.share == (counts["desirable"] + counts["undesirable"]) / 160
     planned = by_name(plan(pocket(), found, letters).stages)
     for name in ("judge", "comparisons", "score-responses"):
         assert planned[name].device_seconds == pytest.approx(planned[name].calls * 8 / 50)

@@ -5,21 +5,26 @@ Models sit behind an endpoint on loopback, so that every process is real and non
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import json
 import re
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from ray_pipeline.submit.package import package
-from tests.dags.conftest import Quorum, wait_until
+from tests.dags.conftest import CONFIG, SMALL, Quorum, manifest, small_run, tables, wait_until  # noqa: F401
 from tests.endpoint import Answer, Endpoint, said
 from tests.hosts import hosts_can_be_made
-from tests.ray_nodes import RayNodes
+from tests.ray_nodes import Node, RayNodes
 
 pytestmark = pytest.mark.e2e
 
@@ -30,16 +35,16 @@ SECONDS = 400.0
 
 
 class Replies:
-    """Replies that depend on what is asked and on nothing else; a score takes `seconds`."""
+    """Replies that depend on what is asked and on nothing else; a score takes `seconds`, an answer `answering`."""
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    def __init__(self, seconds: float, answering: float = 0.0) -> None:
+        self.seconds, self.answering = seconds, answering
 
     def __call__(self, body: dict[str, Any], number: int) -> Answer:
         asked = json.dumps([body["messages"], body.get("seed")])
         value = int(hashlib.sha256(asked.encode()).hexdigest(), 16)
         if "response_format" not in body:
-            return said(f"answer {value % 1000}")
+            return dataclasses.replace(said(f"answer {value % 1000}"), delay=self.answering)
         reply = said(json.dumps({"reason": "because", "score": 1 + value % 10}))
         reply.delay = self.seconds
         return reply
@@ -78,24 +83,47 @@ def tree(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_job_is_submitted_and_again_from_a_changed_tree(tree: Path, tmp_path: Path) -> None:
-    run = tmp_path / "shared" / "run"
-    (tree / "job.yaml").write_text(yaml.safe_dump(config("http://127.0.0.1:9/v1")))
-    with RayNodes(cpus=2) as nodes:
+def test_a_job_is_submitted_again_from_a_changed_tree_and_after_the_head_was_lost(tree: Path, tmp_path: Path) -> None:
+    run, key = tmp_path / "shared" / "run", {"QUORUM_TEST_KEY": "x"}
+    with RayNodes(cpus=2) as nodes, Endpoint(Replies(seconds=0.3)) as server:
+        (tree / "job.yaml").write_text(yaml.safe_dump(config(server.url)))
         # The head has no key: a label keeps engines off it, so it needs none.
-        nodes.add(labels=JUDGE, env={"QUORUM_TEST_KEY": "x"})
-        submit = ["submit", "dmapo", "-c", "job.yaml", "--address", nodes.dashboard, "--to", "prompts"]
-        refused = command(nodes, tree, *submit)
-        first = command(nodes, tree, *submit, "--run-dir", str(run))
+        nodes.add(labels=JUDGE, resources={"engine": 1}, env=key)
+        submit = ["submit", "dmapo", "-c", "job.yaml", "--address", nodes.dashboard]
+        refused = command(nodes, tree, *submit, "--to", "prompts")
+        first = command(nodes, tree, *submit, "--to", "candidates", "--run-dir", str(run))
         # The job's own exit code and words come back.
         assert re.search(r"run.root is 'runs'.*absolute path.*s3://", refused.ends(2, SECONDS))
         output = first.ends(0, SECONDS)
         assert "2 nodes read and write in" in output and "24 prompts" in output
         assert not list(run.glob("_probe*"))
 
-        (tree / "job.yaml").write_text(yaml.safe_dump(config("http://127.0.0.1:9/v1", tau=1.0)))
+        (tree / "job.yaml").write_text(yaml.safe_dump(config(server.url, tau=1.0)))
         (tree / "note.py").write_text("changed = True\n")
-        assert re.search(r"prompts +done before", command(nodes, tree, *submit, "--run-dir", str(run)).ends(0, SECONDS))
+        again = command(nodes, tree, *submit, "--to", "gate", "--run-dir", str(run), "--resubmit", "1")
+        wait_until(again, lambda: len(asked(server, "judge")) >= 12)
+        assert nodes.head is not None
+        for node in [nodes.head, *nodes.nodes]:
+            node.kill()
+        nodes.nodes.clear()
+        nodes.start_head()
+        nodes.add(labels=JUDGE, resources={"engine": 1}, env=key)
+        output = again.ends(0, SECONDS)
+
+    assert "was cut off" in output and "submitting it again, 1 of 1" in output
+    assert len(re.findall(r"candidates +done before", output)) == 2
+    assert len(asked(server, "writer")) == 24
+    questions = asked(server, "judge")
+    assert len(set(questions)) == 24 * len(RUBRICS)
+    # What was not flushed when the machines went (2 s of one call at a time) is asked again, and nothing else.
+    assert len(questions) - len(set(questions)) <= 8
+    verdicts = pq.read_table(run / manifest(run)["stages"]["judge"]["path"]).to_pylist()
+    assert len({(v["candidate_id"], v["judge"]) for v in verdicts}) == len(verdicts) == 24 * len(RUBRICS)
+
+
+def asked(server: Endpoint, model: str) -> list[str]:
+    """What a model was asked so far."""
+    return [json.dumps([b["messages"], b.get("seed")]) for b in list(server.asked) if b["model"] == model]
 
 
 def test_a_node_that_joins_gets_actors_and_one_that_dies_costs_no_row(tree: Path, tmp_path: Path) -> None:
@@ -111,7 +139,7 @@ def test_a_node_that_joins_gets_actors_and_one_that_dies_costs_no_row(tree: Path
     ):
 
         def asks() -> list[str]:
-            return [json.dumps(body["messages"]) for body in list(server.asked) if body["model"] == "judge"]
+            return asked(server, "judge")
 
         (tree / "job.yaml").write_text(yaml.safe_dump(config(server.url)))
         judging = command(nodes, tree, "run", "dmapo", "-c", "job.yaml", "--run-dir", str(run), "--to", "gate")
@@ -124,19 +152,112 @@ def test_a_node_that_joins_gets_actors_and_one_that_dies_costs_no_row(tree: Path
         nodes.add(resources={"engine": 1}, labels=JUDGE, env=key, wait=False)
         # An actor has one call under way at a time here, so two at once are two actors.
         wait_until(judging, lambda: server.most_at_once >= 2, seconds=300)
+        assert re.search(r"judge: actor 2 begins on \d+\.\d+\.\d+\.\d+", judging.output)
         replies.seconds = 0.2
         first.kill()
         when = len(asks())
         judging.ends(0, SECONDS)
-        asked = asks()
+        questions = asks()
 
-    assert when < 24 * len(RUBRICS) <= len(asked), "the node died in the middle of the stage"
+    assert when < 24 * len(RUBRICS) <= len(questions), "the node died in the middle of the stage"
     assert len(server.clients) >= (2 if own else 1)
     assert all(h["Authorization"] == "Bearer " + key["QUORUM_TEST_KEY"] for h in server.headers)
-    stages = json.loads((run / "manifest.json").read_text())["stages"]
+    stages = manifest(run)["stages"]
     assert {stages[name]["status"] for name in ("prompts", "candidates", "judge", "gate")} == {"done"}
     verdicts = pq.read_table(run / stages["judge"]["path"]).to_pylist()
     assert len({(v["candidate_id"], v["judge"]) for v in verdicts}) == len(verdicts) == 24 * len(RUBRICS)
     assert {v["parse_status"] for v in verdicts} == {"ok"}
     # What the dead node had not flushed (2 s of one call at a time) is asked again, and nothing else.
-    assert len(asked) - len(set(asked)) <= 8
+    assert len(questions) - len(set(questions)) <= 8
+
+
+def test_nodes_that_die_in_each_stage_cost_no_row(tree: Path, tmp_path: Path) -> None:
+    """In candidates, judge and dataset-rows of one run a node at work is killed, and another one joins."""
+    run, key = tmp_path / "run", {"QUORUM_TEST_KEY": "x"}
+    replies = Replies(seconds=0.2, answering=0.5)
+    # Without a CPU the head makes no table: what has no engine is made on the nodes that are killed.
+    own = hosts_can_be_made()
+    with (
+        RayNodes(cpus=0, dashboard=False, own_addresses=own) as nodes,
+        Endpoint(replies, host=nodes.ip) as server,
+    ):
+        (tree / "job.yaml").write_text(yaml.safe_dump(config(server.url)))
+        arguments = ["run", "dmapo", "-c", "job.yaml", "--to", "datasets"]
+        working = command(nodes, tree, *arguments, "--run-dir", str(run))
+        wait_until(working, lambda: "prompts: done" in working.output)  # the driver sits on the head
+        for _ in range(3):
+            nodes.add(resources={"engine": 1}, labels=JUDGE, env=key)
+        for stage, model in (("candidates", "writer"), ("judge", "judge")):
+            wait_until(working, lambda model=model: len(asked(server, model)) >= 8)
+            kill(nodes, at_work(nodes, "ShardActor"), key)
+            assert f"{stage}: done" not in working.output
+        wait_until(working, lambda: bool(at_work(nodes, "make_shard")) or "dataset-rows: done" in working.output)
+        kill(nodes, at_work(nodes, "make_shard") or nodes.nodes, key)
+        working.ends(0, SECONDS)
+
+        replay = tmp_path / "replay"
+        settings = [f"calls.root={run / 'calls'}", "calls.replay_only=true"]
+        number = len(server.asked)
+        command(nodes, tree, *arguments, "--run-dir", str(replay), *settings).ends(0, SECONDS)
+        assert len(server.asked) == number
+    stages = ("prompts", "candidates", "judge", "gate", "dataset-rows", "datasets")
+    assert tables(replay, stages) == tables(run, stages)
+    for model, calls in (("writer", 24), ("judge", 24 * len(RUBRICS))):
+        questions = asked(server, model)
+        assert len(set(questions)) == calls
+        assert len(questions) - calls <= 16, "more was asked again than a dead node had not flushed"
+
+
+def at_work(nodes: RayNodes, name: str) -> list[Node]:
+    """The worker nodes on which a process of that name runs, as Ray names it while it works."""
+    found = []
+    for node in nodes.nodes:
+        for process in node.processes():
+            with contextlib.suppress(psutil.Error):  # it ended while we looked
+                if name in " ".join(process.cmdline()[:1]):
+                    found.append(node)
+    return found
+
+
+def kill(nodes: RayNodes, at_work: Sequence[Node], env: Mapping[str, str]) -> None:
+    """The first of these nodes dies, and another joins, as with an autoscaler."""
+    at_work[0].kill()
+    nodes.nodes.remove(at_work[0])
+    nodes.add(resources={"engine": 1}, labels=JUDGE, env=env, wait=False)
+
+
+def test_a_node_that_dies_in_training_costs_the_steps_since_its_checkpoint(
+    small_run: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    log, run, place = (
+        shutil.copytree(small_run / "calls", tmp_path / "calls"),
+        tmp_path / "run",
+        {"quorum-role": "train"},
+    )
+    with RayNodes(cpus=2, dashboard=False) as nodes:
+        training = Quorum(
+            *["run", "dmapo", "-c", CONFIG, *SMALL, "--to", "train", "--run-dir", str(run)],
+            *[f"calls.root={log}", "calls.replay_only=true"],
+            *["train.num_workers=1", "train.epochs=6", "train.save_steps=2", "train.label_selector.quorum-role=train"],
+            env={**nodes.env, "RAY_ADDRESS": nodes.address},
+        )
+        wait_until(training, lambda: "datasets: done" in training.output)  # the driver sits on the head
+        nodes.add(labels=place)
+
+        def step() -> int:
+            return next((json.loads(f.read_text())["step"] for f in run.glob("train-*/progress.json")), 0)
+
+        wait_until(training, lambda: step() >= 4)
+        nodes.nodes[0].kill()
+        nodes.nodes.clear()
+        nodes.add(labels=place, wait=False)
+        training.ends(0, SECONDS)
+
+    stage = manifest(run)["stages"]["train"]
+    assert 0 < stage["facts"]["resumed_from"] < stage["facts"]["steps"]
+    metrics = pq.read_table(run / stage["path"] / "train_metrics.parquet").to_pylist()
+    steps = [row["step"] for row in metrics if row["split"] == "train"]
+    assert steps == list(range(1, stage["facts"]["steps"] + 1))
+    stages = ("prompts", "candidates", "judge", "critic", "gate", "dataset-rows", "datasets")
+    assert tables(run, stages) == tables(small_run, stages)
