@@ -102,6 +102,7 @@ class RayNodes:
         # A token is asked for only where this user's Ray has made one, which another test may have done or not.
         path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
         self.env = {"PATH": path, "RAY_AUTH_MODE": "disabled", "RAY_DEDUP_LOGS": "0", **(env or {})}
+        self.env["RAY_metrics_report_interval_ms"] = "1000"
         self.env["RAY_health_check_period_ms"] = "1000"
         self.env["RAY_health_check_failure_threshold"] = "3"
         self.env["RAY_health_check_timeout_ms"] = "3000"
@@ -142,7 +143,7 @@ class RayNodes:
 
     def start_head(self) -> None:
         """Also after the head was killed: at the same addresses, and with nothing of what it knew."""
-        agent, grpc, metrics = free_ports(3)
+        agent, grpc, self._metrics = free_ports(3)
         self.head = Node(
             "--head",
             f"--port={self._port}",
@@ -152,7 +153,7 @@ class RayNodes:
             f"--ray-client-server-port={self._client}",
             f"--dashboard-agent-listen-port={agent}",
             f"--dashboard-agent-grpc-port={grpc}",
-            f"--metrics-export-port={metrics}",
+            f"--metrics-export-port={self._metrics}",
             f"--temp-dir={self.folder}",
             *([f"--node-ip-address={self.ip}"] if self._hosts is not None else []),
             *self._room(self._cpus, 0, self._head_resources, {}),
@@ -209,6 +210,14 @@ class RayNodes:
             return sum(node["Alive"] for node in state.node_table())
         except Exception:  # Of many kinds while it starts; whoever asks waits for an end of his own.
             return 0
+
+    def metrics(self) -> str:
+        """What Prometheus would read from the head, where drivers live; "" while it does not answer."""
+        try:
+            with urllib.request.urlopen(f"http://{self.ip}:{self._metrics}/metrics", timeout=5) as page:
+                return page.read().decode()
+        except OSError:
+            return ""
 
     def _answers(self) -> bool:
         """Whether jobs can be submitted: the servers behind the dashboard come up one after another."""

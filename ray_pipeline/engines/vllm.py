@@ -359,14 +359,15 @@ class VllmEngine:
             self._lora = LoRARequest("policy", 1, _local(self.spec.adapter))
         assert self._server is not None
         with self._server.starts_cores():
-            self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
+            loggers = None if args["disable_log_stats"] else _stat_loggers()
+            self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**args), stat_loggers=loggers)
 
     def _engine_args(self, identity: str, *, cpu: bool) -> dict[str, Any]:
         """What ``AsyncEngineArgs`` is made of: defaults that suit batch work, then the specification."""
         spec = self.spec
         args: dict[str, Any] = {
             "enable_prefix_caching": True,
-            "disable_log_stats": True,  # counting every step costs time and nobody reads it here
+            "disable_log_stats": True,  # counting every step costs time; False exports vLLM's own metrics
             "use_tqdm_on_load": False,
             # Prompts are rendered and tokenised here, by the Hugging Face tokenizer, so the engine must decode with the
             # same: "auto" takes mistral-common for Mistral's repositories.
@@ -626,6 +627,16 @@ def _child_environment(owner: _Reaper, *, cpu: bool) -> Iterator[None]:
             if not name.startswith("VLLM_"):
                 del os.environ[name]
         os.environ.update(before)
+
+
+def _stat_loggers() -> list[Any] | None:
+    """Where vLLM's own metrics go: inside Ray to its Prometheus endpoint, else where vLLM sends them."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return None
+    from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
+
+    return [RayPrometheusStatLogger]
 
 
 def _local(adapter: str) -> str:

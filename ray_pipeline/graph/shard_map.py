@@ -450,7 +450,15 @@ def _mark_death(job: ShardJob, shard: int) -> None:
 
 
 def _read_inputs(job: ShardJob, shard: int) -> dict[str, pa.Table]:
-    return {role: table.read(shard) for role, table in job.inputs.items()}
+    """Raises StageStop where an input is not there: a stage begins when all of it is written, so this node, which may
+    have joined after the run began, does not see the run folder."""
+    try:
+        return {role: table.read(shard) for role, table in job.inputs.items()}
+    except FileNotFoundError as error:
+        raise StageStop(
+            f"{error}: the node {ray.util.get_node_ip_address()} does not see it. Mount the run folder on every node, "
+            "also on those that join later, or use a URI such as s3://bucket/run; then the same command goes on"
+        ) from error
 
 
 def _commit(job: ShardJob, shard: int, output: ShardOutput, usage: Mapping[str, float]) -> Receipt:

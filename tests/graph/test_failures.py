@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from ray_pipeline.graph import shard_map
 from ray_pipeline.graph.failures import FailureLedger, FailurePolicy, read_failures
 from ray_pipeline.graph.inline import make_here
 from ray_pipeline.graph.shard_map import Receipt, ShardActor, ShardJob, make_shard
-from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage, StageStop
+from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage, StageStop, stage_table
 from ray_pipeline.store.calls import scan_calls
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.schemas import DECISIONS
@@ -151,6 +152,18 @@ def test_an_error_that_nobody_foresaw_is_told_in_its_own_words(
     given = job(tmp_path, failing_always, engine, board=LostBoard())
     receipt = make(actor(given)) if engine else columnar(given)
     assert receipt.status == "failed" and str(receipt.error).startswith("ConnectionError: the board is gone")
+
+
+@pytest.mark.parametrize("engine", [None, ScriptedEngine])
+def test_a_node_that_does_not_see_the_run_folder_stops_the_stage_and_is_named(
+    tmp_path: Path, actor: Callable[..., ShardActor], engine: Any
+) -> None:
+    """It may have joined when nobody asked the nodes any more."""
+    unseen = stage_table(str(tmp_path / "elsewhere"), ("prompts",), "prompts", 4, "f")
+    given = dataclasses.replace(job(tmp_path, failing_always, engine), inputs={"prompts": unseen})
+    receipt = make(actor(given)) if engine else columnar(given)
+    assert receipt.status == "stopped"
+    assert re.search(r"elsewhere.*: the node [\d.]+ does not see it. Mount the run folder", str(receipt.error))
 
 
 def test_a_stage_that_stops_in_this_process_says_its_reason_alone(tmp_path: Path) -> None:

@@ -102,6 +102,8 @@ def test_a_job_is_submitted_again_from_a_changed_tree_and_after_the_head_was_los
         (tree / "note.py").write_text("changed = True\n")
         again = command(nodes, tree, *submit, "--to", "gate", "--run-dir", str(run), "--resubmit", "1")
         wait_until(again, lambda: len(asked(server, "judge")) >= 12)
+        calls = r'ray_quorum_calls_total{[^}]*run="run"[^}]*stage="judge"[^}]*} [1-9]'
+        wait_until(again, lambda: re.search(calls, nodes.metrics()) is not None, seconds=10)
         assert nodes.head is not None
         for node in [nodes.head, *nodes.nodes]:
             node.kill()

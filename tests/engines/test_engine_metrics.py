@@ -1,0 +1,51 @@
+"""vLLM's own metrics on Ray's Prometheus endpoint: a real engine in a real actor."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.ray_nodes import RayNodes
+
+pytestmark = pytest.mark.e2e
+
+ANSWERED = r"ray_vllm_request_success_total{[^}]*} 5"
+
+ACTOR = """
+import asyncio, sys, time
+import ray
+from ray_pipeline.engines.base import Sampling
+from ray_pipeline.engines.vllm import VllmEngine, VllmSpec
+
+@ray.remote(num_cpus=0)
+class Actor:
+    async def ask(self, model, n):
+        engine = VllmEngine(VllmSpec(model, dtype="float32", max_model_len=128, args={"disable_log_stats": False}))
+        for i in range(n):
+            await engine.chat([{"role": "user", "content": f"say {i}"}], Sampling(max_tokens=8))
+        await asyncio.sleep(8)  # Ray reports every second here
+        await engine.close()
+
+ray.init(address=sys.argv[1], log_to_driver=False)
+ray.get(Actor.remote().ask.remote(sys.argv[2], 5))
+"""
+
+
+def test_an_engine_that_is_told_to_exports_what_vllm_counts(qwen3: Path) -> None:
+    with RayNodes(cpus=1, dashboard=False) as nodes:
+        command = [sys.executable, "-c", ACTOR, nodes.address, str(qwen3)]
+        asking = subprocess.Popen(command, env={**os.environ, **nodes.env})
+        seen = ""
+        while asking.poll() is None and not re.search(ANSWERED, seen):
+            seen = nodes.metrics() or seen
+            time.sleep(0.2)
+        asking.kill()
+        asking.wait(20)
+    assert re.search(ANSWERED, seen), sorted(set(re.findall(r"^ray_vllm\w+", seen, re.M)))
+    assert "ray_vllm_kv_cache_usage_perc" in seen
