@@ -50,6 +50,7 @@ from ray_pipeline.engines.base import (
 )
 from ray_pipeline.engines.chat_template import ChatTemplate
 from ray_pipeline.engines.core_server import CoreServer, is_cpu_build
+from ray_pipeline.engines.engine_meters import EngineMeters
 from ray_pipeline.engines.identity import ModelNotFound, model_identity, text_digest
 from ray_pipeline.store.local import local_copy
 
@@ -367,7 +368,7 @@ class VllmEngine:
         spec = self.spec
         args: dict[str, Any] = {
             "enable_prefix_caching": True,
-            "disable_log_stats": True,  # counting every step costs time; False exports vLLM's own metrics
+            "disable_log_stats": True,  # counting every step costs time; False exports `engine_meters`
             "use_tqdm_on_load": False,
             # Prompts are rendered and tokenised here, by the Hugging Face tokenizer, so the engine must decode with the
             # same: "auto" takes mistral-common for Mistral's repositories.
@@ -630,13 +631,9 @@ def _child_environment(owner: _Reaper, *, cpu: bool) -> Iterator[None]:
 
 
 def _stat_loggers() -> list[Any] | None:
-    """Where vLLM's own metrics go: inside Ray to its Prometheus endpoint, else where vLLM sends them."""
+    """Where an engine tells what goes on in it: inside Ray to its Prometheus endpoint, else where vLLM sends it."""
     ray = sys.modules.get("ray")
-    if ray is None or not ray.is_initialized():
-        return None
-    from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
-
-    return [RayPrometheusStatLogger]
+    return [EngineMeters] if ray is not None and ray.is_initialized() else None
 
 
 def _local(adapter: str) -> str:
