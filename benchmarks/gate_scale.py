@@ -38,6 +38,8 @@ K = 4
 SHARD = 16_000
 #: Peak memory that must hold at a million candidates.
 LIMIT = 3 * 2**30
+#: How much more a row may cost at the largest size than at the cheapest one.
+FLAT = 1.25
 WORDS = np.array(["the", "answer", "depends", "on", "what", "was", "asked", "and", "why", "it", "holds", "here"])
 
 
@@ -228,6 +230,10 @@ def show(folder: Path, sizes: list[int]) -> None:
     over = [size for size, r in found.items() if r["peak"] > LIMIT]
     if over:
         sys.exit(f"over {LIMIT / 2**30:g} GiB at {over[0]:,} candidates")
+    if cost[-1] > FLAT * min(cost):
+        sys.exit(
+            f"a row costs {cost[-1] / min(cost):.2f} times as much at {sizes[-1]:,} candidates as where it is least"
+        )
 
 
 if __name__ == "__main__":

@@ -79,10 +79,7 @@ def run(
     is not made again.
     """
     from dags import DAGS
-    from ray_pipeline.agreement_config import AGREEMENT_CONFIGS
-    from ray_pipeline.benchmark_config import BenchmarksConfig
-    from ray_pipeline.config import CONFIGS, ConfigError, load_config
-    from ray_pipeline.fellowship_config import FELLOWSHIP_CONFIGS
+    from ray_pipeline.config import ConfigError, load_config
     from ray_pipeline.graph.heartbeat import RunBusy
     from ray_pipeline.graph.reach import check_location, in_a_job
     from ray_pipeline.graph.run import execute, load_result
@@ -90,18 +87,13 @@ def run(
     from ray_pipeline.operate.run_settings import run_settings
     from ray_pipeline.stages.sources import InputError
     from ray_pipeline.store.files import Folder, StoreError, point_at
+    from ray_pipeline.workflows import WORKFLOWS
 
-    configs: dict[str, Any] = {
-        **CONFIGS,
-        **FELLOWSHIP_CONFIGS,
-        **AGREEMENT_CONFIGS,
-        "benchmarks": BenchmarksConfig,
-    }
-    if dag not in configs:
-        raise _refuse(f"there is no workflow {dag!r}; there is {', '.join(configs)}")
+    if dag not in WORKFLOWS:
+        raise _refuse(f"there is no workflow {dag!r}; there is {', '.join(WORKFLOWS)}")
     changes = [*(overrides or []), *(["evaluate.skip_generation=true"] if skip_generation else [])]
     try:
-        settings = load_config(dag, config, changes, configs[dag])
+        settings = load_config(dag, config, changes, WORKFLOWS[dag])
         folder = settings.run_folder(run_dir)
         graph = DAGS[dag](settings, folder)
         if dry_run:

@@ -422,26 +422,34 @@ def load_config(dag: str, name_or_path: str, overrides: Sequence[str] = (), kind
     return config
 
 
-def read_config(dag: str, values: Mapping[str, Any], overrides: Sequence[str] = (), source: str = "config") -> Any:
+def read_config(
+    dag: str,
+    values: Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    source: str = "config",
+    kind: type[Any] | None = None,
+) -> Any:
     """A configuration from plain data, of a run that was checked when it began: types and keys alone are checked here,
     so that neither weights nor trainers are needed.
 
     Args:
         values: what `config.yaml` of a run folder holds.
         source: named in errors.
+        kind: the class of the configuration; default: that of the workflow in CONFIGS.
 
     Raises:
-        ConfigError: as `load_config`, or the workflow keeps no configuration of this kind.
+        ConfigError: as `load_config`, or the workflow is not in CONFIGS and no `kind` is given.
     """
-    if dag not in CONFIGS:
+    kind = CONFIGS.get(dag) if kind is None else kind
+    if kind is None:
         raise ConfigError(f"{source}: {dag} is no workflow that can be read back; there are {', '.join(CONFIGS)}")
     changed = copy.deepcopy(dict(values))
     for override in overrides:
         _apply(changed, override)
     try:
-        return CONFIGS[dag].model_validate(_resolve(changed))
+        return kind.model_validate(_resolve(changed))
     except ValidationError as error:
-        raise ConfigError(_explain(error, CONFIGS[dag], source)) from error
+        raise ConfigError(_explain(error, kind, source)) from error
 
 
 def _read_yaml(name_or_path: str) -> dict[str, Any]:

@@ -140,9 +140,10 @@ def retry(
     Example: `quorum status RUN` (which shards failed, and of what), then `quorum retry RUN`.
     """
     from dags import DAGS
-    from ray_pipeline.config import CONFIGS, load_config, read_config
+    from ray_pipeline.config import load_config, read_config
     from ray_pipeline.graph.results import read_run
     from ray_pipeline.operate.retry import failed_shards, retry_shards
+    from ray_pipeline.workflows import WORKFLOWS
 
     with refused():
         found = read_run(run)
@@ -152,10 +153,10 @@ def retry(
             return
         dag, folder = found.manifest["dag"], found.folder.location
         if config is not None:
-            settings = load_config(dag, config, overrides or [], CONFIGS.get(dag))
+            settings = load_config(dag, config, overrides or [], WORKFLOWS[dag])
         else:
             source = found.folder.uri("manifest.json")
-            settings = read_config(dag, found.manifest["config"], overrides or [], source)
+            settings = read_config(dag, found.manifest["given"], overrides or [], source, WORKFLOWS[dag])
         for stage, shards in failed.items():
             say(f"{stage}: {len(shards)} shards to try again: {', '.join(map(str, shards[:20]))}")
         problems = retry_shards(found, DAGS[dag](settings, folder), settings, failed, Console(soft_wrap=True))

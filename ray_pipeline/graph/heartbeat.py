@@ -89,13 +89,16 @@ class Heartbeat:
                 self._folder.delete(_NAME)
 
     def _run(self) -> None:
+        told = ""
         while not self._stop.wait(self._beat):
             try:
                 mine = self._mine()
                 if mine:
                     self._write()
             except Exception as error:  # A storage hiccup is no reason to end a run; a newcomer decides by silence.
-                self._say(f"heartbeat: {error}")
+                if str(error) != told:
+                    told = str(error)
+                    self._say(f"heartbeat: {told}")
                 continue
             if not mine:
                 self.lost = True

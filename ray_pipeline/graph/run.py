@@ -67,6 +67,7 @@ class RunSettings:
         folder: of the run; absolute path or URI.
         calls_root: folder of the call log.
         config: the resolved configuration, for config.yaml and the manifest.
+        given: what of it was given and is no default, for commands that read it back.
         report: what the report says beside the tables, kept in the manifest so that it can be written anew.
         ray: arguments of `ray.init`.
         replay_only: answer every LLM call from the log, and fail where it cannot.
@@ -83,6 +84,7 @@ class RunSettings:
     calls_root: str
     num_shards: int
     config: Mapping[str, Any]
+    given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     ray: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     report: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     replay_only: bool = False
@@ -411,6 +413,13 @@ def _show(
         board.stop.remote("*", reason)
 
 
+class _LogFile(logging.FileHandler):
+    """A log whose disk may be full by now: the stage that cannot write says so, once and in words."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
 class _RunLog:
     """Lines to the terminal and to logs/TIMESTAMP.log of a local run folder."""
 
@@ -433,7 +442,7 @@ class _RunLog:
             name = f"logs/{stamp}.{'jsonl' if self._json else 'log'}"
             try:
                 os.makedirs(self._folder.path("logs"), exist_ok=True)
-                self._handlers.append(logging.FileHandler(self._folder.path(name), encoding="utf-8"))
+                self._handlers.append(_LogFile(self._folder.path(name), encoding="utf-8"))
             except OSError as error:
                 raise not_written(self._folder.uri("logs"), error) from error
         for handler in self._handlers:
@@ -478,6 +487,7 @@ class _Manifest:
             "dag": dag.name,
             "config_digest": digest(dict(settings.config)),
             "config": dict(settings.config),
+            "given": dict(settings.given),
             "report": dict(settings.report),
             "num_shards": settings.num_shards,
             "calls_root": settings.calls_root,

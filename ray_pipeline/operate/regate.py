@@ -93,8 +93,8 @@ def regate(run: Run, overrides: Sequence[str]) -> Regate:
         if name not in run.results:
             raise StoreError(f"{run.folder.location}: {name} is not done yet, so there is nothing to gate")
     source = run.folder.uri("manifest.json")
-    before = read_config("dmapo", run.manifest["config"], source=source)
-    after = read_config("dmapo", run.manifest["config"], overrides, source="quorum regate")
+    before = read_config("dmapo", run.manifest["given"], source=source)
+    after = read_config("dmapo", run.manifest["given"], overrides, source="quorum regate")
     if after.gate.use_critic and "critic" not in run.results:
         raise StoreError(f"{run.folder.location}: critic is not done; run it, or add gate.use_critic=false")
     return Regate(run, before, after)
@@ -209,6 +209,7 @@ def write(given: Regate, say: Callable[[str], None], beat_seconds: float = BEAT_
         manifest = {
             **run.manifest,
             "config": plain,
+            "given": config.model_dump(mode="json", exclude_unset=True),
             "config_digest": digest(plain),
             "report": config.page().model_dump(mode="json"),
             "stages": _entries(run.manifest["stages"], made, results),

@@ -23,6 +23,7 @@ def run_settings(config: Any, folder: str, **other: Any) -> RunSettings:
         "calls_root": config.calls_root(folder),
         "num_shards": config.num_shards,
         "config": config.model_dump(mode="json"),
+        "given": config.model_dump(mode="json", exclude_unset=True),
         "ray": config.ray.arguments(),
         "report": config.page().model_dump(mode="json"),
         "replay_only": config.calls.replay_only,

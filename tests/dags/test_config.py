@@ -15,9 +15,11 @@ from pydantic import BaseModel, ValidationError
 from dags.dmapo import dmapo
 from ray_pipeline import config as module
 from ray_pipeline.config import CONFIGS as CONFIGS_OF
-from ray_pipeline.config import BaselinesConfig, ConfigError, DmapoConfig, load_config
+from ray_pipeline.config import BaselinesConfig, ConfigError, DmapoConfig, load_config, read_config
 from ray_pipeline.graph.run import stage_folder
+from ray_pipeline.operate.run_settings import run_settings
 from ray_pipeline.training.spec import TrainingInputError
+from ray_pipeline.workflows import WORKFLOWS
 
 CONFIGS = Path(module.__file__).parents[1] / "configs"
 
@@ -531,3 +533,23 @@ def test_wrong_values_never_raise_anything_but_a_validation_error(values: dict[s
                 DmapoConfig.model_validate(changed(values, key, odd))
             except ValidationError as error:
                 assert module._explain(error, DmapoConfig, "f").startswith("f: ")
+
+
+@pytest.mark.parametrize(
+    ("dag", "name"),
+    [
+        ("dmapo", "pocket"),
+        ("baselines", "pocket_baselines"),
+        ("fellowship", "pocket_fellowship"),
+        ("agreement", "pocket_agreement"),
+        ("winrate", "winrate"),
+    ],
+)
+def test_what_a_run_folder_keeps_of_its_configuration_can_be_read_back(dag: str, name: str, tmp_path: Path) -> None:
+    """`quorum retry` reads it from the manifest."""
+    recorded = tmp_path / "recorded.jsonl.gz"
+    recorded.touch()
+    changes = [f"data.path={recorded}"] if dag == "winrate" else []
+    config = load_config(dag, name, changes, WORKFLOWS[dag])
+    kept = json.loads(json.dumps(run_settings(config, str(tmp_path)).given))
+    assert read_config(dag, kept, [], "manifest.json", WORKFLOWS[dag]) == config

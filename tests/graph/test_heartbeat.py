@@ -139,10 +139,10 @@ def test_a_storage_hiccup_stops_no_heart(folder: Folder, monkeypatch: pytest.Mon
             return read(self, name)
 
         monkeypatch.setattr(Folder, "read_json", sometimes)
-        assert until(lambda: len(said) == 2)
+        assert until(lambda: bool(said))
         before = mine._count
         assert until(lambda: mine._count > before + 1) and not mine.lost
-    assert str(error) in said[0]
+    assert len(said) == 1 and str(error) in said[0]  # twice the same is told once
 
 
 @pytest.mark.parametrize("stale", [True, False])

@@ -54,6 +54,7 @@ def plant(folder: Path, world: World | None = None, *overrides: str) -> Path:
         "dag": "dmapo",
         "config_digest": "0" * 32,
         "config": config.model_dump(mode="json"),
+        "given": config.model_dump(mode="json", exclude_unset=True),
         "report": config.page().model_dump(mode="json"),
         "num_shards": SHARDS,
         "calls_root": f"{folder}/calls",
