@@ -26,6 +26,8 @@ from ray_pipeline.store.files import Folder, StoreError, beside
 #: Fewer prompts say nothing about a mean.
 _LEAST = 16
 _DRAWS = 500
+#: By which share the speed of the whole run may be off a probe's, whose engine is seldom full: as in a rates file.
+_SPREAD = 0.25
 
 
 def probe(
@@ -73,8 +75,8 @@ def probe(
 
 
 def measured(results: Mapping[str, StageResult], given: Rates, source: str) -> Rates:
-    """Rates from a run's receipts: tokens a reply, device seconds a call with a 95 % bootstrap interval over shards,
-    and the share of candidates that the gate kept. Engine starts are left out.
+    """Rates from a run's receipts: tokens a reply, device seconds a call with an interval, and the share of candidates
+    that the gate kept. Engine starts are left out.
 
     Raises:
         StageStop: no stage made a call.
@@ -83,14 +85,14 @@ def measured(results: Mapping[str, StageResult], given: Rates, source: str) -> R
     replies: dict[str, float] = {}
     stages: dict[str, CallTime] = {}
     for name, result in results.items():
-        calls, tokens, seconds = _by_shard(result)
+        calls, replied, tokens, seconds = _by_shard(result)
         if calls.sum() <= 0:
             continue
-        replies[name] = float(tokens.sum() / calls.sum())
-        low, high = _interval(seconds, calls)
-        stages[name] = CallTime(
-            seconds_per_call=float(seconds.sum() / calls.sum()), low=low, high=high, source=source, date=today
-        )
+        replies[name] = float(replied.sum() / calls.sum())
+        took = max(0.0, float(seconds.sum() / calls.sum()))
+        short, long = _interval(tokens, calls)
+        low, high = took * short / (1 + _SPREAD), took * long * (1 + _SPREAD)
+        stages[name] = CallTime(seconds_per_call=took, low=low, high=high, source=source, date=today)
     if not stages:
         raise StageStop("every call of the probe was in the call log already, so nothing was measured")
     kept = given.kept_share
@@ -101,24 +103,27 @@ def measured(results: Mapping[str, StageResult], given: Rates, source: str) -> R
     return given.model_copy(update={"stages": {**stages, **given.stages}, "reply_tokens": lengths, "kept_share": kept})
 
 
-def _by_shard(result: StageResult) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Engine calls, completion tokens and device seconds (engine start left out) of each shard."""
-    rows: list[tuple[float, float, float]] = []
+def _by_shard(result: StageResult) -> tuple[np.ndarray, ...]:
+    """Engine calls, completion tokens, all tokens and device seconds (engine start left out) of each shard."""
+    rows: list[tuple[float, ...]] = []
     if result.usage.get("calls_engine"):
         receipts = Folder(result.folder) / "_receipts"
         for shard in range(result.num_shards):
             usage: dict[str, Any] = receipts.read_json(receipt_name(shard))["usage"]
             busy = usage.get("device_seconds", 0.0) - usage.get("start_seconds", 0.0)
-            rows.append((usage.get("calls_engine", 0.0), usage.get("completion_tokens", 0.0), busy))
-    table = np.array(rows or [(0.0, 0.0, 0.0)])
-    return table[:, 0], table[:, 1], table[:, 2]
+            replied = usage.get("completion_tokens", 0.0)
+            rows.append((usage.get("calls_engine", 0.0), replied, replied + usage.get("prompt_tokens", 0.0), busy))
+    return tuple(np.array(rows or [(0.0,) * 4]).T)
 
 
-def _interval(seconds: np.ndarray, calls: np.ndarray) -> tuple[float, float]:
+def _interval(tokens: np.ndarray, calls: np.ndarray) -> tuple[float, float]:
+    """How far the tokens of a call are off the mean in other prompts: a 95 % bootstrap interval over shards, as shares.
+
+    Of tokens and not of seconds: shards of an actor share its time, and which of them reports it is luck.
+    """
     rng = np.random.default_rng(0)
     draws = rng.integers(0, len(calls), (_DRAWS, len(calls)))
     asked = calls[draws].sum(axis=1)
-    ratios = seconds[draws].sum(axis=1)[asked > 0] / asked[asked > 0]
-    # A shard whose actor's time was reported by its neighbour may look free: the interval never dips below nought.
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    return max(0.0, float(low)), max(0.0, float(high))
+    ratios = tokens[draws].sum(axis=1)[asked > 0] / asked[asked > 0]
+    low, high = np.quantile(ratios / (tokens.sum() / calls.sum()), [0.025, 0.975])
+    return float(low), float(high)

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ray_pipeline.store import files
-from ray_pipeline.store.files import Folder, ForeignFile, StoreError, TornFile, point_at
+from ray_pipeline.store.files import Folder, ForeignFile, StoreError, TornFile, base_name, beside, point_at
 from ray_pipeline.store.schemas import CRITIQUES, PROMPTS, TABLES, to_table
 from ray_pipeline.store.tables import ShardedTable, shard_name
 
@@ -298,3 +298,18 @@ def test_a_folder_that_is_made_while_it_is_listed(tmp_path: Path) -> None:
             seen = list(pool.map(work, [round_] * 6, range(6)))
             assert all(set(names) <= set("012345") for names in seen)
             assert Folder(f"{tmp_path / str(round_)}/stage").folders() == ["attempts"]
+
+
+@pytest.mark.parametrize(
+    ("location", "name", "probe"),
+    [
+        ("/runs/a", "a", "/runs/a-probe"),
+        ("s3://bucket/runs/a", "a", "s3://bucket/runs/a-probe"),
+        ("s3://bucket/runs/a?region=r&scheme=http", "a", "s3://bucket/runs/a-probe?region=r&scheme=http"),
+    ],
+)
+def test_names_are_of_the_path_and_not_of_what_a_uri_says_of_its_filesystem(
+    location: str, name: str, probe: str
+) -> None:
+    assert base_name(location) == name
+    assert beside(location, "-probe") == probe
