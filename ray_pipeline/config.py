@@ -68,6 +68,19 @@ class CallsBlock(Settings):
         return normalise_location(self.root or join(run_folder, "calls"))
 
 
+class TablesRoom(Settings):
+    """On which nodes the tables of stages without an engine are made, a shard a task of one CPU."""
+
+    label_selector: dict[str, str] = Field(default_factory=dict, description="labels of the nodes that may be used")
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict, description="custom resources that a task takes"
+    )
+
+    def arguments(self) -> dict[str, Any]:
+        """What a Ray task takes."""
+        return {name: value for name, value in self.model_dump().items() if value}
+
+
 class RayBlock(Settings):
     """The `ray` block: which cluster, and what a local one may use."""
 
@@ -79,9 +92,11 @@ class RayBlock(Settings):
         None, ge=1, description="stages at work at once; default: all whose inputs are there (set it without GPUs)"
     )
 
+    tables: TablesRoom = TablesRoom()
+
     def arguments(self) -> dict[str, Any]:
         """What `ray.init` takes."""
-        return {k: v for k, v in self.model_dump(exclude={"max_stages"}).items() if v is not None}
+        return {k: v for k, v in self.model_dump(exclude={"max_stages", "tables"}).items() if v is not None}
 
 
 def check_kinds(train: TrainSettings, datasets: DatasetsConfig, evaluate: EvaluateSettings) -> None:

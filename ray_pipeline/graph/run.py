@@ -72,6 +72,7 @@ class RunSettings:
         ray: arguments of `ray.init`.
         replay_only: answer every LLM call from the log, and fail where it cannot.
         max_stages: how many stages may be at work at once; None: all whose inputs are there.
+        tables: what Ray is told of tasks that make shards without an engine: labels and custom resources.
         failure: what becomes of shards that fail.
         only: by stage, the shards to make, and none of other sharded stages; where it is None, all that are missing.
         budget: what the run may cost, over all sessions.
@@ -89,6 +90,7 @@ class RunSettings:
     report: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     replay_only: bool = False
     max_stages: int | None = None
+    tables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     failure: FailurePolicy = dataclasses.field(default_factory=FailurePolicy)
     only: Mapping[str, tuple[int, ...]] | None = None
     lift_quarantine: bool = False
@@ -295,6 +297,7 @@ def _run_tasks(
                     board,
                     settings.failure,
                     None if settings.only is None else settings.only.get(stage.name, ()),
+                    settings.tables,
                 )
                 for stage in stages
             ]

@@ -135,11 +135,14 @@ def check_room(stage: str, work: ShardWork) -> None:
         )
 
 
-def map_shards(jobs: Sequence[ShardJob], shards: Sequence[tuple[str, int]]) -> Iterable[Receipt]:
+def map_shards(
+    jobs: Sequence[ShardJob], shards: Sequence[tuple[str, int]], room: Mapping[str, Any] | None = None
+) -> Iterable[Receipt]:
     """Make the given shards (stage and number), in about their order; yields a receipt as each is done.
 
     Args:
         jobs: of one stage, or of several with the same engine and placement: they share the actors.
+        room: labels and custom resources for tasks without an engine; an engine's are in its placement.
 
     Raises:
         StageStop: the actors would hold every CPU.
@@ -167,7 +170,14 @@ def map_shards(jobs: Sequence[ShardJob], shards: Sequence[tuple[str, int]]) -> I
         )
     else:
         (job,) = jobs
-        dataset = dataset.map_batches(make_shard, batch_size=1, fn_args=(job,), compute=TaskPoolStrategy(), num_cpus=1)  # type: ignore[arg-type]
+        dataset = dataset.map_batches(
+            make_shard,  # type: ignore[arg-type]
+            batch_size=1,
+            fn_args=(job,),
+            compute=TaskPoolStrategy(),
+            num_cpus=1,
+            **(room or {}),
+        )
     for row in dataset.iter_rows():
         yield Receipt(**json.loads(row["receipt"]))
 

@@ -55,6 +55,7 @@ class StageJob:
     board: Any
     policy: FailurePolicy
     only: tuple[int, ...] | None
+    room: Mapping[str, Any]
 
 
 def explain(stage: str, error: BaseException) -> Failure:
@@ -156,7 +157,7 @@ def _run_sharded(jobs: Sequence[StageJob], inputs: Sequence[Mapping[str, StageRe
     begin = time.monotonic()
     try:
         if todo:
-            for receipt in map_shards([stage.shard_job() for stage in at_work.values()], todo):
+            for receipt in map_shards([stage.shard_job() for stage in at_work.values()], todo, jobs[0].room):
                 at_work[receipt.stage].take(receipt)
     except Exception as error:  # what is done of them is kept
         return [ends.get(job.name) or explain(job.name, error) for job in jobs]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import ray
 from pydantic import Field, model_validator
@@ -47,6 +47,9 @@ class TrainSettings(Settings):
     use_gpu: bool | None = Field(None, description="default: where the cluster has GPUs")
     cpus_per_worker: float = Field(1, gt=0)
     label_selector: dict[str, str] = Field(default_factory=dict, description="labels of the nodes that may be used")
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict, description="custom resources that a worker takes"
+    )
     autoscaling: bool = Field(
         False, description="wait for nodes that come on demand, and do not refuse for lack of them"
     )
@@ -95,7 +98,16 @@ class _Given(Settings):
 
 
 #: Settings that say how to run and not what to learn.
-_NOT_LEARNT = {"use_gpu", "cpus_per_worker", "label_selector", "autoscaling", "max_failures", "report_to", "save_steps"}
+_NOT_LEARNT = {
+    "use_gpu",
+    "cpus_per_worker",
+    "label_selector",
+    "resources",
+    "autoscaling",
+    "max_failures",
+    "report_to",
+    "save_steps",
+}
 
 
 def train(
@@ -153,6 +165,7 @@ def train_policy(given: WholeInput) -> dict[str, Any]:
         use_gpu=use_gpu,
         cpus_per_worker=train.cpus_per_worker,
         label_selector=train.label_selector,
+        resources=train.resources,
         autoscaling=train.autoscaling,
         seed=train.seed,
         beta=train.beta,

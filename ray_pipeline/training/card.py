@@ -11,7 +11,16 @@ from ray_pipeline.training.methods import METHODS
 from ray_pipeline.training.spec import TrainSpec
 
 #: Fields that say where a run happened, not what was trained.
-_NOT_IN_CARD = ("output_dir", "storage_path", "card", "schedule_timeout_s", "autoscaling", "max_failures")
+_NOT_IN_CARD = (
+    "output_dir",
+    "storage_path",
+    "card",
+    "schedule_timeout_s",
+    "autoscaling",
+    "max_failures",
+    "label_selector",
+    "resources",
+)
 
 
 def model_card(

@@ -61,7 +61,7 @@ def fit(spec: TrainSpec, warn: Callable[[str], None] = logger.warning) -> TrainR
             os.makedirs(place, exist_ok=True)
 
     storage = Folder(spec.storage_path)
-    resources = {"CPU": spec.cpus_per_worker, **({"GPU": 1.0} if spec.use_gpu else {})}
+    resources = {"CPU": spec.cpus_per_worker, **({"GPU": 1.0} if spec.use_gpu else {}), **spec.resources}
     trainer = TorchTrainer(
         _train,  # type: ignore[arg-type]  # Train V2 keeps what it returns; the types are V1's
         train_loop_config={"spec": spec.to_dict()},

@@ -246,7 +246,7 @@ def check_cluster(spec: TrainSpec) -> None:
     """
     import ray
 
-    need = {"CPU": spec.cpus_per_worker, **({"GPU": 1.0} if spec.use_gpu else {})}
+    need = {"CPU": spec.cpus_per_worker, **({"GPU": 1.0} if spec.use_gpu else {}), **spec.resources}
     if spec.autoscaling:
         return
     nodes = [

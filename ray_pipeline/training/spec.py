@@ -59,6 +59,7 @@ class TrainSpec:
             contain a fingerprint of settings and data.
         num_workers: data-parallel workers, each with `cpus_per_worker` CPUs and, with `use_gpu`, one GPU.
         label_selector: labels of the nodes that workers may run on; {}: any.
+        resources: custom resources that each worker takes, beside CPUs and GPU.
         beta: the β of the method's paper (λ in ORPO's); None takes the one published with the method.
         epochs: passes over the data; a fraction is fine.
         batch_size: rows per worker and micro-batch; KTO needs at least 2 and estimates its KL term on each.
@@ -97,6 +98,7 @@ class TrainSpec:
     use_gpu: bool = False
     cpus_per_worker: float = 1
     label_selector: dict[str, str] = field(default_factory=dict)
+    resources: dict[str, float] = field(default_factory=dict)
     seed: int = 0
     beta: float | None = None
     learning_rate: float = 5e-5

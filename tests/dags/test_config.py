@@ -365,6 +365,7 @@ OPERATIONAL = (
     "train.use_gpu",
     "train.cpus_per_worker",
     "train.label_selector",
+    "train.resources",
     "train.autoscaling",
     "train.max_failures",
     "train.report_to",

@@ -96,7 +96,7 @@ def test_engines_that_share_a_gpu_share_its_memory() -> None:
 
 
 def test_placement_of_training_is_nothing_that_is_learnt() -> None:
-    one, other = TrainSettings(), TrainSettings(label_selector=JUDGING, autoscaling=True)
+    one, other = TrainSettings(), TrainSettings(label_selector=JUDGING, resources={"slot": 1}, autoscaling=True)
     assert one.model_dump(exclude=_NOT_LEARNT) == other.model_dump(exclude=_NOT_LEARNT)
 
 
