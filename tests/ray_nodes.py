@@ -108,6 +108,7 @@ class RayNodes:
         self.env["RAY_health_check_timeout_ms"] = "3000"
         self.head: Node | None = None
         self.nodes: list[Node] = []
+        self._metrics: list[str] = []
         self._numbers = itertools.count()
 
     @property
@@ -143,7 +144,8 @@ class RayNodes:
 
     def start_head(self) -> None:
         """Also after the head was killed: at the same addresses, and with nothing of what it knew."""
-        agent, grpc, self._metrics = free_ports(3)
+        agent, grpc, metrics = free_ports(3)
+        self._metrics.append(f"{self.ip}:{metrics}")
         self.head = Node(
             "--head",
             f"--port={self._port}",
@@ -153,7 +155,7 @@ class RayNodes:
             f"--ray-client-server-port={self._client}",
             f"--dashboard-agent-listen-port={agent}",
             f"--dashboard-agent-grpc-port={grpc}",
-            f"--metrics-export-port={self._metrics}",
+            f"--metrics-export-port={metrics}",
             f"--temp-dir={self.folder}",
             *([f"--node-ip-address={self.ip}"] if self._hosts is not None else []),
             *self._room(self._cpus, 0, self._head_resources, {}),
@@ -173,9 +175,12 @@ class RayNodes:
     ) -> Node:
         before = self._living() if wait else 0
         host, ip = ([], None) if self._hosts is None else self._hosts.add()
+        (metrics,) = free_ports(1)
+        self._metrics.append(f"{ip or self.ip}:{metrics}")
         node = Node(
             f"--address={self.address}",
             *([f"--node-ip-address={ip}"] if ip else []),
+            f"--metrics-export-port={metrics}",
             # Of its own, as on a machine of its own: a node unpacks a job's package anew, also under one that reads it.
             f"--temp-dir={self.folder}/{next(self._numbers)}",
             *self._room(cpus, gpus, resources or {}, labels or {}),
@@ -212,12 +217,12 @@ class RayNodes:
             return 0
 
     def metrics(self) -> str:
-        """What Prometheus would read from the head, where drivers live; "" while it does not answer."""
-        try:
-            with urllib.request.urlopen(f"http://{self.ip}:{self._metrics}/metrics", timeout=5) as page:
-                return page.read().decode()
-        except OSError:
-            return ""
+        """What Prometheus would read from all nodes that answer."""
+        pages = []
+        for address in self._metrics:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://{address}/metrics", timeout=5) as page:
+                pages.append(page.read().decode())
+        return "\n".join(pages)
 
     def _answers(self) -> bool:
         """Whether jobs can be submitted: the servers behind the dashboard come up one after another."""

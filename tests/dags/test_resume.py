@@ -200,3 +200,17 @@ def engine_cores(quorum: Quorum) -> list[psutil.Process]:
 
 def actors(quorum: Quorum) -> list[psutil.Process]:
     return [p for p in quorum.actors.values() if p.is_running()]
+
+
+def test_two_runs_at_once_share_a_call_log(tmp_path: Path) -> None:
+    log = tmp_path / "calls"
+    folders = [tmp_path / "one", tmp_path / "other"]
+    candidates = [*SMALL, "--to", "candidates", f"calls.root={log}"]
+    both = [Quorum("run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), *candidates) for folder in folders]
+    for quorum in both:
+        quorum.ends(0)
+    # What both asked at the same moment lies there twice, and may differ: their engines had other batches.
+    assert calls_of(log, "candidates") == 4 * COUNT
+    again = tmp_path / "again"
+    run("run", "dmapo", "-c", CONFIG, "--run-dir", str(again), *candidates, "calls.replay_only=true")
+    assert engine_calls(again) == {} and manifest(again)["stages"]["candidates"]["rows"] == {"candidates": 4 * COUNT}
