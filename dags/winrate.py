@@ -1,6 +1,9 @@
-"""Win rates: recorded pairwise verdicts of configurations against baselines → the table of win rates.
+"""Win rates of configurations against baselines.
 
-items → winrate
+recorded verdicts ─────────────────────────────────────→ winrate
+
+prompts ─┬→ each model alone ──┬→ versus (one judge) ──→ winrate
+         └→ its feedback loops ┘
 """
 
 from __future__ import annotations
@@ -8,9 +11,16 @@ from __future__ import annotations
 from ray_pipeline.agreement_config import WinrateConfig
 from ray_pipeline.graph.stage import Dag
 from ray_pipeline.stages.agreement import items_stage, report_stage
+from ray_pipeline.stages.columnar import prompts
+from ray_pipeline.stages.versus import versus_stages
 
 
 def winrate(config: WinrateConfig, run_folder: str) -> Dag:
     """The workflow as a DAG."""
-    items = items_stage(config.data)
-    return Dag("winrate", [items, report_stage(config.page(), items)])
+    if config.live is None:
+        assert config.data is not None
+        items = items_stage(config.data)
+        return Dag("winrate", [items, report_stage(config.page(), items)])
+    asked = prompts(config.live.prompts)
+    answering, compared = versus_stages(config.live, config.failure, config.models, asked)
+    return Dag("winrate", [asked, *answering, compared, report_stage(config.page(), compared)])

@@ -217,12 +217,12 @@ def rewrite_page(run: Run) -> Folder:
     Raises:
         StoreError: its items are not there yet.
     """
-    if "items" not in run.results:
+    results = [result for result in run.results.values() if "ballots" in result.tables]
+    if not any("items" in result.tables for result in results):
         raise StoreError(f"{run.folder.location} has no items yet; `quorum run` makes them")
     page = AgreementPage.model_validate(run.manifest["report"])
     done = page.workflow in run.results
     name = run.manifest["stages"][page.workflow]["path"] if done else f"report-{run.manifest['config_digest']}"
-    results = [result for result in run.results.values() if "ballots" in result.tables]
     try:
         with written_here(run.folder / name) as folder:
             write_page(page, results, folder)

@@ -177,7 +177,7 @@ async def _ask(
     key = {"item_id": item["item_id"], "prompt_id": item["prompt_id"], "strategy": strategy.name, "judge": judge.name}
     given.tick(1)
     if not askable(item):
-        return [{**key, "voice": "", **_skipped()}]
+        return [{**key, "voice": "", **skipped_ballot()}]
     found = await decide(
         given.engine.bound(item["prompt_id"], f"ask/{strategy.name}"),
         [{"role": "user", "content": item["question"]}],
@@ -201,7 +201,7 @@ async def _debate(
     given.tick(1)
     if not askable(item):
         roles = [role.name for role in settings.templates.roles]
-        return [{**key, "strategy": "debate", "voice": role, **_skipped()} for role in roles], []
+        return [{**key, "strategy": "debate", "voice": role, **skipped_ballot()} for role in roles], []
     found: Debated = await debate(
         given.engine.bound(item["prompt_id"], "debate"),
         [{"role": "user", "content": item["question"]}],
@@ -252,7 +252,8 @@ def _order(order: tuple[int, ...]) -> str:
     return "ab" if order == (0, 1) else "ba"
 
 
-def _skipped() -> dict[str, Any]:
+def skipped_ballot() -> dict[str, Any]:
+    """Columns of a ballot for which nobody was asked: something that a judge must see is not there."""
     nothing = dict.fromkeys(("score_a", "score_b", "vote", "reason", "raw"))
     return {"order": "ab", **nothing, "parse_status": "skipped"}
 

@@ -48,18 +48,15 @@ class ReviewerSettings(Settings):
     sampling: SamplingSettings | None = Field(None, description="default: the block's `reviewing`")
 
 
-class LoopSettings(Settings):
-    """The `loop` block.
+class LoopRules(Settings):
+    """How a feedback loop goes, whoever takes part.
 
     Attributes:
-        generator: a key of `models`.
         responses: N, how many responses a prompt has at most; all but the last are reviewed.
         sampling: of responses and revisions; `reviewing` is of the reviews.
         templates: built-in name or YAML file of what reviewers and generator are told.
     """
 
-    generator: str = "generator"
-    reviewers: tuple[ReviewerSettings, ...] = Field((ReviewerSettings(name="reviewer"),), min_length=1)
     responses: int = Field(3, ge=1, le=26)
     seed: int = 0
     sampling: SamplingSettings = _PUBLISHED
@@ -72,6 +69,20 @@ class LoopSettings(Settings):
     def _published(cls, given: Any) -> Any:
         """A block that sets one key keeps the published others."""
         return {**_PUBLISHED.model_dump(), **given} if isinstance(given, Mapping) else given
+
+    def texts(self) -> FeedbackTemplates:
+        return load_feedback_templates(self.templates)
+
+
+class LoopSettings(LoopRules):
+    """The `loop` block: how the loop goes, and who takes part.
+
+    Attributes:
+        generator: a key of `models`.
+    """
+
+    generator: str = "generator"
+    reviewers: tuple[ReviewerSettings, ...] = Field((ReviewerSettings(name="reviewer"),), min_length=1)
 
     @model_validator(mode="after")
     def _distinct(self) -> LoopSettings:
@@ -98,9 +109,6 @@ class LoopSettings(Settings):
         """Keys of the models that review, in the order in which reviewers name them."""
         return list(dict.fromkeys(r.model for r in self.reviewers))
 
-    def texts(self) -> FeedbackTemplates:
-        return load_feedback_templates(self.templates)
-
 
 class _Generate(Settings):
     k: int
@@ -119,9 +127,19 @@ class _Review(Settings):
 
 
 def feedback_stages(
-    settings: LoopSettings, failure: FailureSettings, models: Mapping[str, ModelSettings], prompts: Stage
+    settings: LoopSettings,
+    failure: FailureSettings,
+    models: Mapping[str, ModelSettings],
+    prompts: Stage,
+    *,
+    prefix: str = "",
+    first: Stage | None = None,
 ) -> tuple[Stage, list[Stage], list[Stage]]:
     """The loop over all prompts.
+
+    Args:
+        prefix: before the names of the stages, where a workflow has several loops.
+        first: the stage of the first responses, where several loops begin with the same.
 
     Returns:
         A stage with all responses as candidates (k: which response of its prompt, from 0), the stages that made them,
@@ -131,8 +149,11 @@ def feedback_stages(
     made: list[Stage] = []
     reviews: list[Stage] = []
     for k in range(settings.responses):
+        if k == 0 and first is not None:
+            made.append(first)
+            continue
         if k:
-            reviews += _reviews(settings, failure, models, texts, prompts, made[-1], k - 1)
+            reviews += _reviews(settings, failure, models, texts, prompts, made[-1], k - 1, prefix)
         given = _Generate(
             k=k,
             seed=settings.seed,
@@ -143,9 +164,10 @@ def feedback_stages(
         last = {"last": made[-1], **{f"reviews/{stage.name}": stage for stage in reviews}} if k else {}
         model = models[settings.generator]
         inputs = {"prompts": prompts, **last}
-        made.append(llm_stage(f"generate-{k + 1}", generate_shard, ("candidates",), given, model, failure, inputs))
+        name = f"{prefix}generate-{k + 1}"
+        made.append(llm_stage(name, generate_shard, ("candidates",), given, model, failure, inputs))
     joined = Stage(
-        name="candidates",
+        name=f"{prefix}candidates",
         work=ShardWork(function=join_shard, tables=("candidates",)),
         config=None,
         inputs={stage.name: stage for stage in made},
@@ -161,6 +183,7 @@ def _reviews(
     prompts: Stage,
     last: Stage,
     iteration: int,
+    prefix: str,
 ) -> list[Stage]:
     """One stage a model: reviews of models are their own stages and are joined by key."""
     stages = []
@@ -172,7 +195,7 @@ def _reviews(
             asking=settings.asking,
             iteration=iteration,
         )
-        group, inputs = f"review-{iteration + 1}", {"prompts": prompts, "last": last}
+        group, inputs = f"{prefix}review-{iteration + 1}", {"prompts": prompts, "last": last}
         name = group if len(settings.review_models) == 1 else f"{group}-{key}"
         stages.append(llm_stage(name, review_shard, ("reviews",), given, models[key], failure, inputs, group=group))
     return stages

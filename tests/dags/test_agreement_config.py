@@ -72,6 +72,31 @@ def test_the_pocket_file_asks_two_models_and_lets_one_debate() -> None:
             load("configs/pocket_agreement.yaml", wrong, dag="agreement")
 
 
+def test_live_win_rates_ask_each_model_once_and_tell_mistakes_by_their_key() -> None:
+    found = load("configs/pocket_winrate.yaml", dag="winrate")
+    found.check()
+    stages = [s.name for s in winrate(found, "/tmp/run").stages]
+    assert stages[:3] == ["prompts", "policy-generate-1", "generator-generate-1"] and stages[-2:] == [
+        "versus",
+        "winrate",
+    ]
+    more = load("configs/pocket_winrate.yaml", "live.baselines=[generator]", "measure.seed=1", dag="winrate")
+    before, after = (
+        {s.name: s.fingerprint for s in winrate(c, "/tmp/run").stages if s.name not in ("versus", "winrate")}
+        for c in (found, more)
+    )
+    assert before == after
+    for wrong, told in (
+        ("live.judge.model=nobody", "live names the model 'nobody'"),
+        ("models.idle={model: 'pocket:judge'}", r"models\.idle is read by nothing"),
+        ("measure.conflict=mean", "gives no scores"),
+        ("data={type: pocket, limit: 3}", "name either `data`"),
+        ("live.loop.respnses=2", r"live\.loop\.respnses.*responses"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            load("configs/pocket_winrate.yaml", wrong, dag="winrate")
+
+
 def test_pocket_pairs_are_labelled_by_the_truth() -> None:
     from ray_pipeline.pocket.tasks import is_correct
 

@@ -74,7 +74,7 @@ def test_the_smallest_configuration(load: Any) -> None:
 
 #: The other workflows have configurations of their own (test_agreement_config.py and its like).
 OTHERS = (
-    "agreement", "pocket_agreement", "winrate", "benchmarks", "pocket_benchmarks", "fellowship", "pocket_fellowship",
+    "agreement", "pocket_agreement", "winrate", "pocket_winrate", "benchmarks", "pocket_benchmarks", "fellowship", "pocket_fellowship",
 )  # fmt: skip
 SHIPPED = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem not in OTHERS)
 
@@ -544,13 +544,14 @@ def test_wrong_values_never_raise_anything_but_a_validation_error(values: dict[s
         ("fellowship", "pocket_fellowship"),
         ("agreement", "pocket_agreement"),
         ("winrate", "winrate"),
+        ("winrate", "pocket_winrate"),
     ],
 )
 def test_what_a_run_folder_keeps_of_its_configuration_can_be_read_back(dag: str, name: str, tmp_path: Path) -> None:
     """`quorum retry` reads it from the manifest."""
     recorded = tmp_path / "recorded.jsonl.gz"
     recorded.touch()
-    changes = [f"data.path={recorded}"] if dag == "winrate" else []
+    changes = [f"data.path={recorded}"] if name == "winrate" else []
     config = load_config(dag, name, changes, WORKFLOWS[dag])
     kept = json.loads(json.dumps(run_settings(config, str(tmp_path)).given))
     assert read_config(dag, kept, [], "manifest.json", WORKFLOWS[dag]) == config
