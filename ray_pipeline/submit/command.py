@@ -65,7 +65,7 @@ def submit(
         packed.check(max_mib * 2**20)
         named, extra = _config(config, packed.root, packed.sizes)
         command = ["run", dag, "--config", named, *(overrides or [])]
-        given = {"--run-dir": run_dir, "--from": from_stage, "--to": to_stage}
+        given: dict[str, str | float | None] = {"--run-dir": run_dir, "--from": from_stage, "--to": to_stage}
         given |= {"--max-cost": max_cost, "--device-hour": device_hour}
         for option, value in given.items():
             if value is not None:

@@ -74,7 +74,8 @@ def test_the_smallest_configuration(load: Any) -> None:
 
 #: The other workflows have configurations of their own (test_agreement_config.py and its like).
 OTHERS = (
-    "agreement", "pocket_agreement", "winrate", "pocket_winrate", "benchmarks", "pocket_benchmarks", "fellowship", "pocket_fellowship",
+    "agreement", "pocket_agreement", "winrate", "pocket_winrate",
+    "benchmarks", "pocket_benchmarks", "fellowship", "pocket_fellowship",
 )  # fmt: skip
 SHIPPED = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem not in OTHERS)
 
