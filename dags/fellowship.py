@@ -35,7 +35,7 @@ def fellowship(config: FellowshipConfig, run_folder: str) -> Dag:
     asked = prompts(config.prompts)
     answers, made, reviews = feedback_stages(config.loop, config.failure, config.models, asked)
     verdicts = _judged(config, asked, {"candidates": answers}, "judge")
-    decisions = select(config.judges, answers, verdicts)
+    decisions = select(config.judges, answers, verdicts, config.select.jury)
     rows = dataset_rows(limits, config.judges, base, asked, answers, verdicts, decisions, every_rejected=every)
     data = dataset_files(limits, None, config.judges, rows, origin=config.origin())
     page = loop_page(
@@ -52,8 +52,8 @@ def fellowship(config: FellowshipConfig, run_folder: str) -> Dag:
 
 
 def _judged(config: FellowshipConfig, asked: Stage, answers: Mapping[str, Stage], name: str) -> list[Stage]:
-    """Verdicts on all answers, by the strategy of `select` or by the rubric judges."""
-    if config.select.strategy is not None:
+    """Verdicts on all answers, by the strategy or the debate of `select`, or by the rubric judges."""
+    if config.select.compares:
         return ranks(config.select, config.failure, config.models, asked, answers, name)
     assert config.judge is not None
     return judges(config.judge, config.failure, config.models, config.templates().judge, asked, answers, name)
@@ -78,7 +78,9 @@ def _improvement(config: FellowshipConfig, asked: Stage) -> list[Stage]:
         ("revisions", loop.generator, "Revisions given the feedback"),
         ("reviews", loop.reviewers[0].model, "Reviews by what their revisions scored"),
     ):
-        rows = improvement_rows(what, config.datasets, config.judges, every, loop, models[key], own, branches, verdicts)
+        rows = improvement_rows(
+            what, config.datasets, config.judges, config.select.jury, every, loop, models[key], own, branches, verdicts
+        )
         made.append(
             dataclasses.replace(
                 dataset_files(

@@ -41,7 +41,7 @@ class FellowshipConfig(Settings):
 
     Attributes:
         prompt_templates: built-in name or YAML file of what rubric judges and the comparing judge are told.
-        judge: rubric judges: of the responses where `select` names no strategy, and of the evaluation.
+        judge: rubric judges: of the responses where `select` names neither strategy nor debate, and of the evaluation.
         improve: the second kind of data sets; none: they are not made.
     """
 
@@ -77,10 +77,14 @@ class FellowshipConfig(Settings):
                 raise ValueError(f"{key} is {model!r}, and models has no such key; there are {known}")
         if idle := sorted(set(self.models) - set(wanted.values())):
             raise ValueError(f"models.{idle[0]} is read by no stage; remove it, or name it where a model is chosen")
-        if self.judge is None and self.select.strategy is None:
+        if self.judge is None and not self.select.compares:
             raise ValueError(
                 "nobody judges the responses: give a judge block with rubrics, or select.strategy and judges"
             )
+        try:
+            self.select.jury.check(self.judges)
+        except ValueError as error:
+            raise ValueError(f"select.jury.{error}") from error
         if self.loop.responses < 2:
             raise ValueError("loop.responses must be 2 or more: one response alone is neither accepted nor rejected")
         self._check_training()
@@ -110,7 +114,7 @@ class FellowshipConfig(Settings):
     @property
     def judges(self) -> list[str]:
         """Names of the judges that select."""
-        if self.select.strategy is not None:
+        if self.select.compares:
             return self.select.names
         assert self.judge is not None
         return self.judge.names
@@ -121,7 +125,7 @@ class FellowshipConfig(Settings):
 
     def report(self) -> ReportSettings:
         """What the report says beside the tables."""
-        if self.select.strategy is not None:
+        if self.select.compares:
             judging = {j.name: self.models[j.model].model for j in self.select.judges}
         else:
             assert self.judge is not None
@@ -145,7 +149,9 @@ class FellowshipConfig(Settings):
     def origin(self, what: str = "") -> str:
         """How the preferences came about, for the data set cards."""
         judged = ", ".join(self.judges)
-        how = f" by {self.select.strategy.name}" if self.select.strategy is not None else ""
+        how = f" by {self.select.how}" if self.select.how else ""
+        if len(self.judges) > 1:
+            how += f" (a jury: {self.select.jury.pool})"
         loop = f"a feedback loop of {self.loop.responses} responses reviewed by {', '.join(self.loop.names)}"
         return f"{what or 'Best of the responses'} of {loop}, judged by {judged}{how}"
 
@@ -161,6 +167,12 @@ class FellowshipConfig(Settings):
         self.loop.texts()
         if self.select.strategy is not None:
             self.select.texts().of(self.select.strategy)
+        if self.select.debate is not None:
+            roles = self.select.debate_texts().roles
+            try:
+                self.select.debate.speakers(roles)
+            except ValueError as error:
+                raise ConfigError(f"select.{error}") from error
         check_models(self.models)
         check_sampling(self.models, self._samplings())
         try:
@@ -186,6 +198,8 @@ class FellowshipConfig(Settings):
         found |= {
             f"select.judges.{j.name}.sampling": ([j.model], j.sampling.extra) for j in select.judges if j.sampling
         }
+        if select.debate is not None:
+            found["select.debate.speech"] = (select.models, select.debate.speech.extra)
         if self.judge is not None:
             found["judge.sampling"] = (self.judge.models, self.judge.sampling.extra)
         if self.improve is not None:

@@ -1,54 +1,80 @@
-"""A jury that sits: judges on any engines and strategies see the same answers, and their judgements are pooled."""
+"""A jury's judgement of several answers, from the judgements of its members.
+
+The members are asked wherever they sit (each model's verdicts are a stage of their own) and meet here by name. Whole
+panels of votes on two answers are pooled at once in `jury`, by the same rules.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 
-from ray_pipeline.agents.judges import SamplingSettings
+from pydantic import Field, model_validator
+
 from ray_pipeline.agents.jury import VOTE_RULES, PoolRule
-from ray_pipeline.agents.strategies import (
-    WORST_FIRST,
-    Judgement,
-    Strategy,
-    StrategyAsking,
-    StrategyTemplates,
-    best_scores,
-    decide,
-)
-from ray_pipeline.engines.base import ChatEngine, Message
+from ray_pipeline.agents.strategies import WORST_FIRST, Judgement, best_scores
+from ray_pipeline.store.settings import Settings
 
 
-@dataclasses.dataclass(frozen=True)
-class Juror:
-    """One judge of a jury. Two jurors of one engine and strategy ask the same calls: the call log makes them once."""
+class JuryRule(Settings):
+    """How the scores that judges gave several answers become the jury's.
 
-    engine: ChatEngine
-    strategy: Strategy
-    sampling: SamplingSettings
-    weight: float = 1.0
+    Attributes:
+        pool: mean, median, weighted_mean: of each answer's scores. mode, weighted: every judge votes for what it
+            scored highest, and what most hold best is best; where several lead, they are equal.
+        weights: by judge, for weighted and weighted_mean.
+    """
+
+    pool: PoolRule = "mean"
+    weights: dict[str, float] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> JuryRule:
+        if self.weighs and not self.weights:
+            raise ValueError(f"pool {self.pool} needs weights, one by judge")
+        if self.weights and not self.weighs:
+            raise ValueError("weights is read by the pools weighted and weighted_mean only; remove it")
+        if any(weight <= 0 for weight in self.weights.values()):
+            raise ValueError("weights must be above 0; leave a judge out instead of giving it none")
+        return self
+
+    @property
+    def votes(self) -> bool:
+        return self.pool in VOTE_RULES
+
+    @property
+    def weighs(self) -> bool:
+        return self.pool in ("weighted", "weighted_mean")
+
+    def check(self, judges: Sequence[str]) -> None:
+        """Raises ValueError unless the weights, where there are any, are of exactly these judges."""
+        if not self.weighs:
+            return
+        if lacking := [name for name in judges if name not in self.weights]:
+            raise ValueError(f"weights has none for {', '.join(lacking)}")
+        if strangers := sorted(set(self.weights) - set(judges)):
+            raise ValueError(f"weights names {', '.join(strangers)}; the judges are {', '.join(judges)}")
 
 
-async def sit(
-    jurors: Mapping[str, Juror],
-    prompt: Sequence[Message],
-    answers: Sequence[str],
-    templates: StrategyTemplates,
-    asking: StrategyAsking,
-    pool: PoolRule = "mode",
-) -> tuple[Judgement, dict[str, Judgement]]:
-    """All jurors judge together; returns the jury's judgement and each juror's own.
+MEAN = JuryRule()
+
+
+def jury_scores(given: Mapping[str, Sequence[float]], rule: JuryRule) -> tuple[float, ...]:
+    """The jury's scores of several answers; a vote gives 1 to every answer that it holds best and 0 to the others.
+
+    Args:
+        given: judge → its scores of the same answers, all of them read.
 
     Raises:
-        ValueError: there is no juror, or a rule that pools scores meets a juror that gives none.
+        ValueError: there is no judge, or one has no weight where the rule weighs.
     """
-    members = await asyncio.gather(
-        *(decide(j.engine, prompt, answers, j.strategy, templates, j.sampling, asking) for j in jurors.values())
-    )
-    found = dict(zip(jurors, members, strict=True))
-    return pool_judgements(found, pool, {name: juror.weight for name, juror in jurors.items()}), found
+    rule.check(list(given))
+    said = {name: Judgement(tuple(scores), best_scores(scores), "ok", ()) for name, scores in given.items()}
+    found = pool_judgements(said, rule.pool, rule.weights or None)
+    if found.scores is not None:
+        return found.scores
+    answers = len(next(iter(given.values())))
+    return tuple(1.0 if answer in found.best else 0.0 for answer in range(answers))
 
 
 def pool_judgements(

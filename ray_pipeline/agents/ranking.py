@@ -1,4 +1,4 @@
-"""Scores for any number of answers by any judge strategy.
+"""Scores for any number of answers by any judge strategy, or by a debate.
 
 Independent and combined scoring give each answer a score as it is. A direct comparison sees two answers, so all pairs
 are compared, and an answer's score is the share of its pairs that it wins (a tie is half a win): no answer's score
@@ -12,10 +12,12 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
+from ray_pipeline.agents.debate import DebateSettings, DebateTemplates, debate
 from ray_pipeline.agents.judges import SamplingSettings
 from ray_pipeline.agents.strategies import (
     WORST_FIRST,
     Judgement,
+    Look,
     Strategy,
     StrategyAsking,
     StrategyTemplates,
@@ -51,10 +53,9 @@ async def rank(
 
     What the strategy's rule for conflict calls equally good gets equal scores, whatever the orders said one by one.
     """
-    texts = list(dict.fromkeys(map(normalise_text, answers)))
-    if len(texts) < 2:
-        return Ranking(None, None, "skipped", None)
-    shown = [next(a for a in answers if normalise_text(a) == text) for text in texts]
+    shown = _distinct(answers)
+    if len(shown) < 2:
+        return _NOT_ASKED
     sets = (
         list(itertools.combinations(range(len(shown)), 2)) if strategy.kind == "direct" else [tuple(range(len(shown)))]
     )
@@ -66,13 +67,62 @@ async def rank(
     )
     scores = _won(len(shown), sets, found) if strategy.kind == "direct" else _given(found[0])
     looks = [look for judgement in found for look in judgement.looks]
-    reasons, raws = (
-        "\n\n".join(t for t in texts if t) or None for texts in ([x.reason for x in looks], [x.raw for x in looks])
-    )
     status = min((judgement.parse_status for judgement in found), key=WORST_FIRST.index)
+    return _ranking(answers, shown, scores, [look.reason for look in looks], looks, status)
+
+
+async def rank_by_debate(
+    engine: ChatEngine,
+    prompt: Sequence[Message],
+    answers: Sequence[str],
+    rules: DebateSettings,
+    templates: DebateTemplates,
+    sampling: SamplingSettings,
+    asking: StrategyAsking,
+) -> Ranking:
+    """Score answers to one prompt by what all roles of one model say of them at the end of a debate.
+
+    Where the voices' scores are averaged, the means are the scores; where they vote, the answers that the debate holds
+    best have 1 and the others 0. Equal texts are shown once and have one score.
+    """
+    shown = _distinct(answers)
+    if len(shown) < 2:
+        return _NOT_ASKED
+    found = await debate(engine, prompt, shown, templates, rules, sampling, asking)
+    scores = _given(found.judgement)
+    if rules.pool == "vote" and found.judgement.read:
+        scores = [1.0 if answer in found.judgement.best else 0.0 for answer in range(len(shown))]
+    looks = [look for voice in found.voices.values() for look in voice.looks]
+    reasons = [look.reason for look in found.judgement.looks]
+    return _ranking(answers, shown, scores, reasons, looks, found.judgement.parse_status)
+
+
+_NOT_ASKED = Ranking(None, None, "skipped", None)
+
+
+def _distinct(answers: Sequence[str]) -> list[str]:
+    """The first of every set of equal texts."""
+    first: dict[str, str] = {}
+    for answer in answers:
+        first.setdefault(normalise_text(answer), answer)
+    return list(first.values())
+
+
+def _ranking(
+    answers: Sequence[str],
+    shown: Sequence[str],
+    scores: Sequence[float] | None,
+    reasons: Sequence[str | None],
+    looks: Sequence[Look],
+    status: str,
+) -> Ranking:
+    """Scores of the texts that were shown, as scores of all answers."""
+    raw = "\n\n".join(look.raw for look in looks if look.raw) or None
     if scores is None:
-        return Ranking(None, None, status, raws)
-    return Ranking(tuple(scores[texts.index(normalise_text(a))] for a in answers), reasons, status, raws)
+        return Ranking(None, None, status, raw)
+    of_text = {normalise_text(text): score for text, score in zip(shown, scores, strict=True)}
+    reason = "\n\n".join(text for text in reasons if text) or None
+    return Ranking(tuple(of_text[normalise_text(answer)] for answer in answers), reason, status, raw)
 
 
 def _given(judgement: Judgement) -> list[float] | None:

@@ -1,6 +1,7 @@
 """The audit of a feedback loop's data sets: every row is walked back to its pick, verdicts, response and prompt.
 
-As in `audit`, nothing of the selection's arithmetic is used here: means and the pick are written out again, row by row.
+As in `audit`, nothing of the selection's arithmetic is used here: the jury's scores and the pick are written out
+again, row by row.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ray_pipeline.agents.jurors import JuryRule
 from ray_pipeline.stages.audit import AuditReport, Problem
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import normalise_text
@@ -27,13 +29,15 @@ def audit_loop(
     datasets: str,
     judges: Sequence[str],
     min_gap: float,
+    rule: JuryRule,
     max_problems: int = 100,
 ) -> AuditReport:
     """Check a finished data set stage, one shard of its tables and the training rows in memory.
 
     Args:
         datasets: location of the stage's folder (kto/, dpo/, stats.json).
-        judges: whose mean picks the best.
+        judges: whose scores pick the best.
+        rule: how their scores become one.
         max_problems: how many problems are described; all are counted.
 
     Raises:
@@ -60,7 +64,7 @@ def audit_loop(
             name = prompt["prompt_id"]
             rows["candidates"] += len(answers[name])
             own = {kind: of.pop(name, []) for kind, of in training.items()}
-            problems += _Loop(prompt, answers[name], said[name], decided[name], judges, min_gap).check(own)
+            problems += _Loop(prompt, answers[name], said[name], decided[name], judges, min_gap, rule).check(own)
     for kind, of in training.items():
         problems += [Problem("orphan", kind, name, "no such prompt in the run") for name in of]
     for kind, found in stats["rows"].items():
@@ -86,6 +90,26 @@ def _by_prompt(rows: Any) -> dict[str, list[Row]]:
     return found
 
 
+def _pooled(by: Mapping[str, float], rule: JuryRule) -> float:
+    """One answer's score, from its scores by judge."""
+    if rule.pool == "median":
+        return statistics.median(by.values())
+    weights = rule.weights or dict.fromkeys(by, 1.0)
+    return sum(weights[judge] * score for judge, score in by.items()) / sum(weights[judge] for judge in by)
+
+
+def _votes(read: Mapping[str, Mapping[str, float]], rule: JuryRule) -> dict[str, float]:
+    """1 for the answers that most judges hold best, 0 for the others."""
+    support: dict[frozenset[str], float] = collections.defaultdict(float)
+    for judge in next(iter(read.values()), {}):
+        top = max(by[judge] for by in read.values())
+        held = frozenset(name for name, by in read.items() if by[judge] >= top - 1e-9)
+        support[held] += rule.weights[judge] if rule.weights else 1.0
+    most = max(support.values(), default=0.0)
+    best = {name for held, weight in support.items() if weight >= most - 1e-9 for name in held}
+    return {name: float(name in best) for name in read}
+
+
 class _Loop:
     """One prompt with all that was made of it."""
 
@@ -97,6 +121,7 @@ class _Loop:
         decisions: Sequence[Row],
         judges: Sequence[str],
         min_gap: float,
+        rule: JuryRule,
     ) -> None:
         self.prompt, self.min_gap, self.decisions = prompt, min_gap, decisions
         self.answers = {row["candidate_id"]: row for row in answers}
@@ -105,7 +130,8 @@ class _Loop:
         for row in verdicts:
             if row["judge"] in judges and row["parse_status"] in READ_STATUSES and row["score"] is not None:
                 by_judge[row["candidate_id"]][row["judge"]] = row["score"]
-        self.scores = {name: statistics.fmean(by.values()) for name, by in by_judge.items() if len(by) == len(judges)}
+        read = {name: by for name, by in by_judge.items() if len(by) == len(judges) and name in self.answers}
+        self.scores = _votes(read, rule) if rule.votes else {name: _pooled(by, rule) for name, by in read.items()}
         self.labels = self._labels()
 
     def _labels(self) -> dict[str, str]:
@@ -143,11 +169,10 @@ class _Loop:
             if name not in decided:
                 yield Problem("missing", "decisions", name, "the response has no decision")
                 continue
-            row, mean = decided[name], self.scores.get(name)
-            if (mean is None) != (row["final_score"] is None) or (mean and abs(mean - row["final_score"]) > 1e-9):
-                yield Problem(
-                    "numbers", "decisions", name, f"final score {row['final_score']}, the verdicts give {mean}"
-                )
+            row, score = decided[name], self.scores.get(name)
+            final = row["final_score"]
+            if (score is None) != (final is None) or (score is not None and abs(score - final) > 1e-9):
+                yield Problem("numbers", "decisions", name, f"final score {final}, the verdicts give {score}")
             if row["label"] != label:
                 yield Problem("label", "decisions", name, f"{row['label']}, the scores give {label}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+from ray_pipeline.agents.jurors import JuryRule
 from ray_pipeline.graph.results import Run
 from ray_pipeline.stages.audit import AuditReport, RunTables, audit_run
 from ray_pipeline.stages.audit_loop import audit_loop
@@ -93,6 +94,8 @@ def _loop(run: Run) -> AuditReport:
         decisions=results["select"].table(),
         datasets=results["datasets"].folder,
         judges=[judge["name"] for judge in judges],
+        # Runs from before there was a choice have no such block: they took the mean.
+        rule=JuryRule.model_validate(config["select"].get("jury", {})),
         min_gap=config["datasets"]["min_gap"],
     )
 

@@ -20,6 +20,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ray_pipeline.agents.feedback_loop import FeedbackTemplates, ReviewAsking, review_messages, revision_messages
 from ray_pipeline.agents.judges import SamplingSettings
+from ray_pipeline.agents.jurors import MEAN, JuryRule, jury_scores
 from ray_pipeline.agents.templates import RoleTemplate
 from ray_pipeline.engines.base import Message
 from ray_pipeline.graph.failures import FailureSettings
@@ -101,6 +102,7 @@ class _Revise(Settings):
 class _Rows(Settings):
     datasets: DatasetsConfig
     judges: tuple[str, ...]
+    jury: JuryRule
     texts: FeedbackTemplates
     asking: ReviewAsking
     focus: dict[str, str]
@@ -227,6 +229,7 @@ def improvement_rows(
     what: str,
     settings: DatasetsConfig,
     judges: Sequence[str],
+    jury: JuryRule,
     every_rejected: bool,
     loop: LoopSettings,
     model: ModelSettings,
@@ -243,6 +246,7 @@ def improvement_rows(
     given = _Rows(
         datasets=settings,
         judges=tuple(judges),
+        jury=jury,
         texts=loop.texts(),
         asking=loop.asking,
         focus={r.name: r.focus for r in loop.reviewers},
@@ -295,7 +299,7 @@ def revision_shard(given: ShardInput) -> ShardOutput:
         _verdicts(given.tables),
         settings.texts.revise,
     )
-    return _shard_rows(given, made, settings.judges)
+    return _shard_rows(given, made, settings.judges, settings.jury)
 
 
 def review_rows_shard(given: ShardInput) -> ShardOutput:
@@ -307,33 +311,39 @@ def review_rows_shard(given: ShardInput) -> ShardOutput:
         given.tables["revisions"],
         _verdicts(given.tables),
         settings.judges,
+        settings.jury,
         lambda messages, response, reviewer: review_messages(
             messages, response, settings.texts.review, settings.asking, settings.focus[reviewer]
         ),
     )
-    return _shard_rows(given, made, (_BY_REVISIONS,))
+    return _shard_rows(given, made, (_BY_REVISIONS,), MEAN)
 
 
 def _verdicts(tables: Mapping[str, pa.Table]) -> pa.Table:
     return pa.concat_tables([tables[role] for role in sorted(tables) if role.startswith("verdicts/")])
 
 
-def _shard_rows(given: ShardInput, made: Preferences, judges: Sequence[str]) -> ShardOutput:
+def _shard_rows(given: ShardInput, made: Preferences, judges: Sequence[str], jury: JuryRule) -> ShardOutput:
     settings: _Rows = given.settings
     encode = token_counter(settings.tokenizer, settings.revision)
-    tables, counts = preference_rows(made, judges, settings.datasets, encode, settings.every_rejected)
+    tables, counts = preference_rows(made, judges, jury, settings.datasets, encode, settings.every_rejected)
     given.tick(made.candidates.num_rows)
     return ShardOutput(tables, counts)
 
 
 def preference_rows(
-    made: Preferences, judges: Sequence[str], config: DatasetsConfig, encode: Encode, every_rejected: bool
+    made: Preferences,
+    judges: Sequence[str],
+    jury: JuryRule,
+    config: DatasetsConfig,
+    encode: Encode,
+    every_rejected: bool,
 ) -> tuple[dict[str, pa.Table], dict[str, int]]:
     """KTO and DPO rows by the selection of a run: the best completion of a conversation over the others.
 
     The rows' prompt_id is that of the run's prompt; their prompt is the whole conversation.
     """
-    decisions = accept_best(made.candidates, made.verdicts, judges)
+    decisions = accept_best(made.candidates, made.verdicts, judges, jury)
     arguments = (made.prompts, made.candidates, made.verdicts, decisions, config, encode)
     tables: dict[str, pa.Table] = {}
     counts: dict[str, int] = {}
@@ -382,6 +392,7 @@ def over_reviews(
     revisions: pa.Table,
     verdicts: pa.Table,
     judges: Sequence[str],
+    jury: JuryRule,
     question: Any,
 ) -> Preferences:
     """Reviews of one response, scored by what followed them.
@@ -394,7 +405,7 @@ def over_reviews(
     """
     asked = {row["prompt_id"]: row for row in prompts.to_pylist()}
     answers = {row["candidate_id"]: row for row in responses.to_pylist()}
-    scores = _mean_scores(verdicts, judges)
+    scores = _scores(verdicts, judges, jury)
     followed: dict[str, list[str]] = collections.defaultdict(list)
     for row in revisions.select(["candidate_id", "review_id"]).to_pylist():
         followed[row["review_id"]].append(row["candidate_id"])
@@ -444,10 +455,16 @@ def _conversation(known: dict[str, dict[str, Any]], prompt: Mapping[str, Any], t
     return name
 
 
-def _mean_scores(verdicts: pa.Table, judges: Sequence[str]) -> dict[str, float]:
-    """Mean score of every answer that all judges could read."""
-    found: dict[str, dict[str, float]] = collections.defaultdict(dict)
-    for row in verdicts.select(["candidate_id", "judge", "score", "parse_status"]).to_pylist():
+def _scores(verdicts: pa.Table, judges: Sequence[str], jury: JuryRule) -> dict[str, float]:
+    """The jury's score of every answer that all judges could read; judges vote among all such answers of a prompt."""
+    found: dict[str, dict[str, dict[str, float]]] = collections.defaultdict(lambda: collections.defaultdict(dict))
+    for row in verdicts.select(["prompt_id", "candidate_id", "judge", "score", "parse_status"]).to_pylist():
         if row["judge"] in judges and row["parse_status"] in READ_STATUSES and row["score"] is not None:
-            found[row["candidate_id"]][row["judge"]] = row["score"]
-    return {name: sum(by.values()) / len(by) for name, by in found.items() if len(by) == len(judges)}
+            found[row["prompt_id"]][row["candidate_id"]][row["judge"]] = row["score"]
+    scores: dict[str, float] = {}
+    for answers in found.values():
+        read = {name: by for name, by in answers.items() if len(by) == len(judges)}
+        if read:
+            pooled = jury_scores({judge: [by[judge] for by in read.values()] for judge in judges}, jury)
+            scores |= dict(zip(read, pooled, strict=True))
+    return scores

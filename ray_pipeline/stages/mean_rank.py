@@ -21,6 +21,7 @@ class MeanRank:
 
     Attributes:
         ids, prompts: candidate_id and prompt_id.
+        scores: shape (candidates, judges), NaN where unread.
         mean, variance: of the judges' scores; NaN where one was not read.
         complete: all scores were read.
         of_prompt: prompt_id → places of its complete candidates, ascending.
@@ -28,6 +29,7 @@ class MeanRank:
 
     ids: pa.Array
     prompts: pa.Array
+    scores: NDArray[np.float64]
     mean: NDArray[np.float64]
     variance: NDArray[np.float64]
     complete: NDArray[np.bool_]
@@ -37,15 +39,17 @@ class MeanRank:
         """A column to begin with: one text for complete candidates, another for the others."""
         return np.where(self.complete, complete, incomplete).astype(object)
 
-    def decisions(self, label: NDArray[np.object_], why: NDArray[np.object_]) -> pa.Table:
-        """A table of schema DECISIONS: nobody is penalised, the final score is the mean."""
+    def decisions(
+        self, label: NDArray[np.object_], why: NDArray[np.object_], final: NDArray[np.float64] | None = None
+    ) -> pa.Table:
+        """A table of schema DECISIONS: nobody is penalised, the final score is the mean unless another is given."""
         columns = {
             "candidate_id": self.ids,
             "prompt_id": self.prompts,
             "mean_score": with_nulls(self.mean),
             "score_variance": with_nulls(self.variance),
             "penalty": with_nulls(0.0 * self.mean),
-            "final_score": with_nulls(self.mean),
+            "final_score": with_nulls(self.mean if final is None else final),
             "label": pa.array(label.tolist(), pa.string()),
             "why": pa.array(why.tolist(), pa.string()),
         }
@@ -72,4 +76,4 @@ def mean_rank(candidates: pa.Table, verdicts: pa.Table, judges: Sequence[str], n
     names, of_prompt = prompts.to_pylist(), collections.defaultdict(list)
     for row in np.flatnonzero(complete):
         of_prompt[names[row]].append(int(row))
-    return MeanRank(ids, prompts, *mean_and_variance(scores), complete, dict(of_prompt))
+    return MeanRank(ids, prompts, scores, *mean_and_variance(scores), complete, dict(of_prompt))

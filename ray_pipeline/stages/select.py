@@ -1,8 +1,8 @@
 """Selection: judges score the responses of each prompt, the best one is accepted and the others are rejected.
 
-The judges are the rubric judges of the `judge` block (their mean), or any strategy over several answers. Whoever they
-are, their scores are verdicts on candidates and the selection is a table of decisions, so that the code that makes
-training rows of a gate's decisions makes them of these.
+The judges are the rubric judges of the `judge` block, or any number of judges that compare the responses, by a strategy
+or by a debate. Whoever they are, their scores are verdicts on candidates, a named rule makes one jury of them, and the
+selection is a table of decisions, so that the code that makes training rows of a gate's decisions makes them of these.
 """
 
 from __future__ import annotations
@@ -11,14 +11,18 @@ import collections
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from pydantic import model_validator
 
+from ray_pipeline.agents.debate import DebateSettings, DebateTemplates, load_debate_templates
 from ray_pipeline.agents.judges import SamplingSettings
-from ray_pipeline.agents.ranking import Ranking, rank
+from ray_pipeline.agents.jurors import MEAN, JuryRule, jury_scores
+from ray_pipeline.agents.ranking import Ranking, rank, rank_by_debate
 from ray_pipeline.agents.strategies import Strategy, StrategyAsking, StrategyTemplates, load_strategy_templates
 from ray_pipeline.agents.templates import Layout
-from ray_pipeline.engines.base import Message
+from ray_pipeline.engines.base import ChatEngine, Message
 from ray_pipeline.graph.failures import FailureSettings
 from ray_pipeline.graph.models import ModelSettings
 from ray_pipeline.graph.shard_map import all_of
@@ -26,7 +30,7 @@ from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage
 from ray_pipeline.stages.ask import LiveJudge
 from ray_pipeline.stages.gate import label_counts
 from ray_pipeline.stages.llm_stage import llm_stage
-from ray_pipeline.stages.mean_rank import mean_rank
+from ray_pipeline.stages.mean_rank import MeanRank, mean_rank
 from ray_pipeline.store.schemas import READ_STATUSES, VERDICTS, to_table
 from ray_pipeline.store.settings import Settings
 
@@ -35,30 +39,64 @@ class SelectSettings(Settings):
     """The `select` block: who says which response is best.
 
     Attributes:
-        strategy: how several answers are judged; none: the mean of the rubric judges of the `judge` block.
-        judges: who judges by the strategy; scores are averaged over them.
+        strategy: how several answers are judged. Without it and without a debate the rubric judges of the `judge`
+            block score each answer by itself.
+        debate: instead of a strategy: the answers are debated by all roles of `debate_templates`, and the scores at
+            the end count. Each judge holds a debate of its own.
+        judges: who judges by the strategy, or debates.
+        jury: how the judges' scores become one.
         pairs: of a prompt's DPO data: the accepted response with every rejected one, or with the worst alone.
         templates: built-in name or YAML file of what a strategy asks.
+        debate_templates: the same of a debate: its roles, and what they are asked.
     """
 
     strategy: Strategy | None = None
+    debate: DebateSettings | None = None
     judges: tuple[LiveJudge, ...] = ()
+    jury: JuryRule = MEAN
     pairs: Literal["every_rejected", "best_worst"] = "every_rejected"
     templates: str = "default"
+    debate_templates: str = "default"
     layout: Layout = "shared_first"
     sampling: SamplingSettings = SamplingSettings(temperature=0.0, max_tokens=1024)
     asking: StrategyAsking = StrategyAsking()
 
     @model_validator(mode="after")
     def _consistent(self) -> SelectSettings:
-        if (self.strategy is None) != (not self.judges):
-            raise ValueError("strategy and judges go together: name both, or neither for the rubric judges")
+        if self.strategy is not None and self.debate is not None:
+            raise ValueError("strategy and debate are two ways to judge the same responses: keep one of them")
+        if self.compares != bool(self.judges):
+            raise ValueError(
+                "strategy and judges go together (or debate and judges): name both, or neither for the rubric judges"
+            )
         names = [j.name for j in self.judges]
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise ValueError(f"two judges have the same name: {', '.join(twice)}")
-        if self.strategy is None and (idle := sorted(self.model_fields_set - {"strategy", "judges", "pairs"})):
-            raise ValueError(f"{idle[0]} is read by a strategy alone, and there is none; remove it or name one")
+        if self.debate is not None and any(j.rubric is not None for j in self.judges):
+            raise ValueError("a judge that debates has no rubric; its roles and tasks are in debate_templates")
+        if self.jury.votes and self.pairs == "best_worst":
+            raise ValueError(
+                f"jury.pool {self.jury.pool} says which response is best and not which is worst; "
+                "set pairs: every_rejected, or pool scores (mean, median, weighted_mean)"
+            )
+        for reader, there, keys in (
+            ("a strategy", self.strategy, {"templates", "layout"}),
+            ("a debate", self.debate, {"debate_templates"}),
+            ("a strategy or a debate", self.strategy or self.debate, {"sampling", "asking"}),
+        ):
+            if there is None and (idle := sorted(self.model_fields_set & keys)):
+                raise ValueError(f"{idle[0]} is read by {reader} alone, and there is none; remove it or name one")
         return self
+
+    @property
+    def compares(self) -> bool:
+        """Whether judges of its own compare the responses; if not, the rubric judges score them."""
+        return self.strategy is not None or self.debate is not None
+
+    @property
+    def how(self) -> str:
+        """By what the judges compare, for readers; empty for rubric judges."""
+        return "a debate" if self.debate is not None else "" if self.strategy is None else self.strategy.name
 
     @property
     def names(self) -> list[str]:
@@ -71,15 +109,26 @@ class SelectSettings(Settings):
     def texts(self) -> StrategyTemplates:
         return load_strategy_templates(self.templates)
 
+    def debate_texts(self) -> DebateTemplates:
+        return load_debate_templates(self.debate_templates)
 
-class _Rank(Settings):
+
+class _Judges(Settings):
     answers: tuple[str, ...]
     judges: tuple[LiveJudge, ...]
+    sampling: SamplingSettings
+    asking: StrategyAsking
+
+
+class _Rank(_Judges):
     strategy: Strategy
     templates: StrategyTemplates
     layout: Layout
-    sampling: SamplingSettings
-    asking: StrategyAsking
+
+
+class _Debates(_Judges):
+    rules: DebateSettings
+    templates: DebateTemplates
 
 
 def ranks(
@@ -90,32 +139,31 @@ def ranks(
     answers: Mapping[str, Stage],
     name: str = "judge",
 ) -> list[Stage]:
-    """Verdicts by a strategy, one stage a model.
+    """Verdicts by a strategy or by debates, one stage a model.
 
     Args:
         answers: role → stage of candidates; all answers of a prompt are judged together.
     """
-    assert settings.strategy is not None
     stages = []
     for key in settings.models:
-        given = _Rank(
-            answers=tuple(answers),
-            judges=tuple(j for j in settings.judges if j.model == key),
-            strategy=settings.strategy,
-            templates=settings.texts(),
-            layout=settings.layout,
-            sampling=settings.sampling,
-            asking=settings.asking,
-        )
+        given = _given(settings, tuple(answers), tuple(j for j in settings.judges if j.model == key))
         own = name if len(settings.models) == 1 else f"{name}-{key}"
         inputs = {"prompts": prompts, **answers}
         stages.append(llm_stage(own, rank_shard, ("verdicts",), given, models[key], failure, inputs, group=name))
     return stages
 
 
+def _given(settings: SelectSettings, answers: tuple[str, ...], judges: tuple[LiveJudge, ...]) -> _Judges:
+    common = {"answers": answers, "judges": judges, "sampling": settings.sampling, "asking": settings.asking}
+    if settings.debate is not None:
+        return _Debates(**common, rules=settings.debate, templates=settings.debate_texts())
+    assert settings.strategy is not None
+    return _Rank(**common, strategy=settings.strategy, templates=settings.texts(), layout=settings.layout)
+
+
 async def rank_shard(given: ShardInput) -> ShardOutput:
     """The verdicts of one shard, ordered by prompt, judge and answer."""
-    settings: _Rank = given.settings
+    settings: _Judges = given.settings
     answers: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
     for role in settings.answers:
         for row in given.tables[role].to_pylist():
@@ -133,24 +181,15 @@ async def rank_shard(given: ShardInput) -> ShardOutput:
 
 async def _rank_one(
     given: ShardInput,
-    settings: _Rank,
+    settings: _Judges,
     messages: Sequence[Message],
     answers: Sequence[Mapping[str, Any]],
     judge: LiveJudge,
 ) -> list[dict[str, Any]]:
     assert given.engine is not None
-    strategy = settings.strategy
     shown = [answer for answer in answers if answer["response"] is not None]
-    found: Ranking = await rank(
-        given.engine.bound(answers[0]["prompt_id"], f"judge/{judge.name}"),
-        messages,
-        [answer["response"] for answer in shown],
-        strategy if judge.rubric is None else strategy.model_copy(update={"rubric": judge.rubric}),
-        settings.templates,
-        judge.sampling or settings.sampling,
-        settings.asking,
-        settings.layout,
-    )
+    engine = given.engine.bound(answers[0]["prompt_id"], f"judge/{judge.name}")
+    found = await _compared(engine, settings, messages, [answer["response"] for answer in shown], judge)
     if found.parse_status not in ("too_long", "skipped"):
         given.watch(f"judge {judge.name}", found.parse_status in READ_STATUSES)
     given.tick(len(answers))
@@ -170,16 +209,38 @@ async def _rank_one(
     ]
 
 
+async def _compared(
+    engine: ChatEngine, settings: _Judges, messages: Sequence[Message], texts: Sequence[str], judge: LiveJudge
+) -> Ranking:
+    sampling = judge.sampling or settings.sampling
+    if isinstance(settings, _Debates):
+        return await rank_by_debate(
+            engine, messages, texts, settings.rules, settings.templates, sampling, settings.asking
+        )
+    assert isinstance(settings, _Rank)
+    strategy = settings.strategy
+    if judge.rubric is not None:
+        strategy = strategy.model_copy(update={"rubric": judge.rubric})
+    return await rank(engine, messages, texts, strategy, settings.templates, sampling, settings.asking, settings.layout)
+
+
 # --- the pick ---------------------------------------------------------------------------------------------------------
 
 
 class _Pick(Settings):
     judges: tuple[str, ...]
+    jury: JuryRule
 
 
-def select(judges: Sequence[str], candidates: Stage, verdicts: Sequence[Stage], name: str = "select") -> Stage:
+def select(
+    judges: Sequence[str],
+    candidates: Stage,
+    verdicts: Sequence[Stage],
+    jury: JuryRule = MEAN,
+    name: str = "select",
+) -> Stage:
     """One decision a candidate: accepted, rejected, or neither."""
-    given = _Pick(judges=tuple(judges))
+    given = _Pick(judges=tuple(judges), jury=jury)
     return Stage(
         name=name,
         work=ShardWork(function=select_shard, tables=("decisions",), settings=given),
@@ -191,41 +252,53 @@ def select(judges: Sequence[str], candidates: Stage, verdicts: Sequence[Stage], 
 def select_shard(given: ShardInput) -> ShardOutput:
     settings: _Pick = given.settings
     verdicts = [given.tables[role] for role in sorted(given.tables) if role.startswith("verdicts/")]
-    table = accept_best(given.tables["candidates"], pa.concat_tables(verdicts), settings.judges)
+    table = accept_best(given.tables["candidates"], pa.concat_tables(verdicts), settings.judges, settings.jury)
     given.tick(table.num_rows)
     return ShardOutput({"decisions": table}, label_counts(table))
 
 
-def accept_best(candidates: pa.Table, verdicts: pa.Table, judges: Sequence[str]) -> pa.Table:
-    """The response of the highest mean score is accepted, those of a lower one are rejected.
+def accept_best(candidates: pa.Table, verdicts: pa.Table, judges: Sequence[str], jury: JuryRule = MEAN) -> pa.Table:
+    """The response that the jury scores highest is accepted, those of a lower score are rejected.
 
     Args:
         candidates: columns candidate_id, prompt_id and k are read; all candidates of each prompt.
         verdicts: columns candidate_id, judge, score, parse_status; rows of other judges are left out.
-        judges: whose mean ranks the candidates.
+        judges: who sits on the jury.
+        jury: how their scores become one. Under a rule of votes a judge votes among the candidates that all could
+            score.
 
     Returns:
-        A table of schema DECISIONS, in the order of `candidates`: the accepted one is `desirable`, the rejected ones
-        are `undesirable`. Of several with the highest score the first response is accepted and the others are
-        discarded, since nobody called them worse; where all scores of a prompt are equal, or only one was read, all
-        are discarded. A candidate with an unread score is `incomplete`.
+        A table of schema DECISIONS, in the order of `candidates`; the final score is the jury's. The accepted one is
+        `desirable`, the rejected ones are `undesirable`. Of several with the highest score the first response is
+        accepted and the others are discarded, since nobody called them worse; where all scores of a prompt are equal,
+        or only one was read, all are discarded. A candidate with an unread score is `incomplete`.
 
     Raises:
         KeyMismatch: as `gate.decide`.
-        ValueError: there are no judges, or one is named twice.
+        ValueError: there are no judges, one is named twice, or one has no weight where the rule weighs.
     """
     ranked = mean_rank(candidates, verdicts, judges, "a selection needs")
-    mean, names, turn = ranked.mean, ranked.ids.to_pylist(), candidates["k"].to_pylist()
+    final, names, turn = _final(ranked, judges, jury), ranked.ids.to_pylist(), candidates["k"].to_pylist()
     label = ranked.texts("discard", "incomplete")
     why = ranked.texts("the only response with a score", "a score was not read")
     for rows in (rows for rows in ranked.of_prompt.values() if len(rows) > 1):
-        top = max(mean[row] for row in rows)
-        best = min((row for row in rows if mean[row] == top), key=lambda row: (turn[row], names[row]))
-        lower = [row for row in rows if mean[row] < top]
+        top = max(final[row] for row in rows)
+        best = min((row for row in rows if final[row] == top), key=lambda row: (turn[row], names[row]))
+        lower = [row for row in rows if final[row] < top]
         for row in rows:
-            why[row] = f"as good as the best: {mean[row]:g}" if lower else f"all {len(rows)} have the score {top:g}"
+            why[row] = f"as good as the best: {final[row]:g}" if lower else f"all {len(rows)} have the score {top:g}"
         if lower:
             label[best], why[best] = "desirable", f"best of {len(rows)}: {top:g}"
         for row in lower:
-            label[row], why[row] = "undesirable", f"{mean[row]:g} is below {top:g}, the best of {len(rows)}"
-    return ranked.decisions(label, why)
+            label[row], why[row] = "undesirable", f"{final[row]:g} is below {top:g}, the best of {len(rows)}"
+    return ranked.decisions(label, why, final)
+
+
+def _final(ranked: MeanRank, judges: Sequence[str], jury: JuryRule) -> NDArray[np.float64]:
+    """The jury's score of every candidate; NaN where one of its scores was not read."""
+    if jury.pool == "mean":
+        return ranked.mean
+    final = np.full(len(ranked.mean), np.nan)
+    for rows in ranked.of_prompt.values():
+        final[rows] = jury_scores(dict(zip(judges, ranked.scores[rows].T.tolist(), strict=True)), jury)
+    return final

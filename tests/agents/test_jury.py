@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import collections
 import itertools
-import json
 import statistics
 
 import numpy as np
@@ -13,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_pipeline.agents.judges import SamplingSettings
-from ray_pipeline.agents.jurors import Juror, pool_judgements, sit
+from ray_pipeline.agents.jurors import JuryRule, jury_scores, pool_judgements
 from ray_pipeline.agents.jury import (
     MISSING,
     VOTES,
@@ -26,17 +23,8 @@ from ray_pipeline.agents.jury import (
     subsets,
     vote_codes,
 )
-from ray_pipeline.agents.strategies import (
-    Judgement,
-    Look,
-    Strategy,
-    StrategyAsking,
-    load_strategy_templates,
-    vote,
-)
-from tests.scripted import ScriptedEngine, user
+from ray_pipeline.agents.strategies import Judgement, Look
 
-COLD = SamplingSettings(max_tokens=64)
 BALLOT = st.sampled_from(["A", "B", "tie", None])
 
 
@@ -141,7 +129,7 @@ def test_subsets_are_all_of_their_sizes() -> None:
     assert list(jury_names(["x", "y", "z"], subsets(3, [2]))) == [("x", "y"), ("x", "z"), ("y", "z")]
 
 
-# --- a jury that sits -------------------------------------------------------------------------------------------------
+# --- judgements of several answers ------------------------------------------------------------------------------------
 
 
 def judgement(best: tuple[int, ...], scores: tuple[float, ...] | None = None) -> Judgement:
@@ -174,15 +162,42 @@ def test_rules_of_a_sitting_jury() -> None:
         pool_judgements({})
 
 
-def test_jurors_on_engines_of_their_own_are_asked_together() -> None:
-    engines = {
-        name: ScriptedEngine(json.dumps({"score_a": a, "score_b": b, "choice": "B"}), delay=0.01)
-        for name, (a, b) in {"one": (8, 3), "two": (7, 6), "three": (0, 0)}.items()
-    }
-    jurors = {name: Juror(engine, Strategy(kind="combined"), COLD) for name, engine in engines.items()}
-    jurors["three"] = Juror(engines["three"], Strategy(kind="direct"), COLD)
-    found, own = asyncio.run(
-        sit(jurors, user("q"), ("x", "y"), load_strategy_templates("default"), StrategyAsking(reason_chars=0))
-    )
-    assert {name: vote(j.best) for name, j in own.items()} == {"one": "A", "two": "A", "three": "B"}
-    assert vote(found.best) == "A" and all(engine.calls == 1 for engine in engines.values())
+GIVEN = {"x": (9, 1, 2), "y": (5, 6, 2), "z": (4, 6, 6)}
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ({}, (6, 13 / 3, 10 / 3)),
+        ({"pool": "median"}, (5, 6, 2)),
+        ({"pool": "weighted_mean", "weights": {"x": 1, "y": 1, "z": 2}}, (22 / 4, 19 / 4, 16 / 4)),
+        ({"pool": "mode"}, (1, 1, 1)),  # the first, the second, and the second and third as equals: nothing leads
+        ({"pool": "weighted", "weights": {"x": 1, "y": 3, "z": 1}}, (0, 1, 0)),
+        ({"pool": "weighted", "weights": {"x": 1, "y": 1, "z": 3}}, (0, 1, 1)),
+    ],
+)
+def test_a_jurys_scores_of_several_answers(rule: dict[str, object], expected: tuple[float, ...]) -> None:
+    assert jury_scores(GIVEN, JuryRule.model_validate(rule)) == pytest.approx(expected)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=6))
+def test_votes_on_two_answers_are_the_unique_mode_else_a_tie(scores: list[tuple[int, int]]) -> None:
+    said = ["A" if a > b else "B" if b > a else "tie" for a, b in scores]
+    found = jury_scores({f"j{n}": pair for n, pair in enumerate(scores)}, JuryRule(pool="mode"))
+    assert {(1, 0): "A", (0, 1): "B", (1, 1): "tie"}[found] == pooled_vote(said)
+
+
+def test_weights_are_of_the_judges() -> None:
+    for wrong, words in (
+        ({"pool": "weighted"}, "needs weights"),
+        ({"weights": {"x": 1}}, "weighted and weighted_mean only"),
+        ({"pool": "weighted_mean", "weights": {"x": 0}}, "must be above 0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            JuryRule.model_validate(wrong)
+    rule = JuryRule(pool="weighted", weights={"x": 1, "y": 1})
+    with pytest.raises(ValueError, match="weights has none for z"):
+        jury_scores(GIVEN, rule)
+    with pytest.raises(ValueError, match="weights names y; the judges are x"):
+        rule.check(["x"])

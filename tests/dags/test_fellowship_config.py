@@ -96,6 +96,25 @@ def test_a_strategy_judges_instead_of_the_rubrics(load: Any) -> None:
         load(judge=None)
 
 
+def test_a_debate_or_a_jury_judges(load: Any) -> None:
+    select = {
+        "debate": {"rounds": 1, "schedule": [["critic"]]},
+        "judges": [{"name": "x", "model": "judge"}, {"name": "y", "model": "big"}],
+        "jury": {"pool": "weighted", "weights": {"x": 1, "y": 2}},
+    }
+    config = load({"big": ENDPOINT}, judge=None, select=select)
+    assert {"judge-judge", "judge-big"} <= set(names(config))
+    assert "x, y by a debate (a jury: weighted)" in config.origin()
+    before = fingerprints(config)
+    pooled = fingerprints(load({"big": ENDPOINT}, judge=None, select={**select, "jury": {"pool": "median"}}))
+    longer = {"rounds": 2, "schedule": [["critic"], ["psychologist"]]}
+    talked = fingerprints(load({"big": ENDPOINT}, judge=None, select={**select, "debate": longer}))
+    assert next(name for name in before if before[name] != pooled[name]) == "select"
+    assert next(name for name in before if before[name] != talked[name]).startswith("judge-")
+    improved = fingerprints(load(improve={})), fingerprints(load(improve={}, select={"jury": {"pool": "median"}}))
+    assert {"select", "rows-revisions", "rows-reviews"} <= {n for n in improved[0] if improved[0][n] != improved[1][n]}
+
+
 def fingerprints(config: FellowshipConfig) -> dict[str, str]:
     return {s.name: s.fingerprint for s in fellowship(config, "/nowhere").stages}
 
@@ -128,6 +147,12 @@ def test_what_changes_what(load: Any, blocks: dict[str, Any], first: str) -> Non
         ({"loop": {"templates": "nope"}}, "no built-in prompt templates 'nope'"),
         ({"loop": {"respones": 3}}, "loop.respones: there is no such key; did you mean 'responses'"),
         ({"select": {"strategy": {"kind": "direct"}}}, "strategy and judges go together"),
+        ({"select": {"jury": {"pool": "weighted", "weights": {"a": 1}}}}, "select.jury.weights has none for b"),
+        ({"select": {"jury": {"pool": "mode"}, "pairs": "best_worst"}}, "says which response is best and not which"),
+        (
+            {"judge": None, "select": {"debate": {"rounds": 1, "schedule": [["nobody"]]}, "judges": [{"name": "x"}]}},
+            "select.debate.schedule names nobody",
+        ),
     ],
 )
 def test_mistakes_are_one_clear_line(load: Any, blocks: dict[str, Any], words: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from ray_pipeline.agents.jurors import MEAN, JuryRule
 from ray_pipeline.stages.audit import AuditReport
 from ray_pipeline.stages.audit_loop import audit_loop
 from ray_pipeline.stages.datasets import DatasetsConfig, dpo_rows, kto_rows, write_dataset_files
@@ -26,9 +27,16 @@ ANSWERS = {
 Change = Callable[[str, list[dict[str, Any]]], list[dict[str, Any]]]
 
 
-def audit(folder: Path, change: Change = lambda kind, rows: rows) -> AuditReport:
+def audit(
+    folder: Path,
+    change: Change = lambda kind, rows: rows,
+    answers: dict[str, Any] = ANSWERS,
+    judges: tuple[str, ...] = ("j",),
+    rule: JuryRule = MEAN,
+    limits: DatasetsConfig = LIMITS,
+) -> AuditReport:
     """Two shards made by the real functions; `change` may damage the rows of a table after they were made."""
-    world = make_world(ANSWERS, ["j"], val=["question 0"])
+    world = make_world(answers, judges, val=["question 0"])
     kinds = ("prompts", "candidates", "verdicts", "decisions")
     tables = {kind: ShardedTable(str(folder / kind), kind, 2, "f1") for kind in kinds}
     made: dict[str, list[pa.Table]] = {"kto": [], "dpo": []}
@@ -40,8 +48,8 @@ def audit(folder: Path, change: Change = lambda kind, rows: rows) -> AuditReport
     parts = {kind: by_shard(getattr(world, kind), 2) for kind in kinds[:3]}
     for shard in range(2):
         prompts, candidates, verdicts = (parts[kind][shard] for kind in kinds[:3])
-        decisions = accept_best(candidates, verdicts, ["j"])
-        arguments = (prompts, candidates, verdicts, decisions, LIMITS, count_words)
+        decisions = accept_best(candidates, verdicts, judges, rule)
+        arguments = (prompts, candidates, verdicts, decisions, limits, count_words)
         for kind, (table, found) in (("kto", kto_rows(*arguments)), ("dpo", dpo_rows(*arguments, True))):
             made[kind].append(changed(kind, table))
             counts[kind].append(found)
@@ -50,15 +58,15 @@ def audit(folder: Path, change: Change = lambda kind, rows: rows) -> AuditReport
     write_dataset_files(
         str(folder / "datasets"),
         made,
-        LIMITS,
+        limits,
         fingerprint="f2",
         counts={kind: add_counts(found) for kind, found in counts.items()},
         gate=None,
-        judges=["j"],
+        judges=judges,
     )
     return audit_loop(
         tables["prompts"], tables["candidates"], [tables["verdicts"]], tables["decisions"], str(folder / "datasets"),
-        ["j"], LIMITS.min_gap,
+        judges, limits.min_gap, rule,
     )  # fmt: skip
 
 
@@ -66,6 +74,27 @@ def test_nothing_is_found_in_what_the_stages_made(tmp_path: Path) -> None:
     found = audit(tmp_path)
     assert found.ok and found.rows == {"prompts": 7, "candidates": 26, "kto": 18, "dpo": 12}
     assert "18 KTO and 12 DPO rows walked back to 7 prompts: no problem" in found.summary()
+
+
+JURY = {
+    f"question {n}": [("a", [9, 1, 1], None), ("b", [5 + n % 2, 6, 2], None), ("c", [4, 6, 3], None)] for n in range(4)
+}
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"pool": "median"},
+        {"pool": "mode"},
+        {"pool": "weighted", "weights": {"x": 1, "y": 1, "z": 5}},
+        {"pool": "weighted_mean", "weights": {"x": 4, "y": 1, "z": 1}},
+    ],
+)
+def test_the_rule_of_a_jury_is_audited_too(tmp_path: Path, rule: dict[str, Any]) -> None:
+    one, limits = JuryRule.model_validate(rule), LIMITS.model_copy(update={"min_gap": 0})
+    found = audit(tmp_path, answers=JURY, judges=("x", "y", "z"), rule=one, limits=limits)
+    assert found.ok, found.problems[:3]
+    assert found.rows["candidates"] == 12
 
 
 def first(kind: str, **values: Any) -> Change:

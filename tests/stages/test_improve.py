@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from ray_pipeline.agents.feedback_loop import ReviewAsking, load_feedback_templates, review_messages, revision_messages
 from ray_pipeline.agents.judges import SamplingSettings
+from ray_pipeline.agents.jurors import MEAN, JuryRule
 from ray_pipeline.stages.datasets import DatasetsConfig
 from ray_pipeline.stages.feedback import ReviewerSettings
 from ray_pipeline.stages.improve import (
@@ -127,8 +128,9 @@ class Planted:
     def over_revisions(self) -> Preferences:
         return over_revisions(self.prompts, self.responses, self.reviews, self.revisions, self.verdicts, TEXTS.revise)
 
-    def over_reviews(self) -> Preferences:
-        return over_reviews(self.prompts, self.responses, self.reviews, self.revisions, self.verdicts, ["j"], question)
+    def over_reviews(self, jury: JuryRule = MEAN) -> Preferences:
+        tables = (self.prompts, self.responses, self.reviews, self.revisions, self.verdicts)
+        return over_reviews(*tables, ["j"], jury, question)
 
 
 def question(messages: Any, response: str, reviewer: str) -> Any:
@@ -136,7 +138,7 @@ def question(messages: Any, response: str, reviewer: str) -> Any:
 
 
 def pairs(made: Preferences, judge: str, every: bool = True) -> list[dict[str, Any]]:
-    tables, counts = preference_rows(made, [judge], LIMITS, count_words, every)
+    tables, counts = preference_rows(made, [judge], MEAN, LIMITS, count_words, every)
     assert tables["kto"].schema.equals(KTO) and tables["dpo"].schema.equals(DPO)
     assert counts["dpo.kept"] == tables["dpo"].num_rows
     return tables["dpo"].to_pylist()
@@ -174,6 +176,14 @@ def test_a_review_is_better_when_its_revisions_score_higher(order: Any) -> None:
     }  # fmt: skip
     assert all(r["prompt"] == question(user("q"), "first", "r") for r in found)
     assert all(r["prompt_id"] == planted.prompt["prompt_id"] for r in found)
+
+
+def test_where_judges_vote_a_review_is_better_when_more_of_its_revisions_are_best() -> None:
+    planted = Planted({"often": [9, 2], "never": [8, 8]})
+    (pair,) = pairs(planted.over_reviews(JuryRule(pool="mode")), "revisions")
+    assert json.loads(pair["chosen"][0]["content"])["feedback"] == "often" and pair["chosen_score"] == 0.5
+    (pair,) = pairs(planted.over_reviews(JuryRule(pool="median")), "revisions")
+    assert json.loads(pair["chosen"][0]["content"])["feedback"] == "never" and pair["chosen_score"] == 8
 
 
 @pytest.mark.parametrize(("first", "chosen"), [(9, ""), (3, "shorter")])

@@ -14,19 +14,22 @@ import pyarrow as pa
 import pytest
 from pydantic import ValidationError
 
+from ray_pipeline.agents.debate import DebateSettings, load_debate_templates
 from ray_pipeline.agents.judges import SamplingSettings
-from ray_pipeline.agents.ranking import Ranking, rank
+from ray_pipeline.agents.jurors import JuryRule
+from ray_pipeline.agents.ranking import Ranking, rank, rank_by_debate
 from ray_pipeline.agents.strategies import LABELS, Strategy, StrategyAsking, load_strategy_templates
 from ray_pipeline.engines.base import PromptTooLong
 from ray_pipeline.stages.ask import LiveJudge
 from ray_pipeline.stages.datasets import DatasetsConfig, dpo_rows, kto_rows
-from ray_pipeline.stages.select import SelectSettings, _Rank, accept_best, rank_shard
+from ray_pipeline.stages.select import SelectSettings, _given, _Rank, accept_best, rank_shard
 from ray_pipeline.store.schemas import DECISIONS, VERDICTS
 from tests.scripted import ScriptedEngine, failing, user
 from tests.stages.planted import World, count_words, make_world
 from tests.stages.test_llm_stages import Shard
 
 TEXTS = load_strategy_templates("default")
+ROLES = load_debate_templates("default")
 COLD = SamplingSettings(max_tokens=64)
 LIMITS = DatasetsConfig(max_length=60, max_prompt_length=20, min_gap=0)
 
@@ -83,6 +86,34 @@ def test_the_mean_of_all_judges_decides_whatever_the_order_of_the_rows() -> None
     assert only_x == [D, U, U, X, X]
     with pytest.raises(ValueError, match="each named once"):
         accept_best(world.candidates, world.verdicts, ["x", "x"])
+
+
+JURY = {"q": [("a", [9, 1, 1], False), ("b", [5, 6, 2], False), ("c", [4, 6, 6], False)]}
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected", "final"),
+    [
+        ({"pool": "mean"}, [U, U, D], [11 / 3, 13 / 3, 16 / 3]),
+        ({"pool": "median"}, [U, U, D], [1, 5, 6]),
+        ({"pool": "weighted_mean", "weights": {"x": 8, "y": 1, "z": 1}}, [D, U, U], [7.4, 4.8, 4.4]),
+        ({"pool": "mode"}, [X, X, X], [1, 1, 1]),
+        ({"pool": "weighted", "weights": {"x": 3, "y": 1, "z": 1}}, [D, U, U], [1, 0, 0]),
+        ({"pool": "weighted", "weights": {"x": 1, "y": 3, "z": 1}}, [U, D, X], [0, 1, 1]),
+    ],
+)
+def test_the_rule_of_the_jury_decides(rule: dict[str, Any], expected: list[str], final: list[float]) -> None:
+    world = make_world(JURY, ["x", "y", "z"])
+    found = accept_best(world.candidates, world.verdicts, ["x", "y", "z"], JuryRule.model_validate(rule))
+    assert found["label"].to_pylist() == expected and found["final_score"].to_pylist() == pytest.approx(final)
+    # How the judges scored stays what it was.
+    assert found["mean_score"].to_pylist() == pytest.approx([11 / 3, 13 / 3, 16 / 3])
+
+
+def test_a_score_that_was_not_read_leaves_its_answer_out_of_the_vote() -> None:
+    world = make_world({"q": [("a", [9, None], False), ("b", [5, 6], False), ("c", [4, 3], False)]}, ["x", "y"])
+    found = accept_best(world.candidates, world.verdicts, ["x", "y"], JuryRule(pool="mode"))
+    assert found["label"].to_pylist() == [I, D, U] and found["final_score"].to_pylist() == [None, 1, 0]
 
 
 # --- training rows of a selection -------------------------------------------------------------------------------------
@@ -198,6 +229,43 @@ def test_one_unread_reply_leaves_the_ranking_unread() -> None:
     assert ranked(ScriptedEngine(failing()), ["a", "b"], "combined").scores is None
 
 
+def debated(engine: ScriptedEngine, answers: Sequence[str], **rules: Any) -> Ranking:
+    settings = DebateSettings(**rules)
+    return asyncio.run(rank_by_debate(engine, user("q"), answers, settings, ROLES, COLD, StrategyAsking(retries=0)))
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(["bad", "fair", "best"])))
+@pytest.mark.parametrize(
+    ("rules", "calls"),
+    [({"rounds": 1}, 6), ({"rounds": 0, "orders": "both"}, 6), ({"rounds": 1, "pool": "vote", "orders": "both"}, 12)],
+)
+def test_a_debate_finds_the_best_in_every_order(order: tuple[str, ...], rules: dict[str, Any], calls: int) -> None:
+    engine = reader({"bad": 2, "fair": 5, "best": 9})
+    found = debated(engine, order, **rules)
+    assert found.scores is not None and engine.calls == calls and found.parse_status == "ok"
+    best, lower = (found.scores[order.index(a)] for a in ("best", "fair"))
+    assert (best, lower) == ((1, 0) if rules.get("pool") == "vote" else (9, 5))
+    assert found.reason is not None and "critic: r" in found.reason
+
+
+def test_the_voices_of_a_debate_vote_where_the_rules_say_so() -> None:
+    worth = {"general_public": {"a": 9, "b": 1}, "psychologist": {"a": 5, "b": 6}, "critic": {"a": 5, "b": 6}}
+
+    def says(messages: Any, _: Any) -> str:
+        text = messages[-1]["content"]
+        role = next(role.name for role in ROLES.roles if f"You are: {role.title}" in text)
+        return json.dumps({"score_a": worth[role]["a"], "score_b": worth[role]["b"]})
+
+    engine = ScriptedEngine(says)
+    assert debated(engine, ["a", "b"], rounds=0).scores == pytest.approx((19 / 3, 13 / 3))
+    assert debated(engine, ["a", "b", " b "], rounds=0, pool="vote").scores == (0, 1, 1)
+    assert debated(engine, ["a", "a "], rounds=0).parse_status == "skipped"
+    silent = ScriptedEngine("I cannot say")
+    assert debated(silent, ["a", "b"], rounds=0, pool="vote") == Ranking(
+        None, None, "unparsed", "\n\n".join(["I cannot say"] * 3)
+    )
+
+
 # --- the stage --------------------------------------------------------------------------------------------------------
 
 
@@ -235,13 +303,32 @@ def test_verdicts_are_by_candidate_and_by_judge(tmp_path: Path) -> None:
     assert kept == {"best": D, "bad": U}
 
 
+def test_a_debate_gives_verdicts_like_a_strategy(tmp_path: Path) -> None:
+    world = make_world({"q": [("bad", [0], None), ("best", [0], None), ("fair", [0], None)]}, ["x"])
+    settings = SelectSettings(debate={"rounds": 1}, judges=[{"name": "one"}], sampling={"max_tokens": 9})  # type: ignore[arg-type]
+    given = _given(settings, ("candidates",), settings.judges)
+    shard = Shard({"prompts": world.prompts, "candidates": world.candidates}, given)
+    engine = reader({"bad": 2, "best": 9, "fair": 5})
+    table = shard.run(rank_shard, engine, tmp_path).tables["verdicts"]
+    assert table.schema.equals(VERDICTS) and engine.calls == 6
+    assert accept_best(world.candidates, table, ["one"])["label"].to_pylist() == [U, D, U]
+    nobody = reader({})
+    assert shard.run(rank_shard, nobody, tmp_path).tables["verdicts"].equals(table) and nobody.calls == 0
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"strategy": {"kind": "combined"}}, "strategy and judges go together"),
         ({"judges": [{"name": "a"}]}, "strategy and judges go together"),
         ({"strategy": {"kind": "combined"}, "judges": [{"name": "a"}, {"name": "a"}]}, "same name: a"),
-        ({"sampling": {"max_tokens": 5}}, "sampling is read by a strategy alone"),
+        ({"sampling": {"max_tokens": 5}}, "sampling is read by a strategy or a debate alone"),
+        ({"debate": {}}, "or debate and judges"),
+        ({"debate": {}, "strategy": {"kind": "direct"}, "judges": [{"name": "a"}]}, "keep one of them"),
+        ({"debate": {}, "judges": [{"name": "a"}], "templates": "x"}, "templates is read by a strategy alone"),
+        ({"debate": {}, "judges": [{"name": "a", "rubric": "x"}]}, "a judge that debates has no rubric"),
+        ({"debate_templates": "x"}, "debate_templates is read by a debate alone"),
+        ({"jury": {"pool": "mode"}, "pairs": "best_worst"}, "and not which is worst"),
     ],
 )
 def test_settings_that_make_no_sense(changes: dict[str, Any], words: str) -> None:
