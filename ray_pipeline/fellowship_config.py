@@ -138,6 +138,7 @@ class FellowshipConfig(Settings):
             models={key: _shown(model.model) for key, model in self.models.items()},
             curating={name: _shown(model) for name, model in judging.items()},
             evaluating={self.evaluate.judge: _shown(self.models[self.evaluate.judge].model)},
+            candidate=_shown(self.models[self.train.model].model),
             bootstrap_draws=self.evaluate.bootstrap_draws,
             seed=self.evaluate.seed,
         )

@@ -115,6 +115,11 @@ def test_a_debate_or_a_jury_judges(load: Any) -> None:
     assert {"select", "rows-revisions", "rows-reviews"} <= {n for n in improved[0] if improved[0][n] != improved[1][n]}
 
 
+def test_the_report_knows_whose_family_the_policy_is(load: Any) -> None:
+    told = load().report()
+    assert told.candidate == told.models["generator"] == "generator"
+
+
 def fingerprints(config: FellowshipConfig) -> dict[str, str]:
     return {s.name: s.fingerprint for s in fellowship(config, "/nowhere").stages}
 
