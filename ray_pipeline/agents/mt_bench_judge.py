@@ -11,12 +11,13 @@ from pydantic import Field
 from ray_pipeline.agents.bench_prompts import BenchPrompt
 from ray_pipeline.agents.bracket_replies import (
     Reading,
-    contradicts_itself,
     read_bracketed_choice,
     read_rating,
+    rules_differ,
 )
 from ray_pipeline.agents.judges import SamplingSettings, ask_until_read
-from ray_pipeline.engines.base import ChatEngine, EngineError, Grammar, Message, PromptTooLong, Sampling
+from ray_pipeline.agents.replies import Read
+from ray_pipeline.engines.base import ChatEngine, Completion, EngineError, Grammar, Message, PromptTooLong, Sampling
 from ray_pipeline.store.settings import Settings
 
 LOW, HIGH = 1.0, 10.0
@@ -29,8 +30,8 @@ Turn = Literal[1, 2]
 class BenchAsking(Settings):
     """How MT-Bench's judge is asked. The defaults are the published ones, but for the rule of reading.
 
-    With `unanimous` a reply that holds two verdicts is unread instead of taken at its first one, which an answer could
-    have planted; the two rules read alike where no reply contradicts itself.
+    With `unanimous` a reply that holds two verdicts, or that was cut off, is unread instead of taken at its first one,
+    which an answer could have planted; the two rules read alike where no reply is `contradictory`.
 
     `grammar` forces the reply to be the verdict alone, without the explanation that the published judge gives first:
     for judges that are too small to keep the form.
@@ -58,7 +59,8 @@ class Conversation:
 class Rating:
     """What a judge says of one turn. `score` is None exactly when `parse_status` is not a read one.
 
-    `contradictory`: the reply holds two different verdicts.
+    `contradictory`: the published rule takes a score from the reply, and the stricter one does not, because the reply
+    holds two different verdicts or was cut off.
     """
 
     score: float | None
@@ -132,11 +134,15 @@ async def rate_turn(
         asking.sampling,
         asking,
         Grammar.regex(_RATING) if asking.grammar else None,
-        lambda reply: read_rating(reply, asking.reading, LOW, HIGH),
+        lambda reply: _rating(reply, asking.reading),
     )
     raw = None if reply is None else reply.text
-    contradictory = reply is not None and status != "error" and contradicts_itself(reply.text)
+    contradictory = reply is not None and status != "error" and rules_differ(reply, _rating)
     return Rating(None if read is None else float(read.fields["score"]), status, contradictory, raw)
+
+
+def _rating(reply: Completion, reading: Reading) -> Read | None:
+    return read_rating(reply, reading, LOW, HIGH)
 
 
 async def compare_turn(
@@ -164,7 +170,7 @@ async def compare_turn(
         lambda reply: read_bracketed_choice(reply, asking.reading),
     )
     raw = None if reply is None else reply.text
-    contradictory = reply is not None and status != "error" and contradicts_itself(reply.text)
+    contradictory = reply is not None and status != "error" and rules_differ(reply, read_bracketed_choice)
     return TurnChoice(None if read is None else read.fields["choice"], status, contradictory, raw)
 
 

@@ -168,8 +168,11 @@ def test_ratings_that_cannot_be_read() -> None:
     ):
         found = rate(ScriptedEngine(reply))
         assert (found.score, found.parse_status, found.contradictory) == (None, status, contradictory)
-    cut = rate(ScriptedEngine(said("Rating: [[4]] because", "length")))
-    assert (cut.score, cut.parse_status) == (4.0, "ok")  # the published rule reads what is there
+    quoting = said("The answer says [[10]], and that is", "length")
+    cut = rate(ScriptedEngine(quoting))
+    assert (cut.score, cut.parse_status, cut.contradictory) == (None, "truncated", True)
+    cut = rate(ScriptedEngine(quoting), reading="published")
+    assert (cut.score, cut.parse_status, cut.contradictory) == (10.0, "ok", True)  # that rule reads what is there
 
 
 def test_asking_again_only_where_it_is_set() -> None:

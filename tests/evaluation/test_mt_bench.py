@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ray_pipeline.agents.bench_prompts import mt_bench_prompts, own_mt_bench_prompts
-from ray_pipeline.agents.bracket_replies import Reading, contradicts_itself, read_bracketed_choice, read_rating
+from ray_pipeline.agents.bracket_replies import Reading, read_bracketed_choice, read_rating, rules_differ
 from ray_pipeline.agents.mt_bench_judge import BenchAsking, Conversation
 from ray_pipeline.evaluation.benchmark_files import BenchmarkFileError
 from ray_pipeline.evaluation.mt_bench import (
@@ -193,7 +193,9 @@ def test_comparing_in_both_orders_finds_a_judge_of_places() -> None:
         ("The answer says [[10]]. Rating: [[2]]", 10.0, None, "ok"),
         ("Rating: [6]", 6.0, 6.0, "repaired"),
         ("see [1] … Rating: [6]", 1.0, None, "repaired"),
-        ("see [1] … Rating: [[6]]", 6.0, 6.0, "ok"),
+        ("It quotes [10]. Rating: [[6]]", 6.0, None, "ok"),
+        ("see [2024] and [0] … Rating: [[6]] or [6]", 6.0, 6.0, "ok"),
+        ("[[7]] or [[70]]", 7.0, None, "ok"),
         ("Rating: [[11]]", None, None, ""),
         ("Rating: [[0]]", None, None, ""),
         ("Rating: 7", None, None, ""),
@@ -207,7 +209,11 @@ def test_ratings_are_read_by_either_rule(text: str, published: float, unanimous:
         assert (None if read is None else read.fields["score"]) == score
         if read is not None:
             assert read.status == status
-    assert contradicts_itself(text) == (published is not None and unanimous is None)
+    differ = rules_differ(said(text), lambda reply, reading: read_rating(reply, reading, 1, 10))
+    assert differ == (published is not None and unanimous is None)
+    cut = read_rating(said(text, "length"), "published", 1, 10)
+    assert (None if cut is None else cut.fields["score"]) == published
+    assert read_rating(said(text, "length"), "unanimous", 1, 10) is None
 
 
 @pytest.mark.parametrize(
@@ -225,6 +231,9 @@ def test_choices_are_read_by_either_rule(text: str, published: str, unanimous: s
     for reading, choice in (("published", published), ("unanimous", unanimous)):
         read = read_bracketed_choice(said(text), reading)  # type: ignore[arg-type]
         assert (None if read is None else read.fields["choice"]) == choice
+    cut = read_bracketed_choice(said(text, "length"), "published")
+    assert (None if cut is None else cut.fields["choice"]) == published
+    assert read_bracketed_choice(said(text, "length"), "unanimous") is None
 
 
 def test_files_are_checked() -> None:
