@@ -1,7 +1,9 @@
 """Judge prompts of the public benchmarks, as data: loaded when they are used, from the files that publish them.
 
-The published texts are not part of this project. Its own wording of the same prompts is in `configs/prompts/mt_bench`
-and `configs/prompts/alpaca_eval`; which one a score was made with is in its protocol (`prompts_digest`).
+The published texts are not part of this project, and are sent as they are: their wording is the protocol, though an
+answer can close the marks that it stands between. The project's own wording of the same prompts is in
+`configs/prompts/mt_bench` and `configs/prompts/alpaca_eval`; which one a score was made with is in its protocol
+(`prompts_digest`).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError
 
-from ray_pipeline.agents.templates import TemplateError
+from ray_pipeline.agents.templates import TemplateError, fence
 from ray_pipeline.engines.base import Message
 from ray_pipeline.store.keys import digest
 from ray_pipeline.store.settings import Settings
@@ -40,6 +42,10 @@ MT_BENCH_FIELDS: Mapping[str, frozenset[str]] = {
 }
 _OUTPUT = {"single": "[[rating]]", "pairwise": "[[A]]"}
 
+#: A word for the tags around texts, made from the question. Own prompts use it as often as they like; published ones
+#: do not know it.
+_FENCE = "fence"
+
 #: What the AlpacaEval prompt must use. The judge answers with the label of the better output.
 PREFERENCE_FIELDS = frozenset({"instruction", "output_1", "output_2"})
 
@@ -57,7 +63,9 @@ class BenchPrompt(Settings):
 
     def messages(self, fields: Mapping[str, str]) -> list[Message]:
         """The messages of one call; `{…}` inside a field's text is text."""
-        user: Message = {"role": "user", "content": self.prompt_template.format_map(fields)}
+        asked = [text for name, text in sorted(fields.items()) if name.startswith("question")]
+        word = fence(asked, list(fields.values()))
+        user: Message = {"role": "user", "content": self.prompt_template.format_map({**fields, _FENCE: word})}
         return [*([{"role": "system", "content": self.system_prompt}] if self.system_prompt else []), user]
 
 
@@ -71,6 +79,7 @@ class PreferencePrompt(Settings):
     def filled(self, instruction: str, first: str, second: str) -> list[Message]:
         """The messages of one call; `{…}` inside a text is text."""
         values = {"instruction": instruction, "output_1": first, "output_2": second}
+        values[_FENCE] = fence([instruction], list(values.values()))
         return [{"role": m["role"], "content": _fill(m["content"], values)} for m in self.messages]
 
 
@@ -127,7 +136,7 @@ def preference_prompt(text: str, source: str, labels: tuple[str, str] = ("m", "M
             messages.append({"role": role.strip(), "content": body.strip()})
     else:
         messages = [{"role": "user", "content": text}]
-    used = [name for m in messages for name in _FIELD.findall(m["content"])]
+    used = [name for m in messages for name in _FIELD.findall(m["content"]) if name != _FENCE]
     if len(used) > len(set(used)):
         raise TemplateError(f"{source}: a field is used twice")
     _same_fields(source, frozenset(used), PREFERENCE_FIELDS)
@@ -152,7 +161,7 @@ def prompts_digest(prompts: Mapping[str, BenchPrompt] | PreferencePrompt, kind: 
     return digest({name: [p.system_prompt, p.prompt_template] for name, p in used.items()})
 
 
-_FIELD = re.compile(r"\{(instruction|output_1|output_2)\}")
+_FIELD = re.compile(r"\{(instruction|output_1|output_2|fence)\}")
 
 
 def _fill(text: str, values: Mapping[str, str]) -> str:
@@ -167,6 +176,7 @@ def _fields(template: str) -> frozenset[str]:
 
 
 def _same_fields(where: str, used: frozenset[str], needed: frozenset[str]) -> None:
+    used -= {_FENCE}
     if used != needed:
         lacking, unknown = sorted(needed - used), sorted(used - needed)
         raise TemplateError(

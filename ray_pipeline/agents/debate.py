@@ -33,13 +33,14 @@ from ray_pipeline.agents.templates import (
     RoleTemplate,
     TemplateError,
     check_text,
+    fence,
     read_template_file,
     render,
     render_text,
     transcript,
 )
 from ray_pipeline.engines.base import ChatEngine, EngineError, Message, PromptTooLong
-from ray_pipeline.store.keys import derived_seed, digest
+from ray_pipeline.store.keys import derived_seed
 from ray_pipeline.store.settings import Settings
 
 #: How the voices' scores become one verdict: their means are compared, or each voice votes (unique mode, else tie).
@@ -293,7 +294,7 @@ class _Table:
             "high": self.settings.high,
             "form": self.asking.form,
             "reason": self.asking.reason_chars > 0,
-            "fence": digest(["fence", self.instruction, sorted(self.answers)], size=4),
+            "fence": fence([self.instruction, sorted(self.answers)], [self.instruction, *self.answers]),
         }
 
     def _may_see(self, role: Role, speech: Speech, now: int) -> bool:

@@ -20,13 +20,14 @@ from ray_pipeline.agents.templates import (
     RoleTemplate,
     check_role,
     check_text,
+    fence,
     read_template_file,
     render,
     render_text,
     transcript,
 )
 from ray_pipeline.engines.base import ChatEngine, Completion, EngineError, Message, Sampling
-from ray_pipeline.store.keys import digest, normalise_text
+from ray_pipeline.store.keys import normalise_text
 from ray_pipeline.store.schemas import READ_STATUSES
 from ray_pipeline.store.settings import Settings
 
@@ -156,7 +157,7 @@ def review_messages(
         instruction=instruction,
         response=response,
         focus=focus,
-        fence=digest(["fence", instruction, response], size=4),
+        fence=fence([instruction, response], [instruction, response]),
         reason=asking.reason_chars > 0,
         score=asking.scored,
         low=asking.low,

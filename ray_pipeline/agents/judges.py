@@ -23,7 +23,7 @@ from ray_pipeline.agents.replies import (
     read_score,
     score_grammar,
 )
-from ray_pipeline.agents.templates import Layout, RoleTemplate, render, transcript
+from ray_pipeline.agents.templates import Layout, RoleTemplate, fence, render, transcript
 from ray_pipeline.engines.base import ChatEngine, Completion, EngineError, Grammar, Message, PromptTooLong, Sampling
 from ray_pipeline.store.keys import derived_seed
 from ray_pipeline.store.settings import Settings
@@ -134,11 +134,13 @@ async def judge(
     layout: Layout = "shared_first",
 ) -> Verdict:
     """Score one answer on one rubric."""
+    instruction = transcript(prompt)
     messages = render(
         template,
         layout,
-        instruction=transcript(prompt),
+        instruction=instruction,
         response=response,
+        fence=_fence(instruction, response),
         name=rubric.name,
         rubric=rubric.text,
         low=rubric.low,
@@ -175,7 +177,8 @@ async def critique(
     layout: Layout = "shared_first",
 ) -> Critique:
     """Say whether the way to an answer is flawed, and how."""
-    messages = render(template, layout, instruction=transcript(prompt), response=response)
+    instruction = transcript(prompt)
+    messages = render(template, layout, instruction=instruction, response=response, fence=_fence(instruction, response))
     grammar = critique_grammar(asking.reason_chars) if asking.grammar else None
     read, reply, status = await ask_until_read(engine, messages, sampling, asking, grammar, read_critique)
     raw = None if reply is None else reply.text
@@ -195,13 +198,26 @@ async def compare(
     layout: Layout = "shared_first",
 ) -> Choice:
     """Choose between two answers, shown in the given order. Callers ask in both orders."""
-    messages = render(template, layout, instruction=transcript(prompt), response_a=response_a, response_b=response_b)
+    instruction = transcript(prompt)
+    messages = render(
+        template,
+        layout,
+        instruction=instruction,
+        response_a=response_a,
+        response_b=response_b,
+        fence=_fence(instruction, response_a, response_b),
+    )
     grammar = choice_grammar(asking.reason_chars) if asking.grammar else None
     read, reply, status = await ask_until_read(engine, messages, sampling, asking, grammar, read_choice)
     raw = None if reply is None else reply.text
     if read is None:
         return Choice(None, None, status, raw)
     return Choice(read.fields["choice"], read.fields["reason"], status, raw)
+
+
+def _fence(instruction: str, *answers: str) -> str:
+    # Of the instruction alone wherever that will do: then all answers to it share the prompt's first part.
+    return fence([instruction], [instruction, *answers])
 
 
 async def ask_until_read(

@@ -33,13 +33,13 @@ from ray_pipeline.agents.templates import (
     RoleTemplate,
     TemplateError,
     check_role,
+    fence,
     read_template_file,
     render,
     render_text,
     transcript,
 )
 from ray_pipeline.engines.base import ChatEngine, Completion, Grammar, Message
-from ray_pipeline.store.keys import digest
 from ray_pipeline.store.settings import Settings
 
 Orders = Literal["given", "swapped", "both"]
@@ -326,7 +326,7 @@ class _Asker:
         return {"answers": answers, "labels": list(labels), "fence": self._fence(sorted(self.answers))}
 
     def _fence(self, texts: Sequence[str]) -> str:
-        return digest(["fence", self.instruction, list(texts)], size=4)
+        return fence([self.instruction, list(texts)], [self.instruction, *texts])
 
     async def _ask(
         self,

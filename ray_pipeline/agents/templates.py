@@ -19,6 +19,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from pydantic import ValidationError
 
 from ray_pipeline.engines.base import Message
+from ray_pipeline.store.keys import digest
 from ray_pipeline.store.settings import Settings
 
 #: `shared_first` lets the judges of a candidate share its prefix, `rubric_first` lets candidates share a rubric's.
@@ -49,10 +50,13 @@ _ENVIRONMENT = SandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape
 
 #: What each role's texts may use, with an example for checking a file before anything runs.
 VARIABLES: dict[str, dict[str, Any]] = {
-    "judge": {"instruction": "x", "response": "x", "name": "x", "rubric": "x", "low": 1, "high": 10},
-    "critic": {"instruction": "x", "response": "x"},
-    "pairwise": {"instruction": "x", "response_a": "x", "response_b": "x"},
+    "judge": {"instruction": "x", "response": "x", "name": "x", "rubric": "x", "low": 1, "high": 10, "fence": "0"},
+    "critic": {"instruction": "x", "response": "x", "fence": "0"},
+    "pairwise": {"instruction": "x", "response_a": "x", "response_b": "x", "fence": "0"},
 }
+
+#: A word as long as every fence, for measuring texts.
+ANY_FENCE = "0" * 8
 
 
 def builtin_templates(folder: str = "") -> list[str]:
@@ -148,6 +152,21 @@ def render(template: RoleTemplate, layout: Layout, **variables: Any) -> list[Mes
     user = f"{shared}\n{rubric}" if layout == "shared_first" else f"{rubric}\n{shared}"
     system = render_text(template.system, variables)
     return [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": user}]
+
+
+def fence(made_of: Sequence[Any], texts: Sequence[str]) -> str:
+    """The word that goes into the tags around texts, so that none of them can close its tag or open another's.
+
+    Args:
+        made_of: plain data that decides the word, so that the same question has the same prompt. Calls with one word
+            share the prefix in which it stands.
+        texts: everything that the tags hold; the word stands in none of them.
+    """
+    word, tries = digest(["fence", *made_of], size=4), 0
+    while any(word in text for text in texts):
+        tries += 1
+        word = digest(["fence", *made_of, tries], size=4)
+    return word
 
 
 def part_lengths(template: RoleTemplate, **variables: Any) -> tuple[int, int]:

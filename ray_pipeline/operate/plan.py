@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ray_pipeline.agents.templates import RoleTemplate, render, transcript
+from ray_pipeline.agents.templates import ANY_FENCE, RoleTemplate, render, transcript
 from ray_pipeline.config import ConfigError, DmapoConfig
 from ray_pipeline.engines.base import Message
 from ray_pipeline.graph.models import ModelSettings
@@ -156,6 +156,7 @@ def work(
 
     def asked(model: str, template: RoleTemplate, layout: Any, **variables: Any) -> float:
         """Mean tokens of a question around empty answers."""
+        variables["fence"] = ANY_FENCE
         return mean(model, [render(template, layout, instruction=transcript(m), **variables) for m in sample])
 
     def line(stage: str, model: str, calls: int, prompt: float, tokens: float, bound: bool) -> StagePlan:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from ray_pipeline.agents.judges import Asking, Rubric, SamplingSettings, Verdict, judge
-from ray_pipeline.agents.templates import Layout, RoleTemplate, best_layout, part_lengths, transcript
+from ray_pipeline.agents.templates import ANY_FENCE, Layout, RoleTemplate, best_layout, part_lengths, transcript
 from ray_pipeline.graph.failures import FailureSettings
 from ray_pipeline.graph.models import ModelSettings
 from ray_pipeline.graph.shard_map import all_of
@@ -255,7 +255,16 @@ def choose_layout(given: WholeInput) -> dict[str, Any]:
                     sample.append((answer["id"], transcript(messages[answer["prompt_id"]]), answer["response"]))
         sample = sorted(sample)[:_LAYOUT_SAMPLE]
     lengths = [
-        part_lengths(settings.template, instruction=p, response=r, name=x.name, rubric=x.text, low=x.low, high=x.high)
+        part_lengths(
+            settings.template,
+            instruction=p,
+            response=r,
+            fence=ANY_FENCE,
+            name=x.name,
+            rubric=x.text,
+            low=x.low,
+            high=x.high,
+        )
         for _, p, r in sample
         for x in settings.rubrics
     ]

@@ -8,11 +8,13 @@ import pytest
 import yaml
 
 from ray_pipeline.agents.templates import (
+    ANY_FENCE,
     VARIABLES,
     RoleTemplate,
     TemplateError,
     best_layout,
     builtin_templates,
+    fence,
     load_templates,
     part_lengths,
     render,
@@ -108,6 +110,15 @@ def test_values_are_text_and_never_templates() -> None:
     assert message["content"] == f"S {hostile}\nR n"
 
 
+def test_a_fence_stands_in_none_of_the_texts() -> None:
+    word = fence(["question"], ["question", "answer"])
+    assert word == fence(["question"], ["question", "another answer"])  # one prefix for all answers to a question
+    other = fence(["question"], ["question", f"</response {word}>"])
+    assert other != word and other == fence(["question"], [word]) and len(other) == len(word) == len(ANY_FENCE)
+    third = fence(["question"], [word, other])
+    assert len({word, other, third}) == 3
+
+
 def test_layouts() -> None:
     shared, rubric = (
         render(ROLE, x, instruction="i", name="n")[0]["content"] for x in ("shared_first", "rubric_first")
@@ -119,13 +130,12 @@ def test_layouts() -> None:
 
 def test_the_shared_part_is_one_prefix_for_all_judges() -> None:
     template = load_templates("default").judge
+    own = {"instruction": "i", "response": "r", "low": 1, "high": 10, "fence": "0"}
     prompts = [
-        render(template, "shared_first", instruction="i", response="r", name=n, rubric=n * 3, low=1, high=10)[-1][
-            "content"
-        ]
-        for n in ("helpfulness", "factuality")
+        render(template, "shared_first", **own, name=name, rubric=name * 3)[-1]["content"]
+        for name in ("helpfulness", "factuality")
     ]
-    shared, _ = part_lengths(template, instruction="i", response="r", name="x", rubric="x", low=1, high=10)
+    shared, _ = part_lengths(template, **own, name="x", rubric="x")
     assert prompts[0][:shared] == prompts[1][:shared] and prompts[0] != prompts[1]
 
 

@@ -241,7 +241,7 @@ def likes(word: str) -> ScriptedEngine:
 
     def reply(messages: Any, sampling: Any) -> Any:
         asked = messages[-1]["content"]
-        first = asked.index(word) < asked.index("<output_of_M>")
+        first = asked.index(word) < asked.index("<output_of_M ")
         good, bad = ("m", "M") if first else ("M", "m")
         return said(good, "length", logprobs=[[(good, math.log(0.81)), (bad, math.log(0.09)), ("The", -3.0)]])
 

@@ -110,7 +110,7 @@ def judging(messages: Any, sampling: Any) -> Any:
         # The unknown answers (floors) are worth 1; the reference is always shown.
         place = content.index(REFERENCE)
         other = next((w for _, w in shown if w != 6), 1)
-        first_is_reference = place < content.index("<output_of_M>")
+        first_is_reference = place < content.index("<output_of_M ")
         better = (other < 6) == first_is_reference
         p = 0.9 if better else 0.1
         return said("m", logprobs=[[("m", math.log(p)), ("M", math.log(1 - p))]])

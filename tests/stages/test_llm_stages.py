@@ -281,7 +281,7 @@ def test_the_layout_comes_from_the_settings_or_from_its_stage(tmp_path: Path) ->
         shard.run(judge_shard, engine, tmp_path / root)
         return asked(engine)[0].lstrip().splitlines()[0]
 
-    assert first_line(judge_input("a", layout="shared_first"), "1") == "<instruction>"
+    assert first_line(judge_input("a", layout="shared_first"), "1").startswith("<instruction ")
     assert first_line(judge_input("a", layout="rubric_first"), "2").startswith("Evaluate")
     facts = {"layout": {"layout": "rubric_first"}}
     assert first_line(judge_input("a", layout=None, facts=facts), "3").startswith("Evaluate")
@@ -292,7 +292,7 @@ def test_rubrics_are_joined_to_prompts_by_id(tmp_path: Path) -> None:
     shard = judge_input("a", answers=candidates(("two", "TWO", "stop"), ("one", "ONE", "stop")))
     shard.run(judge_shard, engine, tmp_path)
     for text in asked(engine):
-        assert ("two" in text) == ("TWO" in text) and ("one" in text.split("<response>")[0]) == ("ONE" in text)
+        assert ("two" in text) == ("TWO" in text) and ("one" in text.split("<response ")[0]) == ("ONE" in text)
 
 
 def rubrics(**block: Any) -> JudgeSettings:
@@ -497,7 +497,7 @@ def prefers(word: str) -> Callable[..., str]:
     """A judge without position bias: the response that holds the word."""
 
     def script(messages: Any, sampling: Any) -> str:
-        a, b = messages[-1]["content"].split("<response_b>")
+        a, b = messages[-1]["content"].split("<response_b ")
         found = [x for x, text in (("A", a), ("B", b)) if word in text]
         return json.dumps({"reason": "r", "choice": found[0] if len(found) == 1 else "C"})
 
