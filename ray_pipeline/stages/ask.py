@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_serializer, field_validator, model_validator
 
 from ray_pipeline.agents.debate import Debated, DebateSettings, DebateTemplates, debate
 from ray_pipeline.agents.judges import SamplingSettings
@@ -48,6 +48,27 @@ class AskSettings(Settings):
     layout: Layout = "shared_first"
     sampling: SamplingSettings = SamplingSettings(temperature=0.0, max_tokens=1024)
     asking: StrategyAsking = StrategyAsking()
+
+    @field_validator("strategies", "debate")
+    @classmethod
+    def _measured_later(cls, given: Any) -> Any:
+        """What is asked is stored order by order and voice by voice; what it comes to is the measure's business."""
+        for one in given if isinstance(given, tuple) else (given,):
+            where = "debate" if isinstance(one, DebateSettings) else f"strategy {one.name}"
+            if "conflict" in one.model_fields_set:
+                raise ValueError(f"{where}: conflict is not read here; set measure.conflict, which holds for all")
+            if "pool" in one.model_fields_set:
+                raise ValueError(f"{where}: pool is not read here; set measure.debate (mean or vote)")
+        return given
+
+    @field_serializer("strategies")
+    def _strategies_as_asked(self, strategies: tuple[Strategy, ...]) -> list[dict[str, Any]]:
+        """Without what is refused, so that a run's config.yaml can be given again."""
+        return [s.model_dump(mode="json", exclude={"conflict"}) for s in strategies]
+
+    @field_serializer("debate")
+    def _debate_as_asked(self, rules: DebateSettings) -> dict[str, Any]:
+        return rules.model_dump(mode="json", exclude={"conflict", "pool"})
 
     @field_validator("strategies")
     @classmethod

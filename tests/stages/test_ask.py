@@ -188,11 +188,28 @@ def test_debates_write_ballots_by_voice_and_every_speech(tmp_path: Path) -> None
         ({"judges": [{"name": "a"}], "strategies": [{"kind": "direct"}] * 2}, "two strategies are called direct"),
         ({"judges": [{"name": "a"}], "strategies": [{"kind": "direct", "name": "debate"}]}, "a name of its own"),
         ({"debaters": [{"name": "a", "rubric": "x"}]}, "a debater has no rubric"),
+        (
+            {"judges": [{"name": "a"}], "strategies": [{"kind": "combined", "orders": "both", "conflict": "mean"}]},
+            r"strategy combined_10: conflict is not read here; set measure\.conflict",
+        ),
+        ({"debaters": [{"name": "a"}], "debate": {"conflict": "tie"}}, r"debate: conflict is .* set measure\.conflict"),
+        ({"debaters": [{"name": "a"}], "debate": {"pool": "vote"}}, r"debate: pool is .* set measure\.debate"),
     ],
 )
 def test_an_ask_block_that_does_not_fit(block: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         AskSettings(**block)
+
+
+def test_a_block_that_was_written_out_can_be_read_again() -> None:
+    block = {
+        "judges": [{"name": "a"}], "strategies": [{"kind": "direct", "orders": "both"}], "debaters": [{"name": "a"}],
+        "debate": {"rounds": 1},
+    }  # fmt: skip
+    settings = AskSettings.model_validate(block)
+    written = settings.model_dump(mode="json")
+    assert "conflict" not in {**written["debate"], **written["strategies"][0]} and "pool" not in written["debate"]
+    assert AskSettings.model_validate(written) == settings
 
 
 def test_each_model_is_a_stage_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
