@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
@@ -164,6 +165,7 @@ def measure(items: pa.Table, ballots: pa.Table, settings: MeasureSettings) -> Do
     draws = item_draws(len(panel.item_ids), settings.draws, settings.seed)
     choose_on = np.array([unit_hash("held-out", settings.seed, i) < settings.held_out for i in panel.item_ids])
     judged = _judged(panel, draws, settings)
+    other = _by_other_rule(items, ballots, settings)
     juries: list[JuryResult] = []
     among, chosen = [], []
     for strategy in panel.strategies:
@@ -182,7 +184,7 @@ def measure(items: pa.Table, ballots: pa.Table, settings: MeasureSettings) -> Do
         label_counts={vote: int((panel.labels == code).sum()) for code, vote in enumerate(VOTES)},
         judges=[j for j in judged if j.strategy != "debate"],
         juries=juries,
-        debates=_debates(panel, [j for j in judged if j.strategy == "debate"], settings),
+        debates=_debates(panel, [j for j in judged if j.strategy == "debate"], other, settings),
         bias=[_bias(panel, evaluator, draws, settings) for evaluator in panel.evaluators],
         among_judges=among,
         paired=_pairs([e for e in panel.evaluators if e.strategy != "versus"], panel.labels, draws),
@@ -282,32 +284,28 @@ def _pairs(evaluators: Sequence[Evaluator], labels: Codes, draws: NDArray[np.flo
     ]
 
 
-def _debates(panel: Panel, judged: Sequence[Judged], settings: MeasureSettings) -> list[Debate]:
+def _debates(
+    panel: Panel, judged: Sequence[Judged], other: Mapping[str, float | None], settings: MeasureSettings
+) -> list[Debate]:
     debates = []
     for result in judged:
         voices = panel.voices.get(result.judge, {})
-        found: list[Agreement] = []
-        other = None
-        if voices:
-            found = agreement(np.stack([v.votes for v in voices.values()]), panel.labels)
-            other = _other_rule(panel, voices, settings.debate)
-        debates.append(Debate(result.judge, settings.debate, other, dict(zip(voices, found, strict=True)), result))
+        found = agreement(np.stack([v.votes for v in voices.values()]), panel.labels) if voices else []
+        own = dict(zip(voices, found, strict=True))
+        debates.append(Debate(result.judge, settings.debate, other.get(result.judge), own, result))
     return debates
 
 
-def _other_rule(panel: Panel, voices: Mapping[str, Evaluator], rule: DebateRule) -> float | None:
-    """Kappa of the debate by the rule that was not chosen."""
-    votes = np.stack([v.votes for v in voices.values()])
-    unread = (votes == MISSING).any(axis=0)
-    if rule == "mean":
-        pooled = pool_votes(votes, np.ones((1, len(votes)), dtype=bool))[0]
-    else:
-        scores = [v.scores for v in voices.values() if v.scores is not None]
-        if len(scores) < len(voices):
-            return None
-        pooled = compare_scores(*np.mean(scores, axis=0))
-    pooled = np.where(unread, MISSING, pooled).astype(np.int8)
-    return number(statistics(tables(pooled[None], panel.labels), ("kappa",))["kappa"][0])
+def _by_other_rule(items: pa.Table, ballots: pa.Table, settings: MeasureSettings) -> dict[str, float | None]:
+    """Kappa of every debate by the rule that was not chosen; None where it needs scores that a voice does not give."""
+    other: DebateRule = "vote" if settings.debate == "mean" else "mean"
+    panel = make_panel(items, ballots.filter(pc.equal(ballots["strategy"], "debate")), settings.conflict, other)
+    kappas: dict[str, float | None] = {}
+    for debate in panel.evaluators:
+        voices = panel.voices.get(debate.judge, {}).values()
+        if voices and (other == "vote" or all(voice.scores is not None for voice in voices)):
+            kappas[debate.judge] = number(statistics(tables(debate.votes[None], panel.labels), ("kappa",))["kappa"][0])
+    return kappas
 
 
 def _bias(panel: Panel, evaluator: Evaluator, draws: NDArray[np.float32], settings: MeasureSettings) -> Bias:

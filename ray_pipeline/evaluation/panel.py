@@ -85,7 +85,7 @@ def make_panel(
     debate_rule: DebateRule = "mean",
     families: Mapping[str, Sequence[str]] | None = None,
 ) -> Panel:
-    """Join ballots to items by item_id, bring both orders together, and pool the voices of debates.
+    """Join ballots to items by item_id, pool the voices of debates in each order, and bring both orders together.
 
     Raises:
         ValueError: an item or a ballot occurs twice, or a ballot has no item.
@@ -104,12 +104,11 @@ def make_panel(
     evaluators, voices = [], {}
     for strategy, judge in sorted({(s, j) for s, j, _ in grouped}, key=_natural):
         parts = {voice: orders for (s, j, voice), orders in grouped.items() if (s, j) == (strategy, judge)}
-        each = {v: _evaluator(strategy, judge, orders, len(ids), conflict) for v, orders in sorted(parts.items())}
-        if list(each) == [""]:
-            evaluators.append(each[""])
-        else:
-            evaluators.append(_pool_voices(strategy, judge, list(each.values()), debate_rule))
-            voices[judge] = each
+        said = {voice: _votes(orders, len(ids)) for voice, orders in sorted(parts.items())}
+        whole = said[""] if list(said) == [""] else _pool_voices(list(said.values()), debate_rule)
+        evaluators.append(_evaluator(strategy, judge, whole, conflict))
+        if list(said) != [""]:
+            voices[judge] = {voice: _evaluator(strategy, judge, own, conflict) for voice, own in said.items()}
     return Panel(
         item_ids=ids,
         labels=vote_codes([row["human_label"] for row in rows]),
@@ -164,29 +163,44 @@ def _grouped(ballots: pa.Table, place: Mapping[str, int]) -> dict[tuple[str, str
     return grouped
 
 
-def _evaluator(strategy: str, judge: str, orders: _Orders, items: int, conflict: Conflict) -> Evaluator:
-    votes: dict[str, Codes] = {}
-    scores: dict[str, Floats] = {}
-    statuses: dict[str, int] = {}
+@dataclasses.dataclass(frozen=True)
+class _Votes:
+    """What one judge, or one voice, said: votes, shape (items,), and scores, shape (2, items), by order."""
+
+    votes: dict[str, Codes]
+    scores: dict[str, Floats]
+    statuses: dict[str, int]
+
+    @property
+    def scored(self) -> bool:
+        return any(not np.isnan(scores).all() for scores in self.scores.values())
+
+
+def _votes(orders: _Orders, items: int) -> _Votes:
+    found = _Votes({}, {}, {})
     for order, ballots in sorted(orders.items()):
-        votes[order] = np.full(items, MISSING, dtype=np.int8)
-        scores[order] = np.full((2, items), np.nan)
+        found.votes[order] = np.full(items, MISSING, dtype=np.int8)
+        found.scores[order] = np.full((2, items), np.nan)
         for number, row in ballots:
-            votes[order][number] = vote_codes([row["vote"]])[0]
+            found.votes[order][number] = vote_codes([row["vote"]])[0]
             if row["score_a"] is not None and row["score_b"] is not None:
-                scores[order][:, number] = row["score_a"], row["score_b"]
-            statuses[row["parse_status"]] = statuses.get(row["parse_status"], 0) + 1
+                found.scores[order][:, number] = row["score_a"], row["score_b"]
+            found.statuses[row["parse_status"]] = found.statuses.get(row["parse_status"], 0) + 1
         if len(ballots) < items:
-            statuses["absent"] = statuses.get("absent", 0) + items - len(ballots)
-    pooled, merged = _both(votes, scores, conflict)
+            found.statuses["absent"] = found.statuses.get("absent", 0) + items - len(ballots)
+    return found
+
+
+def _evaluator(strategy: str, judge: str, said: _Votes, conflict: Conflict) -> Evaluator:
+    pooled, merged = _both(said.votes, said.scores, conflict)
     return Evaluator(
         strategy,
         judge,
         pooled,
         None if np.isnan(merged).all() else merged,
-        votes.get("ab"),
-        votes.get("ba"),
-        dict(sorted(statuses.items())),
+        said.votes.get("ab"),
+        said.votes.get("ba"),
+        dict(sorted(said.statuses.items())),
     )
 
 
@@ -206,31 +220,24 @@ def _both(votes: Mapping[str, Codes], scores: Mapping[str, Floats], conflict: Co
     return np.where(unread, MISSING, pooled).astype(np.int8), merged
 
 
-def _pool_voices(strategy: str, judge: str, voices: Sequence[Evaluator], rule: DebateRule) -> Evaluator:
-    """A debate's verdict; one voice that could not be read leaves it without one."""
-    unread = np.any([v.votes == MISSING for v in voices], axis=0)
-    statuses: dict[str, int] = {}
+def _pool_voices(voices: Sequence[_Votes], rule: DebateRule) -> _Votes:
+    """A debate's votes in each order, by the rule; one voice that could not be read leaves it without one there.
+
+    Where a voice gives no scores, the voices vote, whatever the rule.
+    """
+    found = _Votes({}, {}, {})
     for voice in voices:
         for status, count in voice.statuses.items():
-            statuses[status] = statuses.get(status, 0) + count
-
-    def pooled(votes: Sequence[Codes | None]) -> Codes | None:
-        there = [v for v in votes if v is not None]
-        if len(there) < len(voices):
-            return None
-        found = pool_votes(np.stack(there), np.ones((1, len(there)), dtype=bool))[0]
-        return np.where(np.any([v == MISSING for v in there], axis=0), MISSING, found).astype(np.int8)
-
-    means = None
-    if all(v.scores is not None for v in voices):
-        means = np.mean([v.scores for v in voices if v.scores is not None], axis=0)
-    found = pooled([v.votes for v in voices])
-    assert found is not None
-    votes = compare_scores(*means) if rule == "mean" and means is not None else found
-    votes = np.where(unread, MISSING, votes).astype(np.int8)
-    one_order = all(v.ba is None for v in voices)
-    ab = votes if one_order else pooled([v.ab for v in voices])
-    return Evaluator(strategy, judge, votes, means, ab, pooled([v.ba for v in voices]), dict(sorted(statuses.items())))
+            found.statuses[status] = found.statuses.get(status, 0) + count
+    by_mean = rule == "mean" and all(voice.scored for voice in voices)
+    for order in sorted({order for voice in voices for order in voice.votes}):
+        items = next(votes.size for voice in voices for votes in voice.votes.values())
+        votes = np.stack([voice.votes.get(order, np.full(items, MISSING, dtype=np.int8)) for voice in voices])
+        means = np.mean([voice.scores.get(order, np.full((2, items), np.nan)) for voice in voices], axis=0)
+        pooled = compare_scores(*means) if by_mean else pool_votes(votes, np.ones((1, len(votes)), dtype=bool))[0]
+        found.votes[order] = np.where((votes == MISSING).any(axis=0), MISSING, pooled).astype(np.int8)
+        found.scores[order] = means
+    return found
 
 
 def flips(evaluator: Evaluator) -> tuple[NDArray[np.bool_], NDArray[np.bool_]] | None:

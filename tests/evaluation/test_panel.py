@@ -90,6 +90,42 @@ def test_debates_by_mean_and_by_vote() -> None:
     assert debate.judged.agreement.missing == 1
 
 
+def two_orders(*given: tuple[tuple[int, int], tuple[int, int]]) -> list[dict[str, Any]]:
+    """Ballots of a debate on one item: each voice's scores in the given and in the swapped order."""
+    return [
+        ballot(0, scores, strategy="debate", voice=f"voice-{n}", order=order)
+        for n, both in enumerate(given)
+        for order, scores in zip(("ab", "ba"), both, strict=True)
+    ]
+
+
+def test_each_order_of_a_debate_is_pooled_by_the_rule_and_then_both_by_the_rule_for_conflict() -> None:
+    # By means A wins the given order (9 to 1) and B the swapped one (4 to 5); over both orders A would win.
+    rows, table = two_orders(((9, 1), (4, 5)), ((9, 1), (4, 5)), ((9, 1), (4, 5))), items("A")
+    for conflict, expected in (("tie", "tie"), ("given", "A"), ("mean", "A")):
+        (debate,) = make_panel(table, ballots(*rows), conflict).evaluators  # type: ignore[arg-type]
+        assert named(debate.votes) == [expected]
+        flipped = flips(debate)
+        assert flipped is not None and flipped[0].tolist() == [True]
+
+
+def test_the_flip_of_a_debate_is_by_the_rule_that_pools_it() -> None:
+    # Two of three voices always hold A best; by means the third turns the swapped order.
+    rows, table = two_orders(((6, 5), (6, 5)), ((6, 5), (6, 5)), ((9, 2), (0, 9))), items("A")
+    for rule, votes, flipped in (("vote", ["A"], False), ("mean", ["tie"], True)):
+        (debate,) = make_panel(table, ballots(*rows), debate_rule=rule).evaluators  # type: ignore[arg-type]
+        found = flips(debate)
+        assert named(debate.votes) == votes and found is not None and found[0].tolist() == [flipped]
+    document = measure(table, ballots(*rows), MeasureSettings(draws=100))
+    (debate_,) = document.debates
+    assert debate_.judged.flip_rate.value == 1 and debate_.judged.agreement.vote_counts["tie"] == 1
+    # The other rule is applied in the same way.
+    by_vote = measure(table, ballots(*rows), MeasureSettings(draws=100, debate="vote"))
+    assert by_vote.debates[0].judged.flip_rate.value == 0
+    without = [row for row in rows if (row["voice"], row["order"]) != ("voice-1", "ba")]
+    assert named(make_panel(table, ballots(*without)).evaluators[0].votes) == [None]
+
+
 def test_families() -> None:
     assert [family(n) for n in ("GPT-4o", "gpt-3.5-turbo", "meta-llama/Llama-3.1-8B", "7b", None, "")] == [
         "gpt", "gpt", "llama", "7b", None, None,
