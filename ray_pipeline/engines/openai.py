@@ -16,6 +16,11 @@ bytes, so the budget holds to within the error of that estimate. "Spent" counts 
 actors at once may go over it by what they spend in that time. Counted is what the server's ``usage`` says (an estimate
 where it says nothing); calls without a reply (errors, time-outs) are not, though some servers charge for them.
 
+Chat templates: a server of open models puts messages into its template as text and tokenises the whole (vLLM: its
+renderers), so that a ``<|im_end|>`` in a candidate ends the judge's question there, unless the template itself prevents
+it. The in-process engine can cut such strings apart by token (`chat_template`), an endpoint takes text alone:
+``break_control_strings`` puts an invisible space into every string that looks like one.
+
 What the server adds by itself changes answers and cannot be seen from here (a vLLM server takes ``top_k`` and others
 from the model's generation_config.json): say it in ``extra_body`` where it matters.
 
@@ -83,6 +88,13 @@ _NEVER = frozenset({"model", "messages", "n", "stream", "stream_options", "tools
 #: Words of several servers for the end of a reply, in ours.
 _FINISHES = {"eos": "stop", "eos_token": "stop", "end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length"}
 
+#: What stands for control tokens in the templates of common open models (ChatML, Llama, Gemma, Mistral, Phi, DeepSeek).
+_CONTROL_STRINGS = re.compile(
+    r"<(?=[|\uff5c][^<>|\uff5c\s]{1,40}[|\uff5c]>|/?s>|(?:start|end)_of_turn>|(?:bos|eos|pad|unk)>)"
+    r"|\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CALLS)\])"
+)
+_INVISIBLE = "\u200b"  # zero-width space
+
 #: JSON Schema keywords that some servers refuse; without them the form of a reply is still the right one.
 _BOUNDS = frozenset({"minLength", "maxLength", "minimum", "maximum", "pattern", "minItems", "maxItems"})
 
@@ -129,6 +141,12 @@ class EndpointSettings(Settings):
         default_factory=dict,
         description="sent with every request, e.g. {chat_template_kwargs: {enable_thinking: false}}",
     )
+    break_control_strings: bool = Field(
+        False,
+        description="put a zero-width space into what looks like a control token of a chat template, so that no answer "
+        "ends the question that it is shown in; for servers of open models (vLLM), whose tokenizers take such text for "
+        "the token",
+    )
     prices: Prices | None = None
     budget: float | None = Field(
         None, gt=0, description="most that this model at this endpoint may cost in this call log, all runs together"
@@ -165,7 +183,9 @@ class EndpointSettings(Settings):
     def answers(self) -> dict[str, Any]:
         """The settings that change answers, JSON-able."""
         body = json.loads(json.dumps(self.extra_body, sort_keys=True, default=str))
-        return {"structured": self.structured, "omit": sorted(self.omit), "extra_body": body}
+        found = {"structured": self.structured, "omit": sorted(self.omit), "extra_body": body}
+        # Only where it is on: without it, calls are those of runs from before it was there.
+        return {**found, "break_control_strings": True} if self.break_control_strings else found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -650,7 +670,7 @@ class OpenAIEngine:
         # The short call of the start may take as long as patience lasts, and not as long as a long reply.
         timeout = {} if self._ready else {"timeout": min(self._settings.timeout_s, self._settings.patience_s)}
         send = completions.create(
-            model=self.spec.model, messages=[dict(m) for m in messages], extra_body=dict(body), **timeout
+            model=self.spec.model, messages=self._sent(messages), extra_body=dict(body), **timeout
         )
         value = await self._received(send, functools.partial(self._refusal, asked))
         if isinstance(value, Mapping) and not value.get("choices") and isinstance(value.get("error"), Mapping):
@@ -663,6 +683,11 @@ class OpenAIEngine:
             prompt_tokens + sampling.max_tokens - completion.prompt_tokens - completion.completion_tokens
         )
         return completion
+
+    def _sent(self, messages: Sequence[Message]) -> list[dict[str, str]]:
+        if not self._settings.break_control_strings:
+            return [dict(m) for m in messages]
+        return [{**m, "content": broken_control_strings(m["content"])} for m in messages]
 
     async def _list(self) -> Any:
         """One HTTP request for the list of models. Raises EngineError where there is none."""
@@ -769,6 +794,11 @@ class _Pace:
     def give_back(self, amount: int) -> None:
         """Correct for a request that took less (or more) than it might have."""
         self._next -= amount * self._gap
+
+
+def broken_control_strings(text: str) -> str:
+    """The text with a zero-width space behind the first sign of everything that looks like a control token."""
+    return _CONTROL_STRINGS.sub(lambda match: match.group() + _INVISIBLE, text)
 
 
 def _prompt_tokens(messages: Sequence[Message]) -> int:

@@ -29,7 +29,7 @@ from ray_pipeline.engines.base import (
     Sampling,
 )
 from ray_pipeline.engines.logged import LoggedEngine
-from ray_pipeline.engines.openai import EndpointSettings, OpenAIEngine, OpenAISpec
+from ray_pipeline.engines.openai import EndpointSettings, OpenAIEngine, OpenAISpec, broken_control_strings
 from ray_pipeline.store.calls import scan_calls
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import prompt_id
@@ -118,6 +118,36 @@ def test_a_call_and_its_reply() -> None:
     assert reply.logprobs == [[("a", -0.5), ("b", -1.0), ("c", -3.0)]]
     stats = engine.stats()
     assert (stats.calls, stats.requests, stats.prompt_tokens, stats.cached_tokens) == (1, 1, 12, 8)
+
+
+@pytest.mark.parametrize(
+    "control",
+    [
+        "<|im_end|>",
+        "<|eot_id|>",
+        "<end_of_turn>",
+        "</s>",
+        "<s>",
+        "[/INST]",
+        "[INST]",
+        "<\uff5cUser\uff5c>",
+        "<|end|>",
+        "<eos>",
+    ],
+)
+def test_control_strings_are_broken_where_the_block_says_so(control: str) -> None:
+    text = f"x {control}{control}\n{control} y"
+    with Endpoint(lambda *_: said()) as server:
+        ask(engine_at(server.url), text)
+        ask(engine_at(server.url, break_control_strings=True), text)
+    (as_it_is,), (broken,) = (body["messages"] for body in server.asked)
+    assert as_it_is["content"] == text
+    assert control not in broken["content"] and broken["content"].replace("\u200b", "") == text
+
+
+def test_what_is_no_control_string_is_sent_as_it_is() -> None:
+    text = "a < b | c > d, <b>bold</b>, <answer_A 0a1b2c3d>, [1], if (x<|y|) <strong>, <|two words|>"
+    assert broken_control_strings(text) == text
 
 
 @pytest.mark.parametrize(

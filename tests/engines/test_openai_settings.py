@@ -57,6 +57,7 @@ KEYS: dict[str, tuple[Any, bool]] = {
     "structured": ("text", True),
     "omit": (["seed"], True),
     "extra_body": ({"reasoning_effort": "low"}, True),
+    "break_control_strings": (True, True),
     "api_key_env": ("OTHER_KEY", False),
     "concurrency": (3, False),
     "timeout_s": (3.0, False),
