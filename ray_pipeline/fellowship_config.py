@@ -169,9 +169,15 @@ class FellowshipConfig(Settings):
         if self.select.strategy is not None:
             self.select.texts().of(self.select.strategy)
         if self.select.debate is not None:
-            roles = self.select.debate_texts().roles
+            texts = self.select.debate_texts()
+            # The second kind of data has more answers to a prompt than the loop.
+            if not texts.shows(self.loop.responses if self.improve is None else max(self.loop.responses, 3)):
+                raise ConfigError(
+                    f"select.debate_templates {self.select.debate_templates} does not show all responses of a prompt; "
+                    "name a file whose `shared` goes through `answers`, as default does"
+                )
             try:
-                self.select.debate.speakers(roles)
+                self.select.debate.speakers(texts.roles)
             except ValueError as error:
                 raise ConfigError(f"select.{error}") from error
         check_models(self.models)

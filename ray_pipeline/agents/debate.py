@@ -65,6 +65,13 @@ class DebateTemplates(Settings):
     score: str
     retry: str = ""
 
+    def shows(self, answers: int) -> bool:
+        """Whether so many answers all stand in the question; texts that were written for two show two."""
+        marked = [{"label": LABELS[n], "text": f"<<{n}>>"} for n in range(answers)]
+        labels = [answer["label"] for answer in marked]
+        text = render_text(self.shared, {**DEBATE_VARIABLES, "answers": marked, "labels": labels, "speeches": []})
+        return all(answer["text"] in text for answer in marked)
+
 
 #: What the texts of a debate may use.
 DEBATE_VARIABLES: dict[str, Any] = {

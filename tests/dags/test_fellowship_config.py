@@ -158,6 +158,10 @@ def test_what_changes_what(load: Any, blocks: dict[str, Any], first: str) -> Non
             {"judge": None, "select": {"debate": {"rounds": 1, "schedule": [["nobody"]]}, "judges": [{"name": "x"}]}},
             "select.debate.schedule names nobody",
         ),
+        (
+            {"judge": None, "select": {"debate": {}, "judges": [{"name": "x"}], "debate_templates": "pocket"}},
+            "select.debate_templates pocket does not show all responses",
+        ),
     ],
 )
 def test_mistakes_are_one_clear_line(load: Any, blocks: dict[str, Any], words: str) -> None:
