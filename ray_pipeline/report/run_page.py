@@ -313,6 +313,8 @@ def _evaluation(evaluation: Evaluation | None) -> Section | None:
             )
         )
         blocks.append(_win_table(evaluation))
+    if evaluation.length_controlled:
+        blocks += _length_controlled(evaluation)
     if evaluation.responses:
         rows: list[list[str | Cell]] = [
             [
@@ -371,6 +373,32 @@ def _win_table(evaluation: Evaluation) -> Table:
     ]
     columns = ["judge", "wins", "ties", "losses", "score", "95 %", "flips", "unread", "whatever the unread say"]
     return Table(columns, rows, title="Win rates")
+
+
+def _length_controlled(evaluation: Evaluation) -> list[Block]:
+    """The win rates once more, at equal length; a judge without a pair of known lengths is not in the table."""
+    rows: list[list[str | Cell]] = [
+        [
+            judge,
+            percent(found.score.mean),
+            percent_interval(found.score),
+            percent(found.raw.mean),
+            signed(found.mean_difference, 0),
+            signed(found.length_weight),
+            number(found.pairs),
+            number(found.unread + found.unmeasured),
+        ]
+        for judge, found in evaluation.length_controlled.items()
+    ]
+    columns = ["judge", "score at equal length", "95 %", "score as it was", "policy longer by, characters"]
+    columns += ["weight of length", "pairs", "left out"]
+    return [
+        Table(columns, rows, title="Win rates, length-controlled"),
+        Text(
+            "At equal length: a logistic model of the verdicts on the difference in length, read where that is zero. A "
+            "negative weight says that longer answers win. Left out are pairs without both verdicts or both lengths."
+        ),
+    ]
 
 
 def _evaluation_charts(evaluation: Evaluation) -> list[Chart | None]:

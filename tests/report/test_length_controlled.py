@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pyarrow as pa
 
+from ray_pipeline.report.build import build_report
 from ray_pipeline.report.cautions import cautions
+from ray_pipeline.report.headline import percent, percent_interval
 from ray_pipeline.report.metrics import as_json, collect_metrics
 from ray_pipeline.store.keys import digest
 
@@ -41,6 +45,23 @@ def test_the_score_at_equal_length_is_beside_the_win_rate() -> None:
     assert found.length_weight is not None and found.length_weight < 0
     assert found.score.mean is not None and found.score.mean < rate.score.mean
     assert as_json(metrics.evaluation)["length_controlled"][judge]["score"]["mean"] == found.score.mean
+
+
+def test_the_score_at_equal_length_is_on_the_html_page_and_in_the_markdown(tmp_path: Path) -> None:
+    data = whole_run(12, **compared())
+    metrics = collect_metrics(data)
+    assert metrics.evaluation is not None
+    (found,) = metrics.evaluation.length_controlled.values()
+    build_report(data, tmp_path)
+    html = (tmp_path / "report.html").read_text()
+    assert "Win rates, length-controlled" in html and "+35" in html
+    assert f">{percent(found.score.mean)}<" in html and percent_interval(found.score) in html
+    written = (tmp_path / "report.md").read_text()
+    assert percent(found.score.mean) in written and "At equal length" in written
+    # Without the ids that join lengths to pairs there is nothing to show.
+    data = whole_run(12, **{**compared(), "responses": compared()["responses"].drop_columns(["response_id"])})
+    build_report(data, tmp_path)
+    assert "length-controlled" not in (tmp_path / "report.html").read_text()
 
 
 def test_a_judge_of_the_policys_family_is_warned_of() -> None:
