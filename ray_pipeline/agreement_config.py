@@ -130,7 +130,11 @@ class WinrateConfig(_AgreementRun):
         """What the report says beside the tables."""
         if self.live is not None:
             return AgreementPage(
-                workflow="winrate", data=self.live.label, replay="asked in this run", winrate=self.measure
+                workflow="winrate",
+                data=self.live.label,
+                replay="asked in this run",
+                winrate=self.measure,
+                asked=self.live.protocol(self.models),
             )
         assert self.data is not None
         return AgreementPage(

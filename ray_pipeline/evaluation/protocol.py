@@ -1,7 +1,7 @@
-"""What a benchmark score was measured with, and what it may therefore be called.
+"""What a score was measured with, and what it may therefore be called.
 
-Only a score whose protocol equals the published one in everything that the benchmark fixes carries the benchmark's own
-name; any other one says what it is: "AlpacaEval-2-style LC, judge X, reference Y".
+Only a benchmark's score whose protocol equals the published one in everything that the benchmark fixes carries the
+benchmark's own name; any other one says what it is: "AlpacaEval-2-style LC, judge X, reference Y".
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Protocol:
     """Everything that two scores must share to be comparable. None: the benchmark has no such part.
 
     Attributes:
-        benchmark: "AlpacaEval 2", "MT-Bench", "IFEval".
+        benchmark: "AlpacaEval 2", "MT-Bench", "IFEval"; of the project's own measures "win rate".
         metric: which of its figures, by the published word ("LC", "WR", …); "" where there is one.
         questions: digest of the questions that were asked, all of them.
         judge: identity of the judging model.
@@ -98,6 +98,28 @@ def score_name(measured: Protocol, published: PublishedProtocol | None) -> Score
         parts += [f"checker {measured.checker}"] if measured.checker and "checker" in departures else []
         text = ", ".join(parts)
     return ScoreName(text, departures, measured.fingerprint())
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What a figure of the project's own was measured with; there is no published protocol that it could meet."""
+
+    name: str
+    fingerprint: str
+    protocol: Protocol
+
+
+def measured_by(protocol: Protocol) -> Measured:
+    """A protocol with its fingerprint, and its name for reading: "win rate, judge X, reference Y"."""
+    parts = [" ".join(part for part in (protocol.benchmark, protocol.metric) if part)]
+    parts += [f"judge {short_name(protocol.judge)}"] if protocol.judge else []
+    parts += [f"reference {short_name(protocol.reference)}"] if protocol.reference else []
+    return Measured(", ".join(parts), protocol.fingerprint(), protocol)
+
+
+def fixed_fields(protocol: Protocol) -> dict[str, str]:
+    """What a protocol fixes, in the order of its fields; parts that it does not have are left out."""
+    return {name: str(value) for name, value in dataclasses.asdict(protocol).items() if value}
 
 
 def short_name(identity: str) -> str:

@@ -4,13 +4,17 @@ A pair is a win only if both orders name the policy, a loss only if both name th
 unread verdict is neither: it is counted, left out of the rates, and bounded by what it could still have been.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ray_pipeline.evaluation.bootstrap import Interval, bootstrap_mean
+from ray_pipeline.evaluation.protocol import Protocol
+from ray_pipeline.store.keys import digest
 from ray_pipeline.store.schemas import READ_STATUSES
 
 Vote = Literal["policy", "base", "tie"]
@@ -143,6 +147,38 @@ def win_rates(comparisons: pa.Table, *, draws: int = 2000, seed: int = 0) -> lis
 def judges_of(comparisons: pa.Table) -> list[str]:
     """Names of the judges in a comparisons table, sorted."""
     return sorted(comparisons.column("judge").unique().to_pylist())
+
+
+def completed_protocol(
+    asked: Protocol, comparisons: pa.Table, judge: str, responses: pa.Table | None = None, *, controlled: bool = False
+) -> Protocol:
+    """The protocol of a judge's win rate, with what only the tables know: the prompts compared and the base's answers.
+
+    Args:
+        asked: what was known before anything was asked (`stages.compare.win_rate_protocol`).
+        responses: columns prompt_id, model, response and, where there are several, mode; without a table the
+            reference's answers stay unnamed.
+        controlled: of the length-controlled variant.
+    """
+    own = comparisons.filter(pc.equal(comparisons["judge"], judge))
+    prompts = sorted(set(own["prompt_id"].to_pylist()))
+    answers = None
+    if responses is not None:
+        wanted = set(prompts)
+        answers = digest(
+            sorted(
+                [row["prompt_id"], str(row.get("mode")), row["response"] or ""]
+                for row in responses.to_pylist()
+                if row["model"] == "base" and row["prompt_id"] in wanted
+            )
+        )
+    return dataclasses.replace(
+        asked,
+        metric="LC" if controlled else asked.metric,
+        questions=digest(prompts),
+        reference_answers=answers,
+        estimator="two weights (model, length), read at equal length" if controlled else "wins and half the ties",
+    )
 
 
 def _decide(pair_id: str, prompt_id: str, votes: dict[str, Vote | None]) -> PairDecision:

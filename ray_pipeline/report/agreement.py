@@ -51,7 +51,14 @@ def write_winrate(rates: Sequence[VersusRate], about: Mapping[str, Any], folder:
     table = _configurations(rates)
     page = render(
         "winrate.md.j2",
-        {"about": about, "rates": rows, "table": table, "interval": interval_text, "estimate": estimate_text},
+        {
+            "about": about,
+            "rates": rows,
+            "protocols": {row["fingerprint"]: row for row in rows},
+            "table": table,
+            "interval": interval_text,
+            "estimate": estimate_text,
+        },
     )
     _write(folder / "report.html", winrate_page(about, as_json(rows), table))
     return _write(folder / "report.md", page)

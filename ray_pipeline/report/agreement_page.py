@@ -76,10 +76,16 @@ def winrate_page(about: Mapping[str, Any], rates: Sequence[Mapping[str, Any]], t
             estimate_text(r["win_rate"], 1),
             number(r["half_tie_rate"], 1),
             number(r["flip_rate"]["value"], 3),
+            r["fingerprint"],
         ]
         for r in rates
     ]
     columns = ["run", "n", "wins", "ties", "losses", "missing", "win rate", "ties as half", "flips"]
+    columns += ["protocol"]
+    protocols: _Rows = [
+        [name, ", ".join(f"{field} {value}" for field, value in fixed.items() if value)]
+        for name, fixed in {r["fingerprint"]: r["protocol"] for r in rates}.items()
+    ]
     said = (
         "A win rate is strict wins over all items of a run, in per cent: ties and missing verdicts are no wins. "
         f"Intervals are 95 % percentile intervals over {about['draws']:,} bootstrap samples of the items."
@@ -89,7 +95,10 @@ def winrate_page(about: Mapping[str, Any], rates: Sequence[Mapping[str, Any]], t
             title="Win rates",
             subtitle=f"Quorum, pairwise verdicts. Data: {about['data']}; verdicts: {about['replay']}",
             headline=f"{len(rates)} runs over {max((r['n'] for r in rates), default=0):,} items.",
-            sections=[Section("rates", "Win rates", [*blocks, Table(columns, rows, title="Every run"), Text(said)])],
+            sections=[
+                Section("rates", "Win rates", [*blocks, Table(columns, rows, title="Every run"), Text(said)]),
+                Section("protocols", "Protocols", [Table(["protocol", "what it fixes"], protocols, text_columns=2)]),
+            ],
         )
     )
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 from ray_pipeline.evaluation.benchmark_scores import Reading, Score
+from ray_pipeline.evaluation.protocol import fixed_fields
 from ray_pipeline.report.benchmarks_page import benchmarks_page
 from ray_pipeline.report.markdown import inline, render, visible
 from ray_pipeline.report.metrics import as_json
@@ -65,7 +66,13 @@ def write_benchmarks(page: BenchmarkPage, folder: Path) -> Path:
     protocols = {s.name.fingerprint: s for s in page.scores}
     body = render(
         "benchmarks.md.j2",
-        {"page": page, "lines": lines, "cell": _cell, "protocols": protocols, "fields": _protocol_fields},
+        {
+            "page": page,
+            "lines": lines,
+            "cell": _cell,
+            "protocols": protocols,
+            "fields": lambda s: fixed_fields(s.protocol),
+        },
     )
     return _write(folder / "report.md", body)
 
@@ -161,11 +168,6 @@ def _flat(score: Score) -> dict[str, Any]:
         "departures": " ".join(score.name.departures),
         "protocol": score.name.fingerprint,
     }
-
-
-def _protocol_fields(score: Score) -> dict[str, str]:
-    """What the protocol fixes, in the order of its fields."""
-    return {name: str(value) for name, value in dataclasses.asdict(score.protocol).items() if value}
 
 
 def _csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:

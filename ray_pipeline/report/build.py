@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from ray_pipeline.evaluation.protocol import fixed_fields
 from ray_pipeline.report.cautions import cautions
 from ray_pipeline.report.data import ReportData
 from ray_pipeline.report.examples import pick_examples
@@ -74,6 +75,7 @@ def _page(
             "plots": {name: Safe(f"{PLOT_FOLDER}/{path.name}") for name, path in plots.items()},
             "stages": [*stages, total_use(stages)] if stages else [],
             "prefix_hit_rate": prefix_hit_rate,
+            "fixed_fields": fixed_fields,
             "train_settings": as_json(data.train_settings or {}),
         },
     )

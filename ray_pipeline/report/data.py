@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from ray_pipeline.evaluation.protocol import Protocol
 from ray_pipeline.report.planned import PlannedUse
 
 if TYPE_CHECKING:  # importing torch and transformers takes seconds, and a report needs neither
@@ -69,6 +70,7 @@ class ReportData:
     curating_models    judge of the data → model identity
     evaluating_models  judge of the comparisons → model identity
     candidate_model    name of the model that is trained and compared
+    compared           judge of the comparisons → protocol of its win rates, as far as settings say it
     stage_use          one StageUse per stage that ran
     benchmarks         scores of public benchmarks, as in `scores` of benchmarks.json
     config             the configuration as resolved, shown as it is
@@ -95,6 +97,7 @@ class ReportData:
     curating_models: Mapping[str, str] = field(default_factory=dict)
     evaluating_models: Mapping[str, str] = field(default_factory=dict)
     candidate_model: str = ""
+    compared: Mapping[str, Protocol] = field(default_factory=dict)
     stage_use: Sequence[StageUse] | None = None
     benchmarks: Sequence[Mapping[str, Any]] = ()
     config: Mapping[str, Any] | None = None

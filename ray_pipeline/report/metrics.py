@@ -21,6 +21,7 @@ from ray_pipeline.evaluation.length_control import (
     length_controlled_score,
     pair_lengths,
 )
+from ray_pipeline.evaluation.protocol import Measured, measured_by
 from ray_pipeline.evaluation.response_stats import (
     ResponseStats,
     RubricStats,
@@ -29,7 +30,7 @@ from ray_pipeline.evaluation.response_stats import (
     response_stats,
     rubric_stats,
 )
-from ray_pipeline.evaluation.winrate import WinRate, decide_pairs, judges_of, win_rates
+from ray_pipeline.evaluation.winrate import WinRate, completed_protocol, decide_pairs, judges_of, win_rates
 from ray_pipeline.report.data import ReportData, StageUse
 from ray_pipeline.report.training import TrainingSummary, summarise_training
 
@@ -45,7 +46,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Base against policy; empty parts were not measured. `length_controlled` is by judge."""
+    """Base against policy; empty parts were not measured. `length_controlled` is by judge.
+
+    `protocols` are those of the win rates, by judge and then by "score" or "length_controlled".
+    """
 
     win_rates: list[WinRate]
     responses: list[ResponseStats]
@@ -53,6 +57,12 @@ class Evaluation:
     rubrics: list[RubricStats]
     perplexity: dict[str, Any]
     length_controlled: dict[str, LengthControlledScore] = dataclasses.field(default_factory=dict)
+    protocols: dict[str, dict[str, Measured]] = dataclasses.field(default_factory=dict)
+
+    def fingerprint(self, judge: str, figure: str = "score") -> str:
+        """Of a win rate's protocol; a dash where it is not known (runs that were not finished)."""
+        found = self.protocols.get(judge, {}).get(figure)
+        return "–" if found is None else found.fingerprint
 
 
 @dataclass(frozen=True)
@@ -173,7 +183,25 @@ def _evaluation(data: ReportData) -> Evaluation | None:
         rubrics=_rubrics(data.response_verdicts, responses, options),
         perplexity=dict(data.perplexity or {}),
         length_controlled=_length_controlled(data),
+        protocols=_protocols(data),
     )
+
+
+def _protocols(data: ReportData) -> dict[str, dict[str, Measured]]:
+    if data.comparisons is None:
+        return {}
+    return {
+        judge: {
+            figure: measured_by(
+                completed_protocol(
+                    data.compared[judge], data.comparisons, judge, data.responses, controlled=figure != "score"
+                )
+            )
+            for figure in ("score", "length_controlled")
+        }
+        for judge in judges_of(data.comparisons)
+        if judge in data.compared
+    }
 
 
 def _length_controlled(data: ReportData) -> dict[str, LengthControlledScore]:

@@ -10,6 +10,7 @@ import yaml
 from ray_pipeline.evaluation.bootstrap import Interval
 from ray_pipeline.evaluation.gate_stats import GateStats
 from ray_pipeline.evaluation.judge_stats import JudgingStats
+from ray_pipeline.evaluation.protocol import fixed_fields
 from ray_pipeline.report.benchmarks_page import benchmark_blocks
 from ray_pipeline.report.charts import Bins, Chart, Dot, Series, bars, dots, histogram, lines, stacked
 from ray_pipeline.report.data import ReportData, StageUse
@@ -315,6 +316,8 @@ def _evaluation(evaluation: Evaluation | None) -> Section | None:
         blocks.append(_win_table(evaluation))
     if evaluation.length_controlled:
         blocks += _length_controlled(evaluation)
+    if evaluation.protocols:
+        blocks.append(_protocols(evaluation))
     if evaluation.responses:
         rows: list[list[str | Cell]] = [
             [
@@ -368,11 +371,26 @@ def _win_table(evaluation: Evaluation) -> Table:
             percent(rate.flip_rate),
             f"{rate.unread:,} of {rate.pairs:,}",
             f"{percent(rate.score_worst)} to {percent(rate.score_best)}",
+            evaluation.fingerprint(rate.judge),
         ]
         for rate in evaluation.win_rates
     ]
     columns = ["judge", "wins", "ties", "losses", "score", "95 %", "flips", "unread", "whatever the unread say"]
+    columns += ["protocol"]
     return Table(columns, rows, title="Win rates")
+
+
+def _protocols(evaluation: Evaluation) -> Table:
+    rows: list[list[str | Cell]] = [
+        [
+            measured.fingerprint,
+            measured.name,
+            ", ".join(f"{field} {value}" for field, value in fixed_fields(measured.protocol).items()),
+        ]
+        for of_judge in evaluation.protocols.values()
+        for measured in of_judge.values()
+    ]
+    return Table(["protocol", "what it is", "what it fixes"], rows, text_columns=3, title="Protocols of the win rates")
 
 
 def _length_controlled(evaluation: Evaluation) -> list[Block]:
@@ -387,11 +405,12 @@ def _length_controlled(evaluation: Evaluation) -> list[Block]:
             signed(found.length_weight),
             number(found.pairs),
             number(found.unread + found.unmeasured),
+            evaluation.fingerprint(judge, "length_controlled"),
         ]
         for judge, found in evaluation.length_controlled.items()
     ]
     columns = ["judge", "score at equal length", "95 %", "score as it was", "policy longer by, characters"]
-    columns += ["weight of length", "pairs", "left out"]
+    columns += ["weight of length", "pairs", "left out", "protocol"]
     return [
         Table(columns, rows, title="Win rates, length-controlled"),
         Text(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from pydantic import Field, model_validator
 
 from ray_pipeline.agents.strategies import Conflict
 from ray_pipeline.evaluation.agreement_document import MeasureSettings
+from ray_pipeline.evaluation.protocol import Protocol
 from ray_pipeline.graph.results import Run
 from ray_pipeline.graph.stage import BadInput, Stage, StageResult, WholeInput, WholeWork, stage_table
 from ray_pipeline.stages.human_labels import HUMAN_DATA, read_human_labels, where_to_find
@@ -181,13 +183,18 @@ class WinrateMeasure(Settings):
 
 
 class AgreementPage(Settings):
-    """What a report says, and how it is computed; kept in the manifest, so that it can be written anew."""
+    """What a report says, and how it is computed; kept in the manifest, so that it can be written anew.
+
+    Attributes:
+        asked: how the verdicts of a win rate were asked for, where this run asked for them.
+    """
 
     workflow: Literal["agreement", "winrate"]
     data: str
     replay: str
     measure: MeasureSettings = MeasureSettings()
     winrate: WinrateMeasure = WinrateMeasure()
+    asked: Protocol | None = None
 
 
 def report_stage(page: AgreementPage, items: Stage, asked: Sequence[Stage] = ()) -> Stage:
@@ -240,7 +247,7 @@ def write_page(page: AgreementPage, results: Sequence[StageResult], folder: Path
     from ray_pipeline.evaluation.agreement_document import as_document, measure
     from ray_pipeline.evaluation.gate_curves import gate_curves
     from ray_pipeline.evaluation.panel import make_panel
-    from ray_pipeline.evaluation.recorded_winrate import versus_rates
+    from ray_pipeline.evaluation.recorded_winrate import RECORDED, versus_rates
     from ray_pipeline.report.agreement import write_agreement, write_winrate
     from ray_pipeline.report.risk_coverage import write_risk_coverage
 
@@ -249,7 +256,8 @@ def write_page(page: AgreementPage, results: Sequence[StageResult], folder: Path
     about = {"data": page.data, "replay": page.replay}
     if page.workflow == "winrate":
         asked = page.winrate
-        rates = versus_rates(items, ballots, conflict=asked.conflict, draws=asked.draws, seed=asked.seed)
+        how = page.asked or dataclasses.replace(RECORDED, reading=page.replay)
+        rates = versus_rates(items, ballots, conflict=asked.conflict, draws=asked.draws, seed=asked.seed, asked=how)
         if not rates:
             raise ValueError(f"{page.data} holds no pairwise verdicts: none of its items has a `versus` block")
         write_winrate(rates, {**about, **asked.model_dump()}, folder)

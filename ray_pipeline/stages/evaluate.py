@@ -12,11 +12,12 @@ import ray
 import yaml
 from pydantic import Field
 
+from ray_pipeline.evaluation.protocol import Protocol
 from ray_pipeline.graph.models import ModelSettings
 from ray_pipeline.graph.results import Run
 from ray_pipeline.graph.stage import Stage, StageResult, WholeInput, WholeWork
 from ray_pipeline.pocket.tasks import is_correct
-from ray_pipeline.stages.compare import EvaluateSettings
+from ray_pipeline.stages.compare import EvaluateSettings, win_rate_protocol
 from ray_pipeline.stages.gate import GateConfig
 from ray_pipeline.stages.train import METRICS
 from ray_pipeline.store.files import Folder, StoreError, join
@@ -28,6 +29,10 @@ if TYPE_CHECKING:  # Torch, transformers and scikit-learn take seconds to import
     from ray_pipeline.evaluation.perplexity import Perplexity
     from ray_pipeline.report.data import ReportData, StageUse
     from ray_pipeline.report.planned import PlannedUse
+
+
+#: File of the last stage that holds the protocols of its win rates, by judge.
+PROTOCOLS = "protocols.json"
 
 
 class ReportSettings(Settings):
@@ -56,6 +61,7 @@ class _Given(Settings):
     report: ReportSettings
     base: ModelSettings
     max_length: int
+    compared: dict[str, Protocol] = Field(default_factory=dict)
 
 
 def evaluate(
@@ -66,9 +72,12 @@ def evaluate(
     stages: Sequence[Stage],
 ) -> Stage:
     """metrics.json, summary.csv, report.md and its plots, of whatever stages it is given, in their order."""
-    given = _Given(evaluate=settings, report=report, base=base, max_length=max_length)
+    given = _Given(
+        evaluate=settings, report=report, base=base, max_length=max_length, compared=win_rate_protocol(stages)
+    )
     return Stage(
         name="evaluate",
+        version=2,  # 2: win rates carry a protocol
         view="report",
         work=WholeWork(function=evaluate_run, settings=given),
         config={
@@ -90,7 +99,8 @@ def evaluate_run(given: WholeInput) -> dict[str, Any]:
     if settings.evaluate.perplexity and "train" in given.inputs:
         measured = _perplexities(given, settings)
     given.folder.write_json("perplexity.json", {name: dataclasses.asdict(p) for name, p in measured.items()})
-    data = report_data(given.inputs, settings.report, measured)
+    given.folder.write_json(PROTOCOLS, {judge: dataclasses.asdict(p) for judge, p in settings.compared.items()})
+    data = report_data(given.inputs, settings.report, measured, settings.compared)
     run_folder = given.folder.parent
     planned = planned_use(run_folder, given.inputs)
     data = dataclasses.replace(data, config=stored_config(run_folder), planned=planned)
@@ -135,10 +145,26 @@ def _perplexities(given: WholeInput, settings: _Given) -> dict[str, Perplexity]:
     return found
 
 
+def stored_protocols(folder: Folder) -> dict[str, Protocol]:
+    """Judge → protocol, as the last stage of a run left them; empty where it is not done, or was made without any."""
+    try:
+        return {judge: Protocol(**fields) for judge, fields in folder.read_json(PROTOCOLS).items()}
+    except FileNotFoundError:
+        return {}
+
+
 def report_data(
-    results: Mapping[str, StageResult], settings: ReportSettings, measured: Mapping[str, Perplexity]
+    results: Mapping[str, StageResult],
+    settings: ReportSettings,
+    measured: Mapping[str, Perplexity],
+    compared: Mapping[str, Protocol] | None = None,
 ) -> ReportData:
-    """Everything a report shows, from the results of the stages that there are (by role or by name)."""
+    """Everything a report shows, from the results of the stages that there are (by role or by name).
+
+    Args:
+        measured: model → perplexity.
+        compared: judge of the comparisons → their protocol, as far as settings say it.
+    """
     from ray_pipeline.report.data import DMAPO_STAGES, ReportData, RunIdentity
 
     by_name = {result.name: result for result in results.values()}
@@ -178,6 +204,7 @@ def report_data(
         curating_models=settings.curating,
         evaluating_models=settings.evaluating if "comparisons" in by_name else {},
         candidate_model=settings.candidate,
+        compared=compared or {},
         stage_use=[stage_use(result) for result in by_name.values()],
         benchmarks=_benchmark_scores(by_name.get("benchmarks")),
         desirable_from=settings.gate.desirable_at,
@@ -261,14 +288,15 @@ def write_report(run: Run) -> Folder:
     from ray_pipeline.report.build import build_report
 
     settings = ReportSettings.model_validate(run.manifest["report"])
-    measured = {}
+    measured, compared = {}, {}
     if "evaluate" in run.results:
-        stored = Folder(run.results["evaluate"].folder).read_json("perplexity.json")
-        measured = {name: Perplexity(**values) for name, values in stored.items()}
+        done = Folder(run.results["evaluate"].folder)
+        measured = {name: Perplexity(**values) for name, values in done.read_json("perplexity.json").items()}
+        compared = stored_protocols(done)
         name = run.manifest["stages"]["evaluate"]["path"]
     else:
         name = f"report-{run.manifest['config_digest']}"
-    data = report_data(run.results, settings, measured)
+    data = report_data(run.results, settings, measured, compared)
     planned = planned_use(run.folder, run.results)
     data = dataclasses.replace(data, config=run.manifest.get("config"), planned=planned)
     with written_here(run.folder / name) as folder:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import Field
 
+from ray_pipeline.evaluation.protocol import Protocol, fixed_fields, measured_by
+from ray_pipeline.evaluation.winrate import completed_protocol
 from ray_pipeline.graph.results import Run
 from ray_pipeline.graph.stage import Stage, StageResult, WholeInput, WholeWork
-from ray_pipeline.stages.evaluate import stage_use, stored_config, table_of, with_truth
+from ray_pipeline.stages.compare import win_rate_protocol
+from ray_pipeline.stages.evaluate import PROTOCOLS, stage_use, stored_config, stored_protocols, table_of, with_truth
 from ray_pipeline.stages.row_truth import RowTruth, row_truth
 from ray_pipeline.store.files import Folder, StoreError
 from ray_pipeline.store.local import written_here
@@ -50,6 +55,11 @@ class TableSettings(Settings):
     seed: int = 0
 
 
+class _Given(Settings):
+    table: TableSettings
+    compared: dict[str, Protocol] = Field(default_factory=dict)
+
+
 def method_table(settings: TableSettings, stages: Sequence[Stage]) -> Stage:
     """report.md, methods.csv, policies.csv and a plot.
 
@@ -59,17 +69,20 @@ def method_table(settings: TableSettings, stages: Sequence[Stage]) -> Stage:
     """
     return Stage(
         name="evaluate",
+        version=2,  # 2: win rates carry a protocol
         view="report",
-        work=WholeWork(function=write_page, settings=settings),
+        work=WholeWork(function=write_page, settings=_Given(table=settings, compared=win_rate_protocol(stages))),
         config=settings.model_dump(mode="json", exclude={"run_name"}),
         inputs={stage.name: stage for stage in stages},
     )
 
 
 def write_page(given: WholeInput) -> dict[str, Any]:
-    settings: TableSettings = given.settings
+    settings: TableSettings = given.settings.table
+    compared = given.settings.compared
+    given.folder.write_json(PROTOCOLS, {judge: dataclasses.asdict(p) for judge, p in compared.items()})
     with written_here(given.folder) as folder:
-        _build(given.inputs, settings, folder, stored_config(given.folder.parent))
+        _build(given.inputs, settings, folder, stored_config(given.folder.parent), compared)
     metrics = given.folder.read_json("metrics.json")
     for method in metrics["methods"]:
         won, right = method["win_rate"], method["accuracy"]
@@ -89,13 +102,18 @@ def rewrite_page(run: Run) -> Folder:
     if "comparisons" not in run.results:
         raise StoreError(f"{run.folder.location} has compared no policy yet; run the same command again first")
     name = run.manifest["stages"]["evaluate"]["path"]
+    compared = stored_protocols(run.folder / name)
     with written_here(run.folder / name) as folder:
-        _build(run.results, settings, folder, run.manifest.get("config"))
+        _build(run.results, settings, folder, run.manifest.get("config"), compared)
     return run.show("report", name)
 
 
 def _build(
-    results: Mapping[str, StageResult], settings: TableSettings, folder: Path, config: Mapping[str, Any] | None
+    results: Mapping[str, StageResult],
+    settings: TableSettings,
+    folder: Path,
+    config: Mapping[str, Any] | None,
+    compared: Mapping[str, Protocol],
 ) -> None:
     from ray_pipeline.evaluation.method_stats import differences, method_stats, policy_stats
     from ray_pipeline.report.comparison import Comparison
@@ -113,13 +131,28 @@ def _build(
         differences=differences(policies, settings.over),
         data=settings.data,
         truth={name: found for name in settings.data if (found := _truth(by_name, name)) is not None},
-        facts={**settings.facts, "held-out prompts": str(len(responses.column("prompt_id").unique()))},
+        facts={
+            **settings.facts,
+            "held-out prompts": str(len(responses.column("prompt_id").unique())),
+            **_protocol_facts(compared, comparisons, responses),
+        },
         warnings=list(_warnings(settings)),
         stage_use=[stage_use(result) for result in by_name.values()],
         fingerprints={name: result.fingerprint for name, result in by_name.items()},
         config=config,
     )
     build_comparison(page, folder)
+
+
+def _protocol_facts(compared: Mapping[str, Protocol], comparisons: pa.Table, responses: pa.Table) -> dict[str, str]:
+    """Lines of the page that say with what the win rates, raw and at equal length, were measured."""
+    found = {}
+    for judge, asked in compared.items():
+        for controlled in (False, True):
+            measured = measured_by(completed_protocol(asked, comparisons, judge, responses, controlled=controlled))
+            fixed = "; ".join(f"{field} {value}" for field, value in fixed_fields(measured.protocol).items())
+            found[f"protocol {measured.fingerprint}"] = f"{measured.name}: {fixed}"
+    return found
 
 
 def _tables(by_name: Mapping[str, StageResult]) -> tuple[pa.Table, pa.Table, pa.Table]:

@@ -22,6 +22,9 @@ def test_a_reviewed_generator_wins_against_itself_alone(tmp_path: Path) -> None:
     (rate,) = json.loads((folder / "report" / "winrate.json").read_text())["runs"]
     assert (rate["configuration"], rate["baseline"], rate["n"]) == ("reviewed", "generator", 40)
     assert rate["wins"] >= 8 and rate["losses"] <= 2 and rate["missing"] == 0
+    protocol = rate["protocol"]
+    assert protocol["judge"].startswith("sha256:") and protocol["reference"] == "generator" and rate["fingerprint"]
+    assert protocol["order"] == "both orders, conflict: tie" and protocol["judge_prompts"]
     page = (folder / "report" / "report.md").read_text()
     assert f"| reviewed | {rate['win_rate']['value']:.1f} |" in page
     before = engine_calls(folder)
