@@ -134,11 +134,12 @@ class Bias:
 
 @dataclasses.dataclass(frozen=True)
 class AmongJudges:
-    """How far the judges of a strategy agree with each other: kappa by pair, and alpha over all."""
+    """How far the judges of a strategy agree with each other: kappa by pair with its interval, and alpha over all."""
 
     strategy: str
     judges: list[str]
     kappas: list[list[float | None]]
+    intervals: list[list[tuple[float | None, float | None]]]
     alpha: Estimate
 
 
@@ -168,14 +169,16 @@ def measure(items: pa.Table, ballots: pa.Table, settings: MeasureSettings) -> Do
     other = _by_other_rule(items, ballots, settings)
     juries: list[JuryResult] = []
     among, chosen = [], []
+    pairs = _pairs([e for e in panel.evaluators if e.strategy != "versus"], panel.labels, draws, settings.confidence)
     for strategy in panel.strategies:
         own = panel.of(strategy)
         if strategy in ("debate", "versus") or len(own) < 2:
             continue
         results, votes = _juries(strategy, own, panel.labels, draws, settings)
         juries += results
-        among.append(_among(strategy, own, draws))
-        found = held_out_choice(votes, panel.labels, choose_on, draws)
+        among.append(_among(strategy, own, draws, settings.confidence))
+        pairs += _with_jury(strategy, own, votes, panel.labels, draws, settings.confidence)
+        found = held_out_choice(votes, panel.labels, choose_on, draws, settings.confidence)
         if found is not None:
             chosen.append(dataclasses.replace(found, chosen=f"{strategy}: {found.chosen}"))
     return Document(
@@ -184,12 +187,12 @@ def measure(items: pa.Table, ballots: pa.Table, settings: MeasureSettings) -> Do
         label_counts={vote: int((panel.labels == code).sum()) for code, vote in enumerate(VOTES)},
         judges=[j for j in judged if j.strategy != "debate"],
         juries=juries,
-        debates=_debates(panel, [j for j in judged if j.strategy == "debate"], other, settings),
+        debates=_debates(panel, [j for j in judged if j.strategy == "debate"], other, draws, settings),
         bias=[_bias(panel, evaluator, draws, settings) for evaluator in panel.evaluators],
         among_judges=among,
-        paired=_pairs([e for e in panel.evaluators if e.strategy != "versus"], panel.labels, draws),
+        paired=pairs,
         held_out=chosen,
-        humans=human_ceiling(panel.human_votes, draws) if len(panel.human_votes) else None,
+        humans=human_ceiling(panel.human_votes, draws, settings.confidence) if len(panel.human_votes) else None,
     )
 
 
@@ -256,19 +259,24 @@ def _check_size(judges: int, sizes: Sequence[int], most: int) -> None:
         )
 
 
-def _among(strategy: str, judges: Sequence[Evaluator], draws: NDArray[np.float32]) -> AmongJudges:
+def _among(strategy: str, judges: Sequence[Evaluator], draws: NDArray[np.float32], confidence: float) -> AmongJudges:
     votes = np.stack([e.votes for e in judges])
-    kappas = np.stack([statistics(tables(votes, own), ("kappa",))["kappa"] for own in votes])
-    ceiling = human_ceiling(votes, draws)  # the same statistic, whoever the raters are
+    found = [
+        [result.estimates["kappa"] for result in agreement(votes, own, draws, confidence, ("kappa",))] for own in votes
+    ]
+    ceiling = human_ceiling(votes, draws, confidence)  # the same statistic, whoever the raters are
     return AmongJudges(
         strategy=strategy,
         judges=[e.judge for e in judges],
-        kappas=[[number(value) for value in row] for row in kappas],
+        kappas=[[kappa.value for kappa in row] for row in found],
+        intervals=[[(kappa.low, kappa.high) for kappa in row] for row in found],
         alpha=Estimate(None) if ceiling is None else ceiling.alpha,
     )
 
 
-def _pairs(evaluators: Sequence[Evaluator], labels: Codes, draws: NDArray[np.float32]) -> list[Paired]:
+def _pairs(
+    evaluators: Sequence[Evaluator], labels: Codes, draws: NDArray[np.float32], confidence: float
+) -> list[Paired]:
     """Judges of one strategy with each other, and each judge's strategies with each other."""
     if not (labels != MISSING).any():
         return []
@@ -278,19 +286,47 @@ def _pairs(evaluators: Sequence[Evaluator], labels: Codes, draws: NDArray[np.flo
             (f"{other.strategy}: {other.judge}", other.votes),
             labels,
             draws,
+            confidence,
         )
         for one, other in itertools.combinations(evaluators, 2)
         if one.strategy == other.strategy or one.judge == other.judge
     ]
 
 
+def _with_jury(
+    strategy: str,
+    judges: Sequence[Evaluator],
+    votes: Mapping[str, Codes],
+    labels: Codes,
+    draws: NDArray[np.float32],
+    confidence: float,
+) -> list[Paired]:
+    """The largest jury that was measured, the first of those of its size, with each of its members."""
+    if not (labels != MISSING).any():
+        return []
+    members = {name: {j.judge for j in judges if j.judge in name.split(" + ")} for name in votes if " + " in name}
+    if not members:
+        return []
+    jury = max(members, key=lambda name: len(members[name]))
+    return [
+        paired((f"{strategy}: {jury}", votes[jury]), (f"{strategy}: {j.judge}", j.votes), labels, draws, confidence)
+        for j in judges
+        if j.judge in members[jury]
+    ]
+
+
 def _debates(
-    panel: Panel, judged: Sequence[Judged], other: Mapping[str, float | None], settings: MeasureSettings
+    panel: Panel,
+    judged: Sequence[Judged],
+    other: Mapping[str, float | None],
+    draws: NDArray[np.float32],
+    settings: MeasureSettings,
 ) -> list[Debate]:
     debates = []
     for result in judged:
         voices = panel.voices.get(result.judge, {})
-        found = agreement(np.stack([v.votes for v in voices.values()]), panel.labels) if voices else []
+        votes = [voice.votes for voice in voices.values()]
+        found = agreement(np.stack(votes), panel.labels, draws, settings.confidence) if votes else []
         own = dict(zip(voices, found, strict=True))
         debates.append(Debate(result.judge, settings.debate, other.get(result.judge), own, result))
     return debates
@@ -313,9 +349,9 @@ def _bias(panel: Panel, evaluator: Evaluator, draws: NDArray[np.float32], settin
     return Bias(
         evaluator.strategy,
         evaluator.judge,
-        longer=preference(evaluator.votes, panel.labels, longer_side(panel), draws),
-        first=first_place(evaluator.ab, evaluator.ba, panel.labels, draws),
-        own_family=preference(evaluator.votes, panel.labels, own_side(panel, own), draws),
+        longer=preference(evaluator.votes, panel.labels, longer_side(panel), draws, settings.confidence),
+        first=first_place(evaluator.ab, evaluator.ba, panel.labels, draws, settings.confidence),
+        own_family=preference(evaluator.votes, panel.labels, own_side(panel, own), draws, settings.confidence),
     )
 
 

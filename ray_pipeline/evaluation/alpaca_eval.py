@@ -530,7 +530,8 @@ def alpaca_eval_protocol(
 def published_alpaca_eval(metric: Metric) -> PublishedProtocol:
     """The protocol of the leaderboard (annotator weighted_alpaca_eval_gpt4_turbo, reference GPT-4 Turbo).
 
-    How a model draws its outputs is left open.
+    How a model draws its outputs is left open. So are the instructions, whose digest is in a score's fingerprint: the
+    published texts are not ours to ship, and the lengths of the reference's 805 outputs tell another set apart.
     """
     asking = PreferenceAsking()
     return PublishedProtocol(
@@ -548,7 +549,7 @@ def published_alpaca_eval(metric: Metric) -> PublishedProtocol:
             reference_answers=_REFERENCE_LENGTHS,
             estimator="re-fit" if metric == "LC" else "mean preference",
         ),
-        frozenset({"answers"}),
+        frozenset({"answers", "questions"}),
     )
 
 

@@ -29,6 +29,7 @@ from ray_pipeline.evaluation.alpaca_eval import (
 from ray_pipeline.evaluation.length_control import at_equal_length
 from ray_pipeline.evaluation.mt_bench import RatingMean, TurnComparison, TurnRating
 from ray_pipeline.evaluation.protocol import Protocol, PublishedProtocol, ScoreName, score_name
+from ray_pipeline.store.keys import digest
 
 #: Two-sided 95 % of a normal distribution, for the published standard errors.
 _Z95 = 1.959963984540054
@@ -255,7 +256,8 @@ def alpaca_eval_rates(
             seed=rules.order_seed,
             estimator=estimator,
         )
-        return dataclasses.replace(rules.judge.marked(made), answers=rules.answers)
+        asked = digest(["instructions", [a.instruction.instruction for a in annotations]])
+        return dataclasses.replace(rules.judge.marked(made), answers=rules.answers, questions=asked)
 
     scores = [
         _score(

@@ -267,7 +267,13 @@ class Paired:
     p_mcnemar: float | None
 
 
-def paired(first: tuple[str, Codes], second: tuple[str, Codes], labels: Codes, draws: NDArray[np.float32]) -> Paired:
+def paired(
+    first: tuple[str, Codes],
+    second: tuple[str, Codes],
+    labels: Codes,
+    draws: NDArray[np.float32],
+    confidence: float = 0.95,
+) -> Paired:
     """Compare two evaluators on the same items and the same bootstrap samples."""
     from scipy.stats import binomtest
 
@@ -277,7 +283,7 @@ def paired(first: tuple[str, Codes], second: tuple[str, Codes], labels: Codes, d
     drawn = statistics(tables(votes, labels, draws), ("kappa",))["kappa"]
     gaps = drawn[0] - drawn[1]
     gaps = gaps[~np.isnan(gaps)]
-    low, high = quantiles(gaps, (0.025, 0.975)) if len(gaps) else (np.nan, np.nan)
+    low, high = quantiles(gaps, tails(confidence)) if len(gaps) else (np.nan, np.nan)
     right = (votes == labels) & both
     wins, losses = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
     side = min((gaps <= 0).sum(), (gaps >= 0).sum())
@@ -306,7 +312,11 @@ class HeldOut:
 
 
 def held_out_choice(
-    votes: Mapping[str, Codes], labels: Codes, choose_on: NDArray[np.bool_], draws: NDArray[np.float32]
+    votes: Mapping[str, Codes],
+    labels: Codes,
+    choose_on: NDArray[np.bool_],
+    draws: NDArray[np.float32],
+    confidence: float = 0.95,
 ) -> HeldOut | None:
     """Choose the evaluator with the highest kappa on `choose_on`; equal ones by their order. None without any kappa."""
     names = list(votes)
@@ -317,7 +327,7 @@ def held_out_choice(
     if np.isnan(kappas).all():
         return None
     best = int(np.nanargmax(kappas))
-    (report,) = agreement(stacked[best : best + 1], elsewhere, draws, names=("kappa",))
+    (report,) = agreement(stacked[best : best + 1], elsewhere, draws, confidence, names=("kappa",))
     return HeldOut(
         chosen=names[best],
         of=len(names),
@@ -350,7 +360,7 @@ class Ceiling:
     one_against_rest: Estimate
 
 
-def human_ceiling(codes: Codes, draws: NDArray[np.float32]) -> Ceiling | None:
+def human_ceiling(codes: Codes, draws: NDArray[np.float32], confidence: float = 0.95) -> Ceiling | None:
     """Agreement among annotators; `codes` has shape (annotators, items). None unless an item has two of them."""
     several = (codes != MISSING).sum(axis=0) >= 2
     if not several.any():
@@ -369,8 +379,8 @@ def human_ceiling(codes: Codes, draws: NDArray[np.float32]) -> Ceiling | None:
         items=int(several.sum()),
         pairs=len(kappas),
         kappa=sum(w * k for w, k in known) / sum(w for w, _ in known) if known else None,
-        alpha=_alpha_of_many(codes, draws),
-        one_against_rest=ratio(rest_right, rest_total, draws),
+        alpha=_alpha_of_many(codes, draws, confidence),
+        one_against_rest=ratio(rest_right, rest_total, draws, confidence),
     )
 
 
@@ -390,7 +400,7 @@ def _one_against_rest(codes: Codes) -> tuple[Floats, Floats]:
     return right, total
 
 
-def _alpha_of_many(codes: Codes, draws: NDArray[np.float32]) -> Estimate:
+def _alpha_of_many(codes: Codes, draws: NDArray[np.float32], confidence: float) -> Estimate:
     """Nominal alpha over any number of raters: coincidences add up over units, so draws are one product."""
     support = np.stack([(codes == code).sum(axis=0) for code in range(_K)]).astype(np.float64)
     units = support.sum(axis=0)
@@ -407,8 +417,14 @@ def _alpha_of_many(codes: Codes, draws: NDArray[np.float32]) -> Estimate:
         return np.where(np.isfinite(found), found, np.nan)
 
     value = alpha(parts.sum(axis=1))
-    low, high = quantiles(alpha(parts @ draws.T.astype(np.float64)), (0.025, 0.975))
+    low, high = quantiles(alpha(parts @ draws.T.astype(np.float64)), tails(confidence))
     return Estimate(number(float(value)), number(low), number(high))
+
+
+def tails(confidence: float) -> tuple[float, float]:
+    """The two quantiles of a percentile interval."""
+    tail = (1 - confidence) / 2
+    return tail, 1 - tail
 
 
 def ratio(numerator: Floats, denominator: Floats, draws: NDArray[np.float32], confidence: float = 0.95) -> Estimate:
@@ -419,6 +435,5 @@ def ratio(numerator: Floats, denominator: Floats, draws: NDArray[np.float32], co
     with np.errstate(invalid="ignore", divide="ignore"):
         drawn = (draws @ numerator) / (draws @ denominator)
     drawn = np.where(np.isfinite(drawn), drawn, np.nan)
-    tail = (1 - confidence) / 2
-    low, high = quantiles(drawn, (tail, 1 - tail))
+    low, high = quantiles(drawn, tails(confidence))
     return Estimate(float(numerator.sum() / total), number(low), number(high))

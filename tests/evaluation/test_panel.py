@@ -192,9 +192,12 @@ def test_the_document_of_a_panel() -> None:
         ["judge-0", "judge-1"], ["judge-0", "judge-2"], ["judge-1", "judge-2"], ["judge-0", "judge-1", "judge-2"],
     ]  # fmt: skip
     assert {"n", "kappa", "kappa_interval", "vote_counts", "missing"} <= set(found["judges"][0])
-    assert len(found["paired"]) == 3 and len(found["held_out"]) == 1 and found["humans"] is None
+    # Three judges with each other, and the jury of all with each of them.
+    assert len(found["paired"]) == 6 and len(found["held_out"]) == 1 and found["humans"] is None
     among = found["among_judges"][0]
     assert among["kappas"][0][0] == 1.0 and among["kappas"][0][1] == pytest.approx(among["kappas"][1][0])
+    low, high = among["intervals"][0][1]
+    assert low <= among["kappas"][0][1] <= high
     again = as_document(measure(table, votes, MeasureSettings(draws=100)), MeasureSettings(draws=100), {"data": "x"})
     assert again == found
 
@@ -203,12 +206,16 @@ def test_judges_of_a_strategy_and_strategies_of_a_judge_are_paired() -> None:
     table, votes = small(2)
     rows = [*votes.to_pylist(), *({**row, "strategy": "combined_5"} for row in votes.to_pylist())]
     found = measure(table, ballots(*rows), MeasureSettings(draws=100)).paired
-    assert sorted((p.first, p.second) for p in found) == [
+    assert {(p.first, p.second) for p in found} == {
+        ("combined_10: judge-0 + judge-1", "combined_10: judge-0"),
+        ("combined_10: judge-0 + judge-1", "combined_10: judge-1"),
         ("combined_10: judge-0", "combined_10: judge-1"),
+        ("combined_5: judge-0 + judge-1", "combined_5: judge-0"),
+        ("combined_5: judge-0 + judge-1", "combined_5: judge-1"),
         ("combined_5: judge-0", "combined_10: judge-0"),
         ("combined_5: judge-0", "combined_5: judge-1"),
         ("combined_5: judge-1", "combined_10: judge-1"),
-    ]
+    }
 
 
 def test_rules_of_juries() -> None:
@@ -252,3 +259,19 @@ def test_win_rates_count_strict_wins_over_everything() -> None:
     assert (whole.n, whole.wins, whole.ties, whole.losses, whole.missing) == (5, 2, 1, 1, 1)
     assert whole.win_rate.value == 40.0 and whole.half_tie_rate == 50.0 and whole.bounds == (40.0, 60.0)
     assert (solo.n, solo.win_rate.value, solo.baseline) == (1, 100.0, None)
+
+
+def test_every_interval_is_of_the_confidence_that_is_asked_for() -> None:
+    table, votes = small()
+    narrow, wide = (
+        measure(table, votes, MeasureSettings(draws=400, confidence=confidence)) for confidence in (0.5, 0.99)
+    )
+    for of in (
+        lambda d: d.paired[0].difference,
+        lambda d: d.bias[0].first.share,
+        lambda d: d.among_judges[0].alpha,
+        lambda d: d.judges[0].agreement.estimates["kappa"],
+    ):
+        inner, outer = of(narrow), of(wide)
+        assert inner.value == outer.value and outer.low <= inner.low <= inner.high <= outer.high
+        assert outer.high - outer.low > inner.high - inner.low
