@@ -26,6 +26,7 @@ from ray_pipeline.agents.jury import (
     subsets,
 )
 from ray_pipeline.agents.strategies import Conflict
+from ray_pipeline.evaluation.gate_curves import THRESHOLDS
 from ray_pipeline.evaluation.panel import (
     DebateRule,
     Evaluator,
@@ -91,7 +92,17 @@ class MeasureSettings(Settings):
     confidence: float = Field(0.95, gt=0, lt=1)
     seed: int = 0
     held_out: float = Field(0.5, gt=0, lt=1, description="share of the items on which the best jury is chosen")
+    gate_thresholds: tuple[tuple[float, float], ...] = Field(
+        THRESHOLDS, description="of the gate's curves: desirable from, undesirable to, as shares of the scale's end"
+    )
     juries: JurySettings = JurySettings()
+
+    @model_validator(mode="after")
+    def _thresholds(self) -> MeasureSettings:
+        for upper, lower in self.gate_thresholds:
+            if not 0 <= lower <= upper <= 1:
+                raise ValueError(f"gate_thresholds: {upper:g}, {lower:g} are no shares with the desirable one above")
+        return self
 
 
 @dataclasses.dataclass(frozen=True)

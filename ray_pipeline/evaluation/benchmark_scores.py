@@ -29,6 +29,7 @@ from ray_pipeline.evaluation.alpaca_eval import (
 from ray_pipeline.evaluation.length_control import at_equal_length
 from ray_pipeline.evaluation.mt_bench import RatingMean, TurnComparison, TurnRating
 from ray_pipeline.evaluation.protocol import Protocol, PublishedProtocol, ScoreName, score_name
+from ray_pipeline.evaluation.winrate import WinRate
 from ray_pipeline.store.keys import digest
 
 #: Two-sided 95 % of a normal distribution, for the published standard errors.
@@ -188,27 +189,49 @@ def _rating_columns(mean: RatingMean) -> dict[str, Any]:
 
 def mt_bench_pairs(
     model: str, against: str, comparisons: Sequence[TurnComparison], rules: MtBenchRules
-) -> tuple[list[Score], Reading]:
-    """Win rate of a model over another one, ties counting half; a turn is won only if both orders say so."""
+) -> tuple[list[Score], list[dict[str, Any]], Reading]:
+    """Win rate of a model over another one, overall and by turn, ties counting half; a turn is won only if both orders
+    say so. Rows of the table of categories; and how the replies were read."""
     found = mt_bench.pairwise_scores(comparisons, "judge", draws=rules.draws, seed=rules.seed)
-    rate, statuses = found.overall, _count(c.parse_status for c in comparisons)
-    score = _score(
-        model,
-        "mt_bench",
-        f"pairwise against {against}",
-        rules.protocol("pairwise", found.contradictory, against),
-        None,
-        _percent(rate.score.mean),
-        low=_percent(rate.score.low),
-        high=_percent(rate.score.high),
-        unit="%",
-        rows=rate.decided,
-        unread=rate.unread,
-        worst=_percent(rate.score_worst),
-        best=_percent(rate.score_best),
-        note="" if rate.decided else "no comparison could be read in both orders",
-    )
-    return [score], Reading(model, "mt_bench pairwise", statuses, found.contradictory, rate.flip_rate)
+    statuses = _count(c.parse_status for c in comparisons)
+    protocol = rules.protocol("pairwise", found.contradictory, against)
+    rates = {"": found.overall, **{f", turn {turn}": rate for turn, rate in sorted(found.turns.items())}}
+    scores = [
+        _score(
+            model,
+            "mt_bench",
+            f"pairwise against {against}{part}",
+            dataclasses.replace(protocol, metric=part.removeprefix(", ")) if part else protocol,
+            None,
+            _percent(rate.score.mean),
+            **_rate_columns(rate),
+        )
+        for part, rate in rates.items()
+    ]
+    rows = [
+        {
+            "model": model,
+            "category": name,
+            "turn": f"both, pairwise against {against}",
+            "value": _percent(rate.score.mean),
+            **_rate_columns(rate),
+        }
+        for name, rate in sorted(found.categories.items())
+    ]
+    return scores, rows, Reading(model, "mt_bench pairwise", statuses, found.contradictory, found.overall.flip_rate)
+
+
+def _rate_columns(rate: WinRate) -> dict[str, Any]:
+    return {
+        "low": _percent(rate.score.low),
+        "high": _percent(rate.score.high),
+        "unit": "%",
+        "rows": rate.decided,
+        "unread": rate.unread,
+        "worst": _percent(rate.score_worst),
+        "best": _percent(rate.score_best),
+        "note": "" if rate.decided else "no comparison could be read in both orders",
+    }
 
 
 # --- AlpacaEval -------------------------------------------------------------------------------------------------------

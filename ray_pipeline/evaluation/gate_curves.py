@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +14,8 @@ from ray_pipeline.agents.jury import MISSING, VOTES
 from ray_pipeline.evaluation.panel import Panel
 from ray_pipeline.evaluation.risk_coverage import RiskCoverage, Thresholds, risk_coverage
 
-#: Thresholds of the gate's scale, 1 to 10; the first pair are the gate's defaults.
-THRESHOLDS: tuple[Thresholds, ...] = (None, (7.0, 4.0), (8.0, 3.0), (6.0, 5.0))
+#: Desirable from and undesirable to, as shares of a scale's end; the first pair are the gate's defaults.
+THRESHOLDS: tuple[tuple[float, float], ...] = ((0.7, 0.4), (0.8, 0.3), (0.6, 0.5))
 #: The gate's default τ is always on the curve.
 TAU = 2.5
 _MOST_TAUS = 40
@@ -46,10 +47,14 @@ class GateCurve:
         ]
 
 
-def gate_curves(panel: Panel, *, draws: int = 2000, seed: int = 0) -> list[GateCurve]:
+def gate_curves(
+    panel: Panel, shares: Sequence[tuple[float, float]] = THRESHOLDS, *, draws: int = 2000, seed: int = 0
+) -> list[GateCurve]:
     """Curves over every variance that occurs (at most 40 of them), where two or more judges of a strategy gave scores.
 
-    Thresholds are of a scale that ends at 10: strategies with other scales have the curve of τ alone.
+    Args:
+        shares: thresholds as shares of the scale's end, which is the number at the end of the strategy's name
+            (`independent_10`, `combined_100`). A strategy without one has the curve of τ alone.
     """
     labels = [None if code == MISSING else VOTES[code] for code in panel.labels.tolist()]
     if not any(labels):
@@ -61,8 +66,9 @@ def gate_curves(panel: Panel, *, draws: int = 2000, seed: int = 0) -> list[GateC
             continue
         scores = np.stack([s for _, s in scored])
         a, b = scores[:, 0], scores[:, 1]
-        top = float(np.nanmax(scores)) if not np.isnan(scores).all() else 0.0
-        thresholds = THRESHOLDS if 5 < top <= 10 else (None,)
+        thresholds: list[Thresholds] = [None]
+        if end := re.search(r"_(\d+)$", strategy):
+            thresholds += [(share * int(end[1]), other * int(end[1])) for share, other in shares]
         curve = risk_coverage(a, b, labels, _taus(a, b), thresholds, draws=draws, seed=seed)
         found.append(GateCurve(strategy, tuple(judge for judge, _ in scored), curve))
     return found

@@ -7,6 +7,7 @@ from typing import Any
 
 from ray_pipeline.evaluation.bootstrap import Interval
 from ray_pipeline.report.charts import Dot, dots
+from ray_pipeline.report.headline import percent
 from ray_pipeline.report.markdown import number
 from ray_pipeline.report.page import Block, Cell, Heat, HeatMap, Page, Section, Table, Text, panels, render_page
 
@@ -29,6 +30,7 @@ def agreement_page(document: Mapping[str, Any], best_juries: Mapping[str, Sequen
         _held_out(document),
         _bias(document),
         _paired(document),
+        _gate(document),
         _humans(document),
     ]
     labels = ", ".join(f"{label} {count:,}" for label, count in document["label_counts"].items())
@@ -272,6 +274,43 @@ def _paired(document: Mapping[str, Any]) -> Section | None:
     columns = ["first", "second", "items", "difference of kappas", "p (bootstrap)", "only first right"]
     columns += ["only second right", "p (McNemar)"]
     return Section("paired", "Pairs of judges", [Table(columns, rows, text_columns=2)])
+
+
+def _gate(document: Mapping[str, Any]) -> Section | None:
+    rows: _Rows = [
+        [
+            g["strategy"],
+            number(g["judges"]),
+            number(g["desirable_at"], 1),
+            number(g["undesirable_at"], 1),
+            f"{number(g['kept'])} ({percent(g['coverage'])})",
+            number(g["pairs"]),
+            percent(g["agreement"]),
+            f"{percent(g['agreement_low'])} to {percent(g['agreement_high'])}",
+            number(g["area"], 3),
+        ]
+        for g in document.get("gate_curves", ())
+    ]
+    if not rows:
+        return None
+    columns = [
+        "strategy",
+        "judges",
+        "desirable from",
+        "undesirable to",
+        "kept",
+        "of pairs",
+        "agreement",
+        "95 %",
+        "area",
+    ]
+    said = (
+        "Judges of a strategy together, at the gate's τ of 2.5: a pair is kept where no answer's scores vary by more "
+        "and, with thresholds, where the higher mean is desirable and the lower undesirable. Area: mean risk over the "
+        "pairs from the least to the greatest variance (0 is best). The whole curves: risk_coverage.csv and "
+        "risk_coverage.png."
+    )
+    return Section("gate", "The confidence gate as a classifier", [Table(columns, rows), Text(said)])
 
 
 def _humans(document: Mapping[str, Any]) -> Section | None:

@@ -265,7 +265,7 @@ def write_page(page: AgreementPage, results: Sequence[StageResult], folder: Path
     found = measure(items, ballots, page.measure)
     rules = page.measure
     panel = make_panel(items, ballots, rules.conflict, rules.debate, rules.families)
-    curves = gate_curves(panel, draws=rules.draws, seed=rules.seed)
+    curves = gate_curves(panel, rules.gate_thresholds, draws=rules.draws, seed=rules.seed)
     write_risk_coverage(curves, folder)
     gate = {"gate_curves": [row for curve in curves for row in curve.summary]}
     write_agreement({**as_document(found, rules, about), **gate}, folder)

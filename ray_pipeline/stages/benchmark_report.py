@@ -264,8 +264,8 @@ def _mt_bench(
             for r in compared or ()
             if r["model"] == name
         ]
-        made, how = mt_bench_pairs(name, settings.against, pairs, rules)
-        scores, readings = scores + made, [*readings, how]
+        made, rows, how = mt_bench_pairs(name, settings.against, pairs, rules)
+        scores, categories, readings = scores + made, [*categories, *rows], [*readings, how]
     return scores, categories, readings
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
+from ray_pipeline.evaluation.agreement_document import MeasureSettings
 from ray_pipeline.evaluation.gate_curves import gate_curves
 from ray_pipeline.evaluation.panel import make_panel
 from ray_pipeline.report.risk_coverage import write_risk_coverage
@@ -73,3 +75,12 @@ def test_data_and_plot_are_written(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert len(rows) == curves[0].curve.table.num_rows and rows[0]["strategy"] == "combined_10"
     assert write_risk_coverage([], tmp_path / "none") is None and not (tmp_path / "none").exists()
+
+
+def test_thresholds_are_shares_of_the_scale_that_the_strategy_names() -> None:
+    (found,) = gate_curves(panel(), draws=100)
+    assert list(found.curve.areas)[1:] == [(7.0, 4.0), (8.0, 3.0), (6.0, 5.0)]
+    (own,) = gate_curves(panel(), [(0.9, 0.2)], draws=100)
+    assert list(own.curve.areas) == [None, (9.0, 2.0)]
+    with pytest.raises(ValidationError, match=r"0\.2, 0\.9 are no shares"):
+        MeasureSettings(gate_thresholds=((0.2, 0.9),))

@@ -236,7 +236,10 @@ def test_scores_are_what_a_few_lines_over_the_tables_give(whole: Any) -> None:
     mine = {(r["question_id"], r["turn"], r["order"]): r["choice"] for r in pairs if r["model"] == "good"}
     assert len(mine) == 3 * 2 * 2
     assert all(choice == ("A" if order == "ab" else "B") for (_, _, order), choice in mine.items())
-    assert score(document, "good", "pairwise against bad")["value"] == 100
+    for part in ("", ", turn 1", ", turn 2"):
+        assert score(document, "good", f"pairwise against bad{part}")["value"] == 100
+    pairs = [c for c in document["mt_bench_categories"] if c["turn"] == "both, pairwise against bad"]
+    assert {c["value"] for c in pairs if c["model"] == "good"} == {100} and {c["unit"] for c in pairs} == {"%"}
     assert score(document, "floor:x", "pairwise against bad")["value"] == 50  # all ties
     assert not [s for s in document["scores"] if s["model"] == "bad" and "pairwise" in s["metric"]]
 
@@ -278,7 +281,7 @@ def test_the_table_comes_in_three_forms_with_a_column_a_model_and_floors_last(wh
     found, _, _ = whole
     with open(found.page / "benchmarks.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == len(found.document["scores"]) == 4 * 3 + 3 + 4 * 2
+    assert len(rows) == len(found.document["scores"]) == 4 * 3 + 3 * 3 + 4 * 2
     assert {r["model"] for r in rows} == {"good", "bad", "floor:x", "floor:echo"}
     markdown = (found.page / "benchmarks.md").read_text().splitlines()
     assert markdown[0] == "| score | good | bad | floor:x | floor:echo |"
