@@ -7,7 +7,7 @@ prompts → candidates → judges ─┐
 from __future__ import annotations
 
 from ray_pipeline.config import DmapoConfig
-from ray_pipeline.graph.run import stage_folder
+from ray_pipeline.graph.run import stage_folder, stored
 from ray_pipeline.graph.stage import Dag, Stage
 from ray_pipeline.stages.benchmarks import Answering, benchmark_stages
 from ray_pipeline.stages.candidates import candidates
@@ -32,10 +32,11 @@ def dmapo(config: DmapoConfig, run_folder: str) -> Dag:
     decisions = gate(config.gate, config.judge.names, answers, verdicts, critiques)
     data = datasets(config.datasets, config.gate, config.judge.names, base, asked, answers, verdicts, decisions)
     made = [asked, answers, *verdicts, *([critiques] if critiques else []), decisions, data]
-    if not config.evaluate.skip_generation:
-        policy = train(config.train, base, config.datasets.max_length, data)
-        made += [policy, *_both_answer(config, run_folder, asked, policy)]
-        made += _benchmarks(config, run_folder, policy)
+    policy = train(config.train, base, config.datasets.max_length, data)
+    trained = [policy, *_both_answer(config, run_folder, asked, policy), *_benchmarks(config, run_folder, policy)]
+    if config.evaluate.skip_generation:
+        trained = stored(trained, run_folder, config.num_shards)
+    made += trained
     report = evaluate(config.evaluate, config.report(), base, config.datasets.max_length, made)
     return Dag("dmapo", [*made, report])
 

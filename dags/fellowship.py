@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from ray_pipeline.fellowship_config import FellowshipConfig
-from ray_pipeline.graph.run import stage_folder
+from ray_pipeline.graph.run import stage_folder, stored
 from ray_pipeline.graph.stage import Dag, Stage
 from ray_pipeline.stages.columnar import dataset_files, dataset_rows, prompts
 from ray_pipeline.stages.compare import comparisons, responses
@@ -42,10 +42,10 @@ def fellowship(config: FellowshipConfig, run_folder: str) -> Dag:
         LoopPage(run_name=config.run.name, reviewers=tuple(config.loop.names)), asked, answers, reviews, decisions
     )
     curated = [asked, answers, *verdicts, decisions, data]
-    trained: list[Stage] = []
-    if not config.evaluate.skip_generation:
-        policy = train(config.train, base, limits.max_length, data)
-        trained = [policy, *_both_answer(config, run_folder, asked, policy)]
+    policy = train(config.train, base, limits.max_length, data)
+    trained = [policy, *_both_answer(config, run_folder, asked, policy)]
+    if config.evaluate.skip_generation:
+        trained = stored(trained, run_folder, config.num_shards)
     report = evaluate(config.evaluate, config.report(), base, limits.max_length, [*curated, *trained])
     improved = [] if config.improve is None else _improvement(config, asked)
     return Dag("fellowship", [*made, *curated, page, *improved, *trained, report])

@@ -86,7 +86,7 @@ def run(
     from ray_pipeline.operate.prices import budget_of
     from ray_pipeline.operate.run_settings import run_settings
     from ray_pipeline.stages.sources import InputError
-    from ray_pipeline.store.files import Folder, StoreError, point_at
+    from ray_pipeline.store.files import Folder, StoreError
     from ray_pipeline.workflows import WORKFLOWS
 
     if dag not in WORKFLOWS:
@@ -102,9 +102,7 @@ def run(
         if in_a_job():
             check_location(run_dir or settings.run.root, "--run-dir" if run_dir else "run.root")
             check_location(settings.calls.root or folder, "calls.root")
-        parent = os.path.dirname(folder)
-        if "://" not in folder and os.path.basename(folder) != "latest":
-            point_at(Folder(parent), "latest", os.path.basename(folder))
+        _link_latest(folder, settings.run.root)
         outcome = execute(
             graph,
             run_settings(settings, folder, budget=budget_of(settings, max_cost, device_hour), log_json=log_json),
@@ -130,6 +128,20 @@ def run(
     if written and (page := Folder(written[0].folder)).exists("report.md"):
         _print(f"report: {(Folder(folder) / 'report' if page.is_local else page).uri('report.md')}")
     _print(f"run folder: {folder}")
+
+
+def _link_latest(folder: str, root: str) -> None:
+    """Point `latest` in the folder of runs at this one, for the commands' default. A convenience, and no more."""
+    from ray_pipeline.store.files import Folder, StoreError, point_at
+
+    root = os.path.abspath(os.path.expanduser(root))
+    if "://" in folder or os.path.basename(folder) == "latest":
+        return
+    if os.path.dirname(folder) == root or os.path.isdir(root):
+        try:
+            point_at(Folder(root), "latest", os.path.relpath(folder, root))
+        except StoreError as error:
+            _err.print(f"quorum: no link to this run: {error}", markup=False, highlight=False)
 
 
 def _print(text: str) -> None:
@@ -233,17 +245,20 @@ def audit(run: RunArgument = "runs/latest") -> None:
     Exit code 1 when a row is an orphan, a duplicate, chosen equal to rejected, or not what the formulas say.
     """
     from ray_pipeline.graph.results import read_run
-    from ray_pipeline.stages.audit_run import audit_folder
+    from ray_pipeline.stages.audit_run import audit_folder, not_audited
     from ray_pipeline.store.files import StoreError
 
     try:
-        reports = audit_folder(read_run(run))
+        found_run = read_run(run)
+        reports = audit_folder(found_run)
     except (StoreError, FileNotFoundError) as error:
         raise _refuse(error) from error
     for name, found in reports.items():
         for problem in found.problems:
             _print(f"{problem.kind}: {problem.table} {problem.id}: {problem.message}")
         _print(found.summary() if len(reports) == 1 else f"{name}: {found.summary()}")
+    if skipped := not_audited(found_run):
+        _print(f"not audited, for they are not the gate's on all candidates: {', '.join(skipped)}")
     if not all(found.ok for found in reports.values()):
         raise typer.Exit(STAGE_FAILED)
 

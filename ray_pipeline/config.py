@@ -99,6 +99,22 @@ class RayBlock(Settings):
         return {k: v for k, v in self.model_dump(exclude={"max_stages", "tables"}).items() if v is not None}
 
 
+def check_trainable(train: TrainSettings, models: Mapping[str, ModelSettings]) -> None:
+    """Raises ValueError where the model that is trained would be another one than the model that answers."""
+    base = models.get(train.model)
+    if base is None:
+        return
+    for key, remedy in (
+        ("adapter", "merge it into the model first, and name the merged folder"),
+        ("chat_template", "save it with the model's tokenizer (chat_template.jinja in its folder)"),
+    ):
+        if getattr(base, key) is not None:
+            raise ValueError(
+                f"models.{train.model}.{key}: training starts from the model without it, which is another one than "
+                f"the run asks; {remedy}"
+            )
+
+
 def check_kinds(train: TrainSettings, datasets: DatasetsConfig, evaluate: EvaluateSettings) -> None:
     """Raises ValueError when training or perplexity reads a kind of rows that is not made."""
     kind = METHODS[train.method].data
@@ -151,6 +167,7 @@ class DmapoConfig(Settings):
                 f"train.model is {self.train.model!r}, a model at an endpoint; what is trained needs weights here: "
                 "name a model of engine vllm"
             )
+        check_trainable(self.train, self.models)
         self._check_training()
         mt = self.benchmarks.mt_bench if self.benchmarks is not None else None
         if mt is not None and "pairwise" in mt.modes and mt.against not in ("base", *self.policy_labels()):

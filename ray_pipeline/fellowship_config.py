@@ -15,6 +15,7 @@ from ray_pipeline.config import (
     check_kinds,
     check_models,
     check_sampling,
+    check_trainable,
 )
 from ray_pipeline.graph.failures import FailureSettings
 from ray_pipeline.graph.models import ModelSettings
@@ -94,6 +95,7 @@ class FellowshipConfig(Settings):
         for key, model in {"train.model": self.train.model, **self._tokenizers()}.items():
             if not self.models[model].is_here:
                 raise ValueError(f"{key} is {model!r}, a model at an endpoint; name a model of engine vllm: {_WHY}")
+        check_trainable(self.train, self.models)
         check_kinds(self.train, self.datasets, self.evaluate)
         own = None if self.improve is None else self.improve.prompts
         if own is not None and own.num_shards != self.prompts.num_shards:

@@ -45,6 +45,7 @@ def perplexity(
     dtype: str | torch.dtype = "float32",
     max_length: int = 1024,
     trust_remote_code: bool = False,
+    revision: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Perplexity:
     """Perplexity of the completion tokens of `rows`, each (prompt messages, completion text), given their prompts.
@@ -54,13 +55,15 @@ def perplexity(
     folder. Loads the model, and frees it with the function.
     """
     model_path = local_copy(str(model_path))
-    tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(model_path, revision=revision, trust_remote_code=trust_remote_code)
     encoded = [encode_row(tokenizer, prompt, text, chat_template_kwargs) for prompt, text in rows]
     fitting = [row for row in encoded if len(row.ids) <= max_length and len(row.ids) > row.start > 0]
     too_long = sum(len(row.ids) > max_length for row in encoded)
     if not fitting:
         return Perplexity(None, None, 0, 0, too_long)
-    model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, trust_remote_code=trust_remote_code)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        model_path, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code
+    )
     model.to(device).eval()
     nll = 0.0
     with torch.inference_mode():

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
@@ -136,6 +136,16 @@ def load_result(run: str, stage: Stage, num_shards: int, say: Any = None) -> Sta
                 say(reason)
         whole = whole and state.done
     return _result(stage, folder, num_shards, value) if whole else None
+
+
+def stored(stages: Sequence[Stage], run: str, num_shards: int) -> list[Stage]:
+    """Those of some stages, parents first, that are done in a run folder, and whatever they read of them too."""
+    kept: list[Stage] = []
+    for stage in stages:
+        whole = all(parent in kept or parent not in stages for parent in stage.inputs.values())
+        if whole and load_result(run, stage, num_shards) is not None:
+            kept.append(stage)
+    return kept
 
 
 def _result(stage: Stage, folder: Folder, num_shards: int, value: Mapping[str, Any]) -> StageResult:
@@ -298,6 +308,7 @@ def _run_tasks(
                     settings.failure,
                     None if settings.only is None else settings.only.get(stage.name, ()),
                     settings.tables,
+                    os.getcwd(),
                 )
                 for stage in stages
             ]

@@ -6,9 +6,11 @@ is not run.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
+import os
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -56,6 +58,7 @@ class StageJob:
     policy: FailurePolicy
     only: tuple[int, ...] | None
     room: Mapping[str, Any]
+    working_folder: str
 
 
 def explain(stage: str, error: BaseException) -> Failure:
@@ -135,7 +138,10 @@ def _run_whole(job: StageJob, parents: Mapping[str, StageResult]) -> StageResult
         log,
         tick,
     )
-    facts = job.work.function(given)
+    # Paths that the user gave are those of the driver's folder; a worker of a cluster that was there begins elsewhere.
+    there = os.path.isdir(job.working_folder)
+    with contextlib.chdir(job.working_folder) if there else contextlib.nullcontext():
+        facts = job.work.function(given)
     outputs = {k: stage_table(job.folder, job.work.tables, k, job.num_shards, job.fingerprint) for k in job.work.tables}
     rows = rows_of_tables(job.name, outputs)
     return _finish(job, rows, facts, {"wall_seconds": time.monotonic() - begin})

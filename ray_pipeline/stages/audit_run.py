@@ -50,6 +50,14 @@ def audit_folder(run: Run) -> dict[str, AuditReport]:
     return {one.datasets: _audit(run, one) for one in made}
 
 
+def not_audited(run: Run) -> list[str]:
+    """Data sets of a comparison that are not the gate's on all candidates, so that no formula says their labels."""
+    if run.manifest["dag"] != "baselines":
+        return []
+    found = run.manifest["config"]["baselines"]["data"].items()
+    return [name for name, variant in found if not variant["gated"] or variant["source"] or variant["k"]]
+
+
 def _single(run: Run) -> Iterator[_Made]:
     config = run.manifest["config"]
     yield _Made(
@@ -102,7 +110,7 @@ def _loop(run: Run) -> AuditReport:
 
 def _audit(run: Run, made: _Made) -> AuditReport:
     config, results = run.manifest["config"], run.results
-    policy = config["models"][config["candidates"]["model"]]
+    policy = config["models"][config["train"]["model"]]  # whose tokenizer measured the rows
     judges = [n for n in sorted(results) if results[n].tables == ("verdicts",) and not n.startswith("score-")]
     tables = RunTables(
         prompts=results["prompts"].table(),

@@ -137,6 +137,7 @@ def _perplexities(given: WholeInput, settings: _Given) -> dict[str, Perplexity]:
                 dtype="bfloat16" if gpus else "float32",
                 max_length=settings.max_length,
                 trust_remote_code=settings.base.trust_remote_code,
+                revision=settings.base.revision if name == "base" else None,
                 chat_template_kwargs=settings.base.chat_template_args,
             )
         )

@@ -69,6 +69,9 @@ class TrainSettings(Settings):
     disable_dropout: bool = Field(False, description="TRL's own default, true, would zero the LoRA dropout as well")
     gradient_checkpointing: bool = True
     save_steps: int = Field(50, ge=1)
+    logging_steps: int = Field(1, ge=1, description="steps between rows of the metrics")
+    desirable_weight: float | None = Field(None, gt=0, description="kto; default: from the class balance")
+    undesirable_weight: float | None = Field(None, gt=0, description="kto; default: from the class balance")
     max_failures: int = Field(3, ge=0)
     report_to: tuple[str, ...] = ()
     trainer_args: dict[str, Any] = Field(default_factory=dict, description="further settings by TRL's own names")
@@ -83,6 +86,10 @@ class TrainSettings(Settings):
             )
         if self.beta is not None and method.beta is None:
             raise ValueError(f"train.beta: the loss of {self.method} has none; remove it")
+        if self.method != "kto" and (self.desirable_weight or self.undesirable_weight):
+            raise ValueError(
+                f"train.desirable_weight and undesirable_weight are of kto; {self.method} has no such weights"
+            )
         if self.quantization is not None and self.lora is None:
             raise ValueError("train.quantization needs train.lora: quantized weights cannot be trained")
         if self.beta is None:
@@ -179,10 +186,11 @@ def train_policy(given: WholeInput) -> dict[str, Any]:
         lora=None if train.lora is None else LoraSpec(**train.lora.model_dump()),
         quantization=train.quantization,
         shard=train.shard,
-        desirable_weight=weights.get("desirable_weight", 1.0),
-        undesirable_weight=weights.get("undesirable_weight", 1.0),
+        desirable_weight=train.desirable_weight or weights.get("desirable_weight", 1.0),
+        undesirable_weight=train.undesirable_weight or weights.get("undesirable_weight", 1.0),
         disable_dropout=train.disable_dropout,
         save_steps=train.save_steps,
+        logging_steps=train.logging_steps,
         max_failures=train.max_failures,
         gradient_checkpointing=train.gradient_checkpointing,
         report_to=train.report_to,

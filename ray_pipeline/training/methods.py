@@ -171,6 +171,15 @@ OWNED: dict[str, str] = {
     "use_cpu": "use_gpu",
     "fsdp": "shard",
 }
+#: Where a setting of that name is in the configuration of a run, if not in its `train` block.
+_ELSEWHERE = {
+    "max_length": " (datasets.max_length)",
+    "trust_remote_code": " (of the model)",
+    "output_dir": " (the run folder)",
+    "run_name": " (the run folder)",
+    "resume_from_checkpoint": " (the same command goes on)",
+    "max_steps": " (a fraction of an epoch is fine)",
+}
 #: Names that transformers gave up and that people still write.
 _RENAMED = ("warmup_ratio",)
 
@@ -222,7 +231,9 @@ def validate_trainer_args(method: str, trainer_args: Mapping[str, Any]) -> None:
     for name, value in trainer_args.items():
         key = f"trainer_args.{name}"
         if name in owned:
-            raise TrainingInputError(f"{key} would override the setting {OWNED[name]!r}: set that one")
+            raise TrainingInputError(
+                f"{key} would override the setting {OWNED[name]!r}: set that one{_ELSEWHERE.get(name, '')}"
+            )
         if name not in known:
             near = difflib.get_close_matches(name, [*known, *owned], n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -396,6 +396,8 @@ OTHER: dict[str, Any] = {
     "models.*.chat_template": "template.jinja",
     "models.*.adapter": "adapter",
     "train.report_to": ["x"],
+    "train.desirable_weight": 1.1,
+    "train.undesirable_weight": 1.1,
 }
 
 
@@ -468,6 +470,8 @@ def test_every_key_changes_a_fingerprint_or_is_operational(values: dict[str, Any
             continue  # it adds stages, which tests/stages/test_benchmarks.py looks at
         if key in ("critic.asking.expected_score", "evaluate.asking.expected_score"):
             continue  # nothing reads it, so it is refused
+        if key in ("models.policy.adapter", "models.policy.chat_template"):
+            continue  # of the model that is trained: refused
         other = another(general, annotation, value)
         if general in ("models.*.chat_template", "models.*.adapter"):
             other = str(tmp_path / other)
@@ -556,3 +560,10 @@ def test_what_a_run_folder_keeps_of_its_configuration_can_be_read_back(dag: str,
     config = load_config(dag, name, changes, WORKFLOWS[dag])
     kept = json.loads(json.dumps(run_settings(config, str(tmp_path)).given))
     assert read_config(dag, kept, [], "manifest.json", WORKFLOWS[dag]) == config
+
+
+@pytest.mark.parametrize("key", ["adapter", "chat_template"])
+def test_what_is_trained_is_the_model_that_answers(load: Any, key: str) -> None:
+    """Training would start from the bare model, and with the tokenizer's own template."""
+    with pytest.raises(ConfigError, match=rf"models\.policy\.{key}: training starts from the model without it"):
+        load(f"models.policy.{key}=x")

@@ -197,9 +197,12 @@ def test_evaluation_without_new_responses(demo: Path, tmp_path: Path) -> None:
     shutil.copytree(demo, folder, symlinks=True)
     quorum = Quorum("run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), "--to", "evaluate", "--skip-generation")
     assert quorum.wait(600) == 0, quorum.output
-    assert quorum.engines == {}
-    metrics = json.loads((folder / "report" / "metrics.json").read_text())
-    assert "evaluate" in metrics["missing_stages"]
+    # Another report of what is stored: nothing is asked, nothing is trained, and what was measured stays in it.
+    assert quorum.engines == {} and "train: running" not in quorum.output
+    before, after = (json.loads((f / "report" / "metrics.json").read_text()) for f in (demo, folder))
+    for part in ("responses", "win_rates", "rubrics"):
+        assert after["evaluation"][part] == before["evaluation"][part]
+    assert set(manifest(folder)["stages"]) == set(manifest(demo)["stages"])
 
 
 def test_stages_that_share_a_pool_start_one_engine(demo: Path) -> None:

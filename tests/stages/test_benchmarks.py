@@ -285,11 +285,11 @@ def test_the_table_comes_in_three_forms_with_a_column_a_model_and_floors_last(wh
     assert {r["model"] for r in rows} == {"good", "bad", "floor:x", "floor:echo"}
     markdown = (found.page / "benchmarks.md").read_text().splitlines()
     assert markdown[0] == "| score | good | bad | floor:x | floor:echo |"
-    assert len(markdown) == 2 + 3 + 1 + 2
+    assert len(markdown) == 2 + 3 + 3 + 2
     overall = next(line for line in markdown if ": overall" in line)
     assert overall.split(" | ")[1].startswith("9.00 (9.00 to 9.00)")
     latex = (found.page / "benchmarks.tex").read_text()
-    assert latex.count(r"\\") == 1 + 6 and "floor:echo" in latex and "9.00 (9.00--9.00)" in latex
+    assert latex.count(r"\\") == 1 + 8 and "floor:echo" in latex and "9.00 (9.00--9.00)" in latex
     assert r"\%" in latex and "–" not in latex
     page = (found.page / "report.md").read_text()
     for heading in ("## How answers were read", "## MT-Bench by category", "## Protocols", "## The run"):
