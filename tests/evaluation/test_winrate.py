@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_pipeline.evaluation.winrate import choice_to_vote, decide_pairs, win_rate, win_rates
+from ray_pipeline.evaluation.protocol import Protocol, fixed_fields, measured_by
+from ray_pipeline.evaluation.winrate import choice_to_vote, completed_protocol, decide_pairs, win_rate, win_rates
 
 CHOICES = ("A", "B", "C", None)
 PAIRS = st.lists(st.tuples(st.sampled_from(CHOICES), st.sampled_from(CHOICES)), min_size=1, max_size=25)
@@ -131,3 +132,27 @@ def test_repeated_rows_are_refused() -> None:
     rows[1]["prompt_id"] = "other"
     with pytest.raises(ValueError, match="two prompts"):
         win_rate(pa.Table.from_pylist(rows))
+
+
+def test_a_protocol_names_the_prompts_and_the_reference_answers() -> None:
+    asked = Protocol("win rate", judge="hub:Qwen/Qwen3-8B@0123456789abcdef", reference="base", answers="greedy")
+    compared = table([("A", "B")] * 4)
+
+    def answers(text: str) -> pa.Table:
+        rows = [{"prompt_id": f"p{n}", "model": m, "response": f"{m} {text}"} for n in (1, 0) for m in ("base", "x")]
+        return pa.Table.from_pylist([*rows, {"prompt_id": "p9", "model": "base", "response": "of no pair"}])
+
+    plain = completed_protocol(asked, compared, "j", answers("one"))
+    assert plain == completed_protocol(asked, compared.take(range(7, -1, -1)), "j", answers("one").take([4, 3, 2, 1, 0]))
+    prints = {
+        plain.fingerprint(),
+        completed_protocol(asked, compared, "j", answers("other")).fingerprint(),
+        completed_protocol(asked, table([("A", "B")] * 2), "j", answers("one")).fingerprint(),
+        completed_protocol(asked, compared, "j").fingerprint(),
+        completed_protocol(asked, compared, "j", answers("one"), controlled=True).fingerprint(),
+    }
+    assert len(prints) == 5
+    found = measured_by(plain)
+    assert found.name == "win rate, judge Qwen/Qwen3-8B@0123456, reference base"
+    assert fixed_fields(found.protocol)["estimator"] == "wins and half the ties"
+    assert not {"checker", "metric"} & fixed_fields(found.protocol).keys()

@@ -225,7 +225,7 @@ def test_a_node_that_dies_in_training_costs_the_steps_since_its_checkpoint(
             *["train.num_workers=1", "train.epochs=4", "train.save_steps=3", "train.label_selector.quorum-role=train"],
             env={**nodes.env, "RAY_ADDRESS": nodes.address},
         )
-        wait_until(training, lambda: "datasets: done" in training.output)  # the driver sits on the head
+        wait_until(training, lambda: "prompts: done" in training.output)  # the driver sits on the head
         nodes.add(labels=place)
 
         def step() -> int:
