@@ -67,7 +67,7 @@ def write_winrate(rates: Sequence[VersusRate], about: Mapping[str, Any], folder:
 def _configurations(rates: Sequence[VersusRate]) -> dict[str, Any]:
     """Win rates as a table of configurations by baselines."""
     baselines = sorted({r.baseline for r in rates if r.baseline})
-    found = {(r.configuration, r.baseline): r.win_rate.value for r in rates}
+    found = {(r.configuration, r.baseline): dataclasses.asdict(r.win_rate) for r in rates}
     names = list(dict.fromkeys(r.configuration for r in rates if r.baseline))
     return {"baselines": baselines, "rows": [(name, [found.get((name, b)) for b in baselines]) for name in names]}
 

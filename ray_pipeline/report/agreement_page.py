@@ -65,7 +65,10 @@ def winrate_page(about: Mapping[str, Any], rates: Sequence[Mapping[str, Any]], t
     shown = [(r["run"], [Dot("win rate", "blue", _share(r["win_rate"]))]) for r in rates[:_PLOTTED]]
     blocks: list[Block] = [*panels(dots("Win rates with intervals", shown, (0.0, 1.0)))]
     if table["rows"]:
-        grid: _Rows = [[name, *(number(cell, 1) for cell in cells)] for name, cells in table["rows"]]
+        grid: _Rows = [
+            [name, *("–" if cell is None else estimate_text(cell, 1) for cell in cells)]
+            for name, cells in table["rows"]
+        ]
         blocks.append(Table(["configuration", *(f"against {b}" for b in table["baselines"])], grid))
     rows: _Rows = [
         [

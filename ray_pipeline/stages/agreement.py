@@ -214,7 +214,8 @@ def write_report_stage(given: WholeInput) -> dict[str, Any]:
             headline = write_page(given.settings, list(given.inputs.values()), folder)
     except ValueError as error:
         raise BadInput(str(error)) from error
-    given.log(headline)
+    for line in headline.splitlines():
+        given.log(line)
     return {"headline": headline}
 
 
@@ -261,7 +262,15 @@ def write_page(page: AgreementPage, results: Sequence[StageResult], folder: Path
         if not rates:
             raise ValueError(f"{page.data} holds no pairwise verdicts: none of its items has a `versus` block")
         write_winrate(rates, {**about, **asked.model_dump()}, folder)
-        return f"{len(rates)} runs over {max(r.n for r in rates)} items"
+        lines = [f"{len(rates)} runs over {max(r.n for r in rates)} items; win rates in per cent, ties are no wins:"]
+        for name in dict.fromkeys(r.configuration for r in rates):
+            cells = [
+                f"{r.win_rate.value:.1f} against {r.baseline or r.run}"
+                for r in rates
+                if r.configuration == name and r.n
+            ]
+            lines.append(f"{name}: {', '.join(cells)}")
+        return "\n".join(lines)
     found = measure(items, ballots, page.measure)
     rules = page.measure
     panel = make_panel(items, ballots, rules.conflict, rules.debate, rules.families)

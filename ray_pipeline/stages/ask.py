@@ -273,10 +273,10 @@ def _order(order: tuple[int, ...]) -> str:
     return "ab" if order == (0, 1) else "ba"
 
 
-def skipped_ballot() -> dict[str, Any]:
+def skipped_ballot(order: tuple[int, ...] = (0, 1)) -> dict[str, Any]:
     """Columns of a ballot for which nobody was asked: something that a judge must see is not there."""
     nothing = dict.fromkeys(("score_a", "score_b", "vote", "reason", "raw"))
-    return {"order": "ab", **nothing, "parse_status": "skipped"}
+    return {"order": _order(order), **nothing, "parse_status": "skipped"}
 
 
 def _flat(groups: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:

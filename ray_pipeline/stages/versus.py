@@ -4,7 +4,7 @@ compares every configuration's answer with every baseline's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -76,6 +76,7 @@ class LiveWinrate(Settings):
         pair: keys of two models, for the published eight configurations: each alone, reviewed by itself, by the other,
             and by both.
         configurations: instead of a pair.
+        prompts: all of them are answered, so nothing is held out.
         baselines: keys of models whose single answers are compared with; default: every generator.
         loop: how configurations with reviewers answer.
     """
@@ -83,7 +84,7 @@ class LiveWinrate(Settings):
     prompts: PromptsConfig
     pair: tuple[str, str] | None = None
     configurations: tuple[Configuration, ...] = ()
-    baselines: tuple[str, ...] = ()
+    baselines: tuple[str, ...] | None = Field(None, min_length=1)
     loop: LoopRules = LoopRules()
     judge: VersusJudge = VersusJudge()
 
@@ -93,6 +94,10 @@ class LiveWinrate(Settings):
             raise ValueError("name either `pair`, two models of which the eight configurations are made, or them")
         if self.pair is not None and self.pair[0] == self.pair[1]:
             raise ValueError(f"pair names {self.pair[0]} twice; the eight configurations are of two models")
+        if "val_fraction" in self.prompts.model_fields_set:
+            raise ValueError("prompts.val_fraction is read by nothing: every prompt is answered; remove it")
+        if twice := sorted({name for name in self.against if self.against.count(name) > 1}):
+            raise ValueError(f"baselines names {', '.join(twice)} twice")
         names = [configuration.name for configuration in self.compared]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two configurations are called {', '.join(twice)}")
@@ -235,11 +240,13 @@ async def versus_shard(given: ShardInput) -> ShardOutput:
 
 
 def newest(candidates: pa.Table) -> dict[str, str | None]:
-    """Prompt → the last response of its loop."""
+    """Prompt → the last response that its loop gave; a revision that failed leaves the response before it."""
     found: dict[str, tuple[int, str | None]] = {}
     for row in candidates.select(["prompt_id", "k", "response"]).to_pylist():
-        if row["prompt_id"] not in found or row["k"] > found[row["prompt_id"]][0]:
-            found[row["prompt_id"]] = (row["k"], row["response"])
+        k, response = found.get(row["prompt_id"], (-1, None))
+        if row["response"] is not None and row["k"] > k:
+            k, response = row["k"], row["response"]
+        found[row["prompt_id"]] = (k, response)
     return {prompt: response for prompt, (_, response) in found.items()}
 
 
@@ -255,11 +262,11 @@ async def _compare(
     pid = prompt["prompt_id"]
     key = {"item_id": pid, "prompt_id": pid, "strategy": "versus", "judge": run, "voice": ""}
     given.tick(1)
-    answers = own.get(pid), baseline.get(pid)
+    answers, orders = (own.get(pid), baseline.get(pid)), shown_orders(settings.strategy.orders, 2)
     if answers[0] is None or answers[1] is None:
-        return [{**key, **skipped_ballot()}]
+        return [{**key, **skipped_ballot(order)} for order in orders]
     if answers[0] == answers[1]:
-        return [{**key, **_tie(order)} for order in shown_orders(settings.strategy.orders, 2)]
+        return [{**key, **_tie(order)} for order in orders]
     found = await decide(
         given.engine.bound(pid, "versus"),
         prompt["messages"],
@@ -275,10 +282,9 @@ async def _compare(
     return [{**key, **ballot_of(look)} for look in found.looks]
 
 
-def _tie(order: Sequence[int]) -> dict[str, Any]:
+def _tie(order: tuple[int, ...]) -> dict[str, Any]:
     """Equal answers need no judge."""
-    nothing = dict.fromkeys(("score_a", "score_b", "reason", "raw"))
-    return {"order": "ab" if tuple(order) == (0, 1) else "ba", **nothing, "vote": "tie", "parse_status": "ok"}
+    return {**skipped_ballot(order), "vote": "tie", "parse_status": "ok"}
 
 
 def _item(prompt: Mapping[str, Any]) -> dict[str, Any]:

@@ -143,7 +143,8 @@ def test_a_protocol_names_the_prompts_and_the_reference_answers() -> None:
         return pa.Table.from_pylist([*rows, {"prompt_id": "p9", "model": "base", "response": "of no pair"}])
 
     plain = completed_protocol(asked, compared, "j", answers("one"))
-    assert plain == completed_protocol(asked, compared.take(range(7, -1, -1)), "j", answers("one").take([4, 3, 2, 1, 0]))
+    backwards = compared.take(list(range(7, -1, -1))), "j", answers("one").take([4, 3, 2, 1, 0])
+    assert plain == completed_protocol(asked, *backwards)
     prints = {
         plain.fingerprint(),
         completed_protocol(asked, compared, "j", answers("other")).fingerprint(),

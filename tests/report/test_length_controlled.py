@@ -69,7 +69,7 @@ def test_the_score_at_equal_length_is_on_the_html_page_and_in_the_markdown(tmp_p
 def test_win_rates_carry_the_protocol_that_they_were_measured_with(tmp_path: Path) -> None:
     given = compared()
     (judge,) = set(given["comparisons"]["judge"].to_pylist())
-    asked = Protocol("win rate", judge="sha256:" + "ab" * 32, judge_prompts="<b>", reference="base")
+    asked = Protocol("win rate", judge="sha256:" + "ab" * 32, judge_prompts="<blink>", reference="base")
     build_report(whole_run(12, **given, compared={judge: asked}), tmp_path)
     found = json.loads((tmp_path / "metrics.json").read_text())["evaluation"]["protocols"][judge]
     assert found["score"]["protocol"]["questions"] and found["score"]["protocol"]["reference_answers"]
@@ -78,7 +78,7 @@ def test_win_rates_carry_the_protocol_that_they_were_measured_with(tmp_path: Pat
     html, written = ((tmp_path / f"report.{kind}").read_text() for kind in ("html", "md"))
     for figure in found.values():
         assert figure["fingerprint"] in html and figure["fingerprint"] in written
-    assert "win rate, judge weights abababababab, reference base" in html and "<b>" not in html
+    assert "win rate, judge weights abababababab, reference base" in html and "<blink>" not in html
     # A run whose last stage is not done, or was made before there were protocols, says nothing of them.
     build_report(whole_run(12, **given), tmp_path)
     assert "Protocols of the win rates" not in (tmp_path / "report.html").read_text()

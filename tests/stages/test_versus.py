@@ -81,6 +81,9 @@ def test_loops_of_one_generator_share_its_first_response(tmp_path: Path) -> None
         ({"pair": None, "configurations": [{"name": "x", "generator": "x"}] * 2}, "two configurations are called x"),
         ({"pair": None, "configurations": [{"name": "a-vs-b", "generator": "x"}]}, "stands between the names"),
         ({"loop": {"responses": 1}}, "give it 2 or more"),
+        ({"baselines": ("llama", "llama")}, "baselines names llama twice"),
+        ({"baselines": ()}, "at least 1 item"),
+        ({"prompts": {**PROMPTS_BLOCK.model_dump(), "val_fraction": 0.5}}, "val_fraction is read by nothing"),
         (
             {
                 "pair": None,
@@ -167,7 +170,7 @@ def compare(tmp_path: Path, engine: ScriptedEngine, **tables: Any) -> ShardOutpu
 def test_the_last_response_of_a_loop_is_compared_and_what_is_missing_is_no_win(tmp_path: Path) -> None:
     engine = ScriptedEngine(longer)
     alone = answers(a1=["aa"], a2=["aa"], a3=["aa"])
-    loop = answers(a1=["aa", "aaaa"], a2=["aa"], a3=["aa", "aaa", None])
+    loop = answers(a1=["aa", "aaaa", None], a2=["aa"], a3=[None])
     other = answers(a1=["bbb"], a2=["bb"], a3=["b"])
     tables = {"configuration/alone": alone, "configuration/loop": loop, "baseline/m": alone, "baseline/other": other}
     found = compare(tmp_path, engine, **tables).tables
