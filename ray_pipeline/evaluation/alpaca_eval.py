@@ -493,6 +493,7 @@ def alpaca_eval_protocol(
     reference_lengths: Sequence[int],
     methods: Sequence[str | None],
     *,
+    instructions: str,
     seed: int = 0,
     estimator: str | None = None,
 ) -> Protocol:
@@ -501,6 +502,7 @@ def alpaca_eval_protocol(
     Args:
         judge: identity of the judging model.
         reference_lengths: characters of the reference's outputs of all rows behind the score, in order.
+        instructions: digest of them (`instructions_digest`).
         methods: how each row was read (`PairPreference.method`).
         estimator: `LengthControlled.estimator`, for the metric LC.
     """
@@ -509,6 +511,7 @@ def alpaca_eval_protocol(
     return Protocol(
         benchmark="AlpacaEval 2",
         metric=metric,
+        questions=instructions,
         judge=judge,
         judge_prompts=prompts_digest(prompt),
         judge_sampling=settings_text(
@@ -527,17 +530,27 @@ def alpaca_eval_protocol(
     )
 
 
-def published_alpaca_eval(metric: Metric) -> PublishedProtocol:
+def instructions_digest(instructions: Sequence[Instruction]) -> str:
+    """Digest of what is asked, in the order of the file; the reference's outputs are not in it."""
+    return digest(["instructions", [one.instruction for one in instructions]])
+
+
+def published_alpaca_eval(metric: Metric, instructions: str | None) -> PublishedProtocol:
     """The protocol of the leaderboard (annotator weighted_alpaca_eval_gpt4_turbo, reference GPT-4 Turbo).
 
-    How a model draws its outputs is left open. So are the instructions, whose digest is in a score's fingerprint: the
-    published texts are not ours to ship, and the lengths of the reference's 805 outputs tell another set apart.
+    How a model draws its outputs is left open.
+
+    Args:
+        instructions: digest of the published instructions. Their texts are not ours to ship and no digest of them is
+            known here, so it is that of a file that its origin vouches for (the benchmark's own on the hub); None:
+            nothing vouches for those that were asked, and a score on them is not the published one.
     """
     asking = PreferenceAsking()
     return PublishedProtocol(
         Protocol(
             benchmark="AlpacaEval 2",
             metric=metric,
+            questions=instructions or "the published ones",
             judge="endpoint:gpt-4-1106-preview@https://api.openai.com/v1",
             judge_prompts="56f824639d32a6f687e068df4b057e91",
             judge_sampling=settings_text(
@@ -549,7 +562,7 @@ def published_alpaca_eval(metric: Metric) -> PublishedProtocol:
             reference_answers=_REFERENCE_LENGTHS,
             estimator="re-fit" if metric == "LC" else "mean preference",
         ),
-        frozenset({"answers", "questions"}),
+        frozenset({"answers"}),
     )
 
 

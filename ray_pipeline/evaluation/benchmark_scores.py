@@ -22,6 +22,7 @@ from ray_pipeline.evaluation.alpaca_eval import (
     fit_length_controlled,
     flip_rate,
     instruction_table,
+    instructions_digest,
     preferences_of,
     published_alpaca_eval,
     raw_win_rate,
@@ -30,7 +31,6 @@ from ray_pipeline.evaluation.length_control import at_equal_length
 from ray_pipeline.evaluation.mt_bench import RatingMean, TurnComparison, TurnRating
 from ray_pipeline.evaluation.protocol import Protocol, PublishedProtocol, ScoreName, score_name
 from ray_pipeline.evaluation.winrate import WinRate
-from ray_pipeline.store.keys import digest
 
 #: Two-sided 95 % of a normal distribution, for the published standard errors.
 _Z95 = 1.959963984540054
@@ -241,7 +241,9 @@ def _rate_columns(rate: WinRate) -> dict[str, Any]:
 class AlpacaEvalRules:
     """What all models' AlpacaEval scores have in common.
 
-    `length_data`: gamed rows and difficulties by place; None: length is controlled for by the project's own fit.
+    Attributes:
+        length_data: gamed rows and difficulties by place; None: length is controlled for by the project's own fit.
+        published_instructions: they come whole from the benchmark's own file on the hub, unedited.
     """
 
     prompt: PreferencePrompt
@@ -252,6 +254,7 @@ class AlpacaEvalRules:
     reference: str
     answers: str
     length_data: tuple[GamedRows, np.ndarray] | None = None
+    published_instructions: bool = False
     draws: int = 2000
     seed: int = 0
 
@@ -264,6 +267,8 @@ def alpaca_eval_rates(
     raw = raw_win_rate(preferences, draws=rules.draws, seed=rules.seed)
     controlled, own, estimator, note = _length_controlled(annotations, preferences, rules)
     common: dict[str, Any] = {"unit": "%", "rows": raw.rows, "unread": raw.unread}
+    asked = instructions_digest([a.instruction for a in annotations])
+    vouched = asked if rules.published_instructions else None
     methods = [said.method for a in annotations for said in a.asked.values() if said.method is not None]
 
     def protocol(metric: Any) -> Protocol:
@@ -276,11 +281,11 @@ def alpaca_eval_rates(
             rules.reference,
             [len(a.instruction.reference) for a in annotations],
             methods,
+            instructions=asked,
             seed=rules.order_seed,
             estimator=estimator,
         )
-        asked = digest(["instructions", [a.instruction.instruction for a in annotations]])
-        return dataclasses.replace(rules.judge.marked(made), answers=rules.answers, questions=asked)
+        return dataclasses.replace(rules.judge.marked(made), answers=rules.answers)
 
     scores = [
         _score(
@@ -288,7 +293,7 @@ def alpaca_eval_rates(
             "alpaca_eval",
             "WR",
             protocol("WR"),
-            published_alpaca_eval("WR"),
+            published_alpaca_eval("WR", vouched),
             raw.win_rate,
             low=raw.interval.low,
             high=raw.interval.high,
@@ -302,7 +307,7 @@ def alpaca_eval_rates(
             "alpaca_eval",
             "LC",
             protocol("LC"),
-            published_alpaca_eval("LC"),
+            published_alpaca_eval("LC", vouched),
             own[0],
             low=own[1],
             high=own[2],

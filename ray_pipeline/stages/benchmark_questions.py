@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -96,6 +97,10 @@ class MtBenchSettings(Settings):
         )
 
 
+#: The published instructions, at any commit of the data set; a copy elsewhere may have been edited.
+_PUBLISHED_REFERENCE = re.compile(r"hf://datasets/tatsu-lab/alpaca_eval(@[\w.-]+)?/alpaca_eval_gpt4_baseline\.json")
+
+
 class AlpacaEvalSettings(Settings):
     """The `alpaca_eval` block. The defaults are the published protocol but for the judge and its prompt.
 
@@ -128,6 +133,11 @@ class AlpacaEvalSettings(Settings):
         if self.prompt == OWN and self.labels != PreferencePrompt.model_fields["labels"].default:
             raise ValueError("labels is read only with a prompt file; the project's own prompt brings its labels")
         return self
+
+    @property
+    def published_instructions(self) -> bool:
+        """Whether all instructions are asked, out of the benchmark's own file on the hub."""
+        return self.limit is None and _PUBLISHED_REFERENCE.fullmatch(self.reference) is not None
 
     def load(self) -> list[Instruction]:
         """Raises BenchmarkFileError."""

@@ -284,6 +284,7 @@ def _alpaca_rules(settings: AlpacaEvalSettings, page: BenchmarksPage) -> AlpacaE
         reference=settings.reference_name,
         answers=settings_text(**settings.sampling.model_dump()),
         length_data=_length_data(settings.model_dump_json()),
+        published_instructions=settings.published_instructions,
         draws=page.benchmarks.draws,
         seed=page.benchmarks.seed,
     )

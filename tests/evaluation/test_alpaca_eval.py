@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import dataclasses
 import functools
 import gzip
 import math
@@ -30,6 +31,7 @@ from ray_pipeline.evaluation.alpaca_eval import (
     flip_rate,
     gamed_rows_of,
     instruction_table,
+    instructions_digest,
     instructions_of,
     length_controlled,
     places,
@@ -39,6 +41,7 @@ from ray_pipeline.evaluation.alpaca_eval import (
     raw_win_rate,
 )
 from ray_pipeline.evaluation.benchmark_files import BenchmarkFileError, read_csv
+from ray_pipeline.evaluation.benchmark_scores import AlpacaEvalRules, Judge, alpaca_eval_rates
 from ray_pipeline.evaluation.protocol import score_name
 from tests.published import DATA, needs
 from tests.scripted import ScriptedEngine, said
@@ -152,11 +155,13 @@ def test_only_the_published_protocol_has_the_name() -> None:
         "reference_lengths": lengths,
         "methods": ["logprobs", "same", None],
         "estimator": "re-fit",
+        "instructions": "those of the hub",
     }
 
     def name(**other: Any) -> Any:
         return score_name(
-            alpaca_eval_protocol(**{**measured, **other}), published_alpaca_eval(other.get("metric", "LC"))
+            alpaca_eval_protocol(**{**measured, **other}),
+            published_alpaca_eval(other.get("metric", "LC"), "those of the hub"),
         )
 
     assert name().exact and name().text == "AlpacaEval 2 LC"
@@ -169,12 +174,33 @@ def test_only_the_published_protocol_has_the_name() -> None:
         ({"asking": PreferenceAsking(top_logprobs=20)}, "judge_sampling"),
         ({"order": "both"}, "order"),
         ({"seed": 1}, "order"),
+        ({"instructions": "edited, with the same reference outputs"}, "questions"),
         ({"reference_lengths": lengths[:-1]}, "reference_answers"),
         ({"methods": ["logprobs", "reply"]}, "reading"),
         ({"estimator": "re-fit, surrogate of the gamed rows"}, "estimator"),
     ):
         assert name(**other).departures == (field,), other
         assert name(**other).fingerprint != name().fingerprint
+    # Where nothing vouches for the instructions they are not known to be the published ones, and that is said.
+    unknown = score_name(alpaca_eval_protocol(**measured), published_alpaca_eval("LC", None))
+    assert unknown.departures == ("questions",) and unknown.text.startswith("AlpacaEval-2-style LC, ")
+
+
+def test_an_edited_instruction_is_another_protocol() -> None:
+    asked = instructions_of([{"instruction": text, "output": "abc"} for text in ("Sing.", "Dance.")])
+    edited = instructions_of([{"instruction": text, "output": "abc"} for text in ("Sing.", "Dance!")])
+    outputs = instructions_of([{"instruction": text, "output": "xyz"} for text in ("Sing.", "Dance.")])
+    assert instructions_digest(asked) == instructions_digest(outputs) != instructions_digest(edited)
+    rules = AlpacaEvalRules(
+        own_preference_prompt(), PreferenceAsking(), Judge("j"), "seeded", 0, REFERENCE, "", published_instructions=True
+    )
+    names = {}
+    for vouched in (True, False):
+        annotations = [Annotation(one, None, {}) for one in asked]
+        scores, _, _ = alpaca_eval_rates("m", annotations, dataclasses.replace(rules, published_instructions=vouched))
+        names[vouched] = scores[0].name
+        assert scores[0].protocol.questions == instructions_digest(asked)
+    assert set(names[False].departures) - set(names[True].departures) == {"questions"}
 
 
 def test_the_published_coin() -> None:

@@ -22,7 +22,7 @@ from ray_pipeline.config import ConfigError, load_config
 from ray_pipeline.engines.logged import LoggedEngine
 from ray_pipeline.evaluation.mt_bench import CATEGORY_TEMPERATURES
 from ray_pipeline.graph.stage import Dag, ShardInput, ShardWork, StageResult, WholeInput
-from ray_pipeline.stages.benchmark_questions import question_rows
+from ray_pipeline.stages.benchmark_questions import AlpacaEvalSettings, question_rows
 from ray_pipeline.stages.benchmark_report import rewrite_page
 from ray_pipeline.store.files import Folder
 from tests.published import DATA, needs
@@ -267,6 +267,14 @@ def test_math_and_coding_are_graded_with_their_references_and_others_without(who
             assert "first of" in content
 
 
+def test_only_the_whole_file_of_the_hub_has_the_published_instructions() -> None:
+    assert AlpacaEvalSettings().published_instructions
+    at = "hf://datasets/tatsu-lab/alpaca_eval@0123abc/alpaca_eval_gpt4_baseline.json"
+    assert AlpacaEvalSettings(reference=at).published_instructions
+    assert not AlpacaEvalSettings(reference="/data/alpaca_eval_gpt4_baseline.json").published_instructions
+    assert not AlpacaEvalSettings(limit=10).published_instructions
+
+
 def test_a_score_is_called_by_its_protocol_and_never_by_the_benchmarks_own_name(whole: Any) -> None:
     found, _, _ = whole
     for one in found.document["scores"]:
@@ -295,6 +303,24 @@ def test_the_table_comes_in_three_forms_with_a_column_a_model_and_floors_last(wh
     for heading in ("## How answers were read", "## MT-Bench by category", "## Protocols", "## The run"):
         assert heading in page
     assert len(list(csv.DictReader((found.page / "alpaca_eval_instructions.csv").open()))) == 4 * 6
+
+
+def test_pairs_are_told_by_turn_and_by_category_with_intervals(whole: Any) -> None:
+    found, _, _ = whole
+    turns = [s for s in found.document["scores"] if s["metric"].startswith("pairwise against bad, turn ")]
+    assert {(s["model"], s["metric"][-1]) for s in turns} == {
+        (model, turn) for model in ("good", "floor:x", "floor:echo") for turn in "12"
+    }
+    rows = [r for r in found.document["mt_bench_categories"] if "pairwise against bad" in r["turn"]]
+    asked = {r["category"] for r in found.document["mt_bench_categories"]}
+    assert {(r["model"], r["category"]) for r in rows} == {
+        (model, category) for model in ("good", "floor:x", "floor:echo") for category in asked
+    }
+    assert all(one["unit"] == "%" and one["low"] <= one["value"] <= one["high"] for one in turns)
+    # Every category has one question here, which cannot be resampled; its row has its value all the same.
+    assert all(one["unit"] == "%" and one["value"] is not None and one["low"] is None for one in rows)
+    html = (found.page / "report.html").read_text()
+    assert "pairwise against bad, turn 2" in html and "both, pairwise against bad" in html
 
 
 def test_a_judge_of_a_candidates_family_is_warned_of(whole: Any) -> None:
