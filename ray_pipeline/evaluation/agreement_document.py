@@ -100,7 +100,7 @@ class MeasureSettings(Settings):
     @model_validator(mode="after")
     def _thresholds(self) -> MeasureSettings:
         for upper, lower in self.gate_thresholds:
-            if not 0 <= lower <= upper <= 1:
+            if not 0 <= lower < upper <= 1:
                 raise ValueError(f"gate_thresholds: {upper:g}, {lower:g} are no shares with the desirable one above")
         return self
 

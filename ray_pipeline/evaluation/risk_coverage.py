@@ -20,6 +20,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
+from ray_pipeline.evaluation.vote_agreement import tails
+
 Floats = NDArray[np.float64]
 
 #: (desirable_at, undesirable_at); None keeps whatever the variance keeps.
@@ -29,7 +31,7 @@ _LABELS = {"A": 1.0, "tie": 0.0, "B": -1.0}
 #: Means whose distance is under this are equal: a mean of thirds is not exact in binary.
 _EQUAL = 1e-9
 
-#: One row a setting of the gate. The 95 % bounds of the agreement are by bootstrap over pairs.
+#: One row a setting of the gate. The bounds of the agreement are by bootstrap over pairs.
 CURVE = pa.schema(
     [
         pa.field("tau", pa.float64(), nullable=False),
@@ -67,6 +69,7 @@ def risk_coverage(
     *,
     draws: int = 2000,
     seed: int = 0,
+    confidence: float = 0.95,
 ) -> RiskCoverage:
     """The risk–coverage curve of the gate on labelled pairs.
 
@@ -112,7 +115,7 @@ def risk_coverage(
             with np.errstate(invalid="ignore"):
                 # Sample variances of integer scores are not exact in binary, and v = τ is kept.
                 kept = told_apart & (variance <= tau + _EQUAL)
-            low, high = _interval(kept, right, draw_counts)
+            low, high = _interval(kept, right, draw_counts, confidence)
             count, plain = int(kept.sum()), kept & decided
             agreement = float(right[kept].mean()) if count else None
             rows.append(
@@ -142,13 +145,15 @@ def _draws(pairs: int, draws: int, seed: int) -> Floats:
     return np.random.default_rng(seed).multinomial(pairs, np.full(pairs, 1 / pairs), size=draws).astype(np.float64)
 
 
-def _interval(kept: NDArray[Any], right: NDArray[Any], draws: Floats) -> tuple[float | None, float | None]:
-    """95 % bounds of the agreement; None with fewer than two kept pairs."""
+def _interval(
+    kept: NDArray[Any], right: NDArray[Any], draws: Floats, confidence: float
+) -> tuple[float | None, float | None]:
+    """Percentile bounds of the agreement; None with fewer than two kept pairs."""
     if kept.sum() < 2:
         return None, None
     of, agreeing = draws @ kept, draws @ (kept & right)
     shares = agreeing[of > 0] / of[of > 0]
-    low, high = np.quantile(shares, [0.025, 0.975])
+    low, high = np.quantile(shares, tails(confidence))
     return float(low), float(high)
 
 

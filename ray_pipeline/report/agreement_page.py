@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ray_pipeline.evaluation.bootstrap import Interval
-from ray_pipeline.report.charts import Dot, dots
+from ray_pipeline.report.charts import Dot, Series, dots, lines
 from ray_pipeline.report.headline import percent
 from ray_pipeline.report.markdown import number
 from ray_pipeline.report.page import Block, Cell, Heat, HeatMap, Page, Section, Table, Text, panels, render_page
@@ -14,6 +14,7 @@ from ray_pipeline.report.page import Block, Cell, Heat, HeatMap, Page, Section, 
 #: Rows of a plot; the table has all.
 _PLOTTED = 24
 _VOTES = ("A", "tie", "B")
+_LINES = ("blue", "orange", "green", "purple", "vermilion", "grey")
 _Rows = list[list[str | Cell]]
 
 
@@ -113,7 +114,7 @@ def _kappas(document: Mapping[str, Any]) -> Section | None:
     settings = document["settings"]
     said = (
         "Kappa is Cohen's, unweighted, over A, B and tie; intervals are "
-        f"{100 * settings['confidence']:.0f} % percentile intervals over {settings['draws']:,} bootstrap samples of "
+        f"{100 * settings['confidence']:g} % percentile intervals over {settings['draws']:,} bootstrap samples of "
         f"the items (seed {settings['seed']}). A verdict that could not be read is missing: it is in no kappa."
     )
     if document["labelled"]:
@@ -284,6 +285,7 @@ def _gate(document: Mapping[str, Any]) -> Section | None:
         [
             g["strategy"],
             number(g["judges"]),
+            number(g["tau"], 2),
             number(g["desirable_at"], 1),
             number(g["undesirable_at"], 1),
             f"{number(g['kept'])} ({percent(g['coverage'])})",
@@ -296,24 +298,38 @@ def _gate(document: Mapping[str, Any]) -> Section | None:
     ]
     if not rows:
         return None
-    columns = [
-        "strategy",
-        "judges",
-        "desirable from",
-        "undesirable to",
-        "kept",
-        "of pairs",
-        "agreement",
-        "95 %",
-        "area",
-    ]
+    columns = ["strategy", "judges", "τ", "desirable from", "undesirable to", "kept", "of pairs", "agreement"]
+    columns += [_level(document), "area"]
     said = (
-        "Judges of a strategy together, at the gate's τ of 2.5: a pair is kept where no answer's scores vary by more "
-        "and, with thresholds, where the higher mean is desirable and the lower undesirable. Area: mean risk over the "
-        "pairs from the least to the greatest variance (0 is best). The whole curves: risk_coverage.csv and "
-        "risk_coverage.png."
+        "Judges of a strategy together, at the gate's τ (2.5 where scores end at 10, and by its square elsewhere). "
+        "A pair is kept where no answer's scores vary by more and, with thresholds, where the higher mean is desirable "
+        "and the lower undesirable. Area: mean risk over the pairs from the least to the greatest variance, 0 is best. "
+        "The curves go over every τ; their numbers with intervals: risk_coverage.csv."
     )
-    return Section("gate", "The confidence gate as a classifier", [Table(columns, rows), Text(said)])
+    blocks: list[Block] = [*_gate_charts(document), Table(columns, rows), Text(said)]
+    return Section("gate", "The confidence gate as a classifier", blocks)
+
+
+def _gate_charts(document: Mapping[str, Any]) -> list[Block]:
+    """Agreement with humans over the share kept, a chart a strategy and a line a pair of thresholds."""
+    by_strategy: dict[str, list[Series]] = {}
+    for line in document.get("gate_points", ()):
+        drawn = by_strategy.setdefault(line["strategy"], [])
+        name = "variance alone"
+        if line["desirable_at"] is not None:
+            name = f"≥ {line['desirable_at']:g} and ≤ {line['undesirable_at']:g}"
+        colour = _LINES[len(drawn) % len(_LINES)]
+        drawn.append(Series(name, colour, line["coverage"], line["agreement"], dashed=bool(drawn)))
+    charts = [
+        lines(f"Agreement with humans over the share kept, {strategy}", series, "share kept")
+        for strategy, series in by_strategy.items()
+    ]
+    return panels(*charts)
+
+
+def _level(document: Mapping[str, Any]) -> str:
+    """The heading of a column of intervals."""
+    return f"{100 * document['settings']['confidence']:g} %"
 
 
 def _humans(document: Mapping[str, Any]) -> Section | None:

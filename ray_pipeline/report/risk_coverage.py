@@ -21,12 +21,10 @@ def write_risk_coverage(curves: Sequence[GateCurve], folder: Path) -> Path | Non
 
 
 def draw_curves(curves: Sequence[GateCurve], path: Path) -> Path:
-    """Agreement with humans over coverage, one panel a strategy, one line a pair of thresholds, a dot at τ = 2.5."""
+    """Agreement with humans over coverage: a panel a strategy, a line a pair of thresholds, a dot at the gate's τ."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-
-    from ray_pipeline.evaluation.gate_curves import TAU
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -38,14 +36,18 @@ def draw_curves(curves: Sequence[GateCurve], path: Path) -> Path:
         panels = figure.subplots(1, len(curves), squeeze=False)[0]
         for axes, one in zip(panels, curves, strict=True):
             for pair in one.curve.areas:
-                wanted = None if pair is None else pair[0]
-                rows = [r for r in one.curve.table.to_pylist() if r["desirable_at"] == wanted and r["kept"]]
+                wanted = (None, None) if pair is None else pair
+                rows = [
+                    r
+                    for r in one.curve.table.to_pylist()
+                    if (r["desirable_at"], r["undesirable_at"]) == wanted and r["kept"]
+                ]
                 if not rows:
                     continue
                 label = "variance alone" if pair is None else f"≥ {pair[0]:g} and ≤ {pair[1]:g}"
                 (line,) = axes.plot([r["coverage"] for r in rows], [r["agreement"] for r in rows], label=label, lw=1.4)
                 for r in rows:
-                    if r["tau"] == TAU:
+                    if r["tau"] == one.tau:
                         axes.plot([r["coverage"]], [r["agreement"]], "o", color=line.get_color(), ms=4)
             axes.set(xlabel="share kept", ylabel="agreement with humans", xlim=(0, 1.02), ylim=(0, 1.02))
             axes.set_title(f"{' '.join(visible(one.strategy).split())}, {len(one.judges)} judges")

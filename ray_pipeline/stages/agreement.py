@@ -274,9 +274,12 @@ def write_page(page: AgreementPage, results: Sequence[StageResult], folder: Path
     found = measure(items, ballots, page.measure)
     rules = page.measure
     panel = make_panel(items, ballots, rules.conflict, rules.debate, rules.families)
-    curves = gate_curves(panel, rules.gate_thresholds, draws=rules.draws, seed=rules.seed)
+    curves = gate_curves(panel, rules.gate_thresholds, draws=rules.draws, seed=rules.seed, confidence=rules.confidence)
     write_risk_coverage(curves, folder)
-    gate = {"gate_curves": [row for curve in curves for row in curve.summary]}
+    gate = {
+        "gate_curves": [row for curve in curves for row in curve.summary],
+        "gate_points": [line for curve in curves for line in curve.points],
+    }
     write_agreement({**as_document(found, rules, about), **gate}, folder)
     judged = [*found.judges, *(d.judged for d in found.debates)]
     headline = (

@@ -28,7 +28,9 @@ SCORES = [
 ]
 
 
-def panel() -> Any:
+def panel(scale: float = 1) -> Any:
+    """Scores times `scale`; out of 100 where that is 10, else out of 10."""
+    strategy = "combined_100" if scale == 10 else "combined_10"
     items, ballots = [], []
     for n, (label, scores) in enumerate(zip(LABELS, SCORES, strict=True)):
         key = {"item_id": f"i{n}", "prompt_id": f"{n:02x}"}
@@ -38,8 +40,8 @@ def panel() -> Any:
         )  # fmt: skip
         for judge, (a, b) in enumerate(scores):
             ballots.append(
-                {**key, "strategy": "combined_10", "judge": f"j{judge}", "voice": "", "order": "ab", "score_a": a,
-                 "score_b": b, "vote": "A" if a > b else "B" if b > a else "tie", "reason": None,
+                {**key, "strategy": strategy, "judge": f"j{judge}", "voice": "", "order": "ab", "score_a": scale * a,
+                 "score_b": scale * b, "vote": "A" if a > b else "B" if b > a else "tie", "reason": None,
                  "parse_status": "ok", "raw": None}
             )  # fmt: skip
     return make_panel(to_table(items, ITEMS), to_table(ballots, BALLOTS))
@@ -82,5 +84,36 @@ def test_thresholds_are_shares_of_the_scale_that_the_strategy_names() -> None:
     assert list(found.curve.areas)[1:] == [(7.0, 4.0), (8.0, 3.0), (6.0, 5.0)]
     (own,) = gate_curves(panel(), [(0.9, 0.2)], draws=100)
     assert list(own.curve.areas) == [None, (9.0, 2.0)]
-    with pytest.raises(ValidationError, match=r"0\.2, 0\.9 are no shares"):
-        MeasureSettings(gate_thresholds=((0.2, 0.9),))
+    for pair, told in (((0.2, 0.9), r"0\.2, 0\.9"), ((0.5, 0.5), r"0\.5, 0\.5")):
+        with pytest.raises(ValidationError, match=f"{told} are no shares"):
+            MeasureSettings(gate_thresholds=(pair,))
+
+
+def test_the_scale_is_the_strategys_whatever_the_judges_gave() -> None:
+    """The same judgements out of 100 give the same curve, with thresholds and τ of that scale."""
+    (tens,), (hundreds,) = gate_curves(panel(), draws=100), gate_curves(panel(scale=10), draws=100)
+    assert list(hundreds.curve.areas)[1:] == [(70.0, 40.0), (80.0, 30.0), (60.0, 50.0)]
+    assert (tens.tau, hundreds.tau) == (2.5, 250.0)
+    for one, other in zip(tens.summary, hundreds.summary, strict=True):
+        assert one["kept"] == other["kept"] and one["agreement"] == other["agreement"]
+        assert one["area"] == pytest.approx(other["area"])
+    # A panel that never goes over 5 is still judged on the scale that it was given.
+    (low,) = gate_curves(panel(scale=0.5), draws=100)
+    assert list(low.curve.areas)[1:] == [(7.0, 4.0), (8.0, 3.0), (6.0, 5.0)]
+
+
+def test_the_interval_is_of_the_confidence_that_is_asked_for() -> None:
+    (narrow,), (wide,) = (gate_curves(panel(), draws=400, confidence=c) for c in (0.5, 0.99))
+    inner, outer = narrow.summary[0], wide.summary[0]
+    assert outer["agreement_low"] <= inner["agreement_low"] <= inner["agreement_high"] <= outer["agreement_high"]
+    assert outer["agreement_high"] - outer["agreement_low"] > inner["agreement_high"] - inner["agreement_low"]
+
+
+def test_points_are_those_of_the_table() -> None:
+    (found,) = gate_curves(panel(), draws=100)
+    rows = [row for row in found.curve.table.to_pylist() if row["kept"]]
+    assert sum(len(line["tau"]) for line in found.points) == len(rows)
+    plain = found.points[0]
+    assert plain["desirable_at"] is None
+    assert plain["coverage"] == [row["coverage"] for row in rows if row["desirable_at"] is None]
+    assert plain["coverage"] == sorted(plain["coverage"])

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from ray_pipeline.evaluation.agreement_document import MeasureSettings, as_document, measure
+from ray_pipeline.evaluation.gate_curves import gate_curves
+from ray_pipeline.evaluation.panel import make_panel
 from ray_pipeline.evaluation.recorded_winrate import versus_rates
 from ray_pipeline.report.agreement import write_agreement, write_winrate
 from ray_pipeline.store.schemas import BALLOTS, ITEMS, to_table
@@ -82,6 +84,23 @@ def test_a_page_with_labels(tmp_path: Path) -> None:
     again, same = page(tmp_path / "two")
     assert again == text and same == document
     assert (tmp_path / "one" / "kappa.png").read_bytes() == (tmp_path / "two" / "kappa.png").read_bytes()
+
+
+def test_the_gates_curve_is_on_both_pages(tmp_path: Path) -> None:
+    settings = MeasureSettings(draws=100, confidence=0.8)
+    items, ballots = tables()
+    (curve,) = gate_curves(make_panel(items, ballots), settings.gate_thresholds, draws=100, confidence=0.8)
+    gate = {"gate_curves": curve.summary, "gate_points": curve.points}
+    document = as_document(measure(items, ballots, settings), settings, {"data": "x.jsonl", "replay": "as told"})
+    text = write_agreement({**document, **gate}, tmp_path).read_text()
+    html = (tmp_path / "report.html").read_text()
+    title = "Agreement with humans over the share kept, combined_10"
+    assert title in html and html.count("<polyline") >= 1 and "≥ 7 and ≤ 4" in html and "80 %" in html
+    assert "80.0 % interval" in text and "| combined_10 | 2 | 2.50 |" in text
+    assert (
+        json.loads((tmp_path / "agreement.json").read_text())["gate_points"][0]["coverage"]
+        == (curve.points[0]["coverage"])
+    )
 
 
 def test_a_page_without_labels_shows_judges_against_judges(tmp_path: Path) -> None:
