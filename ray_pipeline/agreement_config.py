@@ -70,7 +70,11 @@ class AgreementConfig(_AgreementRun):
         """What the report says beside the tables."""
         asked = bool(self.ask.judges or self.ask.debaters)
         return AgreementPage(
-            workflow="agreement", data=self.data.label, replay=self.data.told(asked), measure=self.measure
+            workflow="agreement",
+            data=self.data.label,
+            replay=self.data.told(asked),
+            measure=self.measure,
+            judge_models={j.name: self.models[j.model].model for j in (*self.ask.judges, *self.ask.debaters)},
         )
 
     def check(self) -> None:

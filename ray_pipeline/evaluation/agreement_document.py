@@ -45,14 +45,12 @@ from ray_pipeline.evaluation.vote_agreement import (
     HeldOut,
     Paired,
     agreement,
+    alpha_of_many,
     held_out_choice,
     human_ceiling,
     item_draws,
-    number,
     paired,
     ratio,
-    statistics,
-    tables,
 )
 from ray_pipeline.store.keys import unit_hash
 from ray_pipeline.store.settings import Settings
@@ -129,15 +127,18 @@ class Debate:
 
     debater: str
     rule: DebateRule
-    other_rule_kappa: float | None
+    other_rule_kappa: Estimate
     voices: dict[str, Agreement]
     judged: Judged
 
 
 @dataclasses.dataclass(frozen=True)
 class Bias:
+    """What a judge prefers beside quality. Its family is that of its model where the run knows it, else of its name."""
+
     strategy: str
     judge: str
+    model: str | None
     longer: Preference | None
     first: Preference | None
     own_family: Preference | None
@@ -171,13 +172,22 @@ class Document:
     humans: Ceiling | None
 
 
-def measure(items: pa.Table, ballots: pa.Table, settings: MeasureSettings) -> Document:
-    """All statistics that the tables allow. Raises ValueError for tables that do not fit together."""
+def measure(
+    items: pa.Table, ballots: pa.Table, settings: MeasureSettings, models: Mapping[str, str] | None = None
+) -> Document:
+    """All statistics that the tables allow.
+
+    Args:
+        models: judge or debater → name of the model that it sits on, as far as it is known.
+
+    Raises:
+        ValueError: the tables do not fit together.
+    """
     panel = make_panel(items, ballots, settings.conflict, settings.debate, settings.families)
     draws = item_draws(len(panel.item_ids), settings.draws, settings.seed)
     choose_on = np.array([unit_hash("held-out", settings.seed, i) < settings.held_out for i in panel.item_ids])
     judged = _judged(panel, draws, settings)
-    other = _by_other_rule(items, ballots, settings)
+    other = _by_other_rule(items, ballots, draws, settings)
     juries: list[JuryResult] = []
     among, chosen = [], []
     pairs = _pairs([e for e in panel.evaluators if e.strategy != "versus"], panel.labels, draws, settings.confidence)
@@ -188,7 +198,7 @@ def measure(items: pa.Table, ballots: pa.Table, settings: MeasureSettings) -> Do
         results, votes = _juries(strategy, own, panel.labels, draws, settings)
         juries += results
         among.append(_among(strategy, own, draws, settings.confidence))
-        pairs += _with_jury(strategy, own, votes, panel.labels, draws, settings.confidence)
+        pairs += _with_jury(results, own, votes, panel.labels, draws, settings.confidence)
         found = held_out_choice(votes, panel.labels, choose_on, draws, settings.confidence)
         if found is not None:
             chosen.append(dataclasses.replace(found, chosen=f"{strategy}: {found.chosen}"))
@@ -199,7 +209,7 @@ def measure(items: pa.Table, ballots: pa.Table, settings: MeasureSettings) -> Do
         judges=[j for j in judged if j.strategy != "debate"],
         juries=juries,
         debates=_debates(panel, [j for j in judged if j.strategy == "debate"], other, draws, settings),
-        bias=[_bias(panel, evaluator, draws, settings) for evaluator in panel.evaluators],
+        bias=[_bias(panel, e, (models or {}).get(e.judge), draws, settings) for e in panel.evaluators],
         among_judges=among,
         paired=pairs,
         held_out=chosen,
@@ -275,13 +285,12 @@ def _among(strategy: str, judges: Sequence[Evaluator], draws: NDArray[np.float32
     found = [
         [result.estimates["kappa"] for result in agreement(votes, own, draws, confidence, ("kappa",))] for own in votes
     ]
-    ceiling = human_ceiling(votes, draws, confidence)  # the same statistic, whoever the raters are
     return AmongJudges(
         strategy=strategy,
         judges=[e.judge for e in judges],
         kappas=[[kappa.value for kappa in row] for row in found],
         intervals=[[(kappa.low, kappa.high) for kappa in row] for row in found],
-        alpha=Estimate(None) if ceiling is None else ceiling.alpha,
+        alpha=alpha_of_many(votes, draws, confidence),
     )
 
 
@@ -305,31 +314,33 @@ def _pairs(
 
 
 def _with_jury(
-    strategy: str,
+    juries: Sequence[JuryResult],
     judges: Sequence[Evaluator],
     votes: Mapping[str, Codes],
     labels: Codes,
     draws: NDArray[np.float32],
     confidence: float,
 ) -> list[Paired]:
-    """The largest jury that was measured, the first of those of its size, with each of its members."""
-    if not (labels != MISSING).any():
+    """The largest jury that was measured, the first of those of its size, with each of its members.
+
+    It is chosen by its size and not by its kappa: tests of the best of many juries would flatter it.
+    """
+    several = [j for j in juries if len(j.jury) > 1]
+    if not several or not (labels != MISSING).any():
         return []
-    members = {name: {j.judge for j in judges if j.judge in name.split(" + ")} for name in votes if " + " in name}
-    if not members:
-        return []
-    jury = max(members, key=lambda name: len(members[name]))
+    largest = max(several, key=lambda j: len(j.jury))
+    name = " + ".join(largest.jury)
     return [
-        paired((f"{strategy}: {jury}", votes[jury]), (f"{strategy}: {j.judge}", j.votes), labels, draws, confidence)
+        paired((f"{j.strategy}: {name}", votes[name]), (f"{j.strategy}: {j.judge}", j.votes), labels, draws, confidence)
         for j in judges
-        if j.judge in members[jury]
+        if j.judge in largest.jury
     ]
 
 
 def _debates(
     panel: Panel,
     judged: Sequence[Judged],
-    other: Mapping[str, float | None],
+    other: Mapping[str, Estimate],
     draws: NDArray[np.float32],
     settings: MeasureSettings,
 ) -> list[Debate]:
@@ -339,27 +350,33 @@ def _debates(
         votes = [voice.votes for voice in voices.values()]
         found = agreement(np.stack(votes), panel.labels, draws, settings.confidence) if votes else []
         own = dict(zip(voices, found, strict=True))
-        debates.append(Debate(result.judge, settings.debate, other.get(result.judge), own, result))
+        debates.append(Debate(result.judge, settings.debate, other.get(result.judge, Estimate(None)), own, result))
     return debates
 
 
-def _by_other_rule(items: pa.Table, ballots: pa.Table, settings: MeasureSettings) -> dict[str, float | None]:
-    """Kappa of every debate by the rule that was not chosen; None where it needs scores that a voice does not give."""
+def _by_other_rule(
+    items: pa.Table, ballots: pa.Table, draws: NDArray[np.float32], settings: MeasureSettings
+) -> dict[str, Estimate]:
+    """Kappa of every debate by the rule that was not chosen; none where it needs scores that a voice does not give."""
     other: DebateRule = "vote" if settings.debate == "mean" else "mean"
     panel = make_panel(items, ballots.filter(pc.equal(ballots["strategy"], "debate")), settings.conflict, other)
-    kappas: dict[str, float | None] = {}
+    kappas: dict[str, Estimate] = {}
     for debate in panel.evaluators:
         voices = panel.voices.get(debate.judge, {}).values()
         if voices and (other == "vote" or all(voice.scores is not None for voice in voices)):
-            kappas[debate.judge] = number(statistics(tables(debate.votes[None], panel.labels), ("kappa",))["kappa"][0])
+            (found,) = agreement(debate.votes[None], panel.labels, draws, settings.confidence, ("kappa",))
+            kappas[debate.judge] = found.estimates["kappa"]
     return kappas
 
 
-def _bias(panel: Panel, evaluator: Evaluator, draws: NDArray[np.float32], settings: MeasureSettings) -> Bias:
-    own = family(evaluator.judge, settings.families)
+def _bias(
+    panel: Panel, evaluator: Evaluator, model: str | None, draws: NDArray[np.float32], settings: MeasureSettings
+) -> Bias:
+    own = family(model or evaluator.judge, settings.families)
     return Bias(
         evaluator.strategy,
         evaluator.judge,
+        model,
         longer=preference(evaluator.votes, panel.labels, longer_side(panel), draws, settings.confidence),
         first=first_place(evaluator.ab, evaluator.ba, panel.labels, draws, settings.confidence),
         own_family=preference(evaluator.votes, panel.labels, own_side(panel, own), draws, settings.confidence),
@@ -380,7 +397,8 @@ def as_document(found: Document, settings: MeasureSettings, about: Mapping[str, 
             {
                 "debater": d.debater,
                 "rule": d.rule,
-                "other_rule_kappa": d.other_rule_kappa,
+                "other_rule_kappa": d.other_rule_kappa.value,
+                "other_rule_kappa_interval": [d.other_rule_kappa.low, d.other_rule_kappa.high],
                 **{k: v for k, v in _flat_judged(d.judged).items() if k != "judge"},
                 "voices": {role: _flat(result) for role, result in d.voices.items()},
             }

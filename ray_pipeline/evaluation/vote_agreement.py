@@ -347,7 +347,8 @@ class Ceiling:
 
     Attributes:
         pairs: pairs of annotators with at least one item in common.
-        kappa: mean over these pairs, weighted by their items; pairs whose kappa is undefined are left out.
+        kappa: mean over these pairs, weighted by their items; pairs whose kappa is undefined are left out. In a
+            bootstrap sample of the items both the kappas and the weights are that sample's.
         alpha: Krippendorff's, nominal, over all annotators.
         one_against_rest: share of annotations that equal the unique mode of the item's others, a tie if there is none.
     """
@@ -355,7 +356,7 @@ class Ceiling:
     annotators: int
     items: int
     pairs: int
-    kappa: float | None
+    kappa: Estimate
     alpha: Estimate
     one_against_rest: Estimate
 
@@ -365,21 +366,14 @@ def human_ceiling(codes: Codes, draws: NDArray[np.float32], confidence: float = 
     several = (codes != MISSING).sum(axis=0) >= 2
     if not several.any():
         return None
-    weights, kappas = [], []
-    for one, other in itertools.combinations(codes, 2):
-        common = int(((one != MISSING) & (other != MISSING)).sum())
-        if common:
-            (value,) = statistics(tables(one[None], other), ("kappa",))["kappa"]
-            weights.append(common)
-            kappas.append(value)
-    known = [(w, k) for w, k in zip(weights, kappas, strict=True) if not np.isnan(k)]
+    pairs, kappa = _mean_kappa(codes, draws, confidence)
     rest_right, rest_total = _one_against_rest(codes)
     return Ceiling(
         annotators=int((codes != MISSING).any(axis=1).sum()),
         items=int(several.sum()),
-        pairs=len(kappas),
-        kappa=sum(w * k for w, k in known) / sum(w for w, _ in known) if known else None,
-        alpha=_alpha_of_many(codes, draws, confidence),
+        pairs=pairs,
+        kappa=kappa,
+        alpha=alpha_of_many(codes, draws, confidence),
         one_against_rest=ratio(rest_right, rest_total, draws, confidence),
     )
 
@@ -400,8 +394,32 @@ def _one_against_rest(codes: Codes) -> tuple[Floats, Floats]:
     return right, total
 
 
-def _alpha_of_many(codes: Codes, draws: NDArray[np.float32], confidence: float) -> Estimate:
-    """Nominal alpha over any number of raters: coincidences add up over units, so draws are one product."""
+def _mean_kappa(codes: Codes, draws: NDArray[np.float32], confidence: float) -> tuple[int, Estimate]:
+    """Pairs of raters with an item in common, and the mean of their kappas, weighted by these items."""
+    pairs, weighted, weights = 0, np.zeros(len(draws) + 1), np.zeros(len(draws) + 1)
+    for one, other in itertools.combinations(codes, 2):
+        common = np.flatnonzero((one != MISSING) & (other != MISSING))
+        if not len(common):
+            continue
+        pairs += 1
+        # The items themselves first, then each bootstrap sample of them.
+        samples = np.concatenate([np.ones((1, len(common)), dtype=np.float32), draws[:, common]])
+        found = statistics(tables(one[None, common], other[common], samples), ("kappa",))["kappa"][0]
+        known = ~np.isnan(found)
+        share = np.where(known, samples.sum(axis=1), 0.0)
+        weighted += share * np.where(known, found, 0.0)
+        weights += share
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = np.where(weights > 0, weighted / weights, np.nan)
+    low, high = quantiles(means[1:], tails(confidence))
+    return pairs, Estimate(number(means[0]), number(low), number(high))
+
+
+def alpha_of_many(codes: Codes, draws: NDArray[np.float32], confidence: float = 0.95) -> Estimate:
+    """Krippendorff's alpha, nominal, over any number of raters, shape (raters, items).
+
+    Coincidences add up over units, so draws are one product.
+    """
     support = np.stack([(codes == code).sum(axis=0) for code in range(_K)]).astype(np.float64)
     units = support.sum(axis=0)
     usable = units >= 2

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ray_pipeline.evaluation.recorded_winrate import VersusRate
-from ray_pipeline.report.agreement_page import agreement_page, estimate_text, interval_text, winrate_page
+from ray_pipeline.report.agreement_page import CHOSEN_PAIRS, agreement_page, estimate_text, interval_text, winrate_page
 from ray_pipeline.report.markdown import render, visible
 from ray_pipeline.report.metrics import as_json
 
@@ -35,6 +35,7 @@ def write_agreement(document: Mapping[str, Any], folder: Path) -> Path:
             "plot": drawn.name if drawn else None,
             "juries": juries,
             "roles": list(dict.fromkeys(role for debate in document["debates"] for role in debate["voices"])),
+            "chosen_pairs": CHOSEN_PAIRS,
             "interval": interval_text,
             "estimate": estimate_text,
         },

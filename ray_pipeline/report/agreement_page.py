@@ -17,6 +17,13 @@ _VOTES = ("A", "tie", "B")
 _LINES = ("blue", "orange", "green", "purple", "vermilion", "grey")
 _Rows = list[list[str | Cell]]
 
+#: How the paired tests were chosen.
+CHOSEN_PAIRS = (
+    "Chosen before anything was measured: all judges of a strategy with each other, each judge's strategies with each "
+    "other, and of each strategy the largest jury with its members. The p values are of single tests, not corrected "
+    "for their number."
+)
+
 
 def agreement_page(document: Mapping[str, Any], best_juries: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """The page of agreement.json as HTML; `best_juries` are those to show, by strategy."""
@@ -128,8 +135,8 @@ def _kappas(document: Mapping[str, Any]) -> Section | None:
     for among in document["among_judges"]:
         names = list(among["judges"])
         heat = [
-            (name, [None if i == k else _heat(value) for k, value in enumerate(cells)])
-            for i, (name, cells) in enumerate(zip(names, among["kappas"], strict=True))
+            (name, [None if i == k else _heat(*cell) for k, cell in enumerate(zip(*cells, strict=True))])
+            for i, (name, *cells) in enumerate(zip(names, among["kappas"], among["intervals"], strict=True))
         ]
         blocks.append(HeatMap(f"Judges with each other, {among['strategy']}", names, heat))
     return Section("kappas", "Kappas", [*blocks, Text(said)]) if blocks else None
@@ -138,16 +145,12 @@ def _kappas(document: Mapping[str, Any]) -> Section | None:
 def _judge_heat(judge: Mapping[str, Any] | None) -> Heat | None:
     if judge is None:
         return None
-    low, high = judge["kappa_interval"]
-    return Heat(
-        judge["kappa"],
-        number(judge["kappa"]),
-        "" if low is None or high is None else f"{low:.2f} to {high:.2f}",
-    )
+    return _heat(judge["kappa"], judge["kappa_interval"])
 
 
-def _heat(value: float | None) -> Heat:
-    return Heat(value, number(value))
+def _heat(value: float | None, interval: Sequence[float | None]) -> Heat:
+    low, high = interval
+    return Heat(value, number(value), "" if low is None or high is None else f"{low:.2f} to {high:.2f}")
 
 
 def _judges(document: Mapping[str, Any]) -> Section | None:
@@ -194,8 +197,8 @@ def _debates(document: Mapping[str, Any]) -> Section | None:
             *(number(d["vote_counts"][vote]) for vote in _VOTES),
             number(d["missing"]),
             f"{number(d['kappa'], 3)} ({interval_text(d['kappa_interval'])})",
-            number(d["other_rule_kappa"], 3),
-            *(number(d["voices"][role]["kappa"] if role in d["voices"] else None, 3) for role in roles),
+            f"{number(d['other_rule_kappa'], 3)} ({interval_text(d['other_rule_kappa_interval'])})",
+            *(_voice(d["voices"].get(role)) for role in roles),
         ]
         for d in debates
     ]
@@ -203,6 +206,10 @@ def _debates(document: Mapping[str, Any]) -> Section | None:
     return Section(
         "debates", "Debates", [Text(f"Voices are pooled by the {debates[0]['rule']} rule."), Table(columns, rows)]
     )
+
+
+def _voice(found: Mapping[str, Any] | None) -> str:
+    return "–" if found is None else f"{number(found['kappa'], 3)} ({interval_text(found['kappa_interval'])})"
 
 
 def _juries(strategy: str, best: Sequence[Mapping[str, Any]], pool: str, place: int) -> Section:
@@ -245,7 +252,7 @@ def _bias(document: Mapping[str, Any]) -> Section | None:
         return None
     rows: _Rows = []
     for b in document["bias"]:
-        row: list[str | Cell] = [b["strategy"], b["judge"]]
+        row: list[str | Cell] = [b["strategy"], _with_model(b)]
         for kind in ("longer", "first", "own_family"):
             found = b[kind]
             row += [number(found["share"]["value"] if found else None), estimate_text(found["bias"] if found else None)]
@@ -257,6 +264,12 @@ def _bias(document: Mapping[str, Any]) -> Section | None:
     columns = ["strategy", "judge", "longer answer", "over humans", "shown first", "over reference"]
     columns += ["own family", "over humans"]
     return Section("bias", "Bias", [Text(said), Table(columns, rows, text_columns=2)])
+
+
+def _with_model(bias: Mapping[str, Any]) -> str:
+    """A judge with the model that it sits on, where that is known and named otherwise."""
+    model = bias["model"]
+    return f"{bias['judge']} ({model})" if model and model != bias["judge"] else str(bias["judge"])
 
 
 def _paired(document: Mapping[str, Any]) -> Section | None:
@@ -277,7 +290,7 @@ def _paired(document: Mapping[str, Any]) -> Section | None:
     ]
     columns = ["first", "second", "items", "difference of kappas", "p (bootstrap)", "only first right"]
     columns += ["only second right", "p (McNemar)"]
-    return Section("paired", "Pairs of judges", [Table(columns, rows, text_columns=2)])
+    return Section("paired", "Pairs of judges", [Text(CHOSEN_PAIRS), Table(columns, rows, text_columns=2)])
 
 
 def _gate(document: Mapping[str, Any]) -> Section | None:
@@ -338,8 +351,9 @@ def _humans(document: Mapping[str, Any]) -> Section | None:
         return None
     said = (
         f"{humans['annotators']:,} annotators, {humans['items']:,} items with at least two of them. Mean kappa over "
-        f"{humans['pairs']:,} pairs: {number(humans['kappa'], 3)}; alpha {estimate_text(humans['alpha'], 3)}; one "
-        f"annotator against the mode of the others: {estimate_text(humans['one_against_rest'], 3)}."
+        f"{humans['pairs']:,} pairs: {estimate_text(humans['kappa'], 3)}; alpha "
+        f"{estimate_text(humans['alpha'], 3)}; one annotator against the mode of the others: "
+        f"{estimate_text(humans['one_against_rest'], 3)}."
     )
     return Section("humans", "Humans among themselves", [Text(said)])
 

@@ -186,6 +186,7 @@ class AgreementPage(Settings):
     """What a report says, and how it is computed; kept in the manifest, so that it can be written anew.
 
     Attributes:
+        judge_models: judge or debater → name of the model that it sits on, of those asked in this run.
         asked: how the verdicts of a win rate were asked for, where this run asked for them.
     """
 
@@ -194,6 +195,7 @@ class AgreementPage(Settings):
     replay: str
     measure: MeasureSettings = MeasureSettings()
     winrate: WinrateMeasure = WinrateMeasure()
+    judge_models: dict[str, str] = Field(default_factory=dict)
     asked: Protocol | None = None
 
 
@@ -271,7 +273,7 @@ def write_page(page: AgreementPage, results: Sequence[StageResult], folder: Path
             ]
             lines.append(f"{name}: {', '.join(cells)}")
         return "\n".join(lines)
-    found = measure(items, ballots, page.measure)
+    found = measure(items, ballots, page.measure, page.judge_models)
     rules = page.measure
     panel = make_panel(items, ballots, rules.conflict, rules.debate, rules.families)
     curves = gate_curves(panel, rules.gate_thresholds, draws=rules.draws, seed=rules.seed, confidence=rules.confidence)

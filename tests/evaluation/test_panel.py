@@ -261,6 +261,35 @@ def test_win_rates_count_strict_wins_over_everything() -> None:
     assert (solo.n, solo.win_rate.value, solo.baseline) == (1, 100.0, None)
 
 
+def test_the_own_family_is_that_of_the_model_and_not_of_a_name_that_says_nothing() -> None:
+    table = items("A", "B", "A", "B", model_a=["qwen-7b"] * 4, model_b=["llama-2"] * 4)
+    votes = ballots(*(ballot(n, "A", judge="judge-1") for n in range(4)))
+    settings = MeasureSettings(draws=100)
+    (unknown,) = measure(table, votes, settings).bias
+    assert unknown.own_family is None and unknown.model is None
+    (known,) = measure(table, votes, settings, {"judge-1": "Qwen/Qwen3-8B"}).bias
+    assert known.own_family is not None and known.own_family.items == 4
+    assert known.own_family.share.value == 1.0 and known.own_family.bias.value == 0.5
+    (own,) = as_document(measure(table, votes, settings, {"judge-1": "Qwen/Qwen3-8B"}), settings, {})["bias"]
+    assert own["model"] == "Qwen/Qwen3-8B"
+
+
+def test_a_debates_voices_and_its_other_rule_have_intervals() -> None:
+    labels = ["A", "B", "A", "tie", "B", "A", "B", "A"]
+    scores = {"A": (8, 3), "B": (3, 8), "tie": (5, 5)}
+    rows = [
+        ballot(n, scores["A" if n % 4 == 1 or (n + shift) % 5 == 0 else label], "j", "debate", voice=voice)
+        for n, label in enumerate(labels)
+        for shift, voice in enumerate(("critic", "public", "third"))
+    ]
+    settings = MeasureSettings(draws=200)
+    (debate,) = as_document(measure(items(*labels), ballots(*rows), settings), settings, {})["debates"]
+    spans = [(debate["other_rule_kappa"], debate["other_rule_kappa_interval"])]
+    spans += [(voice["kappa"], voice["kappa_interval"]) for voice in debate["voices"].values()]
+    for value, (low, high) in spans:
+        assert low <= value <= high and low < high
+
+
 def test_every_interval_is_of_the_confidence_that_is_asked_for() -> None:
     table, votes = small()
     narrow, wide = (

@@ -121,6 +121,31 @@ def test_every_jury_of_a_panel_is_that_jury_alone() -> None:
         assert alone == together[row]
 
 
+def test_the_mean_kappa_of_annotators_has_an_interval() -> None:
+    rng = np.random.default_rng(5)
+    truth = rng.integers(0, 3, 120)
+    codes = np.stack([np.where(rng.random(120) < 0.8, truth, rng.integers(0, 3, 120)) for _ in range(4)])
+    codes[3, 60:] = MISSING  # annotators who saw half of the items count half
+    draws = item_draws(120, 300, 0)
+    found = human_ceiling(codes.astype(np.int8), draws)
+    assert found is not None and found.pairs == 6 and found.kappa.value is not None
+    pairs = list(itertools.combinations(range(4), 2))
+
+    def mean(rows: np.ndarray) -> float:
+        shares, kappas = [], []
+        for one, other in pairs:
+            both = rows[(codes[one][rows] != MISSING) & (codes[other][rows] != MISSING)]
+            shares.append(len(both))
+            kappas.append(cohen_kappa_score(codes[one][both], codes[other][both]))
+        return float(np.average(kappas, weights=shares))
+
+    assert found.kappa.value == pytest.approx(mean(np.arange(120)))
+    drawn = [mean(np.repeat(np.arange(120), draw.astype(int))) for draw in draws]
+    assert found.kappa.low == pytest.approx(np.quantile(drawn, 0.025))
+    assert found.kappa.high == pytest.approx(np.quantile(drawn, 0.975))
+    assert human_ceiling(codes.astype(np.int8), draws, 0.5).kappa.low > found.kappa.low  # type: ignore[union-attr]
+
+
 # --- pairs, held-out choice, humans -----------------------------------------------------------------------------------
 
 
