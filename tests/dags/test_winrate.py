@@ -26,7 +26,7 @@ def test_a_reviewed_generator_wins_against_itself_alone(tmp_path: Path) -> None:
     assert protocol["judge"].startswith("sha256:") and protocol["reference"] == "generator" and rate["fingerprint"]
     assert protocol["order"] == "both orders, conflict: tie" and protocol["judge_prompts"]
     page = (folder / "report" / "report.md").read_text()
-    assert f"| reviewed | {rate['win_rate']['value']:.1f} |" in page
+    assert f"| reviewed | {rate['win_rate']['value']:.1f} (" in page
     before = engine_calls(folder)
     assert before["versus"] > 0
     again = run(*command)
