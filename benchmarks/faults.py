@@ -15,7 +15,6 @@ beyond those that the log holds.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import sys
@@ -28,12 +27,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import psutil  # noqa: E402
-
 from ray_pipeline.store.files import Folder, StoreError  # noqa: E402
 from tests.dags.conftest import Quorum, calls_by_role, manifest, tables, wait_until  # noqa: E402
 from tests.hosts import hosts_can_be_made  # noqa: E402
-from tests.ray_nodes import Node, RayNodes  # noqa: E402
+from tests.ray_nodes import RayNodes  # noqa: E402
 
 REPLAYED = ("prompts", "candidates", "judge", "critic", "gate", "dataset-rows", "datasets")
 WORKER = {"quorum-role": "worker"}
@@ -122,16 +119,6 @@ class Cluster:
             return int(json.loads(file.read_text())["step"])
         return 0
 
-    def at_work(self, name: str) -> list[Node]:
-        """The worker node of each process of that name: an engine's actor, a training worker."""
-        found = []
-        for node in self.nodes.nodes:
-            for process in node.processes():
-                with contextlib.suppress(psutil.Error):  # it ended while we looked
-                    if name in " ".join(process.cmdline()[:1]):
-                        found.append(node)
-        return found
-
     def rows_lost(self) -> int:
         """Rows that a replay of the log has and the run has not; where they differ otherwise, all of them."""
         replay = self.folder.with_name(f"{self.folder.name}-replay")
@@ -155,13 +142,13 @@ def node_killed(stage: str, nodes: RayNodes, folder: Path) -> Line:
     run = cluster.start(workers=3)
     if stage == "train":
         wait_until(run, lambda: cluster.step() >= 4)
-        victim = cluster.at_work("RayTrainWorker")[0]
+        victim = cluster.nodes.at_work("RayTrainWorker")[0]
     elif stage == "dataset-rows":  # a columnar stage is over in seconds: any node, as soon as it is at work
         wait_until(run, lambda: cluster.progress().get(stage, {}).get("status") == "running")
         victim = nodes.nodes[0]
     else:
         wait_until(run, lambda: cluster.told(stage, "shards_done") >= 3)
-        victim = cluster.at_work("ShardActor")[0]
+        victim = cluster.nodes.at_work("ShardActor")[0]
     hit, step = cluster.under_way(stage), cluster.step()
     killed = time.monotonic()
     victim.kill()
@@ -208,10 +195,10 @@ def node_joins(nodes: RayNodes, folder: Path) -> Line:
     cluster = Cluster(nodes, folder)
     run = cluster.start(workers=1)
     wait_until(run, lambda: cluster.told("judge", "shards_done") >= 1)
-    before, joined = len(cluster.at_work("ShardActor")), time.monotonic()
+    before, joined = len(cluster.nodes.at_work("ShardActor")), time.monotonic()
     nodes.add(gpus=1, labels=WORKER, wait=False)
-    wait_until(run, lambda: len(cluster.at_work("ShardActor")) > before)
-    seconds, after = time.monotonic() - joined, len(cluster.at_work("ShardActor"))
+    wait_until(run, lambda: len(cluster.nodes.at_work("ShardActor")) > before)
+    seconds, after = time.monotonic() - joined, len(cluster.nodes.at_work("ShardActor"))
     run.ends(0)
     happened = f"actors {before} → {after}, no restart"
     return Line("node joins in judge", happened, cluster.rows_lost(), *repeated(cluster), seconds)

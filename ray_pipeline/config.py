@@ -18,7 +18,7 @@ from ray_pipeline.engines.base import EngineStartError
 from ray_pipeline.engines.identity import ModelNotFound
 from ray_pipeline.evaluation.benchmark_files import BenchmarkFileError
 from ray_pipeline.graph.failures import FailureSettings
-from ray_pipeline.graph.models import ModelSettings
+from ray_pipeline.graph.models import ModelSettings, Room
 from ray_pipeline.pocket import model_path
 from ray_pipeline.stages.benchmark_questions import BenchmarksSettings
 from ray_pipeline.stages.benchmark_report import BenchmarksPage, MeasuredModel, judging_model
@@ -68,19 +68,6 @@ class CallsBlock(Settings):
         return normalise_location(self.root or join(run_folder, "calls"))
 
 
-class TablesRoom(Settings):
-    """On which nodes the tables of stages without an engine are made, a shard a task of one CPU."""
-
-    label_selector: dict[str, str] = Field(default_factory=dict, description="labels of the nodes that may be used")
-    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
-        default_factory=dict, description="custom resources that a task takes"
-    )
-
-    def arguments(self) -> dict[str, Any]:
-        """What a Ray task takes."""
-        return {name: value for name, value in self.model_dump().items() if value}
-
-
 class RayBlock(Settings):
     """The `ray` block: which cluster, and what a local one may use."""
 
@@ -91,8 +78,7 @@ class RayBlock(Settings):
     max_stages: int | None = Field(
         None, ge=1, description="stages at work at once; default: all whose inputs are there (set it without GPUs)"
     )
-
-    tables: TablesRoom = TablesRoom()
+    tables: Room = Field(Room(), description="where tables without an engine are made, a shard a task of one CPU")
 
     def arguments(self) -> dict[str, Any]:
         """What `ray.init` takes."""

@@ -216,6 +216,16 @@ class RayNodes:
         except Exception:  # Of many kinds while it starts; whoever asks waits for an end of his own.
             return 0
 
+    def at_work(self, name: str) -> list[Node]:
+        """The worker node of each process of that name, as Ray names it while it works: an engine's actor, a task."""
+        found = []
+        for node in self.nodes:
+            for process in node.processes():
+                with contextlib.suppress(psutil.Error):  # it ended while we looked
+                    if name in " ".join(process.cmdline()[:1]):
+                        found.append(node)
+        return found
+
     def metrics(self) -> str:
         """What Prometheus would read from all nodes that answer."""
         pages = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from ray_pipeline.store.keys import canonical_json, digest
@@ -131,6 +132,22 @@ def short_name(identity: str) -> str:
     if match := re.fullmatch(r"sha256:([0-9a-f]{12})[0-9a-f]*", identity):
         return f"weights {match[1]}"
     return identity
+
+
+def win_rate_by(
+    weights: Mapping[str, str], engine: Mapping[str, Any], settings: Mapping[str, Any], **other: Any
+) -> Protocol:
+    """A win rate's protocol, as far as it is known before anything is asked.
+
+    Args:
+        weights, engine: what the judging model is (`ModelSettings.weights`, `.semantics`).
+        settings: how its replies are drawn.
+        other: further fields of Protocol.
+    """
+    # What else decides the judge's replies (adapter, chat template, engine) has no field of its own.
+    setup = {name: value for name, value in weights.items() if name != "model"} | {"engine": engine}
+    drawn = f"{settings_text(**settings)} {canonical_json(setup)}"
+    return Protocol("win rate", judge=weights.get("model"), judge_sampling=drawn, **other)
 
 
 def settings_text(**settings: Any) -> str:

@@ -20,7 +20,21 @@ EngineFactory = Callable[[], ChatEngine]
 _MEMORY_SHARE = 0.9
 
 
-class Placement(Settings):
+class Room(Settings):
+    """On which nodes something may run."""
+
+    label_selector: dict[str, str] = Field(default_factory=dict, description="labels of the nodes that may be used")
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict, description="custom resources that it takes, as `ray start --resources` names them"
+    )
+
+    def room(self) -> dict[str, Any]:
+        """What Ray is told of it, under Ray's names."""
+        given = {"label_selector": self.label_selector, "resources": self.resources}
+        return {name: value for name, value in given.items() if value}
+
+
+class Placement(Room):
     """Where the actors of a stage run and how many there are. Nothing here changes what is computed."""
 
     num_gpus: float | None = Field(
@@ -36,10 +50,6 @@ class Placement(Settings):
         3, ge=1, description="shards that an actor works on at once, so that its engine never drains"
     )
     concurrency: int = Field(256, ge=1, description="calls in flight an actor")
-    label_selector: dict[str, str] = Field(default_factory=dict, description="labels of the nodes that may be used")
-    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
-        default_factory=dict, description="custom resources that an actor takes, as `ray start --resources` names them"
-    )
 
     @model_validator(mode="after")
     def _range(self) -> Placement:

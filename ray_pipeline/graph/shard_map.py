@@ -97,12 +97,7 @@ def _engine_room(work: ShardWork, placement: Placement) -> dict[str, Any]:
         # The specification of an engine that is elsewhere (an endpoint) has no such field.
         wanted = getattr(factory_spec[0], "tensor_parallel_size", 0) if factory_spec else 1
         num_gpus = wanted if ray.cluster_resources().get("GPU", 0) else 0
-    room: dict[str, Any] = {"num_cpus": placement.num_cpus, "num_gpus": num_gpus}
-    if placement.label_selector:
-        room["label_selector"] = placement.label_selector
-    if placement.resources:
-        room["resources"] = placement.resources
-    return room
+    return {"num_cpus": placement.num_cpus, "num_gpus": num_gpus, **placement.room()}
 
 
 def _pool(placement: Placement, shards: int) -> ActorPoolStrategy:

@@ -28,7 +28,7 @@ def run_settings(config: Any, folder: str, **other: Any) -> RunSettings:
         "report": config.page().model_dump(mode="json"),
         "replay_only": config.calls.replay_only,
         "max_stages": config.ray.max_stages,
-        "tables": config.ray.tables.arguments(),
+        "tables": config.ray.tables.room(),
         "failure": getattr(config, "failure", FailurePolicy()),
         "keys": wanted_keys(served_models(config)),
         "budget": budget_of(config, None, None),

@@ -35,20 +35,15 @@ def draw_curves(curves: Sequence[GateCurve], path: Path) -> Path:
         FigureCanvasAgg(figure)
         panels = figure.subplots(1, len(curves), squeeze=False)[0]
         for axes, one in zip(panels, curves, strict=True):
-            for pair in one.curve.areas:
-                wanted = (None, None) if pair is None else pair
-                rows = [
-                    r
-                    for r in one.curve.table.to_pylist()
-                    if (r["desirable_at"], r["undesirable_at"]) == wanted and r["kept"]
-                ]
-                if not rows:
+            for points in one.points:
+                if not points["tau"]:
                     continue
-                label = "variance alone" if pair is None else f"≥ {pair[0]:g} and ≤ {pair[1]:g}"
-                (line,) = axes.plot([r["coverage"] for r in rows], [r["agreement"] for r in rows], label=label, lw=1.4)
-                for r in rows:
-                    if r["tau"] == one.tau:
-                        axes.plot([r["coverage"]], [r["agreement"]], "o", color=line.get_color(), ms=4)
+                upper, lower = points["desirable_at"], points["undesirable_at"]
+                label = "variance alone" if upper is None else f"≥ {upper:g} and ≤ {lower:g}"
+                (line,) = axes.plot(points["coverage"], points["agreement"], label=label, lw=1.4)
+                for tau, coverage, agreed in zip(points["tau"], points["coverage"], points["agreement"], strict=True):
+                    if tau == one.tau:
+                        axes.plot([coverage], [agreed], "o", color=line.get_color(), ms=4)
             axes.set(xlabel="share kept", ylabel="agreement with humans", xlim=(0, 1.02), ylim=(0, 1.02))
             axes.set_title(f"{' '.join(visible(one.strategy).split())}, {len(one.judges)} judges")
             axes.legend(fontsize=8, loc="lower left")

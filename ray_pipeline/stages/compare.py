@@ -11,14 +11,14 @@ from pydantic import Field, model_validator
 from ray_pipeline.agents.judges import Asking, Choice, SamplingSettings, compare
 from ray_pipeline.agents.templates import Layout, RoleTemplate
 from ray_pipeline.engines.base import EngineError, PromptTooLong
-from ray_pipeline.evaluation.protocol import Protocol, settings_text
+from ray_pipeline.evaluation.protocol import Protocol, settings_text, win_rate_by
 from ray_pipeline.graph.failures import FailureSettings
 from ray_pipeline.graph.models import ModelSettings
 from ray_pipeline.graph.shard_map import all_of
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, Stage
 from ray_pipeline.stages.judge import unanswered
 from ray_pipeline.stages.llm_stage import llm_stage
-from ray_pipeline.store.keys import canonical_json, derived_seed, digest
+from ray_pipeline.store.keys import derived_seed, digest
 from ray_pipeline.store.schemas import COMPARISONS, READ_STATUSES, RESPONSES, to_table
 from ray_pipeline.store.settings import Settings
 
@@ -186,14 +186,11 @@ def win_rate_protocol(stages: Iterable[Stage]) -> dict[str, Protocol]:
             continue
         drawn: _Draw = stage.inputs["base"].work.settings
         mode = next(mode for mode in drawn.modes if mode.name == settings.mode)
-        # What else decides the judge's replies (adapter, chat template, engine) has no field of its own.
-        setup = {k: v for k, v in stage.external.items() if k != "model"} | {"engine": stage.config["engine"]}
-        sampling = settings_text(**settings.sampling.model_dump(), **settings.asking.model_dump())
-        found[settings.judge] = Protocol(
-            benchmark="win rate",
-            judge=stage.external.get("model"),
+        found[settings.judge] = win_rate_by(
+            stage.external,
+            stage.config["engine"],
+            {**settings.sampling.model_dump(), **settings.asking.model_dump()},
             judge_prompts=digest([settings.template.model_dump(mode="json"), settings.layout]),
-            judge_sampling=f"{sampling} {canonical_json(setup)}",
             reading="forced form" if settings.asking.grammar else "anchored text",
             order="both orders, a win or loss needs both",
             reference="base",

@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # Torch, transformers and scikit-learn take seconds to import
 
 
 #: File of the last stage that holds the protocols of its win rates, by judge.
-PROTOCOLS = "protocols.json"
+_PROTOCOLS = "protocols.json"
 
 
 class ReportSettings(Settings):
@@ -99,7 +99,7 @@ def evaluate_run(given: WholeInput) -> dict[str, Any]:
     if settings.evaluate.perplexity and "train" in given.inputs:
         measured = _perplexities(given, settings)
     given.folder.write_json("perplexity.json", {name: dataclasses.asdict(p) for name, p in measured.items()})
-    given.folder.write_json(PROTOCOLS, {judge: dataclasses.asdict(p) for judge, p in settings.compared.items()})
+    store_protocols(given.folder, settings.compared)
     data = report_data(given.inputs, settings.report, measured, settings.compared)
     run_folder = given.folder.parent
     planned = planned_use(run_folder, given.inputs)
@@ -146,10 +146,15 @@ def _perplexities(given: WholeInput, settings: _Given) -> dict[str, Perplexity]:
     return found
 
 
+def store_protocols(folder: Folder, compared: Mapping[str, Protocol]) -> None:
+    """Keep them beside the page, for one that is written anew."""
+    folder.write_json(_PROTOCOLS, {judge: dataclasses.asdict(protocol) for judge, protocol in compared.items()})
+
+
 def stored_protocols(folder: Folder) -> dict[str, Protocol]:
     """Judge → protocol, as the last stage of a run left them; empty where it is not done, or was made without any."""
     try:
-        return {judge: Protocol(**fields) for judge, fields in folder.read_json(PROTOCOLS).items()}
+        return {judge: Protocol(**fields) for judge, fields in folder.read_json(_PROTOCOLS).items()}
     except FileNotFoundError:
         return {}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,14 @@ from ray_pipeline.evaluation.winrate import completed_protocol
 from ray_pipeline.graph.results import Run
 from ray_pipeline.graph.stage import Stage, StageResult, WholeInput, WholeWork
 from ray_pipeline.stages.compare import win_rate_protocol
-from ray_pipeline.stages.evaluate import PROTOCOLS, stage_use, stored_config, stored_protocols, table_of, with_truth
+from ray_pipeline.stages.evaluate import (
+    stage_use,
+    store_protocols,
+    stored_config,
+    stored_protocols,
+    table_of,
+    with_truth,
+)
 from ray_pipeline.stages.row_truth import RowTruth, row_truth
 from ray_pipeline.store.files import Folder, StoreError
 from ray_pipeline.store.local import written_here
@@ -80,7 +86,7 @@ def method_table(settings: TableSettings, stages: Sequence[Stage]) -> Stage:
 def write_page(given: WholeInput) -> dict[str, Any]:
     settings: TableSettings = given.settings.table
     compared = given.settings.compared
-    given.folder.write_json(PROTOCOLS, {judge: dataclasses.asdict(p) for judge, p in compared.items()})
+    store_protocols(given.folder, compared)
     with written_here(given.folder) as folder:
         _build(given.inputs, settings, folder, stored_config(given.folder.parent), compared)
     metrics = given.folder.read_json("metrics.json")

@@ -21,7 +21,7 @@ from ray_pipeline.agents.strategies import (
     shown_orders,
 )
 from ray_pipeline.agents.templates import Layout, transcript
-from ray_pipeline.evaluation.protocol import Protocol, settings_text
+from ray_pipeline.evaluation.protocol import Protocol, settings_text, win_rate_by
 from ray_pipeline.graph.failures import FailureSettings
 from ray_pipeline.graph.models import ModelSettings
 from ray_pipeline.graph.shard_map import all_of
@@ -30,7 +30,7 @@ from ray_pipeline.stages.ask import ballot_of, skipped_ballot
 from ray_pipeline.stages.feedback import LoopRules, LoopSettings, ReviewerSettings, feedback_stages
 from ray_pipeline.stages.llm_stage import llm_stage
 from ray_pipeline.stages.prompts import PromptsConfig
-from ray_pipeline.store.keys import canonical_json, digest
+from ray_pipeline.store.keys import digest
 from ray_pipeline.store.schemas import BALLOTS, ITEMS, to_table
 from ray_pipeline.store.settings import Settings
 
@@ -141,17 +141,13 @@ class LiveWinrate(Settings):
     def protocol(self, models: Mapping[str, ModelSettings]) -> Protocol:
         """How the verdicts are asked for. Raises ModelNotFound."""
         judge, model = self.judge, models[self.judge.model]
-        weights = model.weights()
-        setup = {k: v for k, v in weights.items() if k != "model"} | {"engine": model.semantics()}
-        sampling = settings_text(**judge.sampling.model_dump(), **judge.asking.model_dump())
-        template = judge.texts().of(judge.strategy)
-        return Protocol(
-            benchmark="win rate",
-            judge=weights["model"],
-            judge_prompts=digest(
-                [template.model_dump(mode="json"), judge.layout, judge.rubric or judge.texts().rubric]
-            ),
-            judge_sampling=f"{sampling} {canonical_json(setup)}",
+        texts, strategy = judge.texts(), judge.strategy
+        template = texts.of(strategy).model_dump(mode="json")
+        return win_rate_by(
+            model.weights(),
+            model.semantics(),
+            {**judge.sampling.model_dump(), **judge.asking.model_dump()},
+            judge_prompts=digest([template, judge.layout, judge.rubric or texts.rubric]),
             reading="forced form" if judge.asking.grammar else f"{judge.asking.form}, anchored",
             answers=settings_text(responses=self.loop.responses, **self.loop.sampling.model_dump()),
         )

@@ -5,7 +5,6 @@ Models sit behind an endpoint on loopback, so that every process is real and non
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -15,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -154,7 +152,7 @@ def test_nodes_that_join_get_actors_and_nodes_that_die_cost_no_row(tree: Path, t
         for _ in range(2):
             nodes.add(resources={"engine": 1}, labels=JUDGE, env=key)
         wait_until(working, lambda: len(asked(server, "writer")) >= 4)
-        kill(nodes, at_work(nodes, "ShardActor"), key)
+        kill(nodes, nodes.at_work("ShardActor"), key)
 
         # As slow as this, the stage is not over before another node is there.
         wait_until(working, lambda: len(asked(server, "judge")) >= 2)
@@ -164,12 +162,12 @@ def test_nodes_that_join_get_actors_and_nodes_that_die_cost_no_row(tree: Path, t
             working, lambda: re.search(r"judge: actor 3 begins on \d+\.\d+\.\d+\.\d+", working.output) is not None
         )
         replies.seconds = 0.1
-        kill(nodes, at_work(nodes, "ShardActor"), key)
+        kill(nodes, nodes.at_work("ShardActor"), key)
         assert "judge: done" not in working.output
 
         # `ray.tables` keeps what has no engine on these nodes, too.
-        wait_until(working, lambda: "gate: done" in working.output and bool(at_work(nodes, "make_shard")))
-        kill(nodes, at_work(nodes, "make_shard"), key)
+        wait_until(working, lambda: "gate: done" in working.output and bool(nodes.at_work("make_shard")))
+        kill(nodes, nodes.at_work("make_shard"), key)
         assert "dataset-rows: done" not in working.output
         working.ends(0, SECONDS)
 
@@ -189,17 +187,6 @@ def test_nodes_that_join_get_actors_and_nodes_that_die_cost_no_row(tree: Path, t
     assert all(h["Authorization"] == "Bearer " + key["QUORUM_TEST_KEY"] for h in server.headers)
     verdicts = pq.read_table(run / manifest(run)["stages"]["judge"]["path"]).to_pylist()
     assert {v["parse_status"] for v in verdicts} == {"ok"}
-
-
-def at_work(nodes: RayNodes, name: str) -> list[Node]:
-    """The worker nodes on which a process of that name runs, as Ray names it while it works."""
-    found = []
-    for node in nodes.nodes:
-        for process in node.processes():
-            with contextlib.suppress(psutil.Error):  # it ended while we looked
-                if name in " ".join(process.cmdline()[:1]):
-                    found.append(node)
-    return found
 
 
 def kill(nodes: RayNodes, at_work: Sequence[Node], env: Mapping[str, str]) -> None:
