@@ -163,7 +163,7 @@ def words(messages: Any, completion: Any = None) -> list[int]:
 
 def run(folder: Path, size: int) -> None:
     """Gate and data sets, in this process, on top of what an interrupted call has left."""
-    columnar.token_counter = lambda tokenizer, revision: words  # type: ignore[assignment]
+    columnar.token_counter = lambda tokenizer: words  # type: ignore[assignment]
     shards, before = num_shards(size), parents()
     results = {
         name: StageResult(name, "made", str(folder / s.folder_name), shards, s.work.tables, {}, {}, {})

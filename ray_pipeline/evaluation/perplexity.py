@@ -1,15 +1,17 @@
 """Perplexity of completions under a model. It says how likely a text is to a model, never which model is better."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from typing import TYPE_CHECKING, Any
 
 from ray_pipeline.store.local import local_copy
+
+if TYPE_CHECKING:  # A report reads stored perplexities, and would wait seconds for torch and transformers.
+    import torch
 
 Message = Mapping[str, str]
 # Rows of logits turned to float32 at once: 1,024 × a vocabulary of 150,000 × 4 bytes is 0.6 GB.
@@ -54,6 +56,9 @@ def perplexity(
     `max_length` is in tokens of prompt and completion together, `model_path` a folder, a hub name or the URI of a
     folder. Loads the model, and frees it with the function.
     """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     model_path = local_copy(str(model_path))
     tokenizer = AutoTokenizer.from_pretrained(model_path, revision=revision, trust_remote_code=trust_remote_code)
     encoded = [encode_row(tokenizer, prompt, text, chat_template_kwargs) for prompt, text in rows]
@@ -117,6 +122,8 @@ def _batches(rows: Sequence[EncodedRow], batch_size: int) -> Iterator[list[Encod
 
 def _batch_nll(model: Any, batch: Sequence[EncodedRow], device: str) -> float:
     """Summed negative log-likelihood (nats) of the completion tokens of one right-padded batch."""
+    import torch
+
     width = max(len(row.ids) for row in batch)
     ids = torch.zeros((len(batch), width), dtype=torch.long)
     attention = torch.zeros_like(ids)

@@ -61,6 +61,15 @@ class Placement(Room):
         return self
 
 
+class TokenizerSettings(Settings):
+    """A model's tokenizer, and how its chat template is rendered: for counts and trainings as for the engine."""
+
+    model: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    chat_template_args: dict[str, Any] = Field(default_factory=dict)
+
+
 class ModelSettings(Settings):
     """A model that stages refer to by its key under `models`.
 
@@ -162,6 +171,10 @@ class ModelSettings(Settings):
             with open(self.chat_template, encoding="utf-8") as file:
                 found["chat_template"] = text_digest(file.read())
         return found
+
+    @property
+    def tokenizer(self) -> TokenizerSettings:
+        return TokenizerSettings(**{name: getattr(self, name) for name in TokenizerSettings.model_fields})
 
     def semantics(self) -> dict[str, Any]:
         """What a stage's fingerprint needs to know beside the weights: everything but names and placement."""

@@ -217,7 +217,7 @@ def _tokenizer_of(config: DmapoConfig, notes: list[str]) -> Callable[[str, Model
                 notes.append(note)
             key, model = config.train.model, config.models[config.train.model]
         if key not in made:
-            made[key] = TokenCounter.load(model.model, model.revision)
+            made[key] = TokenCounter.load(model.tokenizer)
         return lambda messages: len(made[key](messages))
 
     return counter

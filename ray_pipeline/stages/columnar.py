@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ray_pipeline.graph.models import ModelSettings
+from ray_pipeline.graph.models import ModelSettings, TokenizerSettings
 from ray_pipeline.graph.stage import BadInput, ShardInput, ShardOutput, ShardWork, Stage, WholeInput, WholeWork
 from ray_pipeline.stages.convert import pairs_to_sft
 from ray_pipeline.stages.datasets import DatasetsConfig, TokenCounter, dpo_rows, kto_rows, write_dataset_files
@@ -128,8 +128,7 @@ def _verdicts(tables: Mapping[str, pa.Table]) -> pa.Table:
 class _RowsGiven(Settings):
     datasets: DatasetsConfig
     judges: tuple[str, ...]
-    tokenizer: str
-    revision: str | None
+    tokenizer: TokenizerSettings
     every_rejected: bool
 
 
@@ -182,8 +181,7 @@ def dataset_rows(
             settings=_RowsGiven(
                 datasets=settings,
                 judges=tuple(judges),
-                tokenizer=policy.model,
-                revision=policy.revision,
+                tokenizer=policy.tokenizer,
                 every_rejected=every_rejected,
             ),
         ),
@@ -191,6 +189,7 @@ def dataset_rows(
             **settings.model_dump(mode="json", exclude={"kinds", "seed", "rows_per_file"}),
             "tables": list(settings.row_kinds),
             "judges": list(judges),
+            "chat_template_args": policy.chat_template_args,
             **({"every_rejected": True} if every_rejected else {}),
         },
         inputs={"prompts": prompts, "candidates": candidates, "decisions": decisions, **_verdict_roles(verdicts)},
@@ -230,14 +229,19 @@ def dataset_files(
     )
 
 
+def token_counter(tokenizer: TokenizerSettings) -> TokenCounter:
+    """Loaded once a process."""
+    return _token_counter(tokenizer.model_dump_json())
+
+
 @functools.cache
-def token_counter(tokenizer: str, revision: str | None) -> TokenCounter:
-    return TokenCounter.load(tokenizer, revision)
+def _token_counter(tokenizer: str) -> TokenCounter:
+    return TokenCounter.load(TokenizerSettings.model_validate_json(tokenizer))
 
 
 def make_rows(given: ShardInput) -> ShardOutput:
     settings: _RowsGiven = given.settings
-    encode = token_counter(settings.tokenizer, settings.revision)
+    encode = token_counter(settings.tokenizer)
     verdicts = _verdicts(given.tables)
     arguments = (given.tables["prompts"], given.tables["candidates"], verdicts, given.tables["decisions"])
     tables: dict[str, pa.Table] = {}

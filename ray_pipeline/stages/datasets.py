@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import yaml
 from pydantic import Field, model_validator
 
+from ray_pipeline.graph.models import TokenizerSettings
 from ray_pipeline.stages.gate import GateConfig
 from ray_pipeline.stages.rows import KeyMismatch, Rows, gather, one_array, refuse_repeats, rows_of
 from ray_pipeline.store.files import Folder
@@ -94,20 +95,25 @@ class TokenCounter:
         ValueError: the tokenizer has no chat template.
     """
 
-    def __init__(self, tokenizer: Any, cache_size: int = 4096) -> None:
+    def __init__(
+        self, tokenizer: Any, cache_size: int = 4096, chat_template_args: Mapping[str, Any] | None = None
+    ) -> None:
         if not getattr(tokenizer, "chat_template", None):
             name = getattr(tokenizer, "name_or_path", "") or "of the policy"
             raise ValueError(f"the tokenizer {name} has no chat template; use an instruct model or add a template")
-        self._tokenizer = tokenizer
+        self._tokenizer, self._args = tokenizer, dict(chat_template_args or {})
         self._size = cache_size
         self._cache: collections.OrderedDict[tuple, array] = collections.OrderedDict()
 
     @classmethod
-    def load(cls, model: str, revision: str | None = None) -> TokenCounter:
+    def load(cls, given: TokenizerSettings) -> TokenCounter:
         """From a local folder or a model of the hub."""
         from transformers import AutoTokenizer
 
-        return cls(AutoTokenizer.from_pretrained(model, revision=revision))
+        tokenizer = AutoTokenizer.from_pretrained(
+            given.model, revision=given.revision, trust_remote_code=given.trust_remote_code
+        )
+        return cls(tokenizer, chat_template_args=given.chat_template_args)
 
     def __call__(self, messages: Messages, completion: Messages | None = None) -> list[int]:
         chat = [*messages, *(completion or ())]
@@ -116,7 +122,7 @@ class TokenCounter:
             self._cache.move_to_end(key)
             return self._cache[key].tolist()
         text = self._tokenizer.apply_chat_template(
-            [dict(m) for m in chat], tokenize=False, add_generation_prompt=completion is None
+            [dict(m) for m in chat], tokenize=False, add_generation_prompt=completion is None, **self._args
         )
         ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         self._cache[key] = array("i", ids)

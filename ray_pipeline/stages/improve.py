@@ -24,7 +24,7 @@ from ray_pipeline.agents.jurors import MEAN, JuryRule, jury_scores
 from ray_pipeline.agents.templates import RoleTemplate
 from ray_pipeline.engines.base import Message
 from ray_pipeline.graph.failures import FailureSettings
-from ray_pipeline.graph.models import ModelSettings
+from ray_pipeline.graph.models import ModelSettings, TokenizerSettings
 from ray_pipeline.graph.shard_map import all_of
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage
 from ray_pipeline.stages.columnar import flat_counts, token_counter
@@ -106,8 +106,7 @@ class _Rows(Settings):
     texts: FeedbackTemplates
     asking: ReviewAsking
     focus: dict[str, str]
-    tokenizer: str
-    revision: str | None
+    tokenizer: TokenizerSettings
     every_rejected: bool
 
 
@@ -250,8 +249,7 @@ def improvement_rows(
         texts=loop.texts(),
         asking=loop.asking,
         focus={r.name: r.focus for r in loop.reviewers},
-        tokenizer=model.model,
-        revision=model.revision,
+        tokenizer=model.tokenizer,
         every_rejected=every_rejected,
     )
     return Stage(
@@ -263,7 +261,8 @@ def improvement_rows(
             settings=given,
         ),
         config={
-            **given.model_dump(mode="json", exclude={"datasets", "tokenizer", "revision"}),
+            **given.model_dump(mode="json", exclude={"datasets", "tokenizer"}),
+            "chat_template_args": model.chat_template_args,
             **settings.model_dump(mode="json", exclude={"kinds", "seed", "rows_per_file"}),
             "tables": list(settings.row_kinds),
         },
@@ -325,7 +324,7 @@ def _verdicts(tables: Mapping[str, pa.Table]) -> pa.Table:
 
 def _shard_rows(given: ShardInput, made: Preferences, judges: Sequence[str], jury: JuryRule) -> ShardOutput:
     settings: _Rows = given.settings
-    encode = token_counter(settings.tokenizer, settings.revision)
+    encode = token_counter(settings.tokenizer)
     tables, counts = preference_rows(made, judges, jury, settings.datasets, encode, settings.every_rejected)
     given.tick(made.candidates.num_rows)
     return ShardOutput(tables, counts)

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from ray_pipeline.graph.models import ModelSettings
+from ray_pipeline.graph.models import ModelSettings, TokenizerSettings
 from ray_pipeline.graph.stage import BadInput, Stage, WholeInput, WholeWork
 from ray_pipeline.stages.convert import pairs_to_kto
 from ray_pipeline.stages.datasets import DatasetsConfig, Encode, Kind, TokenCounter
@@ -113,8 +113,7 @@ class _Given(Settings):
     datasets: DatasetsConfig
     seed: int
     val_fraction: float
-    tokenizer: str
-    revision: str | None
+    tokenizer: TokenizerSettings
 
 
 def preferences(
@@ -141,8 +140,7 @@ def preferences(
         datasets=settings,
         seed=seed,
         val_fraction=val_fraction,
-        tokenizer=policy.model,
-        revision=policy.revision,
+        tokenizer=policy.tokenizer,
     )
     return Stage(
         name=name,
@@ -153,6 +151,7 @@ def preferences(
             "datasets": settings.model_dump(mode="json", exclude={"seed", "rows_per_file", "min_gap"}),
             "seed": seed,
             "val_fraction": val_fraction,
+            "chat_template_args": policy.chat_template_args,
         },
         external={**digests, **policy.weights()},
     )
@@ -184,7 +183,7 @@ def source_digests(source: PreferenceSource) -> dict[str, str]:
 def import_preferences(given: WholeInput) -> dict[str, Any]:
     settings: _Given = given.settings
     kinds = tables_of(settings.source.format, settings.datasets)
-    encode = TokenCounter.load(settings.tokenizer, settings.revision)
+    encode = TokenCounter.load(settings.tokenizer)
     try:
         tables, counts = read_preferences(
             settings.source, settings.datasets, encode, settings.seed, settings.val_fraction, settings.digests

@@ -139,7 +139,11 @@ def train(
         view=view,
         repeatable=False,
         work=WholeWork(function=train_policy, settings=_Given(train=settings, model=model, max_length=max_length)),
-        config={**settings.model_dump(mode="json", exclude=_NOT_LEARNT), "max_length": max_length},
+        config={
+            **settings.model_dump(mode="json", exclude=_NOT_LEARNT),
+            "max_length": max_length,
+            "chat_template_args": model.chat_template_args,
+        },
         inputs={"datasets": datasets},
         external=model.weights(),
     )
@@ -182,6 +186,7 @@ def train_policy(given: WholeInput) -> dict[str, Any]:
         gradient_accumulation=train.gradient_accumulation,
         warmup_ratio=train.warmup_ratio,
         lr_scheduler=train.lr_scheduler,
+        chat_template_args=model.chat_template_args,
         max_length=settings.max_length,
         lora=None if train.lora is None else LoraSpec(**train.lora.model_dump()),
         quantization=train.quantization,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import glob
 import importlib.util
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -282,13 +283,13 @@ def _tokenizer(spec: TrainSpec) -> Any:
 
 def _count(spec: TrainSpec, method: Method, tokenizer: Any, setting: str, pattern: str) -> _Counts:
     counts = _Counts()
+    render = functools.partial(_token_ids, tokenizer, spec.chat_template_args)
     completions = [c for c, kind in method.columns.items() if kind == "messages" and c != "prompt"]
     for batch in _batches(parquet_files(pattern, setting), method):
         rows = batch.to_pylist()
-        prompts = _token_ids(tokenizer, [row["prompt"] for row in rows], add_generation_prompt=True)
+        prompts = render([row["prompt"] for row in rows], add_generation_prompt=True)
         answers = [
-            _token_ids(tokenizer, [row["prompt"] + row[column] for row in rows], add_generation_prompt=False)
-            for column in completions
+            render([row["prompt"] + row[column] for row in rows], add_generation_prompt=False) for column in completions
         ]
         for i, row in enumerate(rows):
             prompt, whole = prompts[i], [ids[i] for ids in answers]
@@ -397,9 +398,16 @@ def _check_values(name: str, values: pa.Array, column: str, kind: str, start: in
                 )
 
 
-def _token_ids(tokenizer: Any, chats: list[list[dict[str, str]]], add_generation_prompt: bool) -> list[list[int]]:
+def _token_ids(
+    tokenizer: Any,
+    template_args: Mapping[str, Any],
+    chats: list[list[dict[str, str]]],
+    add_generation_prompt: bool,
+) -> list[list[int]]:
     """Token ids of chats: the same as TRL's row by row, but in batches, which fast tokenizers do in parallel."""
-    texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=add_generation_prompt)
+    texts = tokenizer.apply_chat_template(
+        chats, tokenize=False, add_generation_prompt=add_generation_prompt, **template_args
+    )
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 

@@ -66,6 +66,7 @@ class TrainSpec:
         gradient_accumulation: micro-batches per optimiser step.
         warmup_ratio: share of all steps, in [0, 1).
         lr_scheduler: a `transformers.SchedulerType` value.
+        chat_template_args: variables that the chat template is rendered with, such as enable_thinking.
         max_length: tokens of prompt and completion together; what is longer is cut at the end.
         lora: None trains every weight; methods with a reference then hold a frozen copy of the base beside the policy.
         quantization: the frozen base in 4 bits ("nf4", QLoRA: Dettmers et al. 2023, arXiv:2305.14314) or 8 ("int8").
@@ -107,6 +108,7 @@ class TrainSpec:
     gradient_accumulation: int = 8
     warmup_ratio: float = 0.05
     lr_scheduler: str = "cosine"
+    chat_template_args: dict[str, Any] = field(default_factory=dict)
     max_length: int = 1024
     lora: LoraSpec | None = field(default_factory=LoraSpec)
     quantization: Quantization | None = None

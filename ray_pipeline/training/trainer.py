@@ -12,7 +12,7 @@ from peft import LoraConfig
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 from trl.trainer.utils import disable_dropout_in_model
 
-from ray_pipeline.training.methods import Method, method_of, trainer_config
+from ray_pipeline.training.methods import method_of, trainer_config
 from ray_pipeline.training.preflight import parquet_files
 from ray_pipeline.training.sharding import fsdp_on_cpus
 from ray_pipeline.training.spec import TrainSpec
@@ -35,8 +35,8 @@ def build_trainer(spec: TrainSpec, output_dir: str, callbacks: Sequence[TrainerC
         trainer = method.trainer_class()(
             model=spec.model,
             args=trainer_config(spec, output_dir),
-            train_dataset=_rows(spec.train_files, "train_files", method),
-            eval_dataset=_rows(spec.val_files, "val_files", method) if spec.val_files else None,
+            train_dataset=_rows(spec, spec.train_files, "train_files"),
+            eval_dataset=_rows(spec, spec.val_files, "val_files") if spec.val_files else None,
             processing_class=tokenizer,
             peft_config=_lora_config(spec),
             callbacks=list(callbacks),
@@ -119,8 +119,11 @@ def _lora_config(spec: TrainSpec) -> LoraConfig | None:
     )
 
 
-def _rows(pattern: str, setting: str, method: Method) -> Dataset:
+def _rows(spec: TrainSpec, pattern: str, setting: str) -> Dataset:
     """The columns that the method needs, and no others: `images` or `tools` would mean something to TRL."""
-    return load_dataset(
-        "parquet", data_files=parquet_files(pattern, setting), columns=list(method.columns), split="train"
-    )
+    columns = list(method_of(spec.method).columns)
+    rows = load_dataset("parquet", data_files=parquet_files(pattern, setting), columns=columns, split="train")
+    if spec.chat_template_args:
+        # Where TRL looks for them; a constant column of Arrow is stored once a row, and is small.
+        rows = rows.add_column("chat_template_kwargs", [spec.chat_template_args] * len(rows))
+    return rows

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from ray_pipeline.cli import app
 from ray_pipeline.graph.results import read_run
 from ray_pipeline.store.files import Folder
-from tests.dags.conftest import CONFIG, Quorum, run, wait_until
+from ray_pipeline.store.local import upload
+from tests.dags.conftest import CONFIG, SMALL, Quorum, run, wait_until
 from tests.s3 import location, s3_server
 
 pytestmark = pytest.mark.e2e
@@ -24,11 +25,14 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         yield location(address, "runs/whole")
 
 
-def test_a_run_on_an_object_store_trains_resumes_serves_and_reports(bucket: str, tmp_path: Path) -> None:
-    # Many steps, so that the driver is killed among them, and little of everything else: the server is Python.
-    steps = ["train.batch_size=2", "train.save_steps=4", "train.num_workers=1"]
-    small = ["prompts.sources.0.count=24", "prompts.num_shards=2", "candidates.k=3", *steps]
-    command = ["run", "dmapo", "-c", CONFIG, "--run-dir", bucket, *small]
+def test_a_run_on_an_object_store_trains_resumes_serves_and_reports(
+    small_run: Path, bucket: str, tmp_path: Path
+) -> None:
+    # The bucket has a call log already, so that no engine starts before the training; what comes after it is asked.
+    upload(small_run / "calls", Folder(bucket) / "calls")
+    # Many steps, so that the driver is killed among them.
+    steps = ["train.batch_size=4", "train.save_steps=6", "train.num_workers=1"]
+    command = ["run", "dmapo", "-c", CONFIG, "--run-dir", bucket, *SMALL, *steps]
     killed = Quorum(*command, cwd=tmp_path)
     wait_until(killed, lambda: checkpoints(Folder(bucket)))
     killed.kill()
@@ -36,6 +40,9 @@ def test_a_run_on_an_object_store_trains_resumes_serves_and_reports(bucket: str,
     assert f"run folder: {bucket}" in said
 
     found = read_run(bucket)
+    asking = {name for name, result in found.results.items() if result.usage.get("calls_engine")}
+    assert {"responses-base", "responses-policy", "comparisons"} <= asking
+    assert not {"candidates", "judge", "critic"} & asking
     assert {entry["status"] for entry in found.manifest["stages"].values()} == {"done"}
     facts = found.results["train"].facts
     assert facts["resumed_from"] and facts["steps"] > facts["resumed_from"]

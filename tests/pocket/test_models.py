@@ -5,6 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ray_pipeline.pocket import MODELS, WEIGHTS, model_path
 from ray_pipeline.pocket.judging import LAYOUTS, ROLES, JudgePrompts, verdict_of
-from ray_pipeline.pocket.measure import measure
 from ray_pipeline.pocket.responses import judged_response
 from ray_pipeline.pocket.reviewing import FeedbackPrompts
 from ray_pipeline.pocket.tasks import is_correct, make_prompts
@@ -104,9 +107,13 @@ def test_a_review_makes_most_false_answers_right() -> None:
 
 
 @pytest.mark.e2e
-def test_figures_through_vllm() -> None:
-    """The card's figures, measured again through real vLLM engines: four engine starts, about three minutes."""
-    figures = measure(WEIGHTS, 80)
+def test_figures_through_vllm(tmp_path: Path) -> None:
+    """The card's figures, measured again through real vLLM engines by the command that wrote the card."""
+    weights = shutil.copytree(WEIGHTS, tmp_path / "weights")
+    command = ["-m", "ray_pipeline.pocket.measure", "--weights", str(weights), "--prompts", "80"]
+    subprocess.run([sys.executable, *command], check=True, timeout=600)
+    figures = json.loads((weights / "card.json").read_text(encoding="utf-8"))["measured"]
+    assert {found["prompts"] for found in figures.values()} == {80}
     policy, reviewer, generator = figures["policy"], figures["reviewer"], figures["generator"]
     assert 0.4 <= policy["greedy_right"] <= 0.6
     assert 0.4 <= policy["sampled_right"] <= 0.6

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from ray_pipeline.graph.models import TokenizerSettings
 from ray_pipeline.stages.datasets import (
     DPO_DROPPED,
     KTO_DROPPED,
@@ -329,7 +330,9 @@ def test_token_counter_counts_as_trl_does(tokenizer):
 def test_token_counter_loads_and_refuses(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "policy")
     prompt = [{"role": "user", "content": "sort"}]
-    assert TokenCounter.load(str(tmp_path / "policy"))(prompt, None) == TokenCounter(tokenizer)(prompt, None)
+    assert TokenCounter.load(TokenizerSettings(model=str(tmp_path / "policy")))(prompt, None) == TokenCounter(
+        tokenizer
+    )(prompt, None)
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
         TokenCounter(tokenizer)

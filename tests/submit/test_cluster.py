@@ -83,8 +83,8 @@ def tree(tmp_path: Path) -> Path:
 
 
 def test_a_job_is_submitted_again_from_a_changed_tree_and_after_the_head_was_lost(tree: Path, tmp_path: Path) -> None:
-    run, key = tmp_path / "shared" / "run", {"QUORUM_TEST_KEY": "x"}
-    with RayNodes(cpus=2) as nodes, Endpoint(Replies(seconds=0.3)) as server:
+    run, key, replies = tmp_path / "shared" / "run", {"QUORUM_TEST_KEY": "x"}, Replies(seconds=0.3)
+    with RayNodes(cpus=2) as nodes, Endpoint(replies) as server:
         (tree / "job.yaml").write_text(yaml.safe_dump(config(server.url)))
         # The head has no key: a label keeps engines off it, so it needs none.
         nodes.add(labels=JUDGE, resources={"engine": 1}, env=key)
@@ -106,6 +106,7 @@ def test_a_job_is_submitted_again_from_a_changed_tree_and_after_the_head_was_los
         for node in [nodes.head, *nodes.nodes]:
             node.kill()
         nodes.nodes.clear()
+        replies.seconds = 0.0
         nodes.start_head()
         nodes.add(labels=JUDGE, resources={"engine": 1}, env=key)
         output = again.ends(0, SECONDS)

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from ray_pipeline.engines.chat_template import ChatTemplate
+from ray_pipeline.stages.datasets import TokenCounter
 from ray_pipeline.store.schemas import MESSAGES
 from ray_pipeline.training import (
     METHODS,
@@ -255,6 +258,36 @@ def test_counts_are_those_of_trl(
         check_data(dataclasses.replace(spec, max_length=longest_prompt))
     added = "<|system|> in front and <eos> at the end" in " ".join(report.warnings)
     assert added == (bare and METHODS[method].adds_ends)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_chats_are_rendered_for_the_training_as_for_the_engine(
+    make_spec: MakeSpec, tiny_model: str, tmp_path: Path, method: str
+) -> None:
+    """As Qwen3's template does it: thinking is on unless it is switched off, and then the thought is there, empty."""
+    from transformers import AutoTokenizer
+
+    from ray_pipeline.training.trainer import build_trainer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    thought = "{% if enable_thinking is defined and not enable_thinking %}no thought:{% endif %}"
+    said = "{% if m['role'] == 'assistant' and loop.last %}no thought:{% endif %}"
+    tokenizer.chat_template = TEMPLATE.replace("{{ m['content'] }}", said + "{{ m['content'] }}").replace(
+        "<|assistant|>", "<|assistant|>" + thought
+    )
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    tokenizer.save_pretrained(folder)
+    chosen = {"enable_thinking": False}
+    spec = make_spec(method, num_workers=1, model=str(folder), chat_template_args=chosen)
+    row = build_trainer(spec, str(tmp_path / "scratch")).train_dataset[0]
+    whole = next(row[name] for name in ("input_ids", "chosen_input_ids", "prompt_ids") if name in row)
+    prompt = pq.read_table(spec.train_files.replace("*", "00000"))["prompt"][0].as_py()
+    asked = ChatTemplate(tokenizer, None, chosen).token_ids(prompt)
+    assert asked != ChatTemplate(tokenizer, None, {}).token_ids(prompt)
+    assert whole[: len(asked)] == asked == TokenCounter(tokenizer, chat_template_args=chosen)(prompt)
+    answer = next(row[name] for name in ("completion_ids", "chosen_ids", "labels", "chosen_labels") if name in row)
+    learnt = tokenizer.decode([token for token in answer if token != -100])
+    assert "no thought" not in learnt and learnt.strip()
 
 
 def test_packed_rows_are_counted_as_sequences(make_spec: MakeSpec, tmp_path: Path) -> None:
