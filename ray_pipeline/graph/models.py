@@ -62,7 +62,7 @@ class Placement(Room):
 
 
 class TokenizerSettings(Settings):
-    """A model's tokenizer, and how its chat template is rendered: for counts and trainings as for the engine."""
+    """A model's tokenizer, to count with, and the arguments that its chat template gets from the engine as well."""
 
     model: str
     revision: str | None = None

@@ -84,6 +84,8 @@ class WholeInput:
         folder: where it writes; it is the stage's own and keeps what an interrupted attempt left there.
         calls_root: folder of the call log.
         log: a line for the run's log and terminal.
+        tick: how far it is, of how much.
+        stopping: why it should end in good order now, or None.
     """
 
     inputs: Mapping[str, StageResult]
@@ -94,6 +96,7 @@ class WholeInput:
     settings: Any
     log: Callable[[str], None]
     tick: Callable[[int, int], None]
+    stopping: Callable[[], str | None] = lambda: None
 
 
 @dataclasses.dataclass(frozen=True)

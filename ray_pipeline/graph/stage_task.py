@@ -128,6 +128,12 @@ def _run_whole(job: StageJob, parents: Mapping[str, StageResult]) -> StageResult
     def tick(done: int, total: int) -> None:
         job.board.put.remote(job.name, {"rows": done, "rows_total": total})
 
+    def stopping() -> str | None:
+        try:
+            return ray.get(job.board.stopping.remote(job.name), timeout=10)
+        except ray.exceptions.RayError:  # whoever cannot be asked does not end a training
+            return None
+
     given = WholeInput(
         parents,
         Folder(job.folder),
@@ -137,6 +143,7 @@ def _run_whole(job: StageJob, parents: Mapping[str, StageResult]) -> StageResult
         job.work.settings,
         log,
         tick,
+        stopping,
     )
     # Paths that the user gave are those of the driver's folder; a worker of a cluster that was there begins elsewhere.
     there = os.path.isdir(job.working_folder)

@@ -38,16 +38,8 @@ def start_engine(folder: Path) -> LLM:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM
-    from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-    return LLM(
-        str(folder),
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=256,
-        disable_log_stats=True,
-        distributed_executor_backend=UniProcExecutor,  # by its class: the CPU platform replaces the name "uni" by "mp"
-    )
+    return LLM(str(folder), dtype="float32", enforce_eager=True, max_model_len=256, disable_log_stats=True)
 
 
 def generate(

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from ray_pipeline.agents.jurors import JuryRule
-from ray_pipeline.graph.models import ModelSettings
+from ray_pipeline.graph.models import TokenizerSettings
 from ray_pipeline.graph.results import Run
 from ray_pipeline.stages.audit import AuditReport, RunTables, audit_run
 from ray_pipeline.stages.audit_loop import audit_loop
@@ -111,7 +111,8 @@ def _loop(run: Run) -> AuditReport:
 
 def _audit(run: Run, made: _Made) -> AuditReport:
     config, results = run.manifest["config"], run.results
-    policy = ModelSettings.model_validate(config["models"][config["train"]["model"]])
+    policy = config["models"][config["train"]["model"]]
+    tokenizer = TokenizerSettings(**{name: policy[name] for name in TokenizerSettings.model_fields})
     judges = [n for n in sorted(results) if results[n].tables == ("verdicts",) and not n.startswith("score-")]
     tables = RunTables(
         prompts=results["prompts"].table(),
@@ -124,4 +125,4 @@ def _audit(run: Run, made: _Made) -> AuditReport:
         gate=made.gate,
         config=made.config,
     )
-    return audit_run(tables, TokenCounter.load(policy.tokenizer))  # as the rows were measured
+    return audit_run(tables, TokenCounter.load(tokenizer))  # as the rows were measured

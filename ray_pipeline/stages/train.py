@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from typing import Annotated, Any, Literal
 
@@ -9,19 +10,21 @@ import ray
 from pydantic import Field, model_validator
 
 from ray_pipeline.graph.models import ModelSettings
-from ray_pipeline.graph.stage import BadInput, Stage, WholeInput, WholeWork
-from ray_pipeline.store.files import StoreError, join
+from ray_pipeline.graph.stage import BadInput, Stage, StageStop, WholeInput, WholeWork
+from ray_pipeline.store.files import NotWritten, StoreError, join
 from ray_pipeline.store.schemas import TRAIN_METRICS
 from ray_pipeline.store.settings import Settings
 from ray_pipeline.training.fit import fit
 from ray_pipeline.training.methods import METHODS
 from ray_pipeline.training.spec import (
     PROGRESS,
+    STOP,
     LoraSpec,
     MethodName,
     Quantization,
     Shard,
     TrainingInputError,
+    TrainingStopped,
     TrainSpec,
 )
 
@@ -154,6 +157,7 @@ def train_policy(given: WholeInput) -> dict[str, Any]:
 
     Raises:
         BadInput: the data, the settings or the cluster cannot give a training run.
+        StageStop: the run was to end (`--max-cost`), and the training ended at a checkpoint.
     """
     settings: _Given = given.settings
     train, model = settings.train, settings.model
@@ -203,6 +207,7 @@ def train_policy(given: WholeInput) -> dict[str, Any]:
         trainer_args=train.trainer_args,
         card={"data set": data.fingerprint, "kind of rows": kind, "training": given.fingerprint},
     )
+    given.folder.delete(STOP)  # of an earlier attempt
     ended = threading.Event()
     teller = threading.Thread(target=_tell, args=(given, ended), daemon=True)
     teller.start()
@@ -210,6 +215,8 @@ def train_policy(given: WholeInput) -> dict[str, Any]:
         result = fit(spec, lambda warning: given.log(f"warning: {warning}"))
     except TrainingInputError as error:
         raise BadInput(str(error)) from error
+    except TrainingStopped as error:
+        raise StageStop(str(error)) from error
     finally:
         ended.set()
         teller.join()
@@ -229,12 +236,17 @@ def train_policy(given: WholeInput) -> dict[str, Any]:
 
 
 def _tell(given: WholeInput, ended: threading.Event) -> None:
-    """Pass on what the workers write about their progress."""
-    told = None
+    """Pass on what the workers write about their progress, and to them that the run is to end."""
+    told = asked = None
     while not ended.wait(1.0):
+        if asked is None and (reason := given.stopping()):
+            with contextlib.suppress(NotWritten):  # then in a second
+                given.folder.write_json(STOP, {"reason": reason})
+                given.log(f"ends at its next checkpoint, unless that is the last: {reason}")
+                asked = reason
         try:
             now = given.folder.read_json(PROGRESS)
-        except (FileNotFoundError, StoreError):
+        except (OSError, StoreError):
             continue
         if now != told:
             told = now

@@ -8,7 +8,15 @@ from ray_pipeline.training.fit import fit
 from ray_pipeline.training.merge import MergeError, MergeReport, merge_adapter
 from ray_pipeline.training.methods import METHODS, validate_trainer_args
 from ray_pipeline.training.preflight import DataReport, check_cluster, check_data, check_spec
-from ray_pipeline.training.spec import DataKind, LoraSpec, MethodName, TrainingInputError, TrainResult, TrainSpec
+from ray_pipeline.training.spec import (
+    DataKind,
+    LoraSpec,
+    MethodName,
+    TrainingInputError,
+    TrainingStopped,
+    TrainResult,
+    TrainSpec,
+)
 
 __all__ = [
     "METHODS",
@@ -21,6 +29,7 @@ __all__ = [
     "TrainResult",
     "TrainSpec",
     "TrainingInputError",
+    "TrainingStopped",
     "check_cluster",
     "check_data",
     "check_spec",

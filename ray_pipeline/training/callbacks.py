@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
+import torch.distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ray_pipeline.store.files import Folder, NotWritten
-from ray_pipeline.training.spec import PROGRESS
+from ray_pipeline.store.files import Folder, NotWritten, StoreError
+from ray_pipeline.training.spec import PROGRESS, STOP
 
 logger = logging.getLogger("quorum.train")
 
@@ -72,6 +73,36 @@ class ReportCheckpoint(TrainerCallback):
         )
         if not state.is_world_process_zero:
             shutil.rmtree(folder, ignore_errors=True)  # Hugging Face rotates them on rank 0 only
+
+
+class StopAtCheckpoint(TrainerCallback):
+    """End a training that is asked to (`STOP` in its folder) at a checkpoint, all ranks at the same one.
+
+    Stands after `ReportCheckpoint`, so that the checkpoint is kept.
+
+    Attributes:
+        reason: why the training ended before its last step, or None.
+    """
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+        self.reason: str | None = None
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            return
+        asked = [self._asked() if state.is_world_process_zero else None]
+        if torch.distributed.is_initialized():
+            torch.distributed.broadcast_object_list(asked)
+        (self.reason,) = asked
+        if self.reason is not None:
+            control.should_training_stop = True
+
+    def _asked(self) -> str | None:
+        try:
+            return str(self._folder.read_json(STOP)["reason"])
+        except (OSError, StoreError):  # Nobody asks, or the storage cannot say now: there is another checkpoint.
+            return None
 
 
 class LogProgress(TrainerCallback):

@@ -17,7 +17,7 @@ from ray_pipeline.store.schemas import TRAIN_METRICS
 from ray_pipeline.training.methods import beta_of, validate_trainer_args
 from ray_pipeline.training.metrics import mean_train_loss
 from ray_pipeline.training.preflight import check_cluster, check_data, check_spec
-from ray_pipeline.training.spec import TrainResult, TrainSpec
+from ray_pipeline.training.spec import TrainingStopped, TrainResult, TrainSpec
 
 logger = logging.getLogger("quorum.train")
 
@@ -42,6 +42,7 @@ def fit(spec: TrainSpec, warn: Callable[[str], None] = logger.warning) -> TrainR
 
     Raises:
         TrainingInputError: settings, data or cluster cannot give a run; nothing was started.
+        TrainingStopped: the file `STOP` in `output_dir` asked for it. Calling again without it goes on from there.
         ray.train.TrainingFailedError: workers failed more than `max_failures` times, or could not be placed within
             `schedule_timeout_s`. Calling again goes on from the newest checkpoint.
     """
@@ -85,6 +86,8 @@ def fit(spec: TrainSpec, warn: Callable[[str], None] = logger.warning) -> TrainR
         ),
     )
     done = trainer.fit().return_value  # type: ignore[attr-defined]
+    if "stopped" in done:
+        raise TrainingStopped(done["stopped"])
     metrics = pa.Table.from_pylist(done["metrics"], schema=TRAIN_METRICS)
     written = done["written"]
     return TrainResult(

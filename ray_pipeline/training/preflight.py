@@ -96,6 +96,15 @@ def check_spec(spec: TrainSpec) -> None:
         raise TrainingInputError(f"model: there is no folder {spec.model}")
     if not spec.run_name or "/" in spec.run_name or spec.run_name.startswith("."):
         raise TrainingInputError(f"run_name must be a plain file name, not {spec.run_name!r}")
+    try:  # They reach TRL as a column of the rows. Its ORPO and CPO trainers give the template `tools` of their own.
+        kept = pa.array([spec.chat_template_args]).to_pylist() == [spec.chat_template_args]
+    except pa.ArrowException:
+        kept = False
+    if not kept or (method.adds_ends and "tools" in spec.chat_template_args):
+        raise TrainingInputError(
+            f"chat_template_args: {spec.method} cannot be trained with {spec.chat_template_args!r}; use plain values "
+            "and lists of one kind"
+        )
     if spec.dtype not in DTYPES:
         raise TrainingInputError(f"dtype must be one of {', '.join(DTYPES)}, not {spec.dtype!r}")
     for name, least in _AT_LEAST.items():

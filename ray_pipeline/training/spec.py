@@ -15,10 +15,16 @@ Shard = Literal["none", "fsdp", "zero2", "zero3"]
 
 #: File in `TrainSpec.output_dir` that tells how far a running training is: {"step", "steps", "line"}.
 PROGRESS = "progress.json"
+#: File there that ends a training at its next checkpoint, unless that is the last: {"reason"}.
+STOP = "stop.json"
 
 
 class TrainingInputError(ValueError):
     """The settings, the data or the cluster cannot give a training run; the message names the key and the remedy."""
+
+
+class TrainingStopped(RuntimeError):
+    """A training ended at a checkpoint because it was asked to; the same call goes on from there."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class TrainSpec:
             `deepspeed`). `trainer_args.fsdp_config` or `.deepspeed` replaces the preset.
         desirable_weight: λ_D of the KTO paper; `undesirable_weight` is its λ_U.
         disable_dropout: True zeroes every dropout, the adapter's too (TRL's silent default).
-        save_steps: optimiser steps between checkpoints, which is also what a failure can cost.
+        save_steps: optimiser steps between checkpoints: what a failure can cost, and how late a stop can come.
         logging_steps: optimiser steps between rows of the metrics table.
         max_failures: how often a failed worker group is started again from the newest checkpoint.
         schedule_timeout_s: how long to wait for resources that other work holds.

@@ -24,6 +24,7 @@ from ray_pipeline.training.callbacks import (
     EvaluateEachEpoch,
     LogProgress,
     ReportCheckpoint,
+    StopAtCheckpoint,
     StopWhenDone,
 )
 from ray_pipeline.training.card import model_card
@@ -37,7 +38,8 @@ logger = logging.getLogger("quorum.train")
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
-    """Train, or go on training, and leave the trained model behind. Rank 0 returns what `fit` reports.
+    """Train, or go on training, and leave the trained model behind. Rank 0 returns what `fit` reports; of a training
+    that was stopped, why.
 
     Args:
         config: {"spec": `TrainSpec.to_dict()`}.
@@ -57,13 +59,18 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
     _logger_folders(spec)
     try:
         progress = LogProgress(spec.effective_batch, kept)
-        trainer = build_trainer(spec, str(scratch), callbacks=[ReportCheckpoint(), progress])
+        stop = StopAtCheckpoint(kept)
+        trainer = build_trainer(spec, str(scratch), callbacks=[ReportCheckpoint(), stop, progress])
         if trainer.eval_dataset is not None:
             trainer.add_callback(EvaluateEachEpoch())
         effective = effective_settings(spec, trainer)
         started = time.monotonic()
         resumed_from = _train(trainer)
         train_seconds = time.monotonic() - started
+        if stop.reason is not None:
+            if rank == 0 and not kept.is_local:  # what loggers have written so far
+                upload(Path(spec.output_dir), kept)
+            return {"stopped": stop.reason}
 
         metrics = train_metrics(trainer.state.log_history)
         effective |= {

@@ -36,19 +36,16 @@ def test_an_unknown_stage(tmp_path: Path) -> None:
     assert "no stage 'jugde'" in refused(tmp_path / "run", "--to", "jugde")
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [("", "no row"), ('{"text": "hello"}\n', "question"), ('{"question": 3}\n', "line 1"), ("{\n", "line 1")],
-)
-def test_unusable_prompt_files(tmp_path: Path, content: str, message: str) -> None:
+def test_an_unusable_prompt_file(tmp_path: Path) -> None:
+    """How a stage's own refusal comes back; what is unusable, in which words, is in tests/stages/test_sources.py."""
     file = tmp_path / "prompts.jsonl"
-    file.write_text(content)
+    file.write_text('{"question": 3}\n')
     source = json.dumps([{"type": "jsonl", "path": str(file), "column": "question"}])
     quorum = run(
         "run", "dmapo", "-c", CONFIG, "--run-dir", str(tmp_path / "run"), "--to", "prompts",
         f"prompts.sources={source}", expect=2,
     )  # fmt: skip
-    assert str(file) in quorum.output and message in quorum.output and "Traceback" not in quorum.output
+    assert str(file) in quorum.output and "line 1" in quorum.output and "Traceback" not in quorum.output
 
 
 def test_a_run_folder_with_a_living_owner_is_refused(tmp_path: Path) -> None:

@@ -562,8 +562,8 @@ def test_what_a_run_folder_keeps_of_its_configuration_can_be_read_back(dag: str,
     assert read_config(dag, kept, [], "manifest.json", WORKFLOWS[dag]) == config
 
 
-@pytest.mark.parametrize("key", ["adapter", "chat_template"])
+@pytest.mark.parametrize("key", ["adapter", "chat_template", "args.tokenizer"])
 def test_what_is_trained_is_the_model_that_answers(load: Any, key: str) -> None:
-    """Training would start from the bare model, and with the tokenizer's own template."""
+    """Training would start from the bare model, and with its own tokenizer and template."""
     with pytest.raises(ConfigError, match=rf"models\.policy\.{key}: training starts from the model without it"):
         load(f"models.policy.{key}=x")

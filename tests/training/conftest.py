@@ -148,6 +148,7 @@ def make_spec(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Make
             "gradient_accumulation": 1,
             "max_length": 64,
             "save_steps": 2,
+            "chat_template_args": {"enable_thinking": False},  # as every model of a run has them
             "lora": LoraSpec(r=4, alpha=8, dropout=0.1),
             "card": {"data set": "0123abcd"},
         }

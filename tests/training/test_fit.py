@@ -18,9 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from ray_pipeline.store.files import Folder
 from ray_pipeline.store.schemas import TRAIN_METRICS
-from ray_pipeline.training import METHODS, TrainResult, TrainSpec, fit
-from ray_pipeline.training.spec import PROGRESS
+from ray_pipeline.training import METHODS, TrainingStopped, TrainResult, TrainSpec, fit
+from ray_pipeline.training.spec import PROGRESS, STOP
 
 from .conftest import REPOSITORY, STEPS, MakeSpec, undisturbed_spec, with_validation
 
@@ -201,7 +202,7 @@ def test_a_killed_driver_goes_on_by_the_same_command(finished: Finished, make_sp
 # --- the other methods and options ------------------------------------------------------------------------------------
 
 
-def test_dpo_trains_from_bfloat16_with_accumulation(make_spec: MakeSpec, local_ray: None) -> None:
+def test_dpo_is_stopped_and_goes_on_from_bfloat16_with_accumulation(make_spec: MakeSpec, local_ray: None) -> None:
     spec = make_spec(
         "dpo",
         dtype="bfloat16",
@@ -211,8 +212,14 @@ def test_dpo_trains_from_bfloat16_with_accumulation(make_spec: MakeSpec, local_r
         disable_dropout=True,
         gradient_checkpointing=True,
     )
+    folder = Folder(spec.output_dir)
+    folder.write_json(STOP, {"reason": "the money is gone"})
+    with pytest.raises(TrainingStopped, match="the money is gone"):
+        fit(spec)
+    folder.delete(STOP)
     result = fit(spec)
     assert result.steps == 6 and steps(result, "train") == list(range(1, 7))
+    assert result.resumed_from == spec.save_steps
     first, *_, last = result.metrics.to_pylist()
     assert first["rewards_margins"] == 0.0 and first["loss"] == pytest.approx(0.6931, abs=1e-3)
     assert last["loss"] < first["loss"]

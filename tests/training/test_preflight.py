@@ -64,6 +64,9 @@ from .conftest import (
         ({"shard": "fsdp", "num_workers": 1}, "nothing to deal out"),
         ({"shard": "zero2"}, "shard=zero2 needs workers with a GPU"),
         ({"trainer_args": {"fsdp_config": {}}}, "trainer_args.fsdp_config is read with shard=fsdp only"),
+        ({"chat_template_args": {"mixed": [1, "a"]}}, "chat_template_args: kto cannot be trained with"),
+        ({"chat_template_args": {"documents": [{"a": 1}, {"b": 2}]}}, "plain values and lists of one kind"),
+        ({"method": "orpo", "chat_template_args": {"tools": []}}, "orpo cannot be trained with {'tools'"),
     ],
 )
 def test_settings_are_checked_by_name(make_spec: MakeSpec, changes: dict[str, Any], words: str) -> None:
@@ -293,7 +296,7 @@ def test_chats_are_rendered_for_the_training_as_for_the_engine(
 def test_packed_rows_are_counted_as_sequences(make_spec: MakeSpec, tmp_path: Path) -> None:
     from ray_pipeline.training.trainer import build_trainer
 
-    spec = make_spec("sft", num_workers=1, batch_size=2, trainer_args={"packing": True})
+    spec = make_spec("sft", num_workers=1, batch_size=2, trainer_args={"packing": True}, chat_template_args={})
     report, trainer = check_data(spec), build_trainer(spec, str(tmp_path / "scratch"))
     assert 4 < report.sequences == len(trainer.train_dataset) < report.rows == 48
     assert report.steps_per_epoch == len(trainer.train_dataset) // 2

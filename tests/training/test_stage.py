@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ import pytest
 from pydantic import ValidationError
 
 from ray_pipeline.graph.models import ModelSettings
-from ray_pipeline.graph.stage import BadInput, Stage, StageResult, WholeInput, WholeWork
+from ray_pipeline.graph.stage import BadInput, Stage, StageResult, StageStop, WholeInput, WholeWork
 from ray_pipeline.stages import train as stage
 from ray_pipeline.stages.train import TrainSettings, train, train_policy
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.schemas import TRAIN_METRICS
-from ray_pipeline.training import METHODS, TrainingInputError, TrainResult, TrainSpec
+from ray_pipeline.training import METHODS, TrainingInputError, TrainingStopped, TrainResult, TrainSpec
+from ray_pipeline.training.spec import STOP
 
 
 def test_beta_is_the_methods_own_and_shown() -> None:
@@ -65,6 +67,35 @@ def test_one_workflow_can_have_many_policies(tiny_model: str) -> None:
     # What only says how to run makes no other policy.
     elsewhere = train(TrainSettings(cpus_per_worker=2, report_to=("wandb",), max_failures=9), model, 64, data)
     assert elsewhere.fingerprint == one.fingerprint
+
+
+def test_a_run_that_is_to_end_asks_the_workers(
+    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Folder(str(tmp_path / "stage"))
+    folder.write_json(STOP, {"reason": "of the last time"})
+    said: list[str] = []
+
+    def fit(spec: TrainSpec, warn: Callable[[str], None]) -> TrainResult:
+        assert spec.output_dir == folder.location and not folder.exists(STOP)
+        end = time.monotonic() + 30
+        while not folder.exists(STOP):
+            assert time.monotonic() < end, "nobody asks"
+            time.sleep(0.05)
+        raise TrainingStopped(folder.read_json(STOP)["reason"])
+
+    monkeypatch.setattr(stage, "fit", fit)
+    monkeypatch.setattr(stage.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    made = train(TrainSettings(), ModelSettings(model=tiny_model), 64, data_stage())
+    assert isinstance(made.work, WholeWork)
+    data = StageResult("datasets", "d" * 16, str(tmp_path / "data"), 1, (), {}, {}, {})
+    given = WholeInput(
+        {"datasets": data}, folder, folder, "f" * 16, 1, made.work.settings, said.append, lambda step, steps: None,
+        lambda: "the run has cost 2 USD",
+    )  # fmt: skip
+    with pytest.raises(StageStop, match="the run has cost 2 USD"):
+        train_policy(given)
+    assert said == ["ends at its next checkpoint, unless that is the last: the run has cost 2 USD"]
 
 
 RunStage = Callable[..., tuple[TrainSpec, dict[str, Any], list[str]]]
