@@ -124,6 +124,6 @@ def _rows(spec: TrainSpec, pattern: str, setting: str) -> Dataset:
     columns = list(method_of(spec.method).columns)
     rows = load_dataset("parquet", data_files=parquet_files(pattern, setting), columns=columns, split="train")
     if spec.chat_template_args:
-        # Where TRL looks for them; a constant column of Arrow is stored once a row, and is small.
+        # TRL reads them from a column of this name, row by row.
         rows = rows.add_column("chat_template_kwargs", [spec.chat_template_args] * len(rows))
     return rows

@@ -14,7 +14,7 @@ from tests.dags.conftest import Quorum, calls_of, contradictions, engine_calls, 
 
 pytestmark = pytest.mark.e2e
 
-PAIRS = 24
+PAIRS = 40
 #: Every role speaks in every round and scores at the end.
 ROLES, ROUNDS = 3, 2
 CALLS = PAIRS * (ROLES * ROUNDS + ROLES)

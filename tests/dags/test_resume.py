@@ -127,21 +127,21 @@ def test_a_shard_that_was_cut_in_half_is_named_and_remade(small_run: Path, tmp_p
 
 def test_a_judge_that_talks_nonsense_stops_the_stage(log: Path, tmp_path: Path) -> None:
     """And when that much nonsense is allowed, the run goes on and has incomplete rows."""
+    folder = tmp_path / "run"
     # The policy knows no judge's prompts; without a grammar nothing forces it into the form of a verdict.
-    nonsense = [
-        "run", "dmapo", "-c", CONFIG, "--to", "gate", *SMALL, f"calls.root={log}",
+    command = [
+        "run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), "--to", "gate", *SMALL, f"calls.root={log}",
         "models.judge.model=pocket:policy", "judge.asking.grammar=false", "judge.asking.retries=0",
         "models.judge.canary=false", "gate.use_critic=false",
     ]  # fmt: skip
-    allowed, folder = tmp_path / "allowed", tmp_path / "run"
-    assert run(*nonsense, "--run-dir", str(allowed), "failure.max_error_rate=1.0").living_engines() == []
-    counts = manifest(allowed)["stages"]["gate"]["facts"]["counts"]
-    # Not all of them: the policy may say a number where a verdict is asked.
-    assert counts["incomplete"] > 0.5 * sum(counts.values())
-    stopped = run(*nonsense, "--run-dir", str(folder), expect=1)
+    stopped = run(*command, expect=1)
     assert "could not be read" in stopped.output and "judge " in stopped.output and "%" in stopped.output
     assert manifest(folder)["stages"]["judge"]["status"] == "failed"
-    assert stopped.engines == {}  # the same replies, from the call log
+    assert stopped.living_engines() == []
+    run(*command, "failure.max_error_rate=1.0")
+    counts = manifest(folder)["stages"]["gate"]["facts"]["counts"]
+    # Not all of them: the policy may say a number where a verdict is asked.
+    assert counts["incomplete"] > 0.5 * sum(counts.values())
 
 
 def test_the_driver_killed_in_the_judge_stage(log: Path, tmp_path: Path) -> None:
@@ -168,6 +168,7 @@ def test_the_driver_killed_in_the_judge_stage(log: Path, tmp_path: Path) -> None
     print(f"\ndriver killed: {answered:.0f} calls answered, {kept} in the log, {lost:.0f} made twice, {total} in all")
     assert lost <= 2 + 4.0 * max(rate, 1.0)
     assert total > kept, "judging was over before it was killed"
+    assert sum(engine_calls(folder).values()) > 0
     replay(folder, log, tmp_path / "replay", *slow)
 
 
@@ -212,3 +213,6 @@ def test_two_runs_at_once_share_a_call_log(tmp_path: Path) -> None:
         assert manifest(folder)["stages"]["candidates"]["rows"] == {"candidates": 4 * COUNT}
     # What both asked at the same moment lies there twice, and may differ: their engines had other batches.
     assert calls_of(log, "candidate") == 4 * COUNT
+    again = tmp_path / "again"
+    run("run", "dmapo", "-c", CONFIG, "--run-dir", str(again), *candidates, "calls.replay_only=true")
+    assert engine_calls(again) == {} and manifest(again)["stages"]["candidates"]["rows"] == {"candidates": 4 * COUNT}

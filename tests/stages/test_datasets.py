@@ -330,9 +330,8 @@ def test_token_counter_counts_as_trl_does(tokenizer):
 def test_token_counter_loads_and_refuses(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "policy")
     prompt = [{"role": "user", "content": "sort"}]
-    assert TokenCounter.load(TokenizerSettings(model=str(tmp_path / "policy")))(prompt, None) == TokenCounter(
-        tokenizer
-    )(prompt, None)
+    loaded = TokenCounter.load(TokenizerSettings(model=str(tmp_path / "policy")))
+    assert loaded(prompt, None) == TokenCounter(tokenizer)(prompt, None)
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
         TokenCounter(tokenizer)
