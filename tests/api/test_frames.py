@@ -179,7 +179,8 @@ def test_a_strategy_of_a_users_file():
     judge = ScriptedEngine(lambda m, s: json.dumps({"reason": "", "score_a": 3, "score_b": 8}))
     found = quorum.compare(PAIRS, judge, {"kind": "examples/my_judge.py", "orders": "both", "low": 1})
     assert found["vote"].tolist() == ["tie", "tie"] and found["flipped"].all()
-    assert "Answer B:\ngood" in judge.asked[0][0][0]["content"] and "from 1 (meets" in judge.asked[0][0][0]["content"]
+    asked = judge.asked[0][0][0]["content"]
+    assert "Answer A:\ngood" in asked and "from 1 (meets" in asked
     with pytest.raises(ValueError, match="unknown strategy 'combine'; did you mean 'combined'"):
         quorum.compare(PAIRS, judge, "combine")
 
