@@ -417,7 +417,8 @@ def _token_ids(
     texts = tokenizer.apply_chat_template(
         chats, tokenize=False, add_generation_prompt=add_generation_prompt, **template_args
     )
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def _common_prefix(left: list[int], right: list[int]) -> int:

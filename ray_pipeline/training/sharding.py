@@ -69,8 +69,8 @@ def fsdp_on_cpus(spec: TrainSpec) -> Iterator[None]:
             state.fsdp_plugin, state.distributed_type = fsdp_plugin, DistributedType.FSDP
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
-    AcceleratorState.__init__ = init  # type: ignore[method-assign]
+    AcceleratorState.__init__ = init
     try:
         yield
     finally:
-        AcceleratorState.__init__ = original  # type: ignore[method-assign]
+        AcceleratorState.__init__ = original

@@ -100,7 +100,7 @@ def _reference(spec: TrainSpec, trainer: Any) -> str | None:
 def _size(parameter: torch.nn.Parameter) -> int:
     """Entries of a parameter: DeepSpeed leaves shells of those that it dealt out, bitsandbytes packs two a byte."""
     if hasattr(parameter, "ds_numel"):
-        return parameter.ds_numel
+        return int(parameter.ds_numel)
     shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
     return parameter.numel() if shape is None else math.prod(shape)
 
