@@ -34,12 +34,11 @@ from ray_pipeline.evaluate.stage import ReportSettings
 from ray_pipeline.graph.failures import FailureSettings
 from ray_pipeline.pocket import model_path
 from ray_pipeline.policy.comparisons import EvaluateSettings
-from ray_pipeline.policy.train import TrainSettings
 from ray_pipeline.store.files import join, normalise_location
 from ray_pipeline.store.keys import digest
 from ray_pipeline.store.settings import Settings
-from ray_pipeline.training.methods import METHODS, validate_trainer_args
-from ray_pipeline.training.spec import MethodName, TrainingInputError
+from ray_pipeline.training.methods import METHODS, MethodName, TrainingInputError, validate_trainer_args
+from ray_pipeline.training.spec import TrainSettings
 
 
 class ConfigError(ValueError):

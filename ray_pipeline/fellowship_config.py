@@ -27,11 +27,10 @@ from ray_pipeline.feedback.loop import LoopSettings
 from ray_pipeline.feedback.select import SelectSettings
 from ray_pipeline.graph.failures import FailureSettings
 from ray_pipeline.policy.comparisons import EvaluateSettings
-from ray_pipeline.policy.train import TrainSettings
 from ray_pipeline.store.keys import digest
 from ray_pipeline.store.settings import Settings
-from ray_pipeline.training.methods import validate_trainer_args
-from ray_pipeline.training.spec import TrainingInputError
+from ray_pipeline.training.methods import TrainingInputError, validate_trainer_args
+from ray_pipeline.training.spec import TrainSettings
 
 #: Stages that leave something to report, in the order of the workflow.
 STAGES = ("prompts", "candidates", "judge", "datasets", "train", "evaluate")

@@ -52,7 +52,9 @@ async def draw(given: ShardInput) -> ShardOutput:
     return ShardOutput({"candidates": to_table(rows, CANDIDATES)}, counts)
 
 
-async def _draw_one(given: ShardInput, settings: CandidateSettings, prompt: Mapping[str, Any], k: int) -> dict:
+async def _draw_one(
+    given: ShardInput, settings: CandidateSettings, prompt: Mapping[str, Any], k: int
+) -> dict[str, Any]:
     assert given.engine is not None
     pid = prompt["prompt_id"]
     seed = derived_seed("candidate", settings.seed, pid, k)

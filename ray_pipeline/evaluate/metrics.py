@@ -25,7 +25,7 @@ from ray_pipeline.policy.response_stats import (
 )
 from ray_pipeline.stats.bootstrap import Interval
 from ray_pipeline.stats.columns import chunk
-from ray_pipeline.stats.kappa_intervals import KappaInterval, kappa_intervals
+from ray_pipeline.stats.kappa import KappaInterval, kappa_intervals
 from ray_pipeline.stats.length_control import (
     LengthControlledScore,
     length_controlled_score,

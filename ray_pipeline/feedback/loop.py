@@ -375,7 +375,9 @@ async def reviewed(
     return found
 
 
-def review_row(answer: Mapping[str, Any], reviewer: str, iteration: int, found: Review, sample: int = 0) -> dict:
+def review_row(
+    answer: Mapping[str, Any], reviewer: str, iteration: int, found: Review, sample: int = 0
+) -> dict[str, Any]:
     """A row of schema REVIEWS."""
     return {
         "review_id": digest(["review", answer["candidate_id"], reviewer, iteration, sample]),

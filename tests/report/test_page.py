@@ -23,8 +23,7 @@ from ray_pipeline.report import charts, examples_data
 from ray_pipeline.report.charts import Bins
 from ray_pipeline.report.examples_data import Examples, collect_examples
 from ray_pipeline.report.page import script_json
-from ray_pipeline.stats.kappa import pairwise_kappas
-from ray_pipeline.stats.kappa_intervals import kappa_intervals
+from ray_pipeline.stats.kappa import kappa_intervals, pairwise_kappas
 from tests.evaluate.example_run import JUDGES, whole_run
 
 NASTY = (
