@@ -52,8 +52,8 @@ from ray_pipeline.agreement.vote_agreement import (
     paired,
     ratio,
 )
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.store.keys import unit_hash
-from ray_pipeline.store.settings import Settings
 
 
 class JurySettings(Settings):

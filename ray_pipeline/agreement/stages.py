@@ -14,6 +14,7 @@ from ray_pipeline.agents.strategies import Conflict
 from ray_pipeline.agreement.document import MeasureSettings
 from ray_pipeline.agreement.human_labels import HUMAN_DATA, read_human_labels, where_to_find
 from ray_pipeline.agreement.recorded import Recorded, Replay, read_item, read_recorded
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.sources import HuggingFaceSource, InputError, JsonlSource, content_digests
 from ray_pipeline.graph.results import Run
 from ray_pipeline.graph.stage import BadInput, Stage, StageResult, WholeInput, WholeWork, stage_table
@@ -22,7 +23,6 @@ from ray_pipeline.store.files import Folder, StoreError
 from ray_pipeline.store.keys import check_num_shards, digest, shard_of, unit_hash
 from ray_pipeline.store.local import written_here
 from ray_pipeline.store.schemas import BALLOTS, ITEMS, to_table
-from ray_pipeline.store.settings import Settings
 
 
 class AgreementData(Settings):

@@ -10,6 +10,7 @@ from ray_pipeline.bench.mt_bench.judge import answer_turns
 from ray_pipeline.bench.mt_bench.score import OTHER_TEMPERATURE
 from ray_pipeline.bench.questions import BenchmarksSettings
 from ray_pipeline.bench.schemas import BENCH_ANSWERS
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.base import EngineError, Message, PromptTooLong, Sampling
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.failures import FailureSettings
@@ -18,7 +19,6 @@ from ray_pipeline.graph.shard_map import all_of
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage
 from ray_pipeline.store.keys import derived_seed
 from ray_pipeline.store.schemas import to_table
-from ray_pipeline.store.settings import Settings
 
 #: Floors answer under this name and their own: "floor:echo".
 FLOOR = "floor:"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 from ray_pipeline.bench.answers import answers, floors
 from ray_pipeline.bench.files import BenchmarkFileError
@@ -13,7 +12,7 @@ from ray_pipeline.bench.ifeval.score import CheckersMissing, load_checkers
 from ray_pipeline.bench.judging import checks, judge_stages
 from ray_pipeline.bench.questions import BenchmarksSettings, question_rows, questions_stage
 from ray_pipeline.bench.report import BenchmarksPage, report_stage
-from ray_pipeline.engines.models import ModelSettings
+from ray_pipeline.engines.models import ModelSettings, ModelUse
 from ray_pipeline.graph.failures import FailureSettings
 from ray_pipeline.graph.stage import Stage
 
@@ -80,19 +79,24 @@ def check_benchmarks(settings: BenchmarksSettings) -> None:
                 )
 
 
-_Samplings = dict[str, tuple[Sequence[str], Mapping[str, Any]]]
+def benchmark_uses(settings: BenchmarksSettings, measured: Mapping[str, str], judges: str = "models") -> list[ModelUse]:
+    """The keys that choose a model.
 
-
-def benchmark_samplings(settings: BenchmarksSettings, answering: Sequence[str]) -> tuple[_Samplings, _Samplings]:
-    """Of answers and of judges: key of every sampling → the models that it is used on, and its `extra`."""
-    mt, alpaca, checked = settings.mt_bench, settings.alpaca_eval, settings.ifeval
-    answers: _Samplings = {}
-    judges: _Samplings = {}
-    if mt is not None:
-        judges["benchmarks.mt_bench.asking.sampling"] = ([mt.judge], mt.asking.sampling.extra)
-    if alpaca is not None:
-        judges["benchmarks.alpaca_eval.asking.sampling"] = ([alpaca.judge], alpaca.asking.sampling.extra)
-        answers["benchmarks.alpaca_eval.sampling"] = (answering, alpaca.sampling.extra)
-    if checked is not None:
-        answers["benchmarks.ifeval.sampling"] = (answering, checked.sampling.extra)
-    return answers, judges
+    Args:
+        measured: key of the configuration → the measured model's key under `models`.
+        judges: the block that judging models are chosen from.
+    """
+    mt, alpaca, ifeval = settings.mt_bench, settings.alpaca_eval, settings.ifeval
+    uses = []
+    for name, block in (("mt_bench", mt), ("alpaca_eval", alpaca)):
+        if block is not None:
+            where = f"benchmarks.{name}"
+            extra = block.asking.sampling.extra
+            uses.append(ModelUse(f"{where}.judge", block.judge, "judge", f"{where}.asking.sampling", extra, judges))
+    for key, model in measured.items():
+        uses.append(ModelUse(key, model, "generate"))
+        for name, answering in (("alpaca_eval", alpaca), ("ifeval", ifeval)):
+            if answering is not None:
+                sampling = f"benchmarks.{name}.sampling"
+                uses.append(ModelUse(key, model, "generate", sampling, answering.sampling.extra))
+    return uses

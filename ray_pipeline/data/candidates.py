@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from ray_pipeline.agents.judges import SamplingSettings
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.base import EngineError, PromptTooLong
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.failures import FailureSettings
@@ -16,7 +17,6 @@ from ray_pipeline.graph.shard_map import all_of
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, Stage
 from ray_pipeline.store.keys import candidate_id, derived_seed
 from ray_pipeline.store.schemas import CANDIDATES, to_table
-from ray_pipeline.store.settings import Settings
 
 _PUBLISHED = SamplingSettings(temperature=0.8, top_p=0.95, max_tokens=512)
 

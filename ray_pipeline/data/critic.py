@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from ray_pipeline.agents.judges import Asking, Critique, SamplingSettings, critique
 from ray_pipeline.agents.templates import Layout, RoleTemplate
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.judging import answers_of, unanswered
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.failures import FailureSettings
@@ -16,7 +17,6 @@ from ray_pipeline.graph.llm_stage import llm_stage
 from ray_pipeline.graph.shard_map import all_of
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, Stage
 from ray_pipeline.store.schemas import CRITIQUES, READ_STATUSES, to_table
-from ray_pipeline.store.settings import Settings
 
 
 class CriticSettings(Settings):

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from ray_pipeline.agents.judges import Asking, Rubric, SamplingSettings, Verdict, judge
 from ray_pipeline.agents.templates import ANY_FENCE, Layout, RoleTemplate, best_layout, part_lengths, transcript
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.failures import FailureSettings
 from ray_pipeline.graph.llm_stage import llm_stage
@@ -17,7 +18,6 @@ from ray_pipeline.graph.stage import ShardInput, ShardOutput, Stage, WholeInput,
 from ray_pipeline.store.files import StoreError
 from ray_pipeline.store.keys import digest
 from ray_pipeline.store.schemas import READ_STATUSES, VERDICTS, to_table
-from ray_pipeline.store.settings import Settings
 
 #: Candidates whose lengths decide the layout; a sample of the smallest ids, so that more prompts hardly change it.
 _LAYOUT_SAMPLE = 256

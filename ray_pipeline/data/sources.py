@@ -24,9 +24,9 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from pydantic import Field
 
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.store.files import Folder, StoreError, normalise_location
 from ray_pipeline.store.keys import digest
-from ray_pipeline.store.settings import Settings
 
 _BATCH_ROWS = 1024
 _BLOCK_BYTES = 1 << 23

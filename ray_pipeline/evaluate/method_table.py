@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.row_truth import RowTruth, row_truth
 from ray_pipeline.evaluate.stage import (
     stage_use,
@@ -26,7 +27,6 @@ from ray_pipeline.stats.protocol import Protocol, fixed_fields, measured_by
 from ray_pipeline.stats.winrate import completed_protocol
 from ray_pipeline.store.files import Folder, StoreError
 from ray_pipeline.store.local import written_here
-from ray_pipeline.store.settings import Settings
 from ray_pipeline.training.spec import MethodName
 
 

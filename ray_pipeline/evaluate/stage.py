@@ -12,6 +12,7 @@ import ray
 import yaml
 from pydantic import Field
 
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.results import Run
@@ -23,7 +24,6 @@ from ray_pipeline.stats.protocol import Protocol
 from ray_pipeline.store.files import Folder, StoreError, join
 from ray_pipeline.store.local import written_here
 from ray_pipeline.store.schemas import TRAIN_METRICS
-from ray_pipeline.store.settings import Settings
 
 if TYPE_CHECKING:  # Torch, transformers and scikit-learn take seconds to import, and a DAG is wired without them.
     from ray_pipeline.evaluate.data import ReportData, StageUse

@@ -22,6 +22,7 @@ from ray_pipeline.agents.feedback_loop import FeedbackTemplates, ReviewAsking, r
 from ray_pipeline.agents.judges import SamplingSettings
 from ray_pipeline.agents.jurors import MEAN, JuryRule, jury_scores
 from ray_pipeline.agents.templates import RoleTemplate
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.columnar import flat_counts, token_counter
 from ray_pipeline.data.datasets import DatasetsConfig, Encode, dpo_rows, kto_rows
 from ray_pipeline.data.prompts import PromptsConfig
@@ -43,7 +44,6 @@ from ray_pipeline.graph.shard_map import all_of
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage
 from ray_pipeline.store.keys import derived_seed, digest, prompt_id
 from ray_pipeline.store.schemas import CANDIDATES, PROMPTS, READ_STATUSES, REVIEWS, REVISIONS, VERDICTS, to_table
-from ray_pipeline.store.settings import Settings
 
 _WARM = SamplingSettings(temperature=0.8, top_p=0.95, max_tokens=1024)
 #: The judge's name in verdicts on reviews: what their revisions scored.

@@ -26,6 +26,7 @@ from ray_pipeline.agents.feedback_loop import (
 )
 from ray_pipeline.agents.judges import SamplingSettings
 from ray_pipeline.agents.templates import RoleTemplate
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.base import Completion, Message, PromptTooLong
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.failures import FailureSettings
@@ -34,7 +35,6 @@ from ray_pipeline.graph.shard_map import all_of
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage
 from ray_pipeline.store.keys import candidate_id, derived_seed, digest
 from ray_pipeline.store.schemas import CANDIDATES, READ_STATUSES, REVIEWS, to_table
-from ray_pipeline.store.settings import Settings
 
 _PUBLISHED = SamplingSettings(temperature=0.0, max_tokens=1024)
 

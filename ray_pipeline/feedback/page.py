@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.evaluate.stage import with_truth, write_report
 from ray_pipeline.feedback.loop import reviews_by_prompt, what_next
 from ray_pipeline.graph.results import Run
@@ -16,7 +17,6 @@ from ray_pipeline.graph.stage import Stage, StageResult, WholeInput, WholeWork
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.local import written_here
 from ray_pipeline.store.schemas import REVIEWS
-from ray_pipeline.store.settings import Settings
 
 #: Why a loop ends, in words.
 WORDS = {

@@ -23,6 +23,7 @@ from ray_pipeline.agents.ranking import Ranking, rank, rank_by_debate
 from ray_pipeline.agents.strategies import Strategy, StrategyAsking, StrategyTemplates, load_strategy_templates
 from ray_pipeline.agents.templates import Layout
 from ray_pipeline.agreement.ask import LiveJudge
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.gate import label_counts
 from ray_pipeline.data.mean_rank import MeanRank, mean_rank
 from ray_pipeline.engines.base import ChatEngine, Message
@@ -32,7 +33,6 @@ from ray_pipeline.graph.llm_stage import llm_stage
 from ray_pipeline.graph.shard_map import all_of
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage
 from ray_pipeline.store.schemas import READ_STATUSES, VERDICTS, to_table
-from ray_pipeline.store.settings import Settings
 
 
 class SelectSettings(Settings):

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from ray_pipeline.agents.judges import Asking, Choice, SamplingSettings, compare
 from ray_pipeline.agents.templates import Layout, RoleTemplate
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.judging import unanswered
 from ray_pipeline.engines.base import EngineError, PromptTooLong
 from ray_pipeline.engines.models import ModelSettings
@@ -20,7 +21,6 @@ from ray_pipeline.graph.stage import ShardInput, ShardOutput, Stage
 from ray_pipeline.stats.protocol import Protocol, settings_text, win_rate_by
 from ray_pipeline.store.keys import derived_seed, digest
 from ray_pipeline.store.schemas import COMPARISONS, READ_STATUSES, RESPONSES, to_table
-from ray_pipeline.store.settings import Settings
 
 #: What a choice means for the policy; in order `ab` the policy's answer is A, in order `ba` the base model's is.
 _VOTES = {("ab", "A"): "policy", ("ab", "B"): "base", ("ba", "A"): "base", ("ba", "B"): "policy"}

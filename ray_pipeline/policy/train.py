@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal
 import ray
 from pydantic import Field, model_validator
 
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.stage import BadInput, Stage, StageStop, WholeInput, WholeWork
 from ray_pipeline.store.files import NotWritten, StoreError, join
 from ray_pipeline.store.schemas import TRAIN_METRICS
-from ray_pipeline.store.settings import Settings
 from ray_pipeline.training.fit import fit
 from ray_pipeline.training.methods import METHODS
 from ray_pipeline.training.spec import (

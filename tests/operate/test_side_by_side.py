@@ -136,7 +136,7 @@ def test_the_command(tmp_path: Path) -> None:
         ([a, b], f"`quorum report {b}` writes it"),
         ([a, str(tmp_path / "none")], "holds no run"),
         ([a, run_folder(tmp_path / "c", dataclasses.replace(pair()[0], workflow="baselines"))], "one workflow"),
-        ([a, a, "--out", str(tmp_path / "no" / "x.html")], "a folder that exists"),
+        ([a, a, "--out", str(tmp_path / "no" / "x.html")], "an existing folder"),
     ):
         refused = CliRunner().invoke(app, ["compare", *arguments])
         assert refused.exit_code == 2 and told in " ".join(refused.output.split()), (arguments, refused.output)
