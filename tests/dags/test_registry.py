@@ -41,7 +41,7 @@ def test_every_module_of_dags_defines_the_workflow_of_its_name() -> None:
     assert workflow_names() == ["agreement", "baselines", "benchmarks", "dmapo", "fellowship", "winrate"]
     for name in workflow_names():
         assert find_workflow(name).name == name
-    with pytest.raises(ConfigError, match="unknown workflow 'dmapp'; choose from agreement, .* or give a .py file"):
+    with pytest.raises(ConfigError, match=r"unknown workflow 'dmapp'; choose from agreement, .* or give a \.py file"):
         find_workflow("dmapp")
 
 
