@@ -18,8 +18,8 @@ import os
 import time
 import traceback
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import pyarrow as pa
 import ray
@@ -44,8 +44,6 @@ REPORT_SECONDS = 0.5
 _REPLIES_AT_ONCE = 100
 #: What ends the whole stage; any other error is of one shard.
 _STOPS = (StageStop, EngineStop, CallNotLogged)
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -370,19 +368,6 @@ def _try_columnar(job: ShardJob, shard: int) -> Receipt:
     except Exception as error:
         logger.exception("%s, shard %d", job.stage, shard)
         return _failed(job, shard, _describe(error))
-
-
-async def all_of(coroutines: Iterable[Awaitable[T]]) -> list[T]:
-    """Await all, in order; the first failure cancels the others and is raised as it is."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks: list[asyncio.Task[T]] = [group.create_task(c) for c in coroutines]  # type: ignore[arg-type]
-    except BaseExceptionGroup as errors:
-        first = errors.exceptions[0]
-        while isinstance(first, BaseExceptionGroup):
-            first = first.exceptions[0]
-        raise first from None
-    return [task.result() for task in tasks]
 
 
 class _Report:
