@@ -91,7 +91,7 @@ def generated(name: str, row: Row) -> list[tuple[str, bool]]:
     return [(name, row["finish_reason"] != "error")]
 
 
-CANDIDATES_ASKING = Asking(
+DRAW = Asking(
     tables={"candidates": CANDIDATES},
     items=_draws,
     ask=_draw,
@@ -102,4 +102,4 @@ CANDIDATES_ASKING = Asking(
 
 def candidates(settings: CandidateSettings, model: ModelSettings, prompts: Stage) -> Stage:
     """k rows per prompt, ordered by prompt and k. A prompt that exceeds the context has finish_reason too_long."""
-    return CANDIDATES_ASKING.stage("candidates", settings, model, {"prompts": prompts})
+    return DRAW.stage("candidates", settings, model, {"prompts": prompts})

@@ -16,7 +16,7 @@ from ray_pipeline.agents.judges import JudgeAsking, Rubric, SamplingSettings
 from ray_pipeline.agents.templates import load_templates
 from ray_pipeline.data import critic
 from ray_pipeline.data import judging as judge
-from ray_pipeline.data.candidates import CANDIDATES_ASKING, CandidateSettings
+from ray_pipeline.data.candidates import DRAW, CandidateSettings
 from ray_pipeline.data.critic import CRITIC, CriticSettings
 from ray_pipeline.data.judging import JUDGES, JudgeSettings
 from ray_pipeline.engines.base import EngineDead, EngineError, PromptTooLong, Sampling
@@ -97,7 +97,7 @@ def draw_shard(*texts: str, **settings: Any) -> Shard:
 def test_k_rows_a_prompt_with_k_seeds(tmp_path: Path) -> None:
     engine = ScriptedEngine(echo)
     shard = draw_shard("one", "two", k=5)
-    found = shard.run(CANDIDATES_ASKING, engine, tmp_path)
+    found = shard.run(DRAW, engine, tmp_path)
     table = found.tables["candidates"]
     assert table.schema.equals(CANDIDATES) and table.num_rows == shard.ticks == engine.calls == 10
     assert column(found, "k") == [0, 1, 2, 3, 4] * 2
@@ -115,10 +115,7 @@ def test_rows_are_ordered_by_prompt_and_k_whatever_finishes_first(tmp_path: Path
             return await super().chat(messages, sampling)
 
     shard = draw_shard(*(f"p{n}" for n in range(6)), k=3)
-    slow, fast = (
-        shard.run(CANDIDATES_ASKING, Racing(echo), tmp_path / "a"),
-        shard.run(CANDIDATES_ASKING, ScriptedEngine(echo), tmp_path / "b"),
-    )
+    slow, fast = shard.run(DRAW, Racing(echo), tmp_path / "a"), shard.run(DRAW, ScriptedEngine(echo), tmp_path / "b")
     assert slow.tables["candidates"].equals(fast.tables["candidates"])
     assert column(slow, "prompt_id") == [
         p for p in prompts(*(f"p{n}" for n in range(6)))["prompt_id"].to_pylist() for _ in "abc"
@@ -126,16 +123,12 @@ def test_rows_are_ordered_by_prompt_and_k_whatever_finishes_first(tmp_path: Path
 
 
 def test_more_candidates_make_only_their_own_calls(tmp_path: Path) -> None:
-    first = draw_shard("one", k=2).run(CANDIDATES_ASKING, ScriptedEngine(echo), tmp_path)
+    first = draw_shard("one", k=2).run(DRAW, ScriptedEngine(echo), tmp_path)
     engine = ScriptedEngine(echo)
-    more = draw_shard("one", k=4).run(CANDIDATES_ASKING, engine, tmp_path)
+    more = draw_shard("one", k=4).run(DRAW, engine, tmp_path)
     assert engine.calls == 2 and column(more, "candidate_id")[:2] == column(first, "candidate_id")
     engine = ScriptedEngine(echo)
-    assert (
-        draw_shard("one", k=4, seed=1).run(CANDIDATES_ASKING, engine, tmp_path).tables["candidates"].num_rows
-        == engine.calls
-        == 4
-    )
+    assert draw_shard("one", k=4, seed=1).run(DRAW, engine, tmp_path).tables["candidates"].num_rows == engine.calls == 4
 
 
 def test_one_prompts_trouble_is_its_own_rows(tmp_path: Path) -> None:
@@ -146,7 +139,7 @@ def test_one_prompts_trouble_is_its_own_rows(tmp_path: Path) -> None:
         return EngineError("boom") if text == "bad" else f"re: {text}"
 
     shard = draw_shard("fine", "long", "bad", k=2)
-    found = shard.run(CANDIDATES_ASKING, ScriptedEngine(script), tmp_path)
+    found = shard.run(DRAW, ScriptedEngine(script), tmp_path)
     assert column(found, "response") == ["re: fine", "re: fine", None, None, None, None]
     assert column(found, "finish_reason") == ["stop", "stop", "too_long", "too_long", "error", "error"]
     assert column(found, "prompt_tokens") == [11, 11, 9000, 9000, None, None]
@@ -156,23 +149,21 @@ def test_one_prompts_trouble_is_its_own_rows(tmp_path: Path) -> None:
 
 
 def test_no_prompts_make_an_empty_table_of_the_full_schema(tmp_path: Path) -> None:
-    found = Shard({"prompts": PROMPTS.empty_table()}, CandidateSettings()).run(
-        CANDIDATES_ASKING, ScriptedEngine(echo), tmp_path
-    )
+    found = Shard({"prompts": PROMPTS.empty_table()}, CandidateSettings()).run(DRAW, ScriptedEngine(echo), tmp_path)
     assert found.tables["candidates"].schema.equals(CANDIDATES) and found.tables["candidates"].num_rows == 0
 
 
 def test_a_dead_engine_and_a_stop_end_the_shard(tmp_path: Path) -> None:
     with pytest.raises(EngineDead):
-        draw_shard("one").run(CANDIDATES_ASKING, ScriptedEngine(EngineDead("gone")), tmp_path)
+        draw_shard("one").run(DRAW, ScriptedEngine(EngineDead("gone")), tmp_path)
     shard = draw_shard(*(f"p{n}" for n in range(5)), k=4)
     shard.stop_after = 3
     engine = ScriptedEngine(echo)
     with pytest.raises(StageStop, match="enough"):
-        shard.run(CANDIDATES_ASKING, engine, tmp_path)
+        shard.run(DRAW, engine, tmp_path)
     shard.stop_after = None
     again = ScriptedEngine(echo)
-    shard.run(CANDIDATES_ASKING, again, tmp_path)
+    shard.run(DRAW, again, tmp_path)
     assert engine.calls + again.calls >= 20 > again.calls  # what was answered before the stop is kept
 
 
@@ -181,12 +172,12 @@ def test_replaying_makes_the_same_table_and_no_call(tmp_path: Path) -> None:
         return PromptTooLong(9, 9, 9) if messages[-1]["content"] == "long" else echo(messages, sampling)
 
     shard = draw_shard("one", "long", "two")
-    first = shard.run(CANDIDATES_ASKING, ScriptedEngine(script), tmp_path)
+    first = shard.run(DRAW, ScriptedEngine(script), tmp_path)
     never = ScriptedEngine("never")
-    again = shard.run(CANDIDATES_ASKING, never, tmp_path, replay_only=True)
+    again = shard.run(DRAW, never, tmp_path, replay_only=True)
     assert never.calls == 0 and again.tables["candidates"].equals(first.tables["candidates"])
     with pytest.raises(CallNotLogged):
-        draw_shard("new").run(CANDIDATES_ASKING, never, tmp_path, replay_only=True)
+        draw_shard("new").run(DRAW, never, tmp_path, replay_only=True)
 
 
 def test_a_sampling_block_that_sets_one_key_keeps_the_published_others() -> None:
