@@ -78,7 +78,7 @@ def agreement(config: AgreementConfig, run_folder: str) -> Dag:
     """The workflow as a DAG."""
     items = items_stage(config.data)
     strategies, debates = config.strategy_templates(), config.debate_templates()
-    ballots = ask_stages(config.ask, strategies, debates, config.failure, config.models, items)
+    ballots = ask_stages(config.ask, strategies, debates, config.models, items)
     return Dag("agreement", [items, *ballots, report_stage(config.page(), items, ballots)])
 
 

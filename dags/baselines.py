@@ -224,7 +224,7 @@ class _Judged:
 
 def baselines(config: BaselinesConfig, run_folder: str) -> Dag:
     """Methods × datasets × seeds; all policies answer the same held-out prompts and are judged in one go."""
-    texts, models, base, failure = config.templates(), config.models, config.base, config.failure
+    texts, models, base = config.templates(), config.models, config.base
     compared = config.baselines
     prompts = prompts_stage(config.prompts)
     judged = _judged(config, prompts)
@@ -239,21 +239,19 @@ def baselines(config: BaselinesConfig, run_folder: str) -> Dag:
         length, data = config.datasets.max_length, files[name.data, name.seed]
         policy = train_stage(settings, base, length, data, name=f"train-{name.label}", view="")
         weights = base.trained((stage_folder(run_folder, policy) / "merged").location)
-        policies[name.label] = responses_stage(name.label, config.evaluate, failure, weights, prompts, policy)
+        policies[name.label] = responses_stage(name.label, config.evaluate, weights, prompts, policy)
         measured[name.label] = Answering(weights, policy)
         trained.append(policy)
 
-    before = responses_stage("base", config.evaluate, failure, base, prompts)
+    before = responses_stage("base", config.evaluate, base, prompts)
     responses = {"base": before, **policies}
-    pairs = comparisons_stage(
-        config.evaluate, failure, models[config.evaluate.judge], texts.pairwise, prompts, before, policies
-    )
-    scores = judge_stages(config.judge, failure, models, texts.judge, prompts, responses, "score-responses", "evaluate")
+    pairs = comparisons_stage(config.evaluate, models[config.evaluate.judge], texts.pairwise, prompts, before, policies)
+    scores = judge_stages(config.judge, models, texts.judge, prompts, responses, "score-responses", "evaluate")
     table = method_table(config.page(), [prompts, *rows.values(), *trained, *responses.values(), pairs, *scores])
     last = [table]
     if config.benchmarks is not None:
         page = config.benchmarks_page()
-        last += benchmark_stages(config.benchmarks, page, failure, models, measured, view="benchmarks")
+        last += benchmark_stages(config.benchmarks, page, models, measured, view="benchmarks")
     return Dag("baselines", last)
 
 
@@ -262,12 +260,12 @@ def _judged(config: BaselinesConfig, prompts: Stage) -> _Judged | None:
     own = [variant for variant in config.baselines.data.values() if variant.source is None]
     if not own:
         return None
-    texts, models, failure = config.templates(), config.models, config.failure
-    candidates = candidates_stage(config.candidates, failure, models[config.candidates.model], prompts)
-    verdicts = judge_stages(config.judge, failure, models, texts.judge, prompts, {"candidates": candidates})
+    texts, models = config.templates(), config.models
+    candidates = candidates_stage(config.candidates, models[config.candidates.model], prompts)
+    verdicts = judge_stages(config.judge, models, texts.judge, prompts, {"candidates": candidates})
     critiques = None
     if any((decides := config.gate_of(variant)) is not None and decides.use_critic for variant in own):
-        critiques = critic_stage(config.critic, failure, models[config.critic.model], texts.critic, prompts, candidates)
+        critiques = critic_stage(config.critic, models[config.critic.model], texts.critic, prompts, candidates)
     return _Judged(candidates, verdicts, critiques)
 
 

@@ -105,14 +105,14 @@ class DmapoConfig(TrainingConfig):
 
 def dmapo(config: DmapoConfig, run_folder: str) -> Dag:
     """The whole method as a DAG; `run_folder` is where the policy will lie for its own evaluation."""
-    texts, models, base, failure = config.templates(), config.models, config.base, config.failure
+    texts, models, base = config.templates(), config.models, config.base
 
     prompts = prompts_stage(config.prompts)
-    candidates = candidates_stage(config.candidates, failure, models[config.candidates.model], prompts)
-    verdicts = judge_stages(config.judge, failure, models, texts.judge, prompts, {"candidates": candidates})
+    candidates = candidates_stage(config.candidates, models[config.candidates.model], prompts)
+    verdicts = judge_stages(config.judge, models, texts.judge, prompts, {"candidates": candidates})
     critiques = None
     if config.gate.use_critic:
-        critiques = critic_stage(config.critic, failure, models[config.critic.model], texts.critic, prompts, candidates)
+        critiques = critic_stage(config.critic, models[config.critic.model], texts.critic, prompts, candidates)
     decisions = gate_stage(config.gate, config.judge.names, candidates, verdicts, critiques)
     datasets = datasets_stage(
         config.datasets, config.gate, config.judge.names, base, prompts, candidates, verdicts, decisions
@@ -132,19 +132,19 @@ def evaluation(
     config: TrainingConfig, run_folder: str, prompts: Stage, policy: Stage, judge: JudgeSettings | None
 ) -> list[Stage]:
     """Base and policy answer the held-out prompts; one judge compares them in both orders, rubric judges score both."""
-    texts, models, base, failure = config.templates(), config.models, config.base, config.failure
+    texts, models, base = config.templates(), config.models, config.base
     trained = base.trained((stage_folder(run_folder, policy) / "merged").location)
-    before = responses_stage("base", config.evaluate, failure, base, prompts)
-    after = responses_stage("policy", config.evaluate, failure, trained, prompts, policy)
+    before = responses_stage("base", config.evaluate, base, prompts)
+    after = responses_stage("policy", config.evaluate, trained, prompts, policy)
     compared = comparisons_stage(
-        config.evaluate, failure, models[config.evaluate.judge], texts.pairwise, prompts, before, {"policy": after}
+        config.evaluate, models[config.evaluate.judge], texts.pairwise, prompts, before, {"policy": after}
     )
     if judge is None:
         return [before, after, compared]
     both = {"base": before, "policy": after}
     return [
         *(before, after, compared),
-        *judge_stages(judge, failure, models, texts.judge, prompts, both, "score-responses", "evaluate"),
+        *judge_stages(judge, models, texts.judge, prompts, both, "score-responses", "evaluate"),
     ]
 
 
@@ -154,9 +154,7 @@ def _benchmarks(config: DmapoConfig, run_folder: str, policy: Stage) -> list[Sta
         return []
     trained = config.base.trained((stage_folder(run_folder, policy) / "merged").location)
     measured = {"base": Answering(config.base), "policy": Answering(trained, policy)}
-    return benchmark_stages(
-        config.benchmarks, config.benchmarks_page(), config.failure, config.models, measured, view="benchmarks"
-    )
+    return benchmark_stages(config.benchmarks, config.benchmarks_page(), config.models, measured, view="benchmarks")
 
 
 WORKFLOW = Workflow(

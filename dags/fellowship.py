@@ -28,7 +28,8 @@ from ray_pipeline.data.judging import judges as judge_stages
 from ray_pipeline.engines.models import ModelUse
 from ray_pipeline.evaluate.stage import ReportSettings
 from ray_pipeline.evaluate.stage import evaluate as evaluate_stage
-from ray_pipeline.feedback.improve import ImproveSettings, branch_stages, improvement_rows
+from ray_pipeline.feedback.improve import ImproveSettings, branch_stages
+from ray_pipeline.feedback.improvement_rows import improvement_rows
 from ray_pipeline.feedback.loop import LoopSettings, feedback_stages
 from ray_pipeline.feedback.page import LoopPage, loop_page, rewrite_page
 from ray_pipeline.feedback.select import SelectSettings, ranks, select
@@ -158,7 +159,7 @@ def fellowship(config: FellowshipConfig, run_folder: str) -> Dag:
     every = config.select.pairs == "every_rejected"
 
     prompts = prompts_stage(config.prompts)
-    candidates, generated, reviews = feedback_stages(config.loop, config.failure, config.models, prompts)
+    candidates, generated, reviews = feedback_stages(config.loop, config.models, prompts)
     verdicts = _judged(config, prompts, {"candidates": candidates}, "judge")
     decisions = select(config.judges, candidates, verdicts, config.select.jury)
     rows = dataset_rows(limits, config.judges, base, prompts, candidates, verdicts, decisions, every_rejected=every)
@@ -179,9 +180,9 @@ def fellowship(config: FellowshipConfig, run_folder: str) -> Dag:
 def _judged(config: FellowshipConfig, prompts: Stage, responses: Mapping[str, Stage], name: str) -> list[Stage]:
     """Verdicts on all responses, by the strategy or the debate of `select`, or by the rubric judges."""
     if config.select.compares:
-        return ranks(config.select, config.failure, config.models, prompts, responses, name)
+        return ranks(config.select, config.models, prompts, responses, name)
     assert config.judge is not None
-    return judge_stages(config.judge, config.failure, config.models, config.templates().judge, prompts, responses, name)
+    return judge_stages(config.judge, config.models, config.templates().judge, prompts, responses, name)
 
 
 def _improvement(config: FellowshipConfig, prompts: Stage) -> list[Stage]:
@@ -192,9 +193,9 @@ def _improvement(config: FellowshipConfig, prompts: Stage) -> list[Stage]:
     if settings.prompts is not None:
         own = dataclasses.replace(prompts_stage(settings.prompts), name="improve-prompts", group="improve-prompts")
     # The loop's own first responses, generated for these prompts: equal calls are made once.
-    _, (first,), _ = feedback_stages(loop.model_copy(update={"responses": 1}), config.failure, models, own)
+    _, (first,), _ = feedback_stages(loop.model_copy(update={"responses": 1}), models, own)
     first = dataclasses.replace(first, name="improve-generate")
-    branches = branch_stages(settings, loop, config.failure, models, own, first)
+    branches = branch_stages(settings, loop, models, own, first)
     responses = {"responses": branches.responses, "revisions": branches.revisions}
     verdicts = _judged(config, own, responses, "improve-judge")
     every = config.select.pairs == "every_rejected"

@@ -96,7 +96,7 @@ def winrate(config: WinrateConfig, run_folder: str) -> Dag:
         items = items_stage(config.data)
         return Dag("winrate", [items, report_stage(config.page(), items)])
     prompts = prompts_stage(config.live.prompts)
-    responses, ballots = versus_stages(config.live, config.failure, config.models, prompts)
+    responses, ballots = versus_stages(config.live, config.models, prompts)
     return Dag("winrate", [prompts, *responses, ballots, report_stage(config.page(), ballots)])
 
 

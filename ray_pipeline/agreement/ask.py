@@ -1,15 +1,16 @@
-"""Judges asked live: every strategy of every judge on every item, and debates, as sharded stages with the call log."""
+"""Live judges: every strategy of every judge on every item, and debates, as sharded stages with a call log."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import Field, field_serializer, field_validator, model_validator
 
-from ray_pipeline.agents.debate import Debated, DebateSettings, DebateTemplates, debate
+from ray_pipeline.agents.debate import DebateSettings, DebateTemplates, debate
 from ray_pipeline.agents.judges import SamplingSettings
 from ray_pipeline.agents.strategies import (
+    Judgement,
     Look,
     Strategy,
     StrategyAsking,
@@ -19,12 +20,11 @@ from ray_pipeline.agents.strategies import (
 )
 from ray_pipeline.agents.templates import Layout
 from ray_pipeline.config.settings import Settings
+from ray_pipeline.engines.base import ChatEngine
 from ray_pipeline.engines.models import ModelSettings
-from ray_pipeline.graph.failures import FailureSettings
-from ray_pipeline.graph.llm_stage import llm_stage
-from ray_pipeline.graph.shard_map import all_of
-from ray_pipeline.graph.stage import ShardInput, ShardOutput, Stage
-from ray_pipeline.store.schemas import BALLOTS, SPEECHES, to_table
+from ray_pipeline.graph.asking import Asking, Outcome, Row, ShardTables, count_by
+from ray_pipeline.graph.stage import Stage
+from ray_pipeline.store.schemas import BALLOTS, SPEECHES
 
 
 class LiveJudge(Settings):
@@ -100,7 +100,7 @@ class AskSettings(Settings):
         return list(dict.fromkeys(j.model for j in (*self.judges, *self.debaters)))
 
 
-class _JudgesGiven(Settings):
+class _Judges(Settings):
     judges: tuple[LiveJudge, ...]
     strategies: tuple[Strategy, ...]
     templates: StrategyTemplates
@@ -109,7 +109,7 @@ class _JudgesGiven(Settings):
     asking: StrategyAsking
 
 
-class _DebatersGiven(Settings):
+class _Debaters(Settings):
     debaters: tuple[LiveJudge, ...]
     rules: DebateSettings
     templates: DebateTemplates
@@ -121,142 +121,127 @@ def ask_stages(
     settings: AskSettings,
     strategies: StrategyTemplates,
     debates: DebateTemplates,
-    failure: FailureSettings,
     models: Mapping[str, ModelSettings],
     items: Stage,
 ) -> list[Stage]:
-    """One stage a model and kind: verdicts of models are their own stages and are joined by key."""
+    """One stage per model and kind; ballots find their item by id, whichever stage wrote them."""
     stages = []
     for key in settings.models:
         judges = tuple(j for j in settings.judges if j.model == key)
         debaters = tuple(d for d in settings.debaters if d.model == key)
         if judges:
-            given: Settings = _JudgesGiven(
-                judges=judges,
-                strategies=settings.strategies,
-                templates=strategies,
-                layout=settings.layout,
-                sampling=settings.sampling,
-                asking=settings.asking,
-            )
-            stages.append(
-                llm_stage(
-                    f"ask-{key}", ask_shard, ("ballots",), given, models[key], failure, {"items": items}, group="ask"
-                )
-            )
+            asked = _Judges.part_of(settings, judges=judges, templates=strategies)
+            stages.append(ASK.stage(f"ask-{key}", asked, models[key], {"items": items}, group="ask"))
         if debaters:
-            given = _DebatersGiven(
-                debaters=debaters,
-                rules=settings.debate,
-                templates=debates,
-                sampling=settings.sampling,
-                asking=settings.asking,
-            )
-            name, tables = f"debate-{key}", ("ballots", "speeches")
-            stages.append(
-                llm_stage(name, debate_shard, tables, given, models[key], failure, {"items": items}, group="debate")
-            )
+            held = _Debaters.part_of(settings, debaters=debaters, rules=settings.debate, templates=debates)
+            stages.append(DEBATE.stage(f"debate-{key}", held, models[key], {"items": items}, group="debate"))
     return stages
 
 
-async def ask_shard(given: ShardInput) -> ShardOutput:
-    """The ballots of one shard, ordered by item, strategy, judge and order."""
-    settings: _JudgesGiven = given.settings
-    groups = await all_of(
-        _ask(given, settings, item, judge, strategy)
-        for item in given.tables["items.items"].to_pylist()
+class _Item(NamedTuple):
+    """An item (a row of schema ITEMS), who judges it, and by which strategy."""
+
+    prompt_id: str
+    row: Row
+    judge: LiveJudge
+    strategy: Strategy
+
+
+class _Debate(NamedTuple):
+    prompt_id: str
+    row: Row
+    debater: LiveJudge
+
+
+def _items(shard: ShardTables, settings: _Judges) -> list[_Item]:
+    return [
+        _Item(row["prompt_id"], row, judge, strategy)
+        for row in shard.rows("items.items")
         for strategy in settings.strategies
         for judge in settings.judges
-    )
-    return ShardOutput({"ballots": to_table(_flat(groups), BALLOTS)}, _counts(groups))
+    ]
 
 
-async def debate_shard(given: ShardInput) -> ShardOutput:
-    """The final ballots of one shard's debates, by voice, and what was said."""
-    settings: _DebatersGiven = given.settings
-    held = await all_of(
-        _debate(given, settings, item, debater)
-        for item in given.tables["items.items"].to_pylist()
-        for debater in settings.debaters
-    )
-    ballots = [ballots for ballots, _ in held]
-    speeches = _flat([speeches for _, speeches in held])
-    return ShardOutput(
-        {"ballots": to_table(_flat(ballots), BALLOTS), "speeches": to_table(speeches, SPEECHES)}, _counts(ballots)
-    )
+def _debates(shard: ShardTables, settings: _Debaters) -> list[_Debate]:
+    return [
+        _Debate(row["prompt_id"], row, debater) for row in shard.rows("items.items") for debater in settings.debaters
+    ]
 
 
-def askable(item: Mapping[str, Any]) -> bool:
+def _ids(row: Row, strategy: str, judge: str) -> Row:
+    return {"item_id": row["item_id"], "prompt_id": row["prompt_id"], "strategy": strategy, "judge": judge}
+
+
+def _complete(row: Row) -> bool:
     """Whether an item has everything that a judge must see."""
-    return all(item[field] is not None for field in ("question", "response_a", "response_b"))
+    return all(row[field] is not None for field in ("question", "response_a", "response_b"))
 
 
-async def _ask(
-    given: ShardInput, settings: _JudgesGiven, item: Mapping[str, Any], judge: LiveJudge, strategy: Strategy
-) -> list[dict[str, Any]]:
-    assert given.engine is not None
-    key = {"item_id": item["item_id"], "prompt_id": item["prompt_id"], "strategy": strategy.name, "judge": judge.name}
-    given.tick(1)
-    if not askable(item):
-        return [{**key, "voice": "", **skipped_ballot()}]
-    found = await decide(
-        given.engine.bound(item["prompt_id"], f"ask/{strategy.name}"),
-        [{"role": "user", "content": item["question"]}],
-        (item["response_a"], item["response_b"]),
+async def _ask(engine: ChatEngine, settings: _Judges, item: _Item) -> Outcome:
+    row, judge, strategy = item.row, item.judge, item.strategy
+    ids = {**_ids(row, strategy.name, judge.name), "voice": ""}
+    if not _complete(row):
+        return Outcome({"ballots": [{**ids, **skipped_ballot()}]})
+    judgement = await decide(
+        engine,
+        [{"role": "user", "content": row["question"]}],
+        (row["response_a"], row["response_b"]),
         strategy if judge.rubric is None else strategy.model_copy(update={"rubric": judge.rubric}),
         settings.templates,
         judge.sampling or settings.sampling,
         settings.asking,
         settings.layout,
     )
-    if found.parse_status != "too_long":
-        given.watch(f"judge {judge.name} ({strategy.name})", found.read)
-    return [{**key, "voice": "", **ballot_of(look)} for look in found.looks]
+    ballots = [{**ids, **ballot_of(look)} for look in judgement.looks]
+    return Outcome({"ballots": ballots}, judged(f"judge {judge.name} ({strategy.name})", judgement))
 
 
-async def _debate(
-    given: ShardInput, settings: _DebatersGiven, item: Mapping[str, Any], debater: LiveJudge
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    assert given.engine is not None
-    key = {"item_id": item["item_id"], "prompt_id": item["prompt_id"], "judge": debater.name}
-    given.tick(1)
-    if not askable(item):
-        roles = [role.name for role in settings.templates.roles]
-        return [{**key, "strategy": "debate", "voice": role, **skipped_ballot()} for role in roles], []
-    found: Debated = await debate(
-        given.engine.bound(item["prompt_id"], "debate"),
-        [{"role": "user", "content": item["question"]}],
-        (item["response_a"], item["response_b"]),
+async def _debate(engine: ChatEngine, settings: _Debaters, item: _Debate) -> Outcome:
+    """The final ballots of a debate, by voice, and its speeches."""
+    row, debater = item.row, item.debater
+    ids = _ids(row, "debate", debater.name)
+    if not _complete(row):
+        voices = [role.name for role in settings.templates.roles]
+        return Outcome({"ballots": [{**ids, "voice": voice, **skipped_ballot()} for voice in voices]})
+    debated = await debate(
+        engine,
+        [{"role": "user", "content": row["question"]}],
+        (row["response_a"], row["response_b"]),
         settings.templates,
         settings.rules,
         debater.sampling or settings.sampling,
         settings.asking,
     )
-    for judgement in found.voices.values():
-        if judgement.parse_status != "too_long":
-            given.watch(f"debater {debater.name}", judgement.read)
     ballots = [
-        {**key, "strategy": "debate", "voice": role, **ballot_of(look)}
-        for role, judgement in found.voices.items()
+        {**ids, "voice": role, **ballot_of(look)}
+        for role, judgement in debated.voices.items()
         for look in judgement.looks
     ]
-    speeches = [
-        {
-            **key,
-            "order": _order(s.order),
-            "round": s.round,
-            "position": s.position,
-            "role": s.role,
-            "text": s.text,
-            "finish_reason": s.finish_reason,
-        }
-        for s in found.speeches
-    ]
-    return ballots, speeches
+    speeches = [{**ids, **vars(speech), "order": _order(speech.order)} for speech in debated.speeches]
+    replies = [reply for voice in debated.voices.values() for reply in judged(f"debater {debater.name}", voice)]
+    return Outcome({"ballots": ballots, "speeches": speeches}, replies)
 
 
-def ballot_of(look: Look) -> dict[str, Any]:
-    """A look at two answers as columns of a ballot."""
+def judged(name: str, judgement: Judgement) -> list[tuple[str, bool]]:
+    """`Outcome.replies` of a judgement; a prompt that is too long is not the judge's fault."""
+    return [] if judgement.parse_status == "too_long" else [(name, judgement.read)]
+
+
+ASK = Asking(
+    tables={"ballots": BALLOTS},
+    items=_items,
+    ask=_ask,
+    role=lambda settings, item: f"ask/{item.strategy.name}",
+    counts=count_by("ballots", "strategy", "judge", "parse_status"),
+)
+
+DEBATE = Asking(
+    tables={"ballots": BALLOTS, "speeches": SPEECHES}, items=_debates, ask=_debate, role="debate", counts=ASK.counts
+)
+
+
+def ballot_of(look: Look) -> Row:
+    """One look at two answers, as columns of a ballot."""
     scores: Sequence[float | None] = look.scores or (None, None)
     return {
         "order": _order(look.order),
@@ -273,20 +258,7 @@ def _order(order: tuple[int, ...]) -> str:
     return "ab" if order == (0, 1) else "ba"
 
 
-def skipped_ballot(order: tuple[int, ...] = (0, 1)) -> dict[str, Any]:
-    """Columns of a ballot for which nobody was asked: something that a judge must see is not there."""
+def skipped_ballot(order: tuple[int, ...] = (0, 1)) -> Row:
+    """Columns of a ballot without a call, because something that a judge must see is missing."""
     nothing = dict.fromkeys(("score_a", "score_b", "vote", "reason", "raw"))
     return {"order": _order(order), **nothing, "parse_status": "skipped"}
-
-
-def _flat(groups: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
-    return [row for group in groups for row in group]
-
-
-def _counts(groups: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for group in groups:
-        for row in group:
-            name = f"{row['strategy']}.{row['judge']}.{row['parse_status']}"
-            counts[name] = counts.get(name, 0) + 1
-    return counts

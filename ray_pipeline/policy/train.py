@@ -6,7 +6,6 @@ import contextlib
 import threading
 from typing import Annotated, Any, Literal
 
-import ray
 from pydantic import Field, model_validator
 
 from ray_pipeline.config.settings import Settings
@@ -159,6 +158,8 @@ def train_policy(given: WholeInput) -> dict[str, Any]:
         BadInput: the data, the settings or the cluster cannot give a training run.
         StageStop: the run was to end (`--max-cost`), and the training ended at a checkpoint.
     """
+    import ray  # here, so that a workflow can be wired without it
+
     settings: _Given = given.settings
     train, model = settings.train, settings.model
     data = given.inputs["datasets"]

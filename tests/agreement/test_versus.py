@@ -17,7 +17,6 @@ from ray_pipeline.data.prompts import PromptsConfig
 from ray_pipeline.engines.logged import LoggedEngine
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.feedback.loop import LoopRules
-from ray_pipeline.graph.failures import FailureSettings
 from ray_pipeline.graph.stage import Dag, ShardInput, ShardOutput, Stage, WholeWork
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.schemas import CANDIDATES, PROMPTS, to_table
@@ -38,7 +37,7 @@ def stages(settings: LiveWinrate, tmp_path: Path) -> tuple[list[Stage], Stage]:
     (folder / "config.json").write_text("{}")
     models = {name: ModelSettings(model=str(folder)) for name in settings.models}
     prompts = Stage("prompts", WholeWork(lambda given: {}, tables=("prompts",)), None)
-    return versus_stages(settings, FailureSettings(), models, prompts)
+    return versus_stages(settings, models, prompts)
 
 
 def test_the_published_eight_are_each_model_alone_and_reviewed_by_itself_the_other_and_both() -> None:
@@ -83,7 +82,7 @@ def test_loops_of_one_generator_share_its_first_response(tmp_path: Path) -> None
         ({"loop": {"responses": 1}}, "give it 2 or more"),
         ({"baselines": ("llama", "llama")}, "baselines names llama twice"),
         ({"baselines": ()}, "at least 1 item"),
-        ({"prompts": {**PROMPTS_BLOCK.model_dump(), "val_fraction": 0.5}}, "val_fraction is read by nothing"),
+        ({"prompts": {**PROMPTS_BLOCK.model_dump(), "val_fraction": 0.5}}, "val_fraction has no effect"),
         (
             {
                 "pair": None,
