@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ray_pipeline import register
 from ray_pipeline.agents.debate import DebateTemplates, load_debate_templates
 from ray_pipeline.agents.strategies import StrategyTemplates, load_strategy_templates
 from ray_pipeline.agreement.ask import AskSettings, ask_stages
@@ -82,10 +83,12 @@ def agreement(config: AgreementConfig, run_folder: str) -> Dag:
     return Dag("agreement", [items, *ballots, report_stage(config.page(), items, ballots)])
 
 
-WORKFLOW = Workflow(
-    name="agreement",
-    config=AgreementConfig,
-    wire=agreement,
-    page=rewrite_page,
-    numbers="agreement.json",
+WORKFLOW = register("workflow", "agreement")(
+    Workflow(
+        name="agreement",
+        config=AgreementConfig,
+        wire=agreement,
+        page=rewrite_page,
+        numbers="agreement.json",
+    )
 )

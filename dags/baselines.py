@@ -16,6 +16,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from dags.dmapo import DmapoConfig
+from ray_pipeline import register
 from ray_pipeline.audit.run import audit_compared
 from ray_pipeline.bench.stages import Answering, benchmark_stages
 from ray_pipeline.config.messages import first_problem, nearest
@@ -307,11 +308,13 @@ def _files(config: BaselinesConfig, data: str, rows: Stage, seed: int) -> Stage:
     )
 
 
-WORKFLOW = Workflow(
-    name="baselines",
-    config=BaselinesConfig,
-    wire=baselines,
-    page=rewrite_page,
-    numbers="metrics.json",
-    audit=audit_compared,
+WORKFLOW = register("workflow", "baselines")(
+    Workflow(
+        name="baselines",
+        config=BaselinesConfig,
+        wire=baselines,
+        page=rewrite_page,
+        numbers="metrics.json",
+        audit=audit_compared,
+    )
 )

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
+from ray_pipeline import register
 from ray_pipeline.bench.files import BenchmarkFileError
 from ray_pipeline.bench.measured import Origin, measured_models
 from ray_pipeline.bench.questions import BenchmarksSettings
@@ -124,10 +125,12 @@ def benchmarks(config: BenchmarksConfig, run_folder: str) -> Dag:
     )
 
 
-WORKFLOW = Workflow(
-    name="benchmarks",
-    config=BenchmarksConfig,
-    wire=benchmarks,
-    page=rewrite_page,
-    numbers="benchmarks.json",
+WORKFLOW = register("workflow", "benchmarks")(
+    Workflow(
+        name="benchmarks",
+        config=BenchmarksConfig,
+        wire=benchmarks,
+        page=rewrite_page,
+        numbers="benchmarks.json",
+    )
 )

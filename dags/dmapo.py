@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from pydantic import Field, model_validator
 
+from ray_pipeline import register
 from ray_pipeline.audit.run import audit_gated
 from ray_pipeline.bench.files import BenchmarkFileError
 from ray_pipeline.bench.questions import BenchmarksSettings
@@ -157,11 +158,13 @@ def _benchmarks(config: DmapoConfig, run_folder: str, policy: Stage) -> list[Sta
     return benchmark_stages(config.benchmarks, config.benchmarks_page(), config.models, measured, view="benchmarks")
 
 
-WORKFLOW = Workflow(
-    name="dmapo",
-    config=DmapoConfig,
-    wire=dmapo,
-    page=write_report,
-    numbers="metrics.json",
-    audit=audit_gated,
+WORKFLOW = register("workflow", "dmapo")(
+    Workflow(
+        name="dmapo",
+        config=DmapoConfig,
+        wire=dmapo,
+        page=write_report,
+        numbers="metrics.json",
+        audit=audit_gated,
+    )
 )

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pydantic import Field, model_validator
 
 from dags.dmapo import evaluation
+from ray_pipeline import register
 from ray_pipeline.audit.run import audit_picks
 from ray_pipeline.config.blocks import RunBlock
 from ray_pipeline.config.messages import ConfigError
@@ -215,11 +216,13 @@ def _improvement(config: FellowshipConfig, prompts: Stage) -> list[Stage]:
     return datasets
 
 
-WORKFLOW = Workflow(
-    name="fellowship",
-    config=FellowshipConfig,
-    wire=fellowship,
-    page=rewrite_page,
-    numbers="metrics.json",
-    audit=audit_picks,
+WORKFLOW = register("workflow", "fellowship")(
+    Workflow(
+        name="fellowship",
+        config=FellowshipConfig,
+        wire=fellowship,
+        page=rewrite_page,
+        numbers="metrics.json",
+        audit=audit_picks,
+    )
 )

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from pydantic import model_validator
 
+from ray_pipeline import register
 from ray_pipeline.agreement.stages import (
     AgreementData,
     AgreementPage,
@@ -100,10 +101,12 @@ def winrate(config: WinrateConfig, run_folder: str) -> Dag:
     return Dag("winrate", [prompts, *responses, ballots, report_stage(config.page(), ballots)])
 
 
-WORKFLOW = Workflow(
-    name="winrate",
-    config=WinrateConfig,
-    wire=winrate,
-    page=rewrite_page,
-    numbers="winrate.json",
+WORKFLOW = register("workflow", "winrate")(
+    Workflow(
+        name="winrate",
+        config=WinrateConfig,
+        wire=winrate,
+        page=rewrite_page,
+        numbers="winrate.json",
+    )
 )

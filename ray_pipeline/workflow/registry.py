@@ -1,19 +1,14 @@
-"""Workflows by name: the modules of `dags`, installed packages (entry points `quorum.workflows`), or a Python file."""
+"""Workflows by name: the modules of `dags`, installed packages, or a Python file; all of them register themselves."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib
-import importlib.metadata
-import importlib.util
-import os
 import pkgutil
-import sys
 from collections.abc import Callable
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from ray_pipeline import extensions
 from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.workflow.config import RunConfig
 
@@ -24,8 +19,6 @@ if TYPE_CHECKING:
     from ray_pipeline.store.files import Folder
 
 C = TypeVar("C", bound=RunConfig)
-
-ENTRY_POINTS = "quorum.workflows"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,60 +44,28 @@ class Workflow(Generic[C]):
 
 def workflow_names() -> list[str]:
     """Names that `find_workflow` takes; no workflow is imported."""
-    return [*_shipped(), *sorted({point.name for point in _installed()} - set(_shipped()))]
+    return list(dict.fromkeys([*_shipped(), *extensions.names("workflow")]))
 
 
 def find_workflow(reference: str) -> Workflow[Any]:
-    """The workflow of a name, or the one that a Python file defines.
+    """The workflow of a name, or the one that a Python file registers.
 
     Raises:
-        ConfigError: unknown name, no such file, or a module that does not define exactly one workflow.
+        ConfigError: unknown name, or a file that does not register a workflow.
     """
-    if reference.endswith(".py"):
-        return _only_workflow(_load_file(os.path.abspath(os.path.expanduser(reference))), reference)
     if reference in _shipped():
-        return _only_workflow(importlib.import_module(f"dags.{reference}"), f"dags/{reference}.py")
-    for point in _installed():
-        if point.name == reference:
-            found = point.load()
-            return found if isinstance(found, Workflow) else _only_workflow(found, point.value)
-    raise ConfigError(f"unknown workflow {reference!r}; choose from {', '.join(workflow_names())}, or give a .py file")
+        importlib.import_module(f"dags.{reference}")
+    elif ".py" not in reference and reference not in extensions.names("workflow"):
+        raise ConfigError(
+            f"unknown workflow {reference!r}; choose from {', '.join(workflow_names())}, or give a .py file"
+        )
+    try:
+        found: Workflow[Any] = extensions.find("workflow", reference).value
+    except extensions.ExtensionError as error:
+        raise ConfigError(str(error)) from error
+    return found
 
 
 def _shipped() -> list[str]:
+    """Modules of `dags`; each registers the workflow of its name."""
     return sorted(module.name for module in pkgutil.iter_modules(importlib.import_module("dags").__path__))
-
-
-@functools.cache
-def _installed() -> tuple[importlib.metadata.EntryPoint, ...]:
-    return tuple(importlib.metadata.entry_points(group=ENTRY_POINTS))
-
-
-def _only_workflow(module: ModuleType, source: str) -> Workflow[Any]:
-    found = {id(value): value for value in vars(module).values() if isinstance(value, Workflow)}
-    if len(found) != 1:
-        names = ", ".join(workflow.name for workflow in found.values()) or "none"
-        raise ConfigError(f"{source} must define one Workflow value; it has {names}")
-    return next(iter(found.values()))
-
-
-@functools.cache
-def _load_file(path: str) -> ModuleType:
-    if not os.path.isfile(path):
-        raise ConfigError(f"no workflow file {path}; give a Python file that defines a Workflow")
-    name = os.path.splitext(os.path.basename(path))[0]
-    if name in sys.modules:
-        raise ConfigError(f"{path}: a module {name!r} is loaded already; rename the file")
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise ConfigError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
-    import ray.cloudpickle
-
-    ray.cloudpickle.register_pickle_by_value(module)  # workers cannot import it: it lies outside their path
-    return module

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from ray_pipeline import extensions
 from ray_pipeline.cli import app
 from ray_pipeline.config.messages import ConfigError
-from ray_pipeline.workflow import registry
 from ray_pipeline.workflow.registry import find_workflow, workflow_names
 
 MINE = """
+from ray_pipeline import register
 from ray_pipeline.data.columnar import prompts
 from ray_pipeline.data.prompts import PromptsConfig
 from ray_pipeline.graph.stage import Dag
@@ -33,7 +34,7 @@ def wire(config, run_folder):
     return Dag("mine", [prompts(config.prompts)])
 
 
-WORKFLOW = Workflow(name="mine", config=MyConfig, wire=wire)
+register("workflow", "mine")(Workflow(name="mine", config=MyConfig, wire=wire))
 """
 
 
@@ -61,10 +62,13 @@ def test_a_users_file_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "must define one Workflow value; it has none"),
-        (f"{MINE}\nOTHER = Workflow(name='other', config=MyConfig, wire=wire)", "it has mine, other"),
-        ("import no_such_module", "cannot be imported: ModuleNotFoundError"),
-        (None, "no workflow file"),
+        ("", "registers no workflow"),
+        (
+            f"{MINE}\nregister('workflow', 'other')(Workflow(name='other', config=MyConfig, wire=wire))",
+            "several: mine, other",
+        ),
+        ("import no_such_module", "raised ModuleNotFoundError"),
+        (None, "cannot be read"),
     ],
 )
 def test_a_file_that_defines_no_workflow(text: str | None, message: str, tmp_path: Path) -> None:
@@ -76,8 +80,8 @@ def test_a_file_that_defines_no_workflow(text: str | None, message: str, tmp_pat
 
 
 def test_an_installed_package_brings_its_workflow(monkeypatch: pytest.MonkeyPatch) -> None:
-    point = importlib.metadata.EntryPoint("theirs", "dags.dmapo:WORKFLOW", registry.ENTRY_POINTS)
-    monkeypatch.setattr(registry, "_installed", lambda: (point,))
+    point = importlib.metadata.EntryPoint("theirs", "dags.dmapo:WORKFLOW", extensions.GROUPS["workflow"])
+    monkeypatch.setattr(extensions, "_entry_points", lambda kind: iter([point]))
     assert workflow_names()[-1] == "theirs" and find_workflow("theirs") is find_workflow("dmapo")
 
 
