@@ -36,10 +36,9 @@ from ray_pipeline.graph.run import stage_folder
 from ray_pipeline.graph.stage import Dag, Stage
 from ray_pipeline.policy.comparisons import comparisons as comparisons_stage
 from ray_pipeline.policy.comparisons import responses as responses_stage
-from ray_pipeline.policy.train import TrainSettings
 from ray_pipeline.policy.train import train as train_stage
-from ray_pipeline.training.methods import METHODS
-from ray_pipeline.training.spec import MethodName
+from ray_pipeline.training.methods import METHODS, MethodName
+from ray_pipeline.training.spec import TrainSettings
 from ray_pipeline.workflow.registry import Workflow
 
 

@@ -36,8 +36,8 @@ from ray_pipeline.feedback.page import LoopPage, loop_page, rewrite_page
 from ray_pipeline.feedback.select import SelectSettings, ranks, select
 from ray_pipeline.graph.run import stored
 from ray_pipeline.graph.stage import Dag, Stage
-from ray_pipeline.policy.train import TrainSettings
 from ray_pipeline.policy.train import train as train_stage
+from ray_pipeline.training.spec import TrainSettings
 from ray_pipeline.workflow.registry import Workflow
 from ray_pipeline.workflow.training import TrainingConfig, rubric_models, rubric_uses
 

@@ -203,7 +203,7 @@ def quantiles(values: Floats, at: tuple[float, ...]) -> Floats:
     """Quantiles over the last axis without NaN, shape (len(at), …); NaN where fewer than two values are left."""
     missing = np.isnan(values)
     if not missing.any():
-        return np.quantile(values, at, axis=-1)
+        return np.asarray(np.quantile(values, at, axis=-1))
     found = np.full((len(at), *values.shape[:-1]), np.nan)
     enough = (~missing).sum(axis=-1) >= 2
     if enough.any():

@@ -180,7 +180,7 @@ class _Audit:
 
     def read(self, table: ShardedTable, shard: int) -> list[Row]:
         try:
-            rows = table.read(shard).to_pylist()
+            rows: list[Row] = table.read(shard).to_pylist()
         except (StoreError, FileNotFoundError) as error:
             self.problem("unreadable", table.kind, f"shard {shard}", str(error))
             return []

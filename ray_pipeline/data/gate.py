@@ -211,7 +211,7 @@ def _reasons(
     """`why` of each row. Text is made once for each distinct value, not for each row."""
     low, high = config.undesirable_at, config.desirable_at
     missing = (~read) @ (1 << np.arange(len(judges), dtype=np.int64))  # one bit for each unread judge
-    words: dict[str, tuple[NDArray, Callable]] = {
+    words: dict[str, tuple[NDArray[Any], Callable[..., Any]]] = {
         "unread": (missing, lambda bits: "unread: " + ", ".join(j for i, j in enumerate(judges) if int(bits) >> i & 1)),
         "disagree": (variance, lambda v: f"variance {_shown(v, config.tau)} > {config.tau:g}"),
         "uncriticised": (missing, lambda _: "critique unread"),

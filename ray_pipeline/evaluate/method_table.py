@@ -27,7 +27,7 @@ from ray_pipeline.stats.protocol import Protocol, fixed_fields, measured_by
 from ray_pipeline.stats.winrate import completed_protocol
 from ray_pipeline.store.files import Folder, StoreError
 from ray_pipeline.store.local import written_here
-from ray_pipeline.training.spec import MethodName
+from ray_pipeline.training.methods import MethodName
 
 
 class PolicyName(Settings):

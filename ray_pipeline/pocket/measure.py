@@ -233,7 +233,7 @@ def measure_reviews(
 def share(flags: Any) -> float:
     """The share of true flags, to four digits."""
     listed = list(flags)
-    return round(sum(listed) / len(listed), 4)
+    return float(round(sum(listed) / len(listed), 4))
 
 
 def shares(names: Any) -> dict[str, float]:

@@ -93,7 +93,7 @@ def _chosen(data: ReportData, others: int) -> list[dict[str, Any]]:
     seed = data.bootstrap_seed
     sampled = sorted(rest, key=lambda name: (unit_hash("report examples", seed, name), name))[:others]
     wanted = pc.or_(kept, pc.is_in(decisions.column("candidate_id"), value_set=pa.array(sampled, pa.string())))
-    rows = decisions.filter(wanted).to_pylist()
+    rows: list[dict[str, Any]] = decisions.filter(wanted).to_pylist()
     candidates = _by_id(data.candidates, rows, [c for c in ("prompt_id", "k") if c in data.candidates.column_names])
     lengths = dict(
         zip(

@@ -171,4 +171,4 @@ def fit_two_weights(x: ArrayLike, y: ArrayLike, weights: ArrayLike) -> Floats:
 
 
 def _sigmoid(x: Floats) -> Floats:
-    return np.exp(-np.logaddexp(0.0, -x))
+    return np.asarray(np.exp(-np.logaddexp(0.0, -x)))

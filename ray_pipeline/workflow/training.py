@@ -14,10 +14,9 @@ from ray_pipeline.data.prompts import PromptsConfig
 from ray_pipeline.engines.models import ModelSettings, ModelUse
 from ray_pipeline.evaluate.stage import ReportSettings
 from ray_pipeline.policy.comparisons import EvaluateSettings
-from ray_pipeline.policy.train import TrainSettings
 from ray_pipeline.store.keys import digest
-from ray_pipeline.training.methods import METHODS, validate_trainer_args
-from ray_pipeline.training.spec import TrainingInputError
+from ray_pipeline.training.methods import METHODS, TrainingInputError, validate_trainer_args
+from ray_pipeline.training.spec import TrainSettings
 from ray_pipeline.workflow.config import RunConfig
 
 

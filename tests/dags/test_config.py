@@ -19,7 +19,7 @@ from ray_pipeline.config.messages import ConfigError, explain
 from ray_pipeline.engines import models
 from ray_pipeline.graph.run import stage_folder
 from ray_pipeline.operate.run_settings import run_settings
-from ray_pipeline.training.spec import TrainingInputError
+from ray_pipeline.training.methods import TrainingInputError
 from ray_pipeline.workflow import training
 from ray_pipeline.workflow.config import RunConfig
 from ray_pipeline.workflow.registry import find_workflow
