@@ -125,10 +125,10 @@ def write_scores(given: WholeInput) -> dict[str, Any]:
             scores = _build(given.inputs, given.settings, folder)
     except (BenchmarkFileError, TemplateError, ifeval.CheckersMissing) as error:
         raise BadInput(str(error)) from error
-    from ray_pipeline.bench.table import figure
+    from ray_pipeline.bench.page import figure
 
     for score in scores:
-        given.log(f"{score.model}: {score.name.text} ({score.metric}) {figure(score)}")
+        given.log(f"{score.model}: {score.name.text} ({score.metric}) {figure(vars(score))}")
     headline = {f"{s.model}: {s.benchmark} {s.metric}": s.value for s in scores}
     return {"scores": headline}
 

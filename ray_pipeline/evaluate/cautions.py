@@ -4,9 +4,10 @@ from collections.abc import Iterator
 
 from ray_pipeline.agreement.panel import FAMILIES, family
 from ray_pipeline.evaluate.data import ReportData
-from ray_pipeline.evaluate.headline import percent, percent_interval
-from ray_pipeline.evaluate.metrics import Evaluation, RunMetrics, prefix_hit_rate
+from ray_pipeline.evaluate.metrics import RunMetrics, prefix_hit_rate
+from ray_pipeline.policy.evaluation import Evaluation
 from ray_pipeline.policy.response_stats import ResponseStats
+from ray_pipeline.report.figures import percent, percent_interval
 from ray_pipeline.stats.winrate import WinRate
 
 MAX_CLASS_RATIO = 3.0

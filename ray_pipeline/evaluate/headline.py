@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from ray_pipeline.evaluate.metrics import Evaluation
+from ray_pipeline.policy.evaluation import Evaluation
+from ray_pipeline.report.figures import percent, percent_interval
 from ray_pipeline.stats.bootstrap import Interval
 from ray_pipeline.stats.winrate import WinRate
 
@@ -47,18 +48,6 @@ def headline(evaluation: Evaluation | None, missing_stages: list[str]) -> Headli
     verdict: Verdict = "unclear" if not directions else "mixed" if len(directions) > 1 else directions.pop()
     text = "; ".join(e.text for e in evidence)
     return Headline(verdict, f"{_OPENINGS[verdict]} {text[0].upper()}{text[1:]}.")
-
-
-def percent(share: float | None, digits: int = 1) -> str:
-    """A share as "12.3 %"."""
-    return "–" if share is None else f"{100 * share:.{digits}f} %"
-
-
-def percent_interval(interval: Interval) -> str:
-    """The bounds of an interval of shares, "10.0 to 20.0 %"."""
-    if interval.low is None or interval.high is None:
-        return "no interval"
-    return f"{100 * interval.low:.1f} to {100 * interval.high:.1f} %"
 
 
 def direction(interval: Interval, no_change: float) -> Direction:

@@ -7,8 +7,9 @@ from typing import Any
 
 from ray_pipeline.evaluate.data import ReportData
 from ray_pipeline.evaluate.headline import Headline
-from ray_pipeline.evaluate.metrics import RunMetrics, as_json, data_set_rows, prefix_hit_rate, total_use
-from ray_pipeline.report.markdown import visible
+from ray_pipeline.evaluate.metrics import RunMetrics, data_set_rows, prefix_hit_rate, total_use
+from ray_pipeline.report.documents import as_json
+from ray_pipeline.report.escaping import visible
 from ray_pipeline.store.schemas import LABELS
 
 

@@ -63,7 +63,7 @@ def test_a_users_file_runs(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("", "registers no workflow"),
-        (f"{MINE}\nregister('workflow', 'other')(Workflow(name='o', config=MyConfig, wire=wire))", "several: mine, other"),
+        (
             f"{MINE}\nregister('workflow', 'other')(Workflow(name='other', config=MyConfig, wire=wire))",
             "several: mine, other",
         ),

@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 from ray_pipeline.cli import app
 from ray_pipeline.evaluate.data import ReportData
-from ray_pipeline.evaluate.metrics import as_json, collect_metrics
+from ray_pipeline.evaluate.metrics import collect_metrics
 from ray_pipeline.operate.side_by_side import Part, Side, compare_page, side_by_side
+from ray_pipeline.report.documents import as_json
 from tests.evaluate.example_run import whole_run
 
 CONFIG = {

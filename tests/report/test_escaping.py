@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ray_pipeline.evaluate.build import build_report
 from ray_pipeline.evaluate.data import RunIdentity, StageUse
-from ray_pipeline.report.markdown import fenced, inline
+from ray_pipeline.report.escaping import fenced, inline
 from tests.evaluate.example_run import whole_run
 
 MARKDOWN = pytest.importorskip("markdown_it", reason="markdown-it-py renders the page for these checks")
@@ -92,8 +92,8 @@ def test_a_whole_page_of_hostile_text(tmp_path: Path) -> None:
     assert tags <= {
         "h1", "h2", "h3", "p", "strong", "ul", "li", "table", "thead", "tbody", "tr", "th", "td", "pre", "code", "img",
     }  # fmt: skip
-    assert set(re.findall(r'src="([^"]*)"', html)) <= {f"plots/{p.name}" for p in paths}
-    assert html.count("<h1>") == 1 and html.count("<pre>") == 6
+    assert set(re.findall(r'src="([^"]*)"', html)) <= {f"charts/{p.name}" for p in paths}
+    assert html.count("<h1>") == 1 and html.count("<pre>") == 7
     assert "49" not in text_of(html).split("alert")[0] and "{{ 7*7 }}" in text_of(html)
     for table in re.findall(r"<table>.*?</table>", html, re.S):
         widths = {len(re.findall(r"<t[hd]", row)) for row in re.findall(r"<tr>.*?</tr>", table, re.S)}

@@ -23,6 +23,7 @@ from ray_pipeline.agreement.recorded_winrate import versus_rates
 from ray_pipeline.bench.page import benchmarks_page
 from ray_pipeline.evaluate.methods_page import methods_page
 from ray_pipeline.operate.side_by_side import compare_page
+from ray_pipeline.report.html import render_html
 from tests.agreement.test_page import tables
 from tests.evaluate.example_run import whole_run
 from tests.evaluate.test_methods import page as methods
@@ -194,11 +195,11 @@ def test_nothing_serious_for_axe(browser: Browser, folder: Path) -> None:
     )
     pages = {
         "run": page(whole_run()),
-        "methods": methods_page(methods()),
+        "methods": render_html(methods_page(methods())),
         "compare": compare_page(*pair()),
         "agreement": (folder / "agreement" / "report.html").read_text(encoding="utf-8"),
         "winrate": (folder / "winrate" / "report.html").read_text(encoding="utf-8"),
-        "benchmarks": benchmarks_page(BENCHMARKS),
+        "benchmarks": render_html(benchmarks_page(BENCHMARKS)),
     }
     for name, html in pages.items():
         path = folder / f"{name}.html"

@@ -1,4 +1,4 @@
-"""The examples that a page brings along: all kept candidates and a seeded sample of the others, packed to be small.
+"""The examples of the HTML page: all kept candidates and a seeded sample of the others, packed to be small.
 
 Texts lie in gzip-compressed parts of some hundred rows, in base64. The page unpacks the index when it opens, and a part
 only when one of its rows is opened or searched: a page of 20,000 candidates opens as fast as one of 20. When even the
@@ -19,37 +19,27 @@ import pyarrow.compute as pc
 from markupsafe import Markup
 
 from ray_pipeline.evaluate.data import ReportData
-from ray_pipeline.report.examples import as_text
-from ray_pipeline.report.markdown import visible
+from ray_pipeline.evaluate.excerpts import as_text
+from ray_pipeline.report.escaping import visible
+from ray_pipeline.report.page import Packed
 from ray_pipeline.store.keys import unit_hash
 from ray_pipeline.store.schemas import LABELS
 
-#: Candidates that are not kept and are shown nevertheless: so many of the smallest seeded hash.
+#: Number of candidates shown although they are not kept (smallest seeded hashes).
 OTHERS = 2_500
-#: Bytes of base64 that index and texts together may have; with plots and tables the page stays under 15 MB.
+#: Maximum size of index and texts in bytes of base64; with charts and tables the page stays under 15 MB.
 BUDGET = 14_400_000
-#: Characters at which prompts and answers are cut: the first limit with which everything fits the budget.
+#: Limits in characters of prompts and answers; the first one with which everything fits the budget is used.
 LIMITS = (20_000, 8_000, 4_000, 2_500, 2_000, 1_600, 1_300, 1_000, 800, 700, 600, 500, 400, 300, 200, 100)
-#: What is said of an answer is cut at a fifth of that, and not before so many characters.
-_SAID = 80
+#: Reasons are cut at a fifth of that limit, but not below this number of characters.
+_REASON = 80
 #: Characters of a prompt in the list.
 SNIPPET = 90
 _ROWS_PER_CHUNK = 400
 _KEPT = ("desirable", "undesirable")
 
 
-@dataclass(frozen=True)
-class Examples:
-    """`about`: what the script needs first, as JSON; `index` and `chunks`: gzip in base64; `told`: what is here."""
-
-    about: Mapping[str, Any]
-    index: Markup
-    chunks: Sequence[Markup]
-    told: str
-    rows: int
-
-
-def collect_examples(data: ReportData, *, others: int = OTHERS, budget: int = BUDGET) -> Examples | None:
+def collect_examples(data: ReportData, *, others: int = OTHERS, budget: int = BUDGET) -> Packed | None:
     """None without decisions or without the texts of the candidates."""
     if data.decisions is None or data.candidates is None or "response" not in data.candidates.column_names:
         return None
@@ -58,7 +48,7 @@ def collect_examples(data: ReportData, *, others: int = OTHERS, budget: int = BU
     judges = sorted(data.verdicts.column("judge").unique().to_pylist()) if data.verdicts is not None else []
     failures = sorted({row["failure"] for row in rows if row["failure"] is not None})
     limit, rows, index, packed = _fit(rows, texts, budget, lambda rows: _packed(_index(rows, judges, failures)))
-    return Examples(
+    return Packed(
         about={
             "judges": [visible(judge) for judge in judges],
             "labels": list(LABELS),
@@ -68,14 +58,14 @@ def collect_examples(data: ReportData, *, others: int = OTHERS, budget: int = BU
         },
         index=index,
         chunks=packed,
-        told=_told(data, rows, limit, texts.longest),
+        scope=_scope(data, rows, limit, texts.longest),
         rows=len(rows),
     )
 
 
 @dataclass(frozen=True)
 class _Texts:
-    """Texts by id, not cut yet; `of` a candidate are its answer and what was said of it."""
+    """Texts by id, not cut yet; `of` a candidate gives its answer and all reasons."""
 
     prompts: Mapping[str, str]
     of: Callable[[dict[str, Any]], list[Any]]
@@ -191,7 +181,7 @@ def _chunk(rows: Sequence[dict[str, Any]], texts: _Texts, start: int, limit: int
     for row in rows[start : start + _ROWS_PER_CHUNK]:
         place = prompts.setdefault(row["prompt_id"], len(prompts))
         answer, *said = texts.of(row)
-        listed.append([place, _cut(answer, limit), *_cut(said, max(_SAID, limit // 5))])
+        listed.append([place, _cut(answer, limit), *_cut(said, max(_REASON, limit // 5))])
     return _packed({"p": [_cut(texts.prompts.get(name, "(not given)"), limit) for name in prompts], "r": listed})
 
 
@@ -221,7 +211,7 @@ def _index(rows: Sequence[Mapping[str, Any]], judges: Sequence[str], failures: S
     }
 
 
-def _told(data: ReportData, rows: Sequence[Mapping[str, Any]], limit: int | None, longest: int) -> str:
+def _scope(data: ReportData, rows: Sequence[Mapping[str, Any]], limit: int | None, longest: int) -> str:
     assert data.decisions is not None
     here = sum(row["label"] in _KEPT for row in rows)
     kept = pc.sum(pc.is_in(data.decisions.column("label"), value_set=pa.array(_KEPT))).as_py() or 0
@@ -236,7 +226,7 @@ def _told(data: ReportData, rows: Sequence[Mapping[str, Any]], limit: int | None
     if limit is not None:
         told += (
             f" Prompts and answers are cut at {limit:,} characters (the longest has {longest:,}), reasons at "
-            f"{max(_SAID, limit // 5):,}; the run's tables hold them whole."
+            f"{max(_REASON, limit // 5):,}; the run's tables hold them whole."
         )
     return told
 

@@ -2,57 +2,43 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from ray_pipeline.evaluate.data import ReportData
+from ray_pipeline.report.figures import number
+from ray_pipeline.report.page import Excerpt
 
 
-@dataclass(frozen=True)
-class Example:
-    """One kept candidate; `scores` is (judge, score) sorted by judge, None where unread."""
-
-    candidate_id: str
-    label: str
-    final_score: float | None
-    scores: list[tuple[str, float | None]]
-    prompt: str
-    response: str
-    why: str
-
-
-def pick_examples(data: ReportData, count: int = 3) -> list[Example]:
+def pick_excerpts(data: ReportData, count: int = 3) -> list[Excerpt]:
     """Up to `count` kept rows, both labels in turn, each the smallest candidate_id: ids are hashes, so the choice is
-    arbitrary, fixed, and not the most flattering. Empty when decisions or the response texts are not there.
+    arbitrary, fixed, and not the most flattering. Empty without decisions or the texts of the responses.
     """
     if data.decisions is None or data.candidates is None or "response" not in data.candidates.column_names:
         return []
     chosen = _both_labels_in_turn(data.decisions, count)
     rows = [_only_row(data.decisions, "candidate_id", i) for i in chosen]
-    return [_example(data, row) for row in rows if row is not None]
+    return [_excerpt(data, data.candidates, row) for row in rows if row is not None]
 
 
-def _example(data: ReportData, decision: dict[str, Any]) -> Example:
+def _excerpt(data: ReportData, candidates: pa.Table, decision: dict[str, Any]) -> Excerpt:
     candidate_id = decision["candidate_id"]
-    assert data.candidates is not None  # pick_examples has looked
-    candidate = _only_row(data.candidates, "candidate_id", candidate_id) or {}
+    candidate = _only_row(candidates, "candidate_id", candidate_id) or {}
     prompt = None if data.prompts is None else _only_row(data.prompts, "prompt_id", candidate.get("prompt_id"))
     scores: list[tuple[str, float | None]] = []
     if data.verdicts is not None:
         own = data.verdicts.filter(pc.equal(data.verdicts.column("candidate_id"), candidate_id))
-        pairs = own.select(["judge", "score"]).to_pylist()
-        scores = sorted(((r["judge"], r["score"]) for r in pairs), key=lambda pair: pair[0])
-    return Example(
-        candidate_id=candidate_id,
-        label=decision["label"],
-        final_score=decision["final_score"],
-        scores=scores,
-        prompt="(prompt not given)" if prompt is None else as_text(prompt["messages"]),
-        response=candidate.get("response") or "",
-        why=decision.get("why") or "",
+        scores = sorted(((r["judge"], r["score"]) for r in own.to_pylist()), key=lambda pair: pair[0])
+    said = ", ".join(f"{judge} {number(score, 0)}" for judge, score in scores)
+    return Excerpt(
+        title=f"{decision['label']}, final score {number(decision['final_score'])}",
+        note=f"Candidate {candidate_id}; {said}. {decision.get('why') or ''}",
+        texts=[
+            ("Prompt", "(prompt not given)" if prompt is None else as_text(prompt["messages"])),
+            ("Response", candidate.get("response") or ""),
+        ],
     )
 
 
