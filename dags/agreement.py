@@ -7,10 +7,10 @@ items ─┬→ judges, one stage a model ──┐
 
 from __future__ import annotations
 
+from ray_pipeline.agreement.ask import ask_stages
+from ray_pipeline.agreement.stages import items_stage, report_stage
 from ray_pipeline.agreement_config import AgreementConfig
 from ray_pipeline.graph.stage import Dag
-from ray_pipeline.stages.agreement import items_stage, report_stage
-from ray_pipeline.stages.ask import ask_stages
 
 
 def agreement(config: AgreementConfig, run_folder: str) -> Dag:

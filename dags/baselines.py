@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import dataclasses
 
+from ray_pipeline.bench.stages import Answering, benchmark_stages
 from ray_pipeline.config import BaselinesConfig, DataVariant
+from ray_pipeline.data.candidates import candidates
+from ray_pipeline.data.columnar import dataset_files, dataset_rows, gate, prompts
+from ray_pipeline.data.critic import critic
+from ray_pipeline.data.imported import preferences
+from ray_pipeline.data.judging import judges
+from ray_pipeline.evaluate.method_table import method_table
 from ray_pipeline.graph.run import stage_folder
 from ray_pipeline.graph.stage import Dag, Stage
-from ray_pipeline.stages.benchmarks import Answering, benchmark_stages
-from ray_pipeline.stages.candidates import candidates
-from ray_pipeline.stages.columnar import dataset_files, dataset_rows, gate, prompts
-from ray_pipeline.stages.compare import comparisons, responses
-from ray_pipeline.stages.critic import critic
-from ray_pipeline.stages.judge import judges
-from ray_pipeline.stages.method_table import method_table
-from ray_pipeline.stages.preferences import preferences
-from ray_pipeline.stages.train import train
+from ray_pipeline.policy.comparisons import comparisons, responses
+from ray_pipeline.policy.train import train
 
 
 @dataclasses.dataclass(frozen=True)

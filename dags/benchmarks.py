@@ -6,9 +6,9 @@ questions → answers of each model ─┬→ MT-Bench and AlpacaEval judges ─
 
 from __future__ import annotations
 
+from ray_pipeline.bench.stages import Answering, benchmark_stages
 from ray_pipeline.benchmark_config import BenchmarksConfig
 from ray_pipeline.graph.stage import Dag
-from ray_pipeline.stages.benchmarks import Answering, benchmark_stages
 
 
 def benchmarks(config: BenchmarksConfig, run_folder: str) -> Dag:

@@ -6,17 +6,17 @@ prompts → candidates → judges ─┐
 
 from __future__ import annotations
 
+from ray_pipeline.bench.stages import Answering, benchmark_stages
 from ray_pipeline.config import DmapoConfig
+from ray_pipeline.data.candidates import candidates
+from ray_pipeline.data.columnar import datasets, gate, prompts
+from ray_pipeline.data.critic import critic
+from ray_pipeline.data.judging import judges
+from ray_pipeline.evaluate.stage import evaluate
 from ray_pipeline.graph.run import stage_folder, stored
 from ray_pipeline.graph.stage import Dag, Stage
-from ray_pipeline.stages.benchmarks import Answering, benchmark_stages
-from ray_pipeline.stages.candidates import candidates
-from ray_pipeline.stages.columnar import datasets, gate, prompts
-from ray_pipeline.stages.compare import comparisons, responses
-from ray_pipeline.stages.critic import critic
-from ray_pipeline.stages.evaluate import evaluate
-from ray_pipeline.stages.judge import judges
-from ray_pipeline.stages.train import train
+from ray_pipeline.policy.comparisons import comparisons, responses
+from ray_pipeline.policy.train import train
 
 
 def dmapo(config: DmapoConfig, run_folder: str) -> Dag:

@@ -13,18 +13,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from ray_pipeline.data.columnar import dataset_files, dataset_rows, prompts
+from ray_pipeline.data.judging import judges
+from ray_pipeline.evaluate.stage import evaluate
+from ray_pipeline.feedback.improve import branch_stages, improvement_rows
+from ray_pipeline.feedback.loop import feedback_stages
+from ray_pipeline.feedback.page import LoopPage, loop_page
+from ray_pipeline.feedback.select import ranks, select
 from ray_pipeline.fellowship_config import FellowshipConfig
 from ray_pipeline.graph.run import stage_folder, stored
 from ray_pipeline.graph.stage import Dag, Stage
-from ray_pipeline.stages.columnar import dataset_files, dataset_rows, prompts
-from ray_pipeline.stages.compare import comparisons, responses
-from ray_pipeline.stages.evaluate import evaluate
-from ray_pipeline.stages.feedback import feedback_stages
-from ray_pipeline.stages.improve import branch_stages, improvement_rows
-from ray_pipeline.stages.judge import judges
-from ray_pipeline.stages.loop_page import LoopPage, loop_page
-from ray_pipeline.stages.select import ranks, select
-from ray_pipeline.stages.train import train
+from ray_pipeline.policy.comparisons import comparisons, responses
+from ray_pipeline.policy.train import train
 
 
 def fellowship(config: FellowshipConfig, run_folder: str) -> Dag:

@@ -8,11 +8,11 @@ prompts ─┬→ each model alone ──┬→ versus (one judge) ──→ win
 
 from __future__ import annotations
 
+from ray_pipeline.agreement.stages import items_stage, report_stage
+from ray_pipeline.agreement.versus import versus_stages
 from ray_pipeline.agreement_config import WinrateConfig
+from ray_pipeline.data.columnar import prompts
 from ray_pipeline.graph.stage import Dag
-from ray_pipeline.stages.agreement import items_stage, report_stage
-from ray_pipeline.stages.columnar import prompts
-from ray_pipeline.stages.versus import versus_stages
 
 
 def winrate(config: WinrateConfig, run_folder: str) -> Dag:

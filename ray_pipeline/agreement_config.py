@@ -8,13 +8,13 @@ from pydantic import Field, model_validator
 
 from ray_pipeline.agents.debate import DebateTemplates, load_debate_templates
 from ray_pipeline.agents.strategies import StrategyTemplates, load_strategy_templates
+from ray_pipeline.agreement.ask import AskSettings
+from ray_pipeline.agreement.document import MeasureSettings
+from ray_pipeline.agreement.stages import AgreementData, AgreementPage, WinrateMeasure
+from ray_pipeline.agreement.versus import LiveWinrate
 from ray_pipeline.config import CallsBlock, ConfigError, RayBlock, RunBlock, check_models, check_sampling
-from ray_pipeline.evaluation.agreement_document import MeasureSettings
+from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.failures import FailureSettings
-from ray_pipeline.graph.models import ModelSettings
-from ray_pipeline.stages.agreement import AgreementData, AgreementPage, WinrateMeasure
-from ray_pipeline.stages.ask import AskSettings
-from ray_pipeline.stages.versus import LiveWinrate
 from ray_pipeline.store.settings import Settings
 
 ModelKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]

@@ -9,6 +9,10 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from ray_pipeline.bench.files import BenchmarkFileError
+from ray_pipeline.bench.questions import BenchmarksSettings
+from ray_pipeline.bench.report import BenchmarksPage, MeasuredModel, judging_model
+from ray_pipeline.bench.stages import benchmark_samplings, check_benchmarks
 from ray_pipeline.config import (
     CallsBlock,
     ConfigError,
@@ -19,12 +23,8 @@ from ray_pipeline.config import (
 )
 from ray_pipeline.config import _resolve_model as resolve_model
 from ray_pipeline.config import _shown as shown_model
-from ray_pipeline.evaluation.benchmark_files import BenchmarkFileError
+from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.failures import FailureSettings
-from ray_pipeline.graph.models import ModelSettings
-from ray_pipeline.stages.benchmark_questions import BenchmarksSettings
-from ray_pipeline.stages.benchmark_report import BenchmarksPage, MeasuredModel, judging_model
-from ray_pipeline.stages.benchmarks import benchmark_samplings, check_benchmarks
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import check_num_shards
 from ray_pipeline.store.settings import Settings

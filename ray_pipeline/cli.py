@@ -80,12 +80,12 @@ def run(
     """
     from dags import DAGS
     from ray_pipeline.config import ConfigError, load_config
+    from ray_pipeline.data.sources import InputError
     from ray_pipeline.graph.heartbeat import RunBusy
     from ray_pipeline.graph.reach import check_location, in_a_job
     from ray_pipeline.graph.run import execute, load_result
     from ray_pipeline.operate.prices import budget_of
     from ray_pipeline.operate.run_settings import run_settings
-    from ray_pipeline.stages.sources import InputError
     from ray_pipeline.store.files import Folder, StoreError
     from ray_pipeline.workflows import WORKFLOWS
 
@@ -168,9 +168,12 @@ def report(
     open_page: Annotated[bool, typer.Option("--open", help="show report.html in the browser")] = False,
 ) -> None:
     """Write report.md, report.html and their numbers anew from the tables that a run has, finished or not."""
+    from ray_pipeline.agreement import stages as agreement
+    from ray_pipeline.bench import report as benchmark_report
+    from ray_pipeline.evaluate import method_table
+    from ray_pipeline.evaluate.stage import write_report
+    from ray_pipeline.feedback import page as loop_page
     from ray_pipeline.graph.results import read_run
-    from ray_pipeline.stages import agreement, benchmark_report, loop_page, method_table
-    from ray_pipeline.stages.evaluate import write_report
     from ray_pipeline.store.files import StoreError
     from ray_pipeline.store.local import local_copy
 
@@ -203,8 +206,8 @@ def compare(
     from pathlib import Path
 
     from ray_pipeline.graph.results import read_run
-    from ray_pipeline.report.side_by_side import compare_page, side_by_side
-    from ray_pipeline.stages.compare_runs import side_of
+    from ray_pipeline.operate.compare_runs import side_of
+    from ray_pipeline.operate.side_by_side import compare_page, side_by_side
     from ray_pipeline.store.files import StoreError
 
     try:
@@ -244,8 +247,8 @@ def audit(run: RunArgument = "runs/latest") -> None:
 
     Exit code 1 when a row is an orphan, a duplicate, chosen equal to rejected, or not what the formulas say.
     """
+    from ray_pipeline.audit.run import audit_folder, not_audited
     from ray_pipeline.graph.results import read_run
-    from ray_pipeline.stages.audit_run import audit_folder, not_audited
     from ray_pipeline.store.files import StoreError
 
     try:

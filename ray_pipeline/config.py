@@ -14,27 +14,27 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from ray_pipeline.agents.judges import Rubric
 from ray_pipeline.agents.templates import TemplateError, Templates, load_templates
+from ray_pipeline.bench.files import BenchmarkFileError
+from ray_pipeline.bench.questions import BenchmarksSettings
+from ray_pipeline.bench.report import BenchmarksPage, MeasuredModel, judging_model
+from ray_pipeline.bench.stages import benchmark_samplings, check_benchmarks
+from ray_pipeline.data.candidates import CandidateSettings
+from ray_pipeline.data.critic import CriticSettings
+from ray_pipeline.data.datasets import DatasetsConfig
+from ray_pipeline.data.gate import GateConfig
+from ray_pipeline.data.imported import PreferenceSource, tables_of
+from ray_pipeline.data.judging import JudgeSettings
+from ray_pipeline.data.prompts import PromptsConfig
+from ray_pipeline.data.sources import InputError
 from ray_pipeline.engines.base import EngineStartError
 from ray_pipeline.engines.identity import ModelNotFound
-from ray_pipeline.evaluation.benchmark_files import BenchmarkFileError
+from ray_pipeline.engines.models import ModelSettings, Room
+from ray_pipeline.evaluate.method_table import PolicyName, TableSettings
+from ray_pipeline.evaluate.stage import ReportSettings
 from ray_pipeline.graph.failures import FailureSettings
-from ray_pipeline.graph.models import ModelSettings, Room
 from ray_pipeline.pocket import model_path
-from ray_pipeline.stages.benchmark_questions import BenchmarksSettings
-from ray_pipeline.stages.benchmark_report import BenchmarksPage, MeasuredModel, judging_model
-from ray_pipeline.stages.benchmarks import benchmark_samplings, check_benchmarks
-from ray_pipeline.stages.candidates import CandidateSettings
-from ray_pipeline.stages.compare import EvaluateSettings
-from ray_pipeline.stages.critic import CriticSettings
-from ray_pipeline.stages.datasets import DatasetsConfig
-from ray_pipeline.stages.evaluate import ReportSettings
-from ray_pipeline.stages.gate import GateConfig
-from ray_pipeline.stages.judge import JudgeSettings
-from ray_pipeline.stages.method_table import PolicyName, TableSettings
-from ray_pipeline.stages.preferences import PreferenceSource, tables_of
-from ray_pipeline.stages.prompts import PromptsConfig
-from ray_pipeline.stages.sources import InputError
-from ray_pipeline.stages.train import TrainSettings
+from ray_pipeline.policy.comparisons import EvaluateSettings
+from ray_pipeline.policy.train import TrainSettings
 from ray_pipeline.store.files import join, normalise_location
 from ray_pipeline.store.keys import digest
 from ray_pipeline.store.settings import Settings

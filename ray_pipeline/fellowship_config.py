@@ -17,17 +17,17 @@ from ray_pipeline.config import (
     check_sampling,
     check_trainable,
 )
+from ray_pipeline.data.datasets import DatasetsConfig
+from ray_pipeline.data.judging import JudgeSettings
+from ray_pipeline.data.prompts import PromptsConfig
+from ray_pipeline.engines.models import ModelSettings
+from ray_pipeline.evaluate.stage import ReportSettings
+from ray_pipeline.feedback.improve import ImproveSettings
+from ray_pipeline.feedback.loop import LoopSettings
+from ray_pipeline.feedback.select import SelectSettings
 from ray_pipeline.graph.failures import FailureSettings
-from ray_pipeline.graph.models import ModelSettings
-from ray_pipeline.stages.compare import EvaluateSettings
-from ray_pipeline.stages.datasets import DatasetsConfig
-from ray_pipeline.stages.evaluate import ReportSettings
-from ray_pipeline.stages.feedback import LoopSettings
-from ray_pipeline.stages.improve import ImproveSettings
-from ray_pipeline.stages.judge import JudgeSettings
-from ray_pipeline.stages.prompts import PromptsConfig
-from ray_pipeline.stages.select import SelectSettings
-from ray_pipeline.stages.train import TrainSettings
+from ray_pipeline.policy.comparisons import EvaluateSettings
+from ray_pipeline.policy.train import TrainSettings
 from ray_pipeline.store.keys import digest
 from ray_pipeline.store.settings import Settings
 from ray_pipeline.training.methods import validate_trainer_args

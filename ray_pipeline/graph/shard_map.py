@@ -28,8 +28,8 @@ from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from ray_pipeline.engines.base import ChatEngine, EngineDead, EngineStop
 from ray_pipeline.engines.logged import CallNotLogged, CallStats, LoggedEngine
+from ray_pipeline.engines.models import Placement
 from ray_pipeline.graph.failures import FailurePolicy
-from ray_pipeline.graph.models import Placement
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, StageStop, stage_table
 from ray_pipeline.store.files import Folder, StoreError
 from ray_pipeline.store.tables import ShardedTable

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from ray_pipeline.engines.logged import LoggedEngine
-from ray_pipeline.graph.models import EngineFactory, Placement
+from ray_pipeline.engines.models import EngineFactory, Placement
 from ray_pipeline.store.files import Folder, join
 from ray_pipeline.store.keys import fingerprint
 from ray_pipeline.store.tables import ShardedTable

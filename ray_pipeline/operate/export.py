@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
+from ray_pipeline.data.datasets import SPLITS
 from ray_pipeline.graph.results import Run
-from ray_pipeline.stages.datasets import SPLITS
 from ray_pipeline.store.files import Folder, StoreError
 
 #: By this file a folder is known as an export, which another one may replace.

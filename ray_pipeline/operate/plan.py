@@ -13,12 +13,12 @@ from typing import Any
 
 from ray_pipeline.agents.templates import ANY_FENCE, RoleTemplate, render, transcript
 from ray_pipeline.config import ConfigError, DmapoConfig
+from ray_pipeline.data.datasets import TokenCounter
+from ray_pipeline.data.prompts import load_prompts
 from ray_pipeline.engines.base import Message
-from ray_pipeline.graph.models import ModelSettings
+from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.progress import duration
 from ray_pipeline.operate.prices import DevicePrice, Rates
-from ray_pipeline.stages.datasets import TokenCounter
-from ray_pipeline.stages.prompts import load_prompts
 
 #: Prompts whose tokens are counted; more change a mean by less than rates are off.
 _SAMPLE = 1000

@@ -15,12 +15,12 @@ import numpy as np
 from rich.console import Console
 
 from ray_pipeline.config import DmapoConfig
+from ray_pipeline.data.prompts import load_prompts
 from ray_pipeline.graph.run import execute
 from ray_pipeline.graph.shard_map import receipt_name
 from ray_pipeline.graph.stage import Dag, StageResult, StageStop
 from ray_pipeline.operate.prices import CallTime, KeptShare, Rates, ReplyTokens
 from ray_pipeline.operate.run_settings import run_settings
-from ray_pipeline.stages.prompts import load_prompts
 from ray_pipeline.store.files import Folder, StoreError, beside
 
 #: Fewer prompts say nothing about a mean.

@@ -17,14 +17,14 @@ import pyarrow.compute as pc
 import yaml
 
 from ray_pipeline.config import ConfigError, DmapoConfig, read_config
+from ray_pipeline.data import columnar
+from ray_pipeline.data.datasets import kto_weights
+from ray_pipeline.data.gate import GateConfig, decide, label_counts
 from ray_pipeline.graph.heartbeat import BEAT_SECONDS, Heartbeat
 from ray_pipeline.graph.inline import make_here
 from ray_pipeline.graph.results import Run
 from ray_pipeline.graph.run import stage_folder
 from ray_pipeline.graph.stage import Stage, WholeWork
-from ray_pipeline.stages import columnar
-from ray_pipeline.stages.datasets import kto_weights
-from ray_pipeline.stages.gate import GateConfig, decide, label_counts
 from ray_pipeline.store.files import StoreError, point_at
 from ray_pipeline.store.keys import digest
 from ray_pipeline.store.schemas import LABELS

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from ray_pipeline.evaluation.bootstrap import Interval
 from ray_pipeline.report.markdown import visible
+from ray_pipeline.stats.bootstrap import Interval
 
 WIDTH, HEIGHT = 340, 210
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 10, 36

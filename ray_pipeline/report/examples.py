@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ray_pipeline.report.data import ReportData
+from ray_pipeline.evaluate.data import ReportData
 
 
 @dataclass(frozen=True)

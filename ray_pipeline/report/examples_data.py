@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from markupsafe import Markup
 
-from ray_pipeline.report.data import ReportData
+from ray_pipeline.evaluate.data import ReportData
 from ray_pipeline.report.examples import as_text
 from ray_pipeline.report.markdown import visible
 from ray_pipeline.store.keys import unit_hash

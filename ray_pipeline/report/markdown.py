@@ -13,7 +13,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from ray_pipeline.report.headline import percent, percent_interval
+from ray_pipeline.evaluate.headline import percent, percent_interval
 
 # An underscore inside a word is no emphasis, and `lora_dropout` should stay readable in the raw page.
 _MARKDOWN = re.compile(r"([\\`*\[\]|~#$]|(?<![^\W_])_|_(?![^\W_]))")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from ray_pipeline.store.benchmark_schemas import BENCHMARK_TABLES
+from ray_pipeline.bench.schemas import BENCHMARK_TABLES
 
 #: One chat message; conversations are lists of these, as TRL and `datasets` expect them.
 MESSAGE = pa.struct([pa.field("role", pa.string(), nullable=False), pa.field("content", pa.string(), nullable=False)])

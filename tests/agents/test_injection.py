@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from ray_pipeline.agents.alpaca_eval_judge import PreferenceAsking, prefer
-from ray_pipeline.agents.bench_prompts import MT_BENCH_FIELDS, own_mt_bench_prompts, own_preference_prompt
 from ray_pipeline.agents.debate import DebateSettings, debate, load_debate_templates
 from ray_pipeline.agents.feedback_loop import ReviewAsking, load_feedback_templates, review
 from ray_pipeline.agents.judges import Asking, Rubric, SamplingSettings, compare, critique, judge
-from ray_pipeline.agents.mt_bench_judge import BenchAsking, compare_turn, rate_turn
 from ray_pipeline.agents.strategies import Strategy, StrategyAsking, decide, load_strategy_templates
 from ray_pipeline.agents.templates import builtin_templates, load_templates
+from ray_pipeline.bench.alpaca_eval.judge import PreferenceAsking, prefer
+from ray_pipeline.bench.judge_prompts import MT_BENCH_FIELDS, own_mt_bench_prompts, own_preference_prompt
+from ray_pipeline.bench.mt_bench.judge import BenchAsking, compare_turn, rate_turn
 from ray_pipeline.engines.base import ChatEngine, Message
 from tests.scripted import Reply, ScriptedEngine, said, user
 

@@ -12,9 +12,9 @@ import yaml
 from dags.agreement import agreement
 from dags.winrate import winrate
 from ray_pipeline import config as module
+from ray_pipeline.agreement.stages import AgreementData, read_data
 from ray_pipeline.agreement_config import AGREEMENT_CONFIGS, AgreementConfig
 from ray_pipeline.config import ConfigError, load_config
-from ray_pipeline.stages.agreement import AgreementData, read_data
 
 ITEM = {"item_id": "x/1", "question": "Q?", "response_a": "one", "response_b": "two", "human_label": "A"}
 LIVE = {

@@ -37,7 +37,7 @@ def test_an_unknown_stage(tmp_path: Path) -> None:
 
 
 def test_an_unusable_prompt_file(tmp_path: Path) -> None:
-    """How a stage's own refusal comes back; what is unusable, in which words, is in tests/stages/test_sources.py."""
+    """How a stage's own refusal comes back; what is unusable, in which words, is in tests/data/test_sources.py."""
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"question": 3}\n')
     source = json.dumps([{"type": "jsonl", "path": str(file), "column": "question"}])

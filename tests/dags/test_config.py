@@ -467,7 +467,7 @@ def test_every_key_changes_a_fingerprint_or_is_operational(values: dict[str, Any
         if key.startswith("prompts.sources") or general == "models.*.model":
             continue  # by content: the next test
         if key == "benchmarks":
-            continue  # it adds stages, which tests/stages/test_benchmarks.py looks at
+            continue  # it adds stages, which tests/bench/test_stages.py looks at
         if key in ("critic.asking.expected_score", "evaluate.asking.expected_score"):
             continue  # nothing reads it, so it is refused
         if key in ("models.policy.adapter", "models.policy.chat_template"):

@@ -14,8 +14,8 @@ import yaml
 from dags.fellowship import fellowship
 from ray_pipeline import fellowship_config as module
 from ray_pipeline.config import ConfigError, load_config
+from ray_pipeline.data.prompts import PromptsConfig, load_prompts
 from ray_pipeline.fellowship_config import FellowshipConfig
-from ray_pipeline.stages.prompts import PromptsConfig, load_prompts
 
 
 @pytest.fixture(autouse=True)

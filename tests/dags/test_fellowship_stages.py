@@ -15,6 +15,7 @@ import pytest
 
 from dags.fellowship import fellowship
 from ray_pipeline import fellowship_config as module
+from ray_pipeline.audit.run import audit_folder
 from ray_pipeline.config import load_config
 from ray_pipeline.engines.base import ChatEngine
 from ray_pipeline.engines.logged import LoggedEngine
@@ -23,7 +24,6 @@ from ray_pipeline.graph.results import Run
 from ray_pipeline.graph.stage import Dag, ShardInput, ShardWork, Stage, StageResult, WholeInput, stage_table
 from ray_pipeline.pocket.reviewing import feedback_on
 from ray_pipeline.pocket.tasks import rubric_scores, truth
-from ray_pipeline.stages.audit_run import audit_folder
 from ray_pipeline.store.files import Folder
 from tests.scripted import ScriptedEngine
 

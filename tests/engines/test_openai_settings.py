@@ -13,9 +13,9 @@ from pydantic import ValidationError
 
 from ray_pipeline import config as config_module
 from ray_pipeline.config import ConfigError, load_config
+from ray_pipeline.engines.models import ModelSettings, Placement
 from ray_pipeline.engines.openai import EndpointSettings, OpenAIEngine
 from ray_pipeline.engines.vllm import VllmEngine
-from ray_pipeline.graph.models import ModelSettings, Placement
 from ray_pipeline.graph.shard_map import _engine_room
 from ray_pipeline.graph.stage import ShardWork
 from ray_pipeline.store.keys import digest

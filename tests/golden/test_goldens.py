@@ -36,17 +36,17 @@ import pytest
 import yaml
 
 from dags import DAGS
+from ray_pipeline.bench import questions as benchmark_questions
 from ray_pipeline.config import read_config
+from ray_pipeline.data.datasets import SPLITS, DatasetsConfig
 from ray_pipeline.engines.base import Grammar, Sampling
 from ray_pipeline.graph.stage import Stage
 from ray_pipeline.pocket import WEIGHTS
-from ray_pipeline.stages import benchmark_questions
-from ray_pipeline.stages.datasets import SPLITS, DatasetsConfig
 from ray_pipeline.store import keys
 from ray_pipeline.store.schemas import LABELS
 from ray_pipeline.workflows import WORKFLOWS
 from tests.golden.scripted_run import ScriptedRun, scripted_run
-from tests.stages.planted import random_world, write_run
+from tests.planted import random_world, write_run
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

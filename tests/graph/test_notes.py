@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from ray_pipeline.graph.models import Placement
+from ray_pipeline.engines.models import Placement
 from ray_pipeline.graph.shard_map import ShardActor
 from tests.scripted import ScriptedEngine
 

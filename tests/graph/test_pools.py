@@ -11,7 +11,7 @@ import pytest
 from dags.dmapo import dmapo
 from ray_pipeline.config import load_config
 from ray_pipeline.engines.base import Sampling
-from ray_pipeline.graph.models import Placement
+from ray_pipeline.engines.models import Placement
 from ray_pipeline.graph.pools import share_pools
 from ray_pipeline.graph.run import RunSettings, execute
 from ray_pipeline.graph.stage import Dag, ShardInput, ShardOutput, ShardWork, Stage, StageStop, WholeInput, WholeWork

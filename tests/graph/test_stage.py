@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ray_pipeline.graph.models import Placement
+from ray_pipeline.engines.models import Placement
 from ray_pipeline.graph.stage import Dag, ShardWork, Stage, StageResult
 
 

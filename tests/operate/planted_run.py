@@ -9,11 +9,11 @@ from typing import Any
 import yaml
 
 from ray_pipeline.config import read_config
+from ray_pipeline.data.gate import GateConfig, decide, label_counts
 from ray_pipeline.graph.results import read_run
 from ray_pipeline.graph.shard_map import receipt_name
 from ray_pipeline.graph.stage import Dag, Stage, stage_table
-from ray_pipeline.stages.gate import GateConfig, decide, label_counts
-from tests.stages.planted import JUDGES, World, by_shard, random_world
+from tests.planted import JUDGES, World, by_shard, random_world
 
 SHARDS = 4
 

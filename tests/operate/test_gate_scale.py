@@ -11,12 +11,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from ray_pipeline.stages import columnar
+from ray_pipeline.data import columnar
 
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    spec = importlib.util.spec_from_file_location("gate_scale", Path("benchmarks/gate_scale.py"))
+    spec = importlib.util.spec_from_file_location("gate_scale", Path("perf/gate_scale.py"))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "gate_scale", module)

@@ -12,13 +12,13 @@ from typer.testing import CliRunner
 
 from ray_pipeline.cli import app
 from ray_pipeline.config import ConfigError, read_config
+from ray_pipeline.data.prompts import load_prompts
 from ray_pipeline.graph.results import read_run
 from ray_pipeline.graph.spending import Budget, Spending
 from ray_pipeline.graph.stage import StageStop
 from ray_pipeline.operate.plan import StagePlan, plan, plan_lines
 from ray_pipeline.operate.prices import Rates, budget_of, given_price, read_rates
 from ray_pipeline.operate.probe import measured
-from ray_pipeline.stages.prompts import load_prompts
 from ray_pipeline.store.files import Folder
 from tests.operate.planted_run import plant
 

@@ -12,15 +12,15 @@ from typer.testing import CliRunner
 
 from ray_pipeline.cli import app
 from ray_pipeline.config import ConfigError
+from ray_pipeline.data.datasets import DatasetsConfig, dpo_rows
+from ray_pipeline.data.gate import GateConfig, decide
 from ray_pipeline.graph.heartbeat import RunBusy
 from ray_pipeline.graph.results import read_run
 from ray_pipeline.graph.run import load_result
 from ray_pipeline.operate import regate as gating
-from ray_pipeline.stages.datasets import DatasetsConfig, dpo_rows
-from ray_pipeline.stages.gate import GateConfig, decide
 from ray_pipeline.store.files import StoreError
 from tests.operate.planted_run import SHARDS, plant, planted_dag
-from tests.stages.planted import JUDGES, count_words, random_world
+from tests.planted import JUDGES, count_words, random_world
 
 WORLD = random_world(60, seed=5)
 NEW = ["gate.tau=1.0", "gate.desirable_at=8"]

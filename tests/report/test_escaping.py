@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_pipeline.report import RunIdentity, StageUse, build_report
+from ray_pipeline.evaluate.build import build_report
+from ray_pipeline.evaluate.data import RunIdentity, StageUse
 from ray_pipeline.report.markdown import fenced, inline
-
-from .example_run import whole_run
+from tests.evaluate.example_run import whole_run
 
 MARKDOWN = pytest.importorskip("markdown_it", reason="markdown-it-py renders the page for these checks")
 

@@ -13,19 +13,19 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from ray_pipeline.evaluation.agreement import pairwise_kappas
-from ray_pipeline.evaluation.kappa_intervals import kappa_intervals
-from ray_pipeline.report import ReportData, charts, examples_data
-from ray_pipeline.report.benchmarks_page import benchmarks_page
+from ray_pipeline.bench.page import benchmarks_page
+from ray_pipeline.evaluate.data import ReportData
+from ray_pipeline.evaluate.distributions import length_histogram, score_histogram
+from ray_pipeline.evaluate.headline import headline
+from ray_pipeline.evaluate.metrics import collect_metrics
+from ray_pipeline.evaluate.run_page import run_page
+from ray_pipeline.report import charts, examples_data
 from ray_pipeline.report.charts import Bins
-from ray_pipeline.report.distributions import length_histogram, score_histogram
 from ray_pipeline.report.examples_data import Examples, collect_examples
-from ray_pipeline.report.headline import headline
-from ray_pipeline.report.metrics import collect_metrics
 from ray_pipeline.report.page import script_json
-from ray_pipeline.report.run_page import run_page
-
-from .example_run import JUDGES, whole_run
+from ray_pipeline.stats.kappa import pairwise_kappas
+from ray_pipeline.stats.kappa_intervals import kappa_intervals
+from tests.evaluate.example_run import JUDGES, whole_run
 
 NASTY = (
     "<script>document.title='owned'</script>",

@@ -16,19 +16,18 @@ from typing import Any
 
 import pytest
 
-from benchmarks.report_page import big_run
-from ray_pipeline.evaluation.agreement_document import MeasureSettings, as_document, measure
-from ray_pipeline.evaluation.recorded_winrate import versus_rates
-from ray_pipeline.report.agreement import write_agreement, write_winrate
-from ray_pipeline.report.benchmarks_page import benchmarks_page
-from ray_pipeline.report.methods_page import methods_page
-from ray_pipeline.report.side_by_side import compare_page
-
-from .example_run import whole_run
-from .test_agreement_page import tables
-from .test_methods import page as methods
-from .test_page import BENCHMARKS, NASTY, nasty_run, page
-from .test_side_by_side import pair
+from perf.report_page import big_run
+from ray_pipeline.agreement.document import MeasureSettings, as_document, measure
+from ray_pipeline.agreement.files import write_agreement, write_winrate
+from ray_pipeline.agreement.recorded_winrate import versus_rates
+from ray_pipeline.bench.page import benchmarks_page
+from ray_pipeline.evaluate.methods_page import methods_page
+from ray_pipeline.operate.side_by_side import compare_page
+from tests.agreement.test_page import tables
+from tests.evaluate.example_run import whole_run
+from tests.evaluate.test_methods import page as methods
+from tests.operate.test_side_by_side import pair
+from tests.report.test_page import BENCHMARKS, NASTY, nasty_run, page
 
 pytestmark = [pytest.mark.e2e]
 

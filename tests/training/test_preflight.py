@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ray_pipeline.data.datasets import TokenCounter
 from ray_pipeline.engines.chat_template import ChatTemplate
-from ray_pipeline.stages.datasets import TokenCounter
 from ray_pipeline.store.schemas import MESSAGES
 from ray_pipeline.training import (
     METHODS,

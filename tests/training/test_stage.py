@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from ray_pipeline.graph.models import ModelSettings
+from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.stage import BadInput, Stage, StageResult, StageStop, WholeInput, WholeWork
-from ray_pipeline.stages import train as stage
-from ray_pipeline.stages.train import TrainSettings, train, train_policy
+from ray_pipeline.policy import train as stage
+from ray_pipeline.policy.train import TrainSettings, train, train_policy
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.schemas import TRAIN_METRICS
 from ray_pipeline.training import METHODS, TrainingInputError, TrainingStopped, TrainResult, TrainSpec

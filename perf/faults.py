@@ -1,0 +1,240 @@
+"""Faults on a simulated cluster: a head and three worker nodes, each a raylet of its own with a fake GPU and, where
+network namespaces can be had, with an address of its own. A node, or the whole cluster, is killed in the middle of a
+stage; the table says what it cost.
+
+    python perf/faults.py                    # all faults, about three minutes each
+    python perf/faults.py judge head         # some of them
+    python perf/faults.py --keep /tmp/faults # and keep the run folders
+
+Engines, training and processes are real (the pocket world on vLLM's CPU build). After a fault the run is replayed from
+its own call log with the engine forbidden, and the replay's tables must have the same bytes: that is how rows are
+counted. Calls repeated are those that engines answered, as the workers told it (up to 2 s late where the driver dies),
+beyond those that the log holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from ray_pipeline.store.files import Folder, StoreError  # noqa: E402
+from tests.dags.conftest import Quorum, calls_by_role, manifest, tables, wait_until  # noqa: E402
+from tests.hosts import hosts_can_be_made  # noqa: E402
+from tests.ray_nodes import RayNodes  # noqa: E402
+
+REPLAYED = ("prompts", "candidates", "judge", "critic", "gate", "dataset-rows", "datasets")
+WORKER = {"quorum-role": "worker"}
+PROMPTS = 40
+#: Few calls at once and many shards, so that a stage lasts long enough to be hit in its middle.
+SLOW = [
+    f"prompts.sources.0.count={PROMPTS}",
+    "prompts.num_shards=16",
+    *(
+        f"models.{model}.placement.{setting}"
+        for model in ("policy", "judge")
+        for setting in ("concurrency=1", "shards_in_flight=2", "num_gpus=1", "max_actors=2")
+    ),
+    "ray.max_stages=1",
+    "train.num_workers=1",
+    "train.use_gpu=false",
+    "train.save_steps=2",
+    "train.label_selector.quorum-role=worker",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A line of the table; `seconds` from the fault until what it hit was made good (see `node_killed` and others)."""
+
+    fault: str
+    happened: str
+    rows_lost: int
+    repeated: int
+    calls: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"| {self.fault} | {self.happened} | {self.rows_lost} | {self.repeated} of {self.calls} "
+            f"| {self.seconds:.0f} |"
+        )
+
+
+class Cluster:
+    """A cluster and the run on it. The driver sits on the head: while it starts, there is no other node."""
+
+    def __init__(self, nodes: RayNodes, folder: Path, to: str = "datasets") -> None:
+        self.nodes, self.folder, self._arguments = nodes, folder, [*SLOW, "--to", to]
+
+    def start(self, workers: int) -> Quorum:
+        run = self.command(self.folder, *self._arguments)
+        wait_until(run, lambda: "to do" in run.output and bool(self.progress()))
+        for _ in range(workers):
+            self.nodes.add(gpus=1, labels=WORKER)
+        return run
+
+    def command(self, folder: Path, *arguments: str) -> Quorum:
+        return Quorum(
+            *["run", "dmapo", "--config", "configs/pocket.yaml", "--run-dir", str(folder), *arguments],
+            env={**self.nodes.env, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": self.nodes.address},
+        )
+
+    def progress(self) -> dict[str, dict[str, Any]]:
+        try:
+            return {stage["name"]: stage for stage in Folder(str(self.folder)).read_json("progress.json")}
+        except (FileNotFoundError, StoreError):
+            return {}
+
+    def told(self, stage: str, counter: str) -> int:
+        return int(self.progress().get(stage, {}).get(counter, 0))
+
+    def answered(self) -> int:
+        """Calls that engines have answered in this session."""
+        return sum(int(stage["calls_engine"]) for stage in self.progress().values())
+
+    def logged(self) -> int:
+        return sum(calls_by_role(self.folder / "calls").values())
+
+    def under_way(self, stage: str) -> set[str]:
+        """Shards of the running stage that an actor has begun and nobody has finished."""
+        found: set[str] = set()
+        for folder in self.folder.glob(f"{stage}-*"):
+            found |= {name.name[: len("shard-00000")] for name in folder.glob("_attempts/shard-*")}
+            found -= {name.stem for name in folder.glob("_receipts/shard-*.json")}
+        return found
+
+    def step(self) -> int:
+        """The newest step that a running training has told."""
+        for file in self.folder.glob("train-*/progress.json"):
+            return int(json.loads(file.read_text())["step"])
+        return 0
+
+    def rows_lost(self) -> int:
+        """Rows that a replay of the log has and the run has not; where they differ otherwise, all of them."""
+        replay = self.folder.with_name(f"{self.folder.name}-replay")
+        given = [*SLOW, "--to", "datasets", f"calls.root={self.folder / 'calls'}", "calls.replay_only=true"]
+        self.command(replay, *given).ends(0)
+        if tables(replay, REPLAYED) == tables(self.folder, REPLAYED):
+            return 0
+        whole, here = (
+            sum(sum(stage["rows"].values()) for stage in manifest(folder)["stages"].values() if "rows" in stage)
+            for folder in (replay, self.folder)
+        )
+        return whole - here or whole
+
+
+def node_killed(stage: str, nodes: RayNodes, folder: Path) -> Line:
+    """A worker node that is at work for the stage is killed, and another joins, as with an autoscaler.
+
+    It is made good when all shards that were under way are there, when a columnar stage is done, or when a training has
+    taken a new step."""
+    cluster = Cluster(nodes, folder, "train" if stage == "train" else "datasets")
+    run = cluster.start(workers=3)
+    if stage == "train":
+        wait_until(run, lambda: cluster.step() >= 4)
+        victim = cluster.nodes.at_work("RayTrainWorker")[0]
+    elif stage == "dataset-rows":  # a columnar stage is over in seconds: any node, as soon as it is at work
+        wait_until(run, lambda: cluster.progress().get(stage, {}).get("status") == "running")
+        victim = nodes.nodes[0]
+    else:
+        wait_until(run, lambda: cluster.told(stage, "shards_done") >= 3)
+        victim = cluster.nodes.at_work("ShardActor")[0]
+    hit, step = cluster.under_way(stage), cluster.step()
+    killed = time.monotonic()
+    victim.kill()
+    nodes.nodes.remove(victim)
+    nodes.add(gpus=1, labels=WORKER, wait=False)
+    if stage == "train":
+        wait_until(run, lambda: cluster.step() > step)
+    elif hit:
+        wait_until(run, lambda: not hit & cluster.under_way(stage))
+    else:
+        wait_until(run, lambda: cluster.progress().get(stage, {}).get("status") == "done")
+    seconds = time.monotonic() - killed
+    run.ends(0)
+    resumed = manifest(folder)["stages"].get("train", {}).get("facts", {}).get("resumed_from")
+    happened = "the run finished by itself" + (f", training from step {resumed}" if resumed else "")
+    return Line(f"node killed in {stage}", happened, cluster.rows_lost(), *repeated(cluster), seconds)
+
+
+def head_killed(nodes: RayNodes, folder: Path) -> Line:
+    """Every node is killed, the head among them; it starts anew, and the same command is given."""
+    cluster = Cluster(nodes, folder)
+    run = cluster.start(workers=3)
+    wait_until(run, lambda: cluster.told("judge", "shards_done") >= 3)
+    killed = time.monotonic()
+    assert nodes.head is not None
+    for node in [nodes.head, *nodes.nodes]:
+        node.kill()
+    nodes.nodes.clear()
+    ended = run.wait(120)
+    answered, kept = cluster.answered(), cluster.logged()
+    nodes.start_head()
+    run = cluster.start(workers=3)
+    wait_until(run, lambda: cluster.told("judge", "calls_engine") > 0)
+    seconds = time.monotonic() - killed
+    run.ends(0)
+    happened = f"the command ended with exit code {ended}; given again, it went on"
+    again = max(0, answered - kept)  # of the first session; the second has its own
+    more, calls = repeated(cluster, before=kept)
+    return Line("all nodes killed in judge, the head too", happened, cluster.rows_lost(), again + more, calls, seconds)
+
+
+def node_joins(nodes: RayNodes, folder: Path) -> Line:
+    """The stage has one node to work on, and gets another."""
+    cluster = Cluster(nodes, folder)
+    run = cluster.start(workers=1)
+    wait_until(run, lambda: cluster.told("judge", "shards_done") >= 1)
+    before, joined = len(cluster.nodes.at_work("ShardActor")), time.monotonic()
+    nodes.add(gpus=1, labels=WORKER, wait=False)
+    wait_until(run, lambda: len(cluster.nodes.at_work("ShardActor")) > before)
+    seconds, after = time.monotonic() - joined, len(cluster.nodes.at_work("ShardActor"))
+    run.ends(0)
+    happened = f"actors {before} → {after}, no restart"
+    return Line("node joins in judge", happened, cluster.rows_lost(), *repeated(cluster), seconds)
+
+
+def repeated(cluster: Cluster, before: int = 0) -> tuple[int, int]:
+    """Calls answered in this session beyond those that are new in the log, and all calls in the log."""
+    calls = cluster.logged()
+    return max(0, cluster.answered() - (calls - before)), calls
+
+
+FAULTS: dict[str, Callable[[RayNodes, Path], Line]] = {
+    "candidates": lambda nodes, folder: node_killed("candidates", nodes, folder),
+    "judge": lambda nodes, folder: node_killed("judge", nodes, folder),
+    "dataset-rows": lambda nodes, folder: node_killed("dataset-rows", nodes, folder),
+    "train": lambda nodes, folder: node_killed("train", nodes, folder),
+    "head": head_killed,
+    "join": node_joins,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("faults", nargs="*", metavar="fault", help=f"of {', '.join(FAULTS)}; default: all")
+    parser.add_argument("--keep", type=Path, help="folder for the run folders; default: one that is removed")
+    given = parser.parse_args()
+    strangers = [fault for fault in given.faults if fault not in FAULTS]
+    if strangers:
+        parser.error(f"there is no fault {strangers[0]!r}; there is {', '.join(FAULTS)}")
+    print("| fault | what happened | rows lost | calls repeated | seconds to recover |", flush=True)
+    print("|---|---|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory(prefix="quorum-faults-") as temporary:
+        for fault in given.faults or FAULTS:
+            with RayNodes(cpus=2, dashboard=False, own_addresses=hosts_can_be_made()) as nodes:
+                print(FAULTS[fault](nodes, (given.keep or Path(temporary)) / fault), flush=True)
+
+
+if __name__ == "__main__":
+    main()

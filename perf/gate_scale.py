@@ -1,0 +1,240 @@
+"""Synthetic verdicts through the gate and the data sets: peak memory and cost a row, from 10 k to 1 M candidates.
+
+python perf/gate_scale.py [--sizes 10000,100000,1000000] [--folder DIR] [--seconds 220]
+
+Each size runs the stages of a run (`gate`, `dataset-rows`, `datasets`) in a process of its own, shard after shard,
+whose peak memory is measured. Tables are made before, by another process. Tokens are counted by words: how long a
+tokenizer takes is not asked here. A size that is not done within --seconds goes on when the command is repeated: shards
+that are there are kept, and the times of all add up (peak memory is of the process that ended it). The table and
+`gate_scale.png` come when all sizes are done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ray_pipeline.data import columnar
+from ray_pipeline.data.datasets import DatasetsConfig
+from ray_pipeline.data.gate import GateConfig
+from ray_pipeline.engines.models import ModelSettings
+from ray_pipeline.graph.inline import make_here
+from ray_pipeline.graph.stage import Stage, StageResult, WholeWork, stage_table
+from ray_pipeline.store.schemas import CANDIDATES, CRITIQUES, PROMPTS, VERDICTS
+
+JUDGES = ["helpfulness", "factuality", "conciseness"]
+K = 4
+#: Candidates of one shard, about; what is in memory at once does not grow with the run.
+SHARD = 16_000
+#: Peak memory that must hold at a million candidates.
+LIMIT = 3 * 2**30
+#: How much more a row may cost at the largest size than at the cheapest one.
+FLAT = 1.25
+WORDS = np.array(["the", "answer", "depends", "on", "what", "was", "asked", "and", "why", "it", "holds", "here"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default="10000,100000,1000000")
+    parser.add_argument("--folder", type=Path, default=Path("runs/gate-scale"))
+    parser.add_argument("--seconds", type=float, default=220.0, help="for one call of this command")
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--size", type=int, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.work:
+        {"make": make, "run": run}[given.work](given.folder.resolve() / str(given.size), given.size)
+        return
+    end = time.monotonic() + given.seconds
+    sizes = [int(size) for size in given.sizes.split(",")]
+    for size in sizes:
+        for step in ("make", "run"):
+            command = [sys.executable, __file__, "--work", step, "--size", str(size), "--folder", str(given.folder)]
+            if (given.folder / str(size) / f"{step}.json").exists():
+                continue
+            try:
+                subprocess.run(command, check=True, timeout=max(1.0, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                print(f"{size}: {step} is not done after {given.seconds:.0f} s; the same command goes on")
+                sys.exit(3)
+    show(given.folder, sizes)
+
+
+def num_shards(size: int) -> int:
+    return 2 ** max(0, round(np.log2(size / SHARD)))
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+def make(folder: Path, size: int) -> None:
+    """The four tables that the gate reads, seeded, with every label."""
+    shards, stages = num_shards(size), parents()
+    for shard in range(shards):
+        count = size // K // shards + (shard < size // K % shards)
+        for name, table in shard_tables(shard, count).items():
+            target = stage_table(
+                str(folder / stages[name].folder_name), (kind_of(name),), kind_of(name), shards, "made"
+            )
+            if not os.path.exists(f"{target.folder}/shard-{shard:05d}.parquet"):
+                target.write(shard, table)
+    (folder / "make.json").write_text("{}")
+
+
+def kind_of(stage: str) -> str:
+    return {"judge": "verdicts", "critic": "critiques"}.get(stage, stage)
+
+
+def parents() -> dict[str, Stage]:
+    """Stages whose tables are there: what `quorum run` would have made."""
+    found = {}
+    for name in ("prompts", "candidates", "judge", "critic"):
+        stage = Stage(name, WholeWork(lambda given: {}, tables=(kind_of(name),)), None)
+        stage.__dict__["fingerprint"] = "made"
+        found[name] = stage
+    return found
+
+
+def shard_tables(shard: int, prompts: int) -> dict[str, pa.Table]:
+    rng = np.random.default_rng(shard)
+    ids = [f"{shard:08x}{i:024x}" for i in range(prompts)]
+    names = [f"{shard:08x}{i:020x}{k:04x}" for i in range(prompts) for k in range(K)]
+    owner = [p for p in ids for _ in range(K)]
+    questions = [" ".join(WORDS[row]) for row in rng.integers(0, len(WORDS), (prompts, 20))]
+    texts = [" ".join(WORDS[row]) for row in rng.integers(0, len(WORDS), (len(names), 60))]
+    level = rng.choice([2, 3, 5, 8, 9], len(names))
+    scores = np.clip(level[:, None] + rng.choice([-1, 0, 0, 1, 1], (len(names), len(JUDGES))), 1, 10).astype(float)
+    scores[rng.random(len(names)) < 0.1, 0] = 1
+    columns: dict[str, dict[str, Any]] = {
+        "prompts": {
+            "prompt_id": ids,
+            "messages": [[{"role": "user", "content": q}] for q in questions],
+            "split": ["val" if i % 20 == 0 else "train" for i in range(prompts)],
+        },
+        "candidates": {
+            "candidate_id": names,
+            "prompt_id": owner,
+            "response": [f"{i} {text}" for i, text in enumerate(texts)],
+            "finish_reason": ["stop"] * len(names),
+        },
+        "judge": {
+            "candidate_id": [n for n in names for _ in JUDGES],
+            "prompt_id": [p for p in owner for _ in JUDGES],
+            "judge": JUDGES * len(names),
+            "score": scores.reshape(-1).tolist(),
+            "parse_status": ["ok"] * (len(names) * len(JUDGES)),
+        },
+        "critic": {
+            "candidate_id": names,
+            "prompt_id": owner,
+            "flawed": (rng.random(len(names)) < 0.25).tolist(),
+            "parse_status": ["ok"] * len(names),
+        },
+    }
+    schemas = {"prompts": PROMPTS, "candidates": CANDIDATES, "judge": VERDICTS, "critic": CRITIQUES}
+    return {name: _filled(values, schemas[name]) for name, values in columns.items()}
+
+
+def _filled(values: dict[str, Any], schema: pa.Schema) -> pa.Table:
+    """Columns that no stage here reads are null, or a plain value where null is not allowed."""
+    rows = len(next(iter(values.values())))
+    plain = {pa.string(): "x", pa.int32(): 0, pa.int64(): 0}
+    columns = [values[f.name] if f.name in values else [None if f.nullable else plain[f.type]] * rows for f in schema]
+    return pa.table([pa.array(v, f.type) for v, f in zip(columns, schema, strict=True)], schema=schema)
+
+
+# --- the stages -------------------------------------------------------------------------------------------------------
+
+
+def words(messages: Any, completion: Any = None) -> list[int]:
+    """One token a word; equal texts have equal tokens."""
+    chat = [*messages, *(completion or ())]
+    return [hash(word) for message in chat for word in message["content"].split()]
+
+
+def run(folder: Path, size: int) -> None:
+    """Gate and data sets, in this process, on top of what an interrupted call has left."""
+    columnar.token_counter = lambda tokenizer: words  # type: ignore[assignment]
+    shards, before = num_shards(size), parents()
+    results = {
+        name: StageResult(name, "made", str(folder / s.folder_name), shards, s.work.tables, {}, {}, {})
+        for name, s in before.items()
+    }
+    weights = folder / "policy"
+    weights.mkdir(exist_ok=True)
+    (weights / "config.json").write_text("{}")
+    (weights / "model.safetensors").write_bytes(b"none")
+    gate_settings, settings = GateConfig(), DatasetsConfig()
+    asked, answers, verdicts = before["prompts"], before["candidates"], [before["judge"]]
+    decisions = columnar.gate(gate_settings, JUDGES, answers, verdicts, before["critic"])
+    policy = ModelSettings(model=str(weights))
+    files = columnar.datasets(settings, gate_settings, JUDGES, policy, asked, answers, verdicts, decisions)
+    # Peak memory of this process so far is that of the libraries.
+    loaded = peak()
+    make_here([decisions, files.inputs["rows"], files], str(folder), shards, results, str(folder / "calls"), print)
+    seconds = {
+        "gate": results["gate"].usage["seconds"],
+        "dataset-rows": results["dataset-rows"].usage["seconds"],
+        "datasets": results["datasets"].usage["wall_seconds"],
+    }
+    stats = {"rows": results["datasets"].facts["rows"], "shards": shards, "loaded": loaded, "peak": peak()}
+    (folder / "run.json").write_text(json.dumps({**stats, "seconds": seconds}))
+
+
+def peak() -> int:
+    """Bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# --- for readers ------------------------------------------------------------------------------------------------------
+
+
+def show(folder: Path, sizes: list[int]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = {size: json.loads((folder / str(size) / "run.json").read_text()) for size in sizes}
+    print(
+        "| candidates | shards | KTO rows | pairs | gate µs/row | rows µs/row | files µs/row | all µs/row | peak MiB |"
+    )
+    print("|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+    cost = []
+    for size, r in found.items():
+        of = {name: 1e6 * seconds / size for name, seconds in r["seconds"].items()}
+        cost.append(sum(of.values()))
+        kept = {kind: rows["train"] + rows["val"] for kind, rows in r["rows"].items()}
+        steps = " | ".join(f"{value:.1f}" for value in [*of.values(), cost[-1]])
+        print(f"| {size:,} | {r['shards']} | {kept['kto']:,} | {kept['dpo']:,} | {steps} | {r['peak'] / 2**20:,.0f} |")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5))
+    left.plot(sizes, cost, marker="o")
+    left.set(xscale="log", xlabel="candidates", ylabel="µs a candidate", title="Gate and data sets: cost a row")
+    left.set_ylim(bottom=0)
+    right.plot(sizes, [r["peak"] / 2**20 for r in found.values()], marker="o")
+    right.axhline(LIMIT / 2**20, linestyle="--", color="grey")
+    right.set(xscale="log", xlabel="candidates", ylabel="MiB", title="Peak memory (dashed: limit)")
+    right.set_ylim(bottom=0)
+    figure.tight_layout()
+    figure.savefig(folder / "gate_scale.png", dpi=120)
+    print(f"plot: {folder / 'gate_scale.png'}")
+    over = [size for size, r in found.items() if r["peak"] > LIMIT]
+    if over:
+        sys.exit(f"over {LIMIT / 2**30:g} GiB at {over[0]:,} candidates")
+    if cost[-1] > FLAT * min(cost):
+        sys.exit(
+            f"a row costs {cost[-1] / min(cost):.2f} times as much at {sizes[-1]:,} candidates as where it is least"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Judges against human labels, and win rates: items and judgements in, a report out."""

@@ -1,0 +1,294 @@
+"""Agreement with humans and win rates as stages: items and recorded judgements in, a report out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+from pydantic import Field, model_validator
+
+from ray_pipeline.agents.strategies import Conflict
+from ray_pipeline.agreement.document import MeasureSettings
+from ray_pipeline.agreement.human_labels import HUMAN_DATA, read_human_labels, where_to_find
+from ray_pipeline.agreement.recorded import Recorded, Replay, read_item, read_recorded
+from ray_pipeline.data.sources import HuggingFaceSource, InputError, JsonlSource, content_digests
+from ray_pipeline.graph.results import Run
+from ray_pipeline.graph.stage import BadInput, Stage, StageResult, WholeInput, WholeWork, stage_table
+from ray_pipeline.stats.protocol import Protocol
+from ray_pipeline.store.files import Folder, StoreError
+from ray_pipeline.store.keys import check_num_shards, digest, shard_of, unit_hash
+from ray_pipeline.store.local import written_here
+from ray_pipeline.store.schemas import BALLOTS, ITEMS, to_table
+from ray_pipeline.store.settings import Settings
+
+
+class AgreementData(Settings):
+    """The `data` block: items with human labels, and what was recorded of judges.
+
+    Attributes:
+        path: of a recorded file (`type: recorded`), or of a local copy of a human data set; default: its place on the
+            hub.
+        replay: text reads recorded replies again; stored takes what the original run made of them.
+        recordings: false leaves recorded judgements out and keeps the items.
+        limit: so many items, those of the smallest hash; of `type: pocket`, how many are made.
+    """
+
+    type: Literal["recorded", "alpaca_eval", "fair_eval", "pandalm", "mt_bench", "pocket"] = "recorded"
+    path: str | None = None
+    revision: str | None = None
+    replay: Replay = "text"
+    recordings: bool = True
+    limit: int | None = Field(None, ge=1)
+    seed: int = 0
+    num_shards: int = 8
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AgreementData:
+        if self.type == "recorded" and self.path is None:
+            raise ValueError("data.path is missing: name a file of recorded judgements (data.path=FILE.jsonl.gz)")
+        if self.type == "recorded" and self.revision is not None:
+            raise ValueError("data.revision is of a data set on the hub; data.type recorded reads a file")
+        if self.type == "pocket" and (self.limit is None or self.path is not None):
+            raise ValueError("data.type pocket makes its items: say how many by data.limit, and no path")
+        check_num_shards(self.num_shards)
+        return self
+
+    @property
+    def label(self) -> str:
+        """How reports call the data."""
+        if self.type == "pocket":
+            return f"{self.limit} pairs of the pocket world"
+        return Path(self.path).name if self.path else HUMAN_DATA[self.type].hub_name or self.type
+
+    def told(self, asked: bool) -> str:
+        """Where verdicts come from, in words for a report."""
+        recorded = "as the original run stored them" if self.replay == "stored" else "read from the recorded texts"
+        if not asked:
+            return recorded
+        return (
+            f"{recorded}, and asked in this run" if self.recordings and self.type == "recorded" else "asked in this run"
+        )
+
+
+def data_digests(settings: AgreementData) -> dict[str, str]:
+    """Content digests of the data. Raises InputError when it cannot be found."""
+    if settings.type == "pocket":
+        return {"pocket": digest(_pocket_pairs(settings))}
+    if settings.type == "recorded" or (settings.path is not None and not Path(settings.path).is_dir()):
+        assert settings.path is not None
+        return content_digests(JsonlSource(path=settings.path, column="item_id"))
+    name = settings.path or HUMAN_DATA[settings.type].hub_name
+    if name is None:
+        raise InputError(where_to_find(settings.type))
+    return content_digests(HuggingFaceSource(name=name, column="item_id", revision=settings.revision))
+
+
+def read_data(settings: AgreementData, commit: str | None = None) -> Recorded:
+    """Items and recorded ballots.
+
+    Args:
+        commit: of the hub to read instead of the newest of `settings.revision`.
+
+    Raises:
+        InputError: naming file and place.
+    """
+    if settings.type == "recorded":
+        assert settings.path is not None
+        found = read_recorded(settings.path, settings.replay)
+    elif settings.type == "pocket":
+        found = Recorded([read_item(row["item_id"], row) for row in _pocket_pairs(settings)], [])
+    else:
+        found = Recorded(read_human_labels(settings.type, settings.path, commit or settings.revision), [])
+    items = sorted(found.items, key=lambda item: (unit_hash("items", settings.seed, item["item_id"]), item["item_id"]))
+    items = items[: settings.limit]
+    kept = {item["item_id"] for item in items}
+    ballots = [b for b in found.ballots if b["item_id"] in kept] if settings.recordings else []
+    return Recorded(items, ballots)
+
+
+def _pocket_pairs(settings: AgreementData) -> list[dict[str, Any]]:
+    from ray_pipeline.pocket.pairs import make_pairs
+
+    assert settings.limit is not None
+    try:
+        return make_pairs(settings.limit, settings.seed)
+    except ValueError as error:
+        raise InputError(f"data.type pocket: {error}") from error
+
+
+class _ItemsGiven(Settings):
+    data: AgreementData
+    commit: str | None
+
+
+def items_stage(settings: AgreementData) -> Stage:
+    """The tables `items` and `ballots` of the data, sharded by question. Raises InputError when it is not there."""
+    digests = data_digests(settings)
+    commit = next(iter(digests.values())) if settings.path is None and settings.type != "pocket" else None
+    return Stage(
+        name="items",
+        work=WholeWork(
+            function=make_items, settings=_ItemsGiven(data=settings, commit=commit), tables=("items", "ballots")
+        ),
+        config=settings.model_dump(mode="json", exclude={"path"}),
+        external=digests,
+    )
+
+
+def make_items(given: WholeInput) -> dict[str, Any]:
+    settings: _ItemsGiven = given.settings
+    try:
+        found = read_data(settings.data, settings.commit)
+    except InputError as error:
+        raise BadInput(str(error)) from error
+    for kind, rows, schema, key in (
+        ("items", found.items, ITEMS, _item_key),
+        ("ballots", found.ballots, BALLOTS, _ballot_key),
+    ):
+        table = stage_table(given.folder.location, ("items", "ballots"), kind, given.num_shards, given.fingerprint)
+        shards: list[list[dict[str, Any]]] = [[] for _ in range(given.num_shards)]
+        for row in sorted(rows, key=key):
+            shards[shard_of(row["prompt_id"], given.num_shards)].append(row)
+        for shard, part in enumerate(shards):
+            table.write(shard, to_table(part, schema))
+    judges = sorted({b["judge"] for b in found.ballots})
+    strategies = sorted({b["strategy"] for b in found.ballots})
+    given.log(
+        f"{len(found.items)} items, {len(found.ballots)} recorded verdicts"
+        + (f" of {', '.join(judges)} ({', '.join(strategies)})" if judges else "")
+    )
+    return {"counts": {"items": len(found.items), "ballots": len(found.ballots)}, "judges": judges}
+
+
+def _item_key(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return (row["item_id"],)
+
+
+def _ballot_key(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(row[f] for f in ("item_id", "strategy", "judge", "voice", "order"))
+
+
+# --- reports ----------------------------------------------------------------------------------------------------------
+
+
+class WinrateMeasure(Settings):
+    """The `measure` block of a win-rate run."""
+
+    conflict: Conflict = Field("tie", description="what two orders that differ mean: tie, mean (of scores) or given")
+    draws: int = Field(2000, ge=100, description="bootstrap samples of the items")
+    seed: int = 0
+
+
+class AgreementPage(Settings):
+    """What a report says, and how it is computed; kept in the manifest, so that it can be written anew.
+
+    Attributes:
+        judge_models: judge or debater → name of the model that it sits on, of those asked in this run.
+        asked: how the verdicts of a win rate were asked for, where this run asked for them.
+    """
+
+    workflow: Literal["agreement", "winrate"]
+    data: str
+    replay: str
+    measure: MeasureSettings = MeasureSettings()
+    winrate: WinrateMeasure = WinrateMeasure()
+    judge_models: dict[str, str] = Field(default_factory=dict)
+    asked: Protocol | None = None
+
+
+def report_stage(page: AgreementPage, items: Stage, asked: Sequence[Stage] = ()) -> Stage:
+    """agreement.json or winrate.json, and report.md, over the recorded and the asked verdicts."""
+    return Stage(
+        name=page.workflow,
+        view="report",
+        work=WholeWork(function=write_report_stage, settings=page),
+        config=page.model_dump(mode="json"),
+        inputs={"items": items, **{f"asked/{stage.name}": stage for stage in asked}},
+    )
+
+
+def write_report_stage(given: WholeInput) -> dict[str, Any]:
+    try:
+        with written_here(given.folder) as folder:
+            headline = write_page(given.settings, list(given.inputs.values()), folder)
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+    for line in headline.splitlines():
+        given.log(line)
+    return {"headline": headline}
+
+
+def rewrite_page(run: Run) -> Folder:
+    """Write the report of a run anew from its tables, as far as there are any; returns its folder.
+
+    Raises:
+        StoreError: its items are not there yet.
+    """
+    results = [result for result in run.results.values() if "ballots" in result.tables]
+    if not any("items" in result.tables for result in results):
+        raise StoreError(f"{run.folder.location} has no items yet; `quorum run` makes them")
+    page = AgreementPage.model_validate(run.manifest["report"])
+    done = page.workflow in run.results
+    name = run.manifest["stages"][page.workflow]["path"] if done else f"report-{run.manifest['config_digest']}"
+    try:
+        with written_here(run.folder / name) as folder:
+            write_page(page, results, folder)
+    except ValueError as error:
+        raise StoreError(str(error)) from error
+    return run.show("report", name)
+
+
+def write_page(page: AgreementPage, results: Sequence[StageResult], folder: Path) -> str:
+    """Compute and write a report from the stages that have ballots; returns its first line.
+
+    Raises:
+        ValueError: the tables do not fit together or hold nothing to report.
+    """
+    from ray_pipeline.agreement.document import as_document, measure
+    from ray_pipeline.agreement.files import write_agreement, write_winrate
+    from ray_pipeline.agreement.gate_curves import gate_curves
+    from ray_pipeline.agreement.panel import make_panel
+    from ray_pipeline.agreement.recorded_winrate import RECORDED, versus_rates
+    from ray_pipeline.agreement.risk_coverage_files import write_risk_coverage
+
+    items = pa.concat_tables([r.table("items").read_all() for r in results if "items" in r.tables])
+    ballots = pa.concat_tables([r.table("ballots").read_all() for r in results])
+    about = {"data": page.data, "replay": page.replay}
+    if page.workflow == "winrate":
+        asked = page.winrate
+        how = page.asked or dataclasses.replace(RECORDED, reading=page.replay)
+        rates = versus_rates(items, ballots, conflict=asked.conflict, draws=asked.draws, seed=asked.seed, asked=how)
+        if not rates:
+            raise ValueError(f"{page.data} holds no pairwise verdicts: none of its items has a `versus` block")
+        write_winrate(rates, {**about, **asked.model_dump()}, folder)
+        lines = [f"{len(rates)} runs over {max(r.n for r in rates)} items; win rates in per cent, ties are no wins:"]
+        for name in dict.fromkeys(r.configuration for r in rates):
+            cells = [
+                f"{r.win_rate.value:.1f} against {r.baseline or r.run}"
+                for r in rates
+                if r.configuration == name and r.n
+            ]
+            lines.append(f"{name}: {', '.join(cells)}")
+        return "\n".join(lines)
+    found = measure(items, ballots, page.measure, page.judge_models)
+    rules = page.measure
+    panel = make_panel(items, ballots, rules.conflict, rules.debate, rules.families)
+    curves = gate_curves(panel, rules.gate_thresholds, draws=rules.draws, seed=rules.seed, confidence=rules.confidence)
+    write_risk_coverage(curves, folder)
+    gate = {
+        "gate_curves": [row for curve in curves for row in curve.summary],
+        "gate_points": [line for curve in curves for line in curve.points],
+    }
+    write_agreement({**as_document(found, rules, about), **gate}, folder)
+    judged = [*found.judges, *(d.judged for d in found.debates)]
+    headline = (
+        f"{found.items} items, {len(found.judges)} judges, {len(found.juries)} juries, {len(found.debates)} debates"
+    )
+    known = [j for j in judged if j.agreement.kappa is not None]
+    if known:
+        best = max(known, key=lambda j: j.agreement.kappa or 0.0)
+        headline += f"; highest kappa of one judge {best.agreement.kappa:.3f} ({best.strategy}: {best.judge})"
+    return headline

@@ -1,0 +1,1 @@
+"""The walk back: every training row to its decision, verdicts, candidate and prompt."""

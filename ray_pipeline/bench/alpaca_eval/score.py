@@ -1,0 +1,570 @@
+"""AlpacaEval 2: win rate over a reference from weighted preferences, raw and length-controlled.
+
+A preference is the judge's probability, between 0 and 1, that the model's output is better than the reference's; the
+published files hold it as 1 + that number. One half is a draw. Rates are percentages, as the leaderboard prints them.
+
+Sources: Li et al. 2023 (AlpacaEval) and Dubois et al. 2024, "Length-Controlled AlpacaEval" (arXiv 2404.04475), §3, with
+the choices of its published code: preferences of identical outputs are one half, unread ones are left out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import random
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import ArrayLike, NDArray
+
+from ray_pipeline.bench.alpaca_eval.judge import PairPreference, PreferenceAsking, prefer
+from ray_pipeline.bench.files import BenchmarkFileError, need
+from ray_pipeline.bench.judge_prompts import PreferencePrompt, prompts_digest
+from ray_pipeline.engines.base import ChatEngine
+from ray_pipeline.stats.bootstrap import Interval, bootstrap_mean
+from ray_pipeline.stats.protocol import Protocol, PublishedProtocol, settings_text
+from ray_pipeline.store.keys import digest
+
+if TYPE_CHECKING:
+    from sklearn.linear_model import LogisticRegression
+
+Floats = NDArray[np.float64]
+
+#: Where the model's output is shown: by the published coin of each instruction, or once in each place.
+OrderRule = Literal["seeded", "both"]
+
+#: The model's output is the one shown first, or the second one.
+Place = Literal["first", "second"]
+
+#: Weight of each row of the two gamed baselines: λ = 0.2, shared between the two (paper, §3.2, and published code).
+GAMED_WEIGHT = 0.1
+_PENALTIES = np.logspace(-4, 4, 10)
+_FOLDS = 5
+
+
+# --- annotations ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One instruction with the reference's output; `index` is its place in the published file."""
+
+    index: int
+    instruction: str
+    reference: str
+    dataset: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Annotation:
+    """What the judge said of one model's output to one instruction, by where that output was shown.
+
+    A place that was not asked is absent; without an output (None) nothing was asked and nothing is read.
+    """
+
+    instruction: Instruction
+    output: str | None
+    asked: Mapping[Place, PairPreference]
+
+    @property
+    def preference(self) -> float | None:
+        """For the model, the mean over the places asked; None when one of them could not be read."""
+        found = [self._of(place) for place in self.asked]
+        known = [p for p in found if p is not None]
+        return float(np.mean(known)) if known and len(known) == len(found) else None
+
+    @property
+    def flipped(self) -> bool | None:
+        """Whether each order prefers another output; None unless both were asked and read."""
+        first, second = self._of("first"), self._of("second")
+        return None if first is None or second is None else (first - 0.5) * (second - 0.5) < 0
+
+    def _of(self, place: Place) -> float | None:
+        if place not in self.asked or (said := self.asked[place].first) is None:
+            return None
+        return model_preference(said, place)
+
+
+#: One row an instruction. Preferences are the model's, by where its output was shown; predicted: at equal length.
+INSTRUCTION_TABLE = pa.schema(
+    [
+        pa.field("instruction_index", pa.int32(), nullable=False),
+        pa.field("dataset", pa.string(), nullable=False),
+        pa.field("instruction", pa.string(), nullable=False),
+        pa.field("length_reference", pa.int32(), nullable=False),
+        pa.field("length_model", pa.int32()),
+        pa.field("preference", pa.float64()),
+        pa.field("preference_first", pa.float64()),
+        pa.field("preference_second", pa.float64()),
+        pa.field("flipped", pa.bool_()),
+        pa.field("preference_predicted", pa.float64()),
+        pa.field("method", pa.string()),
+        pa.field("label_mass", pa.float64()),
+        pa.field("parse_status", pa.string(), nullable=False),
+    ]
+)
+
+
+def instructions_of(rows: Sequence[Mapping[str, Any]], source: str = "reference outputs") -> list[Instruction]:
+    """Instructions from rows of a reference file: instruction, output, dataset (which may be missing).
+
+    Raises:
+        BenchmarkFileError: an instruction or output is missing.
+    """
+    return [
+        Instruction(n - 1, need(r, "instruction", source, n), need(r, "output", source, n), r.get("dataset") or "")
+        for n, r in enumerate(rows, 1)
+    ]
+
+
+def instruction_table(annotations: Sequence[Annotation], controlled: LengthControlled | None = None) -> pa.Table:
+    """The per-instruction table, in the order given; `controlled` has the same rows. See `INSTRUCTION_TABLE`."""
+    if controlled is not None and len(controlled.preferences) != len(annotations):
+        raise ValueError(f"{len(annotations)} annotations, but {len(controlled.preferences)} predicted preferences")
+    rows = []
+    for i, a in enumerate(annotations):
+        said = list(a.asked.values())
+        unread = [s.parse_status for s in said if s.first is None]
+        masses = [s.label_mass for s in said if s.label_mass is not None]
+        rows.append(
+            {
+                "instruction_index": a.instruction.index,
+                "dataset": a.instruction.dataset,
+                "instruction": a.instruction.instruction,
+                "length_reference": len(a.instruction.reference),
+                "length_model": None if a.output is None else len(a.output),
+                "preference": a.preference,
+                "preference_first": a._of("first"),
+                "preference_second": a._of("second"),
+                "flipped": a.flipped,
+                "preference_predicted": None if controlled is None else float(controlled.preferences[i]),
+                "method": said[0].method if said else None,
+                "label_mass": min(masses) if masses else None,
+                # A draw between two identical texts was not asked, and is as good as read.
+                "parse_status": unread[0] if unread else ("ok" if said else "unanswered"),
+            }
+        )
+    return pa.Table.from_pylist(rows, schema=INSTRUCTION_TABLE)
+
+
+def flip_rate(annotations: Sequence[Annotation]) -> float | None:
+    """Share of the instructions read in both orders on which each order prefers another output."""
+    flips = [a.flipped for a in annotations if a.flipped is not None]
+    return sum(flips) / len(flips) if flips else None
+
+
+def preferences_of(annotations: Sequence[Annotation]) -> Floats:
+    """Preferences of shape (rows,), NaN where unread."""
+    return np.array([np.nan if a.preference is None else a.preference for a in annotations], dtype=np.float64)
+
+
+# --- order ------------------------------------------------------------------------------------------------------------
+
+
+def published_place(instruction: str, seed: int = 0) -> Place:
+    """Where the published annotator shows the model's output: a fair coin that the instruction's text seeds.
+
+    The reference is output 1 and the model's output 2; the coin says whether the two change places.
+    """
+    coin = random.Random(f"is_switched_outputs{instruction}{seed}")
+    return "first" if coin.choices([False, True], k=1)[0] else "second"
+
+
+def places(instruction: str, rule: OrderRule, seed: int = 0) -> tuple[Place, ...]:
+    """The places of the model's output in which an instruction is judged."""
+    return ("first", "second") if rule == "both" else (published_place(instruction, seed),)
+
+
+def model_preference(first_is_better: float, place: Place) -> float:
+    """The preference for the model's output from the judge's probability that the first one is better."""
+    return first_is_better if place == "first" else 1.0 - first_is_better
+
+
+async def annotate(
+    engine: ChatEngine,
+    instruction: Instruction,
+    output: str | None,
+    prompt: PreferencePrompt,
+    asking: PreferenceAsking,
+    order: OrderRule = "seeded",
+    seed: int = 0,
+) -> Annotation:
+    """Have one output judged against the reference's, in the places that the order rule names."""
+    if output is None:
+        return Annotation(instruction, None, {})
+    asked = places(instruction.instruction, order, seed)
+    shown = [
+        (output, instruction.reference) if place == "first" else (instruction.reference, output) for place in asked
+    ]
+    said = await asyncio.gather(*(prefer(engine, instruction.instruction, *two, prompt, asking) for two in shown))
+    return Annotation(instruction, output, dict(zip(asked, said, strict=True)))
+
+
+# --- raw win rate -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class RawWinRate:
+    """Percentages over the rows whose preference was read; None where there is no such row (or one, for an error).
+
+    Attributes:
+        standard_error: of the mean preference, from the sample standard deviation (n − 1).
+        wins, losses, draws: rows with a preference above, below and at one half.
+        discrete_win_rate: wins and half of the draws.
+        unread: rows without a preference; `worst` and `best` are the win rate had all of them been lost or won.
+    """
+
+    win_rate: float | None
+    standard_error: float | None
+    discrete_win_rate: float | None
+    rows: int
+    wins: int
+    losses: int
+    draws: int
+    unread: int
+    worst: float | None
+    best: float | None
+    interval: Interval
+
+
+def raw_win_rate(preferences: ArrayLike, *, draws: int = 2000, seed: int = 0) -> RawWinRate:
+    """The raw win rate from preferences of shape (rows,), NaN where the judge was not read.
+
+    `interval` resamples rows (percentages); the published figure beside a win rate is the standard error.
+    """
+    values = _preferences(preferences)
+    read = values[~np.isnan(values)]
+    rows, unread = len(read), len(values) - len(read)
+    wins, losses = int((read > 0.5).sum()), int((read < 0.5).sum())
+    even = rows - wins - losses
+    total = float(read.sum())
+    return RawWinRate(
+        win_rate=100 * float(read.mean()) if rows else None,
+        standard_error=100 * float(read.std(ddof=1)) / rows**0.5 if rows > 1 else None,
+        discrete_win_rate=100 * (wins + even / 2) / rows if rows else None,
+        rows=rows,
+        wins=wins,
+        losses=losses,
+        draws=even,
+        unread=unread,
+        worst=100 * total / len(values) if len(values) else None,
+        best=100 * (total + unread) / len(values) if len(values) else None,
+        interval=bootstrap_mean(100 * read, np.arange(rows), draws, seed),
+    )
+
+
+def _preferences(preferences: ArrayLike) -> Floats:
+    values = np.asarray(preferences, dtype=np.float64)
+    if values.ndim != 1:
+        raise ValueError(f"one preference an instruction is needed, got shape {values.shape}")
+    outside = (values < 0) | (values > 1)
+    if outside.any():
+        row = int(outside.argmax())
+        raise ValueError(
+            f"preference {values[row]} of row {row} is not between 0 and 1; published files hold 1 + preference"
+        )
+    return values
+
+
+# --- length-controlled win rate ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class GlmWeights:
+    """Weights of logit P(model is preferred) = length · tanh(Δ/sd) + difficulty · d_i + model; there is no intercept.
+
+    Δ is the reference's length minus the model's, in characters, and sd its sample standard deviation over the
+    model's rows; d_i is the difficulty of instruction i. The reference itself has three zeros.
+    """
+
+    length: float
+    difficulty: float
+    model: float
+
+
+@dataclasses.dataclass(frozen=True)
+class GamedRows:
+    """Rows of the two gamed baselines (the reference asked to be verbose and concise), which keep the fit honest.
+
+    Arrays of shape (rows,), in the order of the published file: standardised length difference (as Δ/sd above),
+    difficulty, preference. `surrogate` says that the preferences are stand-ins with the same sufficient statistics.
+    """
+
+    length: Floats
+    difficulty: Floats
+    preference: Floats
+    surrogate: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class LengthControlled:
+    """A length-controlled win rate: percentages.
+
+    Attributes:
+        standard_error: of the predicted preferences over instructions (n − 1), as published; None for one row.
+        preferences: predicted at equal length, of each instruction, shape (rows,); between 0 and 1.
+        penalty: inverse strength C of the L1 penalty that cross-validation chose; None without a fit.
+        estimator: how the weights came about: "published weights", "re-fit" or "re-fit, surrogate of the gamed rows".
+    """
+
+    win_rate: float
+    standard_error: float | None
+    weights: GlmWeights
+    preferences: Floats
+    penalty: float | None
+    estimator: str
+
+
+def gamed_rows_of(rows: Sequence[Mapping[str, str]], source: str = "gamed rows") -> GamedRows:
+    """Rows of the published df_gamed.csv (std_delta_len, instruction_difficulty, preference), or of a surrogate with
+    `pseudo_preference` in place of the preferences.
+
+    Raises:
+        BenchmarkFileError: there are no rows, or a column is missing or no number.
+    """
+    if not rows:
+        raise BenchmarkFileError(f"{source} has no rows")
+    surrogate = "preference" not in rows[0]
+    columns = ("std_delta_len", "instruction_difficulty", "pseudo_preference" if surrogate else "preference")
+    length, difficulty, preference = (_column(rows, name, source) for name in columns)
+    return GamedRows(length, difficulty, preference, surrogate)
+
+
+def difficulties_of(rows: Sequence[Mapping[str, str]], source: str = "instruction difficulties") -> Floats:
+    """Difficulty of each instruction by its place in the reference file, shape (instructions,).
+
+    From rows of df_gamed.csv, where each instruction comes once a gamed baseline, or of a file of difficulties alone:
+    columns `index` (or `instruction_index`) and `instruction_difficulty`.
+
+    Raises:
+        BenchmarkFileError: a column is missing or no number, or the indices are not 0, 1, 2, … without a gap.
+    """
+    name = "instruction_index" if rows and "instruction_index" in rows[0] else "index"
+    indices = _column(rows, name, source).astype(int)
+    distinct, first = np.unique(indices, return_index=True)
+    if not np.array_equal(distinct, np.arange(len(distinct))):
+        raise BenchmarkFileError(
+            f"{source}: the column {name} does not hold every number from 0 to {len(distinct) - 1}"
+        )
+    return _column(rows, "instruction_difficulty", source)[first]
+
+
+def _column(rows: Sequence[Mapping[str, str]], name: str, source: str) -> Floats:
+    texts = [need(row, name, source, number) for number, row in enumerate(rows, 1)]
+    try:
+        return np.array(texts, dtype=np.float64)
+    except ValueError as error:
+        raise BenchmarkFileError(f"{source}, column {name}: {error}") from error
+
+
+def length_controlled(
+    weights: GlmWeights, difficulty: ArrayLike, estimator: str = "published weights"
+) -> LengthControlled:
+    """The win rate at equal length: 100 · mean σ(model + difficulty · d_i) over instructions.
+
+    Args:
+        difficulty: d_i of each instruction judged, shape (rows,). Models that were published with fewer than all
+            instructions took the difficulties by position: the first ones of the list.
+    """
+    d = np.asarray(difficulty, dtype=np.float64)
+    if d.ndim != 1 or len(d) == 0:
+        raise ValueError(f"the difficulty of at least one instruction is needed, got shape {d.shape}")
+    predicted = _sigmoid(weights.model + weights.difficulty * d)
+    return _at_equal_length(predicted, weights, None, estimator)
+
+
+def fit_length_controlled(
+    preferences: ArrayLike,
+    length_reference: ArrayLike,
+    length_model: ArrayLike,
+    difficulty: ArrayLike,
+    gamed: GamedRows,
+) -> LengthControlled:
+    """Fit the GLM to a model's preferences and predict its win rate at equal length.
+
+    Each row counts twice, once for a win with weight y·s and once for a loss with weight (1−y)·s; s is 1, and
+    `GAMED_WEIGHT` for the gamed rows, whose model term is 0. L1-penalised logistic regression (liblinear), the penalty
+    by 5-fold cross-validation over rows on the weighted log-loss.
+
+    Args:
+        preferences: between 0 and 1, NaN where unread (left out of the fit, predicted all the same), shape (rows,).
+        length_reference, length_model: characters of the outputs, shape (rows,); NaN only where unread.
+        difficulty: d_i of each row, shape (rows,).
+
+    Raises:
+        ValueError: shapes differ, or fewer rows were read than there are folds.
+    """
+    y = _preferences(preferences)
+    d = np.asarray(difficulty, dtype=np.float64)
+    delta = np.asarray(length_reference, dtype=np.float64) - np.asarray(length_model, dtype=np.float64)
+    if not y.shape == d.shape == delta.shape:
+        raise ValueError(f"{len(y)} preferences, {len(d)} difficulties and {len(delta)} lengths: one each is needed")
+    read = ~np.isnan(y)
+    if read.sum() < _FOLDS:
+        raise ValueError(f"{int(read.sum())} preferences were read; the fit needs {_FOLDS} or more")
+    if np.isnan(delta[read]).any() or np.isnan(d).any():
+        raise ValueError("a length of a row with a preference, or a difficulty, is NaN")
+    estimator = "re-fit, surrogate of the gamed rows" if gamed.surrogate else "re-fit"
+    sd = np.nanstd(delta, ddof=1)
+    # Equal lengths everywhere (the reference against itself) leave nothing to control for.
+    standardised = delta / sd if sd > 0 else np.zeros(len(delta))
+    features = np.concatenate(
+        [
+            np.stack([np.tanh(gamed.length), gamed.difficulty, np.zeros(len(gamed.length))], axis=1),
+            np.stack([np.tanh(standardised), d, np.ones(len(d))], axis=1)[read],
+        ]
+    )
+    labels = np.concatenate([gamed.preference, y[read]])
+    strength = np.concatenate([np.full(len(gamed.preference), GAMED_WEIGHT), np.ones(int(read.sum()))])
+    penalty = _choose_penalty(features, labels, strength)
+    weights = GlmWeights(*(float(w) for w in _fit(features, labels, strength, penalty).coef_[0]))
+    predicted = _sigmoid(weights.model + weights.difficulty * d)
+    return _at_equal_length(predicted, weights, float(penalty), estimator)
+
+
+def _at_equal_length(predicted: Floats, weights: GlmWeights, penalty: float | None, estimator: str) -> LengthControlled:
+    rows = len(predicted)
+    return LengthControlled(
+        win_rate=100 * float(predicted.mean()),
+        standard_error=100 * float(predicted.std(ddof=1)) / rows**0.5 if rows > 1 else None,
+        weights=weights,
+        preferences=predicted,
+        penalty=penalty,
+        estimator=estimator,
+    )
+
+
+def _choose_penalty(features: Floats, labels: Floats, strength: Floats) -> float:
+    """The C of the smallest mean weighted log-loss over folds of rows; a row's two copies are never separated."""
+    from sklearn.model_selection import GroupKFold
+
+    rows = np.arange(len(labels))
+    twice = np.concatenate([rows, rows])
+    losses = np.zeros(len(_PENALTIES))
+    for train, test in GroupKFold(n_splits=_FOLDS).split(twice[:, None], groups=twice):
+        # Both copies of a row lie in the same fold, so half of the indices say which rows those are.
+        inside, outside = train[train < len(rows)], test[test < len(rows)]
+        for i, penalty in enumerate(_PENALTIES):
+            model = _fit(features[inside], labels[inside], strength[inside], penalty)
+            p = np.clip(model.predict_proba(features[outside])[:, 1], 1e-15, 1 - 1e-15)
+            y = labels[outside]
+            losses[i] -= float(np.mean(strength[outside] * (y * np.log(p) + (1 - y) * np.log(1 - p))))
+    return float(_PENALTIES[int(losses.argmin())])
+
+
+def _fit(features: Floats, labels: Floats, strength: Floats, penalty: float) -> LogisticRegression:
+    from sklearn.linear_model import LogisticRegression
+
+    model = LogisticRegression(C=penalty, l1_ratio=1.0, solver="liblinear", fit_intercept=False, random_state=123)
+    targets = np.concatenate([np.ones(len(labels)), np.zeros(len(labels))])
+    weights = np.concatenate([labels * strength, (1 - labels) * strength])
+    return model.fit(np.concatenate([features, features]), targets, sample_weight=weights)
+
+
+def _sigmoid(x: Floats) -> Floats:
+    return np.exp(-np.logaddexp(0.0, -x))
+
+
+# --- protocol ---------------------------------------------------------------------------------------------------------
+
+#: Who wrote the published reference outputs.
+REFERENCE = "gpt4_1106_preview"
+
+Metric = Literal["LC", "WR"]
+
+
+def reference_digest(lengths: Sequence[int]) -> str:
+    """Digest of the reference's outputs by their lengths in characters, in the order of the published file.
+
+    Their texts are not ours to ship, not even as what a digest is checked against; 805 lengths tell files apart.
+    """
+    return digest(["lengths", [int(n) for n in lengths]])
+
+
+def alpaca_eval_protocol(
+    metric: Metric,
+    judge: str,
+    prompt: PreferencePrompt,
+    asking: PreferenceAsking,
+    order: OrderRule,
+    reference: str,
+    reference_lengths: Sequence[int],
+    methods: Sequence[str | None],
+    *,
+    instructions: str,
+    seed: int = 0,
+    estimator: str | None = None,
+) -> Protocol:
+    """What a score was measured with.
+
+    Args:
+        judge: identity of the judging model.
+        reference_lengths: characters of the reference's outputs of all rows behind the score, in order.
+        instructions: digest of them (`instructions_digest`).
+        methods: how each row was read (`PairPreference.method`).
+        estimator: `LengthControlled.estimator`, for the metric LC.
+    """
+    written = "reply" in methods
+    s = asking.sampling
+    return Protocol(
+        benchmark="AlpacaEval 2",
+        metric=metric,
+        questions=instructions,
+        judge=judge,
+        judge_prompts=prompts_digest(prompt),
+        judge_sampling=settings_text(
+            temperature=s.temperature,
+            top_p=s.top_p,
+            max_tokens=s.max_tokens,
+            top_logprobs=asking.top_logprobs,
+            grammar=asking.grammar,
+            extra=dict(s.extra),
+        ),
+        reading="written label" if written else "label probabilities",
+        order=f"seeded coin, seed {seed}" if order == "seeded" else "both orders",
+        reference=reference,
+        reference_answers=reference_digest(reference_lengths),
+        estimator=estimator if metric == "LC" else "mean preference",
+    )
+
+
+def instructions_digest(instructions: Sequence[Instruction]) -> str:
+    """Digest of what is asked, in the order of the file; the reference's outputs are not in it."""
+    return digest(["instructions", [one.instruction for one in instructions]])
+
+
+def published_alpaca_eval(metric: Metric, instructions: str | None) -> PublishedProtocol:
+    """The protocol of the leaderboard (annotator weighted_alpaca_eval_gpt4_turbo, reference GPT-4 Turbo).
+
+    How a model draws its outputs is left open.
+
+    Args:
+        instructions: digest of the published instructions. Their texts are not ours to ship and no digest of them is
+            known here, so it is that of a file that its origin vouches for (the benchmark's own on the hub); None:
+            nothing vouches for those that were asked, and a score on them is not the published one.
+    """
+    asking = PreferenceAsking()
+    return PublishedProtocol(
+        Protocol(
+            benchmark="AlpacaEval 2",
+            metric=metric,
+            questions=instructions or "the published ones",
+            judge="endpoint:gpt-4-1106-preview@https://api.openai.com/v1",
+            judge_prompts="56f824639d32a6f687e068df4b057e91",
+            judge_sampling=settings_text(
+                temperature=1, top_p=1, max_tokens=1, top_logprobs=asking.top_logprobs, grammar=False, extra={}
+            ),
+            reading="label probabilities",
+            order="seeded coin, seed 0",
+            reference=REFERENCE,
+            reference_answers=_REFERENCE_LENGTHS,
+            estimator="re-fit" if metric == "LC" else "mean preference",
+        ),
+        frozenset({"answers"}),
+    )
+
+
+# Recomputed by the tests where the published lengths are at hand, and so is the digest of the prompt.
+_REFERENCE_LENGTHS = "60f57441ffcf8bcc8674e7a9db312272"

@@ -1,0 +1,1 @@
+"""IFEval: verifiable instructions, decided by the official checkers."""

@@ -1,0 +1,367 @@
+"""IFEval: are verifiable instructions followed? By the official checkers, which the extra `ifeval` brings (lm-eval).
+
+Source: Zhou et al. 2023, "Instruction-Following Evaluation for Large Language Models" (arXiv 2311.07911): strict and
+loose accuracy over prompts (all instructions of a prompt) and over instructions. The checkers are called as lm-eval's
+own `process_results` calls them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import importlib.metadata
+import os
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ray_pipeline.stats.bootstrap import Interval, bootstrap_mean
+from ray_pipeline.stats.protocol import Protocol, PublishedProtocol
+from ray_pipeline.store.keys import digest
+
+#: Package versions that decide verdicts beside lm-eval's own.
+_PACKAGES = ("lm_eval", "nltk", "langdetect")
+#: Two prompts that differ more than this are not the same one (ratio of `difflib`).
+_SAME_PROMPT = 0.9
+
+
+class CheckersMissing(RuntimeError):
+    """The official checkers cannot run here. The message says what to install."""
+
+
+class UnknownInstruction(ValueError):
+    """A prompt has an instruction that no checker knows. The message names both."""
+
+
+@dataclasses.dataclass(frozen=True)
+class IfevalPrompt:
+    """One prompt with its instructions: ids (`family:type`) and, for each, the arguments of its checker."""
+
+    key: int
+    prompt: str
+    instructions: tuple[str, ...]
+    arguments: tuple[Mapping[str, Any], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class IfevalVerdict:
+    """What was followed: one flag an instruction, in the prompt's order.
+
+    Attributes:
+        answered: False for a missing response, whose flags are all False.
+        chance: a checker drew what it looks for at random (the official one of letter frequency does so where the
+            prompt asks for a sign such as # or !), so that another seed may judge otherwise.
+    """
+
+    key: int
+    strict: tuple[bool, ...]
+    loose: tuple[bool, ...]
+    answered: bool = True
+    chance: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """A share with its interval (bootstrap over prompts), both between 0 and 1; `count` of `total` were right.
+
+    `best` is the share had every unanswered prompt been followed; the share itself takes them as not followed.
+    """
+
+    count: int
+    total: int
+    interval: Interval
+    best: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class TypeAccuracy:
+    """One instruction type, or one family of types: how many instructions, and how many were followed."""
+
+    name: str
+    total: int
+    strict: int
+    loose: int
+
+
+@dataclasses.dataclass(frozen=True)
+class IfevalScores:
+    """The four published accuracies, and instructions by type and by family.
+
+    `unanswered` counts prompts without a response, `chance` those whose verdict hangs on a checker's random draw.
+    """
+
+    prompt_strict: Accuracy
+    instruction_strict: Accuracy
+    prompt_loose: Accuracy
+    instruction_loose: Accuracy
+    types: tuple[TypeAccuracy, ...]
+    families: tuple[TypeAccuracy, ...]
+    unanswered: int
+    chance: int
+
+
+def prompts_of(rows: Sequence[Mapping[str, Any]], source: str = "IFEval prompts") -> list[IfevalPrompt]:
+    """Prompts from rows of the published file (key, prompt, instruction_id_list, kwargs); null arguments are left out.
+
+    Raises:
+        ValueError: a column is missing, a key comes twice, or a prompt has other than one argument set an instruction.
+    """
+    found: dict[int, IfevalPrompt] = {}
+    for number, row in enumerate(rows, 1):
+        if lacking := {"key", "prompt", "instruction_id_list", "kwargs"} - set(row):
+            raise ValueError(f"{source}, row {number}: {', '.join(sorted(lacking))} is missing")
+        ids, arguments = tuple(row["instruction_id_list"]), row["kwargs"]
+        if len(ids) != len(arguments):
+            raise ValueError(f"{source}, key {row['key']}: {len(ids)} instructions, but {len(arguments)} argument sets")
+        if row["key"] in found:
+            raise ValueError(f"{source}: key {row['key']} comes twice")
+        known = tuple({k: v for k, v in (a or {}).items() if v is not None} for a in arguments)
+        found[row["key"]] = IfevalPrompt(row["key"], row["prompt"], ids, known)
+    return list(found.values())
+
+
+def questions_digest(prompts: Sequence[IfevalPrompt]) -> str:
+    """Digest of a set of prompts, whatever their order."""
+    return digest(sorted([p.key, p.prompt, list(p.instructions), [dict(a) for a in p.arguments]] for p in prompts))
+
+
+def match_responses(
+    prompts: Sequence[IfevalPrompt], responses: Sequence[tuple[str, str]]
+) -> tuple[dict[int, str], list[int]]:
+    """Responses by key, from (prompt, response) pairs as response files hold them: without keys.
+
+    A pair whose prompt is the text of no prompt belongs to the nearest one that is still without a response
+    (the published GPT-4 file words one prompt differently).
+
+    Returns:
+        key → response, and the keys that were matched by nearness.
+
+    Raises:
+        ValueError: a response's prompt is like none of those left, or comes twice.
+    """
+    by_text = {p.prompt: p.key for p in prompts}
+    found: dict[int, str] = {}
+    strangers = []
+    for text, response in responses:
+        if text not in by_text:
+            strangers.append((text, response))
+        elif by_text[text] in found:
+            raise ValueError(f"two responses to the prompt of key {by_text[text]}")
+        else:
+            found[by_text[text]] = response
+    nearest_keys = []
+    for text, response in strangers:
+        left = [p.prompt for p in prompts if p.key not in found]
+        nearest = difflib.get_close_matches(text, left, n=1, cutoff=_SAME_PROMPT)
+        if not nearest:
+            raise ValueError(f"a response belongs to none of the prompts: {text[:80]!r}")
+        found[by_text[nearest[0]]] = response
+        nearest_keys.append(by_text[nearest[0]])
+    return found, nearest_keys
+
+
+def checker_version() -> str:
+    """Which checkers judge: versions of the packages that decide verdicts, for the protocol.
+
+    Raises:
+        CheckersMissing: the extra is not installed.
+    """
+    try:
+        versions = [f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES]
+    except importlib.metadata.PackageNotFoundError as error:
+        raise CheckersMissing(_INSTALL) from error
+    return ", ".join(versions) + ", seed 0"
+
+
+_INSTALL = (
+    "IFEval needs the official checkers, which are not installed: pip install 'quorum-align[ifeval]' "
+    "(or lm-eval[ifeval])"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkers:
+    """lm-eval's registry of checkers and its two ways to call them, loaded by `load_checkers`."""
+
+    registry: Mapping[str, Any]
+    example: Callable[..., Any]
+    strict: Callable[[Any, str], Any]
+    loose: Callable[[Any, str], Any]
+
+
+def load_checkers() -> Checkers:
+    """The official checkers.
+
+    The sentence data that they need is looked for first, because lm-eval would go to the network for it.
+
+    Raises:
+        CheckersMissing: the extra, or the tokenizer data `punkt_tab` of nltk, is not there.
+    """
+    try:
+        import nltk
+    except ImportError as error:
+        raise CheckersMissing(_INSTALL) from error
+    # nltk reads NLTK_DATA once, when it is imported; it may have been set since.
+    for folder in reversed([f for f in os.environ.get("NLTK_DATA", "").split(os.pathsep) if f]):
+        if folder not in nltk.data.path:
+            nltk.data.path.insert(0, folder)
+    try:
+        nltk.data.find("tokenizers/punkt_tab/english")
+    except LookupError as error:
+        raise CheckersMissing(
+            "IFEval needs nltk's tokenizer data punkt_tab (English), and it is in none of "
+            f"{', '.join(nltk.data.path)}. With network: python -m nltk.downloader punkt_tab. Without: copy the folder "
+            "tokenizers/punkt_tab from another machine and point NLTK_DATA at the folder that holds tokenizers/"
+        ) from error
+    try:
+        from lm_eval.tasks.ifeval import instructions_registry, utils
+    except ImportError as error:
+        raise CheckersMissing(f"{_INSTALL} [{error}]") from error
+    return Checkers(
+        instructions_registry.INSTRUCTION_DICT,
+        utils.InputExample,
+        utils.test_instruction_following_strict,
+        utils.test_instruction_following_loose,
+    )
+
+
+def check(
+    prompts: Sequence[IfevalPrompt], responses: Mapping[int, str | None], checkers: Checkers | None = None
+) -> list[IfevalVerdict]:
+    """Verdicts on the responses by key, in the order of the prompts; a prompt without a response is unanswered.
+
+    Language detection and what checkers draw at random are seeded anew for each prompt, so that a verdict depends on
+    the prompt and its response alone.
+
+    Raises:
+        CheckersMissing: see `load_checkers`.
+        UnknownInstruction: before anything is checked.
+        ValueError: a response belongs to no prompt.
+    """
+    checkers = checkers or load_checkers()
+    for prompt in prompts:
+        if unknown := [i for i in prompt.instructions if i not in checkers.registry]:
+            raise UnknownInstruction(
+                f"prompt {prompt.key}: no checker for {', '.join(unknown)}; there are "
+                f"{', '.join(sorted(checkers.registry))}"
+            )
+    if strangers := sorted(set(responses) - {p.key for p in prompts}):
+        raise ValueError(f"responses to prompts that there are not: keys {strangers[:5]}")
+    verdicts = []
+    for prompt in prompts:
+        response = responses.get(prompt.key)
+        if response is None:
+            nothing = (False,) * len(prompt.instructions)
+            verdicts.append(IfevalVerdict(prompt.key, nothing, nothing, answered=False))
+            continue
+        example = checkers.example(
+            key=prompt.key,
+            instruction_id_list=list(prompt.instructions),
+            prompt=prompt.prompt,
+            kwargs=[dict(a) for a in prompt.arguments],
+        )
+        strict, drew_strict = _seeded(checkers.strict, example, response)
+        loose, drew_loose = _seeded(checkers.loose, example, response)
+        verdicts.append(IfevalVerdict(prompt.key, strict, loose, chance=drew_strict or drew_loose))
+    return verdicts
+
+
+def _seeded(follows: Callable[[Any, str], Any], example: Any, response: str) -> tuple[tuple[bool, ...], bool]:
+    """The flags of one call with seed 0 everywhere, and whether Python's generator was used (it is put back)."""
+    with contextlib.suppress(ImportError):
+        from langdetect import DetectorFactory
+
+        DetectorFactory.seed = 0
+    before = random.getstate()
+    random.seed(0)
+    start = random.getstate()
+    try:
+        flags = follows(example, response).follow_instruction_list
+        return tuple(map(bool, flags)), random.getstate() != start
+    finally:
+        random.setstate(before)
+
+
+def scores(
+    prompts: Sequence[IfevalPrompt], verdicts: Sequence[IfevalVerdict], *, draws: int = 2000, seed: int = 0
+) -> IfevalScores:
+    """The accuracies of one model; prompts and verdicts are joined by key.
+
+    Raises:
+        ValueError: keys differ, or a verdict has other than one flag an instruction.
+    """
+    by_key = {v.key: v for v in verdicts}
+    if len(by_key) < len(verdicts) or by_key.keys() != {p.key for p in prompts}:
+        raise ValueError("one verdict for each prompt is needed, by key")
+    rows = [(p, by_key[p.key]) for p in prompts]
+    for prompt, verdict in rows:
+        if not len(prompt.instructions) == len(verdict.strict) == len(verdict.loose):
+            raise ValueError(f"prompt {prompt.key}: one flag an instruction is needed")
+    answered = [v.answered for _, v in rows]
+
+    def whole(flags: Sequence[tuple[bool, ...]]) -> Accuracy:
+        return _accuracy([(all(f),) for f in flags], answered, draws, seed)
+
+    def single(flags: Sequence[tuple[bool, ...]]) -> Accuracy:
+        return _accuracy(flags, answered, draws, seed)
+
+    strict, loose = [v.strict for _, v in rows], [v.loose for _, v in rows]
+    return IfevalScores(
+        prompt_strict=whole(strict),
+        instruction_strict=single(strict),
+        prompt_loose=whole(loose),
+        instruction_loose=single(loose),
+        types=_by(rows, lambda name: name),
+        families=_by(rows, lambda name: name.split(":")[0]),
+        unanswered=answered.count(False),
+        chance=sum(v.chance for _, v in rows),
+    )
+
+
+def _accuracy(flags: Sequence[tuple[bool, ...]], answered: Sequence[bool], draws: int, seed: int) -> Accuracy:
+    groups = np.repeat(np.arange(len(flags)), [len(f) for f in flags])
+    flat = np.array([float(x) for f in flags for x in f])
+    possible = np.array([float(x or not a) for f, a in zip(flags, answered, strict=True) for x in f])
+    return Accuracy(
+        count=int(flat.sum()),
+        total=len(flat),
+        interval=bootstrap_mean(flat, groups, draws, seed),
+        best=float(possible.mean()) if len(possible) else None,
+    )
+
+
+def _by(rows: Sequence[tuple[IfevalPrompt, IfevalVerdict]], name: Callable[[str], str]) -> tuple[TypeAccuracy, ...]:
+    counts: dict[str, list[int]] = {}
+    for prompt, verdict in rows:
+        for instruction, strict, loose in zip(prompt.instructions, verdict.strict, verdict.loose, strict=True):
+            count = counts.setdefault(name(instruction), [0, 0, 0])
+            for i, more in enumerate((1, strict, loose)):
+                count[i] += more
+    return tuple(TypeAccuracy(n, *counts[n]) for n in sorted(counts))
+
+
+def ifeval_protocol(prompts: Sequence[IfevalPrompt], metric: str = "", answers: str | None = None) -> Protocol:
+    """What a score was measured with; `metric` is one of the four accuracies by name, empty for all of them."""
+    return Protocol(
+        benchmark="IFEval",
+        metric=metric,
+        questions=questions_digest(prompts),
+        checker=checker_version(),
+        answers=answers,
+    )
+
+
+def published_ifeval(metric: str = "") -> PublishedProtocol:
+    """The paper's prompts under the official checkers of the pinned lm-eval; how answers are drawn is left open."""
+    return PublishedProtocol(
+        Protocol(benchmark="IFEval", metric=metric, questions=_QUESTIONS, checker=_CHECKER), frozenset({"answers"})
+    )
+
+
+# The digest of the published file, recomputed by the tests where it is at hand, and the versions that were checked
+# against the published verdicts.
+_QUESTIONS = "63c72c02bc5d1334947ca168ceb43c55"
+_CHECKER = "lm_eval 0.4.13, nltk 3.10.4, langdetect 1.0.9, seed 0"

@@ -1,0 +1,1 @@
+"""MT-Bench: two-turn questions, graded or compared by a judge."""

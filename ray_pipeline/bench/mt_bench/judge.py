@@ -1,0 +1,193 @@
+"""MT-Bench's two roles: a model that answers two turns, and a judge that grades an answer or compares two."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from pydantic import Field
+
+from ray_pipeline.agents.judges import SamplingSettings, ask_until_read
+from ray_pipeline.agents.replies import Read
+from ray_pipeline.bench.judge_prompts import BenchPrompt
+from ray_pipeline.bench.mt_bench.replies import (
+    Reading,
+    read_bracketed_choice,
+    read_rating,
+    rules_differ,
+)
+from ray_pipeline.engines.base import ChatEngine, Completion, EngineError, Grammar, Message, PromptTooLong, Sampling
+from ray_pipeline.store.settings import Settings
+
+LOW, HIGH = 1.0, 10.0
+#: Replies under `BenchAsking.grammar`.
+_RATING, _CHOICE = r"Rating: \[\[(10|[1-9])\]\]", r"\[\[[ABC]\]\]"
+
+Turn = Literal[1, 2]
+
+
+class BenchAsking(Settings):
+    """How MT-Bench's judge is asked. The defaults are the published ones, but for the rule of reading.
+
+    With `unanimous` a reply that holds two verdicts, or that was cut off, is unread instead of taken at its first one,
+    which an answer could have planted; the two rules read alike where no reply is `contradictory`.
+
+    `grammar` forces the reply to be the verdict alone, without the explanation that the published judge gives first:
+    for judges that are too small to keep the form.
+    """
+
+    sampling: SamplingSettings = SamplingSettings(temperature=0.0, max_tokens=2048)
+    reading: Reading = "unanimous"
+    retries: int = Field(0, ge=0, description="how often an unreadable reply is asked for again; published: never")
+    retry_temperature: float = Field(0.7, ge=0)
+    grammar: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """A model's answers to the two turns; None where there is none, and the finish reason says why.
+
+    A second turn whose first has no answer is not asked (`skipped`).
+    """
+
+    turns: tuple[str | None, str | None]
+    finish_reasons: tuple[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rating:
+    """What a judge says of one turn. `score` is None exactly when `parse_status` is not a read one.
+
+    `contradictory`: the published rule takes a score from the reply, and the stricter one does not, because the reply
+    holds two different verdicts or was cut off.
+    """
+
+    score: float | None
+    parse_status: str
+    contradictory: bool
+    raw: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class TurnChoice:
+    """Which of two answers to a turn is better: A, B, or C for a tie, in the order shown; None when unread."""
+
+    choice: str | None
+    parse_status: str
+    contradictory: bool
+    raw: str | None
+
+
+async def answer_turns(engine: ChatEngine, turns: Sequence[str], sampling: Sequence[Sampling]) -> Conversation:
+    """Ask both turns, the second with the first answer in the conversation.
+
+    Args:
+        turns: the two questions.
+        sampling: of each turn; they differ in their seeds.
+    """
+    messages: list[Message] = []
+    texts: list[str | None] = []
+    reasons: list[str] = []
+    for question, one in zip(turns, sampling, strict=True):
+        messages.append({"role": "user", "content": question})
+        try:
+            reply = await engine.chat(messages, one)
+        except PromptTooLong:
+            texts.append(None)
+            reasons.append("too_long")
+            break
+        except EngineError:
+            texts.append(None)
+            reasons.append("error")
+            break
+        texts.append(reply.text)
+        reasons.append(reply.finish_reason)
+        messages = [*messages, {"role": "assistant", "content": reply.text}]
+    if len(texts) == 1:
+        texts.append(None)
+        reasons.append("skipped")
+    return Conversation((texts[0], texts[1]), (reasons[0], reasons[1]))
+
+
+async def rate_turn(
+    engine: ChatEngine,
+    prompts: Mapping[str, BenchPrompt],
+    turn: Turn,
+    questions: Sequence[str],
+    answers: Sequence[str | None],
+    references: Sequence[str] | None,
+    asking: BenchAsking,
+) -> Rating:
+    """Grade the answer to one turn from 1 to 10; turn 2 is shown with turn 1 before it.
+
+    Args:
+        references: reference answers to both turns, for the categories that are graded against one.
+    """
+    fields = _question_fields(turn, questions, references) | _answers("answer", turn, answers)
+    name = f"single-{'math-v1' if references else 'v1'}{'-multi-turn' if turn == 2 else ''}"
+    if _unanswered(turn, answers):
+        return Rating(None, "skipped", False, None)
+    read, reply, status = await ask_until_read(
+        engine,
+        prompts[name].messages(fields),
+        asking.sampling,
+        asking,
+        Grammar.regex(_RATING) if asking.grammar else None,
+        lambda reply: _rating(reply, asking.reading),
+    )
+    raw = None if reply is None else reply.text
+    contradictory = reply is not None and status != "error" and rules_differ(reply, _rating)
+    return Rating(None if read is None else float(read.fields["score"]), status, contradictory, raw)
+
+
+def _rating(reply: Completion, reading: Reading) -> Read | None:
+    return read_rating(reply, reading, LOW, HIGH)
+
+
+async def compare_turn(
+    engine: ChatEngine,
+    prompts: Mapping[str, BenchPrompt],
+    turn: Turn,
+    questions: Sequence[str],
+    answers_a: Sequence[str | None],
+    answers_b: Sequence[str | None],
+    references: Sequence[str] | None,
+    asking: BenchAsking,
+) -> TurnChoice:
+    """Choose between two models' answers to one turn, A shown first. Callers ask in both orders."""
+    fields = _question_fields(turn, questions, references)
+    fields |= _answers("answer_a", turn, answers_a) | _answers("answer_b", turn, answers_b)
+    name = f"pair-{'math-v1' if references else 'v2'}{'-multi-turn' if turn == 2 else ''}"
+    if _unanswered(turn, answers_a) or _unanswered(turn, answers_b):
+        return TurnChoice(None, "skipped", False, None)
+    read, reply, status = await ask_until_read(
+        engine,
+        prompts[name].messages(fields),
+        asking.sampling,
+        asking,
+        Grammar.regex(_CHOICE) if asking.grammar else None,
+        lambda reply: read_bracketed_choice(reply, asking.reading),
+    )
+    raw = None if reply is None else reply.text
+    contradictory = reply is not None and status != "error" and rules_differ(reply, read_bracketed_choice)
+    return TurnChoice(None if read is None else read.fields["choice"], status, contradictory, raw)
+
+
+def _question_fields(turn: Turn, questions: Sequence[str], references: Sequence[str] | None) -> dict[str, str]:
+    fields = {"question": questions[0]} if turn == 1 else {"question_1": questions[0], "question_2": questions[1]}
+    if references is not None:
+        fields["ref_answer_1"] = references[0]
+        if turn == 2:
+            fields["ref_answer_2"] = references[1]
+    return fields
+
+
+def _answers(name: str, turn: Turn, answers: Sequence[str | None]) -> dict[str, str]:
+    if turn == 1:
+        return {name: answers[0] or ""}
+    return {f"{name}_1": answers[0] or "", f"{name}_2": answers[1] or ""}
+
+
+def _unanswered(turn: Turn, answers: Sequence[str | None]) -> bool:
+    return any(answer is None for answer in answers[:turn])

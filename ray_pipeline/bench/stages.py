@@ -1,0 +1,98 @@
+"""Public benchmarks as stages: questions → answers of each model → judges and checkers → scores."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ray_pipeline.bench.answers import answers, floors
+from ray_pipeline.bench.files import BenchmarkFileError
+from ray_pipeline.bench.ifeval.score import CheckersMissing, load_checkers
+from ray_pipeline.bench.judging import checks, judge_stages
+from ray_pipeline.bench.questions import BenchmarksSettings, question_rows, questions_stage
+from ray_pipeline.bench.report import BenchmarksPage, report_stage
+from ray_pipeline.engines.models import ModelSettings
+from ray_pipeline.graph.failures import FailureSettings
+from ray_pipeline.graph.stage import Stage
+
+
+@dataclasses.dataclass(frozen=True)
+class Answering:
+    """A model that is measured, and the stage that makes its weights where this run trains it."""
+
+    model: ModelSettings
+    train: Stage | None = None
+
+
+def benchmark_stages(
+    settings: BenchmarksSettings,
+    page: BenchmarksPage,
+    failure: FailureSettings,
+    judges: Mapping[str, ModelSettings],
+    measured: Mapping[str, Answering],
+    *,
+    view: str = "report",
+) -> list[Stage]:
+    """All stages of the chosen benchmarks, the scores last.
+
+    Raises:
+        BenchmarkFileError, TemplateError, CheckersMissing: something that they need is not there.
+    """
+    questions = questions_stage(settings)
+    answered = {
+        name: answers(name, settings, failure, one.model, questions, one.train) for name, one in measured.items()
+    }
+    if settings.floors:
+        answered["floors"] = floors(settings, questions)
+    said = judge_stages(settings, failure, judges, questions, answered)
+    if settings.ifeval is not None:
+        said.append(checks(questions, answered))
+    return [questions, *answered.values(), *said, report_stage(page, [questions, *answered.values(), *said], view=view)]
+
+
+def check_benchmarks(settings: BenchmarksSettings) -> None:
+    """Everything that the chosen benchmarks need beside models: files, judge prompts and checkers.
+
+    Raises:
+        BenchmarkFileError: something is missing or wrong; the message names it and the remedy.
+        TemplateError: a prompt file is not one.
+    """
+    if settings.mt_bench is not None:
+        settings.mt_bench.judge_prompts()
+    if settings.alpaca_eval is not None:
+        settings.alpaca_eval.judge_prompt()
+        settings.alpaca_eval.length_data()
+    rows = question_rows(settings)
+    if settings.ifeval is None:
+        return
+    try:
+        known = load_checkers().registry
+    except CheckersMissing as error:
+        raise BenchmarkFileError(f"ifeval: {error}") from error
+    for row in rows:
+        for name in json.loads(row["checks"])["instructions"] if row["checks"] else ():
+            if name not in known:
+                raise BenchmarkFileError(
+                    f"ifeval.prompts: prompt {row['question_id']} of {settings.ifeval.prompts} has the instruction "
+                    f"{name}, and no checker knows it"
+                )
+
+
+_Samplings = dict[str, tuple[Sequence[str], Mapping[str, Any]]]
+
+
+def benchmark_samplings(settings: BenchmarksSettings, answering: Sequence[str]) -> tuple[_Samplings, _Samplings]:
+    """Of answers and of judges: key of every sampling → the models that it is used on, and its `extra`."""
+    mt, alpaca, checked = settings.mt_bench, settings.alpaca_eval, settings.ifeval
+    answers: _Samplings = {}
+    judges: _Samplings = {}
+    if mt is not None:
+        judges["benchmarks.mt_bench.asking.sampling"] = ([mt.judge], mt.asking.sampling.extra)
+    if alpaca is not None:
+        judges["benchmarks.alpaca_eval.asking.sampling"] = ([alpaca.judge], alpaca.asking.sampling.extra)
+        answers["benchmarks.alpaca_eval.sampling"] = (answering, alpaca.sampling.extra)
+    if checked is not None:
+        answers["benchmarks.ifeval.sampling"] = (answering, checked.sampling.extra)
+    return answers, judges

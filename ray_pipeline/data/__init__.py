@@ -1,0 +1,1 @@
+"""Preference data: prompts, candidates, verdicts, critiques, decisions, dataset rows and files."""

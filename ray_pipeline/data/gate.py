@@ -1,0 +1,238 @@
+"""The gate: scores of the judges and the critic's verdict become one label for each candidate.
+
+With n judges, scores s_1 … s_n and the critic's p (1 = flawed, 0 = sound), for each candidate:
+
+    m = (s_1 + … + s_n) / n                      mean_score
+    v = sum (s_i - m)^2 / (n - 1)                score_variance; 0 for a single judge
+    f = m · (1 - α·p)                            final_score; penalty = α·p
+
+and the first line that fits decides:
+
+    a score was not read            incomplete
+    v > τ                           abstain       (the judges disagree)
+    the critique was not read       incomplete
+    f ≥ desirable_at                desirable
+    f ≤ undesirable_at              undesirable
+    otherwise                       discard
+
+What was not read stays unread: it is never replaced by a number (design §5 and §6.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from ray_pipeline.data.rows import KeyMismatch, one_array, refuse_repeats, rows_of
+from ray_pipeline.store.schemas import DECISIONS, LABELS, READ_STATUSES
+from ray_pipeline.store.settings import Settings
+
+Floats = NDArray[np.float64]
+Mask = NDArray[Any]  # of bool
+
+
+class GateConfig(Settings):
+    """Thresholds of the gate; the defaults are the published ones.
+
+    Attributes:
+        alpha: α, the share of the mean that a flaw costs.
+        tau: τ, the largest sample variance at which the judges still count as agreeing.
+        desirable_at: f from which a candidate is desirable.
+        undesirable_at: f up to which it is undesirable.
+        use_variance: False: nothing abstains (ablation). The variance is still computed and written.
+        use_critic: False: f = m, and critiques are not read (ablation).
+    """
+
+    alpha: float = Field(0.15, ge=0, le=1)
+    tau: float = Field(2.5, ge=0, allow_inf_nan=False)
+    desirable_at: float = Field(7.0, allow_inf_nan=False)
+    undesirable_at: float = Field(4.0, allow_inf_nan=False)
+    use_variance: bool = True
+    use_critic: bool = True
+
+    @model_validator(mode="after")
+    def _in_order(self) -> GateConfig:
+        if self.undesirable_at >= self.desirable_at:
+            raise ValueError(
+                f"undesirable_at ({self.undesirable_at:g}) must be below desirable_at ({self.desirable_at:g})"
+            )
+        return self
+
+
+def decide(
+    candidates: pa.Table,
+    verdicts: pa.Table,
+    critiques: pa.Table | None,
+    judges: Sequence[str],
+    config: GateConfig,
+) -> pa.Table:
+    """One decision for each candidate, in the order of `candidates`. Joins are by id and judge, never by position.
+
+    Args:
+        candidates: columns candidate_id and prompt_id are read.
+        verdicts: columns candidate_id, judge, score, parse_status. A judge's missing row is an unread score;
+            rows of judges that are not in `judges` are left out.
+        critiques: columns candidate_id, flawed, parse_status; None only when `config.use_critic` is False.
+        judges: whose scores count; their order is the order of summation.
+
+    Returns:
+        A table of schema DECISIONS. What could not be computed is null.
+
+    Raises:
+        KeyMismatch: a candidate occurs twice, or a verdict or critique is there twice or belongs to no candidate.
+        ValueError: there are no judges, one is named twice, or critiques are needed and not given.
+    """
+    judges = list(judges)
+    if not judges or len(set(judges)) < len(judges):
+        raise ValueError(f"the gate needs one or more judges, each named once, not {judges}")
+    ids = one_array(candidates["candidate_id"])
+    refuse_repeats(ids, "candidates: candidate_id")
+
+    scores, read = read_scores(verdicts, ids, judges)
+    mean, variance = mean_and_variance(scores)
+    if config.use_critic:
+        if critiques is None:
+            raise ValueError("the gate has no critiques: run the critic stage, or set gate.use_critic to false")
+        flawed, critic_read = _flaws(critiques, ids)
+    else:
+        flawed, critic_read = np.zeros(len(ids)), np.ones(len(ids), dtype=bool)
+    penalty = config.alpha * flawed
+    final = mean * (1.0 - penalty)
+
+    complete: Mask = np.asarray(read.all(axis=1))
+    disagree = complete & (variance > config.tau) if config.use_variance else np.zeros(len(ids), dtype=bool)
+    scored = complete & ~disagree & critic_read
+    cases: dict[str, Mask] = {
+        "unread": ~complete,
+        "disagree": disagree,
+        "uncriticised": complete & ~disagree & ~critic_read,
+        "desirable": scored & (final >= config.desirable_at),
+        "undesirable": scored & (final <= config.undesirable_at),
+        "discard": scored & (final < config.desirable_at) & (final > config.undesirable_at),
+    }
+    labels = {"unread": "incomplete", "disagree": "abstain", "uncriticised": "incomplete"}
+    case = np.select(list(cases.values()), range(len(cases)))
+    label = pa.array([labels.get(name, name) for name in cases]).take(pa.array(case))
+
+    columns = {
+        "candidate_id": ids,
+        "prompt_id": one_array(candidates["prompt_id"]),
+        "mean_score": with_nulls(mean),
+        "score_variance": with_nulls(variance),
+        "penalty": with_nulls(penalty),
+        "final_score": with_nulls(final),
+        "label": label,
+        "why": _reasons(cases, read, variance, final, judges, config),
+    }
+    return pa.table([columns[name] for name in DECISIONS.names], schema=DECISIONS)
+
+
+def label_counts(decisions: pa.Table) -> dict[str, int]:
+    """Rows of each label, in the order of `schemas.LABELS`; labels without rows are 0."""
+    counts = pc.value_counts(one_array(decisions["label"]))
+    found = dict(zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True))
+    return {label: found.get(label, 0) for label in LABELS}
+
+
+def mean_and_variance(scores: Floats) -> tuple[Floats, Floats]:
+    """Mean and sample variance (n - 1) of each row of scores [rows, judges]; NaN where a score is NaN.
+
+    Sums run judge by judge, so that the result does not depend on how numpy splits a sum. The variance is taken of
+    d_i = s_i - s_1 as (n·Σd² - (Σd)²) / (n·(n-1)): for integer scores its numerator is exact, so that a variance of
+    exactly τ is never mistaken for more, and equal scores of any kind give exactly 0.
+    """
+    rows, n = scores.shape
+    total, linear, square = np.zeros(rows), np.zeros(rows), np.zeros(rows)
+    for j in range(n):
+        away = scores[:, j] - scores[:, 0]
+        total += scores[:, j]
+        linear += away
+        square += away * away
+    if n == 1:
+        return total, 0.0 * total  # keeps NaN
+    return total / n, np.maximum(n * square - linear * linear, 0.0) / (n * (n - 1))
+
+
+def read_scores(verdicts: pa.Table, ids: pa.Array, judges: list[str]) -> tuple[Floats, Mask]:
+    """Scores [candidates, judges], NaN where unread, and where they were read."""
+    row = rows_of(verdicts["candidate_id"], ids, "verdicts: candidate", "candidates")
+    judge = np.asarray(
+        pc.fill_null(pc.index_in(one_array(verdicts["judge"]), value_set=pa.array(judges, pa.string())), -1)
+    )
+    counted = judge >= 0
+    cell = row[counted] * len(judges) + judge[counted]
+    places, times = np.unique(cell, return_counts=True)
+    if (times > 1).any():
+        twice = int(places[times > 1][0])
+        raise KeyMismatch(
+            f"verdicts: candidate {ids[twice // len(judges)].as_py()!r} has more than one verdict of judge "
+            f"{judges[twice % len(judges)]!r}"
+        )
+    flat = np.full(len(ids) * len(judges), np.nan)
+    flat[cell] = _read_values(verdicts, "score")[counted]
+    scores = flat.reshape(len(ids), len(judges))
+    return scores, ~np.isnan(scores)
+
+
+def _flaws(critiques: pa.Table, ids: pa.Array) -> tuple[Floats, Mask]:
+    """p (0.0 or 1.0, NaN where unread) of each candidate, and where it was read."""
+    row = rows_of(critiques["candidate_id"], ids, "critiques: candidate", "candidates")
+    refuse_repeats(one_array(critiques["candidate_id"]), "critiques: candidate")
+    flawed = np.full(len(ids), np.nan)
+    flawed[row] = _read_values(critiques, "flawed")
+    return flawed, ~np.isnan(flawed)
+
+
+def _read_values(table: pa.Table, column: str) -> Floats:
+    """A column as float64; NaN where it is null or its parse status says that nothing was read."""
+    values = one_array(table[column])
+    if pa.types.is_boolean(values.type):  # Arrow has no cast from bool to double
+        values = values.cast(pa.int8())
+    read = pc.is_in(one_array(table["parse_status"]), value_set=pa.array(READ_STATUSES, pa.string()))
+    numbers = np.array(values.cast(pa.float64()).to_numpy(zero_copy_only=False), dtype=np.float64)
+    numbers[~np.asarray(read) | ~np.isfinite(numbers)] = np.nan
+    return numbers
+
+
+def with_nulls(values: Floats) -> pa.Array:
+    """A column of numbers; NaN is null."""
+    return pa.array(values, mask=np.isnan(values))
+
+
+def _reasons(
+    cases: dict[str, Mask], read: Mask, variance: Floats, final: Floats, judges: list[str], config: GateConfig
+) -> pa.Array:
+    """`why` of each row. Text is made once for each distinct value, not for each row."""
+    low, high = config.undesirable_at, config.desirable_at
+    missing = (~read) @ (1 << np.arange(len(judges), dtype=np.int64))  # one bit for each unread judge
+    words: dict[str, tuple[NDArray, Callable]] = {
+        "unread": (missing, lambda bits: "unread: " + ", ".join(j for i, j in enumerate(judges) if int(bits) >> i & 1)),
+        "disagree": (variance, lambda v: f"variance {_shown(v, config.tau)} > {config.tau:g}"),
+        "uncriticised": (missing, lambda _: "critique unread"),
+        "desirable": (final, lambda f: f"final {_shown(f, high)} ≥ {high:g}"),
+        "undesirable": (final, lambda f: f"final {_shown(f, low)} ≤ {low:g}"),
+        "discard": (final, lambda f: f"final {_shown(f, low, high)} between {low:g} and {high:g}"),
+    }
+    texts: list[str] = []
+    place = np.zeros(len(read), dtype=np.int64)
+    for name, mask in cases.items():
+        values, text = words[name]
+        distinct, which = np.unique(values[mask], return_inverse=True)
+        place[mask] = which + len(texts)
+        texts += [text(value) for value in distinct]
+    return pa.array(texts, pa.string()).take(pa.array(place))
+
+
+def _shown(value: float, *thresholds: float) -> str:
+    """Two digits, or as many as it takes to be seen on its side of the thresholds (6.998 is not shown as 7.00)."""
+    for digits in range(2, 15):
+        text = f"{value:.{digits}f}"
+        if all((float(text) > t) == (value > t) and (float(text) < t) == (value < t) for t in thresholds):
+            return text
+    return repr(float(value))

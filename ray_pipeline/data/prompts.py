@@ -1,0 +1,234 @@
+"""The prompts stage: rows of all sources become one table of distinct prompts, each with its id and split.
+
+What becomes of a prompt depends on the prompt and the seed alone: the split is a hash, and a cap keeps the smallest
+hashes. So a further source, more rows or a higher cap add prompts and never reshuffle those that were there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field, field_validator
+
+from ray_pipeline.data.rows import add_counts, gather
+from ray_pipeline.data.sources import (
+    HuggingFaceSource,
+    InputError,
+    PocketSource,
+    Source,
+    SourceRow,
+    content_digests,
+    label_of,
+    named_sources,
+    read_rows,
+)
+from ray_pipeline.store.keys import (
+    canonical_json,
+    check_num_shards,
+    normalise_messages,
+    prompt_id,
+    shard_of,
+    unit_hash,
+)
+from ray_pipeline.store.schemas import PROMPTS, to_table
+from ray_pipeline.store.settings import Settings
+
+_BATCH_ROWS = 1024
+
+#: Reasons for which a row of a source is not a prompt of the run, in the order in which they are applied.
+DROPPED = ("empty", "duplicate", "over_limit", "duplicate_across_sources", "over_max_prompts")
+
+
+def _published_sources() -> list[Source]:
+    return [
+        HuggingFaceSource(name="openbmb/UltraFeedback", column="instruction", limit=10_000),
+        HuggingFaceSource(name="nvidia/HelpSteer2", column="prompt", limit=5_000),
+    ]
+
+
+class PromptsConfig(Settings):
+    """Where prompts come from and how many are taken.
+
+    Attributes:
+        sources: read in this order; a prompt that two of them hold counts for the first.
+        seed: of the caps and the split.
+        max_prompts: cap on the whole run; the prompts of the smallest hash(seed, prompt_id) are kept.
+        val_fraction: expected share of held-out prompts.
+        num_shards: how many shards every later table has; divides 1,024.
+    """
+
+    sources: list[Source] = Field(default_factory=_published_sources, min_length=1)
+    seed: int = 0
+    max_prompts: int | None = Field(None, ge=1)
+    val_fraction: float = Field(0.05, ge=0, lt=1)
+    num_shards: int = 64
+
+    @field_validator("num_shards")
+    @classmethod
+    def _divides(cls, value: int) -> int:
+        return check_num_shards(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptSet:
+    """The prompts of a run.
+
+    Attributes:
+        table: schema PROMPTS, sorted by prompt_id.
+        counts: `read`, `dropped` by reason, `kept`, `train`, `val`, and under `sources` for each source `read`,
+            `dropped` by reason and `kept`. read = kept + the sum of dropped.
+    """
+
+    table: pa.Table
+    counts: dict[str, Any]
+
+
+def source_digests(config: PromptsConfig) -> dict[str, str]:
+    """Content digest of every file, data set and pocket set, for the fingerprint of the stage.
+
+    Raises:
+        InputError: a source cannot be found.
+    """
+    return {
+        _digest_name(name, part): value
+        for name, source in named_sources(config.sources)
+        for part, value in content_digests(source).items()
+    }
+
+
+def load_prompts(config: PromptsConfig, digests: Mapping[str, str] | None = None) -> PromptSet:
+    """Read all sources, drop what is empty or twice, and keep what the caps allow.
+
+    Args:
+        digests: what `source_digests` returned; hub data sets are then read at exactly those commits, even when
+            somebody pushes in between. Without it, at the newest commit of their revision.
+
+    Raises:
+        InputError: a source is missing, empty or not what its configuration says, or no prompt is left.
+    """
+    seen: set[str] = set()
+    tables: list[pa.Table] = []
+    by_source: dict[str, dict[str, Any]] = {}
+    for name, source in named_sources(config.sources):
+        commit = None
+        if digests is not None and isinstance(source, HuggingFaceSource):
+            commit = digests[_digest_name(name, source.name)]
+        table, counts = _load_source(source, config, commit)
+        table = _drop_seen(table, seen, counts)
+        by_source[name] = counts
+        tables.append(table)
+
+    table = pa.concat_tables(tables)
+    origin = np.repeat(np.arange(len(tables)), [t.num_rows for t in tables])
+    rows = _smallest(table, config.max_prompts, config.seed)
+    for number, (counts, source_table) in enumerate(zip(by_source.values(), tables, strict=True)):
+        counts["kept"] = int((origin[rows] == number).sum())
+        counts["dropped"]["over_max_prompts"] = source_table.num_rows - counts["kept"]
+    ids = np.array(table["prompt_id"].to_pylist(), dtype=object)[rows]
+    table = gather(table, rows[np.argsort(ids, kind="stable")])
+
+    total = add_counts(list(by_source.values()))
+    val = sum(split == "val" for split in table["split"].to_pylist())
+    split_counts = {"train": table.num_rows - val, "val": val}
+    return PromptSet(table, {**total, **split_counts, "sources": by_source})
+
+
+def shard_prompts(table: pa.Table, num_shards: int) -> list[pa.Table]:
+    """The prompts of each shard, in the order of `table`; shards without prompts are empty tables of its schema."""
+    check_num_shards(num_shards)
+    shards = np.array([shard_of(p, num_shards) for p in table["prompt_id"].to_pylist()], dtype=np.int64)
+    order = np.argsort(shards, kind="stable")
+    ends = np.searchsorted(shards[order], np.arange(num_shards), side="right")
+    return [gather(table, rows) for rows in np.split(order, ends)[:num_shards]]
+
+
+def split_of(prompt: str, seed: int, val_fraction: float) -> str:
+    """Split of a prompt, train or val; follows from the prompt and the seed alone."""
+    return "val" if unit_hash("split", seed, prompt) < val_fraction else "train"
+
+
+def _digest_name(source: str, part: str) -> str:
+    return source if source == part else f"{source}: {part}"
+
+
+def _load_source(source: Source, config: PromptsConfig, commit: str | None) -> tuple[pa.Table, dict[str, Any]]:
+    """Distinct prompts of one source in its order, cut to its limit, and its counts."""
+    counts: dict[str, Any] = {"read": 0, "dropped": dict.fromkeys(DROPPED, 0), "kept": 0}
+    seen: set[str] = set()
+    batches = list(_batches(source, config, commit, seen, counts))
+    where = getattr(source, "path", label_of(source))
+    if not counts["read"]:
+        raise InputError(f"{where} holds no row; check that it was written, or take it out of prompts.sources")
+    if not seen:
+        column = getattr(source, "column", "prompt")
+        raise InputError(f"{where}: all {counts['read']} rows of column {column!r} are empty; choose another column")
+    table = pa.concat_tables(batches)
+    limit = None if isinstance(source, PocketSource) else source.limit
+    rows = _smallest(table, limit, config.seed)
+    counts["dropped"]["over_limit"] = table.num_rows - len(rows)
+    return gather(table, rows), counts
+
+
+def _batches(
+    source: Source, config: PromptsConfig, commit: str | None, seen: set[str], counts: dict[str, Any]
+) -> Iterator[pa.Table]:
+    """Arrow tables of distinct prompts; only one batch is ever held as Python objects."""
+    rows: list[dict[str, Any]] = []
+    for row in read_rows(source, commit):
+        counts["read"] += 1
+        messages = _conversation(row, getattr(source, "system", None))
+        if messages is None:
+            counts["dropped"]["empty"] += 1
+            continue
+        prompt = prompt_id(messages)
+        if prompt in seen:
+            counts["dropped"]["duplicate"] += 1
+            continue
+        seen.add(prompt)
+        rows.append(
+            {
+                "prompt_id": prompt,
+                "messages": messages,
+                "source": row.source or label_of(source),
+                "task_type": row.task_type or "general",
+                "split": split_of(prompt, config.seed, config.val_fraction),
+                "meta": canonical_json(row.place),
+            }
+        )
+        if len(rows) == _BATCH_ROWS:
+            yield to_table(rows, PROMPTS)
+            rows = []
+    yield to_table(rows, PROMPTS)
+
+
+def _conversation(row: SourceRow, system: str | None) -> list[dict[str, str]] | None:
+    """Normalised messages that end with a user turn, or None when that turn holds nothing."""
+    raw = row.value if isinstance(row.value, list) else [{"role": "user", "content": row.value or ""}]
+    messages = normalise_messages(raw)
+    if not messages or not messages[-1]["content"]:
+        return None
+    if system and messages[0]["role"] != "system":
+        messages = [*normalise_messages([{"role": "system", "content": system}]), *messages]
+    return messages
+
+
+def _drop_seen(table: pa.Table, seen: set[str], counts: dict[str, Any]) -> pa.Table:
+    """Without the prompts that an earlier source holds; those that are left join `seen`."""
+    ids = table["prompt_id"].to_pylist()
+    new = np.flatnonzero([prompt not in seen for prompt in ids])
+    counts["dropped"]["duplicate_across_sources"] = len(ids) - len(new)
+    seen.update(ids)
+    return gather(table, new)
+
+
+def _smallest(table: pa.Table, limit: int | None, seed: int) -> np.ndarray:
+    """Row numbers, in order, of the `limit` prompts with the smallest hash(seed, prompt_id)."""
+    ids = table["prompt_id"].to_pylist()
+    if limit is None or len(ids) <= limit:
+        return np.arange(len(ids))
+    keys = sorted((unit_hash(seed, prompt), prompt, row) for row, prompt in enumerate(ids))
+    return np.sort(np.array([row for _, _, row in keys[:limit]], dtype=np.int64))

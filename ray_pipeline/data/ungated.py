@@ -1,0 +1,45 @@
+"""Preference data as it is usually made, without a gate: best and worst of k by the mean of some judges' scores.
+
+It is what the gate is compared with. Its decisions have the schema of the gate's, so that the same code makes training
+rows of both: the best candidate of a prompt is desirable, the worst undesirable, the others are discarded. Nobody
+abstains, no flaw costs anything, no score has to reach anything; the two scores must only differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+
+from ray_pipeline.data.mean_rank import mean_rank
+
+
+def best_and_worst(candidates: pa.Table, verdicts: pa.Table, judges: Sequence[str]) -> pa.Table:
+    """One decision for each candidate, in the order of `candidates`; of equal scores the smaller candidate_id counts.
+
+    Args:
+        candidates: columns candidate_id and prompt_id are read; all candidates of each prompt.
+        verdicts: columns candidate_id, judge, score, parse_status; rows of other judges are left out.
+        judges: whose mean ranks the candidates; one name for a single judge.
+
+    Returns:
+        A table of schema DECISIONS. A candidate with an unread score is `incomplete` and never best or worst; all
+        candidates of a prompt whose best and worst score are equal are discarded.
+
+    Raises:
+        KeyMismatch: as `gate.decide`.
+        ValueError: there are no judges, or one is named twice.
+    """
+    ranked = mean_rank(candidates, verdicts, judges, "best and worst need")
+    mean, names = ranked.mean, ranked.ids.to_pylist()
+    label = ranked.texts("discard", "incomplete")
+    why = ranked.texts("neither best nor worst", "a score was not read")
+    for rows in ranked.of_prompt.values():
+        best = min(rows, key=lambda row: (-mean[row], names[row]))
+        worst = min(rows, key=lambda row: (mean[row], names[row]))
+        if mean[best] > mean[worst]:
+            label[best], why[best] = "desirable", f"best of {len(rows)}: {mean[best]:g}"
+            label[worst], why[worst] = "undesirable", f"worst of {len(rows)}: {mean[worst]:g}"
+        else:
+            why[rows] = f"all {len(rows)} have the score {mean[best]:g}"
+    return ranked.decisions(label, why)

@@ -1,0 +1,1 @@
+"""The last stage of a run: its numbers, its headline and its page."""

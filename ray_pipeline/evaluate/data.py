@@ -1,0 +1,122 @@
+"""What a report is made of. Only the run's identity is needed: a part that is None is reported as missing."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from ray_pipeline.evaluate.planned import PlannedUse
+from ray_pipeline.stats.protocol import Protocol
+
+if TYPE_CHECKING:  # importing torch and transformers takes seconds, and a report needs neither
+    from ray_pipeline.policy.perplexity import Perplexity
+
+DMAPO_STAGES = ("prompts", "candidates", "judge", "critic", "gate", "datasets", "train", "evaluate")
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """Which run this is. `fingerprints` is by stage; `models` is role → model identity (for reading, not for logic).
+    `stages` are those that the workflow should have, in order, so that missing ones can be named.
+    """
+
+    name: str
+    workflow: str = "dmapo"
+    config_digest: str = ""
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    models: Mapping[str, str] = field(default_factory=dict)
+    stages: Sequence[str] = DMAPO_STAGES
+
+
+@dataclass(frozen=True)
+class StageUse:
+    """What one stage used: sums over its receipts. `calls` counts engine calls made, `log_hits` those found in the
+    call log instead; `errors` counts rows or shards that ended in an error; `cost` is in the unit of the prices.
+    """
+
+    stage: str
+    rows: int | None = None
+    calls: int | None = None
+    log_hits: int | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    cached_tokens: int | None = None
+    seconds: float | None = None
+    errors: int | None = None
+    cost: float | None = None
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """Tables have the columns of `ray_pipeline.store.schemas`; only those named here are read, others may be left out.
+
+    prompt_counts      {"read": n, "kept": n, "dropped": {reason: n}}
+    prompts            prompt_id, messages (for the examples only)
+    candidates         candidate_id, prompt_id, completion_tokens, and response or response_chars
+    verdicts           candidate_id, judge, score, parse_status
+    critiques          flawed, failure_type, parse_status
+    decisions          candidate_id, prompt_id, label, final_score, score_variance, why
+    agreement_on       candidate ids that kappa and alpha are limited to (audit slice under early exit)
+    dataset_counts     {"kto": {"train": rows, "val": rows}, "dpo": {…}}: train + val is the size, other keys are shown
+    dataset_guards     {reason: rows or pairs kept out}
+    kto_weights        {"desirable_weight": w, "undesirable_weight": w}
+    train_settings     effective trainer values, shown as they are
+    train_metrics      step, split, and any of loss, rewards_margins, kl, rewards_accuracies, …
+    comparisons        pair_id, prompt_id, judge, order, choice, parse_status; order "ab": A is the policy's answer
+    responses          prompt_id, model, mode, response, completion_tokens, finish_reason; `correct` if known
+    response_verdicts  prompt_id, judge, score, and model + mode (or candidate_id = response_id of `responses`)
+    perplexity         model → Perplexity of held-out completions
+    curating_models    judge of the data → model identity
+    evaluating_models  judge of the comparisons → model identity
+    candidate_model    name of the model that is trained and compared
+    compared           judge of the comparisons → protocol of its win rates, as far as settings say it
+    stage_use          one StageUse per stage that ran
+    benchmarks         scores of public benchmarks, as in `scores` of benchmarks.json
+    config             the configuration as resolved, shown as it is
+    planned            the stages of `quorum plan` beside what they took
+    """
+
+    run: RunIdentity
+    prompt_counts: Mapping[str, Any] | None = None
+    prompts: pa.Table | None = None
+    candidates: pa.Table | None = None
+    verdicts: pa.Table | None = None
+    critiques: pa.Table | None = None
+    decisions: pa.Table | None = None
+    agreement_on: Sequence[str] | None = None
+    dataset_counts: Mapping[str, Mapping[str, int]] | None = None
+    dataset_guards: Mapping[str, int] | None = None
+    kto_weights: Mapping[str, float] | None = None
+    train_settings: Mapping[str, Any] | None = None
+    train_metrics: pa.Table | None = None
+    comparisons: pa.Table | None = None
+    responses: pa.Table | None = None
+    response_verdicts: pa.Table | None = None
+    perplexity: "Mapping[str, Perplexity] | None" = None
+    curating_models: Mapping[str, str] = field(default_factory=dict)
+    evaluating_models: Mapping[str, str] = field(default_factory=dict)
+    candidate_model: str = ""
+    compared: Mapping[str, Protocol] = field(default_factory=dict)
+    stage_use: Sequence[StageUse] | None = None
+    benchmarks: Sequence[Mapping[str, Any]] = ()
+    config: Mapping[str, Any] | None = None
+    planned: Sequence[PlannedUse] = ()
+    desirable_from: float = 7.0
+    undesirable_to: float = 4.0
+    bootstrap_draws: int = 2000
+    bootstrap_seed: int = 0
+
+    def missing_stages(self) -> list[str]:
+        """Stages of the workflow that left nothing to report, in the workflow's order."""
+        parts: dict[str, Any] = {
+            "prompts": self.prompt_counts if self.prompt_counts is not None else self.prompts,
+            "candidates": self.candidates,
+            "judge": self.verdicts,
+            "critic": self.critiques,
+            "gate": self.decisions,
+            "datasets": self.dataset_counts,
+            "train": self.train_metrics,
+            "evaluate": self.comparisons if self.comparisons is not None else self.responses,
+        }
+        return [stage for stage in self.run.stages if stage in parts and parts[stage] is None]

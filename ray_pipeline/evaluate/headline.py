@@ -1,0 +1,113 @@
+"""The first sentences of the report: did the policy get better, by what, and how sure is that."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ray_pipeline.evaluate.metrics import Evaluation
+from ray_pipeline.stats.bootstrap import Interval
+from ray_pipeline.stats.winrate import WinRate
+
+Direction = Literal["better", "worse", "unclear"]
+Verdict = Literal["better", "worse", "unclear", "mixed", "unknown"]
+
+_OPENINGS: dict[Verdict, str] = {
+    "better": "The policy got better.",
+    "worse": "The policy got worse.",
+    "unclear": "It cannot be told whether the policy got better.",
+    "mixed": "The measures disagree on whether the policy got better.",
+    "unknown": "Whether the policy got better is not known:",
+}
+
+
+@dataclass(frozen=True)
+class Headline:
+    """`verdict` in one word, `text` in one or two sentences of plain text."""
+
+    verdict: Verdict
+    text: str
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    direction: Direction
+    text: str
+
+
+def headline(evaluation: Evaluation | None, missing_stages: list[str]) -> Headline:
+    """Weigh win rates and true accuracy, or rubric scores where there is neither.
+
+    A measure speaks only when its interval leaves "no change" out. One that speaks decides when no other speaks against
+    it; true accuracy comes first in the text since it is the only measure that no judge made.
+    """
+    evidence = [] if evaluation is None else _evidence(evaluation)
+    if not evidence:
+        why = f"the run has no {', '.join(missing_stages)} yet." if missing_stages else "nothing could be measured."
+        return Headline("unknown", f"{_OPENINGS['unknown']} {why}")
+    directions = {e.direction for e in evidence} - {"unclear"}
+    verdict: Verdict = "unclear" if not directions else "mixed" if len(directions) > 1 else directions.pop()
+    text = "; ".join(e.text for e in evidence)
+    return Headline(verdict, f"{_OPENINGS[verdict]} {text[0].upper()}{text[1:]}.")
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """A share as "12.3 %"."""
+    return "–" if share is None else f"{100 * share:.{digits}f} %"
+
+
+def percent_interval(interval: Interval) -> str:
+    """The bounds of an interval of shares, "10.0 to 20.0 %"."""
+    if interval.low is None or interval.high is None:
+        return "no interval"
+    return f"{100 * interval.low:.1f} to {100 * interval.high:.1f} %"
+
+
+def direction(interval: Interval, no_change: float) -> Direction:
+    """Which side of `no_change` the whole interval lies on."""
+    if interval.low is None or interval.high is None or interval.low <= no_change <= interval.high:
+        return "unclear"
+    return "better" if interval.low > no_change else "worse"
+
+
+def _evidence(evaluation: Evaluation) -> list[_Evidence]:
+    found = [_accuracy(evaluation, mode, gain) for mode, gain in sorted(evaluation.accuracy_gains.items())]
+    found += [_win_rate(rate) for rate in evaluation.win_rates if rate.decided]
+    if not found:
+        found = [_rubric(r.judge, r.gain) for r in evaluation.rubrics if r.gain.mean is not None]
+    return found
+
+
+def _accuracy(evaluation: Evaluation, mode: str, gain: Interval) -> _Evidence:
+    by_model = {r.model: r.accuracy.mean for r in evaluation.responses if r.mode == mode and r.accuracy}
+    base, policy = by_model.get("base"), by_model.get("policy")
+    points = _signed_points(gain)
+    return _Evidence(
+        direction(gain, 0.0),
+        f"true accuracy with {mode or 'its'} decoding went from {percent(base)} to {percent(policy)} ({points}, "
+        f"{gain.groups} prompts)",
+    )
+
+
+def _win_rate(rate: WinRate) -> _Evidence:
+    text = (
+        f"judge {rate.judge} scored it {percent(rate.score.mean)} against its base (50 % is no change; 95 % interval "
+        f"{percent_interval(rate.score)}, {rate.score.groups} prompts, wins only where both orders agree)"
+    )
+    found = direction(rate.score, 0.5)
+    worst, best = rate.score_worst, rate.score_best
+    if found != "unclear" and worst is not None and best is not None and worst <= 0.5 <= best:
+        return _Evidence("unclear", f"{text}, but the {rate.unread} unread pairs could have turned that")
+    return _Evidence(found, text)
+
+
+def _rubric(judge: str, gain: Interval) -> _Evidence:
+    bounds = "no interval" if gain.low is None else f"95 % interval {gain.low:+.2f} to {gain.high:+.2f}"
+    return _Evidence(
+        direction(gain, 0.0), f"mean {judge} score changed by {gain.mean:+.2f} ({bounds}, {gain.groups} prompts)"
+    )
+
+
+def _signed_points(gain: Interval) -> str:
+    mean = 0.0 if gain.mean is None else gain.mean
+    if gain.low is None or gain.high is None:
+        return f"{100 * mean:+.1f} points, no interval"
+    return f"{100 * mean:+.1f} points, 95 % interval {100 * gain.low:+.1f} to {100 * gain.high:+.1f}"

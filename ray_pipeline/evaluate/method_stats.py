@@ -1,0 +1,256 @@
+"""Many policies of one base side by side: each training method on each data set, over several seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ray_pipeline.policy.response_stats import name_models, response_stats, rubric_means
+from ray_pipeline.stats.bootstrap import Interval, bootstrap_mean
+from ray_pipeline.stats.length_control import length_controlled_score, pair_lengths
+from ray_pipeline.stats.winrate import decide_pairs, judges_of, win_rate
+
+BASE = "base"
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyRun:
+    """How one policy came about. `label` is its name in the tables; `rows` are the training rows that it was given."""
+
+    label: str
+    method: str
+    data: str
+    seed: int
+    rows: int
+    steps: int
+    train_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyStats:
+    """One policy (or the base, with `run` None) on the held-out prompts.
+
+    Attributes:
+        win_rate, tie_rate, loss_rate, flip_rate: against the base, over decided pairs; None for the base.
+        unread: pairs with an order that was not read.
+        equal_length: score against the base at equal length (wins + ties / 2, see ``length_control``).
+        scores: judge → mean score of the responses of the first mode, over those that were read.
+        mean_score: mean over prompts of the judges' mean, over responses that all judges read.
+        accuracy: mode → share of right answers, where a checker knows the truth; else empty.
+        tokens: mean completion tokens in the first mode.
+    """
+
+    run: PolicyRun | None
+    win_rate: float | None
+    tie_rate: float | None
+    loss_rate: float | None
+    flip_rate: float | None
+    unread: int
+    equal_length: float | None
+    scores: dict[str, float | None]
+    mean_score: float | None
+    accuracy: dict[str, float]
+    tokens: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class OverSeeds:
+    """Mean and standard error of the mean (sample deviation / √seeds); no error from a single seed."""
+
+    mean: float
+    error: float | None
+    seeds: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodStats:
+    """One method on one data set, over its seeds.
+
+    Attributes:
+        win_interval: 95 % bootstrap interval of the win rate, resampling prompts with all seeds of each.
+    """
+
+    method: str
+    data: str
+    rows: int
+    steps: int
+    train_seconds: OverSeeds
+    win_rate: OverSeeds | None
+    win_interval: Interval
+    tie_rate: OverSeeds | None
+    flip_rate: OverSeeds | None
+    unread: int
+    equal_length: OverSeeds | None
+    scores: dict[str, OverSeeds]
+    mean_score: OverSeeds | None
+    accuracy: dict[str, OverSeeds]
+    tokens: OverSeeds | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """What a data set gains over another with one method: mean ± standard error of the differences, seed by seed."""
+
+    method: str
+    data: str
+    over: str
+    measure: str
+    gain: OverSeeds
+
+
+def policy_stats(
+    runs: Sequence[PolicyRun],
+    responses: pa.Table,
+    comparisons: pa.Table,
+    verdicts: pa.Table,
+    first_mode: str,
+    *,
+    draws: int = 2000,
+    seed: int = 0,
+) -> list[PolicyStats]:
+    """The base, then every policy in the order of `runs`.
+
+    Args:
+        responses: of all models; `correct` (bool) where there is a checker.
+        comparisons: of every policy with the base, by one judge; `model_a` and `model_b` name the two.
+        verdicts: of the rubric judges on the responses (candidate_id holds a response_id).
+
+    Raises:
+        ValueError: comparisons of several judges, a pair of two policies, or a verdict on no response.
+    """
+    judges = judges_of(comparisons)
+    if len(judges) > 1:
+        raise ValueError(f"comparisons of one judge are needed, not of {', '.join(judges)}")
+    named = name_models(verdicts, responses)
+    lengths = pair_lengths(responses)
+    found = []
+    for run in [None, *runs]:
+        label = BASE if run is None else run.label
+        own = response_stats(responses.filter(pc.field("model") == label), models=(label,), draws=draws, seed=seed)
+        by_mode = {stats.mode: stats for stats in own}
+        scored = named.filter((pc.field("model") == label) & (pc.field("mode") == first_mode))
+        scores, mean_score = rubric_means(scored)
+        won = at_equal_length = None
+        if run is not None:
+            pairs = _pairs_of(comparisons, label)
+            won = win_rate(pairs, *judges, draws=draws, seed=seed)
+            # One draw: what is told of it is the error over seeds.
+            controlled = length_controlled_score(decide_pairs(pairs, *judges), *lengths, draws=1)
+            at_equal_length = controlled.score.mean
+        found.append(
+            PolicyStats(
+                run=run,
+                win_rate=None if won is None else won.win_rate,
+                tie_rate=None if won is None else won.tie_rate,
+                loss_rate=None if won is None else won.loss_rate,
+                flip_rate=None if won is None else won.flip_rate,
+                unread=0 if won is None else won.unread,
+                equal_length=at_equal_length,
+                scores=scores,
+                mean_score=mean_score,
+                accuracy={
+                    mode: stats.accuracy.mean
+                    for mode, stats in by_mode.items()
+                    if stats.accuracy is not None and stats.accuracy.mean is not None
+                },
+                tokens=by_mode[first_mode].tokens.mean if first_mode in by_mode else None,
+            )
+        )
+    return found
+
+
+def method_stats(
+    policies: Sequence[PolicyStats], comparisons: pa.Table, *, draws: int = 2000, seed: int = 0
+) -> list[MethodStats]:
+    """Each method on each data set, in the order in which they come first in `policies`; the base is left out."""
+    groups: dict[tuple[str, str], list[PolicyStats]] = {}
+    for policy in policies:
+        if policy.run is not None:
+            groups.setdefault((policy.run.method, policy.run.data), []).append(policy)
+    found = []
+    for (method, data), members in groups.items():
+        runs = [policy.run for policy in members if policy.run is not None]
+        found.append(
+            MethodStats(
+                method=method,
+                data=data,
+                rows=runs[0].rows,
+                steps=runs[0].steps,
+                train_seconds=_present(over_seeds(run.train_seconds for run in runs)),
+                win_rate=over_seeds(policy.win_rate for policy in members),
+                win_interval=_win_interval(comparisons, [run.label for run in runs], draws, seed),
+                tie_rate=over_seeds(policy.tie_rate for policy in members),
+                flip_rate=over_seeds(policy.flip_rate for policy in members),
+                unread=sum(policy.unread for policy in members),
+                equal_length=over_seeds(policy.equal_length for policy in members),
+                scores={judge: s for judge in members[0].scores if (s := over_seeds(p.scores[judge] for p in members))},
+                mean_score=over_seeds(policy.mean_score for policy in members),
+                accuracy={
+                    mode: _present(over_seeds(p.accuracy[mode] for p in members)) for mode in members[0].accuracy
+                },
+                tokens=over_seeds(policy.tokens for policy in members),
+            )
+        )
+    return found
+
+
+def differences(policies: Sequence[PolicyStats], over: str) -> list[Difference]:
+    """Every data set against the data set `over`, method by method, seed by seed: true accuracies, win rate, score."""
+    by_run = {(p.run.method, p.run.data, p.run.seed): p for p in policies if p.run is not None}
+    found = []
+    for method, data in dict.fromkeys((method, data) for method, data, _ in by_run):
+        pairs = [
+            (policy, by_run[method, over, seed])
+            for (m, d, seed), policy in by_run.items()
+            if (m, d) == (method, data) and (method, over, seed) in by_run
+        ]
+        if data == over or not pairs:
+            continue
+        measures: dict[str, list[tuple[float | None, float | None]]] = {
+            f"accuracy {mode}": [(a.accuracy[mode], b.accuracy[mode]) for a, b in pairs]
+            for mode in pairs[0][0].accuracy
+        }
+        measures["win rate"] = [(a.win_rate, b.win_rate) for a, b in pairs]
+        measures["mean score"] = [(a.mean_score, b.mean_score) for a, b in pairs]
+        for measure, values in measures.items():
+            gain = over_seeds(None if a is None or b is None else a - b for a, b in values)
+            if gain is not None:
+                found.append(Difference(method, data, over, measure, gain))
+    return found
+
+
+def over_seeds(values: Iterable[float | None]) -> OverSeeds | None:
+    """Mean and standard error; None when there is no value. Seeds without a value are left out."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    error = statistics.stdev(known) / math.sqrt(len(known)) if len(known) > 1 else None
+    return OverSeeds(statistics.fmean(known), error, len(known))
+
+
+def _present(value: OverSeeds | None) -> OverSeeds:
+    assert value is not None
+    return value
+
+
+def _pairs_of(comparisons: pa.Table, label: str) -> pa.Table:
+    """The comparisons of one policy with the base."""
+    a, b = pc.field("model_a"), pc.field("model_b")
+    return comparisons.filter(((a == label) & (b == BASE)) | ((a == BASE) & (b == label)))
+
+
+def _win_interval(comparisons: pa.Table, labels: Sequence[str], draws: int, seed: int) -> Interval:
+    won: list[float] = []
+    prompts: list[str] = []
+    for label in labels:
+        pairs = _pairs_of(comparisons, label)
+        for judge in judges_of(pairs):
+            decided = [d for d in decide_pairs(pairs, judge) if d.outcome != "unread"]
+            won += [float(d.outcome == "win") for d in decided]
+            prompts += [d.prompt_id for d in decided]
+    return bootstrap_mean(won, prompts, draws, seed)

@@ -1,0 +1,206 @@
+"""The last stage of a comparison: one table over all policies, from the stored answers, comparisons and scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field
+
+from ray_pipeline.data.row_truth import RowTruth, row_truth
+from ray_pipeline.evaluate.stage import (
+    stage_use,
+    store_protocols,
+    stored_config,
+    stored_protocols,
+    table_of,
+    with_truth,
+)
+from ray_pipeline.graph.results import Run
+from ray_pipeline.graph.stage import Stage, StageResult, WholeInput, WholeWork
+from ray_pipeline.policy.comparisons import win_rate_protocol
+from ray_pipeline.stats.protocol import Protocol, fixed_fields, measured_by
+from ray_pipeline.stats.winrate import completed_protocol
+from ray_pipeline.store.files import Folder, StoreError
+from ray_pipeline.store.local import written_here
+from ray_pipeline.store.settings import Settings
+from ray_pipeline.training.spec import MethodName
+
+
+class PolicyName(Settings):
+    """A policy of the comparison: `label` names it in the tables; its training stage is `train-<label>`."""
+
+    label: str
+    method: MethodName
+    data: str
+    seed: int
+
+
+class TableSettings(Settings):
+    """What the page says beside the tables.
+
+    Attributes:
+        over: the data set that the others are held against.
+        data: name of each data set → how it was made.
+        facts: further lines of the page.
+        curating, evaluating: judge → model, for the warning that a judge marks its own work.
+    """
+
+    run_name: str
+    policies: tuple[PolicyName, ...]
+    mode: str
+    over: str
+    data: dict[str, str]
+    facts: dict[str, str]
+    curating: dict[str, str]
+    evaluating: dict[str, str]
+    bootstrap_draws: int = 2000
+    seed: int = 0
+
+
+class _Given(Settings):
+    table: TableSettings
+    compared: dict[str, Protocol] = Field(default_factory=dict)
+
+
+def method_table(settings: TableSettings, stages: Sequence[Stage]) -> Stage:
+    """report.md, methods.csv, policies.csv and a plot.
+
+    Args:
+        stages: prompts, the rows of every data set, the training stages, all responses, the comparisons and the
+            scores of the responses.
+    """
+    return Stage(
+        name="evaluate",
+        version=2,  # 2: win rates carry a protocol
+        view="report",
+        work=WholeWork(function=write_page, settings=_Given(table=settings, compared=win_rate_protocol(stages))),
+        config=settings.model_dump(mode="json", exclude={"run_name"}),
+        inputs={stage.name: stage for stage in stages},
+    )
+
+
+def write_page(given: WholeInput) -> dict[str, Any]:
+    settings: TableSettings = given.settings.table
+    compared = given.settings.compared
+    store_protocols(given.folder, compared)
+    with written_here(given.folder) as folder:
+        _build(given.inputs, settings, folder, stored_config(given.folder.parent), compared)
+    metrics = given.folder.read_json("metrics.json")
+    for method in metrics["methods"]:
+        won, right = method["win_rate"], method["accuracy"]
+        shares = {"wins": won, **{f"right {mode}": share for mode, share in right.items()}}
+        told = ", ".join(f"{name} {share['mean']:.1%}" for name, share in shares.items() if share)
+        given.log(f"{method['method']} on {method['data']}: {told}")
+    return {"methods": len(metrics["methods"]), "policies": len(settings.policies)}
+
+
+def rewrite_page(run: Run) -> Folder:
+    """The page anew, from the policies that are done; returns its folder.
+
+    Raises:
+        StoreError: nothing was compared yet.
+    """
+    settings = TableSettings.model_validate(run.manifest["report"])
+    if "comparisons" not in run.results:
+        raise StoreError(f"{run.folder.location} has compared no policy yet; run the same command again first")
+    name = run.manifest["stages"]["evaluate"]["path"]
+    compared = stored_protocols(run.folder / name)
+    with written_here(run.folder / name) as folder:
+        _build(run.results, settings, folder, run.manifest.get("config"), compared)
+    return run.show("report", name)
+
+
+def _build(
+    results: Mapping[str, StageResult],
+    settings: TableSettings,
+    folder: Path,
+    config: Mapping[str, Any] | None,
+    compared: Mapping[str, Protocol],
+) -> None:
+    from ray_pipeline.evaluate.comparison import Comparison
+    from ray_pipeline.evaluate.method_stats import differences, method_stats, policy_stats
+    from ray_pipeline.evaluate.methods import build_comparison
+
+    by_name = {result.name: result for result in results.values()}
+    responses, comparisons, verdicts = _tables(by_name)
+    options: Any = {"draws": settings.bootstrap_draws, "seed": settings.seed}
+    runs = [_policy_run(by_name, policy) for policy in settings.policies]
+    policies = policy_stats(runs, responses, comparisons, verdicts, settings.mode, **options)
+    page = Comparison(
+        name=settings.run_name,
+        policies=policies,
+        methods=method_stats(policies, comparisons, **options),
+        differences=differences(policies, settings.over),
+        data=settings.data,
+        truth={name: found for name in settings.data if (found := _truth(by_name, name)) is not None},
+        facts={
+            **settings.facts,
+            "held-out prompts": str(len(responses.column("prompt_id").unique())),
+            **_protocol_facts(compared, comparisons, responses),
+        },
+        warnings=list(_warnings(settings)),
+        stage_use=[stage_use(result) for result in by_name.values()],
+        fingerprints={name: result.fingerprint for name, result in by_name.items()},
+        config=config,
+    )
+    build_comparison(page, folder)
+
+
+def _protocol_facts(compared: Mapping[str, Protocol], comparisons: pa.Table, responses: pa.Table) -> dict[str, str]:
+    """Lines of the page that say with what the win rates, raw and at equal length, were measured."""
+    found = {}
+    for judge, asked in compared.items():
+        for controlled in (False, True):
+            measured = measured_by(completed_protocol(asked, comparisons, judge, responses, controlled=controlled))
+            fixed = "; ".join(f"{field} {value}" for field, value in fixed_fields(measured.protocol).items())
+            found[f"protocol {measured.fingerprint}"] = f"{measured.name}: {fixed}"
+    return found
+
+
+def _tables(by_name: Mapping[str, StageResult]) -> tuple[pa.Table, pa.Table, pa.Table]:
+    answered = [name for name in by_name if name.startswith("responses-")]
+    scored = sorted(name for name in by_name if by_name[name].tables == ("verdicts",) and name.startswith("score-"))
+    responses, prompts = table_of(by_name, *answered), table_of(by_name, "prompts")
+    comparisons, verdicts = table_of(by_name, "comparisons"), table_of(by_name, *scored)
+    assert responses is not None and prompts is not None and comparisons is not None and verdicts is not None
+    return with_truth(responses, prompts), comparisons, verdicts
+
+
+def _policy_run(by_name: Mapping[str, StageResult], policy: PolicyName) -> Any:
+    from ray_pipeline.evaluate.method_stats import PolicyRun
+
+    facts = by_name[f"train-{policy.label}"].facts
+    return PolicyRun(
+        **policy.model_dump(),
+        rows=facts["data"]["rows"],
+        steps=facts["steps"],
+        train_seconds=facts["train_seconds"],
+    )
+
+
+def _truth(by_name: Mapping[str, StageResult], data: str) -> RowTruth | None:
+    rows, prompts = by_name.get(f"rows-{data}"), table_of(by_name, "prompts")
+    if rows is None or prompts is None:
+        return None
+    own = prompts.filter(pc.equal(prompts["source"], "pocket"))
+    return row_truth(
+        {kind: rows.table(kind).read_all() for kind in rows.tables}, frozenset(own["prompt_id"].to_pylist())
+    )
+
+
+def _warnings(settings: TableSettings) -> list[str]:
+    seeds = {policy.seed for policy in settings.policies}
+    shared = sorted(set(settings.curating.values()) & set(settings.evaluating.values()))
+    found = []
+    if shared:
+        found.append(
+            f"The judge of the win rates ({', '.join(shared)}) also made the data: it marks its own taste. Read the "
+            "win rates with that in mind, or compare by another judge (evaluate.judge)."
+        )
+    if len(seeds) < 3:
+        found.append(f"Only {len(seeds)} seed(s): differences of this size can be luck. Use three or more.")
+    return found

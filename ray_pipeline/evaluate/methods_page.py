@@ -1,0 +1,196 @@
+"""report.html of a comparison of training methods: its table, its plots and what was used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import yaml
+
+from ray_pipeline.evaluate.comparison import Comparison
+from ray_pipeline.evaluate.headline import percent
+from ray_pipeline.evaluate.method_stats import MethodStats, OverSeeds, PolicyStats
+from ray_pipeline.evaluate.metrics import as_json
+from ray_pipeline.evaluate.run_page import use_table
+from ray_pipeline.report.charts import Chart, Dot, dots
+from ray_pipeline.report.markdown import number
+from ray_pipeline.report.page import Block, Cell, Folded, Page, Section, Table, Text, panels, render_page
+from ray_pipeline.stats.bootstrap import Interval
+
+#: Of the data sets, in their order.
+_COLOURS = ("grey", "blue", "orange", "green", "purple", "vermilion")
+
+
+def methods_page(page: Comparison) -> str:
+    """The page as HTML."""
+    base = next(policy for policy in page.policies if policy.run is None)
+    sections = [
+        Section("methods", "Methods", [*panels(*_charts(page, base)), *_table(page, base)]),
+        Section("policies", "Policies", [_policies(page)]),
+    ]
+    if page.differences:
+        sections.append(Section("gains", "What the data changes", _gains(page)))
+    how: list[list[str | Cell]] = [[name, text] for name, text in page.data.items()]
+    facts: list[list[str | Cell]] = [[name, text] for name, text in page.facts.items()]
+    blocks: list[Block] = []
+    if how:
+        blocks.append(Table(["data", "how it was made"], how, text_columns=2))
+    if facts:
+        blocks.append(Table(["how it was measured", ""], facts, text_columns=2))
+    if blocks:
+        sections.append(Section("data", "Data and measurement", blocks))
+    if page.stage_use:
+        sections.append(Section("use", "What it took", [use_table(page.stage_use)]))
+    sections += identity(page.fingerprints, page.config)
+    return render_page(
+        Page(
+            title=page.name,
+            subtitle="Quorum, training methods side by side",
+            headline=_headline(page),
+            warnings=page.warnings,
+            sections=sections,
+        )
+    )
+
+
+def _headline(page: Comparison) -> str:
+    """The best win rate by name, and that the intervals say whether it is one."""
+    known = [method for method in page.methods if method.win_rate is not None]
+    if not known:
+        return "No win rate is known yet."
+    best = max(known, key=lambda method: method.win_rate.mean if method.win_rate else 0.0)
+    interval = best.win_interval
+    return (
+        f"Highest win rate against the base: {best.method} on {best.data}, {_share(best.win_rate)} "
+        f"(95 % {percent(interval.low)} to {percent(interval.high)}). Intervals that overlap tell no order."
+    )
+
+
+def _charts(page: Comparison, base: PolicyStats) -> list[Chart | None]:
+    colours = {data: _COLOURS[i % len(_COLOURS)] for i, data in enumerate(dict.fromkeys(m.data for m in page.methods))}
+    names = list(dict.fromkeys(method.method for method in page.methods))
+
+    def rows(value_of: Callable[[MethodStats], Interval | None]) -> list[tuple[str, list[Dot]]]:
+        found = []
+        for name in names:
+            own = [(m, value_of(m)) for m in page.methods if m.method == name]
+            found.append((name, [Dot(m.data, colours[m.data], value) for m, value in own if value is not None]))
+        return found
+
+    charts = [dots("Wins against the base", rows(_wins), (0.0, 1.0), note="95 % bootstrap over prompts")]
+    scores = rows(lambda m: _over_seeds(m.mean_score))
+    line = None if base.mean_score is None else (base.mean_score, "base")
+    charts.append(dots("Mean score", scores, (0.0, 10.0), shares=False, line=line, note="± standard error over seeds"))
+    for mode, share in base.accuracy.items():
+        right = rows(lambda m, mode=mode: _over_seeds(m.accuracy.get(mode)))  # type: ignore[misc]
+        charts.append(
+            dots(f"Right answers, {mode}", right, (0.0, 1.0), line=(share, "base"), note="± standard error over seeds")
+        )
+    return charts
+
+
+def _wins(method: MethodStats) -> Interval | None:
+    if method.win_rate is None:
+        return None
+    return Interval(method.win_rate.mean, method.win_interval.low, method.win_interval.high)
+
+
+def _over_seeds(value: OverSeeds | None) -> Interval | None:
+    if value is None:
+        return None
+    if value.error is None:
+        return Interval(value.mean, None, None)
+    return Interval(value.mean, value.mean - value.error, value.mean + value.error)
+
+
+def _table(page: Comparison, base: PolicyStats) -> list[Block]:
+    judges = list(page.methods[0].scores) if page.methods else list(base.scores)
+    modes = list(base.accuracy)
+    # What decides comes first: on a narrow window the table scrolls.
+    against = ["data", "rows", "wins", "95 %", "at equal length"]
+    trained = ["ties", "flips", "unread", "steps", "seconds"]
+    columns = ["method", *against, "mean score", *(f"right, {mode}" for mode in modes), *judges, *trained]
+    rows: list[list[str | Cell]] = [
+        [
+            "base",
+            *("–" for _ in against),
+            number(base.mean_score),
+            *(percent(base.accuracy[mode]) for mode in modes),
+            *(number(base.scores.get(judge)) for judge in judges),
+            *("–" for _ in trained),
+        ]
+    ]
+    for m in page.methods:
+        rows.append(
+            [
+                m.method,
+                m.data,
+                number(m.rows),
+                Cell(_share(m.win_rate), bar=m.win_rate.mean if m.win_rate else None),
+                f"{percent(m.win_interval.low)} to {percent(m.win_interval.high)}",
+                _share(m.equal_length),
+                _points(m.mean_score),
+                *(_share(m.accuracy.get(mode)) for mode in modes),
+                *(_points(m.scores.get(judge)) for judge in judges),
+                _share(m.tie_rate),
+                _share(m.flip_rate),
+                number(m.unread),
+                number(m.steps),
+                _points(m.train_seconds, 1),
+            ]
+        )
+    said = (
+        "± is the standard error of the mean over seeds. Wins are against the base on the held-out prompts, counted "
+        "only where the judge says so in both orders; flips are pairs on which the two orders name different models. "
+        "At equal length is (wins + ties / 2) at equal length of both answers, by a fit of the verdicts to the "
+        "difference in length."
+    )
+    return [Table(columns, rows, text_columns=2), Text(said)]
+
+
+def _policies(page: Comparison) -> Table:
+    modes = list(next(iter(page.policies)).accuracy)
+    columns = ["policy", "method", "data", "seed", "wins", "ties", "losses", "flips", "at equal length", "mean score"]
+    columns += [f"right, {mode}" for mode in modes]
+    rows: list[list[str | Cell]] = []
+    for p in page.policies:
+        run = p.run
+        named = ["base", "–", "–", "–"] if run is None else [run.label, run.method, run.data, str(run.seed)]
+        shares = [percent(share) for share in (p.win_rate, p.tie_rate, p.loss_rate, p.flip_rate, p.equal_length)]
+        rows.append([*named, *shares, number(p.mean_score), *(percent(p.accuracy.get(mode)) for mode in modes)])
+    return Table(columns, rows, text_columns=4)
+
+
+def _gains(page: Comparison) -> list[Block]:
+    rows: list[list[str | Cell]] = []
+    for d in page.differences:
+        scale, digits, unit = (1.0, 2, "") if d.measure == "mean score" else (100.0, 1, " points")
+        error = "" if d.gain.error is None else f" ± {scale * d.gain.error:.{digits}f}"
+        gain = f"{scale * d.gain.mean:+.{digits}f}{error}{unit}"
+        rows.append([d.method, f"{d.data} − {d.over}", d.measure, gain])
+    said = "Differences seed by seed, mean ± standard error."
+    return [Table(["method", "data", "measure", "gain"], rows, text_columns=3), Text(said)]
+
+
+def identity(fingerprints: Mapping[str, str], config: Mapping[str, Any] | None) -> list[Section]:
+    """Fingerprints by stage and the configuration, where there are any."""
+    blocks: list[Block] = []
+    if fingerprints:
+        rows: list[list[str | Cell]] = [[stage, found] for stage, found in fingerprints.items()]
+        blocks.append(Table(["stage", "fingerprint"], rows, text_columns=2))
+    if config:
+        text = yaml.safe_dump(as_json(config), sort_keys=False, allow_unicode=True, width=100).rstrip()
+        blocks.append(Folded("Configuration, as resolved", text))
+    return [Section("identity", "Configuration and fingerprints", blocks)] if blocks else []
+
+
+def _share(value: OverSeeds | None) -> str:
+    if value is None:
+        return "–"
+    return f"{100 * value.mean:.1f}" + ("" if value.error is None else f" ± {100 * value.error:.1f}") + " %"
+
+
+def _points(value: OverSeeds | None, digits: int = 2) -> str:
+    if value is None:
+        return "–"
+    return f"{value.mean:.{digits}f}" + ("" if value.error is None else f" ± {value.error:.{digits}f}")

@@ -1,0 +1,247 @@
+"""Every number of the report, computed once: metrics.json is this, and report.md, plots and warnings only show it."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ray_pipeline.data.critic_stats import CriticStats, critic_stats
+from ray_pipeline.data.gate_stats import GateStats, gate_stats
+from ray_pipeline.data.judge_stats import JudgingStats, judging_stats, scores_by_judge
+from ray_pipeline.evaluate.data import ReportData, StageUse
+from ray_pipeline.evaluate.training_curve import TrainingSummary, summarise_training
+from ray_pipeline.policy.response_stats import (
+    ResponseStats,
+    RubricStats,
+    accuracy_gains,
+    name_models,
+    response_stats,
+    rubric_stats,
+)
+from ray_pipeline.stats.bootstrap import Interval
+from ray_pipeline.stats.columns import chunk
+from ray_pipeline.stats.kappa_intervals import KappaInterval, kappa_intervals
+from ray_pipeline.stats.length_control import (
+    LengthControlledScore,
+    length_controlled_score,
+    pair_lengths,
+)
+from ray_pipeline.stats.protocol import Measured, measured_by
+from ray_pipeline.stats.winrate import WinRate, completed_protocol, decide_pairs, judges_of, win_rates
+
+
+@dataclass(frozen=True)
+class Step:
+    """One line of the funnel."""
+
+    name: str
+    rows: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Base against policy; empty parts were not measured. `length_controlled` is by judge.
+
+    `protocols` are those of the win rates, by judge and then by "score" or "length_controlled".
+    """
+
+    win_rates: list[WinRate]
+    responses: list[ResponseStats]
+    accuracy_gains: dict[str, Interval]
+    rubrics: list[RubricStats]
+    perplexity: dict[str, Any]
+    length_controlled: dict[str, LengthControlledScore] = dataclasses.field(default_factory=dict)
+    protocols: dict[str, dict[str, Measured]] = dataclasses.field(default_factory=dict)
+
+    def fingerprint(self, judge: str, figure: str = "score") -> str:
+        """Of a win rate's protocol; a dash where it is not known (runs that were not finished)."""
+        found = self.protocols.get(judge, {}).get(figure)
+        return "–" if found is None else found.fingerprint
+
+
+@dataclass(frozen=True)
+class RunMetrics:
+    """All numbers of a run; a part is None when its stage left nothing."""
+
+    funnel: list[Step]
+    gate: GateStats | None
+    judging: JudgingStats | None
+    kappa_intervals: list[KappaInterval]
+    critic: CriticStats | None
+    training: TrainingSummary | None
+    evaluation: Evaluation | None
+
+
+def collect_metrics(data: ReportData) -> RunMetrics:
+    """Compute every statistic that the given parts allow."""
+    gate = None
+    if data.decisions is not None and data.candidates is not None:
+        gate = gate_stats(data.decisions, data.candidates)
+    judging = _judging(data)
+    return RunMetrics(
+        funnel=_funnel(data, gate, judging),
+        gate=gate,
+        judging=judging,
+        kappa_intervals=_kappa_intervals(data),
+        critic=None if data.critiques is None else critic_stats(data.critiques),
+        training=None if data.train_metrics is None else summarise_training(data.train_metrics),
+        evaluation=_evaluation(data),
+    )
+
+
+def data_set_rows(counts: Mapping[str, int]) -> int:
+    """Rows of a data set over its splits."""
+    return counts.get("train", 0) + counts.get("val", 0)
+
+
+def prefix_hit_rate(use: StageUse) -> float | None:
+    """Share of prompt tokens that the engine had in its prefix cache."""
+    if not use.prompt_tokens or use.cached_tokens is None:
+        return None
+    return use.cached_tokens / use.prompt_tokens
+
+
+def total_use(stages: Sequence[StageUse]) -> StageUse:
+    """The sum over stages; a column that no stage reports stays None."""
+
+    def total(column: str) -> Any:
+        known = [value for use in stages if (value := getattr(use, column)) is not None]
+        return sum(known) if known else None
+
+    columns = [f.name for f in dataclasses.fields(StageUse) if f.name != "stage"]
+    return StageUse(stage="all", **{column: total(column) for column in columns})
+
+
+def as_json(value: Any) -> Any:
+    """`value` as plain JSON types: dataclasses become objects, NaN and infinities null, keys strings."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: as_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): as_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(item) for item in value]
+    if hasattr(value, "item"):  # a numpy scalar
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value)
+
+
+def _judging(data: ReportData) -> JudgingStats | None:
+    source = data.decisions if data.decisions is not None else data.candidates
+    if data.verdicts is None or source is None:
+        return None
+    return judging_stats(
+        data.verdicts,
+        source.column("candidate_id"),
+        desirable_from=data.desirable_from,
+        undesirable_to=data.undesirable_to,
+        agreement_on=data.agreement_on,
+    )
+
+
+def _kappa_intervals(data: ReportData) -> list[KappaInterval]:
+    """Of the rows that kappas are over. Candidates without a prompt (there are none in a run) cannot be resampled."""
+    if data.verdicts is None or data.candidates is None:
+        return []
+    rows = data.candidates if data.decisions is None else _in_order_of(data.decisions, data.candidates)
+    if data.agreement_on is not None:
+        rows = rows.filter(pc.is_in(rows.column("candidate_id"), value_set=pa.array(data.agreement_on, pa.string())))
+    return kappa_intervals(
+        scores_by_judge(data.verdicts, chunk(rows.column("candidate_id"))),
+        np.asarray(rows.column("prompt_id").to_pylist(), dtype=np.str_),
+        desirable_from=data.desirable_from,
+        undesirable_to=data.undesirable_to,
+        draws=data.bootstrap_draws,
+        seed=data.bootstrap_seed,
+    )
+
+
+def _in_order_of(decisions: pa.Table, candidates: pa.Table) -> pa.Table:
+    place = pc.index_in(chunk(decisions.column("candidate_id")), value_set=chunk(candidates.column("candidate_id")))
+    return candidates.select(["candidate_id", "prompt_id"]).take(place)
+
+
+def _evaluation(data: ReportData) -> Evaluation | None:
+    parts = (data.comparisons, data.responses, data.response_verdicts, data.perplexity)
+    if all(part is None for part in parts):
+        return None
+    options: Any = {"draws": data.bootstrap_draws, "seed": data.bootstrap_seed}
+    responses = data.responses
+    return Evaluation(
+        win_rates=[] if data.comparisons is None else win_rates(data.comparisons, **options),
+        responses=[] if responses is None else response_stats(responses, **options),
+        accuracy_gains={} if responses is None else accuracy_gains(responses, **options),
+        rubrics=_rubrics(data.response_verdicts, responses, options),
+        perplexity=dict(data.perplexity or {}),
+        length_controlled=_length_controlled(data),
+        protocols=_protocols(data),
+    )
+
+
+def _protocols(data: ReportData) -> dict[str, dict[str, Measured]]:
+    if data.comparisons is None:
+        return {}
+    return {
+        judge: {
+            figure: measured_by(
+                completed_protocol(
+                    data.compared[judge], data.comparisons, judge, data.responses, controlled=figure != "score"
+                )
+            )
+            for figure in ("score", "length_controlled")
+        }
+        for judge in judges_of(data.comparisons)
+        if judge in data.compared
+    }
+
+
+def _length_controlled(data: ReportData) -> dict[str, LengthControlledScore]:
+    """By judge, the score at equal length; empty without responses, or where those have no ids to join by."""
+    if data.comparisons is None or data.responses is None or "response_id" not in data.responses.column_names:
+        return {}
+    lengths = pair_lengths(data.responses)
+    found = {
+        judge: length_controlled_score(decide_pairs(data.comparisons, judge), *lengths, seed=data.bootstrap_seed)
+        for judge in judges_of(data.comparisons)
+    }
+    return {judge: score for judge, score in found.items() if score.pairs}
+
+
+def _rubrics(verdicts: pa.Table | None, responses: pa.Table | None, options: dict[str, int]) -> list[RubricStats]:
+    if verdicts is None:
+        return []
+    if "model" not in verdicts.column_names:
+        if responses is None:
+            raise ValueError("response_verdicts has no column model, and there are no responses to take it from")
+        verdicts = name_models(verdicts, responses)
+    return rubric_stats(verdicts, **options)
+
+
+def _funnel(data: ReportData, gate: GateStats | None, judging: JudgingStats | None) -> list[Step]:
+    """From prompts in to training rows, as far as the run came."""
+    steps: list[Step] = []
+    if data.prompt_counts is not None:
+        steps.append(Step("prompts read", data.prompt_counts.get("read", 0)))
+        for reason, rows in sorted(data.prompt_counts.get("dropped", {}).items()):
+            if rows:
+                steps.append(Step("prompts dropped", rows, str(reason)))
+        steps.append(Step("prompts kept", data.prompt_counts.get("kept", 0)))
+    if data.candidates is not None:
+        steps.append(Step("candidates", len(data.candidates)))
+    if judging is not None:
+        steps.append(Step("candidates judged", judging.judged, "every judge's score was read"))
+    if gate is not None:
+        steps += [Step("labelled", stats.count, label) for label, stats in gate.labels.items()]
+    for name, unit in (("kto", "KTO rows"), ("dpo", "DPO pairs")):
+        if name in (data.dataset_counts or {}):
+            steps.append(Step(unit, data_set_rows((data.dataset_counts or {})[name]), "train and val"))
+    return steps

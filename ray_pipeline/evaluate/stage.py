@@ -1,0 +1,310 @@
+"""Evaluate: what the stored tables say of the data, the judges and the policy, and the report that shows it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import yaml
+from pydantic import Field
+
+from ray_pipeline.data.gate import GateConfig
+from ray_pipeline.engines.models import ModelSettings
+from ray_pipeline.graph.results import Run
+from ray_pipeline.graph.stage import Stage, StageResult, WholeInput, WholeWork
+from ray_pipeline.pocket.tasks import is_correct
+from ray_pipeline.policy.comparisons import EvaluateSettings, win_rate_protocol
+from ray_pipeline.policy.train import METRICS
+from ray_pipeline.stats.protocol import Protocol
+from ray_pipeline.store.files import Folder, StoreError, join
+from ray_pipeline.store.local import written_here
+from ray_pipeline.store.schemas import TRAIN_METRICS
+from ray_pipeline.store.settings import Settings
+
+if TYPE_CHECKING:  # Torch, transformers and scikit-learn take seconds to import, and a DAG is wired without them.
+    from ray_pipeline.evaluate.data import ReportData, StageUse
+    from ray_pipeline.evaluate.planned import PlannedUse
+    from ray_pipeline.policy.perplexity import Perplexity
+
+
+#: File of the last stage that holds the protocols of its win rates, by judge.
+_PROTOCOLS = "protocols.json"
+
+
+class ReportSettings(Settings):
+    """What a report says of a run beside its tables.
+
+    Attributes:
+        stages: those that the workflow should have, so that missing ones are named; default: those of DMAPO.
+        models: role → name of the model, for reading.
+    """
+
+    run_name: str
+    workflow: str = "dmapo"
+    stages: tuple[str, ...] | None = None
+    config_digest: str = ""
+    models: dict[str, str] = Field(default_factory=dict)
+    curating: dict[str, str] = Field(default_factory=dict)
+    evaluating: dict[str, str] = Field(default_factory=dict)
+    candidate: str = ""
+    gate: GateConfig = GateConfig()
+    bootstrap_draws: int = 2000
+    seed: int = 0
+
+
+class _Given(Settings):
+    evaluate: EvaluateSettings
+    report: ReportSettings
+    base: ModelSettings
+    max_length: int
+    compared: dict[str, Protocol] = Field(default_factory=dict)
+
+
+def evaluate(
+    settings: EvaluateSettings,
+    report: ReportSettings,
+    base: ModelSettings,
+    max_length: int,
+    stages: Sequence[Stage],
+) -> Stage:
+    """metrics.json, summary.csv, report.md and its plots, of whatever stages it is given, in their order."""
+    given = _Given(
+        evaluate=settings, report=report, base=base, max_length=max_length, compared=win_rate_protocol(stages)
+    )
+    return Stage(
+        name="evaluate",
+        version=2,  # 2: win rates carry a protocol
+        view="report",
+        work=WholeWork(function=evaluate_run, settings=given),
+        config={
+            "evaluate": settings.model_dump(mode="json"),
+            "report": report.model_dump(mode="json", exclude={"run_name", "config_digest", "models", "stages"}),
+            "max_length": max_length,
+        },
+        inputs={stage.name: stage for stage in stages},
+        external=base.weights(),
+    )
+
+
+def evaluate_run(given: WholeInput) -> dict[str, Any]:
+    """Measure the perplexities, then write the report."""
+    from ray_pipeline.evaluate.build import build_report
+
+    settings: _Given = given.settings
+    measured: dict[str, Perplexity] = {}
+    if settings.evaluate.perplexity and "train" in given.inputs:
+        measured = _perplexities(given, settings)
+    given.folder.write_json("perplexity.json", {name: dataclasses.asdict(p) for name, p in measured.items()})
+    store_protocols(given.folder, settings.compared)
+    data = report_data(given.inputs, settings.report, measured, settings.compared)
+    run_folder = given.folder.parent
+    planned = planned_use(run_folder, given.inputs)
+    data = dataclasses.replace(data, config=stored_config(run_folder), planned=planned)
+    with written_here(given.folder) as folder:
+        build_report(data, folder)
+    headline = given.folder.read_json("metrics.json")["headline"]
+    given.log(headline["text"] if isinstance(headline, dict) and "text" in headline else str(headline))
+    return {"headline": headline}
+
+
+def _perplexities(given: WholeInput, settings: _Given) -> dict[str, Perplexity]:
+    """Of base and policy, on held-out desirable answers."""
+    from ray_pipeline.policy.perplexity import perplexity
+
+    datasets = given.inputs["datasets"]
+    folder = Folder(datasets.folder) / "kto/val"
+    rows: list[tuple[str, Any, str]] = []
+    for name in folder.names(".parquet"):
+        table = folder.read_table(name, fingerprint=datasets.fingerprint)
+        for row in table.filter(pc.field("label")).to_pylist():
+            rows.append((row["candidate_id"], row["prompt"], row["completion"][-1]["content"]))
+    rows = sorted(rows, key=lambda row: row[0])[: settings.evaluate.perplexity_rows]
+    if not rows:
+        return {}
+    gpus = 1 if ray.cluster_resources().get("GPU") else 0
+    task: Any = ray.remote(num_cpus=0, num_gpus=gpus)(perplexity)
+    policy = join(given.inputs["train"].folder, "merged")
+    found = {
+        name: ray.get(
+            task.remote(
+                path,
+                [(prompt, text) for _, prompt, text in rows],
+                device="cuda" if gpus else "cpu",
+                dtype="bfloat16" if gpus else "float32",
+                max_length=settings.max_length,
+                trust_remote_code=settings.base.trust_remote_code,
+                revision=settings.base.revision if name == "base" else None,
+                chat_template_kwargs=settings.base.chat_template_args,
+            )
+        )
+        for name, path in (("base", settings.base.model), ("policy", policy))
+    }
+    return found
+
+
+def store_protocols(folder: Folder, compared: Mapping[str, Protocol]) -> None:
+    """Keep them beside the page, for one that is written anew."""
+    folder.write_json(_PROTOCOLS, {judge: dataclasses.asdict(protocol) for judge, protocol in compared.items()})
+
+
+def stored_protocols(folder: Folder) -> dict[str, Protocol]:
+    """Judge → protocol, as the last stage of a run left them; empty where it is not done, or was made without any."""
+    try:
+        return {judge: Protocol(**fields) for judge, fields in folder.read_json(_PROTOCOLS).items()}
+    except FileNotFoundError:
+        return {}
+
+
+def report_data(
+    results: Mapping[str, StageResult],
+    settings: ReportSettings,
+    measured: Mapping[str, Perplexity],
+    compared: Mapping[str, Protocol] | None = None,
+) -> ReportData:
+    """Everything a report shows, from the results of the stages that there are (by role or by name).
+
+    Args:
+        measured: model → perplexity.
+        compared: judge of the comparisons → their protocol, as far as settings say it.
+    """
+    from ray_pipeline.evaluate.data import DMAPO_STAGES, ReportData, RunIdentity
+
+    by_name = {result.name: result for result in results.values()}
+    prompts = table_of(by_name, "prompts")
+    responses = table_of(by_name, "responses-base", "responses-policy")
+    if responses is not None and prompts is not None:
+        responses = with_truth(responses, prompts)
+    facts: dict[str, Any] = {name: result.facts for name, result in by_name.items()}
+    data = facts.get("datasets", {})
+    train = by_name.get("train")
+    return ReportData(
+        run=RunIdentity(
+            name=settings.run_name,
+            workflow=settings.workflow,
+            config_digest=settings.config_digest,
+            fingerprints={name: result.fingerprint for name, result in by_name.items()},
+            models=settings.models,
+            stages=DMAPO_STAGES if settings.stages is None else settings.stages,
+        ),
+        prompt_counts=facts.get("prompts", {}).get("counts"),
+        prompts=prompts,
+        candidates=table_of(by_name, "candidates"),
+        verdicts=table_of(by_name, *sorted(n for n in by_name if n == "judge" or n.startswith("judge-"))),
+        critiques=table_of(by_name, "critic"),
+        decisions=table_of(by_name, "gate", "select"),
+        dataset_counts=data.get("rows"),
+        dataset_guards=data.get("dropped"),
+        kto_weights=data.get("kto_weights"),
+        train_settings=facts.get("train", {}).get("effective"),
+        train_metrics=None
+        if train is None
+        else Folder(train.folder).read_table(METRICS, fingerprint=train.fingerprint, schema=TRAIN_METRICS),
+        comparisons=table_of(by_name, "comparisons"),
+        responses=responses,
+        response_verdicts=table_of(by_name, *sorted(n for n in by_name if n.startswith("score-"))),
+        perplexity=dict(measured) or None,
+        curating_models=settings.curating,
+        evaluating_models=settings.evaluating if "comparisons" in by_name else {},
+        candidate_model=settings.candidate,
+        compared=compared or {},
+        stage_use=[stage_use(result) for result in by_name.values()],
+        benchmarks=_benchmark_scores(by_name.get("benchmarks")),
+        desirable_from=settings.gate.desirable_at,
+        undesirable_to=settings.gate.undesirable_at,
+        bootstrap_draws=settings.bootstrap_draws,
+        bootstrap_seed=settings.seed,
+    )
+
+
+def planned_use(run_folder: Folder, results: Mapping[str, StageResult]) -> list[PlannedUse]:
+    """The stages that `quorum plan` planned for this run folder, beside what they took; none without a plan."""
+    from ray_pipeline.evaluate.planned import compare_with_plan
+
+    try:
+        plan = run_folder.read_json("plan.json")
+    except (FileNotFoundError, StoreError):
+        return []
+    return compare_with_plan(plan, {result.name: result.usage for result in results.values()})
+
+
+def table_of(results: Mapping[str, StageResult], *names: str) -> pa.Table | None:
+    """The tables of the named stages as one, or None when none of them ran."""
+    tables = [results[name].table().read_all() for name in names if name in results and results[name].tables]
+    return pa.concat_tables(tables) if tables else None
+
+
+def with_truth(responses: pa.Table, prompts: pa.Table) -> pa.Table:
+    """Add `correct` where every prompt is of the pocket world, whose checker knows the truth."""
+    asked = {row["prompt_id"]: row for row in prompts.select(["prompt_id", "messages", "source"]).to_pylist()}
+    if any(row["source"] != "pocket" for row in asked.values()):
+        return responses
+    correct: Sequence[bool | None] = [
+        None if text is None else is_correct(asked[pid]["messages"][-1]["content"], text)
+        for pid, text in zip(responses["prompt_id"].to_pylist(), responses["response"].to_pylist(), strict=True)
+    ]
+    return responses.append_column("correct", pa.array(correct, pa.bool_()))
+
+
+def _benchmark_scores(result: StageResult | None) -> list[dict[str, Any]]:
+    """Scores of public benchmarks that the run has; none where it ran none."""
+    if result is None or not Folder(result.folder).exists("benchmarks.json"):
+        return []
+    scores: list[dict[str, Any]] = Folder(result.folder).read_json("benchmarks.json")["scores"]
+    return scores
+
+
+def stored_config(run_folder: Folder) -> dict[str, Any] | None:
+    """The configuration as the run keeps it beside its stages, for the page; None for a stage folder by itself."""
+    try:
+        return yaml.safe_load(run_folder.read_bytes("config.yaml"))  # type: ignore[no-any-return]
+    except FileNotFoundError:
+        return None
+
+
+def stage_use(result: StageResult) -> StageUse:
+    """What one stage used, for a report."""
+    from ray_pipeline.evaluate.data import StageUse
+
+    usage = result.usage
+
+    def whole(name: str) -> int | None:
+        return int(usage[name]) if name in usage and result.usage.get("calls_engine") is not None else None
+
+    return StageUse(
+        stage=result.name,
+        rows=sum(result.rows.values()) if result.rows else None,
+        calls=whole("calls_engine"),
+        log_hits=whole("calls_log"),
+        prompt_tokens=whole("prompt_tokens"),
+        completion_tokens=whole("completion_tokens"),
+        cached_tokens=whole("cached_tokens"),
+        seconds=usage.get("wall_seconds"),
+        errors=None,
+        cost=usage.get("cost"),
+    )
+
+
+def write_report(run: Run) -> Folder:
+    """The report of a run as far as it got, from its stored tables; returns its folder."""
+    from ray_pipeline.evaluate.build import build_report
+    from ray_pipeline.policy.perplexity import Perplexity
+
+    settings = ReportSettings.model_validate(run.manifest["report"])
+    measured, compared = {}, {}
+    if "evaluate" in run.results:
+        done = Folder(run.results["evaluate"].folder)
+        measured = {name: Perplexity(**values) for name, values in done.read_json("perplexity.json").items()}
+        compared = stored_protocols(done)
+        name = run.manifest["stages"]["evaluate"]["path"]
+    else:
+        name = f"report-{run.manifest['config_digest']}"
+    data = report_data(run.results, settings, measured, compared)
+    planned = planned_use(run.folder, run.results)
+    data = dataclasses.replace(data, config=run.manifest.get("config"), planned=planned)
+    with written_here(run.folder / name) as folder:
+        build_report(data, folder)
+    return run.show("report", name)

@@ -1,0 +1,1 @@
+"""The feedback loop: responses, reviews, revisions, and the pick of the best."""

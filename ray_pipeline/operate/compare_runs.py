@@ -1,0 +1,45 @@
+"""What a comparison of two runs reads of each: manifest and the numbers of its report."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from ray_pipeline.graph.results import Run
+from ray_pipeline.store.files import StoreError
+
+if TYPE_CHECKING:
+    from ray_pipeline.operate.side_by_side import Side
+
+#: Where the numbers of a workflow's report are; elsewhere in metrics.json.
+_NUMBERS = {"agreement": "agreement.json", "winrate": "winrate.json", "benchmarks": "benchmarks.json"}
+
+
+def side_of(run: Run) -> Side:
+    """One side of `quorum compare`.
+
+    Raises:
+        StoreError: the run has no report yet, saying how to write one.
+    """
+    from ray_pipeline.operate.side_by_side import Side
+
+    workflow = run.manifest["dag"]
+    name = f"report/{_NUMBERS.get(workflow, 'metrics.json')}"
+    try:
+        metrics: dict[str, Any] = run.folder.read_json(name)
+    except FileNotFoundError as error:
+        told = f"{run.folder.location} has no {name}; `quorum report {run.folder.location}` writes it"
+        raise StoreError(told) from error
+    except json.JSONDecodeError as error:
+        told = f"{run.folder.uri(name)} is no JSON; `quorum report {run.folder.location}` writes it anew"
+        raise StoreError(told) from error
+    report = run.manifest.get("report", {})
+    return Side(
+        name=report.get("run_name") or run.manifest.get("config", {}).get("run", {}).get("name") or workflow,
+        folder=run.folder.location,
+        workflow=workflow,
+        config=run.manifest.get("config", {}),
+        fingerprints={stage: result.fingerprint for stage, result in run.results.items()},
+        usage={stage: result.usage for stage, result in run.results.items()},
+        metrics=metrics,
+    )

@@ -1,0 +1,1 @@
+"""The policy: its training stage, its responses, and how they compare with the base model's."""

@@ -1,0 +1,1 @@
+"""Statistics, one of each: kappa, bootstrap, intervals, lengths, win rates."""

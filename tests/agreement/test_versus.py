@@ -1,0 +1,190 @@
+"""Configurations against baselines: the published eight, what they share, and the shard that compares."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from ray_pipeline.agreement.recorded_winrate import versus_rates
+from ray_pipeline.agreement.versus import LiveWinrate, VersusJudge, eight, versus_stages
+from ray_pipeline.data.prompts import PromptsConfig
+from ray_pipeline.engines.logged import LoggedEngine
+from ray_pipeline.engines.models import ModelSettings
+from ray_pipeline.feedback.loop import LoopRules
+from ray_pipeline.graph.failures import FailureSettings
+from ray_pipeline.graph.stage import Dag, ShardInput, ShardOutput, Stage, WholeWork
+from ray_pipeline.store.files import Folder
+from ray_pipeline.store.schemas import CANDIDATES, PROMPTS, to_table
+from tests.scripted import ScriptedEngine
+
+PROMPTS_BLOCK = PromptsConfig.model_validate({"sources": [{"type": "pocket", "count": 8, "seed": 0}], "num_shards": 1})
+
+TWINS = [{"name": "r", "model": "y"}, {"name": "s", "model": "y"}]
+
+
+def live(**changes: Any) -> LiveWinrate:
+    return LiveWinrate(**{"prompts": PROMPTS_BLOCK, "pair": ("llama", "gemma"), **changes})
+
+
+def stages(settings: LiveWinrate, tmp_path: Path) -> tuple[list[Stage], Stage]:
+    folder = tmp_path / "model"
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text("{}")
+    models = {name: ModelSettings(model=str(folder)) for name in settings.models}
+    prompts = Stage("prompts", WholeWork(lambda given: {}, tables=("prompts",)), None)
+    return versus_stages(settings, FailureSettings(), models, prompts)
+
+
+def test_the_published_eight_are_each_model_alone_and_reviewed_by_itself_the_other_and_both() -> None:
+    found = {c.name: (c.generator, [r.model for r in c.reviewers]) for c in eight("llama", "gemma")}
+    assert found == {
+        "llama": ("llama", []),
+        "llama-by-llama": ("llama", ["llama"]),
+        "llama-by-gemma": ("llama", ["gemma"]),
+        "llama-by-both": ("llama", ["llama", "gemma"]),
+        "gemma": ("gemma", []),
+        "gemma-by-gemma": ("gemma", ["gemma"]),
+        "gemma-by-llama": ("gemma", ["llama"]),
+        "gemma-by-both": ("gemma", ["gemma", "llama"]),
+    }
+    # Against each of them alone; a model is not compared with itself.
+    assert len(live().runs) == 14 and len(live(baselines=("llama", "gemma", "mistral")).runs) == 22
+    assert live().models == ["llama", "gemma", "judge"]
+
+
+def test_loops_of_one_generator_share_its_first_response(tmp_path: Path) -> None:
+    made, compared = stages(live(loop=LoopRules(responses=2)), tmp_path)
+    Dag("winrate", [next(iter(compared.inputs.values())), *made, compared])  # every name is one stage, in a good order
+    names = [stage.name for stage in made]
+    assert names.count("llama-generate-1") == names.count("gemma-generate-1") == 1
+    assert sum(name.endswith("generate-2") for name in names) == 6
+    reviewed = {name: stage for name, stage in ((s.name, s) for s in made) if name.endswith("review-1")}
+    assert {s.inputs["last"].name for s in reviewed.values()} == {"llama-generate-1", "gemma-generate-1"}
+    both = [name for name in names if name.startswith("llama-by-both-review-1-")]
+    assert sorted(both) == ["llama-by-both-review-1-gemma", "llama-by-both-review-1-llama"]
+    assert compared.inputs["configuration/llama"] is compared.inputs["baseline/llama"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"pair": None}, "name either `pair`"),
+        ({"configurations": [{"name": "x", "generator": "x"}]}, "name either `pair`"),
+        ({"pair": ("llama", "llama")}, "names llama twice"),
+        ({"pair": None, "configurations": [{"name": "x", "generator": "x"}]}, "nothing to compare"),
+        ({"pair": None, "configurations": [{"name": "x", "generator": "x"}] * 2}, "two configurations are called x"),
+        ({"pair": None, "configurations": [{"name": "a-vs-b", "generator": "x"}]}, "stands between the names"),
+        ({"loop": {"responses": 1}}, "give it 2 or more"),
+        ({"baselines": ("llama", "llama")}, "baselines names llama twice"),
+        ({"baselines": ()}, "at least 1 item"),
+        ({"prompts": {**PROMPTS_BLOCK.model_dump(), "val_fraction": 0.5}}, "val_fraction is read by nothing"),
+        (
+            {
+                "pair": None,
+                "configurations": [
+                    {
+                        "name": "x",
+                        "generator": "x",
+                        "reviewers": [{"name": "r", "model": "y"}, {"name": "s", "model": "y"}],
+                    }
+                ],
+            },
+            "would say the same",
+        ),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValidationError, match=told):
+        live(**changes)
+
+
+# --- the shard that compares ------------------------------------------------------------------------------------------
+
+
+def answers(**said: list[str | None]) -> Any:
+    """Candidates: by prompt the responses of its loop, first to last."""
+    rows = [
+        {
+            "candidate_id": f"{prompt}/{k}",
+            "prompt_id": prompt,
+            "k": k,
+            "seed": 0,
+            "response": text,
+            "finish_reason": "stop" if text else "error",
+            "generator": "g",
+            "prompt_tokens": None,
+            "completion_tokens": None,
+        }
+        for prompt, texts in said.items()
+        for k, text in enumerate(texts)
+    ]
+    return to_table(rows, CANDIDATES)
+
+
+def longer(messages: Any, sampling: Any) -> str:
+    """A judge that takes the longer answer, and the first where both are of one length."""
+    shown = re.findall(r"<answer_[A-Z] [0-9a-f]+>\n(.*?)\n</answer", messages[-1]["content"])
+    return json.dumps({"reason": "r", "choice": "B" if len(shown[1]) > len(shown[0]) else "A"})
+
+
+def compare(tmp_path: Path, engine: ScriptedEngine, **tables: Any) -> ShardOutput:
+    settings = live(
+        pair=None,
+        configurations=[
+            {"name": "alone", "generator": "m"},
+            {"name": "loop", "generator": "m", "reviewers": [{"name": "r", "model": "n"}]},
+        ],
+        baselines=["m", "other"],
+        judge=VersusJudge(),
+    )
+    _, compared = stages(settings, tmp_path)
+    prompts = [
+        {"prompt_id": pid, "messages": [{"role": "user", "content": f"Q {pid}"}], "source": "t", "task_type": "t",
+         "split": "train", "meta": "{}"}
+        for pid in ("a1", "a2", "a3")
+    ]  # fmt: skip
+
+    async def go() -> ShardOutput:
+        async with LoggedEngine(engine, Folder(str(tmp_path / "calls")), 0, 1) as logged:
+            given = ShardInput(
+                0,
+                1,
+                {"prompts": to_table(prompts, PROMPTS), **tables},
+                {},
+                logged,
+                compared.work.settings,  # type: ignore[union-attr]
+                lambda rows: None,
+                lambda *said: None,
+            )
+            return await compared.work.function(given)  # type: ignore
+
+    return asyncio.run(go())
+
+
+def test_the_last_response_of_a_loop_is_compared_and_what_is_missing_is_no_win(tmp_path: Path) -> None:
+    engine = ScriptedEngine(longer)
+    alone = answers(a1=["aa"], a2=["aa"], a3=["aa"])
+    loop = answers(a1=["aa", "aaaa", None], a2=["aa"], a3=[None])
+    other = answers(a1=["bbb"], a2=["bb"], a3=["b"])
+    tables = {"configuration/alone": alone, "configuration/loop": loop, "baseline/m": alone, "baseline/other": other}
+    found = compare(tmp_path, engine, **tables).tables
+    assert found["items"]["question"].to_pylist() == ["Q a1", "Q a2", "Q a3"]
+    rates = {r.run: r for r in versus_rates(found["items"], found["ballots"], draws=100)}
+    assert set(rates) == {"alone-vs-other", "loop-vs-m", "loop-vs-other"}
+
+    def counts(run: str) -> tuple[int, ...]:
+        return rates[run].wins, rates[run].ties, rates[run].losses, rates[run].missing
+
+    # a2: one length, so the judge takes what is shown first, and its two orders make a tie.
+    assert counts("alone-vs-other") == (1, 1, 1, 0) and counts("loop-vs-other") == (1, 1, 0, 1)
+    assert counts("loop-vs-m") == (1, 1, 0, 1)  # a2 says the same: a tie without a call
+    assert rates["loop-vs-m"].flip_rate.value == 0
+    asked = {messages[-1]["content"] for messages, _ in engine.asked}
+    # Both orders of alone with other (3 prompts), of loop with m (a1) and with other (a1; a2 is alone with other).
+    assert len(asked) == engine.calls == 10

@@ -1,0 +1,131 @@
+"""The audit of a feedback loop's data: nothing to find in what the real stages made, and every planted fault found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from ray_pipeline.agents.jurors import MEAN, JuryRule
+from ray_pipeline.audit.loop import audit_loop
+from ray_pipeline.audit.rows import AuditReport
+from ray_pipeline.data.datasets import DatasetsConfig, dpo_rows, kto_rows, write_dataset_files
+from ray_pipeline.data.rows import add_counts
+from ray_pipeline.feedback.select import accept_best
+from ray_pipeline.store.tables import ShardedTable
+from tests.planted import by_shard, count_words, make_world
+
+LIMITS = DatasetsConfig(max_length=60, max_prompt_length=20, min_gap=1)
+ANSWERS = {
+    f"question {n}": [("bad", [2 + n % 2], None), ("best", [9], None), ("good", [7], None), ("unread", [None], None)]
+    for n in range(6)
+} | {"tied": [("x", [5], None), ("y", [5], None)]}
+
+Change = Callable[[str, list[dict[str, Any]]], list[dict[str, Any]]]
+
+
+def audit(
+    folder: Path,
+    change: Change = lambda kind, rows: rows,
+    answers: dict[str, Any] = ANSWERS,
+    judges: tuple[str, ...] = ("j",),
+    rule: JuryRule = MEAN,
+    limits: DatasetsConfig = LIMITS,
+) -> AuditReport:
+    """Two shards made by the real functions; `change` may damage the rows of a table after they were made."""
+    world = make_world(answers, judges, val=["question 0"])
+    kinds = ("prompts", "candidates", "verdicts", "decisions")
+    tables = {kind: ShardedTable(str(folder / kind), kind, 2, "f1") for kind in kinds}
+    made: dict[str, list[pa.Table]] = {"kto": [], "dpo": []}
+    counts: dict[str, list[dict]] = {"kto": [], "dpo": []}
+
+    def changed(kind: str, table: pa.Table) -> pa.Table:
+        return pa.Table.from_pylist(change(kind, table.to_pylist()), schema=table.schema)
+
+    parts = {kind: by_shard(getattr(world, kind), 2) for kind in kinds[:3]}
+    for shard in range(2):
+        prompts, candidates, verdicts = (parts[kind][shard] for kind in kinds[:3])
+        decisions = accept_best(candidates, verdicts, judges, rule)
+        arguments = (prompts, candidates, verdicts, decisions, limits, count_words)
+        for kind, (table, found) in (("kto", kto_rows(*arguments)), ("dpo", dpo_rows(*arguments, True))):
+            made[kind].append(changed(kind, table))
+            counts[kind].append(found)
+        for kind, table in zip(kinds, (prompts, candidates, verdicts, decisions), strict=True):
+            tables[kind].write(shard, changed(kind, table))
+    write_dataset_files(
+        str(folder / "datasets"),
+        made,
+        limits,
+        fingerprint="f2",
+        counts={kind: add_counts(found) for kind, found in counts.items()},
+        gate=None,
+        judges=judges,
+    )
+    return audit_loop(
+        tables["prompts"], tables["candidates"], [tables["verdicts"]], tables["decisions"], str(folder / "datasets"),
+        judges, limits.min_gap, rule,
+    )  # fmt: skip
+
+
+def test_nothing_is_found_in_what_the_stages_made(tmp_path: Path) -> None:
+    found = audit(tmp_path)
+    assert found.ok and found.rows == {"prompts": 7, "candidates": 26, "kto": 18, "dpo": 12}
+    assert "18 KTO and 12 DPO rows walked back to 7 prompts: no problem" in found.summary()
+
+
+JURY = {
+    f"question {n}": [("a", [9, 1, 1], None), ("b", [5 + n % 2, 6, 2], None), ("c", [4, 6, 3], None)] for n in range(4)
+}
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"pool": "median"},
+        {"pool": "mode"},
+        {"pool": "weighted", "weights": {"x": 1, "y": 1, "z": 5}},
+        {"pool": "weighted_mean", "weights": {"x": 4, "y": 1, "z": 1}},
+    ],
+)
+def test_the_rule_of_a_jury_is_audited_too(tmp_path: Path, rule: dict[str, Any]) -> None:
+    one, limits = JuryRule.model_validate(rule), LIMITS.model_copy(update={"min_gap": 0})
+    found = audit(tmp_path, answers=JURY, judges=("x", "y", "z"), rule=one, limits=limits)
+    assert found.ok, found.problems[:3]
+    assert found.rows["candidates"] == 12
+
+
+def first(kind: str, **values: Any) -> Change:
+    """Change the first row of a table (of each shard)."""
+
+    def change(of: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        if of != kind or not rows:
+            return rows
+        new = {name: value(rows[0]) if callable(value) else value for name, value in values.items()}
+        return [{**rows[0], **new}, *rows[1:]]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (first("kto", label=lambda row: not row["label"]), "label"),
+        (first("kto", completion=[{"role": "assistant", "content": "other"}]), "completion"),
+        (first("kto", prompt=[{"role": "user", "content": "other"}]), "messages"),
+        (first("kto", candidate_id=lambda row: row["candidate_id"][::-1]), "orphan"),
+        (first("kto", split=lambda row: "val" if row["split"] == "train" else "train"), "split"),
+        (first("dpo", chosen_id=lambda row: row["rejected_id"], chosen=lambda row: row["rejected"]), "pair"),
+        (first("dpo", prompt_id="0" * 32), "orphan"),
+        (first("decisions", label="abstain"), "label"),
+        (first("decisions", final_score=1.5), "numbers"),
+        (first("verdicts", score=10.0), "label"),
+        (lambda kind, rows: rows[1:] if kind == "decisions" else rows, "missing"),
+    ],
+)
+def test_every_planted_fault_is_found(tmp_path: Path, change: Change, kind: str) -> None:
+    found = audit(tmp_path, change)
+    assert kind in found.found, found.found
+    assert found.problems and not found.ok

@@ -1,0 +1,56 @@
+"""Pairs as KTO and SFT rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+
+from ray_pipeline.data.convert import pairs_to_kto, pairs_to_sft
+from ray_pipeline.store.schemas import DPO, KTO, SFT, to_table
+
+
+def pairs(*ids: tuple[str, str], scored: bool = True) -> pa.Table:
+    def turn(text: str) -> list[dict[str, str]]:
+        return [{"role": "assistant", "content": text}]
+
+    rows: list[dict[str, Any]] = [
+        {
+            "prompt_id": "p",
+            "chosen_id": chosen,
+            "rejected_id": rejected,
+            "split": "train",
+            "prompt": [{"role": "user", "content": "question"}],
+            "chosen": turn(f"text of {chosen}"),
+            "rejected": turn(f"text of {rejected}"),
+            "chosen_score": 9.0 if scored else None,
+            "rejected_score": 2.0 if scored else None,
+            "score_gap": 7.0 if scored else None,
+        }
+        for chosen, rejected in ids
+    ]
+    return to_table(rows, DPO)
+
+
+def test_a_pair_gives_one_desirable_and_one_undesirable_row() -> None:
+    table, counts = pairs_to_kto(pairs(("a", "b"), ("c", "d")))
+    assert table.schema.equals(KTO)
+    assert [(r["candidate_id"], r["label"], r["final_score"]) for r in table.to_pylist()] == [
+        ("a", True, 9.0), ("b", False, 2.0), ("c", True, 9.0), ("d", False, 2.0),
+    ]  # fmt: skip
+    assert table.to_pylist()[1]["completion"] == [{"role": "assistant", "content": "text of b"}]
+    assert counts == {"answers": 4, "kept": 4, "dropped": {"repeated": 0, "contradictory": 0}}
+
+
+def test_an_answer_of_several_pairs_gives_one_row_and_a_contradiction_none() -> None:
+    table, counts = pairs_to_kto(pairs(("a", "b"), ("a", "c"), ("c", "d"), scored=False))
+    assert {r["candidate_id"]: r["label"] for r in table.to_pylist()} == {"a": True, "b": False, "d": False}
+    assert counts == {"answers": 6, "kept": 3, "dropped": {"repeated": 1, "contradictory": 2}}
+
+
+def test_chosen_answers_are_shown_once() -> None:
+    table, counts = pairs_to_sft(pairs(("a", "b"), ("a", "c"), ("d", "b")))
+    assert table.schema.equals(SFT)
+    assert table["candidate_id"].to_pylist() == ["a", "d"]
+    assert counts == {"pairs": 3, "kept": 2, "dropped": {"repeated": 1}}
+    assert pairs_to_sft(pairs())[0].schema.equals(SFT)

@@ -1,0 +1,218 @@
+"""Data sets of others, in the forms in which the hub has them, as training rows."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pydantic import TypeAdapter
+
+from ray_pipeline.data.datasets import DatasetsConfig
+from ray_pipeline.data.imported import PreferenceSource, read_preferences, source_digests, tables_of
+from ray_pipeline.data.prompts import split_of
+from ray_pipeline.data.sources import InputError
+from ray_pipeline.store.keys import prompt_id
+from ray_pipeline.store.schemas import DPO, KTO, SFT
+from tests.planted import count_words
+
+CONFIG = DatasetsConfig(kinds=["kto", "dpo", "sft"], max_length=40, max_prompt_length=16)
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def source(path: Path | str, **options: Any) -> Any:
+    kind = "parquet" if str(path).endswith(".parquet") else "jsonl"
+    return TypeAdapter(PreferenceSource).validate_python({"type": kind, "path": str(path), **options})
+
+
+def read(path: Path, config: DatasetsConfig = CONFIG, **options: Any) -> tuple[dict, dict]:
+    return read_preferences(source(path, **options), config, count_words, seed=3, val_fraction=0.25)
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        open_ = gzip.open if path.suffix == ".gz" else open
+        with open_(path, "wt") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    return path
+
+
+def ultrafeedback(i: int, gap: float = 2.0, **changes: Any) -> dict[str, Any]:
+    """A row as HuggingFaceH4/ultrafeedback_binarized has them: the prompt as text and inside both conversations."""
+    question = f"question {i}"
+    return {
+        "prompt": question,
+        "prompt_id": f"{i:064x}",
+        "chosen": [user(question), assistant(f"good {i}")],
+        "rejected": [user(question), assistant(f"bad {i}")],
+        "messages": [user(question), assistant(f"good {i}")],
+        "score_chosen": 5.0 + gap,
+        "score_rejected": 5.0,
+        **changes,
+    }
+
+
+SCORED = {"chosen_score": "score_chosen", "rejected_score": "score_rejected"}
+
+
+def test_ultrafeedback_binarized_gives_all_three_kinds(tmp_path: Path) -> None:
+    path = write(tmp_path / "train_prefs.parquet", [ultrafeedback(i) for i in range(40)])
+    tables, counts = read(path, **SCORED)
+    assert tables["dpo"].schema.equals(DPO) and tables["kto"].schema.equals(KTO)
+    first = next(r for r in tables["dpo"].to_pylist() if r["prompt"][0]["content"] == "question 0")
+    assert (first["chosen"], first["rejected"]) == ([assistant("good 0")], [assistant("bad 0")])
+    assert first["prompt"] == [user("question 0")] and first["prompt_id"] == prompt_id([user("question 0")])
+    assert (first["chosen_score"], first["rejected_score"], first["score_gap"]) == (7.0, 5.0, 2.0)
+    assert {r["prompt_id"]: r["split"] for r in tables["dpo"].to_pylist()} == {
+        p: split_of(p, 3, 0.25) for p in tables["dpo"]["prompt_id"].to_pylist()
+    }
+    assert 0 < tables["dpo"]["split"].to_pylist().count("val") < 25
+    assert tables["kto"].num_rows == 80 and sum(tables["kto"]["label"].to_pylist()) == 40
+    assert counts["source"] == {"read": 40, "kept": 40, "dropped": dict.fromkeys(counts["source"]["dropped"], 0)}
+    assert tables_of("paired", CONFIG) == ("kto", "dpo")
+
+
+def test_what_teaches_nothing_is_dropped_and_counted(tmp_path: Path) -> None:
+    long = "word " * 20
+    rows = [
+        ultrafeedback(0),
+        ultrafeedback(0),
+        ultrafeedback(1, gap=0.0),
+        ultrafeedback(2, rejected=[user("question 2"), assistant(" good  2 ")]),
+        ultrafeedback(3, chosen=[]),
+        ultrafeedback(4, chosen=[user("question 4")]),
+        ultrafeedback(5, rejected=[user("another"), assistant("bad")]),
+        ultrafeedback(6, prompt=long, chosen=[user(long), assistant("a")], rejected=[user(long), assistant("b")]),
+        ultrafeedback(
+            7, chosen=[user("q"), assistant(long * 2 + "a")], rejected=[user("q"), assistant(long * 2 + "b")]
+        ),
+    ]
+    _, counts = read(write(tmp_path / "rows.jsonl.gz", rows), **SCORED)
+    assert counts["source"]["kept"] == 1 and counts["source"]["read"] == 9
+    assert counts["source"]["dropped"] == {
+        "empty": 1, "not_an_answer": 1, "prompts_differ": 1, "gap_not_positive": 1, "equal_text": 1,
+        "prompt_too_long": 1, "equal_after_truncation": 1, "repeated": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "chosen": "good", "rejected": "bad"},
+        {"prompt": "q", "chosen": [assistant("good")], "rejected": [assistant("bad")]},
+        {"prompt": [user("q")], "chosen": [assistant("good")], "rejected": [assistant("bad")]},
+        {"prompt": [user("q")], "chosen": [user("q"), assistant("good")], "rejected": [user("q"), assistant("bad")]},
+        {"chosen": [user("q"), assistant("good")], "rejected": [user("q"), assistant("bad")]},
+    ],
+)
+def test_every_form_of_a_pair_is_the_same_pair(tmp_path: Path, row: dict[str, Any]) -> None:
+    (pair,) = read(write(tmp_path / "rows.jsonl", [row]))[0]["dpo"].to_pylist()
+    assert (pair["prompt"], pair["chosen"], pair["rejected"]) == ([user("q")], [assistant("good")], [assistant("bad")])
+    assert pair["chosen_score"] is None and pair["score_gap"] is None
+
+
+def test_turns_before_the_last_are_the_prompt(tmp_path: Path) -> None:
+    before = [{"role": "system", "content": "s"}, user("one"), assistant("two"), user("three")]
+    row = {"chosen": [*before, assistant("good")], "rejected": [*before, assistant("bad")]}
+    (pair,) = read(write(tmp_path / "rows.jsonl", [row]))[0]["dpo"].to_pylist()
+    assert pair["prompt"] == before
+
+
+def test_unpaired_rows(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "q1", "completion": "good", "label": True},
+        {"prompt": "q1", "completion": "bad", "label": False},
+        {"prompt": [user("q2")], "completion": [assistant("torn")], "label": True},
+        {"prompt": "q2", "completion": "torn", "label": False},
+        {"prompt": "q3", "completion": "x", "label": None},
+    ]
+    tables, counts = read(write(tmp_path / "rows.jsonl", rows), format="unpaired")
+    assert [(r["prompt"], r["completion"], r["label"]) for r in tables["kto"].to_pylist()] == [
+        ([user("q1")], [assistant("good")], True),
+        ([user("q1")], [assistant("bad")], False),
+    ]
+    assert tables["sft"].schema.equals(SFT) and tables["sft"].num_rows == 1
+    dropped = counts["source"]["dropped"]
+    assert (dropped["no_label"], dropped["repeated"], dropped["contradictory"]) == (1, 1, 1)
+    assert counts["source"]["kept"] + sum(dropped.values()) == counts["source"]["read"] == 5
+
+
+@pytest.mark.parametrize("row", [{"prompt": "q", "completion": "a"}, {"messages": [user("q"), assistant("a")]}])
+def test_demonstrations(tmp_path: Path, row: dict[str, Any]) -> None:
+    tables, _ = read(write(tmp_path / "rows.parquet", [row]), format="demonstrations")
+    assert list(tables) == ["sft"]
+    assert [(r["prompt"], r["completion"]) for r in tables["sft"].to_pylist()] == [([user("q")], [assistant("a")])]
+
+
+def test_what_a_format_cannot_give_is_said_at_once() -> None:
+    with pytest.raises(InputError, match="unpaired rows cannot give dpo data, which needs pairs"):
+        tables_of("unpaired", CONFIG)
+    assert tables_of("unpaired", DatasetsConfig(kinds=["kto", "sft"])) == ("kto", "sft")
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "words"),
+    [
+        (
+            {"question": "q", "chosen": "a", "rejected": "b"},
+            {},
+            r"line 1: column 'chosen' is a text and there is no prompt",
+        ),
+        (
+            {"prompt": "q", "good": "a", "bad": "b"},
+            {},
+            r"line 1 has no column 'chosen', which paired rows need; it has",
+        ),
+        ({"prompt": "q", "chosen": 7, "rejected": "b"}, {}, r"line 1: column 'chosen' holds a int"),
+        (
+            {"prompt": "q", "chosen": "a", "rejected": "b", "s": "high"},
+            {"chosen_score": "s"},
+            r"score must be a number",
+        ),
+        (
+            {"prompt": "q", "completion": "a", "label": "yes"},
+            {"format": "unpaired"},
+            r"must be true or false, not 'yes'",
+        ),
+        (
+            {"prompt": "q", "chosen": [{"from": "x"}], "rejected": [{"from": "x"}]},
+            {},
+            r"message 0 has no role and content",
+        ),
+    ],
+)
+def test_bad_rows_are_named(tmp_path: Path, row: dict[str, Any], options: dict[str, Any], words: str) -> None:
+    path = write(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(InputError, match=words) as error:
+        read(path, **options)
+    assert str(path) in str(error.value)
+
+
+def test_files_have_digests_and_must_be_there(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [ultrafeedback(0)])
+    before = source_digests(source(path))
+    assert list(before) == ["rows.jsonl"]
+    write(path, [ultrafeedback(1)])
+    assert source_digests(source(path)) != before
+    with pytest.raises(InputError, match="does not exist"):
+        source_digests(source(tmp_path / "nothing.jsonl"))
+    with pytest.raises(InputError, match="holds no row"):
+        read(write(tmp_path / "empty.jsonl", []))
+
+
+def test_a_limit_takes_the_first_rows(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [ultrafeedback(i) for i in range(10)])
+    assert read(path, limit=4)[1]["source"]["read"] == 4

@@ -1,0 +1,64 @@
+"""The page of a comparison: every name on it escaped, equal results in equal bytes."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pyarrow.compute as pc
+
+from ray_pipeline.data.row_truth import RowTruth
+from ray_pipeline.evaluate.comparison import Comparison
+from ray_pipeline.evaluate.method_stats import differences, method_stats, policy_stats
+from ray_pipeline.evaluate.methods import build_comparison
+from tests.evaluate.test_method_stats import RUNS, tables
+
+
+def page(name: str = "run") -> Comparison:
+    responses, comparisons, verdicts = tables()
+    policies = policy_stats(RUNS, responses, comparisons, verdicts, "greedy", draws=200)
+    return Comparison(
+        name=name,
+        policies=policies,
+        methods=method_stats(policies, comparisons, draws=200),
+        differences=differences(policies, "raw"),
+        data={"gated": "the gate", "raw": "rows of | <b>x</b>"},
+        truth={"raw": RowTruth(4, 0.25, 1.0, 0.5, 0, None, None)},
+        facts={"judge": "a|b"},
+        warnings=["Only 2 seed(s)."],
+    )
+
+
+def test_the_same_numbers_in_all_files(tmp_path: Path) -> None:
+    files = {path.name: path for path in build_comparison(page(), tmp_path)}
+    assert set(files) == {"methods.csv", "policies.csv", "metrics.json", "report.md", "report.html", "methods.png"}
+    gated, raw = csv.DictReader(files["methods.csv"].open())
+    assert (gated["method"], gated["data"], gated["seeds"]) == ("kto", "gated", "2")
+    assert float(gated["win_rate"]) == 0.7 and float(raw["accuracy_greedy"]) == 0.55
+    rows = list(csv.DictReader(files["policies.csv"].open()))
+    assert [row["policy"] for row in rows] == ["base", *(run.label for run in RUNS)]
+    assert rows[0]["win_rate"] == "" and rows[0]["accuracy_greedy"] == "0.4"
+    text = files["report.md"].read_text()
+    assert "| kto | gated | 100 | 10 | 70.0 ± 10.0 % |" in text
+    assert "| kto | gated − raw | accuracy greedy | +25.0 ± 5.0 points |" in text
+    assert "| raw | 4 | 25.0 % | 100.0 % | 50.0 % | 0 | – | – |" in text
+    assert json.loads(files["metrics.json"].read_text())["methods"][0]["win_rate"]["mean"] == 0.7
+
+
+def test_the_page_is_escaped_and_repeats(tmp_path: Path) -> None:
+    build_comparison(page("<script>alert(1)</script>"), tmp_path / "a")
+    build_comparison(page("<script>alert(1)</script>"), tmp_path / "b")
+    text = (tmp_path / "a" / "report.md").read_text()
+    assert "<script>" not in text and "<b>" not in text and "rows of \\|" in text
+    for path in (tmp_path / "a").rglob("*.*"):
+        assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()
+
+
+def test_without_a_checker_there_is_no_accuracy(tmp_path: Path) -> None:
+    responses, comparisons, verdicts = tables()
+    policies = policy_stats(RUNS, responses.drop_columns("correct"), comparisons, verdicts, "greedy", draws=200)
+    made = Comparison("r", policies, method_stats(policies, comparisons, draws=200), [], {}, {}, {}, [])
+    build_comparison(made, tmp_path)
+    assert "right" not in (tmp_path / "report.md").read_text()
+    assert pc.all(pc.is_valid(responses["correct"])).as_py()
