@@ -255,7 +255,7 @@ def test_a_shard_may_lose_its_worker_as_often_as_is_allowed_and_no_more(
 ) -> None:
     """Attempts that an engine's death ended are no preemptions."""
     function, seen = failing(0)
-    given = job(tmp_path, function, ScriptedEngine, FailurePolicy(retries=0, engine_deaths=9, preemptions=3))
+    given = job(tmp_path, function, ScriptedEngine, FailureSettings(retries=0, engine_deaths=9, preemptions=3))
     for _ in range(marks):
         shard_map._begin_attempt(given, 1)
     for _ in range(deaths):
