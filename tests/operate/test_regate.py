@@ -96,6 +96,22 @@ def test_what_was_made_from_the_old_data_sets_waits_and_keeps_its_folder(folder:
     assert after["train"]["path"] == manifest["stages"]["train"]["path"] and "facts" not in after["train"]
 
 
+def test_what_was_made_from_a_policy_of_the_old_data_sets_waits_too(folder: Path) -> None:
+    """Stages that read no data set themselves, but the policy or what it answered."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    later = ("train", "responses-base", "responses-policy", "comparisons", "score-responses", "evaluate")
+    for name in later:
+        manifest["stages"][name] |= {"status": "done", "rows": {}, "facts": {}, "usage": {}}
+    remade = {"gate", "dataset-rows", "datasets"}
+    assert not remade & set(manifest["stages"]["responses-policy"]["inputs"].values())
+    assert not {"train", *remade} & set(manifest["stages"]["comparisons"]["inputs"].values())
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    gating.write(gating.regate(read_run(str(folder)), NEW), lambda line: None, beat_seconds=0.05)
+    after = json.loads((folder / "manifest.json").read_text())["stages"]
+    assert {name for name in later if after[name]["status"] == "done"} == {"responses-base"}
+    assert {after[name]["status"] for name in later} == {"done", "waiting"}
+
+
 def test_a_gate_without_the_critic_reads_no_critiques(folder: Path) -> None:
     found = gating.preview(gating.regate(read_run(str(folder)), ["gate.use_critic=false"]))
     labels, _ = by_hand(GateConfig(use_critic=False))
