@@ -43,7 +43,7 @@ from ray_pipeline.graph.stage import Stage
 from ray_pipeline.pocket import WEIGHTS
 from ray_pipeline.store import keys
 from ray_pipeline.store.schemas import LABELS
-from ray_pipeline.workflow.registry import find_workflow
+from ray_pipeline.workflow.registry import find_workflow, workflow_names
 from tests.golden.scripted_run import ScriptedRun, scripted_run
 from tests.planted import random_world, write_run
 
@@ -373,7 +373,7 @@ def test_every_function_of_keys_has_a_golden(all_keys: dict[str, dict[str, Any]]
 def test_every_shipped_configuration_has_a_golden() -> None:
     files = {path.stem for path in (ROOT / "configs").glob("*.yaml")}
     assert files == set(SHIPPED) == set(golden("fingerprints"))
-    assert set(SHIPPED.values()) == set(DAGS)
+    assert set(SHIPPED.values()) == set(workflow_names())
 
 
 @pytest.mark.parametrize("name", sorted(SHIPPED))
