@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import csv
-import importlib.util
 import json
 import math
 import statistics
@@ -17,6 +16,7 @@ import yaml
 from dags import DAGS
 from dags.benchmarks import benchmarks
 from ray_pipeline import config as module
+from ray_pipeline.bench.ifeval.score import Checkers
 from ray_pipeline.bench.mt_bench.score import CATEGORY_TEMPERATURES
 from ray_pipeline.bench.questions import AlpacaEvalSettings, question_rows
 from ray_pipeline.bench.report import rewrite_page
@@ -25,7 +25,6 @@ from ray_pipeline.config import ConfigError, load_config
 from ray_pipeline.engines.logged import LoggedEngine
 from ray_pipeline.graph.stage import Dag, ShardInput, ShardWork, StageResult, WholeInput
 from ray_pipeline.store.files import Folder
-from tests.published import DATA, needs
 from tests.scripted import ScriptedEngine, said
 
 GOOD, BAD = "a GOOD answer", "BAD"
@@ -362,12 +361,9 @@ def test_a_judge_that_cannot_be_read_leaves_bounds_and_no_score(tmp_path: Path) 
     assert "| – |" in (found.page / "benchmarks.md").read_text()
 
 
-@needs("ifeval")
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="the extra ifeval (lm-eval) is not installed")
 def test_ifeval_runs_on_the_official_checkers_and_unknown_instructions_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, official: Checkers
 ) -> None:
-    monkeypatch.setenv("NLTK_DATA", str(DATA / "ifeval" / "nltk_data"))
     values = written(tmp_path, ifeval=True)
     del values["benchmarks"]["mt_bench"], values["benchmarks"]["alpaca_eval"]
     values["judges"] = {}
