@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import csv
-import importlib.util
 import json
 import math
 import statistics
@@ -15,6 +14,7 @@ import pytest
 import yaml
 
 from dags.benchmarks import BenchmarksConfig, benchmarks
+from ray_pipeline.bench.ifeval.score import Checkers
 from ray_pipeline.bench.mt_bench.score import CATEGORY_TEMPERATURES
 from ray_pipeline.bench.questions import AlpacaEvalSettings, question_rows
 from ray_pipeline.bench.report import rewrite_page
@@ -24,7 +24,6 @@ from ray_pipeline.engines.logged import LoggedEngine
 from ray_pipeline.graph.stage import Dag, ShardInput, ShardWork, StageResult, WholeInput
 from ray_pipeline.store.files import Folder
 from ray_pipeline.workflow.registry import find_workflow
-from tests.published import DATA, needs
 from tests.scripted import ScriptedEngine, said
 
 GOOD, BAD = "a GOOD answer", "BAD"
@@ -361,12 +360,9 @@ def test_a_judge_that_cannot_be_read_leaves_bounds_and_no_score(tmp_path: Path) 
     assert "| – |" in (found.page / "benchmarks.md").read_text()
 
 
-@needs("ifeval")
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="the extra ifeval (lm-eval) is not installed")
 def test_ifeval_runs_on_the_official_checkers_and_unknown_instructions_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, official: Checkers
 ) -> None:
-    monkeypatch.setenv("NLTK_DATA", str(DATA / "ifeval" / "nltk_data"))
     values = written(tmp_path, ifeval=True)
     del values["benchmarks"]["mt_bench"], values["benchmarks"]["alpaca_eval"]
     values["judges"] = {}
