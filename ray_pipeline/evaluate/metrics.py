@@ -16,7 +16,7 @@ from ray_pipeline.evaluate.data import ReportData, StageUse
 from ray_pipeline.policy.evaluation import Evaluation, evaluation_stats
 from ray_pipeline.policy.training_curve import TrainingSummary, summarise_training
 from ray_pipeline.stats.columns import chunk
-from ray_pipeline.stats.kappa_intervals import KappaInterval, kappa_intervals
+from ray_pipeline.stats.kappa import KappaInterval, kappa_intervals
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,7 @@ from ray_pipeline.report import charts
 from ray_pipeline.report.charts import Bins
 from ray_pipeline.report.html import render_html, script_json
 from ray_pipeline.report.page import Packed
-from ray_pipeline.stats.kappa import pairwise_kappas
-from ray_pipeline.stats.kappa_intervals import kappa_intervals
+from ray_pipeline.stats.kappa import kappa_intervals, pairwise_kappas
 from tests.evaluate.example_run import JUDGES, whole_run
 
 NASTY = (
