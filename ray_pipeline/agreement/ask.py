@@ -20,8 +20,8 @@ from ray_pipeline.agents.strategies import (
 from ray_pipeline.agents.templates import Layout
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.failures import FailureSettings
+from ray_pipeline.graph.gather import all_of
 from ray_pipeline.graph.llm_stage import llm_stage
-from ray_pipeline.graph.shard_map import all_of
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, Stage
 from ray_pipeline.store.schemas import BALLOTS, SPEECHES, to_table
 from ray_pipeline.store.settings import Settings

@@ -26,8 +26,8 @@ from ray_pipeline.data.prompts import PromptsConfig
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.feedback.loop import LoopRules, LoopSettings, ReviewerSettings, feedback_stages
 from ray_pipeline.graph.failures import FailureSettings
+from ray_pipeline.graph.gather import all_of
 from ray_pipeline.graph.llm_stage import llm_stage
-from ray_pipeline.graph.shard_map import all_of
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, Stage
 from ray_pipeline.stats.protocol import Protocol, settings_text, win_rate_by
 from ray_pipeline.store.keys import digest

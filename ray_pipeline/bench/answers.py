@@ -13,8 +13,8 @@ from ray_pipeline.bench.schemas import BENCH_ANSWERS
 from ray_pipeline.engines.base import EngineError, Message, PromptTooLong, Sampling
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.failures import FailureSettings
+from ray_pipeline.graph.gather import all_of
 from ray_pipeline.graph.llm_stage import llm_stage
-from ray_pipeline.graph.shard_map import all_of
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage
 from ray_pipeline.store.keys import derived_seed
 from ray_pipeline.store.schemas import to_table

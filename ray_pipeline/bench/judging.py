@@ -35,8 +35,8 @@ from ray_pipeline.bench.schemas import (
 )
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.failures import FailureSettings
+from ray_pipeline.graph.gather import all_of
 from ray_pipeline.graph.llm_stage import llm_stage
-from ray_pipeline.graph.shard_map import all_of
 from ray_pipeline.graph.stage import BadInput, ShardInput, ShardOutput, ShardWork, Stage
 from ray_pipeline.store.schemas import READ_STATUSES, to_table
 from ray_pipeline.store.settings import Settings

@@ -11,8 +11,8 @@ from ray_pipeline.agents.judges import SamplingSettings
 from ray_pipeline.engines.base import EngineError, PromptTooLong
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.failures import FailureSettings
+from ray_pipeline.graph.gather import all_of
 from ray_pipeline.graph.llm_stage import llm_stage
-from ray_pipeline.graph.shard_map import all_of
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, Stage
 from ray_pipeline.store.keys import candidate_id, derived_seed
 from ray_pipeline.store.schemas import CANDIDATES, to_table

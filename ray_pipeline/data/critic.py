@@ -12,8 +12,8 @@ from ray_pipeline.agents.templates import Layout, RoleTemplate
 from ray_pipeline.data.judging import answers_of, unanswered
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.failures import FailureSettings
+from ray_pipeline.graph.gather import all_of
 from ray_pipeline.graph.llm_stage import llm_stage
-from ray_pipeline.graph.shard_map import all_of
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, Stage
 from ray_pipeline.store.schemas import CRITIQUES, READ_STATUSES, to_table
 from ray_pipeline.store.settings import Settings

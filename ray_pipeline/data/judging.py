@@ -11,8 +11,8 @@ from ray_pipeline.agents.judges import Asking, Rubric, SamplingSettings, Verdict
 from ray_pipeline.agents.templates import ANY_FENCE, Layout, RoleTemplate, best_layout, part_lengths, transcript
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.failures import FailureSettings
+from ray_pipeline.graph.gather import all_of
 from ray_pipeline.graph.llm_stage import llm_stage
-from ray_pipeline.graph.shard_map import all_of
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, Stage, WholeInput, WholeWork
 from ray_pipeline.store.files import StoreError
 from ray_pipeline.store.keys import digest

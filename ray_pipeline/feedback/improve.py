@@ -38,8 +38,8 @@ from ray_pipeline.feedback.loop import (
 )
 from ray_pipeline.feedback.select import accept_best
 from ray_pipeline.graph.failures import FailureSettings
+from ray_pipeline.graph.gather import all_of
 from ray_pipeline.graph.llm_stage import llm_stage
-from ray_pipeline.graph.shard_map import all_of
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage
 from ray_pipeline.store.keys import derived_seed, digest, prompt_id
 from ray_pipeline.store.schemas import CANDIDATES, PROMPTS, READ_STATUSES, REVIEWS, REVISIONS, VERDICTS, to_table

@@ -29,8 +29,8 @@ from ray_pipeline.agents.templates import RoleTemplate
 from ray_pipeline.engines.base import Completion, Message, PromptTooLong
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.failures import FailureSettings
+from ray_pipeline.graph.gather import all_of
 from ray_pipeline.graph.llm_stage import llm_stage
-from ray_pipeline.graph.shard_map import all_of
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage
 from ray_pipeline.store.keys import candidate_id, derived_seed, digest
 from ray_pipeline.store.schemas import CANDIDATES, READ_STATUSES, REVIEWS, to_table

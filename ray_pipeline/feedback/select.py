@@ -28,8 +28,8 @@ from ray_pipeline.data.mean_rank import MeanRank, mean_rank
 from ray_pipeline.engines.base import ChatEngine, Message
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.failures import FailureSettings
+from ray_pipeline.graph.gather import all_of
 from ray_pipeline.graph.llm_stage import llm_stage
-from ray_pipeline.graph.shard_map import all_of
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage
 from ray_pipeline.store.schemas import READ_STATUSES, VERDICTS, to_table
 from ray_pipeline.store.settings import Settings

@@ -36,8 +36,6 @@ def llm_stage(
             settings=settings,
             engine=model.factory(),
             placement=model.placement,
-            max_error_rate=failure.max_error_rate,
-            error_window=failure.error_window,
         ),
         config={**settings.model_dump(mode="json"), "engine": model.semantics()},
         inputs={**inputs, **({"train": train} if train is not None else {})},

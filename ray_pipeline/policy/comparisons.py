@@ -14,8 +14,8 @@ from ray_pipeline.data.judging import unanswered
 from ray_pipeline.engines.base import EngineError, PromptTooLong
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.failures import FailureSettings
+from ray_pipeline.graph.gather import all_of
 from ray_pipeline.graph.llm_stage import llm_stage
-from ray_pipeline.graph.shard_map import all_of
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, Stage
 from ray_pipeline.stats.protocol import Protocol, settings_text, win_rate_by
 from ray_pipeline.store.keys import derived_seed, digest

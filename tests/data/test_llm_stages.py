@@ -17,7 +17,6 @@ from ray_pipeline.agents.templates import load_templates
 from ray_pipeline.data import critic
 from ray_pipeline.data import judging as judge
 from ray_pipeline.data.candidates import CandidateSettings, draw
-from ray_pipeline.data.candidates import candidates as candidates_stage
 from ray_pipeline.data.critic import CriticSettings, critique_shard
 from ray_pipeline.data.judging import JudgeSettings, judge_shard
 from ray_pipeline.engines.base import EngineDead, EngineError, PromptTooLong, Sampling
@@ -346,19 +345,6 @@ def test_judges_on_two_models_are_two_stages(model: ModelSettings) -> None:
     assert [s.name for s in stages] == ["judge-judge", "judge-other"] and {s.group_name for s in stages} == {"judge"}
     assert [[r.name for r in s.work.settings.rubrics] for s in stages] == [["a", "c"], ["b"]]
     assert [s.inputs["layout"].name for s in stages] == ["judge-judge-layout", "judge-other-layout"]
-
-
-def test_every_llm_stage_stops_by_the_configured_error_rate(model: ModelSettings) -> None:
-    failure, start = FailureSettings(max_error_rate=0.25, error_window=8), nothing()
-    stages = [
-        candidates_stage(CandidateSettings(), failure, model, start),
-        *judge.judges(rubrics(), failure, {"judge": model}, TEXTS.judge, start, {"candidates": start}),
-        critic.critic(CriticSettings(), failure, model, TEXTS.critic, start, start),
-        compare.responses("base", EvaluateSettings(), failure, model, start),
-        compare.comparisons(EvaluateSettings(), failure, model, TEXTS.pairwise, start, start, {"policy": start}),
-    ]
-    for stage in stages:
-        assert (stage.work.max_error_rate, stage.work.error_window) == (0.25, 8), stage.name  # type: ignore[union-attr]
 
 
 # --- the layout -------------------------------------------------------------------------------------------------------
