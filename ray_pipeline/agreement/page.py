@@ -236,8 +236,8 @@ def _juries(strategy: str, best: Sequence[Mapping[str, Any]], pool: str, place: 
         for j in best
     ]
     text = (
-        f"The {len(best)} with the highest kappa, pooled by {pool}. The highest of many kappas is flattered by the "
-        "choice; the section on held-out choice says by how much."
+        f"The {len(best)} with the highest kappa, pooled by {pool}. The highest of many kappas is biased upwards by "
+        "the choice; the section on held-out choice shows by how much."
     )
     table = Table(["jury", *_VOTES, "missing", "kappa", "accuracy"], rows)
     return Section(f"juries-{place}", f"Juries, {strategy}", [Text(text), table])

@@ -14,7 +14,7 @@ from ray_pipeline.report.charts import Bins, Chart, bars, histogram
 from ray_pipeline.report.figures import number, percent, span
 from ray_pipeline.report.page import Block, Cell, Heat, HeatMap, Rows, Section, Table, Text, panels
 from ray_pipeline.stats.columns import Spread
-from ray_pipeline.stats.kappa_intervals import KappaInterval
+from ray_pipeline.stats.kappa import KappaInterval
 
 LABEL_COLOURS = {
     "desirable": "blue",

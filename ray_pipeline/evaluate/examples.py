@@ -2,7 +2,7 @@
 
 Texts lie in gzip-compressed parts of some hundred rows, in base64. The page unpacks the index when it opens, and a part
 only when one of its rows is opened or searched: a page of 20,000 candidates opens as fast as one of 20. When even the
-compressed texts are too large, long texts are cut, and the page says at how many characters.
+compressed texts are too large, long texts are cut, and the page states the limit.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def _chosen(data: ReportData, others: int) -> list[dict[str, Any]]:
     rest = decisions.filter(pc.invert(kept)).column("candidate_id").to_pylist()
     seed = data.bootstrap_seed
     sampled = sorted(rest, key=lambda name: (unit_hash("report examples", seed, name), name))[:others]
-    wanted = pc.or_(kept, pc.is_in(decisions.column("candidate_id"), value_set=pa.array(sampled, pa.string())))
-    rows: list[dict[str, Any]] = decisions.filter(wanted).to_pylist()
+    shown = pc.or_(kept, pc.is_in(decisions.column("candidate_id"), value_set=pa.array(sampled, pa.string())))
+    rows: list[dict[str, Any]] = decisions.filter(shown).to_pylist()
     candidates = _by_id(data.candidates, rows, [c for c in ("prompt_id", "k") if c in data.candidates.column_names])
     lengths = dict(
         zip(
@@ -123,7 +123,7 @@ def _texts(data: ReportData, rows: list[dict[str, Any]]) -> _Texts:
         """[answer, why, critique's reason, its status, flawed, [[judge, score, reason, status] …]]"""
         name = row["candidate_id"]
         critique = row["critique"] or {}
-        told = [
+        scores = [
             [visible(judge), found.get("score"), _shown(found.get("reason")), found.get("parse_status")]
             for judge, found in sorted(verdicts.get(name, {}).items())
         ]
@@ -134,7 +134,7 @@ def _texts(data: ReportData, rows: list[dict[str, Any]]) -> _Texts:
             _shown(critique.get("reason")),
             critique.get("parse_status"),
             flawed,
-            told,
+            scores,
         ]
 
     for row in rows:
@@ -180,8 +180,8 @@ def _chunk(rows: Sequence[dict[str, Any]], texts: _Texts, start: int, limit: int
     listed = []
     for row in rows[start : start + _ROWS_PER_CHUNK]:
         place = prompts.setdefault(row["prompt_id"], len(prompts))
-        answer, *said = texts.of(row)
-        listed.append([place, _cut(answer, limit), *_cut(said, max(_REASON, limit // 5))])
+        answer, *reasons = texts.of(row)
+        listed.append([place, _cut(answer, limit), *_cut(reasons, max(_REASON, limit // 5))])
     return _packed({"p": [_cut(texts.prompts.get(name, "(not given)"), limit) for name in prompts], "r": listed})
 
 
@@ -216,19 +216,19 @@ def _scope(data: ReportData, rows: Sequence[Mapping[str, Any]], limit: int | Non
     here = sum(row["label"] in _KEPT for row in rows)
     kept = pc.sum(pc.is_in(data.decisions.column("label"), value_set=pa.array(_KEPT))).as_py() or 0
     other, all_others = len(rows) - here, len(data.decisions) - kept
-    told = f"{'All ' if here == kept else f'{here:,} of '}{kept:,} kept candidates"
+    scope = f"{'All ' if here == kept else f'{here:,} of '}{kept:,} kept candidates"
     if other == all_others:
-        told += f" and all {all_others:,} others are here."
+        scope += f" and all {all_others:,} others are here."
     else:
-        told += f" and {other:,} of {all_others:,} others, chosen by a seeded hash and not by their looks, are here."
+        scope += f" and {other:,} of {all_others:,} others, chosen by a seeded hash and not by their looks, are here."
     if here < kept:
-        told += " More would make this page too large."
+        scope += " More would make this page too large."
     if limit is not None:
-        told += (
+        scope += (
             f" Prompts and answers are cut at {limit:,} characters (the longest has {longest:,}), reasons at "
             f"{max(_REASON, limit // 5):,}; the run's tables hold them whole."
         )
-    return told
+    return scope
 
 
 def _by_id(table: pa.Table | None, rows: Sequence[Mapping[str, Any]], columns: list[str]) -> dict[str, dict[str, Any]]:

@@ -31,10 +31,10 @@ def _excerpt(data: ReportData, candidates: pa.Table, decision: dict[str, Any]) -
     if data.verdicts is not None:
         own = data.verdicts.filter(pc.equal(data.verdicts.column("candidate_id"), candidate_id))
         scores = sorted(((r["judge"], r["score"]) for r in own.to_pylist()), key=lambda pair: pair[0])
-    said = ", ".join(f"{judge} {number(score, 0)}" for judge, score in scores)
+    listed = ", ".join(f"{judge} {number(score, 0)}" for judge, score in scores)
     return Excerpt(
         title=f"{decision['label']}, final score {number(decision['final_score'])}",
-        note=f"Candidate {candidate_id}; {said}. {decision.get('why') or ''}",
+        note=f"Candidate {candidate_id}; {listed}. {decision.get('why') or ''}",
         texts=[
             ("Prompt", "(prompt not given)" if prompt is None else as_text(prompt["messages"])),
             ("Response", candidate.get("response") or ""),

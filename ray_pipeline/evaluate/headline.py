@@ -1,4 +1,4 @@
-"""The first sentences of the report: did the policy get better, by what, and how sure is that."""
+"""The first sentences of the report: whether the policy got better, by which measure, and how certain that is."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,7 +14,7 @@ Verdict = Literal["better", "worse", "unclear", "mixed", "unknown"]
 _OPENINGS: dict[Verdict, str] = {
     "better": "The policy got better.",
     "worse": "The policy got worse.",
-    "unclear": "It cannot be told whether the policy got better.",
+    "unclear": "Inconclusive: no significant difference between policy and base.",
     "mixed": "The measures disagree on whether the policy got better.",
     "unknown": "Whether the policy got better is not known:",
 }
@@ -37,8 +37,8 @@ class _Evidence:
 def headline(evaluation: Evaluation | None, missing_stages: list[str]) -> Headline:
     """Weigh win rates and true accuracy, or rubric scores where there is neither.
 
-    A measure speaks only when its interval leaves "no change" out. One that speaks decides when no other speaks against
-    it; true accuracy comes first in the text since it is the only measure that no judge made.
+    A measure counts only when its interval excludes "no change". It decides when no other measure contradicts it; true
+    accuracy comes first in the text since it is the only measure that does not depend on a judge.
     """
     evidence = [] if evaluation is None else _evidence(evaluation)
     if not evidence:

@@ -40,7 +40,7 @@ def methods_page(page: Comparison) -> Page:
 
 
 def _headline(page: Comparison) -> str:
-    """The best win rate by name, and that the intervals say whether it is one."""
+    """The highest win rate, with a reminder to look at its interval."""
     known = [method for method in page.methods if method.win_rate is not None]
     if not known:
         return "No win rate is known yet."

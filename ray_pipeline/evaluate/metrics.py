@@ -66,8 +66,8 @@ def collect_metrics(data: ReportData) -> RunMetrics:
     )
 
 
-def data_set_rows(counts: Mapping[str, int]) -> int:
-    """Rows of a data set over its splits."""
+def dataset_rows(counts: Mapping[str, int]) -> int:
+    """Rows of a dataset over its splits."""
     return counts.get("train", 0) + counts.get("val", 0)
 
 
@@ -141,5 +141,5 @@ def _funnel(data: ReportData, gate: GateStats | None, judging: JudgingStats | No
         steps += [Step("labelled", stats.count, label) for label, stats in gate.labels.items()]
     for name, unit in (("kto", "KTO rows"), ("dpo", "DPO pairs")):
         if name in (data.dataset_counts or {}):
-            steps.append(Step(unit, data_set_rows((data.dataset_counts or {})[name]), "train and val"))
+            steps.append(Step(unit, dataset_rows((data.dataset_counts or {})[name]), "train and val"))
     return steps

@@ -31,7 +31,7 @@ WORDS = {
 
 
 class LoopPage(Settings):
-    """What the page says beside the tables."""
+    """Content of the page beside the tables."""
 
     run_name: str
     reviewers: tuple[str, ...]
@@ -63,7 +63,7 @@ def write_loop_page(given: WholeInput) -> dict[str, Any]:
 
 
 def rewrite_page(run: Run) -> Folder:
-    """The loop's page anew, if it came so far, and the report; returns its folder."""
+    """Rewrite the loop's page, if there is one, and the report; returns the report's folder."""
     if "loop" in run.results:
         entry = run.manifest["stages"]["loop"]
         reviewers = tuple(r["name"] for r in run.manifest["config"]["loop"]["reviewers"])
@@ -157,5 +157,5 @@ def loop_ends(candidates: pa.Table, reviews: pa.Table, reviewers: Sequence[str])
     for row in candidates.select(["prompt_id", "k", "response"]).to_pylist():
         if row["prompt_id"] not in last or row["k"] > last[row["prompt_id"]]["k"]:
             last[row["prompt_id"]] = row
-    said = reviews_by_prompt(reviews.to_pylist(), reviewers)
-    return {prompt: what_next(row, said.get(prompt, []))[1] or "limit" for prompt, row in last.items()}
+    of_prompt = reviews_by_prompt(reviews.to_pylist(), reviewers)
+    return {prompt: what_next(row, of_prompt.get(prompt, []))[1] or "limit" for prompt, row in last.items()}

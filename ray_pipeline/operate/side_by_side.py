@@ -1,4 +1,4 @@
-"""Two runs side by side: what was configured otherwise, and what came out otherwise."""
+"""Two runs side by side: differences in configuration and in results."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def _table(part: Part, names: tuple[str, str]) -> Table:
 
 
 def _names(a: Side, b: Side) -> tuple[str, str]:
-    """Runs of one name are told apart by their folders."""
+    """Runs of the same name are distinguished by their folders."""
     return (a.name, b.name) if a.name != b.name else (a.folder, b.folder)
 
 
@@ -152,7 +152,7 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _stages(a: Side, b: Side) -> list[Row]:
-    """Where the two runs part: a stage of equal fingerprint is the same stage."""
+    """All stages of the two runs; equal fingerprints mean the same stage."""
     names = [*a.fingerprints, *(name for name in b.fingerprints if name not in a.fingerprints)]
     return [Row(name, a.fingerprints.get(name, NONE), b.fingerprints.get(name, NONE)) for name in names]
 

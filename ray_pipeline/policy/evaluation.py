@@ -57,7 +57,7 @@ def evaluation_stats(
 
     Args:
         verdicts: of rubric judges on the responses, with a column model or with responses to join it from.
-        compared: judge of the comparisons → protocol of its win rates, as far as settings say it.
+        compared: judge of the comparisons → protocol of its win rates, as far as settings determine it.
 
     Raises:
         ValueError: verdicts without a column model, and without responses.

@@ -103,7 +103,7 @@ def evaluation_section(evaluation: Evaluation) -> Section:
         ]
         blocks.append(Table(["model", "perplexity", "tokens", "rows"], rows, title="Perplexity of held-out answers"))
         blocks.append(
-            Text("Perplexity says how likely the held-out answers are to a model, not which model is better.")
+            Text("Perplexity measures how likely the held-out answers are to a model, not which model is better.")
         )
     return Section("evaluation", "Evaluation: policy against base", blocks)
 

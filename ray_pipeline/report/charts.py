@@ -21,7 +21,7 @@ WIDTH, HEIGHT = 340, 210
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 10, 36
 _ROW = 40  # a row of a dot or bar chart: a line for its name, a line for its marks
 _PAD = 14  # around a chart that is a file of its own
-#: More points than this cannot be told apart on 284 pixels.
+#: Maximum number of points of a line: more cannot be distinguished on 284 pixels.
 _MOST_POINTS = 400
 
 
@@ -140,7 +140,7 @@ def dots(
     line: tuple[float, str] | None = None,
     note: str = "",
 ) -> Chart | None:
-    """Estimates with intervals, a row a name; `line` marks a value (no change, or the base) and says what it is."""
+    """Estimates with intervals, one row per name; `line` marks a value and names it (no change, or the base)."""
     rows = [(name, [d for d in found if d.estimate.mean is not None]) for name, found in rows]
     rows = [(name, found) for name, found in rows if found]
     if not rows:
@@ -169,7 +169,7 @@ def dots(
 def stacked(
     title: str, rows: Sequence[tuple[str, Sequence[tuple[str, float]], Interval]], names: Sequence[tuple[str, str]]
 ) -> Chart | None:
-    """Shares that add up to one as a bar a row, with a dot and its interval above; `names` are the legend's."""
+    """Shares that add up to one, one bar per row, with a dot and its interval above; `names` are the legend's."""
     if not rows:
         return None
     x = _scale(0.0, 1.0, 8, WIDTH - 20)

@@ -13,8 +13,8 @@ from markupsafe import Markup, escape
 
 # An underscore inside a word is no emphasis, and `lora_dropout` should stay readable in the raw page.
 _MARKDOWN = re.compile(r"([\\`*\[\]|~#$]|(?<![^\W_])_|_(?![^\W_]))")
-# What starts a list, a rule or an underlined heading at the beginning of a line.
-_LINE_START = re.compile(r"^(?:([-+=])|(\d{1,9})([.)]))")
+# What starts a list or a rule at the beginning of a line.
+_LINE_START = re.compile(r"^(\d{1,9})?([-+](?=[-+ ]|$)|(?<=\d)[.)](?= |$))")
 # Cc: control, Cf: format (bidirectional overrides, zero width), Cs: lone surrogates, which UTF-8 cannot hold.
 _INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
@@ -51,7 +51,7 @@ def inline(text: str) -> str:
 
 def paragraph(text: str) -> str:
     """One line of literal text for Markdown that may stand at the beginning of a line."""
-    return _LINE_START.sub(lambda m: f"\\{m[1]}" if m[1] else f"{m[2]}\\{m[3]}", inline(text))
+    return _LINE_START.sub(r"\1\\\2", inline(text))
 
 
 def fenced(text: str, limit: int | None = None) -> str:
