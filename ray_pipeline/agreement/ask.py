@@ -28,22 +28,22 @@ from ray_pipeline.store.schemas import BALLOTS, SPEECHES
 
 
 class LiveJudge(Settings):
-    """One judge that is asked: its name in the tables and the model that it is."""
+    """One judge: its name in the tables and its model."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     model: str = Field("judge", description="a key of `models`")
-    sampling: SamplingSettings | None = Field(None, description="default: the block's")
-    rubric: str | None = Field(None, description="what it looks at; default: the strategy's")
+    sampling: SamplingSettings | None = Field(None, description="default: `sampling` of the block")
+    rubric: str | None = Field(None, description="aspect to judge; default: the strategy's")
 
 
 class AskSettings(Settings):
-    """The `ask` block: who is asked, and how. Without judges and debaters nothing is asked."""
+    """The `ask` block: live judges and how they judge. Without judges and debaters no call is made."""
 
     judges: tuple[LiveJudge, ...] = ()
     strategies: tuple[Strategy, ...] = ()
-    debaters: tuple[LiveJudge, ...] = Field((), description="each debates all roles with itself")
+    debaters: tuple[LiveJudge, ...] = Field((), description="judges that each play all roles of a debate")
     debate: DebateSettings = DebateSettings()
-    strategy_templates: str = Field("default", description="built-in name or YAML file of what judges are asked")
+    strategy_templates: str = Field("default", description="built-in name or YAML file of the judges' texts")
     debate_templates: str = Field("default", description="built-in name or YAML file of the debate's roles and texts")
     layout: Layout = "shared_first"
     sampling: SamplingSettings = SamplingSettings(temperature=0.0, max_tokens=1024)
@@ -51,23 +51,23 @@ class AskSettings(Settings):
 
     @field_validator("strategies", "debate")
     @classmethod
-    def _measured_later(cls, given: Any) -> Any:
-        """What is asked is stored order by order and voice by voice; what it comes to is the measure's business."""
+    def _combined_later(cls, given: Any) -> Any:
+        """Ballots are stored by order and voice; the `measure` block decides how they are combined."""
         for one in given if isinstance(given, tuple) else (given,):
             where = "debate" if isinstance(one, DebateSettings) else f"strategy {one.name}"
             if "conflict" in one.model_fields_set:
-                raise ValueError(f"{where}: conflict is not read here; set measure.conflict, which holds for all")
+                raise ValueError(f"{where}: conflict has no effect here; set measure.conflict, which applies to all")
             if "pool" in one.model_fields_set:
-                raise ValueError(f"{where}: pool is not read here; set measure.debate (mean or vote)")
+                raise ValueError(f"{where}: pool has no effect here; set measure.debate (mean or vote)")
         return given
 
     @field_serializer("strategies")
-    def _strategies_as_asked(self, strategies: tuple[Strategy, ...]) -> list[dict[str, Any]]:
-        """Without what is refused, so that a run's config.yaml can be given again."""
+    def _strategies_as_set(self, strategies: tuple[Strategy, ...]) -> list[dict[str, Any]]:
+        """Without keys that are refused, so that a run's config.yaml can be loaded again."""
         return [s.model_dump(mode="json", exclude={"conflict"}) for s in strategies]
 
     @field_serializer("debate")
-    def _debate_as_asked(self, rules: DebateSettings) -> dict[str, Any]:
+    def _debate_as_set(self, rules: DebateSettings) -> dict[str, Any]:
         return rules.model_dump(mode="json", exclude={"conflict", "pool"})
 
     @field_validator("strategies")
@@ -75,9 +75,9 @@ class AskSettings(Settings):
     def _distinct_strategies(cls, strategies: tuple[Strategy, ...]) -> tuple[Strategy, ...]:
         names = [s.name for s in strategies]
         if twice := sorted({n for n in names if names.count(n) > 1}):
-            raise ValueError(f"two strategies are called {', '.join(twice)}; give one of them another name")
+            raise ValueError(f"two strategies are named {', '.join(twice)}; rename one of them")
         if reserved := sorted({"debate", "versus"} & set(names)):
-            raise ValueError(f"{reserved[0]} is a name of its own; give the strategy another one")
+            raise ValueError(f"{reserved[0]} is a reserved name; rename the strategy")
         return strategies
 
     @model_validator(mode="after")
@@ -87,16 +87,16 @@ class AskSettings(Settings):
             if twice := sorted({n for n in names if names.count(n) > 1}):
                 raise ValueError(f"two of {block} have the same name: {', '.join(twice)}")
         if self.judges and not self.strategies:
-            raise ValueError("judges are asked by strategies, and there is none; name at least one")
+            raise ValueError("judges have no effect without strategies; set at least one")
         if self.strategies and not self.judges:
-            raise ValueError("strategies are read by judges only, and there is none; name judges or remove them")
+            raise ValueError("strategies have no effect without judges; set judges or remove them")
         if any(d.rubric is not None for d in self.debaters):
-            raise ValueError("a debater has no rubric; its roles and tasks are in debate_templates")
+            raise ValueError("a debater has no rubric; remove it and edit the roles in debate_templates")
         return self
 
     @property
     def models(self) -> list[str]:
-        """Keys of the models that are asked."""
+        """Keys of the models that judge or debate."""
         return list(dict.fromkeys(j.model for j in (*self.judges, *self.debaters)))
 
 

@@ -1,5 +1,5 @@
-"""Configurations against baselines, live: generators with and without reviewers answer the same prompts, and a judge
-compares every configuration's answer with every baseline's.
+"""Live win rates: generators with and without reviewers answer the same prompts, and a judge compares every
+configuration's answer with every baseline's.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ AGAINST = "-vs-"
 
 
 class Configuration(Settings):
-    """A generator, alone or with reviewers; what it answers is the last response of their feedback loop."""
+    """A generator, alone or with reviewers; its answer is the last response of their feedback loop."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     generator: str = Field(description="a key of `models`")
@@ -51,12 +51,12 @@ class Configuration(Settings):
 
 
 class VersusJudge(Settings):
-    """Who compares two answers, and how it is asked."""
+    """The judge that compares two answers."""
 
     model: str = Field("judge", description="a key of `models`")
-    rubric: str | None = Field(None, description="what it looks at; default: the template file's")
+    rubric: str | None = Field(None, description="aspect to judge; default: the template file's")
     orders: Orders = "both"
-    templates: str = Field("default", description="built-in name or YAML file of what judges are asked")
+    templates: str = Field("default", description="built-in name or YAML file of the judge's texts")
     layout: Layout = "shared_first"
     sampling: SamplingSettings = SamplingSettings(temperature=0.0, max_tokens=1024)
     asking: StrategyAsking = StrategyAsking()
@@ -73,11 +73,11 @@ class LiveWinrate(Settings):
     """The `live` block of a win-rate run.
 
     Attributes:
-        pair: keys of two models, for the published eight configurations: each alone, reviewed by itself, by the other,
+        pair: keys of two models for the eight published configurations: each alone, reviewed by itself, by the other,
             and by both.
         configurations: instead of a pair.
-        prompts: all of them are answered, so nothing is held out.
-        baselines: keys of models whose single answers are compared with; default: every generator.
+        prompts: every one is answered; none is held out.
+        baselines: keys of the models whose single answers are the baselines; default: every generator.
         loop: how configurations with reviewers answer.
     """
 
@@ -91,23 +91,23 @@ class LiveWinrate(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> LiveWinrate:
         if (self.pair is None) == (not self.configurations):
-            raise ValueError("name either `pair`, two models of which the eight configurations are made, or them")
+            raise ValueError("set either pair (two models, for the eight published configurations) or configurations")
         if self.pair is not None and self.pair[0] == self.pair[1]:
-            raise ValueError(f"pair names {self.pair[0]} twice; the eight configurations are of two models")
+            raise ValueError(f"pair names {self.pair[0]} twice; the eight configurations need two models")
         if "val_fraction" in self.prompts.model_fields_set:
             raise ValueError("prompts.val_fraction has no effect: every prompt is answered; remove it")
         if twice := sorted({name for name in self.against if self.against.count(name) > 1}):
             raise ValueError(f"baselines names {', '.join(twice)} twice")
         names = [configuration.name for configuration in self.compared]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"two configurations are called {', '.join(twice)}")
+            raise ValueError(f"two configurations are named {', '.join(twice)}")
         if cut := sorted(name for name in [*names, *self.against] if AGAINST in name):
-            raise ValueError(f"{cut[0]}: {AGAINST} stands between the names of a run and cannot be in one")
+            raise ValueError(f"{cut[0]}: a name cannot contain {AGAINST}, which separates the names of a run")
         for configuration in self.compared:
             if configuration.reviewers:
-                self.loop_of(configuration)  # says what reviewers cannot be
+                self.loop_of(configuration)  # raises for invalid reviewers
         if any(c.reviewers for c in self.compared) and self.loop.responses < 2:
-            raise ValueError("loop.responses is 1, and no response but the last but one is reviewed; give it 2 or more")
+            raise ValueError("loop.responses is 1, so no response would be reviewed; set it to 2 or more")
         if not self.runs:
             raise ValueError("every configuration is its only baseline, so there is nothing to compare")
         return self
@@ -118,12 +118,12 @@ class LiveWinrate(Settings):
 
     @property
     def against(self) -> tuple[str, ...]:
-        """Keys of the models that answer alone and are compared with."""
+        """Keys of the models whose single answers are the baselines."""
         return self.baselines or tuple(dict.fromkeys(c.generator for c in self.compared))
 
     @property
     def runs(self) -> list[tuple[Configuration, str]]:
-        """What is compared with what. A model alone is not compared with itself."""
+        """Configurations with their baselines. A model alone is not compared with itself."""
         return [(c, b) for c in self.compared for b in self.against if c.reviewers or c.generator != b]
 
     @property
@@ -134,12 +134,12 @@ class LiveWinrate(Settings):
 
     @property
     def label(self) -> str:
-        """How the page calls the prompts."""
+        """Name of the prompts on the page."""
         names = [getattr(s, "name", None) or getattr(s, "path", None) or s.type for s in self.prompts.sources]
         return ", ".join(dict.fromkeys(str(name) for name in names))
 
     def protocol(self, models: Mapping[str, ModelSettings]) -> Protocol:
-        """How the verdicts are asked for. Raises ModelNotFound."""
+        """How the verdicts are requested. Raises ModelNotFound."""
         judge, model = self.judge, models[self.judge.model]
         texts, strategy = judge.texts(), judge.strategy
         template = texts.of(strategy).model_dump(mode="json")
@@ -266,7 +266,7 @@ VERSUS = Asking(
 
 
 def newest(candidates: pa.Table) -> dict[str, str | None]:
-    """Prompt → the last response that its loop gave; a revision that failed leaves the response before it."""
+    """By prompt_id, the last response of its loop; a failed revision leaves the response before it."""
     found: dict[str, tuple[int, str | None]] = {}
     for row in candidates.select(["prompt_id", "k", "response"]).to_pylist():
         k, response = found.get(row["prompt_id"], (-1, None))

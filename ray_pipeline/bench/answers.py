@@ -1,4 +1,4 @@
-"""Answers to the questions of the public benchmarks: of a model, or of the floors, which know nothing."""
+"""Answers to the questions of the public benchmarks: by a model, or by the floors, which use no model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage
 from ray_pipeline.store.keys import derived_seed
 from ray_pipeline.store.schemas import to_table
 
-#: Floors answer under this name and their own: "floor:echo".
+#: Prefix of a floor's name in the tables: "floor:echo".
 FLOOR = "floor:"
 
 
@@ -33,7 +33,7 @@ class _Answering(Settings):
     ifeval: dict[str, Any] | None
 
     def sampling(self, benchmark: str, category: str, question: str, turn: int) -> Sampling:
-        """How a turn is answered; all models draw a warm turn with the same seed."""
+        """Sampling of one turn; all models answer a turn above temperature 0 with the same seed."""
         given = getattr(self, benchmark)
         if benchmark == "mt_bench":
             temperature = given["temperatures"].get(category, OTHER_TEMPERATURE)
@@ -126,7 +126,7 @@ class _Floors(Settings):
 
 
 def floors(settings: BenchmarksSettings, questions: Stage) -> Stage:
-    """Answers of the floors that are asked for; no model is called."""
+    """Answers of the chosen floors; no model is called."""
     given = _Floors(floors=settings.floors)
     return Stage(
         name="bench-floors",

@@ -185,7 +185,7 @@ def _conversation(rows: Sequence[Row]) -> Conversation:
 
 
 def checks(questions: Stage, answered: Mapping[str, Stage]) -> Stage:
-    """IFEval's verdicts on all answers. Raises CheckersMissing where the checkers are not installed."""
+    """IFEval's verdicts on all answers. Raises CheckersMissing if the checkers are not installed."""
     return Stage(
         name="bench-checks",
         group="bench-judge",
@@ -204,7 +204,7 @@ def check_shard(given: ShardInput) -> ShardOutput:
     """The verdicts of one shard, ordered by model, then as the questions are.
 
     Raises:
-        BadInput: the checkers are missing on this node, or do not know an instruction.
+        BadInput: the checkers are missing on this node, or an instruction is unknown to them.
     """
     questions = [q for q in given.tables["questions"].to_pylist() if q["benchmark"] == "ifeval"]
     answered = answers_by_key(ShardTables(given.tables, given.facts).under("answers/"))

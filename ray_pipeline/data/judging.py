@@ -1,4 +1,4 @@
-"""Judges: every rubric judge scores every candidate, all judgements of a candidate together on one replica."""
+"""Judges: every rubric judge scores every candidate; all judgements of a candidate run together on one replica."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from ray_pipeline.store.files import StoreError
 from ray_pipeline.store.keys import digest
 from ray_pipeline.store.schemas import VERDICTS
 
-#: Candidates whose lengths decide the layout; a sample of the smallest ids, so that more prompts hardly change it.
+#: Candidates whose lengths decide the layout: those of the smallest ids, so that more prompts hardly change it.
 _LAYOUT_SAMPLE = 256
 
 
 class JudgeSettings(Settings):
     """The `judge` block."""
 
-    model: str = Field("judge", description="a key of `models`, for rubrics that name none")
+    model: str = Field("judge", description="a key of `models`, for rubrics that name no model")
     rubrics: tuple[Rubric, ...]
     layout: Literal["auto", "shared_first", "rubric_first"] = "auto"
     sampling: SamplingSettings = SamplingSettings(temperature=0.0, max_tokens=512)
@@ -35,7 +35,7 @@ class JudgeSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _inherit(cls, values: Any) -> Any:
-        """A rubric that sets one key of `sampling` keeps the stage's others."""
+        """A rubric that sets one key of `sampling` keeps the other values of the stage."""
         shared = values.get("sampling") if isinstance(values, Mapping) else None
         rubrics = values.get("rubrics") if isinstance(values, Mapping) else None
         if not isinstance(shared, Mapping) or not isinstance(rubrics, (list, tuple)):
@@ -61,12 +61,12 @@ class JudgeSettings(Settings):
         return [r.name for r in self.rubrics]
 
     def on_model(self, key: str) -> tuple[Rubric, ...]:
-        """The rubrics that sit on a model."""
+        """Rubrics judged by one model."""
         return tuple(r for r in self.rubrics if (r.model or self.model) == key)
 
     @property
     def models(self) -> list[str]:
-        """Keys of the models that judge, in the order in which rubrics name them."""
+        """Keys of the models that judge, in the order of the rubrics."""
         return list(dict.fromkeys(r.model or self.model for r in self.rubrics))
 
 

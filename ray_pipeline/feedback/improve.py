@@ -2,7 +2,7 @@
 
     responses → reviews, several of each → revisions, several of each review → judges → rows
 
-What becomes of them is in `feedback.improvement_rows`.
+Their training rows are made in `feedback.improvement_rows`.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class ImproveSettings(Settings):
     """The `improve` block.
 
     Attributes:
-        prompts: prompts of these data sets; default: those of the run.
-        reviews: how many reviews each reviewer gives a response.
-        revisions: how many revisions answer each review.
-        sampling: of the revisions; `reviewing` is of the reviews. The first responses are drawn as in the loop.
+        prompts: prompts of these datasets; default: those of the run.
+        reviews: number of reviews per response and reviewer.
+        revisions: number of revisions per review.
+        sampling: for revisions; `reviewing` is for reviews. The first responses are sampled as in the loop.
     """
 
     prompts: PromptsConfig | None = None
@@ -70,13 +70,15 @@ class ImproveSettings(Settings):
             (self.revisions, self.sampling, "sampling"),
         ):
             if count > 1 and sampling.temperature == 0:
-                raise ValueError(f"{key}.temperature is 0, so all {count} would be the same; raise it or ask for one")
+                raise ValueError(
+                    f"{key}.temperature is 0, so all {count} would be equal; raise it or set the number to 1"
+                )
         return self
 
 
 @dataclasses.dataclass(frozen=True)
 class Branches:
-    """Stages of the second kind: first responses, reviews (one stage a model), and revisions of every review."""
+    """Stages of first responses, of reviews (one per model), and of revisions of every review."""
 
     responses: Stage
     reviews: list[Stage]

@@ -1,15 +1,15 @@
 """Rows of multi-agent improvement: preferences over revisions given the feedback, and over the reviews themselves.
 
-Of the revisions of one review, the one that scored highest is chosen over the others: the generator learns to use
+Of the revisions of one review, the one with the highest score is chosen over the others: the generator learns to use
 feedback. Of the reviews of one response, the one whose revisions scored highest is chosen: a reviewer learns to give
-feedback that helps. A review that asks for no change leaves the response as it is, and has the response's score.
+helpful feedback. A review that asks for no change leaves the response as it is and gets the response's score.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -101,7 +101,7 @@ def improvement_rows(
 @dataclasses.dataclass(frozen=True)
 class Preferences:
     """Completions to choose between, in the form of a run's own tables. `prompts` has a row for each conversation;
-    `origin` says of which prompt of the run each is."""
+    `origin` maps it to its prompt in the run."""
 
     prompts: pa.Table
     candidates: pa.Table
@@ -176,15 +176,15 @@ def over_revisions(
     verdicts: pa.Table,
     revise: str,
 ) -> Preferences:
-    """Revisions given the feedback: the conversation is the prompt, the response, and what the review said of it."""
+    """Revisions given the feedback: a conversation is the prompt, the response and the feedback of its review."""
     asked = {row["prompt_id"]: row for row in prompts.to_pylist()}
     answers = {row["candidate_id"]: row for row in responses.to_pylist()}
-    said = {row["review_id"]: row for row in reviews}
+    by_id = {row["review_id"]: row for row in reviews}
     conversations: dict[str, dict[str, Any]] = {}
     origin: dict[str, str] = {}
     candidates = []
     for row in revisions.to_pylist():
-        review = said[row.pop("review_id")]
+        review = by_id[row.pop("review_id")]
         prompt, answer = asked[row["prompt_id"]], answers[review["candidate_id"]]
         turns = revision_messages(prompt["messages"], answer["response"], review["feedback"], revise)
         name = _conversation(conversations, prompt, turns)
@@ -205,15 +205,15 @@ def over_reviews(
     verdicts: pa.Table,
     judges: Sequence[str],
     jury: JuryRule,
-    question: Any,
+    question: Callable[[list[Message], str, str], list[Message]],
 ) -> Preferences:
-    """Reviews of one response, scored by what followed them.
+    """Reviews of one response, scored by the revisions that followed them.
 
     Args:
-        question: (prompt messages, response, reviewer) → what the reviewer was asked.
+        question: (prompt messages, response, reviewer) → messages that the reviewer replied to.
 
     Equal replies to the same question are one completion, whose score is the mean over all revisions that followed
-    any of them. A reply that was not read, or of which a revision has no score, has none.
+    any of them. An unread reply, and one with a revision without a score, has none.
     """
     asked = {row["prompt_id"]: row for row in prompts.to_pylist()}
     answers = {row["candidate_id"]: row for row in responses.to_pylist()}
@@ -261,7 +261,7 @@ def over_reviews(
 
 
 def _conversation(known: dict[str, dict[str, Any]], prompt: Mapping[str, Any], turns: Sequence[Message]) -> str:
-    """Id of a conversation, held out exactly when its prompt is. Equal ones of one prompt are one."""
+    """Id of a conversation; it is held out exactly when its prompt is. Equal conversations of a prompt share one id."""
     name = digest(["conversation", prompt["prompt_id"], prompt_id(turns)])
     known.setdefault(name, {**prompt, "prompt_id": name, "messages": list(turns)})
     return name

@@ -1,7 +1,7 @@
 """The feedback loop as stages that take turns: generate-1 → review-1 → generate-2 → review-2 → … → generate-N.
 
-Only one model need be loaded at a time; a prompt whose loop has ended gives no further rows. What a loop does next
-follows from its reviews by `feedback_loop.next_step`, as in the coroutine of that module.
+Only one model has to be loaded at a time, and a prompt whose loop has ended gets no further rows. The next step of a
+loop follows from its reviews by `feedback_loop.next_step`, as in the coroutine of that module.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ _PUBLISHED = SamplingSettings(temperature=0.0, max_tokens=1024)
 
 
 class ReviewerSettings(Settings):
-    """One reviewer: its name in the tables, the model that it is, and what it looks at."""
+    """One reviewer: its name in the tables, its model, and its focus."""
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_-]{0,63}$")
     model: str = Field("reviewer", description="a key of `models`")
-    focus: str = Field("", description="what it looks at; default: the template's own question")
-    sampling: SamplingSettings | None = Field(None, description="default: the block's `reviewing`")
+    focus: str = Field("", description="aspect to review; default: the template's own question")
+    sampling: SamplingSettings | None = Field(None, description="default: `reviewing` of the block")
 
 
 class LoopRules(Settings):
-    """How a feedback loop goes, whoever takes part.
+    """Rules of a feedback loop, whoever takes part.
 
     Attributes:
-        responses: N, how many responses a prompt has at most; all but the last are reviewed.
-        sampling: of responses and revisions; `reviewing` is of the reviews.
-        templates: built-in name or YAML file of what reviewers and generator are told.
+        responses: N, the maximum number of responses per prompt; all but the last are reviewed.
+        sampling: for responses and revisions; `reviewing` is for reviews.
+        templates: built-in name or YAML file of the texts for reviewers and generator.
     """
 
     responses: int = Field(3, ge=1, le=26)
@@ -65,7 +65,7 @@ class LoopRules(Settings):
     @field_validator("sampling", "reviewing", mode="before")
     @classmethod
     def _published(cls, given: Any) -> Any:
-        """A block that sets one key keeps the published others."""
+        """A block that sets one key keeps the other published values."""
         return {**_PUBLISHED.model_dump(), **given} if isinstance(given, Mapping) else given
 
     def texts(self) -> FeedbackTemplates:
@@ -73,7 +73,7 @@ class LoopRules(Settings):
 
 
 class LoopSettings(LoopRules):
-    """The `loop` block: how the loop goes, and who takes part.
+    """The `loop` block: its rules and participants.
 
     Attributes:
         generator: a key of `models`.
@@ -87,15 +87,15 @@ class LoopSettings(LoopRules):
         names = [r.name for r in self.reviewers]
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise ValueError(f"two reviewers have the same name: {', '.join(twice)}")
-        asked: dict[str, str] = {}
+        seen: dict[str, str] = {}
         for reviewer in self.reviewers:
             call = reviewer.model_dump_json(exclude={"name"})
-            if call in asked:
+            if call in seen:
                 raise ValueError(
-                    f"reviewers {asked[call]} and {reviewer.name} would say the same: one model, focus and sampling; "
-                    "give one of them another"
+                    f"reviewers {seen[call]} and {reviewer.name} are the same: one model, focus and sampling; "
+                    "change one of them"
                 )
-            asked[call] = reviewer.name
+            seen[call] = reviewer.name
         return self
 
     @property
@@ -104,7 +104,7 @@ class LoopSettings(LoopRules):
 
     @property
     def review_models(self) -> list[str]:
-        """Keys of the models that review, in the order in which reviewers name them."""
+        """Keys of the models that review, in the order of the reviewers."""
         return list(dict.fromkeys(r.model for r in self.reviewers))
 
 
@@ -174,7 +174,7 @@ class _Turn(NamedTuple):
 
 
 def _turns(shard: ShardTables, settings: _Generate) -> Iterator[_Turn | Skip]:
-    """What the generator is asked for response number k of each prompt; loops that have ended are counted."""
+    """The messages that response number k of each prompt answers; loops that have ended are counted."""
     messages = shard.messages()
     if settings.k == 0:
         yield from (_Turn(prompt, turns) for prompt, turns in messages.items())
@@ -216,21 +216,23 @@ def review_rows(shard: ShardTables) -> list[Row]:
 
 
 def reviews_by_prompt(rows: Sequence[Mapping[str, Any]], reviewers: Sequence[str]) -> dict[str, list[list[Review]]]:
-    """Prompt → the reviews of its first, second … response, each by the reviewers in their order.
+    """By prompt_id, the reviews of its first, second … response, each list in the order of the reviewers.
 
     Raises:
-        KeyError: a review is of a reviewer that is not named.
-        ValueError: a response lacks the review of one of them, naming prompt and response.
+        KeyError: a review is by an unknown reviewer.
+        ValueError: a response lacks a review; the message names prompt and response.
     """
     place = {name: number for number, name in enumerate(reviewers)}
     found: dict[str, dict[int, dict[int, Review]]] = collections.defaultdict(lambda: collections.defaultdict(dict))
     for row in rows:
-        said = Review(row["feedback"], row["score"], row["reason"], row["parse_status"], row["raw"])
-        found[row["prompt_id"]][row["iteration"]][place[row["reviewer"]]] = said
+        one = Review(row["feedback"], row["score"], row["reason"], row["parse_status"], row["raw"])
+        found[row["prompt_id"]][row["iteration"]][place[row["reviewer"]]] = one
     for prompt, of_prompt in found.items():
         for iteration in range(len(of_prompt)):
             if len(of_prompt.get(iteration, ())) != len(place):
-                raise ValueError(f"reviews: response {iteration} of prompt {prompt!r} was not reviewed by all")
+                raise ValueError(
+                    f"reviews: response {iteration} of prompt {prompt!r} was not reviewed by all reviewers"
+                )
     return {
         prompt: [[by[n] for n in sorted(by)] for _, by in sorted(of_prompt.items())]
         for prompt, of_prompt in found.items()
@@ -238,15 +240,15 @@ def reviews_by_prompt(rows: Sequence[Mapping[str, Any]], reviewers: Sequence[str
 
 
 def what_next(last: Mapping[str, Any], reviews: Sequence[Sequence[Review]]) -> tuple[list[str], Stop | None]:
-    """All feedback that a loop was revised by, the next one included, and why it ends, if it does.
+    """All feedback of a loop, what the next revision uses included, and why the loop ends, if it does.
 
     Args:
         last: row of the last response, with `response` and `k`.
         reviews: of every response up to it.
     """
     feedback: list[str] = []
-    for said in reviews:
-        step, stop = next_step(said, feedback)
+    for of_response in reviews:
+        step, stop = next_step(of_response, feedback)
         if step is None:
             return feedback, stop
         feedback.append(step)

@@ -1,8 +1,8 @@
 """Selection: judges score the responses of each prompt, the best one is accepted and the others are rejected.
 
-The judges are the rubric judges of the `judge` block, or any number of judges that compare the responses, by a strategy
-or by a debate. Whoever they are, their scores are verdicts on candidates, a named rule makes one jury of them, and the
-selection is a table of decisions, so that the code that makes training rows of a gate's decisions makes them of these.
+The judges are the rubric judges of the `judge` block, or any number of judges that compare the responses by a strategy
+or in a debate. Either way their scores are verdicts on candidates, a named rule pools them into one jury, and the
+selection is a table of decisions, from which training rows are made by the same code as from a gate's.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from ray_pipeline.store.schemas import VERDICTS
 
 
 class SelectSettings(Settings):
-    """The `select` block: who says which response is best.
+    """The `select` block: how the best response of a prompt is chosen.
 
     Attributes:
-        strategy: how several answers are judged. Without it and without a debate the rubric judges of the `judge`
+        strategy: how several answers are judged. With neither strategy nor debate, the rubric judges of the `judge`
             block score each answer by itself.
-        debate: instead of a strategy: the answers are debated by all roles of `debate_templates`, and the scores at
-            the end count. Each judge holds a debate of its own.
-        judges: who judges by the strategy, or debates.
-        jury: how the judges' scores become one.
-        pairs: of a prompt's DPO data: the accepted response with every rejected one, or with the worst alone.
-        templates: built-in name or YAML file of what a strategy asks.
-        debate_templates: the same of a debate: its roles, and what they are asked.
+        debate: instead of a strategy, all roles of `debate_templates` debate the answers, and their final scores
+            count. Each judge holds a debate of its own.
+        judges: the judges that use the strategy, or debate.
+        jury: how the judges' scores are pooled.
+        pairs: a prompt's DPO pairs: the accepted response with every rejected one, or only with the worst.
+        templates: built-in name or YAML file of a strategy's texts.
+        debate_templates: built-in name or YAML file of a debate's roles and texts.
     """
 
     strategy: Strategy | None = None
@@ -62,19 +62,19 @@ class SelectSettings(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> SelectSettings:
         if self.strategy is not None and self.debate is not None:
-            raise ValueError("strategy and debate are two ways to judge the same responses: keep one of them")
+            raise ValueError("strategy and debate exclude each other; keep one of them")
         if self.compares != bool(self.judges):
             raise ValueError(
-                "strategy and judges go together (or debate and judges): name both, or neither for the rubric judges"
+                "set strategy and judges together (or debate and judges), or neither to use the rubric judges"
             )
         names = [j.name for j in self.judges]
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise ValueError(f"two judges have the same name: {', '.join(twice)}")
         if self.debate is not None and any(j.rubric is not None for j in self.judges):
-            raise ValueError("a judge that debates has no rubric; its roles and tasks are in debate_templates")
+            raise ValueError("a judge in a debate has no rubric; remove it and edit the roles in debate_templates")
         if self.jury.votes and self.pairs == "best_worst":
             raise ValueError(
-                f"jury.pool {self.jury.pool} says which response is best and not which is worst; "
+                f"jury.pool {self.jury.pool} picks the best response but not the worst; "
                 "set pairs: every_rejected, or pool scores (mean, median, weighted_mean)"
             )
         for reader, there, keys in (
@@ -83,17 +83,17 @@ class SelectSettings(Settings):
             ("a strategy or a debate", self.strategy or self.debate, {"sampling", "asking"}),
         ):
             if there is None and (idle := sorted(self.model_fields_set & keys)):
-                raise ValueError(f"{idle[0]} is read by {reader} alone, and there is none; remove it or name one")
+                raise ValueError(f"{idle[0]} has no effect without {reader}; remove it or set one")
         return self
 
     @property
     def compares(self) -> bool:
-        """Whether judges of its own compare the responses; if not, the rubric judges score them."""
+        """Whether its own judges compare the responses; if not, the rubric judges score them."""
         return self.strategy is not None or self.debate is not None
 
     @property
     def how(self) -> str:
-        """By what the judges compare, for readers; empty for rubric judges."""
+        """How the judges compare, as text for reports; empty for rubric judges."""
         return "a debate" if self.debate is not None else "" if self.strategy is None else self.strategy.name
 
     @property
@@ -231,7 +231,7 @@ def select(
     jury: JuryRule = MEAN,
     name: str = "select",
 ) -> Stage:
-    """One decision a candidate: accepted, rejected, or neither."""
+    """One decision per candidate: accepted, rejected, or neither."""
     given = _Pick(judges=tuple(judges), jury=jury)
     return Stage(
         name=name,

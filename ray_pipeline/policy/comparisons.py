@@ -1,5 +1,5 @@
 """Responses and comparisons: base and policies answer the same held-out prompts, and a judge compares each policy with
-the base, both ways."""
+the base in both orders."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _VOTES = {("ab", "A"): "policy", ("ab", "B"): "base", ("ba", "A"): "base", ("ba"
 
 
 class Mode(Settings):
-    """One way of drawing the responses that are evaluated."""
+    """One way of sampling the responses that are evaluated."""
 
     name: str
     sampling: SamplingSettings
@@ -40,14 +40,14 @@ class EvaluateSettings(Settings):
         Mode(name="sampled", sampling=SamplingSettings(temperature=0.8, top_p=0.95, max_tokens=512)),
     )
     seed: int = 0
-    judge: str = Field("judge", description="the key of `models` that compares")
+    judge: str = Field("judge", description="a key of `models`: the judge that compares")
     layout: Layout = "shared_first"
     sampling: SamplingSettings = SamplingSettings(temperature=0.0, max_tokens=512)
     asking: JudgeAsking = JudgeAsking()
     bootstrap_draws: int = Field(2000, ge=100)
-    skip_generation: bool = Field(False, description="report what the stored tables hold; no responses, no comparisons")
+    skip_generation: bool = Field(False, description="only report stored tables; make no responses and no comparisons")
     perplexity: bool = True
-    perplexity_rows: int = Field(512, ge=1, description="at most so many held-out desirable rows, by smallest id")
+    perplexity_rows: int = Field(512, ge=1, description="maximum number of held-out desirable rows (smallest ids kept)")
 
     @model_validator(mode="after")
     def _modes(self) -> EvaluateSettings:
@@ -194,7 +194,7 @@ def comparisons(
 
 
 def win_rate_protocol(stages: Iterable[Stage]) -> dict[str, Protocol]:
-    """Judge → what is known of the protocol of its win rates before anything is asked; empty without comparisons.
+    """By judge, what is known of the protocol of its win rates before any call; empty without comparisons.
 
     Prompts and reference answers come with the tables (`evaluation.winrate.completed_protocol`).
     """

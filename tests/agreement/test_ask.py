@@ -181,18 +181,21 @@ def test_debates_write_ballots_by_voice_and_every_speech(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("block", "message"),
     [
-        ({"judges": [{"name": "a"}]}, "by strategies, and there is none"),
-        ({"strategies": [{"kind": "direct"}]}, "by judges only"),
+        ({"judges": [{"name": "a"}]}, "judges have no effect without strategies"),
+        ({"strategies": [{"kind": "direct"}]}, "strategies have no effect without judges"),
         ({"judges": [{"name": "a"}] * 2, "strategies": [{"kind": "direct"}]}, "two of judges have the same name: a"),
-        ({"judges": [{"name": "a"}], "strategies": [{"kind": "direct"}] * 2}, "two strategies are called direct"),
-        ({"judges": [{"name": "a"}], "strategies": [{"kind": "direct", "name": "debate"}]}, "a name of its own"),
+        ({"judges": [{"name": "a"}], "strategies": [{"kind": "direct"}] * 2}, "two strategies are named direct"),
+        ({"judges": [{"name": "a"}], "strategies": [{"kind": "direct", "name": "debate"}]}, "a reserved name"),
         ({"debaters": [{"name": "a", "rubric": "x"}]}, "a debater has no rubric"),
         (
             {"judges": [{"name": "a"}], "strategies": [{"kind": "combined", "orders": "both", "conflict": "mean"}]},
-            r"strategy combined_10: conflict is not read here; set measure\.conflict",
+            r"strategy combined_10: conflict has no effect here; set measure\.conflict",
         ),
-        ({"debaters": [{"name": "a"}], "debate": {"conflict": "tie"}}, r"debate: conflict is .* set measure\.conflict"),
-        ({"debaters": [{"name": "a"}], "debate": {"pool": "vote"}}, r"debate: pool is .* set measure\.debate"),
+        (
+            {"debaters": [{"name": "a"}], "debate": {"conflict": "tie"}},
+            r"debate: conflict has .* set measure\.conflict",
+        ),
+        ({"debaters": [{"name": "a"}], "debate": {"pool": "vote"}}, r"debate: pool has .* set measure\.debate"),
     ],
 )
 def test_an_ask_block_that_does_not_fit(block: dict[str, Any], message: str) -> None:

@@ -73,13 +73,13 @@ def test_loops_of_one_generator_share_its_first_response(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"pair": None}, "name either `pair`"),
-        ({"configurations": [{"name": "x", "generator": "x"}]}, "name either `pair`"),
+        ({"pair": None}, "set either pair"),
+        ({"configurations": [{"name": "x", "generator": "x"}]}, "set either pair"),
         ({"pair": ("llama", "llama")}, "names llama twice"),
         ({"pair": None, "configurations": [{"name": "x", "generator": "x"}]}, "nothing to compare"),
-        ({"pair": None, "configurations": [{"name": "x", "generator": "x"}] * 2}, "two configurations are called x"),
-        ({"pair": None, "configurations": [{"name": "a-vs-b", "generator": "x"}]}, "stands between the names"),
-        ({"loop": {"responses": 1}}, "give it 2 or more"),
+        ({"pair": None, "configurations": [{"name": "x", "generator": "x"}] * 2}, "two configurations are named x"),
+        ({"pair": None, "configurations": [{"name": "a-vs-b", "generator": "x"}]}, "a name cannot contain -vs-"),
+        ({"loop": {"responses": 1}}, "set it to 2 or more"),
         ({"baselines": ("llama", "llama")}, "baselines names llama twice"),
         ({"baselines": ()}, "at least 1 item"),
         ({"prompts": {**PROMPTS_BLOCK.model_dump(), "val_fraction": 0.5}}, "val_fraction has no effect"),
@@ -94,7 +94,7 @@ def test_loops_of_one_generator_share_its_first_response(tmp_path: Path) -> None
                     }
                 ],
             },
-            "would say the same",
+            "are the same",
         ),
     ],
 )

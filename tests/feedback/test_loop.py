@@ -200,7 +200,7 @@ def test_fingerprints_follow_from_what_a_stage_asks() -> None:
     [
         ({"reviewers": []}, "at least 1 item"),
         ({"reviewers": [{"name": "a"}, {"name": "a", "focus": "x"}]}, "same name: a"),
-        ({"reviewers": [{"name": "a"}, {"name": "b"}]}, "a and b would say the same"),
+        ({"reviewers": [{"name": "a"}, {"name": "b"}]}, "a and b are the same"),
         ({"reviewers": [{"name": "A b"}]}, "name"),
         ({"responses": 0}, "greater than or equal to 1"),
     ],

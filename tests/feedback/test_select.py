@@ -319,16 +319,16 @@ def test_a_debate_gives_verdicts_like_a_strategy(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"strategy": {"kind": "combined"}}, "strategy and judges go together"),
-        ({"judges": [{"name": "a"}]}, "strategy and judges go together"),
+        ({"strategy": {"kind": "combined"}}, "set strategy and judges together"),
+        ({"judges": [{"name": "a"}]}, "set strategy and judges together"),
         ({"strategy": {"kind": "combined"}, "judges": [{"name": "a"}, {"name": "a"}]}, "same name: a"),
-        ({"sampling": {"max_tokens": 5}}, "sampling is read by a strategy or a debate alone"),
+        ({"sampling": {"max_tokens": 5}}, "sampling has no effect without a strategy or a debate"),
         ({"debate": {}}, "or debate and judges"),
         ({"debate": {}, "strategy": {"kind": "direct"}, "judges": [{"name": "a"}]}, "keep one of them"),
-        ({"debate": {}, "judges": [{"name": "a"}], "templates": "x"}, "templates is read by a strategy alone"),
-        ({"debate": {}, "judges": [{"name": "a", "rubric": "x"}]}, "a judge that debates has no rubric"),
-        ({"debate_templates": "x"}, "debate_templates is read by a debate alone"),
-        ({"jury": {"pool": "mode"}, "pairs": "best_worst"}, "and not which is worst"),
+        ({"debate": {}, "judges": [{"name": "a"}], "templates": "x"}, "templates has no effect without a strategy"),
+        ({"debate": {}, "judges": [{"name": "a", "rubric": "x"}]}, "a judge in a debate has no rubric"),
+        ({"debate_templates": "x"}, "debate_templates has no effect without a debate"),
+        ({"jury": {"pool": "mode"}, "pairs": "best_worst"}, "but not the worst"),
     ],
 )
 def test_settings_that_make_no_sense(changes: dict[str, Any], words: str) -> None:
