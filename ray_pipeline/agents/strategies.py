@@ -40,9 +40,9 @@ from ray_pipeline.agents.templates import (
     render_text,
     transcript,
 )
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.base import ChatEngine, Completion, Grammar, Message
 from ray_pipeline.extensions import find, register
-from ray_pipeline.store.settings import Settings
 
 Orders = Literal["given", "swapped", "both"]
 #: What two orders that differ mean. tie: the answers that either order holds best are equal. mean: the answer with

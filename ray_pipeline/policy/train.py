@@ -6,11 +6,11 @@ import contextlib
 import threading
 from typing import Any
 
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.stage import BadInput, Stage, StageStop, WholeInput, WholeWork
 from ray_pipeline.store.files import NotWritten, StoreError, join
 from ray_pipeline.store.schemas import TRAIN_METRICS
-from ray_pipeline.store.settings import Settings
 from ray_pipeline.training.fit import fit
 from ray_pipeline.training.methods import METHODS, TrainingInputError
 from ray_pipeline.training.spec import PROGRESS, STOP, TrainingStopped, TrainSettings, TrainSpec

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ray_pipeline.store.settings import Settings
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.training.methods import METHODS, MethodName
 
 if TYPE_CHECKING:

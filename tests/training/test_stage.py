@@ -121,7 +121,7 @@ def run_stage(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
         facts = {
             "rows": {kind: {"train": 40, "val": 9 if kind == "kto" else 0} for kind in ("sft", "dpo", "kto")},
-            "kto_weights": {"desirable_weight": 1.0, "undesirable_weight": 1.7},
+            "kto_weights": {"desirable_weight": 1.3, "undesirable_weight": 1.7},
         }
         data = StageResult("datasets", "d" * 16, str(tmp_path / "data"), 1, (), {}, facts, {})
         made = train(settings, ModelSettings(model=tiny_model), max_length, data_stage())
@@ -144,10 +144,15 @@ def test_a_method_reads_its_kind_of_rows(run_stage: RunStage, tmp_path: Path, me
     assert spec.train_files == str(tmp_path / "data" / kind / "train" / "*.parquet")
     assert spec.val_files == (str(tmp_path / "data" / kind / "val" / "*.parquet") if kind == "kto" else None)
     weights = (spec.settings.desirable_weight, spec.settings.undesirable_weight)
-    assert weights == ((1.0, 1.7) if method == "kto" else (None, None))
+    assert weights == ((1.3, 1.7) if method == "kto" else (None, None))
     assert spec.card == {"data set": "d" * 16, "kind of rows": kind, "training": "f" * 16}
     assert (found["method"], found["max_logit_diff"]) == (method, None)
     assert said == ["warning: class imbalance: 2 desirable, 1 undesirable rows"]
+
+
+def test_a_class_weight_that_is_set_replaces_that_of_the_data(run_stage: RunStage) -> None:
+    spec, _, _ = run_stage(TrainSettings(desirable_weight=0.6))
+    assert (spec.settings.desirable_weight, spec.settings.undesirable_weight) == (0.6, 1.7)
 
 
 def test_options_reach_the_training(run_stage: RunStage) -> None:

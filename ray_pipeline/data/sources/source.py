@@ -8,8 +8,8 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.extensions import find
-from ray_pipeline.store.settings import Settings
 
 
 class InputError(ValueError):
