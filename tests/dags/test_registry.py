@@ -82,6 +82,7 @@ def test_a_file_that_defines_no_workflow(text: str | None, message: str, tmp_pat
 def test_an_installed_package_brings_its_workflow(monkeypatch: pytest.MonkeyPatch) -> None:
     point = importlib.metadata.EntryPoint("theirs", "dags.dmapo:WORKFLOW", extensions.GROUPS["workflow"])
     monkeypatch.setattr(extensions, "_entry_points", lambda kind: iter([point]))
+    monkeypatch.setattr(extensions, "_registered", dict(extensions._registered))
     assert workflow_names()[-1] == "theirs" and find_workflow("theirs") is find_workflow("dmapo")
 
 
