@@ -186,6 +186,7 @@ class BaselinesConfig(DmapoConfig):
             },
             curating=shown.curating if any(v.source is None for v in data.values()) else {},
             evaluating=shown.evaluating,
+            checker=self.evaluate.checker,
             bootstrap_draws=self.evaluate.bootstrap_draws,
             seed=self.evaluate.seed,
         )

@@ -12,11 +12,11 @@ import yaml
 from pydantic import Field
 
 from ray_pipeline.config.settings import Settings
+from ray_pipeline.data.checkers import CheckerKey, with_truth
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.results import Run
 from ray_pipeline.graph.stage import Stage, StageResult, WholeInput, WholeWork
-from ray_pipeline.pocket.tasks import is_correct
 from ray_pipeline.policy.comparisons import EvaluateSettings, win_rate_protocol
 from ray_pipeline.policy.train import METRICS
 from ray_pipeline.stats.protocol import Protocol
@@ -51,6 +51,7 @@ class ReportSettings(Settings):
     evaluating: dict[str, str] = Field(default_factory=dict)
     candidate: str = ""
     gate: GateConfig = GateConfig()
+    checker: CheckerKey = None
     bootstrap_draws: int = 2000
     seed: int = 0
 
@@ -178,7 +179,7 @@ def report_data(
     prompts = table_of(by_name, "prompts")
     responses = table_of(by_name, "responses-base", "responses-policy")
     if responses is not None and prompts is not None:
-        responses = with_truth(responses, prompts)
+        responses = with_truth(responses, prompts, settings.checker)
     facts: dict[str, Any] = {name: result.facts for name, result in by_name.items()}
     data = facts.get("datasets", {})
     train = by_name.get("train")
@@ -236,18 +237,6 @@ def table_of(results: Mapping[str, StageResult], *names: str) -> pa.Table | None
     """The tables of the named stages as one, or None when none of them ran."""
     tables = [results[name].table().read_all() for name in names if name in results and results[name].tables]
     return pa.concat_tables(tables) if tables else None
-
-
-def with_truth(responses: pa.Table, prompts: pa.Table) -> pa.Table:
-    """Add `correct` where every prompt is of the pocket world, which has a checker."""
-    by_id = {row["prompt_id"]: row for row in prompts.select(["prompt_id", "messages", "source"]).to_pylist()}
-    if any(row["source"] != "pocket" for row in by_id.values()):
-        return responses
-    correct: Sequence[bool | None] = [
-        None if text is None else is_correct(by_id[pid]["messages"][-1]["content"], text)
-        for pid, text in zip(responses["prompt_id"].to_pylist(), responses["response"].to_pylist(), strict=True)
-    ]
-    return responses.append_column("correct", pa.array(correct, pa.bool_()))
 
 
 def _benchmark_scores(result: StageResult | None) -> list[dict[str, Any]]:

@@ -9,7 +9,8 @@ from typing import Any
 import pyarrow as pa
 
 from ray_pipeline.config.settings import Settings
-from ray_pipeline.evaluate.stage import with_truth, write_report
+from ray_pipeline.data.checkers import CheckerKey, with_truth
+from ray_pipeline.evaluate.stage import write_report
 from ray_pipeline.feedback.loop import reviews_by_prompt, what_next
 from ray_pipeline.graph.results import Run
 from ray_pipeline.graph.stage import Stage, StageResult, WholeInput, WholeWork
@@ -35,6 +36,7 @@ class LoopPage(Settings):
 
     run_name: str
     reviewers: tuple[str, ...]
+    checker: CheckerKey = None
 
 
 def loop_page(settings: LoopPage, prompts: Stage, candidates: Stage, reviews: Sequence[Stage], select: Stage) -> Stage:
@@ -67,7 +69,9 @@ def rewrite_page(run: Run) -> Folder:
     if "loop" in run.results:
         entry = run.manifest["stages"]["loop"]
         reviewers = tuple(r["name"] for r in run.manifest["config"]["loop"]["reviewers"])
-        page = LoopPage(run_name=run.manifest["config"]["run"]["name"], reviewers=reviewers)
+        config = run.manifest["config"]
+        checker = config["evaluate"].get("checker")
+        page = LoopPage(run_name=config["run"]["name"], reviewers=reviewers, checker=checker)
         with written_here(run.folder / entry["path"]) as folder:
             build_page(page, run.results, folder)
         run.show("loop", entry["path"])
@@ -79,7 +83,8 @@ def build_page(settings: LoopPage, results: Mapping[str, StageResult], folder: P
     from ray_pipeline.feedback.loop_stats import loop_stats
     from ray_pipeline.report.write import write_page
 
-    candidates = with_truth(results["candidates"].table().read_all(), results["prompts"].table().read_all())
+    prompts = results["prompts"].table().read_all()
+    candidates = with_truth(results["candidates"].table().read_all(), prompts, settings.checker)
     tables = [r.table().read_all() for name, r in sorted(results.items()) if name.startswith("review-")]
     reviews = pa.concat_tables([REVIEWS.empty_table(), *tables])
     ends = loop_ends(candidates, reviews, settings.reviewers)

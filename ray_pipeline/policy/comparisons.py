@@ -12,6 +12,7 @@ from ray_pipeline.agents.judges import JudgeAsking, SamplingSettings, compare
 from ray_pipeline.agents.templates import Layout, RoleTemplate
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.candidates import generated, reply_columns
+from ray_pipeline.data.checkers import CheckerKey
 from ray_pipeline.data.judging import unanswered
 from ray_pipeline.engines.base import ChatEngine, Message
 from ray_pipeline.engines.models import ModelSettings
@@ -46,6 +47,7 @@ class EvaluateSettings(Settings):
     asking: JudgeAsking = JudgeAsking()
     bootstrap_draws: int = Field(2000, ge=100)
     skip_generation: bool = Field(False, description="only report stored tables; make no responses and no comparisons")
+    checker: CheckerKey = None
     perplexity: bool = True
     perplexity_rows: int = Field(512, ge=1, description="maximum number of held-out desirable rows (smallest ids kept)")
 
