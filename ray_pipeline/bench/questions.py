@@ -62,27 +62,31 @@ def source_rows(source: str) -> list[dict[str, Any]]:
 
 
 class MtBenchSettings(Settings):
-    """The `mt_bench` block. The defaults are the published protocol but for the judge and its prompts.
+    """The `mt_bench` block. The defaults are the published protocol but for the judge and its prompts."""
 
-    Attributes:
-        references: answers that are shown in math, reasoning and coding; null: none are shown.
-        prompts: judge prompts, in the published form; `own`: the project's wording of them.
-        modes: grades of single answers, comparisons with `against` in both orders, or both.
-        against: the model (by its name in this run) that the others are compared with.
-        limit: so many questions, those of the smallest hash.
-    """
-
-    questions: str = "hf://spaces/lmsys/mt-bench/data/mt_bench/question.jsonl"
-    references: str | None = "hf://spaces/pe-nlp/mt-bench/data/mt_bench/reference_answer/gpt-4.jsonl"
-    reference_name: str = "gpt-4"
-    prompts: str = OWN
-    judge: str = "judge"
+    questions: str = Field(
+        "hf://spaces/lmsys/mt-bench/data/mt_bench/question.jsonl", description="question file in the published form"
+    )
+    references: str | None = Field(
+        "hf://spaces/pe-nlp/mt-bench/data/mt_bench/reference_answer/gpt-4.jsonl",
+        description="answers that are shown in math, reasoning and coding; null: none are shown",
+    )
+    reference_name: str = Field("gpt-4", description="model whose answers the reference file has")
+    prompts: str = Field(OWN, description="judge prompts, in the published form; `own`: the project's wording of them")
+    judge: str = Field("judge", description="key of the judging model")
     asking: BenchAsking = BenchAsking()
-    modes: tuple[mt_bench.Mode, ...] = Field(("single",), min_length=1)
-    against: str = "base"
-    answer_tokens: int = Field(mt_bench.ANSWER_TOKENS, ge=1)
-    temperatures: dict[str, float] = Field(default_factory=lambda: dict(mt_bench.CATEGORY_TEMPERATURES))
-    limit: int | None = Field(None, ge=1)
+    modes: tuple[mt_bench.Mode, ...] = Field(
+        ("single",),
+        min_length=1,
+        description="grades of single answers, comparisons with `against` in both orders, or both",
+    )
+    against: str = Field("base", description="the model (by its name in this run) that the others are compared with")
+    answer_tokens: int = Field(mt_bench.ANSWER_TOKENS, ge=1, description="maximum number of new tokens of an answer")
+    temperatures: dict[str, float] = Field(
+        default_factory=lambda: dict(mt_bench.CATEGORY_TEMPERATURES),
+        description="category → temperature of the answers",
+    )
+    limit: int | None = Field(None, ge=1, description="so many questions, those of the smallest hash")
 
     def load(self) -> list[mt_bench.Question]:
         """Raises BenchmarkFileError."""
@@ -102,29 +106,31 @@ _PUBLISHED_REFERENCE = re.compile(r"hf://datasets/tatsu-lab/alpaca_eval(@[\w.-]+
 
 
 class AlpacaEvalSettings(Settings):
-    """The `alpaca_eval` block. The defaults are the published protocol but for the judge and its prompt.
+    """The `alpaca_eval` block. The defaults are the published protocol but for the judge and its prompt."""
 
-    Attributes:
-        reference: instructions with the outputs that a model is compared with.
-        gamed: rows of the gamed baselines, for the published length control (df_gamed.csv); null: a fit without them.
-        difficulties: of the instructions by place; default: those in `gamed`.
-        prompt, labels: the judge's prompt, and what it answers for the output shown first and second.
-        order: the published coin of each instruction, or both orders.
-        limit: so many instructions, those of the smallest hash.
-    """
-
-    reference: str = "hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval_gpt4_baseline.json"
-    reference_name: str = REFERENCE
-    gamed: str | None = "hf://datasets/tatsu-lab/alpaca_eval/df_gamed.csv"
-    difficulties: str | None = None
-    prompt: str = OWN
-    labels: tuple[str, str] = ("m", "M")
-    judge: str = "judge"
+    reference: str = Field(
+        "hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval_gpt4_baseline.json",
+        description="instructions with the outputs that a model is compared with",
+    )
+    reference_name: str = Field(REFERENCE, description="model whose outputs the reference file has")
+    gamed: str | None = Field(
+        "hf://datasets/tatsu-lab/alpaca_eval/df_gamed.csv",
+        description="rows of the gamed baselines, for the published length control (df_gamed.csv); null: a "
+        "fit without them",
+    )
+    difficulties: str | None = Field(None, description="of the instructions by place; default: those in `gamed`")
+    prompt: str = Field(
+        OWN, description="the judge's prompt, and what it answers for the output shown first and second"
+    )
+    labels: tuple[str, str] = Field(
+        ("m", "M"), description="the judge's prompt, and what it answers for the output shown first and second"
+    )
+    judge: str = Field("judge", description="key of the judging model")
     asking: PreferenceAsking = PreferenceAsking()
-    order: OrderRule = "seeded"
-    order_seed: int = 0
+    order: OrderRule = Field("seeded", description="the published coin of each instruction, or both orders")
+    order_seed: int = Field(0, description="seed of the random order in which the two outputs are shown")
     sampling: SamplingSettings = SamplingSettings(temperature=0.0, max_tokens=2048)
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(None, ge=1, description="so many instructions, those of the smallest hash")
 
     @model_validator(mode="after")
     def _difficulties(self) -> AlpacaEvalSettings:
@@ -161,9 +167,11 @@ class AlpacaEvalSettings(Settings):
 class IfevalSettings(Settings):
     """The `ifeval` block: prompts in the published form. The checkers come with `quorum-align[ifeval]`."""
 
-    prompts: str = "hf://datasets/google/IFEval/ifeval_input_data.jsonl"
+    prompts: str = Field(
+        "hf://datasets/google/IFEval/ifeval_input_data.jsonl", description="prompt file in the published form"
+    )
     sampling: SamplingSettings = SamplingSettings(temperature=0.0, max_tokens=1280)
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(None, ge=1, description="maximum number of rows (smallest hashes kept); default: all")
 
     def load(self) -> list[IfevalPrompt]:
         """Raises BenchmarkFileError."""
@@ -176,20 +184,16 @@ class IfevalSettings(Settings):
 
 
 class BenchmarksSettings(Settings):
-    """The `benchmarks` block: which public benchmarks are run; one that is null is not.
+    """The `benchmarks` block: which public benchmarks are run; one that is null is not."""
 
-    Attributes:
-        floors: answer makers that know nothing, run beside the models on every benchmark.
-        seed: of warm answers and of `limit`.
-        draws: bootstrap samples of every interval.
-    """
-
-    mt_bench: MtBenchSettings | None = None
-    alpaca_eval: AlpacaEvalSettings | None = None
-    ifeval: IfevalSettings | None = None
-    floors: tuple[FloorName, ...] = ()
-    seed: int = 0
-    draws: int = Field(2000, ge=100)
+    mt_bench: MtBenchSettings | None = Field(None, description="MT-Bench; null: left out")
+    alpaca_eval: AlpacaEvalSettings | None = Field(None, description="AlpacaEval 2; null: left out")
+    ifeval: IfevalSettings | None = Field(None, description="IFEval; null: left out")
+    floors: tuple[FloorName, ...] = Field(
+        (), description="answer makers that know nothing, run beside the models on every benchmark"
+    )
+    seed: int = Field(0, description="of warm answers and of `limit`")
+    draws: int = Field(2000, ge=100, description="bootstrap samples of every interval")
 
     @model_validator(mode="after")
     def _something(self) -> BenchmarksSettings:
