@@ -246,7 +246,9 @@ def baselines(config: BaselinesConfig, run_folder: str) -> Dag:
     before = responses_stage("base", config.evaluate, base, prompts)
     responses = {"base": before, **policies}
     pairs = comparisons_stage(config.evaluate, models[config.evaluate.judge], texts.pairwise, prompts, before, policies)
-    scores = judge_stages(config.judge, models, texts.judge, prompts, responses, "score-responses", "evaluate")
+    scores = judge_stages(
+        config.judge, models, texts.judge, prompts, responses, "score-responses", "evaluate", "response verdicts"
+    )
     table = method_table(config.page(), [prompts, *rows.values(), *trained, *responses.values(), pairs, *scores])
     last = [table]
     if config.benchmarks is not None:

@@ -145,7 +145,7 @@ def evaluation(
     both = {"base": before, "policy": after}
     return [
         *(before, after, compared),
-        *judge_stages(judge, models, texts.judge, prompts, both, "score-responses", "evaluate"),
+        *judge_stages(judge, models, texts.judge, prompts, both, "score-responses", "evaluate", "response verdicts"),
     ]
 
 

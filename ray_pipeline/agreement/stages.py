@@ -204,6 +204,7 @@ def report_stage(page: AgreementPage, items: Stage, asked: Sequence[Stage] = ())
     return Stage(
         name=page.workflow,
         view="report",
+        role="page",
         work=WholeWork(function=write_report_stage, settings=page),
         config=page.model_dump(mode="json"),
         inputs={"items": items, **{f"asked/{stage.name}": stage for stage in asked}},
@@ -230,9 +231,8 @@ def rewrite_page(run: Run) -> Folder:
     results = [result for result in run.results.values() if "ballots" in result.tables]
     if not any("items" in result.tables for result in results):
         raise StoreError(f"{run.folder.location} has no items yet; `quorum run` makes them")
-    page = AgreementPage.model_validate(run.manifest["report"])
-    done = page.workflow in run.results
-    name = run.manifest["stages"][page.workflow]["path"] if done else f"report-{run.manifest['config_digest']}"
+    page = AgreementPage.model_validate(run.page)
+    name = run.page_folder(page.workflow)
     try:
         with written_here(run.folder / name) as folder:
             write_page(page, results, folder)

@@ -51,6 +51,7 @@ from ray_pipeline.store.local import written_here
 from ray_pipeline.store.schemas import READ_STATUSES
 
 MAX_FLIP_RATE = 0.3
+_JUDGED = {"bench_ratings", "bench_comparisons", "bench_preferences", "bench_checks"}
 MAX_UNREAD = 0.05
 
 
@@ -112,6 +113,7 @@ def report_stage(page: BenchmarksPage, stages: Sequence[Stage], *, view: str, na
         name=name,
         group=name,
         view=view,
+        role="scores",
         work=WholeWork(function=write_scores, settings=page),
         config=page.model_dump(mode="json", exclude={"run_name"}),
         inputs={stage.name: stage for stage in stages},
@@ -139,11 +141,9 @@ def rewrite_page(run: Run) -> Folder:
     Raises:
         StoreError: no question was answered yet.
     """
-    if not any(name.startswith(("bench-judge-", "bench-checks")) for name in run.results):
+    if not any(_JUDGED & set(result.tables) for result in run.results.values()):
         raise StoreError(f"{run.folder.location} has judged no benchmark yet; run the same command again first")
-    page = BenchmarksPage.model_validate(run.manifest["report"])
-    done = "benchmarks" in run.results
-    name = run.manifest["stages"]["benchmarks"]["path"] if done else f"report-{run.manifest['config_digest']}"
+    page, name = BenchmarksPage.model_validate(run.page), run.page_folder("benchmarks")
     try:
         with written_here(run.folder / name) as folder:
             _build(run.results, page, folder)

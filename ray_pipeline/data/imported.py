@@ -144,6 +144,7 @@ def preferences(
     return Stage(
         name=name,
         group="datasets",
+        role="rows",
         work=WholeWork(function=import_preferences, settings=given, tables=tables_of(source.format, settings)),
         config={
             "source": source.model_dump(mode="json"),

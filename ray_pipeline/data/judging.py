@@ -173,11 +173,13 @@ def judges(
     answers: Mapping[str, Stage],
     name: str = "judge",
     group: str = "",
+    holds: str = "",
 ) -> list[Stage]:
     """One stage per judge model, each with the verdicts of its own judges, ordered by candidate and judge.
 
     Args:
         answers: stages of candidates or responses by role; all of their rows are judged.
+        holds: role of the verdicts, see `Stage.role`.
     """
     stages = []
     for key in settings.models:
@@ -191,7 +193,7 @@ def judges(
         )
         if judging.layout is None:
             inputs["layout"] = _layout(f"{own}-layout", group or name, judging, models[key], inputs)
-        stages.append(JUDGES.stage(own, judging, models[key], inputs, group=group or name))
+        stages.append(JUDGES.stage(own, judging, models[key], inputs, group=group or name, holds=holds))
     return stages
 
 

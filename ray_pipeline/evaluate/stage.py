@@ -14,7 +14,7 @@ from pydantic import Field
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.engines.models import ModelSettings
-from ray_pipeline.graph.results import Run
+from ray_pipeline.graph.results import Run, of_role, table_of
 from ray_pipeline.graph.stage import Stage, StageResult, WholeInput, WholeWork
 from ray_pipeline.pocket.tasks import is_correct
 from ray_pipeline.policy.comparisons import EvaluateSettings, win_rate_protocol
@@ -78,6 +78,7 @@ def evaluate(
         name="evaluate",
         version=2,  # 2: win rates carry a protocol
         view="report",
+        role="page",
         work=WholeWork(function=evaluate_run, settings=given),
         config={
             "evaluate": settings.model_dump(mode="json"),
@@ -95,7 +96,7 @@ def evaluate_run(given: WholeInput) -> dict[str, Any]:
 
     settings: _Given = given.settings
     measured: dict[str, Perplexity] = {}
-    if settings.evaluate.perplexity and "train" in given.inputs:
+    if settings.evaluate.perplexity and of_role(given.inputs, "policy"):
         measured = _perplexities(given, settings)
     given.folder.write_json("perplexity.json", {name: dataclasses.asdict(p) for name, p in measured.items()})
     store_protocols(given.folder, settings.compared)
@@ -116,7 +117,7 @@ def _perplexities(given: WholeInput, settings: _Given) -> dict[str, Perplexity]:
 
     from ray_pipeline.policy.perplexity import perplexity
 
-    datasets = given.inputs["datasets"]
+    (datasets,) = of_role(given.inputs, "datasets")
     folder = Folder(datasets.folder) / "kto/val"
     rows: list[tuple[str, Any, str]] = []
     for name in folder.names(".parquet"):
@@ -128,7 +129,8 @@ def _perplexities(given: WholeInput, settings: _Given) -> dict[str, Perplexity]:
         return {}
     gpus = 1 if ray.cluster_resources().get("GPU") else 0
     task: Any = ray.remote(num_cpus=0, num_gpus=gpus)(perplexity)
-    policy = join(given.inputs["train"].folder, "merged")
+    (trained,) = of_role(given.inputs, "policy")
+    policy = join(trained.folder, "merged")
     found = {
         name: ray.get(
             task.remote(
@@ -176,12 +178,11 @@ def report_data(
 
     by_name = {result.name: result for result in results.values()}
     prompts = table_of(by_name, "prompts")
-    responses = table_of(by_name, "responses-base", "responses-policy")
+    responses = table_of(by_name, "responses")
     if responses is not None and prompts is not None:
         responses = with_truth(responses, prompts)
-    facts: dict[str, Any] = {name: result.facts for name, result in by_name.items()}
-    data = facts.get("datasets", {})
-    train = by_name.get("train")
+    data, sourced, train, scored = (_one(by_name, role) for role in ("datasets", "prompts", "policy", "scores"))
+    rows: Mapping[str, Any] = {} if data is None else data.facts
     return ReportData(
         run=RunIdentity(
             name=settings.run_name,
@@ -191,29 +192,29 @@ def report_data(
             models=settings.models,
             stages=DMAPO_STAGES if settings.stages is None else settings.stages,
         ),
-        prompt_counts=facts.get("prompts", {}).get("counts"),
+        prompt_counts=None if sourced is None else sourced.facts.get("counts"),
         prompts=prompts,
         candidates=table_of(by_name, "candidates"),
-        verdicts=table_of(by_name, *sorted(n for n in by_name if n == "judge" or n.startswith("judge-"))),
-        critiques=table_of(by_name, "critic"),
-        decisions=table_of(by_name, "gate", "select"),
-        dataset_counts=data.get("rows"),
-        dataset_guards=data.get("dropped"),
-        kto_weights=data.get("kto_weights"),
-        train_settings=facts.get("train", {}).get("effective"),
+        verdicts=table_of(by_name, "verdicts"),
+        critiques=table_of(by_name, "critiques"),
+        decisions=table_of(by_name, "decisions"),
+        dataset_counts=rows.get("rows"),
+        dataset_guards=rows.get("dropped"),
+        kto_weights=rows.get("kto_weights"),
+        train_settings=None if train is None else train.facts.get("effective"),
         train_metrics=None
         if train is None
         else Folder(train.folder).read_table(METRICS, fingerprint=train.fingerprint, schema=TRAIN_METRICS),
         comparisons=table_of(by_name, "comparisons"),
         responses=responses,
-        response_verdicts=table_of(by_name, *sorted(n for n in by_name if n.startswith("score-"))),
+        response_verdicts=table_of(by_name, "response verdicts"),
         perplexity=dict(measured) or None,
         curating_models=settings.curating,
-        evaluating_models=settings.evaluating if "comparisons" in by_name else {},
+        evaluating_models=settings.evaluating if of_role(by_name, "comparisons") else {},
         candidate_model=settings.candidate,
         compared=compared or {},
         stage_use=[stage_use(result) for result in by_name.values()],
-        benchmarks=_benchmark_scores(by_name.get("benchmarks")),
+        benchmarks=_benchmark_scores(scored),
         desirable_from=settings.gate.desirable_at,
         undesirable_to=settings.gate.undesirable_at,
         bootstrap_draws=settings.bootstrap_draws,
@@ -232,10 +233,9 @@ def planned_use(run_folder: Folder, results: Mapping[str, StageResult]) -> list[
     return compare_with_plan(plan, {result.name: result.usage for result in results.values()})
 
 
-def table_of(results: Mapping[str, StageResult], *names: str) -> pa.Table | None:
-    """The tables of the named stages as one, or None when none of them ran."""
-    tables = [results[name].table().read_all() for name in names if name in results and results[name].tables]
-    return pa.concat_tables(tables) if tables else None
+def _one(results: Mapping[str, StageResult], role: str) -> StageResult | None:
+    """The only result of a role, or None where that stage is not done."""
+    return next(iter(of_role(results, role)), None)
 
 
 def with_truth(responses: pa.Table, prompts: pa.Table) -> pa.Table:
@@ -294,18 +294,15 @@ def write_report(run: Run) -> Folder:
     from ray_pipeline.evaluate.build import build_report
     from ray_pipeline.policy.perplexity import Perplexity
 
-    settings = ReportSettings.model_validate(run.manifest["report"])
-    measured, compared = {}, {}
+    settings = ReportSettings.model_validate(run.page)
+    measured, compared, name = {}, {}, run.page_folder("evaluate")
     if "evaluate" in run.results:
-        done = Folder(run.results["evaluate"].folder)
+        done = run.folder / name
         measured = {name: Perplexity(**values) for name, values in done.read_json("perplexity.json").items()}
         compared = stored_protocols(done)
-        name = run.manifest["stages"]["evaluate"]["path"]
-    else:
-        name = f"report-{run.manifest['config_digest']}"
     data = report_data(run.results, settings, measured, compared)
     planned = planned_use(run.folder, run.results)
-    data = dataclasses.replace(data, config=run.manifest.get("config"), planned=planned)
+    data = dataclasses.replace(data, config=run.config or None, planned=planned)
     with written_here(run.folder / name) as folder:
         build_report(data, folder)
     return run.show("report", name)

@@ -68,7 +68,17 @@ def _make(
     outputs = {k: stage_table(folder.location, tables, k, num_shards, stage.fingerprint) for k in tables}
     rows = rows_of_tables(stage.name, outputs)
     usage = {**usage, "wall_seconds": time.monotonic() - begin}
-    return StageResult(stage.name, stage.fingerprint, folder.location, num_shards, tables, rows, facts, usage).save()
+    return StageResult(
+        stage.name,
+        stage.fingerprint,
+        folder.location,
+        num_shards,
+        tables,
+        rows,
+        facts,
+        usage,
+        role=stage.role_name,
+    ).save()
 
 
 def _shards(

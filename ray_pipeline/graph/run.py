@@ -159,6 +159,7 @@ def _result(stage: Stage, folder: Folder, num_shards: int, value: Mapping[str, A
         facts=value["facts"],
         usage=value["usage"],
         cached=True,
+        role=stage.role_name,
     )
 
 
@@ -309,6 +310,7 @@ def _run_tasks(
                     None if settings.only is None else settings.only.get(stage.name, ()),
                     settings.tables,
                     os.getcwd(),
+                    stage.role_name,
                 )
                 for stage in stages
             ]
@@ -515,6 +517,7 @@ class _Manifest:
         for stage in self._dag.stages:
             entry: dict[str, Any] = {
                 "group": stage.group_name,
+                "role": stage.role_name,
                 "fingerprint": stage.fingerprint,
                 "path": stage.folder_name,
                 "tables": list(stage.work.tables),

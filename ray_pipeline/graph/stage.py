@@ -116,6 +116,7 @@ class Stage:
     Attributes:
         name: unique in the DAG.
         group: the word that `--from` and `--to` know it by; several stages may share it.
+        role: what its table is, by which others find it; default: the kind of its first table. Not in the fingerprint.
         version: raised when the code changes what the stage writes.
         repeatable: making it again gives the same output. Where it does not (training), everything that was made
             from an output that is gone is made again too.
@@ -133,6 +134,7 @@ class Stage:
     repeatable: bool = True
     group: str = ""
     view: str = ""
+    role: str = ""
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -148,6 +150,10 @@ class Stage:
     def group_name(self) -> str:
         return self.group or self.name
 
+    @property
+    def role_name(self) -> str:
+        return self.role or next(iter(self.work.tables), "")
+
 
 @dataclasses.dataclass(frozen=True)
 class StageResult:
@@ -162,6 +168,7 @@ class StageResult:
     facts: Mapping[str, Any]
     usage: Mapping[str, float]
     cached: bool = False
+    role: str = ""
 
     def save(self) -> StageResult:
         """Write down that the stage is done: what a later run finds (`load_result`)."""

@@ -59,6 +59,7 @@ class StageJob:
     only: tuple[int, ...] | None
     room: Mapping[str, Any]
     working_folder: str
+    role: str = ""
 
 
 def explain(stage: str, error: BaseException) -> Failure:
@@ -103,7 +104,9 @@ def _end(job: StageJob, make: Callable[[], StageResult]) -> StageResult | Failur
 def _finish(job: StageJob, rows: dict[str, int], facts: dict[str, Any], usage: dict[str, float]) -> StageResult:
     Folder(job.folder).delete_folder("_attempts")
     tables = job.work.tables
-    return StageResult(job.name, job.fingerprint, job.folder, job.num_shards, tables, rows, facts, usage).save()
+    return StageResult(
+        job.name, job.fingerprint, job.folder, job.num_shards, tables, rows, facts, usage, role=job.role
+    ).save()
 
 
 def _check_stop(job: StageJob) -> None:

@@ -19,10 +19,8 @@ Failed = dict[str, tuple[int, ...]]
 def failed_shards(run: Run) -> Failed:
     """Stage → its failed and quarantined shards, of the stages that the manifest names and that are not done."""
     found: Failed = {}
-    for name, entry in run.manifest["stages"].items():
-        if entry["status"] == "done":
-            continue
-        if shards := read_failures(run.folder / entry["path"]):
+    for name, stage in run.stages.items():
+        if not stage.done and (shards := read_failures(run.folder / stage.path)):
             found[name] = tuple(sorted(shards))
     return found
 
@@ -40,8 +38,7 @@ def retry_shards(run: Run, dag: Dag, settings: Any, failed: Failed, console: Con
     """
     stages = {stage.name: stage for stage in dag.stages}
     for name in failed:
-        entry = run.manifest["stages"][name]
-        if name not in stages or stages[name].fingerprint != entry["fingerprint"]:
+        if name not in stages or stages[name].fingerprint != run.stages[name].fingerprint:
             raise StoreError(
                 f"{run.folder.location}: with this configuration {name} is another stage than the one whose shards "
                 "failed; leave out what changes its output, or use `quorum run`"

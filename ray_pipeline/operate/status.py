@@ -10,13 +10,13 @@ from __future__ import annotations
 import collections
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from ray_pipeline.graph.failures import read_failures
 from ray_pipeline.graph.heartbeat import BEAT_SECONDS
 from ray_pipeline.graph.progress import StageProgress
-from ray_pipeline.graph.results import Run, read_run
+from ray_pipeline.graph.results import Run, StageRecord, read_run
 from ray_pipeline.store.files import Folder, StoreError
 
 #: Ends of a count's name that mean that a row is not what it should be (`helpfulness.unparsed`, `error`).
@@ -130,12 +130,12 @@ class Watch:
         if life == "ended":  # it may have ended since the manifest was read
             run = read_run(self.folder.location)
         running = self._progress() if life != "ended" else {}
-        stages = [self._stage(run, name, entry, running.get(name)) for name, entry in run.manifest["stages"].items()]
+        stages = [self._stage(run, stage, running.get(name)) for name, stage in run.stages.items()]
         if life == "silent":
             for stage in stages:
                 stage.eta_seconds = stage.rows_per_second = stage.tokens_per_second = None
                 stage.status = "stopped" if stage.status == "running" else stage.status
-        return RunState(self.folder.location, run.manifest.get("dag", ""), life, stages)
+        return RunState(self.folder.location, run.workflow, life, stages)
 
     def until_ended(self, every: float) -> Iterator[RunState]:
         """The run as it is now and every so many seconds, until nobody works on it any more."""
@@ -170,29 +170,29 @@ class Watch:
         except (FileNotFoundError, StoreError, TypeError, KeyError):  # not yet there, or another version's
             return {}
 
-    def _stage(self, run: Run, name: str, entry: Mapping[str, Any], now: StageProgress | None) -> StageState:
-        state = StageState(name, entry["status"], error=entry.get("error", ""))
-        folder = self.folder / entry["path"] if entry.get("path") else None
-        if entry["status"] == "done":
-            self._finished(state, run, entry)
+    def _stage(self, run: Run, stage: StageRecord, now: StageProgress | None) -> StageState:
+        state = StageState(stage.name, stage.status, error=stage.error)
+        if stage.done:
+            self._finished(state, run, stage)
             return state
+        folder = self.folder / stage.path
         counts: collections.Counter[str] = collections.Counter()
-        if folder is not None and (now is not None or entry["status"] != "waiting" or name not in self._untouched):
-            self._unfinished(state, folder, entry, counts, run.manifest["num_shards"])
+        if now is not None or stage.status != "waiting" or stage.name not in self._untouched:
+            self._unfinished(state, folder, stage.tables, counts, run.num_shards)
             state.errors = _errors(counts) | self._shard_errors(state, folder)
             if state.shards_done:
                 state.status = "partial" if state.status == "waiting" else state.status
             elif now is None:
-                self._untouched.add(name)  # not listed again before somebody begins it
+                self._untouched.add(stage.name)  # not listed again before somebody begins it
         if now is not None and now.status == "running":
             self._live(state, now)
         return state
 
-    def _finished(self, state: StageState, run: Run, entry: Mapping[str, Any]) -> None:
-        usage, counts = entry.get("usage", {}), entry.get("facts", {}).get("counts", {})
-        state.rows = sum(entry.get("rows", {}).values())
-        if entry["tables"]:
-            state.shards = state.shards_done = run.manifest["num_shards"]
+    def _finished(self, state: StageState, run: Run, stage: StageRecord) -> None:
+        usage, counts = stage.usage, stage.facts.get("counts", {})
+        state.rows = sum(stage.rows.values())
+        if stage.tables:
+            state.shards = state.shards_done = run.num_shards
         for field in ("calls_engine", "calls_log", "prompt_tokens", "completion_tokens", "cached_tokens"):
             setattr(state, field, usage.get(field, 0))
         state.seconds = usage.get("wall_seconds", 0.0)
@@ -205,12 +205,11 @@ class Watch:
         self,
         state: StageState,
         folder: Folder,
-        entry: Mapping[str, Any],
+        tables: Sequence[str],
         counts: collections.Counter[str],
         num_shards: int,
     ) -> None:
         """What is there of a stage that is not done: names of shards, and their receipts (read once)."""
-        tables = entry["tables"]
         places = [folder / kind for kind in tables] if len(tables) > 1 else [folder] * len(tables)
         if not tables:
             return

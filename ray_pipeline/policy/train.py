@@ -57,6 +57,7 @@ def train(
     return Stage(
         name=name,
         group="train",
+        role="policy",
         view=view,
         repeatable=False,
         work=WholeWork(function=train_policy, settings=_Given(train=settings, model=model, max_length=max_length)),

@@ -131,8 +131,9 @@ class Run:
             parents = {role: self.results[parent.name] for role, parent in stage.inputs.items()}
             facts: dict[str, Any] = {}
             result = StageResult(
-                stage.name, stage.fingerprint, place.location, num_shards, stage.work.tables, {}, facts, {}
-            )
+                stage.name, stage.fingerprint, place.location, num_shards, stage.work.tables, {}, facts, {},
+                role=stage.role_name,
+            )  # fmt: skip
             if isinstance(stage.work, ShardWork):
                 for shard in range(num_shards):
                     tables: dict[str, Any] = {}
@@ -380,13 +381,20 @@ def test_ifeval_runs_on_the_official_checkers_and_unknown_instructions_are_refus
 
 def test_the_page_can_be_written_anew_from_a_run(whole: Any) -> None:
     from ray_pipeline.graph.results import Run as Stored
+    from ray_pipeline.graph.results import StageRecord
 
     found, _, config = whole
-    stages = {name: {"path": Path(result.folder).name, "status": "done"} for name, result in found.results.items()}
+    stages = {
+        name: StageRecord(name, name, result.role, "", Path(result.folder).name, result.tables, {}, "done")
+        for name, result in found.results.items()
+    }
     stored = Stored(
         Folder(str(found.folder)),
-        {"report": config.page().model_dump(mode="json"), "stages": stages, "config_digest": "x"},
+        "benchmarks",
+        stages,
         found.results,
+        config.num_shards,
+        page=config.page().model_dump(mode="json"),
     )
     before = (found.page / "benchmarks.csv").read_bytes()
     (found.page / "benchmarks.csv").unlink()
@@ -451,7 +459,20 @@ def test_two_models_of_one_name_are_refused_and_a_run_folder_gives_its_policy(tm
     (finished / "manifest.json").write_text(
         json.dumps(
             {
-                "stages": {"train": {"status": "done", "path": "train-abc"}},
+                "dag": "dmapo",
+                "num_shards": 2,
+                "stages": {
+                    "train": {
+                        "status": "done",
+                        "path": "train-abc",
+                        "fingerprint": "abc",
+                        "tables": [],
+                        "group": "train",
+                        "rows": {},
+                        "facts": {},
+                        "usage": {},
+                    }
+                },
                 "config": {"train": {"model": "p"}, "models": {"p": {"model": base, "dtype": "float32"}}},
                 "report": {"curating": {"helpfulness": "qwen3-judge"}},
             }

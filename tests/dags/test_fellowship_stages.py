@@ -63,8 +63,9 @@ def play(
             )  # fmt: skip
             facts = stage.work.function(given)
         results[stage.name] = StageResult(
-            stage.name, stage.fingerprint, folder.location, SHARDS, stage.work.tables, {}, facts, {}
-        )
+            stage.name, stage.fingerprint, folder.location, SHARDS, stage.work.tables, {}, facts, {},
+            role=stage.role_name,
+        )  # fmt: skip
     return results
 
 
@@ -172,8 +173,8 @@ def test_the_report_and_the_audit_read_the_run(played: dict[str, StageResult], c
     metrics = json.loads(Path(Folder(played["evaluate"].folder).path("metrics.json")).read_text())
     assert metrics["run"]["workflow"] == "fellowship" and metrics["missing_stages"] == ["train", "evaluate"]
     folder = Folder(str(Path(Folder(played["prompts"].folder).path()).parent))
-    run = Run(folder, {"dag": "fellowship", "config": config.model_dump(mode="json")}, played)
-    (found,) = audit_picks(run).reports.values()
+    run = Run(folder, "fellowship", {}, played, SHARDS, config=config.model_dump(mode="json"))
+    (found,) = audit_picks(run, config).reports.values()
     assert found.ok, found.problems[:3]
     assert found.rows["prompts"] == 60 and found.rows["dpo"] == len(data(played, "datasets", "dpo"))
 

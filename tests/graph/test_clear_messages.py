@@ -119,4 +119,4 @@ def test_a_corrupt_manifest_is_named_with_the_remedy(command: str, content: str,
     result = CliRunner().invoke(app, [command, str(tmp_path)])
     assert result.exit_code == 2
     said = " ".join(result.output.split())
-    assert told in said and ("run again" in said or "run the same command again" in said)
+    assert told in said and ("run again" in said or "rerun the same command" in said)

@@ -147,7 +147,7 @@ def test_a_run_is_read_back(tmp_path: Path) -> None:
     waiting = {"status": "waiting", "fingerprint": "g", "path": "judge-g", "tables": ["verdicts"]}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest(prompts=DONE, judge=waiting)))
     run = read_run(str(tmp_path))
-    assert list(run.results) == ["prompts"] and run.manifest["dag"] == "dmapo"
+    assert list(run.results) == ["prompts"] and run.workflow == "dmapo"
     table = run.results["prompts"].table()
     assert (table.folder, table.num_shards, table.fingerprint) == (str(tmp_path / "prompts-f"), 4, "f")
     assert run.results["prompts"].cached

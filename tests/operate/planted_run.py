@@ -68,6 +68,7 @@ def plant(folder: Path, world: World | None = None, *overrides: str) -> Path:
 def _entry(stage: Stage) -> dict[str, Any]:
     return {
         "group": stage.group_name,
+        "role": stage.role_name,
         "fingerprint": stage.fingerprint,
         "path": stage.folder_name,
         "tables": list(stage.work.tables),

@@ -71,7 +71,7 @@ def test_written_data_sets_are_those_that_a_run_with_these_thresholds_finds(fold
     run = read_run(str(folder))
     labels, _ = by_hand(GateConfig(tau=1.0, desirable_at=8))
     assert run.results["gate"].facts["counts"] == {**dict.fromkeys(run.results["gate"].facts["counts"], 0), **labels}
-    assert run.manifest["config"] == config.model_dump(mode="json")
+    assert run.config == config.model_dump(mode="json")
     rows = [
         row for f in sorted((folder / "datasets" / "kto").rglob("*.parquet")) for row in pq.read_table(f).to_pylist()
     ]
