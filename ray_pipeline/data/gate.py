@@ -15,7 +15,7 @@ and the first line that fits decides:
     f ≤ undesirable_at              undesirable
     otherwise                       discard
 
-What was not read stays unread: it is never replaced by a number (design §5 and §6.1).
+What was not read stays unread: it is never replaced by a number (docs/architecture.md).
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def source_digests(config: PromptsConfig) -> dict[str, str]:
     return {
         _digest_name(name, part): value
         for name, source in named_sources(config.sources)
-        for part, value in source.content().items()
+        for part, value in source.digest().items()
     }
 
 
