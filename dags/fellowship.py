@@ -199,7 +199,7 @@ def _improvement(config: FellowshipConfig, prompts: Stage) -> list[Stage]:
         )
     # The loop's own first responses, generated for these prompts: equal calls are made once.
     _, (first,), _ = feedback_stages(loop.model_copy(update={"responses": 1}), models, own)
-    first = dataclasses.replace(first, name="improve-generate", role="branch responses")
+    first = dataclasses.replace(first, name="improve-generate", role="branch candidates")
     branches = branch_stages(settings, loop, models, own, first)
     responses = {"responses": branches.responses, "revisions": branches.revisions}
     verdicts = _judged(config, own, responses, "improve-judge", "branch verdicts")

@@ -72,7 +72,7 @@ def _role_before_roles(name: str, entry: Mapping[str, Any]) -> str:
         return "response verdicts" if group == "evaluate" else "branch verdicts"
     if group.startswith("improve-") and tables != ("revisions",):
         return f"branch {tables[0]}"
-    return "turns" if tables == ("candidates",) and name != "candidates" else tables[0]
+    return "turns" if "generate-" in name else tables[0]
 
 
 @dataclasses.dataclass(frozen=True)
