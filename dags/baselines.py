@@ -20,7 +20,7 @@ from ray_pipeline.data.critic import critic
 from ray_pipeline.data.imported import preferences
 from ray_pipeline.data.judging import judges
 from ray_pipeline.evaluate.method_table import method_table
-from ray_pipeline.graph.run import stage_folder
+from ray_pipeline.graph.resume import stage_folder
 from ray_pipeline.graph.stage import Dag, Stage
 from ray_pipeline.policy.comparisons import comparisons, responses
 from ray_pipeline.policy.train import train

@@ -13,7 +13,7 @@ from ray_pipeline.data.columnar import datasets, gate, prompts
 from ray_pipeline.data.critic import critic
 from ray_pipeline.data.judging import judges
 from ray_pipeline.evaluate.stage import evaluate
-from ray_pipeline.graph.run import stage_folder, stored
+from ray_pipeline.graph.resume import stage_folder, stored
 from ray_pipeline.graph.stage import Dag, Stage
 from ray_pipeline.policy.comparisons import comparisons, responses
 from ray_pipeline.policy.train import train

@@ -21,7 +21,7 @@ from ray_pipeline.feedback.loop import feedback_stages
 from ray_pipeline.feedback.page import LoopPage, loop_page
 from ray_pipeline.feedback.select import ranks, select
 from ray_pipeline.fellowship_config import FellowshipConfig
-from ray_pipeline.graph.run import stage_folder, stored
+from ray_pipeline.graph.resume import stage_folder, stored
 from ray_pipeline.graph.stage import Dag, Stage
 from ray_pipeline.policy.comparisons import comparisons, responses
 from ray_pipeline.policy.train import train

@@ -69,6 +69,10 @@ def run(
     device_hour: Annotated[
         float | None, typer.Option(help="price of one GPU (without GPUs: of one engine) for an hour, for --max-cost")
     ] = None,
+    executor: Annotated[
+        str, typer.Option(help="ray, or inprocess: everything in this process, so that breakpoints work")
+    ] = "ray",
+    debug: Annotated[bool, typer.Option("--debug", help="show workers' tracebacks, which the log always has")] = False,
     log_json: Annotated[
         bool, typer.Option("--log-json", help="log as JSON lines with run, stage and shard, for log collectors")
     ] = False,
@@ -81,11 +85,13 @@ def run(
     from dags import DAGS
     from ray_pipeline.config import ConfigError, load_config
     from ray_pipeline.data.sources import InputError
+    from ray_pipeline.graph.driver import execute
     from ray_pipeline.graph.heartbeat import RunBusy
     from ray_pipeline.graph.reach import check_location, in_a_job
-    from ray_pipeline.graph.run import execute, load_result
+    from ray_pipeline.graph.resume import load_result
+    from ray_pipeline.graph.stage import StageRef
     from ray_pipeline.operate.prices import budget_of
-    from ray_pipeline.operate.run_settings import run_settings
+    from ray_pipeline.operate.run_settings import executor_of, run_settings
     from ray_pipeline.store.files import Folder, StoreError
     from ray_pipeline.workflows import WORKFLOWS
 
@@ -97,7 +103,14 @@ def run(
         folder = settings.run_folder(run_dir)
         graph = DAGS[dag](settings, folder)
         if dry_run:
-            _show_plan(graph, folder, settings, from_stage, to_stage, load_result)
+            _show_plan(
+                graph,
+                folder,
+                settings,
+                from_stage,
+                to_stage,
+                lambda stage: load_result(StageRef.of(stage, folder, settings.num_shards)),
+            )
             return
         if in_a_job():
             check_location(run_dir or settings.run.root, "--run-dir" if run_dir else "run.root")
@@ -105,7 +118,10 @@ def run(
         _link_latest(folder, settings.run.root)
         outcome = execute(
             graph,
-            run_settings(settings, folder, budget=budget_of(settings, max_cost, device_hour), log_json=log_json),
+            run_settings(
+                settings, folder, budget=budget_of(settings, max_cost, device_hour), log_json=log_json, debug=debug
+            ),
+            executor_of(settings, executor),
             from_group=from_stage,
             to_group=to_stage,
             console=Console(soft_wrap=True),
@@ -151,7 +167,7 @@ def _print(text: str) -> None:
 def _show_plan(graph: Any, folder: str, settings: Any, from_stage: str | None, to_stage: str | None, load: Any) -> None:
     again = graph.downstream(from_stage) if from_stage else []
     for stage in graph.upto(to_stage):
-        done = stage not in again and load(folder, stage, settings.num_shards) is not None
+        done = stage not in again and load(stage) is not None
         reads = ", ".join(parent.name for parent in stage.inputs.values()) or "-"
         _print(f"{stage.name:<28} {'done' if done else 'to do':<6} {stage.folder_name:<48} reads {reads}")
     _print(f"run folder: {folder}; call log: {settings.calls_root(folder)}; {settings.num_shards} shards")

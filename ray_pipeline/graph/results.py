@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from ray_pipeline.graph.stage import StageResult
+from ray_pipeline.graph.stage import StageRef, StageResult
 from ray_pipeline.store.files import Folder, StoreError, point_at
 
 
@@ -41,18 +41,10 @@ def read_run(location: str) -> Run:
 
 def _results(folder: Folder, manifest: dict[str, Any]) -> dict[str, StageResult]:
     num_shards = manifest["num_shards"]
-    return {
-        name: StageResult(
-            name=name,
-            fingerprint=entry["fingerprint"],
-            folder=folder.uri(entry["path"]),
-            num_shards=num_shards,
-            tables=tuple(entry["tables"]),
-            rows=entry["rows"],
-            facts=entry["facts"],
-            usage=entry["usage"],
-            cached=True,
-        )
-        for name, entry in manifest["stages"].items()
-        if entry["status"] == "done"
-    }
+    found: dict[str, StageResult] = {}
+    for name, entry in manifest["stages"].items():
+        if entry["status"] == "done":
+            place = folder.uri(entry["path"])
+            ref = StageRef(name, entry["fingerprint"], place, num_shards, tuple(entry["tables"]))
+            found[name] = StageResult.read(ref, entry)
+    return found

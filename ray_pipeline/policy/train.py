@@ -10,6 +10,7 @@ import ray
 from pydantic import Field, model_validator
 
 from ray_pipeline.engines.models import ModelSettings
+from ray_pipeline.graph.cluster import connected
 from ray_pipeline.graph.stage import BadInput, Stage, StageStop, WholeInput, WholeWork
 from ray_pipeline.store.files import NotWritten, StoreError, join
 from ray_pipeline.store.schemas import TRAIN_METRICS
@@ -159,6 +160,11 @@ def train_policy(given: WholeInput) -> dict[str, Any]:
         BadInput: the data, the settings or the cluster cannot give a training run.
         StageStop: the run was to end (`--max-cost`), and the training ended at a checkpoint.
     """
+    with connected():  # where stages run without a cluster, Ray Train gets one of its own
+        return _train_policy(given)
+
+
+def _train_policy(given: WholeInput) -> dict[str, Any]:
     settings: _Given = given.settings
     train, model = settings.train, settings.model
     data = given.inputs["datasets"]

@@ -133,7 +133,7 @@ class Run:
             parents = {role: self.results[parent.name] for role, parent in stage.inputs.items()}
             facts: dict[str, Any] = {}
             result = StageResult(
-                stage.name, stage.fingerprint, place.location, num_shards, stage.work.tables, {}, facts, {}
+                stage.name, stage.fingerprint, place.location, num_shards, stage.work.tables, {}, facts
             )
             if isinstance(stage.work, ShardWork):
                 for shard in range(num_shards):

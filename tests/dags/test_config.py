@@ -16,7 +16,7 @@ from dags.dmapo import dmapo
 from ray_pipeline import config as module
 from ray_pipeline.config import CONFIGS as CONFIGS_OF
 from ray_pipeline.config import BaselinesConfig, ConfigError, DmapoConfig, load_config, read_config
-from ray_pipeline.graph.run import stage_folder
+from ray_pipeline.graph.resume import stage_folder
 from ray_pipeline.operate.run_settings import run_settings
 from ray_pipeline.training.spec import TrainingInputError
 from ray_pipeline.workflows import WORKFLOWS
