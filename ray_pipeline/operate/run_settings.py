@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from ray_pipeline.config import served_models
 from ray_pipeline.graph.driver import RunSettings
 from ray_pipeline.graph.executor import Executor
 from ray_pipeline.graph.reach import wanted_keys
 from ray_pipeline.graph.session import Session
 from ray_pipeline.operate.prices import budget_of
+from ray_pipeline.workflow.config import RunConfig
 
 EXECUTORS = ("ray", "inprocess")
 
 
 def run_settings(
-    config: Any,
+    config: RunConfig,
     folder: str,
     *,
     calls_root: str | None = None,
@@ -24,7 +24,6 @@ def run_settings(
 ) -> RunSettings:
     """
     Args:
-        config: of any workflow.
         folder: of the run; absolute path or URI.
         calls_root: of the call log; default: the configuration's.
         only: by stage, the shards to make.
@@ -47,10 +46,9 @@ def run_settings(
     return RunSettings(session, **(given | other))
 
 
-def executor_of(config: Any, name: str = "ray", max_stages: int | None = None) -> Executor:
+def executor_of(config: RunConfig, name: str = "ray", max_stages: int | None = None) -> Executor:
     """
     Args:
-        config: of any workflow.
         name: one of `EXECUTORS`.
         max_stages: default: the configuration's.
 
@@ -69,5 +67,5 @@ def executor_of(config: Any, name: str = "ray", max_stages: int | None = None) -
         config.ray.arguments(),
         max_stages or config.ray.max_stages,
         config.ray.tables.room(),
-        wanted_keys(served_models(config)),
+        wanted_keys(config.served()),
     )

@@ -4,18 +4,18 @@ import collections
 import itertools
 import json
 import unicodedata
-from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from pydantic import ValidationError
 
 from ray_pipeline.data.prompts import PromptsConfig, load_prompts, shard_prompts, source_digests
-from ray_pipeline.data.sources import HuggingFaceSource, InputError, JsonlSource, PocketSource
+from ray_pipeline.data.sources import HuggingFaceSource, InputError, JsonlSource, PocketSource, SourceRow
 from ray_pipeline.store.keys import prompt_id, shard_of, unit_hash
 from ray_pipeline.store.schemas import PROMPTS
+from tests.published import DATA, needs
 
-REAL_PROMPTS = Path(__file__).parents[3] / "shared" / "data" / "prompts" / "real_prompts.jsonl"
+REAL_PROMPTS = DATA / "prompts" / "real_prompts.jsonl"
 
 
 def write(path, prompts, **columns):
@@ -195,16 +195,14 @@ def test_digests_of_all_sources_are_kept_apart(tmp_path):
 
 
 def test_hub_data_is_read_at_the_commit_of_the_digests(monkeypatch):
-    from ray_pipeline.data import prompts, sources
-
     asked = []
 
-    def rows(source, commit=None):
-        asked.append((source.name, commit))
-        yield sources.SourceRow({"row": 1}, "text")
+    def rows(source):
+        asked.append((source.name, source.revision))
+        yield SourceRow({"row": 1}, "text")
 
-    monkeypatch.setattr(prompts, "read_rows", rows)
-    monkeypatch.setattr(prompts, "content_digests", lambda source: {source.name: f"commit of {source.name}"})
+    monkeypatch.setattr(HuggingFaceSource, "rows", rows)
+    monkeypatch.setattr(HuggingFaceSource, "digest", lambda source: {source.name: f"commit of {source.name}"})
     config = PromptsConfig()
     load_prompts(config, source_digests(config))
     assert asked == [(s.name, f"commit of {s.name}") for s in config.sources]
@@ -213,7 +211,7 @@ def test_hub_data_is_read_at_the_commit_of_the_digests(monkeypatch):
 # --- real prompts -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not REAL_PROMPTS.exists(), reason=f"{REAL_PROMPTS} is not here")
+@needs("prompts")
 def test_real_prompts():
     rows = [json.loads(line) for line in REAL_PROMPTS.read_text().splitlines()]
     # Independent of our normaliser: these texts differ only in blanks at the ends of lines and between words.
