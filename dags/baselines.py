@@ -32,7 +32,7 @@ from ray_pipeline.data.imported import PreferenceSource, preferences, tables_of
 from ray_pipeline.data.judging import judges as judge_stages
 from ray_pipeline.data.sources import InputError
 from ray_pipeline.evaluate.method_table import PolicyName, TableSettings, method_table, rewrite_page
-from ray_pipeline.graph.run import stage_folder
+from ray_pipeline.graph.resume import stage_folder
 from ray_pipeline.graph.stage import Dag, Stage
 from ray_pipeline.policy.comparisons import comparisons as comparisons_stage
 from ray_pipeline.policy.comparisons import responses as responses_stage

@@ -34,7 +34,7 @@ from ray_pipeline.feedback.improvement_rows import improvement_rows
 from ray_pipeline.feedback.loop import LoopSettings, feedback_stages
 from ray_pipeline.feedback.page import LoopPage, loop_page, rewrite_page
 from ray_pipeline.feedback.select import SelectSettings, ranks, select
-from ray_pipeline.graph.run import stored
+from ray_pipeline.graph.resume import stored
 from ray_pipeline.graph.stage import Dag, Stage
 from ray_pipeline.policy.train import train as train_stage
 from ray_pipeline.training.spec import TrainSettings

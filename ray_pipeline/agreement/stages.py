@@ -17,7 +17,7 @@ from ray_pipeline.agreement.recorded import Recorded, Replay, read_item, read_re
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.sources import HuggingFaceSource, InputError, JsonlSource
 from ray_pipeline.graph.results import Run
-from ray_pipeline.graph.stage import BadInput, Stage, StageResult, WholeInput, WholeWork, stage_table
+from ray_pipeline.graph.stage import BadInput, Stage, StageRef, StageResult, WholeInput, WholeWork
 from ray_pipeline.stats.protocol import Protocol
 from ray_pipeline.store.files import Folder, StoreError
 from ray_pipeline.store.keys import check_num_shards, digest, shard_of, unit_hash
@@ -144,11 +144,12 @@ def make_items(given: WholeInput) -> dict[str, Any]:
         found = read_data(settings.data, settings.commit)
     except InputError as error:
         raise BadInput(str(error)) from error
+    ref = StageRef("items", given.fingerprint, given.folder.location, given.num_shards, ("items", "ballots"))
     for kind, rows, schema, key in (
         ("items", found.items, ITEMS, _item_key),
         ("ballots", found.ballots, BALLOTS, _ballot_key),
     ):
-        table = stage_table(given.folder.location, ("items", "ballots"), kind, given.num_shards, given.fingerprint)
+        table = ref.table(kind)
         shards: list[list[dict[str, Any]]] = [[] for _ in range(given.num_shards)]
         for row in sorted(rows, key=key):
             shards[shard_of(row["prompt_id"], given.num_shards)].append(row)

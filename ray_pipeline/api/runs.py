@@ -91,13 +91,14 @@ def run(
         ConfigError: as `load_config`.
         RuntimeError: a stage failed; the message names it and the reason. Finished work is kept.
     """
-    from ray_pipeline.graph.run import execute
-    from ray_pipeline.operate.run_settings import run_settings
+    from ray_pipeline.graph.driver import execute
+    from ray_pipeline.operate.run_settings import executor_of, run_settings
 
     settings = load_config(workflow, config, overrides)
     folder = settings.run_folder(run_dir)
     graph = find_workflow(workflow).wire(settings, folder)
-    outcome = execute(graph, run_settings(settings, folder), from_group=from_stage, to_group=to_stage)
+    how, executor = run_settings(settings, folder), executor_of(settings)
+    outcome = execute(graph, how, executor, from_group=from_stage, to_group=to_stage)
     if outcome.failures:
         failed = "; ".join(f"{name}: {failure.reason}" for name, failure in outcome.failures.items())
         raise RuntimeError(f"{failed}. Finished work is kept; the same call resumes the run in {folder}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -113,7 +114,6 @@ def evaluate_run(given: WholeInput) -> dict[str, Any]:
 
 def _perplexities(given: WholeInput, settings: _Given) -> dict[str, Perplexity]:
     """Of base and policy, on held-out desirable answers."""
-    import ray
 
     from ray_pipeline.policy.perplexity import perplexity
 
@@ -127,25 +127,38 @@ def _perplexities(given: WholeInput, settings: _Given) -> dict[str, Perplexity]:
     rows = sorted(rows, key=lambda row: row[0])[: settings.evaluate.perplexity_rows]
     if not rows:
         return {}
-    gpus = 1 if ray.cluster_resources().get("GPU") else 0
-    task: Any = ray.remote(num_cpus=0, num_gpus=gpus)(perplexity)
     (trained,) = of_role(given.inputs, "policy")
     policy = join(trained.folder, "merged")
-    found = {
-        name: ray.get(
-            task.remote(
-                path,
-                [(prompt, text) for _, prompt, text in rows],
-                device="cuda" if gpus else "cpu",
-                dtype="bfloat16" if gpus else "float32",
-                max_length=settings.max_length,
-                trust_remote_code=settings.base.trust_remote_code,
-                revision=settings.base.revision if name == "base" else None,
-                chat_template_kwargs=settings.base.chat_template_args,
-            )
+    found = {}
+    for name, path in (("base", settings.base.model), ("policy", policy)):
+        measure = functools.partial(
+            perplexity,
+            path,
+            [(prompt, text) for _, prompt, text in rows],
+            max_length=settings.max_length,
+            trust_remote_code=settings.base.trust_remote_code,
+            revision=settings.base.revision if name == "base" else None,
+            chat_template_kwargs=settings.base.chat_template_args,
         )
-        for name, path in (("base", settings.base.model), ("policy", policy))
-    }
+        found[name] = _where_a_gpu_is(measure)
+    return found
+
+
+def _where_a_gpu_is(measure: Callable[..., Perplexity]) -> Perplexity:
+    """Call with device and dtype: here where there is no cluster, else as a task that holds a GPU if there is one."""
+    import ray
+
+    if not ray.is_initialized():
+        import torch
+
+        gpus = int(torch.cuda.is_available())
+    else:
+        gpus = 1 if ray.cluster_resources().get("GPU") else 0
+    given = {"device": "cuda", "dtype": "bfloat16"} if gpus else {"device": "cpu", "dtype": "float32"}
+    if not ray.is_initialized():
+        return measure(**given)
+    task: Any = ray.remote(num_cpus=0, num_gpus=gpus)(lambda: measure(**given))
+    found: Perplexity = ray.get(task.remote())
     return found
 
 
@@ -230,7 +243,7 @@ def planned_use(run_folder: Folder, results: Mapping[str, StageResult]) -> list[
         plan = run_folder.read_json("plan.json")
     except (FileNotFoundError, StoreError):
         return []
-    return compare_with_plan(plan, {result.name: result.usage for result in results.values()})
+    return compare_with_plan(plan, {result.name: result.usage.plain() for result in results.values()})
 
 
 def _one(results: Mapping[str, StageResult], role: str) -> StageResult | None:
@@ -270,10 +283,10 @@ def stage_use(result: StageResult) -> StageUse:
     """What one stage used, for a report."""
     from ray_pipeline.evaluate.data import StageUse
 
-    usage = result.usage
+    usage = result.usage.plain()
 
     def whole(name: str) -> int | None:
-        return int(usage[name]) if name in usage and result.usage.get("calls_engine") is not None else None
+        return int(usage[name]) if name in usage else None
 
     return StageUse(
         stage=result.name,

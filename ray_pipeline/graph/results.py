@@ -8,7 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from ray_pipeline.graph.stage import StageResult
+from ray_pipeline.engines.usage import Usage
+from ray_pipeline.graph.stage import StageRef, StageResult
 from ray_pipeline.store.files import Folder, StoreError, point_at
 
 
@@ -35,12 +36,12 @@ class StageRecord:
     error: str = ""
     rows: Mapping[str, int] = dataclasses.field(default_factory=dict)
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    usage: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    usage: Usage = dataclasses.field(default_factory=Usage)
 
     @classmethod
     def read(cls, name: str, entry: Mapping[str, Any]) -> StageRecord:
         """From the manifest's entry. Raises KeyError and TypeError when it is something else."""
-        optional = {key: entry[key] for key in ("error", "rows", "facts", "usage") if key in entry}
+        optional = {key: entry[key] for key in ("error", "rows", "facts") if key in entry}
         return cls(
             name=name,
             group=entry.get("group", name),
@@ -50,8 +51,15 @@ class StageRecord:
             tables=tuple(entry["tables"]),
             inputs=entry.get("inputs", {}),
             status=entry["status"],
+            usage=Usage.read(entry.get("usage", {})),
             **optional,
         )
+
+    def result(self, folder: Folder, num_shards: int) -> StageResult:
+        """Of a stage that is done."""
+        place = folder.uri(self.path)
+        ref = StageRef(self.name, self.fingerprint, place, num_shards, self.tables, role=self.role)
+        return StageResult(**vars(ref), rows=self.rows, facts=self.facts, usage=self.usage, cached=True)
 
     @property
     def done(self) -> bool:
@@ -145,7 +153,7 @@ def read_run(location: str) -> Run:
             workflow=manifest["dag"],
             stages=stages,
             results={
-                name: _result(folder, stage, manifest["num_shards"]) for name, stage in stages.items() if stage.done
+                name: stage.result(folder, manifest["num_shards"]) for name, stage in stages.items() if stage.done
             },
             num_shards=manifest["num_shards"],
             calls_root=manifest.get("calls_root", ""),
@@ -161,18 +169,3 @@ def read_run(location: str) -> Run:
             f"{folder.uri('manifest.json')} is no manifest ({type(error).__name__}: {error}); rerun the same command "
             "to rewrite it: it finds what is done in the stage folders"
         ) from error
-
-
-def _result(folder: Folder, stage: StageRecord, num_shards: int) -> StageResult:
-    return StageResult(
-        name=stage.name,
-        fingerprint=stage.fingerprint,
-        folder=folder.uri(stage.path),
-        num_shards=num_shards,
-        tables=stage.tables,
-        rows=stage.rows,
-        facts=stage.facts,
-        usage=stage.usage,
-        cached=True,
-        role=stage.role,
-    )

@@ -40,6 +40,6 @@ def side_of(run: Run) -> Side:
         workflow=workflow,
         config=run.config,
         fingerprints={stage: result.fingerprint for stage, result in run.results.items()},
-        usage={stage: result.usage for stage, result in run.results.items()},
+        usage={stage: result.usage.plain() for stage, result in run.results.items()},
         metrics=metrics,
     )

@@ -21,9 +21,11 @@ from ray_pipeline.data import columnar
 from ray_pipeline.data.datasets import kto_weights
 from ray_pipeline.data.gate import GateConfig, decide, label_counts
 from ray_pipeline.graph.heartbeat import BEAT_SECONDS, Heartbeat
-from ray_pipeline.graph.inline import make_here
+from ray_pipeline.graph.in_process import make_here
+from ray_pipeline.graph.manifest import stage_entry
 from ray_pipeline.graph.results import Run, StageRecord
-from ray_pipeline.graph.run import stage_folder
+from ray_pipeline.graph.resume import stage_folder
+from ray_pipeline.graph.session import Session
 from ray_pipeline.graph.stage import Stage, WholeWork
 from ray_pipeline.store.files import StoreError, point_at
 from ray_pipeline.store.keys import digest
@@ -203,7 +205,7 @@ def write(given: Regate, say: Callable[[str], None], beat_seconds: float = BEAT_
     made = _stages(given)
     with Heartbeat(run.folder, beat_seconds=beat_seconds, say=say):
         results = dict(run.results)
-        make_here(made, run.folder.location, run.num_shards, results, run.calls_root, say)
+        make_here(made, Session(run.folder.location, run.calls_root, run.num_shards), results, say)
         before = run.folder.read_json("manifest.json")
         plain = config.model_dump(mode="json")
         manifest = {
@@ -257,18 +259,7 @@ def _entries(before: Mapping[str, Any], made: Sequence[Stage], results: Mapping[
     for name, entry in before.items():
         if name in by_name:
             stage, result = by_name[name], results[name]
-            entries[name] = {
-                "group": entry["group"],
-                "role": stage.role_name,
-                "fingerprint": stage.fingerprint,
-                "path": stage.folder_name,
-                "tables": list(stage.work.tables),
-                "inputs": {role: parent.name for role, parent in stage.inputs.items()},
-                "status": "done",
-                "rows": dict(result.rows),
-                "facts": dict(result.facts),
-                "usage": dict(result.usage),
-            }
+            entries[name] = {**stage_entry(stage), "group": entry["group"], "status": "done", **result.plain()}
         elif changed & set(entry["inputs"].values()):
             changed.add(name)
             entries[name] = {

@@ -6,11 +6,12 @@ from typing import Any
 
 from rich.console import Console
 
+from ray_pipeline.graph.driver import execute
 from ray_pipeline.graph.failures import read_failures
 from ray_pipeline.graph.results import Run
-from ray_pipeline.graph.run import execute, stage_folder
+from ray_pipeline.graph.resume import stage_folder
 from ray_pipeline.graph.stage import Dag
-from ray_pipeline.operate.run_settings import run_settings
+from ray_pipeline.operate.run_settings import executor_of, run_settings
 from ray_pipeline.store.files import StoreError
 
 Failed = dict[str, tuple[int, ...]]
@@ -47,7 +48,7 @@ def retry_shards(run: Run, dag: Dag, settings: Any, failed: Failed, console: Con
     groups = [g for g in dag.groups if any(stages[name].group_name == g for name in failed)]
     problems: list[str] = []
     for group in groups:
-        outcome = execute(dag, how, to_group=group, console=console)
+        outcome = execute(dag, how, executor_of(settings), to_group=group, console=console)
         for name in (name for name in failed if stages[name].group_name == group):
             if name in outcome.not_run:
                 problems.append(f"{name}: a stage that it reads is not done; `quorum run` makes it")

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from ray_pipeline.engines.usage import Usage
 from ray_pipeline.graph.failures import read_failures
 from ray_pipeline.graph.heartbeat import BEAT_SECONDS
 from ray_pipeline.graph.progress import StageProgress
@@ -40,11 +41,7 @@ class StageState:
     shards_failed: int = 0
     shards_quarantined: int = 0
     rows: float = 0
-    calls_engine: float = 0
-    calls_log: float = 0
-    prompt_tokens: float = 0
-    completion_tokens: float = 0
-    cached_tokens: float = 0
+    usage: Usage = dataclasses.field(default_factory=Usage)
     seconds: float = 0.0
     rows_per_second: float | None = None
     tokens_per_second: float | None = None
@@ -52,13 +49,9 @@ class StageState:
     errors: dict[str, int] = dataclasses.field(default_factory=dict)
     error: str = ""
 
-    @property
-    def prefix_hit_rate(self) -> float | None:
-        """Share of the prompt tokens that came from the prefix cache; None without prompt tokens."""
-        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else None
-
     def plain(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "prefix_hit_rate": self.prefix_hit_rate}
+        own = {name: value for name, value in vars(self).items() if name != "usage"}
+        return {**vars(self.usage), **own, "prefix_hit_rate": self.usage.prefix_hit_rate}
 
 
 @dataclasses.dataclass
@@ -166,7 +159,7 @@ class Watch:
     def _progress(self) -> dict[str, StageProgress]:
         try:
             found = self.folder.read_json("progress.json")
-            return {stage["name"]: StageProgress(**stage) for stage in found}
+            return {stage["name"]: StageProgress.read(stage) for stage in found}
         except (FileNotFoundError, StoreError, TypeError, KeyError):  # not yet there, or another version's
             return {}
 
@@ -189,17 +182,16 @@ class Watch:
         return state
 
     def _finished(self, state: StageState, run: Run, stage: StageRecord) -> None:
-        usage, counts = stage.usage, stage.facts.get("counts", {})
+        counts = stage.facts.get("counts", {})
         state.rows = sum(stage.rows.values())
         if stage.tables:
             state.shards = state.shards_done = run.num_shards
-        for field in ("calls_engine", "calls_log", "prompt_tokens", "completion_tokens", "cached_tokens"):
-            setattr(state, field, usage.get(field, 0))
-        state.seconds = usage.get("wall_seconds", 0.0)
+        state.usage = stage.usage
+        state.seconds = state.usage.wall_seconds
         state.errors = _errors({k: n for k, n in counts.items() if isinstance(n, int)})
         if state.seconds:
             state.rows_per_second = state.rows / state.seconds
-            state.tokens_per_second = (state.prompt_tokens + state.completion_tokens) / state.seconds
+            state.tokens_per_second = state.usage.tokens / state.seconds
 
     def _unfinished(
         self,
@@ -220,8 +212,7 @@ class Watch:
             receipt = self._receipt(receipts, name)
             counts.update(receipt.get("counts", {}))
             state.rows += sum(receipt.get("rows", {}).values())
-            for field in ("calls_engine", "calls_log", "prompt_tokens", "completion_tokens", "cached_tokens"):
-                setattr(state, field, getattr(state, field) + receipt.get("usage", {}).get(field, 0))
+            state.usage += Usage.read(receipt.get("usage", {}))
 
     def _receipt(self, folder: Folder, name: str) -> dict[str, Any]:
         key = (folder.location, name)
@@ -236,9 +227,7 @@ class Watch:
         """Counters of the session that is at work, and rates between two looks of ours."""
         state.status, state.seconds, state.eta_seconds = "running", now.seconds, now.eta
         state.shards, state.shards_done = now.shards or state.shards, max(now.shards_done, state.shards_done)
-        for field in ("rows", "calls_engine", "calls_log", "prompt_tokens", "completion_tokens", "cached_tokens"):
-            setattr(state, field, getattr(now, field))
-        tokens = now.prompt_tokens + now.completion_tokens
+        state.rows, state.usage, tokens = now.rows, now.usage, now.usage.tokens
         before = self._last.get(state.name, (0.0, 0.0, 0.0))
         if now.seconds <= before[0]:  # the same picture again, or a new session
             before = (0.0, 0.0, 0.0)

@@ -131,7 +131,7 @@ class Run:
             parents = {role: self.results[parent.name] for role, parent in stage.inputs.items()}
             facts: dict[str, Any] = {}
             result = StageResult(
-                stage.name, stage.fingerprint, place.location, num_shards, stage.work.tables, {}, facts, {},
+                stage.name, stage.fingerprint, place.location, num_shards, stage.work.tables, {}, facts,
                 role=stage.role_name,
             )  # fmt: skip
             if isinstance(stage.work, ShardWork):

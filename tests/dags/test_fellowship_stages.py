@@ -19,7 +19,7 @@ from ray_pipeline.config.loading import load_config
 from ray_pipeline.engines.base import ChatEngine
 from ray_pipeline.engines.logged import LoggedEngine
 from ray_pipeline.graph.results import Run
-from ray_pipeline.graph.stage import Dag, ShardInput, ShardWork, Stage, StageResult, WholeInput, stage_table
+from ray_pipeline.graph.stage import Dag, ShardInput, ShardWork, Stage, StageRef, StageResult, WholeInput
 from ray_pipeline.pocket.reviewing import feedback_on
 from ray_pipeline.pocket.tasks import rubric_scores, truth
 from ray_pipeline.store.files import Folder
@@ -63,7 +63,7 @@ def play(
             )  # fmt: skip
             facts = stage.work.function(given)
         results[stage.name] = StageResult(
-            stage.name, stage.fingerprint, folder.location, SHARDS, stage.work.tables, {}, facts, {},
+            stage.name, stage.fingerprint, folder.location, SHARDS, stage.work.tables, {}, facts,
             role=stage.role_name,
         )  # fmt: skip
     return results
@@ -89,7 +89,7 @@ def _shards(stage: Stage, inputs: Any, folder: Folder, root: Path, engine_of: An
         output = run(go())
         counts.update(output.counts)
         for kind, table in output.tables.items():
-            stage_table(folder.location, stage.work.tables, kind, SHARDS, stage.fingerprint).write(shard, table)
+            StageRef.of(stage, str(root), SHARDS).table(kind).write(shard, table)
     return {"counts": dict(counts)}
 
 

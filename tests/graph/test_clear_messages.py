@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from ray_pipeline.cli import app
 from ray_pipeline.graph.heartbeat import Heartbeat
 from ray_pipeline.graph.results import read_run
-from ray_pipeline.graph.stage_task import explain
+from ray_pipeline.graph.stage_work import explain
 from ray_pipeline.store.files import Folder, NotWritten, StoreError, point_at
 
 
