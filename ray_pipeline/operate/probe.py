@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 from rich.console import Console

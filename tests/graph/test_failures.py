@@ -237,7 +237,7 @@ def test_a_lost_worker_is_no_failure_and_a_dead_engine_is(tmp_path: Path, actor:
     ("marks", "deaths", "status"), [(0, 0, "ok"), (3, 0, "ok"), (4, 0, "failed"), (5, 2, "ok"), (6, 2, "failed")]
 )
 def test_a_shard_may_lose_its_worker_as_often_as_is_allowed_and_no_more(
-    tmp_path: Path, actor: Callable[..., ShardActor], marks: int, deaths: int, status: str
+    tmp_path: Path, actor: Callable[..., EngineHost], marks: int, deaths: int, status: str
 ) -> None:
     """Attempts that an engine's death ended are no preemptions."""
     function, seen = failing(0)
