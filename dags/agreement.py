@@ -17,5 +17,5 @@ def agreement(config: AgreementConfig, run_folder: str) -> Dag:
     """The workflow as a DAG."""
     items = items_stage(config.data)
     strategies, debates = config.strategy_templates(), config.debate_templates()
-    asked = ask_stages(config.ask, strategies, debates, config.failure, config.models, items)
+    asked = ask_stages(config.ask, strategies, debates, config.models, items)
     return Dag("agreement", [items, *asked, report_stage(config.page(), items, asked)])

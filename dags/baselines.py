@@ -52,21 +52,19 @@ def baselines(config: BaselinesConfig, run_folder: str) -> Dag:
         length, data = config.datasets.max_length, files[name.data, name.seed]
         policy = train(settings, base, length, data, name=f"train-{name.label}", view="")
         weights = base.trained((stage_folder(run_folder, policy) / "merged").location)
-        policies[name.label] = responses(name.label, config.evaluate, config.failure, weights, asked, policy)
+        policies[name.label] = responses(name.label, config.evaluate, weights, asked, policy)
         measured[name.label] = Answering(weights, policy)
         trained.append(policy)
 
-    before = responses("base", config.evaluate, config.failure, base, asked)
+    before = responses("base", config.evaluate, base, asked)
     answers = {"base": before, **policies}
-    pairs = comparisons(
-        config.evaluate, config.failure, models[config.evaluate.judge], texts.pairwise, asked, before, policies
-    )
-    scores = judges(config.judge, config.failure, models, texts.judge, asked, answers, "score-responses", "evaluate")
+    pairs = comparisons(config.evaluate, models[config.evaluate.judge], texts.pairwise, asked, before, policies)
+    scores = judges(config.judge, models, texts.judge, asked, answers, "score-responses", "evaluate")
     table = method_table(config.page(), [asked, *rows.values(), *trained, *answers.values(), pairs, *scores])
     last = [table]
     if config.benchmarks is not None:
         page = config.benchmarks_page()
-        last += benchmark_stages(config.benchmarks, page, config.failure, models, measured, view="benchmarks")
+        last += benchmark_stages(config.benchmarks, page, models, measured, view="benchmarks")
     return Dag("baselines", last)
 
 
@@ -76,11 +74,11 @@ def _judged(config: BaselinesConfig, asked: Stage) -> _Judged | None:
     if not own:
         return None
     texts, models = config.templates(), config.models
-    answers = candidates(config.candidates, config.failure, models[config.candidates.model], asked)
-    verdicts = judges(config.judge, config.failure, models, texts.judge, asked, {"candidates": answers})
+    answers = candidates(config.candidates, models[config.candidates.model], asked)
+    verdicts = judges(config.judge, models, texts.judge, asked, {"candidates": answers})
     critiques = None
     if any((decides := config.gate_of(variant)) is not None and decides.use_critic for variant in own):
-        critiques = critic(config.critic, config.failure, models[config.critic.model], texts.critic, asked, answers)
+        critiques = critic(config.critic, models[config.critic.model], texts.critic, asked, answers)
     return _Judged(answers, verdicts, critiques)
 
 

@@ -16,5 +16,5 @@ def benchmarks(config: BenchmarksConfig, run_folder: str) -> Dag:
     measured = {name: Answering(model) for name, model in config.measured().items()}
     return Dag(
         "benchmarks",
-        benchmark_stages(config.benchmarks, config.page(), config.failure, config.judges, measured),
+        benchmark_stages(config.benchmarks, config.page(), config.judges, measured),
     )

@@ -24,11 +24,11 @@ def dmapo(config: DmapoConfig, run_folder: str) -> Dag:
     texts, models, base = config.templates(), config.models, config.models[config.train.model]
 
     asked = prompts(config.prompts)
-    answers = candidates(config.candidates, config.failure, models[config.candidates.model], asked)
-    verdicts = judges(config.judge, config.failure, models, texts.judge, asked, {"candidates": answers})
+    answers = candidates(config.candidates, models[config.candidates.model], asked)
+    verdicts = judges(config.judge, models, texts.judge, asked, {"candidates": answers})
     critiques = None
     if config.gate.use_critic:
-        critiques = critic(config.critic, config.failure, models[config.critic.model], texts.critic, asked, answers)
+        critiques = critic(config.critic, models[config.critic.model], texts.critic, asked, answers)
     decisions = gate(config.gate, config.judge.names, answers, verdicts, critiques)
     data = datasets(config.datasets, config.gate, config.judge.names, base, asked, answers, verdicts, decisions)
     made = [asked, answers, *verdicts, *([critiques] if critiques else []), decisions, data]
@@ -48,20 +48,18 @@ def _benchmarks(config: DmapoConfig, run_folder: str, policy: Stage) -> list[Sta
     base = config.models[config.train.model]
     trained = base.trained((stage_folder(run_folder, policy) / "merged").location)
     measured = {"base": Answering(base), "policy": Answering(trained, policy)}
-    return benchmark_stages(
-        config.benchmarks, config.benchmarks_page(), config.failure, config.models, measured, view="benchmarks"
-    )
+    return benchmark_stages(config.benchmarks, config.benchmarks_page(), config.models, measured, view="benchmarks")
 
 
 def _both_answer(config: DmapoConfig, run_folder: str, asked: Stage, policy: Stage) -> list[Stage]:
     """Base and policy answer the held-out prompts; the judges score both, and one compares them in both orders."""
     texts, models, base = config.templates(), config.models, config.models[config.train.model]
     trained = base.trained((stage_folder(run_folder, policy) / "merged").location)
-    before = responses("base", config.evaluate, config.failure, base, asked)
-    after = responses("policy", config.evaluate, config.failure, trained, asked, policy)
+    before = responses("base", config.evaluate, base, asked)
+    after = responses("policy", config.evaluate, trained, asked, policy)
     compared = comparisons(
-        config.evaluate, config.failure, models[config.evaluate.judge], texts.pairwise, asked, before, {"policy": after}
+        config.evaluate, models[config.evaluate.judge], texts.pairwise, asked, before, {"policy": after}
     )
     both = {"base": before, "policy": after}
-    scored = judges(config.judge, config.failure, models, texts.judge, asked, both, "score-responses", "evaluate")
+    scored = judges(config.judge, models, texts.judge, asked, both, "score-responses", "evaluate")
     return [before, after, compared, *scored]

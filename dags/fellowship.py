@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from ray_pipeline.data.columnar import dataset_files, dataset_rows, prompts
 from ray_pipeline.data.judging import judges
 from ray_pipeline.evaluate.stage import evaluate
-from ray_pipeline.feedback.improve import branch_stages, improvement_rows
+from ray_pipeline.feedback.improve import branch_stages
+from ray_pipeline.feedback.improvement_rows import improvement_rows
 from ray_pipeline.feedback.loop import feedback_stages
 from ray_pipeline.feedback.page import LoopPage, loop_page
 from ray_pipeline.feedback.select import ranks, select
@@ -33,7 +34,7 @@ def fellowship(config: FellowshipConfig, run_folder: str) -> Dag:
     every = config.select.pairs == "every_rejected"
 
     asked = prompts(config.prompts)
-    answers, made, reviews = feedback_stages(config.loop, config.failure, config.models, asked)
+    answers, made, reviews = feedback_stages(config.loop, config.models, asked)
     verdicts = _judged(config, asked, {"candidates": answers}, "judge")
     decisions = select(config.judges, answers, verdicts, config.select.jury)
     rows = dataset_rows(limits, config.judges, base, asked, answers, verdicts, decisions, every_rejected=every)
@@ -54,9 +55,9 @@ def fellowship(config: FellowshipConfig, run_folder: str) -> Dag:
 def _judged(config: FellowshipConfig, asked: Stage, answers: Mapping[str, Stage], name: str) -> list[Stage]:
     """Verdicts on all answers, by the strategy or the debate of `select`, or by the rubric judges."""
     if config.select.compares:
-        return ranks(config.select, config.failure, config.models, asked, answers, name)
+        return ranks(config.select, config.models, asked, answers, name)
     assert config.judge is not None
-    return judges(config.judge, config.failure, config.models, config.templates().judge, asked, answers, name)
+    return judges(config.judge, config.models, config.templates().judge, asked, answers, name)
 
 
 def _improvement(config: FellowshipConfig, asked: Stage) -> list[Stage]:
@@ -67,9 +68,9 @@ def _improvement(config: FellowshipConfig, asked: Stage) -> list[Stage]:
     if settings.prompts is not None:
         own = dataclasses.replace(prompts(settings.prompts), name="improve-prompts", group="improve-prompts")
     # The loop's own first responses, asked of these prompts: equal calls are made once.
-    _, (first,), _ = feedback_stages(loop.model_copy(update={"responses": 1}), config.failure, models, own)
+    _, (first,), _ = feedback_stages(loop.model_copy(update={"responses": 1}), models, own)
     first = dataclasses.replace(first, name="improve-generate")
-    branches = branch_stages(settings, loop, config.failure, models, own, first)
+    branches = branch_stages(settings, loop, models, own, first)
     answers = {"responses": branches.responses, "revisions": branches.revisions}
     verdicts = _judged(config, own, answers, "improve-judge")
     every = config.select.pairs == "every_rejected"
@@ -102,15 +103,15 @@ def _both_answer(config: FellowshipConfig, run_folder: str, asked: Stage, policy
     """Base and policy answer the held-out prompts; a judge compares them in both orders, rubric judges score both."""
     texts, models, base = config.templates(), config.models, config.models[config.train.model]
     trained = base.trained((stage_folder(run_folder, policy) / "merged").location)
-    before = responses("base", config.evaluate, config.failure, base, asked)
-    after = responses("policy", config.evaluate, config.failure, trained, asked, policy)
+    before = responses("base", config.evaluate, base, asked)
+    after = responses("policy", config.evaluate, trained, asked, policy)
     compared = comparisons(
-        config.evaluate, config.failure, models[config.evaluate.judge], texts.pairwise, asked, before, {"policy": after}
+        config.evaluate, models[config.evaluate.judge], texts.pairwise, asked, before, {"policy": after}
     )
     both = {"base": before, "policy": after}
     scored = (
         []
         if config.judge is None
-        else judges(config.judge, config.failure, models, texts.judge, asked, both, "score-responses", "evaluate")
+        else judges(config.judge, models, texts.judge, asked, both, "score-responses", "evaluate")
     )
     return [before, after, compared, *scored]

@@ -22,5 +22,5 @@ def winrate(config: WinrateConfig, run_folder: str) -> Dag:
         items = items_stage(config.data)
         return Dag("winrate", [items, report_stage(config.page(), items)])
     asked = prompts(config.live.prompts)
-    answering, compared = versus_stages(config.live, config.failure, config.models, asked)
+    answering, compared = versus_stages(config.live, config.models, asked)
     return Dag("winrate", [asked, *answering, compared, report_stage(config.page(), compared)])

@@ -28,6 +28,7 @@ from ray_pipeline.config import DmapoConfig, load_config
 from ray_pipeline.data.judging import judges
 from ray_pipeline.engines.base import Completion, Message, Sampling
 from ray_pipeline.engines.vllm import VllmEngine, VllmSpec
+from ray_pipeline.graph.failures import FailureSettings
 from ray_pipeline.graph.run import start_ray
 from ray_pipeline.graph.shard_map import ShardJob, map_shards
 from ray_pipeline.graph.stage import ShardWork, Stage, WholeWork
@@ -97,9 +98,7 @@ def inputs(folder: Path, prompts: int, num_shards: int) -> dict[str, ShardedTabl
 
 def judge_stage(config: DmapoConfig) -> Stage:
     nothing = Stage("nothing", WholeWork(lambda given: {}), {})
-    (stage,) = judges(
-        config.judge, config.failure, config.models, config.templates().judge, nothing, {"candidates": nothing}
-    )
+    (stage,) = judges(config.judge, config.models, config.templates().judge, nothing, {"candidates": nothing})
     return stage
 
 
@@ -123,10 +122,10 @@ def through_the_pipeline(config: DmapoConfig, tables: dict[str, ShardedTable], f
     stage, note = judge_stage(config), folder / "ready"
     assert isinstance(stage.work, ShardWork)
     spec = config.models["judge"].spec()
-    work = dataclasses.replace(stage.work, engine=functools.partial(TimedEngine, spec, str(note)), max_error_rate=1.0)
+    work = dataclasses.replace(stage.work, engine=functools.partial(TimedEngine, spec, str(note)))
     job = ShardJob(
         "judge", str(folder / "judge"), "benchmark", tables["prompts"].num_shards, work, tables, {},
-        str(folder / "calls"), "session", False, None,
+        str(folder / "calls"), "session", False, None, FailureSettings(max_error_rate=1.0),
     )  # fmt: skip
     calls = 0
     for receipt in map_shards([job], [(job.stage, shard) for shard in range(job.num_shards)]):

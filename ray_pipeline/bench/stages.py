@@ -14,7 +14,6 @@ from ray_pipeline.bench.judging import checks, judge_stages
 from ray_pipeline.bench.questions import BenchmarksSettings, question_rows, questions_stage
 from ray_pipeline.bench.report import BenchmarksPage, report_stage
 from ray_pipeline.engines.models import ModelSettings
-from ray_pipeline.graph.failures import FailureSettings
 from ray_pipeline.graph.stage import Stage
 
 
@@ -29,7 +28,6 @@ class Answering:
 def benchmark_stages(
     settings: BenchmarksSettings,
     page: BenchmarksPage,
-    failure: FailureSettings,
     judges: Mapping[str, ModelSettings],
     measured: Mapping[str, Answering],
     *,
@@ -41,12 +39,10 @@ def benchmark_stages(
         BenchmarkFileError, TemplateError, CheckersMissing: something that they need is not there.
     """
     questions = questions_stage(settings)
-    answered = {
-        name: answers(name, settings, failure, one.model, questions, one.train) for name, one in measured.items()
-    }
+    answered = {name: answers(name, settings, one.model, questions, one.train) for name, one in measured.items()}
     if settings.floors:
         answered["floors"] = floors(settings, questions)
-    said = judge_stages(settings, failure, judges, questions, answered)
+    said = judge_stages(settings, judges, questions, answered)
     if settings.ifeval is not None:
         said.append(checks(questions, answered))
     return [questions, *answered.values(), *said, report_stage(page, [questions, *answered.values(), *said], view=view)]

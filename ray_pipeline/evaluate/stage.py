@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray
 import yaml
 from pydantic import Field
 
@@ -113,6 +112,8 @@ def evaluate_run(given: WholeInput) -> dict[str, Any]:
 
 def _perplexities(given: WholeInput, settings: _Given) -> dict[str, Perplexity]:
     """Of base and policy, on held-out desirable answers."""
+    import ray
+
     from ray_pipeline.policy.perplexity import perplexity
 
     datasets = given.inputs["datasets"]

@@ -20,35 +20,32 @@ _NAME = "_failures.json"
 _MOST = 2000
 
 
-class FailurePolicy(Settings):
-    """What becomes of shards that fail. None of this changes a table.
+class FailureSettings(Settings):
+    """The `failure` block: when a stage stops because too much goes wrong, and what becomes of shards that fail.
 
-    A shard that fails is tried again at once by the same worker, with back-off; then it is given up for this session,
-    which counts as one failure. A worker that was lost with its actor or node (pre-emption) is no failure: the shard
-    goes to another one. An engine that died is told apart, because a shard may be what kills it.
+    None of this changes a table. A shard that fails is retried at once by the same worker, with back-off; then it is
+    given up for this session, which counts as one failure. A worker lost with its actor or node (pre-emption) is no
+    failure: the shard goes to another one. A dead engine is counted apart, because a shard may be what kills it.
     """
-
-    retries: int = Field(2, ge=0, description="further tries at a shard that failed, before it is given up")
-    backoff_s: float = Field(1.0, ge=0, description="seconds before the first further try; doubled each time")
-    backoff_max_s: float = Field(60.0, ge=0)
-    quarantine_after: int = Field(3, ge=1, description="times given up, over all sessions, until it is left alone")
-    max_failed_shards: float = Field(0.5, gt=0, le=1, description="share of failed shards that stops a stage")
-    shard_window: int = Field(20, ge=2, description="over how many of the last shards")
-    engine_deaths: int = Field(4, ge=1, description="engines that may die under a shard in one session")
-    preemptions: int = Field(50, ge=0, description="times that a shard may lose its actor or node in one session")
-
-    def pause(self, tries: int) -> float:
-        """Seconds to wait after so many failed tries (1, 2 …)."""
-        return min(self.backoff_s * 2 ** (tries - 1), self.backoff_max_s)
-
-
-class FailureSettings(FailurePolicy):
-    """The `failure` block: when a stage stops because too much goes wrong, and what becomes of shards that fail."""
 
     max_error_rate: float = Field(
         0.5, gt=0, le=1, description="share of unreadable replies of one judge that stops a stage"
     )
-    error_window: int = Field(200, ge=4, description="over how many of its last replies")
+    error_window: int = Field(200, ge=4, description="number of latest replies that the share is taken over")
+    retries: int = Field(2, ge=0, description="further attempts at a failed shard before it is given up")
+    backoff_s: float = Field(1.0, ge=0, description="seconds before the first retry; doubled each time")
+    backoff_max_s: float = Field(60.0, ge=0, description="longest wait before a retry, in seconds")
+    quarantine_after: int = Field(
+        3, ge=1, description="times given up, over all sessions, before a shard is skipped until `quorum retry`"
+    )
+    max_failed_shards: float = Field(0.5, gt=0, le=1, description="share of failed shards that stops a stage")
+    shard_window: int = Field(20, ge=2, description="number of latest shards that the share is taken over")
+    engine_deaths: int = Field(4, ge=1, description="engines that may die on one shard in one session")
+    preemptions: int = Field(50, ge=0, description="times that one shard may lose its actor or node in one session")
+
+    def pause(self, tries: int) -> float:
+        """Seconds to wait after so many failed tries (1, 2 …)."""
+        return min(self.backoff_s * 2 ** (tries - 1), self.backoff_max_s)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +107,7 @@ class FailureLedger:
         missing: shards that are not there; records of others are out of date and go.
     """
 
-    def __init__(self, stage: Folder, policy: FailurePolicy, missing: Iterable[int]) -> None:
+    def __init__(self, stage: Folder, policy: FailureSettings, missing: Iterable[int]) -> None:
         wanted = set(missing)
         self._stage, self._policy = stage, policy
         before = read_failures(stage)

@@ -26,7 +26,7 @@ import yaml
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
-from ray_pipeline.graph.failures import FailurePolicy, lift_quarantine, read_failures
+from ray_pipeline.graph.failures import FailureSettings, lift_quarantine, read_failures
 from ray_pipeline.graph.heartbeat import BEAT_SECONDS, Heartbeat
 from ray_pipeline.graph.json_log import JsonLines, stage_of
 from ray_pipeline.graph.pools import share_pools
@@ -91,7 +91,7 @@ class RunSettings:
     replay_only: bool = False
     max_stages: int | None = None
     tables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    failure: FailurePolicy = dataclasses.field(default_factory=FailurePolicy)
+    failure: FailureSettings = dataclasses.field(default_factory=FailureSettings)
     only: Mapping[str, tuple[int, ...]] | None = None
     lift_quarantine: bool = False
     keys: tuple[WantedKey, ...] = ()

@@ -18,8 +18,8 @@ import os
 import time
 import traceback
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import pyarrow as pa
 import ray
@@ -29,7 +29,7 @@ from ray.data import ActorPoolStrategy, TaskPoolStrategy
 from ray_pipeline.engines.base import ChatEngine, EngineDead, EngineStop
 from ray_pipeline.engines.logged import CallNotLogged, CallStats, LoggedEngine
 from ray_pipeline.engines.models import Placement
-from ray_pipeline.graph.failures import FailurePolicy
+from ray_pipeline.graph.failures import FailureSettings
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, StageStop, stage_table
 from ray_pipeline.store.files import Folder, StoreError
 from ray_pipeline.store.tables import ShardedTable
@@ -44,8 +44,6 @@ REPORT_SECONDS = 0.5
 _REPLIES_AT_ONCE = 100
 #: What ends the whole stage; any other error is of one shard.
 _STOPS = (StageStop, EngineStop, CallNotLogged)
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +61,7 @@ class ShardJob:
     session: str
     replay_only: bool
     board: Any
-    policy: FailurePolicy = dataclasses.field(default_factory=FailurePolicy)
+    policy: FailureSettings = dataclasses.field(default_factory=FailureSettings)
 
     def output(self, kind: str) -> ShardedTable:
         return stage_table(self.folder, self.work.tables, kind, self.num_shards, self.fingerprint)
@@ -314,17 +312,17 @@ class ShardActor:
 
     def _watch(self, job: ShardJob, judge: str, read: bool) -> None:
         """Stop the stage when too many of a judge's last replies could not be read."""
-        work, replies = job.work, self._replies.setdefault(job.stage, collections.Counter())
+        policy, replies = job.policy, self._replies.setdefault(job.stage, collections.Counter())
         replies[judge, read] += 1
         if replies.total() >= _REPLIES_AT_ONCE:
             self._count_replies(job)
-        window = self._watched.setdefault((job.stage, judge), collections.deque(maxlen=work.error_window))
+        window = self._watched.setdefault((job.stage, judge), collections.deque(maxlen=policy.error_window))
         window.append(read)
         unread = window.count(False) if not read else 0
-        if len(window) >= max(1, work.error_window // 4) and unread > work.max_error_rate * len(window):
+        if len(window) >= max(1, policy.error_window // 4) and unread > policy.max_error_rate * len(window):
             raise StageStop(
                 f"{unread} of the last {len(window)} replies of {judge} could not be read "
-                f"({unread / len(window):.0%}, allowed {work.max_error_rate:.0%}). The call log holds what it says; "
+                f"({unread / len(window):.0%}, allowed {policy.max_error_rate:.0%}). The call log holds what it says; "
                 "a wrong model, a wrong template or a grammar that is turned off are the usual reasons"
             )
 
@@ -370,19 +368,6 @@ def _try_columnar(job: ShardJob, shard: int) -> Receipt:
     except Exception as error:
         logger.exception("%s, shard %d", job.stage, shard)
         return _failed(job, shard, _describe(error))
-
-
-async def all_of(coroutines: Iterable[Awaitable[T]]) -> list[T]:
-    """Await all, in order; the first failure cancels the others and is raised as it is."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks: list[asyncio.Task[T]] = [group.create_task(c) for c in coroutines]  # type: ignore[arg-type]
-    except BaseExceptionGroup as errors:
-        first = errors.exceptions[0]
-        while isinstance(first, BaseExceptionGroup):
-            first = first.exceptions[0]
-        raise first from None
-    return [task.result() for task in tasks]
 
 
 class _Report:

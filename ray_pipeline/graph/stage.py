@@ -71,8 +71,6 @@ class ShardWork:
     settings: Any = None
     engine: EngineFactory | None = None
     placement: Placement = dataclasses.field(default_factory=Placement)
-    max_error_rate: float = 0.5
-    error_window: int = 200
 
 
 @dataclasses.dataclass

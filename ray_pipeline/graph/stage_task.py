@@ -18,7 +18,7 @@ from typing import Any
 
 import ray
 
-from ray_pipeline.graph.failures import FailureLedger, FailurePolicy
+from ray_pipeline.graph.failures import FailureLedger, FailureSettings
 from ray_pipeline.graph.shard_map import Receipt, ShardJob, map_shards
 from ray_pipeline.graph.stage import (
     BadInput,
@@ -55,7 +55,7 @@ class StageJob:
     session: str
     replay_only: bool
     board: Any
-    policy: FailurePolicy
+    policy: FailureSettings
     only: tuple[int, ...] | None
     room: Mapping[str, Any]
     working_folder: str

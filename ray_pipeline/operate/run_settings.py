@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ray_pipeline.config import served_models
-from ray_pipeline.graph.failures import FailurePolicy
+from ray_pipeline.graph.failures import FailureSettings
 from ray_pipeline.graph.reach import wanted_keys
 from ray_pipeline.graph.run import RunSettings
 from ray_pipeline.operate.prices import budget_of
@@ -29,7 +29,7 @@ def run_settings(config: Any, folder: str, **other: Any) -> RunSettings:
         "replay_only": config.calls.replay_only,
         "max_stages": config.ray.max_stages,
         "tables": config.ray.tables.room(),
-        "failure": getattr(config, "failure", FailurePolicy()),
+        "failure": getattr(config, "failure", FailureSettings()),
         "keys": wanted_keys(served_models(config)),
         "budget": budget_of(config, None, None),
     }

@@ -77,7 +77,7 @@ def train_policy(given: WholeInput) -> dict[str, Any]:
         BadInput: the data, the settings or the cluster cannot give a training run.
         StageStop: the run was to end (`--max-cost`), and the training ended at a checkpoint.
     """
-    import ray
+    import ray  # here, so that a workflow can be wired without it
 
     settings: _Given = given.settings
     train, model = settings.train, settings.model

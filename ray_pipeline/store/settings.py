@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Self
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -11,3 +13,9 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), hide_input_in_errors=True
     )
+
+    @classmethod
+    def part_of(cls, whole: Settings, **more: Any) -> Self:
+        """The slice of `whole` that this class has fields for; `more` adds to it and wins."""
+        shared = cls.model_fields.keys() & type(whole).model_fields.keys() - more.keys()
+        return cls(**{name: getattr(whole, name) for name in shared}, **more)

@@ -171,7 +171,7 @@ def test_pocket_weights_that_are_not_there(monkeypatch: pytest.MonkeyPatch, erro
         ("train.model=polcy", r"train\.model is 'polcy'.*'policy'\?"),
         ("train.method=dpo datasets.kinds=[kto]", r"train\.method is dpo, and datasets\.kinds does not make dpo"),
         ("datasets.kinds=[dpo] train.method=dpo", r"evaluate\.perplexity reads the held-out kto rows"),
-        ("critic.asking.expected_score=true", r"critic: critic\.asking\.expected_score is read by nothing"),
+        ("critic.asking.expected_score=true", r"critic: critic\.asking\.expected_score has no effect"),
         ("prompt_templates=pokcet", r"no built-in prompt templates 'pokcet'; there are .*pocket"),
         ("prompt_templates=./mine.yaml", r"no prompt template file \./mine\.yaml"),
         ("models.judge.model=/no/such/model", r"models\.judge: model '/no/such/model': there is no such folder"),

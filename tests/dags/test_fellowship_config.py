@@ -151,9 +151,9 @@ def test_what_changes_what(load: Any, blocks: dict[str, Any], first: str) -> Non
         ({"datasets": {"kinds": ["kto"]}}, "train.method is dpo, and datasets.kinds does not make dpo"),
         ({"loop": {"templates": "nope"}}, "no built-in prompt templates 'nope'"),
         ({"loop": {"respones": 3}}, "loop.respones: there is no such key; did you mean 'responses'"),
-        ({"select": {"strategy": {"kind": "direct"}}}, "strategy and judges go together"),
+        ({"select": {"strategy": {"kind": "direct"}}}, "set strategy and judges together"),
         ({"select": {"jury": {"pool": "weighted", "weights": {"a": 1}}}}, "select.jury.weights has none for b"),
-        ({"select": {"jury": {"pool": "mode"}, "pairs": "best_worst"}}, "says which response is best and not which"),
+        ({"select": {"jury": {"pool": "mode"}, "pairs": "best_worst"}}, "picks the best response but not the worst"),
         (
             {"judge": None, "select": {"debate": {"rounds": 1, "schedule": [["nobody"]]}, "judges": [{"name": "x"}]}},
             "select.debate.schedule names nobody",

@@ -16,7 +16,7 @@ import pytest
 from ray_pipeline.engines.base import BudgetSpent, Completion, Sampling
 from ray_pipeline.engines.logged import LoggedEngine
 from ray_pipeline.graph import shard_map
-from ray_pipeline.graph.failures import FailureLedger, FailurePolicy, read_failures
+from ray_pipeline.graph.failures import FailureLedger, FailureSettings, read_failures
 from ray_pipeline.graph.inline import make_here
 from ray_pipeline.graph.shard_map import Receipt, ShardActor, ShardJob, make_shard
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage, StageStop, stage_table
@@ -25,7 +25,7 @@ from ray_pipeline.store.files import Folder
 from ray_pipeline.store.schemas import DECISIONS
 from tests.scripted import ScriptedEngine, said, user
 
-QUICK = FailurePolicy(backoff_s=0.0)
+QUICK = FailureSettings(backoff_s=0.0)
 EMPTY = ShardOutput({"decisions": DECISIONS.empty_table()})
 
 
@@ -64,7 +64,9 @@ class _Answer:
         return self._answer().__await__()
 
 
-def job(folder: Path, function: Any, engine: Any = None, policy: FailurePolicy = QUICK, board: Any = None) -> ShardJob:
+def job(
+    folder: Path, function: Any, engine: Any = None, policy: FailureSettings = QUICK, board: Any = None
+) -> ShardJob:
     work = ShardWork(function=function, tables=("decisions",), engine=engine)
     return ShardJob(
         "stage", str(folder / "stage"), "f", 4, work, {}, {}, str(folder / "calls"), "s1", False, board, policy
@@ -130,7 +132,7 @@ def test_columnar_shards_are_tried_again_too(tmp_path: Path) -> None:
         return EMPTY
 
     assert columnar(job(tmp_path, function)).status == "ok" and seen == [1, 1, 1]
-    assert columnar(job(tmp_path, failing_always, policy=FailurePolicy(retries=0))).status == "failed"
+    assert columnar(job(tmp_path, failing_always, policy=FailureSettings(retries=0))).status == "failed"
 
 
 def failing_always(given: ShardInput) -> ShardOutput:
@@ -176,7 +178,7 @@ def test_a_stage_that_stops_in_this_process_says_its_reason_alone(tmp_path: Path
 
 
 def test_back_off_doubles_up_to_its_limit() -> None:
-    policy = FailurePolicy(backoff_s=2, backoff_max_s=10)
+    policy = FailureSettings(backoff_s=2, backoff_max_s=10)
     assert [policy.pause(n) for n in (1, 2, 3, 4)] == [2, 4, 8, 10]
 
 
@@ -223,7 +225,7 @@ def test_device_seconds_of_shards_of_one_actor_count_once(tmp_path: Path, actor:
 
 
 def test_a_lost_worker_is_no_failure_and_a_dead_engine_is(tmp_path: Path, actor: Callable[..., ShardActor]) -> None:
-    policy = FailurePolicy(retries=0, engine_deaths=2, preemptions=3)
+    policy = FailureSettings(retries=0, engine_deaths=2, preemptions=3)
     function, seen = failing(0)
     board = Board()
     given = job(tmp_path, function, ScriptedEngine, policy, board)
@@ -310,9 +312,8 @@ def test_a_stage_that_stops_leaves_the_others_of_its_pool_at_work(
         return function
 
     def named(name: str, read: bool) -> ShardJob:
-        made = job(tmp_path, reading(read), engine)
-        work = dataclasses.replace(made.work, error_window=8)
-        return dataclasses.replace(made, stage=name, folder=str(tmp_path / name), work=work)
+        made = job(tmp_path, reading(read), engine, FailureSettings(backoff_s=0.0, error_window=8))
+        return dataclasses.replace(made, stage=name, folder=str(tmp_path / name))
 
     pool = actor(named("deaf", read=False), named("well", read=True))
     stopped = make(pool, 0, "deaf")
@@ -322,11 +323,27 @@ def test_a_stage_that_stops_leaves_the_others_of_its_pool_at_work(
     assert len(engines) == 1 and engines[0].calls == 2 + 8
 
 
+@pytest.mark.parametrize(("allowed", "status"), [(0.25, "stopped"), (0.5, "ok")])
+def test_every_llm_stage_stops_by_the_configured_error_rate(
+    tmp_path: Path, actor: Callable[..., ShardActor], allowed: float, status: str
+) -> None:
+    async def function(given: ShardInput) -> ShardOutput:
+        for read in (True, True, False):
+            given.watch("judge", read)
+        return EMPTY
+
+    policy = FailureSettings(max_error_rate=allowed, error_window=8)
+    receipt = make(actor(job(tmp_path, function, ScriptedEngine, policy)))
+    assert receipt.status == status
+    if status == "stopped":
+        assert "1 of the last 3 replies of judge could not be read (33%, allowed 25%)" in str(receipt.error)
+
+
 # --- the record of a stage --------------------------------------------------------------------------------------------
 
 
 def test_quarantine_comes_after_so_many_sessions_and_keeps_the_error(tmp_path: Path) -> None:
-    stage, policy = Folder(str(tmp_path)), FailurePolicy(quarantine_after=2)
+    stage, policy = Folder(str(tmp_path)), FailureSettings(quarantine_after=2)
     for session in (1, 2):
         ledger = FailureLedger(stage, policy, [1, 2, 3])
         assert ledger.quarantined == set()
@@ -355,7 +372,7 @@ def test_records_of_shards_that_are_there_by_now_go(tmp_path: Path) -> None:
 
 
 def test_too_many_failed_shards_stop_a_stage(tmp_path: Path) -> None:
-    ledger = FailureLedger(Folder(str(tmp_path)), FailurePolicy(max_failed_shards=0.5, shard_window=6), range(99))
+    ledger = FailureLedger(Folder(str(tmp_path)), FailureSettings(max_failed_shards=0.5, shard_window=6), range(99))
     assert ledger.failed(0, "x") is None and ledger.failed(1, "x") is None  # too few to say
     for shard in (2, 3, 4):
         ledger.done(shard)

@@ -53,8 +53,6 @@ def test_a_fingerprint_does_not_change_with_how_it_is_run() -> None:
         function=nothing,
         tables=("prompts",),
         placement=Placement(min_actors=2, max_actors=8, num_gpus=1),
-        max_error_rate=0.1,
-        error_window=7,
     )
     assert stage("s", work=work, group="g", view="v").fingerprint == same
     assert stage("s", config={"b": [1, 2], "a": 1}).fingerprint == same

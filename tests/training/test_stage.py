@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from pydantic import ValidationError
 
 from ray_pipeline.engines.models import ModelSettings
@@ -85,7 +86,7 @@ def test_a_run_that_is_to_end_asks_the_workers(
         raise TrainingStopped(folder.read_json(STOP)["reason"])
 
     monkeypatch.setattr(stage, "fit", fit)
-    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
     made = train(TrainSettings(), ModelSettings(model=tiny_model), 64, data_stage())
     assert isinstance(made.work, WholeWork)
     data = StageResult("datasets", "d" * 16, str(tmp_path / "data"), 1, (), {}, {}, {})
@@ -118,7 +119,7 @@ def run_stage(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             return TrainResult(1, 1.0, 0.5, None, f"{spec.output_dir}/merged", {}, {}, None, None, steps, 1.0, 1.0)
 
         monkeypatch.setattr(stage, "fit", fit)
-        monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
+        monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
         facts = {
             "rows": {kind: {"train": 40, "val": 9 if kind == "kto" else 0} for kind in ("sft", "dpo", "kto")},
             "kto_weights": {"desirable_weight": 1.0, "undesirable_weight": 1.7},
