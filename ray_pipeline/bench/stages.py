@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ray_pipeline.bench.answers import answers, floors
-from ray_pipeline.bench.files import BenchmarkFileError
-from ray_pipeline.bench.ifeval.score import CheckersMissing, load_checkers
 from ray_pipeline.bench.judging import checks, judge_stages
 from ray_pipeline.bench.questions import BenchmarksSettings, question_rows, questions_stage
 from ray_pipeline.bench.report import BenchmarksPage, report_stage
@@ -55,25 +52,9 @@ def check_benchmarks(settings: BenchmarksSettings) -> None:
         BenchmarkFileError: something is missing or wrong; the message names it and the remedy.
         TemplateError: a prompt file is not one.
     """
-    if settings.mt_bench is not None:
-        settings.mt_bench.judge_prompts()
-    if settings.alpaca_eval is not None:
-        settings.alpaca_eval.judge_prompt()
-        settings.alpaca_eval.length_data()
     rows = question_rows(settings)
-    if settings.ifeval is None:
-        return
-    try:
-        known = load_checkers().registry
-    except CheckersMissing as error:
-        raise BenchmarkFileError(f"ifeval: {error}") from error
-    for row in rows:
-        for name in json.loads(row["checks"])["instructions"] if row["checks"] else ():
-            if name not in known:
-                raise BenchmarkFileError(
-                    f"ifeval.prompts: prompt {row['question_id']} of {settings.ifeval.prompts} has the instruction "
-                    f"{name}, and no checker knows it"
-                )
+    for name, block in settings.chosen.items():
+        block.check([row for row in rows if row["benchmark"] == name])
 
 
 _Samplings = dict[str, tuple[Sequence[str], Mapping[str, Any]]]
@@ -81,14 +62,9 @@ _Samplings = dict[str, tuple[Sequence[str], Mapping[str, Any]]]
 
 def benchmark_samplings(settings: BenchmarksSettings, answering: Sequence[str]) -> tuple[_Samplings, _Samplings]:
     """Of answers and of judges: key of every sampling → the models that it is used on, and its `extra`."""
-    mt, alpaca, checked = settings.mt_bench, settings.alpaca_eval, settings.ifeval
     answers: _Samplings = {}
     judges: _Samplings = {}
-    if mt is not None:
-        judges["benchmarks.mt_bench.asking.sampling"] = ([mt.judge], mt.asking.sampling.extra)
-    if alpaca is not None:
-        judges["benchmarks.alpaca_eval.asking.sampling"] = ([alpaca.judge], alpaca.asking.sampling.extra)
-        answers["benchmarks.alpaca_eval.sampling"] = (answering, alpaca.sampling.extra)
-    if checked is not None:
-        answers["benchmarks.ifeval.sampling"] = (answering, checked.sampling.extra)
+    for name, block in settings.chosen.items():
+        answers |= {f"benchmarks.{name}.{key}": (answering, s.extra) for key, s in block.answered().items()}
+        judges |= {f"benchmarks.{name}.{key}": ([judge], s.extra) for key, (judge, s) in block.judged().items()}
     return answers, judges
