@@ -24,9 +24,9 @@ from ray_pipeline.agents.replies import (
     score_grammar,
 )
 from ray_pipeline.agents.templates import Layout, RoleTemplate, fence, render, transcript
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.base import ChatEngine, Completion, EngineError, Grammar, Message, PromptTooLong, Sampling
 from ray_pipeline.store.keys import derived_seed
-from ray_pipeline.store.settings import Settings
 
 
 class SamplingSettings(Settings):

@@ -19,12 +19,12 @@ from ray_pipeline.agents.strategies import (
     vote,
 )
 from ray_pipeline.agents.templates import Layout
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.base import ChatEngine
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.asking import Asking, Outcome, Row, ShardTables, count_by
 from ray_pipeline.graph.stage import Stage
 from ray_pipeline.store.schemas import BALLOTS, SPEECHES
-from ray_pipeline.store.settings import Settings
 
 
 class LiveJudge(Settings):

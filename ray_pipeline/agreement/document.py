@@ -47,9 +47,9 @@ from ray_pipeline.agreement.vote_agreement import (
     held_out_choice,
     paired,
 )
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.stats.bootstrap import Estimate, ratio, sample_counts
 from ray_pipeline.store.keys import unit_hash
-from ray_pipeline.store.settings import Settings
 
 
 class JurySettings(Settings):

@@ -22,6 +22,7 @@ from ray_pipeline.agents.strategies import (
 )
 from ray_pipeline.agents.templates import Layout, transcript
 from ray_pipeline.agreement.ask import ballot_of, judged, skipped_ballot
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.prompts import PromptsConfig
 from ray_pipeline.engines.base import ChatEngine, Message
 from ray_pipeline.engines.models import ModelSettings
@@ -32,7 +33,6 @@ from ray_pipeline.graph.stage import Stage
 from ray_pipeline.stats.protocol import Protocol, settings_text, win_rate_by
 from ray_pipeline.store.keys import digest
 from ray_pipeline.store.schemas import BALLOTS, ITEMS
-from ray_pipeline.store.settings import Settings
 
 #: Between the two names of a run, as recorded files have it.
 AGAINST = "-vs-"

@@ -20,10 +20,10 @@ from ray_pipeline.agents.templates import Layout, load_templates
 from ray_pipeline.api.engines import bound, templates_of
 from ray_pipeline.api.frames import Frame, column_names, give, need, rows_with_ids, table_of
 from ray_pipeline.api.loop import gather, wait_for
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.base import ChatEngine, Completion
 from ray_pipeline.store.keys import derived_seed
 from ray_pipeline.store.schemas import CRITIQUES, VERDICTS, to_table
-from ray_pipeline.store.settings import Settings
 
 S = TypeVar("S", bound=Settings)
 T = TypeVar("T")

@@ -280,7 +280,7 @@ class _Shard:
         self.audit.problem("orphan", table, row["candidate_id"], message)
 
     def _check_decision(self, candidate: Row) -> None:
-        """Numbers and label of the decision, from the formulas of design §5."""
+        """Numbers and label of the decision, from the formulas of the method (docs/architecture.md)."""
         name = candidate["candidate_id"]
         decision = self.decisions.get(name)
         if decision is None:

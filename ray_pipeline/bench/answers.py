@@ -10,6 +10,7 @@ from ray_pipeline.bench.mt_bench.judge import answer_turns
 from ray_pipeline.bench.mt_bench.questions import OTHER_TEMPERATURE
 from ray_pipeline.bench.questions import BenchmarksSettings
 from ray_pipeline.bench.schemas import BENCH_ANSWERS
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.candidates import reply_columns
 from ray_pipeline.engines.base import ChatEngine, Message, Sampling
 from ray_pipeline.engines.models import ModelSettings
@@ -17,7 +18,6 @@ from ray_pipeline.graph.asking import Asking, Outcome, Row, ShardTables
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage
 from ray_pipeline.store.keys import derived_seed
 from ray_pipeline.store.schemas import to_table
-from ray_pipeline.store.settings import Settings
 
 #: Prefix of a floor's name in the tables: "floor:echo".
 FLOOR = "floor:"

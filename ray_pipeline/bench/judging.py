@@ -20,12 +20,12 @@ from ray_pipeline.bench.mt_bench.questions import question_of
 from ray_pipeline.bench.questions import BenchmarksSettings
 from ray_pipeline.bench.schemas import BENCH_CHECKS, BENCHMARK_TABLES
 from ray_pipeline.bench.tables import answers_by_key
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.base import ChatEngine
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.asking import Asking, Outcome, Row, ShardTables, reply_status
 from ray_pipeline.graph.stage import BadInput, ShardInput, ShardOutput, ShardWork, Stage
 from ray_pipeline.store.schemas import to_table
-from ray_pipeline.store.settings import Settings
 
 
 class _MtJudging(Settings):

@@ -18,12 +18,12 @@ from ray_pipeline.bench.files import BenchmarkFileError, read_text, source_rows
 from ray_pipeline.bench.ifeval.questions import IfevalSettings
 from ray_pipeline.bench.mt_bench.questions import MtBenchSettings
 from ray_pipeline.bench.schemas import BENCH_QUESTIONS
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.identity import text_digest
 from ray_pipeline.graph.stage import BadInput, Stage, WholeInput, WholeWork
 from ray_pipeline.pocket.bench_files import is_pocket
 from ray_pipeline.store.keys import canonical_json, shard_of, unit_hash
 from ray_pipeline.store.schemas import to_table
-from ray_pipeline.store.settings import Settings
 from ray_pipeline.store.tables import ShardedTable
 
 if TYPE_CHECKING:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 from ray_pipeline.bench.answers import answers, floors
 from ray_pipeline.bench.judging import checks, judge_stages
 from ray_pipeline.bench.questions import BenchmarksSettings, question_rows, questions_stage
 from ray_pipeline.bench.report import BenchmarksPage, report_stage
-from ray_pipeline.engines.models import ModelSettings
+from ray_pipeline.engines.models import ModelSettings, ModelUse
 from ray_pipeline.graph.stage import Stage
 
 
@@ -57,14 +56,21 @@ def check_benchmarks(settings: BenchmarksSettings) -> None:
         block.check([row for row in rows if row["benchmark"] == name])
 
 
-_Samplings = dict[str, tuple[Sequence[str], Mapping[str, Any]]]
+def benchmark_uses(settings: BenchmarksSettings, measured: Mapping[str, str], judges: str = "models") -> list[ModelUse]:
+    """The keys that choose a model.
 
-
-def benchmark_samplings(settings: BenchmarksSettings, answering: Sequence[str]) -> tuple[_Samplings, _Samplings]:
-    """Of answers and of judges: key of every sampling → the models that it is used on, and its `extra`."""
-    answers: _Samplings = {}
-    judges: _Samplings = {}
+    Args:
+        measured: key of the configuration → the measured model's key under `models`.
+        judges: the block that judging models are chosen from.
+    """
+    uses = []
     for name, block in settings.chosen.items():
-        answers |= {f"benchmarks.{name}.{key}": (answering, s.extra) for key, s in block.answered().items()}
-        judges |= {f"benchmarks.{name}.{key}": ([judge], s.extra) for key, (judge, s) in block.judged().items()}
-    return answers, judges
+        where = f"benchmarks.{name}"
+        for key, (judge, sampling) in block.judged().items():
+            uses.append(ModelUse(f"{where}.judge", judge, "judge", f"{where}.{key}", sampling.extra, judges))
+    for key, model in measured.items():
+        uses.append(ModelUse(key, model, "generate"))
+        for name, block in settings.chosen.items():
+            for part, sampling in block.answered().items():
+                uses.append(ModelUse(key, model, "generate", f"benchmarks.{name}.{part}", sampling.extra))
+    return uses

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 from pydantic import Field, field_validator
 
 from ray_pipeline.agents.judges import SamplingSettings
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.base import ChatEngine, EngineError, Message, PromptTooLong, Sampling
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.asking import Asking, Outcome, Row, ShardTables, count_by
 from ray_pipeline.graph.stage import Stage
 from ray_pipeline.store.keys import candidate_id, derived_seed
 from ray_pipeline.store.schemas import CANDIDATES
-from ray_pipeline.store.settings import Settings
 
 _PUBLISHED = SamplingSettings(temperature=0.8, top_p=0.95, max_tokens=512)
 

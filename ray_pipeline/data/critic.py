@@ -6,13 +6,13 @@ from pydantic import Field, model_validator
 
 from ray_pipeline.agents.judges import JudgeAsking, SamplingSettings, critique
 from ray_pipeline.agents.templates import Layout, RoleTemplate
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.judging import Answer, answers_of
 from ray_pipeline.engines.base import ChatEngine
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.asking import Asking, Outcome, ShardTables, count_by, reply_status
 from ray_pipeline.graph.stage import Stage
 from ray_pipeline.store.schemas import CRITIQUES
-from ray_pipeline.store.settings import Settings
 
 
 class CriticSettings(Settings):

@@ -21,13 +21,13 @@ import pyarrow.compute as pc
 import yaml
 from pydantic import Field, model_validator
 
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.data.rows import KeyMismatch, Rows, gather, one_array, refuse_repeats, rows_of
 from ray_pipeline.engines.models import TokenizerSettings
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import normalise_text, unit_hash
 from ray_pipeline.store.schemas import DPO, KTO, READ_STATUSES, TABLES, to_table
-from ray_pipeline.store.settings import Settings
 
 Messages = Sequence[Mapping[str, str]]
 Kind = Literal["kto", "dpo", "sft"]

@@ -15,7 +15,7 @@ and the first line that fits decides:
     f ≤ undesirable_at              undesirable
     otherwise                       discard
 
-What was not read stays unread: it is never replaced by a number (design §5 and §6.1).
+What was not read stays unread: it is never replaced by a number (docs/architecture.md).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.rows import KeyMismatch, one_array, refuse_repeats, rows_of
 from ray_pipeline.store.schemas import DECISIONS, LABELS, READ_STATUSES
-from ray_pipeline.store.settings import Settings
 
 Floats = NDArray[np.float64]
 Mask = NDArray[Any]  # of bool

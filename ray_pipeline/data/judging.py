@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from ray_pipeline.agents.judges import JudgeAsking, Rubric, SamplingSettings, judge
 from ray_pipeline.agents.templates import ANY_FENCE, Layout, RoleTemplate, best_layout, part_lengths, transcript
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.base import ChatEngine, Message
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.asking import Asking, Outcome, ShardTables, count_by, reply_status
@@ -17,7 +18,6 @@ from ray_pipeline.graph.stage import Stage, WholeInput, WholeWork
 from ray_pipeline.store.files import StoreError
 from ray_pipeline.store.keys import digest
 from ray_pipeline.store.schemas import VERDICTS
-from ray_pipeline.store.settings import Settings
 
 #: Candidates whose lengths decide the layout: those of the smallest ids, so that more prompts hardly change it.
 _LAYOUT_SAMPLE = 256

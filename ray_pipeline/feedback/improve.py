@@ -16,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ray_pipeline.agents.feedback_loop import revision_messages
 from ray_pipeline.agents.judges import SamplingSettings
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.candidates import generated
 from ray_pipeline.data.prompts import PromptsConfig
 from ray_pipeline.engines.base import ChatEngine, Message
@@ -35,7 +36,6 @@ from ray_pipeline.graph.asking import Asking, Outcome, Row, ShardTables, count_b
 from ray_pipeline.graph.stage import Stage
 from ray_pipeline.store.keys import derived_seed
 from ray_pipeline.store.schemas import REVIEWS, REVISIONS
-from ray_pipeline.store.settings import Settings
 
 _WARM = SamplingSettings(temperature=0.8, top_p=0.95, max_tokens=1024)
 

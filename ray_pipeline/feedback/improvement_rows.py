@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from ray_pipeline.agents.feedback_loop import FeedbackTemplates, ReviewAsking, review_messages, revision_messages
 from ray_pipeline.agents.jurors import MEAN, JuryRule, jury_scores
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.columnar import flat_counts, token_counter
 from ray_pipeline.data.datasets import DatasetsConfig, Encode, dpo_rows, kto_rows
 from ray_pipeline.engines.base import Message
@@ -28,7 +29,6 @@ from ray_pipeline.graph.asking import Row, ShardTables
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage
 from ray_pipeline.store.keys import digest, prompt_id
 from ray_pipeline.store.schemas import CANDIDATES, PROMPTS, READ_STATUSES, VERDICTS, to_table
-from ray_pipeline.store.settings import Settings
 
 #: The judge's name in verdicts on reviews: what their revisions scored.
 _BY_REVISIONS = "revisions"

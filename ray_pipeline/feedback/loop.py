@@ -25,6 +25,7 @@ from ray_pipeline.agents.feedback_loop import (
 )
 from ray_pipeline.agents.judges import SamplingSettings
 from ray_pipeline.agents.templates import RoleTemplate
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.candidates import candidate_row, generated
 from ray_pipeline.engines.base import ChatEngine, Message, Sampling
 from ray_pipeline.engines.models import ModelSettings
@@ -32,7 +33,6 @@ from ray_pipeline.graph.asking import Asking, Outcome, Row, ShardTables, Skip, c
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage
 from ray_pipeline.store.keys import derived_seed, digest
 from ray_pipeline.store.schemas import CANDIDATES, REVIEWS
-from ray_pipeline.store.settings import Settings
 
 _PUBLISHED = SamplingSettings(temperature=0.0, max_tokens=1024)
 

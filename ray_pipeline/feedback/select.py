@@ -23,6 +23,7 @@ from ray_pipeline.agents.ranking import Ranking, rank, rank_by_debate
 from ray_pipeline.agents.strategies import Strategy, StrategyAsking, StrategyTemplates, load_strategy_templates
 from ray_pipeline.agents.templates import Layout
 from ray_pipeline.agreement.ask import LiveJudge
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.gate import label_counts
 from ray_pipeline.data.mean_rank import MeanRank, mean_rank
 from ray_pipeline.engines.base import ChatEngine, Message
@@ -30,7 +31,6 @@ from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.asking import Asking, Outcome, Row, ShardTables, count_by, reply_status
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage
 from ray_pipeline.store.schemas import VERDICTS
-from ray_pipeline.store.settings import Settings
 
 
 class SelectSettings(Settings):

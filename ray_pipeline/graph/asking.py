@@ -14,13 +14,13 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import pyarrow as pa
 
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.base import ChatEngine, Message
 from ray_pipeline.engines.logged import LoggedEngine
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.gather import all_of
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage
 from ray_pipeline.store.schemas import READ_STATUSES, to_table
-from ray_pipeline.store.settings import Settings
 
 Row = dict[str, Any]
 """One row of a table, by column."""

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from ray_pipeline.config import DmapoConfig
 from ray_pipeline.data.prompts import load_prompts
 from ray_pipeline.graph.run import execute
 from ray_pipeline.graph.shard_map import receipt_name
@@ -32,10 +31,10 @@ _SPREAD = 0.25
 
 
 def probe(
-    config: DmapoConfig,
+    config: Any,
     folder: str,
     share: float,
-    wire: Callable[[DmapoConfig, str], Dag],
+    wire: Callable[[Any, str], Dag],
     given: Rates,
     console: Console,
 ) -> Rates:

@@ -87,7 +87,7 @@ def measure_policy(engine: LLM, prompts: list[PocketPrompt]) -> tuple[dict[str, 
 
 
 def gate_label(instruction: str, response: str) -> str:
-    """The label the default gate (design §5) gives under a perfect judge and critic."""
+    """The label the default gate (docs/architecture.md) gives under a perfect judge and critic."""
     scores = list(rubric_scores(instruction, response).values())
     flawed, _ = critique(instruction, response)
     final = statistics.mean(scores) * (1 - 0.15 * flawed)

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from ray_pipeline.agents.judges import JudgeAsking, SamplingSettings, compare
 from ray_pipeline.agents.templates import Layout, RoleTemplate
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.candidates import generated, reply_columns
 from ray_pipeline.data.judging import unanswered
 from ray_pipeline.engines.base import ChatEngine, Message
@@ -19,7 +20,6 @@ from ray_pipeline.graph.stage import Stage
 from ray_pipeline.stats.protocol import Protocol, settings_text, win_rate_by
 from ray_pipeline.store.keys import derived_seed, digest
 from ray_pipeline.store.schemas import COMPARISONS, RESPONSES
-from ray_pipeline.store.settings import Settings
 
 #: What a choice means for the policy; in order `ab` the policy's answer is A, in order `ba` the base model's is.
 _VOTES = {("ab", "A"): "policy", ("ab", "B"): "base", ("ba", "A"): "base", ("ba", "B"): "policy"}

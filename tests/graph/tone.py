@@ -7,11 +7,11 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from ray_pipeline.agents.judges import SamplingSettings
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.base import ChatEngine, Grammar
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.asking import Asking, Outcome, ShardTables, Skip, count_by
 from ray_pipeline.graph.stage import Stage
-from ray_pipeline.store.settings import Settings
 
 TONES = pa.schema([("candidate_id", pa.string()), ("prompt_id", pa.string()), ("tone", pa.string())])
 

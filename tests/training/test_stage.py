@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from pydantic import ValidationError
 
 from ray_pipeline.engines.models import ModelSettings
@@ -36,7 +35,7 @@ def test_beta_is_the_methods_own_and_shown() -> None:
     [
         ({"method": "sft", "beta": 0.1}, "the loss of sft has none"),
         ({"method": "kto", "batch_size": 1}, "batch_size must be 2 or more for kto"),
-        ({"method": "ppo"}, "Input should be 'sft', 'dpo', 'kto', 'orpo' or 'simpo'"),
+        ({"method": "ppo"}, "choose from sft, dpo, kto, orpo, simpo"),
         ({"lora": None, "quantization": "nf4"}, "quantized weights cannot be trained"),
         ({"quantization": "int4"}, "Input should be 'nf4' or 'int8'"),
         ({"shard": "zero1"}, "Input should be 'none', 'fsdp', 'zero2' or 'zero3'"),
@@ -86,7 +85,7 @@ def test_a_run_that_is_to_end_asks_the_workers(
         raise TrainingStopped(folder.read_json(STOP)["reason"])
 
     monkeypatch.setattr(stage, "fit", fit)
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
     made = train(TrainSettings(), ModelSettings(model=tiny_model), 64, data_stage())
     assert isinstance(made.work, WholeWork)
     data = StageResult("datasets", "d" * 16, str(tmp_path / "data"), 1, (), {}, {}, {})
@@ -119,10 +118,10 @@ def run_stage(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             return TrainResult(1, 1.0, 0.5, None, f"{spec.output_dir}/merged", {}, {}, None, None, steps, 1.0, 1.0)
 
         monkeypatch.setattr(stage, "fit", fit)
-        monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+        monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
         facts = {
             "rows": {kind: {"train": 40, "val": 9 if kind == "kto" else 0} for kind in ("sft", "dpo", "kto")},
-            "kto_weights": {"desirable_weight": 1.0, "undesirable_weight": 1.7},
+            "kto_weights": {"desirable_weight": 1.3, "undesirable_weight": 1.7},
         }
         data = StageResult("datasets", "d" * 16, str(tmp_path / "data"), 1, (), {}, facts, {})
         made = train(settings, ModelSettings(model=tiny_model), max_length, data_stage())
@@ -145,10 +144,15 @@ def test_a_method_reads_its_kind_of_rows(run_stage: RunStage, tmp_path: Path, me
     assert spec.train_files == str(tmp_path / "data" / kind / "train" / "*.parquet")
     assert spec.val_files == (str(tmp_path / "data" / kind / "val" / "*.parquet") if kind == "kto" else None)
     weights = (spec.settings.desirable_weight, spec.settings.undesirable_weight)
-    assert weights == ((1.0, 1.7) if method == "kto" else (None, None))
+    assert weights == ((1.3, 1.7) if method == "kto" else (None, None))
     assert spec.card == {"data set": "d" * 16, "kind of rows": kind, "training": "f" * 16}
     assert (found["method"], found["max_logit_diff"]) == (method, None)
     assert said == ["warning: class imbalance: 2 desirable, 1 undesirable rows"]
+
+
+def test_a_class_weight_that_is_set_replaces_that_of_the_data(run_stage: RunStage) -> None:
+    spec, _, _ = run_stage(TrainSettings(desirable_weight=0.6))
+    assert (spec.settings.desirable_weight, spec.settings.undesirable_weight) == (0.6, 1.7)
 
 
 def test_options_reach_the_training(run_stage: RunStage) -> None:

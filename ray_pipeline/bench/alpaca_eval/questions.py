@@ -14,7 +14,7 @@ from ray_pipeline.bench.alpaca_eval.judge import PreferenceAsking
 from ray_pipeline.bench.alpaca_eval.length_controlled import GamedRows, difficulties_of, gamed_rows_of
 from ray_pipeline.bench.files import OWN, need, question_row, read_csv, read_text, source_rows
 from ray_pipeline.bench.judge_prompts import PreferencePrompt, own_preference_prompt, preference_prompt
-from ray_pipeline.store.settings import Settings
+from ray_pipeline.config.settings import Settings
 
 if TYPE_CHECKING:
     from ray_pipeline.bench.scores import Measurement, Scored

@@ -12,8 +12,8 @@ from pydantic import Field
 from ray_pipeline.agents.judges import SamplingSettings
 from ray_pipeline.bench.files import BenchmarkFileError, question_row, source_rows
 from ray_pipeline.bench.ifeval.checkers import CheckersMissing, load_checkers
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.store.keys import canonical_json
-from ray_pipeline.store.settings import Settings
 
 if TYPE_CHECKING:
     from ray_pipeline.bench.scores import Measurement, Scored

@@ -12,7 +12,7 @@ from ray_pipeline.agents.judges import SamplingSettings
 from ray_pipeline.bench.files import OWN, BenchmarkFileError, need, question_row, read_rows, source_rows
 from ray_pipeline.bench.judge_prompts import BenchPrompt, mt_bench_prompts, own_mt_bench_prompts
 from ray_pipeline.bench.mt_bench.judge import BenchAsking
-from ray_pipeline.store.settings import Settings
+from ray_pipeline.config.settings import Settings
 
 if TYPE_CHECKING:
     from ray_pipeline.bench.scores import Measurement, Scored
