@@ -14,9 +14,10 @@ import pytest
 import yaml
 
 from dags.benchmarks import BenchmarksConfig, benchmarks
-from ray_pipeline.bench.ifeval.score import Checkers
-from ray_pipeline.bench.mt_bench.score import CATEGORY_TEMPERATURES
-from ray_pipeline.bench.questions import AlpacaEvalSettings, question_rows
+from ray_pipeline.bench.alpaca_eval.questions import AlpacaEvalSettings
+from ray_pipeline.bench.ifeval.checkers import Checkers
+from ray_pipeline.bench.mt_bench.questions import CATEGORY_TEMPERATURES
+from ray_pipeline.bench.questions import question_rows
 from ray_pipeline.bench.report import rewrite_page
 from ray_pipeline.config.loading import load_config
 from ray_pipeline.config.messages import ConfigError
@@ -492,7 +493,7 @@ def test_two_models_of_one_name_are_refused_and_a_run_folder_gives_its_policy(tm
 def test_the_shipped_files_are_whole_and_the_pocket_questions_are_in_the_published_forms() -> None:
     shipped = Path(__file__).parents[2] / "configs"
     real = BenchmarksConfig.model_validate(yaml.safe_load((shipped / "benchmarks.yaml").read_text()))
-    assert real.benchmarks.chosen == ["mt_bench", "alpaca_eval", "ifeval"] and len(real.benchmarks.floors) == 4
+    assert list(real.benchmarks.chosen) == ["mt_bench", "alpaca_eval", "ifeval"] and len(real.benchmarks.floors) == 4
     assert all(source.startswith("hf://") for source in real.benchmarks.sources().values())
     pocket = BenchmarksConfig.model_validate(yaml.safe_load((shipped / "pocket_benchmarks.yaml").read_text()))
     rows = question_rows(pocket.benchmarks)
