@@ -166,7 +166,11 @@ def fellowship(config: FellowshipConfig, run_folder: str) -> Dag:
     rows = dataset_rows(limits, config.judges, base, prompts, candidates, verdicts, decisions, every_rejected=every)
     datasets = dataset_files(limits, None, config.judges, rows, origin=config.origin())
     page = loop_page(
-        LoopPage(run_name=config.run.name, reviewers=tuple(config.loop.names)), prompts, candidates, reviews, decisions
+        LoopPage(run_name=config.run.name, reviewers=tuple(config.loop.names), checker=config.evaluate.checker),
+        prompts,
+        candidates,
+        reviews,
+        decisions,
     )
     curated = [prompts, candidates, *verdicts, decisions, datasets]
     policy = train_stage(config.train, base, limits.max_length, datasets)

@@ -26,24 +26,26 @@ from ray_pipeline.store.schemas import BALLOTS, ITEMS, to_table
 
 
 class AgreementData(Settings):
-    """The `data` block: items with human labels, and what was recorded of judges.
+    """The `data` block: items with human labels, and what was recorded of judges."""
 
-    Attributes:
-        path: of a recorded file (`type: recorded`), or of a local copy of a human data set; default: its place on the
-            hub.
-        replay: text reads recorded replies again; stored takes what the original run made of them.
-        recordings: false leaves recorded judgements out and keeps the items.
-        limit: so many items, those of the smallest hash; of `type: pocket`, how many are made.
-    """
-
-    type: Literal["recorded", "alpaca_eval", "fair_eval", "pandalm", "mt_bench", "pocket"] = "recorded"
-    path: str | None = None
-    revision: str | None = None
-    replay: Replay = "text"
-    recordings: bool = True
-    limit: int | None = Field(None, ge=1)
-    seed: int = 0
-    num_shards: int = 8
+    type: Literal["recorded", "alpaca_eval", "fair_eval", "pandalm", "mt_bench", "pocket"] = Field(
+        "recorded", description="where the rows are: the name of the source"
+    )
+    path: str | None = Field(
+        None,
+        description="of a recorded file (`type: recorded`), or of a local copy of a human data set; default: "
+        "its place on the hub",
+    )
+    revision: str | None = Field(None, description="branch, tag or commit; default: the newest commit of main")
+    replay: Replay = Field(
+        "text", description="text reads recorded replies again; stored takes what the original run made of them"
+    )
+    recordings: bool = Field(True, description="false leaves recorded judgements out and keeps the items")
+    limit: int | None = Field(
+        None, ge=1, description="so many items, those of the smallest hash; of `type: pocket`, how many are made"
+    )
+    seed: int = Field(0, description="seed of everything that is drawn here")
+    num_shards: int = Field(8, description="shards of every table; divides 1,024")
 
     @model_validator(mode="after")
     def _consistent(self) -> AgreementData:
@@ -180,7 +182,7 @@ class WinrateMeasure(Settings):
 
     conflict: Conflict = Field("tie", description="what two orders that differ mean: tie, mean (of scores) or given")
     draws: int = Field(2000, ge=100, description="bootstrap samples of the items")
-    seed: int = 0
+    seed: int = Field(0, description="seed of everything that is drawn here")
 
 
 class AgreementPage(Settings):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.config.settings import Settings
@@ -16,19 +16,16 @@ from ray_pipeline.store.files import Folder
 
 
 class Origin(Settings):
-    """Where a measured model comes from.
+    """Where a measured model comes from."""
 
-    Attributes:
-        run: a run folder of dmapo, fellowship or baselines. Its policy is served as the run served it.
-        policy: which one, where the run trained several.
-        shown: the model's name for readers; for a policy, that of the model it was trained from.
-        curating: names of the models whose judgements made its training data.
-    """
-
-    run: str | None = None
-    policy: str | None = None
-    shown: str = ""
-    curating: tuple[str, ...] = ()
+    run: str | None = Field(
+        None, description="a run folder of dmapo, fellowship or baselines. Its policy is served as the run served it"
+    )
+    policy: str | None = Field(None, description="which one, where the run trained several")
+    shown: str = Field(
+        "", description="the model's name for readers; for a policy, that of the model it was trained from"
+    )
+    curating: tuple[str, ...] = Field((), description="names of the models whose judgements made its training data")
 
 
 def measured_models(models: Sequence[Any], defaults: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -62,20 +62,16 @@ class Benchmark(Protocol):
 
 
 class BenchmarksSettings(Settings):
-    """The `benchmarks` block: which public benchmarks are run; one that is null is not.
+    """The `benchmarks` block: which public benchmarks are run; one that is null is not."""
 
-    Attributes:
-        floors: answer makers that know nothing, run beside the models on every benchmark.
-        seed: of warm answers and of `limit`.
-        draws: bootstrap samples of every interval.
-    """
-
-    mt_bench: MtBenchSettings | None = None
-    alpaca_eval: AlpacaEvalSettings | None = None
-    ifeval: IfevalSettings | None = None
-    floors: tuple[FloorName, ...] = ()
-    seed: int = 0
-    draws: int = Field(2000, ge=100)
+    mt_bench: MtBenchSettings | None = Field(None, description="MT-Bench; null: left out")
+    alpaca_eval: AlpacaEvalSettings | None = Field(None, description="AlpacaEval 2; null: left out")
+    ifeval: IfevalSettings | None = Field(None, description="IFEval; null: left out")
+    floors: tuple[FloorName, ...] = Field(
+        (), description="answer makers that know nothing, run beside the models on every benchmark"
+    )
+    seed: int = Field(0, description="of warm answers and of `limit`")
+    draws: int = Field(2000, ge=100, description="bootstrap samples of every interval")
 
     @model_validator(mode="after")
     def _something(self) -> BenchmarksSettings:

@@ -24,11 +24,14 @@ _LAYOUT_SAMPLE = 256
 
 
 class JudgeSettings(Settings):
-    """The `judge` block."""
+    """The `judge` block: the rubric judges and how they are asked."""
 
     model: str = Field("judge", description="a key of `models`, for rubrics that name no model")
-    rubrics: tuple[Rubric, ...]
-    layout: Literal["auto", "shared_first", "rubric_first"] = "auto"
+    rubrics: tuple[Rubric, ...] = Field(description="the judges: name, text and scale of each")
+    layout: Literal["auto", "shared_first", "rubric_first"] = Field(
+        "auto",
+        description="which part of the prompt comes first: what the calls about one response share, or the rubric",
+    )
     sampling: SamplingSettings = SamplingSettings(temperature=0.0, max_tokens=512)
     asking: JudgeAsking = JudgeAsking()
 

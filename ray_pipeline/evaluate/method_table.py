@@ -11,13 +11,13 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from ray_pipeline.config.settings import Settings
+from ray_pipeline.data.checkers import CheckerKey, checker_of, with_truth
 from ray_pipeline.data.row_truth import RowTruth, row_truth
 from ray_pipeline.evaluate.stage import (
     stage_use,
     store_protocols,
     stored_config,
     stored_protocols,
-    with_truth,
 )
 from ray_pipeline.graph.results import Run, of_role, table_of
 from ray_pipeline.graph.stage import Stage, StageResult, WholeInput, WholeWork
@@ -56,6 +56,7 @@ class TableSettings(Settings):
     facts: dict[str, str]
     curating: dict[str, str]
     evaluating: dict[str, str]
+    checker: CheckerKey = None
     bootstrap_draws: int = 2000
     seed: int = 0
 
@@ -126,7 +127,7 @@ def _build(
     from ray_pipeline.evaluate.methods import build_comparison
 
     by_name = {result.name: result for result in results.values()}
-    responses, comparisons, verdicts = _tables(by_name)
+    responses, comparisons, verdicts = _tables(by_name, settings.checker)
     options: Any = {"draws": settings.bootstrap_draws, "seed": settings.seed}
     runs = [_policy_run(by_name, policy) for policy in settings.policies]
     policies = policy_stats(runs, responses, comparisons, verdicts, settings.mode, **options)
@@ -136,7 +137,7 @@ def _build(
         methods=method_stats(policies, comparisons, **options),
         differences=differences(policies, settings.over),
         data=settings.data,
-        truth={name: found for name in settings.data if (found := _truth(by_name, name)) is not None},
+        truth={name: found for name in settings.data if (found := _truth(by_name, name, settings.checker)) is not None},
         facts={
             **settings.facts,
             "held-out prompts": str(len(responses.column("prompt_id").unique())),
@@ -161,11 +162,11 @@ def _protocol_facts(compared: Mapping[str, Protocol], comparisons: pa.Table, res
     return found
 
 
-def _tables(by_name: Mapping[str, StageResult]) -> tuple[pa.Table, pa.Table, pa.Table]:
+def _tables(by_name: Mapping[str, StageResult], checker: str | None) -> tuple[pa.Table, pa.Table, pa.Table]:
     responses, prompts = table_of(by_name, "responses"), table_of(by_name, "prompts")
     comparisons, verdicts = table_of(by_name, "comparisons"), table_of(by_name, "response verdicts")
     assert responses is not None and prompts is not None and comparisons is not None and verdicts is not None
-    return with_truth(responses, prompts), comparisons, verdicts
+    return with_truth(responses, prompts, checker), comparisons, verdicts
 
 
 def _policy_run(by_name: Mapping[str, StageResult], policy: PolicyName) -> Any:
@@ -180,14 +181,16 @@ def _policy_run(by_name: Mapping[str, StageResult], policy: PolicyName) -> Any:
     )
 
 
-def _truth(by_name: Mapping[str, StageResult], data: str) -> RowTruth | None:
+def _truth(by_name: Mapping[str, StageResult], data: str, checker: str | None) -> RowTruth | None:
     rows, prompts = by_name.get(f"rows-{data}"), table_of(by_name, "prompts")
     if rows is None or prompts is None:
         return None
-    own = prompts.filter(pc.equal(prompts["source"], "pocket"))
-    return row_truth(
-        {kind: rows.table(kind).read_all() for kind in rows.tables}, frozenset(own["prompt_id"].to_pylist())
-    )
+    # Rows of another source than the run's prompts are not checked; without a chosen checker only the pocket's are.
+    own = prompts if checker is not None else prompts.filter(pc.equal(prompts["source"], "pocket"))
+    found = checker_of(checker, own["source"].to_pylist())
+    assert found is not None
+    tables = {kind: rows.table(kind).read_all() for kind in rows.tables}
+    return row_truth(tables, frozenset(own["prompt_id"].to_pylist()), found)
 
 
 def _warnings(settings: TableSettings) -> list[str]:

@@ -7,17 +7,16 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
 from pydantic import Field
 
 from ray_pipeline.config.settings import Settings
+from ray_pipeline.data.checkers import CheckerKey, with_truth
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.results import Run, of_role, table_of
 from ray_pipeline.graph.stage import Stage, StageResult, WholeInput, WholeWork
-from ray_pipeline.pocket.tasks import is_correct
 from ray_pipeline.policy.comparisons import EvaluateSettings, win_rate_protocol
 from ray_pipeline.policy.train import METRICS
 from ray_pipeline.stats.protocol import Protocol
@@ -52,6 +51,7 @@ class ReportSettings(Settings):
     evaluating: dict[str, str] = Field(default_factory=dict)
     candidate: str = ""
     gate: GateConfig = GateConfig()
+    checker: CheckerKey = None
     bootstrap_draws: int = 2000
     seed: int = 0
 
@@ -193,7 +193,7 @@ def report_data(
     prompts = table_of(by_name, "prompts")
     responses = table_of(by_name, "responses")
     if responses is not None and prompts is not None:
-        responses = with_truth(responses, prompts)
+        responses = with_truth(responses, prompts, settings.checker)
     data, sourced, train, scored = (_one(by_name, role) for role in ("datasets", "prompts", "policy", "scores"))
     rows: Mapping[str, Any] = {} if data is None else data.facts
     return ReportData(
@@ -249,18 +249,6 @@ def planned_use(run_folder: Folder, results: Mapping[str, StageResult]) -> list[
 def _one(results: Mapping[str, StageResult], role: str) -> StageResult | None:
     """The only result of a role, or None where that stage is not done."""
     return next(iter(of_role(results, role)), None)
-
-
-def with_truth(responses: pa.Table, prompts: pa.Table) -> pa.Table:
-    """Add `correct` where every prompt is of the pocket world, which has a checker."""
-    by_id = {row["prompt_id"]: row for row in prompts.select(["prompt_id", "messages", "source"]).to_pylist()}
-    if any(row["source"] != "pocket" for row in by_id.values()):
-        return responses
-    correct: Sequence[bool | None] = [
-        None if text is None else is_correct(by_id[pid]["messages"][-1]["content"], text)
-        for pid, text in zip(responses["prompt_id"].to_pylist(), responses["response"].to_pylist(), strict=True)
-    ]
-    return responses.append_column("correct", pa.array(correct, pa.bool_()))
 
 
 def _benchmark_scores(result: StageResult | None) -> list[dict[str, Any]]:

@@ -41,20 +41,15 @@ _WARM = SamplingSettings(temperature=0.8, top_p=0.95, max_tokens=1024)
 
 
 class ImproveSettings(Settings):
-    """The `improve` block.
+    """The `improve` block."""
 
-    Attributes:
-        prompts: prompts of these datasets; default: those of the run.
-        reviews: number of reviews per response and reviewer.
-        revisions: number of revisions per review.
-        sampling: for revisions; `reviewing` is for reviews. The first responses are sampled as in the loop.
-    """
-
-    prompts: PromptsConfig | None = None
-    reviews: int = Field(2, ge=1, le=64)
-    revisions: int = Field(2, ge=1, le=64)
-    seed: int = 0
-    sampling: SamplingSettings = _WARM
+    prompts: PromptsConfig | None = Field(None, description="prompts of these datasets; default: those of the run")
+    reviews: int = Field(2, ge=1, le=64, description="number of reviews per response and reviewer")
+    revisions: int = Field(2, ge=1, le=64, description="number of revisions per review")
+    seed: int = Field(0, description="seed of everything that is drawn here")
+    sampling: SamplingSettings = Field(
+        _WARM, description="for revisions; `reviewing` is for reviews. The first responses are sampled as in the loop"
+    )
     reviewing: SamplingSettings = _WARM
 
     @field_validator("sampling", "reviewing", mode="before")

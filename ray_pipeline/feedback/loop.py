@@ -40,27 +40,25 @@ _PUBLISHED = SamplingSettings(temperature=0.0, max_tokens=1024)
 class ReviewerSettings(Settings):
     """One reviewer: its name in the tables, its model, and its focus."""
 
-    name: str = Field(pattern=r"^[a-z][a-z0-9_-]{0,63}$")
+    name: str = Field(pattern=r"^[a-z][a-z0-9_-]{0,63}$", description="name in the tables")
     model: str = Field("reviewer", description="a key of `models`")
     focus: str = Field("", description="aspect to review; default: the template's own question")
     sampling: SamplingSettings | None = Field(None, description="default: `reviewing` of the block")
 
 
 class LoopRules(Settings):
-    """Rules of a feedback loop, whoever takes part.
+    """Rules of a feedback loop, whoever takes part."""
 
-    Attributes:
-        responses: N, the maximum number of responses per prompt; all but the last are reviewed.
-        sampling: for responses and revisions; `reviewing` is for reviews.
-        templates: built-in name or YAML file of the texts for reviewers and generator.
-    """
-
-    responses: int = Field(3, ge=1, le=26)
-    seed: int = 0
-    sampling: SamplingSettings = _PUBLISHED
+    responses: int = Field(
+        3, ge=1, le=26, description="N, the maximum number of responses per prompt; all but the last are reviewed"
+    )
+    seed: int = Field(0, description="seed of everything that is drawn here")
+    sampling: SamplingSettings = Field(
+        _PUBLISHED, description="for responses and revisions; `reviewing` is for reviews"
+    )
     reviewing: SamplingSettings = _PUBLISHED
     asking: ReviewAsking = ReviewAsking()
-    templates: str = "default"
+    templates: str = Field("default", description="built-in name or YAML file of the texts for reviewers and generator")
 
     @field_validator("sampling", "reviewing", mode="before")
     @classmethod
@@ -73,13 +71,9 @@ class LoopRules(Settings):
 
 
 class LoopSettings(LoopRules):
-    """The `loop` block: its rules and participants.
+    """The `loop` block: its rules and participants."""
 
-    Attributes:
-        generator: a key of `models`.
-    """
-
-    generator: str = "generator"
+    generator: str = Field("generator", description="a key of `models`")
     reviewers: tuple[ReviewerSettings, ...] = Field((ReviewerSettings(name="reviewer"),), min_length=1)
 
     @model_validator(mode="after")

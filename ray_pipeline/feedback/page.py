@@ -9,7 +9,8 @@ from typing import Any
 import pyarrow as pa
 
 from ray_pipeline.config.settings import Settings
-from ray_pipeline.evaluate.stage import with_truth, write_report
+from ray_pipeline.data.checkers import CheckerKey, with_truth
+from ray_pipeline.evaluate.stage import write_report
 from ray_pipeline.feedback.loop import reviews_by_prompt, what_next
 from ray_pipeline.graph.results import Run, table_of
 from ray_pipeline.graph.stage import Stage, StageResult, WholeInput, WholeWork
@@ -35,6 +36,7 @@ class LoopPage(Settings):
 
     run_name: str
     reviewers: tuple[str, ...]
+    checker: CheckerKey = None
 
 
 def loop_page(settings: LoopPage, prompts: Stage, candidates: Stage, reviews: Sequence[Stage], select: Stage) -> Stage:
@@ -68,8 +70,10 @@ def rewrite_page(run: Run) -> Folder:
     if "loop" in run.results:
         path = run.stages["loop"].path
         reviewers = tuple(r["name"] for r in run.config["loop"]["reviewers"])
+        checker = run.config["evaluate"].get("checker")
+        page = LoopPage(run_name=run.name, reviewers=reviewers, checker=checker)
         with written_here(run.folder / path) as folder:
-            build_page(LoopPage(run_name=run.name, reviewers=reviewers), run.results, folder)
+            build_page(page, run.results, folder)
         run.show("loop", path)
     return write_report(run)
 
@@ -81,7 +85,10 @@ def build_page(settings: LoopPage, results: Mapping[str, StageResult], folder: P
 
     candidates, prompts, decisions = (table_of(results, role) for role in ("candidates", "prompts", "decisions"))
     assert candidates is not None and prompts is not None and decisions is not None
-    candidates, reviews = with_truth(candidates, prompts), table_of(results, "reviews") or REVIEWS.empty_table()
+    candidates, reviews = (
+        with_truth(candidates, prompts, settings.checker),
+        table_of(results, "reviews") or REVIEWS.empty_table(),
+    )
     ends = loop_ends(candidates, reviews, settings.reviewers)
     stats = loop_stats(candidates, reviews, decisions, ends)
     write_page(loop_document(settings.run_name, stats), {"loop.json": stats}, folder)

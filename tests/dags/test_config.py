@@ -380,6 +380,7 @@ OPERATIONAL = (
 OTHER: dict[str, Any] = {
     "train.method": "dpo",
     "train.quantization": "nf4",
+    "evaluate.checker": "examples/my_checker.py",
     "prompt_templates": "pocket",
     "candidates.model": "judge",
     "judge.model": "policy",

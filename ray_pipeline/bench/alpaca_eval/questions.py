@@ -41,29 +41,28 @@ _PUBLISHED_REFERENCE = re.compile(r"hf://datasets/tatsu-lab/alpaca_eval(@[\w.-]+
 
 
 class AlpacaEvalSettings(Settings):
-    """The `alpaca_eval` block. The defaults are the published protocol but for the judge and its prompt.
+    """The `alpaca_eval` block. The defaults are the published protocol, except for the judge and its prompt."""
 
-    Attributes:
-        reference: instructions with the outputs that a model is compared with.
-        gamed: rows of the gamed baselines, for the published length control (df_gamed.csv); null: a fit without them.
-        difficulties: of the instructions by place; default: those in `gamed`.
-        prompt, labels: the judge's prompt, and what it answers for the output shown first and second.
-        order: the published coin of each instruction, or both orders.
-        limit: so many instructions, those of the smallest hash.
-    """
-
-    reference: str = "hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval_gpt4_baseline.json"
-    reference_name: str = REFERENCE
-    gamed: str | None = "hf://datasets/tatsu-lab/alpaca_eval/df_gamed.csv"
-    difficulties: str | None = None
-    prompt: str = OWN
-    labels: tuple[str, str] = ("m", "M")
-    judge: str = "judge"
+    reference: str = Field(
+        "hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval_gpt4_baseline.json",
+        description="instructions with the outputs that a model is compared with",
+    )
+    reference_name: str = Field(REFERENCE, description="model whose outputs the reference file holds")
+    gamed: str | None = Field(
+        "hf://datasets/tatsu-lab/alpaca_eval/df_gamed.csv",
+        description="rows of the gamed baselines for the published length control; null: a fit without them",
+    )
+    difficulties: str | None = Field(None, description="difficulty per instruction, by position; default: from `gamed`")
+    prompt: str = Field(OWN, description="file with the judge's prompt; `own`: the project's wording")
+    labels: tuple[str, str] = Field(("m", "M"), description="replies for the output shown first and second")
+    judge: str = Field("judge", description="key of the judging model")
     asking: PreferenceAsking = PreferenceAsking()
-    order: OrderRule = "seeded"
-    order_seed: int = 0
+    order: OrderRule = Field("seeded", description="the published coin toss per instruction, or both orders")
+    order_seed: int = Field(0, description="seed of the coin toss")
     sampling: SamplingSettings = SamplingSettings(temperature=0.0, max_tokens=2048)
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(
+        None, ge=1, description="maximum number of instructions (smallest hashes kept); default: all"
+    )
 
     @model_validator(mode="after")
     def _difficulties(self) -> AlpacaEvalSettings:

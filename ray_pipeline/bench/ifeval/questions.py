@@ -32,9 +32,11 @@ class IfevalPrompt:
 class IfevalSettings(Settings):
     """The `ifeval` block: prompts in the published form. The checkers come with `quorum-align[ifeval]`."""
 
-    prompts: str = "hf://datasets/google/IFEval/ifeval_input_data.jsonl"
+    prompts: str = Field(
+        "hf://datasets/google/IFEval/ifeval_input_data.jsonl", description="prompt file in the published form"
+    )
     sampling: SamplingSettings = SamplingSettings(temperature=0.0, max_tokens=1280)
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(None, ge=1, description="maximum number of prompts (smallest hashes kept); default: all")
 
     def load(self) -> list[IfevalPrompt]:
         """Raises BenchmarkFileError."""

@@ -52,27 +52,32 @@ class Question:
 
 
 class MtBenchSettings(Settings):
-    """The `mt_bench` block. The defaults are the published protocol but for the judge and its prompts.
+    """The `mt_bench` block. The defaults are the published protocol, except for the judge and its prompts."""
 
-    Attributes:
-        references: answers that are shown in math, reasoning and coding; null: none are shown.
-        prompts: judge prompts, in the published form; `own`: the project's wording of them.
-        modes: grades of single answers, comparisons with `against` in both orders, or both.
-        against: the model (by its name in this run) that the others are compared with.
-        limit: so many questions, those of the smallest hash.
-    """
-
-    questions: str = "hf://spaces/lmsys/mt-bench/data/mt_bench/question.jsonl"
-    references: str | None = "hf://spaces/pe-nlp/mt-bench/data/mt_bench/reference_answer/gpt-4.jsonl"
-    reference_name: str = "gpt-4"
-    prompts: str = OWN
-    judge: str = "judge"
+    questions: str = Field(
+        "hf://spaces/lmsys/mt-bench/data/mt_bench/question.jsonl", description="question file in the published form"
+    )
+    references: str | None = Field(
+        "hf://spaces/pe-nlp/mt-bench/data/mt_bench/reference_answer/gpt-4.jsonl",
+        description="reference answers shown in math, reasoning and coding; null: none",
+    )
+    reference_name: str = Field("gpt-4", description="model whose answers the reference file holds")
+    prompts: str = Field(OWN, description="judge prompts in the published form; `own`: the project's wording")
+    judge: str = Field("judge", description="key of the judging model")
     asking: BenchAsking = BenchAsking()
-    modes: tuple[Mode, ...] = Field(("single",), min_length=1)
-    against: str = "base"
-    answer_tokens: int = Field(ANSWER_TOKENS, ge=1)
-    temperatures: dict[str, float] = Field(default_factory=lambda: dict(CATEGORY_TEMPERATURES))
-    limit: int | None = Field(None, ge=1)
+    modes: tuple[Mode, ...] = Field(
+        ("single",),
+        min_length=1,
+        description="grades of single answers, comparisons with `against` in both orders, or both",
+    )
+    against: str = Field("base", description="model (by its name in this run) that the others are compared with")
+    answer_tokens: int = Field(ANSWER_TOKENS, ge=1, description="maximum number of new tokens of an answer")
+    temperatures: dict[str, float] = Field(
+        default_factory=lambda: dict(CATEGORY_TEMPERATURES), description="category → temperature of the answers"
+    )
+    limit: int | None = Field(
+        None, ge=1, description="maximum number of questions (smallest hashes kept); default: all"
+    )
 
     def load(self) -> list[Question]:
         """Raises BenchmarkFileError."""
