@@ -13,6 +13,7 @@ from ray_pipeline.agreement.document import MeasureSettings
 from ray_pipeline.agreement.stages import AgreementData, AgreementPage, WinrateMeasure
 from ray_pipeline.agreement.versus import LiveWinrate
 from ray_pipeline.config import CallsBlock, ConfigError, RayBlock, RunBlock, check_models, check_sampling
+from ray_pipeline.config import _shown as shown_model
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.failures import FailureSettings
 from ray_pipeline.store.settings import Settings
@@ -74,7 +75,9 @@ class AgreementConfig(_AgreementRun):
             data=self.data.label,
             replay=self.data.told(asked),
             measure=self.measure,
-            judge_models={j.name: self.models[j.model].model for j in (*self.ask.judges, *self.ask.debaters)},
+            judge_models={
+                j.name: shown_model(self.models[j.model].model) for j in (*self.ask.judges, *self.ask.debaters)
+            },
         )
 
     def check(self) -> None:

@@ -133,7 +133,7 @@ def items_stage(settings: AgreementData) -> Stage:
         work=WholeWork(
             function=make_items, settings=_ItemsGiven(data=settings, commit=commit), tables=("items", "ballots")
         ),
-        config=settings.model_dump(mode="json", exclude={"path"}),
+        config=settings.decisive(exclude={"path"}),
         external=digests,
     )
 
@@ -205,7 +205,7 @@ def report_stage(page: AgreementPage, items: Stage, asked: Sequence[Stage] = ())
         name=page.workflow,
         view="report",
         work=WholeWork(function=write_report_stage, settings=page),
-        config=page.model_dump(mode="json"),
+        config=page.decisive(exclude={"asked"}),  # that is in the fingerprints of the stages that asked
         inputs={"items": items, **{f"asked/{stage.name}": stage for stage in asked}},
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ray_pipeline.agents.judges import SamplingSettings
 from ray_pipeline.bench.floors import FLOORS
 from ray_pipeline.bench.mt_bench.judge import answer_turns
 from ray_pipeline.bench.mt_bench.score import OTHER_TEMPERATURE
@@ -30,8 +31,8 @@ class _Answering(Settings):
     label: str
     seed: int
     mt_bench: dict[str, Any] | None
-    alpaca_eval: dict[str, Any] | None
-    ifeval: dict[str, Any] | None
+    alpaca_eval: SamplingSettings | None
+    ifeval: SamplingSettings | None
 
     def sampling(self, benchmark: str, category: str, question: str, turn: int) -> Sampling:
         """How a turn is answered; all models draw a warm turn with the same seed."""
@@ -40,12 +41,7 @@ class _Answering(Settings):
             temperature = given["temperatures"].get(category, OTHER_TEMPERATURE)
             made = Sampling(temperature=temperature, max_tokens=given["answer_tokens"])
         else:
-            made = Sampling(
-                temperature=given["temperature"],
-                top_p=given["top_p"],
-                max_tokens=given["max_tokens"],
-                extra=tuple(sorted(given["extra"].items())),
-            )
+            made = given.sampling()
         if made.temperature == 0:
             return made
         return Sampling(
@@ -75,8 +71,8 @@ def answers(
         label=label,
         seed=settings.seed,
         mt_bench=mt and {"answer_tokens": mt.answer_tokens, "temperatures": mt.temperatures},
-        alpaca_eval=alpaca and alpaca.sampling.model_dump(),
-        ifeval=ifeval and ifeval.sampling.model_dump(),
+        alpaca_eval=alpaca and alpaca.sampling,
+        ifeval=ifeval and ifeval.sampling,
     )
     return llm_stage(
         f"bench-answers-{label}",
@@ -142,7 +138,7 @@ def floors(settings: BenchmarksSettings, questions: Stage) -> Stage:
         name="bench-floors",
         group="bench-answers",
         work=ShardWork(function=floor_shard, tables=("bench_answers",), settings=given),
-        config=given.model_dump(mode="json"),
+        config=given.decisive(),
         inputs={"questions": questions},
     )
 

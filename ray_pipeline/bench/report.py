@@ -113,7 +113,7 @@ def report_stage(page: BenchmarksPage, stages: Sequence[Stage], *, view: str, na
         group=name,
         view=view,
         work=WholeWork(function=write_scores, settings=page),
-        config=page.model_dump(mode="json", exclude={"run_name"}),
+        config=page.decisive(exclude={"run_name"}),
         inputs={stage.name: stage for stage in stages},
         external=content_digests({key: source for key, source in sources.items() if source is not None}),
     )

@@ -228,7 +228,7 @@ def _layout(
         name=f"{name}-layout",
         group=group,
         work=WholeWork(function=choose_layout, settings=given),
-        config=given.model_dump(mode="json"),
+        config=given.decisive(),
         inputs=dict(inputs),
     )
 

@@ -15,7 +15,7 @@ import json
 import os
 import posixpath
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Annotated, Any, BinaryIO, Literal, cast
 
 import pyarrow as pa
@@ -77,6 +77,10 @@ class _FileSource(_Columns):
     """`path` is a local path or the URI of any pyarrow filesystem, and may hold *, ** and ?."""
 
     path: str
+
+    def decisive(self, exclude: Collection[str] = ()) -> dict[str, Any]:
+        """The name in place of the path: files that were moved are the same prompts (their contents have digests)."""
+        return {**super().decisive({*exclude, "path"}), "label": label_of(cast(Source, self))}
 
 
 class JsonlSource(_FileSource):
