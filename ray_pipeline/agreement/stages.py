@@ -14,7 +14,7 @@ from ray_pipeline.agents.strategies import Conflict
 from ray_pipeline.agreement.document import MeasureSettings
 from ray_pipeline.agreement.human_labels import HUMAN_DATA, read_human_labels, where_to_find
 from ray_pipeline.agreement.recorded import Recorded, Replay, read_item, read_recorded
-from ray_pipeline.data.sources import HuggingFaceSource, InputError, JsonlSource, content_digests
+from ray_pipeline.data.sources import HuggingFaceSource, InputError, JsonlSource
 from ray_pipeline.graph.results import Run
 from ray_pipeline.graph.stage import BadInput, Stage, StageResult, WholeInput, WholeWork, stage_table
 from ray_pipeline.stats.protocol import Protocol
@@ -79,11 +79,11 @@ def data_digests(settings: AgreementData) -> dict[str, str]:
         return {"pocket": digest(_pocket_pairs(settings))}
     if settings.type == "recorded" or (settings.path is not None and not Path(settings.path).is_dir()):
         assert settings.path is not None
-        return content_digests(JsonlSource(path=settings.path, column="item_id"))
+        return JsonlSource(path=settings.path, column="item_id").digest()
     name = settings.path or HUMAN_DATA[settings.type].hub_name
     if name is None:
         raise InputError(where_to_find(settings.type))
-    return content_digests(HuggingFaceSource(name=name, column="item_id", revision=settings.revision))
+    return HuggingFaceSource(name=name, column="item_id", revision=settings.revision).digest()
 
 
 def read_data(settings: AgreementData, commit: str | None = None) -> Recorded:

@@ -27,7 +27,6 @@ from ray_pipeline.data.sources import (
     InputError,
     JsonlSource,
     ParquetSource,
-    content_digests,
     find_files,
     hub_place,
     jsonl_records,
@@ -171,13 +170,10 @@ def tables_of(format: Format, settings: DatasetsConfig) -> tuple[Kind, ...]:
 def source_digests(source: PreferenceSource) -> dict[str, str]:
     """Commit of a hub data set, or digest of each file. Raises InputError when there is none."""
     if isinstance(source, HubPreferences):
-        return content_digests(
-            HuggingFaceSource(
-                name=source.name, subset=source.subset, split=source.split, revision=source.revision, column=""
-            )
-        )
+        place = {"name": source.name, "subset": source.subset, "split": source.split, "revision": source.revision}
+        return HuggingFaceSource(**place, column="").digest()
     kind = ParquetSource if source.type == "parquet" else JsonlSource
-    return content_digests(kind(path=source.path, column=""))
+    return kind(path=source.path, column="").digest()
 
 
 def import_preferences(given: WholeInput) -> dict[str, Any]:
