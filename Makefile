@@ -1,7 +1,8 @@
 # make demo   the whole method on small real models; ends with a report
 # make fellowship   feedback loop, selection and data sets on small real models
 # make agreement   two judges, their jury and a debate on small real models, against known labels
-# make test   all tests, the ones with real engines, clusters and training included
+# make fast   lint, types and the tests that start no engine, cluster or training
+# make test   all tests, those with real engines, clusters and training included
 # make venv   the environment alone
 # make check  ruff and mypy
 VENV ?= .venv
@@ -9,7 +10,7 @@ PYTHON ?= python3
 RUN ?= runs/pocket
 MADE := $(VENV)/.made
 
-.PHONY: demo fellowship agreement test venv check clean
+.PHONY: demo fellowship agreement fast light test venv check clean
 
 demo: $(MADE)
 	$(VENV)/bin/quorum run dmapo --config configs/pocket.yaml --run-dir $(RUN)
@@ -23,8 +24,12 @@ agreement: $(MADE)
 	$(VENV)/bin/quorum run agreement --config configs/pocket_agreement.yaml
 	@echo; cat runs/pocket_agreement/report/report.md
 
-test: $(MADE)
+fast: check light
+
+light: $(MADE)
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+
+test: light
 	$(VENV)/bin/python -m pytest -m e2e --durations=40
 
 venv: $(MADE)

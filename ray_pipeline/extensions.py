@@ -26,7 +26,7 @@ import hashlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from typing import Any, Literal, TypeVar, get_args
 
@@ -133,12 +133,30 @@ def names(kind: Kind) -> list[str]:
     return list(dict.fromkeys([*registered, *(point.name for point in _entry_points(kind))]))
 
 
-def digest_of(kind: Kind, reference: str | None) -> dict[str, str]:
-    """The content digest of a user's extension, for `Stage.external`; empty for Quorum's own and for None."""
-    if reference is None:
-        return {}
-    found = find(kind, reference)
-    return {} if found.digest is None else {f"{kind} {found.name}": found.digest}
+def digests_in(config: Any) -> dict[str, str]:
+    """Content digests of the users' files that a stage's configuration refers to, for its fingerprint.
+
+    Args:
+        config: plain data. A string in it counts when it is a reference to a file, or the name of an extension of
+            somebody else's that this process has found.
+    """
+    return {f"extension {name}": digest for name, digest in sorted(_digests_in(config))}
+
+
+def _digests_in(config: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(config, Mapping):
+        config = list(config.values())
+    if isinstance(config, (list, tuple)):
+        for part in config:
+            yield from _digests_in(part)
+    elif isinstance(config, str):
+        path, name = _split(config)
+        if path is not None and os.path.isfile(path):
+            with open(path, "rb") as file:
+                yield os.path.basename(config), hashlib.sha256(file.read()).hexdigest()
+        for extension in [e for (_, known), e in _registered.items() if path is None and known == name]:
+            if extension.digest is not None:
+                yield name, extension.digest
 
 
 def load_file(path: str) -> list[Extension]:

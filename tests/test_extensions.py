@@ -10,7 +10,7 @@ import pytest
 
 from ray_pipeline.data.prompts import PromptsConfig, load_prompts, source_digests
 from ray_pipeline.data.sources import JsonlSource, PocketSource
-from ray_pipeline.extensions import ExtensionError, digest_of, find, names, register
+from ray_pipeline.extensions import ExtensionError, digests_in, find, names, register
 
 CHECKER = """
 from ray_pipeline.extensions import register
@@ -43,14 +43,16 @@ def test_one_of_several_is_named(tmp_path):
 
 def test_a_changed_file_is_another_digest_and_is_loaded_again(tmp_path):
     path = write(tmp_path / "mine.py")
-    before = digest_of("checker", path)
-    assert list(before) == ["checker even"]
+    config = {"evaluate": [{"checker": path, "k": 4}]}
+    before = digests_in(config)
+    assert list(before) == ["extension mine.py"]
     write(tmp_path / "mine.py", CHECKER.replace("== 0", "== 1"))
-    assert digest_of("checker", path) != before and find("checker", path).value("q", "3")
+    assert digests_in(config) != before and find("checker", path).value("q", "3")
 
 
 def test_quorums_own_have_no_digest():
-    assert digest_of("source", "jsonl") == {} == digest_of("source", None)
+    assert find("source", "jsonl").digest is None
+    assert digests_in({"type": "jsonl", "path": "none.py", "text": "a.py", "n": None}) == {}
 
 
 @pytest.mark.parametrize(
@@ -93,7 +95,7 @@ def test_an_installed_package_is_found_by_its_entry_point(tmp_path, monkeypatch)
     monkeypatch.setattr(metadata, "entry_points", lambda group: [point] if group == point.group else [])
     assert "always" in names("checker")
     assert find("checker", "always").value("q", "a") is True
-    assert list(digest_of("checker", "always")) == ["checker always"]
+    assert list(digests_in(["always"])) == ["extension always"]
 
 
 def test_any_value_can_be_registered():
@@ -112,7 +114,7 @@ def test_the_example_source_gives_prompts():
     found = load_prompts(config, source_digests(config))
     assert found.counts["sources"]["my_source"]["kept"] == 10
     assert set(found.table["source"].to_pylist()) == {"my_source", "pocket"}
-    assert list(source_digests(config)) == ["my_source: source Sums", "pocket"]
+    assert list(source_digests(config)) == ["pocket"]
     assert config.model_dump(mode="json")["sources"][0] == {"type": EXAMPLE, "below": 4}
 
 

@@ -12,7 +12,7 @@ import yaml
 from ray_pipeline.agents import debate as debates
 from ray_pipeline.agents import feedback_loop as loops
 from ray_pipeline.agents import judges
-from ray_pipeline.agents.judges import Asking, Rubric, SamplingSettings
+from ray_pipeline.agents.judges import JudgeAsking, Rubric, SamplingSettings
 from ray_pipeline.agents.jurors import pool_judgements
 from ray_pipeline.agents.jury import PoolRule
 from ray_pipeline.agents.strategies import Judgement, Strategy, StrategyAsking, decide, load_strategy_templates, vote
@@ -20,10 +20,10 @@ from ray_pipeline.agents.templates import Layout, load_templates
 from ray_pipeline.api.engines import bound, templates_of
 from ray_pipeline.api.frames import Frame, column_names, give, need, rows_with_ids, table_of
 from ray_pipeline.api.loop import gather, wait_for
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.base import ChatEngine, Completion
 from ray_pipeline.store.keys import derived_seed
 from ray_pipeline.store.schemas import CRITIQUES, VERDICTS, to_table
-from ray_pipeline.store.settings import Settings
 
 S = TypeVar("S", bound=Settings)
 T = TypeVar("T")
@@ -66,7 +66,7 @@ def judge(
     templates: str | None = None,
     layout: Layout = "shared_first",
     sampling: SamplingSettings | Mapping[str, Any] | None = None,
-    asking: Asking | Mapping[str, Any] | None = None,
+    asking: JudgeAsking | Mapping[str, Any] | None = None,
     concurrency: int = CONCURRENCY,
 ) -> Frame:
     """Score every response on every rubric.
@@ -92,7 +92,7 @@ def judge(
     found = _rubrics(rubrics)
     name = templates_of(engine, templates)
     template = load_templates(name).judge
-    how = _settings(SamplingSettings, sampling, name, "sampling"), _settings(Asking, asking, name, "asking")
+    how = _settings(SamplingSettings, sampling, name, "sampling"), _settings(JudgeAsking, asking, name, "asking")
     rows = rows_with_ids(frame, "candidate_id", ["response"], "frame")
 
     async def one(row: Mapping[str, Any], rubric: Rubric) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def critique(
     templates: str | None = None,
     layout: Layout | None = None,
     sampling: SamplingSettings | Mapping[str, Any] | None = None,
-    asking: Asking | Mapping[str, Any] | None = None,
+    asking: JudgeAsking | Mapping[str, Any] | None = None,
     concurrency: int = CONCURRENCY,
 ) -> Frame:
     """Say of every response whether the way to it is flawed, and how.
@@ -133,7 +133,7 @@ def critique(
     template = load_templates(name).critic
     # The pocket's critic was trained on one layout; with one call a candidate, others share the rubric alone.
     order: Layout = layout or ("shared_first" if name == "pocket" else "rubric_first")
-    how = _settings(SamplingSettings, sampling, name, "sampling"), _settings(Asking, asking, name, "asking")
+    how = _settings(SamplingSettings, sampling, name, "sampling"), _settings(JudgeAsking, asking, name, "asking")
     rows = rows_with_ids(frame, "candidate_id", ["response"], "frame")
 
     async def one(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,11 +7,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from ray_pipeline.config import ConfigError, DmapoConfig
-from ray_pipeline.config import load_config as read_config
+from ray_pipeline.config.loading import load_config as read_config
 from ray_pipeline.graph.results import read_run as read_stored
 from ray_pipeline.graph.stage import StageResult
-from ray_pipeline.workflows import WORKFLOWS
+from ray_pipeline.workflow.config import RunConfig
+from ray_pipeline.workflow.registry import find_workflow
 
 
 class RunTables:
@@ -55,20 +55,19 @@ def read_run(location: str) -> RunTables:
     return RunTables(stored.folder.location, stored.manifest, stored.results)
 
 
-def load_config(workflow: str, config: str, overrides: Sequence[str] = ()) -> DmapoConfig:
+def load_config(workflow: str, config: str, overrides: Sequence[str] = ()) -> RunConfig:
     """A configuration, checked as far as it can be before a stage starts.
 
     Args:
-        workflow: name of a workflow, such as `dmapo`.
+        workflow: name of a workflow, such as `dmapo`, or a Python file that registers one.
         config: YAML file, or the name of one that comes with Quorum, such as `pocket`.
         overrides: `key=value`, as on the command line.
 
     Raises:
         ConfigError: no such workflow or file, an unknown or unused key, a wrong value, or a model that does not exist.
     """
-    if workflow not in WORKFLOWS:
-        raise ConfigError(f"unknown workflow {workflow!r}; choose from {', '.join(WORKFLOWS)}")
-    return read_config(workflow, config, overrides, WORKFLOWS[workflow])  # type: ignore[no-any-return]
+    kind: type[RunConfig] = find_workflow(workflow).config
+    return read_config(kind, config, overrides)
 
 
 def run(
@@ -94,13 +93,12 @@ def run(
         ConfigError: as `load_config`.
         RuntimeError: a stage failed; the message names it and the reason. Finished work is kept.
     """
-    from dags import DAGS
     from ray_pipeline.graph.run import execute
     from ray_pipeline.operate.run_settings import run_settings
 
     settings = load_config(workflow, config, overrides)
     folder = settings.run_folder(run_dir)
-    graph = DAGS[workflow](settings, folder)
+    graph = find_workflow(workflow).wire(settings, folder)
     outcome = execute(graph, run_settings(settings, folder), from_group=from_stage, to_group=to_stage)
     if outcome.failures:
         failed = "; ".join(f"{name}: {failure.reason}" for name, failure in outcome.failures.items())

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.convert import pairs_to_kto
 from ray_pipeline.data.datasets import DatasetsConfig, Encode, Kind, TokenCounter
 from ray_pipeline.data.prompts import split_of
@@ -38,7 +39,6 @@ from ray_pipeline.engines.models import ModelSettings, TokenizerSettings
 from ray_pipeline.graph.stage import BadInput, Stage, WholeInput, WholeWork
 from ray_pipeline.store.keys import digest, normalise_messages, normalise_text, prompt_id, shard_of
 from ray_pipeline.store.schemas import DPO, KTO, SFT, to_table
-from ray_pipeline.store.settings import Settings
 from ray_pipeline.store.tables import ShardedTable
 
 _BATCH_ROWS = 1024

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, field_validator
 
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.rows import add_counts, gather
 from ray_pipeline.data.sources import (
     HuggingFaceSource,
@@ -32,7 +33,6 @@ from ray_pipeline.store.keys import (
     unit_hash,
 )
 from ray_pipeline.store.schemas import PROMPTS, to_table
-from ray_pipeline.store.settings import Settings
 
 _BATCH_ROWS = 1024
 
@@ -93,7 +93,7 @@ def source_digests(config: PromptsConfig) -> dict[str, str]:
     return {
         _digest_name(name, part): value
         for name, source in named_sources(config.sources)
-        for part, value in source.content().items()
+        for part, value in source.digest().items()
     }
 
 

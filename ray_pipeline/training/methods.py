@@ -1,7 +1,7 @@
-"""The training methods as a table, and how a `TrainSpec` becomes a TRL config.
+"""The training methods as a table, and the check of `trainer_args` against TRL's own settings.
 
-Adding a method is adding a row to `METHODS` (and its name to `spec.MethodName`). Nothing here imports TRL before a
-config or a trainer is asked for.
+Adding a method is adding a row to `METHODS` (and its name to `MethodName`). Nothing here imports TRL before a config
+or trainer class is needed.
 """
 
 from __future__ import annotations
@@ -13,10 +13,15 @@ import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from ray_pipeline.training.sharding import sharding_settings
-from ray_pipeline.training.spec import DataKind, MethodName, TrainingInputError, TrainSpec
-
+MethodName = Literal["sft", "dpo", "kto", "orpo", "simpo"]
+#: The kinds of training rows: single answers, pairs, and answers with a label.
+DataKind = Literal["sft", "dpo", "kto"]
 ColumnKind = Literal["messages", "bool"]
+
+
+class TrainingInputError(ValueError):
+    """Invalid settings, data or cluster for a training run; the message names the key and the remedy."""
+
 
 #: Kind of data -> the columns that a trainer reads. No others are read.
 COLUMNS: dict[DataKind, Mapping[str, ColumnKind]] = {
@@ -36,7 +41,7 @@ class Method:
         data: the kind of rows that it learns from.
         objective: the loss of one batch as TRL computes it, and where that differs from the paper.
         beta: the β that the method was published with; None: its loss has none.
-        fields: fields of `TrainSpec` that the config takes under the same name, beside those that all take.
+        fields: fields of `TrainSettings` that the config takes under the same name, beside those that all take.
         settings: settings that make the class pair this method. `trainer_args` may replace them.
         min_batch_size: the smallest `batch_size` that the loss is defined for.
         adds_ends: the trainer puts the tokenizer's BOS and EOS around a chat whose template leaves them out.
@@ -140,7 +145,7 @@ METHODS: dict[MethodName, Method] = {
     ),
 }  # fmt: skip
 
-#: TRL's name of a setting -> the field of `TrainSpec` that has it.
+#: TRL's name of a setting -> the field of `TrainSettings` or `TrainSpec` that holds it.
 OWNED: dict[str, str] = {
     "output_dir": "output_dir",
     "run_name": "run_name",
@@ -198,32 +203,21 @@ FIXED: dict[str, str] = {
     "truncation_mode": "prompts stay whole and answers are cut at their end, as the check before the run counts them",
 }
 
-#: Keys of `model_init_kwargs` -> the field of `TrainSpec` that has it.
+#: Keys of `model_init_kwargs` -> the field of `TrainSettings` or `TrainSpec` that holds it.
 OWNED_MODEL_ARGS: dict[str, str] = {
     "dtype": "dtype", "torch_dtype": "dtype", "revision": "revision", "trust_remote_code": "trust_remote_code",
     "device_map": "use_gpu", "quantization_config": "quantization",
 }  # fmt: skip
 
 
-def method_of(name: str) -> Method:
-    """The row of a method.
-
-    Raises:
-        TrainingInputError: there is none of that name.
-    """
-    if name not in METHODS:
-        raise TrainingInputError(f"method must be one of {', '.join(METHODS)}, not {name!r}")
-    return METHODS[name]
-
-
-def validate_trainer_args(method: str, trainer_args: Mapping[str, Any]) -> None:
+def validate_trainer_args(method: MethodName, trainer_args: Mapping[str, Any]) -> None:
     """Check `trainer_args` against TRL's config class of the method. Loads no model.
 
     Raises:
         TrainingInputError: a name is unknown (the message has the nearest right one), belongs to a field of
-            `TrainSpec` (the message names it) or must not be changed; or a value is none of the choices.
+            `TrainSettings` (the message names it) or must not be changed; or a value is none of the choices.
     """
-    found = method_of(method)
+    found = METHODS[method]
     if not trainer_args:
         return  # TRL takes seconds to import, and every command reads a config
     known = {f.name: f for f in dataclasses.fields(found.config_class()) if f.init}
@@ -258,83 +252,3 @@ def _check_model_args(value: Any) -> None:
                 f"trainer_args.model_init_kwargs.{name} would override the setting {OWNED_MODEL_ARGS[name]!r}: "
                 "set that one"
             )
-
-
-def beta_of(spec: TrainSpec) -> float | None:
-    """The β that a run trains with: its own, else the method's; None where the loss has none."""
-    return method_of(spec.method).beta if spec.beta is None else spec.beta
-
-
-def packs(spec: TrainSpec) -> bool:
-    """Whether TRL joins several rows into one sequence (SFT only)."""
-    return bool(spec.trainer_args.get("packing"))
-
-
-def trainer_config(spec: TrainSpec, output_dir: str) -> Any:
-    """TRL's config for a spec.
-
-    Args:
-        output_dir: scratch folder of this worker for Hugging Face checkpoints, before Ray Train takes them.
-    """
-    method = method_of(spec.method)
-    user = dict(spec.trainer_args)
-    beta = beta_of(spec)
-    defaults = {
-        "ddp_find_unused_parameters": False,  # every trained weight is used in each forward pass
-        "disable_tqdm": True,  # progress goes through `logging`
-        **method.settings,
-        **sharding_settings(spec),
-    }
-    if packs(spec):
-        defaults["train_sampling_strategy"] = "random"  # by seed: packing sorts the rows by length
-    return method.config_class()(
-        output_dir=output_dir,
-        run_name=spec.run_name,
-        model_init_kwargs=_model_args(spec, user.pop("model_init_kwargs", {})),
-        trust_remote_code=spec.trust_remote_code,
-        per_device_train_batch_size=spec.batch_size,
-        per_device_eval_batch_size=spec.batch_size,  # TRL makes KTO's KL pairs of the evaluation rows in train batches
-        gradient_accumulation_steps=spec.gradient_accumulation,
-        num_train_epochs=spec.epochs,
-        max_length=spec.max_length,
-        learning_rate=spec.learning_rate,
-        lr_scheduler_type=spec.lr_scheduler,
-        warmup_steps=spec.warmup_ratio,  # transformers 5 reads a number below 1 as a share
-        seed=spec.seed,
-        use_cpu=not spec.use_gpu,
-        bf16=spec.use_gpu and spec.dtype == "bfloat16",  # TRL's default is True, also on CPUs
-        fp16=False,
-        gradient_checkpointing=spec.gradient_checkpointing,
-        logging_strategy="steps",
-        logging_steps=spec.logging_steps,
-        save_strategy="steps",
-        save_steps=spec.save_steps,
-        save_total_limit=2,
-        eval_strategy="no",  # callbacks.EvaluateEachEpoch does it, before the checkpoint of the same step
-        dataloader_drop_last=True,
-        report_to=list(spec.report_to) or "none",
-        **({} if beta is None else {"beta": beta}),
-        **{name: getattr(spec, name) for name in method.fields},
-        **{**defaults, **user},
-    )
-
-
-def _model_args(spec: TrainSpec, user: Mapping[str, Any]) -> dict[str, Any]:
-    """What the base is loaded with. Every worker has one device: "auto" would spread the model over all it can see."""
-    # DeepSpeed keeps float32 copies of the trained weights itself.
-    in_float32 = spec.lora is None and spec.shard not in ("zero2", "zero3")
-    found = {"dtype": "float32" if in_float32 else spec.dtype, "device_map": None, **user}
-    if spec.revision is not None:
-        found["revision"] = spec.revision
-    if spec.quantization is not None:
-        import torch
-        from transformers import BitsAndBytesConfig
-
-        found["quantization_config"] = BitsAndBytesConfig(
-            load_in_8bit=spec.quantization == "int8",
-            load_in_4bit=spec.quantization == "nf4",
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=getattr(torch, spec.dtype),
-        )
-    return found

@@ -1,10 +1,12 @@
-"""Published agreement numbers, from recorded judgements that nobody here wrote."""
+"""Published agreement numbers, from recorded judgements of other people's judges.
+
+Stored scores and verdicts are numbers in tests/data/published; reading the judges' replies needs their texts.
+"""
 
 from __future__ import annotations
 
 import functools
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +15,9 @@ from ray_pipeline.agreement.document import MeasureSettings, as_document, measur
 from ray_pipeline.agreement.recorded import Recorded, read_recorded
 from ray_pipeline.agreement.recorded_winrate import versus_rates
 from ray_pipeline.store.schemas import BALLOTS, ITEMS, to_table
+from tests.published import DATA, NUMBERS, needs
 
-RECORDED = Path(__file__).parents[3] / "shared" / "data" / "agreement"
-pytestmark = pytest.mark.skipif(not RECORDED.exists(), reason=f"recorded judgements not found at {RECORDED}")
+RECORDED = DATA / "agreement"
 
 STRATEGIES = {
     "direct-comparison": "direct",
@@ -24,17 +26,18 @@ STRATEGIES = {
     "combined-scoring-10": "combined_10",
     "combined-scoring-100": "combined_100",
 }
-REPLAYS = ["stored", "text"]
+REPLAYS = ["stored", pytest.param("text", marks=needs("agreement"))]
 
 
 @functools.cache
 def published() -> dict[str, Any]:
-    return json.loads((RECORDED / "expected.json").read_text())
+    return json.loads((NUMBERS / "agreement.json").read_text())
 
 
 @functools.cache
 def recorded(name: str, replay: Any) -> Recorded:
-    return read_recorded(str(RECORDED / f"{name}.jsonl.gz"), replay)
+    folder = NUMBERS if replay == "stored" else RECORDED
+    return read_recorded(str(folder / f"{name}.jsonl.gz"), replay)
 
 
 @functools.cache
@@ -91,6 +94,7 @@ def test_thirty_cells_of_votes_as_stored() -> None:
         assert cells[STRATEGIES[row["strategy"]], row["judge"]] == row["vote_counts_stored"]
 
 
+@needs("agreement")
 def test_clean_texts_give_back_what_retries_lost() -> None:
     """The original kept B's score alone after a retry; read whole, A has the one that stands in the text."""
     stored = {_key(b): b for b in recorded("alpaca_eval", "stored").ballots}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import itertools
-import json
 import math
 from typing import Any
 
@@ -14,7 +12,7 @@ import pytest
 
 from ray_pipeline.agreement.risk_coverage import CURVE, risk_coverage
 from ray_pipeline.data.gate import GateConfig, decide
-from tests.published import DATA, needs
+from tests.published import NUMBERS, json_lines
 
 LABELS = ("A", "tie", "B")
 
@@ -101,10 +99,8 @@ def test_the_area_under_the_curve() -> None:
     assert risk_coverage(a, b, ["A"] * 4, [1.0], [(10.5, 0.5)], draws=5).areas[10.5, 0.5] is None
 
 
-@needs("agreement")
 def test_the_gate_on_recorded_judgements() -> None:
-    with gzip.open(DATA / "agreement" / "fair_eval.jsonl.gz", "rt") as file:
-        items = [json.loads(line) for line in file]
+    items = json_lines(NUMBERS / "fair_eval.jsonl.gz")
     judges = sorted(items[0]["combined_10"])
     a, b = (
         np.array([[float(item["combined_10"][judge][side]) for item in items] for judge in judges])

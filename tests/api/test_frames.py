@@ -175,6 +175,16 @@ def test_scores_and_juries():
         quorum.jury({})
 
 
+def test_a_strategy_of_a_users_file():
+    judge = ScriptedEngine(lambda m, s: json.dumps({"reason": "", "score_a": 3, "score_b": 8}))
+    found = quorum.compare(PAIRS, judge, {"kind": "examples/my_judge.py", "orders": "both", "low": 1})
+    assert found["vote"].tolist() == ["tie", "tie"] and found["flipped"].all()
+    asked = judge.asked[0][0][0]["content"]
+    assert "Answer A:\ngood" in asked and "from 1 (meets" in asked
+    with pytest.raises(ValueError, match="unknown strategy 'combine'; did you mean 'combined'"):
+        quorum.compare(PAIRS, judge, "combine")
+
+
 def test_debate():
     def speak(messages: Any, sampling: Any) -> str:
         return "I prefer A." if sampling.grammar is None else json.dumps({"reason": "", "score_a": 8, "score_b": 4})

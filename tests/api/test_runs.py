@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import ray_pipeline as quorum
-from ray_pipeline.config import ConfigError
+from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.store.files import StoreError
 from tests.operate.planted_run import plant
 
@@ -13,7 +13,7 @@ from tests.operate.planted_run import plant
 def test_load_config():
     config = quorum.load_config("dmapo", "pocket", ["gate.tau=1.5"])
     assert config.gate.tau == 1.5
-    with pytest.raises(ConfigError, match="unknown workflow 'dmapp'; choose from dmapo"):
+    with pytest.raises(ConfigError, match="unknown workflow 'dmapp'; choose from agreement"):
         quorum.load_config("dmapp", "pocket")
     with pytest.raises(ConfigError, match=r"gate\.tua"):
         quorum.load_config("dmapo", "pocket", ["gate.tua=1.5"])

@@ -88,7 +88,7 @@ def edit(**changes) -> Callable[[Rows], Rows]:
 
 
 def swap(column: str) -> Callable[[Rows], Rows]:
-    """The join by position of design §6.14: two rows carry each other's values."""
+    """The join by position of docs/architecture.md: two rows carry each other's values."""
 
     def damage(rows: Rows) -> Rows:
         other = next(r for r in rows if r[column] != rows[0][column])

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import csv
 import dataclasses
 import functools
-import gzip
 import math
 import random
 from collections import defaultdict
@@ -43,47 +41,41 @@ from ray_pipeline.bench.files import BenchmarkFileError, read_csv
 from ray_pipeline.bench.judge_prompts import own_preference_prompt, preference_prompt
 from ray_pipeline.bench.scores import AlpacaEvalRules, Judge, alpaca_eval_rates
 from ray_pipeline.stats.protocol import score_name
-from tests.published import DATA, needs
+from tests.published import DATA, NUMBERS, needs, table
 from tests.scripted import ScriptedEngine, said
 
-FOLDER = DATA / "alpaca_eval"
 #: Published with a value that its published weights do not give (a difference of 0.13).
 OTHER_WEIGHTS = "NullModel"
 
 
 @functools.cache
 def leaderboard() -> dict[str, dict[str, str]]:
-    return {row[""]: row for row in csv.DictReader((FOLDER / "leaderboard_ae2.csv").open())}
+    return {row["model"]: row for row in table("alpaca_eval_leaderboard.csv")}
 
 
 @functools.cache
 def weights() -> dict[str, GlmWeights]:
-    found = {}
-    for row in csv.DictReader((FOLDER / "glm_weights_ae2.csv").open()):
-        name, length, difficulty, model = row.values()
-        found[name] = GlmWeights(float(length), float(difficulty), float(model))
-    return found
+    names = ("weight_length", "weight_difficulty", "weight_model")
+    return {model: GlmWeights(*(float(row[name]) for name in names)) for model, row in leaderboard().items()}
 
 
 @functools.cache
 def preferences() -> dict[str, list[dict[str, str]]]:
     found = defaultdict(list)
-    with gzip.open(FOLDER / "annotations_compact.csv.gz", "rt") as file:
-        for row in csv.DictReader(file):
-            found[row["model"]].append(row)
+    for row in table("alpaca_eval_preferences.csv.gz"):
+        found[row["model"]].append(row)
     return dict(found)
 
 
 @functools.cache
 def difficulty() -> Any:
-    return difficulties_of(read_csv(str(FOLDER / "derived" / "instruction_difficulty_recovered.csv")))
+    return difficulties_of(read_csv(str(NUMBERS / "alpaca_eval_difficulty.csv")))
 
 
 def column(model: str, name: str) -> Any:
     return np.array([float(row[name]) for row in preferences()[model]])
 
 
-@needs("alpaca_eval")
 def test_raw_win_rates_of_the_leaderboard() -> None:
     assert len(preferences()) == 15
     for model in preferences():
@@ -98,7 +90,6 @@ def test_raw_win_rates_of_the_leaderboard() -> None:
         assert counts == tuple(int(published[n]) for n in ("n_wins", "n_wins_base", "n_draws", "n_total")), model
 
 
-@needs("alpaca_eval")
 def test_closed_form_length_controlled_win_rates() -> None:
     close = 0
     for model, rows in preferences().items():
@@ -114,9 +105,8 @@ def test_closed_form_length_controlled_win_rates() -> None:
     assert close == 10
 
 
-@needs("alpaca_eval")
 def test_refit_meets_the_leaderboard() -> None:
-    gamed = gamed_rows_of(read_csv(str(FOLDER / "derived" / "df_gamed_surrogate.csv")))
+    gamed = gamed_rows_of(table("alpaca_eval_gamed_surrogate.csv.gz"))
     assert gamed.surrogate and len(gamed.preference) == 1610
     errors, weight_errors = {}, []
     for model, rows in preferences().items():
@@ -143,7 +133,7 @@ def test_refit_meets_the_leaderboard() -> None:
 
 @needs("alpaca_eval")
 def test_only_the_published_protocol_has_the_name() -> None:
-    text = (FOLDER / "prompts" / "alpaca_eval_clf.txt").read_text()
+    text = (DATA / "alpaca_eval" / "prompts" / "alpaca_eval_clf.txt").read_text()
     lengths = [int(row["len_baseline"]) for row in preferences()[OTHER_WEIGHTS]]
     measured = {
         "metric": "LC",

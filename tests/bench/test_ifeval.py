@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
-import json
 import random
 from typing import Any
 
@@ -16,6 +14,7 @@ from ray_pipeline.bench.ifeval.score import (
     Checkers,
     CheckersMissing,
     IfevalPrompt,
+    IfevalScores,
     IfevalVerdict,
     UnknownInstruction,
     check,
@@ -27,13 +26,12 @@ from ray_pipeline.bench.ifeval.score import (
     scores,
 )
 from ray_pipeline.stats.protocol import score_name
-from tests.published import DATA, json_lines, needs
+from tests.published import DATA, NUMBERS, json_lines, needs
 
 FOLDER = DATA / "ifeval"
 NAMES = ("prompt_strict", "instruction_strict", "prompt_loose", "instruction_loose")
-checkers_installed = pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None, reason="the extra ifeval (lm-eval) is not installed"
-)
+#: Prompts and responses of our own with the verdicts of lm_eval 0.4.13's checkers, called directly.
+OWN = json_lines(NUMBERS.parent / "ifeval_own.jsonl")
 
 
 @functools.cache
@@ -41,81 +39,100 @@ def published_prompts() -> tuple[IfevalPrompt, ...]:
     return tuple(prompts_of(json_lines(FOLDER / "input_data.jsonl")))
 
 
-@functools.cache
-def official() -> Checkers:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NLTK_DATA", str(FOLDER / "nltk_data"))
-        return load_checkers()
+def own_prompts() -> tuple[IfevalPrompt, ...]:
+    return tuple(prompts_of(OWN))
 
 
-@functools.cache
-def gpt4() -> tuple[IfevalVerdict, ...]:
-    rows = json_lines(FOLDER / "input_response_data_gpt4_20231107_145030.jsonl")
-    responses, by_nearness = match_responses(published_prompts(), [(r["prompt"], r["response"]) for r in rows])
-    assert by_nearness == [2785] and len(responses) == 541
-    return tuple(check(published_prompts(), responses, official()))
+def expected(row: dict[str, Any]) -> IfevalVerdict:
+    return IfevalVerdict(row["key"], tuple(row["strict"]), tuple(row["loose"]))
 
 
-@needs("ifeval")
-@checkers_installed
-def test_verdicts_on_gpt4_are_the_published_ones() -> None:
-    expected = json.loads((FOLDER / "expected_gpt4_lm_eval_0.4.13.json").read_text())
-    equal = sum(
-        [list(v.strict), list(v.loose)] == [expected["per_key"][str(v.key)][k] for k in ("strict", "loose")]
-        for v in gpt4()
-    )
-    assert equal >= 539
-    found = scores(published_prompts(), gpt4(), draws=100)
+def assert_gpt4(found: IfevalScores) -> None:
+    """The published accuracies of GPT-4 over 541 prompts."""
     for name, percent in zip(NAMES, (77.08, 83.69, 79.48, 85.49), strict=True):
         accuracy = getattr(found, name)
         assert 100 * accuracy.interval.mean == pytest.approx(percent, abs=0.2), name
         assert accuracy.interval.low < accuracy.interval.mean < accuracy.interval.high
-    # The official letter counter draws a letter where the prompt asks for # or !.
-    assert [v.key for v in gpt4() if v.chance] == [1122, 1129] and found.chance == 2
     assert sum(t.total for t in found.types) == sum(f.total for f in found.families) == 834
     assert sum(t.strict for t in found.types) == found.instruction_strict.count
     assert len(found.types) == 25
 
 
+def test_published_accuracies_from_published_verdicts() -> None:
+    rows = json_lines(NUMBERS / "ifeval_gpt4.jsonl.gz")
+    prompts = prompts_of([{**row, "prompt": "", "kwargs": [{}] * len(row["strict"])} for row in rows])
+    assert_gpt4(scores(prompts, [expected(row) for row in rows], draws=100))
+
+
 @needs("ifeval")
-@checkers_installed
-def test_verdicts_repeat_and_leave_the_generator_alone() -> None:
-    prompts = [p for p in published_prompts() if any("language" in i or "letter" in i for i in p.instructions)][:40]
+def test_verdicts_on_gpt4_are_the_published_ones(official: Checkers) -> None:
+    rows = json_lines(FOLDER / "input_response_data_gpt4_20231107_145030.jsonl")
+    responses, by_nearness = match_responses(published_prompts(), [(r["prompt"], r["response"]) for r in rows])
+    assert by_nearness == [2785] and len(responses) == 541
+    gpt4 = check(published_prompts(), responses, official)
+    published = {row["key"]: expected(row) for row in json_lines(NUMBERS / "ifeval_gpt4.jsonl.gz")}
+    equal = sum((v.strict, v.loose) == (published[v.key].strict, published[v.key].loose) for v in gpt4)
+    assert equal >= 539
+    found = scores(published_prompts(), gpt4, draws=100)
+    assert_gpt4(found)
+    # The official letter counter draws a letter where the prompt asks for # or !.
+    assert [v.key for v in gpt4 if v.chance] == [1122, 1129] and found.chance == 2
+
+
+def test_verdicts_on_items_of_our_own_are_the_official_ones(official: Checkers) -> None:
+    assert {i for row in OWN for i in row["instruction_id_list"]} == set(official.registry)
+    found = check(own_prompts(), {row["key"]: row["response"] for row in OWN}, official)
+    assert found == [expected(row) for row in OWN]
+    # One verdict of each kind: followed, not followed, followed once politeness or markup is taken off.
+    assert {(all(v.strict), all(v.loose)) for v in found} == {(True, True), (False, False), (False, True)}
+
+
+def test_a_sign_in_place_of_a_letter_is_judged_by_chance(official: Checkers) -> None:
+    def chance(letter: str) -> bool:
+        arguments = {"let_relation": "at least", "letter": letter, "let_frequency": 1}
+        prompt = IfevalPrompt(1, "p", ("keywords:letter_frequency",), (arguments,))
+        return check([prompt], {1: "a # b"}, official)[0].chance
+
+    assert chance("#") and not chance("a")
+
+
+def test_verdicts_repeat_and_leave_the_generator_alone(official: Checkers) -> None:
+    prompts = [p for p in own_prompts() if any("language" in i or "letter" in i for i in p.instructions)]
+    if FOLDER.exists():
+        prompts = [p for p in published_prompts() if any("language" in i or "letter" in i for i in p.instructions)][:40]
     responses = dict.fromkeys((p.key for p in prompts), "Hello world, c'est la vie! " * 3)
     random.seed(11)
     state = random.getstate()
-    once = check(prompts, responses, official())
+    once = check(prompts, responses, official)
     assert random.getstate() == state
     random.seed(12)
     # In another order too: a verdict depends on its own prompt and response.
-    assert sorted(check(prompts[::-1], responses, official()), key=lambda v: v.key) == sorted(once, key=lambda v: v.key)
+    assert sorted(check(prompts[::-1], responses, official), key=lambda v: v.key) == sorted(once, key=lambda v: v.key)
 
 
-@needs("ifeval")
-@checkers_installed
-def test_language_detection_is_seeded() -> None:
+def test_language_detection_is_seeded(official: Checkers) -> None:
     # Unseeded, the detector calls this text English on some calls and not on others.
     prompt = IfevalPrompt(0, "p", ("language:response_language",), ({"language": "en"},))
-    found = {check([prompt], {0: "Hello world"}, official())[0].strict for _ in range(25)}
+    found = {check([prompt], {0: "Hello world"}, official)[0].strict for _ in range(25)}
     assert len(found) == 1
 
 
 @needs("ifeval")
-@checkers_installed
 @pytest.mark.parametrize(
     ("floor", "prompt_strict", "instruction_strict"), [("x", 11.46, 22.9), ("echo", 24.77, 36.09), ("empty", 0, 0)]
 )
-def test_floors(floor: str, prompt_strict: float, instruction_strict: float) -> None:
+def test_floors(floor: str, prompt_strict: float, instruction_strict: float, official: Checkers) -> None:
     answers = {p.key: FLOORS[floor]([{"role": "user", "content": p.prompt}]) for p in published_prompts()}
-    found = scores(published_prompts(), check(published_prompts(), answers, official()), draws=2)
+    found = scores(published_prompts(), check(published_prompts(), answers, official), draws=2)
     assert 100 * found.prompt_strict.interval.mean == pytest.approx(prompt_strict, abs=0.01)  # type: ignore[operator]
     # One of the 834 verdicts on the echo hangs on the letter that the official checker draws.
     assert 100 * found.instruction_strict.interval.mean == pytest.approx(instruction_strict, abs=0.13)  # type: ignore[operator]
 
 
 @needs("ifeval")
-@checkers_installed
-def test_the_name_goes_with_the_published_prompts_and_checkers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_name_goes_with_the_published_prompts_and_checkers(
+    official: Checkers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     exact = score_name(ifeval.ifeval_protocol(published_prompts()), published_ifeval())
     assert exact.text == "IFEval", exact.departures
     part = score_name(ifeval.ifeval_protocol(published_prompts()[:-1]), published_ifeval())
@@ -125,9 +142,8 @@ def test_the_name_goes_with_the_published_prompts_and_checkers(monkeypatch: pyte
     assert newer.text == "IFEval-style, checker lm_eval 9.9, nltk 9.9, langdetect 9.9, seed 0"
 
 
-@checkers_installed
 def test_missing_tokenizer_data_is_said_before_any_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    import nltk
+    nltk = pytest.importorskip("nltk", reason="nltk is not installed: pip install -e '.[ifeval]'")
 
     monkeypatch.delenv("NLTK_DATA", raising=False)
     monkeypatch.setattr(nltk.data, "path", ["/nowhere/nltk_data"])

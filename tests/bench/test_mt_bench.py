@@ -27,11 +27,12 @@ from ray_pipeline.bench.mt_bench.score import (
     questions_of,
 )
 from ray_pipeline.stats.protocol import score_name
-from tests.published import DATA, json_lines, needs
+from tests.published import DATA, json_lines, needs, table
 from tests.scripted import ScriptedEngine, said
 
 FOLDER = DATA / "mt_bench"
 JUDGED = FOLDER / "judgments_gpt4omini"
+MEANS = [("gemma-2-9b-it", 8.0125), ("Mistral-7B-Instruct-v0.3", 7.20625)]
 READINGS: list[Reading] = ["published", "unanimous"]
 GPT4 = "endpoint:gpt-4@https://api.openai.com/v1"
 
@@ -42,15 +43,32 @@ def published_questions() -> list[Question]:
 
 @needs("mt_bench")
 @pytest.mark.parametrize("reading", READINGS)
-@pytest.mark.parametrize(("model", "mean"), [("gemma-2-9b-it", 8.0125), ("Mistral-7B-Instruct-v0.3", 7.20625)])
+@pytest.mark.parametrize(("model", "mean"), MEANS)
 def test_recorded_judgments_give_the_published_means(model: str, mean: float, reading: Reading) -> None:
-    ratings, recorded = [], {1: 0.0, 2: 0.0}
+    ratings = []
     for row in json_lines(JUDGED / "single_grade" / f"{model}.jsonl"):
         for turn in (1, 2):
             read = read_rating(said(row[f"judgment_turn{turn}"]), reading, 1, 10)
             assert read is not None and read.fields["score"] == row[f"score_turn{turn}"]
-            recorded[turn] += row[f"score_turn{turn}"] / 80
-            ratings.append(TurnRating(row["question_id"], row["category"], turn, read.fields["score"], read.status))  # type: ignore[arg-type]
+            ratings.append(
+                TurnRating(int(row["question_id"]), row["category"], turn, read.fields["score"], read.status)
+            )  # type: ignore[arg-type]
+    assert ratings == published_ratings(model)
+    assert_mean(ratings, mean)
+
+
+@pytest.mark.parametrize(("model", "mean"), MEANS)
+def test_published_means_from_published_ratings(model: str, mean: float) -> None:
+    assert_mean(published_ratings(model), mean)
+
+
+def published_ratings(model: str) -> list[TurnRating]:
+    rows = [row for row in table("mt_bench_ratings.csv") if row["model"] == model]
+    return [TurnRating(int(r["question_id"]), r["category"], int(r["turn"]), float(r["score"]), "ok") for r in rows]  # type: ignore[arg-type]
+
+
+def assert_mean(ratings: list[TurnRating], mean: float) -> None:
+    recorded = {turn: sum(r.score or 0 for r in ratings if r.turn == turn) / 80 for turn in (1, 2)}
     found = mt_bench_scores(ratings, draws=200)
     assert found.overall.mean == mean and found.overall.read == 160 and found.statuses == {"ok": 160}
     assert {turn: m.mean for turn, m in found.turns.items()} == pytest.approx(recorded)
@@ -82,11 +100,26 @@ def test_pairwise_verdicts_and_flips_recomputed() -> None:
         comparisons.append(
             TurnComparison(row["question_id"], row["category"], row["turn"], order, read.fields["choice"], read.status)  # type: ignore[arg-type]
         )
-    found = pairwise_scores(comparisons, "gpt-4o-mini", draws=100).overall
+    assert_flips(comparisons, rows)
+    for row in rows:
+        for order in ("ab", "ba"):
+            assert re.findall(r"\[\[(.)\]\]", row[f"judgment_{order}"])[-1] == row[f"winner_{order}"]
 
+
+def test_flips_from_published_verdicts() -> None:
+    rows = table("mt_bench_pairwise.csv")
+    comparisons = [
+        TurnComparison(int(r["question_id"]), r["category"], int(r["turn"]), order, r[f"winner_{order}"], "ok")  # type: ignore[arg-type]
+        for r, order in itertools.product(rows, ("ab", "ba"))
+    ]
+    assert_flips(comparisons, rows)
+
+
+def assert_flips(comparisons: list[TurnComparison], rows: list[dict[str, Any]]) -> None:
+    found = pairwise_scores(comparisons, "gpt-4o-mini", draws=100).overall
     wins = losses = flips = 0
     for row in rows:
-        one, other = (re.findall(r"\[\[(.)\]\]", row[f"judgment_{order}"])[-1] for order in ("ab", "ba"))
+        one, other = row["winner_ab"], row["winner_ba"]
         wins, losses = wins + (one + other == "AB"), losses + (one + other == "BA")
         flips += one == other != "C"
     assert (found.wins, found.losses, found.ties, found.flips) == (wins, losses, 80 - wins - losses, flips)

@@ -11,20 +11,21 @@ import pytest
 from ray_pipeline.store.schemas import PARSE_STATUSES
 from tests.dags.conftest import manifest, run
 from tests.models import make_qwen3
+from tests.published import DATA, needs
 
 pytestmark = pytest.mark.e2e
 
-DATA = Path(__file__).parents[3] / "shared" / "data" / "prompts" / "real_prompts.jsonl"
+REAL_PROMPTS = DATA / "prompts" / "real_prompts.jsonl"
 
 
-@pytest.mark.skipif(not DATA.exists(), reason=f"no {DATA}: the shared test data is not beside this checkout")
+@needs("prompts")
 def test_real_prompts_through_candidates_and_judging(tmp_path: Path) -> None:
     model = tmp_path / "qwen3"
     make_qwen3(model, seed=0)
     config = {
         "models": {"anyone": {"model": str(model), "dtype": "float32", "max_model_len": 2048}},
         "prompts": {
-            "sources": [{"type": "jsonl", "path": str(DATA), "column": "prompt", "source_column": "source"}],
+            "sources": [{"type": "jsonl", "path": str(REAL_PROMPTS), "column": "prompt", "source_column": "source"}],
             "num_shards": 8,
         },
         "candidates": {"model": "anyone", "k": 1, "sampling": {"temperature": 0.8, "max_tokens": 4}},
@@ -44,7 +45,7 @@ def test_real_prompts_through_candidates_and_judging(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run("run", "dmapo", "-c", str(file), "--run-dir", str(folder), "--to", "judge")
 
-    texts = [json.loads(line)["prompt"] for line in DATA.read_text().splitlines()]
+    texts = [json.loads(line)["prompt"] for line in REAL_PROMPTS.read_text().splitlines()]
     stages = manifest(folder)["stages"]
     counts = stages["prompts"]["facts"]["counts"]
     assert counts["read"] == len(texts) == 871

@@ -4,7 +4,6 @@ import collections
 import itertools
 import json
 import unicodedata
-from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -14,8 +13,9 @@ from ray_pipeline.data.prompts import PromptsConfig, load_prompts, shard_prompts
 from ray_pipeline.data.sources import HuggingFaceSource, InputError, JsonlSource, PocketSource, SourceRow
 from ray_pipeline.store.keys import prompt_id, shard_of, unit_hash
 from ray_pipeline.store.schemas import PROMPTS
+from tests.published import DATA, needs
 
-REAL_PROMPTS = Path(__file__).parents[3] / "shared" / "data" / "prompts" / "real_prompts.jsonl"
+REAL_PROMPTS = DATA / "prompts" / "real_prompts.jsonl"
 
 
 def write(path, prompts, **columns):
@@ -211,7 +211,7 @@ def test_hub_data_is_read_at_the_commit_of_the_digests(monkeypatch):
 # --- real prompts -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not REAL_PROMPTS.exists(), reason=f"{REAL_PROMPTS} is not here")
+@needs("prompts")
 def test_real_prompts():
     rows = [json.loads(line) for line in REAL_PROMPTS.read_text().splitlines()]
     # Independent of our normaliser: these texts differ only in blanks at the ends of lines and between words.

@@ -39,17 +39,16 @@ import pytest
 import yaml
 from pydantic_core import to_jsonable_python
 
-from dags import DAGS
 from ray_pipeline.bench import questions as benchmark_questions
-from ray_pipeline.config import read_config
+from ray_pipeline.config.loading import read_config
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.datasets import SPLITS, DatasetsConfig
 from ray_pipeline.engines.base import Grammar, Sampling
 from ray_pipeline.graph.stage import Stage
 from ray_pipeline.pocket import WEIGHTS
 from ray_pipeline.store import keys
 from ray_pipeline.store.schemas import LABELS
-from ray_pipeline.store.settings import Settings
-from ray_pipeline.workflows import WORKFLOWS
+from ray_pipeline.workflow.registry import find_workflow, workflow_names
 from tests.golden.scripted_run import ScriptedRun, scripted_run
 from tests.planted import random_world, write_run
 
@@ -193,12 +192,12 @@ def _config(name: str) -> Any:
     workflow = SHIPPED[name]
     values = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text("utf-8"))
     recorded = ["data.path=recorded.jsonl"] if name in ("agreement", "winrate") else []
-    return read_config(workflow, values, recorded, kind=WORKFLOWS[workflow])
+    return read_config(find_workflow(workflow).config, values, recorded)
 
 
 def wired(name: str, run_folder: str = "/runs/golden") -> list[Stage]:
     """The stages of a shipped configuration. Files and the hub must be replaced first (`outside_world`)."""
-    return DAGS[SHIPPED[name]](_config(name), run_folder).stages
+    return find_workflow(SHIPPED[name]).wire(_config(name), run_folder).stages
 
 
 @contextlib.contextmanager
@@ -412,7 +411,7 @@ def test_every_function_of_keys_has_a_golden(all_keys: dict[str, dict[str, Any]]
 def test_every_shipped_configuration_has_a_golden() -> None:
     files = {path.stem for path in (ROOT / "configs").glob("*.yaml")}
     assert files == set(SHIPPED) == set(golden("fingerprints"))
-    assert set(SHIPPED.values()) == set(DAGS)
+    assert set(SHIPPED.values()) == set(workflow_names())
 
 
 @pytest.mark.parametrize("name", sorted(SHIPPED))

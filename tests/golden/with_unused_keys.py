@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ray_pipeline.store.settings import Settings
+from ray_pipeline.config.settings import Settings
 
 _META: Any = type(Settings)
 _make = _META.__new__

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ray_pipeline.cli import app
-from ray_pipeline.config import ConfigError
+from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.data.datasets import DatasetsConfig, dpo_rows
 from ray_pipeline.data.gate import GateConfig, decide
 from ray_pipeline.graph.heartbeat import RunBusy
@@ -57,7 +57,7 @@ def test_a_preview_counts_what_the_stages_would_make(folder: Path) -> None:
 def test_a_preview_writes_nothing(folder: Path) -> None:
     before = {f: f.stat().st_mtime_ns for f in folder.rglob("*") if f.is_file()}
     shown = CliRunner().invoke(app, ["regate", str(folder), *NEW])
-    assert shown.exit_code == 0 and "nothing is written" in shown.output, shown.output
+    assert shown.exit_code == 0 and "nothing written" in shown.output, shown.output
     assert {f: f.stat().st_mtime_ns for f in folder.rglob("*") if f.is_file()} == before
 
 

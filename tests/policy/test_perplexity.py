@@ -1,4 +1,5 @@
 import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -114,7 +115,7 @@ def test_only_held_out_desirable_answers_are_measured(
         remote=lambda **resources: lambda function: SimpleNamespace(remote=function),
         get=lambda value: value,
     )
-    monkeypatch.setattr(stage, "ray", here)
+    monkeypatch.setitem(sys.modules, "ray", here)
     monkeypatch.setattr("ray_pipeline.policy.perplexity.perplexity", measure)
     base = ModelSettings(model=str(model_path))
     made = stage.evaluate(EvaluateSettings(perplexity_rows=most), ReportSettings(run_name="run"), base, 60, [])

@@ -1,23 +1,21 @@
-import gzip
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ray_pipeline.stats.alpha import krippendorff_alpha
 from ray_pipeline.stats.kappa import (
     BETWEEN,
     DESIRABLE,
     UNDESIRABLE,
     cohen_kappa,
-    krippendorff_alpha,
     pairwise_kappas,
     score_class,
 )
+from tests.published import NUMBERS, json_lines
 
-RECORDED = Path(__file__).parents[3] / "shared" / "data" / "agreement"
 VOTES = st.sampled_from(["A", "B", "tie"])
 
 
@@ -108,11 +106,9 @@ def test_alpha_wants_judges_by_rows() -> None:
         krippendorff_alpha([1.0, 2.0])
 
 
-@pytest.mark.skipif(not RECORDED.exists(), reason=f"recorded judgements not found at {RECORDED}")
 def test_published_kappas_from_recorded_scores() -> None:
-    with gzip.open(RECORDED / "fair_eval.jsonl.gz", "rt") as lines:
-        items = [json.loads(line) for line in lines]
-    published = json.loads((RECORDED / "expected.json").read_text())
+    items = json_lines(NUMBERS / "fair_eval.jsonl.gz")
+    published = json.loads((NUMBERS / "agreement.json").read_text())
     human = [item["human_label"] for item in items]
 
     def votes(judge: str) -> list[str]:

@@ -8,8 +8,8 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Self
 
-from ray_pipeline.extensions import digest_of, find
-from ray_pipeline.store.settings import Settings
+from ray_pipeline.config.settings import Settings
+from ray_pipeline.extensions import find
 
 
 class InputError(ValueError):
@@ -55,7 +55,8 @@ class PromptSource(Settings, abc.ABC):
 
     @abc.abstractmethod
     def digest(self) -> dict[str, str]:
-        """Content of the source now: name of a part → digest or commit. It decides whether a stored run is up to date.
+        """Content of the source now: name of a part → digest or commit. It decides whether a stored run is up to date,
+        together with the keys and, for a user's source, its file.
 
         Names are relative, so that moved data keeps its fingerprint.
 
@@ -81,10 +82,6 @@ class PromptSource(Settings, abc.ABC):
     def cap(self) -> int | None:
         """Maximum number of distinct prompts (smallest hashes kept): the key `limit`, if the source has one."""
         return getattr(self, "limit", None)
-
-    def content(self) -> dict[str, str]:
-        """`digest()`, and the digest of the user's file that defines the source."""
-        return {**self.digest(), **digest_of("source", self.type)}
 
     def decisive(self, exclude: Collection[str] = ()) -> dict[str, Any]:
         """Always with the type, which may be a default in a user's class."""
