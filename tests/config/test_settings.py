@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal, get_args
 import pytest
 from pydantic import Field
 
-import dags  # noqa: F401  (imports every block)
 from ray_pipeline.config.settings import Settings
+from ray_pipeline.workflow.registry import find_workflow, workflow_names
 
 
 class One(Settings):
@@ -94,6 +94,12 @@ def _blocks_in(annotation: Any) -> Iterator[type[Settings]]:
         yield from _blocks_in(part)
 
 
+def _all_blocks() -> list[type[Settings]]:
+    for name in workflow_names():
+        find_workflow(name)  # imports its blocks
+    return sorted({k for k in _below(Settings) if k.__module__.startswith("ray_pipeline")}, key=lambda k: k.__name__)
+
+
 def _tags(kind: type[Settings]) -> tuple[str, ...]:
     field = kind.model_fields["type"]
     tags = get_args(field.annotation)
@@ -101,7 +107,7 @@ def _tags(kind: type[Settings]) -> tuple[str, ...]:
     return tags
 
 
-@pytest.mark.parametrize("kind", [k for k in _below(Settings) if k.__module__.startswith("ray_pipeline")])
+@pytest.mark.parametrize("kind", _all_blocks())
 def test_members_of_a_union_are_told_apart(kind: type[Settings]) -> None:
     """By a tag that is always in the dump: two members at their defaults would otherwise give the same one."""
     for field in kind.model_fields.values():
