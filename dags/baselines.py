@@ -37,7 +37,7 @@ from ray_pipeline.graph.stage import Dag, Stage
 from ray_pipeline.policy.comparisons import comparisons as comparisons_stage
 from ray_pipeline.policy.comparisons import responses as responses_stage
 from ray_pipeline.policy.train import train as train_stage
-from ray_pipeline.training.methods import METHODS, MethodName
+from ray_pipeline.training.methods import METHODS, MethodName, method_label, method_of
 from ray_pipeline.training.spec import TrainSettings
 from ray_pipeline.workflow.registry import Workflow
 
@@ -148,7 +148,7 @@ class BaselinesConfig(DmapoConfig):
 
     def rows_of(self, variant: DataVariant, seed: int = 0) -> DatasetsConfig:
         """The `datasets` block of a dataset: the kinds that the methods need, in the order of a seed."""
-        kinds = list(dict.fromkeys(METHODS[name].data for name in self.baselines.methods))
+        kinds = list(dict.fromkeys(method_of(name).data for name in self.baselines.methods))
         gap = variant.min_gap if variant.min_gap is not None else self.datasets.min_gap if variant.gated else 0.0
         return self.datasets.model_copy(update={"kinds": kinds, "seed": seed, "min_gap": gap})
 
@@ -156,7 +156,7 @@ class BaselinesConfig(DmapoConfig):
         """Every policy that is trained, dataset by dataset and seed by seed."""
         compared = self.baselines
         return [
-            PolicyName(label=f"{method}-{data}-s{seed}", method=method, data=data, seed=seed)
+            PolicyName(label=f"{method_label(method)}-{data}-s{seed}", method=method, data=data, seed=seed)
             for data in compared.data
             for seed in compared.seeds
             for method in compared.methods

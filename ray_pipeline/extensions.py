@@ -122,8 +122,11 @@ def find(kind: Kind, reference: str) -> Extension:
     if (kind, name) not in _registered:
         known = names(kind)
         near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
-        raise ExtensionError(f"unknown {kind} {name!r}; {hint} (or name a file that registers one: my_{kind}.py)")
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ExtensionError(
+            f"unknown {kind} {name!r}; {hint}choose from {', '.join(known)}, or name a file that registers one "
+            f"(my_{kind}.py)"
+        )
     return _registered[kind, name]
 
 

@@ -12,7 +12,7 @@ from ray_pipeline.graph.stage import BadInput, Stage, StageStop, WholeInput, Who
 from ray_pipeline.store.files import NotWritten, StoreError, join
 from ray_pipeline.store.schemas import TRAIN_METRICS
 from ray_pipeline.training.fit import fit
-from ray_pipeline.training.methods import METHODS, TrainingInputError
+from ray_pipeline.training.methods import TrainingInputError, method_label, method_of
 from ray_pipeline.training.spec import PROGRESS, STOP, TrainingStopped, TrainSettings, TrainSpec
 
 KTO_WEIGHTS = ("desirable_weight", "undesirable_weight")
@@ -82,7 +82,7 @@ def train_policy(given: WholeInput) -> dict[str, Any]:
     settings: _Given = given.settings
     train, model = settings.train, settings.model
     data = given.inputs["datasets"]
-    kind = METHODS[train.method].data
+    kind = method_of(train.method).data
     validation = data.facts.get("rows", {}).get(kind, {}).get("val", 0)
     resolved: dict[str, Any] = {}
     if train.use_gpu is None:
@@ -100,7 +100,7 @@ def train_policy(given: WholeInput) -> dict[str, Any]:
         val_files=join(data.folder, f"{kind}/val/*.parquet") if validation else None,
         output_dir=given.folder.location,
         storage_path=given.folder.uri("ray_train"),
-        run_name=f"{train.method}-{given.fingerprint}",
+        run_name=f"{method_label(train.method)}-{given.fingerprint}",
         max_length=settings.max_length,
         card={"data set": data.fingerprint, "kind of rows": kind, "training": given.fingerprint},
     )

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from ray_pipeline.training.methods import METHODS
+from ray_pipeline.training.methods import METHODS, method_label, method_of
 from ray_pipeline.training.spec import TrainSpec
 
 #: Fields that say where a run happened, not what was trained.
@@ -34,7 +34,7 @@ def model_card(
         effective: settings as they were in force.
         final: the last training row of the metrics table, if any.
     """
-    method = spec.settings.method
+    method = method_label(spec.settings.method)
     front = {
         "library_name": "peft" if kind == "adapter" else "transformers",
         "tags": ["quorum", "trl", method] + (["lora"] if kind == "adapter" else []),
@@ -56,7 +56,7 @@ def model_card(
         f"{what}, by {method.upper()} in {steps} optimiser steps of Quorum.",
         "",
     ]
-    unread = {name for row in METHODS.values() for name in row.fields} - set(METHODS[method].fields)
+    unread = {name for row in METHODS.values() for name in row.fields} - set(method_of(spec.settings.method).fields)
     # The base's own name, not its key in the configuration.
     all_settings = spec.settings.model_dump() | {k: v for k, v in spec.to_dict().items() if k != "settings"}
     settings = {

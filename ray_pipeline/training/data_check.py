@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ray_pipeline.store.local import local_copy
-from ray_pipeline.training.methods import METHODS, Method, TrainingInputError
+from ray_pipeline.training.methods import Method, TrainingInputError, method_of
 from ray_pipeline.training.spec import TrainSpec
 
 _BATCH_ROWS = 512
@@ -91,7 +91,7 @@ def check_data(spec: TrainSpec) -> DataReport:
         TrainingInputError: no file, no row, a column that is missing, empty or of another type, KTO rows of one
             class, only identical pairs, or too few rows for one batch; the message names file, column and remedy.
     """
-    method = METHODS[spec.settings.method]
+    method = method_of(spec.settings.method)
     tokenizer = _tokenizer(spec)
     train = _count(spec, method, tokenizer, "train_files", spec.train_files)
     if train.rows == 0:

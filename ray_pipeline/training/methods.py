@@ -1,7 +1,7 @@
 """The training methods as a table, and the check of `trainer_args` against TRL's own settings.
 
-Adding a method is adding a row to `METHODS` (and its name to `MethodName`). Nothing here imports TRL before a config
-or trainer class is needed.
+Adding a method is adding a row to `METHODS`, or registering a `Method` in a file of one's own. Nothing here imports TRL
+before a config or trainer class is needed.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ import difflib
 import importlib
 import os
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-MethodName = Literal["sft", "dpo", "kto", "orpo", "simpo"]
+from pydantic import AfterValidator
+
+from ray_pipeline.extensions import ExtensionError, find, register
+
 #: The kinds of training rows: single answers, pairs, and answers with a label.
 DataKind = Literal["sft", "dpo", "kto"]
 ColumnKind = Literal["messages", "bool"]
@@ -75,11 +78,12 @@ class Method:
         return importlib.import_module(self.module)
 
 
-_FILE_ORDER = {"train_sampling_strategy": "sequential"}
+#: Rows are read in the order of the files, as every method of `METHODS` does.
+FILE_ORDER = {"train_sampling_strategy": "sequential"}
 
 # Rows come interleaved by label and shuffled by seed, and all methods read them in that order: KTO has to (its KL pairs
 # are made per fixed batch); the others do so that what a step saw can be looked up in the files.
-METHODS: dict[MethodName, Method] = {
+METHODS: dict[str, Method] = {
     "sft": Method(
         "trl", "SFTConfig", "SFTTrainer",
         data="sft",
@@ -87,7 +91,7 @@ METHODS: dict[MethodName, Method] = {
             "−log π(y|x) per token: the mean over all completion tokens of an optimiser step (so that a long answer "
             "counts more than a short one); prompts are context only."
         ),
-        settings={**_FILE_ORDER, "completion_only_loss": True},
+        settings={**FILE_ORDER, "completion_only_loss": True},
     ),
     "dpo": Method(  # Rafailov et al. 2023, arXiv:2305.18290
         "trl", "DPOConfig", "DPOTrainer",
@@ -95,7 +99,7 @@ METHODS: dict[MethodName, Method] = {
         objective="−log σ(β·(r_w − r_l)), r = log π(y|x) − log π_ref(y|x) (eq. 7), the mean over pairs.",
         beta=0.1,
         fields=("disable_dropout",),
-        settings=_FILE_ORDER,
+        settings=FILE_ORDER,
     ),
     "kto": Method(  # Ethayarajh et al. 2024, arXiv:2402.01306
         "trl", "KTOConfig", "KTOTrainer",
@@ -107,7 +111,7 @@ METHODS: dict[MethodName, Method] = {
         ),
         beta=0.1,
         fields=("disable_dropout", "desirable_weight", "undesirable_weight"),
-        settings=_FILE_ORDER,
+        settings=FILE_ORDER,
         min_batch_size=2,
         refuses={
             "train_sampling_strategy": "KTO's KL pairs are made per batch of rows in file order; they are shuffled",
@@ -124,7 +128,7 @@ METHODS: dict[MethodName, Method] = {
         ),
         beta=0.1,
         fields=("disable_dropout",),
-        settings={**_FILE_ORDER, "remove_unused_columns": False},
+        settings={**FILE_ORDER, "remove_unused_columns": False},
         adds_ends=True,
     ),
     "simpo": Method(  # Meng et al. 2024, arXiv:2405.14734
@@ -138,12 +142,40 @@ METHODS: dict[MethodName, Method] = {
         fields=("disable_dropout",),
         # β and γ of the paper's section 4: 2.0 to 2.5 and 0.5 to 1.5.
         settings={
-            **_FILE_ORDER, "loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 1.0, "remove_unused_columns": False
+            **FILE_ORDER, "loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 1.0, "remove_unused_columns": False
         },
         adds_ends=True,
         refuses={"loss_type": "with another loss this would not be SimPO (AlphaPO is trainer_args.alpha)"},
     ),
 }  # fmt: skip
+for _name, _method in METHODS.items():
+    register("method", _name)(_method)
+
+
+def method_of(reference: str) -> Method:
+    """The method of a name, or the one that a file registers.
+
+    Raises:
+        ExtensionError, a ValueError: there is none.
+    """
+    found = find("method", reference).value
+    if not isinstance(found, Method):
+        raise ExtensionError(f"method {reference!r} is a {type(found).__name__}; register a Method")
+    return found
+
+
+def method_label(reference: str) -> str:
+    """A method's name for folders and readers: that under which it is registered."""
+    return find("method", reference).name
+
+
+def _known(reference: str) -> str:
+    method_of(reference)
+    return reference
+
+
+#: A reference to a method, checked.
+MethodName = Annotated[str, AfterValidator(_known)]
 
 #: TRL's name of a setting -> the field of `TrainSettings` or `TrainSpec` that holds it.
 OWNED: dict[str, str] = {
@@ -210,14 +242,14 @@ OWNED_MODEL_ARGS: dict[str, str] = {
 }  # fmt: skip
 
 
-def validate_trainer_args(method: MethodName, trainer_args: Mapping[str, Any]) -> None:
+def validate_trainer_args(method: str, trainer_args: Mapping[str, Any]) -> None:
     """Check `trainer_args` against TRL's config class of the method. Loads no model.
 
     Raises:
         TrainingInputError: a name is unknown (the message has the nearest right one), belongs to a field of
             `TrainSettings` (the message names it) or must not be changed; or a value is none of the choices.
     """
-    found = METHODS[method]
+    found = method_of(method)
     if not trainer_args:
         return  # TRL takes seconds to import, and every command reads a config
     known = {f.name: f for f in dataclasses.fields(found.config_class()) if f.init}

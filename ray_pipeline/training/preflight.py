@@ -8,7 +8,7 @@ import os
 import pyarrow as pa
 
 from ray_pipeline.store.node_labels import may_run
-from ray_pipeline.training.methods import METHODS, TrainingInputError
+from ray_pipeline.training.methods import TrainingInputError, method_of
 from ray_pipeline.training.spec import TrainSettings, TrainSpec
 
 
@@ -18,7 +18,7 @@ def check_spec(spec: TrainSpec) -> None:
     Raises:
         TrainingInputError: names the setting and the remedy.
     """
-    method = METHODS[spec.settings.method]
+    method = method_of(spec.settings.method)
     for name in ("train_files", "val_files", "output_dir", "storage_path"):
         path = getattr(spec, name)
         if path is not None and not os.path.isabs(path) and "://" not in path:

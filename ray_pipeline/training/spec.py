@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from ray_pipeline.config.settings import Settings
-from ray_pipeline.training.methods import METHODS, MethodName
+from ray_pipeline.training.methods import MethodName, method_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -42,7 +42,9 @@ class LoraSettings(Settings):
 class TrainSettings(Settings):
     """The `train` block; the defaults are the published hyper-parameters."""
 
-    method: MethodName = Field("kto", description="sft, dpo, kto, orpo or simpo")
+    method: MethodName = Field(
+        "kto", description="sft, dpo, kto, orpo, simpo, or a file that registers a method (my_method.py)"
+    )
     model: str = Field("policy", description="a key of `models`: the base that is adapted")
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16",
@@ -105,7 +107,7 @@ class TrainSettings(Settings):
 
     @model_validator(mode="after")
     def _of_the_method(self) -> TrainSettings:
-        method = METHODS[self.method]
+        method = method_of(self.method)
         if self.batch_size < method.min_batch_size:
             raise ValueError(
                 f"train.batch_size must be {method.min_batch_size} or more for {self.method}: its KL term pairs the "

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, PrinterCallback, Tra
 from trl.trainer.utils import disable_dropout_in_model
 
 from ray_pipeline.training.data_check import parquet_files
-from ray_pipeline.training.methods import METHODS
+from ray_pipeline.training.methods import method_of
 from ray_pipeline.training.sharding import fsdp_on_cpus, sharding_settings
 from ray_pipeline.training.spec import TrainSpec
 
@@ -27,7 +27,7 @@ def build_trainer(spec: TrainSpec, output_dir: str, callbacks: Sequence[TrainerC
     Every rank loads all rows and Accelerate deals them out: rows that Ray Data has dealt out already would be
     dealt out twice, and half of them never seen.
     """
-    method = METHODS[spec.settings.method]
+    method = method_of(spec.settings.method)
     tokenizer = AutoTokenizer.from_pretrained(
         spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code
     )
@@ -58,7 +58,7 @@ def trainer_config(spec: TrainSpec, output_dir: str) -> Any:
         output_dir: scratch folder of this worker for Hugging Face checkpoints, before Ray Train takes them.
     """
     settings = spec.settings
-    method = METHODS[settings.method]
+    method = method_of(settings.method)
     user = dict(settings.trainer_args)
     own = {name: getattr(settings, name) for name in ("beta", *method.fields)}
     defaults = {
@@ -132,7 +132,7 @@ def effective_settings(spec: TrainSpec, trainer: Any) -> dict[str, Any]:
     trained = [p for p in parameters if p.requires_grad]
     base = next((p for p in parameters if not p.requires_grad), parameters[0])
     found = {
-        "objective": METHODS[settings.method].objective,
+        "objective": method_of(settings.method).objective,
         "loss_type": getattr(args, "loss_type", None),
         "beta": getattr(args, "beta", None),
         "simpo_gamma": getattr(args, "simpo_gamma", None),
@@ -191,7 +191,7 @@ def _lora_config(spec: TrainSpec) -> LoraConfig | None:
 
 def _rows(spec: TrainSpec, pattern: str, setting: str) -> Dataset:
     """The columns that the method needs, and no others: `images` or `tools` would mean something to TRL."""
-    columns = list(METHODS[spec.settings.method].columns)
+    columns = list(method_of(spec.settings.method).columns)
     rows = load_dataset("parquet", data_files=parquet_files(pattern, setting), columns=columns, split="train")
     if spec.chat_template_args:
         # TRL reads them from a column of this name, row by row.

@@ -15,7 +15,7 @@ from ray_pipeline.engines.models import ModelSettings, ModelUse
 from ray_pipeline.evaluate.stage import ReportSettings
 from ray_pipeline.policy.comparisons import EvaluateSettings
 from ray_pipeline.store.keys import digest
-from ray_pipeline.training.methods import METHODS, TrainingInputError, validate_trainer_args
+from ray_pipeline.training.methods import TrainingInputError, method_of, validate_trainer_args
 from ray_pipeline.training.spec import TrainSettings
 from ray_pipeline.workflow.config import RunConfig
 
@@ -91,7 +91,7 @@ class TrainingConfig(RunConfig):
 
     def check_kinds(self) -> None:
         """Raises ValueError when training or perplexity reads a kind of rows that is not made."""
-        kind = METHODS[self.train.method].data
+        kind = method_of(self.train.method).data
         if kind not in self.datasets.kinds:
             raise ValueError(f"train.method is {self.train.method}, but datasets.kinds does not include {kind}")
         if self.evaluate.perplexity and "kto" not in self.datasets.kinds:

@@ -158,7 +158,7 @@ def test_pocket_weights_that_are_not_there(monkeypatch: pytest.MonkeyPatch, erro
         ("judge.rubrics={}", r"judge\.rubrics: "),
         ("models.judge.dtype=float8", r"models\.judge\.dtype: .*'float32'.*\(it is 'float8'\)"),
         ("prompts.num_shards=48", r"prompts\.num_shards: num_shards must divide 1024.*32 and 64"),
-        ("train.method=ppo", r"train\.method: .*'sft', 'dpo'"),
+        ("train.method=ppo", r"train\.method: unknown method 'ppo'.*sft, dpo"),
         ("train.batch_size=1", r"train\.batch_size must be 2 or more for kto"),
         ("gate.undesirable_at=8", r"gate: undesirable_at \(8\) must be below desirable_at"),
         ("run.name=a/b", r"run\.name: "),

@@ -35,7 +35,7 @@ def test_beta_is_the_methods_own_and_shown() -> None:
     [
         ({"method": "sft", "beta": 0.1}, "the loss of sft has none"),
         ({"method": "kto", "batch_size": 1}, "batch_size must be 2 or more for kto"),
-        ({"method": "ppo"}, "Input should be 'sft', 'dpo', 'kto', 'orpo' or 'simpo'"),
+        ({"method": "ppo"}, "choose from sft, dpo, kto, orpo, simpo"),
         ({"lora": None, "quantization": "nf4"}, "quantized weights cannot be trained"),
         ({"quantization": "int4"}, "Input should be 'nf4' or 'int8'"),
         ({"shard": "zero1"}, "Input should be 'none', 'fsdp', 'zero2' or 'zero3'"),
