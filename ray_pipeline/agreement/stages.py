@@ -135,7 +135,7 @@ def items_stage(settings: AgreementData) -> Stage:
         work=WholeWork(
             function=make_items, settings=_ItemsGiven(data=settings, commit=commit), tables=("items", "ballots")
         ),
-        config=settings.model_dump(mode="json", exclude={"path"}),
+        config=settings.decisive(exclude={"path"}),
         external=digests,
     )
 
@@ -209,7 +209,7 @@ def report_stage(page: AgreementPage, items: Stage, asked: Sequence[Stage] = ())
         view="report",
         role="page",
         work=WholeWork(function=write_report_stage, settings=page),
-        config=page.model_dump(mode="json"),
+        config=page.decisive(exclude={"asked"}),  # that is in the fingerprints of the stages that asked
         inputs={"items": items, **{f"asked/{stage.name}": stage for stage in asked}},
     )
 

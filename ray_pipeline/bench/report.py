@@ -92,7 +92,7 @@ def report_stage(page: BenchmarksPage, stages: Sequence[Stage], *, view: str, na
         view=view,
         role="scores",
         work=WholeWork(function=write_scores, settings=page),
-        config=page.model_dump(mode="json", exclude={"run_name"}),
+        config=page.decisive(exclude={"run_name"}),
         inputs={stage.name: stage for stage in stages},
         external=content_digests({key: source for key, source in sources.items() if source is not None}),
     )

@@ -216,7 +216,7 @@ def _layout(name: str, group: str, judging: _Judging, model: ModelSettings, inpu
         name=name,
         group=group,
         work=WholeWork(function=choose_layout, settings=settings),
-        config=settings.model_dump(mode="json"),
+        config=settings.decisive(),
         inputs=dict(inputs),
     )
 

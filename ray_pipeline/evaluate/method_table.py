@@ -79,7 +79,7 @@ def method_table(settings: TableSettings, stages: Sequence[Stage]) -> Stage:
         view="report",
         role="page",
         work=WholeWork(function=write_page, settings=_Given(table=settings, compared=win_rate_protocol(stages))),
-        config=settings.model_dump(mode="json", exclude={"run_name"}),
+        config=settings.decisive(exclude={"run_name"}),
         inputs={stage.name: stage for stage in stages},
     )
 

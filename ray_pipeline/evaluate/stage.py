@@ -82,8 +82,8 @@ def evaluate(
         role="page",
         work=WholeWork(function=evaluate_run, settings=given),
         config={
-            "evaluate": settings.model_dump(mode="json"),
-            "report": report.model_dump(mode="json", exclude={"run_name", "config_digest", "models", "stages"}),
+            "evaluate": settings.decisive(),
+            "report": report.decisive(exclude={"run_name", "config_digest", "models", "stages"}),
             "max_length": max_length,
         },
         inputs={stage.name: stage for stage in stages},

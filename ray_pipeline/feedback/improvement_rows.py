@@ -83,9 +83,9 @@ def improvement_rows(
             settings=given,
         ),
         config={
-            **given.model_dump(mode="json", exclude={"datasets", "tokenizer"}),
+            **given.decisive(exclude={"datasets", "tokenizer"}),
             "chat_template_args": model.chat_template_args,
-            **settings.model_dump(mode="json", exclude={"kinds", "seed", "rows_per_file"}),
+            **settings.decisive(exclude={"kinds", "seed", "rows_per_file"}),
             "tables": list(settings.row_kinds),
         },
         inputs={

@@ -46,7 +46,7 @@ def loop_page(settings: LoopPage, prompts: Stage, candidates: Stage, reviews: Se
         view="loop",
         role="loop page",
         work=WholeWork(function=write_loop_page, settings=settings),
-        config=settings.model_dump(mode="json", exclude={"run_name"}),
+        config=settings.decisive(exclude={"run_name"}),
         inputs={stage.name: stage for stage in (prompts, candidates, *reviews, select)},
     )
 

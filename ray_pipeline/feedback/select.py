@@ -240,7 +240,7 @@ def select(
     return Stage(
         name=name,
         work=ShardWork(function=select_shard, tables=("decisions",), settings=given),
-        config=given.model_dump(mode="json"),
+        config=given.decisive(),
         inputs={"candidates": candidates, **{f"verdicts/{stage.name}": stage for stage in verdicts}},
     )
 

@@ -149,7 +149,7 @@ class Asking(Generic[S, R]):
                 engine=model.factory(),
                 placement=model.placement,
             ),
-            config={**settings.model_dump(mode="json"), "engine": model.semantics()},
+            config={**settings.decisive(), "engine": model.semantics()},
             inputs={**inputs, **({"train": train} if train is not None else {})},
             external=model.weights() if train is None else {},
         )

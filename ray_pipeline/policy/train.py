@@ -62,7 +62,7 @@ def train(
         repeatable=False,
         work=WholeWork(function=train_policy, settings=_Given(train=settings, model=model, max_length=max_length)),
         config={
-            **settings.model_dump(mode="json", exclude=_NOT_LEARNT),
+            **settings.decisive(exclude=_NOT_LEARNT),
             "max_length": max_length,
             "chat_template_args": model.chat_template_args,
         },
