@@ -32,7 +32,7 @@ from ray_pipeline.data.imported import PreferenceSource, preferences, tables_of
 from ray_pipeline.data.judging import judges as judge_stages
 from ray_pipeline.data.sources import InputError
 from ray_pipeline.evaluate.method_table import PolicyName, TableSettings, method_table, rewrite_page
-from ray_pipeline.graph.run import stage_folder
+from ray_pipeline.graph.resume import stage_folder
 from ray_pipeline.graph.stage import Dag, Stage
 from ray_pipeline.policy.comparisons import comparisons as comparisons_stage
 from ray_pipeline.policy.comparisons import responses as responses_stage
@@ -255,7 +255,9 @@ def baselines(config: BaselinesConfig, run_folder: str) -> Dag:
     before = responses_stage("base", config.evaluate, base, prompts)
     responses = {"base": before, **policies}
     pairs = comparisons_stage(config.evaluate, models[config.evaluate.judge], texts.pairwise, prompts, before, policies)
-    scores = judge_stages(config.judge, models, texts.judge, prompts, responses, "score-responses", "evaluate")
+    scores = judge_stages(
+        config.judge, models, texts.judge, prompts, responses, "score-responses", "evaluate", "response verdicts"
+    )
     table = method_table(config.page(), [prompts, *rows.values(), *trained, *responses.values(), pairs, *scores])
     last = [table]
     if config.benchmarks is not None:

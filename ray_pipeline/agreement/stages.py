@@ -17,7 +17,7 @@ from ray_pipeline.agreement.recorded import Recorded, Replay, read_item, read_re
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.sources import HuggingFaceSource, InputError, JsonlSource
 from ray_pipeline.graph.results import Run
-from ray_pipeline.graph.stage import BadInput, Stage, StageResult, WholeInput, WholeWork, stage_table
+from ray_pipeline.graph.stage import BadInput, Stage, StageRef, StageResult, WholeInput, WholeWork
 from ray_pipeline.stats.protocol import Protocol
 from ray_pipeline.store.files import Folder, StoreError
 from ray_pipeline.store.keys import check_num_shards, digest, shard_of, unit_hash
@@ -135,7 +135,7 @@ def items_stage(settings: AgreementData) -> Stage:
         work=WholeWork(
             function=make_items, settings=_ItemsGiven(data=settings, commit=commit), tables=("items", "ballots")
         ),
-        config=settings.model_dump(mode="json", exclude={"path"}),
+        config=settings.decisive(exclude={"path"}),
         external=digests,
     )
 
@@ -146,11 +146,12 @@ def make_items(given: WholeInput) -> dict[str, Any]:
         found = read_data(settings.data, settings.commit)
     except InputError as error:
         raise BadInput(str(error)) from error
+    ref = StageRef("items", given.fingerprint, given.folder.location, given.num_shards, ("items", "ballots"))
     for kind, rows, schema, key in (
         ("items", found.items, ITEMS, _item_key),
         ("ballots", found.ballots, BALLOTS, _ballot_key),
     ):
-        table = stage_table(given.folder.location, ("items", "ballots"), kind, given.num_shards, given.fingerprint)
+        table = ref.table(kind)
         shards: list[list[dict[str, Any]]] = [[] for _ in range(given.num_shards)]
         for row in sorted(rows, key=key):
             shards[shard_of(row["prompt_id"], given.num_shards)].append(row)
@@ -206,8 +207,9 @@ def report_stage(page: AgreementPage, items: Stage, asked: Sequence[Stage] = ())
     return Stage(
         name=page.workflow,
         view="report",
+        role="page",
         work=WholeWork(function=write_report_stage, settings=page),
-        config=page.model_dump(mode="json"),
+        config=page.decisive(exclude={"asked"}),  # that is in the fingerprints of the stages that asked
         inputs={"items": items, **{f"asked/{stage.name}": stage for stage in asked}},
     )
 
@@ -232,9 +234,8 @@ def rewrite_page(run: Run) -> Folder:
     results = [result for result in run.results.values() if "ballots" in result.tables]
     if not any("items" in result.tables for result in results):
         raise StoreError(f"{run.folder.location} has no items yet; `quorum run` makes them")
-    page = AgreementPage.model_validate(run.manifest["report"])
-    done = page.workflow in run.results
-    name = run.manifest["stages"][page.workflow]["path"] if done else f"report-{run.manifest['config_digest']}"
+    page = AgreementPage.model_validate(run.page)
+    name = run.page_folder(page.workflow)
     try:
         with written_here(run.folder / name) as folder:
             write_page(page, results, folder)

@@ -141,10 +141,11 @@ def preferences(
     return Stage(
         name=name,
         group="datasets",
+        role="rows",
         work=WholeWork(function=import_preferences, settings=given, tables=tables_of(source.format, settings)),
         config={
-            "source": source.model_dump(mode="json"),
-            "datasets": settings.model_dump(mode="json", exclude={"seed", "rows_per_file", "min_gap"}),
+            "source": source.decisive(exclude={"path"}),
+            "datasets": settings.decisive(exclude={"seed", "rows_per_file", "min_gap"}),
             "seed": seed,
             "val_fraction": val_fraction,
             "chat_template_args": policy.chat_template_args,

@@ -128,7 +128,7 @@ class ModelSettings(Settings):
 
     def spec(self) -> VllmSpec:
         """What the engine gets. Of a GPU that it shares, it takes its part of the memory and no more."""
-        given = self.model_dump(exclude={"engine", "endpoint", "placement"})
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(VllmSpec)}
         share = self.placement.num_gpus
         if share and share < 1:
             given["args"] = {"gpu_memory_utilization": round(_MEMORY_SHARE * share, 3), **given["args"]}
@@ -181,12 +181,12 @@ class ModelSettings(Settings):
         return TokenizerSettings(**{name: getattr(self, name) for name in TokenizerSettings.model_fields})
 
     def semantics(self) -> dict[str, Any]:
-        """What a stage's fingerprint needs to know beside the weights: everything but names and placement."""
+        """What decides the replies beside `weights()`: settings that differ from their defaults, without names and
+        placement."""
         if self.endpoint is not None:
             return {"engine": self.engine, **self.endpoint.answers()}
-        return self.model_dump(
-            mode="json", exclude={"model", "revision", "adapter", "endpoint", "placement", "canary", "chat_template"}
-        )
+        elsewhere = {"model", "revision", "adapter", "chat_template", "endpoint", "placement", "canary"}
+        return {"engine": self.engine, **self.decisive(exclude=elsewhere)}
 
     def trained(self, folder: str) -> ModelSettings:
         """The same model on other weights: a policy that was trained from it."""

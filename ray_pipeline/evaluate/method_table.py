@@ -18,9 +18,8 @@ from ray_pipeline.evaluate.stage import (
     store_protocols,
     stored_config,
     stored_protocols,
-    table_of,
 )
-from ray_pipeline.graph.results import Run
+from ray_pipeline.graph.results import Run, of_role, table_of
 from ray_pipeline.graph.stage import Stage, StageResult, WholeInput, WholeWork
 from ray_pipeline.policy.comparisons import win_rate_protocol
 from ray_pipeline.stats.protocol import Protocol, fixed_fields, measured_by
@@ -78,8 +77,9 @@ def method_table(settings: TableSettings, stages: Sequence[Stage]) -> Stage:
         name="evaluate",
         version=2,  # 2: win rates carry a protocol
         view="report",
+        role="page",
         work=WholeWork(function=write_page, settings=_Given(table=settings, compared=win_rate_protocol(stages))),
-        config=settings.model_dump(mode="json", exclude={"run_name"}),
+        config=settings.decisive(exclude={"run_name"}),
         inputs={stage.name: stage for stage in stages},
     )
 
@@ -105,13 +105,13 @@ def rewrite_page(run: Run) -> Folder:
     Raises:
         StoreError: nothing was compared yet.
     """
-    settings = TableSettings.model_validate(run.manifest["report"])
-    if "comparisons" not in run.results:
+    settings = TableSettings.model_validate(run.page)
+    if not of_role(run.results, "comparisons"):
         raise StoreError(f"{run.folder.location} has compared no policy yet; run the same command again first")
-    name = run.manifest["stages"]["evaluate"]["path"]
+    name = run.stages["evaluate"].path
     compared = stored_protocols(run.folder / name)
     with written_here(run.folder / name) as folder:
-        _build(run.results, settings, folder, run.manifest.get("config"), compared)
+        _build(run.results, settings, folder, run.config, compared)
     return run.show("report", name)
 
 
@@ -163,10 +163,8 @@ def _protocol_facts(compared: Mapping[str, Protocol], comparisons: pa.Table, res
 
 
 def _tables(by_name: Mapping[str, StageResult], checker: str | None) -> tuple[pa.Table, pa.Table, pa.Table]:
-    answered = [name for name in by_name if name.startswith("responses-")]
-    scored = sorted(name for name in by_name if by_name[name].tables == ("verdicts",) and name.startswith("score-"))
-    responses, prompts = table_of(by_name, *answered), table_of(by_name, "prompts")
-    comparisons, verdicts = table_of(by_name, "comparisons"), table_of(by_name, *scored)
+    responses, prompts = table_of(by_name, "responses"), table_of(by_name, "prompts")
+    comparisons, verdicts = table_of(by_name, "comparisons"), table_of(by_name, "response verdicts")
     assert responses is not None and prompts is not None and comparisons is not None and verdicts is not None
     return with_truth(responses, prompts, checker), comparisons, verdicts
 

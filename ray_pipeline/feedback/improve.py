@@ -90,7 +90,7 @@ def branch_stages(
     """
     texts, inputs = loop.texts(), {"prompts": prompts, "responses": responses}
     drawing = _Draw(sampling=settings.reviewing, template=texts.review, asking=loop.asking, number=settings.reviews)
-    reviews = review_stages(DRAW_REVIEWS, drawing, loop, models, inputs, "improve-review")
+    reviews = review_stages(DRAW_REVIEWS, drawing, loop, models, inputs, "improve-review", "branch reviews")
     inputs = {**inputs, **{f"reviews/{stage.name}": stage for stage in reviews}}
     revise = _Revise.part_of(settings, revise=texts.revise, number=settings.revisions)
     return Branches(responses, reviews, REVISE.stage("improve-revise", revise, models[loop.generator], inputs))

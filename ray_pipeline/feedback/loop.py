@@ -141,7 +141,8 @@ def feedback_stages(
         generate = _Generate.part_of(
             settings, k=k, revise=texts.revise if k else "", reviewers=tuple(settings.names) if k else ()
         )
-        responses.append(GENERATE.stage(f"{prefix}generate-{k + 1}", generate, models[settings.generator], inputs))
+        model = models[settings.generator]
+        responses.append(GENERATE.stage(f"{prefix}generate-{k + 1}", generate, model, inputs, holds="turns"))
     joined = Stage(
         name=f"{prefix}candidates",
         work=ShardWork(function=join_shard, tables=("candidates",)),
@@ -347,15 +348,17 @@ def review_stages(
     models: Mapping[str, ModelSettings],
     inputs: Mapping[str, Stage],
     group: str,
+    holds: str = "",
 ) -> list[Stage]:
     """One stage per model that reviews; a review finds its answer by id, whichever stage wrote it.
 
     Args:
         settings: without reviewers; each stage gets those of its model.
+        holds: role of the reviews, see `Stage.role`.
     """
     stages = []
     for key in loop.review_models:
         own = settings.model_copy(update={"reviewers": tuple(r for r in loop.reviewers if r.model == key)})
         name = group if len(loop.review_models) == 1 else f"{group}-{key}"
-        stages.append(asking.stage(name, own, models[key], inputs, group=group))
+        stages.append(asking.stage(name, own, models[key], inputs, group=group, holds=holds))
     return stages

@@ -137,17 +137,19 @@ def ranks(
     prompts: Stage,
     answers: Mapping[str, Stage],
     name: str = "judge",
+    holds: str = "",
 ) -> list[Stage]:
     """Verdicts by a strategy or by debates, ordered by prompt, judge and answer; one stage per model.
 
     Args:
         answers: stages of candidates by role; all answers to a prompt are judged together.
+        holds: role of the verdicts, see `Stage.role`.
     """
     stages = []
     for key in settings.models:
         own = name if len(settings.models) == 1 else f"{name}-{key}"
         judging = _judging(settings, tuple(answers), tuple(j for j in settings.judges if j.model == key))
-        stages.append(RANK.stage(own, judging, models[key], {"prompts": prompts, **answers}, group=name))
+        stages.append(RANK.stage(own, judging, models[key], {"prompts": prompts, **answers}, group=name, holds=holds))
     return stages
 
 
@@ -238,7 +240,7 @@ def select(
     return Stage(
         name=name,
         work=ShardWork(function=select_shard, tables=("decisions",), settings=given),
-        config=given.model_dump(mode="json"),
+        config=given.decisive(),
         inputs={"candidates": candidates, **{f"verdicts/{stage.name}": stage for stage in verdicts}},
     )
 

@@ -17,7 +17,7 @@ from dags.dmapo import DmapoConfig, dmapo
 from ray_pipeline.config.loading import UniqueKeys, load_config, read_config
 from ray_pipeline.config.messages import ConfigError, explain
 from ray_pipeline.engines import models
-from ray_pipeline.graph.run import stage_folder
+from ray_pipeline.graph.resume import stage_folder
 from ray_pipeline.operate.run_settings import run_settings
 from ray_pipeline.training.methods import TrainingInputError
 from ray_pipeline.workflow import training

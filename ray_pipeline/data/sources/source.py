@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Self
 
 from pydantic import Field
@@ -81,6 +81,10 @@ class PromptSource(Settings, abc.ABC):
     def cap(self) -> int | None:
         """Maximum number of distinct prompts (smallest hashes kept): the key `limit`, if the source has one."""
         return getattr(self, "limit", None)
+
+    def decisive(self, exclude: Collection[str] = ()) -> dict[str, Any]:
+        """Always with the type, which may be a default in a user's class."""
+        return {**super().decisive(exclude), "type": self.type}
 
     def __reduce__(self) -> Any:
         # By reference and values: a class of a user's file is found again by whoever reads it.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import abc
 import posixpath
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Collection, Iterator
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.csv as pacsv
@@ -33,6 +33,10 @@ class FileSource(TableSource):
     @property
     def default_label(self) -> str:
         return posixpath.basename(self.path)
+
+    def decisive(self, exclude: Collection[str] = ()) -> dict[str, Any]:
+        """The label in place of the path: files that were moved hold the same prompts, and contents have digests."""
+        return {**super().decisive({*exclude, "path"}), "label": self.label_in_tables}
 
     def rows(self) -> Iterator[SourceRow]:
         for file in find_files(self.path):
