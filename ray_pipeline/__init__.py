@@ -42,15 +42,19 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from ray_pipeline.api.agents import compare, critique, debate, feedback_loop, judge, jury
     from ray_pipeline.api.engines import Engine, open_engine
+    from ray_pipeline.api.feedback import feedback_loop
+    from ray_pipeline.api.judging import critique, judge
+    from ray_pipeline.api.pairs import compare, debate, jury
     from ray_pipeline.api.rows import gate, to_dpo, to_kto
     from ray_pipeline.api.runs import load_config, read_run, run
     from ray_pipeline.extensions import register
 
 _MODULES = {
-    "api.agents": ("compare", "critique", "debate", "feedback_loop", "judge", "jury"),
     "api.engines": ("Engine", "open_engine"),
+    "api.judging": ("critique", "judge"),
+    "api.feedback": ("feedback_loop",),
+    "api.pairs": ("compare", "debate", "jury"),
     "api.rows": ("gate", "to_dpo", "to_kto"),
     "api.runs": ("load_config", "read_run", "run"),
     "extensions": ("register",),
