@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ray_pipeline import extensions
 from ray_pipeline.data.prompts import PromptsConfig, load_prompts, source_digests
 from ray_pipeline.data.sources import JsonlSource, PocketSource
 from ray_pipeline.extensions import ExtensionError, digests_in, find, names, register
@@ -21,6 +22,13 @@ from ray_pipeline.extensions import register
 def even(prompt, response):
     return int(response) % 2 == 0
 """
+
+
+@pytest.fixture(autouse=True)
+def _own_tables(monkeypatch):
+    """What a test registers is gone after it."""
+    for name in ("_registered", "_installed", "_files"):
+        monkeypatch.setattr(extensions, name, dict(getattr(extensions, name)))
 
 
 def write(path: Path, text: str = CHECKER) -> str:
