@@ -24,13 +24,6 @@ def even(prompt, response):
 """
 
 
-@pytest.fixture(autouse=True)
-def _own_tables(monkeypatch):
-    """What a test registers is gone after it."""
-    for name in ("_registered", "_installed", "_files"):
-        monkeypatch.setattr(extensions, name, dict(getattr(extensions, name)))
-
-
 def write(path: Path, text: str = CHECKER) -> str:
     path.write_text(text)
     return str(path)
@@ -116,7 +109,8 @@ def test_an_installed_package_is_found_by_its_entry_point(tmp_path, monkeypatch)
     assert list(digests_in(["always"])) == ["extension always"]
 
 
-def test_any_value_can_be_registered():
+def test_any_value_can_be_registered(monkeypatch):
+    monkeypatch.setattr(extensions, "_registered", dict(extensions._registered))  # gone after the test
     marker = object()
     register("workflow", "marker")(marker)
     assert find("workflow", "marker").value is marker
