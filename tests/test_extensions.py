@@ -78,6 +78,13 @@ def test_a_file_that_is_not_there():
         find("checker", "none.py")
 
 
+def test_a_relative_path_is_found_from_another_working_folder(tmp_path, monkeypatch):
+    write(tmp_path / "mine.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path.parent)
+    assert find("checker", "mine.py").name == "even"
+
+
 def test_an_unknown_name_has_the_nearest():
     with pytest.raises(ExtensionError, match="unknown source 'josnl'; did you mean 'jsonl'"):
         find("source", "josnl")
