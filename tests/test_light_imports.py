@@ -61,3 +61,7 @@ def test_imports_nothing_heavy(code: str) -> None:
 
 def test_help_imports_nothing_heavy() -> None:
     assert not modules(_COMMAND, "--help") & (HEAVY | TABLES)
+
+
+def test_a_dry_run_imports_nothing_heavy() -> None:
+    assert not modules(_COMMAND, "run", "dmapo", "-c", "configs/pocket.yaml", "--dry-run") & HEAVY

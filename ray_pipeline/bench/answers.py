@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from ray_pipeline.agents.judges import SamplingSettings
 from ray_pipeline.bench.floors import FLOORS
 from ray_pipeline.bench.mt_bench.judge import answer_turns
-from ray_pipeline.bench.mt_bench.score import OTHER_TEMPERATURE
+from ray_pipeline.bench.mt_bench.questions import OTHER_TEMPERATURE
 from ray_pipeline.bench.questions import BenchmarksSettings
 from ray_pipeline.bench.schemas import BENCH_ANSWERS
 from ray_pipeline.config.settings import Settings

@@ -175,6 +175,7 @@ def dataset_rows(
     return Stage(
         name=name,
         group="datasets",
+        role="rows",
         work=ShardWork(
             function=make_rows,
             tables=settings.row_kinds,
@@ -217,6 +218,7 @@ def dataset_files(
     return Stage(
         name=name,
         group="datasets",
+        role="datasets",
         view=view,
         work=WholeWork(
             function=write_files,

@@ -76,6 +76,7 @@ def improvement_rows(
     return Stage(
         name=f"rows-{what}",
         group="improve",
+        role="branch rows",
         work=ShardWork(
             function=revision_shard if what == "revisions" else review_rows_shard,
             tables=settings.row_kinds,

@@ -39,7 +39,7 @@ class Workflow(Generic[C]):
     wire: Callable[[C, str], Dag]
     page: Callable[[Run], Folder] | None = None
     numbers: str | None = None
-    audit: Callable[[Run], Audit] | None = None
+    audit: Callable[[Run, C], Audit] | None = None
 
 
 def workflow_names() -> list[str]:

@@ -8,6 +8,8 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Self
 
+from pydantic import Field
+
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.extensions import find
 
@@ -38,12 +40,9 @@ class SourceRow:
 class PromptSource(Settings, abc.ABC):
     """One entry of `prompts.sources`. Subclass it, register the subclass under the kind `source`, and its fields become
     the keys of the entry.
-
-    Attributes:
-        type: name of the source, or the file that registers it.
     """
 
-    type: str
+    type: str = Field(description="name of the source, or the file that registers it")
 
     @abc.abstractmethod
     def rows(self) -> Iterator[SourceRow]:

@@ -55,7 +55,7 @@ class FileSource(TableSource):
 class JsonlSource(FileSource):
     """JSONL: one object a line; `.gz` and `.zst` too."""
 
-    type: Literal["jsonl"] = "jsonl"
+    type: Literal["jsonl"] = Field("jsonl", description="where the rows are: the name of the source")
 
     def file_rows(self, file: File) -> Iterator[SourceRow]:
         for number, row in jsonl_records(file):
@@ -68,7 +68,7 @@ class JsonlSource(FileSource):
 class ParquetSource(FileSource):
     """Parquet."""
 
-    type: Literal["parquet"] = "parquet"
+    type: Literal["parquet"] = Field("parquet", description="where the rows are: the name of the source")
 
     def file_rows(self, file: File) -> Iterator[SourceRow]:
         with open_parquet(file) as table:
@@ -82,7 +82,7 @@ class ParquetSource(FileSource):
 class CsvSource(FileSource):
     """CSV with a header line."""
 
-    type: Literal["csv"] = "csv"
+    type: Literal["csv"] = Field("csv", description="where the rows are: the name of the source")
 
     def file_rows(self, file: File) -> Iterator[SourceRow]:
         # Only the wanted columns are converted, all as text: a number further down must not change a column's type.
