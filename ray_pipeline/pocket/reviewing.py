@@ -21,10 +21,10 @@ from typing import Any
 import jinja2
 import yaml
 
+from ray_pipeline.pocket.chats import Pair, conversation
 from ray_pipeline.pocket.judging import PROMPTS_FILE, SCHEMAS, Judgement
 from ray_pipeline.pocket.responses import judged_response, policy_response, wrong_answer
 from ray_pipeline.pocket.tasks import grade, rubric_scores, truth
-from ray_pipeline.pocket.training import Pair, conversation
 
 FEEDBACK_FILE = PROMPTS_FILE.parent / "feedback" / "pocket.yaml"
 

@@ -10,10 +10,10 @@ import torch
 from torch.nn import functional as F
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ray_pipeline.pocket.chats import Pair
 from ray_pipeline.pocket.muon import Muon
 from ray_pipeline.pocket.tokenizer import MAX_LENGTH, word_twins
 
-Pair = tuple[str, str]  # user message (or a `conversation`), reply
 IGNORED = -100
 
 
@@ -44,13 +44,6 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalL
             rows[spaced] = rows[bare] + space
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     return model
-
-
-def conversation(turns: list[str]) -> str:
-    """A chat of several turns (user, assistant, user ...) as the one message that `encode` and `answer` take."""
-    speakers = ("<|user|>", "<|assistant|>")
-    opened = [f"{speakers[index % 2]}{turn}" for index, turn in enumerate(turns)]
-    return "<|end|>".join(opened).removeprefix(speakers[0])
 
 
 def encode(pairs: list[Pair], tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ import pytest
 
 from ray_pipeline.pocket.pairs import make_pairs
 from tests.dags.conftest import Quorum, calls_of, contradictions, engine_calls, manifest, run, tables, wait_until
+from tests.dags.in_process import here
 
 pytestmark = pytest.mark.e2e
 
@@ -49,8 +50,8 @@ def test_a_jury_of_two_and_a_debate_that_is_killed_in_its_middle(tmp_path: Path)
     assert usage["calls_log"] >= kept
     assert usage["calls_log"] + usage["calls_engine"] >= CALLS
     assert contradictions(calls) == []
-    again = run(*common, "--run-dir", str(tmp_path / "again"), f"calls.root={calls}", "calls.replay_only=true")
-    assert engine_calls(tmp_path / "again") == {} and again.engines == {}
+    again = here(*common, "--run-dir", str(tmp_path / "again"), f"calls.root={calls}", "calls.replay_only=true")
+    assert engine_calls(tmp_path / "again") == {} and not again.engines
     stages = ["items", "ask-judge", "ask-reviewer", "debate-judge"]
     assert tables(tmp_path / "again", stages) == tables(folder, stages)
 
@@ -77,13 +78,13 @@ def test_recorded_judges_need_no_engine(tmp_path: Path) -> None:
         }
     data, folder = tmp_path / "items.jsonl", tmp_path / "run"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    replayed = run("run", "agreement", "-c", "configs/agreement.yaml", "--run-dir", str(folder), f"data.path={data}")
+    replayed = here("run", "agreement", "-c", "configs/agreement.yaml", "--run-dir", str(folder), f"data.path={data}")
     assert "report.md" in replayed.output and engine_calls(folder) == {}
     found = judged(folder)
     assert found["combined_10", "always right"]["kappa"] == 1.0
     assert found["combined_10", "always first"]["kappa"] == pytest.approx(0.0)
     page = (folder / "report" / "report.md").read_text()
     (folder / "report" / "report.md").unlink()
-    run("report", str(folder))
+    here("report", str(folder))
     assert (folder / "report" / "report.md").read_text() == page
-    assert "makes no training rows to audit" in run("audit", str(folder), expect=2).output
+    assert "makes no training rows to audit" in here("audit", str(folder), expect=2).output

@@ -15,12 +15,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ray_pipeline.pocket import MODELS, WEIGHTS, model_path
+from ray_pipeline.pocket.chats import conversation
 from ray_pipeline.pocket.judging import LAYOUTS, ROLES, JudgePrompts, verdict_of
 from ray_pipeline.pocket.responses import judged_response
 from ray_pipeline.pocket.reviewing import FeedbackPrompts
 from ray_pipeline.pocket.tasks import is_correct, make_prompts
 from ray_pipeline.pocket.tokenizer import make_tokenizer
-from ray_pipeline.pocket.training import answer, conversation
+from ray_pipeline.pocket.training import answer
 
 CARD = json.loads((WEIGHTS / "card.json").read_text(encoding="utf-8"))
 

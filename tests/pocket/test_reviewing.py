@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_pipeline.pocket import tasks
+from ray_pipeline.pocket.chats import conversation
 from ray_pipeline.pocket.judging import JudgePrompts
 from ray_pipeline.pocket.make_models import RECIPES, generator_batches, judge_batches, reviewer_batches
 from ray_pipeline.pocket.measure import REVIEW_TOKENS
@@ -28,7 +29,6 @@ from ray_pipeline.pocket.reviewing import (
 )
 from ray_pipeline.pocket.tasks import grade, pool_of, truth
 from ray_pipeline.pocket.tokenizer import make_tokenizer
-from ray_pipeline.pocket.training import conversation
 
 PROMPTS = FeedbackPrompts()
 TOKENIZER = make_tokenizer()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -117,19 +118,26 @@ def training_workers() -> list[psutil.Process]:
     return found
 
 
-class AtFirstCheckpoint(threading.Thread):
-    """Calls something as soon as Ray Train has a checkpoint to start again from; `done` is what it returned."""
+class AtCheckpoints(threading.Thread):
+    """Calls each function as soon as Ray Train has another checkpoint to start from; `done` is what they returned."""
 
-    def __init__(self, spec: TrainSpec, act: Callable[[], Any]) -> None:
+    def __init__(self, spec: TrainSpec, *acts: Callable[[], Any]) -> None:
         super().__init__(daemon=True)
         self._snapshot = Path(spec.storage_path) / spec.run_name / "checkpoint_manager_snapshot.json"
-        self._act = act
-        self.done: Any = None
+        self._acts = acts
+        self.done: list[Any] = []
 
     def run(self) -> None:
-        while not self._snapshot.exists() or "step-" not in self._snapshot.read_text():
-            time.sleep(0.02)
-        self.done = self._act()
+        before = ""
+        for act in self._acts:
+            while self._newest() <= before:
+                time.sleep(0.02)
+            before = self._newest()
+            self.done.append(act())
+
+    def _newest(self) -> str:
+        text = self._snapshot.read_text() if self._snapshot.exists() else ""
+        return max(re.findall(r"step-\d+", text), default="")
 
 
 def kill(processes: list[psutil.Process]) -> int:
@@ -146,14 +154,14 @@ def assert_undisturbed(killed: TrainResult, undisturbed: TrainResult) -> None:
     assert_same_weights(killed.adapter, undisturbed.adapter)
 
 
-@pytest.mark.parametrize("number", [1, 2])
-def test_killed_workers_cost_nothing_but_time(finished: Finished, make_spec: MakeSpec, number: int) -> None:
+def test_killed_workers_cost_nothing_but_time(finished: Finished, make_spec: MakeSpec) -> None:
+    """One worker of two at the first checkpoint, both at the next one."""
     spec = undisturbed_spec(make_spec)
-    killer = AtFirstCheckpoint(spec, lambda: kill(training_workers()[:number]))
+    killer = AtCheckpoints(spec, *(lambda n=n: kill(training_workers()[:n]) for n in (1, 2)))
     killer.start()
     result = fit(spec)
     killer.join(timeout=1)
-    assert killer.done == number
+    assert killer.done == [1, 2]
     assert_undisturbed(result, finished[1])
 
 
@@ -181,7 +189,7 @@ def test_a_killed_driver_goes_on_by_the_same_command(finished: Finished, make_sp
     command = [sys.executable, "-c", DRIVER, address, str(tmp_path / "spec.json"), str(tmp_path / "result")]
 
     driver = subprocess.Popen(command, cwd=REPOSITORY)
-    killer = AtFirstCheckpoint(spec, driver.kill)
+    killer = AtCheckpoints(spec, driver.kill)
     killer.start()
     assert driver.wait(timeout=240) == -signal.SIGKILL
     assert not (tmp_path / "result.json").exists()
@@ -206,7 +214,8 @@ def test_dpo_is_stopped_and_goes_on_from_bfloat16_with_accumulation(make_spec: M
     spec = make_spec(
         "dpo",
         dtype="bfloat16",
-        batch_size=2,
+        num_workers=1,
+        batch_size=4,
         gradient_accumulation=4,
         epochs=2,
         disable_dropout=True,
@@ -232,7 +241,7 @@ def test_dpo_is_stopped_and_goes_on_from_bfloat16_with_accumulation(make_spec: M
 def test_sft_learns_the_answers_and_tells_tensorboard(make_spec: MakeSpec, local_ray: None) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    spec = with_validation(make_spec("sft", report_to=("tensorboard",)))
+    spec = with_validation(make_spec("sft", num_workers=1, batch_size=8, report_to=("tensorboard",)))
     result = fit(spec)
     rows = result.metrics.to_pylist()
     train = [row["loss"] for row in rows if row["split"] == "train"]
@@ -249,7 +258,7 @@ def test_sft_learns_the_answers_and_tells_tensorboard(make_spec: MakeSpec, local
 
 
 def test_orpo_trains_with_accumulation(make_spec: MakeSpec, local_ray: None) -> None:
-    result = fit(with_validation(make_spec("orpo", batch_size=2, gradient_accumulation=2, epochs=2)))
+    result = fit(with_validation(make_spec("orpo", num_workers=1, batch_size=4, gradient_accumulation=2, epochs=2)))
     first, *_, last = [row for row in result.metrics.to_pylist() if row["split"] == "train"]
     assert result.steps == STEPS and steps(result, "eval") == [STEPS // 2, STEPS]
     # The mean over the micro-batches, not their sum: NLL of a random model is about log(vocabulary) + λ·log 2.
@@ -291,11 +300,11 @@ def test_a_finished_run_takes_no_more_steps(full: Finished) -> None:
 
 def test_a_sharded_model_trains_resumes_and_is_gathered(finished: Finished, make_spec: MakeSpec) -> None:
     spec = undisturbed_spec(make_spec, shard="fsdp")
-    killer = AtFirstCheckpoint(spec, lambda: kill(training_workers()[:1]))
+    killer = AtCheckpoints(spec, lambda: kill(training_workers()[:1]))
     killer.start()
     result = fit(spec)
     killer.join(timeout=1)
-    assert killer.done == 1 and result.resumed_from is not None and 2 <= result.resumed_from < STEPS
+    assert killer.done == [1] and result.resumed_from is not None and 2 <= result.resumed_from < STEPS
     checkpoint = next((Path(spec.storage_path) / spec.run_name).glob("step-*"))
     assert len(list((checkpoint / "pytorch_model_fsdp_0").glob("*.distcp"))) == 2  # each worker has a part
     undisturbed = finished[1]
