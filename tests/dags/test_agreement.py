@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ray_pipeline.pocket.pairs import make_pairs
-from tests.dags.conftest import Quorum, calls_of, contradictions, engine_calls, manifest, run, tables, wait_until
+from tests.dags.conftest import Quorum, calls_of, contradictions, engine_calls, manifest, tables, wait_until
 from tests.dags.in_process import here
 
 pytestmark = pytest.mark.e2e
@@ -36,15 +36,15 @@ def test_a_jury_of_two_and_a_debate_that_is_killed_in_its_middle(tmp_path: Path)
     common = ["run", "agreement", "-c", "configs/pocket_agreement.yaml", f"data.limit={PAIRS}"]
     # One debate at a time, so that it can be hit in its middle.
     slow = "models.judge.placement.concurrency=1"
-    first = Quorum(*common, "--run-dir", str(folder), slow)
+    first = Quorum(*common, "--run-dir", str(folder), "--to", "debate-judge", slow)
     wait_until(first, lambda: calls.exists() and debated(calls) > 5)
     first.kill()
     assert first.living_engines() == []
     kept = debated(calls)
     assert kept < CALLS, "the debates were over before they were killed"
 
-    second = run(*common, "--run-dir", str(folder))
-    assert "taking the run over" in second.output and second.living_engines() == []
+    second = here(*common, "--run-dir", str(folder))
+    assert "taking the run over" in second.output
     usage = manifest(folder)["stages"]["debate-judge"]["usage"]
     # What was answered is not asked again, and speeches that say the same are one call.
     assert usage["calls_log"] >= kept

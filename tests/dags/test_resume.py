@@ -209,7 +209,8 @@ def test_two_runs_at_once_share_a_call_log(tmp_path: Path) -> None:
     log = tmp_path / "calls"
     folders = [tmp_path / "one", tmp_path / "other"]
     candidates = [*SMALL, "--to", "candidates", f"calls.root={log}"]
-    both = [Quorum("run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), *candidates) for folder in folders]
+    alone = ["--executor", "inprocess"]
+    both = [Quorum("run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), *candidates, *alone) for folder in folders]
     for quorum, folder in zip(both, folders, strict=True):
         quorum.ends(0)
         assert manifest(folder)["stages"]["candidates"]["rows"] == {"candidates": 4 * COUNT}
