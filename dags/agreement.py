@@ -1,4 +1,4 @@
-"""Agreement: items with human labels → verdicts, recorded or asked live → how far they agree.
+"""Agreement: items with human labels → verdicts, recorded or live → how far they agree.
 
 items ─┬→ judges, one stage a model ──┐
        ├→ debates, one stage a model ─┴→ agreement
@@ -7,15 +7,88 @@ items ─┬→ judges, one stage a model ──┐
 
 from __future__ import annotations
 
-from ray_pipeline.agreement.ask import ask_stages
-from ray_pipeline.agreement.stages import items_stage, report_stage
-from ray_pipeline.agreement_config import AgreementConfig
+from collections.abc import Sequence
+
+from ray_pipeline import register
+from ray_pipeline.agents.debate import DebateTemplates, load_debate_templates
+from ray_pipeline.agents.strategies import StrategyTemplates, load_strategy_templates
+from ray_pipeline.agreement.ask import AskSettings, ask_stages
+from ray_pipeline.agreement.document import MeasureSettings
+from ray_pipeline.agreement.stages import AgreementData, AgreementPage, items_stage, report_stage, rewrite_page
+from ray_pipeline.config.blocks import RunBlock
+from ray_pipeline.config.messages import ConfigError
+from ray_pipeline.engines.models import ModelUse
 from ray_pipeline.graph.stage import Dag
+from ray_pipeline.workflow.config import RunConfig
+from ray_pipeline.workflow.registry import Workflow
+
+
+class AgreementConfig(RunConfig):
+    """Everything that `quorum run agreement` reads."""
+
+    run: RunBlock = RunBlock(name="agreement")
+    data: AgreementData
+    measure: MeasureSettings = MeasureSettings()
+    ask: AskSettings = AskSettings()
+
+    def uses(self) -> Sequence[ModelUse]:
+        ask, speech = self.ask, self.ask.debate.speech
+        found = []
+        for block, judges in (("judges", ask.judges), ("debaters", ask.debaters)):
+            for j in judges:
+                key = f"ask.{block}.{j.name}"
+                found.append(ModelUse(f"{key}.model", j.model, "judge", "ask.sampling", ask.sampling.extra))
+                if j.sampling:
+                    found.append(ModelUse(f"{key}.model", j.model, "judge", f"{key}.sampling", j.sampling.extra))
+                if block == "debaters":
+                    found.append(ModelUse(f"{key}.model", j.model, "judge", "ask.debate.speech", speech.extra))
+        return found
+
+    @property
+    def num_shards(self) -> int:
+        return self.data.num_shards
+
+    def strategy_templates(self) -> StrategyTemplates:
+        return load_strategy_templates(self.ask.strategy_templates)
+
+    def debate_templates(self) -> DebateTemplates:
+        return load_debate_templates(self.ask.debate_templates)
+
+    def page(self) -> AgreementPage:
+        judges = (*self.ask.judges, *self.ask.debaters)
+        return AgreementPage(
+            workflow="agreement",
+            data=self.data.label,
+            replay=self.data.told(bool(judges)),
+            measure=self.measure,
+            judge_models={j.name: self.models[j.model].model for j in judges},
+        )
+
+    def check(self) -> None:
+        super().check()
+        templates = self.strategy_templates()
+        for strategy in self.ask.strategies:
+            templates.of(strategy)
+        try:
+            self.ask.debate.speakers(self.debate_templates().roles)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
 
 def agreement(config: AgreementConfig, run_folder: str) -> Dag:
     """The workflow as a DAG."""
     items = items_stage(config.data)
     strategies, debates = config.strategy_templates(), config.debate_templates()
-    asked = ask_stages(config.ask, strategies, debates, config.failure, config.models, items)
-    return Dag("agreement", [items, *asked, report_stage(config.page(), items, asked)])
+    ballots = ask_stages(config.ask, strategies, debates, config.models, items)
+    return Dag("agreement", [items, *ballots, report_stage(config.page(), items, ballots)])
+
+
+WORKFLOW = register("workflow", "agreement")(
+    Workflow(
+        name="agreement",
+        config=AgreementConfig,
+        wire=agreement,
+        page=rewrite_page,
+        numbers="agreement.json",
+    )
+)

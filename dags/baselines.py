@@ -1,48 +1,235 @@
 """The comparison that DMAPO stands on: every training method on gated and on ungated data of the same candidates.
 
 prompts → candidates → judges, critic ─┬→ gate ──────────────┐
-                                       └→ best and worst of k ┴→ rows → data sets ─┬→ sft ──┐
-                                                                                  ├→ dpo ──┤
-                                                                                  ├→ kto ──┼→ answers → judges → table
-                                                                                  ├→ orpo ─┤
-                                                                                  └→ simpo ┘
+                                       └→ best and worst of k ┴→ rows → datasets ─┬→ sft ──┐
+                                                                                 ├→ dpo ──┤
+                                                                                 ├→ kto ──┼→ responses → judges → table
+                                                                                 ├→ orpo ─┤
+                                                                                 └→ simpo ┘
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated, Any
 
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from dags.dmapo import DmapoConfig
+from ray_pipeline import register
+from ray_pipeline.audit.run import audit_compared
 from ray_pipeline.bench.stages import Answering, benchmark_stages
-from ray_pipeline.config import BaselinesConfig, DataVariant
-from ray_pipeline.data.candidates import candidates
-from ray_pipeline.data.columnar import dataset_files, dataset_rows, gate, prompts
-from ray_pipeline.data.critic import critic
-from ray_pipeline.data.imported import preferences
-from ray_pipeline.data.judging import judges
-from ray_pipeline.evaluate.method_table import method_table
+from ray_pipeline.config.messages import first_problem, nearest
+from ray_pipeline.config.settings import Settings
+from ray_pipeline.data.candidates import candidates as candidates_stage
+from ray_pipeline.data.columnar import dataset_files, dataset_rows
+from ray_pipeline.data.columnar import gate as gate_stage
+from ray_pipeline.data.columnar import prompts as prompts_stage
+from ray_pipeline.data.critic import critic as critic_stage
+from ray_pipeline.data.datasets import DatasetsConfig
+from ray_pipeline.data.gate import GateConfig
+from ray_pipeline.data.imported import PreferenceSource, preferences, tables_of
+from ray_pipeline.data.judging import judges as judge_stages
+from ray_pipeline.data.sources import InputError
+from ray_pipeline.evaluate.method_table import PolicyName, TableSettings, method_table, rewrite_page
 from ray_pipeline.graph.run import stage_folder
 from ray_pipeline.graph.stage import Dag, Stage
-from ray_pipeline.policy.comparisons import comparisons, responses
-from ray_pipeline.policy.train import train
+from ray_pipeline.policy.comparisons import comparisons as comparisons_stage
+from ray_pipeline.policy.comparisons import responses as responses_stage
+from ray_pipeline.policy.train import train as train_stage
+from ray_pipeline.training.methods import METHODS, MethodName, method_label, method_of
+from ray_pipeline.training.spec import TrainSettings
+from ray_pipeline.workflow.registry import Workflow
+
+
+class DataVariant(Settings):
+    """One way of making training data: from the run's candidates and scores, or from imported rows.
+
+    Attributes:
+        gated: whether the confidence gate decides; if not, best and worst of k by the mean score, whatever it is.
+        gate: changes of the `gate` block ({use_variance: false}, {use_critic: false}, {tau: 1}).
+        judges: whose scores count; default: all.
+        k: only the first so many candidates of each prompt; default: all.
+        min_gap: smallest gap of a pair's scores; default: datasets.min_gap with the gate, any gap above 0 without.
+        source: training rows of a Hub dataset or of files; nothing above applies to them.
+    """
+
+    gated: bool = True
+    gate: dict[str, Any] = Field(default_factory=dict)
+    judges: tuple[str, ...] | None = Field(None, min_length=1)
+    k: int | None = Field(None, ge=2)
+    min_gap: float | None = Field(None, ge=0)
+    source: PreferenceSource | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> DataVariant:
+        set_here = sorted(self.model_fields_set - {"source"})
+        if self.source is not None and set_here:
+            raise ValueError(f"{set_here[0]} has no effect on rows of a source, which are judged already; remove it")
+        if not self.gated and self.gate:
+            raise ValueError("gate has no effect when gated is false")
+        return self
+
+
+class BaselinesBlock(Settings):
+    """The `baselines` block: every method is trained on every dataset with every seed."""
+
+    methods: dict[MethodName, dict[str, Any]] = Field(
+        default_factory=lambda: {name: dict[str, Any]() for name in METHODS},
+        min_length=1,
+        description="method → changes of the `train` block for it",
+    )
+    data: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_]*$")], DataVariant] = Field(min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 2), min_length=1)
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _names(cls, methods: Any) -> Any:
+        """A plain list of methods changes nothing for any of them."""
+        return {name: {} for name in methods} if isinstance(methods, (list, tuple)) else methods
+
+
+class BaselinesConfig(DmapoConfig):
+    """Everything that `quorum run baselines` reads: a DMAPO configuration and what to compare."""
+
+    baselines: BaselinesBlock
+
+    def check_kinds(self) -> None:
+        """Raises ValueError for keys that `baselines` sets itself, and for a comparison that cannot be made."""
+        for name, block, keys, instead in (
+            ("train", self.train, ("method", "seed"), "use baselines.methods and baselines.seeds"),
+            ("datasets", self.datasets, ("kinds", "seed"), "it follows from baselines.methods and baselines.seeds"),
+            ("evaluate", self.evaluate, ("perplexity", "perplexity_rows", "skip_generation"), "remove it"),
+        ):
+            for key in keys:
+                if key in block.model_fields_set:
+                    raise ValueError(f"{name}.{key} has no effect in a comparison; {instead}")
+        if len(set(self.baselines.seeds)) < len(self.baselines.seeds):
+            raise ValueError(f"duplicate seed in baselines.seeds: {list(self.baselines.seeds)}")
+        for name, variant in self.baselines.data.items():
+            unknown = [judge for judge in variant.judges or () if judge not in self.judge.names]
+            if unknown:
+                near = nearest(unknown[0], self.judge.names)
+                raise ValueError(f"baselines.data.{name}.judges: unknown rubric {unknown[0]!r}{near}")
+            if variant.k is not None and variant.k > self.candidates.k:
+                raise ValueError(
+                    f"baselines.data.{name}.k is {variant.k}, but candidates.k is only {self.candidates.k}"
+                )
+            try:
+                self.gate_of(variant)
+                if variant.source is not None:
+                    tables_of(variant.source.format, self.rows_of(variant))
+            except (ValidationError, InputError) as error:
+                raise ValueError(f"baselines.data.{name}: {_problem(error)}") from error
+        for name in self.baselines.methods:
+            try:
+                self.training(name, 0)
+            except ValidationError as error:
+                raise ValueError(f"baselines.methods.{name}: {_problem(error)}") from error
+
+    def workers(self) -> dict[str, float]:
+        return {f"train-{policy.label}": self.train.num_workers for policy in self.policies()}
+
+    def trained(self) -> dict[str, TrainSettings]:
+        return {f"baselines.methods.{name}": self.training(name, 0) for name in self.baselines.methods}
+
+    def training(self, method: MethodName, seed: int) -> TrainSettings:
+        """The `train` block with the changes of a method."""
+        shared = self.train.model_dump(exclude_unset=True)
+        return TrainSettings.model_validate(
+            {**shared, **self.baselines.methods[method], "method": method, "seed": seed}
+        )
+
+    def gate_of(self, variant: DataVariant) -> GateConfig | None:
+        """The gate of a dataset; None where none decides."""
+        if not variant.gated or variant.source is not None:
+            return None
+        return GateConfig.model_validate({**self.gate.model_dump(), **variant.gate})
+
+    def rows_of(self, variant: DataVariant, seed: int = 0) -> DatasetsConfig:
+        """The `datasets` block of a dataset: the kinds that the methods need, in the order of a seed."""
+        kinds = list(dict.fromkeys(method_of(name).data for name in self.baselines.methods))
+        gap = variant.min_gap if variant.min_gap is not None else self.datasets.min_gap if variant.gated else 0.0
+        return self.datasets.model_copy(update={"kinds": kinds, "seed": seed, "min_gap": gap})
+
+    def policies(self) -> list[PolicyName]:
+        """Every policy that is trained, dataset by dataset and seed by seed."""
+        compared = self.baselines
+        return [
+            PolicyName(label=f"{method_label(method)}-{data}-s{seed}", method=method, data=data, seed=seed)
+            for data in compared.data
+            for seed in compared.seeds
+            for method in compared.methods
+        ]
+
+    def policy_labels(self) -> list[str]:
+        return [policy.label for policy in self.policies()]
+
+    def page(self) -> TableSettings:
+        shown = self.report()
+        data = self.baselines.data
+        judge = self.models[self.evaluate.judge].shown
+        return TableSettings(
+            run_name=self.run.name,
+            policies=tuple(self.policies()),
+            mode=self.evaluate.modes[0].name,
+            over=next((name for name, variant in data.items() if not variant.gated), next(iter(data))),
+            data={name: self.how(variant) for name, variant in data.items()},
+            facts={
+                "base": self.base.shown,
+                "comparing judge": f"{self.evaluate.judge} ({judge}), both orders, mode {self.evaluate.modes[0].name}",
+                "rubric judges": ", ".join(f"{name} ({model})" for name, model in shown.curating.items()),
+                **self._published(),
+                "seeds": ", ".join(map(str, self.baselines.seeds)),
+                "training": ", ".join(f"{k} {v}" for k, v in self.train.model_dump(exclude_unset=True).items()),
+                "per method": "; ".join(f"{k}: {v}" for k, v in self.baselines.methods.items() if v) or "nothing",
+            },
+            curating=shown.curating if any(v.source is None for v in data.values()) else {},
+            evaluating=shown.evaluating,
+            bootstrap_draws=self.evaluate.bootstrap_draws,
+            seed=self.evaluate.seed,
+        )
+
+    def _published(self) -> dict[str, str]:
+        """Which line of the table is the method of the paper, where there is one."""
+        whole = [name for name, variant in self.baselines.data.items() if variant == DataVariant()]
+        return {"DMAPO": f"kto on {whole[0]}"} if whole and "kto" in self.baselines.methods else {}
+
+    def how(self, variant: DataVariant) -> str:
+        if variant.source is not None:
+            place = variant.source.name if variant.source.type == "huggingface" else variant.source.path
+            return f"{variant.source.format} rows of {place}"
+        judges, k = ", ".join(variant.judges or self.judge.names), variant.k or self.candidates.k
+        if not variant.gated:
+            return f"best and worst of {k} by {judges}; no gate"
+        gate = self.gate_of(variant)
+        assert gate is not None
+        rules = [f"tau {gate.tau:g}" if gate.use_variance else "no variance rule"]
+        rules.append(f"alpha {gate.alpha:g}" if gate.use_critic else "no critic")
+        return f"gate on {k} candidates by {judges}; {', '.join(rules)}"
+
+
+def _problem(error: ValidationError | InputError) -> str:
+    return str(error) if isinstance(error, InputError) else first_problem(error)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Judged:
-    """Candidates with all that was said of them."""
+    """Candidates with their verdicts and critiques."""
 
-    answers: Stage
+    candidates: Stage
     verdicts: list[Stage]
     critiques: Stage | None
 
 
 def baselines(config: BaselinesConfig, run_folder: str) -> Dag:
-    """Methods × data sets × seeds, all policies asked the same held-out prompts and judged in one go."""
-    texts, models, base = config.templates(), config.models, config.models[config.train.model]
+    """Methods × datasets × seeds; all policies answer the same held-out prompts and are judged in one go."""
+    texts, models, base = config.templates(), config.models, config.base
     compared = config.baselines
-    asked = prompts(config.prompts)
-    judged = _judged(config, asked)
+    prompts = prompts_stage(config.prompts)
+    judged = _judged(config, prompts)
 
-    rows = {data: _rows(config, data, variant, asked, judged) for data, variant in compared.data.items()}
+    rows = {data: _rows(config, data, variant, prompts, judged) for data, variant in compared.data.items()}
     files = {(data, seed): _files(config, data, rows[data], seed) for data in rows for seed in compared.seeds}
     trained: list[Stage] = []
     policies: dict[str, Stage] = {}
@@ -50,64 +237,60 @@ def baselines(config: BaselinesConfig, run_folder: str) -> Dag:
     for name in config.policies():
         settings = config.training(name.method, name.seed)
         length, data = config.datasets.max_length, files[name.data, name.seed]
-        policy = train(settings, base, length, data, name=f"train-{name.label}", view="")
+        policy = train_stage(settings, base, length, data, name=f"train-{name.label}", view="")
         weights = base.trained((stage_folder(run_folder, policy) / "merged").location)
-        policies[name.label] = responses(name.label, config.evaluate, config.failure, weights, asked, policy)
+        policies[name.label] = responses_stage(name.label, config.evaluate, weights, prompts, policy)
         measured[name.label] = Answering(weights, policy)
         trained.append(policy)
 
-    before = responses("base", config.evaluate, config.failure, base, asked)
-    answers = {"base": before, **policies}
-    pairs = comparisons(
-        config.evaluate, config.failure, models[config.evaluate.judge], texts.pairwise, asked, before, policies
-    )
-    scores = judges(config.judge, config.failure, models, texts.judge, asked, answers, "score-responses", "evaluate")
-    table = method_table(config.page(), [asked, *rows.values(), *trained, *answers.values(), pairs, *scores])
+    before = responses_stage("base", config.evaluate, base, prompts)
+    responses = {"base": before, **policies}
+    pairs = comparisons_stage(config.evaluate, models[config.evaluate.judge], texts.pairwise, prompts, before, policies)
+    scores = judge_stages(config.judge, models, texts.judge, prompts, responses, "score-responses", "evaluate")
+    table = method_table(config.page(), [prompts, *rows.values(), *trained, *responses.values(), pairs, *scores])
     last = [table]
     if config.benchmarks is not None:
         page = config.benchmarks_page()
-        last += benchmark_stages(config.benchmarks, page, config.failure, models, measured, view="benchmarks")
+        last += benchmark_stages(config.benchmarks, page, models, measured, view="benchmarks")
     return Dag("baselines", last)
 
 
-def _judged(config: BaselinesConfig, asked: Stage) -> _Judged | None:
-    """Candidates, verdicts and critiques, as far as some data set is made from them."""
+def _judged(config: BaselinesConfig, prompts: Stage) -> _Judged | None:
+    """Candidates, verdicts and critiques, as far as some dataset is made from them."""
     own = [variant for variant in config.baselines.data.values() if variant.source is None]
     if not own:
         return None
     texts, models = config.templates(), config.models
-    answers = candidates(config.candidates, config.failure, models[config.candidates.model], asked)
-    verdicts = judges(config.judge, config.failure, models, texts.judge, asked, {"candidates": answers})
+    candidates = candidates_stage(config.candidates, models[config.candidates.model], prompts)
+    verdicts = judge_stages(config.judge, models, texts.judge, prompts, {"candidates": candidates})
     critiques = None
     if any((decides := config.gate_of(variant)) is not None and decides.use_critic for variant in own):
-        critiques = critic(config.critic, config.failure, models[config.critic.model], texts.critic, asked, answers)
-    return _Judged(answers, verdicts, critiques)
+        critiques = critic_stage(config.critic, models[config.critic.model], texts.critic, prompts, candidates)
+    return _Judged(candidates, verdicts, critiques)
 
 
-def _rows(config: BaselinesConfig, data: str, variant: DataVariant, asked: Stage, judged: _Judged | None) -> Stage:
-    """Training rows of one data set: imported, or made from decisions on the candidates."""
-    base, settings = config.models[config.train.model], config.rows_of(variant)
+def _rows(config: BaselinesConfig, data: str, variant: DataVariant, prompts: Stage, judged: _Judged | None) -> Stage:
+    """Training rows of one dataset: imported, or made from decisions on the candidates."""
+    settings, name = config.rows_of(variant), f"rows-{data}"
     if variant.source is not None:
+        source = config.prompts
         return preferences(
-            variant.source,
-            settings,
-            base,
-            seed=config.prompts.seed,
-            val_fraction=config.prompts.val_fraction,
-            name=f"rows-{data}",
+            variant.source, settings, config.base, seed=source.seed, val_fraction=source.val_fraction, name=name
         )
     assert judged is not None
-    counted = variant.judges or config.judge.names
-    decisions = gate(
+    judges = variant.judges or config.judge.names
+    decisions = gate_stage(
         config.gate_of(variant),
-        counted,
-        judged.answers,
+        judges,
+        judged.candidates,
         judged.verdicts,
         judged.critiques,
         name=f"gate-{data}" if variant.gated else f"ranks-{data}",
         first=variant.k,
     )
-    return dataset_rows(settings, counted, base, asked, judged.answers, judged.verdicts, decisions, name=f"rows-{data}")
+    return dataset_rows(
+        settings, judges, config.base, prompts, judged.candidates, judged.verdicts, decisions, name=name
+    )
 
 
 def _files(config: BaselinesConfig, data: str, rows: Stage, seed: int) -> Stage:
@@ -122,3 +305,15 @@ def _files(config: BaselinesConfig, data: str, rows: Stage, seed: int) -> Stage:
         view="",
         origin=None if variant.gated and variant.source is None else config.how(variant),
     )
+
+
+WORKFLOW = register("workflow", "baselines")(
+    Workflow(
+        name="baselines",
+        config=BaselinesConfig,
+        wire=baselines,
+        page=rewrite_page,
+        numbers="metrics.json",
+        audit=audit_compared,
+    )
+)

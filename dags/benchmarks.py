@@ -6,15 +6,131 @@ questions → answers of each model ─┬→ MT-Bench and AlpacaEval judges ─
 
 from __future__ import annotations
 
-from ray_pipeline.bench.stages import Answering, benchmark_stages
-from ray_pipeline.benchmark_config import BenchmarksConfig
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from ray_pipeline import register
+from ray_pipeline.bench.files import BenchmarkFileError
+from ray_pipeline.bench.measured import Origin, measured_models
+from ray_pipeline.bench.questions import BenchmarksSettings
+from ray_pipeline.bench.report import BenchmarksPage, MeasuredModel, judging_model, rewrite_page
+from ray_pipeline.bench.stages import Answering, benchmark_stages, benchmark_uses, check_benchmarks
+from ray_pipeline.config.blocks import RunBlock
+from ray_pipeline.config.messages import ConfigError
+from ray_pipeline.engines.models import ModelSettings, ModelUse, resolve_model
 from ray_pipeline.graph.stage import Dag
+from ray_pipeline.store.keys import check_num_shards
+from ray_pipeline.workflow.config import ModelKey, RunConfig
+from ray_pipeline.workflow.registry import Workflow
+
+
+class BenchmarksConfig(RunConfig):
+    """Everything that `quorum run benchmarks` reads.
+
+    In the file `models` is a list of what is measured: a run folder (its policy), a model's name, or a block of keys.
+    """
+
+    run: RunBlock = RunBlock(name="benchmarks")
+    model_defaults: dict[str, Any] = Field(
+        default_factory=dict, description="keys that every measured model has unless it sets its own"
+    )
+    origins: dict[ModelKey, Origin] = Field(
+        default_factory=dict, description="where measured models come from; follows from `models`"
+    )
+    judges: dict[ModelKey, ModelSettings] = Field(
+        default_factory=dict, description="judging models by the key that names them in `benchmarks`"
+    )
+    benchmarks: BenchmarksSettings
+    num_shards: int = Field(16, description="shards of every table; a power of two up to 1024")
+
+    @classmethod
+    def resolve(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        judges = values.get("judges")
+        if isinstance(judges, Mapping):
+            values = {**values, "judges": {key: resolve_model(model) for key, model in judges.items()}}
+        return super().resolve(values)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _listed(cls, values: Any) -> Any:
+        """Write every model of the list out."""
+        if not isinstance(values, Mapping) or not isinstance(values.get("models"), (list, tuple)):
+            return values
+        models, origins = measured_models(values["models"], values.get("model_defaults") or {})
+        return {**values, "models": models, "origins": origins}
+
+    @field_validator("num_shards")
+    @classmethod
+    def _shards(cls, num_shards: int) -> int:
+        return check_num_shards(num_shards)
+
+    def blocks(self) -> dict[str, dict[str, ModelSettings]]:
+        return {"models": self.models, "judges": self.judges}
+
+    def uses(self) -> Sequence[ModelUse]:
+        measured = {f"models.{name}": name for name in self.models}
+        return benchmark_uses(self.benchmarks, measured, "judges")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> BenchmarksConfig:
+        if not self.models:
+            raise ValueError("models is empty; list at least one model or run folder to measure")
+        if "floors" in self.models:
+            raise ValueError("floors cannot name a model: the tables use it; give that model another `name`")
+        mt = self.benchmarks.mt_bench
+        if mt is not None and "pairwise" in mt.modes and mt.against not in self.models:
+            raise ValueError(
+                f"benchmarks.mt_bench.against is {mt.against!r}, which is not a model of this run; choose from "
+                f"{', '.join(self.models)}"
+            )
+        return self
+
+    @functools.cached_property
+    def _page(self) -> BenchmarksPage:
+        nowhere = Origin()
+        return BenchmarksPage(
+            run_name=self.run.name,
+            benchmarks=self.benchmarks,
+            models={
+                name: MeasuredModel(
+                    shown=self.origins.get(name, nowhere).shown or model.shown,
+                    identity="+".join(model.weights().values()),
+                    curating=self.origins.get(name, nowhere).curating,
+                )
+                for name, model in self.models.items()
+            },
+            judges={key: judging_model(model) for key, model in self.judges.items()},
+        )
+
+    def page(self) -> BenchmarksPage:
+        return self._page
+
+    def check(self) -> None:
+        super().check()
+        try:
+            check_benchmarks(self.benchmarks)
+        except BenchmarkFileError as error:
+            raise ConfigError(f"benchmarks: {error}") from error
 
 
 def benchmarks(config: BenchmarksConfig, run_folder: str) -> Dag:
     """The workflow as a DAG."""
-    measured = {name: Answering(model) for name, model in config.measured().items()}
+    measured = {name: Answering(model) for name, model in config.models.items()}
     return Dag(
         "benchmarks",
-        benchmark_stages(config.benchmarks, config.page(), config.failure, config.judges, measured),
+        benchmark_stages(config.benchmarks, config.page(), config.judges, measured),
     )
+
+
+WORKFLOW = register("workflow", "benchmarks")(
+    Workflow(
+        name="benchmarks",
+        config=BenchmarksConfig,
+        wire=benchmarks,
+        page=rewrite_page,
+        numbers="benchmarks.json",
+    )
+)

@@ -1,67 +1,170 @@
 """DMAPO: three judges, a process critic and a confidence gate make the data; KTO aligns the policy with it.
 
 prompts → candidates → judges ─┐
-                    └→ critic ─┴→ gate → data sets → train (→ public benchmarks) → evaluate
+                    └→ critic ─┴→ gate → datasets → train (→ public benchmarks) → evaluate
 """
 
 from __future__ import annotations
 
-from ray_pipeline.bench.stages import Answering, benchmark_stages
-from ray_pipeline.config import DmapoConfig
-from ray_pipeline.data.candidates import candidates
-from ray_pipeline.data.columnar import datasets, gate, prompts
-from ray_pipeline.data.critic import critic
-from ray_pipeline.data.judging import judges
-from ray_pipeline.evaluate.stage import evaluate
+from collections.abc import Sequence
+
+from pydantic import Field, model_validator
+
+from ray_pipeline import register
+from ray_pipeline.audit.run import audit_gated
+from ray_pipeline.bench.files import BenchmarkFileError
+from ray_pipeline.bench.questions import BenchmarksSettings
+from ray_pipeline.bench.report import BenchmarksPage, MeasuredModel, judging_model
+from ray_pipeline.bench.stages import Answering, benchmark_stages, benchmark_uses, check_benchmarks
+from ray_pipeline.config.messages import ConfigError
+from ray_pipeline.config.settings import Settings
+from ray_pipeline.data.candidates import CandidateSettings
+from ray_pipeline.data.candidates import candidates as candidates_stage
+from ray_pipeline.data.columnar import datasets as datasets_stage
+from ray_pipeline.data.columnar import gate as gate_stage
+from ray_pipeline.data.columnar import prompts as prompts_stage
+from ray_pipeline.data.critic import CriticSettings
+from ray_pipeline.data.critic import critic as critic_stage
+from ray_pipeline.data.gate import GateConfig
+from ray_pipeline.data.judging import JudgeSettings
+from ray_pipeline.data.judging import judges as judge_stages
+from ray_pipeline.engines.models import ModelUse
+from ray_pipeline.evaluate.stage import ReportSettings, write_report
+from ray_pipeline.evaluate.stage import evaluate as evaluate_stage
 from ray_pipeline.graph.run import stage_folder, stored
 from ray_pipeline.graph.stage import Dag, Stage
-from ray_pipeline.policy.comparisons import comparisons, responses
-from ray_pipeline.policy.train import train
+from ray_pipeline.policy.comparisons import comparisons as comparisons_stage
+from ray_pipeline.policy.comparisons import responses as responses_stage
+from ray_pipeline.policy.train import train as train_stage
+from ray_pipeline.workflow.registry import Workflow
+from ray_pipeline.workflow.training import TrainingConfig, rubric_models, rubric_uses
+
+
+class DmapoConfig(TrainingConfig):
+    """Everything that `quorum run dmapo` reads."""
+
+    candidates: CandidateSettings = CandidateSettings()
+    judge: JudgeSettings
+    critic: CriticSettings = CriticSettings()
+    gate: GateConfig = GateConfig()
+    benchmarks: BenchmarksSettings | None = Field(
+        None, description="public benchmarks as the last stage; default: none"
+    )
+
+    def uses(self) -> Sequence[ModelUse]:
+        drawn, critic = self.candidates, self.critic
+        return [
+            ModelUse("candidates.model", drawn.model, "generate", "candidates.sampling", drawn.sampling.extra),
+            ModelUse("critic.model", critic.model, "judge", "critic.sampling", critic.sampling.extra),
+            *super().uses(),
+            *rubric_uses(self.judge),
+            *([] if self.benchmarks is None else benchmark_uses(self.benchmarks, {"train.model": self.train.model})),
+        ]
+
+    @model_validator(mode="after")
+    def _benchmark_baseline(self) -> DmapoConfig:
+        mt = self.benchmarks.mt_bench if self.benchmarks is not None else None
+        if mt is not None and "pairwise" in mt.modes and mt.against not in ("base", *self.policy_labels()):
+            raise ValueError(
+                f"benchmarks.mt_bench.against is {mt.against!r}; choose from base, {', '.join(self.policy_labels())}"
+            )
+        return self
+
+    def check(self) -> None:
+        super().check()
+        if self.benchmarks is not None:
+            try:
+                check_benchmarks(self.benchmarks)
+            except BenchmarkFileError as error:
+                raise ConfigError(f"benchmarks: {error}") from error
+
+    def policy_labels(self) -> list[str]:
+        """Names of this run's policies in tables."""
+        return ["policy"]
+
+    def report(self) -> ReportSettings:
+        """What the report says beside the tables."""
+        return self.report_of(rubric_models(self.judge), gate=self.gate)
+
+    def page(self) -> Settings:
+        return self.report()
+
+    def benchmarks_page(self) -> BenchmarksPage:
+        """What the page of the public benchmarks says beside the tables."""
+        assert self.benchmarks is not None
+        base, curating = self.base, tuple(sorted(set(self.report().curating.values())))
+        return BenchmarksPage(
+            run_name=self.run.name,
+            benchmarks=self.benchmarks,
+            models={
+                "base": MeasuredModel(shown=base.shown, identity="+".join(base.weights().values())),
+                **{label: MeasuredModel(shown=base.shown, curating=curating) for label in self.policy_labels()},
+            },
+            judges={key: judging_model(self.models[key]) for key in self.benchmarks.judges},
+        )
 
 
 def dmapo(config: DmapoConfig, run_folder: str) -> Dag:
     """The whole method as a DAG; `run_folder` is where the policy will lie for its own evaluation."""
-    texts, models, base = config.templates(), config.models, config.models[config.train.model]
+    texts, models, base = config.templates(), config.models, config.base
 
-    asked = prompts(config.prompts)
-    answers = candidates(config.candidates, config.failure, models[config.candidates.model], asked)
-    verdicts = judges(config.judge, config.failure, models, texts.judge, asked, {"candidates": answers})
+    prompts = prompts_stage(config.prompts)
+    candidates = candidates_stage(config.candidates, models[config.candidates.model], prompts)
+    verdicts = judge_stages(config.judge, models, texts.judge, prompts, {"candidates": candidates})
     critiques = None
     if config.gate.use_critic:
-        critiques = critic(config.critic, config.failure, models[config.critic.model], texts.critic, asked, answers)
-    decisions = gate(config.gate, config.judge.names, answers, verdicts, critiques)
-    data = datasets(config.datasets, config.gate, config.judge.names, base, asked, answers, verdicts, decisions)
-    made = [asked, answers, *verdicts, *([critiques] if critiques else []), decisions, data]
-    policy = train(config.train, base, config.datasets.max_length, data)
-    trained = [policy, *_both_answer(config, run_folder, asked, policy), *_benchmarks(config, run_folder, policy)]
+        critiques = critic_stage(config.critic, models[config.critic.model], texts.critic, prompts, candidates)
+    decisions = gate_stage(config.gate, config.judge.names, candidates, verdicts, critiques)
+    datasets = datasets_stage(
+        config.datasets, config.gate, config.judge.names, base, prompts, candidates, verdicts, decisions
+    )
+    stages = [prompts, candidates, *verdicts, *([critiques] if critiques else []), decisions, datasets]
+    policy = train_stage(config.train, base, config.datasets.max_length, datasets)
+    evaluated = evaluation(config, run_folder, prompts, policy, config.judge)
+    trained = [policy, *evaluated, *_benchmarks(config, run_folder, policy)]
     if config.evaluate.skip_generation:
         trained = stored(trained, run_folder, config.num_shards)
-    made += trained
-    report = evaluate(config.evaluate, config.report(), base, config.datasets.max_length, made)
-    return Dag("dmapo", [*made, report])
+    stages += trained
+    report = evaluate_stage(config.evaluate, config.report(), base, config.datasets.max_length, stages)
+    return Dag("dmapo", [*stages, report])
+
+
+def evaluation(
+    config: TrainingConfig, run_folder: str, prompts: Stage, policy: Stage, judge: JudgeSettings | None
+) -> list[Stage]:
+    """Base and policy answer the held-out prompts; one judge compares them in both orders, rubric judges score both."""
+    texts, models, base = config.templates(), config.models, config.base
+    trained = base.trained((stage_folder(run_folder, policy) / "merged").location)
+    before = responses_stage("base", config.evaluate, base, prompts)
+    after = responses_stage("policy", config.evaluate, trained, prompts, policy)
+    compared = comparisons_stage(
+        config.evaluate, models[config.evaluate.judge], texts.pairwise, prompts, before, {"policy": after}
+    )
+    if judge is None:
+        return [before, after, compared]
+    both = {"base": before, "policy": after}
+    return [
+        *(before, after, compared),
+        *judge_stages(judge, models, texts.judge, prompts, both, "score-responses", "evaluate"),
+    ]
 
 
 def _benchmarks(config: DmapoConfig, run_folder: str, policy: Stage) -> list[Stage]:
-    """Base and policy on public benchmarks, where the configuration asks for them."""
+    """Base and policy on public benchmarks, where the configuration has any."""
     if config.benchmarks is None:
         return []
-    base = config.models[config.train.model]
-    trained = base.trained((stage_folder(run_folder, policy) / "merged").location)
-    measured = {"base": Answering(base), "policy": Answering(trained, policy)}
-    return benchmark_stages(
-        config.benchmarks, config.benchmarks_page(), config.failure, config.models, measured, view="benchmarks"
-    )
+    trained = config.base.trained((stage_folder(run_folder, policy) / "merged").location)
+    measured = {"base": Answering(config.base), "policy": Answering(trained, policy)}
+    return benchmark_stages(config.benchmarks, config.benchmarks_page(), config.models, measured, view="benchmarks")
 
 
-def _both_answer(config: DmapoConfig, run_folder: str, asked: Stage, policy: Stage) -> list[Stage]:
-    """Base and policy answer the held-out prompts; the judges score both, and one compares them in both orders."""
-    texts, models, base = config.templates(), config.models, config.models[config.train.model]
-    trained = base.trained((stage_folder(run_folder, policy) / "merged").location)
-    before = responses("base", config.evaluate, config.failure, base, asked)
-    after = responses("policy", config.evaluate, config.failure, trained, asked, policy)
-    compared = comparisons(
-        config.evaluate, config.failure, models[config.evaluate.judge], texts.pairwise, asked, before, {"policy": after}
+WORKFLOW = register("workflow", "dmapo")(
+    Workflow(
+        name="dmapo",
+        config=DmapoConfig,
+        wire=dmapo,
+        page=write_report,
+        numbers="metrics.json",
+        audit=audit_gated,
     )
-    both = {"base": before, "policy": after}
-    scored = judges(config.judge, config.failure, models, texts.judge, asked, both, "score-responses", "evaluate")
-    return [before, after, compared, *scored]
+)

@@ -1,79 +1,206 @@
-"""Fellowship: generator and reviewers improve answers, a judge picks the best, and the policy learns from the pick.
+"""Fellowship: generator and reviewers improve responses, a judge picks the best, and the policy learns from the pick.
 
-prompts → generate-1 → review-1 → generate-2 → … → generate-N → judge → select → data sets → train → evaluate
+prompts → generate-1 → review-1 → generate-2 → … → generate-N → judge → select → datasets → train → evaluate
 
-The second kind of data (`improve`): of several reviews and revisions, those that the judge says helped.
+The second kind of data (`improve`): of several reviews and revisions, those that helped by the judge's scores.
 
-prompts → responses → reviews → revisions → judge ─┬→ revisions given the feedback → data sets
-                                                  └→ reviews ────────────────────→ data sets
+prompts → responses → reviews → revisions → judge ─┬→ revisions given the feedback → datasets
+                                                  └→ reviews ────────────────────→ datasets
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from ray_pipeline.data.columnar import dataset_files, dataset_rows, prompts
-from ray_pipeline.data.judging import judges
-from ray_pipeline.evaluate.stage import evaluate
-from ray_pipeline.feedback.improve import branch_stages, improvement_rows
-from ray_pipeline.feedback.loop import feedback_stages
-from ray_pipeline.feedback.page import LoopPage, loop_page
-from ray_pipeline.feedback.select import ranks, select
-from ray_pipeline.fellowship_config import FellowshipConfig
-from ray_pipeline.graph.run import stage_folder, stored
+from pydantic import Field, model_validator
+
+from dags.dmapo import evaluation
+from ray_pipeline import register
+from ray_pipeline.audit.run import audit_picks
+from ray_pipeline.config.blocks import RunBlock
+from ray_pipeline.config.messages import ConfigError
+from ray_pipeline.config.settings import Settings
+from ray_pipeline.data.columnar import dataset_files, dataset_rows
+from ray_pipeline.data.columnar import prompts as prompts_stage
+from ray_pipeline.data.datasets import DatasetsConfig
+from ray_pipeline.data.judging import JudgeSettings
+from ray_pipeline.data.judging import judges as judge_stages
+from ray_pipeline.engines.models import ModelUse
+from ray_pipeline.evaluate.stage import ReportSettings
+from ray_pipeline.evaluate.stage import evaluate as evaluate_stage
+from ray_pipeline.feedback.improve import ImproveSettings, branch_stages
+from ray_pipeline.feedback.improvement_rows import improvement_rows
+from ray_pipeline.feedback.loop import LoopSettings, feedback_stages
+from ray_pipeline.feedback.page import LoopPage, loop_page, rewrite_page
+from ray_pipeline.feedback.select import SelectSettings, ranks, select
+from ray_pipeline.graph.run import stored
 from ray_pipeline.graph.stage import Dag, Stage
-from ray_pipeline.policy.comparisons import comparisons, responses
-from ray_pipeline.policy.train import train
+from ray_pipeline.policy.train import train as train_stage
+from ray_pipeline.training.spec import TrainSettings
+from ray_pipeline.workflow.registry import Workflow
+from ray_pipeline.workflow.training import TrainingConfig, rubric_models, rubric_uses
+
+#: Stages that leave something to report, in the order of the workflow.
+REPORTED = ("prompts", "candidates", "judge", "datasets", "train", "evaluate")
+
+
+class FellowshipConfig(TrainingConfig):
+    """Everything that `quorum run fellowship` reads."""
+
+    run: RunBlock = RunBlock(name="fellowship")
+    loop: LoopSettings = LoopSettings()
+    judge: JudgeSettings | None = Field(
+        None,
+        description="rubric judges: of the responses where `select` has neither strategy nor debate, and of the "
+        "evaluation",
+    )
+    select: SelectSettings = SelectSettings()
+    datasets: DatasetsConfig = DatasetsConfig(min_gap=0.0)
+    improve: ImproveSettings | None = Field(None, description="the second kind of datasets; default: none")
+    train: TrainSettings = TrainSettings(method="dpo", model="generator")
+
+    def uses(self) -> Sequence[ModelUse]:
+        loop, select, improve = self.loop, self.select, self.improve
+        found = [ModelUse("loop.generator", loop.generator, "generate", "loop.sampling", loop.sampling.extra)]
+        for r in loop.reviewers:
+            key = f"loop.reviewers.{r.name}"
+            found.append(ModelUse(f"{key}.model", r.model, "judge", "loop.reviewing", loop.reviewing.extra))
+            if r.sampling:
+                found.append(ModelUse(f"{key}.model", r.model, "judge", f"{key}.sampling", r.sampling.extra))
+            if improve is not None:
+                found.append(ModelUse(f"{key}.model", r.model, "judge", "improve.reviewing", improve.reviewing.extra))
+        for j in select.judges:
+            key = f"select.judges.{j.name}"
+            found.append(ModelUse(f"{key}.model", j.model, "judge", "select.sampling", select.sampling.extra))
+            if j.sampling:
+                found.append(ModelUse(f"{key}.model", j.model, "judge", f"{key}.sampling", j.sampling.extra))
+            if select.debate is not None:
+                speech = select.debate.speech
+                found.append(ModelUse(f"{key}.model", j.model, "judge", "select.debate.speech", speech.extra))
+        if improve is not None:  # the rows of the second kind are counted in tokens of those who wrote them
+            found += [
+                ModelUse("loop.generator", loop.generator, "generate", "improve.sampling", improve.sampling.extra),
+                ModelUse("loop.generator", loop.generator, "count tokens"),
+                ModelUse("loop.reviewers.0.model", loop.reviewers[0].model, "count tokens"),
+            ]
+        return [*found, *super().uses(), *([] if self.judge is None else rubric_uses(self.judge))]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FellowshipConfig:
+        if self.judge is None and not self.select.compares:
+            raise ValueError(
+                "no judge for the responses: add a judge block with rubrics, or select.strategy and select.judges"
+            )
+        try:
+            self.select.jury.check(self.judges)
+        except ValueError as error:
+            raise ValueError(f"select.jury.{error}") from error
+        if self.loop.responses < 2:
+            raise ValueError("loop.responses must be 2 or more: one response alone is neither accepted nor rejected")
+        own = None if self.improve is None else self.improve.prompts
+        if own is not None and own.num_shards != self.prompts.num_shards:
+            raise ValueError(
+                f"improve.prompts.num_shards is {own.num_shards} and prompts.num_shards {self.prompts.num_shards}; "
+                "a run has one number of shards"
+            )
+        return self
+
+    def check(self) -> None:
+        super().check()
+        self.loop.texts()
+        if self.select.strategy is not None:
+            self.select.texts().of(self.select.strategy)
+        if self.select.debate is not None:
+            texts = self.select.debate_texts()
+            # The second kind of data has more responses to a prompt than the loop.
+            if not texts.shows(self.loop.responses if self.improve is None else max(self.loop.responses, 3)):
+                raise ConfigError(
+                    f"select.debate_templates {self.select.debate_templates} does not show all responses of a prompt; "
+                    "name a file whose `shared` goes through `answers`, as default does"
+                )
+            try:
+                self.select.debate.speakers(texts.roles)
+            except ValueError as error:
+                raise ConfigError(f"select.{error}") from error
+
+    @property
+    def judges(self) -> list[str]:
+        """Names of the judges that select."""
+        if self.select.compares:
+            return self.select.names
+        assert self.judge is not None
+        return self.judge.names
+
+    def report(self) -> ReportSettings:
+        """What the report says beside the tables."""
+        if self.select.compares:
+            judging = {j.name: j.model for j in self.select.judges}
+        else:
+            assert self.judge is not None
+            judging = rubric_models(self.judge)
+        return self.report_of(judging, workflow="fellowship", stages=REPORTED)
+
+    def page(self) -> Settings:
+        return self.report()
+
+    def origin(self, what: str = "Best of the responses") -> str:
+        """How the preferences came about, for the dataset cards."""
+        judged = ", ".join(self.judges)
+        how = f" by {self.select.how}" if self.select.how else ""
+        if len(self.judges) > 1:
+            how += f" (a jury: {self.select.jury.pool})"
+        loop = f"a feedback loop of {self.loop.responses} responses reviewed by {', '.join(self.loop.names)}"
+        return f"{what} of {loop}, judged by {judged}{how}"
 
 
 def fellowship(config: FellowshipConfig, run_folder: str) -> Dag:
     """The whole method as a DAG; `run_folder` is where the policy will lie for its own evaluation."""
-    base, limits = config.models[config.train.model], config.datasets
+    base, limits = config.base, config.datasets
     every = config.select.pairs == "every_rejected"
 
-    asked = prompts(config.prompts)
-    answers, made, reviews = feedback_stages(config.loop, config.failure, config.models, asked)
-    verdicts = _judged(config, asked, {"candidates": answers}, "judge")
-    decisions = select(config.judges, answers, verdicts, config.select.jury)
-    rows = dataset_rows(limits, config.judges, base, asked, answers, verdicts, decisions, every_rejected=every)
-    data = dataset_files(limits, None, config.judges, rows, origin=config.origin())
+    prompts = prompts_stage(config.prompts)
+    candidates, generated, reviews = feedback_stages(config.loop, config.models, prompts)
+    verdicts = _judged(config, prompts, {"candidates": candidates}, "judge")
+    decisions = select(config.judges, candidates, verdicts, config.select.jury)
+    rows = dataset_rows(limits, config.judges, base, prompts, candidates, verdicts, decisions, every_rejected=every)
+    datasets = dataset_files(limits, None, config.judges, rows, origin=config.origin())
     page = loop_page(
-        LoopPage(run_name=config.run.name, reviewers=tuple(config.loop.names)), asked, answers, reviews, decisions
+        LoopPage(run_name=config.run.name, reviewers=tuple(config.loop.names)), prompts, candidates, reviews, decisions
     )
-    curated = [asked, answers, *verdicts, decisions, data]
-    policy = train(config.train, base, limits.max_length, data)
-    trained = [policy, *_both_answer(config, run_folder, asked, policy)]
+    curated = [prompts, candidates, *verdicts, decisions, datasets]
+    policy = train_stage(config.train, base, limits.max_length, datasets)
+    trained = [policy, *evaluation(config, run_folder, prompts, policy, config.judge)]
     if config.evaluate.skip_generation:
         trained = stored(trained, run_folder, config.num_shards)
-    report = evaluate(config.evaluate, config.report(), base, limits.max_length, [*curated, *trained])
-    improved = [] if config.improve is None else _improvement(config, asked)
-    return Dag("fellowship", [*made, *curated, page, *improved, *trained, report])
+    report = evaluate_stage(config.evaluate, config.report(), base, limits.max_length, [*curated, *trained])
+    improved = [] if config.improve is None else _improvement(config, prompts)
+    return Dag("fellowship", [*generated, *curated, page, *improved, *trained, report])
 
 
-def _judged(config: FellowshipConfig, asked: Stage, answers: Mapping[str, Stage], name: str) -> list[Stage]:
-    """Verdicts on all answers, by the strategy or the debate of `select`, or by the rubric judges."""
+def _judged(config: FellowshipConfig, prompts: Stage, responses: Mapping[str, Stage], name: str) -> list[Stage]:
+    """Verdicts on all responses, by the strategy or the debate of `select`, or by the rubric judges."""
     if config.select.compares:
-        return ranks(config.select, config.failure, config.models, asked, answers, name)
+        return ranks(config.select, config.models, prompts, responses, name)
     assert config.judge is not None
-    return judges(config.judge, config.failure, config.models, config.templates().judge, asked, answers, name)
+    return judge_stages(config.judge, config.models, config.templates().judge, prompts, responses, name)
 
 
-def _improvement(config: FellowshipConfig, asked: Stage) -> list[Stage]:
-    """Data sets over revisions given the feedback, and over reviews."""
+def _improvement(config: FellowshipConfig, prompts: Stage) -> list[Stage]:
+    """Datasets over revisions given the feedback, and over reviews."""
     settings, loop, models = config.improve, config.loop, config.models
     assert settings is not None
-    own = asked
+    own = prompts
     if settings.prompts is not None:
-        own = dataclasses.replace(prompts(settings.prompts), name="improve-prompts", group="improve-prompts")
-    # The loop's own first responses, asked of these prompts: equal calls are made once.
-    _, (first,), _ = feedback_stages(loop.model_copy(update={"responses": 1}), config.failure, models, own)
+        own = dataclasses.replace(prompts_stage(settings.prompts), name="improve-prompts", group="improve-prompts")
+    # The loop's own first responses, generated for these prompts: equal calls are made once.
+    _, (first,), _ = feedback_stages(loop.model_copy(update={"responses": 1}), models, own)
     first = dataclasses.replace(first, name="improve-generate")
-    branches = branch_stages(settings, loop, config.failure, models, own, first)
-    answers = {"responses": branches.responses, "revisions": branches.revisions}
-    verdicts = _judged(config, own, answers, "improve-judge")
+    branches = branch_stages(settings, loop, models, own, first)
+    responses = {"responses": branches.responses, "revisions": branches.revisions}
+    verdicts = _judged(config, own, responses, "improve-judge")
     every = config.select.pairs == "every_rejected"
-    made = []
+    datasets = []
     for what, key, origin in (
         ("revisions", loop.generator, "Revisions given the feedback"),
         ("reviews", loop.reviewers[0].model, "Reviews by what their revisions scored"),
@@ -81,36 +208,21 @@ def _improvement(config: FellowshipConfig, asked: Stage) -> list[Stage]:
         rows = improvement_rows(
             what, config.datasets, config.judges, config.select.jury, every, loop, models[key], own, branches, verdicts
         )
-        made.append(
-            dataclasses.replace(
-                dataset_files(
-                    config.datasets,
-                    None,
-                    config.judges,
-                    rows,
-                    name=f"datasets-{what}",
-                    view=f"datasets-{what}",
-                    origin=config.origin(origin),
-                ),
-                group="improve",
-            )
+        name = f"datasets-{what}"
+        files = dataset_files(
+            config.datasets, None, config.judges, rows, name=name, view=name, origin=config.origin(origin)
         )
-    return made
+        datasets.append(dataclasses.replace(files, group="improve"))
+    return datasets
 
 
-def _both_answer(config: FellowshipConfig, run_folder: str, asked: Stage, policy: Stage) -> list[Stage]:
-    """Base and policy answer the held-out prompts; a judge compares them in both orders, rubric judges score both."""
-    texts, models, base = config.templates(), config.models, config.models[config.train.model]
-    trained = base.trained((stage_folder(run_folder, policy) / "merged").location)
-    before = responses("base", config.evaluate, config.failure, base, asked)
-    after = responses("policy", config.evaluate, config.failure, trained, asked, policy)
-    compared = comparisons(
-        config.evaluate, config.failure, models[config.evaluate.judge], texts.pairwise, asked, before, {"policy": after}
+WORKFLOW = register("workflow", "fellowship")(
+    Workflow(
+        name="fellowship",
+        config=FellowshipConfig,
+        wire=fellowship,
+        page=rewrite_page,
+        numbers="metrics.json",
+        audit=audit_picks,
     )
-    both = {"base": before, "policy": after}
-    scored = (
-        []
-        if config.judge is None
-        else judges(config.judge, config.failure, models, texts.judge, asked, both, "score-responses", "evaluate")
-    )
-    return [before, after, compared, *scored]
+)

@@ -6,13 +6,14 @@ Each size runs the stages of a run (`gate`, `dataset-rows`, `datasets`) in a pro
 whose peak memory is measured. Tables are made before, by another process. Tokens are counted by words: how long a
 tokenizer takes is not asked here. A size that is not done within --seconds goes on when the command is repeated: shards
 that are there are kept, and the times of all add up (peak memory is of the process that ended it). The table and
-`gate_scale.png` come when all sizes are done.
+the charts `gate_scale_cost.svg` and `gate_scale_memory.svg` come when all sizes are done.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import subprocess
@@ -30,6 +31,7 @@ from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.inline import make_here
 from ray_pipeline.graph.stage import Stage, StageResult, WholeWork, stage_table
+from ray_pipeline.report.charts import Series, lines, standalone
 from ray_pipeline.store.schemas import CANDIDATES, CRITIQUES, PROMPTS, VERDICTS
 
 JUDGES = ["helpfulness", "factuality", "conciseness"]
@@ -199,11 +201,6 @@ def peak() -> int:
 
 
 def show(folder: Path, sizes: list[int]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     found = {size: json.loads((folder / str(size) / "run.json").read_text()) for size in sizes}
     print(
         "| candidates | shards | KTO rows | pairs | gate µs/row | rows µs/row | files µs/row | all µs/row | peak MiB |"
@@ -216,17 +213,24 @@ def show(folder: Path, sizes: list[int]) -> None:
         kept = {kind: rows["train"] + rows["val"] for kind, rows in r["rows"].items()}
         steps = " | ".join(f"{value:.1f}" for value in [*of.values(), cost[-1]])
         print(f"| {size:,} | {r['shards']} | {kept['kto']:,} | {kept['dpo']:,} | {steps} | {r['peak'] / 2**20:,.0f} |")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5))
-    left.plot(sizes, cost, marker="o")
-    left.set(xscale="log", xlabel="candidates", ylabel="µs a candidate", title="Gate and data sets: cost a row")
-    left.set_ylim(bottom=0)
-    right.plot(sizes, [r["peak"] / 2**20 for r in found.values()], marker="o")
-    right.axhline(LIMIT / 2**20, linestyle="--", color="grey")
-    right.set(xscale="log", xlabel="candidates", ylabel="MiB", title="Peak memory (dashed: limit)")
-    right.set_ylim(bottom=0)
-    figure.tight_layout()
-    figure.savefig(folder / "gate_scale.png", dpi=120)
-    print(f"plot: {folder / 'gate_scale.png'}")
+    at = [math.log10(size) for size in sizes]
+    memory = [r["peak"] / 2**20 for r in found.values()]
+    charts = {
+        "cost": lines("µs per candidate, gate and datasets", [Series("cost", "blue", at, cost)], "log10 of candidates"),
+        "memory": lines(
+            "Peak memory, MiB",
+            [
+                Series("peak", "blue", at, memory),
+                Series("limit", "grey", at, [LIMIT / 2**20] * len(at), dashed=True),
+            ],
+            "log10 of candidates",
+        ),
+    }
+    for name, chart in charts.items():
+        if chart is not None:
+            path = folder / f"gate_scale_{name}.svg"
+            path.write_text(standalone(chart), encoding="utf-8")
+            print(f"chart: {path}")
     over = [size for size, r in found.items() if r["peak"] > LIMIT]
     if over:
         sys.exit(f"over {LIMIT / 2**30:g} GiB at {over[0]:,} candidates")

@@ -12,7 +12,8 @@ import time
 import numpy as np
 
 from ray_pipeline.agents.jury import MISSING, pool_votes, subsets
-from ray_pipeline.agreement.vote_agreement import agreement, item_draws
+from ray_pipeline.agreement.vote_agreement import agreement
+from ray_pipeline.stats.bootstrap import sample_counts
 
 
 def main() -> None:
@@ -31,7 +32,7 @@ def main() -> None:
     members = subsets(given.judges, range(1, given.judges + 1))
     votes = pool_votes(codes, members)
     pooled = time.monotonic()
-    counts = item_draws(given.items, given.draws, 0)
+    counts = sample_counts(given.items, given.draws, 0)
     drawn = time.monotonic()
     agreement(votes, labels, counts, names=("kappa",))
     kappas = time.monotonic()

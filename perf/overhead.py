@@ -23,8 +23,9 @@ from typing import Any
 
 import ray
 
+from dags.dmapo import DmapoConfig
 from ray_pipeline.agents.judges import judge
-from ray_pipeline.config import DmapoConfig, load_config
+from ray_pipeline.config.loading import load_config
 from ray_pipeline.data.judging import judges
 from ray_pipeline.engines.base import Completion, Message, Sampling
 from ray_pipeline.engines.vllm import VllmEngine, VllmSpec
@@ -98,9 +99,7 @@ def inputs(folder: Path, prompts: int, num_shards: int) -> dict[str, ShardedTabl
 
 def judge_stage(config: DmapoConfig) -> Stage:
     nothing = Stage("nothing", WholeWork(lambda given: {}), {})
-    (stage,) = judges(
-        config.judge, config.failure, config.models, config.templates().judge, nothing, {"candidates": nothing}
-    )
+    (stage,) = judges(config.judge, config.models, config.templates().judge, nothing, {"candidates": nothing})
     return stage
 
 
@@ -162,7 +161,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=1200, help="4 candidates each, 3 judges")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    config = load_config("dmapo", "pocket", ["judge.asking.retries=0"])
+    config = load_config(DmapoConfig, "pocket", ["judge.asking.retries=0"])
     limit = config.models["judge"].placement.concurrency
     context = multiprocessing.get_context("spawn")
     figures = []

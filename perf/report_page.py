@@ -21,6 +21,7 @@ from ray_pipeline.evaluate.data import ReportData, RunIdentity, StageUse
 from ray_pipeline.evaluate.headline import headline
 from ray_pipeline.evaluate.metrics import collect_metrics
 from ray_pipeline.evaluate.run_page import run_page
+from ray_pipeline.report.html import render_html
 
 JUDGES = ("helpfulness", "factuality", "conciseness")
 
@@ -117,7 +118,8 @@ def main() -> None:
     start = time.perf_counter()
     metrics = collect_metrics(data)
     counted = time.perf_counter()
-    html = run_page(data, metrics, headline(metrics.evaluation, data.missing_stages()), cautions(data, metrics))
+    first_line = headline(metrics.evaluation, data.missing_stages())
+    html = render_html(run_page(data, metrics, first_line, cautions(data, metrics)))
     built = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         path = (given.keep or Path(folder)) / "report.html"

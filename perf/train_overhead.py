@@ -81,8 +81,9 @@ def ours(method: str, workers: int, data: Path, out: Path) -> dict[str, Any]:
     from ray_pipeline.engines.models import ModelSettings
     from ray_pipeline.graph.run import start_ray
     from ray_pipeline.graph.stage import Stage, StageResult, WholeInput, WholeWork
-    from ray_pipeline.policy.train import TrainSettings, train, train_policy
+    from ray_pipeline.policy.train import train, train_policy
     from ray_pipeline.store.files import Folder
+    from ray_pipeline.training.spec import TrainSettings
 
     start_ray({"num_cpus": workers})
     datasets = Stage("datasets", WholeWork(lambda given: {}), {})
@@ -183,7 +184,7 @@ def main() -> None:
             (given.out / "result.json").write_text(json.dumps(result))
         return
 
-    from ray_pipeline.training import METHODS
+    from ray_pipeline.training.methods import METHODS
 
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "data"

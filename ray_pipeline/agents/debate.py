@@ -39,9 +39,9 @@ from ray_pipeline.agents.templates import (
     render_text,
     transcript,
 )
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.base import ChatEngine, EngineError, Message, PromptTooLong
 from ray_pipeline.store.keys import derived_seed
-from ray_pipeline.store.settings import Settings
 
 #: How the voices' scores become one verdict: their means are compared, or each voice votes (unique mode, else tie).
 Pool = Literal["mean", "vote"]

@@ -26,10 +26,10 @@ from ray_pipeline.agents.templates import (
     render_text,
     transcript,
 )
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.base import ChatEngine, Completion, EngineError, Message, Sampling
 from ray_pipeline.store.keys import normalise_text
 from ray_pipeline.store.schemas import READ_STATUSES
-from ray_pipeline.store.settings import Settings
 
 #: Why a loop has no further response: as many as asked for; no reviewer wants a change; the same feedback came before;
 #: no review could be read; or the generator gave no answer.

@@ -24,9 +24,9 @@ from ray_pipeline.agents.replies import (
     score_grammar,
 )
 from ray_pipeline.agents.templates import Layout, RoleTemplate, fence, render, transcript
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.base import ChatEngine, Completion, EngineError, Grammar, Message, PromptTooLong, Sampling
 from ray_pipeline.store.keys import derived_seed
-from ray_pipeline.store.settings import Settings
 
 
 class SamplingSettings(Settings):
@@ -71,7 +71,7 @@ class Rubric(Settings):
         return self
 
 
-class Asking(Settings):
+class JudgeAsking(Settings):
     """How a judging role asks, whatever it judges."""
 
     grammar: bool = Field(True, description="force the reply's form while it is sampled")
@@ -130,7 +130,7 @@ async def judge(
     rubric: Rubric,
     template: RoleTemplate,
     sampling: SamplingSettings,
-    asking: Asking,
+    asking: JudgeAsking,
     layout: Layout = "shared_first",
 ) -> Verdict:
     """Score one answer on one rubric."""
@@ -173,7 +173,7 @@ async def critique(
     response: str,
     template: RoleTemplate,
     sampling: SamplingSettings,
-    asking: Asking,
+    asking: JudgeAsking,
     layout: Layout = "shared_first",
 ) -> Critique:
     """Say whether the way to an answer is flawed, and how."""
@@ -194,7 +194,7 @@ async def compare(
     response_b: str,
     template: RoleTemplate,
     sampling: SamplingSettings,
-    asking: Asking,
+    asking: JudgeAsking,
     layout: Layout = "shared_first",
 ) -> Choice:
     """Choose between two answers, shown in the given order. Callers ask in both orders."""

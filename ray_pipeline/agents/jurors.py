@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from ray_pipeline.agents.jury import VOTE_RULES, PoolRule
 from ray_pipeline.agents.strategies import WORST_FIRST, Judgement, best_scores
-from ray_pipeline.store.settings import Settings
+from ray_pipeline.config.settings import Settings
 
 
 class JuryRule(Settings):

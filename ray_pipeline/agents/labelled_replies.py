@@ -17,8 +17,8 @@ from typing import Any, Literal, TypeVar
 from pydantic import model_validator
 
 from ray_pipeline.agents.replies import Read, embedded_objects, json_object, text_or_none
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.base import Completion, Grammar
-from ray_pipeline.store.settings import Settings
 
 #: How a reply is asked for: one JSON object, or prose that ends with anchored lines (`Score A: 7/10`).
 Form = Literal["json", "text"]

@@ -56,16 +56,15 @@ async def rank(
     shown = _distinct(answers)
     if len(shown) < 2:
         return _NOT_ASKED
-    sets = (
-        list(itertools.combinations(range(len(shown)), 2)) if strategy.kind == "direct" else [tuple(range(len(shown)))]
-    )
+    whole, pairwise = range(len(shown)), strategy.form.pairwise
+    sets: list[tuple[int, ...]] = list(itertools.combinations(whole, 2)) if pairwise else [tuple(whole)]
     found = await asyncio.gather(
         *(
             decide(engine, prompt, [shown[n] for n in members], strategy, templates, sampling, asking, layout)
             for members in sets
         )
     )
-    scores = _won(len(shown), sets, found) if strategy.kind == "direct" else _given(found[0])
+    scores = _won(len(shown), sets, found) if pairwise else _given(found[0])
     looks = [look for judgement in found for look in judgement.looks]
     status = min((judgement.parse_status for judgement in found), key=WORST_FIRST.index)
     return _ranking(answers, shown, scores, [look.reason for look in looks], looks, status)

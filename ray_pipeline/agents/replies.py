@@ -19,7 +19,7 @@ from typing import Any
 from ray_pipeline.engines.base import Completion, Grammar, TokenLogprobs
 from ray_pipeline.store.schemas import FAILURE_TYPES
 
-#: Mass that whole score strings must have before an expected score is given (design: raw, unmasked log-probabilities).
+#: Minimum mass of whole score strings for an expected score (engines return raw, unmasked log-probabilities).
 MIN_SCORE_MASS = 0.5
 
 

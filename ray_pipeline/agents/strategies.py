@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 import re
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -39,8 +40,9 @@ from ray_pipeline.agents.templates import (
     render_text,
     transcript,
 )
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.base import ChatEngine, Completion, Grammar, Message
-from ray_pipeline.store.settings import Settings
+from ray_pipeline.extensions import find, register
 
 Orders = Literal["given", "swapped", "both"]
 #: What two orders that differ mean. tie: the answers that either order holds best are equal. mean: the answer with
@@ -58,25 +60,27 @@ WORST_FIRST = ("error", "too_long", "truncated", "unparsed", "repaired", "ok")
 class Strategy(Settings):
     """One way of asking a judge about several answers."""
 
-    kind: Literal["direct", "independent", "combined"]
-    low: int = 0
-    high: int = 10
-    decimals: bool = False
-    orders: Orders = "given"
-    conflict: Conflict = "tie"
-    rubric: str | None = Field(None, description="what to look at; default: the template file's `rubric`")
-    name: str = Field("", description="default: direct, independent_HIGH or combined_HIGH")
+    kind: str = Field(description="direct, independent, combined, or a file that registers a strategy (my_judge.py)")
+    low: int = Field(0, description="lowest score")
+    high: int = Field(10, description="highest score")
+    decimals: bool = Field(False, description="whether scores may have decimals")
+    orders: Orders = Field("given", description="orders in which the answers are shown")
+    conflict: Conflict = Field("tie", description="what two orders that differ mean")
+    rubric: str | None = Field(None, description="what to judge by; default: the template file's `rubric`")
+    name: str = Field("", description="name in the tables; default: direct, KIND_HIGH, or the name of the file")
 
     @model_validator(mode="after")
     def _consistent(self) -> Strategy:
-        if self.kind == "direct" and self.conflict == "mean":
-            raise ValueError("direct comparison gives no scores to average; conflict is tie or given")
-        if self.kind == "independent" and self.orders != "given":
-            raise ValueError("independent scoring shows one answer at a time and has no order; leave orders at given")
+        form = self.form
+        if form.pairwise and self.conflict == "mean":
+            raise ValueError(f"{self.kind} gives no scores to average; set conflict to tie or given")
+        if not form.ordered and self.orders != "given":
+            raise ValueError(f"{self.kind} shows one answer at a time and has no order; leave orders at given")
         _ = self.scale
         if not self.name:
+            stem = os.path.basename(self.kind).split(".py")[0]
             # Settings are frozen values; this fills in a default that depends on the others.
-            object.__setattr__(self, "name", self.kind if self.kind == "direct" else f"{self.kind}_{self.high}")
+            object.__setattr__(self, "name", stem if form.pairwise or stem != self.kind else f"{stem}_{self.high}")
         if not re.fullmatch(r"[a-z][a-z0-9_-]{0,63}", self.name):
             raise ValueError(f"a strategy's name is lower-case letters, digits, - and _, not {self.name!r}")
         return self
@@ -84,6 +88,12 @@ class Strategy(Settings):
     @property
     def scale(self) -> Scale:
         return Scale(low=self.low, high=self.high, decimals=self.decimals)
+
+    @property
+    def form(self) -> StrategyForm:
+        """What is registered under the kind. Raises ExtensionError when nothing is."""
+        found = find("strategy", self.kind).value
+        return found if isinstance(found, StrategyForm) else StrategyForm(found)
 
 
 def shown_orders(orders: Orders, answers: int) -> list[tuple[int, ...]]:
@@ -118,7 +128,7 @@ class StrategyTemplate(RoleTemplate):
 class StrategyTemplates(Settings):
     """All texts of a strategies file. `rubric` is what to look at unless a strategy brings its own.
 
-    A file may leave out a kind of strategy; nothing can be asked by it then.
+    A file may leave out a kind of strategy, which cannot be used then. A user's strategy has its own texts.
     """
 
     rubric: str
@@ -127,7 +137,7 @@ class StrategyTemplates(Settings):
     combined: StrategyTemplate | None = None
 
     def of(self, strategy: Strategy) -> StrategyTemplate:
-        """The texts of a strategy. Raises TemplateError when the file has none of its kind."""
+        """The texts of one of Quorum's strategies. Raises TemplateError when the file has none of its kind."""
         found: StrategyTemplate | None = getattr(self, strategy.kind)
         if found is None:
             raise TemplateError(f"strategy {strategy.name}: the template file has no block {strategy.kind}")
@@ -193,6 +203,21 @@ class Judgement:
         return all(len(best) == 1 for best in winners) and len(winners) > 1
 
 
+@dataclasses.dataclass(frozen=True)
+class StrategyForm:
+    """What a strategy does, as it is registered; a bare function stands for `StrategyForm(function)`.
+
+    Attributes:
+        look: judges the answers once, shown in the given order.
+        pairwise: it takes two answers, and names the better one without scores.
+        ordered: the order in which answers are shown can matter.
+    """
+
+    look: Callable[[Asker, tuple[int, ...]], Awaitable[Look]]
+    pairwise: bool = False
+    ordered: bool = True
+
+
 async def decide(
     engine: ChatEngine,
     prompt: Sequence[Message],
@@ -208,15 +233,13 @@ async def decide(
     Raises:
         ValueError: fewer than two answers, more than two for a direct comparison, or more than there are labels.
     """
-    most = 2 if strategy.kind == "direct" else len(LABELS)
+    form = strategy.form
+    most = 2 if form.pairwise else len(LABELS)
     if not 2 <= len(answers) <= most:
         raise ValueError(f"{strategy.name} judges 2 to {most} answers, got {len(answers)}")
-    asker = _Asker(engine, transcript(prompt), answers, strategy, templates, sampling, asking, layout)
-    if strategy.kind == "independent":
-        looks = [await asker.independent()]
-    else:
-        one = asker.direct if strategy.kind == "direct" else asker.combined
-        looks = list(await asyncio.gather(*(one(order) for order in shown_orders(strategy.orders, len(answers)))))
+    asker = Asker(engine, transcript(prompt), answers, strategy, templates, sampling, asking, layout)
+    orders = shown_orders(strategy.orders, len(answers))
+    looks = list(await asyncio.gather(*(form.look(asker, order) for order in orders)))
     return settle(looks, strategy.conflict)
 
 
@@ -257,8 +280,14 @@ def vote(best: Sequence[int]) -> str | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Asker:
-    """Puts one set of answers before one judge."""
+class Asker:
+    """One set of answers before one judge: what a strategy has to work with.
+
+    Attributes:
+        instruction: the prompt as text.
+        answers: their texts; `order` and scores refer to them by number.
+        strategy: its settings, such as `low`, `high` and `rubric`.
+    """
 
     engine: ChatEngine
     instruction: str
@@ -271,11 +300,12 @@ class _Asker:
 
     async def direct(self, order: tuple[int, ...]) -> Look:
         options = (*LABELS[:2], TIE_LABEL)
-        read, raw, status = await self._ask(
-            self.templates.of(self.strategy),
-            self._shown(order),
-            lambda: pick_grammar(options, self.asking.reason_chars),
+        messages, retry = self._texts(self.templates.of(self.strategy), self._shown(order))
+        read, raw, status = await self.ask(
+            messages,
+            pick_grammar(options, self.asking.reason_chars),
             lambda reply: read_pick(reply, options, self.asking.form),
+            retry,
         )
         if read is None:
             return Look(order, None, (), None, status, raw)
@@ -284,12 +314,24 @@ class _Asker:
         return Look(order, None, best, read.fields["reason"], status, raw)
 
     async def combined(self, order: tuple[int, ...]) -> Look:
+        scale = self.strategy.scale
+        shown = {**self._shown(order), "low": scale.low, "high": scale.high}
+        template = self.templates.of(self.strategy)
+        return await self.scores(order, *self._texts(template, shown))
+
+    async def scores(self, order: tuple[int, ...], messages: list[Message], retry: str | None = None) -> Look:
+        """Ask for a score of every answer under its label (A, B, … in `order`), until the reply can be read.
+
+        Args:
+            messages: the question; the reply's form is in the grammar, or to be described where grammars are off.
+            retry: said after an unreadable reply; None repeats the question.
+        """
         labels, scale = LABELS[: len(order)], self.strategy.scale
-        read, raw, status = await self._ask(
-            self.templates.of(self.strategy),
-            {**self._shown(order), "low": scale.low, "high": scale.high},
-            lambda: scores_grammar(labels, scale, self.asking.reason_chars),
+        read, raw, status = await self.ask(
+            messages,
+            scores_grammar(labels, scale, self.asking.reason_chars),
             lambda reply: read_scores(reply, labels, scale, self.asking.form),
+            retry,
         )
         if read is None:
             return Look(order, None, (), None, status, raw)
@@ -297,20 +339,8 @@ class _Asker:
         scores = tuple(by_answer[answer] for answer in range(len(order)))
         return Look(order, scores, best_scores(scores), read.fields["reason"], status, raw)
 
-    async def independent(self) -> Look:
-        scale = self.strategy.scale
-        replies = await asyncio.gather(
-            *(
-                self._ask(
-                    self.templates.of(self.strategy),
-                    {"response": answer, "low": scale.low, "high": scale.high, "fence": self._fence([answer])},
-                    lambda: rating_grammar(scale, self.asking.reason_chars),
-                    lambda reply: read_rating(reply, scale, self.asking.form),
-                )
-                for answer in self.answers
-            )
-        )
-        order = tuple(range(len(self.answers)))
+    async def independent(self, order: tuple[int, ...]) -> Look:
+        replies = await asyncio.gather(*(self._rate(answer) for answer in self.answers))
         status = min((status for _, _, status in replies), key=WORST_FIRST.index)
         raw = "\n\n".join(raw for _, raw, _ in replies if raw is not None) or None
         scores = [read.fields["score"] for read, _, _ in replies if read is not None]
@@ -318,6 +348,13 @@ class _Asker:
             return Look(order, None, (), None, status, raw)
         reasons = [read.fields["reason"] for read, _, _ in replies if read is not None and read.fields["reason"]]
         return Look(order, tuple(scores), best_scores(scores), "\n\n".join(reasons) or None, status, raw)
+
+    async def _rate(self, answer: str) -> tuple[Read | None, str | None, str]:
+        scale = self.strategy.scale
+        shown = {"response": answer, "low": scale.low, "high": scale.high, "fence": self._fence([answer])}
+        messages, retry = self._texts(self.templates.of(self.strategy), shown)
+        grammar = rating_grammar(scale, self.asking.reason_chars)
+        return await self.ask(messages, grammar, lambda reply: read_rating(reply, scale, self.asking.form), retry)
 
     def _shown(self, order: tuple[int, ...]) -> dict[str, Any]:
         labels = LABELS[: len(order)]
@@ -328,13 +365,8 @@ class _Asker:
     def _fence(self, texts: Sequence[str]) -> str:
         return fence([self.instruction, list(texts)], [self.instruction, *texts])
 
-    async def _ask(
-        self,
-        template: StrategyTemplate,
-        shown: dict[str, Any],
-        grammar: Callable[[], Grammar],
-        reader: Callable[[Completion], Read | None],
-    ) -> tuple[Read | None, str | None, str]:
+    def _texts(self, template: StrategyTemplate, shown: dict[str, Any]) -> tuple[list[Message], str | None]:
+        """The question, and what is said after an unreadable reply where that is wanted."""
         variables = {
             "instruction": self.instruction,
             "rubric": self.templates.rubric if self.strategy.rubric is None else self.strategy.rubric,
@@ -342,13 +374,24 @@ class _Asker:
             "reason": self.asking.reason_chars > 0,
             **shown,
         }
+        retry = render_text(template.retry, variables) if self.asking.follow_up else None
+        return render(template, self.layout, **variables), retry
+
+    async def ask(
+        self,
+        messages: list[Message],
+        grammar: Grammar,
+        reader: Callable[[Completion], Read | None],
+        retry: str | None = None,
+    ) -> tuple[Read | None, str | None, str]:
+        """Ask until `reader` gets something from the reply: what was read, the reply's text, and the parse status."""
+        used = grammar if self.asking.grammar else None
         read, reply, status = await ask_until_read(
-            self.engine,
-            render(template, self.layout, **variables),
-            self.sampling,
-            self.asking,
-            grammar() if self.asking.grammar else None,
-            reader,
-            follow_up=render_text(template.retry, variables) if self.asking.follow_up else None,
+            self.engine, messages, self.sampling, self.asking, used, reader, follow_up=retry
         )
         return read, None if reply is None else reply.text, status
+
+
+register("strategy", "direct")(StrategyForm(Asker.direct, pairwise=True))
+register("strategy", "independent")(StrategyForm(Asker.independent, ordered=False))
+register("strategy", "combined")(StrategyForm(Asker.combined))

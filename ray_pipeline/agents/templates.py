@@ -18,9 +18,9 @@ import yaml
 from jinja2.sandbox import SandboxedEnvironment
 from pydantic import ValidationError
 
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.base import Message
 from ray_pipeline.store.keys import digest
-from ray_pipeline.store.settings import Settings
 
 #: `shared_first` lets the judges of a candidate share its prefix, `rubric_first` lets candidates share a rubric's.
 Layout = Literal["shared_first", "rubric_first"]

@@ -1,15 +1,16 @@
-"""Judges asked live: every strategy of every judge on every item, and debates, as sharded stages with the call log."""
+"""Live judges: every strategy of every judge on every item, and debates, as sharded stages with a call log."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import Field, field_serializer, field_validator, model_validator
 
-from ray_pipeline.agents.debate import Debated, DebateSettings, DebateTemplates, debate
+from ray_pipeline.agents.debate import DebateSettings, DebateTemplates, debate
 from ray_pipeline.agents.judges import SamplingSettings
 from ray_pipeline.agents.strategies import (
+    Judgement,
     Look,
     Strategy,
     StrategyAsking,
@@ -18,32 +19,31 @@ from ray_pipeline.agents.strategies import (
     vote,
 )
 from ray_pipeline.agents.templates import Layout
+from ray_pipeline.config.settings import Settings
+from ray_pipeline.engines.base import ChatEngine
 from ray_pipeline.engines.models import ModelSettings
-from ray_pipeline.graph.failures import FailureSettings
-from ray_pipeline.graph.gather import all_of
-from ray_pipeline.graph.llm_stage import llm_stage
-from ray_pipeline.graph.stage import ShardInput, ShardOutput, Stage
-from ray_pipeline.store.schemas import BALLOTS, SPEECHES, to_table
-from ray_pipeline.store.settings import Settings
+from ray_pipeline.graph.asking import Asking, Outcome, Row, ShardTables, count_by
+from ray_pipeline.graph.stage import Stage
+from ray_pipeline.store.schemas import BALLOTS, SPEECHES
 
 
 class LiveJudge(Settings):
-    """One judge that is asked: its name in the tables and the model that it is."""
+    """One judge: its name in the tables and its model."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     model: str = Field("judge", description="a key of `models`")
-    sampling: SamplingSettings | None = Field(None, description="default: the block's")
-    rubric: str | None = Field(None, description="what it looks at; default: the strategy's")
+    sampling: SamplingSettings | None = Field(None, description="default: `sampling` of the block")
+    rubric: str | None = Field(None, description="aspect to judge; default: the strategy's")
 
 
 class AskSettings(Settings):
-    """The `ask` block: who is asked, and how. Without judges and debaters nothing is asked."""
+    """The `ask` block: live judges and how they judge. Without judges and debaters no call is made."""
 
     judges: tuple[LiveJudge, ...] = ()
     strategies: tuple[Strategy, ...] = ()
-    debaters: tuple[LiveJudge, ...] = Field((), description="each debates all roles with itself")
+    debaters: tuple[LiveJudge, ...] = Field((), description="judges that each play all roles of a debate")
     debate: DebateSettings = DebateSettings()
-    strategy_templates: str = Field("default", description="built-in name or YAML file of what judges are asked")
+    strategy_templates: str = Field("default", description="built-in name or YAML file of the judges' texts")
     debate_templates: str = Field("default", description="built-in name or YAML file of the debate's roles and texts")
     layout: Layout = "shared_first"
     sampling: SamplingSettings = SamplingSettings(temperature=0.0, max_tokens=1024)
@@ -51,23 +51,23 @@ class AskSettings(Settings):
 
     @field_validator("strategies", "debate")
     @classmethod
-    def _measured_later(cls, given: Any) -> Any:
-        """What is asked is stored order by order and voice by voice; what it comes to is the measure's business."""
+    def _combined_later(cls, given: Any) -> Any:
+        """Ballots are stored by order and voice; the `measure` block decides how they are combined."""
         for one in given if isinstance(given, tuple) else (given,):
             where = "debate" if isinstance(one, DebateSettings) else f"strategy {one.name}"
             if "conflict" in one.model_fields_set:
-                raise ValueError(f"{where}: conflict is not read here; set measure.conflict, which holds for all")
+                raise ValueError(f"{where}: conflict has no effect here; set measure.conflict, which applies to all")
             if "pool" in one.model_fields_set:
-                raise ValueError(f"{where}: pool is not read here; set measure.debate (mean or vote)")
+                raise ValueError(f"{where}: pool has no effect here; set measure.debate (mean or vote)")
         return given
 
     @field_serializer("strategies")
-    def _strategies_as_asked(self, strategies: tuple[Strategy, ...]) -> list[dict[str, Any]]:
-        """Without what is refused, so that a run's config.yaml can be given again."""
+    def _strategies_as_set(self, strategies: tuple[Strategy, ...]) -> list[dict[str, Any]]:
+        """Without keys that are refused, so that a run's config.yaml can be loaded again."""
         return [s.model_dump(mode="json", exclude={"conflict"}) for s in strategies]
 
     @field_serializer("debate")
-    def _debate_as_asked(self, rules: DebateSettings) -> dict[str, Any]:
+    def _debate_as_set(self, rules: DebateSettings) -> dict[str, Any]:
         return rules.model_dump(mode="json", exclude={"conflict", "pool"})
 
     @field_validator("strategies")
@@ -75,9 +75,9 @@ class AskSettings(Settings):
     def _distinct_strategies(cls, strategies: tuple[Strategy, ...]) -> tuple[Strategy, ...]:
         names = [s.name for s in strategies]
         if twice := sorted({n for n in names if names.count(n) > 1}):
-            raise ValueError(f"two strategies are called {', '.join(twice)}; give one of them another name")
+            raise ValueError(f"two strategies are named {', '.join(twice)}; rename one of them")
         if reserved := sorted({"debate", "versus"} & set(names)):
-            raise ValueError(f"{reserved[0]} is a name of its own; give the strategy another one")
+            raise ValueError(f"{reserved[0]} is a reserved name; rename the strategy")
         return strategies
 
     @model_validator(mode="after")
@@ -87,20 +87,20 @@ class AskSettings(Settings):
             if twice := sorted({n for n in names if names.count(n) > 1}):
                 raise ValueError(f"two of {block} have the same name: {', '.join(twice)}")
         if self.judges and not self.strategies:
-            raise ValueError("judges are asked by strategies, and there is none; name at least one")
+            raise ValueError("judges have no effect without strategies; set at least one")
         if self.strategies and not self.judges:
-            raise ValueError("strategies are read by judges only, and there is none; name judges or remove them")
+            raise ValueError("strategies have no effect without judges; set judges or remove them")
         if any(d.rubric is not None for d in self.debaters):
-            raise ValueError("a debater has no rubric; its roles and tasks are in debate_templates")
+            raise ValueError("a debater has no rubric; remove it and edit the roles in debate_templates")
         return self
 
     @property
     def models(self) -> list[str]:
-        """Keys of the models that are asked."""
+        """Keys of the models that judge or debate."""
         return list(dict.fromkeys(j.model for j in (*self.judges, *self.debaters)))
 
 
-class _JudgesGiven(Settings):
+class _Judges(Settings):
     judges: tuple[LiveJudge, ...]
     strategies: tuple[Strategy, ...]
     templates: StrategyTemplates
@@ -109,7 +109,7 @@ class _JudgesGiven(Settings):
     asking: StrategyAsking
 
 
-class _DebatersGiven(Settings):
+class _Debaters(Settings):
     debaters: tuple[LiveJudge, ...]
     rules: DebateSettings
     templates: DebateTemplates
@@ -121,142 +121,127 @@ def ask_stages(
     settings: AskSettings,
     strategies: StrategyTemplates,
     debates: DebateTemplates,
-    failure: FailureSettings,
     models: Mapping[str, ModelSettings],
     items: Stage,
 ) -> list[Stage]:
-    """One stage a model and kind: verdicts of models are their own stages and are joined by key."""
+    """One stage per model and kind; ballots find their item by id, whichever stage wrote them."""
     stages = []
     for key in settings.models:
         judges = tuple(j for j in settings.judges if j.model == key)
         debaters = tuple(d for d in settings.debaters if d.model == key)
         if judges:
-            given: Settings = _JudgesGiven(
-                judges=judges,
-                strategies=settings.strategies,
-                templates=strategies,
-                layout=settings.layout,
-                sampling=settings.sampling,
-                asking=settings.asking,
-            )
-            stages.append(
-                llm_stage(
-                    f"ask-{key}", ask_shard, ("ballots",), given, models[key], failure, {"items": items}, group="ask"
-                )
-            )
+            asked = _Judges.part_of(settings, judges=judges, templates=strategies)
+            stages.append(ASK.stage(f"ask-{key}", asked, models[key], {"items": items}, group="ask"))
         if debaters:
-            given = _DebatersGiven(
-                debaters=debaters,
-                rules=settings.debate,
-                templates=debates,
-                sampling=settings.sampling,
-                asking=settings.asking,
-            )
-            name, tables = f"debate-{key}", ("ballots", "speeches")
-            stages.append(
-                llm_stage(name, debate_shard, tables, given, models[key], failure, {"items": items}, group="debate")
-            )
+            held = _Debaters.part_of(settings, debaters=debaters, rules=settings.debate, templates=debates)
+            stages.append(DEBATE.stage(f"debate-{key}", held, models[key], {"items": items}, group="debate"))
     return stages
 
 
-async def ask_shard(given: ShardInput) -> ShardOutput:
-    """The ballots of one shard, ordered by item, strategy, judge and order."""
-    settings: _JudgesGiven = given.settings
-    groups = await all_of(
-        _ask(given, settings, item, judge, strategy)
-        for item in given.tables["items.items"].to_pylist()
+class _Item(NamedTuple):
+    """An item (a row of schema ITEMS), who judges it, and by which strategy."""
+
+    prompt_id: str
+    row: Row
+    judge: LiveJudge
+    strategy: Strategy
+
+
+class _Debate(NamedTuple):
+    prompt_id: str
+    row: Row
+    debater: LiveJudge
+
+
+def _items(shard: ShardTables, settings: _Judges) -> list[_Item]:
+    return [
+        _Item(row["prompt_id"], row, judge, strategy)
+        for row in shard.rows("items.items")
         for strategy in settings.strategies
         for judge in settings.judges
-    )
-    return ShardOutput({"ballots": to_table(_flat(groups), BALLOTS)}, _counts(groups))
+    ]
 
 
-async def debate_shard(given: ShardInput) -> ShardOutput:
-    """The final ballots of one shard's debates, by voice, and what was said."""
-    settings: _DebatersGiven = given.settings
-    held = await all_of(
-        _debate(given, settings, item, debater)
-        for item in given.tables["items.items"].to_pylist()
-        for debater in settings.debaters
-    )
-    ballots = [ballots for ballots, _ in held]
-    speeches = _flat([speeches for _, speeches in held])
-    return ShardOutput(
-        {"ballots": to_table(_flat(ballots), BALLOTS), "speeches": to_table(speeches, SPEECHES)}, _counts(ballots)
-    )
+def _debates(shard: ShardTables, settings: _Debaters) -> list[_Debate]:
+    return [
+        _Debate(row["prompt_id"], row, debater) for row in shard.rows("items.items") for debater in settings.debaters
+    ]
 
 
-def askable(item: Mapping[str, Any]) -> bool:
+def _ids(row: Row, strategy: str, judge: str) -> Row:
+    return {"item_id": row["item_id"], "prompt_id": row["prompt_id"], "strategy": strategy, "judge": judge}
+
+
+def _complete(row: Row) -> bool:
     """Whether an item has everything that a judge must see."""
-    return all(item[field] is not None for field in ("question", "response_a", "response_b"))
+    return all(row[field] is not None for field in ("question", "response_a", "response_b"))
 
 
-async def _ask(
-    given: ShardInput, settings: _JudgesGiven, item: Mapping[str, Any], judge: LiveJudge, strategy: Strategy
-) -> list[dict[str, Any]]:
-    assert given.engine is not None
-    key = {"item_id": item["item_id"], "prompt_id": item["prompt_id"], "strategy": strategy.name, "judge": judge.name}
-    given.tick(1)
-    if not askable(item):
-        return [{**key, "voice": "", **skipped_ballot()}]
-    found = await decide(
-        given.engine.bound(item["prompt_id"], f"ask/{strategy.name}"),
-        [{"role": "user", "content": item["question"]}],
-        (item["response_a"], item["response_b"]),
+async def _ask(engine: ChatEngine, settings: _Judges, item: _Item) -> Outcome:
+    row, judge, strategy = item.row, item.judge, item.strategy
+    ids = {**_ids(row, strategy.name, judge.name), "voice": ""}
+    if not _complete(row):
+        return Outcome({"ballots": [{**ids, **skipped_ballot()}]})
+    judgement = await decide(
+        engine,
+        [{"role": "user", "content": row["question"]}],
+        (row["response_a"], row["response_b"]),
         strategy if judge.rubric is None else strategy.model_copy(update={"rubric": judge.rubric}),
         settings.templates,
         judge.sampling or settings.sampling,
         settings.asking,
         settings.layout,
     )
-    if found.parse_status != "too_long":
-        given.watch(f"judge {judge.name} ({strategy.name})", found.read)
-    return [{**key, "voice": "", **ballot_of(look)} for look in found.looks]
+    ballots = [{**ids, **ballot_of(look)} for look in judgement.looks]
+    return Outcome({"ballots": ballots}, judged(f"judge {judge.name} ({strategy.name})", judgement))
 
 
-async def _debate(
-    given: ShardInput, settings: _DebatersGiven, item: Mapping[str, Any], debater: LiveJudge
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    assert given.engine is not None
-    key = {"item_id": item["item_id"], "prompt_id": item["prompt_id"], "judge": debater.name}
-    given.tick(1)
-    if not askable(item):
-        roles = [role.name for role in settings.templates.roles]
-        return [{**key, "strategy": "debate", "voice": role, **skipped_ballot()} for role in roles], []
-    found: Debated = await debate(
-        given.engine.bound(item["prompt_id"], "debate"),
-        [{"role": "user", "content": item["question"]}],
-        (item["response_a"], item["response_b"]),
+async def _debate(engine: ChatEngine, settings: _Debaters, item: _Debate) -> Outcome:
+    """The final ballots of a debate, by voice, and its speeches."""
+    row, debater = item.row, item.debater
+    ids = _ids(row, "debate", debater.name)
+    if not _complete(row):
+        voices = [role.name for role in settings.templates.roles]
+        return Outcome({"ballots": [{**ids, "voice": voice, **skipped_ballot()} for voice in voices]})
+    debated = await debate(
+        engine,
+        [{"role": "user", "content": row["question"]}],
+        (row["response_a"], row["response_b"]),
         settings.templates,
         settings.rules,
         debater.sampling or settings.sampling,
         settings.asking,
     )
-    for judgement in found.voices.values():
-        if judgement.parse_status != "too_long":
-            given.watch(f"debater {debater.name}", judgement.read)
     ballots = [
-        {**key, "strategy": "debate", "voice": role, **ballot_of(look)}
-        for role, judgement in found.voices.items()
+        {**ids, "voice": role, **ballot_of(look)}
+        for role, judgement in debated.voices.items()
         for look in judgement.looks
     ]
-    speeches = [
-        {
-            **key,
-            "order": _order(s.order),
-            "round": s.round,
-            "position": s.position,
-            "role": s.role,
-            "text": s.text,
-            "finish_reason": s.finish_reason,
-        }
-        for s in found.speeches
-    ]
-    return ballots, speeches
+    speeches = [{**ids, **vars(speech), "order": _order(speech.order)} for speech in debated.speeches]
+    replies = [reply for voice in debated.voices.values() for reply in judged(f"debater {debater.name}", voice)]
+    return Outcome({"ballots": ballots, "speeches": speeches}, replies)
 
 
-def ballot_of(look: Look) -> dict[str, Any]:
-    """A look at two answers as columns of a ballot."""
+def judged(name: str, judgement: Judgement) -> list[tuple[str, bool]]:
+    """`Outcome.replies` of a judgement; a prompt that is too long is not the judge's fault."""
+    return [] if judgement.parse_status == "too_long" else [(name, judgement.read)]
+
+
+ASK = Asking(
+    tables={"ballots": BALLOTS},
+    items=_items,
+    ask=_ask,
+    role=lambda settings, item: f"ask/{item.strategy.name}",
+    counts=count_by("ballots", "strategy", "judge", "parse_status"),
+)
+
+DEBATE = Asking(
+    tables={"ballots": BALLOTS, "speeches": SPEECHES}, items=_debates, ask=_debate, role="debate", counts=ASK.counts
+)
+
+
+def ballot_of(look: Look) -> Row:
+    """One look at two answers, as columns of a ballot."""
     scores: Sequence[float | None] = look.scores or (None, None)
     return {
         "order": _order(look.order),
@@ -273,20 +258,7 @@ def _order(order: tuple[int, ...]) -> str:
     return "ab" if order == (0, 1) else "ba"
 
 
-def skipped_ballot(order: tuple[int, ...] = (0, 1)) -> dict[str, Any]:
-    """Columns of a ballot for which nobody was asked: something that a judge must see is not there."""
+def skipped_ballot(order: tuple[int, ...] = (0, 1)) -> Row:
+    """Columns of a ballot without a call, because something that a judge must see is missing."""
     nothing = dict.fromkeys(("score_a", "score_b", "vote", "reason", "raw"))
     return {"order": _order(order), **nothing, "parse_status": "skipped"}
-
-
-def _flat(groups: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
-    return [row for group in groups for row in group]
-
-
-def _counts(groups: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for group in groups:
-        for row in group:
-            name = f"{row['strategy']}.{row['judge']}.{row['parse_status']}"
-            counts[name] = counts.get(name, 0) + 1
-    return counts

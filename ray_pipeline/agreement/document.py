@@ -27,6 +27,7 @@ from ray_pipeline.agents.jury import (
 )
 from ray_pipeline.agents.strategies import Conflict
 from ray_pipeline.agreement.gate_curves import THRESHOLDS
+from ray_pipeline.agreement.humans import Ceiling, alpha_of_many, human_ceiling
 from ray_pipeline.agreement.panel import (
     DebateRule,
     Evaluator,
@@ -40,20 +41,15 @@ from ray_pipeline.agreement.panel import (
 from ray_pipeline.agreement.preference import Preference, first_place, preference
 from ray_pipeline.agreement.vote_agreement import (
     Agreement,
-    Ceiling,
-    Estimate,
     HeldOut,
     Paired,
     agreement,
-    alpha_of_many,
     held_out_choice,
-    human_ceiling,
-    item_draws,
     paired,
-    ratio,
 )
+from ray_pipeline.config.settings import Settings
+from ray_pipeline.stats.bootstrap import Estimate, ratio, sample_counts
 from ray_pipeline.store.keys import unit_hash
-from ray_pipeline.store.settings import Settings
 
 
 class JurySettings(Settings):
@@ -184,7 +180,7 @@ def measure(
         ValueError: the tables do not fit together.
     """
     panel = make_panel(items, ballots, settings.conflict, settings.debate, settings.families)
-    draws = item_draws(len(panel.item_ids), settings.draws, settings.seed)
+    draws = sample_counts(len(panel.item_ids), settings.draws, settings.seed)
     choose_on = np.array([unit_hash("held-out", settings.seed, i) < settings.held_out for i in panel.item_ids])
     judged = _judged(panel, draws, settings)
     other = _by_other_rule(items, ballots, draws, settings)

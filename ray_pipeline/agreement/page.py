@@ -1,21 +1,21 @@
-"""report.html of agreement and win-rate runs: what agreement.json and winrate.json say, with heat map and plots."""
+"""The pages of agreement and win-rate runs: the figures of agreement.json and winrate.json, heat maps and charts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ray_pipeline.evaluate.headline import percent
 from ray_pipeline.report.charts import Dot, Series, dots, lines
-from ray_pipeline.report.markdown import number
-from ray_pipeline.report.page import Block, Cell, Heat, HeatMap, Page, Section, Table, Text, panels, render_page
+from ray_pipeline.report.figures import number, percent, span
+from ray_pipeline.report.page import Block, Cell, Heat, HeatMap, Page, Rows, Section, Table, Text, panels
 from ray_pipeline.stats.bootstrap import Interval
 
-#: Rows of a plot; the table has all.
+#: Rows of a chart; the table has all.
 _PLOTTED = 24
+#: Juries shown of each strategy; agreement.json has all.
+SHOWN_JURIES = 15
 _VOTES = ("A", "tie", "B")
 _LINES = ("blue", "orange", "green", "purple", "vermilion", "grey")
-_Rows = list[list[str | Cell]]
 
 #: How the paired tests were chosen.
 CHOSEN_PAIRS = (
@@ -25,15 +25,15 @@ CHOSEN_PAIRS = (
 )
 
 
-def agreement_page(document: Mapping[str, Any], best_juries: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """The page of agreement.json as HTML; `best_juries` are those to show, by strategy."""
+def agreement_page(document: Mapping[str, Any]) -> Page:
+    """The page of agreement.json."""
     sections = [
         _kappas(document),
         _judges(document),
         _debates(document),
         *(
             _juries(strategy, best, document["settings"]["juries"]["pool"], place)
-            for place, (strategy, best) in enumerate(best_juries.items())
+            for place, (strategy, best) in enumerate(_best_juries(document["juries"]).items())
         ),
         _held_out(document),
         _bias(document),
@@ -49,36 +49,34 @@ def agreement_page(document: Mapping[str, Any], best_juries: Mapping[str, Sequen
     if best is not None:
         headline += (
             f" Highest kappa with humans of one judge: {best['kappa']:.3f} ({best['judge']}, {best['strategy']}; "
-            f"{interval_text(best['kappa_interval'])})."
+            f"{span(*best['kappa_interval'])})."
         )
-    return render_page(
-        Page(
-            title="How far the judges agree with humans" if document["labelled"] else "How far the judges agree",
-            subtitle=f"Quorum, agreement. Data: {document['data']}; verdicts: {document['replay']}",
-            headline=headline,
-            tiles=[
-                (number(document["items"]), "items"),
-                (number(document["labelled"]), "with a human label"),
-                (number(len({j["judge"] for j in document["judges"]})), "judges"),
-                (number(len(document["juries"])), "juries"),
-                (number(len(document["debates"])), "debates"),
-            ],
-            sections=[section for section in sections if section is not None],
-        )
+    return Page(
+        title="How far the judges agree with humans" if document["labelled"] else "How far the judges agree",
+        subtitle=f"Quorum, agreement. Data: {document['data']}; verdicts: {document['replay']}",
+        headline=headline,
+        tiles=[
+            (number(document["items"]), "items"),
+            (number(document["labelled"]), "with a human label"),
+            (number(len({j["judge"] for j in document["judges"]})), "judges"),
+            (number(len(document["juries"])), "juries"),
+            (number(len(document["debates"])), "debates"),
+        ],
+        sections=[section for section in sections if section is not None],
     )
 
 
-def winrate_page(about: Mapping[str, Any], rates: Sequence[Mapping[str, Any]], table: Mapping[str, Any]) -> str:
-    """The page of winrate.json as HTML; `table` has baselines and rows of win rates by configuration."""
+def winrate_page(about: Mapping[str, Any], rates: Sequence[Mapping[str, Any]]) -> Page:
+    """The page of winrate.json."""
+    baselines = sorted({r["baseline"] for r in rates if r["baseline"]})
     shown = [(r["run"], [Dot("win rate", "blue", _share(r["win_rate"]))]) for r in rates[:_PLOTTED]]
     blocks: list[Block] = [*panels(dots("Win rates with intervals", shown, (0.0, 1.0)))]
-    if table["rows"]:
-        grid: _Rows = [
-            [name, *("–" if cell is None else estimate_text(cell, 1) for cell in cells)]
-            for name, cells in table["rows"]
-        ]
-        blocks.append(Table(["configuration", *(f"against {b}" for b in table["baselines"])], grid))
-    rows: _Rows = [
+    if baselines:
+        cells = {(r["configuration"], r["baseline"]): estimate_text(r["win_rate"], 1) for r in rates}
+        names = dict.fromkeys(r["configuration"] for r in rates if r["baseline"])
+        grid: Rows = [[name, *(cells.get((name, b), "–") for b in baselines)] for name in names]
+        blocks.append(Table(["configuration", *(f"against {b}" for b in baselines)], grid))
+    rows: Rows = [
         [
             r["run"],
             number(r["n"]),
@@ -95,34 +93,33 @@ def winrate_page(about: Mapping[str, Any], rates: Sequence[Mapping[str, Any]], t
     ]
     columns = ["run", "n", "wins", "ties", "losses", "missing", "win rate", "ties as half", "flips"]
     columns += ["protocol"]
-    protocols: _Rows = [
-        [name, ", ".join(f"{field} {value}" for field, value in fixed.items() if value)]
+    protocols: Rows = [
+        [name, "; ".join(f"{field} {value}" for field, value in fixed.items() if value)]
         for name, fixed in {r["fingerprint"]: r["protocol"] for r in rates}.items()
     ]
-    said = (
+    text = (
         "A win rate is strict wins over all items of a run, in per cent: ties and missing verdicts are no wins. "
         f"Intervals are 95 % percentile intervals over {about['draws']:,} bootstrap samples of the items."
     )
-    return render_page(
-        Page(
-            title="Win rates",
-            subtitle=f"Quorum, pairwise verdicts. Data: {about['data']}; verdicts: {about['replay']}",
-            headline=f"{len(rates)} runs over {max((r['n'] for r in rates), default=0):,} items.",
-            sections=[
-                Section("rates", "Win rates", [*blocks, Table(columns, rows, title="Every run"), Text(said)]),
-                Section("protocols", "Protocols", [Table(["protocol", "what it fixes"], protocols, text_columns=2)]),
-            ],
-        )
+    return Page(
+        title="Win rates",
+        subtitle=f"Quorum, pairwise verdicts. Data: {about['data']}; verdicts: {about['replay']}",
+        headline=f"{len(rates)} runs over {max((r['n'] for r in rates), default=0):,} items.",
+        sections=[
+            Section("rates", "Win rates", [*blocks, Table(columns, rows, title="Every run"), Text(text)]),
+            Section("protocols", "Protocols", [Table(["protocol", "what it fixes"], protocols, text_columns=2)]),
+        ],
     )
 
 
 def _kappas(document: Mapping[str, Any]) -> Section | None:
     judged = [*document["judges"], *({**d, "judge": d["debater"]} for d in document["debates"])]
     settings = document["settings"]
-    said = (
+    text = (
         "Kappa is Cohen's, unweighted, over A, B and tie; intervals are "
         f"{100 * settings['confidence']:g} % percentile intervals over {settings['draws']:,} bootstrap samples of "
-        f"the items (seed {settings['seed']}). A verdict that could not be read is missing: it is in no kappa."
+        f"the items (seed {settings['seed']}). A verdict that could not be read is missing: it is in no kappa, and the "
+        "bounds show what it could have made of it."
     )
     if document["labelled"]:
         names = list(dict.fromkeys(j["judge"] for j in judged))
@@ -131,15 +128,15 @@ def _kappas(document: Mapping[str, Any]) -> Section | None:
         rows = [(name, [_judge_heat(found.get((name, s))) for s in strategies]) for name in names]
         blocks: list[Block] = [HeatMap("Kappa with the human labels", strategies, rows)] if rows else []
     else:
-        blocks = [Text("There are no labels: judges are shown against each other.")]
+        blocks = [Text("There are no labels, so the judges are shown against each other.")]
     for among in document["among_judges"]:
         names = list(among["judges"])
         heat = [
             (name, [None if i == k else _heat(*cell) for k, cell in enumerate(zip(*cells, strict=True))])
             for i, (name, *cells) in enumerate(zip(names, among["kappas"], among["intervals"], strict=True))
         ]
-        blocks.append(HeatMap(f"Judges with each other, {among['strategy']}", names, heat))
-    return Section("kappas", "Kappas", [*blocks, Text(said)]) if blocks else None
+        blocks.append(HeatMap(f"Judges with each other ({among['strategy']})", names, heat))
+    return Section("kappas", "Kappas", [*blocks, Text(text)]) if blocks else None
 
 
 def _judge_heat(judge: Mapping[str, Any] | None) -> Heat | None:
@@ -150,20 +147,20 @@ def _judge_heat(judge: Mapping[str, Any] | None) -> Heat | None:
 
 def _heat(value: float | None, interval: Sequence[float | None]) -> Heat:
     low, high = interval
-    return Heat(value, number(value), "" if low is None or high is None else f"{low:.2f} to {high:.2f}")
+    return Heat(value, number(value, 3), "" if low is None or high is None else span(low, high))
 
 
 def _judges(document: Mapping[str, Any]) -> Section | None:
     if not document["judges"]:
         return None
-    rows: _Rows = [
+    rows: Rows = [
         [
             j["strategy"],
             j["judge"],
             *(number(j["vote_counts"][vote]) for vote in _VOTES),
             number(j["missing"]),
-            f"{number(j['kappa'], 3)} ({interval_text(j['kappa_interval'])})",
-            interval_text(j["kappa_bounds"], 3) if j["missing"] else "–",
+            f"{number(j['kappa'], 3)} ({span(*j['kappa_interval'])})",
+            _bounds(j["kappa_bounds"]) if j["missing"] else "–",
             number(j["kappa_linear"]["value"], 3),
             number(j["kappa_quadratic"]["value"], 3),
             number(j["alpha"]["value"], 3),
@@ -186,18 +183,23 @@ def _judges(document: Mapping[str, Any]) -> Section | None:
     return Section("judges", "Judges", [*panels(chart), Table(columns, rows, text_columns=2)])
 
 
+def _bounds(pair: Sequence[float | None]) -> str:
+    low, high = pair
+    return span(low, high, 3)
+
+
 def _debates(document: Mapping[str, Any]) -> Section | None:
     debates = document["debates"]
     if not debates:
         return None
     roles = list(dict.fromkeys(role for debate in debates for role in debate["voices"]))
-    rows: _Rows = [
+    rows: Rows = [
         [
             d["debater"],
             *(number(d["vote_counts"][vote]) for vote in _VOTES),
             number(d["missing"]),
-            f"{number(d['kappa'], 3)} ({interval_text(d['kappa_interval'])})",
-            f"{number(d['other_rule_kappa'], 3)} ({interval_text(d['other_rule_kappa_interval'])})",
+            f"{number(d['kappa'], 3)} ({span(*d['kappa_interval'])})",
+            f"{number(d['other_rule_kappa'], 3)} ({span(*d['other_rule_kappa_interval'])})",
             *(_voice(d["voices"].get(role)) for role in roles),
         ]
         for d in debates
@@ -209,32 +211,42 @@ def _debates(document: Mapping[str, Any]) -> Section | None:
 
 
 def _voice(found: Mapping[str, Any] | None) -> str:
-    return "–" if found is None else f"{number(found['kappa'], 3)} ({interval_text(found['kappa_interval'])})"
+    return "–" if found is None else f"{number(found['kappa'], 3)} ({span(*found['kappa_interval'])})"
+
+
+def _best_juries(juries: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Those of the highest kappas, by strategy."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for jury in sorted((j for j in juries if j["kappa"] is not None), key=lambda j: -j["kappa"]):
+        of_strategy = found.setdefault(jury["strategy"], [])
+        if len(of_strategy) < SHOWN_JURIES:
+            of_strategy.append(jury)
+    return found
 
 
 def _juries(strategy: str, best: Sequence[Mapping[str, Any]], pool: str, place: int) -> Section:
-    rows: _Rows = [
+    rows: Rows = [
         [
             " + ".join(j["jury"]),
             *(number(j["vote_counts"][vote]) for vote in _VOTES),
             number(j["missing"]),
-            f"{number(j['kappa'], 3)} ({interval_text(j['kappa_interval'])})",
+            f"{number(j['kappa'], 3)} ({span(*j['kappa_interval'])})",
             number(j["accuracy"]["value"], 3),
         ]
         for j in best
     ]
-    said = (
-        f"The {len(best)} with the highest kappa, pooled by {pool}. The highest of many kappas is flattered by the "
-        "choice; the section on held-out choice says by how much."
+    text = (
+        f"The {len(best)} with the highest kappa, pooled by {pool}. The highest of many kappas is biased upwards by "
+        "the choice; the section on held-out choice shows by how much."
     )
     table = Table(["jury", *_VOTES, "missing", "kappa", "accuracy"], rows)
-    return Section(f"juries-{place}", f"Juries, {strategy}", [Text(said), table])
+    return Section(f"juries-{place}", f"Juries, {strategy}", [Text(text), table])
 
 
 def _held_out(document: Mapping[str, Any]) -> Section | None:
     if not document["held_out"]:
         return None
-    rows: _Rows = [
+    rows: Rows = [
         [
             str(h["chosen"]),
             number(h["of"]),
@@ -250,20 +262,20 @@ def _held_out(document: Mapping[str, Any]) -> Section | None:
 def _bias(document: Mapping[str, Any]) -> Section | None:
     if not document["bias"]:
         return None
-    rows: _Rows = []
+    rows: Rows = []
     for b in document["bias"]:
         row: list[str | Cell] = [b["strategy"], _with_model(b)]
         for kind in ("longer", "first", "own_family"):
             found = b[kind]
             row += [number(found["share"]["value"] if found else None), estimate_text(found["bias"] if found else None)]
         rows.append(row)
-    said = (
+    text = (
         "Share of decided votes for an answer, and how much that is over the humans' share on the same items (interval "
         "by item). With both orders the reference of the first place is one half."
     )
     columns = ["strategy", "judge", "longer answer", "over humans", "shown first", "over reference"]
     columns += ["own family", "over humans"]
-    return Section("bias", "Bias", [Text(said), Table(columns, rows, text_columns=2)])
+    return Section("bias", "Bias", [Text(text), Table(columns, rows, text_columns=2)])
 
 
 def _with_model(bias: Mapping[str, Any]) -> str:
@@ -275,7 +287,7 @@ def _with_model(bias: Mapping[str, Any]) -> str:
 def _paired(document: Mapping[str, Any]) -> Section | None:
     if not document["paired"]:
         return None
-    rows: _Rows = [
+    rows: Rows = [
         [
             str(p["first"]),
             str(p["second"]),
@@ -294,7 +306,7 @@ def _paired(document: Mapping[str, Any]) -> Section | None:
 
 
 def _gate(document: Mapping[str, Any]) -> Section | None:
-    rows: _Rows = [
+    rows: Rows = [
         [
             g["strategy"],
             number(g["judges"]),
@@ -313,18 +325,19 @@ def _gate(document: Mapping[str, Any]) -> Section | None:
         return None
     columns = ["strategy", "judges", "τ", "desirable from", "undesirable to", "kept", "of pairs", "agreement"]
     columns += [_level(document), "area"]
-    said = (
+    text = (
         "Judges of a strategy together, at the gate's τ (2.5 where scores end at 10, and by its square elsewhere). "
         "A pair is kept where no answer's scores vary by more and, with thresholds, where the higher mean is desirable "
         "and the lower undesirable. Area: mean risk over the pairs from the least to the greatest variance, 0 is best. "
         "The curves go over every τ; their numbers with intervals: risk_coverage.csv."
     )
-    blocks: list[Block] = [*_gate_charts(document), Table(columns, rows), Text(said)]
+    blocks: list[Block] = [*_gate_charts(document), Table(columns, rows), Text(text)]
     return Section("gate", "The confidence gate as a classifier", blocks)
 
 
 def _gate_charts(document: Mapping[str, Any]) -> list[Block]:
-    """Agreement with humans over the share kept, a chart a strategy and a line a pair of thresholds."""
+    """Agreement with humans over the share kept, one chart per strategy and one line per pair of thresholds."""
+    gates = {g["strategy"]: g for g in document["gate_curves"]}
     by_strategy: dict[str, list[Series]] = {}
     for line in document.get("gate_points", ()):
         drawn = by_strategy.setdefault(line["strategy"], [])
@@ -332,9 +345,16 @@ def _gate_charts(document: Mapping[str, Any]) -> list[Block]:
         if line["desirable_at"] is not None:
             name = f"≥ {line['desirable_at']:g} and ≤ {line['undesirable_at']:g}"
         colour = _LINES[len(drawn) % len(_LINES)]
-        drawn.append(Series(name, colour, line["coverage"], line["agreement"], dashed=bool(drawn)))
+        points = list(zip(line["tau"], line["coverage"], line["agreement"], strict=True))
+        marks = [(x, y) for tau, x, y in points if tau == gates[line["strategy"]]["tau"]]
+        drawn.append(Series(name, colour, line["coverage"], line["agreement"], dashed=bool(drawn), marks=marks))
     charts = [
-        lines(f"Agreement with humans over the share kept, {strategy}", series, "share kept")
+        lines(
+            f"Agreement with humans over the share kept, {strategy}",
+            series,
+            "share kept",
+            note=f"{gates[strategy]['judges']} judges; the dots are at the gate's τ",
+        )
         for strategy, series in by_strategy.items()
     ]
     return panels(*charts)
@@ -342,20 +362,20 @@ def _gate_charts(document: Mapping[str, Any]) -> list[Block]:
 
 def _level(document: Mapping[str, Any]) -> str:
     """The heading of a column of intervals."""
-    return f"{100 * document['settings']['confidence']:g} %"
+    return f"{100 * document['settings']['confidence']:g} % interval"
 
 
 def _humans(document: Mapping[str, Any]) -> Section | None:
     humans = document["humans"]
     if not humans:
         return None
-    said = (
+    text = (
         f"{humans['annotators']:,} annotators, {humans['items']:,} items with at least two of them. Mean kappa over "
         f"{humans['pairs']:,} pairs: {estimate_text(humans['kappa'], 3)}; alpha "
         f"{estimate_text(humans['alpha'], 3)}; one annotator against the mode of the others: "
         f"{estimate_text(humans['one_against_rest'], 3)}."
     )
-    return Section("humans", "Humans among themselves", [Text(said)])
+    return Section("humans", "Humans among themselves", [Text(text)])
 
 
 def _share(found: Mapping[str, Any]) -> Interval:
@@ -364,15 +384,9 @@ def _share(found: Mapping[str, Any]) -> Interval:
     return Interval(mean, low, high)
 
 
-def interval_text(pair: Sequence[float | None], digits: int = 2) -> str:
-    """`0.11 to 0.50`; "–" where an end is missing."""
-    low, high = pair
-    return "–" if low is None or high is None else f"{low:.{digits}f} to {high:.{digits}f}"
-
-
 def estimate_text(found: Mapping[str, Any] | None, digits: int = 2) -> str:
     """`0.31 (0.11 to 0.50)`; "–" for nothing."""
     if found is None or found["value"] is None:
         return "–"
     value = f"{round(found['value'], digits) + 0.0:.{digits}f}"  # adding 0 makes a negative zero a plain one
-    return value if found["low"] is None else f"{value} ({interval_text([found['low'], found['high']], digits)})"
+    return value if found["low"] is None else f"{value} ({span(found['low'], found['high'], digits)})"

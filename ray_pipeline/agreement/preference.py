@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ray_pipeline.agents.jury import MISSING, TIE, A, B, Codes
-from ray_pipeline.agreement.vote_agreement import Estimate, number, quantiles, ratio, tails
+from ray_pipeline.stats.bootstrap import Counts, Estimate, drawn_ratio, estimate, ratio
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +27,7 @@ class Preference:
     bias: Estimate
 
 
-def preference(
-    votes: Codes, labels: Codes, side: Codes, draws: NDArray[np.float32], confidence: float = 0.95
-) -> Preference | None:
+def preference(votes: Codes, labels: Codes, side: Codes, draws: Counts, confidence: float = 0.95) -> Preference | None:
     """The preference for `side` (a vote code an item, `MISSING` where there is none); None where no vote is decided."""
     has = side != MISSING
     decided, human_decided = (has & (v != MISSING) & (v != TIE) for v in (votes, labels))
@@ -41,15 +38,13 @@ def preference(
     share, human = (ratio(to, n, draws, confidence) for to, n in zip((to_side, human_to_side), counts, strict=True))
     bias = Estimate(None)
     if share.value is not None and human.value is not None:
-        with np.errstate(invalid="ignore", divide="ignore"):
-            drawn = (draws @ to_side) / (draws @ counts[0]) - (draws @ human_to_side) / (draws @ counts[1])
-        low, high = quantiles(np.where(np.isfinite(drawn), drawn, np.nan), tails(confidence))
-        bias = Estimate(share.value - human.value, number(low), number(high))
+        drawn = drawn_ratio(to_side, counts[0], draws) - drawn_ratio(human_to_side, counts[1], draws)
+        bias = estimate(share.value - human.value, drawn, confidence)
     return Preference(int(decided.sum()), share, human, bias)
 
 
 def first_place(
-    ab: Codes | None, ba: Codes | None, labels: Codes, draws: NDArray[np.float32], confidence: float = 0.95
+    ab: Codes | None, ba: Codes | None, labels: Codes, draws: Counts, confidence: float = 0.95
 ) -> Preference | None:
     """The preference for the answer that was shown first.
 

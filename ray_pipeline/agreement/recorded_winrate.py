@@ -12,7 +12,7 @@ import pyarrow as pa
 from ray_pipeline.agents.jury import MISSING, TIE, A, B
 from ray_pipeline.agents.strategies import Conflict
 from ray_pipeline.agreement.panel import Evaluator, flips, make_panel
-from ray_pipeline.agreement.vote_agreement import Estimate, item_draws, ratio
+from ray_pipeline.stats.bootstrap import Estimate, ratio, sample_counts
 from ray_pipeline.stats.protocol import Protocol
 from ray_pipeline.store.keys import digest
 
@@ -74,7 +74,7 @@ def versus_rates(
     for row in ballots.select(["item_id", "strategy", "judge"]).to_pylist():
         if row["strategy"] == "versus":
             there.setdefault(row["judge"], set()).add(row["item_id"])
-    counts = item_draws(len(panel.item_ids), draws, seed)
+    counts = sample_counts(len(panel.item_ids), draws, seed)
     texts = {row["item_id"]: row for row in items.select(["item_id", "prompt_id", "response_b"]).to_pylist()}
     found = []
     for evaluator in panel.of("versus"):

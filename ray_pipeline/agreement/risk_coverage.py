@@ -20,9 +20,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
-from ray_pipeline.agreement.vote_agreement import tails
-
-Floats = NDArray[np.float64]
+from ray_pipeline.stats.bootstrap import Estimate, Floats, multinomial_counts, ratio
 
 #: (desirable_at, undesirable_at); None keeps whatever the variance keeps.
 Thresholds = tuple[float, float] | None
@@ -101,7 +99,7 @@ def risk_coverage(
     vote = np.where(np.abs(mean_a - mean_b) < _EQUAL, 0.0, np.sign(mean_a - mean_b))
     right = (vote == truth) & complete
     decided = (vote != 0) & (truth != 0)
-    draw_counts = _draws(len(truth), draws, seed)
+    draw_counts = multinomial_counts(len(truth), draws, seed)
 
     rows: list[dict[str, Any]] = []
     areas: dict[Thresholds, float | None] = {}
@@ -115,8 +113,10 @@ def risk_coverage(
             with np.errstate(invalid="ignore"):
                 # Sample variances of integer scores are not exact in binary, and v = τ is kept.
                 kept = told_apart & (variance <= tau + _EQUAL)
-            low, high = _interval(kept, right, draw_counts, confidence)
             count, plain = int(kept.sum()), kept & decided
+            interval = Estimate(None)
+            if count >= 2:
+                interval = ratio((kept & right).astype(float), kept.astype(float), draw_counts, confidence)
             agreement = float(right[kept].mean()) if count else None
             rows.append(
                 {
@@ -128,33 +128,14 @@ def risk_coverage(
                     "kept": count,
                     "coverage": count / len(truth) if len(truth) else None,
                     "agreement": agreement,
-                    "agreement_low": low,
-                    "agreement_high": high,
+                    "agreement_low": interval.low,
+                    "agreement_high": interval.high,
                     "risk": None if agreement is None else 1 - agreement,
                     "kept_without_ties": int(plain.sum()),
                     "agreement_without_ties": float(right[plain].mean()) if plain.any() else None,
                 }
             )
     return RiskCoverage(pa.Table.from_pylist(rows, schema=CURVE), areas)
-
-
-def _draws(pairs: int, draws: int, seed: int) -> Floats:
-    """How often each pair is in each bootstrap sample, shape (draws, pairs)."""
-    if pairs == 0:
-        return np.zeros((draws, 0))
-    return np.random.default_rng(seed).multinomial(pairs, np.full(pairs, 1 / pairs), size=draws).astype(np.float64)
-
-
-def _interval(
-    kept: NDArray[Any], right: NDArray[Any], draws: Floats, confidence: float
-) -> tuple[float | None, float | None]:
-    """Percentile bounds of the agreement; None with fewer than two kept pairs."""
-    if kept.sum() < 2:
-        return None, None
-    of, agreeing = draws @ kept, draws @ (kept & right)
-    shares = agreeing[of > 0] / of[of > 0]
-    low, high = np.quantile(shares, tails(confidence))
-    return float(low), float(high)
 
 
 def _area(variance: Floats, right: NDArray[Any]) -> float | None:

@@ -14,7 +14,8 @@ from ray_pipeline.agents.strategies import Conflict
 from ray_pipeline.agreement.document import MeasureSettings
 from ray_pipeline.agreement.human_labels import HUMAN_DATA, read_human_labels, where_to_find
 from ray_pipeline.agreement.recorded import Recorded, Replay, read_item, read_recorded
-from ray_pipeline.data.sources import HuggingFaceSource, InputError, JsonlSource, content_digests
+from ray_pipeline.config.settings import Settings
+from ray_pipeline.data.sources import HuggingFaceSource, InputError, JsonlSource
 from ray_pipeline.graph.results import Run
 from ray_pipeline.graph.stage import BadInput, Stage, StageResult, WholeInput, WholeWork, stage_table
 from ray_pipeline.stats.protocol import Protocol
@@ -22,7 +23,6 @@ from ray_pipeline.store.files import Folder, StoreError
 from ray_pipeline.store.keys import check_num_shards, digest, shard_of, unit_hash
 from ray_pipeline.store.local import written_here
 from ray_pipeline.store.schemas import BALLOTS, ITEMS, to_table
-from ray_pipeline.store.settings import Settings
 
 
 class AgreementData(Settings):
@@ -79,11 +79,11 @@ def data_digests(settings: AgreementData) -> dict[str, str]:
         return {"pocket": digest(_pocket_pairs(settings))}
     if settings.type == "recorded" or (settings.path is not None and not Path(settings.path).is_dir()):
         assert settings.path is not None
-        return content_digests(JsonlSource(path=settings.path, column="item_id"))
+        return JsonlSource(path=settings.path, column="item_id").digest()
     name = settings.path or HUMAN_DATA[settings.type].hub_name
     if name is None:
         raise InputError(where_to_find(settings.type))
-    return content_digests(HuggingFaceSource(name=name, column="item_id", revision=settings.revision))
+    return HuggingFaceSource(name=name, column="item_id", revision=settings.revision).digest()
 
 
 def read_data(settings: AgreementData, commit: str | None = None) -> Recorded:
@@ -252,7 +252,6 @@ def write_page(page: AgreementPage, results: Sequence[StageResult], folder: Path
     from ray_pipeline.agreement.gate_curves import gate_curves
     from ray_pipeline.agreement.panel import make_panel
     from ray_pipeline.agreement.recorded_winrate import RECORDED, versus_rates
-    from ray_pipeline.agreement.risk_coverage_files import write_risk_coverage
 
     items = pa.concat_tables([r.table("items").read_all() for r in results if "items" in r.tables])
     ballots = pa.concat_tables([r.table("ballots").read_all() for r in results])
@@ -277,12 +276,11 @@ def write_page(page: AgreementPage, results: Sequence[StageResult], folder: Path
     rules = page.measure
     panel = make_panel(items, ballots, rules.conflict, rules.debate, rules.families)
     curves = gate_curves(panel, rules.gate_thresholds, draws=rules.draws, seed=rules.seed, confidence=rules.confidence)
-    write_risk_coverage(curves, folder)
     gate = {
         "gate_curves": [row for curve in curves for row in curve.summary],
         "gate_points": [line for curve in curves for line in curve.points],
     }
-    write_agreement({**as_document(found, rules, about), **gate}, folder)
+    write_agreement({**as_document(found, rules, about), **gate}, folder, curves)
     judged = [*found.judges, *(d.judged for d in found.debates)]
     headline = (
         f"{found.items} items, {len(found.judges)} judges, {len(found.juries)} juries, {len(found.debates)} debates"

@@ -1,11 +1,11 @@
-"""Configurations against baselines, live: generators with and without reviewers answer the same prompts, and a judge
-compares every configuration's answer with every baseline's.
+"""Live win rates: generators with and without reviewers answer the same prompts, and a judge compares every
+configuration's answer with every baseline's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import NamedTuple
 
 import pyarrow as pa
 from pydantic import Field, model_validator
@@ -21,25 +21,25 @@ from ray_pipeline.agents.strategies import (
     shown_orders,
 )
 from ray_pipeline.agents.templates import Layout, transcript
-from ray_pipeline.agreement.ask import ballot_of, skipped_ballot
+from ray_pipeline.agreement.ask import ballot_of, judged, skipped_ballot
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.prompts import PromptsConfig
+from ray_pipeline.engines.base import ChatEngine, Message
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.feedback.loop import LoopRules, LoopSettings, ReviewerSettings, feedback_stages
-from ray_pipeline.graph.failures import FailureSettings
+from ray_pipeline.graph.asking import Asking, Outcome, Row, ShardTables, count_by
 from ray_pipeline.graph.gather import all_of
-from ray_pipeline.graph.llm_stage import llm_stage
-from ray_pipeline.graph.stage import ShardInput, ShardOutput, Stage
+from ray_pipeline.graph.stage import Stage
 from ray_pipeline.stats.protocol import Protocol, settings_text, win_rate_by
 from ray_pipeline.store.keys import digest
-from ray_pipeline.store.schemas import BALLOTS, ITEMS, to_table
-from ray_pipeline.store.settings import Settings
+from ray_pipeline.store.schemas import BALLOTS, ITEMS
 
 #: Between the two names of a run, as recorded files have it.
 AGAINST = "-vs-"
 
 
 class Configuration(Settings):
-    """A generator, alone or with reviewers; what it answers is the last response of their feedback loop."""
+    """A generator, alone or with reviewers; its answer is the last response of their feedback loop."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     generator: str = Field(description="a key of `models`")
@@ -51,12 +51,12 @@ class Configuration(Settings):
 
 
 class VersusJudge(Settings):
-    """Who compares two answers, and how it is asked."""
+    """The judge that compares two answers."""
 
     model: str = Field("judge", description="a key of `models`")
-    rubric: str | None = Field(None, description="what it looks at; default: the template file's")
+    rubric: str | None = Field(None, description="aspect to judge; default: the template file's")
     orders: Orders = "both"
-    templates: str = Field("default", description="built-in name or YAML file of what judges are asked")
+    templates: str = Field("default", description="built-in name or YAML file of the judge's texts")
     layout: Layout = "shared_first"
     sampling: SamplingSettings = SamplingSettings(temperature=0.0, max_tokens=1024)
     asking: StrategyAsking = StrategyAsking()
@@ -73,11 +73,11 @@ class LiveWinrate(Settings):
     """The `live` block of a win-rate run.
 
     Attributes:
-        pair: keys of two models, for the published eight configurations: each alone, reviewed by itself, by the other,
+        pair: keys of two models for the eight published configurations: each alone, reviewed by itself, by the other,
             and by both.
         configurations: instead of a pair.
-        prompts: all of them are answered, so nothing is held out.
-        baselines: keys of models whose single answers are compared with; default: every generator.
+        prompts: every one is answered; none is held out.
+        baselines: keys of the models whose single answers are the baselines; default: every generator.
         loop: how configurations with reviewers answer.
     """
 
@@ -91,23 +91,23 @@ class LiveWinrate(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> LiveWinrate:
         if (self.pair is None) == (not self.configurations):
-            raise ValueError("name either `pair`, two models of which the eight configurations are made, or them")
+            raise ValueError("set either pair (two models, for the eight published configurations) or configurations")
         if self.pair is not None and self.pair[0] == self.pair[1]:
-            raise ValueError(f"pair names {self.pair[0]} twice; the eight configurations are of two models")
+            raise ValueError(f"pair names {self.pair[0]} twice; the eight configurations need two models")
         if "val_fraction" in self.prompts.model_fields_set:
-            raise ValueError("prompts.val_fraction is read by nothing: every prompt is answered; remove it")
+            raise ValueError("prompts.val_fraction has no effect: every prompt is answered; remove it")
         if twice := sorted({name for name in self.against if self.against.count(name) > 1}):
             raise ValueError(f"baselines names {', '.join(twice)} twice")
         names = [configuration.name for configuration in self.compared]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"two configurations are called {', '.join(twice)}")
+            raise ValueError(f"two configurations are named {', '.join(twice)}")
         if cut := sorted(name for name in [*names, *self.against] if AGAINST in name):
-            raise ValueError(f"{cut[0]}: {AGAINST} stands between the names of a run and cannot be in one")
+            raise ValueError(f"{cut[0]}: a name cannot contain {AGAINST}, which separates the names of a run")
         for configuration in self.compared:
             if configuration.reviewers:
-                self.loop_of(configuration)  # says what reviewers cannot be
+                self.loop_of(configuration)  # raises for invalid reviewers
         if any(c.reviewers for c in self.compared) and self.loop.responses < 2:
-            raise ValueError("loop.responses is 1, and no response but the last but one is reviewed; give it 2 or more")
+            raise ValueError("loop.responses is 1, so no response would be reviewed; set it to 2 or more")
         if not self.runs:
             raise ValueError("every configuration is its only baseline, so there is nothing to compare")
         return self
@@ -118,12 +118,12 @@ class LiveWinrate(Settings):
 
     @property
     def against(self) -> tuple[str, ...]:
-        """Keys of the models that answer alone and are compared with."""
+        """Keys of the models whose single answers are the baselines."""
         return self.baselines or tuple(dict.fromkeys(c.generator for c in self.compared))
 
     @property
     def runs(self) -> list[tuple[Configuration, str]]:
-        """What is compared with what. A model alone is not compared with itself."""
+        """Configurations with their baselines. A model alone is not compared with itself."""
         return [(c, b) for c in self.compared for b in self.against if c.reviewers or c.generator != b]
 
     @property
@@ -134,12 +134,12 @@ class LiveWinrate(Settings):
 
     @property
     def label(self) -> str:
-        """How the page calls the prompts."""
+        """Name of the prompts on the page."""
         names = [getattr(s, "name", None) or getattr(s, "path", None) or s.type for s in self.prompts.sources]
         return ", ".join(dict.fromkeys(str(name) for name in names))
 
     def protocol(self, models: Mapping[str, ModelSettings]) -> Protocol:
-        """How the verdicts are asked for. Raises ModelNotFound."""
+        """How the verdicts are requested. Raises ModelNotFound."""
         judge, model = self.judge, models[self.judge.model]
         texts, strategy = judge.texts(), judge.strategy
         template = texts.of(strategy).model_dump(mode="json")
@@ -172,7 +172,7 @@ def eight(one: str, other: str) -> tuple[Configuration, ...]:
     return tuple(found)
 
 
-class _Given(Settings):
+class _Versus(Settings):
     runs: tuple[tuple[str, str], ...]
     strategy: Strategy
     templates: StrategyTemplates
@@ -182,61 +182,91 @@ class _Given(Settings):
 
 
 def versus_stages(
-    settings: LiveWinrate, failure: FailureSettings, models: Mapping[str, ModelSettings], prompts: Stage
+    settings: LiveWinrate, models: Mapping[str, ModelSettings], prompts: Stage
 ) -> tuple[list[Stage], Stage]:
     """The stages that answer, and the one whose tables `items` and `ballots` hold every comparison."""
-    made: list[Stage] = []
+    answering: list[Stage] = []
     alone: dict[str, Stage] = {}
     for key in dict.fromkeys([*(c.generator for c in settings.compared), *settings.against]):
         once = LoopSettings(**{**dict(settings.loop), "responses": 1}, generator=key)
-        _, (alone[key],), _ = feedback_stages(once, failure, models, prompts, prefix=f"{key}-")
-        made.append(alone[key])
+        _, (alone[key],), _ = feedback_stages(once, models, prompts, prefix=f"{key}-")
+        answering.append(alone[key])
     answers = {f"configuration/{c.name}": alone[c.generator] for c in settings.compared if not c.reviewers}
     for c in settings.compared:
         if c.reviewers:
             joined, stages, reviews = feedback_stages(
-                settings.loop_of(c), failure, models, prompts, prefix=f"{c.name}-", first=alone[c.generator]
+                settings.loop_of(c), models, prompts, prefix=f"{c.name}-", first=alone[c.generator]
             )
-            made += [*stages[1:], *reviews, joined]
+            answering += [*stages[1:], *reviews, joined]
             answers[f"configuration/{c.name}"] = joined
     answers |= {f"baseline/{key}": alone[key] for key in settings.against}
     judge = settings.judge
-    given = _Given(
-        runs=tuple((c.name, b) for c, b in settings.runs),
-        strategy=judge.strategy,
-        templates=judge.texts(),
-        layout=judge.layout,
-        sampling=judge.sampling,
-        asking=judge.asking,
+    given = _Versus.part_of(
+        judge, runs=tuple((c.name, b) for c, b in settings.runs), strategy=judge.strategy, templates=judge.texts()
     )
-    inputs = {"prompts": prompts, **answers}
-    compared = llm_stage(
-        "versus", versus_shard, ("items", "ballots"), given, models[judge.model], failure, inputs, group="versus"
-    )
-    return made, compared
+    return answering, VERSUS.stage("versus", given, models[judge.model], {"prompts": prompts, **answers})
 
 
-async def versus_shard(given: ShardInput) -> ShardOutput:
-    """The comparisons of one shard, ordered by prompt, run and order; an item is a prompt."""
-    settings: _Given = given.settings
-    prompts = given.tables["prompts"].to_pylist()
-    said = {role: newest(table) for role, table in given.tables.items() if role != "prompts"}
-    groups = await all_of(
-        _compare(given, settings, prompt, f"{own}{AGAINST}{baseline}", said[f"configuration/{own}"],
-                 said[f"baseline/{baseline}"])
-        for prompt in prompts
-        for own, baseline in settings.runs
-    )  # fmt: skip
-    counts: dict[str, int] = {}
-    for row in (row for group in groups for row in group):
-        counts[row["parse_status"]] = counts.get(row["parse_status"], 0) + 1
-    items = [_item(prompt) for prompt in prompts]
-    rows = [row for group in groups for row in group]
-    return ShardOutput({"items": to_table(items, ITEMS), "ballots": to_table(rows, BALLOTS)}, counts)
+class _Prompt(NamedTuple):
+    """A prompt and its answers by input role; an answer that is missing is None."""
+
+    prompt_id: str
+    messages: list[Message]
+    answers: dict[str, str | None]
+
+
+def _prompts(shard: ShardTables, settings: _Versus) -> list[_Prompt]:
+    answers = {role: newest(table) for role, table in shard.tables.items() if role != "prompts"}
+    return [
+        _Prompt(prompt, messages, {role: texts.get(prompt) for role, texts in answers.items()})
+        for prompt, messages in shard.messages().items()
+    ]
+
+
+async def _versus(engine: ChatEngine, settings: _Versus, item: _Prompt) -> Outcome:
+    """The item and its ballots, ordered by run and order."""
+    compared = await all_of(_compare(engine, settings, item, *run) for run in settings.runs)
+    return Outcome(
+        {"items": [_item(item)], "ballots": [row for rows, _ in compared for row in rows]},
+        [reply for _, replies in compared for reply in replies],
+    )
+
+
+async def _compare(
+    engine: ChatEngine, settings: _Versus, item: _Prompt, own: str, baseline: str
+) -> tuple[list[Row], list[tuple[str, bool]]]:
+    """Ballots of one run on one prompt, and the judge's replies."""
+    run, orders = f"{own}{AGAINST}{baseline}", shown_orders(settings.strategy.orders, 2)
+    ids = {"item_id": item.prompt_id, "prompt_id": item.prompt_id, "strategy": "versus", "judge": run, "voice": ""}
+    one, other = item.answers[f"configuration/{own}"], item.answers[f"baseline/{baseline}"]
+    if one is None or other is None:
+        return [{**ids, **skipped_ballot(order)} for order in orders], []
+    if one == other:
+        return [{**ids, **_tie(order)} for order in orders], []
+    judgement = await decide(
+        engine,
+        item.messages,
+        (one, other),
+        settings.strategy,
+        settings.templates,
+        settings.sampling,
+        settings.asking,
+        settings.layout,
+    )
+    return [{**ids, **ballot_of(look)} for look in judgement.looks], judged("the judge", judgement)
+
+
+VERSUS = Asking(
+    tables={"items": ITEMS, "ballots": BALLOTS},
+    items=_prompts,
+    ask=_versus,
+    role="versus",
+    counts=count_by("ballots", "parse_status"),
+)
 
 
 def newest(candidates: pa.Table) -> dict[str, str | None]:
-    """Prompt → the last response that its loop gave; a revision that failed leaves the response before it."""
+    """By prompt_id, the last response of its loop; a failed revision leaves the response before it."""
     found: dict[str, tuple[int, str | None]] = {}
     for row in candidates.select(["prompt_id", "k", "response"]).to_pylist():
         k, response = found.get(row["prompt_id"], (-1, None))
@@ -246,45 +276,13 @@ def newest(candidates: pa.Table) -> dict[str, str | None]:
     return {prompt: response for prompt, (_, response) in found.items()}
 
 
-async def _compare(
-    given: ShardInput,
-    settings: _Given,
-    prompt: Mapping[str, Any],
-    run: str,
-    own: Mapping[str, str | None],
-    baseline: Mapping[str, str | None],
-) -> list[dict[str, Any]]:
-    assert given.engine is not None
-    pid = prompt["prompt_id"]
-    key = {"item_id": pid, "prompt_id": pid, "strategy": "versus", "judge": run, "voice": ""}
-    given.tick(1)
-    answers, orders = (own.get(pid), baseline.get(pid)), shown_orders(settings.strategy.orders, 2)
-    if answers[0] is None or answers[1] is None:
-        return [{**key, **skipped_ballot(order)} for order in orders]
-    if answers[0] == answers[1]:
-        return [{**key, **_tie(order)} for order in orders]
-    found = await decide(
-        given.engine.bound(pid, "versus"),
-        prompt["messages"],
-        (answers[0], answers[1]),
-        settings.strategy,
-        settings.templates,
-        settings.sampling,
-        settings.asking,
-        settings.layout,
-    )
-    if found.parse_status != "too_long":
-        given.watch("the judge", found.read)
-    return [{**key, **ballot_of(look)} for look in found.looks]
-
-
-def _tie(order: tuple[int, ...]) -> dict[str, Any]:
+def _tie(order: tuple[int, ...]) -> Row:
     """Equal answers need no judge."""
     return {**skipped_ballot(order), "vote": "tie", "parse_status": "ok"}
 
 
-def _item(prompt: Mapping[str, Any]) -> dict[str, Any]:
-    """Its answers differ from run to run, so an item holds none."""
+def _item(prompt: _Prompt) -> Row:
+    """Answers differ from run to run, so an item holds none."""
     nothing = dict.fromkeys(("response_a", "response_b", "model_a", "model_b", "human_label"))
-    pid = prompt["prompt_id"]
-    return {"item_id": pid, "prompt_id": pid, "question": transcript(prompt["messages"]), **nothing, "human_votes": []}
+    ids = {"item_id": prompt.prompt_id, "prompt_id": prompt.prompt_id}
+    return {**ids, "question": transcript(prompt.messages), **nothing, "human_votes": []}

@@ -180,7 +180,7 @@ class _Audit:
 
     def read(self, table: ShardedTable, shard: int) -> list[Row]:
         try:
-            rows = table.read(shard).to_pylist()
+            rows: list[Row] = table.read(shard).to_pylist()
         except (StoreError, FileNotFoundError) as error:
             self.problem("unreadable", table.kind, f"shard {shard}", str(error))
             return []
@@ -280,7 +280,7 @@ class _Shard:
         self.audit.problem("orphan", table, row["candidate_id"], message)
 
     def _check_decision(self, candidate: Row) -> None:
-        """Numbers and label of the decision, from the formulas of design §5."""
+        """Numbers and label of the decision, from the formulas of the method (docs/architecture.md)."""
         name = candidate["candidate_id"]
         decision = self.decisions.get(name)
         if decision is None:

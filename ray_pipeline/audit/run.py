@@ -1,9 +1,10 @@
-"""Audit a run folder: find its tables by the manifest, and walk every training row back."""
+"""Audit a run folder: find its tables, and walk every training row back."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from ray_pipeline.agents.jurors import JuryRule
 from ray_pipeline.audit.loop import audit_loop
@@ -18,8 +19,16 @@ _NEEDED = ("prompts", "candidates")
 
 
 @dataclasses.dataclass(frozen=True)
+class Audit:
+    """A report of each dataset by the name of its stage, and the datasets whose rules the audit does not cover."""
+
+    reports: dict[str, AuditReport]
+    skipped: Sequence[str] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class _Made:
-    """A data set and the rules that made it, by the names of its stages."""
+    """A dataset and the rules that made it, by the names of its stages."""
 
     decisions: str
     datasets: str
@@ -28,53 +37,78 @@ class _Made:
     config: DatasetsConfig
 
 
-def audit_folder(run: Run) -> dict[str, AuditReport]:
-    """An audit of every data set that the gate or a loop's pick made, by the name of its stage.
-
-    Of a comparison, data sets without a gate, of fewer candidates or of imported rows follow other rules and are left
-    out.
+def audit_gated(run: Run) -> Audit:
+    """Audit the one dataset of a run with a gate.
 
     Raises:
-        StoreError: the run has not come to its data sets, naming what is missing, or has none that can be audited.
+        StoreError: the run has no datasets yet; names what is missing.
     """
-    if run.manifest["dag"] in ("agreement", "winrate"):
-        raise StoreError(f"{run.folder.location} is a run of {run.manifest['dag']}: it makes no training rows to audit")
-    if run.manifest["dag"] == "fellowship":
-        return {"datasets": _loop(run)}
-    made = list(_compared(run) if run.manifest["dag"] == "baselines" else _single(run))
-    if not made:
-        raise StoreError(f"{run.folder.location} has no data set of the gate on all candidates: nothing to audit")
-    needed = [*_NEEDED, *dict.fromkeys(name for one in made for name in (one.decisions, one.datasets))]
-    missing = [name for name in needed if name not in run.results]
-    if missing:
-        raise StoreError(f"{run.folder.location} cannot be audited yet: {', '.join(missing)} is not done; run it first")
-    return {one.datasets: _audit(run, one) for one in made}
-
-
-def not_audited(run: Run) -> list[str]:
-    """Data sets of a comparison that are not the gate's on all candidates, so that no formula says their labels."""
-    if run.manifest["dag"] != "baselines":
-        return []
-    found = run.manifest["config"]["baselines"]["data"].items()
-    return [name for name, variant in found if not variant["gated"] or variant["source"] or variant["k"]]
-
-
-def _single(run: Run) -> Iterator[_Made]:
     config = run.manifest["config"]
-    yield _Made(
+    made = _Made(
         decisions="gate",
         datasets="datasets",
         judges=[rubric["name"] for rubric in config["judge"]["rubrics"]],
         gate=GateConfig.model_validate(config["gate"]),
         config=DatasetsConfig.model_validate(config["datasets"]),
     )
+    _check_done(run, [made.decisions, made.datasets])
+    return Audit({made.datasets: _audit(run, made)})
+
+
+def audit_compared(run: Run) -> Audit:
+    """Audit every dataset of a comparison that the gate made from all candidates; ungated, cut or imported rows follow
+    other rules.
+
+    Raises:
+        StoreError: a dataset is not done yet, or none can be audited.
+    """
+    made = list(_compared(run))
+    if not made:
+        raise StoreError(f"{run.folder.location} has no dataset of the gate on all candidates: nothing to audit")
+    _check_done(run, list(dict.fromkeys(name for one in made for name in (one.decisions, one.datasets))))
+    variants = run.manifest["config"]["baselines"]["data"].items()
+    return Audit({one.datasets: _audit(run, one) for one in made}, [n for n, v in variants if not _covered(v)])
+
+
+def audit_picks(run: Run) -> Audit:
+    """Audit the dataset of a feedback loop's picks. Datasets of the second kind lead back by review_id: left out.
+
+    Raises:
+        StoreError: the run has no datasets yet; names what is missing.
+    """
+    _check_done(run, ["select", "datasets"])
+    config, results = run.manifest["config"], run.results
+    judges = config["select"]["judges"] or config["judge"]["rubrics"]
+    verdicts = [n for n in sorted(results) if n.startswith("judge") and results[n].tables == ("verdicts",)]
+    report = audit_loop(
+        prompts=results["prompts"].table(),
+        candidates=results["candidates"].table(),
+        verdicts=[results[n].table() for n in verdicts],
+        decisions=results["select"].table(),
+        datasets=results["datasets"].folder,
+        judges=[judge["name"] for judge in judges],
+        # Runs from before there was a choice have no such block: they took the mean.
+        rule=JuryRule.model_validate(config["select"].get("jury", {})),
+        min_gap=config["datasets"]["min_gap"],
+    )
+    return Audit({"datasets": report})
+
+
+def _check_done(run: Run, stages: Sequence[str]) -> None:
+    missing = [name for name in (*_NEEDED, *stages) if name not in run.results]
+    if missing:
+        raise StoreError(f"{run.folder.location} cannot be audited yet: {', '.join(missing)} is not done; run it first")
+
+
+def _covered(variant: dict[str, Any]) -> bool:
+    return variant["gated"] and not variant["source"] and not variant["k"]
 
 
 def _compared(run: Run) -> Iterator[_Made]:
     config = run.manifest["config"]
     names = [rubric["name"] for rubric in config["judge"]["rubrics"]]
     for data, variant in config["baselines"]["data"].items():
-        if not variant["gated"] or variant["source"] or variant["k"]:
+        if not _covered(variant):
             continue
         for seed in config["baselines"]["seeds"]:
             stage = f"datasets-{data}-s{seed}"
@@ -86,27 +120,6 @@ def _compared(run: Run) -> Iterator[_Made]:
                 gate=GateConfig.model_validate({**config["gate"], **variant["gate"]}),
                 config=DatasetsConfig.model_validate(settings.read_json("stats.json")["settings"]),
             )
-
-
-def _loop(run: Run) -> AuditReport:
-    """The data set of a feedback loop's pick; those of the second kind lead back by review_id and are not audited."""
-    needed = (*_NEEDED, "select", "datasets")
-    if missing := [name for name in needed if name not in run.results]:
-        raise StoreError(f"{run.folder.location} cannot be audited yet: {', '.join(missing)} is not done; run it first")
-    config, results = run.manifest["config"], run.results
-    judges = config["select"]["judges"] or config["judge"]["rubrics"]
-    verdicts = [n for n in sorted(results) if n.startswith("judge") and results[n].tables == ("verdicts",)]
-    return audit_loop(
-        prompts=results["prompts"].table(),
-        candidates=results["candidates"].table(),
-        verdicts=[results[n].table() for n in verdicts],
-        decisions=results["select"].table(),
-        datasets=results["datasets"].folder,
-        judges=[judge["name"] for judge in judges],
-        # Runs from before there was a choice have no such block: they took the mean.
-        rule=JuryRule.model_validate(config["select"].get("jury", {})),
-        min_gap=config["datasets"]["min_gap"],
-    )
 
 
 def _audit(run: Run, made: _Made) -> AuditReport:

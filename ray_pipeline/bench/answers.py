@@ -1,31 +1,30 @@
-"""Answers to the questions of the public benchmarks: of a model, or of the floors, which know nothing."""
+"""Answers to the questions of the public benchmarks: by a model, or by the floors, which use no model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from ray_pipeline.bench.floors import FLOORS
 from ray_pipeline.bench.mt_bench.judge import answer_turns
 from ray_pipeline.bench.mt_bench.score import OTHER_TEMPERATURE
 from ray_pipeline.bench.questions import BenchmarksSettings
 from ray_pipeline.bench.schemas import BENCH_ANSWERS
-from ray_pipeline.engines.base import EngineError, Message, PromptTooLong, Sampling
+from ray_pipeline.config.settings import Settings
+from ray_pipeline.data.candidates import reply_columns
+from ray_pipeline.engines.base import ChatEngine, Message, Sampling
 from ray_pipeline.engines.models import ModelSettings
-from ray_pipeline.graph.failures import FailureSettings
-from ray_pipeline.graph.gather import all_of
-from ray_pipeline.graph.llm_stage import llm_stage
+from ray_pipeline.graph.asking import Asking, Outcome, Row, ShardTables
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage
 from ray_pipeline.store.keys import derived_seed
 from ray_pipeline.store.schemas import to_table
-from ray_pipeline.store.settings import Settings
 
-#: Floors answer under this name and their own: "floor:echo".
+#: Prefix of a floor's name in the tables: "floor:echo".
 FLOOR = "floor:"
 
 
 class _Answering(Settings):
-    """What decides an answer, and nothing else: a judge or a reference that changes asks no model again."""
+    """Everything that an answer depends on, and nothing else: another judge or reference repeats no answer."""
 
     label: str
     seed: int
@@ -34,7 +33,7 @@ class _Answering(Settings):
     ifeval: dict[str, Any] | None
 
     def sampling(self, benchmark: str, category: str, question: str, turn: int) -> Sampling:
-        """How a turn is answered; all models draw a warm turn with the same seed."""
+        """Sampling of one turn; all models answer a turn above temperature 0 with the same seed."""
         given = getattr(self, benchmark)
         if benchmark == "mt_bench":
             temperature = given["temperatures"].get(category, OTHER_TEMPERATURE)
@@ -57,15 +56,42 @@ class _Answering(Settings):
         )
 
 
+class _Question(NamedTuple):
+    prompt_id: str
+    row: Row
+
+
+def _questions(shard: ShardTables, settings: _Answering) -> list[_Question]:
+    return [_Question(row["prompt_id"], row) for row in shard.rows("questions")]
+
+
+async def _answer(engine: ChatEngine, settings: _Answering, item: _Question) -> Outcome:
+    question = item.row
+    name, turns = question["benchmark"], question["turns"]
+    sampling = [settings.sampling(name, question["category"], question["question_id"], t) for t in (1, 2)]
+    texts: list[str | None]
+    if len(turns) == 2:
+        conversation = await answer_turns(engine, turns, sampling)
+        texts, reasons = list(conversation.turns), list(conversation.finish_reasons)
+    else:
+        reply = await reply_columns(engine, [{"role": "user", "content": turns[0]}], sampling[0])
+        texts, reasons = [reply["response"]], [reply["finish_reason"]]
+    rows = _rows(question, settings.label, texts, reasons)
+    return Outcome({"bench_answers": rows}, [(f"the model {settings.label}", "error" not in reasons)])
+
+
+ANSWER = Asking(
+    tables={"bench_answers": BENCH_ANSWERS},
+    items=_questions,
+    ask=_answer,
+    role=lambda settings, item: f"benchmark/{item.row['benchmark']}/{settings.label}",
+)
+
+
 def answers(
-    label: str,
-    settings: BenchmarksSettings,
-    failure: FailureSettings,
-    model: ModelSettings,
-    questions: Stage,
-    train: Stage | None = None,
+    label: str, settings: BenchmarksSettings, model: ModelSettings, questions: Stage, train: Stage | None = None
 ) -> Stage:
-    """One model's answers to all chosen benchmarks: one start of its engine for all of them.
+    """One model's answers to all chosen benchmarks, ordered by question and turn: its engine starts once for all.
 
     Args:
         train: the stage that makes the model's weights; its fingerprint stands for them.
@@ -78,47 +104,11 @@ def answers(
         alpaca_eval=alpaca and alpaca.sampling.model_dump(),
         ifeval=ifeval and ifeval.sampling.model_dump(),
     )
-    return llm_stage(
-        f"bench-answers-{label}",
-        answer_shard,
-        ("bench_answers",),
-        given,
-        model,
-        failure,
-        {"questions": questions},
-        group="bench-answers",
-        train=train,
-    )
+    name, inputs = f"bench-answers-{label}", {"questions": questions}
+    return ANSWER.stage(name, given, model, inputs, group="bench-answers", train=train)
 
 
-async def answer_shard(given: ShardInput) -> ShardOutput:
-    """The answers of one shard, ordered by question and turn."""
-    found = await all_of(_answer(given, given.settings, row) for row in given.tables["questions"].to_pylist())
-    return ShardOutput({"bench_answers": to_table([row for rows in found for row in rows], BENCH_ANSWERS)})
-
-
-async def _answer(given: ShardInput, settings: _Answering, question: Mapping[str, Any]) -> list[dict[str, Any]]:
-    assert given.engine is not None
-    name, turns = question["benchmark"], question["turns"]
-    engine = given.engine.bound(question["prompt_id"], f"benchmark/{name}/{settings.label}")
-    sampling = [settings.sampling(name, question["category"], question["question_id"], t) for t in (1, 2)]
-    if len(turns) == 2:
-        said = await answer_turns(engine, turns, sampling)
-        texts, reasons = list(said.turns), list(said.finish_reasons)
-    else:
-        try:
-            reply = await engine.chat([{"role": "user", "content": turns[0]}], sampling[0])
-            texts, reasons = [reply.text], [reply.finish_reason]
-        except PromptTooLong:
-            texts, reasons = [None], ["too_long"]
-        except EngineError:
-            texts, reasons = [None], ["error"]
-    given.watch(f"the model {settings.label}", "error" not in reasons)
-    given.tick(1)
-    return _rows(question, settings.label, texts, reasons)
-
-
-def _rows(question: Mapping[str, Any], model: str, texts: list[Any], reasons: list[str]) -> list[dict[str, Any]]:
+def _rows(question: Row, model: str, texts: Sequence[str | None], reasons: Sequence[str]) -> list[Row]:
     return [
         {
             **{key: question[key] for key in ("benchmark", "question_id", "prompt_id")},
@@ -136,7 +126,7 @@ class _Floors(Settings):
 
 
 def floors(settings: BenchmarksSettings, questions: Stage) -> Stage:
-    """Answers of the floors that are asked for; no model is called."""
+    """Answers of the chosen floors; no model is called."""
     given = _Floors(floors=settings.floors)
     return Stage(
         name="bench-floors",
@@ -150,7 +140,7 @@ def floors(settings: BenchmarksSettings, questions: Stage) -> Stage:
 def floor_shard(given: ShardInput) -> ShardOutput:
     """The floors' answers of one shard, ordered by question, floor and turn."""
     settings: _Floors = given.settings
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for question in given.tables["questions"].to_pylist():
         for name in settings.floors:
             messages: list[Message] = []

@@ -18,9 +18,9 @@ import yaml
 from pydantic import Field, ValidationError
 
 from ray_pipeline.agents.templates import TemplateError, fence
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.base import Message
 from ray_pipeline.store.keys import digest
-from ray_pipeline.store.settings import Settings
 
 #: Name of each MT-Bench prompt → the fields that it must use.
 MT_BENCH_FIELDS: Mapping[str, frozenset[str]] = {

@@ -35,12 +35,12 @@ from ray_pipeline.bench.judge_prompts import (
 from ray_pipeline.bench.mt_bench import score as mt_bench
 from ray_pipeline.bench.mt_bench.judge import BenchAsking
 from ray_pipeline.bench.schemas import BENCH_QUESTIONS
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.identity import text_digest
 from ray_pipeline.graph.stage import BadInput, Stage, WholeInput, WholeWork
 from ray_pipeline.pocket.bench_files import is_pocket, pocket_rows
 from ray_pipeline.store.keys import canonical_json, prompt_id, shard_of, unit_hash
 from ray_pipeline.store.schemas import to_table
-from ray_pipeline.store.settings import Settings
 from ray_pipeline.store.tables import ShardedTable
 
 Benchmark = Literal["mt_bench", "alpaca_eval", "ifeval"]

@@ -40,6 +40,7 @@ from ray_pipeline.bench.scores import (
     mt_bench_grades,
     mt_bench_pairs,
 )
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.results import Run
 from ray_pipeline.graph.stage import BadInput, Stage, StageResult, WholeInput, WholeWork
@@ -48,7 +49,6 @@ from ray_pipeline.store.files import Folder, StoreError
 from ray_pipeline.store.keys import canonical_json
 from ray_pipeline.store.local import written_here
 from ray_pipeline.store.schemas import READ_STATUSES
-from ray_pipeline.store.settings import Settings
 
 MAX_FLIP_RATE = 0.3
 MAX_UNREAD = 0.05
@@ -85,7 +85,7 @@ class BenchmarksPage(Settings):
     judges: dict[str, JudgingModel] = Field(default_factory=dict)
 
 
-def judging_model(model: ModelSettings, shown: str) -> JudgingModel:
+def judging_model(model: ModelSettings) -> JudgingModel:
     """Identity of a judge: the model alone where it is asked as it is, and what changes its replies beside that."""
     weights = model.weights()
     identity = weights.pop("model")
@@ -93,7 +93,7 @@ def judging_model(model: ModelSettings, shown: str) -> JudgingModel:
     if model.endpoint is not None and not semantics["extra_body"] and not semantics["omit"]:
         semantics = {}
     setup = canonical_json({**weights, **semantics}) if weights or semantics else ""
-    return JudgingModel(shown=shown, identity=identity, setup=setup)
+    return JudgingModel(shown=model.shown, identity=identity, setup=setup)
 
 
 def report_stage(page: BenchmarksPage, stages: Sequence[Stage], *, view: str, name: str = "benchmarks") -> Stage:
@@ -125,10 +125,10 @@ def write_scores(given: WholeInput) -> dict[str, Any]:
             scores = _build(given.inputs, given.settings, folder)
     except (BenchmarkFileError, TemplateError, ifeval.CheckersMissing) as error:
         raise BadInput(str(error)) from error
-    from ray_pipeline.bench.table import figure
+    from ray_pipeline.bench.page import figure
 
     for score in scores:
-        given.log(f"{score.model}: {score.name.text} ({score.metric}) {figure(score)}")
+        given.log(f"{score.model}: {score.name.text} ({score.metric}) {figure(vars(score))}")
     headline = {f"{s.model}: {s.benchmark} {s.metric}": s.value for s in scores}
     return {"scores": headline}
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 from ray_pipeline.bench.answers import answers, floors
 from ray_pipeline.bench.files import BenchmarkFileError
@@ -13,8 +12,7 @@ from ray_pipeline.bench.ifeval.score import CheckersMissing, load_checkers
 from ray_pipeline.bench.judging import checks, judge_stages
 from ray_pipeline.bench.questions import BenchmarksSettings, question_rows, questions_stage
 from ray_pipeline.bench.report import BenchmarksPage, report_stage
-from ray_pipeline.engines.models import ModelSettings
-from ray_pipeline.graph.failures import FailureSettings
+from ray_pipeline.engines.models import ModelSettings, ModelUse
 from ray_pipeline.graph.stage import Stage
 
 
@@ -29,7 +27,6 @@ class Answering:
 def benchmark_stages(
     settings: BenchmarksSettings,
     page: BenchmarksPage,
-    failure: FailureSettings,
     judges: Mapping[str, ModelSettings],
     measured: Mapping[str, Answering],
     *,
@@ -41,12 +38,10 @@ def benchmark_stages(
         BenchmarkFileError, TemplateError, CheckersMissing: something that they need is not there.
     """
     questions = questions_stage(settings)
-    answered = {
-        name: answers(name, settings, failure, one.model, questions, one.train) for name, one in measured.items()
-    }
+    answered = {name: answers(name, settings, one.model, questions, one.train) for name, one in measured.items()}
     if settings.floors:
         answered["floors"] = floors(settings, questions)
-    said = judge_stages(settings, failure, judges, questions, answered)
+    said = judge_stages(settings, judges, questions, answered)
     if settings.ifeval is not None:
         said.append(checks(questions, answered))
     return [questions, *answered.values(), *said, report_stage(page, [questions, *answered.values(), *said], view=view)]
@@ -80,19 +75,24 @@ def check_benchmarks(settings: BenchmarksSettings) -> None:
                 )
 
 
-_Samplings = dict[str, tuple[Sequence[str], Mapping[str, Any]]]
+def benchmark_uses(settings: BenchmarksSettings, measured: Mapping[str, str], judges: str = "models") -> list[ModelUse]:
+    """The keys that choose a model.
 
-
-def benchmark_samplings(settings: BenchmarksSettings, answering: Sequence[str]) -> tuple[_Samplings, _Samplings]:
-    """Of answers and of judges: key of every sampling → the models that it is used on, and its `extra`."""
-    mt, alpaca, checked = settings.mt_bench, settings.alpaca_eval, settings.ifeval
-    answers: _Samplings = {}
-    judges: _Samplings = {}
-    if mt is not None:
-        judges["benchmarks.mt_bench.asking.sampling"] = ([mt.judge], mt.asking.sampling.extra)
-    if alpaca is not None:
-        judges["benchmarks.alpaca_eval.asking.sampling"] = ([alpaca.judge], alpaca.asking.sampling.extra)
-        answers["benchmarks.alpaca_eval.sampling"] = (answering, alpaca.sampling.extra)
-    if checked is not None:
-        answers["benchmarks.ifeval.sampling"] = (answering, checked.sampling.extra)
-    return answers, judges
+    Args:
+        measured: key of the configuration → the measured model's key under `models`.
+        judges: the block that judging models are chosen from.
+    """
+    mt, alpaca, ifeval = settings.mt_bench, settings.alpaca_eval, settings.ifeval
+    uses = []
+    for name, block in (("mt_bench", mt), ("alpaca_eval", alpaca)):
+        if block is not None:
+            where = f"benchmarks.{name}"
+            extra = block.asking.sampling.extra
+            uses.append(ModelUse(f"{where}.judge", block.judge, "judge", f"{where}.asking.sampling", extra, judges))
+    for key, model in measured.items():
+        uses.append(ModelUse(key, model, "generate"))
+        for name, answering in (("alpaca_eval", alpaca), ("ifeval", ifeval)):
+            if answering is not None:
+                sampling = f"benchmarks.{name}.sampling"
+                uses.append(ModelUse(key, model, "generate", sampling, answering.sampling.extra))
+    return uses

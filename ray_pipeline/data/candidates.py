@@ -1,22 +1,20 @@
-"""Candidates: k answers of the policy to every prompt, each drawn with a seed of its own."""
+"""Candidates: k answers of the policy to every prompt, each sampled with its own seed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from pydantic import Field, field_validator
 
 from ray_pipeline.agents.judges import SamplingSettings
-from ray_pipeline.engines.base import EngineError, PromptTooLong
+from ray_pipeline.config.settings import Settings
+from ray_pipeline.engines.base import ChatEngine, EngineError, Message, PromptTooLong, Sampling
 from ray_pipeline.engines.models import ModelSettings
-from ray_pipeline.graph.failures import FailureSettings
-from ray_pipeline.graph.gather import all_of
-from ray_pipeline.graph.llm_stage import llm_stage
-from ray_pipeline.graph.stage import ShardInput, ShardOutput, Stage
+from ray_pipeline.graph.asking import Asking, Outcome, Row, ShardTables, count_by
+from ray_pipeline.graph.stage import Stage
 from ray_pipeline.store.keys import candidate_id, derived_seed
-from ray_pipeline.store.schemas import CANDIDATES, to_table
-from ray_pipeline.store.settings import Settings
+from ray_pipeline.store.schemas import CANDIDATES
 
 _PUBLISHED = SamplingSettings(temperature=0.8, top_p=0.95, max_tokens=512)
 
@@ -32,56 +30,76 @@ class CandidateSettings(Settings):
     @field_validator("sampling", mode="before")
     @classmethod
     def _published(cls, given: Any) -> Any:
-        """A block that sets one key keeps the published others; at temperature 0 all k answers would be the same."""
+        """A block that sets one key keeps the other published values; at temperature 0 all k answers would be equal."""
         return {**_PUBLISHED.model_dump(), **given} if isinstance(given, Mapping) else given
 
 
-def candidates(settings: CandidateSettings, failure: FailureSettings, model: ModelSettings, prompts: Stage) -> Stage:
-    """k rows a prompt. A prompt that does not fit the model's context gives rows that say so."""
-    return llm_stage("candidates", draw, ("candidates",), settings, model, failure, {"prompts": prompts})
+class _Draw(NamedTuple):
+    prompt_id: str
+    messages: list[Message]
+    k: int
 
 
-async def draw(given: ShardInput) -> ShardOutput:
-    """The candidates of one shard, ordered by prompt and k."""
-    settings: CandidateSettings = given.settings
-    prompts = given.tables["prompts"].to_pylist()
-    rows = await all_of(_draw_one(given, settings, prompt, k) for prompt in prompts for k in range(settings.k))
-    counts: dict[str, int] = {}
-    for row in rows:
-        counts[row["finish_reason"]] = counts.get(row["finish_reason"], 0) + 1
-    return ShardOutput({"candidates": to_table(rows, CANDIDATES)}, counts)
+def _draws(shard: ShardTables, settings: CandidateSettings) -> list[_Draw]:
+    return [_Draw(row["prompt_id"], row["messages"], k) for row in shard.rows("prompts") for k in range(settings.k)]
 
 
-async def _draw_one(given: ShardInput, settings: CandidateSettings, prompt: Mapping[str, Any], k: int) -> dict:
-    assert given.engine is not None
-    pid = prompt["prompt_id"]
-    seed = derived_seed("candidate", settings.seed, pid, k)
+async def _draw(engine: ChatEngine, settings: CandidateSettings, item: _Draw) -> Outcome:
+    seed = derived_seed("candidate", settings.seed, item.prompt_id, item.k)
     sampling = settings.sampling.sampling(seed=seed)
-    identity = given.engine.identity
-    cid = candidate_id(pid, identity, sampling.key(), k)
-    row: dict[str, Any] = {
-        "candidate_id": cid,
-        "prompt_id": pid,
+    row = await candidate_row(engine, item.prompt_id, item.messages, sampling, sampling.key(), item.k)
+    return Outcome({"candidates": [row]}, generated("the generator", row))
+
+
+async def candidate_row(
+    engine: ChatEngine, prompt: str, messages: Sequence[Message], sampling: Sampling, key: Mapping[str, Any], k: int
+) -> Row:
+    """One answer to `messages` as a row of schema CANDIDATES.
+
+    Args:
+        key: what the candidate's id is made of, beside prompt, generator and k.
+    """
+    return {
+        "candidate_id": candidate_id(prompt, engine.identity, key, k),
+        "prompt_id": prompt,
         "k": k,
-        "seed": seed,
-        "response": None,
-        "generator": identity["model"],
-        "prompt_tokens": None,
-        "completion_tokens": None,
+        "seed": sampling.seed,
+        "generator": engine.identity["model"],
+        **await reply_columns(engine, messages, sampling),
     }
+
+
+async def reply_columns(engine: ChatEngine, messages: Sequence[Message], sampling: Sampling) -> Row:
+    """One answer as columns response, finish_reason, prompt_tokens and completion_tokens. A failed call gives
+    finish_reason too_long or error and no response."""
     try:
-        reply = await given.engine.bound(pid, "candidate").chat(prompt["messages"], sampling)
+        reply = await engine.chat(messages, sampling)
     except PromptTooLong as error:
-        row |= {"finish_reason": "too_long", "prompt_tokens": error.prompt_tokens}
+        return {"response": None, "finish_reason": "too_long", "prompt_tokens": error.prompt_tokens}
     except EngineError:
-        row |= {"finish_reason": "error"}
-    else:
-        row |= {
-            "response": reply.text,
-            "finish_reason": reply.finish_reason,
-            "prompt_tokens": reply.prompt_tokens,
-            "completion_tokens": reply.completion_tokens,
-        }
-    given.watch("the generator", row["finish_reason"] != "error")
-    given.tick(1)
-    return row
+        return {"response": None, "finish_reason": "error"}
+    return {
+        "response": reply.text,
+        "finish_reason": reply.finish_reason,
+        "prompt_tokens": reply.prompt_tokens,
+        "completion_tokens": reply.completion_tokens,
+    }
+
+
+def generated(name: str, row: Row) -> list[tuple[str, bool]]:
+    """`Outcome.replies` of an answer: only a failed call counts as unread, not a prompt that is too long."""
+    return [(name, row["finish_reason"] != "error")]
+
+
+DRAW = Asking(
+    tables={"candidates": CANDIDATES},
+    items=_draws,
+    ask=_draw,
+    role="candidate",
+    counts=count_by("candidates", "finish_reason"),
+)
+
+
+def candidates(settings: CandidateSettings, model: ModelSettings, prompts: Stage) -> Stage:
+    """k rows per prompt, ordered by prompt and k. A prompt that exceeds the context has finish_reason too_long."""
+    return DRAW.stage("candidates", settings, model, {"prompts": prompts})

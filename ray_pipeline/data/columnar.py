@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.convert import pairs_to_sft
 from ray_pipeline.data.datasets import DatasetsConfig, TokenCounter, dpo_rows, kto_rows, write_dataset_files
 from ray_pipeline.data.gate import GateConfig, decide, label_counts
@@ -21,7 +22,6 @@ from ray_pipeline.data.sources import InputError
 from ray_pipeline.data.ungated import best_and_worst
 from ray_pipeline.engines.models import ModelSettings, TokenizerSettings
 from ray_pipeline.graph.stage import BadInput, ShardInput, ShardOutput, ShardWork, Stage, WholeInput, WholeWork
-from ray_pipeline.store.settings import Settings
 from ray_pipeline.store.tables import ShardedTable
 
 # --- prompts ----------------------------------------------------------------------------------------------------------

@@ -21,13 +21,13 @@ import pyarrow.compute as pc
 import yaml
 from pydantic import Field, model_validator
 
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.data.rows import KeyMismatch, Rows, gather, one_array, refuse_repeats, rows_of
 from ray_pipeline.engines.models import TokenizerSettings
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import normalise_text, unit_hash
 from ray_pipeline.store.schemas import DPO, KTO, READ_STATUSES, TABLES, to_table
-from ray_pipeline.store.settings import Settings
 
 Messages = Sequence[Mapping[str, str]]
 Kind = Literal["kto", "dpo", "sft"]
@@ -103,7 +103,7 @@ class TokenCounter:
             raise ValueError(f"the tokenizer {name} has no chat template; use an instruct model or add a template")
         self._tokenizer, self._args = tokenizer, dict(chat_template_args or {})
         self._size = cache_size
-        self._cache: collections.OrderedDict[tuple, array] = collections.OrderedDict()
+        self._cache: collections.OrderedDict[tuple[Any, ...], array[int]] = collections.OrderedDict()
 
     @classmethod
     def load(cls, given: TokenizerSettings) -> TokenCounter:
@@ -124,7 +124,7 @@ class TokenCounter:
         text = self._tokenizer.apply_chat_template(
             [dict(m) for m in chat], tokenize=False, add_generation_prompt=completion is None, **self._args
         )
-        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         self._cache[key] = array("i", ids)
         if len(self._cache) > self._size:
             self._cache.popitem(last=False)
@@ -211,7 +211,9 @@ def dpo_rows(
     Raises:
         KeyMismatch: as `kto_rows`.
     """
-    sides: dict[str, tuple[list[dict], list[dict]]] = {p: ([], []) for p in decisions["prompt_id"].to_pylist()}
+    sides: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
+        p: ([], []) for p in decisions["prompt_id"].to_pylist()
+    }
     empty = 0
     for kept in _kept_candidates(prompts, candidates, decisions):
         if _is_empty(kept["response"]):
@@ -239,7 +241,7 @@ def dpo_rows(
     return to_table(rows, DPO), {**counts, "truncated": truncated, "empty_responses": empty}
 
 
-def _pair(prompt: str, chosen: Mapping, rejected: Mapping) -> dict[str, Any]:
+def _pair(prompt: str, chosen: Mapping[str, Any], rejected: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "prompt_id": prompt,
         "chosen_id": chosen["candidate_id"],
@@ -254,14 +256,16 @@ def _pair(prompt: str, chosen: Mapping, rejected: Mapping) -> dict[str, Any]:
     }
 
 
-def best_pair(desirable: Sequence[Mapping], undesirable: Sequence[Mapping]) -> tuple[Mapping, Mapping]:
+def best_pair(
+    desirable: Sequence[Mapping[str, Any]], undesirable: Sequence[Mapping[str, Any]]
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """The candidate of the highest and the one of the lowest final_score; of equals the smaller candidate_id."""
     chosen = min(desirable, key=lambda c: (-c["final_score"], c["candidate_id"]))
     rejected = min(undesirable, key=lambda c: (c["final_score"], c["candidate_id"]))
     return chosen, rejected
 
 
-def _no_pair(desirable: Sequence[Mapping], undesirable: Sequence[Mapping]) -> str | None:
+def _no_pair(desirable: Sequence[Mapping[str, Any]], undesirable: Sequence[Mapping[str, Any]]) -> str | None:
     if desirable and undesirable:
         return None
     if not desirable and not undesirable:
@@ -269,7 +273,9 @@ def _no_pair(desirable: Sequence[Mapping], undesirable: Sequence[Mapping]) -> st
     return "no_undesirable" if desirable else "no_desirable"
 
 
-def _guard(chosen: Mapping, rejected: Mapping, config: DatasetsConfig, encode: Encode) -> tuple[str | None, bool]:
+def _guard(
+    chosen: Mapping[str, Any], rejected: Mapping[str, Any], config: DatasetsConfig, encode: Encode
+) -> tuple[str | None, bool]:
     """Why the pair teaches nothing (None if it does), and whether the trainer will cut a side of it."""
     if chosen["final_score"] - rejected["final_score"] < config.min_gap:
         return "gap_too_small", False
@@ -298,7 +304,8 @@ def _kept_candidates(prompts: pa.Table, candidates: pa.Table, decisions: pa.Tabl
     joined = joined.append_column("response", own["response"])
     for name in ("split", "messages"):
         joined = joined.append_column(name, prompt[name])
-    return joined.to_pylist()
+    rows: list[dict[str, Any]] = joined.to_pylist()
+    return rows
 
 
 def _scores(verdicts: pa.Table, judges: Sequence[str] | None) -> dict[str, list[dict[str, Any]]]:

@@ -15,7 +15,7 @@ and the first line that fits decides:
     f ≤ undesirable_at              undesirable
     otherwise                       discard
 
-What was not read stays unread: it is never replaced by a number (design §5 and §6.1).
+What was not read stays unread: it is never replaced by a number (docs/architecture.md).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.rows import KeyMismatch, one_array, refuse_repeats, rows_of
 from ray_pipeline.store.schemas import DECISIONS, LABELS, READ_STATUSES
-from ray_pipeline.store.settings import Settings
 
 Floats = NDArray[np.float64]
 Mask = NDArray[Any]  # of bool
@@ -211,7 +211,7 @@ def _reasons(
     """`why` of each row. Text is made once for each distinct value, not for each row."""
     low, high = config.undesirable_at, config.desirable_at
     missing = (~read) @ (1 << np.arange(len(judges), dtype=np.int64))  # one bit for each unread judge
-    words: dict[str, tuple[NDArray, Callable]] = {
+    words: dict[str, tuple[NDArray[Any], Callable[..., Any]]] = {
         "unread": (missing, lambda bits: "unread: " + ", ".join(j for i, j in enumerate(judges) if int(bits) >> i & 1)),
         "disagree": (variance, lambda v: f"variance {_shown(v, config.tau)} > {config.tau:g}"),
         "uncriticised": (missing, lambda _: "critique unread"),

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.convert import pairs_to_kto
 from ray_pipeline.data.datasets import DatasetsConfig, Encode, Kind, TokenCounter
 from ray_pipeline.data.prompts import split_of
@@ -27,7 +28,6 @@ from ray_pipeline.data.sources import (
     InputError,
     JsonlSource,
     ParquetSource,
-    content_digests,
     find_files,
     hub_place,
     jsonl_records,
@@ -39,7 +39,6 @@ from ray_pipeline.engines.models import ModelSettings, TokenizerSettings
 from ray_pipeline.graph.stage import BadInput, Stage, WholeInput, WholeWork
 from ray_pipeline.store.keys import digest, normalise_messages, normalise_text, prompt_id, shard_of
 from ray_pipeline.store.schemas import DPO, KTO, SFT, to_table
-from ray_pipeline.store.settings import Settings
 from ray_pipeline.store.tables import ShardedTable
 
 _BATCH_ROWS = 1024
@@ -171,13 +170,10 @@ def tables_of(format: Format, settings: DatasetsConfig) -> tuple[Kind, ...]:
 def source_digests(source: PreferenceSource) -> dict[str, str]:
     """Commit of a hub data set, or digest of each file. Raises InputError when there is none."""
     if isinstance(source, HubPreferences):
-        return content_digests(
-            HuggingFaceSource(
-                name=source.name, subset=source.subset, split=source.split, revision=source.revision, column=""
-            )
-        )
+        place = {"name": source.name, "subset": source.subset, "split": source.split, "revision": source.revision}
+        return HuggingFaceSource(**place, column="").digest()
     kind = ParquetSource if source.type == "parquet" else JsonlSource
-    return content_digests(kind(path=source.path, column=""))
+    return kind(path=source.path, column="").digest()
 
 
 def import_preferences(given: WholeInput) -> dict[str, Any]:

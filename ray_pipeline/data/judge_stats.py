@@ -8,8 +8,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from ray_pipeline.stats.alpha import krippendorff_alpha
 from ray_pipeline.stats.columns import Spread, chunk, count_values, numbers, refuse_repeats, spread
-from ray_pipeline.stats.kappa import PairKappa, krippendorff_alpha, pairwise_kappas
+from ray_pipeline.stats.kappa import PairKappa, pairwise_kappas
 
 
 @dataclass(frozen=True)

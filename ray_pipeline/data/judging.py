@@ -1,41 +1,41 @@
-"""Judges: every rubric judge scores every candidate, all judgements of a candidate together on one replica."""
+"""Judges: every rubric judge scores every candidate; all judgements of a candidate run together on one replica."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
+import pyarrow as pa
 from pydantic import Field, model_validator
 
-from ray_pipeline.agents.judges import Asking, Rubric, SamplingSettings, Verdict, judge
+from ray_pipeline.agents.judges import JudgeAsking, Rubric, SamplingSettings, judge
 from ray_pipeline.agents.templates import ANY_FENCE, Layout, RoleTemplate, best_layout, part_lengths, transcript
+from ray_pipeline.config.settings import Settings
+from ray_pipeline.engines.base import ChatEngine, Message
 from ray_pipeline.engines.models import ModelSettings
-from ray_pipeline.graph.failures import FailureSettings
-from ray_pipeline.graph.gather import all_of
-from ray_pipeline.graph.llm_stage import llm_stage
-from ray_pipeline.graph.stage import ShardInput, ShardOutput, Stage, WholeInput, WholeWork
+from ray_pipeline.graph.asking import Asking, Outcome, ShardTables, count_by, reply_status
+from ray_pipeline.graph.stage import Stage, WholeInput, WholeWork
 from ray_pipeline.store.files import StoreError
 from ray_pipeline.store.keys import digest
-from ray_pipeline.store.schemas import READ_STATUSES, VERDICTS, to_table
-from ray_pipeline.store.settings import Settings
+from ray_pipeline.store.schemas import VERDICTS
 
-#: Candidates whose lengths decide the layout; a sample of the smallest ids, so that more prompts hardly change it.
+#: Candidates whose lengths decide the layout: those of the smallest ids, so that more prompts hardly change it.
 _LAYOUT_SAMPLE = 256
 
 
 class JudgeSettings(Settings):
     """The `judge` block."""
 
-    model: str = Field("judge", description="a key of `models`, for rubrics that name none")
+    model: str = Field("judge", description="a key of `models`, for rubrics that name no model")
     rubrics: tuple[Rubric, ...]
     layout: Literal["auto", "shared_first", "rubric_first"] = "auto"
     sampling: SamplingSettings = SamplingSettings(temperature=0.0, max_tokens=512)
-    asking: Asking = Asking()
+    asking: JudgeAsking = JudgeAsking()
 
     @model_validator(mode="before")
     @classmethod
     def _inherit(cls, values: Any) -> Any:
-        """A rubric that sets one key of `sampling` keeps the stage's others."""
+        """A rubric that sets one key of `sampling` keeps the other values of the stage."""
         shared = values.get("sampling") if isinstance(values, Mapping) else None
         rubrics = values.get("rubrics") if isinstance(values, Mapping) else None
         if not isinstance(shared, Mapping) or not isinstance(rubrics, (list, tuple)):
@@ -61,12 +61,12 @@ class JudgeSettings(Settings):
         return [r.name for r in self.rubrics]
 
     def on_model(self, key: str) -> tuple[Rubric, ...]:
-        """The rubrics that sit on a model."""
+        """Rubrics judged by one model."""
         return tuple(r for r in self.rubrics if (r.model or self.model) == key)
 
     @property
     def models(self) -> list[str]:
-        """Keys of the models that judge, in the order in which rubrics name them."""
+        """Keys of the models that judge, in the order of the rubrics."""
         return list(dict.fromkeys(r.model or self.model for r in self.rubrics))
 
 
@@ -76,20 +76,97 @@ def _over(shared: Mapping[str, Any], rubric: Any) -> Any:
     return {**rubric, "sampling": {**shared, **rubric["sampling"]}}
 
 
-class _Given(Settings):
-    """What the shard function needs. `answers` are the input roles whose rows are judged."""
+class Answer(NamedTuple):
+    """A candidate, or a response of an evaluated model, as the answer to judge.
+
+    Attributes:
+        missing: why there is no answer, as a parse status; `response` is "" then.
+    """
+
+    prompt_id: str
+    id: str
+    messages: list[Message]
+    response: str
+    missing: str | None
+
+
+def answers_of(prompts: pa.Table, *tables: pa.Table) -> list[Answer]:
+    """Rows of candidates or evaluation responses, joined to their prompts by id; table after table."""
+    messages = {row["prompt_id"]: row["messages"] for row in prompts.to_pylist()}
+    return [
+        Answer(
+            row["prompt_id"],
+            row.get("candidate_id") or row["response_id"],
+            messages[row["prompt_id"]],
+            row["response"] or "",
+            unanswered(row),
+        )
+        for table in tables
+        for row in table.to_pylist()
+    ]
+
+
+def unanswered(row: Mapping[str, Any]) -> str | None:
+    """Why a row of candidates or responses holds no answer, as a parse status; None when it holds one."""
+    if row["response"] is not None:
+        return None
+    return "too_long" if row["finish_reason"] == "too_long" else "error"
+
+
+class _Judging(Settings):
+    """What the verdicts depend on. `answers` are the input roles whose rows are judged."""
 
     answers: tuple[str, ...]
     rubrics: tuple[Rubric, ...]
     template: RoleTemplate
     layout: Layout | None
     sampling: SamplingSettings
-    asking: Asking
+    asking: JudgeAsking
+
+
+class _Judgement(NamedTuple):
+    prompt_id: str
+    answer: Answer
+    rubric: Rubric
+    layout: Layout
+
+
+def _judgements(shard: ShardTables, settings: _Judging) -> list[_Judgement]:
+    """All judgements of an answer follow each other, so that they can share its part of the prompt."""
+    layout: Layout = settings.layout or shard.facts["layout"]["layout"]
+    answers = answers_of(shard.tables["prompts"], *(shard.tables[role] for role in settings.answers))
+    return [_Judgement(answer.prompt_id, answer, rubric, layout) for answer in answers for rubric in settings.rubrics]
+
+
+async def _judge(engine: ChatEngine, settings: _Judging, item: _Judgement) -> Outcome:
+    answer, rubric = item.answer, item.rubric
+    ids = {"candidate_id": answer.id, "prompt_id": answer.prompt_id, "judge": rubric.name}
+    if answer.missing is not None:
+        return Outcome({"verdicts": [{**ids, "parse_status": answer.missing}]})
+    verdict = await judge(
+        engine,
+        answer.messages,
+        answer.response,
+        rubric,
+        settings.template,
+        settings.sampling,
+        settings.asking,
+        item.layout,
+    )
+    return Outcome({"verdicts": [{**ids, **vars(verdict)}]}, reply_status(f"judge {rubric.name}", verdict.parse_status))
+
+
+JUDGES = Asking(
+    tables={"verdicts": VERDICTS},
+    items=_judgements,
+    ask=_judge,
+    role=lambda settings, item: f"judge/{item.rubric.name}",
+    counts=count_by("verdicts", "judge", "parse_status"),
+)
 
 
 def judges(
     settings: JudgeSettings,
-    failure: FailureSettings,
     models: Mapping[str, ModelSettings],
     template: RoleTemplate,
     prompts: Stage,
@@ -97,138 +174,44 @@ def judges(
     name: str = "judge",
     group: str = "",
 ) -> list[Stage]:
-    """One stage a model that judges sit on; each writes the verdicts of its own judges.
+    """One stage per judge model, each with the verdicts of its own judges, ordered by candidate and judge.
 
     Args:
-        answers: role → stage of candidates or responses; all of their rows are judged.
+        answers: stages of candidates or responses by role; all of their rows are judged.
     """
     stages = []
     for key in settings.models:
-        model, rubrics = models[key], settings.on_model(key)
-        one = len(settings.models) == 1
-        inputs = {"prompts": prompts, **answers}
-        if settings.layout == "auto":
-            inputs["layout"] = _layout(
-                name if one else f"{name}-{key}", group or name, tuple(answers), rubrics, model, template, inputs
-            )
-        given = _Given(
+        own, inputs = name if len(settings.models) == 1 else f"{name}-{key}", {"prompts": prompts, **answers}
+        judging = _Judging.part_of(
+            settings,
             answers=tuple(answers),
-            rubrics=rubrics,
+            rubrics=settings.on_model(key),
             template=template,
             layout=None if settings.layout == "auto" else settings.layout,
-            sampling=settings.sampling,
-            asking=settings.asking,
         )
-        stages.append(
-            llm_stage(
-                name if one else f"{name}-{key}",
-                judge_shard,
-                ("verdicts",),
-                given,
-                model,
-                failure,
-                inputs,
-                group=group or name,
-            )
-        )
+        if judging.layout is None:
+            inputs["layout"] = _layout(f"{own}-layout", group or name, judging, models[key], inputs)
+        stages.append(JUDGES.stage(own, judging, models[key], inputs, group=group or name))
     return stages
-
-
-async def judge_shard(given: ShardInput) -> ShardOutput:
-    """The verdicts of one shard, ordered by candidate and judge."""
-    settings: _Given = given.settings
-    messages = {row["prompt_id"]: row["messages"] for row in given.tables["prompts"].to_pylist()}
-    answers = [answer for role in settings.answers for answer in answers_of(given.tables[role].to_pylist())]
-    layout: Layout = settings.layout or given.facts["layout"]["layout"]
-    rows = await all_of(
-        _judge_one(given, settings, layout, answer, messages[answer["prompt_id"]], rubric)
-        for answer in answers
-        for rubric in settings.rubrics
-    )
-    counts: dict[str, int] = {}
-    for row in rows:
-        key = f"{row['judge']}.{row['parse_status']}"
-        counts[key] = counts.get(key, 0) + 1
-    return ShardOutput({"verdicts": to_table(rows, VERDICTS)}, counts)
-
-
-def answers_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Candidates or evaluation responses as the answers to judge: id, prompt_id, response, finish_reason."""
-    return [
-        {
-            "id": row.get("candidate_id") or row["response_id"],
-            "prompt_id": row["prompt_id"],
-            "response": row["response"],
-            "finish_reason": row["finish_reason"],
-        }
-        for row in rows
-    ]
-
-
-def unanswered(answer: Mapping[str, Any]) -> str | None:
-    """Why there is nothing to judge (the parse status that says so), or None when there is an answer."""
-    if answer["response"] is not None:
-        return None
-    return "too_long" if answer["finish_reason"] == "too_long" else "error"
-
-
-async def _judge_one(
-    given: ShardInput,
-    settings: _Given,
-    layout: Layout,
-    answer: Mapping[str, Any],
-    messages: list[dict[str, str]],
-    rubric: Rubric,
-) -> dict[str, Any]:
-    assert given.engine is not None
-    status = unanswered(answer)
-    if status is not None:
-        verdict = Verdict(None, None, None, status, None)
-    else:
-        engine = given.engine.bound(answer["prompt_id"], f"judge/{rubric.name}")
-        verdict = await judge(
-            engine, messages, answer["response"], rubric, settings.template, settings.sampling, settings.asking, layout
-        )
-        if verdict.parse_status != "too_long":
-            given.watch(f"judge {rubric.name}", verdict.parse_status in READ_STATUSES)
-    given.tick(1)
-    return {
-        "candidate_id": answer["id"],
-        "prompt_id": answer["prompt_id"],
-        "judge": rubric.name,
-        "score": verdict.score,
-        "expected_score": verdict.expected_score,
-        "reason": verdict.reason,
-        "parse_status": verdict.parse_status,
-        "raw": verdict.raw,
-    }
 
 
 # --- which part of a judge's prompt comes first -----------------------------------------------------------------------
 
 
-class _LayoutGiven(Settings):
+class _Layout(Settings):
     answers: tuple[str, ...]
     rubrics: tuple[Rubric, ...]
     template: RoleTemplate
     weights: dict[str, str]
 
 
-def _layout(
-    name: str,
-    group: str,
-    answers: tuple[str, ...],
-    rubrics: tuple[Rubric, ...],
-    model: ModelSettings,
-    template: RoleTemplate,
-    inputs: Mapping[str, Stage],
-) -> Stage:
-    given = _LayoutGiven(answers=answers, rubrics=rubrics, template=template, weights=model.weights())
+def _layout(name: str, group: str, judging: _Judging, model: ModelSettings, inputs: Mapping[str, Stage]) -> Stage:
+    settings = _Layout.part_of(judging, weights=model.weights())
     return Stage(
-        name=f"{name}-layout",
+        name=name,
         group=group,
-        work=WholeWork(function=choose_layout, settings=given),
-        config=given.model_dump(mode="json"),
+        work=WholeWork(function=choose_layout, settings=settings),
+        config=settings.model_dump(mode="json"),
         inputs=dict(inputs),
     )
 
@@ -239,7 +222,7 @@ def choose_layout(given: WholeInput) -> dict[str, Any]:
     The choice is kept beside the call log: another judge or more prompts must still find the calls that were made
     under it, even where the rule would now choose the other one.
     """
-    settings: _LayoutGiven = given.settings
+    settings: _Layout = given.settings
     name = f"layout-{digest([settings.template.model_dump(mode='json'), settings.weights], size=8)}.json"
     try:
         return {**given.calls_root.read_json(name), "chosen": "before"}
@@ -248,11 +231,10 @@ def choose_layout(given: WholeInput) -> dict[str, Any]:
     sample = []
     prompts = given.inputs["prompts"].table()
     for shard in range(given.num_shards):
-        messages = {row["prompt_id"]: row["messages"] for row in prompts.read(shard).to_pylist()}
-        for role in settings.answers:
-            for answer in answers_of(given.inputs[role].table().read(shard).to_pylist()):
-                if answer["response"] is not None:
-                    sample.append((answer["id"], transcript(messages[answer["prompt_id"]]), answer["response"]))
+        tables = [given.inputs[role].table().read(shard) for role in settings.answers]
+        for answer in answers_of(prompts.read(shard), *tables):
+            if answer.missing is None:
+                sample.append((answer.id, transcript(answer.messages), answer.response))
         sample = sorted(sample)[:_LAYOUT_SAMPLE]
     lengths = [
         part_lengths(

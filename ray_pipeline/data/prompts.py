@@ -14,17 +14,15 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, field_validator
 
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.rows import add_counts, gather
 from ray_pipeline.data.sources import (
     HuggingFaceSource,
     InputError,
-    PocketSource,
+    PromptSource,
     Source,
     SourceRow,
-    content_digests,
-    label_of,
     named_sources,
-    read_rows,
 )
 from ray_pipeline.store.keys import (
     canonical_json,
@@ -35,7 +33,6 @@ from ray_pipeline.store.keys import (
     unit_hash,
 )
 from ray_pipeline.store.schemas import PROMPTS, to_table
-from ray_pipeline.store.settings import Settings
 
 _BATCH_ROWS = 1024
 
@@ -96,7 +93,7 @@ def source_digests(config: PromptsConfig) -> dict[str, str]:
     return {
         _digest_name(name, part): value
         for name, source in named_sources(config.sources)
-        for part, value in content_digests(source).items()
+        for part, value in source.digest().items()
     }
 
 
@@ -104,7 +101,7 @@ def load_prompts(config: PromptsConfig, digests: Mapping[str, str] | None = None
     """Read all sources, drop what is empty or twice, and keep what the caps allow.
 
     Args:
-        digests: what `source_digests` returned; hub data sets are then read at exactly those commits, even when
+        digests: what `source_digests` returned; Hub datasets are then read at exactly those commits, even when
             somebody pushes in between. Without it, at the newest commit of their revision.
 
     Raises:
@@ -114,10 +111,9 @@ def load_prompts(config: PromptsConfig, digests: Mapping[str, str] | None = None
     tables: list[pa.Table] = []
     by_source: dict[str, dict[str, Any]] = {}
     for name, source in named_sources(config.sources):
-        commit = None
-        if digests is not None and isinstance(source, HuggingFaceSource):
-            commit = digests[_digest_name(name, source.name)]
-        table, counts = _load_source(source, config, commit)
+        if digests is not None:
+            source = source.pinned(_digests_of(name, digests))
+        table, counts = _load_source(source, config)
         table = _drop_seen(table, seen, counts)
         by_source[name] = counts
         tables.append(table)
@@ -155,32 +151,36 @@ def _digest_name(source: str, part: str) -> str:
     return source if source == part else f"{source}: {part}"
 
 
-def _load_source(source: Source, config: PromptsConfig, commit: str | None) -> tuple[pa.Table, dict[str, Any]]:
+def _digests_of(source: str, digests: Mapping[str, str]) -> dict[str, str]:
+    """The digests of one source by part: what `_digest_name` put together."""
+    before = f"{source}: "
+    own = {name.removeprefix(before): value for name, value in digests.items() if name.startswith(before)}
+    return own | {source: digests[source]} if source in digests else own
+
+
+def _load_source(source: PromptSource, config: PromptsConfig) -> tuple[pa.Table, dict[str, Any]]:
     """Distinct prompts of one source in its order, cut to its limit, and its counts."""
     counts: dict[str, Any] = {"read": 0, "dropped": dict.fromkeys(DROPPED, 0), "kept": 0}
     seen: set[str] = set()
-    batches = list(_batches(source, config, commit, seen, counts))
-    where = getattr(source, "path", label_of(source))
+    batches = list(_batches(source, config, seen, counts))
+    where = getattr(source, "path", source.label_in_tables)
     if not counts["read"]:
         raise InputError(f"{where} holds no row; check that it was written, or take it out of prompts.sources")
     if not seen:
         column = getattr(source, "column", "prompt")
         raise InputError(f"{where}: all {counts['read']} rows of column {column!r} are empty; choose another column")
     table = pa.concat_tables(batches)
-    limit = None if isinstance(source, PocketSource) else source.limit
-    rows = _smallest(table, limit, config.seed)
+    rows = _smallest(table, source.cap, config.seed)
     counts["dropped"]["over_limit"] = table.num_rows - len(rows)
     return gather(table, rows), counts
 
 
-def _batches(
-    source: Source, config: PromptsConfig, commit: str | None, seen: set[str], counts: dict[str, Any]
-) -> Iterator[pa.Table]:
+def _batches(source: PromptSource, config: PromptsConfig, seen: set[str], counts: dict[str, Any]) -> Iterator[pa.Table]:
     """Arrow tables of distinct prompts; only one batch is ever held as Python objects."""
     rows: list[dict[str, Any]] = []
-    for row in read_rows(source, commit):
+    for row in source.rows():
         counts["read"] += 1
-        messages = _conversation(row, getattr(source, "system", None))
+        messages = _conversation(row)
         if messages is None:
             counts["dropped"]["empty"] += 1
             continue
@@ -193,7 +193,7 @@ def _batches(
             {
                 "prompt_id": prompt,
                 "messages": messages,
-                "source": row.source or label_of(source),
+                "source": row.source or source.label_in_tables,
                 "task_type": row.task_type or "general",
                 "split": split_of(prompt, config.seed, config.val_fraction),
                 "meta": canonical_json(row.place),
@@ -205,14 +205,14 @@ def _batches(
     yield to_table(rows, PROMPTS)
 
 
-def _conversation(row: SourceRow, system: str | None) -> list[dict[str, str]] | None:
+def _conversation(row: SourceRow) -> list[dict[str, str]] | None:
     """Normalised messages that end with a user turn, or None when that turn holds nothing."""
     raw = row.value if isinstance(row.value, list) else [{"role": "user", "content": row.value or ""}]
     messages = normalise_messages(raw)
     if not messages or not messages[-1]["content"]:
         return None
-    if system and messages[0]["role"] != "system":
-        messages = [*normalise_messages([{"role": "system", "content": system}]), *messages]
+    if row.system and messages[0]["role"] != "system":
+        messages = [*normalise_messages([{"role": "system", "content": row.system}]), *messages]
     return messages
 
 

@@ -16,10 +16,10 @@ import uuid
 
 from pydantic import Field
 
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.base import Completion
 from ray_pipeline.store.files import Folder, StoreError
 from ray_pipeline.store.keys import digest
-from ray_pipeline.store.settings import Settings
 
 logger = logging.getLogger("quorum.account")
 

@@ -76,7 +76,7 @@ def _die_with_parent() -> None:
 
 
 class _CoreContext(ForkServerContext):
-    Process = _Core  # type: ignore[assignment]
+    Process = _Core
 
 
 class CoreServer:

@@ -88,7 +88,7 @@ class LoggedEngine:
         self._known: dict[str, Completion] = {}
         self._in_flight: dict[str, asyncio.Future[Completion]] = {}
         self._pending: list[dict[str, Any]] = []
-        self._flusher: asyncio.Task | None = None
+        self._flusher: asyncio.Task[None] | None = None
         self._stopped: str | None = None
         self._under_way, self._idle = 0, asyncio.Event()
         self._idle.set()

@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import os
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from ray_pipeline.config.blocks import Room
+from ray_pipeline.config.messages import ConfigError
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.base import ChatEngine
 from ray_pipeline.engines.identity import model_identity, text_digest
 from ray_pipeline.engines.openai import EndpointSettings, OpenAIEngine, OpenAISpec, validate_request_extra
 from ray_pipeline.engines.vllm import VllmEngine, VllmSpec, validate_engine_args, validate_sampling_extra
-from ray_pipeline.store.settings import Settings
+from ray_pipeline.pocket import model_path
 
 EngineFactory = Callable[[], ChatEngine]
 
 #: Of a GPU's memory, what engines that share it may take together; the rest is for their CUDA contexts.
 _MEMORY_SHARE = 0.9
-
-
-class Room(Settings):
-    """On which nodes something may run."""
-
-    label_selector: dict[str, str] = Field(default_factory=dict, description="labels of the nodes that may be used")
-    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
-        default_factory=dict, description="custom resources that it takes, as `ray start --resources` names them"
-    )
-
-    def room(self) -> dict[str, Any]:
-        """What Ray is told of it, under Ray's names."""
-        given = {"label_selector": self.label_selector, "resources": self.resources}
-        return {name: value for name, value in given.items() if value}
 
 
 class Placement(Room):
@@ -142,6 +133,11 @@ class ModelSettings(Settings):
         return functools.partial(VllmEngine, self.spec())
 
     @property
+    def shown(self) -> str:
+        """Its name for readers."""
+        return shown_name(self.model)
+
+    @property
     def is_here(self) -> bool:
         """Whether its weights and tokenizer can be loaded here: to be trained, or to count tokens with."""
         return self.engine == "vllm"
@@ -187,3 +183,57 @@ class ModelSettings(Settings):
     def trained(self, folder: str) -> ModelSettings:
         """The same model on other weights: a policy that was trained from it."""
         return self.model_copy(update={"model": folder, "revision": None, "adapter": None, "quantization": None})
+
+
+Purpose = Literal["generate", "judge", "train", "count tokens"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelUse:
+    """One key of a configuration that chooses a model.
+
+    Attributes:
+        key: as it is written in the file (`judge.rubrics.factuality.model`).
+        model: the model's key in `block`.
+        sampling: key of the sampling block that its calls are made with; "" where there is none.
+        extra: the `extra` of that block: sampling arguments by the engine's own names.
+        block: of the models to choose from.
+    """
+
+    key: str
+    model: str
+    purpose: Purpose = "judge"
+    sampling: str = ""
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    block: str = "models"
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether the weights or the tokenizer must be here, so that no endpoint will do."""
+        return self.purpose in ("train", "count tokens")
+
+
+def resolve_model(model: Any) -> Any:
+    """A model block as written, with the folder of a pocket model for its name and absolute paths of what lies here.
+
+    Raises ConfigError for an unknown pocket model.
+    """
+    if not isinstance(model, Mapping) or not isinstance(model.get("model"), str):
+        return model
+    if model.get("engine") == "openai":  # its name is the endpoint's word, whatever lies in this folder
+        return model
+    name = model["model"]
+    if name.startswith("pocket:"):
+        try:
+            return {**model, "model": model_path(name)}
+        except (ValueError, FileNotFoundError) as error:
+            raise ConfigError(str(error)) from error
+    # Actors have another working folder, so paths are made absolute here; a hub name is `owner/name` and stays.
+    paths = {key: model[key] for key in ("model", "adapter", "chat_template") if isinstance(model.get(key), str)}
+    paths = {key: os.path.abspath(os.path.expanduser(path)) for key, path in paths.items()}
+    return {**model, **{key: path for key, path in paths.items() if os.path.exists(path)}}
+
+
+def shown_name(model: str) -> str:
+    """A model's name for readers: hub names as they are, folders by their last part."""
+    return os.path.basename(model.rstrip("/")) if os.path.isabs(model) else model

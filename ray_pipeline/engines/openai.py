@@ -45,6 +45,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.account import Account, Prices
 from ray_pipeline.engines.base import (
     BudgetSpent,
@@ -61,7 +62,6 @@ from ray_pipeline.engines.base import (
 )
 from ray_pipeline.engines.endpoint_errors import Again, Asked, Refused, clean, refusal
 from ray_pipeline.store.files import Folder
-from ray_pipeline.store.settings import Settings
 
 logger = logging.getLogger("quorum.openai")
 

@@ -1,12 +1,13 @@
-"""Plain warnings: what a reader should know before trusting the numbers above them."""
+"""Warnings: what a reader should know before trusting the numbers."""
 
 from collections.abc import Iterator
 
 from ray_pipeline.agreement.panel import FAMILIES, family
 from ray_pipeline.evaluate.data import ReportData
-from ray_pipeline.evaluate.headline import percent, percent_interval
-from ray_pipeline.evaluate.metrics import Evaluation, RunMetrics, prefix_hit_rate
+from ray_pipeline.evaluate.metrics import RunMetrics, prefix_hit_rate
+from ray_pipeline.policy.evaluation import Evaluation
 from ray_pipeline.policy.response_stats import ResponseStats
+from ray_pipeline.report.figures import percent, percent_interval
 from ray_pipeline.stats.winrate import WinRate
 
 MAX_CLASS_RATIO = 3.0
@@ -23,7 +24,9 @@ KTO_BALANCE = (0.98, 4 / 3 + 0.02)
 
 def cautions(data: ReportData, metrics: RunMetrics) -> list[str]:
     """All warnings in the order of the pipeline, as plain text."""
-    found = [f"Nothing to report for stage {stage}: it has not run or left nothing." for stage in data.missing_stages()]
+    found = [
+        f"Nothing to report for stage {stage}: it has not run, or it left no output." for stage in data.missing_stages()
+    ]
     found += _on_judging(metrics)
     found += _on_labels(data, metrics)
     found += _on_training(metrics)
@@ -36,21 +39,21 @@ def cautions(data: ReportData, metrics: RunMetrics) -> list[str]:
 def _on_judging(metrics: RunMetrics) -> Iterator[str]:
     if metrics.judging is not None:
         for judge, stats in metrics.judging.judges.items():
-            asked = stats.read + stats.unread
-            if asked and stats.unread / asked > MAX_UNREAD:
-                yield f"Judge {judge}: {percent(stats.unread / asked)} of {asked} verdicts could not be read."
+            judged = stats.read + stats.unread
+            if judged and stats.unread / judged > MAX_UNREAD:
+                yield f"Judge {judge}: {percent(stats.unread / judged)} of {judged} verdicts could not be read."
             if stats.missing:
                 yield f"Judge {judge}: {stats.missing} candidates have no verdict row at all."
         for pair in metrics.judging.kappas:
             if pair.value is not None and pair.value < MIN_KAPPA:
                 yield (
-                    f"Judges {pair.judge_a} and {pair.judge_b} hardly agree on score classes "
+                    f"Judges {pair.judge_a} and {pair.judge_b} barely agree on score classes "
                     f"(kappa {pair.value:.2f} over {pair.rows} rows)."
                 )
     if metrics.critic is not None:
-        asked = metrics.critic.rows - metrics.critic.skipped
-        if asked and metrics.critic.unread / asked > MAX_UNREAD:
-            yield f"Critic: {percent(metrics.critic.unread / asked)} of {asked} critiques could not be read."
+        judged = metrics.critic.rows - metrics.critic.skipped
+        if judged and metrics.critic.unread / judged > MAX_UNREAD:
+            yield f"Critic: {percent(metrics.critic.unread / judged)} of {judged} critiques could not be read."
 
 
 def _on_labels(data: ReportData, metrics: RunMetrics) -> Iterator[str]:
@@ -88,14 +91,14 @@ def _on_training(metrics: RunMetrics) -> Iterator[str]:
         yield f"Training logged {metrics.training.not_finite} losses that are not finite."
     margin = metrics.training.trends.get("rewards_margins")
     if margin is not None and margin.last is not None and margin.last <= 0:
-        yield f"The reward margin ended at {margin.last:.3f}: training does not prefer the chosen answers."
+        yield f"The reward margin ended at {margin.last:.3f}: the trained policy does not prefer the chosen answers."
 
 
 def _on_evaluation(data: ReportData, evaluation: Evaluation) -> Iterator[str]:
     curators = set(data.curating_models.values())
     for judge, model in sorted(data.evaluating_models.items()):
         if model in curators:
-            yield f"Evaluating judge {judge} ({model}) also curated the data: it may prefer what it has taught."
+            yield f"Evaluating judge {judge} ({model}) also curated the data: it may prefer what it taught."
         if data.candidate_model and family(model, FAMILIES) == family(data.candidate_model, FAMILIES):
             yield (
                 f"Evaluating judge {judge} ({model}) is of the same family as the policy ({data.candidate_model}): "
@@ -127,7 +130,7 @@ def _on_win_rate(rate: WinRate) -> Iterator[str]:
             f"would be {percent(rate.score_worst)} or {percent(rate.score_best)}."
         )
     if rate.flip_rate is not None and rate.flip_rate > MAX_FLIP_RATE:
-        yield f"Judge {rate.judge} names another model in {percent(rate.flip_rate)} of pairs when the order is swapped."
+        yield f"Judge {rate.judge} picks another model in {percent(rate.flip_rate)} of pairs when the order is swapped."
     if rate.score.groups < MIN_PROMPTS:
         yield f"Judge {rate.judge} compared answers to {rate.score.groups} prompts only; intervals are rough."
 
@@ -136,6 +139,6 @@ def _on_use(data: ReportData, metrics: RunMetrics) -> Iterator[str]:
     for use in data.stage_use or ():
         several = metrics.judging is not None and len(metrics.judging.judges) > 1
         if use.stage == "judge" and use.calls and several and prefix_hit_rate(use) == 0:
-            yield "Stage judge never hit the prefix cache: judges read the shared text anew on every call."
+            yield "Stage judge never hit the prefix cache: judges process the shared text again on every call."
         if use.errors:
             yield f"Stage {use.stage}: {use.errors} errors."

@@ -1,4 +1,4 @@
-"""What the report of several training methods is made of."""
+"""The input of the report of several training methods."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ray_pipeline.data.row_truth import RowTruth
 from ray_pipeline.evaluate.data import StageUse
 from ray_pipeline.evaluate.method_stats import Difference, MethodStats, PolicyStats
 
@@ -15,11 +16,12 @@ class Comparison:
     """Everything on the page.
 
     Attributes:
-        data: name of each data set → how it was made, in a few words.
-        truth: name of a data set → its rows held against a checker that knows the truth, as figures by name.
-        facts: what else a reader needs to judge the table (judge, prompts, seeds …), in order.
-        warnings: whole sentences.
-        stage_use, fingerprints, config: what each stage took and is, and the configuration as resolved.
+        data: name of each dataset → how it was made, in a few words.
+        truth: name of a dataset → how its rows compare with a checker's verdicts.
+        facts: further context for the table (judge, prompts, seeds …), in order.
+        warnings: full sentences.
+        stage_use, fingerprints: usage and fingerprint of each stage.
+        config: the configuration as resolved.
     """
 
     name: str
@@ -27,7 +29,7 @@ class Comparison:
     methods: Sequence[MethodStats]
     differences: Sequence[Difference]
     data: Mapping[str, str]
-    truth: Mapping[str, Any]
+    truth: Mapping[str, RowTruth]
     facts: Mapping[str, str]
     warnings: Sequence[str]
     stage_use: Sequence[StageUse] = ()

@@ -1,4 +1,4 @@
-"""What a report is made of. Only the run's identity is needed: a part that is None is reported as missing."""
+"""The input of a run's report. Only the run's identity is required: a part that is None is reported as missing."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +17,8 @@ DMAPO_STAGES = ("prompts", "candidates", "judge", "critic", "gate", "datasets", 
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """Which run this is. `fingerprints` is by stage; `models` is role → model identity (for reading, not for logic).
-    `stages` are those that the workflow should have, in order, so that missing ones can be named.
+    """Which run this is. `fingerprints` is by stage; `models` is role → model identity (for display only).
+    `stages` are the workflow's stages in order, so that missing ones can be named.
     """
 
     name: str
@@ -31,8 +31,8 @@ class RunIdentity:
 
 @dataclass(frozen=True)
 class StageUse:
-    """What one stage used: sums over its receipts. `calls` counts engine calls made, `log_hits` those found in the
-    call log instead; `errors` counts rows or shards that ended in an error; `cost` is in the unit of the prices.
+    """Usage of one stage, summed over its receipts. `calls` counts engine calls, `log_hits` calls answered from the
+    call log; `errors` counts rows or shards that ended in an error; `cost` is in the unit of the prices.
     """
 
     stage: str
@@ -57,7 +57,7 @@ class ReportData:
     verdicts           candidate_id, judge, score, parse_status
     critiques          flawed, failure_type, parse_status
     decisions          candidate_id, prompt_id, label, final_score, score_variance, why
-    agreement_on       candidate ids that kappa and alpha are limited to (audit slice under early exit)
+    agreement_on       candidate ids to which kappa and alpha are limited (audit slice under early exit)
     dataset_counts     {"kto": {"train": rows, "val": rows}, "dpo": {…}}: train + val is the size, other keys are shown
     dataset_guards     {reason: rows or pairs kept out}
     kto_weights        {"desirable_weight": w, "undesirable_weight": w}
@@ -70,11 +70,11 @@ class ReportData:
     curating_models    judge of the data → model identity
     evaluating_models  judge of the comparisons → model identity
     candidate_model    name of the model that is trained and compared
-    compared           judge of the comparisons → protocol of its win rates, as far as settings say it
+    compared           judge of the comparisons → protocol of its win rates, as far as settings determine it
     stage_use          one StageUse per stage that ran
     benchmarks         scores of public benchmarks, as in `scores` of benchmarks.json
     config             the configuration as resolved, shown as it is
-    planned            the stages of `quorum plan` beside what they took
+    planned            planned and actual usage by stage, where `quorum plan` was run
     """
 
     run: RunIdentity
@@ -108,7 +108,7 @@ class ReportData:
     bootstrap_seed: int = 0
 
     def missing_stages(self) -> list[str]:
-        """Stages of the workflow that left nothing to report, in the workflow's order."""
+        """Stages of the workflow without output to report, in the workflow's order."""
         parts: dict[str, Any] = {
             "prompts": self.prompt_counts if self.prompt_counts is not None else self.prompts,
             "candidates": self.candidates,

@@ -1,9 +1,10 @@
-"""The first sentences of the report: did the policy get better, by what, and how sure is that."""
+"""The first sentences of the report: whether the policy got better, by which measure, and how certain that is."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-from ray_pipeline.evaluate.metrics import Evaluation
+from ray_pipeline.policy.evaluation import Evaluation
+from ray_pipeline.report.figures import percent, percent_interval
 from ray_pipeline.stats.bootstrap import Interval
 from ray_pipeline.stats.winrate import WinRate
 
@@ -13,7 +14,7 @@ Verdict = Literal["better", "worse", "unclear", "mixed", "unknown"]
 _OPENINGS: dict[Verdict, str] = {
     "better": "The policy got better.",
     "worse": "The policy got worse.",
-    "unclear": "It cannot be told whether the policy got better.",
+    "unclear": "Inconclusive: no significant difference between policy and base.",
     "mixed": "The measures disagree on whether the policy got better.",
     "unknown": "Whether the policy got better is not known:",
 }
@@ -36,8 +37,8 @@ class _Evidence:
 def headline(evaluation: Evaluation | None, missing_stages: list[str]) -> Headline:
     """Weigh win rates and true accuracy, or rubric scores where there is neither.
 
-    A measure speaks only when its interval leaves "no change" out. One that speaks decides when no other speaks against
-    it; true accuracy comes first in the text since it is the only measure that no judge made.
+    A measure counts only when its interval excludes "no change". It decides when no other measure contradicts it; true
+    accuracy comes first in the text since it is the only measure that does not depend on a judge.
     """
     evidence = [] if evaluation is None else _evidence(evaluation)
     if not evidence:
@@ -47,18 +48,6 @@ def headline(evaluation: Evaluation | None, missing_stages: list[str]) -> Headli
     verdict: Verdict = "unclear" if not directions else "mixed" if len(directions) > 1 else directions.pop()
     text = "; ".join(e.text for e in evidence)
     return Headline(verdict, f"{_OPENINGS[verdict]} {text[0].upper()}{text[1:]}.")
-
-
-def percent(share: float | None, digits: int = 1) -> str:
-    """A share as "12.3 %"."""
-    return "–" if share is None else f"{100 * share:.{digits}f} %"
-
-
-def percent_interval(interval: Interval) -> str:
-    """The bounds of an interval of shares, "10.0 to 20.0 %"."""
-    if interval.low is None or interval.high is None:
-        return "no interval"
-    return f"{100 * interval.low:.1f} to {100 * interval.high:.1f} %"
 
 
 def direction(interval: Interval, no_change: float) -> Direction:

@@ -1,4 +1,4 @@
-"""Many policies of one base side by side: each training method on each data set, over several seeds."""
+"""Many policies of one base side by side: each training method on each dataset, over several seeds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BASE = "base"
 
 @dataclasses.dataclass(frozen=True)
 class PolicyRun:
-    """How one policy came about. `label` is its name in the tables; `rows` are the training rows that it was given."""
+    """How one policy was trained. `label` is its name in the tables, `rows` the number of its training rows."""
 
     label: str
     method: str
@@ -41,7 +41,7 @@ class PolicyStats:
         equal_length: score against the base at equal length (wins + ties / 2, see ``length_control``).
         scores: judge → mean score of the responses of the first mode, over those that were read.
         mean_score: mean over prompts of the judges' mean, over responses that all judges read.
-        accuracy: mode → share of right answers, where a checker knows the truth; else empty.
+        accuracy: mode → share of right answers, where there is a checker; else empty.
         tokens: mean completion tokens in the first mode.
     """
 
@@ -69,7 +69,7 @@ class OverSeeds:
 
 @dataclasses.dataclass(frozen=True)
 class MethodStats:
-    """One method on one data set, over its seeds.
+    """One method on one dataset, over its seeds.
 
     Attributes:
         win_interval: 95 % bootstrap interval of the win rate, resampling prompts with all seeds of each.
@@ -94,7 +94,7 @@ class MethodStats:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """What a data set gains over another with one method: mean ± standard error of the differences, seed by seed."""
+    """The gain of one dataset over another with one method: mean ± standard error of the differences, seed by seed."""
 
     method: str
     data: str
@@ -139,7 +139,7 @@ def policy_stats(
         if run is not None:
             pairs = _pairs_of(comparisons, label)
             won = win_rate(pairs, *judges, draws=draws, seed=seed)
-            # One draw: what is told of it is the error over seeds.
+            # One draw: only the mean is used; the error shown is over seeds.
             controlled = length_controlled_score(decide_pairs(pairs, *judges), *lengths, draws=1)
             at_equal_length = controlled.score.mean
         found.append(
@@ -167,7 +167,7 @@ def policy_stats(
 def method_stats(
     policies: Sequence[PolicyStats], comparisons: pa.Table, *, draws: int = 2000, seed: int = 0
 ) -> list[MethodStats]:
-    """Each method on each data set, in the order in which they come first in `policies`; the base is left out."""
+    """Each method on each dataset, in the order of their first policy; the base is left out."""
     groups: dict[tuple[str, str], list[PolicyStats]] = {}
     for policy in policies:
         if policy.run is not None:
@@ -200,7 +200,7 @@ def method_stats(
 
 
 def differences(policies: Sequence[PolicyStats], over: str) -> list[Difference]:
-    """Every data set against the data set `over`, method by method, seed by seed: true accuracies, win rate, score."""
+    """Every dataset against the dataset `over`, method by method, seed by seed: true accuracies, win rate, score."""
     by_run = {(p.run.method, p.run.data, p.run.seed): p for p in policies if p.run is not None}
     found = []
     for method, data in dict.fromkeys((method, data) for method, data, _ in by_run):

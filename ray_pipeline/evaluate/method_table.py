@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.row_truth import RowTruth, row_truth
 from ray_pipeline.evaluate.stage import (
     stage_use,
@@ -26,8 +27,7 @@ from ray_pipeline.stats.protocol import Protocol, fixed_fields, measured_by
 from ray_pipeline.stats.winrate import completed_protocol
 from ray_pipeline.store.files import Folder, StoreError
 from ray_pipeline.store.local import written_here
-from ray_pipeline.store.settings import Settings
-from ray_pipeline.training.spec import MethodName
+from ray_pipeline.training.methods import MethodName
 
 
 class PolicyName(Settings):
@@ -40,13 +40,13 @@ class PolicyName(Settings):
 
 
 class TableSettings(Settings):
-    """What the page says beside the tables.
+    """Content of the page beside the tables.
 
     Attributes:
-        over: the data set that the others are held against.
-        data: name of each data set → how it was made.
+        over: the dataset with which the others are compared.
+        data: name of each dataset → how it was made.
         facts: further lines of the page.
-        curating, evaluating: judge → model, for the warning that a judge marks its own work.
+        curating, evaluating: judge → model, for the warning that a judge also made the data.
     """
 
     run_name: str
@@ -67,10 +67,10 @@ class _Given(Settings):
 
 
 def method_table(settings: TableSettings, stages: Sequence[Stage]) -> Stage:
-    """report.md, methods.csv, policies.csv and a plot.
+    """The page, methods.csv, policies.csv and metrics.json.
 
     Args:
-        stages: prompts, the rows of every data set, the training stages, all responses, the comparisons and the
+        stages: prompts, the rows of every dataset, the training stages, all responses, the comparisons and the
             scores of the responses.
     """
     return Stage(
@@ -93,13 +93,13 @@ def write_page(given: WholeInput) -> dict[str, Any]:
     for method in metrics["methods"]:
         won, right = method["win_rate"], method["accuracy"]
         shares = {"wins": won, **{f"right {mode}": share for mode, share in right.items()}}
-        told = ", ".join(f"{name} {share['mean']:.1%}" for name, share in shares.items() if share)
-        given.log(f"{method['method']} on {method['data']}: {told}")
+        figures = ", ".join(f"{name} {share['mean']:.1%}" for name, share in shares.items() if share)
+        given.log(f"{method['method']} on {method['data']}: {figures}")
     return {"methods": len(metrics["methods"]), "policies": len(settings.policies)}
 
 
 def rewrite_page(run: Run) -> Folder:
-    """The page anew, from the policies that are done; returns its folder.
+    """Rewrite the page from the finished policies; returns its folder.
 
     Raises:
         StoreError: nothing was compared yet.
@@ -151,11 +151,11 @@ def _build(
 
 
 def _protocol_facts(compared: Mapping[str, Protocol], comparisons: pa.Table, responses: pa.Table) -> dict[str, str]:
-    """Lines of the page that say with what the win rates, raw and at equal length, were measured."""
+    """Lines of the page on how the win rates, raw and at equal length, were measured."""
     found = {}
-    for judge, asked in compared.items():
+    for judge, protocol in compared.items():
         for controlled in (False, True):
-            measured = measured_by(completed_protocol(asked, comparisons, judge, responses, controlled=controlled))
+            measured = measured_by(completed_protocol(protocol, comparisons, judge, responses, controlled=controlled))
             fixed = "; ".join(f"{field} {value}" for field, value in fixed_fields(measured.protocol).items())
             found[f"protocol {measured.fingerprint}"] = f"{measured.name}: {fixed}"
     return found
@@ -198,9 +198,9 @@ def _warnings(settings: TableSettings) -> list[str]:
     found = []
     if shared:
         found.append(
-            f"The judge of the win rates ({', '.join(shared)}) also made the data: it marks its own taste. Read the "
-            "win rates with that in mind, or compare by another judge (evaluate.judge)."
+            f"The judge of the win rates ({', '.join(shared)}) also made the data: it may prefer its own taste. "
+            "Compare with another judge (evaluate.judge), or read the win rates with that in mind."
         )
     if len(seeds) < 3:
-        found.append(f"Only {len(seeds)} seed(s): differences of this size can be luck. Use three or more.")
+        found.append(f"Only {len(seeds)} seed(s): the differences may be chance. Use three or more.")
     return found

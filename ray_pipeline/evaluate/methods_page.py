@@ -1,60 +1,46 @@
-"""report.html of a comparison of training methods: its table, its plots and what was used."""
+"""The page of a comparison of training methods: its table, its charts and what was used."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
-import yaml
-
+from ray_pipeline.data.row_truth import RowTruth
 from ray_pipeline.evaluate.comparison import Comparison
-from ray_pipeline.evaluate.headline import percent
 from ray_pipeline.evaluate.method_stats import MethodStats, OverSeeds, PolicyStats
-from ray_pipeline.evaluate.metrics import as_json
-from ray_pipeline.evaluate.run_page import use_table
+from ray_pipeline.evaluate.use_page import identity_section, use_section
 from ray_pipeline.report.charts import Chart, Dot, dots
-from ray_pipeline.report.markdown import number
-from ray_pipeline.report.page import Block, Cell, Folded, Page, Section, Table, Text, panels, render_page
+from ray_pipeline.report.figures import number, percent
+from ray_pipeline.report.page import Block, Cell, Page, Rows, Section, Table, Text, facts, panels
 from ray_pipeline.stats.bootstrap import Interval
 
-#: Of the data sets, in their order.
+#: Of the datasets, in their order.
 _COLOURS = ("grey", "blue", "orange", "green", "purple", "vermilion")
 
 
-def methods_page(page: Comparison) -> str:
-    """The page as HTML."""
+def methods_page(page: Comparison) -> Page:
+    """The page; a part without rows is left out."""
     base = next(policy for policy in page.policies if policy.run is None)
+    measurement = [*facts(page.data, ("data", "how it was made")), *facts(page.facts, ("how it was measured", ""))]
     sections = [
         Section("methods", "Methods", [*panels(*_charts(page, base)), *_table(page, base)]),
         Section("policies", "Policies", [_policies(page)]),
+        Section("gains", "What the data changes", _gains(page)) if page.differences else None,
+        Section("truth", "Training rows against the truth", [_truth(page.truth)]) if page.truth else None,
+        Section("data", "Data and measurement", measurement) if measurement else None,
+        use_section(page.stage_use),
+        identity_section(page.fingerprints, page.config),
     ]
-    if page.differences:
-        sections.append(Section("gains", "What the data changes", _gains(page)))
-    how: list[list[str | Cell]] = [[name, text] for name, text in page.data.items()]
-    facts: list[list[str | Cell]] = [[name, text] for name, text in page.facts.items()]
-    blocks: list[Block] = []
-    if how:
-        blocks.append(Table(["data", "how it was made"], how, text_columns=2))
-    if facts:
-        blocks.append(Table(["how it was measured", ""], facts, text_columns=2))
-    if blocks:
-        sections.append(Section("data", "Data and measurement", blocks))
-    if page.stage_use:
-        sections.append(Section("use", "What it took", [use_table(page.stage_use)]))
-    sections += identity(page.fingerprints, page.config)
-    return render_page(
-        Page(
-            title=page.name,
-            subtitle="Quorum, training methods side by side",
-            headline=_headline(page),
-            warnings=page.warnings,
-            sections=sections,
-        )
+    return Page(
+        title=page.name,
+        subtitle="Quorum, training methods side by side",
+        headline=_headline(page),
+        warnings=page.warnings,
+        sections=[section for section in sections if section is not None],
     )
 
 
 def _headline(page: Comparison) -> str:
-    """The best win rate by name, and that the intervals say whether it is one."""
+    """The highest win rate, with a reminder to look at its interval."""
     known = [method for method in page.methods if method.win_rate is not None]
     if not known:
         return "No win rate is known yet."
@@ -62,7 +48,7 @@ def _headline(page: Comparison) -> str:
     interval = best.win_interval
     return (
         f"Highest win rate against the base: {best.method} on {best.data}, {_share(best.win_rate)} "
-        f"(95 % {percent(interval.low)} to {percent(interval.high)}). Intervals that overlap tell no order."
+        f"(95 % {percent(interval.low)} to {percent(interval.high)}). Overlapping intervals give no order."
     )
 
 
@@ -107,10 +93,10 @@ def _table(page: Comparison, base: PolicyStats) -> list[Block]:
     judges = list(page.methods[0].scores) if page.methods else list(base.scores)
     modes = list(base.accuracy)
     # What decides comes first: on a narrow window the table scrolls.
-    against = ["data", "rows", "wins", "95 %", "at equal length"]
-    trained = ["ties", "flips", "unread", "steps", "seconds"]
+    against = ["data", "rows", "steps", "wins", "95 %", "at equal length"]
+    trained = ["ties", "flips", "unread", "seconds"]
     columns = ["method", *against, "mean score", *(f"right, {mode}" for mode in modes), *judges, *trained]
-    rows: list[list[str | Cell]] = [
+    rows: Rows = [
         [
             "base",
             *("–" for _ in against),
@@ -126,6 +112,7 @@ def _table(page: Comparison, base: PolicyStats) -> list[Block]:
                 m.method,
                 m.data,
                 number(m.rows),
+                number(m.steps),
                 Cell(_share(m.win_rate), bar=m.win_rate.mean if m.win_rate else None),
                 f"{percent(m.win_interval.low)} to {percent(m.win_interval.high)}",
                 _share(m.equal_length),
@@ -135,24 +122,24 @@ def _table(page: Comparison, base: PolicyStats) -> list[Block]:
                 _share(m.tie_rate),
                 _share(m.flip_rate),
                 number(m.unread),
-                number(m.steps),
                 _points(m.train_seconds, 1),
             ]
         )
-    said = (
+    text = (
         "± is the standard error of the mean over seeds. Wins are against the base on the held-out prompts, counted "
-        "only where the judge says so in both orders; flips are pairs on which the two orders name different models. "
-        "At equal length is (wins + ties / 2) at equal length of both answers, by a fit of the verdicts to the "
-        "difference in length."
+        "only where the judge prefers the policy in both orders; their interval is a bootstrap over prompts, all seeds "
+        "of a prompt together. Flips are pairs on which the two orders name different models. At equal length is (wins "
+        "+ ties / 2) at equal length of both answers, by a fit of the verdicts to the difference in length. Mean "
+        "scores are means of the rubric judges."
     )
-    return [Table(columns, rows, text_columns=2), Text(said)]
+    return [Table(columns, rows, text_columns=2), Text(text)]
 
 
 def _policies(page: Comparison) -> Table:
     modes = list(next(iter(page.policies)).accuracy)
     columns = ["policy", "method", "data", "seed", "wins", "ties", "losses", "flips", "at equal length", "mean score"]
     columns += [f"right, {mode}" for mode in modes]
-    rows: list[list[str | Cell]] = []
+    rows: Rows = []
     for p in page.policies:
         run = p.run
         named = ["base", "–", "–", "–"] if run is None else [run.label, run.method, run.data, str(run.seed)]
@@ -162,26 +149,30 @@ def _policies(page: Comparison) -> Table:
 
 
 def _gains(page: Comparison) -> list[Block]:
-    rows: list[list[str | Cell]] = []
+    rows: Rows = []
     for d in page.differences:
         scale, digits, unit = (1.0, 2, "") if d.measure == "mean score" else (100.0, 1, " points")
         error = "" if d.gain.error is None else f" ± {scale * d.gain.error:.{digits}f}"
         gain = f"{scale * d.gain.mean:+.{digits}f}{error}{unit}"
         rows.append([d.method, f"{d.data} − {d.over}", d.measure, gain])
-    said = "Differences seed by seed, mean ± standard error."
-    return [Table(["method", "data", "measure", "gain"], rows, text_columns=3), Text(said)]
+    text = "Differences seed by seed, mean ± standard error."
+    return [Table(["method", "data", "measure", "gain"], rows, text_columns=3), Text(text)]
 
 
-def identity(fingerprints: Mapping[str, str], config: Mapping[str, Any] | None) -> list[Section]:
-    """Fingerprints by stage and the configuration, where there are any."""
-    blocks: list[Block] = []
-    if fingerprints:
-        rows: list[list[str | Cell]] = [[stage, found] for stage, found in fingerprints.items()]
-        blocks.append(Table(["stage", "fingerprint"], rows, text_columns=2))
-    if config:
-        text = yaml.safe_dump(as_json(config), sort_keys=False, allow_unicode=True, width=100).rstrip()
-        blocks.append(Folded("Configuration, as resolved", text))
-    return [Section("identity", "Configuration and fingerprints", blocks)] if blocks else []
+def _truth(truth: Mapping[str, RowTruth]) -> Table:
+    columns = ["data", "labelled rows", "repeated", "desirable and right", "undesirable and wrong", "pairs"]
+    columns += ["chosen is right", "rejected is wrong"]
+    rows: Rows = [
+        [
+            name,
+            number(found.labelled),
+            *map(percent, (found.repeated, found.desirable_right, found.undesirable_wrong)),
+            number(found.pairs),
+            *map(percent, (found.chosen_right, found.rejected_wrong)),
+        ]
+        for name, found in truth.items()
+    ]
+    return Table(columns, rows)
 
 
 def _share(value: OverSeeds | None) -> str:

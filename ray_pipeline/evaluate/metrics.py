@@ -1,7 +1,6 @@
-"""Every number of the report, computed once: metrics.json is this, and report.md, plots and warnings only show it."""
+"""Every number of a run's report, computed once: metrics.json is this, and the page and its warnings only show it."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,25 +13,10 @@ from ray_pipeline.data.critic_stats import CriticStats, critic_stats
 from ray_pipeline.data.gate_stats import GateStats, gate_stats
 from ray_pipeline.data.judge_stats import JudgingStats, judging_stats, scores_by_judge
 from ray_pipeline.evaluate.data import ReportData, StageUse
-from ray_pipeline.evaluate.training_curve import TrainingSummary, summarise_training
-from ray_pipeline.policy.response_stats import (
-    ResponseStats,
-    RubricStats,
-    accuracy_gains,
-    name_models,
-    response_stats,
-    rubric_stats,
-)
-from ray_pipeline.stats.bootstrap import Interval
+from ray_pipeline.policy.evaluation import Evaluation, evaluation_stats
+from ray_pipeline.policy.training_curve import TrainingSummary, summarise_training
 from ray_pipeline.stats.columns import chunk
-from ray_pipeline.stats.kappa_intervals import KappaInterval, kappa_intervals
-from ray_pipeline.stats.length_control import (
-    LengthControlledScore,
-    length_controlled_score,
-    pair_lengths,
-)
-from ray_pipeline.stats.protocol import Measured, measured_by
-from ray_pipeline.stats.winrate import WinRate, completed_protocol, decide_pairs, judges_of, win_rates
+from ray_pipeline.stats.kappa import KappaInterval, kappa_intervals
 
 
 @dataclass(frozen=True)
@@ -42,27 +26,6 @@ class Step:
     name: str
     rows: int
     note: str = ""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Base against policy; empty parts were not measured. `length_controlled` is by judge.
-
-    `protocols` are those of the win rates, by judge and then by "score" or "length_controlled".
-    """
-
-    win_rates: list[WinRate]
-    responses: list[ResponseStats]
-    accuracy_gains: dict[str, Interval]
-    rubrics: list[RubricStats]
-    perplexity: dict[str, Any]
-    length_controlled: dict[str, LengthControlledScore] = dataclasses.field(default_factory=dict)
-    protocols: dict[str, dict[str, Measured]] = dataclasses.field(default_factory=dict)
-
-    def fingerprint(self, judge: str, figure: str = "score") -> str:
-        """Of a win rate's protocol; a dash where it is not known (runs that were not finished)."""
-        found = self.protocols.get(judge, {}).get(figure)
-        return "–" if found is None else found.fingerprint
 
 
 @dataclass(frozen=True)
@@ -91,12 +54,20 @@ def collect_metrics(data: ReportData) -> RunMetrics:
         kappa_intervals=_kappa_intervals(data),
         critic=None if data.critiques is None else critic_stats(data.critiques),
         training=None if data.train_metrics is None else summarise_training(data.train_metrics),
-        evaluation=_evaluation(data),
+        evaluation=evaluation_stats(
+            data.comparisons,
+            data.responses,
+            data.response_verdicts,
+            data.perplexity,
+            data.compared,
+            draws=data.bootstrap_draws,
+            seed=data.bootstrap_seed,
+        ),
     )
 
 
-def data_set_rows(counts: Mapping[str, int]) -> int:
-    """Rows of a data set over its splits."""
+def dataset_rows(counts: Mapping[str, int]) -> int:
+    """Rows of a dataset over its splits."""
     return counts.get("train", 0) + counts.get("val", 0)
 
 
@@ -116,23 +87,6 @@ def total_use(stages: Sequence[StageUse]) -> StageUse:
 
     columns = [f.name for f in dataclasses.fields(StageUse) if f.name != "stage"]
     return StageUse(stage="all", **{column: total(column) for column in columns})
-
-
-def as_json(value: Any) -> Any:
-    """`value` as plain JSON types: dataclasses become objects, NaN and infinities null, keys strings."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: as_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): as_json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [as_json(item) for item in value]
-    if hasattr(value, "item"):  # a numpy scalar
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return str(value)
 
 
 def _judging(data: ReportData) -> JudgingStats | None:
@@ -170,62 +124,6 @@ def _in_order_of(decisions: pa.Table, candidates: pa.Table) -> pa.Table:
     return candidates.select(["candidate_id", "prompt_id"]).take(place)
 
 
-def _evaluation(data: ReportData) -> Evaluation | None:
-    parts = (data.comparisons, data.responses, data.response_verdicts, data.perplexity)
-    if all(part is None for part in parts):
-        return None
-    options: Any = {"draws": data.bootstrap_draws, "seed": data.bootstrap_seed}
-    responses = data.responses
-    return Evaluation(
-        win_rates=[] if data.comparisons is None else win_rates(data.comparisons, **options),
-        responses=[] if responses is None else response_stats(responses, **options),
-        accuracy_gains={} if responses is None else accuracy_gains(responses, **options),
-        rubrics=_rubrics(data.response_verdicts, responses, options),
-        perplexity=dict(data.perplexity or {}),
-        length_controlled=_length_controlled(data),
-        protocols=_protocols(data),
-    )
-
-
-def _protocols(data: ReportData) -> dict[str, dict[str, Measured]]:
-    if data.comparisons is None:
-        return {}
-    return {
-        judge: {
-            figure: measured_by(
-                completed_protocol(
-                    data.compared[judge], data.comparisons, judge, data.responses, controlled=figure != "score"
-                )
-            )
-            for figure in ("score", "length_controlled")
-        }
-        for judge in judges_of(data.comparisons)
-        if judge in data.compared
-    }
-
-
-def _length_controlled(data: ReportData) -> dict[str, LengthControlledScore]:
-    """By judge, the score at equal length; empty without responses, or where those have no ids to join by."""
-    if data.comparisons is None or data.responses is None or "response_id" not in data.responses.column_names:
-        return {}
-    lengths = pair_lengths(data.responses)
-    found = {
-        judge: length_controlled_score(decide_pairs(data.comparisons, judge), *lengths, seed=data.bootstrap_seed)
-        for judge in judges_of(data.comparisons)
-    }
-    return {judge: score for judge, score in found.items() if score.pairs}
-
-
-def _rubrics(verdicts: pa.Table | None, responses: pa.Table | None, options: dict[str, int]) -> list[RubricStats]:
-    if verdicts is None:
-        return []
-    if "model" not in verdicts.column_names:
-        if responses is None:
-            raise ValueError("response_verdicts has no column model, and there are no responses to take it from")
-        verdicts = name_models(verdicts, responses)
-    return rubric_stats(verdicts, **options)
-
-
 def _funnel(data: ReportData, gate: GateStats | None, judging: JudgingStats | None) -> list[Step]:
     """From prompts in to training rows, as far as the run came."""
     steps: list[Step] = []
@@ -243,5 +141,5 @@ def _funnel(data: ReportData, gate: GateStats | None, judging: JudgingStats | No
         steps += [Step("labelled", stats.count, label) for label, stats in gate.labels.items()]
     for name, unit in (("kto", "KTO rows"), ("dpo", "DPO pairs")):
         if name in (data.dataset_counts or {}):
-            steps.append(Step(unit, data_set_rows((data.dataset_counts or {})[name]), "train and val"))
+            steps.append(Step(unit, dataset_rows((data.dataset_counts or {})[name]), "train and val"))
     return steps

@@ -1,4 +1,4 @@
-"""What a run was planned to take, beside what it took."""
+"""Planned usage of a run beside its actual usage."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class PlannedUse:
-    """One stage: figures of the plan and of the run; None where either does not say. Device hours are of GPUs, without
-    GPUs of engines. Calls that the log answered took no tokens and no time in this run: `log_hits` tells how many."""
+    """One stage: figures of the plan and of the run, None where unknown. Device hours are of GPUs, or of engines where
+    there are no GPUs. `log_hits` counts calls answered from the call log: they used no tokens and no time in this run.
+    """
 
     stage: str
     planned_calls: int | None

@@ -1,4 +1,4 @@
-"""Evaluate: what the stored tables say of the data, the judges and the policy, and the report that shows it."""
+"""Evaluation: statistics of the data, the judges and the policy from the stored tables, and their report."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray
 import yaml
 from pydantic import Field
 
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.results import Run
@@ -23,7 +23,6 @@ from ray_pipeline.stats.protocol import Protocol
 from ray_pipeline.store.files import Folder, StoreError, join
 from ray_pipeline.store.local import written_here
 from ray_pipeline.store.schemas import TRAIN_METRICS
-from ray_pipeline.store.settings import Settings
 
 if TYPE_CHECKING:  # Torch, transformers and scikit-learn take seconds to import, and a DAG is wired without them.
     from ray_pipeline.evaluate.data import ReportData, StageUse
@@ -36,7 +35,7 @@ _PROTOCOLS = "protocols.json"
 
 
 class ReportSettings(Settings):
-    """What a report says of a run beside its tables.
+    """Content of a run's report beside its tables.
 
     Attributes:
         stages: those that the workflow should have, so that missing ones are named; default: those of DMAPO.
@@ -71,7 +70,7 @@ def evaluate(
     max_length: int,
     stages: Sequence[Stage],
 ) -> Stage:
-    """metrics.json, summary.csv, report.md and its plots, of whatever stages it is given, in their order."""
+    """The page, metrics.json and summary.csv of the given stages, in their order."""
     given = _Given(
         evaluate=settings, report=report, base=base, max_length=max_length, compared=win_rate_protocol(stages)
     )
@@ -113,6 +112,8 @@ def evaluate_run(given: WholeInput) -> dict[str, Any]:
 
 def _perplexities(given: WholeInput, settings: _Given) -> dict[str, Perplexity]:
     """Of base and policy, on held-out desirable answers."""
+    import ray
+
     from ray_pipeline.policy.perplexity import perplexity
 
     datasets = given.inputs["datasets"]
@@ -147,7 +148,7 @@ def _perplexities(given: WholeInput, settings: _Given) -> dict[str, Perplexity]:
 
 
 def store_protocols(folder: Folder, compared: Mapping[str, Protocol]) -> None:
-    """Keep them beside the page, for one that is written anew."""
+    """Store them beside the page, so that the page can be rewritten."""
     folder.write_json(_PROTOCOLS, {judge: dataclasses.asdict(protocol) for judge, protocol in compared.items()})
 
 
@@ -169,7 +170,7 @@ def report_data(
 
     Args:
         measured: model → perplexity.
-        compared: judge of the comparisons → their protocol, as far as settings say it.
+        compared: judge of the comparisons → their protocol, as far as settings determine it.
     """
     from ray_pipeline.evaluate.data import DMAPO_STAGES, ReportData, RunIdentity
 
@@ -238,12 +239,12 @@ def table_of(results: Mapping[str, StageResult], *names: str) -> pa.Table | None
 
 
 def with_truth(responses: pa.Table, prompts: pa.Table) -> pa.Table:
-    """Add `correct` where every prompt is of the pocket world, whose checker knows the truth."""
-    asked = {row["prompt_id"]: row for row in prompts.select(["prompt_id", "messages", "source"]).to_pylist()}
-    if any(row["source"] != "pocket" for row in asked.values()):
+    """Add `correct` where every prompt is of the pocket world, which has a checker."""
+    by_id = {row["prompt_id"]: row for row in prompts.select(["prompt_id", "messages", "source"]).to_pylist()}
+    if any(row["source"] != "pocket" for row in by_id.values()):
         return responses
     correct: Sequence[bool | None] = [
-        None if text is None else is_correct(asked[pid]["messages"][-1]["content"], text)
+        None if text is None else is_correct(by_id[pid]["messages"][-1]["content"], text)
         for pid, text in zip(responses["prompt_id"].to_pylist(), responses["response"].to_pylist(), strict=True)
     ]
     return responses.append_column("correct", pa.array(correct, pa.bool_()))

@@ -7,8 +7,9 @@ from typing import Any
 
 from ray_pipeline.evaluate.data import ReportData
 from ray_pipeline.evaluate.headline import Headline
-from ray_pipeline.evaluate.metrics import RunMetrics, as_json, data_set_rows, prefix_hit_rate, total_use
-from ray_pipeline.report.markdown import visible
+from ray_pipeline.evaluate.metrics import RunMetrics, dataset_rows, prefix_hit_rate, total_use
+from ray_pipeline.report.documents import as_json
+from ray_pipeline.report.escaping import visible
 from ray_pipeline.store.schemas import LABELS
 
 
@@ -58,8 +59,8 @@ def _curation(data: ReportData, metrics: RunMetrics) -> dict[str, Any]:
         "kappa_min": min(kappas, default=None),
         "kappa_mean": sum(kappas) / len(kappas) if kappas else None,
         "flawed_share": critic and critic.flawed_share,
-        "kto_rows": data_set_rows(counts["kto"]) if "kto" in counts else None,
-        "dpo_pairs": data_set_rows(counts["dpo"]) if "dpo" in counts else None,
+        "kto_rows": dataset_rows(counts["kto"]) if "kto" in counts else None,
+        "dpo_pairs": dataset_rows(counts["dpo"]) if "dpo" in counts else None,
     }
 
 

@@ -1,14 +1,14 @@
 """The feedback loop as stages that take turns: generate-1 → review-1 → generate-2 → review-2 → … → generate-N.
 
-Only one model need be loaded at a time; a prompt whose loop has ended gives no further rows. What a loop does next
-follows from its reviews by `feedback_loop.next_step`, as in the coroutine of that module.
+Only one model has to be loaded at a time, and a prompt whose loop has ended gets no further rows. The next step of a
+loop follows from its reviews by `feedback_loop.next_step`, as in the coroutine of that module.
 """
 
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
@@ -20,41 +20,39 @@ from ray_pipeline.agents.feedback_loop import (
     Stop,
     load_feedback_templates,
     next_step,
-    respond,
     review,
     revision_messages,
 )
 from ray_pipeline.agents.judges import SamplingSettings
 from ray_pipeline.agents.templates import RoleTemplate
-from ray_pipeline.engines.base import Completion, Message, PromptTooLong
+from ray_pipeline.config.settings import Settings
+from ray_pipeline.data.candidates import candidate_row, generated
+from ray_pipeline.engines.base import ChatEngine, Message, Sampling
 from ray_pipeline.engines.models import ModelSettings
-from ray_pipeline.graph.failures import FailureSettings
-from ray_pipeline.graph.gather import all_of
-from ray_pipeline.graph.llm_stage import llm_stage
+from ray_pipeline.graph.asking import Asking, Outcome, Row, ShardTables, Skip, count_by, reply_status
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage
-from ray_pipeline.store.keys import candidate_id, derived_seed, digest
-from ray_pipeline.store.schemas import CANDIDATES, READ_STATUSES, REVIEWS, to_table
-from ray_pipeline.store.settings import Settings
+from ray_pipeline.store.keys import derived_seed, digest
+from ray_pipeline.store.schemas import CANDIDATES, REVIEWS
 
 _PUBLISHED = SamplingSettings(temperature=0.0, max_tokens=1024)
 
 
 class ReviewerSettings(Settings):
-    """One reviewer: its name in the tables, the model that it is, and what it looks at."""
+    """One reviewer: its name in the tables, its model, and its focus."""
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_-]{0,63}$")
     model: str = Field("reviewer", description="a key of `models`")
-    focus: str = Field("", description="what it looks at; default: the template's own question")
-    sampling: SamplingSettings | None = Field(None, description="default: the block's `reviewing`")
+    focus: str = Field("", description="aspect to review; default: the template's own question")
+    sampling: SamplingSettings | None = Field(None, description="default: `reviewing` of the block")
 
 
 class LoopRules(Settings):
-    """How a feedback loop goes, whoever takes part.
+    """Rules of a feedback loop, whoever takes part.
 
     Attributes:
-        responses: N, how many responses a prompt has at most; all but the last are reviewed.
-        sampling: of responses and revisions; `reviewing` is of the reviews.
-        templates: built-in name or YAML file of what reviewers and generator are told.
+        responses: N, the maximum number of responses per prompt; all but the last are reviewed.
+        sampling: for responses and revisions; `reviewing` is for reviews.
+        templates: built-in name or YAML file of the texts for reviewers and generator.
     """
 
     responses: int = Field(3, ge=1, le=26)
@@ -67,7 +65,7 @@ class LoopRules(Settings):
     @field_validator("sampling", "reviewing", mode="before")
     @classmethod
     def _published(cls, given: Any) -> Any:
-        """A block that sets one key keeps the published others."""
+        """A block that sets one key keeps the other published values."""
         return {**_PUBLISHED.model_dump(), **given} if isinstance(given, Mapping) else given
 
     def texts(self) -> FeedbackTemplates:
@@ -75,7 +73,7 @@ class LoopRules(Settings):
 
 
 class LoopSettings(LoopRules):
-    """The `loop` block: how the loop goes, and who takes part.
+    """The `loop` block: its rules and participants.
 
     Attributes:
         generator: a key of `models`.
@@ -89,15 +87,15 @@ class LoopSettings(LoopRules):
         names = [r.name for r in self.reviewers]
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise ValueError(f"two reviewers have the same name: {', '.join(twice)}")
-        asked: dict[str, str] = {}
+        seen: dict[str, str] = {}
         for reviewer in self.reviewers:
             call = reviewer.model_dump_json(exclude={"name"})
-            if call in asked:
+            if call in seen:
                 raise ValueError(
-                    f"reviewers {asked[call]} and {reviewer.name} would say the same: one model, focus and sampling; "
-                    "give one of them another"
+                    f"reviewers {seen[call]} and {reviewer.name} are the same: one model, focus and sampling; "
+                    "change one of them"
                 )
-            asked[call] = reviewer.name
+            seen[call] = reviewer.name
         return self
 
     @property
@@ -106,29 +104,12 @@ class LoopSettings(LoopRules):
 
     @property
     def review_models(self) -> list[str]:
-        """Keys of the models that review, in the order in which reviewers name them."""
+        """Keys of the models that review, in the order of the reviewers."""
         return list(dict.fromkeys(r.model for r in self.reviewers))
-
-
-class _Generate(Settings):
-    k: int
-    seed: int
-    sampling: SamplingSettings
-    revise: str
-    reviewers: tuple[str, ...]
-
-
-class _Review(Settings):
-    reviewers: tuple[ReviewerSettings, ...]
-    sampling: SamplingSettings
-    template: RoleTemplate
-    asking: ReviewAsking
-    iteration: int
 
 
 def feedback_stages(
     settings: LoopSettings,
-    failure: FailureSettings,
     models: Mapping[str, ModelSettings],
     prompts: Stage,
     *,
@@ -139,162 +120,119 @@ def feedback_stages(
 
     Args:
         prefix: before the names of the stages, where a workflow has several loops.
-        first: the stage of the first responses, where several loops begin with the same.
+        first: the stage of the first responses, where several loops share it.
 
     Returns:
-        A stage with all responses as candidates (k: which response of its prompt, from 0), the stages that made them,
-        and those that made the reviews.
+        A stage with all responses as candidates (k: which response of its prompt, from 0), the stages that wrote them,
+        and those that wrote the reviews.
     """
     texts = settings.texts()
-    made: list[Stage] = []
+    responses: list[Stage] = []
     reviews: list[Stage] = []
     for k in range(settings.responses):
         if k == 0 and first is not None:
-            made.append(first)
+            responses.append(first)
             continue
+        inputs = {"prompts": prompts}
         if k:
-            reviews += _reviews(settings, failure, models, texts, prompts, made[-1], k - 1, prefix)
-        given = _Generate(
-            k=k,
-            seed=settings.seed,
-            sampling=settings.sampling,
-            revise=texts.revise if k else "",
-            reviewers=tuple(settings.names) if k else (),
+            reviews += review_stages(
+                REVIEW,
+                _Review(sampling=settings.reviewing, template=texts.review, asking=settings.asking, iteration=k - 1),
+                settings,
+                models,
+                {"prompts": prompts, "last": responses[-1]},
+                f"{prefix}review-{k}",
+            )
+            inputs |= {"last": responses[-1], **{f"reviews/{stage.name}": stage for stage in reviews}}
+        generate = _Generate.part_of(
+            settings, k=k, revise=texts.revise if k else "", reviewers=tuple(settings.names) if k else ()
         )
-        last = {"last": made[-1], **{f"reviews/{stage.name}": stage for stage in reviews}} if k else {}
-        model = models[settings.generator]
-        inputs = {"prompts": prompts, **last}
-        name = f"{prefix}generate-{k + 1}"
-        made.append(llm_stage(name, generate_shard, ("candidates",), given, model, failure, inputs))
+        responses.append(GENERATE.stage(f"{prefix}generate-{k + 1}", generate, models[settings.generator], inputs))
     joined = Stage(
         name=f"{prefix}candidates",
         work=ShardWork(function=join_shard, tables=("candidates",)),
         config=None,
-        inputs={stage.name: stage for stage in made},
+        inputs={stage.name: stage for stage in responses},
     )
-    return joined, made, reviews
-
-
-def _reviews(
-    settings: LoopSettings,
-    failure: FailureSettings,
-    models: Mapping[str, ModelSettings],
-    texts: FeedbackTemplates,
-    prompts: Stage,
-    last: Stage,
-    iteration: int,
-    prefix: str,
-) -> list[Stage]:
-    """One stage a model: reviews of models are their own stages and are joined by key."""
-    stages = []
-    for key in settings.review_models:
-        given = _Review(
-            reviewers=tuple(r for r in settings.reviewers if r.model == key),
-            sampling=settings.reviewing,
-            template=texts.review,
-            asking=settings.asking,
-            iteration=iteration,
-        )
-        group, inputs = f"{prefix}review-{iteration + 1}", {"prompts": prompts, "last": last}
-        name = group if len(settings.review_models) == 1 else f"{group}-{key}"
-        stages.append(llm_stage(name, review_shard, ("reviews",), given, models[key], failure, inputs, group=group))
-    return stages
+    return joined, responses, reviews
 
 
 # --- generating -------------------------------------------------------------------------------------------------------
 
 
-async def generate_shard(given: ShardInput) -> ShardOutput:
-    """Response number k of one shard's prompts, ordered by prompt; counts say how many loops ended, and why."""
-    settings: _Generate = given.settings
-    counts: dict[str, int] = collections.Counter()
-    asked = []
+class _Generate(Settings):
+    k: int
+    seed: int
+    sampling: SamplingSettings
+    revise: str
+    reviewers: tuple[str, ...]
+
+
+class _Turn(NamedTuple):
+    prompt_id: str
+    messages: list[Message]
+
+
+def _turns(shard: ShardTables, settings: _Generate) -> Iterator[_Turn | Skip]:
+    """The messages that response number k of each prompt answers; loops that have ended are counted."""
+    messages = shard.messages()
     if settings.k == 0:
-        asked = [(row["prompt_id"], row["messages"]) for row in given.tables["prompts"].to_pylist()]
-    else:
-        messages = {row["prompt_id"]: row["messages"] for row in given.tables["prompts"].to_pylist()}
-        reviews = reviews_by_prompt(review_tables(given.tables), settings.reviewers)
-        for last in given.tables["last"].to_pylist():
-            prompt = last["prompt_id"]
-            feedback, stop = what_next(last, reviews.get(prompt, []))
-            if stop is not None:
-                counts[f"ended.{stop}"] += 1
-                continue
-            turns = revision_messages(messages[prompt], last["response"], feedback[-1], settings.revise)
-            asked.append((prompt, turns))
-    rows = await all_of(_generate(given, settings, prompt, turns) for prompt, turns in asked)
-    for row in rows:
-        counts[row["finish_reason"]] += 1
-    return ShardOutput({"candidates": to_table(rows, CANDIDATES)}, dict(counts))
+        yield from (_Turn(prompt, turns) for prompt, turns in messages.items())
+        return
+    reviews = reviews_by_prompt(review_rows(shard), settings.reviewers)
+    for last in shard.rows("last"):
+        prompt = last["prompt_id"]
+        feedback, stop = what_next(last, reviews.get(prompt, []))
+        if stop is not None:
+            yield Skip(f"ended.{stop}")
+        else:
+            yield _Turn(prompt, revision_messages(messages[prompt], last["response"], feedback[-1], settings.revise))
 
 
-async def _generate(given: ShardInput, settings: _Generate, prompt: str, messages: Sequence[Message]) -> dict[str, Any]:
-    seed = derived_seed("response", settings.seed, prompt, settings.k)
-    row = await drawn(given, prompt, messages, settings.sampling, seed, settings.k, f"generate/{settings.k + 1}")
-    given.tick(1)
-    return row
+async def _generate(engine: ChatEngine, settings: _Generate, turn: _Turn) -> Outcome:
+    seed = derived_seed("response", settings.seed, turn.prompt_id, settings.k)
+    row = await response_row(engine, turn.prompt_id, turn.messages, settings.sampling.sampling(seed=seed), settings.k)
+    return Outcome({"candidates": [row]}, generated("the generator", row))
 
 
-async def drawn(
-    given: ShardInput,
-    prompt: str,
-    messages: Sequence[Message],
-    settings: SamplingSettings,
-    seed: int,
-    k: int,
-    role: str,
-) -> dict[str, Any]:
-    """A row of schema CANDIDATES. Its id follows from all that was asked, so revisions of other feedback differ."""
-    assert given.engine is not None
-    identity, sampling = given.engine.identity, settings.sampling(seed=seed)
-    asked = {**sampling.key(), "asked": digest(["asked", *([m["role"], m["content"]] for m in messages)])}
-    row: dict[str, Any] = {
-        "candidate_id": candidate_id(prompt, identity, asked, k),
-        "prompt_id": prompt,
-        "k": k,
-        "seed": seed,
-        "response": None,
-        "generator": identity["model"],
-        "prompt_tokens": None,
-        "completion_tokens": None,
-    }
-    reply = await respond(given.engine.bound(prompt, role), messages, sampling)
-    if isinstance(reply, Completion):
-        row |= {
-            "response": reply.text,
-            "finish_reason": reply.finish_reason,
-            "prompt_tokens": reply.prompt_tokens,
-            "completion_tokens": reply.completion_tokens,
-        }
-    elif isinstance(reply, PromptTooLong):
-        row |= {"finish_reason": "too_long", "prompt_tokens": reply.prompt_tokens}
-    else:
-        row |= {"finish_reason": "error"}
-    given.watch("the generator", row["finish_reason"] != "error")
-    return row
+async def response_row(engine: ChatEngine, prompt: str, messages: Sequence[Message], sampling: Sampling, k: int) -> Row:
+    """A row of schema CANDIDATES. Its id depends on all messages, so revisions by other feedback differ."""
+    conversation = digest(["asked", *([m["role"], m["content"]] for m in messages)])
+    return await candidate_row(engine, prompt, messages, sampling, {**sampling.key(), "asked": conversation}, k)
 
 
-def review_tables(tables: Mapping[str, pa.Table]) -> list[dict[str, Any]]:
-    """The reviews of all review stages, by role name."""
-    return [row for role in sorted(tables) if role.startswith("reviews/") for row in tables[role].to_pylist()]
+GENERATE = Asking(
+    tables={"candidates": CANDIDATES},
+    items=_turns,
+    ask=_generate,
+    role=lambda settings, turn: f"generate/{settings.k + 1}",
+    counts=count_by("candidates", "finish_reason"),
+)
+
+
+def review_rows(shard: ShardTables) -> list[Row]:
+    """The reviews of all review stages, ordered by role."""
+    return [row for table in shard.under("reviews/") for row in table.to_pylist()]
 
 
 def reviews_by_prompt(rows: Sequence[Mapping[str, Any]], reviewers: Sequence[str]) -> dict[str, list[list[Review]]]:
-    """Prompt → the reviews of its first, second … response, each by the reviewers in their order.
+    """By prompt_id, the reviews of its first, second … response, each list in the order of the reviewers.
 
     Raises:
-        KeyError: a review is of a reviewer that is not named.
-        ValueError: a response lacks the review of one of them, naming prompt and response.
+        KeyError: a review is by an unknown reviewer.
+        ValueError: a response lacks a review; the message names prompt and response.
     """
     place = {name: number for number, name in enumerate(reviewers)}
     found: dict[str, dict[int, dict[int, Review]]] = collections.defaultdict(lambda: collections.defaultdict(dict))
     for row in rows:
-        said = Review(row["feedback"], row["score"], row["reason"], row["parse_status"], row["raw"])
-        found[row["prompt_id"]][row["iteration"]][place[row["reviewer"]]] = said
+        one = Review(row["feedback"], row["score"], row["reason"], row["parse_status"], row["raw"])
+        found[row["prompt_id"]][row["iteration"]][place[row["reviewer"]]] = one
     for prompt, of_prompt in found.items():
         for iteration in range(len(of_prompt)):
             if len(of_prompt.get(iteration, ())) != len(place):
-                raise ValueError(f"reviews: response {iteration} of prompt {prompt!r} was not reviewed by all")
+                raise ValueError(
+                    f"reviews: response {iteration} of prompt {prompt!r} was not reviewed by all reviewers"
+                )
     return {
         prompt: [[by[n] for n in sorted(by)] for _, by in sorted(of_prompt.items())]
         for prompt, of_prompt in found.items()
@@ -302,15 +240,15 @@ def reviews_by_prompt(rows: Sequence[Mapping[str, Any]], reviewers: Sequence[str
 
 
 def what_next(last: Mapping[str, Any], reviews: Sequence[Sequence[Review]]) -> tuple[list[str], Stop | None]:
-    """All feedback that a loop was revised by, the next one included, and why it ends, if it does.
+    """All feedback of a loop, what the next revision uses included, and why the loop ends, if it does.
 
     Args:
         last: row of the last response, with `response` and `k`.
         reviews: of every response up to it.
     """
     feedback: list[str] = []
-    for said in reviews:
-        step, stop = next_step(said, feedback)
+    for of_response in reviews:
+        step, stop = next_step(of_response, feedback)
         if step is None:
             return feedback, stop
         feedback.append(step)
@@ -330,71 +268,100 @@ def join_shard(given: ShardInput) -> ShardOutput:
 # --- reviewing --------------------------------------------------------------------------------------------------------
 
 
-async def review_shard(given: ShardInput) -> ShardOutput:
-    """The reviews of one shard's last responses, ordered by prompt and reviewer; no row where there is no response."""
-    settings: _Review = given.settings
-    messages = {row["prompt_id"]: row["messages"] for row in given.tables["prompts"].to_pylist()}
-    rows = await all_of(
-        _review_one(given, settings, last, messages[last["prompt_id"]], reviewer)
-        for last in given.tables["last"].to_pylist()
-        if last["response"] is not None
-        for reviewer in settings.reviewers
+class Reviewing(Settings):
+    """What reviews depend on, beside the iteration or the number of samples."""
+
+    reviewers: tuple[ReviewerSettings, ...] = ()
+    sampling: SamplingSettings
+    template: RoleTemplate
+    asking: ReviewAsking
+
+
+class _Review(Reviewing):
+    iteration: int
+
+
+class ReviewItem(NamedTuple):
+    """One reviewer of one answer, a row of schema CANDIDATES; `sample` is which of several reviews it is."""
+
+    prompt_id: str
+    messages: list[Message]
+    answer: Row
+    reviewer: ReviewerSettings
+    sampling: SamplingSettings
+    iteration: int
+    sample: int = 0
+
+
+def _reviews(shard: ShardTables, settings: _Review) -> Iterator[ReviewItem]:
+    messages = shard.messages()
+    for last in shard.rows("last"):
+        if last["response"] is not None:
+            prompt = last["prompt_id"]
+            for reviewer in settings.reviewers:
+                sampling = reviewer.sampling or settings.sampling
+                yield ReviewItem(prompt, messages[prompt], last, reviewer, sampling, settings.iteration)
+
+
+async def review_one(engine: ChatEngine, settings: Reviewing, item: ReviewItem) -> Outcome:
+    """One review as a row of schema REVIEWS."""
+    answer, name = item.answer, item.reviewer.name
+    result = await review(
+        engine,
+        item.messages,
+        answer["response"],
+        settings.template,
+        item.sampling,
+        settings.asking,
+        item.reviewer.focus,
+        item.sample,
     )
-    return ShardOutput({"reviews": to_table(rows, REVIEWS)}, review_counts(rows))
-
-
-async def _review_one(
-    given: ShardInput,
-    settings: _Review,
-    last: Mapping[str, Any],
-    messages: Sequence[Message],
-    reviewer: ReviewerSettings,
-) -> dict[str, Any]:
-    sampling = reviewer.sampling or settings.sampling
-    found = await reviewed(given, last, messages, reviewer, settings.template, sampling, settings.asking)
-    given.tick(1)
-    return review_row(last, reviewer.name, settings.iteration, found)
-
-
-async def reviewed(
-    given: ShardInput,
-    answer: Mapping[str, Any],
-    messages: Sequence[Message],
-    reviewer: ReviewerSettings,
-    template: RoleTemplate,
-    sampling: SamplingSettings,
-    asking: ReviewAsking,
-    sample: int = 0,
-) -> Review:
-    """One review of an answer (a row with prompt_id and response)."""
-    assert given.engine is not None
-    engine = given.engine.bound(answer["prompt_id"], f"review/{reviewer.name}")
-    found = await review(engine, messages, answer["response"], template, sampling, asking, reviewer.focus, sample)
-    if found.parse_status != "too_long":
-        given.watch(f"reviewer {reviewer.name}", found.parse_status in READ_STATUSES)
-    return found
-
-
-def review_row(answer: Mapping[str, Any], reviewer: str, iteration: int, found: Review, sample: int = 0) -> dict:
-    """A row of schema REVIEWS."""
-    return {
-        "review_id": digest(["review", answer["candidate_id"], reviewer, iteration, sample]),
+    row = {
+        "review_id": digest(["review", answer["candidate_id"], name, item.iteration, item.sample]),
         "candidate_id": answer["candidate_id"],
-        "prompt_id": answer["prompt_id"],
-        "reviewer": reviewer,
-        "iteration": iteration,
-        "feedback": found.feedback,
-        "score": found.score,
-        "reason": found.reason,
-        "parse_status": found.parse_status,
-        "raw": found.raw,
+        "prompt_id": item.prompt_id,
+        "reviewer": name,
+        "iteration": item.iteration,
+        **vars(result),
     }
+    return Outcome({"reviews": [row]}, reply_status(f"reviewer {name}", result.parse_status))
 
 
-def review_counts(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Reviews by reviewer and status; those that want no change are counted beside it."""
+def review_role(settings: Settings, item: ReviewItem) -> str:
+    return f"review/{item.reviewer.name}"
+
+
+def review_counts(rows: Mapping[str, Sequence[Row]]) -> dict[str, int]:
+    """Reviews by reviewer and status, and those that ask for no change."""
     counts: dict[str, int] = collections.Counter()
-    for row in rows:
+    for row in rows["reviews"]:
         counts[f"{row['reviewer']}.{row['parse_status']}"] += 1
         counts[f"{row['reviewer']}.nothing_to_improve"] += row["feedback"] == ""
     return dict(counts)
+
+
+REVIEW = Asking(tables={"reviews": REVIEWS}, items=_reviews, ask=review_one, role=review_role, counts=review_counts)
+
+
+V = TypeVar("V", bound=Reviewing)
+
+
+def review_stages(
+    asking: Asking[V, ReviewItem],
+    settings: V,
+    loop: LoopSettings,
+    models: Mapping[str, ModelSettings],
+    inputs: Mapping[str, Stage],
+    group: str,
+) -> list[Stage]:
+    """One stage per model that reviews; a review finds its answer by id, whichever stage wrote it.
+
+    Args:
+        settings: without reviewers; each stage gets those of its model.
+    """
+    stages = []
+    for key in loop.review_models:
+        own = settings.model_copy(update={"reviewers": tuple(r for r in loop.reviewers if r.model == key)})
+        name = group if len(loop.review_models) == 1 else f"{group}-{key}"
+        stages.append(asking.stage(name, own, models[key], inputs, group=group))
+    return stages

@@ -1,22 +1,24 @@
-"""The page of a feedback loop: loop.json and report.md, from the stored responses, reviews and decisions."""
+"""The page of a feedback loop, from the stored responses, reviews and decisions."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.evaluate.stage import with_truth, write_report
 from ray_pipeline.feedback.loop import reviews_by_prompt, what_next
 from ray_pipeline.graph.results import Run
 from ray_pipeline.graph.stage import Stage, StageResult, WholeInput, WholeWork
+from ray_pipeline.report.charts import Chart, Series, lines
+from ray_pipeline.report.figures import number, percent
+from ray_pipeline.report.page import Page, Rows, Section, Table, Text, panels
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.local import written_here
 from ray_pipeline.store.schemas import REVIEWS
-from ray_pipeline.store.settings import Settings
 
 #: Why a loop ends, in words.
 WORDS = {
@@ -29,7 +31,7 @@ WORDS = {
 
 
 class LoopPage(Settings):
-    """What the page says beside the tables."""
+    """Content of the page beside the tables."""
 
     run_name: str
     reviewers: tuple[str, ...]
@@ -61,7 +63,7 @@ def write_loop_page(given: WholeInput) -> dict[str, Any]:
 
 
 def rewrite_page(run: Run) -> Folder:
-    """The loop's page anew, if it came so far, and the report; returns its folder."""
+    """Rewrite the loop's page, if there is one, and the report; returns the report's folder."""
     if "loop" in run.results:
         entry = run.manifest["stages"]["loop"]
         reviewers = tuple(r["name"] for r in run.manifest["config"]["loop"]["reviewers"])
@@ -73,20 +75,80 @@ def rewrite_page(run: Run) -> Folder:
 
 
 def build_page(settings: LoopPage, results: Mapping[str, StageResult], folder: Path) -> dict[str, Any]:
+    """Write the page and loop.json; returns the figures."""
     from ray_pipeline.feedback.loop_stats import loop_stats
-    from ray_pipeline.report.markdown import render
+    from ray_pipeline.report.write import write_page
 
     candidates = with_truth(results["candidates"].table().read_all(), results["prompts"].table().read_all())
     tables = [r.table().read_all() for name, r in sorted(results.items()) if name.startswith("review-")]
     reviews = pa.concat_tables([REVIEWS.empty_table(), *tables])
     ends = loop_ends(candidates, reviews, settings.reviewers)
     stats = loop_stats(candidates, reviews, results["select"].table().read_all(), ends)
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(stats, indent=2, allow_nan=False)
-    (folder / "loop.json").write_text(text + "\n", encoding="utf-8", newline="\n")
-    page = render("loop.md.j2", {"name": settings.run_name, "stats": stats, "words": WORDS})
-    (folder / "report.md").write_text(page, encoding="utf-8", newline="\n")
+    write_page(loop_document(settings.run_name, stats), {"loop.json": stats}, folder)
     return stats
+
+
+def loop_document(name: str, stats: Mapping[str, Any]) -> Page:
+    """The page of loop.json."""
+    responses = stats["responses"]
+    rows: Rows = [
+        [
+            str(r["response"]),
+            number(r["responses"]),
+            percent(r["responses"] / stats["prompts"]),
+            number(r["scored"]),
+            number(r["mean_score"]),
+            number(r["sd"]),
+            *(number(r[key]) for key in ("better", "equal", "worse", "accepted")),
+        ]
+        for r in responses
+    ]
+    columns = ["response", "prompts", "share", "scored", "mean score", "sd", "better than before", "equal", "worse"]
+    text = "A later response exists only where a reviewer still wanted a change, so its mean is over harder prompts."
+    charts = [_line("Mean score", "blue", responses, "mean_score")]
+    if stats["truth"]:
+        charts.append(_line("Accuracy of each prompt's newest response", "green", responses, "accuracy_so_far"))
+    sections = [
+        Section("responses", "Responses", [*panels(*charts), Table([*columns, "accepted"], rows), Text(text)]),
+        *([Section("truth", "The truth", [_truth(responses)])] if stats["truth"] else []),
+        Section("reviews", "Reviews", [_reviews(stats["reviewers"])]),
+    ]
+    ends = ", ".join(f"{WORDS[why]} {count:,}" for why, count in stats["ends"].items())
+    return Page(
+        title=f"Feedback loop of {name}",
+        subtitle="Quorum, feedback loop",
+        headline=f"{stats['prompts']:,} prompts. Loops ended because: {ends}.",
+        sections=sections,
+    )
+
+
+def _line(title: str, colour: str, responses: Sequence[Mapping[str, Any]], key: str) -> Chart | None:
+    known = [(r["response"], r[key]) for r in responses if r[key] is not None]
+    return lines(title, [Series(title, colour, [x for x, _ in known], [y for _, y in known])], "response")
+
+
+def _truth(responses: Sequence[Mapping[str, Any]]) -> Table:
+    rows: Rows = [
+        [
+            str(r["response"]),
+            f"{r['right']:,} of {r['of']:,}",
+            percent(r["accuracy"]),
+            percent(r["accuracy_so_far"]),
+            f"{r['mended']:,} of {r['wrong_before']:,}",
+            f"{r['kept_right']:,} of {r['right_before']:,}",
+        ]
+        for r in responses
+    ]
+    columns = ["response", "right", "accuracy", "accuracy of each prompt's newest response", "wrong before, right now"]
+    return Table([*columns, "right before, still right"], rows)
+
+
+def _reviews(reviewers: Sequence[Mapping[str, Any]]) -> Table:
+    rows: Rows = [
+        [r["reviewer"], *(number(r[key]) for key in ("of_response", "reviews", "nothing_to_improve", "unread"))]
+        for r in reviewers
+    ]
+    return Table(["reviewer", "of response", "reviews", "nothing to improve", "unread"], rows)
 
 
 def loop_ends(candidates: pa.Table, reviews: pa.Table, reviewers: Sequence[str]) -> dict[str, str]:
@@ -95,5 +157,5 @@ def loop_ends(candidates: pa.Table, reviews: pa.Table, reviewers: Sequence[str])
     for row in candidates.select(["prompt_id", "k", "response"]).to_pylist():
         if row["prompt_id"] not in last or row["k"] > last[row["prompt_id"]]["k"]:
             last[row["prompt_id"]] = row
-    said = reviews_by_prompt(reviews.to_pylist(), reviewers)
-    return {prompt: what_next(row, said.get(prompt, []))[1] or "limit" for prompt, row in last.items()}
+    of_prompt = reviews_by_prompt(reviews.to_pylist(), reviewers)
+    return {prompt: what_next(row, of_prompt.get(prompt, []))[1] or "limit" for prompt, row in last.items()}

@@ -1,15 +1,15 @@
 """Selection: judges score the responses of each prompt, the best one is accepted and the others are rejected.
 
-The judges are the rubric judges of the `judge` block, or any number of judges that compare the responses, by a strategy
-or by a debate. Whoever they are, their scores are verdicts on candidates, a named rule makes one jury of them, and the
-selection is a table of decisions, so that the code that makes training rows of a gate's decisions makes them of these.
+The judges are the rubric judges of the `judge` block, or any number of judges that compare the responses by a strategy
+or in a debate. Either way their scores are verdicts on candidates, a named rule pools them into one jury, and the
+selection is a table of decisions, from which training rows are made by the same code as from a gate's.
 """
 
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,31 +23,29 @@ from ray_pipeline.agents.ranking import Ranking, rank, rank_by_debate
 from ray_pipeline.agents.strategies import Strategy, StrategyAsking, StrategyTemplates, load_strategy_templates
 from ray_pipeline.agents.templates import Layout
 from ray_pipeline.agreement.ask import LiveJudge
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.gate import label_counts
 from ray_pipeline.data.mean_rank import MeanRank, mean_rank
 from ray_pipeline.engines.base import ChatEngine, Message
 from ray_pipeline.engines.models import ModelSettings
-from ray_pipeline.graph.failures import FailureSettings
-from ray_pipeline.graph.gather import all_of
-from ray_pipeline.graph.llm_stage import llm_stage
+from ray_pipeline.graph.asking import Asking, Outcome, Row, ShardTables, count_by, reply_status
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage
-from ray_pipeline.store.schemas import READ_STATUSES, VERDICTS, to_table
-from ray_pipeline.store.settings import Settings
+from ray_pipeline.store.schemas import VERDICTS
 
 
 class SelectSettings(Settings):
-    """The `select` block: who says which response is best.
+    """The `select` block: how the best response of a prompt is chosen.
 
     Attributes:
-        strategy: how several answers are judged. Without it and without a debate the rubric judges of the `judge`
+        strategy: how several answers are judged. With neither strategy nor debate, the rubric judges of the `judge`
             block score each answer by itself.
-        debate: instead of a strategy: the answers are debated by all roles of `debate_templates`, and the scores at
-            the end count. Each judge holds a debate of its own.
-        judges: who judges by the strategy, or debates.
-        jury: how the judges' scores become one.
-        pairs: of a prompt's DPO data: the accepted response with every rejected one, or with the worst alone.
-        templates: built-in name or YAML file of what a strategy asks.
-        debate_templates: the same of a debate: its roles, and what they are asked.
+        debate: instead of a strategy, all roles of `debate_templates` debate the answers, and their final scores
+            count. Each judge holds a debate of its own.
+        judges: the judges that use the strategy, or debate.
+        jury: how the judges' scores are pooled.
+        pairs: a prompt's DPO pairs: the accepted response with every rejected one, or only with the worst.
+        templates: built-in name or YAML file of a strategy's texts.
+        debate_templates: built-in name or YAML file of a debate's roles and texts.
     """
 
     strategy: Strategy | None = None
@@ -64,19 +62,19 @@ class SelectSettings(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> SelectSettings:
         if self.strategy is not None and self.debate is not None:
-            raise ValueError("strategy and debate are two ways to judge the same responses: keep one of them")
+            raise ValueError("strategy and debate exclude each other; keep one of them")
         if self.compares != bool(self.judges):
             raise ValueError(
-                "strategy and judges go together (or debate and judges): name both, or neither for the rubric judges"
+                "set strategy and judges together (or debate and judges), or neither to use the rubric judges"
             )
         names = [j.name for j in self.judges]
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise ValueError(f"two judges have the same name: {', '.join(twice)}")
         if self.debate is not None and any(j.rubric is not None for j in self.judges):
-            raise ValueError("a judge that debates has no rubric; its roles and tasks are in debate_templates")
+            raise ValueError("a judge in a debate has no rubric; remove it and edit the roles in debate_templates")
         if self.jury.votes and self.pairs == "best_worst":
             raise ValueError(
-                f"jury.pool {self.jury.pool} says which response is best and not which is worst; "
+                f"jury.pool {self.jury.pool} picks the best response but not the worst; "
                 "set pairs: every_rejected, or pool scores (mean, median, weighted_mean)"
             )
         for reader, there, keys in (
@@ -85,17 +83,17 @@ class SelectSettings(Settings):
             ("a strategy or a debate", self.strategy or self.debate, {"sampling", "asking"}),
         ):
             if there is None and (idle := sorted(self.model_fields_set & keys)):
-                raise ValueError(f"{idle[0]} is read by {reader} alone, and there is none; remove it or name one")
+                raise ValueError(f"{idle[0]} has no effect without {reader}; remove it or set one")
         return self
 
     @property
     def compares(self) -> bool:
-        """Whether judges of its own compare the responses; if not, the rubric judges score them."""
+        """Whether its own judges compare the responses; if not, the rubric judges score them."""
         return self.strategy is not None or self.debate is not None
 
     @property
     def how(self) -> str:
-        """By what the judges compare, for readers; empty for rubric judges."""
+        """How the judges compare, as text for reports; empty for rubric judges."""
         return "a debate" if self.debate is not None else "" if self.strategy is None else self.strategy.name
 
     @property
@@ -133,95 +131,89 @@ class _Debates(_Judges):
 
 def ranks(
     settings: SelectSettings,
-    failure: FailureSettings,
     models: Mapping[str, ModelSettings],
     prompts: Stage,
     answers: Mapping[str, Stage],
     name: str = "judge",
 ) -> list[Stage]:
-    """Verdicts by a strategy or by debates, one stage a model.
+    """Verdicts by a strategy or by debates, ordered by prompt, judge and answer; one stage per model.
 
     Args:
-        answers: role → stage of candidates; all answers of a prompt are judged together.
+        answers: stages of candidates by role; all answers to a prompt are judged together.
     """
     stages = []
     for key in settings.models:
-        given = _given(settings, tuple(answers), tuple(j for j in settings.judges if j.model == key))
         own = name if len(settings.models) == 1 else f"{name}-{key}"
-        inputs = {"prompts": prompts, **answers}
-        stages.append(llm_stage(own, rank_shard, ("verdicts",), given, models[key], failure, inputs, group=name))
+        judging = _judging(settings, tuple(answers), tuple(j for j in settings.judges if j.model == key))
+        stages.append(RANK.stage(own, judging, models[key], {"prompts": prompts, **answers}, group=name))
     return stages
 
 
-def _given(settings: SelectSettings, answers: tuple[str, ...], judges: tuple[LiveJudge, ...]) -> _Judges:
-    common = {"answers": answers, "judges": judges, "sampling": settings.sampling, "asking": settings.asking}
+def _judging(settings: SelectSettings, answers: tuple[str, ...], judges: tuple[LiveJudge, ...]) -> _Rank | _Debates:
+    who = {"answers": answers, "judges": judges}
     if settings.debate is not None:
-        return _Debates(**common, rules=settings.debate, templates=settings.debate_texts())
-    assert settings.strategy is not None
-    return _Rank(**common, strategy=settings.strategy, templates=settings.texts(), layout=settings.layout)
+        return _Debates.part_of(settings, **who, rules=settings.debate, templates=settings.debate_texts())
+    return _Rank.part_of(settings, **who, templates=settings.texts())
 
 
-async def rank_shard(given: ShardInput) -> ShardOutput:
-    """The verdicts of one shard, ordered by prompt, judge and answer."""
-    settings: _Judges = given.settings
-    answers: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
+class _Group(NamedTuple):
+    """All answers to a prompt and the judge that compares them; answers are rows of schema CANDIDATES."""
+
+    prompt_id: str
+    messages: list[Message]
+    answers: list[Row]
+    judge: LiveJudge
+
+
+def _groups(shard: ShardTables, settings: _Rank | _Debates) -> Iterator[_Group]:
+    answers: dict[str, list[Row]] = collections.defaultdict(list)
     for role in settings.answers:
-        for row in given.tables[role].to_pylist():
+        for row in shard.rows(role):
             answers[row["prompt_id"]].append(row)
-    groups = await all_of(
-        _rank_one(given, settings, row["messages"], answers[row["prompt_id"]], judge)
-        for row in given.tables["prompts"].to_pylist()
-        if row["prompt_id"] in answers
-        for judge in settings.judges
-    )
-    rows = [row for group in groups for row in group]
-    counts = collections.Counter(f"{row['judge']}.{row['parse_status']}" for row in rows)
-    return ShardOutput({"verdicts": to_table(rows, VERDICTS)}, dict(counts))
+    for prompt, messages in shard.messages().items():
+        if prompt in answers:
+            for judge in settings.judges:
+                yield _Group(prompt, messages, answers[prompt], judge)
 
 
-async def _rank_one(
-    given: ShardInput,
-    settings: _Judges,
-    messages: Sequence[Message],
-    answers: Sequence[Mapping[str, Any]],
-    judge: LiveJudge,
-) -> list[dict[str, Any]]:
-    assert given.engine is not None
-    shown = [answer for answer in answers if answer["response"] is not None]
-    engine = given.engine.bound(answers[0]["prompt_id"], f"judge/{judge.name}")
-    found = await _compared(engine, settings, messages, [answer["response"] for answer in shown], judge)
-    if found.parse_status not in ("too_long", "skipped"):
-        given.watch(f"judge {judge.name}", found.parse_status in READ_STATUSES)
-    given.tick(len(answers))
-    scores = dict(zip((a["candidate_id"] for a in shown), found.scores or (), strict=False))
-    known = {answer["candidate_id"] for answer in shown}
-    return [
+async def _rank(engine: ChatEngine, settings: _Rank | _Debates, group: _Group) -> Outcome:
+    shown = [answer for answer in group.answers if answer["response"] is not None]
+    ranking = await _ranked(engine, settings, group, [answer["response"] for answer in shown])
+    scores = dict(zip((a["candidate_id"] for a in shown), ranking.scores or (), strict=False))
+    rows = [
         {
             "candidate_id": answer["candidate_id"],
             "prompt_id": answer["prompt_id"],
-            "judge": judge.name,
+            "judge": group.judge.name,
             "score": scores.get(answer["candidate_id"]),
-            "reason": found.reason,
-            "parse_status": found.parse_status if answer["candidate_id"] in known else "error",
-            "raw": found.raw,
+            "reason": ranking.reason,
+            "parse_status": "error" if answer["response"] is None else ranking.parse_status,
+            "raw": ranking.raw,
         }
-        for answer in answers
+        for answer in group.answers
     ]
+    return Outcome({"verdicts": rows}, reply_status(f"judge {group.judge.name}", ranking.parse_status))
 
 
-async def _compared(
-    engine: ChatEngine, settings: _Judges, messages: Sequence[Message], texts: Sequence[str], judge: LiveJudge
-) -> Ranking:
+async def _ranked(engine: ChatEngine, settings: _Rank | _Debates, group: _Group, texts: list[str]) -> Ranking:
+    messages, judge = group.messages, group.judge
     sampling = judge.sampling or settings.sampling
     if isinstance(settings, _Debates):
-        return await rank_by_debate(
-            engine, messages, texts, settings.rules, settings.templates, sampling, settings.asking
-        )
-    assert isinstance(settings, _Rank)
+        rules, templates = settings.rules, settings.templates
+        return await rank_by_debate(engine, messages, texts, rules, templates, sampling, settings.asking)
     strategy = settings.strategy
     if judge.rubric is not None:
         strategy = strategy.model_copy(update={"rubric": judge.rubric})
     return await rank(engine, messages, texts, strategy, settings.templates, sampling, settings.asking, settings.layout)
+
+
+RANK = Asking(
+    tables={"verdicts": VERDICTS},
+    items=_groups,
+    ask=_rank,
+    role=lambda settings, group: f"judge/{group.judge.name}",
+    counts=count_by("verdicts", "judge", "parse_status"),
+)
 
 
 # --- the pick ---------------------------------------------------------------------------------------------------------
@@ -239,7 +231,7 @@ def select(
     jury: JuryRule = MEAN,
     name: str = "select",
 ) -> Stage:
-    """One decision a candidate: accepted, rejected, or neither."""
+    """One decision per candidate: accepted, rejected, or neither."""
     given = _Pick(judges=tuple(judges), jury=jury)
     return Stage(
         name=name,
@@ -251,8 +243,8 @@ def select(
 
 def select_shard(given: ShardInput) -> ShardOutput:
     settings: _Pick = given.settings
-    verdicts = [given.tables[role] for role in sorted(given.tables) if role.startswith("verdicts/")]
-    table = accept_best(given.tables["candidates"], pa.concat_tables(verdicts), settings.judges, settings.jury)
+    verdicts = pa.concat_tables(ShardTables(given.tables, given.facts).under("verdicts/"))
+    table = accept_best(given.tables["candidates"], verdicts, settings.judges, settings.jury)
     given.tick(table.num_rows)
     return ShardOutput({"decisions": table}, label_counts(table))
 

@@ -11,9 +11,9 @@ from collections.abc import Iterable
 
 from pydantic import Field
 
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.graph.stage import StageStop
 from ray_pipeline.store.files import Folder, StoreError
-from ray_pipeline.store.settings import Settings
 
 _NAME = "_failures.json"
 #: Characters of an error that are kept: a reader wants the reason, not a page of what a server said.

@@ -41,7 +41,7 @@ class WantedKey:
 
 
 def wanted_keys(models: Mapping[str, Any]) -> tuple[WantedKey, ...]:
-    """The environment variables that a configuration's models read, by their key under `models`."""
+    """The environment variables that a configuration's models read, by the model's key in the configuration."""
     return tuple(
         WantedKey(model.endpoint.api_key_env, name, model.placement.label_selector)
         for name, model in models.items()
@@ -175,9 +175,9 @@ def _refuse(node: _Node, trouble: Mapping[str, str], missing: list[str], wanted:
     for key in wanted:
         if key.variable in missing and may_run(key.label_selector, node.labels):
             raise KeyMissing(
-                f"node {node.address} has no environment variable {key.variable}, which models.{key.model} reads its "
+                f"node {node.address} has no environment variable {key.variable}, which {key.model} reads its "
                 "key from. Set it for `ray start` there (a secret of the pod or container), or keep the model off "
-                f"that node with models.{key.model}.placement.label_selector"
+                f"that node with {key.model}.placement.label_selector"
             )
 
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from ray_pipeline.engines.logged import LoggedEngine
 from ray_pipeline.engines.models import EngineFactory, Placement
+from ray_pipeline.extensions import digests_in
 from ray_pipeline.store.files import Folder, join
 from ray_pipeline.store.keys import fingerprint
 from ray_pipeline.store.tables import ShardedTable
@@ -138,7 +139,8 @@ class Stage:
     def fingerprint(self) -> str:
         # Kept: every stage asks all that it reads, and the number of paths through a DAG grows fast.
         inputs = {role: stage.fingerprint for role, stage in self.inputs.items()}
-        return fingerprint(self.name, self.version, self.config, inputs, self.external)
+        external = {**self.external, **digests_in(self.config)}
+        return fingerprint(self.name, self.version, self.config, inputs, external)
 
     @property
     def folder_name(self) -> str:

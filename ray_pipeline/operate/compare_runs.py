@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from ray_pipeline.graph.results import Run
 from ray_pipeline.store.files import StoreError
+from ray_pipeline.workflow.registry import find_workflow
 
 if TYPE_CHECKING:
     from ray_pipeline.operate.side_by_side import Side
-
-#: Where the numbers of a workflow's report are; elsewhere in metrics.json.
-_NUMBERS = {"agreement": "agreement.json", "winrate": "winrate.json", "benchmarks": "benchmarks.json"}
 
 
 def side_of(run: Run) -> Side:
@@ -24,7 +22,10 @@ def side_of(run: Run) -> Side:
     from ray_pipeline.operate.side_by_side import Side
 
     workflow = run.manifest["dag"]
-    name = f"report/{_NUMBERS.get(workflow, 'metrics.json')}"
+    numbers = find_workflow(workflow).numbers
+    if numbers is None:
+        raise StoreError(f"{run.folder.location} is a run of {workflow}, whose runs cannot be compared")
+    name = f"report/{numbers}"
     try:
         metrics: dict[str, Any] = run.folder.read_json(name)
     except FileNotFoundError as error:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray_pipeline.agents.templates import ANY_FENCE, RoleTemplate, render, transcript
-from ray_pipeline.config import ConfigError, DmapoConfig
+from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.data.datasets import TokenCounter
 from ray_pipeline.data.prompts import load_prompts
 from ray_pipeline.engines.base import Message
@@ -69,7 +69,7 @@ class Plan:
         return dataclasses.asdict(self)
 
 
-def plan(config: DmapoConfig, rates: Rates, count: Callable[[str, ModelSettings], Count] | None = None) -> Plan:
+def plan(config: Any, rates: Rates, count: Callable[[str, ModelSettings], Count] | None = None) -> Plan:
     """Plan a DMAPO run.
 
     Args:
@@ -132,9 +132,7 @@ def plan(config: DmapoConfig, rates: Rates, count: Callable[[str, ModelSettings]
 # --- work -------------------------------------------------------------------------------------------------------------
 
 
-def work(
-    config: DmapoConfig, rates: Rates, count: Callable[[str, ModelSettings], Count], notes: list[str]
-) -> list[StagePlan]:
+def work(config: Any, rates: Rates, count: Callable[[str, ModelSettings], Count], notes: list[str]) -> list[StagePlan]:
     """Calls and tokens by stage; retries of unreadable replies are not in it."""
     table = load_prompts(config.prompts).table
     n, held_out = table.num_rows, table["split"].to_pylist().count("val")
@@ -206,7 +204,7 @@ def _devices(model: ModelSettings) -> float:
     return model.placement.max_actors * float(each)
 
 
-def _tokenizer_of(config: DmapoConfig, notes: list[str]) -> Callable[[str, ModelSettings], Count]:
+def _tokenizer_of(config: Any, notes: list[str]) -> Callable[[str, ModelSettings], Count]:
     """Counters with the models' own tokenizers; the policy's stands in for a model at an endpoint."""
     made: dict[str, TokenCounter] = {}
 
@@ -230,7 +228,7 @@ def _tokenizer_of(config: DmapoConfig, notes: list[str]) -> Callable[[str, Model
 _LIKE = {"responses": "candidates", "score": "judge", "comparisons": "judge"}
 
 
-def _price(stage: StagePlan, config: DmapoConfig, rates: Rates) -> None:
+def _price(stage: StagePlan, config: Any, rates: Rates) -> None:
     model = config.models[stage.model]
     if model.endpoint is not None:
         if model.endpoint.prices is not None:
@@ -259,7 +257,7 @@ def _time(stage: StagePlan, seconds: float, spread: float, price: DevicePrice | 
     stage.money = None if price is None else seconds / 3600 * price.price
 
 
-def _training(config: DmapoConfig, rates: Rates, stages: Sequence[StagePlan], notes: list[str]) -> StagePlan | None:
+def _training(config: Any, rates: Rates, stages: Sequence[StagePlan], notes: list[str]) -> StagePlan | None:
     """Tokens of the kept rows over all epochs; KTO's own reference pass is part of the rate."""
     if rates.train is None or rates.kept_share is None:
         notes.append("training is not planned: rates need train.tokens_per_s and kept_share")

@@ -1,20 +1,20 @@
-"""What things cost, and who says so: rates and prices carry a source and a date, or they are not used."""
+"""Rates and prices, each with its source and date; without them nothing is priced."""
 
 from __future__ import annotations
 
 import datetime
-from typing import Any
 
 import yaml
 from pydantic import Field, ValidationError
 
-from ray_pipeline.config import ConfigError, served_models
+from ray_pipeline.config.messages import ConfigError
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.graph.spending import Budget
-from ray_pipeline.store.settings import Settings
+from ray_pipeline.workflow.config import RunConfig
 
 
 class Sourced(Settings):
-    """A figure that somebody stands for."""
+    """A rate with its source and date."""
 
     source: str = Field(min_length=3, description="a benchmark and its address, or who measured it on what")
     date: datetime.date
@@ -102,38 +102,17 @@ def given_price(price: float, currency: str) -> DevicePrice:
     return DevicePrice(price=price, currency=currency, source="given by the user", date=datetime.date.today())
 
 
-def currency_of(config: Any) -> str:
-    """The one currency of all endpoints' prices; USD where none has any.
+def budget_of(config: RunConfig, max_cost: float | None, device_hour: float | None) -> Budget:
+    """The limit that `quorum run --max-cost` sets.
 
     Raises:
-        ConfigError: two endpoints are priced in different currencies, which nobody can add up.
-    """
-    found = {p.currency: key for key, p in _endpoint_prices(config).items()}
-    if len(found) > 1:
-        raise ConfigError(f"models are priced in {' and '.join(sorted(found))}; give all prices in one currency")
-    return next(iter(found), "USD")
-
-
-def _endpoint_prices(config: Any) -> dict[str, Any]:
-    models = served_models(config).items()
-    return {key: m.endpoint.prices for key, m in models if m.endpoint is not None and m.endpoint.prices}
-
-
-def budget_of(config: Any, max_cost: float | None, device_hour: float | None) -> Budget:
-    """What `quorum run --max-cost` means for a configuration.
-
-    Raises:
-        ConfigError: a limit without any price, a price below nought, or prices in two currencies.
+        ConfigError: a limit without any price, a negative price, or prices in two currencies.
     """
     for name, value in (("--max-cost", max_cost), ("--device-hour", device_hour)):
         if value is not None and value < 0:
             raise ConfigError(f"{name} is {value:g}; it cannot be negative")
-    if max_cost is not None and device_hour is None and not _endpoint_prices(config):
+    if max_cost is not None and device_hour is None and not config.prices():
         raise ConfigError(
             "--max-cost needs a price: --device-hour for devices of your own, or models.….endpoint.prices"
         )
-    workers: dict[str, float] = {}
-    if hasattr(config, "train"):
-        workers["train"] = config.train.num_workers
-        workers |= {f"train-{p.label}": config.train.num_workers for p in getattr(config, "policies", list)()}
-    return Budget(max_cost, device_hour, currency_of(config), workers)
+    return Budget(max_cost, device_hour, config.currency(), config.workers())

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from ray_pipeline.config import DmapoConfig
 from ray_pipeline.data.prompts import load_prompts
 from ray_pipeline.graph.run import execute
 from ray_pipeline.graph.shard_map import receipt_name
 from ray_pipeline.graph.stage import Dag, StageResult, StageStop
 from ray_pipeline.operate.prices import CallTime, KeptShare, Rates, ReplyTokens
 from ray_pipeline.operate.run_settings import run_settings
+from ray_pipeline.stats.bootstrap import drawn_ratio, percentiles, sample_counts
 from ray_pipeline.store.files import Folder, StoreError, beside
 
 #: Fewer prompts say nothing about a mean.
@@ -31,10 +31,10 @@ _SPREAD = 0.25
 
 
 def probe(
-    config: DmapoConfig,
+    config: Any,
     folder: str,
     share: float,
-    wire: Callable[[DmapoConfig, str], Dag],
+    wire: Callable[[Any, str], Dag],
     given: Rates,
     console: Console,
 ) -> Rates:
@@ -121,9 +121,6 @@ def _interval(tokens: np.ndarray, calls: np.ndarray) -> tuple[float, float]:
 
     Of tokens and not of seconds: shards of an actor share its time, and which of them reports it is luck.
     """
-    rng = np.random.default_rng(0)
-    draws = rng.integers(0, len(calls), (_DRAWS, len(calls)))
-    asked = calls[draws].sum(axis=1)
-    ratios = tokens[draws].sum(axis=1)[asked > 0] / asked[asked > 0]
-    low, high = np.quantile(ratios / (tokens.sum() / calls.sum()), [0.025, 0.975])
+    mean = tokens.sum() / calls.sum()
+    low, high = percentiles(drawn_ratio(tokens, calls, sample_counts(len(calls), _DRAWS, 0)) / mean)
     return float(low), float(high)

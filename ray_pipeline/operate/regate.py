@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
 
-from ray_pipeline.config import ConfigError, DmapoConfig, read_config
+from ray_pipeline.config.loading import read_config
+from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.data import columnar
 from ray_pipeline.data.datasets import kto_weights
 from ray_pipeline.data.gate import GateConfig, decide, label_counts
@@ -28,6 +29,7 @@ from ray_pipeline.graph.stage import Stage, WholeWork
 from ray_pipeline.store.files import StoreError, point_at
 from ray_pipeline.store.keys import digest
 from ray_pipeline.store.schemas import LABELS
+from ray_pipeline.workflow.registry import find_workflow
 
 #: Blocks of the configuration that stored scores can be read again under.
 _BLOCKS = ("gate.", "datasets.")
@@ -67,8 +69,8 @@ class Regate:
     """A run, its configuration as it was, and as it would be."""
 
     run: Run
-    before: DmapoConfig
-    after: DmapoConfig
+    before: Any
+    after: Any
 
 
 def regate(run: Run, overrides: Sequence[str]) -> Regate:
@@ -93,8 +95,9 @@ def regate(run: Run, overrides: Sequence[str]) -> Regate:
         if name not in run.results:
             raise StoreError(f"{run.folder.location}: {name} is not done yet, so there is nothing to gate")
     source = run.folder.uri("manifest.json")
-    before = read_config("dmapo", run.manifest["given"], source=source)
-    after = read_config("dmapo", run.manifest["given"], overrides, source="quorum regate")
+    kind = find_workflow("dmapo").config
+    before = read_config(kind, run.manifest["given"], source=source)
+    after = read_config(kind, run.manifest["given"], overrides, source="quorum regate")
     if after.gate.use_critic and "critic" not in run.results:
         raise StoreError(f"{run.folder.location}: critic is not done; run it, or add gate.use_critic=false")
     return Regate(run, before, after)
@@ -140,7 +143,7 @@ def _scores(given: Regate) -> Iterator[dict[str, pa.Table | None]]:
         }
 
 
-def _decide(tables: Mapping[str, Any], config: DmapoConfig) -> pa.Table:
+def _decide(tables: Mapping[str, Any], config: Any) -> pa.Table:
     gate: GateConfig = config.gate
     critiques = tables["critiques"] if gate.use_critic else None
     return decide(tables["candidates"], tables["verdicts"], critiques, config.judge.names, gate)

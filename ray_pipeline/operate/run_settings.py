@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from ray_pipeline.config import served_models
-from ray_pipeline.graph.failures import FailureSettings
 from ray_pipeline.graph.reach import wanted_keys
 from ray_pipeline.graph.run import RunSettings
 from ray_pipeline.operate.prices import budget_of
+from ray_pipeline.workflow.config import RunConfig
 
 
-def run_settings(config: Any, folder: str, **other: Any) -> RunSettings:
+def run_settings(config: RunConfig, folder: str, **other: Any) -> RunSettings:
     """
     Args:
-        config: of any workflow.
         folder: of the run; absolute path or URI.
         other: further fields of RunSettings, which win.
     """
@@ -29,8 +27,8 @@ def run_settings(config: Any, folder: str, **other: Any) -> RunSettings:
         "replay_only": config.calls.replay_only,
         "max_stages": config.ray.max_stages,
         "tables": config.ray.tables.room(),
-        "failure": getattr(config, "failure", FailureSettings()),
-        "keys": wanted_keys(served_models(config)),
+        "failure": config.failure,
+        "keys": wanted_keys(config.served()),
         "budget": budget_of(config, None, None),
     }
     return RunSettings(**(given | other))

@@ -1,4 +1,4 @@
-"""Two runs side by side: what was configured otherwise, and what came out otherwise."""
+"""Two runs side by side: differences in configuration and in results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ray_pipeline.report.charts import Bins, Chart, Dot, dots, histogram
-from ray_pipeline.report.page import Cell, Page, Section, Table, panels, render_page
+from ray_pipeline.report.figures import NONE
+from ray_pipeline.report.html import render_html
+from ray_pipeline.report.page import Cell, Page, Rows, Section, Table, panels
 from ray_pipeline.stats.bootstrap import Interval
 
 #: Colours of the first and the second run.
@@ -87,13 +89,13 @@ def side_by_side(a: Side, b: Side) -> list[Part]:
 
 
 def compare_page(a: Side, b: Side) -> str:
-    """The parts as one HTML page, with the two runs' plots laid over each other."""
+    """The parts as one HTML page, with the charts of both runs laid over each other."""
     parts = side_by_side(a, b)
     names = _names(a, b)
     changed = sum(len(part.rows) for part in parts if part.kind == "config")
     stages = _stages(a, b)
     same = sum(not row.differs for row in stages)
-    return render_page(
+    return render_html(
         Page(
             title=f"{names[0]} and {names[1]}",
             subtitle=f"Quorum, two runs of {a.workflow} side by side: {a.folder} and {b.folder}",
@@ -112,7 +114,7 @@ def compare_page(a: Side, b: Side) -> str:
 def _table(part: Part, names: tuple[str, str]) -> Table:
     """Configuration and fingerprints are words and have no difference."""
     words = part.kind in ("config", "stages")
-    rows: list[list[str | Cell]] = []
+    rows: Rows = []
     for row in part.rows:
         cells: list[str | Cell] = [row.name, row.a, Cell(row.b, tone="changed" if row.differs else "")]
         rows.append(cells if words else [*cells, row.difference])
@@ -122,7 +124,7 @@ def _table(part: Part, names: tuple[str, str]) -> Table:
 
 
 def _names(a: Side, b: Side) -> tuple[str, str]:
-    """Runs of one name are told apart by their folders."""
+    """Runs of the same name are distinguished by their folders."""
     return (a.name, b.name) if a.name != b.name else (a.folder, b.folder)
 
 
@@ -132,7 +134,7 @@ def _names(a: Side, b: Side) -> tuple[str, str]:
 def _config(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Row]:
     one, other = dict(_flat(a)), dict(_flat(b))
     keys = [*one, *(key for key in other if key not in one)]
-    rows = (Row(key, one.get(key, "–"), other.get(key, "–")) for key in keys)
+    rows = (Row(key, one.get(key, NONE), other.get(key, NONE)) for key in keys)
     return [row for row in rows if row.differs]
 
 
@@ -150,9 +152,9 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _stages(a: Side, b: Side) -> list[Row]:
-    """Where the two runs part: a stage of equal fingerprint is the same stage."""
+    """All stages of the two runs; equal fingerprints mean the same stage."""
     names = [*a.fingerprints, *(name for name in b.fingerprints if name not in a.fingerprints)]
-    return [Row(name, a.fingerprints.get(name, "–"), b.fingerprints.get(name, "–")) for name in names]
+    return [Row(name, a.fingerprints.get(name, NONE), b.fingerprints.get(name, NONE)) for name in names]
 
 
 def _counts(side: Side) -> Iterator[tuple[str, float | None]]:
@@ -277,7 +279,7 @@ def _told(found: Interval, digits: int) -> str:
 
 
 def _figure(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:,.{digits}f}"
+    return NONE if value is None else f"{value:,.{digits}f}"
 
 
 def _percent(found: Mapping[str, Any]) -> Interval:

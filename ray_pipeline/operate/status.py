@@ -202,7 +202,12 @@ class Watch:
             state.tokens_per_second = (state.prompt_tokens + state.completion_tokens) / state.seconds
 
     def _unfinished(
-        self, state: StageState, folder: Folder, entry: Mapping[str, Any], counts: collections.Counter, num_shards: int
+        self,
+        state: StageState,
+        folder: Folder,
+        entry: Mapping[str, Any],
+        counts: collections.Counter[str],
+        num_shards: int,
     ) -> None:
         """What is there of a stage that is not done: names of shards, and their receipts (read once)."""
         tables = entry["tables"]

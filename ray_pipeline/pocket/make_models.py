@@ -33,10 +33,10 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ray_pipeline.pocket import MODELS
 from ray_pipeline.pocket.chats import Pair, conversation
-from ray_pipeline.pocket.judging import PROMPTS_FILE, RUBRICS, Judgement, JudgePrompts, Layout, verdict_of
+from ray_pipeline.pocket.judging import PROMPTS_FILE, Judgement, JudgePrompts, Layout, verdict_of
 from ray_pipeline.pocket.responses import judged_response, policy_response
 from ray_pipeline.pocket.reviewing import FEEDBACK_FILE, FeedbackPrompts, feedback_on, random_review, random_revision
-from ray_pipeline.pocket.tasks import PocketPrompt, is_correct, make_prompts, pool_of, random_prompt, truth
+from ray_pipeline.pocket.tasks import RUBRICS, PocketPrompt, is_correct, make_prompts, pool_of, random_prompt, truth
 from ray_pipeline.pocket.tokenizer import make_tokenizer
 from ray_pipeline.pocket.training import answer, make_model, train
 

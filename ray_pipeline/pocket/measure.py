@@ -87,7 +87,7 @@ def measure_policy(engine: LLM, prompts: list[PocketPrompt]) -> tuple[dict[str, 
 
 
 def gate_label(instruction: str, response: str) -> str:
-    """The label the default gate (design §5) gives under a perfect judge and critic."""
+    """The label the default gate (docs/architecture.md) gives under a perfect judge and critic."""
     scores = list(rubric_scores(instruction, response).values())
     flawed, _ = critique(instruction, response)
     final = statistics.mean(scores) * (1 - 0.15 * flawed)
@@ -233,7 +233,7 @@ def measure_reviews(
 def share(flags: Any) -> float:
     """The share of true flags, to four digits."""
     listed = list(flags)
-    return round(sum(listed) / len(listed), 4)
+    return float(round(sum(listed) / len(listed), 4))
 
 
 def shares(names: Any) -> dict[str, float]:

@@ -43,7 +43,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonalised(stack: torch.Tensor) -> torch.Tensor:
     """Each matrix of (count, n, m) with its singular values pulled near 1, by five Newton-Schulz steps."""
     tall = stack.shape[-2] > stack.shape[-1]
-    x = stack.mT if tall else stack
+    x: torch.Tensor = stack.mT if tall else stack
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
         gram = x @ x.mT

@@ -1,33 +1,32 @@
 """Responses and comparisons: base and policies answer the same held-out prompts, and a judge compares each policy with
-the base, both ways."""
+the base in both orders."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 from pydantic import Field, model_validator
 
-from ray_pipeline.agents.judges import Asking, Choice, SamplingSettings, compare
+from ray_pipeline.agents.judges import JudgeAsking, SamplingSettings, compare
 from ray_pipeline.agents.templates import Layout, RoleTemplate
+from ray_pipeline.config.settings import Settings
+from ray_pipeline.data.candidates import generated, reply_columns
 from ray_pipeline.data.judging import unanswered
-from ray_pipeline.engines.base import EngineError, PromptTooLong
+from ray_pipeline.engines.base import ChatEngine, Message
 from ray_pipeline.engines.models import ModelSettings
-from ray_pipeline.graph.failures import FailureSettings
-from ray_pipeline.graph.gather import all_of
-from ray_pipeline.graph.llm_stage import llm_stage
-from ray_pipeline.graph.stage import ShardInput, ShardOutput, Stage
+from ray_pipeline.graph.asking import Asking, Outcome, Row, ShardTables, reply_status
+from ray_pipeline.graph.stage import Stage
 from ray_pipeline.stats.protocol import Protocol, settings_text, win_rate_by
 from ray_pipeline.store.keys import derived_seed, digest
-from ray_pipeline.store.schemas import COMPARISONS, READ_STATUSES, RESPONSES, to_table
-from ray_pipeline.store.settings import Settings
+from ray_pipeline.store.schemas import COMPARISONS, RESPONSES
 
 #: What a choice means for the policy; in order `ab` the policy's answer is A, in order `ba` the base model's is.
 _VOTES = {("ab", "A"): "policy", ("ab", "B"): "base", ("ba", "A"): "base", ("ba", "B"): "policy"}
 
 
 class Mode(Settings):
-    """One way of drawing the responses that are evaluated."""
+    """One way of sampling the responses that are evaluated."""
 
     name: str
     sampling: SamplingSettings
@@ -41,14 +40,14 @@ class EvaluateSettings(Settings):
         Mode(name="sampled", sampling=SamplingSettings(temperature=0.8, top_p=0.95, max_tokens=512)),
     )
     seed: int = 0
-    judge: str = Field("judge", description="the key of `models` that compares")
+    judge: str = Field("judge", description="a key of `models`: the judge that compares")
     layout: Layout = "shared_first"
     sampling: SamplingSettings = SamplingSettings(temperature=0.0, max_tokens=512)
-    asking: Asking = Asking()
+    asking: JudgeAsking = JudgeAsking()
     bootstrap_draws: int = Field(2000, ge=100)
-    skip_generation: bool = Field(False, description="report what the stored tables hold; no responses, no comparisons")
+    skip_generation: bool = Field(False, description="only report stored tables; make no responses and no comparisons")
     perplexity: bool = True
-    perplexity_rows: int = Field(512, ge=1, description="at most so many held-out desirable rows, by smallest id")
+    perplexity_rows: int = Field(512, ge=1, description="maximum number of held-out desirable rows (smallest ids kept)")
 
     @model_validator(mode="after")
     def _modes(self) -> EvaluateSettings:
@@ -56,85 +55,61 @@ class EvaluateSettings(Settings):
         if not names or len(set(names)) != len(names):
             raise ValueError(f"evaluate.modes needs distinct names and at least one, not {names}")
         if self.asking.expected_score:
-            raise ValueError(
-                "evaluate.asking.expected_score is read by nothing: a comparison gives no score; remove it"
-            )
+            raise ValueError("evaluate.asking.expected_score has no effect: a comparison gives no score; remove it")
         return self
 
 
-class _Draw(Settings):
+class _Respond(Settings):
     label: str
     modes: tuple[Mode, ...]
     seed: int
 
 
-def responses(
-    label: str,
-    settings: EvaluateSettings,
-    failure: FailureSettings,
-    model: ModelSettings,
-    prompts: Stage,
-    train: Stage | None = None,
-) -> Stage:
-    """Answers of one model to the held-out prompts, one row a mode.
-
-    Args:
-        label: name of the model in the tables; "base" is the one that policies are compared with.
-        train: the stage that makes the model's weights. They need not be there yet: its fingerprint stands for them.
-    """
-    given = _Draw(label=label, modes=settings.modes, seed=settings.seed)
-    return llm_stage(
-        f"responses-{label}",
-        respond,
-        ("responses",),
-        given,
-        model,
-        failure,
-        {"prompts": prompts},
-        group="evaluate",
-        train=train,
-    )
+class _Draw(NamedTuple):
+    prompt_id: str
+    messages: list[Message]
+    mode: Mode
 
 
-async def respond(given: ShardInput) -> ShardOutput:
-    """The responses of one shard's held-out prompts, ordered by prompt and mode."""
-    settings: _Draw = given.settings
-    prompts = [row for row in given.tables["prompts"].to_pylist() if row["split"] == "val"]
-    rows = await all_of(_respond_one(given, settings, prompt, mode) for prompt in prompts for mode in settings.modes)
-    return ShardOutput({"responses": to_table(rows, RESPONSES)})
+def _draws(shard: ShardTables, settings: _Respond) -> list[_Draw]:
+    held_out = [row for row in shard.rows("prompts") if row["split"] == "val"]
+    return [_Draw(row["prompt_id"], row["messages"], mode) for row in held_out for mode in settings.modes]
 
 
-async def _respond_one(given: ShardInput, settings: _Draw, prompt: Mapping[str, Any], mode: Mode) -> dict[str, Any]:
-    assert given.engine is not None
-    pid = prompt["prompt_id"]
+async def _respond(engine: ChatEngine, settings: _Respond, item: _Draw) -> Outcome:
+    mode, prompt = item.mode, item.prompt_id
     # Both models draw with the same seed; a greedy draw has none to use.
-    seed = derived_seed("evaluate", settings.seed, pid, mode.name) if mode.sampling.temperature > 0 else None
+    seed = derived_seed("evaluate", settings.seed, prompt, mode.name) if mode.sampling.temperature > 0 else None
     sampling = mode.sampling.sampling(seed=seed)
-    row: dict[str, Any] = {
-        "response_id": digest(["response", pid, dict(given.engine.identity), sampling.key(), mode.name]),
-        "prompt_id": pid,
+    row = {
+        "response_id": digest(["response", prompt, dict(engine.identity), sampling.key(), mode.name]),
+        "prompt_id": prompt,
         "model": settings.label,
         "mode": mode.name,
-        "response": None,
-        "prompt_tokens": None,
-        "completion_tokens": None,
+        **await reply_columns(engine, item.messages, sampling),
     }
-    try:
-        reply = await given.engine.bound(pid, f"evaluate/{settings.label}").chat(prompt["messages"], sampling)
-    except PromptTooLong as error:
-        row |= {"finish_reason": "too_long", "prompt_tokens": error.prompt_tokens}
-    except EngineError:
-        row |= {"finish_reason": "error"}
-    else:
-        row |= {
-            "response": reply.text,
-            "finish_reason": reply.finish_reason,
-            "prompt_tokens": reply.prompt_tokens,
-            "completion_tokens": reply.completion_tokens,
-        }
-    given.watch(f"the {settings.label} model", row["finish_reason"] != "error")
-    given.tick(1)
-    return row
+    return Outcome({"responses": [row]}, generated(f"the {settings.label} model", row))
+
+
+RESPOND = Asking(
+    tables={"responses": RESPONSES},
+    items=_draws,
+    ask=_respond,
+    role=lambda settings, item: f"evaluate/{settings.label}",
+)
+
+
+def responses(
+    label: str, settings: EvaluateSettings, model: ModelSettings, prompts: Stage, train: Stage | None = None
+) -> Stage:
+    """Answers of one model to the held-out prompts, one row per mode, ordered by prompt and mode.
+
+    Args:
+        label: name of the model in the tables; policies are compared with "base".
+        train: the stage that makes the model's weights. They need not exist yet: its fingerprint stands for them.
+    """
+    given = _Respond.part_of(settings, label=label)
+    return RESPOND.stage(f"responses-{label}", given, model, {"prompts": prompts}, group="evaluate", train=train)
 
 
 class _Compare(Settings):
@@ -144,38 +119,82 @@ class _Compare(Settings):
     template: RoleTemplate
     layout: Layout
     sampling: SamplingSettings
-    asking: Asking
+    asking: JudgeAsking
+
+
+class _Pair(NamedTuple):
+    prompt_id: str
+    messages: list[Message]
+    base: Row
+    policy: Row
+    order: str
+
+
+def _pairs(shard: ShardTables, settings: _Compare) -> Iterator[_Pair]:
+    """Responses of one mode, joined by prompt; each pair in both orders."""
+    answers = {
+        role: {row["prompt_id"]: row for row in shard.rows(role) if row["mode"] == settings.mode}
+        for role in ("base", *settings.policies)
+    }
+    for prompt in shard.rows("prompts"):
+        key = prompt["prompt_id"]
+        if key in answers["base"]:
+            for policy in settings.policies:
+                for order in ("ab", "ba"):
+                    yield _Pair(key, prompt["messages"], answers["base"][key], answers[policy][key], order)
+
+
+async def _compare(engine: ChatEngine, settings: _Compare, pair: _Pair) -> Outcome:
+    first, second = (pair.policy, pair.base) if pair.order == "ab" else (pair.base, pair.policy)
+    row = {
+        "pair_id": digest(["pair", pair.policy["response_id"], pair.base["response_id"]]),
+        "prompt_id": pair.prompt_id,
+        "judge": settings.judge,
+        "order": pair.order,
+        "model_a": first["model"],
+        "model_b": second["model"],
+    }
+    if missing := {unanswered(first), unanswered(second)} - {None}:
+        return Outcome({"comparisons": [{**row, "parse_status": "too_long" if "too_long" in missing else "error"}]})
+    choice = await compare(
+        engine,
+        pair.messages,
+        first["response"],
+        second["response"],
+        settings.template,
+        settings.sampling,
+        settings.asking,
+        settings.layout,
+    )
+    vote = None if choice.choice is None else _VOTES.get((pair.order, choice.choice), "tie")
+    return Outcome(
+        {"comparisons": [{**row, **vars(choice), "vote": vote}]},
+        reply_status("the comparing judge", choice.parse_status),
+    )
+
+
+COMPARE = Asking(tables={"comparisons": COMPARISONS}, items=_pairs, ask=_compare, role="compare")
 
 
 def comparisons(
     settings: EvaluateSettings,
-    failure: FailureSettings,
     model: ModelSettings,
     template: RoleTemplate,
     prompts: Stage,
     base: Stage,
     policies: Mapping[str, Stage],
 ) -> Stage:
-    """Each policy against the base in the first mode, in both orders.
+    """Each policy against the base in the first mode, in both orders; ordered by prompt, policy and order.
 
     Args:
-        policies: label → stage of its responses.
+        policies: stages of responses by label.
     """
-    given = _Compare(
-        policies=tuple(policies),
-        judge=settings.judge,
-        mode=settings.modes[0].name,
-        template=template,
-        layout=settings.layout,
-        sampling=settings.sampling,
-        asking=settings.asking,
-    )
-    inputs = {"prompts": prompts, "base": base, **policies}
-    return llm_stage("comparisons", compare_shard, ("comparisons",), given, model, failure, inputs, group="evaluate")
+    given = _Compare.part_of(settings, policies=tuple(policies), mode=settings.modes[0].name, template=template)
+    return COMPARE.stage("comparisons", given, model, {"prompts": prompts, "base": base, **policies}, group="evaluate")
 
 
 def win_rate_protocol(stages: Iterable[Stage]) -> dict[str, Protocol]:
-    """Judge → what is known of the protocol of its win rates before anything is asked; empty without comparisons.
+    """By judge, what is known of the protocol of its win rates before any call; empty without comparisons.
 
     Prompts and reference answers come with the tables (`evaluation.winrate.completed_protocol`).
     """
@@ -184,7 +203,7 @@ def win_rate_protocol(stages: Iterable[Stage]) -> dict[str, Protocol]:
         settings = stage.work.settings
         if not isinstance(settings, _Compare):
             continue
-        drawn: _Draw = stage.inputs["base"].work.settings
+        drawn: _Respond = stage.inputs["base"].work.settings
         mode = next(mode for mode in drawn.modes if mode.name == settings.mode)
         found[settings.judge] = win_rate_by(
             stage.external,
@@ -197,65 +216,3 @@ def win_rate_protocol(stages: Iterable[Stage]) -> dict[str, Protocol]:
             answers=settings_text(mode=mode.name, seed=drawn.seed, **mode.sampling.model_dump()),
         )
     return found
-
-
-async def compare_shard(given: ShardInput) -> ShardOutput:
-    """The comparisons of one shard, ordered by prompt, policy and order; joined by prompt and mode."""
-    settings: _Compare = given.settings
-    answers = {
-        role: {r["prompt_id"]: r for r in given.tables[role].to_pylist() if r["mode"] == settings.mode}
-        for role in ("base", *settings.policies)
-    }
-    prompts = [row for row in given.tables["prompts"].to_pylist() if row["prompt_id"] in answers["base"]]
-    rows = await all_of(
-        _compare_one(
-            given, settings, prompt, answers["base"][prompt["prompt_id"]], answers[policy][prompt["prompt_id"]], order
-        )
-        for prompt in prompts
-        for policy in settings.policies
-        for order in ("ab", "ba")
-    )
-    return ShardOutput({"comparisons": to_table(rows, COMPARISONS)})
-
-
-async def _compare_one(
-    given: ShardInput,
-    settings: _Compare,
-    prompt: Mapping[str, Any],
-    base: Mapping[str, Any],
-    policy: Mapping[str, Any],
-    order: str,
-) -> dict[str, Any]:
-    assert given.engine is not None
-    first, second = (policy, base) if order == "ab" else (base, policy)
-    missing = {unanswered(first), unanswered(second)} - {None}
-    if missing:
-        found = Choice(None, None, "too_long" if "too_long" in missing else "error", None)
-    else:
-        found = await compare(
-            given.engine.bound(prompt["prompt_id"], "compare"),
-            prompt["messages"],
-            first["response"],
-            second["response"],
-            settings.template,
-            settings.sampling,
-            settings.asking,
-            settings.layout,
-        )
-        if found.parse_status != "too_long":
-            given.watch("the comparing judge", found.parse_status in READ_STATUSES)
-    given.tick(1)
-    vote = None if found.choice is None else _VOTES.get((order, found.choice), "tie")
-    return {
-        "pair_id": digest(["pair", policy["response_id"], base["response_id"]]),
-        "prompt_id": prompt["prompt_id"],
-        "judge": settings.judge,
-        "order": order,
-        "model_a": first["model"],
-        "model_b": second["model"],
-        "choice": found.choice,
-        "vote": vote,
-        "reason": found.reason,
-        "parse_status": found.parse_status,
-        "raw": found.raw,
-    }

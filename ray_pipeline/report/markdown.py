@@ -1,89 +1,105 @@
-"""Text that no data can break: everything a run brings along is escaped before it enters the page.
+"""A page as Markdown: GitHub's tables, charts as links to their files, everything from outside escaped."""
 
-Prompts, responses, judge names and reasons come from models and users. Inline they lose every character that Markdown
-or HTML could act on; longer texts go into a fenced block whose fence is longer than any inside. Control characters
-(terminal colours, bidirectional overrides) are shown as escapes instead of acting.
-"""
+from __future__ import annotations
 
-import re
-import unicodedata
-from collections.abc import Mapping
-from importlib.resources import files
-from typing import Any
+from collections.abc import Sequence
 
-from jinja2 import Environment, StrictUndefined
+from ray_pipeline.report.charts import Chart
+from ray_pipeline.report.escaping import fenced, inline, paragraph
+from ray_pipeline.report.page import (
+    Block,
+    Browser,
+    Cell,
+    Folded,
+    Funnel,
+    HeatMap,
+    Page,
+    Panels,
+    Section,
+    Table,
+    Text,
+    charts_of,
+)
 
-from ray_pipeline.evaluate.headline import percent, percent_interval
-
-# An underscore inside a word is no emphasis, and `lora_dropout` should stay readable in the raw page.
-_MARKDOWN = re.compile(r"([\\`*\[\]|~#$]|(?<![^\W_])_|_(?![^\W_]))")
-# Cc: control, Cf: format (bidirectional overrides, zero width), Cs: lone surrogates, which UTF-8 cannot hold.
-_INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
-
-
-class Safe(str):
-    """Text that is Markdown already; everything else is escaped where the template prints it."""
-
-
-def visible(text: str) -> str:
-    """`text` with every control, format and surrogate character but newline and tab as a backslash escape."""
-    text = text.replace("\r\n", "\n")
-    if text.replace("\n", "").replace("\t", "").isprintable():  # most texts are, and looking at each character is slow
-        return text
-    return "".join(c if c in "\n\t" or unicodedata.category(c) not in _INVISIBLE else _escape(c) for c in text)
+#: Characters of an excerpt; the HTML page and the run's tables have the whole text.
+EXCERPT = 600
 
 
-def inline(text: str) -> Safe:
-    """One line of literal text, safe in a sentence, a heading and a table cell."""
-    flat = " ".join(visible(text).split())
-    flat = flat.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return Safe(_MARKDOWN.sub(r"\\\1", flat))
+def render_markdown(page: Page) -> str:
+    """The page as Markdown; its charts are expected under the names that `charts_of` gives them."""
+    parts = [f"# {inline(page.title)}", paragraph(page.subtitle)]
+    if page.headline:
+        parts.append(f"**{inline(page.headline)}**")
+    if page.tiles:
+        parts.append(_bullets([f"{name}: {figure}" for figure, name in page.tiles]))
+    if page.warnings:
+        parts += ["## Warnings", _bullets(page.warnings)]
+    for section in page.sections:
+        parts += [f"## {inline(section.title)}", *_section(section)]
+    return "\n\n".join(parts) + "\n"
 
 
-def fenced(text: str, limit: int = 600) -> Safe:
-    """A code block of the first `limit` characters of `text`, its fence longer than any run of backticks inside."""
-    shown = visible(text)
-    if len(shown) > limit:
-        shown = f"{shown[:limit]}\n… ({len(shown) - limit} more characters)"
-    longest = max((len(run) for run in re.findall("`+", shown)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return Safe(f"{fence}text\n{shown}\n{fence}")
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str | Cell]], text_columns: int = 1) -> str:
+    """A table alone; columns after the first `text_columns` are aligned right."""
+    rules = ["---" if place < text_columns else "---:" for place in range(len(columns))]
+    lines = [_row([inline(column) for column in columns]), f"|{'|'.join(rules)}|"]
+    lines += [_row([inline(cell.text if isinstance(cell, Cell) else cell) for cell in row]) for row in rows]
+    return "\n".join(lines)
 
 
-def number(value: Any, digits: int = 2) -> Safe:
-    """A count with commas, a float with `digits` decimals, "–" for nothing."""
-    if value is None:
-        return Safe("–")
-    if isinstance(value, int):
-        return Safe(f"{value:,}")
-    return Safe(f"{value:.{digits}f}")
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
-def signed(value: float | None, digits: int = 2) -> Safe:
-    """A difference with its sign, "–" for nothing."""
-    return Safe("–" if value is None else f"{value:+.{digits}f}")
+def _bullets(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {paragraph(line)}" for line in lines)
 
 
-def render(template: str, values: Mapping[str, Any]) -> str:
-    """Render a template of this package; whatever it prints that is not Safe is escaped."""
-    environment = Environment(
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        finalize=lambda value: value if isinstance(value, Safe) else inline(str(value)),
-        autoescape=False,  # HTML escaping alone would not stop Markdown; `finalize` does both
-    )
-    environment.filters.update(
-        num=number,
-        signed=signed,
-        fence=fenced,
-        pct=lambda share, digits=1: Safe(percent(share, digits)),
-        pct_interval=lambda interval: Safe(percent_interval(interval)),
-    )
-    source = files("ray_pipeline.report").joinpath(template).read_text(encoding="utf-8")
-    return environment.from_string(source).render(dict(values))
+def _section(section: Section) -> list[str]:
+    return [
+        part
+        for block, charts in zip(section.blocks, charts_of(section), strict=True)
+        for part in _block(block, [_image(name, chart) for name, chart in charts])
+    ]
 
 
-def _escape(character: str) -> str:
-    return character.encode("unicode_escape", "backslashreplace").decode("ascii")
+def _image(name: str, chart: Chart) -> str:
+    return f"![{inline(chart.title)}]({name})"
+
+
+def _block(block: Block, images: list[str]) -> list[str]:
+    match block:
+        case Text():
+            return [paragraph(block.text)]
+        case Table():
+            title = [f"### {inline(block.title)}"] if block.title else []
+            return [*title, markdown_table(block.columns, block.rows, block.text_columns)]
+        case Panels():
+            return ["\n".join(images)]
+        case HeatMap():
+            cells = [
+                [
+                    name,
+                    *("" if cell is None else f"{cell.text} {f'({cell.below})' if cell.below else ''}" for cell in row),
+                ]
+                for name, row in block.rows
+            ]
+            return [f"### {inline(block.title)}", *images, markdown_table(["", *block.columns], cells)]
+        case Folded():
+            return [f"{paragraph(block.summary)}:", fenced(block.text)]
+        case Funnel():
+            rows = [[step.name, step.note, step.figure] for step in block.steps]
+            return [markdown_table(["step", "", "rows"], rows, text_columns=2)]
+        case Browser():
+            return _excerpts(block)
+
+
+def _excerpts(block: Browser) -> list[str]:
+    parts = [f"Beside this page, report.html has a browser of examples. {paragraph(block.packed.scope)}"]
+    if block.excerpts:
+        parts.append("Here are the first kept rows by candidate id, both labels in turn: not chosen for their looks.")
+    for excerpt in block.excerpts:
+        parts += [f"### {inline(excerpt.title)}", paragraph(excerpt.note)]
+        for name, text in excerpt.texts:
+            parts += [f"{inline(name)}:", fenced(text, EXCERPT)]
+    return parts

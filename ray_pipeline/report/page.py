@@ -1,25 +1,24 @@
-"""A page of one HTML file: sections made of tables, charts and facts, laid out by one template.
+"""The document model: a page is sections made of text, tables, charts and examples.
 
-The file needs no network. Everything that is printed is escaped by jinja2 (autoescape); only SVG of `charts.py` and
-base64 of `examples_data.py` pass as they are. A content security policy lets no script run but the page's own.
+`markdown.py` and `html.py` render it, `write.py` writes both with the charts as files. Blocks hold plain text; the
+renderers escape it.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+import yaml
 from markupsafe import Markup
 
-from ray_pipeline.report.charts import Chart
-from ray_pipeline.report.examples_data import Examples
-from ray_pipeline.report.markdown import visible
+from ray_pipeline.report.charts import Chart, heat_map
+from ray_pipeline.report.documents import as_json
+
+#: Folder of the charts, beside report.md.
+CHARTS = "charts"
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,9 @@ class Cell:
     tone: str = ""
 
 
+Rows = list[list[str | Cell]]
+
+
 @dataclass(frozen=True)
 class Text:
     text: str
@@ -39,7 +41,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Table:
-    """`text_columns` of the columns, from the left, hold words; the others hold numbers and are set right."""
+    """The first `text_columns` columns hold words; the others hold numbers and are aligned right."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str | Cell]]
@@ -58,7 +60,7 @@ class Panels:
 
 @dataclass(frozen=True)
 class Heat:
-    """One cell of a heat map: a value from −1 to 1 (None: undefined), and what stands below it."""
+    """One cell of a heat map: a value from −1 to 1 (None: undefined), its text, and a smaller text below."""
 
     value: float | None
     text: str
@@ -100,10 +102,35 @@ class Funnel:
 
 
 @dataclass(frozen=True)
-class Browser:
-    """The browser of examples."""
+class Excerpt:
+    """One example to read: `texts` are (name, text)."""
 
-    examples: Examples
+    title: str
+    note: str
+    texts: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """All examples, for the script of the HTML page.
+
+    `about` is JSON that the script needs first; `index` and `chunks` are gzip in base64; `scope` says which of the
+    run's candidates are included; `rows` counts them.
+    """
+
+    about: Mapping[str, Any]
+    index: Markup
+    chunks: Sequence[Markup]
+    scope: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class Browser:
+    """Examples: HTML has a browser of all that are `packed`, Markdown the `excerpts`."""
+
+    packed: Packed
+    excerpts: Sequence[Excerpt] = ()
     kind: str = "browser"
 
 
@@ -112,6 +139,8 @@ Block = Text | Table | Panels | HeatMap | Folded | Funnel | Browser
 
 @dataclass(frozen=True)
 class Section:
+    """`id` is unique on the page; anchors and names of chart files are made of it."""
+
     id: str
     title: str
     blocks: Sequence[Block]
@@ -136,35 +165,29 @@ def panels(*charts: Chart | None) -> list[Block]:
     return [Panels(found)] if found else []
 
 
-def render_page(page: Page) -> str:
-    """The page as HTML. Equal pages give equal text."""
-    environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: value if isinstance(value, Markup) else visible(str(value)),
-    )
-    examples = next((b.examples for s in page.sections for b in s.blocks if isinstance(b, Browser)), None)
-    script = "" if examples is None else _part("examples.js")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
-    values = {
-        "page": page,
-        "style": Markup(_part("page.css")),
-        "script": Markup(script),
-        "policy": f"{policy}; script-src 'sha256-{digest}'" if script else policy,
-        "examples": examples,
-        "meta": None if examples is None else script_json(examples.about),
-    }
-    return environment.from_string(_part("page.html.j2")).render(values)
+def facts(values: Mapping[str, str], columns: tuple[str, str] = ("", "")) -> list[Block]:
+    """A table of two columns of words, or nothing where there are no values."""
+    return [Table(columns, [[name, text] for name, text in values.items()], text_columns=2)] if values else []
 
 
-def script_json(value: Mapping[str, Any]) -> Markup:
-    """JSON that may stand in a script tag: without `<`, no text in it can end the tag or begin a comment."""
-    text = json.dumps(value, ensure_ascii=True, allow_nan=False)
-    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+def folded(summary: str, value: Mapping[str, Any] | None) -> list[Block]:
+    """A mapping as folded YAML, or nothing where it is empty or None."""
+    if not value:
+        return []
+    text: str = yaml.safe_dump(as_json(value), sort_keys=False, allow_unicode=True, width=100)
+    return [Folded(summary, text.rstrip())]
 
 
-def _part(name: str) -> str:
-    return files("ray_pipeline.report").joinpath(name).read_text(encoding="utf-8")
+def charts_of(section: Section) -> list[list[tuple[str, Chart]]]:
+    """The charts of each block with their file names, relative to the page and unique on it."""
+    place = itertools.count(1)
+    return [[(f"{CHARTS}/{section.id}-{next(place)}.svg", c) for c in _charts(block)] for block in section.blocks]
+
+
+def _charts(block: Block) -> Sequence[Chart]:
+    if isinstance(block, HeatMap):
+        rows = [
+            (name, [None if c is None else (c.value, c.text, c.below) for c in cells]) for name, cells in block.rows
+        ]
+        return [heat_map(block.title, block.columns, rows)]
+    return block.charts if isinstance(block, Panels) else ()

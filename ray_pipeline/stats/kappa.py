@@ -1,17 +1,20 @@
-"""How far judges agree with each other: Cohen's kappa over score classes, Krippendorff's alpha over scores."""
+"""Cohen's kappa (Cohen 1960, weighted: Cohen 1968) of tables, of two raters, and of judges over score classes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, Literal
 
-import krippendorff
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.metrics import cohen_kappa_score
+
+from ray_pipeline.stats.bootstrap import Floats, count_blocks, number, percentiles
 
 UNDESIRABLE, BETWEEN, DESIRABLE = -1, 0, 1
 SCORE_CLASSES = (UNDESIRABLE, BETWEEN, DESIRABLE)
+
+
+Weighting = Literal["nominal", "linear", "quadratic"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,35 @@ class PairKappa:
     reason: str | None = None
 
 
+@dataclass(frozen=True)
+class KappaInterval:
+    """Percentile interval of one pair's kappa; None with fewer than two prompts, or if most samples leave it 0/0."""
+
+    judge_a: str
+    judge_b: str
+    low: float | None
+    high: float | None
+    prompts: int
+
+
+def kappa_of_tables(counts: Floats, weighting: Weighting = "nominal") -> Floats:
+    """Kappa of tables of counts, shape (…, k, k), rows one rater's classes and columns the other's; NaN where 0/0.
+
+        kappa = 1 − Σ w·observed / Σ w·expected
+
+    with w = 1 for unequal classes (Cohen 1960, eq. 1), or |i − j| or (i − j)² (Cohen 1968).
+    """
+    places = np.arange(counts.shape[-1])
+    distance = np.abs(np.subtract.outer(places, places)).astype(np.float64)
+    weight = {"nominal": (distance > 0).astype(np.float64), "linear": distance, "quadratic": distance**2}[weighting]
+    total = counts.sum(axis=(-2, -1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        observed = (counts * weight).sum(axis=(-2, -1)) / total
+        chance = np.einsum("...i,ij,...j->...", counts.sum(axis=-1), weight, counts.sum(axis=-2)) / total**2
+        kappa = 1 - observed / chance
+    return np.where(np.isfinite(kappa), kappa, np.nan)
+
+
 def score_class(scores: ArrayLike, *, desirable_from: float = 7.0, undesirable_to: float = 4.0) -> NDArray[np.int8]:
     """Class of each score: DESIRABLE (score ≥ desirable_from), UNDESIRABLE (score ≤ undesirable_to), else BETWEEN.
 
@@ -52,11 +84,11 @@ def score_class(scores: ArrayLike, *, desirable_from: float = 7.0, undesirable_t
 
 
 def cohen_kappa(a: Sequence[Any] | NDArray[Any], b: Sequence[Any] | NDArray[Any], labels: Sequence[Any]) -> Kappa:
-    """Unweighted Cohen's kappa of two raters over nominal `labels` (Cohen 1960, eq. 1).
+    """Unweighted kappa of two raters over nominal `labels`.
 
     `a` and `b` hold one label per row, both of shape (rows,). Undefined (0/0, value None) when there is no row, and
     when both raters gave one and the same label to every row: chance agreement is then 1. Raises ValueError
-    when the lengths differ or a label is not in `labels` (scikit-learn would drop such rows in silence).
+    when the lengths differ or a label is not in `labels`.
     """
     first, second = np.asarray(a), np.asarray(b)
     if first.shape != second.shape or first.ndim != 1:
@@ -69,7 +101,9 @@ def cohen_kappa(a: Sequence[Any] | NDArray[Any], b: Sequence[Any] | NDArray[Any]
         raise ValueError(f"labels outside {list(labels)}: {sorted(map(str, strangers))}")
     if len(used) == 1:
         return Kappa(None, rows, f"both gave the one class {used.pop()} to every row")
-    return Kappa(float(cohen_kappa_score(first, second, labels=list(labels))), rows)
+    codes = np.unique(np.concatenate([first, second]), return_inverse=True)[1]
+    table = np.bincount(codes[:rows] * len(used) + codes[rows:], minlength=len(used) ** 2)
+    return Kappa(float(kappa_of_tables(table.reshape(len(used), -1).astype(np.float64))), rows)
 
 
 def pairwise_kappas(
@@ -94,17 +128,54 @@ def pairwise_kappas(
     return kappas
 
 
-def krippendorff_alpha(scores: ArrayLike) -> float | None:
-    """Krippendorff's alpha, interval level (Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability").
+def kappa_intervals(
+    scores_by_judge: Mapping[str, NDArray[np.float64]],
+    prompts: NDArray[np.str_],
+    *,
+    desirable_from: float = 7.0,
+    undesirable_to: float = 4.0,
+    draws: int = 2000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> list[KappaInterval]:
+    """For every pair of judges, in the order of `pairwise_kappas`, its interval.
 
-    `scores` has shape (judges, rows), NaN where unread; a row counts when at least two judges read it. None where
-    alpha is undefined: no such row, or all values of such rows equal (expected disagreement 0).
-    Memory is rows × distinct values, so scores should be on a short scale such as 1 to 10.
+    Arrays have shape (rows,), NaN where unread; `prompts` names the prompt of each row. All pairs share the samples. A
+    sample in which kappa is 0/0 is left out; when half or more are, there is no interval.
     """
-    ratings = np.asarray(scores, dtype=np.float64)
-    if ratings.ndim != 2:
-        raise ValueError(f"scores must have shape (judges, rows), got {ratings.shape}")
-    pairable = ratings[:, (~np.isnan(ratings)).sum(axis=0) >= 2]
-    if len(np.unique(pairable[~np.isnan(pairable)])) < 2:
-        return None
-    return float(krippendorff.alpha(reliability_data=pairable, level_of_measurement="interval"))
+    pairs = list(combinations(sorted(scores_by_judge), 2))
+    names, group = np.unique(prompts, return_inverse=True)
+    if not pairs or len(names) < 2:
+        return [KappaInterval(a, b, None, None, len(names)) for a, b in pairs]
+    tables = np.concatenate(
+        [
+            _class_tables(scores_by_judge[a], scores_by_judge[b], group, len(names), desirable_from, undesirable_to)
+            for a, b in pairs
+        ],
+        axis=1,
+    )
+    drawn = np.concatenate([counts @ tables for counts in count_blocks(len(names), draws, seed)])
+    kappas = kappa_of_tables(drawn.astype(np.float64).reshape(draws, len(pairs), 3, 3))
+    bounds = percentiles(kappas.T, confidence, least=draws // 2 + 1).T
+    return [
+        KappaInterval(a, b, number(low), number(high), len(names))
+        for (a, b), (low, high) in zip(pairs, bounds, strict=True)
+    ]
+
+
+def _class_tables(
+    a: NDArray[np.float64],
+    b: NDArray[np.float64],
+    group: NDArray[np.int64],
+    groups: int,
+    desirable_from: float,
+    undesirable_to: float,
+) -> NDArray[np.float32]:
+    """How often each pair of classes occurs by prompt, shape (groups, 9), over the rows that both judges read."""
+    both = ~np.isnan(a) & ~np.isnan(b)
+    one, other = (
+        score_class(x[both], desirable_from=desirable_from, undesirable_to=undesirable_to).astype(np.int64) + 1
+        for x in (a, b)
+    )
+    cells = np.bincount(group[both] * 9 + one * 3 + other, minlength=groups * 9)
+    return cells.reshape(groups, 9).astype(np.float32)

@@ -18,18 +18,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from ray_pipeline.stats.bootstrap import Interval, bootstrap_mean
-from ray_pipeline.stats.winrate import Outcome, PairDecision
+from ray_pipeline.stats.bootstrap import Floats, Interval, bootstrap_mean, multinomial_counts, percentiles
+from ray_pipeline.stats.winrate import POINTS, PairDecision
 from ray_pipeline.store.keys import digest
-
-Floats = NDArray[np.float64]
 
 #: Standard deviations of the priors on w_m and w_l (weakly informative: Gelman et al. 2008, §2).
 PRIOR_MODEL, PRIOR_LENGTH = 10.0, 2.5
 
-_POINTS: Mapping[Outcome, float] = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 _NEWTON_STEPS = 50
 
 
@@ -72,7 +69,7 @@ def length_controlled_score(
     """
     decided = [d for d in decisions if d.outcome != "unread"]
     known = [d for d in decided if d.pair_id in policy_chars and d.pair_id in base_chars]
-    y = [_POINTS[d.outcome] for d in known]
+    y = [POINTS[d.outcome] for d in known]
     delta = [base_chars[d.pair_id] - policy_chars[d.pair_id] for d in known]
     prompts = [d.prompt_id for d in known]
     raw = bootstrap_mean(y, prompts, draws, seed, confidence=confidence)
@@ -138,11 +135,8 @@ def at_equal_length(
     names, group = np.unique(np.array(prompts, dtype=np.str_), return_inverse=True)
     low = high = None
     if len(names) > 1:
-        rng = np.random.default_rng(seed)
-        counts_of_draw = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
-        models = fit_two_weights(x, y, counts_of_draw[:, group].astype(np.float64))[:, 0]
-        tail = (1 - confidence) / 2
-        low, high = (float(q) for q in np.quantile(_sigmoid(models), [tail, 1 - tail]))
+        models = fit_two_weights(x, y, multinomial_counts(len(names), draws, seed)[:, group])[:, 0]
+        low, high = percentiles(_sigmoid(models), confidence).tolist()
     return Interval(float(_sigmoid(np.array(model))), low, high, len(y), len(names)), float(length)
 
 
@@ -171,4 +165,4 @@ def fit_two_weights(x: ArrayLike, y: ArrayLike, weights: ArrayLike) -> Floats:
 
 
 def _sigmoid(x: Floats) -> Floats:
-    return np.exp(-np.logaddexp(0.0, -x))
+    return np.asarray(np.exp(-np.logaddexp(0.0, -x)))

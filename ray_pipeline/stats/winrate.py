@@ -20,7 +20,8 @@ from ray_pipeline.store.schemas import READ_STATUSES
 Vote = Literal["policy", "base", "tie"]
 Outcome = Literal["win", "tie", "loss", "unread"]
 
-_POINTS: dict[Outcome, float] = {"win": 1.0, "tie": 0.5, "loss": 0.0}
+#: What a decided pair is worth.
+POINTS: dict[Outcome, float] = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 # The votes of an order that could not be read: what the pair could still have become.
 _POSSIBLE: tuple[Vote, ...] = ("policy", "base", "tie")
 
@@ -132,7 +133,7 @@ def win_rate(comparisons: pa.Table, judge: str | None = None, *, draws: int = 20
         tie_rate=share(counts["tie"]),
         loss_rate=share(counts["loss"]),
         flip_rate=share(flips),
-        score=bootstrap_mean([_POINTS[d.outcome] for d in decided], prompts, draws, seed),
+        score=bootstrap_mean([POINTS[d.outcome] for d in decided], prompts, draws, seed),
         win_interval=bootstrap_mean([float(d.outcome == "win") for d in decided], prompts, draws, seed),
         score_worst=float(bounds[:, 0].mean()) if decisions else None,
         score_best=float(bounds[:, 1].mean()) if decisions else None,
@@ -199,5 +200,5 @@ def _bounds(decision: PairDecision) -> tuple[float, float]:
     """Fewest and most points that the pair could have given, over all ways to fill its unread votes."""
     options_ab = _POSSIBLE if decision.vote_ab is None else (decision.vote_ab,)
     options_ba = _POSSIBLE if decision.vote_ba is None else (decision.vote_ba,)
-    points = [_POINTS[_outcome(ab, ba)] for ab in options_ab for ba in options_ba]
+    points = [POINTS[_outcome(ab, ba)] for ab in options_ab for ba in options_ba]
     return min(points), max(points)

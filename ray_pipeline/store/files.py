@@ -74,7 +74,7 @@ class Folder:
         self._fs: pafs.FileSystem | None = None
         self._base = ""
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return (Folder, (self.location,))
 
     def __repr__(self) -> str:
@@ -117,7 +117,7 @@ class Folder:
         return join(self.location, name) if name else self.location
 
     def exists(self, name: str = "") -> bool:
-        return self.fs.get_file_info(self.path(name)).type != pafs.FileType.NotFound
+        return bool(self.fs.get_file_info(self.path(name)).type != pafs.FileType.NotFound)
 
     def names(self, suffix: str = "") -> list[str]:
         """Sorted names of the files directly in the folder; temporary files and sub-folders are left out."""
@@ -138,15 +138,15 @@ class Folder:
     def _members(self) -> list[pafs.FileInfo]:
         selector = pafs.FileSelector(self.path(), allow_not_found=True, recursive=False)
         try:
-            return self.fs.get_file_info(selector)
+            return list(self.fs.get_file_info(selector))
         except FileNotFoundError:
             # Arrow lists first and then asks whether the folder is there at all: it is an error when another process
             # makes the folder in between.
-            return self.fs.get_file_info(selector)
+            return list(self.fs.get_file_info(selector))
 
     def read_bytes(self, name: str) -> bytes:
         with self.fs.open_input_stream(self.path(name)) as stream:
-            return stream.read()
+            return bytes(stream.read())
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Put a whole file in place of what is there, or leave what is there.
@@ -225,7 +225,7 @@ class Folder:
         with self._parquet(name) as file:
             self._check_footer(name, file, fingerprint, kind)
             self._check_schema(name, file, schema)
-            return file.metadata.num_rows
+            return int(file.metadata.num_rows)
 
     def read_table(
         self,

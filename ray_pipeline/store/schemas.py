@@ -7,6 +7,8 @@ receipts, which are about *how* a run went, are not tables of the run.)
 
 from __future__ import annotations
 
+from typing import Any
+
 import pyarrow as pa
 
 from ray_pipeline.bench.schemas import BENCHMARK_TABLES
@@ -260,7 +262,7 @@ TABLES: dict[str, pa.Schema] = {
 }
 
 
-def to_table(rows: list[dict], schema: pa.Schema) -> pa.Table:
+def to_table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
     """Build a table of exactly `schema` from row dicts; a missing required value is an error, not a null.
 
     Raises:

@@ -44,7 +44,7 @@ class ShardedTable:
         if not table.schema.equals(self.schema):
             raise ValueError(f"a {self.kind} table must have the schema\n{self.schema}\nnot\n{table.schema}")
         Folder(self.folder).write_table(shard_name(shard), table, fingerprint=self.fingerprint, kind=self.kind)
-        return table.num_rows
+        return int(table.num_rows)
 
     def read(self, shard: int, columns: list[str] | None = None) -> pa.Table:
         """One shard. Raises FileNotFoundError, TornFile or ForeignFile, each naming the file."""

@@ -234,6 +234,6 @@ def follow(client: Any, id_: str, write: Callable[[str], None], patience_s: floa
 
 def _whole_log(client: Any, id_: str) -> str:
     try:
-        return client.get_job_logs(id_)
+        return str(client.get_job_logs(id_))
     except Exception:  # The job's end is the news; the last lines of its log are in the dashboard.
         return ""

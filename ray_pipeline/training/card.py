@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from ray_pipeline.training.methods import METHODS
+from ray_pipeline.training.methods import METHODS, method_label, method_of
 from ray_pipeline.training.spec import TrainSpec
 
 #: Fields that say where a run happened, not what was trained.
@@ -34,9 +34,10 @@ def model_card(
         effective: settings as they were in force.
         final: the last training row of the metrics table, if any.
     """
+    method = method_label(spec.settings.method)
     front = {
         "library_name": "peft" if kind == "adapter" else "transformers",
-        "tags": ["quorum", "trl", spec.method] + (["lora"] if kind == "adapter" else []),
+        "tags": ["quorum", "trl", method] + (["lora"] if kind == "adapter" else []),
     }
     what = {
         "adapter": f"LoRA adapter for `{spec.model}`",
@@ -52,13 +53,15 @@ def model_card(
         "",
         f"# {spec.run_name} ({kind})",
         "",
-        f"{what}, by {spec.method.upper()} in {steps} optimiser steps of Quorum.",
+        f"{what}, by {method.upper()} in {steps} optimiser steps of Quorum.",
         "",
     ]
-    unread = {name for method in METHODS.values() for name in method.fields} - set(METHODS[spec.method].fields)
+    unread = {name for row in METHODS.values() for name in row.fields} - set(method_of(spec.settings.method).fields)
+    # The base's own name, not its key in the configuration.
+    all_settings = spec.settings.model_dump() | {k: v for k, v in spec.to_dict().items() if k != "settings"}
     settings = {
         name: value
-        for name, value in spec.to_dict().items()
+        for name, value in all_settings.items()
         if name not in (*_NOT_IN_CARD, *unread) and value not in (None, (), {})
     }
     for title, values in (

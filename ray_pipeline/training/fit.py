@@ -14,9 +14,10 @@ import pyarrow as pa
 
 from ray_pipeline.store.files import Folder, join
 from ray_pipeline.store.schemas import TRAIN_METRICS
-from ray_pipeline.training.methods import beta_of, validate_trainer_args
+from ray_pipeline.training.data_check import check_data
+from ray_pipeline.training.methods import validate_trainer_args
 from ray_pipeline.training.metrics import mean_train_loss
-from ray_pipeline.training.preflight import check_cluster, check_data, check_spec
+from ray_pipeline.training.preflight import check_cluster, check_spec
 from ray_pipeline.training.spec import TrainingStopped, TrainResult, TrainSpec
 
 logger = logging.getLogger("quorum.train")
@@ -51,8 +52,7 @@ def fit(spec: TrainSpec, warn: Callable[[str], None] = logger.warning) -> TrainR
 
     started = time.monotonic()
     check_spec(spec)
-    spec = dataclasses.replace(spec, beta=beta_of(spec))
-    validate_trainer_args(spec.method, spec.trainer_args)
+    validate_trainer_args(spec.settings.method, spec.settings.trainer_args)
     check_cluster(spec)
     data = check_data(spec)
     for warning in data.warnings:
@@ -62,23 +62,22 @@ def fit(spec: TrainSpec, warn: Callable[[str], None] = logger.warning) -> TrainR
             os.makedirs(place, exist_ok=True)
 
     storage = Folder(spec.storage_path)
-    resources = {"CPU": spec.cpus_per_worker, **({"GPU": 1.0} if spec.use_gpu else {}), **spec.resources}
     trainer = TorchTrainer(
         _train,  # type: ignore[arg-type]  # Train V2 keeps what it returns; the types are V1's
         train_loop_config={"spec": spec.to_dict()},
         torch_config=TorchConfig(timeout_s=2 * 3600),  # ranks wait while rank 0 tokenizes a large data set
         scaling_config=ScalingConfig(  # type: ignore[call-arg]
-            num_workers=spec.num_workers,
-            use_gpu=spec.use_gpu,
-            resources_per_worker=resources,
-            label_selector=spec.label_selector or None,
+            num_workers=spec.settings.num_workers,
+            use_gpu=bool(spec.settings.use_gpu),
+            resources_per_worker=spec.worker_resources,
+            label_selector=spec.settings.label_selector or None,
         ),
         run_config=RunConfig(  # type: ignore[call-arg]
             name=spec.run_name,
             storage_path=storage.path(),
             storage_filesystem=None if storage.is_local else storage.fs,
             failure_config=FailureConfig(  # type: ignore[call-arg]
-                max_failures=spec.max_failures,
+                max_failures=spec.settings.max_failures,
                 controller_failure_limit=math.ceil(spec.schedule_timeout_s / _START_TIMEOUT_S),
             ),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
@@ -94,7 +93,7 @@ def fit(spec: TrainSpec, warn: Callable[[str], None] = logger.warning) -> TrainR
         steps=done["steps"],
         epochs=done["epochs"],
         train_loss=mean_train_loss(metrics),
-        adapter=None if spec.lora is None else join(spec.output_dir, "adapter"),
+        adapter=None if spec.settings.lora is None else join(spec.output_dir, "adapter"),
         merged=join(spec.output_dir, "merged"),
         effective=done["effective"] | {k: v for k, v in written.items() if k == "adapter_effect"},
         data=dataclasses.asdict(data),

@@ -1,7 +1,7 @@
-"""The training methods as a table, and how a `TrainSpec` becomes a TRL config.
+"""The training methods as a table, and the check of `trainer_args` against TRL's own settings.
 
-Adding a method is adding a row to `METHODS` (and its name to `spec.MethodName`). Nothing here imports TRL before a
-config or a trainer is asked for.
+Adding a method is adding a row to `METHODS`, or registering a `Method` in a file of one's own. Nothing here imports TRL
+before a config or trainer class is needed.
 """
 
 from __future__ import annotations
@@ -11,12 +11,20 @@ import difflib
 import importlib
 import os
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from ray_pipeline.training.sharding import sharding_settings
-from ray_pipeline.training.spec import DataKind, MethodName, TrainingInputError, TrainSpec
+from pydantic import AfterValidator
 
+from ray_pipeline.extensions import ExtensionError, find, register
+
+#: The kinds of training rows: single answers, pairs, and answers with a label.
+DataKind = Literal["sft", "dpo", "kto"]
 ColumnKind = Literal["messages", "bool"]
+
+
+class TrainingInputError(ValueError):
+    """Invalid settings, data or cluster for a training run; the message names the key and the remedy."""
+
 
 #: Kind of data -> the columns that a trainer reads. No others are read.
 COLUMNS: dict[DataKind, Mapping[str, ColumnKind]] = {
@@ -36,7 +44,7 @@ class Method:
         data: the kind of rows that it learns from.
         objective: the loss of one batch as TRL computes it, and where that differs from the paper.
         beta: the β that the method was published with; None: its loss has none.
-        fields: fields of `TrainSpec` that the config takes under the same name, beside those that all take.
+        fields: fields of `TrainSettings` that the config takes under the same name, beside those that all take.
         settings: settings that make the class pair this method. `trainer_args` may replace them.
         min_batch_size: the smallest `batch_size` that the loss is defined for.
         adds_ends: the trainer puts the tokenizer's BOS and EOS around a chat whose template leaves them out.
@@ -70,11 +78,12 @@ class Method:
         return importlib.import_module(self.module)
 
 
-_FILE_ORDER = {"train_sampling_strategy": "sequential"}
+#: Rows are read in the order of the files, as every method of `METHODS` does.
+FILE_ORDER = {"train_sampling_strategy": "sequential"}
 
 # Rows come interleaved by label and shuffled by seed, and all methods read them in that order: KTO has to (its KL pairs
 # are made per fixed batch); the others do so that what a step saw can be looked up in the files.
-METHODS: dict[MethodName, Method] = {
+METHODS: dict[str, Method] = {
     "sft": Method(
         "trl", "SFTConfig", "SFTTrainer",
         data="sft",
@@ -82,7 +91,7 @@ METHODS: dict[MethodName, Method] = {
             "−log π(y|x) per token: the mean over all completion tokens of an optimiser step (so that a long answer "
             "counts more than a short one); prompts are context only."
         ),
-        settings={**_FILE_ORDER, "completion_only_loss": True},
+        settings={**FILE_ORDER, "completion_only_loss": True},
     ),
     "dpo": Method(  # Rafailov et al. 2023, arXiv:2305.18290
         "trl", "DPOConfig", "DPOTrainer",
@@ -90,7 +99,7 @@ METHODS: dict[MethodName, Method] = {
         objective="−log σ(β·(r_w − r_l)), r = log π(y|x) − log π_ref(y|x) (eq. 7), the mean over pairs.",
         beta=0.1,
         fields=("disable_dropout",),
-        settings=_FILE_ORDER,
+        settings=FILE_ORDER,
     ),
     "kto": Method(  # Ethayarajh et al. 2024, arXiv:2402.01306
         "trl", "KTOConfig", "KTOTrainer",
@@ -102,7 +111,7 @@ METHODS: dict[MethodName, Method] = {
         ),
         beta=0.1,
         fields=("disable_dropout", "desirable_weight", "undesirable_weight"),
-        settings=_FILE_ORDER,
+        settings=FILE_ORDER,
         min_batch_size=2,
         refuses={
             "train_sampling_strategy": "KTO's KL pairs are made per batch of rows in file order; they are shuffled",
@@ -119,7 +128,7 @@ METHODS: dict[MethodName, Method] = {
         ),
         beta=0.1,
         fields=("disable_dropout",),
-        settings={**_FILE_ORDER, "remove_unused_columns": False},
+        settings={**FILE_ORDER, "remove_unused_columns": False},
         adds_ends=True,
     ),
     "simpo": Method(  # Meng et al. 2024, arXiv:2405.14734
@@ -133,14 +142,42 @@ METHODS: dict[MethodName, Method] = {
         fields=("disable_dropout",),
         # β and γ of the paper's section 4: 2.0 to 2.5 and 0.5 to 1.5.
         settings={
-            **_FILE_ORDER, "loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 1.0, "remove_unused_columns": False
+            **FILE_ORDER, "loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 1.0, "remove_unused_columns": False
         },
         adds_ends=True,
         refuses={"loss_type": "with another loss this would not be SimPO (AlphaPO is trainer_args.alpha)"},
     ),
 }  # fmt: skip
+for _name, _method in METHODS.items():
+    register("method", _name)(_method)
 
-#: TRL's name of a setting -> the field of `TrainSpec` that has it.
+
+def method_of(reference: str) -> Method:
+    """The method of a name, or the one that a file registers.
+
+    Raises:
+        ExtensionError, a ValueError: there is none.
+    """
+    found = find("method", reference).value
+    if not isinstance(found, Method):
+        raise ExtensionError(f"method {reference!r} is a {type(found).__name__}; register a Method")
+    return found
+
+
+def method_label(reference: str) -> str:
+    """A method's name for folders and readers: that under which it is registered."""
+    return find("method", reference).name
+
+
+def _known(reference: str) -> str:
+    method_of(reference)
+    return reference
+
+
+#: A reference to a method, checked.
+MethodName = Annotated[str, AfterValidator(_known)]
+
+#: TRL's name of a setting -> the field of `TrainSettings` or `TrainSpec` that holds it.
 OWNED: dict[str, str] = {
     "output_dir": "output_dir",
     "run_name": "run_name",
@@ -198,22 +235,11 @@ FIXED: dict[str, str] = {
     "truncation_mode": "prompts stay whole and answers are cut at their end, as the check before the run counts them",
 }
 
-#: Keys of `model_init_kwargs` -> the field of `TrainSpec` that has it.
+#: Keys of `model_init_kwargs` -> the field of `TrainSettings` or `TrainSpec` that holds it.
 OWNED_MODEL_ARGS: dict[str, str] = {
     "dtype": "dtype", "torch_dtype": "dtype", "revision": "revision", "trust_remote_code": "trust_remote_code",
     "device_map": "use_gpu", "quantization_config": "quantization",
 }  # fmt: skip
-
-
-def method_of(name: str) -> Method:
-    """The row of a method.
-
-    Raises:
-        TrainingInputError: there is none of that name.
-    """
-    if name not in METHODS:
-        raise TrainingInputError(f"method must be one of {', '.join(METHODS)}, not {name!r}")
-    return METHODS[name]
 
 
 def validate_trainer_args(method: str, trainer_args: Mapping[str, Any]) -> None:
@@ -221,7 +247,7 @@ def validate_trainer_args(method: str, trainer_args: Mapping[str, Any]) -> None:
 
     Raises:
         TrainingInputError: a name is unknown (the message has the nearest right one), belongs to a field of
-            `TrainSpec` (the message names it) or must not be changed; or a value is none of the choices.
+            `TrainSettings` (the message names it) or must not be changed; or a value is none of the choices.
     """
     found = method_of(method)
     if not trainer_args:
@@ -258,83 +284,3 @@ def _check_model_args(value: Any) -> None:
                 f"trainer_args.model_init_kwargs.{name} would override the setting {OWNED_MODEL_ARGS[name]!r}: "
                 "set that one"
             )
-
-
-def beta_of(spec: TrainSpec) -> float | None:
-    """The β that a run trains with: its own, else the method's; None where the loss has none."""
-    return method_of(spec.method).beta if spec.beta is None else spec.beta
-
-
-def packs(spec: TrainSpec) -> bool:
-    """Whether TRL joins several rows into one sequence (SFT only)."""
-    return bool(spec.trainer_args.get("packing"))
-
-
-def trainer_config(spec: TrainSpec, output_dir: str) -> Any:
-    """TRL's config for a spec.
-
-    Args:
-        output_dir: scratch folder of this worker for Hugging Face checkpoints, before Ray Train takes them.
-    """
-    method = method_of(spec.method)
-    user = dict(spec.trainer_args)
-    beta = beta_of(spec)
-    defaults = {
-        "ddp_find_unused_parameters": False,  # every trained weight is used in each forward pass
-        "disable_tqdm": True,  # progress goes through `logging`
-        **method.settings,
-        **sharding_settings(spec),
-    }
-    if packs(spec):
-        defaults["train_sampling_strategy"] = "random"  # by seed: packing sorts the rows by length
-    return method.config_class()(
-        output_dir=output_dir,
-        run_name=spec.run_name,
-        model_init_kwargs=_model_args(spec, user.pop("model_init_kwargs", {})),
-        trust_remote_code=spec.trust_remote_code,
-        per_device_train_batch_size=spec.batch_size,
-        per_device_eval_batch_size=spec.batch_size,  # TRL makes KTO's KL pairs of the evaluation rows in train batches
-        gradient_accumulation_steps=spec.gradient_accumulation,
-        num_train_epochs=spec.epochs,
-        max_length=spec.max_length,
-        learning_rate=spec.learning_rate,
-        lr_scheduler_type=spec.lr_scheduler,
-        warmup_steps=spec.warmup_ratio,  # transformers 5 reads a number below 1 as a share
-        seed=spec.seed,
-        use_cpu=not spec.use_gpu,
-        bf16=spec.use_gpu and spec.dtype == "bfloat16",  # TRL's default is True, also on CPUs
-        fp16=False,
-        gradient_checkpointing=spec.gradient_checkpointing,
-        logging_strategy="steps",
-        logging_steps=spec.logging_steps,
-        save_strategy="steps",
-        save_steps=spec.save_steps,
-        save_total_limit=2,
-        eval_strategy="no",  # callbacks.EvaluateEachEpoch does it, before the checkpoint of the same step
-        dataloader_drop_last=True,
-        report_to=list(spec.report_to) or "none",
-        **({} if beta is None else {"beta": beta}),
-        **{name: getattr(spec, name) for name in method.fields},
-        **{**defaults, **user},
-    )
-
-
-def _model_args(spec: TrainSpec, user: Mapping[str, Any]) -> dict[str, Any]:
-    """What the base is loaded with. Every worker has one device: "auto" would spread the model over all it can see."""
-    # DeepSpeed keeps float32 copies of the trained weights itself.
-    in_float32 = spec.lora is None and spec.shard not in ("zero2", "zero3")
-    found = {"dtype": "float32" if in_float32 else spec.dtype, "device_map": None, **user}
-    if spec.revision is not None:
-        found["revision"] = spec.revision
-    if spec.quantization is not None:
-        import torch
-        from transformers import BitsAndBytesConfig
-
-        found["quantization_config"] = BitsAndBytesConfig(
-            load_in_8bit=spec.quantization == "int8",
-            load_in_4bit=spec.quantization == "nf4",
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=getattr(torch, spec.dtype),
-        )
-    return found

@@ -1,87 +1,24 @@
-"""Checks of settings, data and cluster that cost seconds, before workers start that cost minutes."""
+"""Checks of settings and cluster that cost seconds, before workers start that cost minutes."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import glob
 import importlib.util
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from ray_pipeline.store.local import local_copy
 from ray_pipeline.store.node_labels import may_run
-from ray_pipeline.training.methods import Method, beta_of, method_of, packs
-from ray_pipeline.training.spec import TrainingInputError, TrainSpec
-
-_BATCH_ROWS = 512
-DTYPES = ("float32", "bfloat16")
-
-#: Fields that count something and have a smallest sensible value.
-_AT_LEAST: dict[str, float] = {
-    "num_workers": 1, "batch_size": 1, "gradient_accumulation": 1, "max_length": 2, "save_steps": 1,
-    "logging_steps": 1, "max_failures": 0, "seed": 0, "desirable_weight": 0, "undesirable_weight": 0,
-}  # fmt: skip
-_ABOVE_ZERO = ("learning_rate", "epochs", "cpus_per_worker", "schedule_timeout_s")
-
-
-@dataclass(frozen=True)
-class DataReport:
-    """Rows of the training files, counted with the policy's tokenizer as TRL will see them.
-
-    Attributes:
-        rows: rows in the files.
-        truncated: rows with a completion cut at `max_length`.
-        desirable, undesirable: labels (KTO; 0 for other methods).
-        identical_pairs: pairs whose chosen and rejected tokens are equal after truncation.
-        sequences: what the batches are made of: the rows, or where TRL packs them the longer sequences they give.
-        unused: sequences of an epoch that fill no whole batch and are not trained on (rows: those at the end).
-        steps_per_epoch: optimiser steps.
-        val_rows: rows in the evaluation files.
-        val_rows_used: what evaluation takes: the whole batches.
-        warnings: what deserves a look, as sentences.
-    """
-
-    rows: int
-    truncated: int
-    desirable: int
-    undesirable: int
-    identical_pairs: int
-    sequences: int
-    unused: int
-    steps_per_epoch: int
-    val_rows: int
-    val_rows_used: int
-    warnings: tuple[str, ...]
-
-
-@dataclass
-class _Counts:
-    rows: int = 0
-    filled: int = 0  # by the prompt alone
-    truncated: int = 0
-    desirable: int = 0
-    undesirable: int = 0
-    identical_pairs: int = 0
-    ends_added: int = 0
-    lengths: list[int] = field(default_factory=list)  # of whole rows, where they are to be packed
+from ray_pipeline.training.methods import TrainingInputError, method_of
+from ray_pipeline.training.spec import TrainSettings, TrainSpec
 
 
 def check_spec(spec: TrainSpec) -> None:
-    """Check everything that can be said without reading a file.
+    """Check what `TrainSettings` cannot: paths, names, packages and options that need each other. Reads no file.
 
     Raises:
-        TrainingInputError: a path is relative, a number is out of range, the method is unknown, KTO with a batch of 1.
+        TrainingInputError: names the setting and the remedy.
     """
-    method = method_of(spec.method)
+    method = method_of(spec.settings.method)
     for name in ("train_files", "val_files", "output_dir", "storage_path"):
         path = getattr(spec, name)
         if path is not None and not os.path.isabs(path) and "://" not in path:
@@ -102,73 +39,50 @@ def check_spec(spec: TrainSpec) -> None:
         kept = False
     if not kept or (method.adds_ends and "tools" in spec.chat_template_args):
         raise TrainingInputError(
-            f"chat_template_args: {spec.method} cannot be trained with {spec.chat_template_args!r}; use plain values "
-            "and lists of one kind"
+            f"chat_template_args: {spec.settings.method} cannot be trained with {spec.chat_template_args!r}; use plain "
+            "values and lists of one kind"
         )
-    if spec.dtype not in DTYPES:
-        raise TrainingInputError(f"dtype must be one of {', '.join(DTYPES)}, not {spec.dtype!r}")
-    for name, least in _AT_LEAST.items():
-        if not getattr(spec, name) >= least:
-            raise TrainingInputError(f"{name} must be at least {least:g}, not {getattr(spec, name)}")
-    for name in _ABOVE_ZERO:
-        if not getattr(spec, name) > 0:
-            raise TrainingInputError(f"{name} must be above 0, not {getattr(spec, name)}")
-    if not 0 <= spec.warmup_ratio < 1:
-        raise TrainingInputError(f"warmup_ratio is a share of all steps in [0, 1), not {spec.warmup_ratio}")
-    beta = beta_of(spec)
-    if beta is not None and method.beta is None:
-        raise TrainingInputError(f"beta: the loss of {spec.method} has none; remove it")
-    if beta is not None and not beta > 0:
-        raise TrainingInputError(f"beta must be above 0, not {beta}")
-    if spec.batch_size < method.min_batch_size:
-        raise TrainingInputError(
-            f"{spec.method} needs batch_size ≥ {method.min_batch_size} (it is {spec.batch_size}): its KL term pairs "
-            "each prompt with another row's completion of the same micro-batch. Raise batch_size and lower "
-            "gradient_accumulation to keep the effective batch"
-        )
-    _check_names(spec)
-    _check_options(spec)
+    if spec.max_length < 2:
+        raise TrainingInputError(f"max_length must be at least 2, not {spec.max_length}")
+    _check_names(spec.settings)
+    _check_options(spec.settings)
 
 
-def _check_names(spec: TrainSpec) -> None:
+def _check_names(train: TrainSettings) -> None:
     from transformers import SchedulerType
     from transformers.integrations import get_available_reporting_integrations
 
     schedulers = [str(item.value) for item in SchedulerType]
-    if spec.lr_scheduler not in schedulers:
-        raise TrainingInputError(f"lr_scheduler must be one of {', '.join(schedulers)}, not {spec.lr_scheduler!r}")
+    if train.lr_scheduler not in schedulers:
+        raise TrainingInputError(f"lr_scheduler must be one of {', '.join(schedulers)}, not {train.lr_scheduler!r}")
     installed = get_available_reporting_integrations()
-    for name in spec.report_to:
+    for name in train.report_to:
         if name not in installed:
             raise TrainingInputError(
                 f"report_to: {name!r} is not installed or unknown (installed: {', '.join(installed) or 'none'})"
             )
 
 
-def _check_options(spec: TrainSpec) -> None:
+def _check_options(train: TrainSettings) -> None:
     """Options that need a package, a device or each other."""
-    if spec.quantization is not None:
-        if spec.lora is None:
-            raise TrainingInputError(
-                "quantization: quantized weights cannot be trained; set lora, or quantization null"
-            )
-        if spec.shard != "none":
-            raise TrainingInputError(f"quantization together with shard={spec.shard} is not supported: choose one")
-        if not spec.use_gpu:
+    if train.quantization is not None:
+        if train.shard != "none":
+            raise TrainingInputError(f"quantization together with shard={train.shard} is not supported: choose one")
+        if not train.use_gpu:
             raise TrainingInputError("quantization needs workers with a GPU (use_gpu)")
         _need("bitsandbytes", "quantization", "qlora")
-    if spec.shard != "none" and spec.num_workers < 2:
-        raise TrainingInputError(f"shard={spec.shard} has nothing to deal out with num_workers=1")
-    if spec.shard in ("zero2", "zero3"):
-        if not spec.use_gpu:
+    if train.shard != "none" and train.num_workers < 2:
+        raise TrainingInputError(f"shard={train.shard} has nothing to deal out with num_workers=1")
+    if train.shard in ("zero2", "zero3"):
+        if not train.use_gpu:
             raise TrainingInputError(
-                f"shard={spec.shard} needs workers with a GPU (use_gpu): Accelerate leaves DeepSpeed unread on CPUs"
+                f"shard={train.shard} needs workers with a GPU (use_gpu): Accelerate leaves DeepSpeed unread on CPUs"
             )
-        _need("deepspeed", f"shard={spec.shard}", "deepspeed")
+        _need("deepspeed", f"shard={train.shard}", "deepspeed")
     for name, shards in {"fsdp_config": ("fsdp",), "deepspeed": ("zero2", "zero3")}.items():
-        if name in spec.trainer_args and spec.shard not in shards:
+        if name in train.trainer_args and train.shard not in shards:
             raise TrainingInputError(f"trainer_args.{name} is read with shard={' or '.join(shards)} only; set that too")
-    if spec.trainer_args.get("use_liger_kernel"):
+    if train.trainer_args.get("use_liger_kernel"):
         _need("liger_kernel", "trainer_args.use_liger_kernel", "liger")
 
 
@@ -177,290 +91,29 @@ def _need(package: str, setting: str, extra: str) -> None:
         raise TrainingInputError(f"{setting} needs {package}: pip install 'quorum-align[{extra}]'")
 
 
-def parquet_files(pattern: str, setting: str) -> list[str]:
-    """Files of a path or glob in the order in which they are trained on; those of a URI are copied to this machine.
-
-    Raises:
-        TrainingInputError: there are none, naming the setting.
-    """
-    shown = pattern
-    if "://" in pattern:
-        path, mark, query = pattern.partition("?")
-        folder, _, names = path.rpartition("/")
-        with contextlib.suppress(FileNotFoundError):
-            pattern = f"{local_copy(folder + mark + query)}/{names}"
-    files = sorted(glob.glob(pattern, recursive=True))
-    if not files:
-        raise TrainingInputError(f"{setting}: no file matches {shown}; run the data set stage first or fix the path")
-    return files
-
-
-def check_data(spec: TrainSpec) -> DataReport:
-    """Read the data set once and refuse what cannot be trained on.
-
-    Loads the tokenizer, not the model. Memory is bounded by a batch of rows.
-
-    Raises:
-        TrainingInputError: no file, no row, a column that is missing, empty or of another type, KTO rows of one
-            class, only identical pairs, or too few rows for one batch; the message names file, column and remedy.
-    """
-    method = method_of(spec.method)
-    tokenizer = _tokenizer(spec)
-    train = _count(spec, method, tokenizer, "train_files", spec.train_files)
-    if train.rows == 0:
-        raise TrainingInputError(f"train_files: {spec.train_files} holds no row; nothing passed the gate?")
-    if "label" in method.columns and not (train.desirable and train.undesirable):
-        raise TrainingInputError(
-            f"train_files: {train.desirable} desirable and {train.undesirable} undesirable rows; {spec.method} needs "
-            "both classes. Loosen the gate's thresholds or make more candidates"
-        )
-    if "rejected" in method.columns and train.identical_pairs == train.rows:
-        raise TrainingInputError(
-            f"train_files: chosen and rejected are equal after truncation to max_length={spec.max_length} in all "
-            f"{train.rows} pairs; raise max_length or check the pairs"
-        )
-    sequences = _sequences(spec, train)
-    if sequences < spec.micro_batch:
-        packed = f" (packed into {sequences} sequences)" if packs(spec) else ""
-        raise TrainingInputError(
-            f"train_files: {train.rows} rows{packed} do not fill one batch of {spec.batch_size} (batch_size) × "
-            f"{spec.num_workers} (num_workers) = {spec.micro_batch}; make more rows, or lower batch_size or num_workers"
-        )
-
-    val = _Counts()
-    if spec.val_files is not None:
-        val = _count(spec, method, tokenizer, "val_files", spec.val_files)
-    val_sequences = _sequences(spec, val, spec.trainer_args.get("eval_packing"))
-    val_used = val_sequences - val_sequences % spec.micro_batch
-    micro_batches = sequences // spec.micro_batch
-    return DataReport(
-        rows=train.rows,
-        truncated=train.truncated,
-        desirable=train.desirable,
-        undesirable=train.undesirable,
-        identical_pairs=train.identical_pairs,
-        sequences=sequences,
-        unused=sequences - micro_batches * spec.micro_batch,
-        steps_per_epoch=math.ceil(micro_batches / spec.gradient_accumulation),
-        val_rows=val.rows,
-        val_rows_used=val_used,
-        warnings=tuple(_warnings(spec, method, tokenizer, train, sequences, val, val_used)),
-    )
-
-
 def check_cluster(spec: TrainSpec) -> None:
-    """Refuse a run that the cluster can never place: Ray Train would wait without a word.
+    """Refuse a run that the cluster can never place: Ray Train would wait silently.
 
     Raises:
         TrainingInputError: too few CPUs or GPUs in all, or on each node for one worker.
     """
     import ray
 
-    need = {"CPU": spec.cpus_per_worker, **({"GPU": 1.0} if spec.use_gpu else {}), **spec.resources}
-    if spec.autoscaling:
+    need = spec.worker_resources
+    if spec.settings.autoscaling:
         return
     nodes = [
         node["Resources"]
         for node in ray.nodes()
-        if node["Alive"] and may_run(spec.label_selector, node.get("Labels") or {})
+        if node["Alive"] and may_run(spec.settings.label_selector, node.get("Labels") or {})
     ]
     places = sum(int(min(node.get(name, 0.0) / amount for name, amount in need.items())) for node in nodes)
-    if places < spec.num_workers:
+    if places < spec.settings.num_workers:
         total = ray.cluster_resources()
         wanted = ", ".join(f"{amount:g} {name}" for name, amount in need.items())
         have = ", ".join(f"{total.get(name, 0.0):g} {name}" for name in need)
         raise TrainingInputError(
-            f"num_workers={spec.num_workers} workers of {wanted} each do not fit the cluster, which has {have} on "
-            f"{len(nodes)} node(s) that may be used: room for {places}. Lower num_workers or cpus_per_worker, add "
-            "nodes, or set autoscaling if the cluster grows on demand"
+            f"num_workers={spec.settings.num_workers} workers of {wanted} each do not fit the cluster, which has "
+            f"{have} on {len(nodes)} node(s) that may be used: room for {places}. Lower num_workers or "
+            "cpus_per_worker, add nodes, or set autoscaling if the cluster grows on demand"
         )
-
-
-def _tokenizer(spec: TrainSpec) -> Any:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(
-        spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code
-    )
-    if not tokenizer.chat_template:
-        raise TrainingInputError(
-            f"model: the tokenizer of {spec.model} has no chat template, but the rows are chats; use an instruct "
-            "model or save a template with its tokenizer"
-        )
-    return tokenizer
-
-
-def _count(spec: TrainSpec, method: Method, tokenizer: Any, setting: str, pattern: str) -> _Counts:
-    counts = _Counts()
-    render = functools.partial(_token_ids, tokenizer, spec.chat_template_args)
-    completions = [c for c, kind in method.columns.items() if kind == "messages" and c != "prompt"]
-    for batch in _batches(parquet_files(pattern, setting), method):
-        rows = batch.to_pylist()
-        prompts = render([row["prompt"] for row in rows], add_generation_prompt=True)
-        answers = [
-            render([row["prompt"] + row[column] for row in rows], add_generation_prompt=False) for column in completions
-        ]
-        for i, row in enumerate(rows):
-            prompt, whole = prompts[i], [ids[i] for ids in answers]
-            if method.adds_ends:
-                ended = [_with_ends(tokenizer, ids) for ids in whole]
-                counts.ends_added += ended != whole
-                prompt, whole = _with_ends(tokenizer, prompt, end=False), ended
-            counts.rows += 1
-            # TRL starts the completion where prompt and prompt + completion part, which may be inside the prompt.
-            counts.filled += min(_common_prefix(prompt, ids) for ids in whole) >= spec.max_length
-            counts.truncated += any(len(ids) > spec.max_length for ids in whole)
-            if "label" in row:
-                counts.desirable += row["label"]
-                counts.undesirable += not row["label"]
-            if len(whole) == 2:
-                chosen, rejected = (ids[: spec.max_length] for ids in whole)
-                counts.identical_pairs += chosen == rejected
-            if packs(spec) or spec.trainer_args.get("eval_packing"):
-                counts.lengths.append(len(whole[0]))
-    if counts.filled:
-        raise TrainingInputError(
-            f"{setting}: in {counts.filled} of {counts.rows} rows the prompt alone fills max_length={spec.max_length} "
-            "tokens, so that nothing of the answer is left to learn from; raise max_length, or leave such rows out "
-            "(datasets.max_prompt_length does)"
-        )
-    return counts
-
-
-def _with_ends(tokenizer: Any, ids: list[int], end: bool = True) -> list[int]:
-    """What TRL's ORPO and CPO trainers make of a rendered chat: BOS in front and EOS at the end, if it has none."""
-    first, last = tokenizer.bos_token_id, tokenizer.eos_token_id
-    front = [first] if first is not None and ids[:1] != [first] else []
-    return front + ids + ([last] if end and ids[-1:] != [last] else [])
-
-
-def _sequences(spec: TrainSpec, counts: _Counts, packing: bool | None = None) -> int:
-    """How many sequences the batches are dealt from. Packing is done by TRL's own function, on rows of zeros."""
-    if not (packs(spec) if packing is None else packing) or not counts.rows:
-        return counts.rows
-    from datasets import Dataset, disable_progress_bars, enable_progress_bars
-    from trl import pack_dataset
-
-    ends = np.cumsum([0, *counts.lengths])
-    zeros = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(np.zeros(ends[-1], np.int8)))
-    disable_progress_bars()
-    try:
-        rows = Dataset(pa.table({"input_ids": zeros}))
-        return len(pack_dataset(rows, spec.max_length, spec.trainer_args.get("packing_strategy", "bfd")))
-    finally:
-        enable_progress_bars()
-
-
-def _batches(files: Sequence[str], method: Method) -> Iterator[pa.RecordBatch]:
-    for name in files:
-        try:
-            file = pq.ParquetFile(name)
-        except (pa.ArrowException, OSError) as error:
-            raise TrainingInputError(f"{name} is no readable Parquet file ({error})") from error
-        with file:
-            for column, kind in method.columns.items():
-                _check_type(name, file.schema_arrow, column, kind)
-            start = 0
-            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=list(method.columns)):
-                for column, kind in method.columns.items():
-                    _check_values(name, batch.column(column), column, kind, start)
-                yield batch
-                start += batch.num_rows
-
-
-def _check_type(name: str, schema: pa.Schema, column: str, kind: str) -> None:
-    if column not in schema.names:
-        raise TrainingInputError(f"{name} has no column {column!r}; it has {', '.join(schema.names) or 'none'}")
-    found = schema.field(column).type
-    if kind == "bool":
-        good, wanted = pa.types.is_boolean(found), "bool"
-    else:
-        good, wanted = _is_messages(found), "list of {role: string, content: string}"
-    if not good:
-        raise TrainingInputError(f"{name}: column {column!r} must be {wanted}, not {found}")
-
-
-def _is_messages(found: pa.DataType) -> bool:
-    if not (pa.types.is_list(found) or pa.types.is_large_list(found)) or not pa.types.is_struct(found.value_type):
-        return False
-    fields = {f.name: f.type for f in found.value_type}
-    return all(
-        n in fields and (pa.types.is_string(fields[n]) or pa.types.is_large_string(fields[n]))
-        for n in ("role", "content")
-    )
-
-
-def _check_values(name: str, values: pa.Array, column: str, kind: str, start: int) -> None:
-    missing = values.is_null()
-    if kind == "messages":
-        missing = pc.or_kleene(missing, pc.equal(pc.fill_null(pc.list_value_length(values), 0), 0))
-    row = pc.index(missing, True).as_py()
-    if row >= 0:
-        raise TrainingInputError(f"{name}: column {column!r} is empty in row {start + row}; remake the data set")
-    if kind == "messages":
-        flat = pc.list_flatten(values)
-        end = start + len(values) - 1
-        for part in ("role", "content"):
-            if pc.struct_field(flat, part).null_count:
-                raise TrainingInputError(
-                    f"{name}: column {column!r} has a message without {part} within rows {start}–{end}"
-                )
-
-
-def _token_ids(
-    tokenizer: Any,
-    template_args: Mapping[str, Any],
-    chats: list[list[dict[str, str]]],
-    add_generation_prompt: bool,
-) -> list[list[int]]:
-    """Token ids of chats: the same as TRL's row by row, but in batches, which fast tokenizers do in parallel."""
-    texts = tokenizer.apply_chat_template(
-        chats, tokenize=False, add_generation_prompt=add_generation_prompt, **template_args
-    )
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]
-
-
-def _common_prefix(left: list[int], right: list[int]) -> int:
-    if left == right[: len(left)]:  # nearly always
-        return len(left)
-    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
-
-
-def _warnings(
-    spec: TrainSpec, method: Method, tokenizer: Any, train: _Counts, sequences: int, val: _Counts, val_used: int
-) -> Iterator[str]:
-    if train.identical_pairs:
-        yield f"{train.identical_pairs} of {train.rows} pairs are equal after truncation and teach nothing"
-    if sequences < spec.effective_batch:
-        what = "packed sequences" if packs(spec) else "rows"
-        yield f"{sequences} {what} are fewer than the effective batch of {spec.effective_batch}: one step an epoch"
-    if train.ends_added:
-        yield (
-            f"{spec.method} trains on {train.ends_added} of {train.rows} rows with the tokenizer's "
-            f"{tokenizer.bos_token or 'no BOS'} in front and {tokenizer.eos_token} at the end, where the chat template "
-            "has none: TRL puts them there"
-        )
-    if "label" in method.columns:
-        yield from _imbalance(spec, train)
-    if spec.val_files is not None and not val_used:
-        yield f"val_files: {val.rows} rows do not fill one batch of {spec.micro_batch}: no evaluation"
-
-
-def _imbalance(spec: TrainSpec, train: _Counts) -> Iterator[str]:
-    """Unequal classes, and whether the weights make up for it: λ_D·n_D / (λ_U·n_U) in [1, 4/3] (KTO paper, eq. 8)."""
-    low, high = 0.99, 4 / 3 + 0.01
-    rows = train.desirable / train.undesirable
-    weighed = spec.desirable_weight * train.desirable / max(spec.undesirable_weight * train.undesirable, 1e-9)
-    if low <= rows <= high and low <= weighed <= high:
-        return
-    best = spec.undesirable_weight * train.undesirable / train.desirable
-    advice = (
-        ""
-        if low <= weighed <= high
-        else (f"; the KTO paper recommends 1 to 1.33, that is desirable_weight {best:.2f} to {best * 4 / 3:.2f}")
-    )
-    yield (
-        f"class imbalance: {train.desirable} desirable, {train.undesirable} undesirable rows; with desirable_weight "
-        f"{spec.desirable_weight:.4g} and undesirable_weight {spec.undesirable_weight:.4g} they weigh "
-        f"{weighed:.2f} : 1{advice}"
-    )

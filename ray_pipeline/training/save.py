@@ -35,7 +35,7 @@ def write_model(spec: TrainSpec, trainer: Any, card: Callable[[str], str]) -> di
     """
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    if spec.lora is None:
+    if spec.settings.lora is None:
         _write_full(spec, trainer, card("full"))
         return {"max_logit_diff": None}
     _write_adapter(spec, trainer, card("adapter"))
@@ -46,7 +46,7 @@ def write_model(spec: TrainSpec, trainer: Any, card: Callable[[str], str]) -> di
         spec.model,
         str(Path(spec.output_dir) / "adapter"),
         str(Path(spec.output_dir) / "merged"),
-        spec.dtype,
+        spec.settings.dtype,
         revision=spec.revision,
         trust_remote_code=spec.trust_remote_code,
         prompts=_texts(trainer),
@@ -71,7 +71,7 @@ def _write_full(spec: TrainSpec, trainer: Any, readme: str) -> None:
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if not trainer.is_world_process_zero():
         return
-    dtype = getattr(torch, spec.dtype)
+    dtype = getattr(torch, spec.settings.dtype)
     once: dict[tuple[int, torch.Size], torch.Tensor] = {}  # tied weights stay one tensor, and are written once
 
     def cast(weight: torch.Tensor) -> torch.Tensor:

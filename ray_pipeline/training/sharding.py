@@ -35,11 +35,11 @@ _FROM_TRAINER = (
 
 def sharding_settings(spec: TrainSpec) -> dict[str, Any]:
     """The preset as TRL settings; empty for "none"."""
-    if spec.shard == "none":
+    if spec.settings.shard == "none":
         return {}
-    if spec.shard == "fsdp":
+    if spec.settings.shard == "fsdp":
         return {"fsdp": True, "fsdp_config": dict(_FSDP)}
-    stage = int(spec.shard.removeprefix("zero"))
+    stage = int(spec.settings.shard.removeprefix("zero"))
     return {
         "deepspeed": {
             "zero_optimization": {"stage": stage, **_ZERO},
@@ -56,7 +56,7 @@ def fsdp_on_cpus(spec: TrainSpec) -> Iterator[None]:
     PyTorch does it over gloo; Accelerate 1.15 leaves its FSDP setting unread where there are no GPUs, and would train
     whole copies without a word.
     """
-    if spec.shard != "fsdp" or spec.use_gpu:
+    if spec.settings.shard != "fsdp" or spec.settings.use_gpu:
         yield
         return
     from accelerate.state import AcceleratorState, DistributedType, PartialState
@@ -69,8 +69,8 @@ def fsdp_on_cpus(spec: TrainSpec) -> Iterator[None]:
             state.fsdp_plugin, state.distributed_type = fsdp_plugin, DistributedType.FSDP
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
-    AcceleratorState.__init__ = init  # type: ignore[method-assign]
+    AcceleratorState.__init__ = init
     try:
         yield
     finally:
-        AcceleratorState.__init__ = original  # type: ignore[method-assign]
+        AcceleratorState.__init__ = original

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
-from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
+from transformers import AutoTokenizer, BitsAndBytesConfig, PrinterCallback, TrainerCallback
 from trl.trainer.utils import disable_dropout_in_model
 
-from ray_pipeline.training.methods import method_of, trainer_config
-from ray_pipeline.training.preflight import parquet_files
-from ray_pipeline.training.sharding import fsdp_on_cpus
+from ray_pipeline.training.data_check import parquet_files
+from ray_pipeline.training.methods import method_of
+from ray_pipeline.training.sharding import fsdp_on_cpus, sharding_settings
 from ray_pipeline.training.spec import TrainSpec
 
 
@@ -27,7 +27,7 @@ def build_trainer(spec: TrainSpec, output_dir: str, callbacks: Sequence[TrainerC
     Every rank loads all rows and Accelerate deals them out: rows that Ray Data has dealt out already would be
     dealt out twice, and half of them never seen.
     """
-    method = method_of(spec.method)
+    method = method_of(spec.settings.method)
     tokenizer = AutoTokenizer.from_pretrained(
         spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code
     )
@@ -41,7 +41,7 @@ def build_trainer(spec: TrainSpec, output_dir: str, callbacks: Sequence[TrainerC
             peft_config=_lora_config(spec),
             callbacks=list(callbacks),
         )
-    if spec.disable_dropout and "disable_dropout" not in method.fields:  # SFT's config has no such setting
+    if spec.settings.disable_dropout and "disable_dropout" not in method.fields:  # SFT's config has no such setting
         disable_dropout_in_model(trainer.model)
     trainer.remove_callback(PrinterCallback)  # prints every log as a dict; `callbacks.LogProgress` says it better
     if trainer.eval_dataset is not None:
@@ -51,9 +51,78 @@ def build_trainer(spec: TrainSpec, output_dir: str, callbacks: Sequence[TrainerC
     return trainer
 
 
+def trainer_config(spec: TrainSpec, output_dir: str) -> Any:
+    """TRL's config for a spec.
+
+    Args:
+        output_dir: scratch folder of this worker for Hugging Face checkpoints, before Ray Train takes them.
+    """
+    settings = spec.settings
+    method = method_of(settings.method)
+    user = dict(settings.trainer_args)
+    own = {name: getattr(settings, name) for name in ("beta", *method.fields)}
+    defaults = {
+        "ddp_find_unused_parameters": False,  # every trained weight is used in each forward pass
+        "disable_tqdm": True,  # progress goes through `logging`
+        **method.settings,
+        **sharding_settings(spec),
+    }
+    if spec.packs:
+        defaults["train_sampling_strategy"] = "random"  # by seed: packing sorts the rows by length
+    return method.config_class()(
+        output_dir=output_dir,
+        run_name=spec.run_name,
+        model_init_kwargs=_model_args(spec, user.pop("model_init_kwargs", {})),
+        trust_remote_code=spec.trust_remote_code,
+        per_device_train_batch_size=settings.batch_size,
+        # TRL makes KTO's KL pairs of the evaluation rows in train batches.
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        num_train_epochs=settings.epochs,
+        max_length=spec.max_length,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.lr_scheduler,
+        warmup_steps=settings.warmup_ratio,  # transformers 5 reads a number below 1 as a share
+        seed=settings.seed,
+        use_cpu=not settings.use_gpu,
+        bf16=bool(settings.use_gpu) and settings.dtype == "bfloat16",  # TRL's default is True, also on CPUs
+        fp16=False,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        logging_strategy="steps",
+        logging_steps=settings.logging_steps,
+        save_strategy="steps",
+        save_steps=settings.save_steps,
+        save_total_limit=2,
+        eval_strategy="no",  # callbacks.EvaluateEachEpoch does it, before the checkpoint of the same step
+        dataloader_drop_last=True,
+        report_to=list(settings.report_to) or "none",
+        **{name: value for name, value in own.items() if value is not None},
+        **{**defaults, **user},
+    )
+
+
+def _model_args(spec: TrainSpec, user: Mapping[str, Any]) -> dict[str, Any]:
+    """What the base is loaded with. Every worker has one device: "auto" would spread the model over all it can see."""
+    settings = spec.settings
+    # DeepSpeed keeps float32 copies of the trained weights itself.
+    in_float32 = settings.lora is None and settings.shard not in ("zero2", "zero3")
+    found = {"dtype": "float32" if in_float32 else settings.dtype, "device_map": None, **user}
+    if spec.revision is not None:
+        found["revision"] = spec.revision
+    if settings.quantization is not None:
+        found["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=settings.quantization == "int8",
+            load_in_4bit=settings.quantization == "nf4",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, settings.dtype),
+        )
+    return found
+
+
 def effective_settings(spec: TrainSpec, trainer: Any) -> dict[str, Any]:
     """Settings as they are in force, read from the trainer rather than from the spec."""
-    args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
+    settings, args, model = spec.settings, trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     dropouts = [
         module.p
         for name, module in model.named_modules()
@@ -63,20 +132,20 @@ def effective_settings(spec: TrainSpec, trainer: Any) -> dict[str, Any]:
     trained = [p for p in parameters if p.requires_grad]
     base = next((p for p in parameters if not p.requires_grad), parameters[0])
     found = {
-        "objective": method_of(spec.method).objective,
+        "objective": method_of(settings.method).objective,
         "loss_type": getattr(args, "loss_type", None),
         "beta": getattr(args, "beta", None),
         "simpo_gamma": getattr(args, "simpo_gamma", None),
         "reference": _reference(spec, trainer),
-        "trains": "every weight" if spec.lora is None else "a LoRA adapter",
-        "lora_dropout": max(dropouts, default=0.0) if spec.lora is not None else None,
-        "disable_dropout": spec.disable_dropout,
-        "base_dtype": spec.quantization or str(base.dtype).removeprefix("torch."),
+        "trains": "every weight" if settings.lora is None else "a LoRA adapter",
+        "lora_dropout": max(dropouts, default=0.0) if settings.lora is not None else None,
+        "disable_dropout": settings.disable_dropout,
+        "base_dtype": settings.quantization or str(base.dtype).removeprefix("torch."),
         "trained_dtype": str(trained[0].dtype).removeprefix("torch."),
         "bf16": args.bf16,
         "device": args.device.type,
         "world_size": args.world_size,
-        "shard": spec.shard,
+        "shard": settings.shard,
         "effective_batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "sampling": str(args.train_sampling_strategy),
         "packing": getattr(args, "packing", None),
@@ -100,19 +169,20 @@ def _reference(spec: TrainSpec, trainer: Any) -> str | None:
 def _size(parameter: torch.nn.Parameter) -> int:
     """Entries of a parameter: DeepSpeed leaves shells of those that it dealt out, bitsandbytes packs two a byte."""
     if hasattr(parameter, "ds_numel"):
-        return parameter.ds_numel
+        return int(parameter.ds_numel)
     shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
     return parameter.numel() if shape is None else math.prod(shape)
 
 
 def _lora_config(spec: TrainSpec) -> LoraConfig | None:
-    if spec.lora is None:
+    lora = spec.settings.lora
+    if lora is None:
         return None
-    modules = spec.lora.target_modules
+    modules = lora.target_modules
     return LoraConfig(
-        r=spec.lora.r,
-        lora_alpha=spec.lora.alpha,
-        lora_dropout=spec.lora.dropout,
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
         target_modules=modules if isinstance(modules, str) else list(modules),
         task_type="CAUSAL_LM",
         revision=spec.revision,
@@ -121,7 +191,7 @@ def _lora_config(spec: TrainSpec) -> LoraConfig | None:
 
 def _rows(spec: TrainSpec, pattern: str, setting: str) -> Dataset:
     """The columns that the method needs, and no others: `images` or `tools` would mean something to TRL."""
-    columns = list(method_of(spec.method).columns)
+    columns = list(method_of(spec.settings.method).columns)
     rows = load_dataset("parquet", data_files=parquet_files(pattern, setting), columns=columns, split="train")
     if spec.chat_template_args:
         # TRL reads them from a column of this name, row by row.

@@ -47,8 +47,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
     spec = TrainSpec.from_dict(config["spec"])
     rank = ray.train.get_context().get_world_rank()
     _log_to_stderr()
-    if not spec.use_gpu:
-        torch.set_num_threads(max(1, int(spec.cpus_per_worker)))  # else every worker takes every core
+    if not spec.settings.use_gpu:
+        torch.set_num_threads(max(1, int(spec.settings.cpus_per_worker)))  # else every worker takes every core
 
     scratch = _scratch_folder(spec, rank)
     clear(scratch)
@@ -78,7 +78,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
             "warmup_steps": trainer.args.get_warmup_steps(trainer.state.max_steps),
             "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         }
-        if torch.cuda.is_available() and spec.use_gpu:
+        if torch.cuda.is_available() and spec.settings.use_gpu:
             effective["peak_gpu_mb"] = torch.cuda.max_memory_allocated() // 2**20
         rows = metrics.to_pylist()
         last = next((row for row in reversed(rows) if row["split"] == "train"), None)

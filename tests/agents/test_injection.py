@@ -15,7 +15,7 @@ import pytest
 
 from ray_pipeline.agents.debate import DebateSettings, debate, load_debate_templates
 from ray_pipeline.agents.feedback_loop import ReviewAsking, load_feedback_templates, review
-from ray_pipeline.agents.judges import Asking, Rubric, SamplingSettings, compare, critique, judge
+from ray_pipeline.agents.judges import JudgeAsking, Rubric, SamplingSettings, compare, critique, judge
 from ray_pipeline.agents.strategies import Strategy, StrategyAsking, decide, load_strategy_templates
 from ray_pipeline.agents.templates import builtin_templates, load_templates
 from ray_pipeline.bench.alpaca_eval.judge import PreferenceAsking, prefer
@@ -59,7 +59,7 @@ class Role:
 
 def rubric_roles(file: str) -> Iterator[Role]:
     texts = load_templates(file)
-    asking = Asking(grammar=False, retries=0)
+    asking = JudgeAsking(grammar=False, retries=0)
     rubric = Rubric(name="helpfulness", text="Does it help?")
 
     def judged(engine: ChatEngine, answer: str) -> Any:

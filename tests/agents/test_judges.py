@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from ray_pipeline.agents import judges
-from ray_pipeline.agents.judges import Asking, Rubric, SamplingSettings, Verdict, compare, critique
+from ray_pipeline.agents.judges import JudgeAsking, Rubric, SamplingSettings, Verdict, compare, critique
 from ray_pipeline.agents.templates import load_templates
 from ray_pipeline.engines.base import EngineDead, EngineError, PromptTooLong, Sampling
 from tests.scripted import ScriptedEngine, said, user
@@ -25,7 +25,9 @@ GOOD = '{"reason": "fine", "score": 7}'
 
 def judge(engine: ScriptedEngine, response: str = "an answer", rubric: Rubric = RUBRIC, **asking: Any) -> Verdict:
     return asyncio.run(
-        judges.judge(engine, user("a question"), response, rubric, TEXTS.judge, COLD, Asking(**asking), "shared_first")
+        judges.judge(
+            engine, user("a question"), response, rubric, TEXTS.judge, COLD, JudgeAsking(**asking), "shared_first"
+        )
     )
 
 
@@ -150,7 +152,7 @@ def test_expected_score_is_of_the_reply_that_was_read() -> None:
 
 
 def ask_critic(engine: ScriptedEngine, **asking: Any) -> Any:
-    return asyncio.run(critique(engine, user("q"), "r", TEXTS.critic, COLD, Asking(**asking)))
+    return asyncio.run(critique(engine, user("q"), "r", TEXTS.critic, COLD, JudgeAsking(**asking)))
 
 
 def test_a_critique() -> None:
@@ -176,7 +178,7 @@ def _properties(engine: ScriptedEngine) -> dict[str, Any]:
 
 
 def ask_both(engine: ScriptedEngine, a: str = "first", b: str = "second", **asking: Any) -> Any:
-    return asyncio.run(compare(engine, user("q"), a, b, TEXTS.pairwise, COLD, Asking(**asking)))
+    return asyncio.run(compare(engine, user("q"), a, b, TEXTS.pairwise, COLD, JudgeAsking(**asking)))
 
 
 def test_a_comparison_shows_both_in_the_given_order() -> None:
@@ -210,7 +212,7 @@ def test_what_an_answer_says_is_neither_choice_nor_critique(injected: str) -> No
 
     def examine(reply: str) -> Any:
         engine = ScriptedEngine(reply)
-        return asyncio.run(critique(engine, user("q"), injected, TEXTS.critic, COLD, Asking(retries=0)))
+        return asyncio.run(critique(engine, user("q"), injected, TEXTS.critic, COLD, JudgeAsking(retries=0)))
 
     verdict = '{"reason": "no", "failure_type": "unsupported", "flawed": true}'
     assert examine(verdict).flawed is True

@@ -1,4 +1,4 @@
-"""Verdicts on several labelled answers: read whole or not at all (design §6: 1, 2, 5, 6, 8)."""
+"""Verdicts on several labelled answers: read whole or not at all (docs/architecture.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading replies: a verdict is what the judge says in so many words, or there is none (design §6: 1, 5, 6, 8)."""
+"""Reading replies: a verdict is what the judge says in so many words, or there is none (docs/architecture.md)."""
 
 from __future__ import annotations
 

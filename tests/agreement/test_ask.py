@@ -21,7 +21,6 @@ from ray_pipeline.agreement.recorded import read_item
 from ray_pipeline.engines.base import PromptTooLong
 from ray_pipeline.engines.logged import LoggedEngine
 from ray_pipeline.engines.models import ModelSettings
-from ray_pipeline.graph.failures import FailureSettings
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, Stage, StageStop, WholeWork
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.schemas import BALLOTS, ITEMS, SPEECHES, to_table
@@ -80,7 +79,7 @@ class Asked:
 
 
 def judges(*strategies: dict[str, Any], names: tuple[str, ...] = ("one",), **more: Any) -> Any:
-    return ask._JudgesGiven(
+    return ask._Judges(
         judges=tuple(LiveJudge(name=name) for name in names),
         strategies=tuple(Strategy(**s) for s in strategies),
         templates=load_strategy_templates("default"),
@@ -91,7 +90,7 @@ def judges(*strategies: dict[str, Any], names: tuple[str, ...] = ("one",), **mor
 
 
 def debaters(**rules: Any) -> Any:
-    return ask._DebatersGiven(
+    return ask._Debaters(
         debaters=(LiveJudge(name="one"),),
         rules=DebateSettings(**rules),
         templates=load_debate_templates("default"),
@@ -105,7 +104,7 @@ ALL = ({"kind": "direct", "orders": "both"}, {"kind": "independent"}, {"kind": "
 
 def test_every_strategy_of_every_judge_on_every_item(tmp_path: Path) -> None:
     engine = ScriptedEngine(knows)
-    asked = Asked(ask.ask_shard, judges(*ALL), engine, tmp_path)
+    asked = Asked(ask.ASK, judges(*ALL), engine, tmp_path)
     assert asked.output.tables["ballots"].schema.equals(BALLOTS)
     assert [(b["item_id"], b["strategy"], b["order"], b["vote"]) for b in asked.ballots[:4]] == [
         ("i0", "direct", "ab", "A"), ("i0", "direct", "ba", "A"),
@@ -125,13 +124,13 @@ def test_every_strategy_of_every_judge_on_every_item(tmp_path: Path) -> None:
 
 def test_an_answered_call_is_not_asked_again(tmp_path: Path) -> None:
     first, again = ScriptedEngine(knows), ScriptedEngine(knows)
-    one = Asked(ask.ask_shard, judges(*ALL), first, tmp_path)
+    one = Asked(ask.ASK, judges(*ALL), first, tmp_path)
     # A second judge on the same model and prompt is one remembered call.
-    two = Asked(ask.ask_shard, judges(*ALL, names=("one", "two")), again, tmp_path)
+    two = Asked(ask.ASK, judges(*ALL, names=("one", "two")), again, tmp_path)
     assert first.calls > 0 and again.calls == 0
     assert [b for b in two.ballots if b["judge"] == "one"] == one.ballots and len(two.ballots) == 2 * len(one.ballots)
     more = ScriptedEngine(knows)
-    Asked(ask.ask_shard, judges(*ALL, {"kind": "combined", "high": 20}), more, tmp_path)
+    Asked(ask.ASK, judges(*ALL, {"kind": "combined", "high": 20}), more, tmp_path)
     assert more.calls == 4
 
 
@@ -140,7 +139,7 @@ def test_a_judges_own_rubric_and_sampling(tmp_path: Path) -> None:
     polite = LiveJudge(name="polite", rubric="Is it polite?", sampling=SamplingSettings(temperature=0.3, max_tokens=8))
     given = given.model_copy(update={"judges": (given.judges[0], polite)})
     engine = ScriptedEngine(knows)
-    Asked(ask.ask_shard, given, engine, tmp_path)
+    Asked(ask.ASK, given, engine, tmp_path)
     by_rubric = {"Is it polite?" in messages[-1]["content"]: s for messages, s in engine.asked}
     assert (by_rubric[True].temperature, by_rubric[True].max_tokens) == (0.3, 8) and by_rubric[False].max_tokens == 64
 
@@ -150,20 +149,20 @@ def test_an_item_without_texts_is_skipped_and_one_that_is_too_long_is_no_fault(t
     engine = ScriptedEngine(
         lambda m, s: PromptTooLong(9, 9, 9) if "long" in m[-1]["content"].split("Weigh")[0] else knows(m, s)
     )
-    asked = Asked(ask.ask_shard, judges({"kind": "combined"}), engine, tmp_path, table)
+    asked = Asked(ask.ASK, judges({"kind": "combined"}), engine, tmp_path, table)
     assert [(b["parse_status"], b["vote"]) for b in asked.ballots] == [
         ("ok", "A"),
         ("skipped", None),
         ("too_long", None),
     ]
     assert asked.watched == [("judge one (combined_10)", True)]
-    talked = Asked(ask.debate_shard, debaters(rounds=0), ScriptedEngine(knows), tmp_path / "d", table)
+    talked = Asked(ask.DEBATE, debaters(rounds=0), ScriptedEngine(knows), tmp_path / "d", table)
     assert [b["parse_status"] for b in talked.ballots if b["item_id"] == "i1"] == ["skipped"] * 3
 
 
 def test_debates_write_ballots_by_voice_and_every_speech(tmp_path: Path) -> None:
     engine = ScriptedEngine(knows)
-    asked = Asked(ask.debate_shard, debaters(), engine, tmp_path)
+    asked = Asked(ask.DEBATE, debaters(), engine, tmp_path)
     speeches = asked.output.tables["speeches"]
     assert speeches.schema.equals(SPEECHES) and speeches.num_rows == 4 * 6 and engine.calls == 4 * 9
     assert [(b["voice"], b["vote"]) for b in asked.ballots[:3]] == [
@@ -172,7 +171,7 @@ def test_debates_write_ballots_by_voice_and_every_speech(tmp_path: Path) -> None
     (debate,) = measure(TABLE, asked.output.tables["ballots"], MeasureSettings(draws=100)).debates
     assert debate.judged.agreement.kappa == 1.0 and debate.debater == "one"
     again = ScriptedEngine(knows)
-    Asked(ask.debate_shard, debaters(), again, tmp_path)
+    Asked(ask.DEBATE, debaters(), again, tmp_path)
     assert again.calls == 0
 
 
@@ -182,18 +181,21 @@ def test_debates_write_ballots_by_voice_and_every_speech(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("block", "message"),
     [
-        ({"judges": [{"name": "a"}]}, "by strategies, and there is none"),
-        ({"strategies": [{"kind": "direct"}]}, "by judges only"),
+        ({"judges": [{"name": "a"}]}, "judges have no effect without strategies"),
+        ({"strategies": [{"kind": "direct"}]}, "strategies have no effect without judges"),
         ({"judges": [{"name": "a"}] * 2, "strategies": [{"kind": "direct"}]}, "two of judges have the same name: a"),
-        ({"judges": [{"name": "a"}], "strategies": [{"kind": "direct"}] * 2}, "two strategies are called direct"),
-        ({"judges": [{"name": "a"}], "strategies": [{"kind": "direct", "name": "debate"}]}, "a name of its own"),
+        ({"judges": [{"name": "a"}], "strategies": [{"kind": "direct"}] * 2}, "two strategies are named direct"),
+        ({"judges": [{"name": "a"}], "strategies": [{"kind": "direct", "name": "debate"}]}, "a reserved name"),
         ({"debaters": [{"name": "a", "rubric": "x"}]}, "a debater has no rubric"),
         (
             {"judges": [{"name": "a"}], "strategies": [{"kind": "combined", "orders": "both", "conflict": "mean"}]},
-            r"strategy combined_10: conflict is not read here; set measure\.conflict",
+            r"strategy combined_10: conflict has no effect here; set measure\.conflict",
         ),
-        ({"debaters": [{"name": "a"}], "debate": {"conflict": "tie"}}, r"debate: conflict is .* set measure\.conflict"),
-        ({"debaters": [{"name": "a"}], "debate": {"pool": "vote"}}, r"debate: pool is .* set measure\.debate"),
+        (
+            {"debaters": [{"name": "a"}], "debate": {"conflict": "tie"}},
+            r"debate: conflict has .* set measure\.conflict",
+        ),
+        ({"debaters": [{"name": "a"}], "debate": {"pool": "vote"}}, r"debate: pool has .* set measure\.debate"),
     ],
 )
 def test_an_ask_block_that_does_not_fit(block: dict[str, Any], message: str) -> None:
@@ -226,7 +228,7 @@ def test_each_model_is_a_stage_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
     texts = load_strategy_templates("default"), load_debate_templates("default")
 
     def stages(s: AskSettings) -> dict[str, Stage]:
-        return {stage.name: stage for stage in ask.ask_stages(s, *texts, FailureSettings(), models, start)}
+        return {stage.name: stage for stage in ask.ask_stages(s, *texts, models, start)}
 
     found = stages(settings)
     assert list(found) == ["ask-m", "ask-n", "debate-n"]

@@ -6,17 +6,19 @@ import csv
 import statistics
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from pydantic import ValidationError
 
-from ray_pipeline.agreement.document import MeasureSettings
+from ray_pipeline.agreement.document import MeasureSettings, as_document, measure
+from ray_pipeline.agreement.files import write_agreement
 from ray_pipeline.agreement.gate_curves import gate_curves
 from ray_pipeline.agreement.panel import make_panel
-from ray_pipeline.agreement.risk_coverage_files import write_risk_coverage
 from ray_pipeline.store.schemas import BALLOTS, ITEMS, to_table
 
 LABELS = ["A", "B", "A", "tie", "B", None]
+SVG = "{http://www.w3.org/2000/svg}"
 #: Scores of three judges on both answers of each item.
 SCORES = [
     [(9, 2), (9, 3), (8, 2)],
@@ -29,6 +31,10 @@ SCORES = [
 
 
 def panel(scale: float = 1) -> Any:
+    return make_panel(*tables(scale))
+
+
+def tables(scale: float = 1) -> tuple[Any, Any]:
     """Scores times `scale`; out of 100 where that is 10, else out of 10."""
     strategy = "combined_100" if scale == 10 else "combined_10"
     items, ballots = [], []
@@ -44,7 +50,7 @@ def panel(scale: float = 1) -> Any:
                  "score_b": scale * b, "vote": "A" if a > b else "B" if b > a else "tie", "reason": None,
                  "parse_status": "ok", "raw": None}
             )  # fmt: skip
-    return make_panel(to_table(items, ITEMS), to_table(ballots, BALLOTS))
+    return to_table(items, ITEMS), to_table(ballots, BALLOTS)
 
 
 def test_the_curve_is_what_counting_gives() -> None:
@@ -71,12 +77,21 @@ def test_the_curve_is_what_counting_gives() -> None:
 
 def test_data_and_plot_are_written(tmp_path: Path) -> None:
     curves = gate_curves(panel(), draws=100)
-    plot = write_risk_coverage(curves, tmp_path)
-    assert plot is not None and plot.read_bytes()[:4] == b"\x89PNG"
+    settings = MeasureSettings(draws=100)
+    document = as_document(measure(*tables(), settings), settings, {"data": "x.jsonl", "replay": "as told"})
+    (curve,) = curves
+    gate = {"gate_curves": curve.summary, "gate_points": curve.points}
+    write_agreement({**document, **gate}, tmp_path, curves)
+    chart = ElementTree.parse(tmp_path / "charts" / "gate-1.svg")
+    assert len(list(chart.iter(f"{SVG}polyline"))) == sum(bool(line["tau"]) for line in curve.points) > 0
+    # A large dot at the gate's τ on every line that has it.
+    dots = [circle for circle in chart.iter(f"{SVG}circle") if circle.get("r") == "5"]
+    assert len(dots) == sum(curve.tau in line["tau"] for line in curve.points) > 0
     with open(tmp_path / "risk_coverage.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == curves[0].curve.table.num_rows and rows[0]["strategy"] == "combined_10"
-    assert write_risk_coverage([], tmp_path / "none") is None and not (tmp_path / "none").exists()
+    written = write_agreement({**document, "gate_curves": [], "gate_points": []}, tmp_path / "none")
+    assert not {"risk_coverage.csv", "gate-1.svg"} & {path.name for path in written}
 
 
 def test_thresholds_are_shares_of_the_scale_that_the_strategy_names() -> None:

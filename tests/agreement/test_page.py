@@ -53,8 +53,8 @@ def page(folder: Path, labelled: bool = True) -> tuple[str, dict[str, Any]]:
     settings = MeasureSettings(draws=100)
     items, ballots = tables(labelled)
     document = as_document(measure(items, ballots, settings), settings, {"data": "x.jsonl", "replay": "as told"})
-    path = write_agreement(document, folder)
-    return path.read_text(), json.loads((folder / "agreement.json").read_text())
+    write_agreement(document, folder)
+    return (folder / "report.md").read_text(), json.loads((folder / "agreement.json").read_text())
 
 
 def test_a_page_with_labels(tmp_path: Path) -> None:
@@ -71,7 +71,9 @@ def test_a_page_with_labels(tmp_path: Path) -> None:
     ):
         assert f"\n## {heading}" in text
     assert "None" not in text and "nan" not in text and "<b>" not in text and "j\\|udge" in text
-    assert (tmp_path / "one" / "kappa.png").stat().st_size > 5000 and "![kappas](kappa.png)" in text
+    chart = (tmp_path / "one" / "charts" / "kappas-1.svg").read_text()
+    assert "![Kappa with the human labels](charts/kappas-1.svg)" in text
+    assert f">{document['judges'][0]['kappa']:.3f}</text>" in chart and "<b>" not in chart
     judge = next(j for j in document["judges"] if j["judge"] == NASTY)
     assert judge["missing"] == 1 and judge["kappa_bounds"][0] < judge["kappa"] < judge["kappa_bounds"][1] + 1e-9
     lines = [line for line in text.splitlines() if line.startswith("|")]
@@ -80,10 +82,10 @@ def test_a_page_with_labels(tmp_path: Path) -> None:
         if set(after) <= set("|-: "):
             tables_by_width.append(line.replace("\\|", "").count("|"))
             assert after.count("|") == tables_by_width[-1], line
-    assert len(tables_by_width) == 7
+    assert len(tables_by_width) == 8
     again, same = page(tmp_path / "two")
     assert again == text and same == document
-    assert (tmp_path / "one" / "kappa.png").read_bytes() == (tmp_path / "two" / "kappa.png").read_bytes()
+    assert chart == (tmp_path / "two" / "charts" / "kappas-1.svg").read_text()
 
 
 def test_the_gates_curve_is_on_both_pages(tmp_path: Path) -> None:
@@ -92,11 +94,12 @@ def test_the_gates_curve_is_on_both_pages(tmp_path: Path) -> None:
     (curve,) = gate_curves(make_panel(items, ballots), settings.gate_thresholds, draws=100, confidence=0.8)
     gate = {"gate_curves": curve.summary, "gate_points": curve.points}
     document = as_document(measure(items, ballots, settings), settings, {"data": "x.jsonl", "replay": "as told"})
-    text = write_agreement({**document, **gate}, tmp_path).read_text()
+    write_agreement({**document, **gate}, tmp_path)
+    text = (tmp_path / "report.md").read_text()
     html = (tmp_path / "report.html").read_text()
     title = "Agreement with humans over the share kept, combined_10"
     assert title in html and html.count("<polyline") >= 1 and "≥ 7 and ≤ 4" in html and "80 %" in html
-    assert "80.0 % interval" in text and "| combined_10 | 2 | 2.50 |" in text
+    assert "80 % interval" in text and "| combined_10 | 2 | 2.50 |" in text
     assert (
         json.loads((tmp_path / "agreement.json").read_text())["gate_points"][0]["coverage"]
         == (curve.points[0]["coverage"])
@@ -113,7 +116,8 @@ def test_a_page_without_labels_shows_judges_against_judges(tmp_path: Path) -> No
 def test_a_win_rate_page(tmp_path: Path) -> None:
     items, ballots = tables()
     rates = versus_rates(items, ballots, draws=100)
-    text = write_winrate(rates, {"data": "x", "replay": "as told", "draws": 100}, tmp_path).read_text()
+    write_winrate(rates, {"data": "x", "replay": "as told", "draws": 100}, tmp_path)
+    text = (tmp_path / "report.md").read_text()
     runs = json.loads((tmp_path / "winrate.json").read_text())["runs"]
     assert "| GPT-4 | 6 | 4 | 1 | 1 | 0 |" in text and [r["run"] for r in runs] == ["GPT-4", NASTY]
     assert runs[0]["win_rate"]["value"] == pytest.approx(100 * 4 / 6)

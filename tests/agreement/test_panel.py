@@ -13,7 +13,7 @@ from ray_pipeline.agreement.document import JurySettings, MeasureSettings, as_do
 from ray_pipeline.agreement.panel import family, flips, longer_side, make_panel, own_side
 from ray_pipeline.agreement.preference import first_place, preference
 from ray_pipeline.agreement.recorded_winrate import versus_rates
-from ray_pipeline.agreement.vote_agreement import item_draws
+from ray_pipeline.stats.bootstrap import sample_counts
 from ray_pipeline.store.schemas import BALLOTS, ITEMS, to_table
 
 
@@ -143,7 +143,7 @@ def test_preference_for_the_longer_and_for_the_own_family() -> None:
     rows = [ballot(0, "A", "GPT-4o"), ballot(1, "B", "GPT-4o"), ballot(2, "A", "GPT-4o"), ballot(3, "A", "GPT-4o")]
     panel = make_panel(table, ballots(*rows))
     (judge,) = panel.evaluators
-    draws = item_draws(4, 200, 0)
+    draws = sample_counts(4, 200, 0)
     assert named(longer_side(panel)) == ["A", "B", None, "A"]
     longer = preference(judge.votes, panel.labels, longer_side(panel), draws)
     assert longer is not None and (longer.items, longer.share.value, longer.human.value) == (3, 1.0, 1.0)
@@ -159,7 +159,7 @@ def test_preference_for_the_longer_and_for_the_own_family() -> None:
 def test_preference_for_the_first_place() -> None:
     labels = np.array([0, 2, 0, 2], dtype=np.int8)
     always_first = np.zeros(4, dtype=np.int8)  # A in the given order
-    draws = item_draws(4, 200, 0)
+    draws = sample_counts(4, 200, 0)
     one = first_place(always_first, None, labels, draws)
     assert one is not None and (one.share.value, one.human.value, one.bias.value) == (1.0, 0.5, 0.5)
     both = first_place(always_first, np.full(4, 2, dtype=np.int8), labels, draws)  # and B in the swapped one

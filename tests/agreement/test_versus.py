@@ -17,7 +17,6 @@ from ray_pipeline.data.prompts import PromptsConfig
 from ray_pipeline.engines.logged import LoggedEngine
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.feedback.loop import LoopRules
-from ray_pipeline.graph.failures import FailureSettings
 from ray_pipeline.graph.stage import Dag, ShardInput, ShardOutput, Stage, WholeWork
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.schemas import CANDIDATES, PROMPTS, to_table
@@ -38,7 +37,7 @@ def stages(settings: LiveWinrate, tmp_path: Path) -> tuple[list[Stage], Stage]:
     (folder / "config.json").write_text("{}")
     models = {name: ModelSettings(model=str(folder)) for name in settings.models}
     prompts = Stage("prompts", WholeWork(lambda given: {}, tables=("prompts",)), None)
-    return versus_stages(settings, FailureSettings(), models, prompts)
+    return versus_stages(settings, models, prompts)
 
 
 def test_the_published_eight_are_each_model_alone_and_reviewed_by_itself_the_other_and_both() -> None:
@@ -74,16 +73,16 @@ def test_loops_of_one_generator_share_its_first_response(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"pair": None}, "name either `pair`"),
-        ({"configurations": [{"name": "x", "generator": "x"}]}, "name either `pair`"),
+        ({"pair": None}, "set either pair"),
+        ({"configurations": [{"name": "x", "generator": "x"}]}, "set either pair"),
         ({"pair": ("llama", "llama")}, "names llama twice"),
         ({"pair": None, "configurations": [{"name": "x", "generator": "x"}]}, "nothing to compare"),
-        ({"pair": None, "configurations": [{"name": "x", "generator": "x"}] * 2}, "two configurations are called x"),
-        ({"pair": None, "configurations": [{"name": "a-vs-b", "generator": "x"}]}, "stands between the names"),
-        ({"loop": {"responses": 1}}, "give it 2 or more"),
+        ({"pair": None, "configurations": [{"name": "x", "generator": "x"}] * 2}, "two configurations are named x"),
+        ({"pair": None, "configurations": [{"name": "a-vs-b", "generator": "x"}]}, "a name cannot contain -vs-"),
+        ({"loop": {"responses": 1}}, "set it to 2 or more"),
         ({"baselines": ("llama", "llama")}, "baselines names llama twice"),
         ({"baselines": ()}, "at least 1 item"),
-        ({"prompts": {**PROMPTS_BLOCK.model_dump(), "val_fraction": 0.5}}, "val_fraction is read by nothing"),
+        ({"prompts": {**PROMPTS_BLOCK.model_dump(), "val_fraction": 0.5}}, "val_fraction has no effect"),
         (
             {
                 "pair": None,
@@ -95,7 +94,7 @@ def test_loops_of_one_generator_share_its_first_response(tmp_path: Path) -> None
                     }
                 ],
             },
-            "would say the same",
+            "are the same",
         ),
     ],
 )

@@ -13,16 +13,15 @@ from hypothesis import strategies as st
 from sklearn.metrics import cohen_kappa_score
 
 from ray_pipeline.agents.jury import MISSING, VOTES, pool_votes, subsets, vote_codes
+from ray_pipeline.agreement.humans import human_ceiling
 from ray_pipeline.agreement.vote_agreement import (
     agreement,
     held_out_choice,
-    human_ceiling,
-    item_draws,
     paired,
-    ratio,
     statistics,
     tables,
 )
+from ray_pipeline.stats.bootstrap import ratio, sample_counts
 
 CODE = st.integers(MISSING, 2)
 PAIRS = st.lists(st.tuples(CODE, CODE), min_size=1, max_size=40)
@@ -83,7 +82,7 @@ def test_bounds_are_the_extremes_over_all_ways_to_fill_what_is_missing(rows: lis
 
 def test_no_label_means_no_statistic_but_all_votes_are_counted() -> None:
     votes = vote_codes(["A", "B", None, "tie"])
-    (found,) = agreement(votes[None], np.full(4, MISSING, dtype=np.int8), item_draws(4, 100, 0))
+    (found,) = agreement(votes[None], np.full(4, MISSING, dtype=np.int8), sample_counts(4, 100, 0))
     assert found.kappa is None and found.estimates["kappa"].low is None and found.labelled == 0
     assert (found.n, found.missing, found.vote_counts) == (4, 1, {"A": 1, "tie": 1, "B": 1})
 
@@ -92,7 +91,7 @@ def test_intervals_are_those_of_resampled_items() -> None:
     rng = np.random.default_rng(1)
     labels = rng.integers(0, 3, 60).astype(np.int8)
     votes = np.where(rng.random((5, 60)) < 0.6, labels, rng.integers(-1, 3, (5, 60))).astype(np.int8)
-    draws = item_draws(60, 300, 7)
+    draws = sample_counts(60, 300, 7)
     assert draws.sum(axis=1).tolist() == [60.0] * 300
     found = agreement(votes, labels, draws)
     for row, result in zip(votes, found, strict=True):
@@ -106,18 +105,18 @@ def test_intervals_are_those_of_resampled_items() -> None:
 
 
 def test_a_seed_gives_the_same_draws() -> None:
-    assert np.array_equal(item_draws(9, 5, 3), item_draws(9, 5, 3))
-    assert not np.array_equal(item_draws(9, 5, 3), item_draws(9, 5, 4))
+    assert np.array_equal(sample_counts(9, 5, 3), sample_counts(9, 5, 3))
+    assert not np.array_equal(sample_counts(9, 5, 3), sample_counts(9, 5, 4))
 
 
 def test_every_jury_of_a_panel_is_that_jury_alone() -> None:
     rng = np.random.default_rng(2)
     codes, labels = rng.integers(-1, 3, (6, 50)).astype(np.int8), rng.integers(0, 3, 50).astype(np.int8)
     members = subsets(6, range(2, 7))
-    together = agreement(pool_votes(codes, members), labels, item_draws(50, 100, 0))
+    together = agreement(pool_votes(codes, members), labels, sample_counts(50, 100, 0))
     assert len(together) == 57
     for row in (0, 20, 56):
-        (alone,) = agreement(pool_votes(codes, members[row : row + 1]), labels, item_draws(50, 100, 0))
+        (alone,) = agreement(pool_votes(codes, members[row : row + 1]), labels, sample_counts(50, 100, 0))
         assert alone == together[row]
 
 
@@ -126,7 +125,7 @@ def test_the_mean_kappa_of_annotators_has_an_interval() -> None:
     truth = rng.integers(0, 3, 120)
     codes = np.stack([np.where(rng.random(120) < 0.8, truth, rng.integers(0, 3, 120)) for _ in range(4)])
     codes[3, 60:] = MISSING  # annotators who saw half of the items count half
-    draws = item_draws(120, 300, 0)
+    draws = sample_counts(120, 300, 0)
     found = human_ceiling(codes.astype(np.int8), draws)
     assert found is not None and found.pairs == 6 and found.kappa.value is not None
     pairs = list(itertools.combinations(range(4), 2))
@@ -155,7 +154,7 @@ def test_a_better_evaluator_is_told_from_a_worse_one() -> None:
     good = np.where(rng.random(300) < 0.9, labels, 1).astype(np.int8)
     poor = np.where(rng.random(300) < 0.5, labels, 1).astype(np.int8)
     good[0] = MISSING
-    draws = item_draws(300, 500, 0)
+    draws = sample_counts(300, 500, 0)
     found = paired(("good", good), ("poor", poor), labels, draws)
     assert found.items == 299 and found.difference.low is not None and found.difference.low > 0.2
     assert found.p_bootstrap is not None and found.p_bootstrap < 0.01
@@ -171,18 +170,18 @@ def test_the_choice_is_made_on_one_half_and_reported_on_the_other() -> None:
     on = np.array([True] * 4 + [False] * 4)
     lucky = np.array([0, 2, 0, 2, 2, 0, 2, 0], dtype=np.int8)  # right where it is chosen, wrong where it is reported
     steady = np.array([0, 2, 0, 0, 0, 2, 0, 2], dtype=np.int8)
-    found = held_out_choice({"steady": steady, "lucky": lucky}, labels, on, item_draws(8, 100, 0))
+    found = held_out_choice({"steady": steady, "lucky": lucky}, labels, on, sample_counts(8, 100, 0))
     assert found is not None and (found.chosen, found.kappa_chosen_on, found.kappa.value) == ("lucky", 1.0, -1.0)
     assert (found.of, found.items_chosen_on, found.items_reported_on) == (2, 4, 4)
     nobody = np.full(8, MISSING, dtype=np.int8)
-    assert held_out_choice({"x": lucky}, nobody, on, item_draws(8, 100, 0)) is None
+    assert held_out_choice({"x": lucky}, nobody, on, sample_counts(8, 100, 0)) is None
 
 
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.lists(CODE, min_size=3, max_size=3), min_size=1, max_size=15))
 def test_humans_among_themselves(items: list[list[int]]) -> None:
     codes = np.array(items, dtype=np.int8).T
-    found = human_ceiling(codes, item_draws(len(items), 50, 0))
+    found = human_ceiling(codes, sample_counts(len(items), 50, 0))
     several = [[v for v in item if v != MISSING] for item in items]
     several = [item for item in several if len(item) >= 2]
     if not several:
@@ -206,6 +205,6 @@ def test_humans_among_themselves(items: list[list[int]]) -> None:
 
 def test_a_ratio_is_resampled_as_one() -> None:
     top, bottom = np.array([1.0, 0, 1, 1]), np.array([1.0, 1, 1, 1])
-    found = ratio(top, bottom, item_draws(4, 2000, 0))
+    found = ratio(top, bottom, sample_counts(4, 2000, 0))
     assert found.value == 0.75 and found.low is not None and 0 <= found.low < 0.75 <= (found.high or 0) <= 1
-    assert ratio(np.zeros(3), np.zeros(3), item_draws(3, 10, 0)).value is None
+    assert ratio(np.zeros(3), np.zeros(3), sample_counts(3, 10, 0)).value is None

@@ -9,10 +9,10 @@ import pytest
 
 from ray_pipeline.audit.rows import PROBLEMS, AuditReport, RunTables, audit_run
 from ray_pipeline.data.datasets import DatasetsConfig
-from ray_pipeline.data.gate import GateConfig
+from ray_pipeline.data.gate import GateConfig, decide
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.schemas import TABLES
-from tests.planted import World, count_words, make_world, random_world, write_run
+from tests.planted import JUDGES, World, count_words, make_world, random_world, write_run
 
 Rows = list[dict]
 
@@ -88,7 +88,7 @@ def edit(**changes) -> Callable[[Rows], Rows]:
 
 
 def swap(column: str) -> Callable[[Rows], Rows]:
-    """The join by position of design §6.14: two rows carry each other's values."""
+    """The join by position of docs/architecture.md: two rows carry each other's values."""
 
     def damage(rows: Rows) -> Rows:
         other = next(r for r in rows if r[column] != rows[0][column])
@@ -315,3 +315,27 @@ def test_sft_rows_are_walked_back_too(tmp_path: Path) -> None:
 
     found = audit_run(write_run(tmp_path / "bad", world, config=config, change=damage), count_words).found
     assert found["completion"] == found["missing"] == 2
+
+
+def test_an_sft_row_of_an_answer_that_is_not_desirable(tmp_path: Path) -> None:
+    """A row that agrees with its candidate in all but this: nobody should imitate the answer."""
+    config = DatasetsConfig(kinds=["sft"], max_length=60, max_prompt_length=20)
+    gate, world = GateConfig(), random_world(60, seed=5)
+    decisions = decide(world.candidates, world.verdicts, world.critiques, JUDGES, gate).to_pylist()
+    responses = {row["candidate_id"]: row["response"] for row in world.candidates.to_pylist()}
+    swapped: list[str] = []
+
+    def damage(kind: str, shard: int, table: pa.Table) -> pa.Table:
+        if kind != "sft" or swapped or not table.num_rows:
+            return table
+        row, *others = table.to_pylist()
+        bad = next(d for d in decisions if d["prompt_id"] == row["prompt_id"] and d["label"] == "undesirable")
+        swapped.append(bad["candidate_id"])
+        row |= {key: bad[key] for key in ("candidate_id", "final_score")}
+        row["completion"] = say(responses[bad["candidate_id"]])
+        return pa.Table.from_pylist([row, *others], schema=table.schema)
+
+    run = write_run(tmp_path, world, gate, config, change=damage)
+    (problem,) = audit_run(run, count_words).problems
+    assert (problem.kind, problem.table, [problem.id]) == ("label", "sft", swapped)
+    assert "'undesirable'" in problem.message

@@ -13,18 +13,17 @@ from typing import Any
 import pytest
 import yaml
 
-from dags import DAGS
-from dags.benchmarks import benchmarks
-from ray_pipeline import config as module
+from dags.benchmarks import BenchmarksConfig, benchmarks
 from ray_pipeline.bench.ifeval.score import Checkers
 from ray_pipeline.bench.mt_bench.score import CATEGORY_TEMPERATURES
 from ray_pipeline.bench.questions import AlpacaEvalSettings, question_rows
 from ray_pipeline.bench.report import rewrite_page
-from ray_pipeline.benchmark_config import BenchmarksConfig
-from ray_pipeline.config import ConfigError, load_config
+from ray_pipeline.config.loading import load_config
+from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.engines.logged import LoggedEngine
 from ray_pipeline.graph.stage import Dag, ShardInput, ShardWork, StageResult, WholeInput
 from ray_pipeline.store.files import Folder
+from ray_pipeline.workflow.registry import find_workflow
 from tests.scripted import ScriptedEngine, said
 
 GOOD, BAD = "a GOOD answer", "BAD"
@@ -89,7 +88,7 @@ def written(folder: Path, *, ifeval: bool = False, **changes: Any) -> dict[str, 
 def loaded(folder: Path, values: dict[str, Any]) -> BenchmarksConfig:
     path = folder / "mine.yaml"
     path.write_text(yaml.safe_dump(values))
-    return load_config("benchmarks", str(path), (), BenchmarksConfig)
+    return load_config(BenchmarksConfig, str(path))
 
 
 def answering(text: str) -> ScriptedEngine:
@@ -398,16 +397,16 @@ def test_the_page_can_be_written_anew_from_a_run(whole: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"judges": {}}, "the judge is 'judge', and judges has no such key"),
+        ({"judges": {}}, "benchmarks.mt_bench.judge is 'judge', which is not defined under judges"),
         ({"benchmarks": {}}, "no benchmark is chosen"),
-        ({"benchmarks": {"mt_bench": {"against": "x", "modes": ["pairwise"]}}}, "against is 'x', which is no model"),
-        ({"benchmarks": {"mt_bench": {"qestions": "x"}}}, r"mt_bench\.qestions: there is no such key"),
+        ({"benchmarks": {"mt_bench": {"against": "x", "modes": ["pairwise"]}}}, "against is 'x', which is not a model"),
+        ({"benchmarks": {"mt_bench": {"qestions": "x"}}}, r"mt_bench\.qestions: unknown key"),
         ({"judges": {}, "benchmarks": {"ifeval": {"prompts": "/no/such.jsonl"}}}, "there is no file /no/such.jsonl"),
         ({"judges": {}, "benchmarks": {"ifeval": {"prompts": "pocket:nothing"}}}, "the pocket world has no questions"),
         ({"benchmarks": {"alpaca_eval": {"labels": ["1", "2"]}}}, "labels is read only with a prompt file"),
         ({"models": [{"name": "a", "polcy": "x"}]}, r"models\.0 names no model"),
         ({"models": [{"run": "/no/such/run"}]}, "is no run folder with a policy"),
-        ({"models": [{"name": "bad", "model": "/no/such/model"}]}, r"models\.0: .*no/such/model"),
+        ({"models": [{"name": "bad", "model": "/no/such/model"}]}, r"models\.bad: .*no/such/model"),
         ({"num_shards": 3}, "num_shards must divide"),
     ],
 )  # fmt: skip
@@ -420,9 +419,10 @@ def test_a_mistake_is_told_by_its_key(changes: dict[str, Any], message: str, tmp
 def test_benchmarks_are_the_last_stage_of_a_training_run_by_config(dag: str, tmp_path: Path) -> None:
     name = {"dmapo": "configs/pocket.yaml", "baselines": "configs/pocket_baselines.yaml"}[dag]
     blocks = "{mt_bench: {questions: 'pocket:mt_bench', references: null, modes: [single, pairwise]}, floors: [x]}"
-    config = load_config(dag, name, [f"benchmarks={blocks}"])
-    stages = {s.name: s for s in DAGS[dag](config, str(tmp_path)).stages}
-    plain = {s.name: s for s in DAGS[dag](load_config(dag, name), str(tmp_path)).stages}
+    workflow = find_workflow(dag)
+    config = load_config(workflow.config, name, [f"benchmarks={blocks}"])
+    stages = {s.name: s for s in workflow.wire(config, str(tmp_path)).stages}
+    plain = {s.name: s for s in workflow.wire(load_config(workflow.config, name), str(tmp_path)).stages}
     # The page of a DMAPO run reads the scores, and changes with them; nothing before it does.
     last = {"dmapo": "evaluate", "baselines": "benchmarks"}[dag]
     assert list(stages)[-1] == last and stages["benchmarks"].view == "benchmarks"
@@ -432,9 +432,9 @@ def test_benchmarks_are_the_last_stage_of_a_training_run_by_config(dag: str, tmp
         trained = [] if label == "base" else ["train" if dag == "dmapo" else f"train-{label}"]
         assert [s.name for s in stages[f"bench-answers-{label}"].inputs.values()] == ["bench-questions", *trained]
     with pytest.raises(ConfigError, match=r"benchmarks\.mt_bench\.against is 'nobody'"):
-        load_config(dag, name, [f"benchmarks={blocks}", "benchmarks.mt_bench.against=nobody"])
-    with pytest.raises(ConfigError, match="benchmarks: the judge nobody is 'nobody', and models has no such key"):
-        load_config(dag, name, [f"benchmarks={blocks}", "benchmarks.mt_bench.judge=nobody"])
+        load_config(workflow.config, name, [f"benchmarks={blocks}", "benchmarks.mt_bench.against=nobody"])
+    with pytest.raises(ConfigError, match=r"mt_bench\.judge is 'nobody', which is not defined under models"):
+        load_config(workflow.config, name, [f"benchmarks={blocks}", "benchmarks.mt_bench.judge=nobody"])
 
 
 def test_two_models_of_one_name_are_refused_and_a_run_folder_gives_its_policy(tmp_path: Path) -> None:
@@ -459,8 +459,8 @@ def test_two_models_of_one_name_are_refused_and_a_run_folder_gives_its_policy(tm
     )
     values["models"] = [base, str(finished)]
     found = loaded(tmp_path, values)
-    assert list(found.measured()) == ["bad", "finished"]
-    policy = found.measured()["finished"]
+    assert list(found.models) == ["bad", "finished"]
+    policy = found.models["finished"]
     assert policy.model == str(merged) and policy.dtype == "float32"
     assert found.page().models["finished"].curating == ("qwen3-judge",)
     values["models"] = [base, {"run": str(finished), "policy": "kto"}]
@@ -469,7 +469,7 @@ def test_two_models_of_one_name_are_refused_and_a_run_folder_gives_its_policy(tm
 
 
 def test_the_shipped_files_are_whole_and_the_pocket_questions_are_in_the_published_forms() -> None:
-    shipped = Path(module.__file__).parents[1] / "configs"
+    shipped = Path(__file__).parents[2] / "configs"
     real = BenchmarksConfig.model_validate(yaml.safe_load((shipped / "benchmarks.yaml").read_text()))
     assert real.benchmarks.chosen == ["mt_bench", "alpaca_eval", "ifeval"] and len(real.benchmarks.floors) == 4
     assert all(source.startswith("hf://") for source in real.benchmarks.sources().values())

@@ -17,7 +17,8 @@ import pytest
 import ray
 import yaml
 
-from ray_pipeline.config import DmapoConfig, _apply, _read_yaml
+from dags.dmapo import DmapoConfig
+from ray_pipeline.config.loading import apply_override, read_yaml
 from ray_pipeline.store.node_labels import may_run
 from tests.published import DATA, needs
 
@@ -115,10 +116,10 @@ def test_the_job_places_each_model_on_a_group_that_is_there() -> None:
     words = shlex.split(job["entrypoint"])
     assert words[:5] == ["quorum", "run", "dmapo", "--config", "dmapo"]
     assert words[words.index("--run-dir") + 1].startswith("/shared/")
-    values = _read_yaml(words[4])
+    values = read_yaml(words[4])
     for word in words:
         if "=" in word:
-            _apply(values, word)
+            apply_override(values, word)
     config = DmapoConfig.model_validate(values)  # an override that is no key of the configuration ends here
     labels = [group["labels"] for group in spec("rayjob.yaml")["workerGroupSpecs"]]
     selectors = [model.placement.label_selector for model in config.models.values()] + [config.train.label_selector]

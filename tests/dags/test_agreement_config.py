@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import yaml
 
-from dags.agreement import agreement
+from dags.agreement import AgreementConfig, agreement
 from dags.winrate import winrate
-from ray_pipeline import config as module
 from ray_pipeline.agreement.stages import AgreementData, read_data
-from ray_pipeline.agreement_config import AGREEMENT_CONFIGS, AgreementConfig
-from ray_pipeline.config import ConfigError, load_config
+from ray_pipeline.config.loading import load_config
+from ray_pipeline.config.messages import ConfigError
+from ray_pipeline.workflow.registry import find_workflow
 
 ITEM = {"item_id": "x/1", "question": "Q?", "response_a": "one", "response_b": "two", "human_label": "A"}
 LIVE = {
@@ -41,8 +41,7 @@ def model(tmp_path: Path) -> str:
 
 
 def load(name: str, *overrides: str, dag: str = "") -> Any:
-    dag = dag or Path(name).stem
-    return load_config(dag, name, overrides, AGREEMENT_CONFIGS[dag])
+    return load_config(find_workflow(dag or Path(name).stem).config, name, overrides)
 
 
 def test_shipped_files_replay_the_file_that_is_named(data: str) -> None:
@@ -87,10 +86,10 @@ def test_live_win_rates_ask_each_model_once_and_tell_mistakes_by_their_key() -> 
     )
     assert before == after
     for wrong, told in (
-        ("live.judge.model=nobody", "live names the model 'nobody'"),
-        ("models.idle={model: 'pocket:judge'}", r"models\.idle is read by nothing"),
-        ("measure.conflict=mean", "gives no scores"),
-        ("data={type: pocket, limit: 3}", "name either `data`"),
+        ("live.judge.model=nobody", "live.judge.model is 'nobody', which is not defined under models"),
+        ("models.idle={model: 'pocket:judge'}", r"models\.idle is not used by any stage"),
+        ("measure.conflict=mean", "needs scores"),
+        ("data={type: pocket, limit: 3}", "set either `data`"),
         ("live.loop.respnses=2", r"live\.loop\.respnses.*responses"),
     ):
         with pytest.raises(ConfigError, match=told):
@@ -124,7 +123,7 @@ def written(tmp_path: Path, data: str, **blocks: Any) -> str:
 
 
 def test_the_live_block_of_the_shipped_file_is_a_whole_one(data: str, model: str, tmp_path: Path) -> None:
-    shipped = (Path(module.__file__).parents[1] / "configs" / "agreement.yaml").read_text()
+    shipped = (Path(__file__).parents[2] / "configs" / "agreement.yaml").read_text()
     live = "\n".join(line[2:] for line in shipped[shipped.index("# ask:") :].splitlines())
     blocks = yaml.safe_load(live)
     blocks["models"]["qwen"]["model"] = model
@@ -141,10 +140,10 @@ def test_the_live_block_of_the_shipped_file_is_a_whole_one(data: str, model: str
 @pytest.mark.parametrize(
     ("blocks", "message"),
     [
-        ({"measures": {}}, r"measures: there is no such key; did you mean 'measure'\?"),
-        ({"measure": {"conflit": "tie"}}, r"measure\.conflit: there is no such key; did you mean 'conflict'"),
-        ({"ask": LIVE}, "one sits on model 'm', and models has no such key; there are none"),
-        ({"models": {"m": {"model": "MODEL"}}}, r"models\.m is read by no judge"),
+        ({"measures": {}}, r"measures: unknown key; did you mean 'measure'\?"),
+        ({"measure": {"conflit": "tie"}}, r"measure\.conflit: unknown key; did you mean 'conflict'"),
+        ({"ask": LIVE}, r"ask\.judges\.one\.model is 'm', which is not defined under models"),
+        ({"models": {"m": {"model": "MODEL"}}}, r"models\.m is not used by any stage"),
         ({"ask": {**LIVE, "strategy_templates": "nope"}, "models": {"m": {"model": "MODEL"}}}, "no built-in prompt"),
         ({"ask": {**LIVE, "strategies": [{"kind": "combined"}], "strategy_templates": "pocket"},
           "models": {"m": {"model": "MODEL"}}}, "strategy combined_10: the template file has no block combined"),

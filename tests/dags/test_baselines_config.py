@@ -9,16 +9,18 @@ from typing import Any
 import pytest
 import yaml
 
-from dags.baselines import baselines
-from ray_pipeline import config as module
-from ray_pipeline.config import BaselinesConfig, ConfigError, load_config
+from dags.baselines import BaselinesConfig, baselines
+from ray_pipeline.config.loading import load_config
+from ray_pipeline.config.messages import ConfigError
+from ray_pipeline.engines import models
 from ray_pipeline.graph.stage import Stage
+from ray_pipeline.workflow import training
 
 
 @pytest.fixture(autouse=True)
 def _no_trl(monkeypatch: pytest.MonkeyPatch) -> None:
     """TRL takes many seconds to import, and its names are tested beside its trainers."""
-    monkeypatch.setattr(module, "validate_trainer_args", lambda *_: None)
+    monkeypatch.setattr(training, "validate_trainer_args", lambda *_: None)
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def load(tmp_path: Path) -> Any:
         }
         path = tmp_path / "my.yaml"
         path.write_text(yaml.safe_dump(values))
-        found = load_config("baselines", str(path))
+        found = load_config(BaselinesConfig, str(path))
         assert isinstance(found, BaselinesConfig)
         return found
 
@@ -126,9 +128,9 @@ def test_the_shipped_comparisons_wire(monkeypatch: pytest.MonkeyPatch, tmp_path:
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "config.json").write_text("{}")
     (tmp_path / "m" / "tokenizer.json").write_text("{}")
-    monkeypatch.setattr(module, "model_path", lambda name: str(tmp_path / "m"))
+    monkeypatch.setattr(models, "model_path", lambda name: str(tmp_path / "m"))
     for name, policies in (("pocket_baselines", 30), ("pocket_ablations", 21)):
-        config = load_config("baselines", name)
+        config = load_config(BaselinesConfig, name)
         assert isinstance(config, BaselinesConfig)
         assert len(config.policies()) == policies == sum(n.startswith("train-") for n in stages(config))
 
@@ -137,23 +139,26 @@ def test_the_shipped_comparisons_wire(monkeypatch: pytest.MonkeyPatch, tmp_path:
     ("block", "message"),
     [
         ({"methods": ["kto", "ppo"]}, r"baselines\.methods\.ppo"),
-        ({"methods": {"kto": {"learning_rat": 1}}}, r"baselines\.methods\.kto: learning_rat: there is no such key"),
+        ({"methods": {"kto": {"learning_rat": 1}}}, r"baselines\.methods\.kto: learning_rat: unknown key"),
         ({"methods": {"kto": {"batch_size": 1}}}, r"baselines\.methods\.kto: .*must be 2 or more for kto"),
-        ({"data": {"x": {"judges": ["c"]}}}, r"baselines\.data\.x\.judges names 'c', which is no rubric"),
-        ({"data": {"x": {"k": 9}}}, r"baselines\.data\.x\.k is 9, and candidates\.k only 4"),
-        ({"data": {"x": {"gate": {"tauu": 1}}}}, r"baselines\.data\.x: tauu: there is no such key"),
-        ({"data": {"x": {"gated": False, "gate": {"tau": 1}}}}, r"gate is read by nothing where gated is false"),
-        ({"data": {"x": {"k": 2, "source": {"type": "jsonl", "path": "PAIRS"}}}}, r"k is read by nothing"),
+        ({"data": {"x": {"judges": ["c"]}}}, r"baselines\.data\.x\.judges: unknown rubric 'c'"),
+        ({"data": {"x": {"k": 9}}}, r"baselines\.data\.x\.k is 9, but candidates\.k is only 4"),
+        ({"data": {"x": {"gate": {"tauu": 1}}}}, r"baselines\.data\.x: tauu: unknown key"),
+        ({"data": {"x": {"gated": False, "gate": {"tau": 1}}}}, r"gate has no effect when gated is false"),
+        (
+            {"data": {"x": {"k": 2, "source": {"type": "jsonl", "path": "PAIRS"}}}},
+            r"k has no effect on rows",
+        ),
         (
             {"data": {"x": {"source": {"type": "jsonl", "path": "PAIRS", "format": "unpaired"}}}, "methods": ["dpo"]},
             r"baselines\.data\.x: unpaired rows cannot give dpo data",
         ),
         ({"data": {}}, r"baselines\.data"),
-        ({"seeds": [1, 1]}, r"baselines\.seeds names a seed twice"),
-        ({"blocks": {"train": {"method": "dpo"}}}, r"train\.method is read by nothing in a comparison"),
-        ({"blocks": {"train": {"seed": 3}}}, r"train\.seed is read by nothing in a comparison"),
-        ({"blocks": {"datasets": {"kinds": ["kto"]}}}, r"datasets\.kinds is read by nothing in a comparison"),
-        ({"blocks": {"evaluate": {"skip_generation": True}}}, r"evaluate\.skip_generation is read by nothing"),
+        ({"seeds": [1, 1]}, r"duplicate seed in baselines\.seeds"),
+        ({"blocks": {"train": {"method": "dpo"}}}, r"train\.method has no effect in a comparison"),
+        ({"blocks": {"train": {"seed": 3}}}, r"train\.seed has no effect in a comparison"),
+        ({"blocks": {"datasets": {"kinds": ["kto"]}}}, r"datasets\.kinds has no effect in a comparison"),
+        ({"blocks": {"evaluate": {"skip_generation": True}}}, r"evaluate\.skip_generation has no effect"),
     ],
 )
 def test_a_mistake_is_told_by_its_key(load: Any, block: dict[str, Any], message: str) -> None:

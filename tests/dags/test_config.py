@@ -12,22 +12,25 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from dags.dmapo import dmapo
-from ray_pipeline import config as module
-from ray_pipeline.config import CONFIGS as CONFIGS_OF
-from ray_pipeline.config import BaselinesConfig, ConfigError, DmapoConfig, load_config, read_config
+from dags.baselines import BaselinesConfig
+from dags.dmapo import DmapoConfig, dmapo
+from ray_pipeline.config.loading import UniqueKeys, load_config, read_config
+from ray_pipeline.config.messages import ConfigError, explain
+from ray_pipeline.engines import models
 from ray_pipeline.graph.run import stage_folder
 from ray_pipeline.operate.run_settings import run_settings
-from ray_pipeline.training.spec import TrainingInputError
-from ray_pipeline.workflows import WORKFLOWS
+from ray_pipeline.training.methods import TrainingInputError
+from ray_pipeline.workflow import training
+from ray_pipeline.workflow.config import RunConfig
+from ray_pipeline.workflow.registry import find_workflow
 
-CONFIGS = Path(module.__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.fixture(autouse=True)
 def _no_trl(monkeypatch: pytest.MonkeyPatch) -> None:
     """TRL takes many seconds to import, and its names are tested beside its trainers."""
-    monkeypatch.setattr(module, "validate_trainer_args", lambda *_: None)
+    monkeypatch.setattr(training, "validate_trainer_args", lambda *_: None)
 
 
 def model_folder(path: Path) -> str:
@@ -58,7 +61,7 @@ def load(tmp_path: Path, values: dict[str, Any]) -> Any:
     def go(*overrides: str, **blocks: Any) -> DmapoConfig:
         path = tmp_path / "my.yaml"
         path.write_text(yaml.safe_dump({**values, **blocks}))
-        return load_config("dmapo", str(path), overrides)
+        return load_config(DmapoConfig, str(path), overrides)
 
     return go
 
@@ -83,7 +86,7 @@ SHIPPED = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem not in OTH
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_shipped_files_say_what_they_should(path: Path) -> None:
     written = yaml.safe_load(path.read_text())
-    found = CONFIGS_OF["baselines" if "baselines" in written else "dmapo"].model_validate(written)
+    found = (BaselinesConfig if "baselines" in written else DmapoConfig).model_validate(written)
     assert found.run.name == path.stem
     assert [r.name for r in found.judge.rubrics] == ["helpfulness", "factuality", "conciseness"]
     assert found.templates()
@@ -110,14 +113,14 @@ def test_shipped_files_say_what_they_should(path: Path) -> None:
 
 def test_a_shipped_file_goes_by_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model")
-    monkeypatch.setattr(module, "model_path", lambda name: folder)
+    monkeypatch.setattr(models, "model_path", lambda name: folder)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pocket").mkdir()  # a folder of that name is no file
     for name in ("pocket", "pocket.yaml", "configs/pocket.yaml"):
-        assert load_config("dmapo", name).models["judge"].model == folder
+        assert load_config(DmapoConfig, name).models["judge"].model == folder
     for name in ("pokcet", "my/pocket.yaml", "/nowhere/pocket.yaml", "configs/other.yaml"):
         with pytest.raises(ConfigError, match=rf"no config file {name}; Quorum comes with .*dmapo.yaml.*pocket.yaml"):
-            load_config("dmapo", name)
+            load_config(DmapoConfig, name)
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError("no weights; make them with"), ValueError("no pocket model 'x'")])
@@ -125,9 +128,9 @@ def test_pocket_weights_that_are_not_there(monkeypatch: pytest.MonkeyPatch, erro
     def fail(name: str) -> str:
         raise error
 
-    monkeypatch.setattr(module, "model_path", fail)
+    monkeypatch.setattr(models, "model_path", fail)
     with pytest.raises(ConfigError, match=str(error)):
-        load_config("dmapo", "pocket")
+        load_config(DmapoConfig, "pocket")
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
@@ -136,15 +139,15 @@ def test_pocket_weights_that_are_not_there(monkeypatch: pytest.MonkeyPatch, erro
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("gat.tau=2", r"gat: there is no such key; did you mean 'gate'\?"),
-        ("gate.tua=2", r"gate\.tua: there is no such key; did you mean 'tau'\?"),
+        ("gat.tau=2", r"gat: unknown key; did you mean 'gate'\?"),
+        ("gate.tua=2", r"gate\.tua: unknown key; did you mean 'tau'\?"),
         ("candidates.sampling.temprature=1", r"candidates\.sampling\.temprature: .* 'temperature'\?"),
         ("judge.asking.retry=1", r"judge\.asking\.retry: .* 'retries'\?"),
         ("judge.rubrics.1.txt=x", r"judge\.rubrics\.1\.txt: .* 'text'\?"),
         ("models.judge.dtpye=float32", r"models\.judge\.dtpye: .* 'dtype'\?"),
         ("models.judge.placement.max_actor=2", r"models\.judge\.placement\.max_actor: .* 'max_actors'\?"),
         ("prompts.sources.0.colum=x", r"prompts\.sources\.0\.(jsonl\.)?colum: .* 'column'\?"),
-        ("train.lora.rank=8", r"train\.lora\.rank: there is no such key; there are alpha, dropout, r, target_modules"),
+        ("train.lora.rank=8", r"train\.lora\.rank: unknown key; choose from alpha, dropout, r, target_modules"),
         ("evaluate.modes=[{name: a, smapling: {}}]", r"evaluate\.modes\.0\.smapling: .* 'sampling'\?"),
         ("run.Name=x", r"run\.Name: .* 'name'\?"),
         ("candidates.k=four", r"candidates\.k: .*integer.*\(it is 'four'\)"),
@@ -155,7 +158,7 @@ def test_pocket_weights_that_are_not_there(monkeypatch: pytest.MonkeyPatch, erro
         ("judge.rubrics={}", r"judge\.rubrics: "),
         ("models.judge.dtype=float8", r"models\.judge\.dtype: .*'float32'.*\(it is 'float8'\)"),
         ("prompts.num_shards=48", r"prompts\.num_shards: num_shards must divide 1024.*32 and 64"),
-        ("train.method=ppo", r"train\.method: .*'sft', 'dpo'"),
+        ("train.method=ppo", r"train\.method: unknown method 'ppo'.*sft, dpo"),
         ("train.batch_size=1", r"train\.batch_size must be 2 or more for kto"),
         ("gate.undesirable_at=8", r"gate: undesirable_at \(8\) must be below desirable_at"),
         ("run.name=a/b", r"run\.name: "),
@@ -163,15 +166,15 @@ def test_pocket_weights_that_are_not_there(monkeypatch: pytest.MonkeyPatch, erro
         ("prompts.sources=[]", r"prompts\.sources: "),
         (
             "judge.model=jugde",
-            r"judge\.rubrics\.helpfulness\.model is 'jugde', and models has no such key; .*'judge'\?",
+            r"judge\.rubrics\.helpfulness\.model is 'jugde', which is not defined under models; .*'judge'\?",
         ),
         ("judge.rubrics.1.model=big", r"judge\.rubrics\.factuality\.model is 'big'"),
-        ("critic.model=crtic", r"critic\.model is 'crtic', and models has no such key"),
+        ("critic.model=crtic", r"critic\.model is 'crtic', which is not defined under models"),
         ("evaluate.judge=jude", r"evaluate\.judge is 'jude'.*'judge'\?"),
         ("train.model=polcy", r"train\.model is 'polcy'.*'policy'\?"),
-        ("train.method=dpo datasets.kinds=[kto]", r"train\.method is dpo, and datasets\.kinds does not make dpo"),
+        ("train.method=dpo datasets.kinds=[kto]", r"train\.method is dpo, but datasets\.kinds does not include dpo"),
         ("datasets.kinds=[dpo] train.method=dpo", r"evaluate\.perplexity reads the held-out kto rows"),
-        ("critic.asking.expected_score=true", r"critic: critic\.asking\.expected_score is read by nothing"),
+        ("critic.asking.expected_score=true", r"critic: critic\.asking\.expected_score has no effect"),
         ("prompt_templates=pokcet", r"no built-in prompt templates 'pokcet'; there are .*pocket"),
         ("prompt_templates=./mine.yaml", r"no prompt template file \./mine\.yaml"),
         ("models.judge.model=/no/such/model", r"models\.judge: model '/no/such/model': there is no such folder"),
@@ -180,7 +183,7 @@ def test_pocket_weights_that_are_not_there(monkeypatch: pytest.MonkeyPatch, erro
             "models.judge.model=pocket:critic",
             r"no pocket model 'pocket:critic'; known names: pocket:policy, pocket:judge",
         ),
-        ("models.judge.chat_template=/no/x.jinja", r"models\.judge\.chat_template: there is no file /no/x\.jinja"),
+        ("models.judge.chat_template=/no/x.jinja", r"models\.judge\.chat_template: no such file /no/x\.jinja"),
         (
             "models.judge.args.seed=1",
             r"models\.judge: vLLM argument 'seed' under args: set the engine's own key 'seed'",
@@ -208,14 +211,14 @@ def test_names_of_trl_are_errors_of_the_configuration(load: Any, monkeypatch: py
     def refuse(method: str, args: Mapping[str, Any]) -> None:
         raise TrainingInputError(f"trainer_args.{next(iter(args))}: TRL's {method} has no such setting")
 
-    monkeypatch.setattr(module, "validate_trainer_args", refuse)
+    monkeypatch.setattr(training, "validate_trainer_args", refuse)
     with pytest.raises(ConfigError, match=r"trainer_args\.max_step: TRL's kto has no such setting"):
         load("train.trainer_args.max_step=5")
 
 
 def test_a_model_that_nothing_reads(load: Any, values: dict[str, Any]) -> None:
     spare = {**values["models"], "spare": values["models"]["judge"]}
-    with pytest.raises(ConfigError, match=r"models\.spare is read by no stage"):
+    with pytest.raises(ConfigError, match=r"models\.spare is not used by any stage"):
         load(models=spare)
     assert "spare" in load("judge.rubrics.1.model=spare", models=spare).models
 
@@ -228,7 +231,7 @@ def test_keys_of_models_are_plain_because_folders_are_named_after_them(load: Any
 
 def test_a_missing_block(load: Any, values: dict[str, Any]) -> None:
     del values["judge"]
-    with pytest.raises(ConfigError, match=r"my\.yaml: judge: is missing"):
+    with pytest.raises(ConfigError, match=r"my\.yaml: judge: missing"):
         load()
 
 
@@ -244,23 +247,23 @@ def test_all_mistakes_are_told_at_once(load: Any) -> None:
         ("gate: [", "is not valid YAML"),
         ("", "must be a mapping of blocks, not NoneType"),
         ("- a", "must be a mapping of blocks, not list"),
-        ("gate: {tau: 1}\njudge: {}\ngate: {alpha: 0.1}", "the key 'gate' is there twice"),
-        ("gate:\n  tau: 1\n  tau: 2", r"the key 'tau' is there twice.*\n?.*line 3"),
+        ("gate: {tau: 1}\njudge: {}\ngate: {alpha: 0.1}", "duplicate key 'gate'"),
+        ("gate:\n  tau: 1\n  tau: 2", r"duplicate key 'tau'.*\n?.*line 3"),
         ("\x00", "is not valid YAML"),
     ],
 )
 def test_a_file_that_is_none(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
-        load_config("dmapo", str(tmp_path / "x.yaml"))
+        load_config(DmapoConfig, str(tmp_path / "x.yaml"))
     (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(ConfigError, match="cannot be read"):
-        load_config("dmapo", str(tmp_path / "x.yaml"))
+        load_config(DmapoConfig, str(tmp_path / "x.yaml"))
 
 
 def test_anchors_and_merges_of_yaml_still_work(tmp_path: Path) -> None:
     text = "a: &a {x: 1}\nb: &b {y: 2}\nc:\n  <<: [*a, *b]\n  x: 3\nd: *a"
-    assert yaml.load(text, module._OneOfEachKey) == yaml.safe_load(text)
+    assert yaml.load(text, UniqueKeys) == yaml.safe_load(text)
 
 
 # --- overrides --------------------------------------------------------------------------------------------------------
@@ -292,14 +295,14 @@ def test_overrides(load: Any) -> None:
         ("gate.tau", "an override is key=value"),
         ("=2", "an override is key=value"),
         ("gate.tau=[", r"gate\.tau: '\[' is not a YAML value"),
-        ("judge.rubrics.7.text=x", r"judge\.rubrics\.7\.text: '7' is no item of a list of 2 \(the first is 0\)"),
-        ("judge.rubrics.first.text=x", r"'first' is no item of a list of 2"),
-        ("judge.rubrics.-1.text=x", "'-1' is no item"),
-        ("judge.rubrics.2={}", "'2' is no item"),
+        ("judge.rubrics.7.text=x", r"judge\.rubrics\.7\.text: '7' is not an item of a list of 2 \(the first is 0\)"),
+        ("judge.rubrics.first.text=x", r"'first' is not an item of a list of 2"),
+        ("judge.rubrics.-1.text=x", "'-1' is not an item"),
+        ("judge.rubrics.2={}", "'2' is not an item"),
         ("models.judge.model.path=x", r"models\.judge\.model\.path: model is a value, not a block"),
         ("gate.tau=", r"gate\.tau: .*number"),
-        ("nothing.at.all=1", "nothing: there is no such key"),
-        ("gate..tau=1", r"gate\.: there is no such key"),
+        ("nothing.at.all=1", "nothing: unknown key"),
+        ("gate..tau=1", r"gate\.: unknown key"),
     ],
 )
 def test_overrides_that_are_none(load: Any, override: str, message: str) -> None:
@@ -327,7 +330,7 @@ def test_paths_of_models_are_absolute_because_actors_have_another_folder(
 
 
 def test_a_hub_name_stays_one(values: dict[str, Any]) -> None:
-    resolved = module._resolve({**values, "models": {"a": {"model": "Qwen/Qwen3-8B"}, "b": "odd"}})
+    resolved = RunConfig.resolve({**values, "models": {"a": {"model": "Qwen/Qwen3-8B"}, "b": "odd"}})
     assert resolved["models"] == {"a": {"model": "Qwen/Qwen3-8B"}, "b": "odd"}
 
 
@@ -538,7 +541,7 @@ def test_wrong_values_never_raise_anything_but_a_validation_error(values: dict[s
             try:
                 DmapoConfig.model_validate(changed(values, key, odd))
             except ValidationError as error:
-                assert module._explain(error, DmapoConfig, "f").startswith("f: ")
+                assert explain(error, DmapoConfig, "f").startswith("f: ")
 
 
 @pytest.mark.parametrize(
@@ -557,13 +560,13 @@ def test_what_a_run_folder_keeps_of_its_configuration_can_be_read_back(dag: str,
     recorded = tmp_path / "recorded.jsonl.gz"
     recorded.touch()
     changes = [f"data.path={recorded}"] if name == "winrate" else []
-    config = load_config(dag, name, changes, WORKFLOWS[dag])
+    config = load_config(find_workflow(dag).config, name, changes)
     kept = json.loads(json.dumps(run_settings(config, str(tmp_path)).given))
-    assert read_config(dag, kept, [], "manifest.json", WORKFLOWS[dag]) == config
+    assert read_config(find_workflow(dag).config, kept, [], "manifest.json") == config
 
 
 @pytest.mark.parametrize("key", ["adapter", "chat_template", "args.tokenizer"])
 def test_what_is_trained_is_the_model_that_answers(load: Any, key: str) -> None:
     """Training would start from the bare model, and with its own tokenizer and template."""
-    with pytest.raises(ConfigError, match=rf"models\.policy\.{key}: training starts from the model without it"):
+    with pytest.raises(ConfigError, match=rf"models\.policy\.{key}: training would start from the model without it"):
         load(f"models.policy.{key}=x")

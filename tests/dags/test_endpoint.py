@@ -22,7 +22,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from ray_pipeline.agents.judges import Asking, Rubric, SamplingSettings, Verdict, judge
+from ray_pipeline.agents.judges import JudgeAsking, Rubric, SamplingSettings, Verdict, judge
 from ray_pipeline.agents.replies import critique_grammar, score_grammar
 from ray_pipeline.agents.templates import load_templates, render
 from ray_pipeline.engines.base import EngineStartError, Grammar, Message, PromptTooLong, Sampling
@@ -176,7 +176,7 @@ async def judged(engine: OpenAIEngine, root: Path) -> tuple[list[Verdict], Any]:
                 rubric,
                 template,
                 SamplingSettings(max_tokens=64),
-                Asking(reason_chars=200),
+                JudgeAsking(reason_chars=200),
             )
             for task, answer in pairs
             for rubric in RUBRICS

@@ -11,17 +11,17 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from dags.fellowship import fellowship
-from ray_pipeline import fellowship_config as module
-from ray_pipeline.config import ConfigError, load_config
+from dags.fellowship import FellowshipConfig, fellowship
+from ray_pipeline.config.loading import load_config
+from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.data.prompts import PromptsConfig, load_prompts
-from ray_pipeline.fellowship_config import FellowshipConfig
+from ray_pipeline.workflow import training
 
 
 @pytest.fixture(autouse=True)
 def _no_trl(monkeypatch: pytest.MonkeyPatch) -> None:
     """TRL takes many seconds to import, and its names are tested beside its trainers."""
-    monkeypatch.setattr(module, "validate_trainer_args", lambda *_: None)
+    monkeypatch.setattr(training, "validate_trainer_args", lambda *_: None)
 
 
 ENDPOINT = {"engine": "openai", "model": "big", "endpoint": {"base_url": "http://127.0.0.1:1/v1"}}
@@ -47,7 +47,7 @@ def load(tmp_path: Path) -> Any:
         }
         file = tmp_path / "c.yaml"
         file.write_text(yaml.safe_dump({k: v for k, v in values.items() if v is not None}))
-        return load_config("fellowship", str(file), kind=FellowshipConfig)
+        return load_config(FellowshipConfig, str(file))
 
     return go
 
@@ -92,7 +92,7 @@ def test_a_strategy_judges_instead_of_the_rubrics(load: Any) -> None:
     found = names(config)
     assert ("judge-judge" in found, "judge-big" in found, "score-responses" in found) == (True, True, False)
     assert config.judges == ["x", "y"] and "x, y by combined_10" in config.origin()
-    with pytest.raises(ConfigError, match="nobody judges the responses"):
+    with pytest.raises(ConfigError, match="no judge for the responses"):
         load(judge=None)
 
 
@@ -145,15 +145,15 @@ def test_what_changes_what(load: Any, blocks: dict[str, Any], first: str) -> Non
     [
         ({"loop": {"generator": "nobody"}}, "loop.generator is 'nobody'"),
         ({"loop": {"responses": 1}}, "loop.responses must be 2 or more"),
-        ({"models": {"more": ENDPOINT}}, "models.more is read by no stage"),
+        ({"models": {"more": ENDPOINT}}, "models.more is not used by any stage"),
         ({"models": {"generator": ENDPOINT}}, "train.model is 'generator', a model at an endpoint"),
         ({"models": {"reviewer": ENDPOINT}, "improve": {}}, "loop.reviewers.0.model is 'reviewer', a model at an"),
-        ({"datasets": {"kinds": ["kto"]}}, "train.method is dpo, and datasets.kinds does not make dpo"),
+        ({"datasets": {"kinds": ["kto"]}}, "train.method is dpo, but datasets.kinds does not include dpo"),
         ({"loop": {"templates": "nope"}}, "no built-in prompt templates 'nope'"),
-        ({"loop": {"respones": 3}}, "loop.respones: there is no such key; did you mean 'responses'"),
-        ({"select": {"strategy": {"kind": "direct"}}}, "strategy and judges go together"),
+        ({"loop": {"respones": 3}}, "loop.respones: unknown key; did you mean 'responses'"),
+        ({"select": {"strategy": {"kind": "direct"}}}, "set strategy and judges together"),
         ({"select": {"jury": {"pool": "weighted", "weights": {"a": 1}}}}, "select.jury.weights has none for b"),
-        ({"select": {"jury": {"pool": "mode"}, "pairs": "best_worst"}}, "says which response is best and not which"),
+        ({"select": {"jury": {"pool": "mode"}, "pairs": "best_worst"}}, "picks the best response but not the worst"),
         (
             {"judge": None, "select": {"debate": {"rounds": 1, "schedule": [["nobody"]]}, "judges": [{"name": "x"}]}},
             "select.debate.schedule names nobody",

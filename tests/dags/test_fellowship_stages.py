@@ -13,18 +13,17 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from dags.fellowship import fellowship
-from ray_pipeline import fellowship_config as module
-from ray_pipeline.audit.run import audit_folder
-from ray_pipeline.config import load_config
+from dags.fellowship import FellowshipConfig, fellowship
+from ray_pipeline.audit.run import audit_picks
+from ray_pipeline.config.loading import load_config
 from ray_pipeline.engines.base import ChatEngine
 from ray_pipeline.engines.logged import LoggedEngine
-from ray_pipeline.fellowship_config import FellowshipConfig
 from ray_pipeline.graph.results import Run
 from ray_pipeline.graph.stage import Dag, ShardInput, ShardWork, Stage, StageResult, WholeInput, stage_table
 from ray_pipeline.pocket.reviewing import feedback_on
 from ray_pipeline.pocket.tasks import rubric_scores, truth
 from ray_pipeline.store.files import Folder
+from ray_pipeline.workflow import training
 from tests.scripted import ScriptedEngine
 
 SHARDS = 2
@@ -96,12 +95,12 @@ def _shards(stage: Stage, inputs: Any, folder: Folder, root: Path, engine_of: An
 @pytest.fixture(scope="module")
 def config() -> FellowshipConfig:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "validate_trainer_args", lambda *_: None)
+        patch.setattr(training, "validate_trainer_args", lambda *_: None)
         changes = [
             "models.generator.model=pocket:policy", "models.reviewer.model=pocket:judge",
             "prompts.sources.0.count=60", f"prompts.num_shards={SHARDS}", "evaluate.skip_generation=true",
         ]  # fmt: skip
-        return load_config("fellowship", "pocket_fellowship", changes, FellowshipConfig)
+        return load_config(FellowshipConfig, "pocket_fellowship", changes)
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +173,7 @@ def test_the_report_and_the_audit_read_the_run(played: dict[str, StageResult], c
     assert metrics["run"]["workflow"] == "fellowship" and metrics["missing_stages"] == ["train", "evaluate"]
     folder = Folder(str(Path(Folder(played["prompts"].folder).path()).parent))
     run = Run(folder, {"dag": "fellowship", "config": config.model_dump(mode="json")}, played)
-    (found,) = audit_folder(run).values()
+    (found,) = audit_picks(run).reports.values()
     assert found.ok, found.problems[:3]
     assert found.rows["prompts"] == 60 and found.rows["dpo"] == len(data(played, "datasets", "dpo"))
 

@@ -53,7 +53,7 @@ def test_a_run_on_an_object_store_trains_resumes_serves_and_reports(
     assert found.results["responses-policy"].rows["responses"] > 0
     page = Folder(found.results["evaluate"].folder)
     assert {"report.html", "report.md", "metrics.json", "summary.csv"} <= set(page.names())
-    assert (page / "plots").names(".png")
+    assert (page / "charts").names(".svg")
     assert f"report: {page.uri('report.md')}" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache"]  # nothing of the run lies on a disk
 

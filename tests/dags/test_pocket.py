@@ -179,7 +179,7 @@ def test_the_report_says_what_happened(demo: Path) -> None:
     assert metrics["missing_stages"] == []
     assert len(report.splitlines()) > 50
     assert (demo / "report" / "summary.csv").read_text().count("\n") == 2
-    assert list((demo / "report" / "plots").glob("*.png"))
+    assert list((demo / "report" / "charts").glob("*.svg"))
 
 
 def test_other_tools_open_the_data_sets(demo: Path) -> None:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from ray_pipeline.data.columnar import dataset_rows
 from ray_pipeline.data.datasets import (
     DPO_DROPPED,
     KTO_DROPPED,
@@ -22,7 +23,9 @@ from ray_pipeline.data.datasets import (
 )
 from ray_pipeline.data.gate import GateConfig, decide
 from ray_pipeline.data.rows import KeyMismatch, gather
-from ray_pipeline.engines.models import TokenizerSettings
+from ray_pipeline.engines.models import ModelSettings, TokenizerSettings
+from ray_pipeline.graph.stage import Stage, WholeWork
+from ray_pipeline.pocket import model_path
 from ray_pipeline.store.schemas import DPO, KTO
 from tests.planted import JUDGES, Planted, World, candidate_name, count_words, make_world, random_world
 
@@ -351,3 +354,24 @@ def test_token_counter_loads_and_refuses(tokenizer, tmp_path):
 def test_bad_settings_are_refused(values):
     with pytest.raises(ValidationError):
         DatasetsConfig(**values)
+
+
+# --- the stage --------------------------------------------------------------------------------------------------------
+
+
+def test_other_template_arguments_make_other_rows():
+    """Lengths are counted under the policy's template with its arguments, and limits leave rows out by them."""
+
+    def rows_of(**model) -> Stage:
+        read = [Stage(name, WholeWork(lambda given: {}), {}) for name in ("prompts", "candidates", "judge", "gate")]
+        asked, answers, verdicts, decisions = read
+        policy = ModelSettings(model=model_path("pocket:policy"), **model)
+        return dataset_rows(CONFIG, JUDGES, policy, asked, answers, [verdicts], decisions)
+
+    marks = [
+        rows_of(**model).fingerprint
+        for model in ({}, {"chat_template_args": {}}, {"chat_template_args": {"enable_thinking": True}})
+    ]
+    assert len(set(marks)) == 3
+    # How the model is served changes no length.
+    assert rows_of(dtype="float32", seed=7, max_model_len=64).fingerprint == marks[0]

@@ -1,4 +1,4 @@
-"""The gate against the formulas of design §5, written out row by row."""
+"""The gate against the formulas of docs/architecture.md, written out row by row."""
 
 import random
 import statistics

@@ -12,20 +12,19 @@ import pyarrow as pa
 import pytest
 from pydantic import ValidationError
 
-from ray_pipeline.agents.judges import Asking, Rubric, SamplingSettings
+from ray_pipeline.agents.judges import JudgeAsking, Rubric, SamplingSettings
 from ray_pipeline.agents.templates import load_templates
 from ray_pipeline.data import critic
 from ray_pipeline.data import judging as judge
-from ray_pipeline.data.candidates import CandidateSettings, draw
-from ray_pipeline.data.critic import CriticSettings, critique_shard
-from ray_pipeline.data.judging import JudgeSettings, judge_shard
+from ray_pipeline.data.candidates import DRAW, CandidateSettings
+from ray_pipeline.data.critic import CRITIC, CriticSettings
+from ray_pipeline.data.judging import JUDGES, JudgeSettings
 from ray_pipeline.engines.base import EngineDead, EngineError, PromptTooLong, Sampling
 from ray_pipeline.engines.logged import CallNotLogged, LoggedEngine
 from ray_pipeline.engines.models import ModelSettings
-from ray_pipeline.graph.failures import FailureSettings
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, Stage, StageStop, WholeInput, WholeWork
 from ray_pipeline.policy import comparisons as compare
-from ray_pipeline.policy.comparisons import EvaluateSettings, Mode, compare_shard, respond
+from ray_pipeline.policy.comparisons import COMPARE, RESPOND, EvaluateSettings, Mode
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import prompt_id
 from ray_pipeline.store.schemas import CANDIDATES, PROMPTS, RESPONSES, to_table
@@ -98,7 +97,7 @@ def draw_shard(*texts: str, **settings: Any) -> Shard:
 def test_k_rows_a_prompt_with_k_seeds(tmp_path: Path) -> None:
     engine = ScriptedEngine(echo)
     shard = draw_shard("one", "two", k=5)
-    found = shard.run(draw, engine, tmp_path)
+    found = shard.run(DRAW, engine, tmp_path)
     table = found.tables["candidates"]
     assert table.schema.equals(CANDIDATES) and table.num_rows == shard.ticks == engine.calls == 10
     assert column(found, "k") == [0, 1, 2, 3, 4] * 2
@@ -116,7 +115,7 @@ def test_rows_are_ordered_by_prompt_and_k_whatever_finishes_first(tmp_path: Path
             return await super().chat(messages, sampling)
 
     shard = draw_shard(*(f"p{n}" for n in range(6)), k=3)
-    slow, fast = shard.run(draw, Racing(echo), tmp_path / "a"), shard.run(draw, ScriptedEngine(echo), tmp_path / "b")
+    slow, fast = shard.run(DRAW, Racing(echo), tmp_path / "a"), shard.run(DRAW, ScriptedEngine(echo), tmp_path / "b")
     assert slow.tables["candidates"].equals(fast.tables["candidates"])
     assert column(slow, "prompt_id") == [
         p for p in prompts(*(f"p{n}" for n in range(6)))["prompt_id"].to_pylist() for _ in "abc"
@@ -124,12 +123,12 @@ def test_rows_are_ordered_by_prompt_and_k_whatever_finishes_first(tmp_path: Path
 
 
 def test_more_candidates_make_only_their_own_calls(tmp_path: Path) -> None:
-    first = draw_shard("one", k=2).run(draw, ScriptedEngine(echo), tmp_path)
+    first = draw_shard("one", k=2).run(DRAW, ScriptedEngine(echo), tmp_path)
     engine = ScriptedEngine(echo)
-    more = draw_shard("one", k=4).run(draw, engine, tmp_path)
+    more = draw_shard("one", k=4).run(DRAW, engine, tmp_path)
     assert engine.calls == 2 and column(more, "candidate_id")[:2] == column(first, "candidate_id")
     engine = ScriptedEngine(echo)
-    assert draw_shard("one", k=4, seed=1).run(draw, engine, tmp_path).tables["candidates"].num_rows == engine.calls == 4
+    assert draw_shard("one", k=4, seed=1).run(DRAW, engine, tmp_path).tables["candidates"].num_rows == engine.calls == 4
 
 
 def test_one_prompts_trouble_is_its_own_rows(tmp_path: Path) -> None:
@@ -140,7 +139,7 @@ def test_one_prompts_trouble_is_its_own_rows(tmp_path: Path) -> None:
         return EngineError("boom") if text == "bad" else f"re: {text}"
 
     shard = draw_shard("fine", "long", "bad", k=2)
-    found = shard.run(draw, ScriptedEngine(script), tmp_path)
+    found = shard.run(DRAW, ScriptedEngine(script), tmp_path)
     assert column(found, "response") == ["re: fine", "re: fine", None, None, None, None]
     assert column(found, "finish_reason") == ["stop", "stop", "too_long", "too_long", "error", "error"]
     assert column(found, "prompt_tokens") == [11, 11, 9000, 9000, None, None]
@@ -150,21 +149,21 @@ def test_one_prompts_trouble_is_its_own_rows(tmp_path: Path) -> None:
 
 
 def test_no_prompts_make_an_empty_table_of_the_full_schema(tmp_path: Path) -> None:
-    found = Shard({"prompts": PROMPTS.empty_table()}, CandidateSettings()).run(draw, ScriptedEngine(echo), tmp_path)
+    found = Shard({"prompts": PROMPTS.empty_table()}, CandidateSettings()).run(DRAW, ScriptedEngine(echo), tmp_path)
     assert found.tables["candidates"].schema.equals(CANDIDATES) and found.tables["candidates"].num_rows == 0
 
 
 def test_a_dead_engine_and_a_stop_end_the_shard(tmp_path: Path) -> None:
     with pytest.raises(EngineDead):
-        draw_shard("one").run(draw, ScriptedEngine(EngineDead("gone")), tmp_path)
+        draw_shard("one").run(DRAW, ScriptedEngine(EngineDead("gone")), tmp_path)
     shard = draw_shard(*(f"p{n}" for n in range(5)), k=4)
     shard.stop_after = 3
     engine = ScriptedEngine(echo)
     with pytest.raises(StageStop, match="enough"):
-        shard.run(draw, engine, tmp_path)
+        shard.run(DRAW, engine, tmp_path)
     shard.stop_after = None
     again = ScriptedEngine(echo)
-    shard.run(draw, again, tmp_path)
+    shard.run(DRAW, again, tmp_path)
     assert engine.calls + again.calls >= 20 > again.calls  # what was answered before the stop is kept
 
 
@@ -173,12 +172,12 @@ def test_replaying_makes_the_same_table_and_no_call(tmp_path: Path) -> None:
         return PromptTooLong(9, 9, 9) if messages[-1]["content"] == "long" else echo(messages, sampling)
 
     shard = draw_shard("one", "long", "two")
-    first = shard.run(draw, ScriptedEngine(script), tmp_path)
+    first = shard.run(DRAW, ScriptedEngine(script), tmp_path)
     never = ScriptedEngine("never")
-    again = shard.run(draw, never, tmp_path, replay_only=True)
+    again = shard.run(DRAW, never, tmp_path, replay_only=True)
     assert never.calls == 0 and again.tables["candidates"].equals(first.tables["candidates"])
     with pytest.raises(CallNotLogged):
-        draw_shard("new").run(draw, never, tmp_path, replay_only=True)
+        draw_shard("new").run(DRAW, never, tmp_path, replay_only=True)
 
 
 def test_a_sampling_block_that_sets_one_key_keeps_the_published_others() -> None:
@@ -218,13 +217,13 @@ ANSWERS = candidates(
 
 
 def judge_settings(*names: str, layout: Any = "shared_first", **asking: Any) -> Any:
-    return judge._Given(
+    return judge._Judging(
         answers=("candidates",),
         rubrics=tuple(Rubric(name=n, text=f"about {n}") for n in names),
         template=TEXTS.judge,
         layout=layout,
         sampling=COLD,
-        asking=Asking(**asking),
+        asking=JudgeAsking(**asking),
     )
 
 
@@ -241,7 +240,7 @@ def by_rubric(messages: Any, sampling: Any) -> str:
 def test_every_judge_scores_every_answer_and_nothing_else(tmp_path: Path) -> None:
     engine = ScriptedEngine(by_rubric)
     shard = judge_input("helpfulness", "factuality")
-    found = shard.run(judge_shard, engine, tmp_path)
+    found = shard.run(JUDGES, engine, tmp_path)
     assert column(found, "candidate_id") == ["c0", "c0", "c1", "c1", "c2", "c2", "c3", "c3"]
     assert column(found, "judge") == ["helpfulness", "factuality"] * 4
     assert column(found, "score") == [8.0, 3.0, None, None, None, None, 8.0, 3.0]
@@ -262,7 +261,7 @@ def test_one_judges_trouble_is_its_own_verdict(tmp_path: Path) -> None:
         return "nonsense" if "about nonsense" in text else by_rubric(messages, sampling)
 
     shard = judge_input("error", "long", "nonsense", "fine", answers=ANSWERS.slice(0, 1))
-    found = shard.run(judge_shard, ScriptedEngine(script), tmp_path)
+    found = shard.run(JUDGES, ScriptedEngine(script), tmp_path)
     assert column(found, "parse_status") == ["error", "too_long", "unparsed", "ok"]
     assert column(found, "score") == [None, None, None, 3.0] and column(found, "raw")[2] == "nonsense"
     watched = [("judge error", False), ("judge fine", True), ("judge nonsense", False)]
@@ -270,16 +269,16 @@ def test_one_judges_trouble_is_its_own_verdict(tmp_path: Path) -> None:
 
 
 def test_an_added_judge_makes_only_its_own_calls(tmp_path: Path) -> None:
-    judge_input("helpfulness").run(judge_shard, ScriptedEngine(by_rubric), tmp_path)
+    judge_input("helpfulness").run(JUDGES, ScriptedEngine(by_rubric), tmp_path)
     engine = ScriptedEngine(by_rubric)
-    judge_input("helpfulness", "clarity").run(judge_shard, engine, tmp_path)
+    judge_input("helpfulness", "clarity").run(JUDGES, engine, tmp_path)
     assert engine.calls == 2 and all("about clarity" in text for text in asked(engine))
 
 
 def test_the_layout_comes_from_the_settings_or_from_its_stage(tmp_path: Path) -> None:
     def first_line(shard: Shard, root: str) -> str:
         engine = ScriptedEngine(by_rubric)
-        shard.run(judge_shard, engine, tmp_path / root)
+        shard.run(JUDGES, engine, tmp_path / root)
         return asked(engine)[0].lstrip().splitlines()[0]
 
     assert first_line(judge_input("a", layout="shared_first"), "1").startswith("<instruction ")
@@ -291,7 +290,7 @@ def test_the_layout_comes_from_the_settings_or_from_its_stage(tmp_path: Path) ->
 def test_rubrics_are_joined_to_prompts_by_id(tmp_path: Path) -> None:
     engine = ScriptedEngine(by_rubric)
     shard = judge_input("a", answers=candidates(("two", "TWO", "stop"), ("one", "ONE", "stop")))
-    shard.run(judge_shard, engine, tmp_path)
+    shard.run(JUDGES, engine, tmp_path)
     for text in asked(engine):
         assert ("two" in text) == ("TWO" in text) and ("one" in text.split("<response ")[0]) == ("ONE" in text)
 
@@ -341,7 +340,7 @@ def model(tmp_path: Path) -> ModelSettings:
 def test_judges_on_two_models_are_two_stages(model: ModelSettings) -> None:
     settings = rubrics(rubrics=[{"name": "a"}, {"name": "b", "model": "other"}, {"name": "c"}], layout="auto")
     models, asked_ = {"judge": model, "other": model}, nothing()
-    stages = judge.judges(settings, FailureSettings(), models, TEXTS.judge, asked_, {"candidates": asked_})
+    stages = judge.judges(settings, models, TEXTS.judge, asked_, {"candidates": asked_})
     assert [s.name for s in stages] == ["judge-judge", "judge-other"] and {s.group_name for s in stages} == {"judge"}
     assert [[r.name for r in s.work.settings.rubrics] for s in stages] == [["a", "c"], ["b"]]
     assert [s.inputs["layout"].name for s in stages] == ["judge-judge-layout", "judge-other-layout"]
@@ -362,7 +361,7 @@ class _Table:
 
 
 def choose(root: Path, rubric: str, response: str = "a short answer", template: Any = TEXTS.judge) -> dict[str, Any]:
-    settings = judge._LayoutGiven(
+    settings = judge._Layout(
         answers=("candidates",),
         rubrics=tuple(Rubric(name=n, text=rubric) for n in "abc"),
         template=template,
@@ -393,9 +392,9 @@ def test_the_layout_is_chosen_once_and_kept_beside_the_call_log(tmp_path: Path) 
 def test_critiques(tmp_path: Path) -> None:
     flawed = '{"reason": "so", "failure_type": "unsupported", "flawed": true}'
     engine = ScriptedEngine(lambda m, _: flawed if "good answer" in m[-1]["content"] else EngineError("boom"))
-    settings = critic._Given(template=TEXTS.critic, layout="rubric_first", sampling=COLD, asking=Asking())
+    settings = critic._Critic(template=TEXTS.critic, layout="rubric_first", sampling=COLD, asking=JudgeAsking())
     shard = Shard({"prompts": prompts("one", "two"), "candidates": ANSWERS}, settings)
-    found = shard.run(critique_shard, engine, tmp_path)
+    found = shard.run(CRITIC, engine, tmp_path)
     assert column(found, "candidate_id") == ["c0", "c1", "c2", "c3"]
     assert column(found, "parse_status") == ["ok", "too_long", "error", "error"]
     assert column(found, "flawed") == [True, None, None, None]
@@ -408,8 +407,8 @@ def test_critiques(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("settings", [CriticSettings, EvaluateSettings])
 def test_a_key_that_nothing_reads_is_refused(settings: Any) -> None:
-    with pytest.raises(ValidationError, match="expected_score is read by nothing"):
-        settings(asking=Asking(expected_score=True))
+    with pytest.raises(ValidationError, match="expected_score has no effect"):
+        settings(asking=JudgeAsking(expected_score=True))
 
 
 # --- responses and comparisons ----------------------------------------------------------------------------------------
@@ -420,8 +419,8 @@ MODES = (Mode(name="greedy", sampling=COLD), Mode(name="warm", sampling=Sampling
 def respond_as(label: Any, identity: str, root: Path, script: Any = echo) -> tuple[ShardOutput, ScriptedEngine, Shard]:
     table = pa.concat_tables([prompts("one", "two"), prompts("train only", split="train")])
     engine = ScriptedEngine(script, identity={"engine": "scripted", "model": identity})
-    shard = Shard({"prompts": table}, compare._Draw(label=label, modes=MODES, seed=0))
-    return shard.run(respond, engine, root), engine, shard
+    shard = Shard({"prompts": table}, compare._Respond(label=label, modes=MODES, seed=0))
+    return shard.run(RESPOND, engine, root), engine, shard
 
 
 def test_both_models_answer_the_held_out_prompts_with_the_same_seeds(tmp_path: Path) -> None:
@@ -474,11 +473,11 @@ def compare_all(
         template=TEXTS.pairwise,
         layout="shared_first",
         sampling=COLD,
-        asking=Asking(),
+        asking=JudgeAsking(),
     )
     shard = Shard({"prompts": prompts(*texts), "base": base, "policy": policy}, settings)
     engine = ScriptedEngine(script)
-    return shard.run(compare_shard, engine, root), engine, shard
+    return shard.run(COMPARE, engine, root), engine, shard
 
 
 def prefers(word: str) -> Callable[..., str]:
@@ -516,11 +515,11 @@ def test_several_policies_are_each_compared_with_the_base(tmp_path: Path) -> Non
         template=TEXTS.pairwise,
         layout="shared_first",
         sampling=COLD,
-        asking=Asking(),
+        asking=JudgeAsking(),
     )
     other = responses("kto-s0", ("one", "excellent", "stop"), ("two", "excellent", "stop"))
     tables = {"prompts": prompts("one", "two"), "base": BASE, "dpo-s0": POLICY, "kto-s0": other}
-    found = Shard(tables, settings).run(compare_shard, ScriptedEngine(prefers("excellent")), tmp_path)
+    found = Shard(tables, settings).run(COMPARE, ScriptedEngine(prefers("excellent")), tmp_path)
     named = list(zip(column(found, "model_a"), column(found, "model_b"), column(found, "vote"), strict=True))
     assert named[:4] == [
         ("policy", "base", "base"), ("base", "policy", "base"), ("kto-s0", "base", "tie"), ("base", "kto-s0", "tie"),

@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from ray_pipeline.data.prompts import PromptsConfig, load_prompts, shard_prompts, source_digests
-from ray_pipeline.data.sources import HuggingFaceSource, InputError, JsonlSource, PocketSource
+from ray_pipeline.data.sources import HuggingFaceSource, InputError, JsonlSource, PocketSource, SourceRow
 from ray_pipeline.store.keys import prompt_id, shard_of, unit_hash
 from ray_pipeline.store.schemas import PROMPTS
 from tests.published import DATA, needs
@@ -195,16 +195,14 @@ def test_digests_of_all_sources_are_kept_apart(tmp_path):
 
 
 def test_hub_data_is_read_at_the_commit_of_the_digests(monkeypatch):
-    from ray_pipeline.data import prompts, sources
-
     asked = []
 
-    def rows(source, commit=None):
-        asked.append((source.name, commit))
-        yield sources.SourceRow({"row": 1}, "text")
+    def rows(source):
+        asked.append((source.name, source.revision))
+        yield SourceRow({"row": 1}, "text")
 
-    monkeypatch.setattr(prompts, "read_rows", rows)
-    monkeypatch.setattr(prompts, "content_digests", lambda source: {source.name: f"commit of {source.name}"})
+    monkeypatch.setattr(HuggingFaceSource, "rows", rows)
+    monkeypatch.setattr(HuggingFaceSource, "digest", lambda source: {source.name: f"commit of {source.name}"})
     config = PromptsConfig()
     load_prompts(config, source_digests(config))
     assert asked == [(s.name, f"commit of {s.name}") for s in config.sources]

@@ -16,10 +16,8 @@ from ray_pipeline.data.sources import (
     ParquetSource,
     PocketSource,
     Source,
-    content_digests,
     find_files,
     named_sources,
-    read_rows,
 )
 from ray_pipeline.store.schemas import MESSAGES
 
@@ -37,8 +35,8 @@ def jsonl(path, rows):
     return str(path)
 
 
-def values(source, **options):
-    return [row.value for row in read_rows(source, **options)]
+def values(source):
+    return [row.value for row in source.rows()]
 
 
 # --- what can be read -------------------------------------------------------------------------------------------------
@@ -47,14 +45,14 @@ def values(source, **options):
 def test_jsonl_with_blank_lines_and_a_byte_order_mark(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"q": "one", "kind": "k", "n": 3}\n\n{"q": "two\xc3\xa9"}\n{"q": null}')
-    rows = list(read_rows(JsonlSource(path=str(path), column="q")))
+    rows = list(JsonlSource(path=str(path), column="q").rows())
     assert [r.value for r in rows] == ["one", "twoé", None]
     assert [r.place for r in rows] == [{"file": "a.jsonl", "row": n} for n in (1, 3, 4)]
 
 
 def test_task_type_and_source_columns(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", [{"q": "one", "kind": "k", "n": 3}, {"q": "two", "kind": None, "n": None}])
-    rows = list(read_rows(JsonlSource(path=path, column="q", task_type_column="kind", source_column="n")))
+    rows = list(JsonlSource(path=path, column="q", task_type_column="kind", source_column="n").rows())
     assert [(r.task_type, r.source) for r in rows] == [("k", "3"), (None, None)]
 
 
@@ -67,7 +65,7 @@ def test_gzipped_jsonl(tmp_path):
 def test_parquet_over_several_batches(tmp_path):
     texts = [f"text {i}" for i in range(3000)]
     pq.write_table(pa.table({"q": texts, "other": [[1]] * 3000}), tmp_path / "a.parquet", row_group_size=700)
-    rows = list(read_rows(ParquetSource(path=str(tmp_path / "a.parquet"), column="q")))
+    rows = list(ParquetSource(path=str(tmp_path / "a.parquet"), column="q").rows())
     assert [r.value for r in rows] == texts
     assert [r.place["row"] for r in rows] == list(range(1, 3001))
 
@@ -114,9 +112,9 @@ def test_a_file_whose_name_looks_like_a_pattern(tmp_path):
 
 
 def test_pocket():
-    rows = list(read_rows(PocketSource(count=5, seed=1)))
+    rows = list(PocketSource(count=5, seed=1).rows())
     assert len({r.value for r in rows}) == 5 and all(r.task_type for r in rows)
-    assert rows == list(read_rows(PocketSource(count=5, seed=1)))
+    assert rows == list(PocketSource(count=5, seed=1).rows())
 
 
 @pytest.fixture
@@ -133,7 +131,7 @@ def hub_like(tmp_path, monkeypatch):
 
 
 def test_huggingface_data_set(hub_like):
-    rows = list(read_rows(HuggingFaceSource(name=str(hub_like), column="instruction", source_column="source")))
+    rows = list(HuggingFaceSource(name=str(hub_like), column="instruction", source_column="source").rows())
     assert [(r.value, r.source, r.place["row"]) for r in rows] == [("one", "x", 1), ("two", "y", 2), ("one", "z", 3)]
 
 
@@ -149,7 +147,7 @@ def test_huggingface_data_set(hub_like):
 def test_huggingface_mistakes(hub_like, change, message):
     source = HuggingFaceSource(**{"name": str(hub_like), "column": "instruction", **change})
     with pytest.raises(InputError, match=f"(?s){message}"):
-        list(read_rows(source))
+        list(source.rows())
 
 
 # --- what cannot be read ----------------------------------------------------------------------------------------------
@@ -162,7 +160,7 @@ BAD_JSONL = {
     "missing column": ('{"q": "a"}\n{"Q1": "b"}\n', "line 2 has no column 'q'; did you mean 'Q1'"),
     "foreign chat": ('{"q": [{"from": "human", "value": "x"}]}\n', "line 1: .*message 0 has no role and content"),
     "images in a chat": ('{"q": [{"role": "user", "content": [1]}]}\n', "line 1: .*message 0 must have text"),
-    "half a character": ('{"q": "\\ud83d"}\n', "line 1 holds half a character"),
+    "half a character": ('{"q": "\\ud83d"}\n', "line 1 contains an unpaired surrogate"),
 }
 
 
@@ -172,15 +170,15 @@ def test_bad_jsonl(tmp_path, case):
     path = tmp_path / "a.jsonl"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=message) as error:
-        list(read_rows(JsonlSource(path=str(path), column="q")))
+        list(JsonlSource(path=str(path), column="q").rows())
     assert str(path) in str(error.value)
 
 
 def test_a_gzip_file_that_is_cut_short(tmp_path):
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"q": "one"}\n' * 1000)[:-20])
-    with pytest.raises(InputError, match=r"a\.jsonl\.gz cannot be read whole"):
-        list(read_rows(JsonlSource(path=str(path), column="q")))
+    with pytest.raises(InputError, match=r"a\.jsonl\.gz is truncated or corrupt"):
+        list(JsonlSource(path=str(path), column="q").rows())
 
 
 @pytest.mark.parametrize(
@@ -197,24 +195,24 @@ def test_bad_parquet(tmp_path, table, message):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table(table), path)
     with pytest.raises(InputError, match=message) as error:
-        list(read_rows(ParquetSource(path=str(path), column="prompt")))
+        list(ParquetSource(path=str(path), column="prompt").rows())
     assert str(path) in str(error.value)
 
 
 def test_a_parquet_file_that_is_none(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
-    with pytest.raises(InputError, match="is cut short or is no Parquet file"):
-        list(read_rows(ParquetSource(path=str(tmp_path / "a.parquet"), column="q")))
+    with pytest.raises(InputError, match="is truncated or not a Parquet file"):
+        list(ParquetSource(path=str(tmp_path / "a.parquet"), column="q").rows())
 
 
 def test_bad_csv(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("id,question\n1,a\n")
     with pytest.raises(InputError, match="no column 'questions'; did you mean 'question'"):
-        list(read_rows(CsvSource(path=str(path), column="questions")))
+        list(CsvSource(path=str(path), column="questions").rows())
     path.write_text("id,question\n1,a\n2,b,c\n")
     with pytest.raises(InputError, match=r"not a readable CSV.*Row #3.*quote"):
-        list(read_rows(CsvSource(path=str(path), column="question")))
+        list(CsvSource(path=str(path), column="question").rows())
 
 
 @pytest.mark.parametrize(
@@ -224,7 +222,7 @@ def test_bad_csv(tmp_path):
         ("none/*.jsonl", "matches no file"),
         ("*.parquet", "matches no file"),
         (".", "is a folder; name its files"),
-        ("nosuchscheme://a/b", "cannot be looked up"),
+        ("nosuchscheme://a/b", "cannot be listed"),
     ],
 )
 def test_paths_that_lead_nowhere(tmp_path, monkeypatch, path, message):
@@ -232,9 +230,9 @@ def test_paths_that_lead_nowhere(tmp_path, monkeypatch, path, message):
     jsonl(tmp_path / "a.jsonl", [{"q": "x"}])
     source = JsonlSource(path=path, column="q")
     with pytest.raises(InputError, match=message):
-        list(read_rows(source))
+        list(source.rows())
     with pytest.raises(InputError, match=message):
-        content_digests(source)
+        source.digest()
 
 
 def test_the_pocket_world_is_finite(monkeypatch):
@@ -245,7 +243,7 @@ def test_the_pocket_world_is_finite(monkeypatch):
 
     monkeypatch.setattr(tasks, "make_prompts", too_many)
     with pytest.raises(InputError, match="pocket source: ran out"):
-        list(read_rows(PocketSource(count=5)))
+        list(PocketSource(count=5).rows())
 
 
 @pytest.mark.parametrize(
@@ -272,10 +270,10 @@ def test_file_digests_follow_the_content_and_not_the_place(tmp_path):
         (tmp_path / folder).mkdir()
         jsonl(tmp_path / folder / "a.jsonl", [{"q": "x"}])
         jsonl(tmp_path / folder / "b.jsonl", [{"q": "y"}])
-    one, two = (content_digests(JsonlSource(path=f"{tmp_path}/{f}/*.jsonl", column="q")) for f in ("one", "two"))
+    one, two = (JsonlSource(path=f"{tmp_path}/{f}/*.jsonl", column="q").digest() for f in ("one", "two"))
     assert one == two and list(one) == ["a.jsonl", "b.jsonl"]
     jsonl(tmp_path / "two" / "b.jsonl", [{"q": "z"}])
-    changed = content_digests(JsonlSource(path=f"{tmp_path}/two/*.jsonl", column="q"))
+    changed = JsonlSource(path=f"{tmp_path}/two/*.jsonl", column="q").digest()
     assert changed["a.jsonl"] == one["a.jsonl"] and changed["b.jsonl"] != one["b.jsonl"]
 
 
@@ -284,20 +282,20 @@ def test_a_gzip_file_is_digested_as_it_lies_there(tmp_path):
 
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"q": "one"}\n'))
-    digest = content_digests(JsonlSource(path=str(path), column="q"))["a.jsonl.gz"]
+    digest = JsonlSource(path=str(path), column="q").digest()["a.jsonl.gz"]
     assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_pocket_digest():
-    assert content_digests(PocketSource(count=5, seed=1)) == content_digests(PocketSource(count=5, seed=1))
-    assert content_digests(PocketSource(count=5, seed=1)) != content_digests(PocketSource(count=5, seed=2))
+    assert PocketSource(count=5, seed=1).digest() == PocketSource(count=5, seed=1).digest()
+    assert PocketSource(count=5, seed=1).digest() != PocketSource(count=5, seed=2).digest()
 
 
 def test_local_data_set_digest(hub_like):
     source = HuggingFaceSource(name=str(hub_like), column="instruction")
-    before = content_digests(source)
+    before = source.digest()
     (hub_like / "README.md").write_text("changed")
-    assert content_digests(source) != before
+    assert source.digest() != before
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -319,15 +317,17 @@ def no_hub(monkeypatch, tmp_path):
 
 def test_hub_commit_without_a_network(no_hub):
     source = HuggingFaceSource(name="openbmb/UltraFeedback", column="instruction")
-    with pytest.raises(InputError, match=r"(?s)openbmb/UltraFeedback cannot be found out.*no route.*hf download"):
-        content_digests(source)
+    with pytest.raises(
+        InputError, match=r"(?s)could not resolve the commit of openbmb/UltraFeedback.*no route.*hf download"
+    ):
+        source.digest()
     refs = no_hub / "datasets--openbmb--UltraFeedback" / "refs"
     refs.mkdir(parents=True)
     (refs / "main").write_text(COMMIT)
-    assert content_digests(source) == {"openbmb/UltraFeedback": COMMIT}
-    with pytest.raises(InputError, match="cannot be found out"):
-        content_digests(source.model_copy(update={"revision": "v2"}))
-    assert content_digests(source.model_copy(update={"revision": COMMIT[::-1]})) == {source.name: COMMIT[::-1]}
+    assert source.digest() == {"openbmb/UltraFeedback": COMMIT}
+    with pytest.raises(InputError, match="could not resolve the commit"):
+        source.model_copy(update={"revision": "v2"}).digest()
+    assert source.model_copy(update={"revision": COMMIT[::-1]}).digest() == {source.name: COMMIT[::-1]}
 
 
 def test_hub_commit_from_the_hub(monkeypatch):
@@ -340,14 +340,14 @@ def test_hub_commit_from_the_hub(monkeypatch):
 
     monkeypatch.setattr(HfApi, "dataset_info", lambda self, name, revision=None, timeout=None: Info)
     source = HuggingFaceSource(name="a/b", column="q")
-    assert content_digests(source) == {"a/b": COMMIT}
+    assert source.digest() == {"a/b": COMMIT}
 
     def missing(self, name, revision=None, timeout=None):
         raise RepositoryNotFoundError("404", response=httpx.Response(404, request=httpx.Request("GET", "http://hub")))
 
     monkeypatch.setattr(HfApi, "dataset_info", missing)
-    with pytest.raises(InputError, match="the hub has no data set a/b"):
-        content_digests(source)
+    with pytest.raises(InputError, match="no dataset a/b"):
+        source.digest()
 
 
 def test_a_cache_of_another_commit_is_not_taken_for_the_one_asked_for(monkeypatch):
@@ -366,7 +366,8 @@ def test_a_cache_of_another_commit_is_not_taken_for_the_one_asked_for(monkeypatc
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(InputError, match=f"holds commit {COMMIT}, not {COMMIT[::-1]}"):
-        list(read_rows(HuggingFaceSource(name="a/b", column="q", revision="main"), commit=COMMIT[::-1]))
+        source = HuggingFaceSource(name="a/b", column="q", revision="main")
+        list(source.pinned({"a/b": COMMIT[::-1]}).rows())
     assert asked == [COMMIT[::-1]]
 
 

@@ -11,14 +11,16 @@ import ray
 import yaml
 from pydantic import ValidationError
 
-from ray_pipeline import config as config_module
-from ray_pipeline.config import ConfigError, load_config
+from dags.dmapo import DmapoConfig
+from ray_pipeline.config.loading import load_config
+from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.engines.models import ModelSettings, Placement
 from ray_pipeline.engines.openai import EndpointSettings, OpenAIEngine
 from ray_pipeline.engines.vllm import VllmEngine
 from ray_pipeline.graph.shard_map import _engine_room
 from ray_pipeline.graph.stage import ShardWork
 from ray_pipeline.store.keys import digest
+from ray_pipeline.workflow import training
 
 URL = "https://example.org/v1"
 SECRET = "sk-very-secret-0123456789"
@@ -140,7 +142,7 @@ def test_mistakes(changes: dict[str, Any], message: str) -> None:
 @pytest.fixture
 def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`load(*overrides)` of a configuration whose judge is at an endpoint."""
-    monkeypatch.setattr(config_module, "validate_trainer_args", lambda *_: None)
+    monkeypatch.setattr(training, "validate_trainer_args", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     for name in ("policy", "judge-1"):  # the second has the name of the endpoint's model, and is not meant
         (tmp_path / name).mkdir()
@@ -157,7 +159,7 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def go(*overrides: str) -> Any:
         (tmp_path / "my.yaml").write_text(yaml.safe_dump(values))
-        return load_config("dmapo", str(tmp_path / "my.yaml"), overrides)
+        return load_config(DmapoConfig, str(tmp_path / "my.yaml"), overrides)
 
     return go
 
@@ -170,12 +172,12 @@ def test_a_configuration_with_a_judge_at_an_endpoint(load: Any) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("models.judge.endpoint.base_ur=x", r"models\.judge\.endpoint\.base_ur: there is no such key; .*'base_url'\?"),
-        ("models.judge.endpoint.prices={input: 1}", r"models\.judge\.endpoint\.prices\.output: is missing"),
+        ("models.judge.endpoint.base_ur=x", r"models\.judge\.endpoint\.base_ur: unknown key; .*'base_url'\?"),
+        ("models.judge.endpoint.prices={input: 1}", r"models\.judge\.endpoint\.prices\.output: missing"),
         ("models.judge.dtype=float32", r"models\.judge: dtype is read by engine vllm alone"),
         (f"models.judge.endpoint.api_key_env={SECRET}", r"models\.judge\.endpoint: api_key_env must be the NAME"),
         (f"models.judge.endpoint.base_url=https://x:{SECRET}@y/v1", r"models\.judge\.endpoint: base_url must hold no"),
-        (f"models.judge.endpoint.api_key={SECRET}", r"endpoint\.api_key: there is no such key; .*'api_key_env'\?"),
+        (f"models.judge.endpoint.api_key={SECRET}", r"endpoint\.api_key: unknown key; .*'api_key_env'\?"),
         ("train.model=judge", r"train\.model is 'judge', a model at an endpoint"),
         ("judge.sampling.extra.seed=1", r"judge\.sampling\.extra: parameter 'seed' under extra"),
         ("critic.sampling.extra.n=2", r"critic\.sampling\.extra: parameter 'n'"),
@@ -190,7 +192,7 @@ def test_mistakes_by_their_keys(load: Any, override: str, message: str) -> None:
 
 
 def test_the_file_that_comes_with_quorum_needs_no_network_for_its_endpoint(tmp_path: Path, load: Any) -> None:
-    found = load_config("dmapo", "endpoint", [f"models.policy={{model: {tmp_path / 'policy'}}}"])
+    found = load_config(DmapoConfig, "endpoint", [f"models.policy={{model: {tmp_path / 'policy'}}}"])
     endpoint = found.models["judge"].endpoint
     assert endpoint is not None and endpoint.prices is not None and endpoint.budget
     assert found.critic.model == found.evaluate.judge == "judge"

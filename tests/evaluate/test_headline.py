@@ -46,8 +46,8 @@ def verdict_and_text(data: object) -> tuple[str, str]:
     [
         ("AAB", "better", "The policy got better."),
         ("BBA", "worse", "The policy got worse."),
-        ("AB", "unclear", "It cannot be told whether the policy got better."),
-        ("C", "unclear", "It cannot be told whether the policy got better."),
+        ("AB", "unclear", "Inconclusive: no significant difference between policy and base."),
+        ("C", "unclear", "Inconclusive: no significant difference between policy and base."),
     ],
 )
 def test_by_the_judge_alone(choices: str, verdict: str, opening: str) -> None:
@@ -91,7 +91,7 @@ def test_warnings_appear_when_they_should() -> None:
     for part in (
         "Class imbalance: 200 desirable to 10",
         "12.5 % of the candidates are incomplete",
-        "hardly agree",
+        "barely agree",
         "KTO weights leave desirable : undesirable",
         "also curated the data",
         "contains 50 %",

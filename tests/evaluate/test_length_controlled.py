@@ -9,8 +9,9 @@ import pyarrow as pa
 
 from ray_pipeline.evaluate.build import build_report
 from ray_pipeline.evaluate.cautions import cautions
-from ray_pipeline.evaluate.headline import percent, percent_interval
-from ray_pipeline.evaluate.metrics import as_json, collect_metrics
+from ray_pipeline.evaluate.metrics import collect_metrics
+from ray_pipeline.report.documents import as_json
+from ray_pipeline.report.figures import percent, percent_interval
 from ray_pipeline.stats.protocol import Protocol
 from ray_pipeline.store.keys import digest
 from tests.evaluate.example_run import comparisons, whole_run

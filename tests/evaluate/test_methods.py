@@ -32,7 +32,8 @@ def page(name: str = "run") -> Comparison:
 
 def test_the_same_numbers_in_all_files(tmp_path: Path) -> None:
     files = {path.name: path for path in build_comparison(page(), tmp_path)}
-    assert set(files) == {"methods.csv", "policies.csv", "metrics.json", "report.md", "report.html", "methods.png"}
+    charts = {"methods-1.svg", "methods-2.svg", "methods-3.svg"}
+    assert set(files) == {"methods.csv", "policies.csv", "metrics.json", "report.md", "report.html"} | charts
     gated, raw = csv.DictReader(files["methods.csv"].open())
     assert (gated["method"], gated["data"], gated["seeds"]) == ("kto", "gated", "2")
     assert float(gated["win_rate"]) == 0.7 and float(raw["accuracy_greedy"]) == 0.55

@@ -15,17 +15,8 @@ from ray_pipeline.agents.feedback_loop import ReviewAsking, load_feedback_templa
 from ray_pipeline.agents.judges import SamplingSettings
 from ray_pipeline.agents.jurors import MEAN, JuryRule
 from ray_pipeline.data.datasets import DatasetsConfig
-from ray_pipeline.feedback.improve import (
-    ImproveSettings,
-    Preferences,
-    _Draw,
-    _Revise,
-    draw_reviews,
-    draw_revisions,
-    over_reviews,
-    over_revisions,
-    preference_rows,
-)
+from ray_pipeline.feedback.improve import DRAW_REVIEWS, REVISE, ImproveSettings, _Draw, _Revise
+from ray_pipeline.feedback.improvement_rows import Preferences, over_reviews, over_revisions, preference_rows
 from ray_pipeline.feedback.loop import ReviewerSettings
 from ray_pipeline.store.keys import candidate_id, prompt_id
 from ray_pipeline.store.schemas import CANDIDATES, DPO, KTO, PROMPTS, REVIEWS, REVISIONS, VERDICTS, to_table
@@ -64,7 +55,7 @@ def test_every_review_is_drawn_several_times_and_revised_several_times(tmp_path:
     engine = ScriptedEngine(worker)
     reviewers = (ReviewerSettings(name="facts", focus="facts"), ReviewerSettings(name="style"))
     draw = _Draw(reviewers=reviewers, sampling=WARM, template=TEXTS.review, asking=ReviewAsking(), number=8)
-    found = Shard({"prompts": prompts, "responses": responses}, draw).run(draw_reviews, engine, tmp_path)
+    found = Shard({"prompts": prompts, "responses": responses}, draw).run(DRAW_REVIEWS, engine, tmp_path)
     reviews = found.tables["reviews"]
     assert reviews.schema.equals(REVIEWS) and reviews.num_rows == 16 == engine.calls
     assert len({s.seed for _, s in engine.asked}) == 16 == len(set(reviews["review_id"].to_pylist()))
@@ -74,13 +65,13 @@ def test_every_review_is_drawn_several_times_and_revised_several_times(tmp_path:
 
     revise = _Revise(revise=TEXTS.revise, sampling=WARM, seed=0, number=3)
     tables = {"prompts": prompts, "responses": responses, "reviews/a": reviews}
-    made = Shard(tables, revise).run(draw_revisions, engine, tmp_path).tables["revisions"]
+    made = Shard(tables, revise).run(REVISE, engine, tmp_path).tables["revisions"]
     assert made.schema.equals(REVISIONS) and made.num_rows == 3 * (16 - empty)
     assert len(set(made["candidate_id"].to_pylist())) == len(set(made["response"].to_pylist())) == made.num_rows
     assert sorted(made["k"].to_pylist()) == list(range(1, made.num_rows + 1))
     said = {row["review_id"]: row["feedback"] for row in reviews.to_pylist()}
     assert all(said[name] for name in made["review_id"].to_pylist())
-    broken = Shard(tables, revise).run(draw_revisions, ScriptedEngine(failing()), tmp_path / "b").tables["revisions"]
+    broken = Shard(tables, revise).run(REVISE, ScriptedEngine(failing()), tmp_path / "b").tables["revisions"]
     assert broken.num_rows == made.num_rows and set(broken["finish_reason"].to_pylist()) == {"error"}
 
 

@@ -23,7 +23,6 @@ from ray_pipeline.feedback.loop import (
     reviews_by_prompt,
     what_next,
 )
-from ray_pipeline.graph.failures import FailureSettings
 from ray_pipeline.graph.stage import ShardInput, Stage, WholeWork
 from ray_pipeline.store.keys import derived_seed, prompt_id
 from ray_pipeline.store.schemas import CANDIDATES, REVIEWS
@@ -66,9 +65,7 @@ class Run:
         model = ModelSettings(engine="openai", model="m", endpoint={"base_url": "http://127.0.0.1:1/v1"})
         keys = {settings.generator, *settings.review_models}
         asked = prompts(*texts)
-        joined, made, reviews = feedback_stages(
-            settings, FailureSettings(), dict.fromkeys(keys, model), _prompts_stage()
-        )
+        joined, made, reviews = feedback_stages(settings, dict.fromkeys(keys, model), _prompts_stage())
         self.order = [*made, *reviews]
         done: dict[str, Any] = {"prompts": asked}
         self.outputs: dict[str, Any] = {}
@@ -188,9 +185,7 @@ def test_fingerprints_follow_from_what_a_stage_asks() -> None:
 
     def prints(**changes: Any) -> dict[str, str]:
         settings = LoopSettings(**changes)
-        joined, made, reviews = feedback_stages(
-            settings, FailureSettings(), {"generator": model, "reviewer": model}, _prompts_stage()
-        )
+        joined, made, reviews = feedback_stages(settings, {"generator": model, "reviewer": model}, _prompts_stage())
         return {s.name: s.fingerprint for s in (*made, *reviews, joined)}
 
     before = prints()
@@ -205,7 +200,7 @@ def test_fingerprints_follow_from_what_a_stage_asks() -> None:
     [
         ({"reviewers": []}, "at least 1 item"),
         ({"reviewers": [{"name": "a"}, {"name": "a", "focus": "x"}]}, "same name: a"),
-        ({"reviewers": [{"name": "a"}, {"name": "b"}]}, "a and b would say the same"),
+        ({"reviewers": [{"name": "a"}, {"name": "b"}]}, "a and b are the same"),
         ({"reviewers": [{"name": "A b"}]}, "name"),
         ({"responses": 0}, "greater than or equal to 1"),
     ],

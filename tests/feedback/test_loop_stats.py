@@ -6,8 +6,9 @@ import pyarrow as pa
 import pytest
 
 from ray_pipeline.feedback.loop_stats import loop_stats
-from ray_pipeline.feedback.page import WORDS, loop_ends
-from ray_pipeline.report.markdown import render
+from ray_pipeline.feedback.page import loop_document, loop_ends
+from ray_pipeline.report.html import render_html
+from ray_pipeline.report.markdown import render_markdown
 from ray_pipeline.store.schemas import REVIEWS, to_table
 
 #: Prompt → (right, score, label) of each response.
@@ -54,14 +55,14 @@ def test_responses_scores_and_truth_by_iteration() -> None:
 
 
 def test_the_page_shows_truth_only_where_it_is_known_and_names_stay_in_their_cells() -> None:
-    def page(truth: bool) -> str:
-        stats = loop_stats(*tables(truth), ENDS)
-        return render("loop.md.j2", {"name": "<b>run</b>", "stats": stats, "words": WORDS})
-
-    with_truth, without = page(True), page(False)
+    pages = [loop_document("<b>run</b>", loop_stats(*tables(truth), ENDS)) for truth in (True, False)]
+    with_truth, without = map(render_markdown, pages)
     assert "## The truth" in with_truth and "## The truth" not in without
     assert "<b>" not in with_truth and "| a|b |" not in with_truth
-    assert "nothing to improve 2, all responses were given 1, no response 1" in with_truth
+    html, html_without = map(render_html, pages)
+    assert '<section id="truth"' in html and '<section id="truth"' not in html_without and "<b>run" not in html
+    for text in (with_truth, html):
+        assert "nothing to improve 2, all responses were given 1, no response 1" in text and "1 of 2" in text
 
 
 def test_ends_follow_from_the_stored_reviews() -> None:

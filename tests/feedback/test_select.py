@@ -22,7 +22,7 @@ from ray_pipeline.agents.strategies import LABELS, Strategy, StrategyAsking, loa
 from ray_pipeline.agreement.ask import LiveJudge
 from ray_pipeline.data.datasets import DatasetsConfig, dpo_rows, kto_rows
 from ray_pipeline.engines.base import PromptTooLong
-from ray_pipeline.feedback.select import SelectSettings, _given, _Rank, accept_best, rank_shard
+from ray_pipeline.feedback.select import RANK, SelectSettings, _judging, _Rank, accept_best
 from ray_pipeline.store.schemas import DECISIONS, VERDICTS
 from tests.data.test_llm_stages import Shard
 from tests.planted import World, count_words, make_world
@@ -289,7 +289,7 @@ def test_verdicts_are_by_candidate_and_by_judge(tmp_path: Path) -> None:
     )
     shard = Shard({"prompts": world.prompts, "candidates": world.candidates}, given)
     engine = reader({"bad": 2, "best": 9})
-    found = shard.run(rank_shard, engine, tmp_path)
+    found = shard.run(RANK, engine, tmp_path)
     table = found.tables["verdicts"]
     assert table.schema.equals(VERDICTS) and table.num_rows == 8 and engine.calls == 2
     names = {row["candidate_id"]: row["response"] for row in world.candidates.to_pylist()}
@@ -306,29 +306,29 @@ def test_verdicts_are_by_candidate_and_by_judge(tmp_path: Path) -> None:
 def test_a_debate_gives_verdicts_like_a_strategy(tmp_path: Path) -> None:
     world = make_world({"q": [("bad", [0], None), ("best", [0], None), ("fair", [0], None)]}, ["x"])
     settings = SelectSettings(debate={"rounds": 1}, judges=[{"name": "one"}], sampling={"max_tokens": 9})  # type: ignore[arg-type]
-    given = _given(settings, ("candidates",), settings.judges)
+    given = _judging(settings, ("candidates",), settings.judges)
     shard = Shard({"prompts": world.prompts, "candidates": world.candidates}, given)
     engine = reader({"bad": 2, "best": 9, "fair": 5})
-    table = shard.run(rank_shard, engine, tmp_path).tables["verdicts"]
+    table = shard.run(RANK, engine, tmp_path).tables["verdicts"]
     assert table.schema.equals(VERDICTS) and engine.calls == 6
     assert accept_best(world.candidates, table, ["one"])["label"].to_pylist() == [U, D, U]
     nobody = reader({})
-    assert shard.run(rank_shard, nobody, tmp_path).tables["verdicts"].equals(table) and nobody.calls == 0
+    assert shard.run(RANK, nobody, tmp_path).tables["verdicts"].equals(table) and nobody.calls == 0
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"strategy": {"kind": "combined"}}, "strategy and judges go together"),
-        ({"judges": [{"name": "a"}]}, "strategy and judges go together"),
+        ({"strategy": {"kind": "combined"}}, "set strategy and judges together"),
+        ({"judges": [{"name": "a"}]}, "set strategy and judges together"),
         ({"strategy": {"kind": "combined"}, "judges": [{"name": "a"}, {"name": "a"}]}, "same name: a"),
-        ({"sampling": {"max_tokens": 5}}, "sampling is read by a strategy or a debate alone"),
+        ({"sampling": {"max_tokens": 5}}, "sampling has no effect without a strategy or a debate"),
         ({"debate": {}}, "or debate and judges"),
         ({"debate": {}, "strategy": {"kind": "direct"}, "judges": [{"name": "a"}]}, "keep one of them"),
-        ({"debate": {}, "judges": [{"name": "a"}], "templates": "x"}, "templates is read by a strategy alone"),
-        ({"debate": {}, "judges": [{"name": "a", "rubric": "x"}]}, "a judge that debates has no rubric"),
-        ({"debate_templates": "x"}, "debate_templates is read by a debate alone"),
-        ({"jury": {"pool": "mode"}, "pairs": "best_worst"}, "and not which is worst"),
+        ({"debate": {}, "judges": [{"name": "a"}], "templates": "x"}, "templates has no effect without a strategy"),
+        ({"debate": {}, "judges": [{"name": "a", "rubric": "x"}]}, "a judge in a debate has no rubric"),
+        ({"debate_templates": "x"}, "debate_templates has no effect without a debate"),
+        ({"jury": {"pool": "mode"}, "pairs": "best_worst"}, "but not the worst"),
     ],
 )
 def test_settings_that_make_no_sense(changes: dict[str, Any], words: str) -> None:

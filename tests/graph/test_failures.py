@@ -247,6 +247,24 @@ def test_a_lost_worker_is_no_failure_and_a_dead_engine_is(tmp_path: Path, actor:
     assert seen == [2, 3]
 
 
+@pytest.mark.parametrize(
+    ("marks", "deaths", "status"), [(0, 0, "ok"), (3, 0, "ok"), (4, 0, "failed"), (5, 2, "ok"), (6, 2, "failed")]
+)
+def test_a_shard_may_lose_its_worker_as_often_as_is_allowed_and_no_more(
+    tmp_path: Path, actor: Callable[..., ShardActor], marks: int, deaths: int, status: str
+) -> None:
+    """Attempts that an engine's death ended are no preemptions."""
+    function, seen = failing(0)
+    given = job(tmp_path, function, ScriptedEngine, FailureSettings(retries=0, engine_deaths=9, preemptions=3))
+    for _ in range(marks):
+        shard_map._begin_attempt(given, 1)
+    for _ in range(deaths):
+        shard_map._mark_death(given, 1)
+    receipt = make(actor(given), 1)
+    assert (receipt.status, len(seen)) == (status, int(status == "ok"))
+    assert (receipt.error or "").startswith("Preempted: ") == (status == "failed")
+
+
 # --- stopping in good order -------------------------------------------------------------------------------------------
 
 

@@ -15,8 +15,9 @@ from ray_pipeline.graph import reach
 from ray_pipeline.graph.reach import KeyMissing, UnreachableFolder, WantedKey, _ask_node, _Node, _refuse, wanted_keys
 from ray_pipeline.graph.shard_map import GROW_AT, SHRINK_AT, _engine_room, _pool
 from ray_pipeline.graph.stage import ShardWork
-from ray_pipeline.policy.train import _NOT_LEARNT, TrainSettings
+from ray_pipeline.policy.train import _NOT_LEARNT
 from ray_pipeline.store.node_labels import may_run
+from ray_pipeline.training.spec import TrainSettings
 
 JUDGING = {"quorum-role": "judging", "zone": "a"}
 
@@ -146,7 +147,7 @@ def test_a_node_with_a_read_only_mount_says_so(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_key_is_asked_for_only_where_its_engine_may_run() -> None:
-    wanted = [WantedKey("A_KEY", "judge", {"quorum-role": "judging"})]
+    wanted = [WantedKey("A_KEY", "models.judge", {"quorum-role": "judging"})]
     _refuse(_Node("id", "10.0.0.1", {"quorum-role": "training"}), {}, ["A_KEY"], wanted)
     with pytest.raises(KeyMissing, match=r"node 10\.0\.0\.2 has no environment variable A_KEY, which models\.judge"):
         _refuse(_Node("id", "10.0.0.2", JUDGING), {}, ["A_KEY"], wanted)

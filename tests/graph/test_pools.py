@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from dags.dmapo import dmapo
-from ray_pipeline.config import load_config
+from dags.dmapo import DmapoConfig, dmapo
+from ray_pipeline.config.loading import load_config
 from ray_pipeline.engines.base import Sampling
 from ray_pipeline.engines.models import Placement
 from ray_pipeline.graph.pools import share_pools
@@ -60,7 +60,7 @@ def test_only_what_is_not_done_is_waited_for() -> None:
 
 
 def test_the_pocket_run_loads_its_models_four_times() -> None:
-    config = load_config("dmapo", "pocket")
+    config = load_config(DmapoConfig, "pocket")
     shared = [group for group in names(dmapo(config, "/run").stages) if len(group) > 1]
     assert shared == [
         ("candidates", "responses-base"),

@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from ray_pipeline.config import read_config
+from dags.dmapo import DmapoConfig, dmapo
+from ray_pipeline.config.loading import read_config
 from ray_pipeline.data.gate import GateConfig, decide, label_counts
 from ray_pipeline.graph.results import read_run
 from ray_pipeline.graph.shard_map import receipt_name
@@ -20,12 +21,10 @@ SHARDS = 4
 
 def planted_dag(folder: Path, *overrides: str) -> tuple[Dag, Any]:
     """The pocket DAG whose fingerprints the planted files carry, and its configuration."""
-    from dags import DAGS
-
     with open("configs/pocket.yaml", encoding="utf-8") as file:
         values = yaml.safe_load(file)
-    config = read_config("dmapo", values, [f"prompts.num_shards={SHARDS}", *overrides])
-    return DAGS["dmapo"](config, str(folder)), config
+    config = read_config(DmapoConfig, values, [f"prompts.num_shards={SHARDS}", *overrides])
+    return dmapo(config, str(folder)), config
 
 
 def plant(folder: Path, world: World | None = None, *overrides: str) -> Path:

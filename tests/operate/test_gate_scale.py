@@ -47,4 +47,6 @@ def test_a_small_size_through_all_stages(bench: Any, tmp_path: Path, capsys: pyt
     assert {f: f.stat().st_mtime_ns for f in made[1:]} == kept_files and made[0].exists()
 
     bench.show(tmp_path, [400])
-    assert f"| 400 | 4 | {kept:,} |" in capsys.readouterr().out and (tmp_path / "gate_scale.png").stat().st_size > 5000
+    assert f"| 400 | 4 | {kept:,} |" in capsys.readouterr().out
+    for chart in ("cost", "memory"):
+        assert "<circle" in (tmp_path / f"gate_scale_{chart}.svg").read_text()

@@ -10,8 +10,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from dags.dmapo import DmapoConfig
 from ray_pipeline.cli import app
-from ray_pipeline.config import ConfigError, read_config
+from ray_pipeline.config.loading import read_config
+from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.data.prompts import load_prompts
 from ray_pipeline.graph.results import read_run
 from ray_pipeline.graph.spending import Budget, Spending
@@ -27,7 +29,7 @@ SAID = {"source": "a bench of ours", "date": "2026-11-01"}
 
 def pocket(*overrides: str) -> Any:
     values = yaml.safe_load(Path("configs/pocket.yaml").read_text())
-    return read_config("dmapo", values, ["prompts.sources.0.count=60", *overrides])
+    return read_config(DmapoConfig, values, ["prompts.sources.0.count=60", *overrides])
 
 
 def letters(key: str, model: Any) -> Any:
@@ -113,7 +115,7 @@ def test_an_endpoint_has_prices_and_a_pace() -> None:
     }
     values = yaml.safe_load(Path("configs/pocket.yaml").read_text())
     values["models"]["judge"] = {"engine": "openai", "model": "big", "endpoint": endpoint}
-    config = read_config("dmapo", values, ["prompts.sources.0.count=60"])
+    config = read_config(DmapoConfig, values, ["prompts.sources.0.count=60"])
     found = plan(config, rates(models={}), letters)
     judge = by_name(found.stages)["judge"]
     assert judge.money == pytest.approx((int(judge.prompt_tokens) + 10 * int(judge.completion_tokens)) / 1e6)
@@ -183,7 +185,7 @@ def test_the_rates_of_the_cluster_guide_plan_every_stage_of_the_published_run() 
     values["prompts"]["sources"] = [{"type": "pocket", "count": 60, "seed": 0}]  # without the hub
     for key in values["models"]:
         values["models"][key]["model"] = f"pocket:{key}"
-    config = read_config("dmapo", values, [])
+    config = read_config(DmapoConfig, values, [])
     for gpu in ("8xa100", "8xh100"):
         found = plan(config, read_rates(f"cluster/rates/{gpu}.yaml"), letters)
         assert found.stages[-1].stage == "train" and all(stage.money for stage in found.stages)

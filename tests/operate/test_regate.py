@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ray_pipeline.cli import app
-from ray_pipeline.config import ConfigError
+from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.data.datasets import DatasetsConfig, dpo_rows
 from ray_pipeline.data.gate import GateConfig, decide
 from ray_pipeline.graph.heartbeat import RunBusy
@@ -57,7 +57,7 @@ def test_a_preview_counts_what_the_stages_would_make(folder: Path) -> None:
 def test_a_preview_writes_nothing(folder: Path) -> None:
     before = {f: f.stat().st_mtime_ns for f in folder.rglob("*") if f.is_file()}
     shown = CliRunner().invoke(app, ["regate", str(folder), *NEW])
-    assert shown.exit_code == 0 and "nothing is written" in shown.output, shown.output
+    assert shown.exit_code == 0 and "nothing written" in shown.output, shown.output
     assert {f: f.stat().st_mtime_ns for f in folder.rglob("*") if f.is_file()} == before
 
 
@@ -94,6 +94,22 @@ def test_what_was_made_from_the_old_data_sets_waits_and_keeps_its_folder(folder:
         "judge": "done", "gate": "done", "train": "waiting", "evaluate": "waiting",
     }  # fmt: skip
     assert after["train"]["path"] == manifest["stages"]["train"]["path"] and "facts" not in after["train"]
+
+
+def test_what_was_made_from_a_policy_of_the_old_data_sets_waits_too(folder: Path) -> None:
+    """Stages that read no data set themselves, but the policy or what it answered."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    later = ("train", "responses-base", "responses-policy", "comparisons", "score-responses", "evaluate")
+    for name in later:
+        manifest["stages"][name] |= {"status": "done", "rows": {}, "facts": {}, "usage": {}}
+    remade = {"gate", "dataset-rows", "datasets"}
+    assert not remade & set(manifest["stages"]["responses-policy"]["inputs"].values())
+    assert not {"train", *remade} & set(manifest["stages"]["comparisons"]["inputs"].values())
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    gating.write(gating.regate(read_run(str(folder)), NEW), lambda line: None, beat_seconds=0.05)
+    after = json.loads((folder / "manifest.json").read_text())["stages"]
+    assert {name for name in later if after[name]["status"] == "done"} == {"responses-base"}
+    assert {after[name]["status"] for name in later} == {"done", "waiting"}
 
 
 def test_a_gate_without_the_critic_reads_no_critiques(folder: Path) -> None:

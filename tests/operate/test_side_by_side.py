@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 from ray_pipeline.cli import app
 from ray_pipeline.evaluate.data import ReportData
-from ray_pipeline.evaluate.metrics import as_json, collect_metrics
+from ray_pipeline.evaluate.metrics import collect_metrics
 from ray_pipeline.operate.side_by_side import Part, Side, compare_page, side_by_side
+from ray_pipeline.report.documents import as_json
 from tests.evaluate.example_run import whole_run
 
 CONFIG = {
@@ -136,7 +137,7 @@ def test_the_command(tmp_path: Path) -> None:
         ([a, b], f"`quorum report {b}` writes it"),
         ([a, str(tmp_path / "none")], "holds no run"),
         ([a, run_folder(tmp_path / "c", dataclasses.replace(pair()[0], workflow="baselines"))], "one workflow"),
-        ([a, a, "--out", str(tmp_path / "no" / "x.html")], "a folder that exists"),
+        ([a, a, "--out", str(tmp_path / "no" / "x.html")], "an existing folder"),
     ):
         refused = CliRunner().invoke(app, ["compare", *arguments])
         assert refused.exit_code == 2 and told in " ".join(refused.output.split()), (arguments, refused.output)

@@ -1,6 +1,10 @@
 import math
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -8,7 +12,14 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ray_pipeline.policy.perplexity import encode_row, perplexity
+from ray_pipeline.engines.models import ModelSettings
+from ray_pipeline.evaluate import stage
+from ray_pipeline.evaluate.stage import ReportSettings
+from ray_pipeline.graph.stage import StageResult, WholeInput
+from ray_pipeline.policy.comparisons import EvaluateSettings
+from ray_pipeline.policy.perplexity import Perplexity, encode_row, perplexity
+from ray_pipeline.store.files import Folder
+from tests.planted import random_world, write_run
 
 WORDS = ["<unk>", "<eos>", "<user>", "<bot>", "<end>", *"abcdefgh"]
 TEMPLATE = (
@@ -82,3 +93,43 @@ def test_a_template_that_rewrites_the_prompt_falls_back_to_what_an_engine_reads(
     tokenizer.chat_template = REWRITING
     row = encode_row(tokenizer, *ROWS[0])
     assert (row.ids, row.start) == (ids("<user> a b <eos> <bot> c d e <eos>"), 5)
+
+
+# --- the rows that the evaluate stage measures ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("most", [512, 3])
+def test_only_held_out_desirable_answers_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_path: Path, most: int
+) -> None:
+    world = random_world(60, seed=8)
+    write_run(tmp_path, world)
+    asked: dict[str, list[Any]] = {}
+
+    def measure(path: str, rows: list[Any], **options: Any) -> Perplexity:
+        asked[path] = rows
+        return Perplexity(2.0, math.log(2), 1, len(rows))
+
+    here = SimpleNamespace(
+        cluster_resources=lambda: {"CPU": 2.0},
+        remote=lambda **resources: lambda function: SimpleNamespace(remote=function),
+        get=lambda value: value,
+    )
+    monkeypatch.setitem(sys.modules, "ray", here)
+    monkeypatch.setattr("ray_pipeline.policy.perplexity.perplexity", measure)
+    base = ModelSettings(model=str(model_path))
+    made = stage.evaluate(EvaluateSettings(perplexity_rows=most), ReportSettings(run_name="run"), base, 60, [])
+    results = {
+        name: StageResult(name, mark, str(tmp_path / name), 1, (), {}, {}, {})
+        for name, mark in (("datasets", "f2"), ("train", "f3"))
+    }
+    folder = Folder(str(tmp_path / "evaluate"))
+    given = WholeInput(results, folder, folder, "f4", 1, made.work.settings, print, lambda done, total: None)
+    found = stage._perplexities(given, made.work.settings)
+
+    held_out = [row for file in (tmp_path / "datasets/kto/val").glob("*") for row in pq.read_table(file).to_pylist()]
+    good = sorted((row for row in held_out if row["label"]), key=lambda row: row["candidate_id"])
+    assert 3 < len(good) < len(held_out)
+    wanted = [(row["prompt"], row["completion"][-1]["content"]) for row in good][:most]
+    assert asked == {str(model_path): wanted, str(tmp_path / "train" / "merged"): wanted}
+    assert {name: p.rows for name, p in found.items()} == {"base": len(wanted), "policy": len(wanted)}

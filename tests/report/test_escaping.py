@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ray_pipeline.evaluate.build import build_report
 from ray_pipeline.evaluate.data import RunIdentity, StageUse
-from ray_pipeline.report.markdown import fenced, inline
+from ray_pipeline.report.escaping import fenced, inline, paragraph
 from tests.evaluate.example_run import whole_run
 
 MARKDOWN = pytest.importorskip("markdown_it", reason="markdown-it-py renders the page for these checks")
@@ -47,6 +47,18 @@ def test_inline_text_renders_as_itself(text: str) -> None:
     assert set(re.findall(r"</?([a-z0-9]+)", html)) <= {"table", "thead", "tbody", "tr", "th", "td"}
     assert html.count("<td>") == 1
     assert "\x1b" not in safe and "\n" not in safe and "\u202e" not in safe
+
+
+@settings(deadline=None)
+@given(st.text(alphabet=st.sampled_from("-+=*#>1.) a\n"), max_size=12) | st.text(max_size=60))
+@example("1. a").via("list")
+@example("- - -").via("rule")
+@example("---").via("rule")
+def test_a_line_that_begins_with_any_text_stays_a_paragraph(text: str) -> None:
+    safe = paragraph(text)
+    for html, around in ((html_of(f"{safe}\n"), ("<p>", "</p>")), (html_of(f"- {safe}x\n"), ("<ul>\n<li>", "</li>"))):
+        assert not safe or (html.startswith(around[0]) and html.count("<p>") + html.count("<li>") == 1), html
+        assert set(re.findall(r"</?([a-z0-9]+)", html)) <= {"p", "ul", "li"}
 
 
 @settings(deadline=None)
@@ -92,8 +104,8 @@ def test_a_whole_page_of_hostile_text(tmp_path: Path) -> None:
     assert tags <= {
         "h1", "h2", "h3", "p", "strong", "ul", "li", "table", "thead", "tbody", "tr", "th", "td", "pre", "code", "img",
     }  # fmt: skip
-    assert set(re.findall(r'src="([^"]*)"', html)) <= {f"plots/{p.name}" for p in paths}
-    assert html.count("<h1>") == 1 and html.count("<pre>") == 6
+    assert set(re.findall(r'src="([^"]*)"', html)) <= {f"charts/{p.name}" for p in paths}
+    assert html.count("<h1>") == 1 and html.count("<pre>") == 7
     assert "49" not in text_of(html).split("alert")[0] and "{{ 7*7 }}" in text_of(html)
     for table in re.findall(r"<table>.*?</table>", html, re.S):
         widths = {len(re.findall(r"<t[hd]", row)) for row in re.findall(r"<tr>.*?</tr>", table, re.S)}

@@ -14,17 +14,18 @@ import pyarrow as pa
 import pytest
 
 from ray_pipeline.bench.page import benchmarks_page
+from ray_pipeline.data.distributions import length_histogram, score_histogram
+from ray_pipeline.evaluate import examples as examples_data
 from ray_pipeline.evaluate.data import ReportData
-from ray_pipeline.evaluate.distributions import length_histogram, score_histogram
+from ray_pipeline.evaluate.examples import collect_examples
 from ray_pipeline.evaluate.headline import headline
 from ray_pipeline.evaluate.metrics import collect_metrics
 from ray_pipeline.evaluate.run_page import run_page
-from ray_pipeline.report import charts, examples_data
+from ray_pipeline.report import charts
 from ray_pipeline.report.charts import Bins
-from ray_pipeline.report.examples_data import Examples, collect_examples
-from ray_pipeline.report.page import script_json
-from ray_pipeline.stats.kappa import pairwise_kappas
-from ray_pipeline.stats.kappa_intervals import kappa_intervals
+from ray_pipeline.report.html import render_html, script_json
+from ray_pipeline.report.page import Packed
+from ray_pipeline.stats.kappa import kappa_intervals, pairwise_kappas
 from tests.evaluate.example_run import JUDGES, whole_run
 
 NASTY = (
@@ -64,14 +65,15 @@ def nasty_run() -> ReportData:
 
 def page(data: ReportData) -> str:
     metrics = collect_metrics(data)
-    return run_page(data, metrics, headline(metrics.evaluation, data.missing_stages()), ["Mind <b>this</b>."])
+    warnings = ["Mind <b>this</b>."]
+    return render_html(run_page(data, metrics, headline(metrics.evaluation, data.missing_stages()), warnings))
 
 
 def unpacked(text: str) -> Any:
     return json.loads(gzip.decompress(base64.b64decode(text)))
 
 
-def rows_of(examples: Examples) -> list[tuple[str, str]]:
+def rows_of(examples: Packed) -> list[tuple[str, str]]:
     """(prompt, answer) of every row."""
     found = []
     for chunk in map(unpacked, examples.chunks):
@@ -111,7 +113,7 @@ def test_no_text_of_a_model_becomes_markup() -> None:
 def test_texts_arrive_whole_or_cut_with_a_note() -> None:
     data = nasty_run()
     examples = collect_examples(data)
-    assert examples is not None and examples.rows == 160 and "answers are cut at 20,000 characters" in examples.told
+    assert examples is not None and examples.rows == 160 and "answers are cut at 20,000 characters" in examples.scope
     answers = [answer for _, answer in rows_of(examples)]
     shown = {0: NASTY[0], 1: NASTY[1], 2: NASTY[2], 3: "\\x1b[31mred\\x1b[0m", 4: "\\u202eright to left\\u202c"}
     for place, text in shown.items():
@@ -132,7 +134,7 @@ def test_kept_rows_are_all_there_and_others_a_seeded_sample() -> None:
     assert examples is not None
     index = unpacked(examples.index)
     assert kept < set(index["id"]) and len(index["id"]) == len(kept) + 300
-    assert f"All {len(kept):,} kept candidates and 300 of {len(labels) - len(kept):,} others" in examples.told
+    assert f"All {len(kept):,} kept candidates and 300 of {len(labels) - len(kept):,} others" in examples.scope
     assert collect_examples(data, others=300) == examples
     more = collect_examples(data, others=400)
     assert more is not None and set(index["id"]) < set(unpacked(more.index)["id"])
@@ -151,13 +153,13 @@ def test_kept_rows_are_all_there_and_others_a_seeded_sample() -> None:
 def test_a_small_budget_cuts_texts_first_and_rows_last() -> None:
     data = whole_run(100, candidates=_long(whole_run(100).candidates))
     whole = collect_examples(data)
-    assert whole is not None and "are cut" not in whole.told and whole.rows == 400
+    assert whole is not None and "are cut" not in whole.scope and whole.rows == 400
     size = sum(map(len, whole.chunks))
     cut = collect_examples(data, budget=size // 3)
-    assert cut is not None and cut.rows == 400 and "answers are cut at" in cut.told
+    assert cut is not None and cut.rows == 400 and "answers are cut at" in cut.scope
     assert sum(map(len, cut.chunks)) <= size // 3
     fewer = collect_examples(data, budget=8_000)
-    assert fewer is not None and 0 < fewer.rows < 400 and "would make this page too large" in fewer.told
+    assert fewer is not None and 0 < fewer.rows < 400 and "would make this page too large" in fewer.scope
     assert sum(map(len, fewer.chunks)) <= 8_000
 
 
@@ -241,7 +243,7 @@ BENCHMARKS: dict[str, Any] = {
 
 
 def test_benchmarks_have_a_page_and_a_section() -> None:
-    html = benchmarks_page(BENCHMARKS)
+    html = render_html(benchmarks_page(BENCHMARKS))
     assert "<b>" not in html and "judge &lt;b&gt;x&lt;/b&gt;" in html and "ok 78, unparsed 2" in html
     assert "6.00 to 8.00" in html and "5.90 to 8.10" in html and html.count("<figure>") == 1
     assert '<section id="benchmarks"' in page(whole_run(benchmarks=SCORES))

@@ -22,10 +22,15 @@ from ray_pipeline.agreement.files import write_agreement, write_winrate
 from ray_pipeline.agreement.recorded_winrate import versus_rates
 from ray_pipeline.bench.page import benchmarks_page
 from ray_pipeline.evaluate.methods_page import methods_page
+from ray_pipeline.feedback.loop_stats import loop_stats
+from ray_pipeline.feedback.page import loop_document
 from ray_pipeline.operate.side_by_side import compare_page
+from ray_pipeline.report.html import render_html
 from tests.agreement.test_page import tables
 from tests.evaluate.example_run import whole_run
 from tests.evaluate.test_methods import page as methods
+from tests.feedback.test_loop_stats import ENDS
+from tests.feedback.test_loop_stats import tables as loop_tables
 from tests.operate.test_side_by_side import pair
 from tests.report.test_page import BENCHMARKS, NASTY, nasty_run, page
 
@@ -194,11 +199,12 @@ def test_nothing_serious_for_axe(browser: Browser, folder: Path) -> None:
     )
     pages = {
         "run": page(whole_run()),
-        "methods": methods_page(methods()),
+        "methods": render_html(methods_page(methods())),
         "compare": compare_page(*pair()),
         "agreement": (folder / "agreement" / "report.html").read_text(encoding="utf-8"),
         "winrate": (folder / "winrate" / "report.html").read_text(encoding="utf-8"),
-        "benchmarks": benchmarks_page(BENCHMARKS),
+        "benchmarks": render_html(benchmarks_page(BENCHMARKS)),
+        "loop": render_html(loop_document("loop", loop_stats(*loop_tables(), ENDS))),
     }
     for name, html in pages.items():
         path = folder / f"{name}.html"

@@ -5,12 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ray_pipeline.stats.alpha import krippendorff_alpha
 from ray_pipeline.stats.kappa import (
     BETWEEN,
     DESIRABLE,
     UNDESIRABLE,
     cohen_kappa,
-    krippendorff_alpha,
     pairwise_kappas,
     score_class,
 )

@@ -14,7 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from ray_pipeline.store.schemas import MESSAGES
-from ray_pipeline.training import METHODS, LoraSpec, TrainResult, TrainSpec, fit
+from ray_pipeline.training.fit import fit
+from ray_pipeline.training.methods import METHODS
+from ray_pipeline.training.spec import TrainResult, TrainSettings, TrainSpec
 
 REPOSITORY = Path(__file__).parents[2]
 TEXT = "add two numbers and say the largest word of three red green blue seven nine please sort them"
@@ -123,7 +125,7 @@ MakeSpec = Callable[..., TrainSpec]
 
 @pytest.fixture(scope="session")
 def make_spec(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> MakeSpec:
-    """`make_spec(method, **changes)`: a spec over 48 training rows in two files and 9 evaluation rows."""
+    """`make_spec(method, **changes)`: a spec with other fields or settings, over 48 training and 9 evaluation rows."""
     data = tmp_path_factory.mktemp("data")
     for kind, (rows, schema) in ROWS.items():
         write_rows(data / kind / "train" / "00000.parquet", rows(28, seed=1), schema)
@@ -133,26 +135,35 @@ def make_spec(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Make
     def make(method: str = "kto", **changes: Any) -> TrainSpec:
         out = tmp_path_factory.mktemp("run")
         files = data / (METHODS[method].data if method in METHODS else "kto")
-        values: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "method": method,
-            "model": tiny_model,
-            "train_files": str(files / "train" / "*.parquet"),
-            "output_dir": str(out / "policy"),
-            "storage_path": str(out / "ray_train"),
-            "run_name": f"{method}-0123abcd",
+            "dtype": "float32",
             "num_workers": 2,
             "seed": 7,
             "learning_rate": 5e-3,
             "epochs": 3,
             "batch_size": 4,
             "gradient_accumulation": 1,
-            "max_length": 64,
+            "gradient_checkpointing": False,
             "save_steps": 2,
+            "lora": {"r": 4, "alpha": 8, "dropout": 0.1},
+        }
+        if method == "kto":  # as the train stage resolves them
+            settings |= {"desirable_weight": 1.0, "undesirable_weight": 1.0}
+        values: dict[str, Any] = {
+            "model": tiny_model,
+            "train_files": str(files / "train" / "*.parquet"),
+            "output_dir": str(out / "policy"),
+            "storage_path": str(out / "ray_train"),
+            "run_name": f"{method}-0123abcd",
+            "max_length": 64,
             "chat_template_args": {"enable_thinking": False},  # as every model of a run has them
-            "lora": LoraSpec(r=4, alpha=8, dropout=0.1),
             "card": {"data set": "0123abcd"},
         }
-        return TrainSpec(**{**values, **changes})
+        own = {name: value for name, value in changes.items() if name not in TrainSettings.model_fields}
+        own |= {"model": changes["model"]} if "model" in changes else {}
+        settings |= {name: value for name, value in changes.items() if name not in own}
+        return TrainSpec(settings=TrainSettings.model_validate(settings), **{**values, **own})
 
     return make
 

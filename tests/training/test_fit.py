@@ -21,8 +21,9 @@ import torch
 
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.schemas import TRAIN_METRICS
-from ray_pipeline.training import METHODS, TrainingStopped, TrainResult, TrainSpec, fit
-from ray_pipeline.training.spec import PROGRESS, STOP
+from ray_pipeline.training.fit import fit
+from ray_pipeline.training.methods import METHODS
+from ray_pipeline.training.spec import PROGRESS, STOP, TrainingStopped, TrainResult, TrainSpec
 
 from .conftest import REPOSITORY, STEPS, MakeSpec, undisturbed_spec, with_validation
 
@@ -66,7 +67,7 @@ def test_two_workers_train_with_a_row_per_step(finished: Finished) -> None:
     assert first["loss"] == pytest.approx(0.5)
     assert last["loss"] < first["loss"]
     assert first["rewards_accuracies"] is None  # KTO has none
-    assert spec.lora is not None and result.effective["lora_dropout"] == spec.lora.dropout
+    assert spec.settings.lora is not None and result.effective["lora_dropout"] == spec.settings.lora.dropout
     assert result.effective["reference"] == "the base, adapter switched off"
     assert (result.effective["world_size"], result.effective["effective_batch"]) == (2, 8)
     assert result.effective["eval_rows"] == result.data["val_rows_used"] == 8
@@ -169,7 +170,8 @@ DRIVER = """
 import json, sys
 import pyarrow.parquet as pq
 import ray
-from ray_pipeline.training import TrainSpec, fit
+from ray_pipeline.training.fit import fit
+from ray_pipeline.training.spec import TrainSpec
 
 address, spec, out = sys.argv[1:]
 ray.init(address=address, log_to_driver=False)
@@ -228,7 +230,7 @@ def test_dpo_is_stopped_and_goes_on_from_bfloat16_with_accumulation(make_spec: M
     folder.delete(STOP)
     result = fit(spec)
     assert result.steps == 6 and steps(result, "train") == list(range(1, 7))
-    assert result.resumed_from == spec.save_steps
+    assert result.resumed_from == spec.settings.save_steps
     first, *_, last = result.metrics.to_pylist()
     assert first["rewards_margins"] == 0.0 and first["loss"] == pytest.approx(0.6931, abs=1e-3)
     assert last["loss"] < first["loss"]

@@ -66,7 +66,7 @@ def perturbed(make_spec: MakeSpec, tmp_path: Path) -> Perturbed:
         trainer = build_trainer(spec, str(tmp_path / "scratch"))
         move(trainer)
         trainer.model.save_pretrained(tmp_path / "moved")
-        if spec.lora is None:
+        if spec.settings.lora is None:
             policy = AutoModelForCausalLM.from_pretrained(tmp_path / "moved")
         else:
             base = AutoModelForCausalLM.from_pretrained(spec.model)

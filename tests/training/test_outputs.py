@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from ray_pipeline.store.schemas import TRAIN_METRICS
-from ray_pipeline.training import METHODS, MergeError, merge_adapter
 from ray_pipeline.training.card import model_card
 from ray_pipeline.training.folders import partial_folder, publish
+from ray_pipeline.training.merge import MergeError, merge_adapter
+from ray_pipeline.training.methods import METHODS
 from ray_pipeline.training.metrics import mean_train_loss, train_metrics
 
 from .conftest import MakeSpec

@@ -9,7 +9,7 @@ import torch
 
 from ray_pipeline.engines.base import Sampling
 from ray_pipeline.engines.vllm import VllmEngine, VllmSpec
-from ray_pipeline.training import TrainResult, TrainSpec
+from ray_pipeline.training.spec import TrainResult, TrainSpec
 
 from .conftest import WORDS, user
 

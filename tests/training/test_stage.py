@@ -13,11 +13,11 @@ from pydantic import ValidationError
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.stage import BadInput, Stage, StageResult, StageStop, WholeInput, WholeWork
 from ray_pipeline.policy import train as stage
-from ray_pipeline.policy.train import TrainSettings, train, train_policy
+from ray_pipeline.policy.train import train, train_policy
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.schemas import TRAIN_METRICS
-from ray_pipeline.training import METHODS, TrainingInputError, TrainingStopped, TrainResult, TrainSpec
-from ray_pipeline.training.spec import STOP
+from ray_pipeline.training.methods import METHODS, TrainingInputError
+from ray_pipeline.training.spec import STOP, TrainingStopped, TrainResult, TrainSettings, TrainSpec
 
 
 def test_beta_is_the_methods_own_and_shown() -> None:
@@ -35,7 +35,7 @@ def test_beta_is_the_methods_own_and_shown() -> None:
     [
         ({"method": "sft", "beta": 0.1}, "the loss of sft has none"),
         ({"method": "kto", "batch_size": 1}, "batch_size must be 2 or more for kto"),
-        ({"method": "ppo"}, "Input should be 'sft', 'dpo', 'kto', 'orpo' or 'simpo'"),
+        ({"method": "ppo"}, "choose from sft, dpo, kto, orpo, simpo"),
         ({"lora": None, "quantization": "nf4"}, "quantized weights cannot be trained"),
         ({"quantization": "int4"}, "Input should be 'nf4' or 'int8'"),
         ({"shard": "zero1"}, "Input should be 'none', 'fsdp', 'zero2' or 'zero3'"),
@@ -85,7 +85,7 @@ def test_a_run_that_is_to_end_asks_the_workers(
         raise TrainingStopped(folder.read_json(STOP)["reason"])
 
     monkeypatch.setattr(stage, "fit", fit)
-    monkeypatch.setattr(stage.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
     made = train(TrainSettings(), ModelSettings(model=tiny_model), 64, data_stage())
     assert isinstance(made.work, WholeWork)
     data = StageResult("datasets", "d" * 16, str(tmp_path / "data"), 1, (), {}, {}, {})
@@ -118,10 +118,10 @@ def run_stage(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             return TrainResult(1, 1.0, 0.5, None, f"{spec.output_dir}/merged", {}, {}, None, None, steps, 1.0, 1.0)
 
         monkeypatch.setattr(stage, "fit", fit)
-        monkeypatch.setattr(stage.ray, "cluster_resources", lambda: {"CPU": 2.0})
+        monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
         facts = {
             "rows": {kind: {"train": 40, "val": 9 if kind == "kto" else 0} for kind in ("sft", "dpo", "kto")},
-            "kto_weights": {"desirable_weight": 1.0, "undesirable_weight": 1.7},
+            "kto_weights": {"desirable_weight": 1.3, "undesirable_weight": 1.7},
         }
         data = StageResult("datasets", "d" * 16, str(tmp_path / "data"), 1, (), {}, facts, {})
         made = train(settings, ModelSettings(model=tiny_model), max_length, data_stage())
@@ -143,15 +143,27 @@ def test_a_method_reads_its_kind_of_rows(run_stage: RunStage, tmp_path: Path, me
     kind = METHODS[method].data
     assert spec.train_files == str(tmp_path / "data" / kind / "train" / "*.parquet")
     assert spec.val_files == (str(tmp_path / "data" / kind / "val" / "*.parquet") if kind == "kto" else None)
-    assert (spec.desirable_weight, spec.undesirable_weight) == ((1.0, 1.7) if method == "kto" else (1.0, 1.0))
+    weights = (spec.settings.desirable_weight, spec.settings.undesirable_weight)
+    assert weights == ((1.3, 1.7) if method == "kto" else (None, None))
     assert spec.card == {"data set": "d" * 16, "kind of rows": kind, "training": "f" * 16}
     assert (found["method"], found["max_logit_diff"]) == (method, None)
     assert said == ["warning: class imbalance: 2 desirable, 1 undesirable rows"]
 
 
+def test_a_class_weight_that_is_set_replaces_that_of_the_data(run_stage: RunStage) -> None:
+    spec, _, _ = run_stage(TrainSettings(desirable_weight=0.6))
+    assert (spec.settings.desirable_weight, spec.settings.undesirable_weight) == (0.6, 1.7)
+
+
 def test_options_reach_the_training(run_stage: RunStage) -> None:
     spec, _, _ = run_stage(TrainSettings(method="simpo", lora=None, shard="fsdp", trainer_args={"simpo_gamma": 0.5}))
-    assert (spec.lora, spec.shard, spec.beta, spec.trainer_args) == (None, "fsdp", 2.0, {"simpo_gamma": 0.5})
+    settings = spec.settings
+    assert (settings.lora, settings.shard, settings.beta, settings.trainer_args) == (
+        None,
+        "fsdp",
+        2.0,
+        {"simpo_gamma": 0.5},
+    )
 
 
 def test_data_that_cannot_be_trained_on_stop_the_stage(run_stage: RunStage) -> None:

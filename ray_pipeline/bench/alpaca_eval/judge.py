@@ -10,9 +10,9 @@ from pydantic import Field
 
 from ray_pipeline.agents.judges import SamplingSettings
 from ray_pipeline.bench.judge_prompts import PreferencePrompt
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.base import ChatEngine, Completion, EngineError, Grammar, PromptTooLong
 from ray_pipeline.store.keys import derived_seed
-from ray_pipeline.store.settings import Settings
 
 #: logprobs: p(first) / (p(first) + p(second)) at the first token; reply: the label that was written, 1 or 0;
 #: same: both outputs are one text, one half, and nobody was asked.

@@ -464,7 +464,7 @@ def _fit(features: Floats, labels: Floats, strength: Floats, penalty: float) -> 
 
 
 def _sigmoid(x: Floats) -> Floats:
-    return np.exp(-np.logaddexp(0.0, -x))
+    return np.asarray(np.exp(-np.logaddexp(0.0, -x)))
 
 
 # --- protocol ---------------------------------------------------------------------------------------------------------

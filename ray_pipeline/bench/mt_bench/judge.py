@@ -17,8 +17,8 @@ from ray_pipeline.bench.mt_bench.replies import (
     read_rating,
     rules_differ,
 )
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.base import ChatEngine, Completion, EngineError, Grammar, Message, PromptTooLong, Sampling
-from ray_pipeline.store.settings import Settings
 
 LOW, HIGH = 1.0, 10.0
 #: Replies under `BenchAsking.grammar`.

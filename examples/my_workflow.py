@@ -1,0 +1,36 @@
+"""A workflow of your own: prompts and candidates, and nothing else.
+
+quorum run examples/my_workflow.py --config examples/my_workflow.yaml
+"""
+
+from collections.abc import Sequence
+
+from ray_pipeline import register
+from ray_pipeline.data.candidates import CandidateSettings, candidates
+from ray_pipeline.data.columnar import prompts
+from ray_pipeline.data.prompts import PromptsConfig
+from ray_pipeline.engines.models import ModelUse
+from ray_pipeline.graph.stage import Dag
+from ray_pipeline.workflow.config import RunConfig
+from ray_pipeline.workflow.registry import Workflow
+
+
+class SampleConfig(RunConfig):
+    prompts: PromptsConfig = PromptsConfig()
+    candidates: CandidateSettings = CandidateSettings()
+
+    @property
+    def num_shards(self) -> int:
+        return self.prompts.num_shards
+
+    def uses(self) -> Sequence[ModelUse]:
+        drawn = self.candidates
+        return [ModelUse("candidates.model", drawn.model, "generate", "candidates.sampling", drawn.sampling.extra)]
+
+
+def wire(config: SampleConfig, run_folder: str) -> Dag:
+    asked = prompts(config.prompts)
+    return Dag("sample", [asked, candidates(config.candidates, config.models[config.candidates.model], asked)])
+
+
+register("workflow", "sample")(Workflow(name="sample", config=SampleConfig, wire=wire))

@@ -1,0 +1,142 @@
+"""Frames in and out: a pandas DataFrame gives a DataFrame, an Arrow table gives a table.
+
+Rows are joined by id. A frame without ids gets them from its content: the same prompt and response have the same ids in
+every function, so that a frame of one's own can be judged, critiqued and gated as it is.
+"""
+
+from __future__ import annotations
+
+import collections
+import difflib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import pyarrow as pa
+
+from ray_pipeline.store.keys import digest, prompt_id
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Frame = TypeVar("Frame", "pd.DataFrame", pa.Table)
+
+
+class ColumnError(ValueError):
+    """A frame lacks a column; the message names it and those that are there."""
+
+
+def is_pandas(frame: Any) -> bool:
+    """Without importing pandas, which an Arrow user need not wait for."""
+    pandas = sys.modules.get("pandas")
+    return pandas is not None and isinstance(frame, pandas.DataFrame)
+
+
+def column_names(frame: Any, what: str) -> list[str]:
+    """Raises TypeError when it is neither a DataFrame nor a table."""
+    if is_pandas(frame):
+        return [str(name) for name in frame.columns]
+    if isinstance(frame, pa.Table):
+        return list(frame.column_names)
+    raise TypeError(f"{what} must be a pandas DataFrame or a pyarrow Table, not {type(frame).__name__}")
+
+
+def need(frame: Any, columns: Sequence[str], what: str) -> None:
+    """Raises ColumnError for the first column that the frame lacks."""
+    present = column_names(frame, what)
+    for name in columns:
+        if name not in present:
+            near = difflib.get_close_matches(name, present, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ColumnError(f"{what} has no column {name!r}; it has {', '.join(present) or 'none'}{hint}")
+
+
+def table_of(frame: Any, columns: Sequence[str], what: str, schema: pa.Schema | None = None) -> pa.Table:
+    """The named columns as an Arrow table, with the types of `schema` where it has them.
+
+    Raises:
+        ColumnError: a column is missing.
+        ValueError: a column has values of another type.
+    """
+    need(frame, columns, what)
+    types = None if schema is None else pa.schema([schema.field(name).with_nullable(True) for name in columns])
+    try:
+        if is_pandas(frame):
+            return pa.Table.from_pandas(frame[list(columns)], schema=types, preserve_index=False)
+        table = frame.select(list(columns))
+        return table if types is None else table.cast(types)
+    except (pa.ArrowException, TypeError) as error:
+        raise ValueError(f"{what}: {error}; check the types of {', '.join(columns)}") from error
+
+
+def give(table: pa.Table, like: Frame, *, same_rows: bool = False) -> Frame:
+    """A table in the form of the frame that came in.
+
+    Args:
+        same_rows: row i belongs to row i of `like`: a DataFrame then has the same index, so that the two can be joined.
+    """
+    if not is_pandas(like):
+        return table
+    frame = table.to_pandas()
+    return frame.set_index(like.index) if same_rows else frame  # type: ignore[no-any-return, attr-defined]
+
+
+def messages_of(prompt: Any, row: int, what: str) -> list[dict[str, str]]:
+    """A prompt as chat messages.
+
+    Raises:
+        ValueError: it is neither text nor a list of messages with role and content.
+    """
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    if (
+        isinstance(prompt, list)
+        and prompt
+        and all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in prompt)
+    ):
+        return [{"role": str(m["role"]), "content": str(m["content"])} for m in prompt]
+    raise ValueError(f"{what}, row {row}: a prompt is text or a list of messages with role and content, not {prompt!r}")
+
+
+def rows_of_prompts(frame: Any, columns: Sequence[str], what: str) -> list[dict[str, Any]]:
+    """Rows with `messages`, `prompt_id` and the named columns. The prompt is in the column `prompt` or `messages`."""
+    present = column_names(frame, what)
+    source = "messages" if "messages" in present and "prompt" not in present else "prompt"
+    kept = [name for name in ("prompt_id",) if name in present]
+    rows = table_of(frame, [source, *columns, *kept], what).to_pylist()
+    found = []
+    for number, row in enumerate(rows):
+        messages = messages_of(row[source], number, what)
+        found.append({**row, "messages": messages, "prompt_id": row.get("prompt_id") or prompt_id(messages)})
+    return found
+
+
+def rows_with_ids(
+    frame: Any, key: str, answers: Sequence[str], what: str, also: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Rows of prompts and answers, each with an id under `key`: the frame's own column, or one made of the content.
+
+    Args:
+        answers: columns of the answers, part of the id.
+        also: further columns.
+    """
+    kept = [key] if key in column_names(frame, what) else []
+    rows = rows_of_prompts(frame, [*answers, *also, *kept], what)
+    times: collections.Counter[str] = collections.Counter()
+    for row in rows:
+        if not kept:
+            content = [row["prompt_id"], *(row[name] for name in answers)]
+            one = digest(["row", *content])
+            row[key] = digest(["row", *content, times[one]])  # rows that are repeated are rows of their own
+            times[one] += 1
+    return rows
+
+
+def id_table(candidates: Any) -> pa.Table:
+    """`candidate_id` and `prompt_id` of a frame of candidates, its own or made of prompt and response."""
+    if {"candidate_id", "prompt_id"} <= set(column_names(candidates, "candidates")):
+        return table_of(candidates, ["candidate_id", "prompt_id"], "candidates")
+    rows = rows_with_ids(candidates, "candidate_id", ["response"], "candidates")
+    return pa.table(
+        {name: pa.array([row[name] for row in rows], pa.string()) for name in ("candidate_id", "prompt_id")}
+    )

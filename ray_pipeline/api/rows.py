@@ -1,0 +1,133 @@
+"""The gate and training rows on frames, by the same functions as the stages of a run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from ray_pipeline.api.frames import Frame, column_names, give, id_table, need, rows_with_ids, table_of
+from ray_pipeline.data.datasets import DatasetsConfig, Encode, TokenCounter, dpo_rows, kto_rows
+from ray_pipeline.data.gate import GateConfig, decide
+from ray_pipeline.engines.models import TokenizerSettings
+from ray_pipeline.pocket import model_path
+from ray_pipeline.store.schemas import CANDIDATES, CRITIQUES, DECISIONS, PROMPTS, VERDICTS
+
+
+def gate(
+    candidates: Frame,
+    verdicts: Frame,
+    critiques: Frame | None = None,
+    *,
+    judges: Sequence[str] | None = None,
+    **settings: Any,
+) -> Frame:
+    """Decide for every candidate whether it is a training row, by the scores of the judges and the critic's verdict.
+
+    Args:
+        candidates: the frame that was judged, or columns candidate_id and prompt_id.
+        verdicts: from `judge`: candidate_id, judge, score, parse_status. Put several of them together with
+            `pandas.concat` or `pyarrow.concat_tables`.
+        critiques: from `critique`: candidate_id, flawed, parse_status. Leave it out only with `use_critic=False`.
+        judges: whose scores count; default: all of `verdicts`.
+        settings: keys of the `gate` block: alpha, tau, desirable_at, undesirable_at, use_variance, use_critic.
+
+    Returns:
+        One decision a candidate, in its order and with its index: candidate_id, prompt_id, mean_score, score_variance,
+        penalty, final_score (null where something was not read), label (desirable, undesirable, discard, abstain,
+        incomplete) and why.
+
+    Raises:
+        ColumnError: a column is missing.
+        ValueError: a setting is wrong, critiques are missing, or rows do not belong together (`KeyMismatch`).
+    """
+    config = GateConfig.model_validate(settings)
+    if critiques is None and config.use_critic:
+        raise ValueError("critiques are missing; pass those of critique(), or use_critic=False")
+    read = table_of(verdicts, ["candidate_id", "judge", "score", "parse_status"], "verdicts", VERDICTS)
+    flaws = None
+    if critiques is not None and config.use_critic:
+        flaws = table_of(critiques, ["candidate_id", "flawed", "parse_status"], "critiques", CRITIQUES)
+    names = list(judges) if judges is not None else list(dict.fromkeys(read["judge"].to_pylist()))
+    return give(decide(id_table(candidates), read, flaws, names, config), candidates, same_rows=True)
+
+
+def to_kto(candidates: Frame, verdicts: Frame, decisions: Frame, *, tokenizer: Any = None, **settings: Any) -> Frame:
+    """Rows for TRL's `KTOTrainer`: one for each desirable or undesirable candidate.
+
+    Args:
+        candidates: the frame that was judged: `prompt` (or `messages`) and `response`. A column `split` ("train",
+            "val") is kept; default: train.
+        verdicts: from `judge`; its scores go into the rows.
+        decisions: from `gate`.
+        tokenizer: of the policy: folder, name on the Hub, `pocket:policy`, or a Hugging Face tokenizer. With it,
+            prompts of more than `max_prompt_length` tokens are left out. Without it nothing is counted or left out.
+        settings: `max_length` and `max_prompt_length` in tokens, which need a tokenizer; `min_gap` for `to_dpo`.
+
+    Returns:
+        candidate_id, prompt_id, split, prompt and completion (chat messages), label (bool), final_score, scores (list
+        of judge and score).
+
+    Raises:
+        ColumnError: a column is missing.
+        ValueError: a setting is wrong, or rows do not belong together (`KeyMismatch`).
+    """
+    return _rows(candidates, verdicts, decisions, tokenizer, settings, kto_rows)
+
+
+def to_dpo(candidates: Frame, verdicts: Frame, decisions: Frame, *, tokenizer: Any = None, **settings: Any) -> Frame:
+    """Rows for TRL's `DPOTrainer`: for each prompt its best desirable and its worst undesirable candidate.
+
+    Pairs with equal texts, or with final scores closer than `min_gap` (default 1.5), are left out.
+
+    Args, Raises: as `to_kto`.
+
+    Returns:
+        prompt_id, chosen_id, rejected_id, split, prompt, chosen and rejected (chat messages), chosen_score,
+        rejected_score, score_gap.
+    """
+    return _rows(candidates, verdicts, decisions, tokenizer, settings, dpo_rows)
+
+
+def _rows(
+    candidates: Frame, verdicts: Frame, decisions: Frame, tokenizer: Any, settings: dict[str, Any], make: Any
+) -> Frame:
+    if tokenizer is None:
+        if limits := [name for name in ("max_length", "max_prompt_length") if name in settings]:
+            raise ValueError(f"{limits[0]} counts tokens; pass the policy's tokenizer as well")
+        settings = {**settings, "max_length": sys.maxsize, "max_prompt_length": sys.maxsize - 1}
+    config = DatasetsConfig.model_validate(settings)
+    splits = ["split"] if "split" in column_names(candidates, "candidates") else []
+    rows = rows_with_ids(candidates, "candidate_id", ["response"], "candidates", splits)
+    by_prompt = {
+        row["prompt_id"]: {
+            "prompt_id": row["prompt_id"],
+            "messages": row["messages"],
+            "split": row.get("split") or "train",
+        }
+        for row in rows
+    }
+    prompts = _table(list(by_prompt.values()), PROMPTS, ["prompt_id", "messages", "split"])
+    answers = _table(rows, CANDIDATES, ["candidate_id", "prompt_id", "response"])
+    read = table_of(verdicts, ["candidate_id", "judge", "score", "parse_status"], "verdicts", VERDICTS)
+    need(decisions, ["candidate_id", "prompt_id", "final_score", "label"], "decisions")
+    decided = table_of(decisions, ["candidate_id", "prompt_id", "final_score", "label"], "decisions", DECISIONS)
+    made, _ = make(prompts, answers, read, decided, config, _encode(tokenizer))
+    return give(made, candidates)
+
+
+def _table(rows: list[dict[str, Any]], schema: pa.Schema, columns: Sequence[str]) -> pa.Table:
+    picked = pa.schema([schema.field(name) for name in columns])
+    return pa.Table.from_pylist([{name: row[name] for name in columns} for row in rows], schema=picked)
+
+
+def _encode(tokenizer: Any) -> Encode:
+    if tokenizer is None:  # characters: no limit applies, and texts that differ stay different
+        return lambda messages, completion: [ord(c) for m in (*messages, *(completion or ())) for c in m["content"]]
+    if isinstance(tokenizer, (str, os.PathLike)):
+        name = os.fspath(tokenizer)
+        return TokenCounter.load(TokenizerSettings(model=model_path(name) if name.startswith("pocket:") else name))
+    return TokenCounter(tokenizer)

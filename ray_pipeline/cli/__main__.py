@@ -1,0 +1,5 @@
+"""`python -m ray_pipeline.cli`."""
+
+from ray_pipeline.cli import main
+
+main()

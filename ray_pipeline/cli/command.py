@@ -1,0 +1,65 @@
+"""The app with all of its commands."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from ray_pipeline.cli import operator, planning, results, run
+from ray_pipeline.cli.terminal import say
+from ray_pipeline.submit.command import submit
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help=(
+        "Preference data by consensus of LLM judges, and a policy aligned with it, on Ray.\n\n"
+        "Try `quorum run dmapo --config configs/pocket.yaml`: the whole method on small real models, without a GPU.\n\n"
+        "Exit codes: 0 done, 1 a stage failed, 2 bad input or configuration."
+    ),
+)
+
+for command in (
+    run.run,
+    submit,
+    results.report,
+    results.compare,
+    results.audit,
+    operator.status,
+    planning.plan,
+    planning.regate,
+    operator.retry,
+    operator.export,
+    operator.clean,
+):
+    app.command()(command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        say(f"quorum {importlib.metadata.version('quorum-align')}")
+        raise typer.Exit
+
+
+@app.callback()
+def quorum(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    # The help is that of the app.
+    pass
+
+
+def main() -> None:
+    """Entry point of the `quorum` command."""
+    try:
+        app(standalone_mode=True)
+    except BrokenPipeError:
+        # The reader of the output is gone (`quorum status | head`): nothing is wrong.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,153 @@
+"""Commands of an operator beside `run`: status, retry, export, clean."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.live import Live
+
+from ray_pipeline.cli.terminal import STAGE_FAILED, RunArgument, complain, refused, say
+
+
+def status(
+    run: RunArgument = "runs/latest",
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="keep refreshing until the run finishes")] = False,
+    every: Annotated[float, typer.Option(help="seconds between refreshes", min=0.2)] = 2.0,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON document per refresh, for scripts")] = False,
+) -> None:
+    """Show the progress of a run, wherever it runs.
+
+    Everything comes from the run folder: stages, shards done and failed, rows/s, tokens/s, prefix hits, time to go,
+    and errors by kind (`rows.unparsed`: a judge's reply could not be read; `shards.StoreError`: a shard failed).
+    Rates cover the time since the last refresh. A heartbeat that stands still for some seconds means that the run was
+    killed or lost its storage.
+
+    With --watch the exit code is 0 when all stages are done, and 1 when a stage failed or work is left.
+
+    Examples: `quorum status runs/pocket`, `quorum status s3://bucket/run --watch`,
+    `quorum status RUN --json | jq '.stages[] | select(.status == "running")'`.
+    """
+    from ray_pipeline.operate.status import Watch
+    from ray_pipeline.operate.status_page import lines, picture
+
+    console = Console()
+    with refused():
+        looks = Watch(run)
+        state = None
+        live = Live(console=console, auto_refresh=False) if watch and console.is_terminal and not as_json else None
+        with live or contextlib.nullcontext():
+            for state in looks.until_ended(every) if watch else [looks.look()]:
+                if as_json:
+                    print(json.dumps(state.plain(), ensure_ascii=False), flush=True)
+                elif live is not None:
+                    live.update(picture(state), refresh=True)
+                else:
+                    for line in lines(state):
+                        say(line)
+        if watch and state is not None and not state.done:
+            raise typer.Exit(STAGE_FAILED)
+
+
+def retry(
+    run: RunArgument,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value that the repair needs, for example failure.retries=5")
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option("--config", "-c", help="configuration of the run; default: the one in its manifest")
+    ] = None,
+) -> None:
+    """Retry the failed and quarantined shards of a run, and no others.
+
+    A shard that fails is retried with back-off (`failure.retries`, `failure.backoff_s`); one that was given up in
+    `failure.quarantine_after` sessions is left alone by `quorum run`, with its error in the manifest, until this
+    command. Answered calls are not repeated. When it ends well, `quorum run` resumes with what follows.
+
+    Example: `quorum status RUN` (which shards failed, and of what), then `quorum retry RUN`.
+    """
+    from ray_pipeline.config.loading import load_config, read_config
+    from ray_pipeline.graph.results import read_run
+    from ray_pipeline.operate.retry import failed_shards, retry_shards
+    from ray_pipeline.workflow.registry import find_workflow
+
+    with refused():
+        found = read_run(run)
+        failed = failed_shards(found)
+        if not failed:
+            say("no failed or quarantined shards; `quorum run` makes what is missing")
+            return
+        workflow, folder = find_workflow(found.manifest["dag"]), found.folder.location
+        if config is not None:
+            settings = load_config(workflow.config, config, overrides or [])
+        else:
+            source = found.folder.uri("manifest.json")
+            settings = read_config(workflow.config, found.manifest["given"], overrides or [], source)
+        for stage, shards in failed.items():
+            say(f"{stage}: {len(shards)} shards to retry: {', '.join(map(str, shards[:20]))}")
+        problems = retry_shards(found, workflow.wire(settings, folder), settings, failed, Console(soft_wrap=True))
+    for problem in problems:
+        complain(problem)
+    if problems:
+        raise typer.Exit(STAGE_FAILED)
+    say("no failed shard is left; `quorum run` resumes with what follows")
+
+
+def export(
+    run: RunArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder to write; empty, or an earlier export")],
+    kind: Annotated[
+        list[str] | None, typer.Option("--kind", help="kto, dpo or sft; default: all that the run has")
+    ] = None,
+    stage: Annotated[str, typer.Option(help="stage that wrote them, where a run has several")] = "datasets",
+    push: Annotated[
+        str | None, typer.Option("--push", help="OWNER/NAME on the Hugging Face Hub; needs a token in HF_TOKEN")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="make a new Hub repository public")] = False,
+) -> None:
+    """Write the datasets of a run as one folder with a card, ready for the Hugging Face Hub.
+
+    The folder opens with `datasets.load_dataset(DIR, "kto")`. Every file is checked against the run's fingerprint
+    before it is copied. The card describes how the rows were made; it contains no path of this machine.
+
+    Examples: `quorum export runs/pocket --out pocket-data`,
+    `HF_TOKEN=… quorum export RUN --out data --kind dpo --push me/my-preferences`.
+    """
+    from ray_pipeline.graph.results import read_run
+    from ray_pipeline.operate import export as exporting
+
+    with refused():
+        written = exporting.export(read_run(run), out, kind or (), stage)
+        say(f"{len(written)} files in {out}")
+        if push is not None:
+            say(exporting.push(out, push, public=public))
+
+
+def clean(
+    run: RunArgument,
+    yes: Annotated[bool, typer.Option("--yes/--dry-run", help="delete; default: show what would go")] = False,
+) -> None:
+    """Show or delete outputs of earlier settings, which the newest manifest of a run does not refer to.
+
+    Stage folders that the manifest names stay, and so does what `datasets`, `policy` and `report` point at, the call
+    log and the logs. Nothing outside the run folder is touched, links are not followed, and a run at work is refused.
+
+    Examples: `quorum clean runs/pocket`, then `quorum clean runs/pocket --yes`.
+    """
+    from ray_pipeline.graph.results import read_run
+    from ray_pipeline.operate import clean as cleaning
+
+    with refused():
+        found = read_run(run)
+        if yes:
+            gone = cleaning.clean(found, say)
+        else:
+            gone = cleaning.leftovers(found)
+            for left in gone:
+                say(f"{cleaning.size_text(left.size):>10}  {left.name}")
+    total = cleaning.size_text(sum(left.size for left in gone))
+    say(f"{len(gone)} leftovers, {total}{' deleted' if yes else '; --yes deletes them'}")

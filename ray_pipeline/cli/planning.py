@@ -1,0 +1,120 @@
+"""Commands that look ahead: plan the cost of a run, and try other thresholds on the scores of one."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ray_pipeline.cli.terminal import (
+    STAGE_FAILED,
+    ConfigOption,
+    OverridesArgument,
+    RunArgument,
+    RunDirOption,
+    WorkflowArgument,
+    complain,
+    refused,
+    say,
+)
+
+
+def plan(
+    workflow: WorkflowArgument,
+    overrides: OverridesArgument = None,
+    config: ConfigOption = "pocket",
+    rates: Annotated[
+        str | None, typer.Option("--rates", help="YAML file of rates and prices, each with source and date")
+    ] = None,
+    device_hour: Annotated[
+        float | None, typer.Option(help="price of one GPU (without GPUs: of one engine) for an hour")
+    ] = None,
+    probe: Annotated[
+        bool,
+        typer.Option("--probe", help="measure rates on a share of the prompts with the real engines"),
+    ] = False,
+    share: Annotated[float, typer.Option(help="of the prompts, for --probe", min=0.0001, max=1.0)] = 0.01,
+    run_dir: RunDirOption = None,
+    write: Annotated[
+        bool, typer.Option("--write/--no-write", help="keep plan.json in the run folder: the report compares with it")
+    ] = True,
+) -> None:
+    """Estimate a run before it starts: calls, tokens, GPU-hours, wall time and money by stage.
+
+    Prompts are read and counted for real. Time and money need rates: --probe measures them here (its calls are kept in
+    the run's call log and not repeated), --rates takes them from a file. There are no built-in rates; each one that
+    is used is printed with its source and date.
+
+    A rates file:
+
+    \b
+      models:
+        judge: {prompt_tokens_per_s: 20000, completion_tokens_per_s: 2500, source: "our bench, H100", date: 2026-11-01}
+      reply_tokens: {tokens: {candidates: 300, judge: 80, critic: 90}, source: "our bench", date: 2026-11-01}
+      train: {tokens_per_s: 9000, source: "our bench, H100", date: 2026-11-01}
+      kept_share: {share: 0.6, source: "our last run", date: 2026-11-01}
+      device_hour: {price: 2.5, currency: USD, source: "our contract", date: 2026-10-01}
+
+    Example: `quorum plan dmapo -c configs/dmapo.yaml --probe --device-hour 2.5`, then
+    `quorum run dmapo -c configs/dmapo.yaml --device-hour 2.5 --max-cost 400`.
+    """
+    from ray_pipeline.config.loading import load_config
+    from ray_pipeline.config.messages import ConfigError
+    from ray_pipeline.operate import plan as planning
+    from ray_pipeline.operate.prices import Rates, given_price, read_rates
+    from ray_pipeline.store.files import Folder
+    from ray_pipeline.workflow.registry import find_workflow
+
+    with refused():
+        chosen = find_workflow(workflow)
+        if chosen.name != "dmapo":
+            raise ConfigError(f"plan knows the calls of dmapo alone, not of {chosen.name!r}")
+        settings = load_config(chosen.config, config, overrides or [])
+        folder = settings.run_folder(run_dir)
+        known = read_rates(rates) if rates is not None else Rates()
+        if probe:
+            from ray_pipeline.operate.probe import probe as measure
+
+            known = measure(settings, folder, share, chosen.wire, known, Console(soft_wrap=True))
+        if device_hour is not None:
+            known = known.model_copy(update={"device_hour": given_price(device_hour, settings.currency())})
+        found = planning.plan(settings, known)
+        if write:
+            Folder(folder).write_json("plan.json", found.plain())
+    for line in planning.plan_lines(found):
+        say(line)
+
+
+def regate(
+    run: RunArgument,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value of gate and datasets: gate.tau=1.5 datasets.min_gap=2")
+    ] = None,
+    write: Annotated[bool, typer.Option("--write", help="rebuild the gate and the datasets")] = False,
+) -> None:
+    """Try new thresholds on the stored scores of a run; needs no model and no GPU.
+
+    Shows labels, kept rows, pairs and class balance of the old thresholds against the new ones. With --write the gate
+    and the datasets are rebuilt, and the run folder's `datasets` points at them; a policy that was trained on the old
+    ones stays as it is until the next `quorum run`.
+
+    Examples: `quorum regate runs/pocket gate.tau=1.5`, then
+    `quorum regate runs/pocket gate.tau=1.5 gate.desirable_at=8 --write`.
+    """
+    from ray_pipeline.graph.results import read_run
+    from ray_pipeline.graph.stage import StageStop
+    from ray_pipeline.operate import regate as gating
+
+    with refused():
+        given = gating.regate(read_run(run), overrides or [])
+        for line in gating.preview_lines(gating.preview(given)):
+            say(line)
+        if not write:
+            say("dry run, nothing written; pass --write to rebuild the gate and datasets")
+            return
+        try:
+            gating.write(given, say)
+        except StageStop as error:
+            complain(error)
+            raise typer.Exit(STAGE_FAILED) from error

@@ -1,0 +1,125 @@
+"""`quorum run`."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from ray_pipeline.cli.terminal import (
+    BAD_INPUT,
+    INTERRUPTED,
+    STAGE_FAILED,
+    ConfigOption,
+    OverridesArgument,
+    RunDirOption,
+    WorkflowArgument,
+    complain,
+    refused,
+    say,
+)
+
+if TYPE_CHECKING:
+    from ray_pipeline.graph.stage import Dag
+
+
+def run(
+    workflow: WorkflowArgument,
+    overrides: OverridesArgument = None,
+    config: ConfigOption = "pocket",
+    run_dir: RunDirOption = None,
+    from_stage: Annotated[str | None, typer.Option("--from", help="rerun this stage and everything downstream")] = None,
+    to_stage: Annotated[str | None, typer.Option("--to", help="stop after this stage")] = None,
+    dry_run: Annotated[bool, typer.Option(help="show the stages and which of them are done; start nothing")] = False,
+    skip_generation: Annotated[bool, typer.Option(help="evaluate the stored tables, without new responses")] = False,
+    max_cost: Annotated[
+        float | None, typer.Option(help="stop gracefully once total spend across sessions reaches this amount")
+    ] = None,
+    device_hour: Annotated[
+        float | None, typer.Option(help="price of one GPU (without GPUs: of one engine) for an hour, for --max-cost")
+    ] = None,
+    log_json: Annotated[
+        bool, typer.Option("--log-json", help="log as JSON lines with run, stage and shard, for log collectors")
+    ] = False,
+) -> None:
+    """Run a workflow, or resume it: the same command does both.
+
+    dmapo makes preference data by judges, critic and gate and trains on it; fellowship does so by a feedback loop;
+    baselines puts methods and data side by side; agreement holds judges against humans; winrate compares
+    configurations; benchmarks runs MT-Bench, AlpacaEval and IFEval.
+
+    Finished stages are kept, unfinished ones make only their missing shards, and an LLM call that was answered once
+    is never repeated.
+    """
+    from ray_pipeline.config.loading import load_config
+    from ray_pipeline.graph.reach import check_location, in_a_job
+    from ray_pipeline.graph.run import execute
+    from ray_pipeline.operate.prices import budget_of
+    from ray_pipeline.operate.run_settings import run_settings
+    from ray_pipeline.store.files import Folder
+    from ray_pipeline.workflow.registry import find_workflow
+
+    changes = [*(overrides or []), *(["evaluate.skip_generation=true"] if skip_generation else [])]
+    try:
+        with refused():
+            chosen = find_workflow(workflow)
+            settings = load_config(chosen.config, config, changes)
+            folder = settings.run_folder(run_dir)
+            dag = chosen.wire(settings, folder)
+            if dry_run:
+                _show_stages(dag, folder, settings.num_shards, from_stage, to_stage)
+                say(f"run folder: {folder}; call log: {settings.calls_root(folder)}; {settings.num_shards} shards")
+                return
+            if in_a_job():
+                check_location(run_dir or settings.run.root, "--run-dir" if run_dir else "run.root")
+                check_location(settings.calls.root or folder, "calls.root")
+            _link_latest(folder, settings.run.root)
+            outcome = execute(
+                dag,
+                run_settings(settings, folder, budget=budget_of(settings, max_cost, device_hour), log_json=log_json),
+                from_group=from_stage,
+                to_group=to_stage,
+                console=Console(soft_wrap=True),
+            )
+    except KeyboardInterrupt:
+        complain("interrupted; rerun the same command to resume")
+        raise typer.Exit(INTERRUPTED) from None
+    if outcome.failures:
+        for name, failure in outcome.failures.items():
+            complain(f"{name} failed: {failure.reason}")
+        if outcome.not_run:
+            complain(f"not run because of that: {', '.join(outcome.not_run)}")
+        complain("finished work is kept; rerun the same command to resume")
+        raise typer.Exit(BAD_INPUT if all(f.bad_input for f in outcome.failures.values()) else STAGE_FAILED)
+    for stage in dag.stages:
+        if stage.view == "report" and stage.name in outcome.results:
+            page = Folder(outcome.results[stage.name].folder)
+            if page.exists("report.md"):
+                say(f"report: {(Folder(folder) / 'report' if page.is_local else page).uri('report.md')}")
+    say(f"run folder: {folder}")
+
+
+def _link_latest(folder: str, root: str) -> None:
+    """Point `latest` in the folder of runs at this one, for the commands' default. A convenience, and no more."""
+    from ray_pipeline.store.files import Folder, StoreError, point_at
+
+    root = os.path.abspath(os.path.expanduser(root))
+    if "://" in folder or os.path.basename(folder) == "latest":
+        return
+    if os.path.dirname(folder) == root or os.path.isdir(root):
+        try:
+            point_at(Folder(root), "latest", os.path.relpath(folder, root))
+        except StoreError as error:
+            complain(f"no link to this run: {error}")
+
+
+def _show_stages(dag: Dag, folder: str, num_shards: int, from_stage: str | None, to_stage: str | None) -> None:
+    from ray_pipeline.graph.run import load_result
+
+    again = dag.downstream(from_stage) if from_stage else []
+    for stage in dag.upto(to_stage):
+        done = stage not in again and load_result(folder, stage, num_shards) is not None
+        reads = ", ".join(parent.name for parent in stage.inputs.values()) or "-"
+        say(f"{stage.name:<28} {'done' if done else 'to do':<6} {stage.folder_name:<48} reads {reads}")

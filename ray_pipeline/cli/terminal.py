@@ -1,0 +1,54 @@
+"""What all commands share: arguments, lines on the terminal, exit codes, and how bad input is refused."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ray_pipeline.workflow.registry import workflow_names
+
+#: Exit codes.
+DONE, STAGE_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+WorkflowArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="WORKFLOW",
+        help=f"{', '.join(workflow_names())}, or a Python file that defines one",
+        autocompletion=workflow_names,
+    ),
+]
+OverridesArgument = Annotated[list[str] | None, typer.Argument(help="key=value, for example gate.tau=2 candidates.k=8")]
+ConfigOption = Annotated[
+    str, typer.Option("--config", "-c", help="YAML file, or the name of one that comes with Quorum")
+]
+RunDirOption = Annotated[str | None, typer.Option(help="run folder; default: run.root/run.name of the configuration")]
+RunArgument = Annotated[str, typer.Argument(help="run folder: a path, or the URI of any pyarrow filesystem")]
+
+_err = Console(stderr=True, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """A line of plain text: output of models and servers is never markup."""
+    Console(soft_wrap=True).print(text, markup=False, highlight=False)
+
+
+def complain(message: object) -> None:
+    """A line on standard error."""
+    _err.print(f"quorum: {message}", markup=False, highlight=False)
+
+
+@contextlib.contextmanager
+def refused() -> Iterator[None]:
+    """Bad input ends the command with one line and exit code 2."""
+    from ray_pipeline.graph.heartbeat import RunBusy
+
+    try:
+        yield
+    except (ValueError, FileNotFoundError, RunBusy) as error:  # configuration, input and storage errors are ValueErrors
+        complain(error)
+        raise typer.Exit(BAD_INPUT) from error

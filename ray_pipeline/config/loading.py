@@ -1,0 +1,124 @@
+"""Read a configuration: one YAML file, and overrides as `key=value`."""
+
+from __future__ import annotations
+
+import copy
+import importlib.resources
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from ray_pipeline.config.messages import ConfigError, explain
+from ray_pipeline.config.settings import ConfigFile
+
+C = TypeVar("C", bound=ConfigFile)
+
+
+def load_config(kind: type[C], name_or_path: str, overrides: Sequence[str] = ()) -> C:
+    """Read a configuration and check everything that can be checked before a stage starts.
+
+    Args:
+        kind: class of the configuration, as of a workflow (`find_workflow("dmapo").config`).
+        name_or_path: a YAML file, or the name of one that comes with Quorum (`pocket`, `configs/pocket.yaml`).
+        overrides: `key=value`, with dots for nesting (`gate.tau=2`) and YAML values; list items by number.
+
+    Raises:
+        ConfigError: no such file, not YAML, an unknown or unused key, a wrong type, a model that does not exist.
+    """
+    config = read_config(kind, read_yaml(name_or_path), overrides, name_or_path)
+    try:
+        config.check()
+    except ValueError as error:  # a file of prompt texts has errors of its own
+        raise ConfigError(str(error)) from error
+    return config
+
+
+def read_config(kind: type[C], values: Mapping[str, Any], overrides: Sequence[str] = (), source: str = "config") -> C:
+    """A configuration from plain data: types and keys alone are checked, so neither weights nor trainers are needed.
+
+    Args:
+        values: what a YAML file, or the manifest of a run, holds.
+        source: named in errors.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    changed = copy.deepcopy(dict(values))
+    for override in overrides:
+        apply_override(changed, override)
+    try:
+        return kind.model_validate(kind.resolve(changed))
+    except ValidationError as error:
+        raise ConfigError(explain(error, kind, source)) from error
+
+
+def read_yaml(name_or_path: str) -> dict[str, Any]:
+    """The blocks of a YAML file, or of one that comes with Quorum. Raises ConfigError."""
+    if os.path.isfile(name_or_path):
+        try:
+            with open(name_or_path, encoding="utf-8") as file:
+                text = file.read()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{name_or_path} cannot be read: {error}") from error
+    else:
+        folder = importlib.resources.files("configs")
+        name = os.path.basename(name_or_path).removesuffix(".yaml") + ".yaml"
+        # A path that leads nowhere is a mistake, whatever it ends with.
+        if os.path.dirname(name_or_path) not in ("", "configs") or not (folder / name).is_file():
+            known = sorted(f.name for f in folder.iterdir() if f.name.endswith(".yaml"))
+            raise ConfigError(f"no config file {name_or_path}; Quorum comes with {', '.join(known)}")
+        text = (folder / name).read_text("utf-8")
+    try:
+        values = yaml.load(text, UniqueKeys)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name_or_path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{name_or_path} must be a mapping of blocks, not {type(values).__name__}")
+    return values
+
+
+class UniqueKeys(yaml.SafeLoader):
+    """YAML as usual, but a duplicate key is an error: the first block would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value!r}", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set the key of `key=value` in place. Raises ConfigError."""
+    key, sign, text = override.partition("=")
+    if not sign or not key:
+        raise ConfigError(f"an override is key=value (for example gate.tau=2), not {override!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{key}: {text!r} is not a YAML value ({error})") from error
+    place: Any = values
+    *path, last = key.split(".")
+    for step in path:
+        if isinstance(place, list):
+            place = place[_index(place, step, key)]
+        else:
+            place = place.setdefault(step, {})
+            if place is None:
+                raise ConfigError(f"{key}: {step} is empty in the file; write it out there")
+        if not isinstance(place, (dict, list)):
+            raise ConfigError(f"{key}: {step} is a value, not a block")
+    if isinstance(place, list):
+        place[_index(place, last, key)] = value
+    else:
+        place[last] = value
+
+
+def _index(place: list[Any], step: str, key: str) -> int:
+    if not step.isdigit() or int(step) >= len(place):
+        raise ConfigError(f"{key}: {step!r} is not an item of a list of {len(place)} (the first is 0)")
+    return int(step)

@@ -1,0 +1,77 @@
+"""Errors of a configuration, in the words of the file: the key, what is wrong with it, and the nearest right one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used. Each line of the message names a key and a remedy."""
+
+
+def explain(error: ValidationError, kind: type[BaseModel], source: str) -> str:
+    """All problems of a configuration on one line.
+
+    Args:
+        kind: the class that refused it, where the nearest key is looked up.
+        source: file or command that the values come from.
+    """
+    return f"{source}: " + "; ".join(_line(problem, kind) for problem in error.errors())
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first problem of a block that is validated by itself."""
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    message = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}" if where else message
+
+
+def nearest(name: str, known: Iterable[Any]) -> str:
+    """End of a message: the known name that is closest, else all of them, else nothing."""
+    names = [str(k) for k in known]
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; choose from {', '.join(names)}" if names else ""
+
+
+def _line(problem: Any, kind: type[BaseModel]) -> str:
+    where = [part for part in problem["loc"] if not (isinstance(part, str) and "[" in part)]
+    key = ".".join(str(part) for part in where)
+    if problem["type"] == "extra_forbidden":
+        return f"{key}: unknown key{nearest(str(where[-1]), _fields_at(kind, where[:-1]))}"
+    if problem["type"] == "missing":
+        return f"{key}: missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    value = problem.get("input")
+    shown = f" (it is {value!r})" if isinstance(value, (str, int, float, bool)) else ""
+    return f"{key}: {message}{shown}" if key else message
+
+
+def _fields_at(kind: Any, where: Sequence[Any]) -> list[str]:
+    """Names of the keys at a place of the configuration, as far as its types tell."""
+    types = [kind]
+    for part in where:
+        found: list[Any] = []
+        for one in types:
+            for model in _models_in(one):
+                if isinstance(part, str) and part in model.model_fields:
+                    found.append(model.model_fields[part].annotation)
+                elif isinstance(part, str) and part == getattr(model.model_fields.get("type"), "default", None):
+                    found.append(model)
+            if not isinstance(one, type) or not issubclass(one, BaseModel):
+                found += [a for a in get_args(one) if isinstance(part, int) or a is not str]
+        types = found or types
+    return sorted({name for one in types for model in _models_in(one) for name in model.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """Model classes inside an annotation such as `tuple[Rubric, ...]` or `A | B`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_in(part)]

@@ -1,0 +1,241 @@
+"""The registry of what a user can add in a file of their own: sources, strategies, checkers and the like.
+
+A file registers what it adds, and a configuration refers to it by name or by file::
+
+    @register("checker")
+    def even(prompt, response): ...
+
+    evaluate: {checker: my_checker.py}          # the only checker that the file registers
+    evaluate: {checker: "my_checker.py:even"}   # one of several
+    evaluate: {checker: even}                   # an installed package's, found by its entry point
+
+Entry points are in the groups of `GROUPS`, such as `quorum.checkers`; the entry point's name is the extension's.
+
+A reference is resolved again in every process that needs it, so the file must have the same path on every node: put it
+on shared storage, ship it with the job (`quorum submit` packages the working folder, and a relative path is then
+right everywhere), or install it as a package with an entry point. Functions and classes of a file that is loaded by
+path are pickled by value, so stages of a user's workflow reach workers as they are.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import dataclasses
+import difflib
+import hashlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
+from typing import Any, Literal, TypeVar, get_args
+
+Kind = Literal["source", "strategy", "checker", "benchmark", "method", "workflow"]
+
+#: Kind → group of entry points in which installed packages offer it.
+GROUPS: dict[Kind, str] = {
+    "source": "quorum.sources",
+    "strategy": "quorum.strategies",
+    "checker": "quorum.checkers",
+    "benchmark": "quorum.benchmarks",
+    "method": "quorum.methods",
+    "workflow": "quorum.workflows",
+}
+
+_PACKAGE = os.path.dirname(os.path.abspath(__file__))
+
+V = TypeVar("V")
+
+
+class ExtensionError(ValueError):
+    """An extension cannot be found or loaded; the message names it and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Extension:
+    """Something that was registered.
+
+    Attributes:
+        file: where it was registered.
+    """
+
+    kind: Kind
+    name: str
+    value: Any
+    file: str
+
+    @property
+    def digest(self) -> str | None:
+        """SHA-256 of its file, for the fingerprint of what it decides; None for Quorum's own, whose stages have a
+        version."""
+        if os.path.abspath(self.file).startswith(_PACKAGE + os.sep):
+            return None
+        with open(self.file, "rb") as file:
+            return hashlib.sha256(file.read()).hexdigest()
+
+
+_Table = dict[tuple[Kind, str], Extension]
+
+#: What imported modules have registered, and what each file that was loaded by path has: file and content → table.
+_registered: _Table = {}
+_files: dict[tuple[str, str], _Table] = {}
+
+#: Where `register` puts things now.
+_table: contextvars.ContextVar[_Table] = contextvars.ContextVar("table", default=_registered)
+
+
+def register(kind: Kind, name: str | None = None) -> Callable[[V], V]:
+    """Register the decorated function or class; `register(kind, name)(value)` does it for any value.
+
+    Args:
+        name: default: the `__name__` of the value.
+
+    Raises:
+        ExtensionError: there is no such kind, or another module has registered this name.
+    """
+    if kind not in get_args(Kind):
+        raise ExtensionError(f"unknown kind of extension {kind!r}; choose from {', '.join(GROUPS)}")
+    file = str(sys._getframe(1).f_globals.get("__file__", "<interactive>"))
+
+    def add(value: V) -> V:
+        found, table = Extension(kind, name or str(getattr(value, "__name__", "")), value, file), _table.get()
+        before = table.get((kind, found.name))
+        if before is not None and os.path.abspath(before.file) != os.path.abspath(file):
+            raise ExtensionError(f"{kind} {found.name!r} is registered by {before.file} and by {file}; rename one")
+        table[kind, found.name] = found
+        return value
+
+    return add
+
+
+def find(kind: Kind, reference: str) -> Extension:
+    """What a reference (a name, `FILE.py` or `FILE.py:NAME`) means.
+
+    Raises:
+        ExtensionError: nothing of that kind and name is registered, or the file cannot be loaded.
+    """
+    path, name = _split(reference)
+    if path is not None:
+        return _in_file(kind, path, name)
+    if (kind, name) not in _registered:
+        _load_entry_point(kind, name)
+    if (kind, name) not in _registered:
+        known = names(kind)
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ExtensionError(
+            f"unknown {kind} {name!r}; {hint}choose from {', '.join(known)}, or name a file that registers one "
+            f"(my_{kind}.py)"
+        )
+    return _registered[kind, name]
+
+
+def names(kind: Kind) -> list[str]:
+    """All names of a kind: registered in this process, or offered by installed packages."""
+    registered = [name for known, name in _registered if known == kind]
+    return list(dict.fromkeys([*registered, *(point.name for point in _entry_points(kind))]))
+
+
+def digests_in(config: Any) -> dict[str, str]:
+    """Content digests of the users' files that a stage's configuration refers to, for its fingerprint.
+
+    Args:
+        config: plain data. A string in it counts when it is a reference to a file, or the name of an extension of
+            somebody else's that this process has found.
+    """
+    return {f"extension {name}": digest for name, digest in sorted(_digests_in(config))}
+
+
+def _digests_in(config: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(config, Mapping):
+        config = list(config.values())
+    if isinstance(config, (list, tuple)):
+        for part in config:
+            yield from _digests_in(part)
+    elif isinstance(config, str):
+        path, name = _split(config)
+        if path is not None and os.path.isfile(path):
+            with open(path, "rb") as file:
+                yield os.path.basename(config), hashlib.sha256(file.read()).hexdigest()
+        for extension in [e for (_, known), e in _registered.items() if path is None and known == name]:
+            if extension.digest is not None:
+                yield name, extension.digest
+
+
+def load_file(path: str) -> list[Extension]:
+    """What a user's file registers. It runs once in this process, and again when its content has changed.
+
+    Raises:
+        ExtensionError: there is no such file, or running it raises.
+    """
+    place = os.path.abspath(os.path.expanduser(path))
+    try:
+        with open(place, "rb") as file:
+            content = hashlib.sha256(file.read()).hexdigest()
+    except OSError as error:
+        raise ExtensionError(
+            f"{path} cannot be read ({error.strerror}; looked for {place}); check the path, and on a cluster make the "
+            "file visible under it on every node"
+        ) from error
+    if (place, content) not in _files:
+        _files[place, content] = _run(place, content)
+    return list(_files[place, content].values())
+
+
+def _run(place: str, content: str) -> _Table:
+    stem = os.path.splitext(os.path.basename(place))[0]
+    name = f"quorum_extension_{stem}_{content[:8]}"
+    spec = importlib.util.spec_from_file_location(name, place)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up while they are made. Afterwards it is not to be found there: cloudpickle then
+    # sends its functions and classes by value, and a worker need not be able to import it.
+    sys.modules[name] = module
+    table: _Table = {}
+    token = _table.set(table)
+    try:
+        spec.loader.exec_module(module)
+    except ExtensionError:
+        raise
+    except Exception as error:  # a user's file may raise anything
+        raise ExtensionError(f"{place} raised {type(error).__name__}: {error}; correct the file") from error
+    finally:
+        _table.reset(token)
+        del sys.modules[name]
+    return table
+
+
+def _in_file(kind: Kind, path: str, name: str) -> Extension:
+    own = [extension for extension in load_file(path) if extension.kind == kind]
+    found = [e for e in own if not name or e.name == name]
+    if len(found) == 1:
+        return found[0]
+    if not own:
+        raise ExtensionError(f'{path} registers no {kind}; decorate one with @register("{kind}")')
+    listed = ", ".join(e.name for e in own)
+    if name:
+        raise ExtensionError(f"{path} registers no {kind} {name!r}; choose from {listed}")
+    raise ExtensionError(f"{path} registers several: {listed}; name one, as {path}:{own[0].name}")
+
+
+def _split(reference: str) -> tuple[str | None, str]:
+    """File and name; no file where the reference is a name."""
+    path, sign, name = reference.rpartition(":")
+    if sign and path.endswith(".py"):
+        return path, name
+    return (reference, "") if reference.endswith(".py") else (None, reference)
+
+
+def _entry_points(kind: Kind) -> Iterator[metadata.EntryPoint]:
+    yield from metadata.entry_points(group=GROUPS[kind])
+
+
+def _load_entry_point(kind: Kind, name: str) -> None:
+    for point in _entry_points(kind):
+        if point.name == name:
+            try:
+                value = point.load()
+            except Exception as error:  # an installed package may raise anything
+                raise ExtensionError(f"entry point {GROUPS[kind]}: {name} cannot be loaded: {error}") from error
+            file = getattr(sys.modules[point.module], "__file__", None) or point.module
+            _registered[kind, name] = Extension(kind, name, value, file)

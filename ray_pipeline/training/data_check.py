@@ -1,0 +1,328 @@
+"""The check of the training files before workers start: columns, rows, labels and lengths as TRL will see them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import glob
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ray_pipeline.store.local import local_copy
+from ray_pipeline.training.methods import Method, TrainingInputError, method_of
+from ray_pipeline.training.spec import TrainSpec
+
+_BATCH_ROWS = 512
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """Rows of the training files, counted with the policy's tokenizer as TRL will see them.
+
+    Attributes:
+        rows: rows in the files.
+        truncated: rows with a completion cut at `max_length`.
+        desirable, undesirable: labels (KTO; 0 for other methods).
+        identical_pairs: pairs whose chosen and rejected tokens are equal after truncation.
+        sequences: what the batches are made of: the rows, or where TRL packs them the longer sequences they give.
+        unused: sequences of an epoch that fill no whole batch and are not trained on (rows: those at the end).
+        steps_per_epoch: optimiser steps.
+        val_rows: rows in the evaluation files.
+        val_rows_used: what evaluation takes: the whole batches.
+        warnings: what deserves a look, as sentences.
+    """
+
+    rows: int
+    truncated: int
+    desirable: int
+    undesirable: int
+    identical_pairs: int
+    sequences: int
+    unused: int
+    steps_per_epoch: int
+    val_rows: int
+    val_rows_used: int
+    warnings: tuple[str, ...]
+
+
+@dataclass
+class _Counts:
+    rows: int = 0
+    filled: int = 0  # by the prompt alone
+    truncated: int = 0
+    desirable: int = 0
+    undesirable: int = 0
+    identical_pairs: int = 0
+    ends_added: int = 0
+    lengths: list[int] = field(default_factory=list)  # of whole rows, where they are to be packed
+
+
+def parquet_files(pattern: str, setting: str) -> list[str]:
+    """Files of a path or glob in the order in which they are trained on; those of a URI are copied to this machine.
+
+    Raises:
+        TrainingInputError: there are none, naming the setting.
+    """
+    shown = pattern
+    if "://" in pattern:
+        path, mark, query = pattern.partition("?")
+        folder, _, names = path.rpartition("/")
+        with contextlib.suppress(FileNotFoundError):
+            pattern = f"{local_copy(folder + mark + query)}/{names}"
+    files = sorted(glob.glob(pattern, recursive=True))
+    if not files:
+        raise TrainingInputError(f"{setting}: no file matches {shown}; run the data set stage first or fix the path")
+    return files
+
+
+def check_data(spec: TrainSpec) -> DataReport:
+    """Read the data set once and refuse what cannot be trained on.
+
+    Loads the tokenizer, not the model. Memory is bounded by a batch of rows.
+
+    Raises:
+        TrainingInputError: no file, no row, a column that is missing, empty or of another type, KTO rows of one
+            class, only identical pairs, or too few rows for one batch; the message names file, column and remedy.
+    """
+    method = method_of(spec.settings.method)
+    tokenizer = _tokenizer(spec)
+    train = _count(spec, method, tokenizer, "train_files", spec.train_files)
+    if train.rows == 0:
+        raise TrainingInputError(f"train_files: {spec.train_files} holds no row; nothing passed the gate?")
+    if "label" in method.columns and not (train.desirable and train.undesirable):
+        raise TrainingInputError(
+            f"train_files: {train.desirable} desirable and {train.undesirable} undesirable rows; "
+            f"{spec.settings.method} needs both classes. Loosen the gate's thresholds or make more candidates"
+        )
+    if "rejected" in method.columns and train.identical_pairs == train.rows:
+        raise TrainingInputError(
+            f"train_files: chosen and rejected are equal after truncation to max_length={spec.max_length} in all "
+            f"{train.rows} pairs; raise max_length or check the pairs"
+        )
+    sequences = _sequences(spec, train)
+    if sequences < spec.micro_batch:
+        packed = f" (packed into {sequences} sequences)" if spec.packs else ""
+        raise TrainingInputError(
+            f"train_files: {train.rows} rows{packed} do not fill one batch of {spec.settings.batch_size} (batch_size) "
+            f"× {spec.settings.num_workers} (num_workers) = {spec.micro_batch}; make more rows, or lower batch_size or "
+            "num_workers"
+        )
+
+    val = _Counts()
+    if spec.val_files is not None:
+        val = _count(spec, method, tokenizer, "val_files", spec.val_files)
+    val_sequences = _sequences(spec, val, spec.settings.trainer_args.get("eval_packing"))
+    val_used = val_sequences - val_sequences % spec.micro_batch
+    micro_batches = sequences // spec.micro_batch
+    return DataReport(
+        rows=train.rows,
+        truncated=train.truncated,
+        desirable=train.desirable,
+        undesirable=train.undesirable,
+        identical_pairs=train.identical_pairs,
+        sequences=sequences,
+        unused=sequences - micro_batches * spec.micro_batch,
+        steps_per_epoch=math.ceil(micro_batches / spec.settings.gradient_accumulation),
+        val_rows=val.rows,
+        val_rows_used=val_used,
+        warnings=tuple(_warnings(spec, method, tokenizer, train, sequences, val, val_used)),
+    )
+
+
+def _tokenizer(spec: TrainSpec) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+    )
+    if not tokenizer.chat_template:
+        raise TrainingInputError(
+            f"model: the tokenizer of {spec.model} has no chat template, but the rows are chats; use an instruct "
+            "model or save a template with its tokenizer"
+        )
+    return tokenizer
+
+
+def _count(spec: TrainSpec, method: Method, tokenizer: Any, setting: str, pattern: str) -> _Counts:
+    counts = _Counts()
+    render = functools.partial(_token_ids, tokenizer, spec.chat_template_args)
+    completions = [c for c, kind in method.columns.items() if kind == "messages" and c != "prompt"]
+    for batch in _batches(parquet_files(pattern, setting), method):
+        rows = batch.to_pylist()
+        prompts = render([row["prompt"] for row in rows], add_generation_prompt=True)
+        answers = [
+            render([row["prompt"] + row[column] for row in rows], add_generation_prompt=False) for column in completions
+        ]
+        for i, row in enumerate(rows):
+            prompt, whole = prompts[i], [ids[i] for ids in answers]
+            if method.adds_ends:
+                ended = [_with_ends(tokenizer, ids) for ids in whole]
+                counts.ends_added += ended != whole
+                prompt, whole = _with_ends(tokenizer, prompt, end=False), ended
+            counts.rows += 1
+            # TRL starts the completion where prompt and prompt + completion part, which may be inside the prompt.
+            counts.filled += min(_common_prefix(prompt, ids) for ids in whole) >= spec.max_length
+            counts.truncated += any(len(ids) > spec.max_length for ids in whole)
+            if "label" in row:
+                counts.desirable += row["label"]
+                counts.undesirable += not row["label"]
+            if len(whole) == 2:
+                chosen, rejected = (ids[: spec.max_length] for ids in whole)
+                counts.identical_pairs += chosen == rejected
+            if spec.packs or spec.settings.trainer_args.get("eval_packing"):
+                counts.lengths.append(len(whole[0]))
+    if counts.filled:
+        raise TrainingInputError(
+            f"{setting}: in {counts.filled} of {counts.rows} rows the prompt alone fills max_length={spec.max_length} "
+            "tokens, so that nothing of the answer is left to learn from; raise max_length, or leave such rows out "
+            "(datasets.max_prompt_length does)"
+        )
+    return counts
+
+
+def _with_ends(tokenizer: Any, ids: list[int], end: bool = True) -> list[int]:
+    """What TRL's ORPO and CPO trainers make of a rendered chat: BOS in front and EOS at the end, if it has none."""
+    first, last = tokenizer.bos_token_id, tokenizer.eos_token_id
+    front = [first] if first is not None and ids[:1] != [first] else []
+    return front + ids + ([last] if end and ids[-1:] != [last] else [])
+
+
+def _sequences(spec: TrainSpec, counts: _Counts, packing: bool | None = None) -> int:
+    """How many sequences the batches are dealt from. Packing is done by TRL's own function, on rows of zeros."""
+    if not (spec.packs if packing is None else packing) or not counts.rows:
+        return counts.rows
+    from datasets import Dataset, disable_progress_bars, enable_progress_bars
+    from trl import pack_dataset
+
+    ends = np.cumsum([0, *counts.lengths])
+    zeros = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(np.zeros(ends[-1], np.int8)))
+    disable_progress_bars()
+    try:
+        rows = Dataset(pa.table({"input_ids": zeros}))
+        return len(pack_dataset(rows, spec.max_length, spec.settings.trainer_args.get("packing_strategy", "bfd")))
+    finally:
+        enable_progress_bars()
+
+
+def _batches(files: Sequence[str], method: Method) -> Iterator[pa.RecordBatch]:
+    for name in files:
+        try:
+            file = pq.ParquetFile(name)
+        except (pa.ArrowException, OSError) as error:
+            raise TrainingInputError(f"{name} is no readable Parquet file ({error})") from error
+        with file:
+            for column, kind in method.columns.items():
+                _check_type(name, file.schema_arrow, column, kind)
+            start = 0
+            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=list(method.columns)):
+                for column, kind in method.columns.items():
+                    _check_values(name, batch.column(column), column, kind, start)
+                yield batch
+                start += batch.num_rows
+
+
+def _check_type(name: str, schema: pa.Schema, column: str, kind: str) -> None:
+    if column not in schema.names:
+        raise TrainingInputError(f"{name} has no column {column!r}; it has {', '.join(schema.names) or 'none'}")
+    found = schema.field(column).type
+    if kind == "bool":
+        good, wanted = pa.types.is_boolean(found), "bool"
+    else:
+        good, wanted = _is_messages(found), "list of {role: string, content: string}"
+    if not good:
+        raise TrainingInputError(f"{name}: column {column!r} must be {wanted}, not {found}")
+
+
+def _is_messages(found: pa.DataType) -> bool:
+    if not (pa.types.is_list(found) or pa.types.is_large_list(found)) or not pa.types.is_struct(found.value_type):
+        return False
+    fields = {f.name: f.type for f in found.value_type}
+    return all(
+        n in fields and (pa.types.is_string(fields[n]) or pa.types.is_large_string(fields[n]))
+        for n in ("role", "content")
+    )
+
+
+def _check_values(name: str, values: pa.Array, column: str, kind: str, start: int) -> None:
+    missing = values.is_null()
+    if kind == "messages":
+        missing = pc.or_kleene(missing, pc.equal(pc.fill_null(pc.list_value_length(values), 0), 0))
+    row = pc.index(missing, True).as_py()
+    if row >= 0:
+        raise TrainingInputError(f"{name}: column {column!r} is empty in row {start + row}; remake the data set")
+    if kind == "messages":
+        flat = pc.list_flatten(values)
+        end = start + len(values) - 1
+        for part in ("role", "content"):
+            if pc.struct_field(flat, part).null_count:
+                raise TrainingInputError(
+                    f"{name}: column {column!r} has a message without {part} within rows {start}–{end}"
+                )
+
+
+def _token_ids(
+    tokenizer: Any,
+    template_args: Mapping[str, Any],
+    chats: list[list[dict[str, str]]],
+    add_generation_prompt: bool,
+) -> list[list[int]]:
+    """Token ids of chats: the same as TRL's row by row, but in batches, which fast tokenizers do in parallel."""
+    texts = tokenizer.apply_chat_template(
+        chats, tokenize=False, add_generation_prompt=add_generation_prompt, **template_args
+    )
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _common_prefix(left: list[int], right: list[int]) -> int:
+    if left == right[: len(left)]:  # nearly always
+        return len(left)
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+
+
+def _warnings(
+    spec: TrainSpec, method: Method, tokenizer: Any, train: _Counts, sequences: int, val: _Counts, val_used: int
+) -> Iterator[str]:
+    if train.identical_pairs:
+        yield f"{train.identical_pairs} of {train.rows} pairs are equal after truncation and teach nothing"
+    if sequences < spec.effective_batch:
+        what = "packed sequences" if spec.packs else "rows"
+        yield f"{sequences} {what} are fewer than the effective batch of {spec.effective_batch}: one step an epoch"
+    if train.ends_added:
+        yield (
+            f"{spec.settings.method} trains on {train.ends_added} of {train.rows} rows with the tokenizer's "
+            f"{tokenizer.bos_token or 'no BOS'} in front and {tokenizer.eos_token} at the end, where the chat template "
+            "has none: TRL puts them there"
+        )
+    if "label" in method.columns:
+        yield from _imbalance(spec, train)
+    if spec.val_files is not None and not val_used:
+        yield f"val_files: {val.rows} rows do not fill one batch of {spec.micro_batch}: no evaluation"
+
+
+def _imbalance(spec: TrainSpec, train: _Counts) -> Iterator[str]:
+    """Unequal classes, and whether the weights make up for it: λ_D·n_D / (λ_U·n_U) in [1, 4/3] (KTO paper, eq. 8)."""
+    low, high = 0.99, 4 / 3 + 0.01
+    rows = train.desirable / train.undesirable
+    wanted, unwanted = spec.settings.desirable_weight or 1.0, spec.settings.undesirable_weight or 1.0
+    weighed = wanted * train.desirable / max(unwanted * train.undesirable, 1e-9)
+    if low <= rows <= high and low <= weighed <= high:
+        return
+    best = unwanted * train.undesirable / train.desirable
+    advice = (
+        ""
+        if low <= weighed <= high
+        else (f"; the KTO paper recommends 1 to 1.33, that is desirable_weight {best:.2f} to {best * 4 / 3:.2f}")
+    )
+    yield (
+        f"class imbalance: {train.desirable} desirable, {train.undesirable} undesirable rows; with desirable_weight "
+        f"{wanted:.4g} and undesirable_weight {unwanted:.4g} they weigh "
+        f"{weighed:.2f} : 1{advice}"
+    )
