@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, ClassVar
@@ -18,10 +19,11 @@ from ray_pipeline.cli import app
 from ray_pipeline.engines.base import Completion, Message, Sampling
 from ray_pipeline.engines.vllm import VllmEngine, VllmSpec
 
-#: Commands that take an executor.
-_MAKES = ("run",)
 _loop: asyncio.AbstractEventLoop | None = None
+#: The least recently used first.
 _started: dict[str, VllmEngine] = {}
+#: Engines that are kept at once; each takes about 1 GB.
+_LIVING = 3
 
 
 class SharedEngine:
@@ -39,7 +41,7 @@ class SharedEngine:
         self._spec = spec
         self.open.append(self)
 
-    @property
+    @functools.cached_property
     def identity(self) -> Mapping[str, Any]:
         return VllmEngine(self._spec).identity
 
@@ -56,9 +58,14 @@ class SharedEngine:
     async def _on_engine(self, work: Callable[[VllmEngine], Coroutine[Any, Any, Any]]) -> Any:
         self.asked.add(self._spec.model)
         key = repr(dataclasses.replace(self._spec, canary=False))
-        if key not in _started:
-            _started[key] = VllmEngine(self._spec)
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work(_started[key]), _thread()))
+        engine = _started[key] = _started.pop(key, None) or VllmEngine(self._spec)
+        while len(_started) > _LIVING:
+            await _there(_started.pop(next(iter(_started))).close())
+        return await _there(work(engine))
+
+
+async def _there(work: Coroutine[Any, Any, Any]) -> Any:
+    return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, _thread()))
 
 
 def _thread() -> asyncio.AbstractEventLoop:
@@ -87,7 +94,7 @@ class Here:
 def here(*arguments: str, expect: int = 0) -> Here:
     """Run a `quorum` command to its end in this process; it must have closed every engine that it opened."""
     SharedEngine.asked.clear()
-    more = ["--executor", "inprocess"] if arguments[0] in _MAKES else []
+    more = ["--executor", "inprocess"] if arguments[0] == "run" else []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CONFIGURE_LOGGING", "0")  # it would keep the stream that the runner closes
         patch.setattr("ray_pipeline.engines.models.VllmEngine", SharedEngine)
