@@ -196,9 +196,10 @@ def test_other_tools_open_the_data_sets(demo: Path) -> None:
 def test_evaluation_without_new_responses(demo: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(demo, folder, symlinks=True)
-    ended = here("run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), "--to", "evaluate", "--skip-generation")
+    quorum = Quorum("run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), "--to", "evaluate", "--skip-generation")
+    assert quorum.wait(600) == 0, quorum.output
     # Another report of what is stored: nothing is asked, nothing is trained, and what was measured stays in it.
-    assert not ended.engines and "train: running" not in ended.output
+    assert quorum.engines == {} and "train: running" not in quorum.output
     before, after = (json.loads((f / "report" / "metrics.json").read_text()) for f in (demo, folder))
     for part in ("responses", "win_rates", "rubrics"):
         assert after["evaluation"][part] == before["evaluation"][part]
