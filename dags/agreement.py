@@ -61,7 +61,7 @@ class AgreementConfig(RunConfig):
             data=self.data.label,
             replay=self.data.told(bool(judges)),
             measure=self.measure,
-            judge_models={j.name: self.models[j.model].model for j in judges},
+            judge_models={j.name: self.models[j.model].shown for j in judges},
         )
 
     def check(self) -> None:

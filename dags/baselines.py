@@ -32,7 +32,7 @@ from ray_pipeline.data.imported import PreferenceSource, preferences, tables_of
 from ray_pipeline.data.judging import judges as judge_stages
 from ray_pipeline.data.sources import InputError
 from ray_pipeline.evaluate.method_table import PolicyName, TableSettings, method_table, rewrite_page
-from ray_pipeline.graph.run import stage_folder
+from ray_pipeline.graph.resume import stage_folder
 from ray_pipeline.graph.stage import Dag, Stage
 from ray_pipeline.policy.comparisons import comparisons as comparisons_stage
 from ray_pipeline.policy.comparisons import responses as responses_stage
@@ -43,23 +43,27 @@ from ray_pipeline.workflow.registry import Workflow
 
 
 class DataVariant(Settings):
-    """One way of making training data: from the run's candidates and scores, or from imported rows.
+    """One way of making training data: from the run's candidates and scores, or from imported rows."""
 
-    Attributes:
-        gated: whether the confidence gate decides; if not, best and worst of k by the mean score, whatever it is.
-        gate: changes of the `gate` block ({use_variance: false}, {use_critic: false}, {tau: 1}).
-        judges: whose scores count; default: all.
-        k: only the first so many candidates of each prompt; default: all.
-        min_gap: smallest gap of a pair's scores; default: datasets.min_gap with the gate, any gap above 0 without.
-        source: training rows of a Hub dataset or of files; nothing above applies to them.
-    """
-
-    gated: bool = True
-    gate: dict[str, Any] = Field(default_factory=dict)
-    judges: tuple[str, ...] | None = Field(None, min_length=1)
-    k: int | None = Field(None, ge=2)
-    min_gap: float | None = Field(None, ge=0)
-    source: PreferenceSource | None = None
+    gated: bool = Field(
+        True,
+        description="whether the confidence gate decides; if not, best and worst of k by the mean score, "
+        "whatever it is",
+    )
+    gate: dict[str, Any] = Field(
+        default_factory=dict,
+        description="changes of the `gate` block ({use_variance: false}, {use_critic: false}, {tau: 1})",
+    )
+    judges: tuple[str, ...] | None = Field(None, min_length=1, description="whose scores count; default: all")
+    k: int | None = Field(None, ge=2, description="only the first so many candidates of each prompt; default: all")
+    min_gap: float | None = Field(
+        None,
+        ge=0,
+        description="smallest gap of a pair's scores; default: datasets.min_gap with the gate, any gap above 0 without",
+    )
+    source: PreferenceSource | None = Field(
+        None, description="training rows of a Hub dataset or of files; nothing above applies to them"
+    )
 
     @model_validator(mode="after")
     def _one_way(self) -> DataVariant:
@@ -79,8 +83,12 @@ class BaselinesBlock(Settings):
         min_length=1,
         description="method → changes of the `train` block for it",
     )
-    data: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_]*$")], DataVariant] = Field(min_length=1)
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 2), min_length=1)
+    data: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_]*$")], DataVariant] = Field(
+        min_length=1, description="name → how the dataset is made"
+    )
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (0, 1, 2), min_length=1, description="every method is trained with each of them"
+    )
 
     @field_validator("methods", mode="before")
     @classmethod
@@ -186,6 +194,7 @@ class BaselinesConfig(DmapoConfig):
             },
             curating=shown.curating if any(v.source is None for v in data.values()) else {},
             evaluating=shown.evaluating,
+            checker=self.evaluate.checker,
             bootstrap_draws=self.evaluate.bootstrap_draws,
             seed=self.evaluate.seed,
         )
@@ -246,7 +255,9 @@ def baselines(config: BaselinesConfig, run_folder: str) -> Dag:
     before = responses_stage("base", config.evaluate, base, prompts)
     responses = {"base": before, **policies}
     pairs = comparisons_stage(config.evaluate, models[config.evaluate.judge], texts.pairwise, prompts, before, policies)
-    scores = judge_stages(config.judge, models, texts.judge, prompts, responses, "score-responses", "evaluate")
+    scores = judge_stages(
+        config.judge, models, texts.judge, prompts, responses, "score-responses", "evaluate", "response verdicts"
+    )
     table = method_table(config.page(), [prompts, *rows.values(), *trained, *responses.values(), pairs, *scores])
     last = [table]
     if config.benchmarks is not None:

@@ -31,7 +31,7 @@ from ray_pipeline.data.judging import judges as judge_stages
 from ray_pipeline.engines.models import ModelUse
 from ray_pipeline.evaluate.stage import ReportSettings, write_report
 from ray_pipeline.evaluate.stage import evaluate as evaluate_stage
-from ray_pipeline.graph.run import stage_folder, stored
+from ray_pipeline.graph.resume import stage_folder, stored
 from ray_pipeline.graph.stage import Dag, Stage
 from ray_pipeline.policy.comparisons import comparisons as comparisons_stage
 from ray_pipeline.policy.comparisons import responses as responses_stage
@@ -145,7 +145,7 @@ def evaluation(
     both = {"base": before, "policy": after}
     return [
         *(before, after, compared),
-        *judge_stages(judge, models, texts.judge, prompts, both, "score-responses", "evaluate"),
+        *judge_stages(judge, models, texts.judge, prompts, both, "score-responses", "evaluate", "response verdicts"),
     ]
 
 

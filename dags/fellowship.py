@@ -34,7 +34,7 @@ from ray_pipeline.feedback.improvement_rows import improvement_rows
 from ray_pipeline.feedback.loop import LoopSettings, feedback_stages
 from ray_pipeline.feedback.page import LoopPage, loop_page, rewrite_page
 from ray_pipeline.feedback.select import SelectSettings, ranks, select
-from ray_pipeline.graph.run import stored
+from ray_pipeline.graph.resume import stored
 from ray_pipeline.graph.stage import Dag, Stage
 from ray_pipeline.policy.train import train as train_stage
 from ray_pipeline.training.spec import TrainSettings
@@ -166,7 +166,11 @@ def fellowship(config: FellowshipConfig, run_folder: str) -> Dag:
     rows = dataset_rows(limits, config.judges, base, prompts, candidates, verdicts, decisions, every_rejected=every)
     datasets = dataset_files(limits, None, config.judges, rows, origin=config.origin())
     page = loop_page(
-        LoopPage(run_name=config.run.name, reviewers=tuple(config.loop.names)), prompts, candidates, reviews, decisions
+        LoopPage(run_name=config.run.name, reviewers=tuple(config.loop.names), checker=config.evaluate.checker),
+        prompts,
+        candidates,
+        reviews,
+        decisions,
     )
     curated = [prompts, candidates, *verdicts, decisions, datasets]
     policy = train_stage(config.train, base, limits.max_length, datasets)
@@ -178,12 +182,14 @@ def fellowship(config: FellowshipConfig, run_folder: str) -> Dag:
     return Dag("fellowship", [*generated, *curated, page, *improved, *trained, report])
 
 
-def _judged(config: FellowshipConfig, prompts: Stage, responses: Mapping[str, Stage], name: str) -> list[Stage]:
+def _judged(
+    config: FellowshipConfig, prompts: Stage, responses: Mapping[str, Stage], name: str, holds: str = ""
+) -> list[Stage]:
     """Verdicts on all responses, by the strategy or the debate of `select`, or by the rubric judges."""
     if config.select.compares:
-        return ranks(config.select, config.models, prompts, responses, name)
+        return ranks(config.select, config.models, prompts, responses, name, holds)
     assert config.judge is not None
-    return judge_stages(config.judge, config.models, config.templates().judge, prompts, responses, name)
+    return judge_stages(config.judge, config.models, config.templates().judge, prompts, responses, name, holds=holds)
 
 
 def _improvement(config: FellowshipConfig, prompts: Stage) -> list[Stage]:
@@ -192,13 +198,15 @@ def _improvement(config: FellowshipConfig, prompts: Stage) -> list[Stage]:
     assert settings is not None
     own = prompts
     if settings.prompts is not None:
-        own = dataclasses.replace(prompts_stage(settings.prompts), name="improve-prompts", group="improve-prompts")
+        own = dataclasses.replace(
+            prompts_stage(settings.prompts), name="improve-prompts", group="improve-prompts", role="branch prompts"
+        )
     # The loop's own first responses, generated for these prompts: equal calls are made once.
     _, (first,), _ = feedback_stages(loop.model_copy(update={"responses": 1}), models, own)
-    first = dataclasses.replace(first, name="improve-generate")
+    first = dataclasses.replace(first, name="improve-generate", role="branch candidates")
     branches = branch_stages(settings, loop, models, own, first)
     responses = {"responses": branches.responses, "revisions": branches.revisions}
-    verdicts = _judged(config, own, responses, "improve-judge")
+    verdicts = _judged(config, own, responses, "improve-judge", "branch verdicts")
     every = config.select.pairs == "every_rejected"
     datasets = []
     for what, key, origin in (
@@ -212,7 +220,7 @@ def _improvement(config: FellowshipConfig, prompts: Stage) -> list[Stage]:
         files = dataset_files(
             config.datasets, None, config.judges, rows, name=name, view=name, origin=config.origin(origin)
         )
-        datasets.append(dataclasses.replace(files, group="improve"))
+        datasets.append(dataclasses.replace(files, group="improve", role="branch datasets"))
     return datasets
 
 

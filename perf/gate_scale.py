@@ -29,8 +29,9 @@ from ray_pipeline.data import columnar
 from ray_pipeline.data.datasets import DatasetsConfig
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.engines.models import ModelSettings
-from ray_pipeline.graph.inline import make_here
-from ray_pipeline.graph.stage import Stage, StageResult, WholeWork, stage_table
+from ray_pipeline.graph.in_process import make_here
+from ray_pipeline.graph.session import Session
+from ray_pipeline.graph.stage import Stage, StageRef, StageResult, WholeWork
 from ray_pipeline.report.charts import Series, lines, standalone
 from ray_pipeline.store.schemas import CANDIDATES, CRITIQUES, PROMPTS, VERDICTS
 
@@ -84,9 +85,7 @@ def make(folder: Path, size: int) -> None:
     for shard in range(shards):
         count = size // K // shards + (shard < size // K % shards)
         for name, table in shard_tables(shard, count).items():
-            target = stage_table(
-                str(folder / stages[name].folder_name), (kind_of(name),), kind_of(name), shards, "made"
-            )
+            target = StageRef.of(stages[name], str(folder), shards).table()
             if not os.path.exists(f"{target.folder}/shard-{shard:05d}.parquet"):
                 target.write(shard, table)
     (folder / "make.json").write_text("{}")
@@ -168,7 +167,7 @@ def run(folder: Path, size: int) -> None:
     columnar.token_counter = lambda tokenizer: words  # type: ignore[assignment]
     shards, before = num_shards(size), parents()
     results = {
-        name: StageResult(name, "made", str(folder / s.folder_name), shards, s.work.tables, {}, {}, {})
+        name: StageResult(name, "made", str(folder / s.folder_name), shards, s.work.tables, {}, {})
         for name, s in before.items()
     }
     weights = folder / "policy"
@@ -182,11 +181,12 @@ def run(folder: Path, size: int) -> None:
     files = columnar.datasets(settings, gate_settings, JUDGES, policy, asked, answers, verdicts, decisions)
     # Peak memory of this process so far is that of the libraries.
     loaded = peak()
-    make_here([decisions, files.inputs["rows"], files], str(folder), shards, results, str(folder / "calls"), print)
+    session = Session(str(folder), str(folder / "calls"), shards)
+    make_here([decisions, files.inputs["rows"], files], session, results, print)
     seconds = {
-        "gate": results["gate"].usage["seconds"],
-        "dataset-rows": results["dataset-rows"].usage["seconds"],
-        "datasets": results["datasets"].usage["wall_seconds"],
+        "gate": results["gate"].usage.seconds,
+        "dataset-rows": results["dataset-rows"].usage.seconds,
+        "datasets": results["datasets"].usage.wall_seconds,
     }
     stats = {"rows": results["datasets"].facts["rows"], "shards": shards, "loaded": loaded, "peak": peak()}
     (folder / "run.json").write_text(json.dumps({**stats, "seconds": seconds}))

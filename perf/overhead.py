@@ -29,10 +29,12 @@ from ray_pipeline.config.loading import load_config
 from ray_pipeline.data.judging import judges
 from ray_pipeline.engines.base import Completion, Message, Sampling
 from ray_pipeline.engines.vllm import VllmEngine, VllmSpec
+from ray_pipeline.graph.cluster import start_ray
 from ray_pipeline.graph.failures import FailureSettings
-from ray_pipeline.graph.run import start_ray
-from ray_pipeline.graph.shard_map import ShardJob, map_shards
-from ray_pipeline.graph.stage import ShardWork, Stage, WholeWork
+from ray_pipeline.graph.ray_shards import map_shards
+from ray_pipeline.graph.session import Session, StageTask
+from ray_pipeline.graph.shards import Receipt
+from ray_pipeline.graph.stage import ShardWork, Stage, StageRef, StageResult, WholeWork
 from ray_pipeline.pocket.responses import policy_response
 from ray_pipeline.pocket.tasks import make_prompts
 from ray_pipeline.store.keys import digest, prompt_id, shard_of
@@ -124,14 +126,22 @@ def through_the_pipeline(config: DmapoConfig, tables: dict[str, ShardedTable], f
     assert isinstance(stage.work, ShardWork)
     spec = config.models["judge"].spec()
     work = dataclasses.replace(stage.work, engine=functools.partial(TimedEngine, spec, str(note)))
-    job = ShardJob(
-        "judge", str(folder / "judge"), "benchmark", tables["prompts"].num_shards, work, tables, {},
-        str(folder / "calls"), "session", False, None, FailureSettings(max_error_rate=1.0),
-    )  # fmt: skip
+    shards = tables["prompts"].num_shards
+    inputs = {
+        role: StageResult(role, table.fingerprint, table.folder, shards, (table.kind,), {}, {})
+        for role, table in tables.items()
+    }
+    ref = StageRef("judge", "benchmark", str(folder / "judge"), shards, work.tables)
+    failure = FailureSettings(max_error_rate=1.0)
+    task = StageTask(ref, work, inputs, Session(str(folder), str(folder / "calls"), shards, failure))
     calls = 0
-    for receipt in map_shards([job], [(job.stage, shard) for shard in range(job.num_shards)]):
+
+    def take(receipt: Receipt) -> None:
+        nonlocal calls
         assert receipt.status == "ok", receipt.error
         calls += int(receipt.usage["calls_engine"])
+
+    map_shards([task], [("judge", shard) for shard in range(shards)], take)
     return time.monotonic() - float(note.read_text()), calls
 
 

@@ -79,7 +79,7 @@ def ours(method: str, workers: int, data: Path, out: Path) -> dict[str, Any]:
     import ray
 
     from ray_pipeline.engines.models import ModelSettings
-    from ray_pipeline.graph.run import start_ray
+    from ray_pipeline.graph.cluster import start_ray
     from ray_pipeline.graph.stage import Stage, StageResult, WholeInput, WholeWork
     from ray_pipeline.policy.train import train, train_policy
     from ray_pipeline.store.files import Folder
@@ -87,7 +87,7 @@ def ours(method: str, workers: int, data: Path, out: Path) -> dict[str, Any]:
 
     start_ray({"num_cpus": workers})
     datasets = Stage("datasets", WholeWork(lambda given: {}), {})
-    read = StageResult("datasets", "benchmark", str(data), 1, (), {}, {}, {})
+    read = StageResult("datasets", "benchmark", str(data), 1, (), {}, {})
     stage = train(TrainSettings(**settings(method, workers)), ModelSettings(model=str(WEIGHTS)), MAX_LENGTH, datasets)
     given = WholeInput(
         {"datasets": read}, Folder(str(out)), Folder(str(out / "calls")), "benchmark", 1, stage.work.settings,

@@ -42,8 +42,6 @@ GROUPS: dict[Kind, str] = {
     "workflow": "quorum.workflows",
 }
 
-_PACKAGE = os.path.dirname(os.path.abspath(__file__))
-
 V = TypeVar("V")
 
 
@@ -64,20 +62,13 @@ class Extension:
     value: Any
     file: str
 
-    @property
-    def digest(self) -> str | None:
-        """SHA-256 of its file, for the fingerprint of what it decides; None for Quorum's own, whose stages have a
-        version."""
-        if os.path.abspath(self.file).startswith(_PACKAGE + os.sep):
-            return None
-        with open(self.file, "rb") as file:
-            return hashlib.sha256(file.read()).hexdigest()
-
 
 _Table = dict[tuple[Kind, str], Extension]
 
-#: What imported modules have registered, and what each file that was loaded by path has: file and content → table.
+#: What imported modules have registered, what installed packages offered by entry points, and what each file that was
+#: loaded by path has: file and content → table.
 _registered: _Table = {}
+_installed: _Table = {}
 _files: dict[tuple[str, str], _Table] = {}
 
 #: Where `register` puts things now.
@@ -117,9 +108,8 @@ def find(kind: Kind, reference: str) -> Extension:
     path, name = _split(reference)
     if path is not None:
         return _in_file(kind, path, name)
-    if (kind, name) not in _registered:
-        _load_entry_point(kind, name)
-    if (kind, name) not in _registered:
+    found = _registered.get((kind, name)) or _entry_point(kind, name)
+    if found is None:
         known = names(kind)
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -127,7 +117,7 @@ def find(kind: Kind, reference: str) -> Extension:
             f"unknown {kind} {name!r}; {hint}choose from {', '.join(known)}, or name a file that registers one "
             f"(my_{kind}.py)"
         )
-    return _registered[kind, name]
+    return found
 
 
 def names(kind: Kind) -> list[str]:
@@ -140,26 +130,32 @@ def digests_in(config: Any) -> dict[str, str]:
     """Content digests of the users' files that a stage's configuration refers to, for its fingerprint.
 
     Args:
-        config: plain data. A string in it counts when it is a reference to a file, or the name of an extension of
-            somebody else's that this process has found.
+        config: plain data. A string in it counts when it is a reference to a file, or the name of an extension of an
+            installed package that this process has found. What Quorum has itself is covered by its stages' versions,
+            and a workflow by those of the stages that it wires.
     """
-    return {f"extension {name}": digest for name, digest in sorted(_digests_in(config))}
+    return {f"extension {name}": _file_digest(file) for name, file in sorted(_files_in(config))}
 
 
-def _digests_in(config: Any) -> Iterator[tuple[str, str]]:
+def _files_in(config: Any) -> Iterator[tuple[str, str]]:
+    """Name and file of every extension that plain data refers to."""
     if isinstance(config, Mapping):
         config = list(config.values())
     if isinstance(config, (list, tuple)):
         for part in config:
-            yield from _digests_in(part)
+            yield from _files_in(part)
     elif isinstance(config, str):
         path, name = _split(config)
         if path is not None and os.path.isfile(path):
-            with open(path, "rb") as file:
-                yield os.path.basename(config), hashlib.sha256(file.read()).hexdigest()
-        for extension in [e for (_, known), e in _registered.items() if path is None and known == name]:
-            if extension.digest is not None:
-                yield name, extension.digest
+            yield os.path.basename(config), path
+        for (kind, known), extension in _installed.items():
+            if path is None and known == name and kind != "workflow":
+                yield name, extension.file
+
+
+def _file_digest(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 def load_file(path: str) -> list[Extension]:
@@ -170,8 +166,7 @@ def load_file(path: str) -> list[Extension]:
     """
     place = os.path.abspath(os.path.expanduser(path))
     try:
-        with open(place, "rb") as file:
-            content = hashlib.sha256(file.read()).hexdigest()
+        content = _file_digest(place)
     except OSError as error:
         raise ExtensionError(
             f"{path} cannot be read ({error.strerror}; looked for {place}); check the path, and on a cluster make the "
@@ -230,12 +225,13 @@ def _entry_points(kind: Kind) -> Iterator[metadata.EntryPoint]:
     yield from metadata.entry_points(group=GROUPS[kind])
 
 
-def _load_entry_point(kind: Kind, name: str) -> None:
+def _entry_point(kind: Kind, name: str) -> Extension | None:
     for point in _entry_points(kind):
-        if point.name == name:
+        if point.name == name and (kind, name) not in _installed:
             try:
                 value = point.load()
             except Exception as error:  # an installed package may raise anything
                 raise ExtensionError(f"entry point {GROUPS[kind]}: {name} cannot be loaded: {error}") from error
             file = getattr(sys.modules[point.module], "__file__", None) or point.module
-            _registered[kind, name] = Extension(kind, name, value, file)
+            _installed[kind, name] = Extension(kind, name, value, file)
+    return _installed.get((kind, name))

@@ -11,6 +11,7 @@ import pytest
 from ray_pipeline.data.prompts import PromptsConfig, load_prompts, source_digests
 from ray_pipeline.data.sources import JsonlSource, PocketSource
 from ray_pipeline.extensions import ExtensionError, digests_in, find, names, register
+from ray_pipeline.workflow.registry import find_workflow
 
 CHECKER = """
 from ray_pipeline.extensions import register
@@ -51,7 +52,8 @@ def test_a_changed_file_is_another_digest_and_is_loaded_again(tmp_path):
 
 
 def test_quorums_own_have_no_digest():
-    assert find("source", "jsonl").digest is None
+    assert find("source", "jsonl") and find_workflow("dmapo")
+    assert digests_in({"type": "jsonl", "workflow": "dmapo"}) == {}
     assert digests_in({"type": "jsonl", "path": "none.py", "text": "a.py", "n": None}) == {}
 
 

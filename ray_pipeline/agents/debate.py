@@ -110,27 +110,32 @@ def load_debate_templates(name_or_path: str) -> DebateTemplates:
 
 
 class DebateSettings(Settings):
-    """The rules of a debate.
+    """The rules of a debate."""
 
-    Attributes:
-        turns: in_turn: a speaker sees what was said before it in the same round; at_once: all of a round speak
-            without seeing each other.
-        sees: of the earlier rounds: all of them, the last one, or only what the speaker said itself.
-        schedule: who speaks in which round, by name, in order; default: all roles in the order of the file.
-        pool: how the final scores become one verdict.
-    """
-
-    rounds: int = Field(2, ge=0)
-    turns: Literal["in_turn", "at_once"] = "in_turn"
-    sees: Literal["all", "last_round", "own"] = "all"
-    schedule: tuple[tuple[str, ...], ...] | None = None
-    pool: Pool = "mean"
-    low: int = 0
-    high: int = 10
-    decimals: bool = False
-    orders: Orders = "given"
-    conflict: Conflict = "tie"
-    speech: SamplingSettings = SamplingSettings(temperature=0.0, max_tokens=512)
+    rounds: int = Field(2, ge=0, description="rounds of speeches before the scores")
+    turns: Literal["in_turn", "at_once"] = Field(
+        "in_turn",
+        description="in_turn: a speaker sees what was said before it in the same round; at_once: all of a "
+        "round speak without seeing each other",
+    )
+    sees: Literal["all", "last_round", "own"] = Field(
+        "all", description="of the earlier rounds: all of them, the last one, or only what the speaker said itself"
+    )
+    schedule: tuple[tuple[str, ...], ...] | None = Field(
+        None, description="who speaks in which round, by name, in order; default: all roles in the order of the file"
+    )
+    pool: Pool = Field("mean", description="how the final scores become one verdict")
+    low: int = Field(0, description="lowest score")
+    high: int = Field(10, description="highest score")
+    decimals: bool = Field(False, description="whether scores may have decimals")
+    orders: Orders = Field("given", description="orders in which the answers are shown")
+    conflict: Conflict = Field(
+        "tie",
+        description="what two orders that differ mean: a tie, the better mean score, or what the given order says",
+    )
+    speech: SamplingSettings = Field(
+        SamplingSettings(temperature=0.0, max_tokens=512), description="how speeches are drawn"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> DebateSettings:

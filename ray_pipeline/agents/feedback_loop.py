@@ -67,25 +67,19 @@ def load_feedback_templates(name_or_path: str) -> FeedbackTemplates:
 
 
 class ReviewAsking(Settings):
-    """How a review is asked for.
+    """How a review is asked for."""
 
-    Attributes:
-        grammar: force the reply's form while it is sampled.
-        reason_chars: longest reason, in characters; 0 asks for none.
-        feedback_chars: longest feedback under a grammar, in characters.
-        scored: the reviewer gives the answer a score, too. It is kept in the table; the loop does not read it.
-        low, high: the scale of that score.
-        retries: how often an unreadable reply is asked for again.
-    """
-
-    grammar: bool = True
-    reason_chars: int = Field(400, ge=0)
-    feedback_chars: int = Field(1500, ge=1)
-    scored: bool = False
-    low: int = 1
-    high: int = 10
-    retries: int = Field(2, ge=0)
-    retry_temperature: float = Field(0.7, ge=0)
+    grammar: bool = Field(True, description="force the reply's form while it is sampled")
+    reason_chars: int = Field(400, ge=0, description="longest reason, in characters; 0 asks for none")
+    feedback_chars: int = Field(1500, ge=1, description="longest feedback under a grammar, in characters")
+    scored: bool = Field(
+        False,
+        description="the reviewer gives the answer a score, too. It is kept in the table; the loop does not read it",
+    )
+    low: int = Field(1, description="the scale of that score")
+    high: int = Field(10, description="the scale of that score")
+    retries: int = Field(2, ge=0, description="how often an unreadable reply is asked for again")
+    retry_temperature: float = Field(0.7, ge=0, description="temperature of a retry")
 
     @model_validator(mode="after")
     def _scale(self) -> ReviewAsking:

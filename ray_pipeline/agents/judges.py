@@ -32,9 +32,11 @@ from ray_pipeline.store.keys import derived_seed
 class SamplingSettings(Settings):
     """How replies are drawn, by the names that engines use."""
 
-    temperature: float = Field(0.0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    max_tokens: int = Field(512, ge=1)
+    temperature: float = Field(0.0, ge=0, description="0 is greedy")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="nucleus sampling: smallest set of tokens with this total probability"
+    )
+    max_tokens: int = Field(512, ge=1, description="maximum number of new tokens of a reply")
     extra: dict[str, Any] = Field(default_factory=dict, description="passed to the engine by its own names")
 
     def sampling(self, **more: Any) -> Sampling:
@@ -50,12 +52,12 @@ class SamplingSettings(Settings):
 class Rubric(Settings):
     """One judge: what it looks at, on which scale, and on which model."""
 
-    name: str
-    text: str = ""
-    low: int = 1
-    high: int = 10
+    name: str = Field(description="name of the judge in the tables")
+    text: str = Field("", description="what the judge looks at")
+    low: int = Field(1, description="lowest score")
+    high: int = Field(10, description="highest score")
     model: str | None = Field(None, description="a key of `models`; default: the stage's model")
-    sampling: SamplingSettings | None = None
+    sampling: SamplingSettings | None = Field(None, description="default: the stage's; a key that is set here wins")
 
     @field_validator("name")
     @classmethod
@@ -77,7 +79,7 @@ class JudgeAsking(Settings):
     grammar: bool = Field(True, description="force the reply's form while it is sampled")
     reason_chars: int = Field(400, ge=0, description="longest reason, in characters; 0 asks for the verdict alone")
     retries: int = Field(2, ge=0, description="how often an unreadable reply is asked for again")
-    retry_temperature: float = Field(0.7, ge=0)
+    retry_temperature: float = Field(0.7, ge=0, description="temperature of a retry")
     expected_score: bool = Field(False, description="mean of the score under the judge's log-probabilities")
 
 

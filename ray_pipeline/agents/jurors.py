@@ -17,16 +17,15 @@ from ray_pipeline.config.settings import Settings
 
 
 class JuryRule(Settings):
-    """How the scores that judges gave several answers become the jury's.
+    """How the scores that judges gave several answers become the jury's."""
 
-    Attributes:
-        pool: mean, median, weighted_mean: of each answer's scores. mode, weighted: every judge votes for what it
-            scored highest, and what most hold best is best; where several lead, they are equal.
-        weights: by judge, for weighted and weighted_mean.
-    """
-
-    pool: PoolRule = "mean"
-    weights: dict[str, float] = Field(default_factory=dict)
+    pool: PoolRule = Field(
+        "mean",
+        description="mean, median, weighted_mean: of each answer's scores. mode, weighted: every judge votes "
+        "for what it scored highest, and what most hold best is best; where several lead, they "
+        "are equal",
+    )
+    weights: dict[str, float] = Field(default_factory=dict, description="by judge, for weighted and weighted_mean")
 
     @model_validator(mode="after")
     def _consistent(self) -> JuryRule:

@@ -109,7 +109,7 @@ class StrategyAsking(Settings):
     grammar: bool = Field(True, description="force the form while the reply is sampled; json only")
     reason_chars: int = Field(1000, ge=0, description="longest reason under a grammar; 0 asks for the verdict alone")
     retries: int = Field(2, ge=0, description="how often an unreadable reply is asked for again")
-    retry_temperature: float = Field(0.7, ge=0)
+    retry_temperature: float = Field(0.7, ge=0, description="temperature of a retry")
     follow_up: bool = Field(False, description="a retry shows the model its reply and asks for the verdict anew")
 
     @model_validator(mode="after")

@@ -30,7 +30,7 @@ from ray_pipeline.store.schemas import BALLOTS, SPEECHES
 class LiveJudge(Settings):
     """One judge: its name in the tables and its model."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="name of the judge in the tables")
     model: str = Field("judge", description="a key of `models`")
     sampling: SamplingSettings | None = Field(None, description="default: `sampling` of the block")
     rubric: str | None = Field(None, description="aspect to judge; default: the strategy's")
@@ -39,13 +39,16 @@ class LiveJudge(Settings):
 class AskSettings(Settings):
     """The `ask` block: live judges and how they judge. Without judges and debaters no call is made."""
 
-    judges: tuple[LiveJudge, ...] = ()
-    strategies: tuple[Strategy, ...] = ()
+    judges: tuple[LiveJudge, ...] = Field((), description="models that judge by every strategy")
+    strategies: tuple[Strategy, ...] = Field((), description="how the judges are asked")
     debaters: tuple[LiveJudge, ...] = Field((), description="judges that each play all roles of a debate")
-    debate: DebateSettings = DebateSettings()
+    debate: DebateSettings = Field(DebateSettings(), description="rules of the debates")
     strategy_templates: str = Field("default", description="built-in name or YAML file of the judges' texts")
     debate_templates: str = Field("default", description="built-in name or YAML file of the debate's roles and texts")
-    layout: Layout = "shared_first"
+    layout: Layout = Field(
+        "shared_first",
+        description="which part of the prompt comes first: what the calls about one response share, or the rubric",
+    )
     sampling: SamplingSettings = SamplingSettings(temperature=0.0, max_tokens=1024)
     asking: StrategyAsking = StrategyAsking()
 

@@ -56,7 +56,7 @@ class JurySettings(Settings):
     """The `juries` block: which juries, and how their members' verdicts become one."""
 
     sizes: tuple[int, ...] | None = Field(None, description="default: from two members to all")
-    pool: PoolRule = "mode"
+    pool: PoolRule = Field("mode", description="how the members' votes or scores become one verdict")
     weights: dict[str, float] = Field(default_factory=dict, description="by judge, for weighted and weighted_mean")
     most: int = Field(100_000, ge=1, description="refuse more juries than this")
 
@@ -83,13 +83,13 @@ class MeasureSettings(Settings):
         default_factory=dict, description="family → how the names of its models begin; default: their first word"
     )
     draws: int = Field(2000, ge=100, description="bootstrap samples of the items")
-    confidence: float = Field(0.95, gt=0, lt=1)
-    seed: int = 0
+    confidence: float = Field(0.95, gt=0, lt=1, description="level of the intervals")
+    seed: int = Field(0, description="seed of everything that is drawn here")
     held_out: float = Field(0.5, gt=0, lt=1, description="share of the items on which the best jury is chosen")
     gate_thresholds: tuple[tuple[float, float], ...] = Field(
         THRESHOLDS, description="of the gate's curves: desirable from, undesirable to, as shares of the scale's end"
     )
-    juries: JurySettings = JurySettings()
+    juries: JurySettings = Field(JurySettings(), description="juries of the judges")
 
     @model_validator(mode="after")
     def _thresholds(self) -> MeasureSettings:

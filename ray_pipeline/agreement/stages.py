@@ -17,7 +17,7 @@ from ray_pipeline.agreement.recorded import Recorded, Replay, read_item, read_re
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.sources import HuggingFaceSource, InputError, JsonlSource
 from ray_pipeline.graph.results import Run
-from ray_pipeline.graph.stage import BadInput, Stage, StageResult, WholeInput, WholeWork, stage_table
+from ray_pipeline.graph.stage import BadInput, Stage, StageRef, StageResult, WholeInput, WholeWork
 from ray_pipeline.stats.protocol import Protocol
 from ray_pipeline.store.files import Folder, StoreError
 from ray_pipeline.store.keys import check_num_shards, digest, shard_of, unit_hash
@@ -26,24 +26,26 @@ from ray_pipeline.store.schemas import BALLOTS, ITEMS, to_table
 
 
 class AgreementData(Settings):
-    """The `data` block: items with human labels, and what was recorded of judges.
+    """The `data` block: items with human labels, and what was recorded of judges."""
 
-    Attributes:
-        path: of a recorded file (`type: recorded`), or of a local copy of a human data set; default: its place on the
-            hub.
-        replay: text reads recorded replies again; stored takes what the original run made of them.
-        recordings: false leaves recorded judgements out and keeps the items.
-        limit: so many items, those of the smallest hash; of `type: pocket`, how many are made.
-    """
-
-    type: Literal["recorded", "alpaca_eval", "fair_eval", "pandalm", "mt_bench", "pocket"] = "recorded"
-    path: str | None = None
-    revision: str | None = None
-    replay: Replay = "text"
-    recordings: bool = True
-    limit: int | None = Field(None, ge=1)
-    seed: int = 0
-    num_shards: int = 8
+    type: Literal["recorded", "alpaca_eval", "fair_eval", "pandalm", "mt_bench", "pocket"] = Field(
+        "recorded", description="where the rows are: the name of the source"
+    )
+    path: str | None = Field(
+        None,
+        description="of a recorded file (`type: recorded`), or of a local copy of a human data set; default: "
+        "its place on the hub",
+    )
+    revision: str | None = Field(None, description="branch, tag or commit; default: the newest commit of main")
+    replay: Replay = Field(
+        "text", description="text reads recorded replies again; stored takes what the original run made of them"
+    )
+    recordings: bool = Field(True, description="false leaves recorded judgements out and keeps the items")
+    limit: int | None = Field(
+        None, ge=1, description="so many items, those of the smallest hash; of `type: pocket`, how many are made"
+    )
+    seed: int = Field(0, description="seed of everything that is drawn here")
+    num_shards: int = Field(8, description="shards of every table; divides 1,024")
 
     @model_validator(mode="after")
     def _consistent(self) -> AgreementData:
@@ -133,7 +135,7 @@ def items_stage(settings: AgreementData) -> Stage:
         work=WholeWork(
             function=make_items, settings=_ItemsGiven(data=settings, commit=commit), tables=("items", "ballots")
         ),
-        config=settings.model_dump(mode="json", exclude={"path"}),
+        config=settings.decisive(exclude={"path"}),
         external=digests,
     )
 
@@ -144,11 +146,12 @@ def make_items(given: WholeInput) -> dict[str, Any]:
         found = read_data(settings.data, settings.commit)
     except InputError as error:
         raise BadInput(str(error)) from error
+    ref = StageRef("items", given.fingerprint, given.folder.location, given.num_shards, ("items", "ballots"))
     for kind, rows, schema, key in (
         ("items", found.items, ITEMS, _item_key),
         ("ballots", found.ballots, BALLOTS, _ballot_key),
     ):
-        table = stage_table(given.folder.location, ("items", "ballots"), kind, given.num_shards, given.fingerprint)
+        table = ref.table(kind)
         shards: list[list[dict[str, Any]]] = [[] for _ in range(given.num_shards)]
         for row in sorted(rows, key=key):
             shards[shard_of(row["prompt_id"], given.num_shards)].append(row)
@@ -179,7 +182,7 @@ class WinrateMeasure(Settings):
 
     conflict: Conflict = Field("tie", description="what two orders that differ mean: tie, mean (of scores) or given")
     draws: int = Field(2000, ge=100, description="bootstrap samples of the items")
-    seed: int = 0
+    seed: int = Field(0, description="seed of everything that is drawn here")
 
 
 class AgreementPage(Settings):
@@ -204,8 +207,9 @@ def report_stage(page: AgreementPage, items: Stage, asked: Sequence[Stage] = ())
     return Stage(
         name=page.workflow,
         view="report",
+        role="page",
         work=WholeWork(function=write_report_stage, settings=page),
-        config=page.model_dump(mode="json"),
+        config=page.decisive(exclude={"asked"}),  # that is in the fingerprints of the stages that asked
         inputs={"items": items, **{f"asked/{stage.name}": stage for stage in asked}},
     )
 
@@ -230,9 +234,8 @@ def rewrite_page(run: Run) -> Folder:
     results = [result for result in run.results.values() if "ballots" in result.tables]
     if not any("items" in result.tables for result in results):
         raise StoreError(f"{run.folder.location} has no items yet; `quorum run` makes them")
-    page = AgreementPage.model_validate(run.manifest["report"])
-    done = page.workflow in run.results
-    name = run.manifest["stages"][page.workflow]["path"] if done else f"report-{run.manifest['config_digest']}"
+    page = AgreementPage.model_validate(run.page)
+    name = run.page_folder(page.workflow)
     try:
         with written_here(run.folder / name) as folder:
             write_page(page, results, folder)

@@ -41,7 +41,7 @@ AGAINST = "-vs-"
 class Configuration(Settings):
     """A generator, alone or with reviewers; its answer is the last response of their feedback loop."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="name in the tables")
     generator: str = Field(description="a key of `models`")
     reviewers: tuple[ReviewerSettings, ...] = ()
 
@@ -55,9 +55,12 @@ class VersusJudge(Settings):
 
     model: str = Field("judge", description="a key of `models`")
     rubric: str | None = Field(None, description="aspect to judge; default: the template file's")
-    orders: Orders = "both"
+    orders: Orders = Field("both", description="orders in which the answers are shown")
     templates: str = Field("default", description="built-in name or YAML file of the judge's texts")
-    layout: Layout = "shared_first"
+    layout: Layout = Field(
+        "shared_first",
+        description="which part of the prompt comes first: what the calls about one response share, or the rubric",
+    )
     sampling: SamplingSettings = SamplingSettings(temperature=0.0, max_tokens=1024)
     asking: StrategyAsking = StrategyAsking()
 
@@ -70,23 +73,22 @@ class VersusJudge(Settings):
 
 
 class LiveWinrate(Settings):
-    """The `live` block of a win-rate run.
+    """The `live` block of a win-rate run."""
 
-    Attributes:
-        pair: keys of two models for the eight published configurations: each alone, reviewed by itself, by the other,
-            and by both.
-        configurations: instead of a pair.
-        prompts: every one is answered; none is held out.
-        baselines: keys of the models whose single answers are the baselines; default: every generator.
-        loop: how configurations with reviewers answer.
-    """
-
-    prompts: PromptsConfig
-    pair: tuple[str, str] | None = None
-    configurations: tuple[Configuration, ...] = ()
-    baselines: tuple[str, ...] | None = Field(None, min_length=1)
-    loop: LoopRules = LoopRules()
-    judge: VersusJudge = VersusJudge()
+    prompts: PromptsConfig = Field(description="where prompts come from")
+    pair: tuple[str, str] | None = Field(
+        None,
+        description="keys of two models for the eight published configurations: each alone, reviewed by "
+        "itself, by the other, and by both",
+    )
+    configurations: tuple[Configuration, ...] = Field((), description="instead of a pair")
+    baselines: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        description="keys of the models whose single answers are the baselines; default: every generator",
+    )
+    loop: LoopRules = Field(LoopRules(), description="rules of the feedback loop")
+    judge: VersusJudge = Field(VersusJudge(), description="the judge that compares")
 
     @model_validator(mode="after")
     def _consistent(self) -> LiveWinrate:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import pyarrow as pa
 
 from ray_pipeline.config.loading import load_config as read_config
+from ray_pipeline.graph.results import Run
 from ray_pipeline.graph.results import read_run as read_stored
 from ray_pipeline.graph.stage import StageResult
 from ray_pipeline.workflow.config import RunConfig
@@ -20,15 +20,14 @@ class RunTables:
     A table is the rows of all shards of the stages that make it. `dir(run)` and `run.names` list them.
     """
 
-    def __init__(self, folder: str, manifest: dict[str, Any], stages: dict[str, StageResult]) -> None:
-        self.folder = folder
-        self.manifest = manifest
+    def __init__(self, stored: Run) -> None:
+        self.folder = stored.folder.location
+        self.config = stored.config
         self._makers: dict[str, list[tuple[StageResult, str]]] = {}
-        for stage in stages.values():
+        for stage in stored.results.values():
             for table in stage.tables:
-                # Verdicts on the policy's responses are about other rows than those on candidates.
-                role = "response_verdicts" if stage.name.startswith("score-") else table
-                self._makers.setdefault(role, []).append((stage, table))
+                name = stage.role if len(stage.tables) == 1 else table
+                self._makers.setdefault(name.replace(" ", "_"), []).append((stage, table))
 
     @property
     def names(self) -> list[str]:
@@ -51,8 +50,7 @@ class RunTables:
 
 def read_run(location: str) -> RunTables:
     """A run folder's tables, finished or not. Raises StoreError when there is no run, naming the folder."""
-    stored = read_stored(location)
-    return RunTables(stored.folder.location, stored.manifest, stored.results)
+    return RunTables(read_stored(location))
 
 
 def load_config(workflow: str, config: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -93,13 +91,14 @@ def run(
         ConfigError: as `load_config`.
         RuntimeError: a stage failed; the message names it and the reason. Finished work is kept.
     """
-    from ray_pipeline.graph.run import execute
-    from ray_pipeline.operate.run_settings import run_settings
+    from ray_pipeline.graph.driver import execute
+    from ray_pipeline.operate.run_settings import executor_of, run_settings
 
     settings = load_config(workflow, config, overrides)
     folder = settings.run_folder(run_dir)
     graph = find_workflow(workflow).wire(settings, folder)
-    outcome = execute(graph, run_settings(settings, folder), from_group=from_stage, to_group=to_stage)
+    how, executor = run_settings(settings, folder), executor_of(settings)
+    outcome = execute(graph, how, executor, from_group=from_stage, to_group=to_stage)
     if outcome.failures:
         failed = "; ".join(f"{name}: {failure.reason}" for name, failure in outcome.failures.items())
         raise RuntimeError(f"{failed}. Finished work is kept; the same call resumes the run in {folder}")

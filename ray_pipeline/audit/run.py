@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from ray_pipeline.agents.jurors import JuryRule
 from ray_pipeline.audit.loop import audit_loop
 from ray_pipeline.audit.rows import AuditReport, RunTables, audit_run
 from ray_pipeline.data.datasets import DatasetsConfig, TokenCounter
 from ray_pipeline.data.gate import GateConfig
-from ray_pipeline.engines.models import TokenizerSettings
-from ray_pipeline.graph.results import Run
+from ray_pipeline.graph.results import Run, of_role
 from ray_pipeline.store.files import StoreError
+
+if TYPE_CHECKING:  # the modules of `dags` import this one
+    from dags.baselines import BaselinesConfig
+    from dags.dmapo import DmapoConfig
+    from dags.fellowship import FellowshipConfig
 
 _NEEDED = ("prompts", "candidates")
 
@@ -37,59 +40,58 @@ class _Made:
     config: DatasetsConfig
 
 
-def audit_gated(run: Run) -> Audit:
+def audit_gated(run: Run, config: DmapoConfig) -> Audit:
     """Audit the one dataset of a run with a gate.
 
     Raises:
         StoreError: the run has no datasets yet; names what is missing.
     """
-    config = run.manifest["config"]
-    made = _Made(
-        decisions="gate",
-        datasets="datasets",
-        judges=[rubric["name"] for rubric in config["judge"]["rubrics"]],
-        gate=GateConfig.model_validate(config["gate"]),
-        config=DatasetsConfig.model_validate(config["datasets"]),
-    )
+    made = _Made("gate", "datasets", config.judge.names, config.gate, config.datasets)
     _check_done(run, [made.decisions, made.datasets])
-    return Audit({made.datasets: _audit(run, made)})
+    return Audit({made.datasets: _audit(run, config, made)})
 
 
-def audit_compared(run: Run) -> Audit:
+def audit_compared(run: Run, config: BaselinesConfig) -> Audit:
     """Audit every dataset of a comparison that the gate made from all candidates; ungated, cut or imported rows follow
     other rules.
 
     Raises:
         StoreError: a dataset is not done yet, or none can be audited.
     """
-    made = list(_compared(run))
+    made, skipped = [], []
+    for data, variant in config.baselines.data.items():
+        gate = config.gate_of(variant)
+        if gate is None or variant.k:
+            skipped.append(data)
+            continue
+        judges = list(variant.judges or config.judge.names)
+        made += [
+            _Made(f"gate-{data}", f"datasets-{data}-s{seed}", judges, gate, config.rows_of(variant, seed))
+            for seed in config.baselines.seeds
+        ]
     if not made:
         raise StoreError(f"{run.folder.location} has no dataset of the gate on all candidates: nothing to audit")
     _check_done(run, list(dict.fromkeys(name for one in made for name in (one.decisions, one.datasets))))
-    variants = run.manifest["config"]["baselines"]["data"].items()
-    return Audit({one.datasets: _audit(run, one) for one in made}, [n for n, v in variants if not _covered(v)])
+    return Audit({one.datasets: _audit(run, config, one) for one in made}, skipped)
 
 
-def audit_picks(run: Run) -> Audit:
+def audit_picks(run: Run, config: FellowshipConfig) -> Audit:
     """Audit the dataset of a feedback loop's picks. Datasets of the second kind lead back by review_id: left out.
 
     Raises:
         StoreError: the run has no datasets yet; names what is missing.
     """
     _check_done(run, ["select", "datasets"])
-    config, results = run.manifest["config"], run.results
-    judges = config["select"]["judges"] or config["judge"]["rubrics"]
-    verdicts = [n for n in sorted(results) if n.startswith("judge") and results[n].tables == ("verdicts",)]
+    results = run.results
     report = audit_loop(
         prompts=results["prompts"].table(),
         candidates=results["candidates"].table(),
-        verdicts=[results[n].table() for n in verdicts],
+        verdicts=[result.table() for result in of_role(results, "verdicts")],
         decisions=results["select"].table(),
         datasets=results["datasets"].folder,
-        judges=[judge["name"] for judge in judges],
-        # Runs from before there was a choice have no such block: they took the mean.
-        rule=JuryRule.model_validate(config["select"].get("jury", {})),
-        min_gap=config["datasets"]["min_gap"],
+        judges=config.judges,
+        rule=config.select.jury,
+        min_gap=config.datasets.min_gap,
     )
     return Audit({"datasets": report})
 
@@ -100,42 +102,18 @@ def _check_done(run: Run, stages: Sequence[str]) -> None:
         raise StoreError(f"{run.folder.location} cannot be audited yet: {', '.join(missing)} is not done; run it first")
 
 
-def _covered(variant: dict[str, Any]) -> bool:
-    return variant["gated"] and not variant["source"] and not variant["k"]
-
-
-def _compared(run: Run) -> Iterator[_Made]:
-    config = run.manifest["config"]
-    names = [rubric["name"] for rubric in config["judge"]["rubrics"]]
-    for data, variant in config["baselines"]["data"].items():
-        if not _covered(variant):
-            continue
-        for seed in config["baselines"]["seeds"]:
-            stage = f"datasets-{data}-s{seed}"
-            settings = run.folder / run.manifest["stages"][stage]["path"]
-            yield _Made(
-                decisions=f"gate-{data}",
-                datasets=stage,
-                judges=list(variant["judges"] or names),
-                gate=GateConfig.model_validate({**config["gate"], **variant["gate"]}),
-                config=DatasetsConfig.model_validate(settings.read_json("stats.json")["settings"]),
-            )
-
-
-def _audit(run: Run, made: _Made) -> AuditReport:
-    config, results = run.manifest["config"], run.results
-    policy = config["models"][config["train"]["model"]]
-    tokenizer = TokenizerSettings(**{name: policy[name] for name in TokenizerSettings.model_fields})
-    judges = [n for n in sorted(results) if results[n].tables == ("verdicts",) and not n.startswith("score-")]
+def _audit(run: Run, config: DmapoConfig, made: _Made) -> AuditReport:
+    results = run.results
+    critiques = of_role(results, "critiques")
     tables = RunTables(
         prompts=results["prompts"].table(),
         candidates=results["candidates"].table(),
-        verdicts=[results[n].table() for n in judges],
-        critiques=results["critic"].table() if "critic" in results else None,
+        verdicts=[result.table() for result in of_role(results, "verdicts")],
+        critiques=critiques[0].table() if critiques else None,
         decisions=results[made.decisions].table(),
         datasets=results[made.datasets].folder,
         judges=made.judges,
         gate=made.gate,
         config=made.config,
     )
-    return audit_run(tables, TokenCounter.load(tokenizer))  # as the rows were measured
+    return audit_run(tables, TokenCounter.load(config.base.tokenizer))  # as the rows were measured

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from ray_pipeline.agents.judges import SamplingSettings
 from ray_pipeline.bench.floors import FLOORS
 from ray_pipeline.bench.mt_bench.judge import answer_turns
-from ray_pipeline.bench.mt_bench.score import OTHER_TEMPERATURE
+from ray_pipeline.bench.mt_bench.questions import OTHER_TEMPERATURE
 from ray_pipeline.bench.questions import BenchmarksSettings
 from ray_pipeline.bench.schemas import BENCH_ANSWERS
 from ray_pipeline.config.settings import Settings
@@ -29,8 +30,8 @@ class _Answering(Settings):
     label: str
     seed: int
     mt_bench: dict[str, Any] | None
-    alpaca_eval: dict[str, Any] | None
-    ifeval: dict[str, Any] | None
+    alpaca_eval: SamplingSettings | None
+    ifeval: SamplingSettings | None
 
     def sampling(self, benchmark: str, category: str, question: str, turn: int) -> Sampling:
         """Sampling of one turn; all models answer a turn above temperature 0 with the same seed."""
@@ -39,12 +40,7 @@ class _Answering(Settings):
             temperature = given["temperatures"].get(category, OTHER_TEMPERATURE)
             made = Sampling(temperature=temperature, max_tokens=given["answer_tokens"])
         else:
-            made = Sampling(
-                temperature=given["temperature"],
-                top_p=given["top_p"],
-                max_tokens=given["max_tokens"],
-                extra=tuple(sorted(given["extra"].items())),
-            )
+            made = given.sampling()
         if made.temperature == 0:
             return made
         return Sampling(
@@ -101,8 +97,8 @@ def answers(
         label=label,
         seed=settings.seed,
         mt_bench=mt and {"answer_tokens": mt.answer_tokens, "temperatures": mt.temperatures},
-        alpaca_eval=alpaca and alpaca.sampling.model_dump(),
-        ifeval=ifeval and ifeval.sampling.model_dump(),
+        alpaca_eval=alpaca and alpaca.sampling,
+        ifeval=ifeval and ifeval.sampling,
     )
     name, inputs = f"bench-answers-{label}", {"questions": questions}
     return ANSWER.stage(name, given, model, inputs, group="bench-answers", train=train)
@@ -132,7 +128,7 @@ def floors(settings: BenchmarksSettings, questions: Stage) -> Stage:
         name="bench-floors",
         group="bench-answers",
         work=ShardWork(function=floor_shard, tables=("bench_answers",), settings=given),
-        config=given.model_dump(mode="json"),
+        config=given.decisive(),
         inputs={"questions": questions},
     )
 

@@ -10,9 +10,12 @@ import gzip
 import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from ray_pipeline.pocket.bench_files import is_pocket, pocket_rows
+from ray_pipeline.store.keys import prompt_id
 
 _HUB = re.compile(r"hf://(datasets|spaces|models)/([\w.-]+/[\w.-]+?)(?:@([\w.-]+))?/(.+)")
 
@@ -112,3 +115,33 @@ def need(row: Mapping[str, Any], column: str, source: str, number: int) -> Any:
     if row.get(column) is None:
         raise BenchmarkFileError(f"{source}, row {number}: {column} is missing")
     return row[column]
+
+
+def source_rows(source: str) -> list[dict[str, Any]]:
+    """Rows of a question file: a path, hf://datasets/OWNER/NAME[@REVISION]/FILE (also hf://spaces/…), or one that the
+    pocket world makes (`pocket:mt_bench`). Raises BenchmarkFileError."""
+    if not is_pocket(source):
+        return read_rows(source)
+    try:
+        return pocket_rows(source)
+    except ValueError as error:
+        raise BenchmarkFileError(str(error)) from error
+
+
+#: A prompt file of this name is the project's own wording.
+OWN = "own"
+
+
+def question_row(benchmark: str, identifier: Any, position: int, turns: Sequence[str], **more: Any) -> dict[str, Any]:
+    """A row of the questions table (schema BENCH_QUESTIONS)."""
+    return {
+        "benchmark": benchmark,
+        "question_id": str(identifier),
+        "prompt_id": prompt_id([{"role": "user", "content": turns[0]}]),
+        "position": position,
+        "category": "",
+        "turns": list(turns),
+        "references": None,
+        "checks": None,
+        **more,
+    }

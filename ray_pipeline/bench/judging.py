@@ -7,28 +7,19 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-import pyarrow as pa
-
 from ray_pipeline.bench.alpaca_eval.judge import PreferenceAsking
-from ray_pipeline.bench.alpaca_eval.score import OrderRule, annotate
-from ray_pipeline.bench.ifeval.score import (
-    Checkers,
-    CheckersMissing,
-    UnknownInstruction,
-    check,
-    checker_version,
-    load_checkers,
-)
+from ray_pipeline.bench.alpaca_eval.questions import OrderRule, instruction_of
+from ray_pipeline.bench.alpaca_eval.score import annotate
+from ray_pipeline.bench.ifeval.checkers import Checkers, CheckersMissing, checker_version, load_checkers
+from ray_pipeline.bench.ifeval.questions import prompt_of
+from ray_pipeline.bench.ifeval.score import UnknownInstruction, check
 from ray_pipeline.bench.judge_prompts import BenchPrompt, PreferencePrompt
 from ray_pipeline.bench.mt_bench import score as mt_bench
 from ray_pipeline.bench.mt_bench.judge import BenchAsking, Conversation
-from ray_pipeline.bench.questions import (
-    BenchmarksSettings,
-    alpaca_instruction,
-    ifeval_prompt,
-    mt_question,
-)
+from ray_pipeline.bench.mt_bench.questions import question_of
+from ray_pipeline.bench.questions import BenchmarksSettings
 from ray_pipeline.bench.schemas import BENCH_CHECKS, BENCHMARK_TABLES
+from ray_pipeline.bench.tables import answers_by_key
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.base import ChatEngine
 from ray_pipeline.engines.models import ModelSettings
@@ -100,7 +91,7 @@ async def _judge(engine: ChatEngine, settings: _Judging, item: _Judgement) -> Ou
         alpaca = settings.alpaca_eval
         annotation = await annotate(
             engine,
-            alpaca_instruction(question),
+            instruction_of(question),
             item.answers[0]["answer"],
             alpaca.prompt,
             alpaca.asking,
@@ -109,7 +100,7 @@ async def _judge(engine: ChatEngine, settings: _Judging, item: _Judgement) -> Ou
         )
         rows = [{"place": place, **vars(preference)} for place, preference in annotation.asked.items()]
     elif settings.mt_bench is not None:
-        mt, asked, answers = settings.mt_bench, mt_question(question), _conversation(item.answers)
+        mt, asked, answers = settings.mt_bench, question_of(question), _conversation(item.answers)
         if item.table == "bench_ratings":
             rows = [vars(r) for r in await mt_bench.grade(engine, asked, answers, mt.prompts, mt.asking)]
         else:
@@ -164,15 +155,6 @@ def judge_stages(
     return stages
 
 
-def answers_by_key(tables: Sequence[pa.Table]) -> dict[tuple[str, str, str], list[Row]]:
-    """Answers of all models by (benchmark, question_id, model), each list in the order of its turns."""
-    found: dict[tuple[str, str, str], list[Row]] = {}
-    for table in tables:
-        for row in table.to_pylist():
-            found.setdefault((row["benchmark"], row["question_id"], row["model"]), []).append(row)
-    return {key: sorted(rows, key=lambda row: row["turn"]) for key, rows in found.items()}
-
-
 def _key(question: Row, model: str) -> Row:
     return {**{name: question[name] for name in ("benchmark", "question_id", "prompt_id")}, "model": model}
 
@@ -210,7 +192,7 @@ def check_shard(given: ShardInput) -> ShardOutput:
     answered = answers_by_key(ShardTables(given.tables, given.facts).under("answers/"))
     rows: list[Row] = []
     if questions:
-        prompts = [ifeval_prompt(q) for q in questions]
+        prompts = [prompt_of(q) for q in questions]
         for model in sorted({model for _, _, model in answered}):
             texts = {p.key: answered["ifeval", str(p.key), model][0]["answer"] for p in prompts}
             try:

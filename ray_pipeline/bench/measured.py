@@ -6,28 +6,26 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.models import ModelSettings, resolve_model, shown_name
+from ray_pipeline.graph.results import of_role, read_run
 from ray_pipeline.store.files import Folder
 
 
 class Origin(Settings):
-    """Where a measured model comes from.
+    """Where a measured model comes from."""
 
-    Attributes:
-        run: a run folder of dmapo, fellowship or baselines. Its policy is served as the run served it.
-        policy: which one, where the run trained several.
-        shown: the model's name for readers; for a policy, that of the model it was trained from.
-        curating: names of the models whose judgements made its training data.
-    """
-
-    run: str | None = None
-    policy: str | None = None
-    shown: str = ""
-    curating: tuple[str, ...] = ()
+    run: str | None = Field(
+        None, description="a run folder of dmapo, fellowship or baselines. Its policy is served as the run served it"
+    )
+    policy: str | None = Field(None, description="which one, where the run trained several")
+    shown: str = Field(
+        "", description="the model's name for readers; for a policy, that of the model it was trained from"
+    )
+    curating: tuple[str, ...] = Field((), description="names of the models whose judgements made its training data")
 
 
 def measured_models(models: Sequence[Any], defaults: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -81,18 +79,14 @@ def _short(name: str) -> str:
 
 def _policy_of(where: str, own: Mapping[str, Any], keys: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """A run's policy, on the settings that its base model had there."""
-    folder = Folder(str(own["run"]))
     try:
-        manifest = folder.read_json("manifest.json")
-        stages, config = manifest["stages"], manifest["config"]
-        base = dict(config["models"][config["train"]["model"]])
+        run = read_run(str(own["run"]))
+        base = dict(run.config["models"][run.config["train"]["model"]])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{where}.run: {own['run']} is no run folder with a policy ({type(error).__name__})"
         ) from error
-    done = {name: entry for name, entry in stages.items() if entry.get("status") == "done"}
-    trained = {name.removeprefix("train").removeprefix("-"): entry for name, entry in done.items()
-               if name == "train" or name.startswith("train-")}  # fmt: skip
+    trained = {r.name.removeprefix("train").removeprefix("-"): r for r in of_role(run.results, "policy")}
     label = own.get("policy")
     if label is None and len(trained) == 1:
         label = next(iter(trained))
@@ -102,9 +96,8 @@ def _policy_of(where: str, own: Mapping[str, Any], keys: Mapping[str, Any]) -> t
         raise ConfigError(
             f"{where}: the run {own['run']} {problem if trained else 'has no policy'}; there are {labels}"
         )
-    weights = (folder / trained[label]["path"] / "merged").location
-    report = manifest.get("report") or {}
-    curating = sorted(set((report.get("curating") or {}).values()))
+    weights = (Folder(trained[label].folder) / "merged").location
+    curating = sorted(set((run.page.get("curating") or {}).values()))
     try:
         settings = ModelSettings.model_validate({**base, **keys}).trained(weights)
     except ValidationError as error:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ray_pipeline.cli import operator, planning, results, run
+from ray_pipeline.cli import config, operator, planning, results, run
 from ray_pipeline.cli.terminal import say
 from ray_pipeline.submit.command import submit
 
@@ -38,6 +38,7 @@ for command in (
     operator.clean,
 ):
     app.command()(command)
+app.add_typer(config.app, name="config")
 
 
 def _version(wanted: bool) -> None:

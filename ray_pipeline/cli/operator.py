@@ -70,10 +70,11 @@ def retry(
 
     Example: `quorum status RUN` (which shards failed, and of what), then `quorum retry RUN`.
     """
-    from ray_pipeline.config.loading import load_config, read_config
+    from ray_pipeline.config.loading import load_config
     from ray_pipeline.graph.results import read_run
     from ray_pipeline.operate.retry import failed_shards, retry_shards
     from ray_pipeline.workflow.registry import find_workflow
+    from ray_pipeline.workflow.stored import config_of
 
     with refused():
         found = read_run(run)
@@ -81,12 +82,11 @@ def retry(
         if not failed:
             say("no failed or quarantined shards; `quorum run` makes what is missing")
             return
-        workflow, folder = find_workflow(found.manifest["dag"]), found.folder.location
+        workflow, folder = find_workflow(found.workflow), found.folder.location
         if config is not None:
             settings = load_config(workflow.config, config, overrides or [])
         else:
-            source = found.folder.uri("manifest.json")
-            settings = read_config(workflow.config, found.manifest["given"], overrides or [], source)
+            settings = config_of(found, overrides or [])
         for stage, shards in failed.items():
             say(f"{stage}: {len(shards)} shards to retry: {', '.join(map(str, shards[:20]))}")
         problems = retry_shards(found, workflow.wire(settings, folder), settings, failed, Console(soft_wrap=True))

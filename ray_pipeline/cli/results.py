@@ -27,9 +27,9 @@ def report(
 
     with refused():
         found = read_run(run)
-        rewrite = find_workflow(found.manifest["dag"]).page
+        rewrite = find_workflow(found.workflow).page
         if rewrite is None:
-            raise StoreError(f"{found.folder.location}: {found.manifest['dag']} writes no page")
+            raise StoreError(f"{found.folder.location}: {found.workflow} writes no page")
         written = rewrite(found)
     say(f"report: {written.uri('report.md')}")
     if written.exists("report.html"):
@@ -89,13 +89,14 @@ def audit(run: RunArgument = "runs/latest") -> None:
     from ray_pipeline.graph.results import read_run
     from ray_pipeline.store.files import StoreError
     from ray_pipeline.workflow.registry import find_workflow
+    from ray_pipeline.workflow.stored import config_of
 
     with refused():
         found = read_run(run)
-        workflow = find_workflow(found.manifest["dag"])
+        workflow = find_workflow(found.workflow)
         if workflow.audit is None:
             raise StoreError(f"{found.folder.location} is a run of {workflow.name}: it makes no training rows to audit")
-        audited = workflow.audit(found)
+        audited = workflow.audit(found, config_of(found))
     for name, report in audited.reports.items():
         for problem in report.problems:
             say(f"{problem.kind}: {problem.table} {problem.id}: {problem.message}")

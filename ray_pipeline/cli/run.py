@@ -40,6 +40,12 @@ def run(
     device_hour: Annotated[
         float | None, typer.Option(help="price of one GPU (without GPUs: of one engine) for an hour, for --max-cost")
     ] = None,
+    executor: Annotated[
+        str, typer.Option(help="ray, or inprocess: all stages in this process, without a cluster, for breakpoints")
+    ] = "ray",
+    debug: Annotated[
+        bool, typer.Option("--debug", help="show tracebacks of workers on the terminal; the log always has them")
+    ] = False,
     log_json: Annotated[
         bool, typer.Option("--log-json", help="log as JSON lines with run, stage and shard, for log collectors")
     ] = False,
@@ -54,10 +60,10 @@ def run(
     is never repeated.
     """
     from ray_pipeline.config.loading import load_config
+    from ray_pipeline.graph.driver import execute
     from ray_pipeline.graph.reach import check_location, in_a_job
-    from ray_pipeline.graph.run import execute
     from ray_pipeline.operate.prices import budget_of
-    from ray_pipeline.operate.run_settings import run_settings
+    from ray_pipeline.operate.run_settings import executor_of, run_settings
     from ray_pipeline.store.files import Folder
     from ray_pipeline.workflow.registry import find_workflow
 
@@ -78,7 +84,10 @@ def run(
             _link_latest(folder, settings.run.root)
             outcome = execute(
                 dag,
-                run_settings(settings, folder, budget=budget_of(settings, max_cost, device_hour), log_json=log_json),
+                run_settings(
+                    settings, folder, budget=budget_of(settings, max_cost, device_hour), log_json=log_json, debug=debug
+                ),
+                executor_of(settings, executor),
                 from_group=from_stage,
                 to_group=to_stage,
                 console=Console(soft_wrap=True),
@@ -116,10 +125,11 @@ def _link_latest(folder: str, root: str) -> None:
 
 
 def _show_stages(dag: Dag, folder: str, num_shards: int, from_stage: str | None, to_stage: str | None) -> None:
-    from ray_pipeline.graph.run import load_result
+    from ray_pipeline.graph.resume import load_result
+    from ray_pipeline.graph.stage import StageRef
 
     again = dag.downstream(from_stage) if from_stage else []
     for stage in dag.upto(to_stage):
-        done = stage not in again and load_result(folder, stage, num_shards) is not None
+        done = stage not in again and load_result(StageRef.of(stage, folder, num_shards)) is not None
         reads = ", ".join(parent.name for parent in stage.inputs.values()) or "-"
         say(f"{stage.name:<28} {'done' if done else 'to do':<6} {stage.folder_name:<48} reads {reads}")

@@ -25,7 +25,7 @@ class Room(Settings):
 
 
 class RunBlock(Settings):
-    """The `run` block."""
+    """The `run` block: name and place of the run folder."""
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run and of its folder")
     root: str = Field("runs", description="folder of run folders; a path or the URI of any pyarrow filesystem")

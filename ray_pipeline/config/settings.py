@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Self
+from collections.abc import Collection, Mapping
+from typing import Any, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict
+from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
+
+from ray_pipeline.store.keys import canonical_json
 
 
 class Settings(BaseModel):
@@ -20,6 +24,52 @@ class Settings(BaseModel):
         """The slice of `whole` that this class has fields for; `more` adds to it and wins."""
         shared = cls.model_fields.keys() & type(whole).model_fields.keys() - more.keys()
         return cls(**{name: getattr(whole, name) for name in shared}, **more)
+
+    def decisive(self, exclude: Collection[str] = ()) -> dict[str, Any]:
+        """What the fingerprint of a stage reads of this block: the settings that differ from their defaults, as JSON.
+
+        A key that is added with a default must not change the fingerprints of stored runs, which would remake their
+        stages and train their policies again. A default that is changed must remake them, and does not do it by
+        itself: tests/golden/defaults.json fails until the `version` of the stages that read it is raised.
+
+        Two blocks that differ in a setting give different dumps. The tag of a union's member is therefore always kept.
+
+        Args:
+            exclude: keys of this block that do not decide what the stage makes.
+        """
+        plain = self.model_dump(mode="json", exclude=set(exclude))
+        return {
+            name: _decisive(getattr(self, name), plain[name])
+            for name, field in type(self).model_fields.items()
+            if name in plain and (_is_tag(field) or not _is_default(getattr(self, name), field))
+        }
+
+
+def _decisive(value: Any, plain: Any) -> Any:
+    """The dump of a value, with the defaults of the blocks in it left out."""
+    if isinstance(value, Settings):
+        return value.decisive()
+    if isinstance(value, tuple | list):
+        return [_decisive(*both) for both in zip(value, plain, strict=True)]
+    if isinstance(value, Mapping):
+        return {key: _decisive(one, plain[key]) for key, one in zip(plain, value.values(), strict=True)}
+    return plain
+
+
+def _is_tag(field: FieldInfo) -> bool:
+    return get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1
+
+
+def _is_default(value: Any, field: FieldInfo) -> bool:
+    default = field.get_default(call_default_factory=True)  # of a required key: a value that equals no other
+    if isinstance(value, int | float) and isinstance(default, int | float):
+        return value == default and isinstance(value, bool) == isinstance(default, bool)
+    if value is None or isinstance(value, str):
+        return bool(value == default)
+    # As text, because `{"think": 0} == {"think": False}`.
+    return not field.is_required() and canonical_json(to_jsonable_python(value)) == canonical_json(
+        to_jsonable_python(default)
+    )
 
 
 class ConfigFile(Settings):

@@ -20,11 +20,11 @@ _PUBLISHED = SamplingSettings(temperature=0.8, top_p=0.95, max_tokens=512)
 
 
 class CandidateSettings(Settings):
-    """The `candidates` block."""
+    """The `candidates` block: how the policy answers each prompt."""
 
     model: str = Field("policy", description="a key of `models`")
-    k: int = Field(4, ge=1, le=1024)
-    seed: int = 0
+    k: int = Field(4, ge=1, le=1024, description="candidates for each prompt")
+    seed: int = Field(0, description="seed of everything that is drawn here")
     sampling: SamplingSettings = _PUBLISHED
 
     @field_validator("sampling", mode="before")

@@ -40,7 +40,7 @@ def prompts(settings: PromptsConfig) -> Stage:
         work=WholeWork(
             function=make_prompts, settings=_PromptsGiven(prompts=settings, digests=digests), tables=("prompts",)
         ),
-        config=settings.model_dump(mode="json"),
+        config=settings.decisive(),
         external=digests,
     )
 
@@ -91,7 +91,7 @@ def gate(
         name=name,
         group="gate",
         work=ShardWork(function=decide_shard, tables=("decisions",), settings=given),
-        config=given.model_dump(mode="json"),
+        config=given.decisive(),
         inputs=inputs,
     )
 
@@ -175,6 +175,7 @@ def dataset_rows(
     return Stage(
         name=name,
         group="datasets",
+        role="rows",
         work=ShardWork(
             function=make_rows,
             tables=settings.row_kinds,
@@ -186,7 +187,7 @@ def dataset_rows(
             ),
         ),
         config={
-            **settings.model_dump(mode="json", exclude={"kinds", "seed", "rows_per_file"}),
+            **settings.decisive(exclude={"kinds", "seed", "rows_per_file"}),
             "tables": list(settings.row_kinds),
             "judges": list(judges),
             "chat_template_args": policy.chat_template_args,
@@ -217,6 +218,7 @@ def dataset_files(
     return Stage(
         name=name,
         group="datasets",
+        role="datasets",
         view=view,
         work=WholeWork(
             function=write_files,
@@ -224,7 +226,7 @@ def dataset_files(
                 datasets=settings, gate=gate_settings, judges=tuple(judges), lineage=lineage, origin=origin
             ),
         ),
-        config={**settings.model_dump(mode="json"), "origin": origin},
+        config={**settings.decisive(), "origin": origin},
         inputs={"rows": rows},
     )
 

@@ -43,23 +43,24 @@ DPO_DROPPED = (
 
 
 class DatasetsConfig(Settings):
-    """Which data sets are made, and the limits that their rows keep.
+    """Which datasets are made, and the limits that their rows keep."""
 
-    Attributes:
-        kinds: "kto", "dpo" and "sft" (the chosen answers of the pairs), one or more of them.
-        min_gap: smallest difference of final scores of a DPO pair.
-        max_length: tokens of prompt and completion at which the trainer cuts; must equal the trainer's.
-        max_prompt_length: prompts of more tokens (with the generation prompt) are left out.
-        seed: of the training order.
-        rows_per_file: rows of one Parquet file.
-    """
-
-    kinds: list[Kind] = Field(["kto", "dpo"], min_length=1)
-    min_gap: float = Field(1.5, ge=0, allow_inf_nan=False)
-    max_length: int = Field(1024, ge=2)
-    max_prompt_length: int = Field(512, ge=1)
-    seed: int = 0
-    rows_per_file: int = Field(10_000, ge=1)
+    kinds: list[Kind] = Field(
+        ["kto", "dpo"],
+        min_length=1,
+        description='"kto", "dpo" and "sft" (the chosen answers of the pairs), one or more of them',
+    )
+    min_gap: float = Field(
+        1.5, ge=0, allow_inf_nan=False, description="smallest difference of final scores of a DPO pair"
+    )
+    max_length: int = Field(
+        1024, ge=2, description="tokens of prompt and completion at which the trainer cuts; must equal the trainer's"
+    )
+    max_prompt_length: int = Field(
+        512, ge=1, description="prompts of more tokens (with the generation prompt) are left out"
+    )
+    seed: int = Field(0, description="of the training order")
+    rows_per_file: int = Field(10_000, ge=1, description="rows of one Parquet file")
 
     @model_validator(mode="after")
     def _fits(self) -> DatasetsConfig:

@@ -38,23 +38,21 @@ Mask = NDArray[Any]  # of bool
 
 
 class GateConfig(Settings):
-    """Thresholds of the gate; the defaults are the published ones.
+    """Thresholds of the gate; the defaults are the published ones."""
 
-    Attributes:
-        alpha: α, the share of the mean that a flaw costs.
-        tau: τ, the largest sample variance at which the judges still count as agreeing.
-        desirable_at: f from which a candidate is desirable.
-        undesirable_at: f up to which it is undesirable.
-        use_variance: False: nothing abstains (ablation). The variance is still computed and written.
-        use_critic: False: f = m, and critiques are not read (ablation).
-    """
-
-    alpha: float = Field(0.15, ge=0, le=1)
-    tau: float = Field(2.5, ge=0, allow_inf_nan=False)
-    desirable_at: float = Field(7.0, allow_inf_nan=False)
-    undesirable_at: float = Field(4.0, allow_inf_nan=False)
-    use_variance: bool = True
-    use_critic: bool = True
+    alpha: float = Field(0.15, ge=0, le=1, description="α, the share of the mean that a flaw costs")
+    tau: float = Field(
+        2.5,
+        ge=0,
+        allow_inf_nan=False,
+        description="τ, the largest sample variance at which the judges still count as agreeing",
+    )
+    desirable_at: float = Field(7.0, allow_inf_nan=False, description="f from which a candidate is desirable")
+    undesirable_at: float = Field(4.0, allow_inf_nan=False, description="f up to which it is undesirable")
+    use_variance: bool = Field(
+        True, description="False: nothing abstains (ablation). The variance is still computed and written"
+    )
+    use_critic: bool = Field(True, description="False: f = m, and critiques are not read (ablation)")
 
     @model_validator(mode="after")
     def _in_order(self) -> GateConfig:

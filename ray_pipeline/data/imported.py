@@ -64,43 +64,40 @@ DROPPED: dict[Format, tuple[str, ...]] = {
 
 
 class _Rows(Settings):
-    """What every source has. The names of columns are TRL's unless they are given.
+    """What every source has. The names of columns are TRL's unless they are given."""
 
-    Attributes:
-        format: see the module.
-        chosen_score, rejected_score: columns with scores of a pair, if it has some; a gap of 0 or less drops the pair.
-        limit: at most so many rows of the source, from its start.
-        license: for the data set card, as the hub spells it.
-    """
-
-    format: Format = "paired"
-    prompt: str = "prompt"
-    chosen: str = "chosen"
-    rejected: str = "rejected"
-    completion: str = "completion"
-    label: str = "label"
-    messages: str = "messages"
-    chosen_score: str | None = None
-    rejected_score: str | None = None
-    limit: int | None = Field(None, ge=1)
-    license: str = "other"
+    format: Format = Field("paired", description="layout of the rows: paired, unpaired or demonstrations")
+    prompt: str = Field("prompt", description="column with the prompt")
+    chosen: str = Field("chosen", description="column with the better answer")
+    rejected: str = Field("rejected", description="column with the worse answer")
+    completion: str = Field("completion", description="column with the answer")
+    label: str = Field("label", description="column that says whether the answer is desirable")
+    messages: str = Field("messages", description="column with the whole chat")
+    chosen_score: str | None = Field(
+        None, description="columns with scores of a pair, if it has some; a gap of 0 or less drops the pair"
+    )
+    rejected_score: str | None = Field(
+        None, description="columns with scores of a pair, if it has some; a gap of 0 or less drops the pair"
+    )
+    limit: int | None = Field(None, ge=1, description="at most so many rows of the source, from its start")
+    license: str = Field("other", description="for the data set card, as the hub spells it")
 
 
 class HubPreferences(_Rows):
     """A data set of the Hugging Face hub, such as HuggingFaceH4/ultrafeedback_binarized (split train_prefs)."""
 
-    type: Literal["huggingface"] = "huggingface"
-    name: str
-    subset: str | None = None
-    split: str = "train"
-    revision: str | None = None
+    type: Literal["huggingface"] = Field("huggingface", description="where the rows are: the name of the source")
+    name: str = Field(description="name in the tables")
+    subset: str | None = Field(None, description="configuration of the dataset; default: its default one")
+    split: str = Field("train", description="split of the dataset")
+    revision: str | None = Field(None, description="branch, tag or commit; default: the newest commit of main")
 
 
 class FilePreferences(_Rows):
     """Parquet or JSONL files: a path or URI, which may hold *, ** and ?."""
 
-    type: Literal["parquet", "jsonl"]
-    path: str
+    type: Literal["parquet", "jsonl"] = Field(description="where the rows are: the name of the source")
+    path: str = Field(description="local path or URI of any pyarrow filesystem; may contain *, ** and ?")
 
 
 PreferenceSource = Annotated[HubPreferences | FilePreferences, Field(discriminator="type")]
@@ -144,10 +141,11 @@ def preferences(
     return Stage(
         name=name,
         group="datasets",
+        role="rows",
         work=WholeWork(function=import_preferences, settings=given, tables=tables_of(source.format, settings)),
         config={
-            "source": source.model_dump(mode="json"),
-            "datasets": settings.model_dump(mode="json", exclude={"seed", "rows_per_file", "min_gap"}),
+            "source": source.decisive(exclude={"path"}),
+            "datasets": settings.decisive(exclude={"seed", "rows_per_file", "min_gap"}),
             "seed": seed,
             "val_fraction": val_fraction,
             "chat_template_args": policy.chat_template_args,

@@ -24,11 +24,14 @@ _LAYOUT_SAMPLE = 256
 
 
 class JudgeSettings(Settings):
-    """The `judge` block."""
+    """The `judge` block: the rubric judges and how they are asked."""
 
     model: str = Field("judge", description="a key of `models`, for rubrics that name no model")
-    rubrics: tuple[Rubric, ...]
-    layout: Literal["auto", "shared_first", "rubric_first"] = "auto"
+    rubrics: tuple[Rubric, ...] = Field(description="the judges: name, text and scale of each")
+    layout: Literal["auto", "shared_first", "rubric_first"] = Field(
+        "auto",
+        description="which part of the prompt comes first: what the calls about one response share, or the rubric",
+    )
     sampling: SamplingSettings = SamplingSettings(temperature=0.0, max_tokens=512)
     asking: JudgeAsking = JudgeAsking()
 
@@ -173,11 +176,13 @@ def judges(
     answers: Mapping[str, Stage],
     name: str = "judge",
     group: str = "",
+    holds: str = "",
 ) -> list[Stage]:
     """One stage per judge model, each with the verdicts of its own judges, ordered by candidate and judge.
 
     Args:
         answers: stages of candidates or responses by role; all of their rows are judged.
+        holds: role of the verdicts, see `Stage.role`.
     """
     stages = []
     for key in settings.models:
@@ -191,7 +196,7 @@ def judges(
         )
         if judging.layout is None:
             inputs["layout"] = _layout(f"{own}-layout", group or name, judging, models[key], inputs)
-        stages.append(JUDGES.stage(own, judging, models[key], inputs, group=group or name))
+        stages.append(JUDGES.stage(own, judging, models[key], inputs, group=group or name, holds=holds))
     return stages
 
 
@@ -211,7 +216,7 @@ def _layout(name: str, group: str, judging: _Judging, model: ModelSettings, inpu
         name=name,
         group=group,
         work=WholeWork(function=choose_layout, settings=settings),
-        config=settings.model_dump(mode="json"),
+        config=settings.decisive(),
         inputs=dict(inputs),
     )
 

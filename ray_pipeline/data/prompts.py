@@ -48,21 +48,19 @@ def _published_sources() -> list[Source]:
 
 
 class PromptsConfig(Settings):
-    """Where prompts come from and how many are taken.
+    """Where prompts come from and how many are taken."""
 
-    Attributes:
-        sources: read in this order; a prompt that two of them hold counts for the first.
-        seed: of the caps and the split.
-        max_prompts: cap on the whole run; the prompts of the smallest hash(seed, prompt_id) are kept.
-        val_fraction: expected share of held-out prompts.
-        num_shards: how many shards every later table has; divides 1,024.
-    """
-
-    sources: list[Source] = Field(default_factory=_published_sources, min_length=1)
-    seed: int = 0
-    max_prompts: int | None = Field(None, ge=1)
-    val_fraction: float = Field(0.05, ge=0, lt=1)
-    num_shards: int = 64
+    sources: list[Source] = Field(
+        default_factory=_published_sources,
+        min_length=1,
+        description="read in this order; a prompt that two of them hold counts for the first",
+    )
+    seed: int = Field(0, description="of the caps and the split")
+    max_prompts: int | None = Field(
+        None, ge=1, description="cap on the whole run; the prompts of the smallest hash(seed, prompt_id) are kept"
+    )
+    val_fraction: float = Field(0.05, ge=0, lt=1, description="expected share of held-out prompts")
+    num_shards: int = Field(64, description="how many shards every later table has; divides 1,024")
 
     @field_validator("num_shards")
     @classmethod

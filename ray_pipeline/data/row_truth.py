@@ -1,19 +1,19 @@
-"""How right training rows are in the pocket world, whose checker knows the truth: for the page of a comparison."""
+"""How right training rows are, where there is a checker: for the page of a comparison."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
-from ray_pipeline.pocket.tasks import is_correct
+from ray_pipeline.data.checkers import Checker
 
 
 @dataclasses.dataclass(frozen=True)
 class RowTruth:
-    """Shares in [0, 1] over the training split of one data set; None where it has no such rows.
+    """Shares in [0, 1] over the training split of one dataset; None where it has no such rows.
 
     Attributes:
         labelled: rows with a label (kto).
@@ -32,28 +32,28 @@ class RowTruth:
     rejected_wrong: float | None
 
 
-def row_truth(tables: Mapping[str, pa.Table], pocket: frozenset[str]) -> RowTruth | None:
-    """Check the rows of a data set.
+def row_truth(tables: Mapping[str, pa.Table], checked: frozenset[str], checker: Checker) -> RowTruth | None:
+    """Check the rows of a dataset.
 
     Args:
         tables: kind (`kto`, `dpo`) → rows, as the stage dataset-rows leaves them; other kinds are passed over.
-        pocket: prompt_ids of the pocket world.
+        checked: prompt_ids that the checker is for.
 
     Returns:
-        None when a row is of somewhere else, or when there is none.
+        None when a row belongs to another prompt, or when there is none.
     """
     labelled, pairs = (_train(tables.get(kind)) for kind in ("kto", "dpo"))
-    if not labelled + pairs or any(row["prompt_id"] not in pocket for row in labelled + pairs):
+    if not labelled + pairs or any(row["prompt_id"] not in checked for row in labelled + pairs):
         return None
     seen = {(row["prompt_id"], row["completion"][-1]["content"], row["label"]) for row in labelled}
     return RowTruth(
         labelled=len(labelled),
         repeated=1 - len(seen) / len(labelled) if labelled else None,
-        desirable_right=_share(_right(row, "completion") for row in labelled if row["label"]),
-        undesirable_wrong=_share(not _right(row, "completion") for row in labelled if not row["label"]),
+        desirable_right=_share(True, checker, [row for row in labelled if row["label"]], "completion"),
+        undesirable_wrong=_share(False, checker, [row for row in labelled if not row["label"]], "completion"),
         pairs=len(pairs),
-        chosen_right=_share(_right(row, "chosen") for row in pairs),
-        rejected_wrong=_share(not _right(row, "rejected") for row in pairs),
+        chosen_right=_share(True, checker, pairs, "chosen"),
+        rejected_wrong=_share(False, checker, pairs, "rejected"),
     )
 
 
@@ -61,10 +61,8 @@ def _train(table: pa.Table | None) -> list[dict[str, Any]]:
     return [] if table is None else [row for row in table.to_pylist() if row["split"] == "train"]
 
 
-def _right(row: Mapping[str, Any], answer: str) -> bool:
-    return is_correct(row["prompt"][-1]["content"], row[answer][-1]["content"])
-
-
-def _share(flags: Iterable[bool]) -> float | None:
-    found = list(flags)
-    return sum(found) / len(found) if found else None
+def _share(right: bool, checker: Checker, rows: Sequence[Mapping[str, Any]], answer: str) -> float | None:
+    """Share of the rows whose answer is right (or wrong), of those that the checker decides."""
+    found = [checker(row["prompt"], row[answer][-1]["content"]) for row in rows]
+    decided = [one for one in found if one is not None]
+    return sum(one == right for one in decided) / len(decided) if decided else None

@@ -33,7 +33,7 @@ class Prices(Settings):
     input: float = Field(ge=0, description="prompt tokens")
     output: float = Field(ge=0, description="generated tokens")
     cached_input: float | None = Field(None, ge=0, description="prompt tokens from the cache; default: as input")
-    currency: str = "USD"
+    currency: str = Field("USD", description="three-letter code")
     source: str = Field("", description="where the prices are from, and of which day; free text, read by people")
 
     def of(self, prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> float:

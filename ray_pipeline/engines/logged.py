@@ -26,6 +26,7 @@ from ray_pipeline.engines.base import (
     PromptTooLong,
     Sampling,
 )
+from ray_pipeline.engines.usage import Usage
 from ray_pipeline.store.calls import CallWriter, model_folder, read_calls
 from ray_pipeline.store.files import Folder, StoreError
 from ray_pipeline.store.keys import bucket_of, call_key
@@ -38,20 +39,6 @@ FLUSH_SECONDS = 2.0
 
 class CallNotLogged(RuntimeError):
     """A replay needed a call that the log does not hold."""
-
-
-@dataclasses.dataclass
-class CallStats:
-    """What one shard asked for. Tokens and cost are of the calls that the engine answered."""
-
-    calls_engine: int = 0
-    calls_log: int = 0
-    calls_shared: int = 0
-    errors: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cached_tokens: int = 0
-    cost: float = 0.0
 
 
 class LoggedEngine:
@@ -77,7 +64,7 @@ class LoggedEngine:
     ) -> None:
         self.engine = engine
         self.identity: Mapping[str, Any] = engine.identity
-        self.stats = CallStats()
+        self.stats = Usage()
         self._root, self._folder = root, model_folder(root, self.identity)
         self._metered = engine if isinstance(engine, Metered) else None
         self._shard, self._num_shards = shard, num_shards
@@ -308,4 +295,4 @@ def _from_row(row: dict[str, Any]) -> Completion:
     )
 
 
-__all__ = ["FLUSH_SECONDS", "BoundEngine", "CallNotLogged", "CallStats", "EngineDead", "LoggedEngine"]
+__all__ = ["FLUSH_SECONDS", "BoundEngine", "CallNotLogged", "EngineDead", "LoggedEngine"]

@@ -35,7 +35,7 @@ class Placement(Room):
         "where GPU nodes come on demand)",
     )
     num_cpus: float = Field(0, ge=0, description="CPUs that an actor reserves; engines need none reserved")
-    min_actors: int = Field(1, ge=1)
+    min_actors: int = Field(1, ge=1, description="actors that are always held while a stage runs")
     max_actors: int = Field(1, ge=1, description="shared by stages on one model that can begin together")
     shards_in_flight: int = Field(
         3, ge=1, description="shards that an actor works on at once, so that its engine never drains"
@@ -68,25 +68,33 @@ class ModelSettings(Settings):
     of one engine are errors under the other.
     """
 
-    engine: Literal["vllm", "openai"] = "vllm"
+    engine: Literal["vllm", "openai"] = Field(
+        "vllm", description="vllm: served here; openai: an OpenAI-compatible endpoint"
+    )
     model: str = Field(
         description="folder, hub name, or `pocket:NAME` (policy, judge, reviewer, generator); "
         "engine openai: the endpoint's name for it"
     )
     endpoint: EndpointSettings | None = Field(None, description="engine openai alone: where the model is served")
-    revision: str | None = None
+    revision: str | None = Field(None, description="branch, tag or commit; default: the newest commit of main")
     adapter: str | None = Field(None, description="folder of a LoRA adapter")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    quantization: str | None = None
-    max_model_len: int | None = Field(None, ge=16)
-    tensor_parallel_size: int = Field(1, ge=1)
-    seed: int = 0
-    chat_template: str | None = None
-    chat_template_args: dict[str, Any] = Field(default_factory=lambda: {"enable_thinking": False})
-    trust_remote_code: bool = False
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="data type of weights and activations; auto: the model's own"
+    )
+    quantization: str | None = Field(None, description="vLLM's name of a quantization; default: the model's own")
+    max_model_len: int | None = Field(
+        None, ge=16, description="maximum length of prompt and reply together, in tokens; default: the model's"
+    )
+    tensor_parallel_size: int = Field(1, ge=1, description="GPUs over which each layer is split, in one actor")
+    seed: int = Field(0, description="seed of the engine; calls have seeds of their own")
+    chat_template: str | None = Field(None, description="file of a chat template (Jinja); default: the tokenizer's")
+    chat_template_args: dict[str, Any] = Field(
+        default_factory=lambda: {"enable_thinking": False}, description="arguments of the chat template"
+    )
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     args: dict[str, Any] = Field(default_factory=dict, description="further vLLM engine arguments by their own names")
     canary: bool = Field(True, description="prove at the start, with short calls, that the model answers as asked")
-    placement: Placement = Placement()
+    placement: Placement = Field(Placement(), description="where the actors of the model run and how many there are")
 
     @model_validator(mode="after")
     def _keys_of_one_engine(self) -> ModelSettings:
@@ -120,7 +128,7 @@ class ModelSettings(Settings):
 
     def spec(self) -> VllmSpec:
         """What the engine gets. Of a GPU that it shares, it takes its part of the memory and no more."""
-        given = self.model_dump(exclude={"engine", "endpoint", "placement"})
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(VllmSpec)}
         share = self.placement.num_gpus
         if share and share < 1:
             given["args"] = {"gpu_memory_utilization": round(_MEMORY_SHARE * share, 3), **given["args"]}
@@ -173,12 +181,12 @@ class ModelSettings(Settings):
         return TokenizerSettings(**{name: getattr(self, name) for name in TokenizerSettings.model_fields})
 
     def semantics(self) -> dict[str, Any]:
-        """What a stage's fingerprint needs to know beside the weights: everything but names and placement."""
+        """What decides the replies beside `weights()`: settings that differ from their defaults, without names and
+        placement."""
         if self.endpoint is not None:
             return {"engine": self.engine, **self.endpoint.answers()}
-        return self.model_dump(
-            mode="json", exclude={"model", "revision", "adapter", "endpoint", "placement", "canary", "chat_template"}
-        )
+        elsewhere = {"model", "revision", "adapter", "chat_template", "endpoint", "placement", "canary"}
+        return {"engine": self.engine, **self.decisive(exclude=elsewhere)}
 
     def trained(self, folder: str) -> ModelSettings:
         """The same model on other weights: a policy that was trained from it."""

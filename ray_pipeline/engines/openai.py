@@ -147,7 +147,7 @@ class EndpointSettings(Settings):
         "ends the question that it is shown in; for servers of open models (vLLM), whose tokenizers take such text for "
         "the token",
     )
-    prices: Prices | None = None
+    prices: Prices | None = Field(None, description="prices of tokens, for costs and budgets")
     budget: float | None = Field(
         None, gt=0, description="most that this model at this endpoint may cost in this call log, all runs together"
     )

@@ -11,16 +11,15 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from ray_pipeline.config.settings import Settings
+from ray_pipeline.data.checkers import CheckerKey, checker_of, with_truth
 from ray_pipeline.data.row_truth import RowTruth, row_truth
 from ray_pipeline.evaluate.stage import (
     stage_use,
     store_protocols,
     stored_config,
     stored_protocols,
-    table_of,
-    with_truth,
 )
-from ray_pipeline.graph.results import Run
+from ray_pipeline.graph.results import Run, of_role, table_of
 from ray_pipeline.graph.stage import Stage, StageResult, WholeInput, WholeWork
 from ray_pipeline.policy.comparisons import win_rate_protocol
 from ray_pipeline.stats.protocol import Protocol, fixed_fields, measured_by
@@ -57,6 +56,7 @@ class TableSettings(Settings):
     facts: dict[str, str]
     curating: dict[str, str]
     evaluating: dict[str, str]
+    checker: CheckerKey = None
     bootstrap_draws: int = 2000
     seed: int = 0
 
@@ -77,8 +77,9 @@ def method_table(settings: TableSettings, stages: Sequence[Stage]) -> Stage:
         name="evaluate",
         version=2,  # 2: win rates carry a protocol
         view="report",
+        role="page",
         work=WholeWork(function=write_page, settings=_Given(table=settings, compared=win_rate_protocol(stages))),
-        config=settings.model_dump(mode="json", exclude={"run_name"}),
+        config=settings.decisive(exclude={"run_name"}),
         inputs={stage.name: stage for stage in stages},
     )
 
@@ -104,13 +105,13 @@ def rewrite_page(run: Run) -> Folder:
     Raises:
         StoreError: nothing was compared yet.
     """
-    settings = TableSettings.model_validate(run.manifest["report"])
-    if "comparisons" not in run.results:
+    settings = TableSettings.model_validate(run.page)
+    if not of_role(run.results, "comparisons"):
         raise StoreError(f"{run.folder.location} has compared no policy yet; run the same command again first")
-    name = run.manifest["stages"]["evaluate"]["path"]
+    name = run.stages["evaluate"].path
     compared = stored_protocols(run.folder / name)
     with written_here(run.folder / name) as folder:
-        _build(run.results, settings, folder, run.manifest.get("config"), compared)
+        _build(run.results, settings, folder, run.config, compared)
     return run.show("report", name)
 
 
@@ -126,7 +127,7 @@ def _build(
     from ray_pipeline.evaluate.methods import build_comparison
 
     by_name = {result.name: result for result in results.values()}
-    responses, comparisons, verdicts = _tables(by_name)
+    responses, comparisons, verdicts = _tables(by_name, settings.checker)
     options: Any = {"draws": settings.bootstrap_draws, "seed": settings.seed}
     runs = [_policy_run(by_name, policy) for policy in settings.policies]
     policies = policy_stats(runs, responses, comparisons, verdicts, settings.mode, **options)
@@ -136,7 +137,7 @@ def _build(
         methods=method_stats(policies, comparisons, **options),
         differences=differences(policies, settings.over),
         data=settings.data,
-        truth={name: found for name in settings.data if (found := _truth(by_name, name)) is not None},
+        truth={name: found for name in settings.data if (found := _truth(by_name, name, settings.checker)) is not None},
         facts={
             **settings.facts,
             "held-out prompts": str(len(responses.column("prompt_id").unique())),
@@ -161,13 +162,11 @@ def _protocol_facts(compared: Mapping[str, Protocol], comparisons: pa.Table, res
     return found
 
 
-def _tables(by_name: Mapping[str, StageResult]) -> tuple[pa.Table, pa.Table, pa.Table]:
-    answered = [name for name in by_name if name.startswith("responses-")]
-    scored = sorted(name for name in by_name if by_name[name].tables == ("verdicts",) and name.startswith("score-"))
-    responses, prompts = table_of(by_name, *answered), table_of(by_name, "prompts")
-    comparisons, verdicts = table_of(by_name, "comparisons"), table_of(by_name, *scored)
+def _tables(by_name: Mapping[str, StageResult], checker: str | None) -> tuple[pa.Table, pa.Table, pa.Table]:
+    responses, prompts = table_of(by_name, "responses"), table_of(by_name, "prompts")
+    comparisons, verdicts = table_of(by_name, "comparisons"), table_of(by_name, "response verdicts")
     assert responses is not None and prompts is not None and comparisons is not None and verdicts is not None
-    return with_truth(responses, prompts), comparisons, verdicts
+    return with_truth(responses, prompts, checker), comparisons, verdicts
 
 
 def _policy_run(by_name: Mapping[str, StageResult], policy: PolicyName) -> Any:
@@ -182,14 +181,16 @@ def _policy_run(by_name: Mapping[str, StageResult], policy: PolicyName) -> Any:
     )
 
 
-def _truth(by_name: Mapping[str, StageResult], data: str) -> RowTruth | None:
+def _truth(by_name: Mapping[str, StageResult], data: str, checker: str | None) -> RowTruth | None:
     rows, prompts = by_name.get(f"rows-{data}"), table_of(by_name, "prompts")
     if rows is None or prompts is None:
         return None
-    own = prompts.filter(pc.equal(prompts["source"], "pocket"))
-    return row_truth(
-        {kind: rows.table(kind).read_all() for kind in rows.tables}, frozenset(own["prompt_id"].to_pylist())
-    )
+    # Rows of another source than the run's prompts are not checked; without a chosen checker only the pocket's are.
+    own = prompts if checker is not None else prompts.filter(pc.equal(prompts["source"], "pocket"))
+    found = checker_of(checker, own["source"].to_pylist())
+    assert found is not None
+    tables = {kind: rows.table(kind).read_all() for kind in rows.tables}
+    return row_truth(tables, frozenset(own["prompt_id"].to_pylist()), found)
 
 
 def _warnings(settings: TableSettings) -> list[str]:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
 from pydantic import Field
 
 from ray_pipeline.config.settings import Settings
+from ray_pipeline.data.checkers import CheckerKey, with_truth
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.engines.models import ModelSettings
-from ray_pipeline.graph.results import Run
+from ray_pipeline.graph.results import Run, of_role, table_of
 from ray_pipeline.graph.stage import Stage, StageResult, WholeInput, WholeWork
-from ray_pipeline.pocket.tasks import is_correct
 from ray_pipeline.policy.comparisons import EvaluateSettings, win_rate_protocol
 from ray_pipeline.policy.train import METRICS
 from ray_pipeline.stats.protocol import Protocol
@@ -51,6 +51,7 @@ class ReportSettings(Settings):
     evaluating: dict[str, str] = Field(default_factory=dict)
     candidate: str = ""
     gate: GateConfig = GateConfig()
+    checker: CheckerKey = None
     bootstrap_draws: int = 2000
     seed: int = 0
 
@@ -78,10 +79,11 @@ def evaluate(
         name="evaluate",
         version=2,  # 2: win rates carry a protocol
         view="report",
+        role="page",
         work=WholeWork(function=evaluate_run, settings=given),
         config={
-            "evaluate": settings.model_dump(mode="json"),
-            "report": report.model_dump(mode="json", exclude={"run_name", "config_digest", "models", "stages"}),
+            "evaluate": settings.decisive(),
+            "report": report.decisive(exclude={"run_name", "config_digest", "models", "stages"}),
             "max_length": max_length,
         },
         inputs={stage.name: stage for stage in stages},
@@ -95,7 +97,7 @@ def evaluate_run(given: WholeInput) -> dict[str, Any]:
 
     settings: _Given = given.settings
     measured: dict[str, Perplexity] = {}
-    if settings.evaluate.perplexity and "train" in given.inputs:
+    if settings.evaluate.perplexity and of_role(given.inputs, "policy"):
         measured = _perplexities(given, settings)
     given.folder.write_json("perplexity.json", {name: dataclasses.asdict(p) for name, p in measured.items()})
     store_protocols(given.folder, settings.compared)
@@ -112,11 +114,10 @@ def evaluate_run(given: WholeInput) -> dict[str, Any]:
 
 def _perplexities(given: WholeInput, settings: _Given) -> dict[str, Perplexity]:
     """Of base and policy, on held-out desirable answers."""
-    import ray
 
     from ray_pipeline.policy.perplexity import perplexity
 
-    datasets = given.inputs["datasets"]
+    (datasets,) = of_role(given.inputs, "datasets")
     folder = Folder(datasets.folder) / "kto/val"
     rows: list[tuple[str, Any, str]] = []
     for name in folder.names(".parquet"):
@@ -126,24 +127,38 @@ def _perplexities(given: WholeInput, settings: _Given) -> dict[str, Perplexity]:
     rows = sorted(rows, key=lambda row: row[0])[: settings.evaluate.perplexity_rows]
     if not rows:
         return {}
-    gpus = 1 if ray.cluster_resources().get("GPU") else 0
-    task: Any = ray.remote(num_cpus=0, num_gpus=gpus)(perplexity)
-    policy = join(given.inputs["train"].folder, "merged")
-    found = {
-        name: ray.get(
-            task.remote(
-                path,
-                [(prompt, text) for _, prompt, text in rows],
-                device="cuda" if gpus else "cpu",
-                dtype="bfloat16" if gpus else "float32",
-                max_length=settings.max_length,
-                trust_remote_code=settings.base.trust_remote_code,
-                revision=settings.base.revision if name == "base" else None,
-                chat_template_kwargs=settings.base.chat_template_args,
-            )
+    (trained,) = of_role(given.inputs, "policy")
+    policy = join(trained.folder, "merged")
+    found = {}
+    for name, path in (("base", settings.base.model), ("policy", policy)):
+        measure = functools.partial(
+            perplexity,
+            path,
+            [(prompt, text) for _, prompt, text in rows],
+            max_length=settings.max_length,
+            trust_remote_code=settings.base.trust_remote_code,
+            revision=settings.base.revision if name == "base" else None,
+            chat_template_kwargs=settings.base.chat_template_args,
         )
-        for name, path in (("base", settings.base.model), ("policy", policy))
-    }
+        found[name] = _where_a_gpu_is(measure)
+    return found
+
+
+def _where_a_gpu_is(measure: Callable[..., Perplexity]) -> Perplexity:
+    """Call with device and dtype: here where there is no cluster, else as a task that holds a GPU if there is one."""
+    import ray
+
+    if not ray.is_initialized():
+        import torch
+
+        gpus = int(torch.cuda.is_available())
+    else:
+        gpus = 1 if ray.cluster_resources().get("GPU") else 0
+    given = {"device": "cuda", "dtype": "bfloat16"} if gpus else {"device": "cpu", "dtype": "float32"}
+    if not ray.is_initialized():
+        return measure(**given)
+    task: Any = ray.remote(num_cpus=0, num_gpus=gpus)(lambda: measure(**given))
+    found: Perplexity = ray.get(task.remote())
     return found
 
 
@@ -176,12 +191,11 @@ def report_data(
 
     by_name = {result.name: result for result in results.values()}
     prompts = table_of(by_name, "prompts")
-    responses = table_of(by_name, "responses-base", "responses-policy")
+    responses = table_of(by_name, "responses")
     if responses is not None and prompts is not None:
-        responses = with_truth(responses, prompts)
-    facts: dict[str, Any] = {name: result.facts for name, result in by_name.items()}
-    data = facts.get("datasets", {})
-    train = by_name.get("train")
+        responses = with_truth(responses, prompts, settings.checker)
+    data, sourced, train, scored = (_one(by_name, role) for role in ("datasets", "prompts", "policy", "scores"))
+    rows: Mapping[str, Any] = {} if data is None else data.facts
     return ReportData(
         run=RunIdentity(
             name=settings.run_name,
@@ -191,29 +205,29 @@ def report_data(
             models=settings.models,
             stages=DMAPO_STAGES if settings.stages is None else settings.stages,
         ),
-        prompt_counts=facts.get("prompts", {}).get("counts"),
+        prompt_counts=None if sourced is None else sourced.facts.get("counts"),
         prompts=prompts,
         candidates=table_of(by_name, "candidates"),
-        verdicts=table_of(by_name, *sorted(n for n in by_name if n == "judge" or n.startswith("judge-"))),
-        critiques=table_of(by_name, "critic"),
-        decisions=table_of(by_name, "gate", "select"),
-        dataset_counts=data.get("rows"),
-        dataset_guards=data.get("dropped"),
-        kto_weights=data.get("kto_weights"),
-        train_settings=facts.get("train", {}).get("effective"),
+        verdicts=table_of(by_name, "verdicts"),
+        critiques=table_of(by_name, "critiques"),
+        decisions=table_of(by_name, "decisions"),
+        dataset_counts=rows.get("rows"),
+        dataset_guards=rows.get("dropped"),
+        kto_weights=rows.get("kto_weights"),
+        train_settings=None if train is None else train.facts.get("effective"),
         train_metrics=None
         if train is None
         else Folder(train.folder).read_table(METRICS, fingerprint=train.fingerprint, schema=TRAIN_METRICS),
         comparisons=table_of(by_name, "comparisons"),
         responses=responses,
-        response_verdicts=table_of(by_name, *sorted(n for n in by_name if n.startswith("score-"))),
+        response_verdicts=table_of(by_name, "response verdicts"),
         perplexity=dict(measured) or None,
         curating_models=settings.curating,
-        evaluating_models=settings.evaluating if "comparisons" in by_name else {},
+        evaluating_models=settings.evaluating if of_role(by_name, "comparisons") else {},
         candidate_model=settings.candidate,
         compared=compared or {},
         stage_use=[stage_use(result) for result in by_name.values()],
-        benchmarks=_benchmark_scores(by_name.get("benchmarks")),
+        benchmarks=_benchmark_scores(scored),
         desirable_from=settings.gate.desirable_at,
         undesirable_to=settings.gate.undesirable_at,
         bootstrap_draws=settings.bootstrap_draws,
@@ -229,25 +243,12 @@ def planned_use(run_folder: Folder, results: Mapping[str, StageResult]) -> list[
         plan = run_folder.read_json("plan.json")
     except (FileNotFoundError, StoreError):
         return []
-    return compare_with_plan(plan, {result.name: result.usage for result in results.values()})
+    return compare_with_plan(plan, {result.name: result.usage.plain() for result in results.values()})
 
 
-def table_of(results: Mapping[str, StageResult], *names: str) -> pa.Table | None:
-    """The tables of the named stages as one, or None when none of them ran."""
-    tables = [results[name].table().read_all() for name in names if name in results and results[name].tables]
-    return pa.concat_tables(tables) if tables else None
-
-
-def with_truth(responses: pa.Table, prompts: pa.Table) -> pa.Table:
-    """Add `correct` where every prompt is of the pocket world, which has a checker."""
-    by_id = {row["prompt_id"]: row for row in prompts.select(["prompt_id", "messages", "source"]).to_pylist()}
-    if any(row["source"] != "pocket" for row in by_id.values()):
-        return responses
-    correct: Sequence[bool | None] = [
-        None if text is None else is_correct(by_id[pid]["messages"][-1]["content"], text)
-        for pid, text in zip(responses["prompt_id"].to_pylist(), responses["response"].to_pylist(), strict=True)
-    ]
-    return responses.append_column("correct", pa.array(correct, pa.bool_()))
+def _one(results: Mapping[str, StageResult], role: str) -> StageResult | None:
+    """The only result of a role, or None where that stage is not done."""
+    return next(iter(of_role(results, role)), None)
 
 
 def _benchmark_scores(result: StageResult | None) -> list[dict[str, Any]]:
@@ -270,10 +271,10 @@ def stage_use(result: StageResult) -> StageUse:
     """What one stage used, for a report."""
     from ray_pipeline.evaluate.data import StageUse
 
-    usage = result.usage
+    usage = result.usage.plain()
 
     def whole(name: str) -> int | None:
-        return int(usage[name]) if name in usage and result.usage.get("calls_engine") is not None else None
+        return int(usage[name]) if name in usage else None
 
     return StageUse(
         stage=result.name,
@@ -294,18 +295,15 @@ def write_report(run: Run) -> Folder:
     from ray_pipeline.evaluate.build import build_report
     from ray_pipeline.policy.perplexity import Perplexity
 
-    settings = ReportSettings.model_validate(run.manifest["report"])
-    measured, compared = {}, {}
+    settings = ReportSettings.model_validate(run.page)
+    measured, compared, name = {}, {}, run.page_folder("evaluate")
     if "evaluate" in run.results:
-        done = Folder(run.results["evaluate"].folder)
+        done = run.folder / name
         measured = {name: Perplexity(**values) for name, values in done.read_json("perplexity.json").items()}
         compared = stored_protocols(done)
-        name = run.manifest["stages"]["evaluate"]["path"]
-    else:
-        name = f"report-{run.manifest['config_digest']}"
     data = report_data(run.results, settings, measured, compared)
     planned = planned_use(run.folder, run.results)
-    data = dataclasses.replace(data, config=run.manifest.get("config"), planned=planned)
+    data = dataclasses.replace(data, config=run.config or None, planned=planned)
     with written_here(run.folder / name) as folder:
         build_report(data, folder)
     return run.show("report", name)

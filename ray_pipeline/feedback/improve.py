@@ -41,20 +41,15 @@ _WARM = SamplingSettings(temperature=0.8, top_p=0.95, max_tokens=1024)
 
 
 class ImproveSettings(Settings):
-    """The `improve` block.
+    """The `improve` block."""
 
-    Attributes:
-        prompts: prompts of these datasets; default: those of the run.
-        reviews: number of reviews per response and reviewer.
-        revisions: number of revisions per review.
-        sampling: for revisions; `reviewing` is for reviews. The first responses are sampled as in the loop.
-    """
-
-    prompts: PromptsConfig | None = None
-    reviews: int = Field(2, ge=1, le=64)
-    revisions: int = Field(2, ge=1, le=64)
-    seed: int = 0
-    sampling: SamplingSettings = _WARM
+    prompts: PromptsConfig | None = Field(None, description="prompts of these datasets; default: those of the run")
+    reviews: int = Field(2, ge=1, le=64, description="number of reviews per response and reviewer")
+    revisions: int = Field(2, ge=1, le=64, description="number of revisions per review")
+    seed: int = Field(0, description="seed of everything that is drawn here")
+    sampling: SamplingSettings = Field(
+        _WARM, description="for revisions; `reviewing` is for reviews. The first responses are sampled as in the loop"
+    )
     reviewing: SamplingSettings = _WARM
 
     @field_validator("sampling", "reviewing", mode="before")
@@ -95,7 +90,7 @@ def branch_stages(
     """
     texts, inputs = loop.texts(), {"prompts": prompts, "responses": responses}
     drawing = _Draw(sampling=settings.reviewing, template=texts.review, asking=loop.asking, number=settings.reviews)
-    reviews = review_stages(DRAW_REVIEWS, drawing, loop, models, inputs, "improve-review")
+    reviews = review_stages(DRAW_REVIEWS, drawing, loop, models, inputs, "improve-review", "branch reviews")
     inputs = {**inputs, **{f"reviews/{stage.name}": stage for stage in reviews}}
     revise = _Revise.part_of(settings, revise=texts.revise, number=settings.revisions)
     return Branches(responses, reviews, REVISE.stage("improve-revise", revise, models[loop.generator], inputs))

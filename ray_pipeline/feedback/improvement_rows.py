@@ -76,15 +76,16 @@ def improvement_rows(
     return Stage(
         name=f"rows-{what}",
         group="improve",
+        role="branch rows",
         work=ShardWork(
             function=revision_shard if what == "revisions" else review_rows_shard,
             tables=settings.row_kinds,
             settings=given,
         ),
         config={
-            **given.model_dump(mode="json", exclude={"datasets", "tokenizer"}),
+            **given.decisive(exclude={"datasets", "tokenizer"}),
             "chat_template_args": model.chat_template_args,
-            **settings.model_dump(mode="json", exclude={"kinds", "seed", "rows_per_file"}),
+            **settings.decisive(exclude={"kinds", "seed", "rows_per_file"}),
             "tables": list(settings.row_kinds),
         },
         inputs={

@@ -40,27 +40,25 @@ _PUBLISHED = SamplingSettings(temperature=0.0, max_tokens=1024)
 class ReviewerSettings(Settings):
     """One reviewer: its name in the tables, its model, and its focus."""
 
-    name: str = Field(pattern=r"^[a-z][a-z0-9_-]{0,63}$")
+    name: str = Field(pattern=r"^[a-z][a-z0-9_-]{0,63}$", description="name in the tables")
     model: str = Field("reviewer", description="a key of `models`")
     focus: str = Field("", description="aspect to review; default: the template's own question")
     sampling: SamplingSettings | None = Field(None, description="default: `reviewing` of the block")
 
 
 class LoopRules(Settings):
-    """Rules of a feedback loop, whoever takes part.
+    """Rules of a feedback loop, whoever takes part."""
 
-    Attributes:
-        responses: N, the maximum number of responses per prompt; all but the last are reviewed.
-        sampling: for responses and revisions; `reviewing` is for reviews.
-        templates: built-in name or YAML file of the texts for reviewers and generator.
-    """
-
-    responses: int = Field(3, ge=1, le=26)
-    seed: int = 0
-    sampling: SamplingSettings = _PUBLISHED
+    responses: int = Field(
+        3, ge=1, le=26, description="N, the maximum number of responses per prompt; all but the last are reviewed"
+    )
+    seed: int = Field(0, description="seed of everything that is drawn here")
+    sampling: SamplingSettings = Field(
+        _PUBLISHED, description="for responses and revisions; `reviewing` is for reviews"
+    )
     reviewing: SamplingSettings = _PUBLISHED
     asking: ReviewAsking = ReviewAsking()
-    templates: str = "default"
+    templates: str = Field("default", description="built-in name or YAML file of the texts for reviewers and generator")
 
     @field_validator("sampling", "reviewing", mode="before")
     @classmethod
@@ -73,13 +71,9 @@ class LoopRules(Settings):
 
 
 class LoopSettings(LoopRules):
-    """The `loop` block: its rules and participants.
+    """The `loop` block: its rules and participants."""
 
-    Attributes:
-        generator: a key of `models`.
-    """
-
-    generator: str = "generator"
+    generator: str = Field("generator", description="a key of `models`")
     reviewers: tuple[ReviewerSettings, ...] = Field((ReviewerSettings(name="reviewer"),), min_length=1)
 
     @model_validator(mode="after")
@@ -147,7 +141,8 @@ def feedback_stages(
         generate = _Generate.part_of(
             settings, k=k, revise=texts.revise if k else "", reviewers=tuple(settings.names) if k else ()
         )
-        responses.append(GENERATE.stage(f"{prefix}generate-{k + 1}", generate, models[settings.generator], inputs))
+        model = models[settings.generator]
+        responses.append(GENERATE.stage(f"{prefix}generate-{k + 1}", generate, model, inputs, holds="turns"))
     joined = Stage(
         name=f"{prefix}candidates",
         work=ShardWork(function=join_shard, tables=("candidates",)),
@@ -353,15 +348,17 @@ def review_stages(
     models: Mapping[str, ModelSettings],
     inputs: Mapping[str, Stage],
     group: str,
+    holds: str = "",
 ) -> list[Stage]:
     """One stage per model that reviews; a review finds its answer by id, whichever stage wrote it.
 
     Args:
         settings: without reviewers; each stage gets those of its model.
+        holds: role of the reviews, see `Stage.role`.
     """
     stages = []
     for key in loop.review_models:
         own = settings.model_copy(update={"reviewers": tuple(r for r in loop.reviewers if r.model == key)})
         name = group if len(loop.review_models) == 1 else f"{group}-{key}"
-        stages.append(asking.stage(name, own, models[key], inputs, group=group))
+        stages.append(asking.stage(name, own, models[key], inputs, group=group, holds=holds))
     return stages

@@ -9,9 +9,10 @@ from typing import Any
 import pyarrow as pa
 
 from ray_pipeline.config.settings import Settings
-from ray_pipeline.evaluate.stage import with_truth, write_report
+from ray_pipeline.data.checkers import CheckerKey, with_truth
+from ray_pipeline.evaluate.stage import write_report
 from ray_pipeline.feedback.loop import reviews_by_prompt, what_next
-from ray_pipeline.graph.results import Run
+from ray_pipeline.graph.results import Run, table_of
 from ray_pipeline.graph.stage import Stage, StageResult, WholeInput, WholeWork
 from ray_pipeline.report.charts import Chart, Series, lines
 from ray_pipeline.report.figures import number, percent
@@ -35,6 +36,7 @@ class LoopPage(Settings):
 
     run_name: str
     reviewers: tuple[str, ...]
+    checker: CheckerKey = None
 
 
 def loop_page(settings: LoopPage, prompts: Stage, candidates: Stage, reviews: Sequence[Stage], select: Stage) -> Stage:
@@ -42,8 +44,9 @@ def loop_page(settings: LoopPage, prompts: Stage, candidates: Stage, reviews: Se
     return Stage(
         name="loop",
         view="loop",
+        role="loop page",
         work=WholeWork(function=write_loop_page, settings=settings),
-        config=settings.model_dump(mode="json", exclude={"run_name"}),
+        config=settings.decisive(exclude={"run_name"}),
         inputs={stage.name: stage for stage in (prompts, candidates, *reviews, select)},
     )
 
@@ -65,12 +68,13 @@ def write_loop_page(given: WholeInput) -> dict[str, Any]:
 def rewrite_page(run: Run) -> Folder:
     """Rewrite the loop's page, if there is one, and the report; returns the report's folder."""
     if "loop" in run.results:
-        entry = run.manifest["stages"]["loop"]
-        reviewers = tuple(r["name"] for r in run.manifest["config"]["loop"]["reviewers"])
-        page = LoopPage(run_name=run.manifest["config"]["run"]["name"], reviewers=reviewers)
-        with written_here(run.folder / entry["path"]) as folder:
+        path = run.stages["loop"].path
+        reviewers = tuple(r["name"] for r in run.config["loop"]["reviewers"])
+        checker = run.config["evaluate"].get("checker")
+        page = LoopPage(run_name=run.name, reviewers=reviewers, checker=checker)
+        with written_here(run.folder / path) as folder:
             build_page(page, run.results, folder)
-        run.show("loop", entry["path"])
+        run.show("loop", path)
     return write_report(run)
 
 
@@ -79,11 +83,14 @@ def build_page(settings: LoopPage, results: Mapping[str, StageResult], folder: P
     from ray_pipeline.feedback.loop_stats import loop_stats
     from ray_pipeline.report.write import write_page
 
-    candidates = with_truth(results["candidates"].table().read_all(), results["prompts"].table().read_all())
-    tables = [r.table().read_all() for name, r in sorted(results.items()) if name.startswith("review-")]
-    reviews = pa.concat_tables([REVIEWS.empty_table(), *tables])
+    candidates, prompts, decisions = (table_of(results, role) for role in ("candidates", "prompts", "decisions"))
+    assert candidates is not None and prompts is not None and decisions is not None
+    candidates, reviews = (
+        with_truth(candidates, prompts, settings.checker),
+        table_of(results, "reviews") or REVIEWS.empty_table(),
+    )
     ends = loop_ends(candidates, reviews, settings.reviewers)
-    stats = loop_stats(candidates, reviews, results["select"].table().read_all(), ends)
+    stats = loop_stats(candidates, reviews, decisions, ends)
     write_page(loop_document(settings.run_name, stats), {"loop.json": stats}, folder)
     return stats
 

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from ray_pipeline.agents.debate import DebateSettings, DebateTemplates, load_debate_templates
 from ray_pipeline.agents.judges import SamplingSettings
@@ -34,28 +34,30 @@ from ray_pipeline.store.schemas import VERDICTS
 
 
 class SelectSettings(Settings):
-    """The `select` block: how the best response of a prompt is chosen.
+    """The `select` block: how the best response of a prompt is chosen."""
 
-    Attributes:
-        strategy: how several answers are judged. With neither strategy nor debate, the rubric judges of the `judge`
-            block score each answer by itself.
-        debate: instead of a strategy, all roles of `debate_templates` debate the answers, and their final scores
-            count. Each judge holds a debate of its own.
-        judges: the judges that use the strategy, or debate.
-        jury: how the judges' scores are pooled.
-        pairs: a prompt's DPO pairs: the accepted response with every rejected one, or only with the worst.
-        templates: built-in name or YAML file of a strategy's texts.
-        debate_templates: built-in name or YAML file of a debate's roles and texts.
-    """
-
-    strategy: Strategy | None = None
-    debate: DebateSettings | None = None
-    judges: tuple[LiveJudge, ...] = ()
-    jury: JuryRule = MEAN
-    pairs: Literal["every_rejected", "best_worst"] = "every_rejected"
-    templates: str = "default"
-    debate_templates: str = "default"
-    layout: Layout = "shared_first"
+    strategy: Strategy | None = Field(
+        None,
+        description="how several answers are judged. With neither strategy nor debate, the rubric judges of "
+        "the `judge` block score each answer by itself",
+    )
+    debate: DebateSettings | None = Field(
+        None,
+        description="instead of a strategy, all roles of `debate_templates` debate the answers, and their "
+        "final scores count. Each judge holds a debate of its own",
+    )
+    judges: tuple[LiveJudge, ...] = Field((), description="the judges that use the strategy, or debate")
+    jury: JuryRule = Field(MEAN, description="how the judges' scores are pooled")
+    pairs: Literal["every_rejected", "best_worst"] = Field(
+        "every_rejected",
+        description="a prompt's DPO pairs: the accepted response with every rejected one, or only with the worst",
+    )
+    templates: str = Field("default", description="built-in name or YAML file of a strategy's texts")
+    debate_templates: str = Field("default", description="built-in name or YAML file of a debate's roles and texts")
+    layout: Layout = Field(
+        "shared_first",
+        description="which part of the prompt comes first: what the calls about one response share, or the rubric",
+    )
     sampling: SamplingSettings = SamplingSettings(temperature=0.0, max_tokens=1024)
     asking: StrategyAsking = StrategyAsking()
 
@@ -135,17 +137,19 @@ def ranks(
     prompts: Stage,
     answers: Mapping[str, Stage],
     name: str = "judge",
+    holds: str = "",
 ) -> list[Stage]:
     """Verdicts by a strategy or by debates, ordered by prompt, judge and answer; one stage per model.
 
     Args:
         answers: stages of candidates by role; all answers to a prompt are judged together.
+        holds: role of the verdicts, see `Stage.role`.
     """
     stages = []
     for key in settings.models:
         own = name if len(settings.models) == 1 else f"{name}-{key}"
         judging = _judging(settings, tuple(answers), tuple(j for j in settings.judges if j.model == key))
-        stages.append(RANK.stage(own, judging, models[key], {"prompts": prompts, **answers}, group=name))
+        stages.append(RANK.stage(own, judging, models[key], {"prompts": prompts, **answers}, group=name, holds=holds))
     return stages
 
 
@@ -236,7 +240,7 @@ def select(
     return Stage(
         name=name,
         work=ShardWork(function=select_shard, tables=("decisions",), settings=given),
-        config=given.model_dump(mode="json"),
+        config=given.decisive(),
         inputs={"candidates": candidates, **{f"verdicts/{stage.name}": stage for stage in verdicts}},
     )
 

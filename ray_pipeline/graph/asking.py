@@ -129,16 +129,19 @@ class Asking(Generic[S, R]):
         inputs: Mapping[str, Stage],
         *,
         group: str = "",
+        holds: str = "",
         train: Stage | None = None,
     ) -> Stage:
         """The stage under a name; its settings and the identity of the model decide its output.
 
         Args:
+            holds: role of its table, see `Stage.role`.
             train: the stage that makes the model's weights. They need not exist yet: its fingerprint stands for them.
         """
         return Stage(
             name=name,
             group=group,
+            role=holds,
             work=ShardWork(
                 function=self,
                 tables=tuple(self.tables),
@@ -146,7 +149,7 @@ class Asking(Generic[S, R]):
                 engine=model.factory(),
                 placement=model.placement,
             ),
-            config={**settings.model_dump(mode="json"), "engine": model.semantics()},
+            config={**settings.decisive(), "engine": model.semantics()},
             inputs={**inputs, **({"train": train} if train is not None else {})},
             external=model.weights() if train is None else {},
         )

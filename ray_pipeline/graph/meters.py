@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ray_pipeline.engines.usage import Usage
+
 #: Name → (kind, what it is, tags beside `run` and `stage`).
 METERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "quorum_rows_total": ("counter", "rows done; rows of a shard that began anew count again", ()),
@@ -53,12 +55,12 @@ class Meters:
         self._run = run
         self._of = {name: make(name) for name in METERS}
 
-    def add(self, stage: str, counts: Mapping[str, float]) -> None:
+    def add(self, stage: str, usage: Usage, rows: float) -> None:
         """Differences, as workers report them."""
-        for key, value in counts.items():
-            if key in _FED_BY and value > 0:
-                name, tags = _FED_BY[key]
-                self._of[name].inc(value, tags=self._tags(stage, **tags))
+        counts = {"rows": rows, **vars(usage)}
+        for key, (name, tags) in _FED_BY.items():
+            if counts[key] > 0:
+                self._of[name].inc(counts[key], tags=self._tags(stage, **tags))
 
     def replies(self, stage: str, counts: Mapping[tuple[str, bool], int]) -> None:
         """(judge, whether its reply was read) → replies since the last report."""

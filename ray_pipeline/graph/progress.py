@@ -6,12 +6,13 @@ import collections
 import dataclasses
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from ray_pipeline.engines.usage import Usage
 from ray_pipeline.graph.meters import Meters
 
 #: Seconds between two pictures: a live table may be quick, lines in a log should be few.
@@ -21,10 +22,17 @@ LINE_SECONDS = 10.0
 MOST_LINES = 20
 
 
+class Note(NamedTuple):
+    """A line for the run's log, with its shard where it has one."""
+
+    text: str
+    shard: int | None = None
+    is_trace: bool = False
+
+
 @dataclasses.dataclass
 class StageProgress:
-    """Counters of one stage. Token counts are of calls that the engine answered; `cost` is what endpoints asked for
-    them; `device_seconds` is time of GPUs (without GPUs: of engines) that actors held, idle or not."""
+    """One stage at work: `usage` is of this session, `seconds` is time on the clock since it began."""
 
     name: str
     status: str = "waiting"
@@ -33,16 +41,20 @@ class StageProgress:
     shards_failed: int = 0
     rows: float = 0
     rows_total: float = 0
-    calls_engine: float = 0
-    calls_log: float = 0
-    prompt_tokens: float = 0
-    completion_tokens: float = 0
-    cached_tokens: float = 0
-    cost: float = 0.0
-    device_seconds: float = 0.0
+    usage: Usage = dataclasses.field(default_factory=Usage)
     seconds: float = 0.0
     began: float | None = None
     shards_at_start: int = 0
+
+    @classmethod
+    def read(cls, stored: Mapping[str, Any]) -> StageProgress:
+        """From what `plain` gave. Raises TypeError when it is something else."""
+        own = {name: value for name, value in stored.items() if name == "seconds" or name not in vars(Usage())}
+        return cls(**own, usage=Usage.read({**stored, "seconds": 0.0}))
+
+    def plain(self) -> dict[str, Any]:
+        """Flat, as progress.json holds it."""
+        return {**vars(self.usage), **{name: value for name, value in vars(self).items() if name != "usage"}}
 
     @property
     def eta(self) -> float | None:
@@ -58,7 +70,7 @@ class StageProgress:
 
     @property
     def tokens_per_second(self) -> float:
-        return (self.prompt_tokens + self.completion_tokens) / self.seconds if self.seconds > 0 else 0.0
+        return self.usage.tokens / self.seconds if self.seconds > 0 else 0.0
 
     def line(self) -> str:
         """One line for a log."""
@@ -70,8 +82,8 @@ class StageProgress:
             )
         if self.rows:
             parts.append(f"rows {self.rows:.0f}" + (f"/{self.rows_total:.0f}" if self.rows_total else ""))
-        if self.calls_engine or self.calls_log:
-            parts.append(f"calls {self.calls_engine:.0f} engine + {self.calls_log:.0f} log")
+        if self.usage.calls:
+            parts.append(f"calls {self.usage.calls_engine:.0f} engine + {self.usage.calls_log:.0f} log")
             parts.append(f"{self.tokens_per_second:.0f} tokens/s")
         if self.eta is not None:
             parts.append(f"ETA {duration(self.eta)}")
@@ -81,12 +93,11 @@ class StageProgress:
 
 
 class ProgressBoard:
-    """Counters by stage and lines to show. Lives in an actor of its own; every call is quick."""
+    """Counters by stage and notes to show; every call is quick. One thread may report while another looks."""
 
     def __init__(self) -> None:
         self._stages: dict[str, StageProgress] = {}
-        self._lines: list[str] = []
-        self._of_shards: list[int | None] = []
+        self._notes: collections.deque[Note] = collections.deque()
         self._stops: dict[str, str] = {}
         self._actors: collections.Counter[str] = collections.Counter()
         self._meters: Meters | None = None
@@ -108,34 +119,32 @@ class ProgressBoard:
         """Why a stage should end, or None."""
         return self._stops.get(name) or self._stops.get("*")
 
-    def begin(
-        self, name: str, shards: int = 0, shards_done: int = 0, rows_total: float = 0, *, waits: bool = False
-    ) -> None:
-        """Show a stage; one that waits begins with the first word from a worker."""
-        stage = self._stages[name] = StageProgress(name, "waiting", shards, shards_done, rows_total=rows_total)
+    def begin(self, name: str, shards: int = 0, shards_done: int = 0, *, waits: bool = False) -> None:
+        """Show a stage; one that waits begins with the first report from a worker."""
+        stage = self._stages[name] = StageProgress(name, "waiting", shards, shards_done)
         stage.shards_at_start = shards_done
         if not waits:
             self._start(stage)
 
-    def add(self, name: str, counts: Mapping[str, float]) -> str | None:
-        """Add to counters; returns why the stage should end, if it should."""
+    def add(self, name: str, usage: Usage, *, rows: float = 0, shards_done: int = 0, shards_failed: int = 0) -> None:
+        """Add to a stage's counters."""
         stage = self._at_work(name)
-        for key, value in counts.items():
-            setattr(stage, key, getattr(stage, key) + value)
+        stage.usage += usage
+        stage.rows += rows
+        stage.shards_done += shards_done
+        stage.shards_failed += shards_failed
         if self._meters is not None:
-            self._meters.add(name, counts)
-        return self.stopping(name)
+            self._meters.add(name, usage, rows)
 
     def actor(self, name: str, address: str) -> None:
-        """Tell of an actor that begins to work for a stage, on the node with that address."""
+        """Note an actor that begins to work for a stage, on the node with that address."""
         self._actors[name] += 1
         self.say(f"{name}: actor {self._actors[name]} begins on {address}")
 
-    def put(self, name: str, counts: Mapping[str, float]) -> None:
-        """Set counters that do not add up (steps of a training, say)."""
+    def put(self, name: str, rows: float, rows_total: float) -> None:
+        """Set how far a stage is whose rows do not add up (steps of a training, say)."""
         stage = self._at_work(name)
-        for key, value in counts.items():
-            setattr(stage, key, value)
+        stage.rows, stage.rows_total = rows, rows_total
 
     def end(self, name: str, status: str) -> None:
         stage = self._stages.setdefault(name, StageProgress(name))
@@ -144,18 +153,21 @@ class ProgressBoard:
         stage.began = None
 
     def say(self, line: str, shard: int | None = None) -> None:
-        self._lines.append(line)
-        self._of_shards.append(shard)
+        self._notes.append(Note(line, shard))
 
-    def look(self) -> tuple[list[dict[str, Any]], list[str], list[int | None]]:
-        """All stages as plain data, the lines since the last look, and the shard of each line where it has one."""
-        lines, self._lines = self._lines, []
-        shards, self._of_shards = self._of_shards, []
-        for stage in self._stages.values():
+    def trace(self, text: str, shard: int | None = None) -> None:
+        """Note a traceback."""
+        self._notes.append(Note(text, shard, is_trace=True))
+
+    def look(self) -> tuple[list[dict[str, Any]], list[Note]]:
+        """All stages as plain data, and the notes since the last look."""
+        notes = [self._notes.popleft() for _ in range(len(self._notes))]
+        stages = list(self._stages.values())
+        for stage in stages:
             self._age(stage)
             if self._meters is not None:
                 self._meters.look(stage.name, stage.shards, stage.shards_done, stage.shards_failed, stage.seconds)
-        return [dataclasses.asdict(stage) for stage in self._stages.values()], lines, shards
+        return [stage.plain() for stage in stages], notes
 
     def _at_work(self, name: str) -> StageProgress:
         """The counters of a stage that a worker speaks of: if it has not begun, it begins."""
@@ -175,15 +187,20 @@ class ProgressBoard:
 
 
 class Display:
-    """Shows a board: a live table on a terminal, plain lines elsewhere."""
+    """Shows a board: a live table on a terminal, plain lines elsewhere.
 
-    def __init__(self, console: Console, names: list[str]) -> None:
+    Args:
+        names: of the stages.
+        live: False writes lines on a terminal, too.
+    """
+
+    def __init__(self, console: Console, names: list[str], live: bool = True) -> None:
         self._console = console
         self._names = names
         self._live: Live | None = None
         self._last: dict[str, str] = {}
         self._shown = 0.0
-        if console.is_terminal:
+        if live and console.is_terminal:
             self._live = Live(console=console, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> Display:
@@ -237,8 +254,8 @@ def _picture(stages: list[StageProgress]) -> Table:
             s.status,
             f"{s.shards_done}/{s.shards}" if s.shards else "",
             f"{s.rows:.0f}/{s.rows_total:.0f}" if s.rows_total else (f"{s.rows:.0f}" if s.rows else ""),
-            f"{s.calls_engine:.0f}+{s.calls_log:.0f}" if s.calls_engine or s.calls_log else "",
-            f"{s.tokens_per_second:.0f}" if s.calls_engine else "",
+            f"{s.usage.calls_engine:.0f}+{s.usage.calls_log:.0f}" if s.usage.calls else "",
+            f"{s.tokens_per_second:.0f}" if s.usage.calls_engine else "",
             duration(s.seconds) if s.seconds else "",
             duration(s.eta) if s.eta is not None else "",
             style={"waiting": "dim", "failed": "red", "done": "green", "cached": "green"}.get(s.status),

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ray_pipeline.engines.usage import Usage
 from ray_pipeline.store.files import Folder, StoreError
 
 _NAME = "spent.json"
@@ -38,38 +39,37 @@ class Spending:
 
     def __init__(self, folder: Folder, budget: Budget) -> None:
         self._folder, self._budget = folder, budget
-        self._before = {"device_seconds": 0.0, "cost": 0.0}
+        self._before = self._now = Usage()
         try:
             found = folder.read_json(_NAME)
-            self._before = {name: float(found[name]) for name in self._before}
+            self._before = Usage(device_seconds=float(found["device_seconds"]), cost=float(found["cost"]))
         except (FileNotFoundError, StoreError, KeyError, TypeError, ValueError):
-            pass  # nothing was spent, or nobody can tell any more
-        self._now = {"device_seconds": 0.0, "cost": 0.0}
+            pass  # nothing was spent, or the record is unreadable
         self._written = 0.0
 
     @property
+    def _total(self) -> Usage:
+        return self._before + self._now
+
+    @property
     def device_seconds(self) -> float:
-        return self._before["device_seconds"] + self._now["device_seconds"]
+        return self._total.device_seconds
 
     @property
     def money(self) -> float:
         """In the budget's currency."""
-        hours = self.device_seconds / 3600
-        return self._before["cost"] + self._now["cost"] + hours * (self._budget.device_hour or 0.0)
+        return self._total.cost + self.device_seconds / 3600 * (self._budget.device_hour or 0.0)
 
     def look(self, stages: Iterable[Mapping[str, Any]], *, write: bool = False) -> str | None:
         """Take in the progress of this session's stages; returns why the run should stop, if it should."""
-        self._now = {"device_seconds": 0.0, "cost": 0.0}
+        now = Usage()
         for stage in stages:
             held = self._budget.workers.get(stage["name"], 0.0) * stage["seconds"]
-            self._now["device_seconds"] += stage["device_seconds"] + held
-            self._now["cost"] += stage["cost"]
-        if any(self._now.values()) and (write or time.monotonic() - self._written >= _WRITE_SECONDS):
+            now += Usage(device_seconds=stage["device_seconds"] + held, cost=stage["cost"])
+        self._now = now
+        if now and (write or time.monotonic() - self._written >= _WRITE_SECONDS):
             self._written = time.monotonic()
-            self._folder.write_json(
-                _NAME,
-                {"device_seconds": self.device_seconds, "cost": self._before["cost"] + self._now["cost"]},
-            )
+            self._folder.write_json(_NAME, {"device_seconds": self.device_seconds, "cost": self._total.cost})
         return self.over()
 
     def over(self) -> str | None:

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from ray_pipeline.engines.logged import LoggedEngine
 from ray_pipeline.engines.models import EngineFactory, Placement
+from ray_pipeline.engines.usage import Usage
 from ray_pipeline.extensions import digests_in
 from ray_pipeline.store.files import Folder, join
 from ray_pipeline.store.keys import fingerprint
@@ -117,6 +118,7 @@ class Stage:
     Attributes:
         name: unique in the DAG.
         group: the word that `--from` and `--to` know it by; several stages may share it.
+        role: what its table is, by which others find it; default: the kind of its first table. Not in the fingerprint.
         version: raised when the code changes what the stage writes.
         repeatable: making it again gives the same output. Where it does not (training), everything that was made
             from an output that is gone is made again too.
@@ -134,6 +136,7 @@ class Stage:
     repeatable: bool = True
     group: str = ""
     view: str = ""
+    role: str = ""
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -150,37 +153,77 @@ class Stage:
     def group_name(self) -> str:
         return self.group or self.name
 
+    @property
+    def role_name(self) -> str:
+        return self.role or next(iter(self.work.tables), "")
+
 
 @dataclasses.dataclass(frozen=True)
-class StageResult:
-    """What travels between stages: where the output is and what is in it, never the data."""
+class StageRef:
+    """Where the output of a stage is, or will be, and what it is (`role`): enough to find its tables."""
 
     name: str
     fingerprint: str
     folder: str
     num_shards: int
     tables: tuple[str, ...]
-    rows: Mapping[str, int]
-    facts: Mapping[str, Any]
-    usage: Mapping[str, float]
-    cached: bool = False
+    role: str = dataclasses.field(default="", kw_only=True)
 
-    def save(self) -> StageResult:
-        """Write down that the stage is done: what a later run finds (`load_result`)."""
-        value = {"fingerprint": self.fingerprint, "rows": self.rows, "facts": self.facts, "usage": self.usage}
-        Folder(self.folder).write_json("_result.json", {"stage": self.name, **value})
-        return self
+    @classmethod
+    def of(cls, stage: Stage, run: str, num_shards: int) -> StageRef:
+        """The reference to a stage in a run folder."""
+        folder = join(run, stage.folder_name)
+        return cls(stage.name, stage.fingerprint, folder, num_shards, stage.work.tables, role=stage.role_name)
 
     def table(self, kind: str | None = None) -> ShardedTable:
         """The (only) table of the stage, or the one of a kind."""
         if kind is None:
             (kind,) = self.tables
-        return stage_table(self.folder, self.tables, kind, self.num_shards, self.fingerprint)
+        folder = self.folder if len(self.tables) == 1 else join(self.folder, kind)
+        return ShardedTable(folder, kind, self.num_shards, self.fingerprint)
+
+    def missing(self) -> list[int]:
+        """Shards of which a table is missing."""
+        return sorted({shard for kind in self.tables for shard in self.table(kind).state().missing})
+
+    def count_rows(self) -> dict[str, int]:
+        """Rows of every table. Raises StageStop when a shard is missing, naming it."""
+        rows: dict[str, int] = {}
+        for kind in self.tables:
+            state = self.table(kind).state()
+            if state.missing:
+                raise StageStop(
+                    f"{self.name}: shards {state.missing[:8]} of {kind} are missing after the stage; rerun the command"
+                )
+            rows[kind] = sum(state.rows.values())
+        return rows
 
 
-def stage_table(folder: str, tables: tuple[str, ...], kind: str, num_shards: int, mark: str) -> ShardedTable:
-    where = folder if len(tables) == 1 else join(folder, kind)
-    return ShardedTable(where, kind, num_shards, mark)
+@dataclasses.dataclass(frozen=True)
+class StageResult(StageRef):
+    """What travels between stages: where the output is and what is in it, never the data."""
+
+    rows: Mapping[str, int]
+    facts: Mapping[str, Any]
+    usage: Usage = dataclasses.field(default_factory=Usage)
+    cached: bool = False
+
+    @classmethod
+    def read(cls, ref: StageRef, stored: Mapping[str, Any]) -> StageResult:
+        """From what `plain` gave. Raises KeyError and TypeError when it is something else."""
+        return cls(
+            **vars(ref), rows=stored["rows"], facts=stored["facts"], usage=Usage.read(stored["usage"]), cached=True
+        )
+
+    def plain(self) -> dict[str, Any]:
+        """What is stored of it, here and in the manifest."""
+        return {"rows": dict(self.rows), "facts": dict(self.facts), "usage": self.usage.plain()}
+
+    def save(self) -> StageResult:
+        """Record that the stage is done: what a later run finds (`load_result`)."""
+        value = {"stage": self.name, "fingerprint": self.fingerprint, **self.plain()}
+        Folder(self.folder).write_json("_result.json", value)
+        return self
 
 
 class Dag:
@@ -238,6 +281,16 @@ class Dag:
             if stage.group_name == group or any(parent in found for parent in stage.inputs.values()):
                 found.append(stage)
         return found
+
+    def is_before(self, stage: Stage, group: str) -> bool:
+        """Whether a stage is an ancestor of the group's stages."""
+        todo = [s for s in self.stages if s.group_name == group]
+        while todo:
+            parents = list(todo.pop().inputs.values())
+            if stage in parents:
+                return True
+            todo += parents
+        return False
 
     def _check(self, group: str) -> None:
         if group not in self.groups:

@@ -35,7 +35,7 @@ class Leftover:
 
 def leftovers(run: Run) -> list[Leftover]:
     """What `clean` would delete, by name."""
-    kept = {entry["path"] for entry in run.manifest["stages"].values()} | _viewed(run)
+    kept = {stage.path for stage in run.stages.values()} | _viewed(run)
     found = []
     selector = pafs.FileSelector(run.folder.path(), recursive=False)
     for info in run.folder.fs.get_file_info(selector):

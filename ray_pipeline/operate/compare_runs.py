@@ -21,7 +21,7 @@ def side_of(run: Run) -> Side:
     """
     from ray_pipeline.operate.side_by_side import Side
 
-    workflow = run.manifest["dag"]
+    workflow = run.workflow
     numbers = find_workflow(workflow).numbers
     if numbers is None:
         raise StoreError(f"{run.folder.location} is a run of {workflow}, whose runs cannot be compared")
@@ -34,13 +34,12 @@ def side_of(run: Run) -> Side:
     except json.JSONDecodeError as error:
         told = f"{run.folder.uri(name)} is no JSON; `quorum report {run.folder.location}` writes it anew"
         raise StoreError(told) from error
-    report = run.manifest.get("report", {})
     return Side(
-        name=report.get("run_name") or run.manifest.get("config", {}).get("run", {}).get("name") or workflow,
+        name=run.name,
         folder=run.folder.location,
         workflow=workflow,
-        config=run.manifest.get("config", {}),
+        config=run.config,
         fingerprints={stage: result.fingerprint for stage, result in run.results.items()},
-        usage={stage: result.usage for stage, result in run.results.items()},
+        usage={stage: result.usage.plain() for stage, result in run.results.items()},
         metrics=metrics,
     )

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from ray_pipeline.data.datasets import SPLITS
-from ray_pipeline.graph.results import Run
+from ray_pipeline.graph.results import Run, of_role
 from ray_pipeline.store.files import Folder, StoreError
 
 #: By this file a folder is known as an export, which another one may replace.
@@ -35,7 +35,7 @@ def export(run: Run, out: Path, kinds: Sequence[str] = (), stage: str = "dataset
         StoreError: the stage is not done, has no such kind, a file is torn or foreign, or `out` holds something else.
     """
     if stage not in run.results:
-        others = ", ".join(name for name in run.results if name.startswith("datasets")) or "none"
+        others = ", ".join(found.name for found in of_role(run.results, "datasets", "branch datasets")) or "none"
         raise StoreError(f"{run.folder.location}: {stage} is not done; data sets that are: {others}")
     result = run.results[stage]
     source = Folder(result.folder)
@@ -68,15 +68,14 @@ def export(run: Run, out: Path, kinds: Sequence[str] = (), stage: str = "dataset
 
 def _origin(run: Run, stage: str) -> dict[str, Any]:
     """Where the rows came from, without a path of this machine."""
-    stages = run.manifest["stages"]
     return {
-        "workflow": run.manifest.get("dag"),
-        "run": run.manifest["config"].get("run", {}).get("name"),
+        "workflow": run.workflow,
+        "run": run.config.get("run", {}).get("name"),
         "stage": stage,
-        "fingerprints": {name: entry["fingerprint"] for name, entry in stages.items() if entry["status"] == "done"},
-        "gate": run.manifest["config"].get("gate"),
-        "versions": run.manifest.get("versions"),
-        "git_revision": run.manifest.get("git_revision"),
+        "fingerprints": {name: result.fingerprint for name, result in run.results.items()},
+        "gate": run.config.get("gate"),
+        "versions": run.versions,
+        "git_revision": run.git_revision,
     }
 
 
@@ -85,7 +84,7 @@ def _card(run: Run, cards: dict[str, str], rows: dict[str, dict[str, int]]) -> s
     parts = {kind: _split_card(card) for kind, card in cards.items()}
     first = next(iter(parts.values()))[0]
     front = {
-        "pretty_name": f"Quorum preference data: {run.manifest['config'].get('run', {}).get('name', 'run')}",
+        "pretty_name": f"Quorum preference data: {run.config.get('run', {}).get('name', 'run')}",
         "license": first.get("license", "other"),
         "task_categories": ["text-generation"],
         "tags": ["quorum", "preference", "rlaif", "trl", *rows],

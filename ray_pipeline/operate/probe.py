@@ -15,11 +15,12 @@ import numpy as np
 from rich.console import Console
 
 from ray_pipeline.data.prompts import load_prompts
-from ray_pipeline.graph.run import execute
-from ray_pipeline.graph.shard_map import receipt_name
+from ray_pipeline.engines.usage import Usage
+from ray_pipeline.graph.driver import execute
+from ray_pipeline.graph.shards import receipt_name
 from ray_pipeline.graph.stage import Dag, StageResult, StageStop
 from ray_pipeline.operate.prices import CallTime, KeptShare, Rates, ReplyTokens
-from ray_pipeline.operate.run_settings import run_settings
+from ray_pipeline.operate.run_settings import executor_of, run_settings
 from ray_pipeline.stats.bootstrap import drawn_ratio, percentiles, sample_counts
 from ray_pipeline.store.files import Folder, StoreError, beside
 
@@ -56,12 +57,8 @@ def probe(
     place = beside(folder, "-probe")
     outcome = execute(
         wire(small, place),
-        run_settings(
-            small,
-            place,
-            calls_root=config.calls_root(folder),
-            max_stages=1,  # side by side, stages would slow each other and be measured wrong
-        ),
+        run_settings(small, place, calls_root=config.calls_root(folder)),
+        executor_of(small, max_stages=1),  # side by side, stages would slow each other and be measured wrong
         to_group="datasets",
         console=console,
     )
@@ -106,13 +103,12 @@ def measured(results: Mapping[str, StageResult], given: Rates, source: str) -> R
 def _by_shard(result: StageResult) -> tuple[np.ndarray, ...]:
     """Engine calls, completion tokens, all tokens and device seconds (engine start left out) of each shard."""
     rows: list[tuple[float, ...]] = []
-    if result.usage.get("calls_engine"):
+    if result.usage.calls_engine:
         receipts = Folder(result.folder) / "_receipts"
         for shard in range(result.num_shards):
-            usage: dict[str, Any] = receipts.read_json(receipt_name(shard))["usage"]
-            busy = usage.get("device_seconds", 0.0) - usage.get("start_seconds", 0.0)
-            replied = usage.get("completion_tokens", 0.0)
-            rows.append((usage.get("calls_engine", 0.0), replied, replied + usage.get("prompt_tokens", 0.0), busy))
+            usage = Usage.read(receipts.read_json(receipt_name(shard))["usage"])
+            busy = usage.device_seconds - usage.start_seconds
+            rows.append((usage.calls_engine, usage.completion_tokens, usage.tokens, busy))
     return tuple(np.array(rows or [(0.0,) * 4]).T)
 
 

@@ -16,20 +16,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
 
-from ray_pipeline.config.loading import read_config
 from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.data import columnar
 from ray_pipeline.data.datasets import kto_weights
 from ray_pipeline.data.gate import GateConfig, decide, label_counts
 from ray_pipeline.graph.heartbeat import BEAT_SECONDS, Heartbeat
-from ray_pipeline.graph.inline import make_here
-from ray_pipeline.graph.results import Run
-from ray_pipeline.graph.run import stage_folder
+from ray_pipeline.graph.in_process import make_here
+from ray_pipeline.graph.manifest import stage_entry
+from ray_pipeline.graph.results import Run, StageRecord
+from ray_pipeline.graph.resume import stage_folder
+from ray_pipeline.graph.session import Session
 from ray_pipeline.graph.stage import Stage, WholeWork
 from ray_pipeline.store.files import StoreError, point_at
 from ray_pipeline.store.keys import digest
 from ray_pipeline.store.schemas import LABELS
-from ray_pipeline.workflow.registry import find_workflow
+from ray_pipeline.workflow.stored import config_of
 
 #: Blocks of the configuration that stored scores can be read again under.
 _BLOCKS = ("gate.", "datasets.")
@@ -80,9 +81,9 @@ def regate(run: Run, overrides: Sequence[str]) -> Regate:
         ConfigError: a key outside `gate` and `datasets`, an unknown key, or a run of another workflow.
         StoreError: the run has no scores yet.
     """
-    if run.manifest.get("dag") != "dmapo":
+    if run.workflow != "dmapo":
         raise ConfigError(
-            f"{run.folder.location} is a run of {run.manifest.get('dag')}; regate reads runs of dmapo. In a "
+            f"{run.folder.location} is a run of {run.workflow}; regate reads runs of dmapo. In a "
             "comparison, change baselines.data and run it again: no call is repeated"
         )
     for override in overrides:
@@ -94,17 +95,15 @@ def regate(run: Run, overrides: Sequence[str]) -> Regate:
     for name in ("prompts", "candidates", *_verdict_stages(run)):
         if name not in run.results:
             raise StoreError(f"{run.folder.location}: {name} is not done yet, so there is nothing to gate")
-    source = run.folder.uri("manifest.json")
-    kind = find_workflow("dmapo").config
-    before = read_config(kind, run.manifest["given"], source=source)
-    after = read_config(kind, run.manifest["given"], overrides, source="quorum regate")
+    before: Any = config_of(run)
+    after: Any = config_of(run, overrides, "quorum regate")
     if after.gate.use_critic and "critic" not in run.results:
         raise StoreError(f"{run.folder.location}: critic is not done; run it, or add gate.use_critic=false")
     return Regate(run, before, after)
 
 
 def _verdict_stages(run: Run) -> list[str]:
-    return [n for n, entry in run.manifest["stages"].items() if entry["group"] == "judge" and entry["tables"]]
+    return [name for name, stage in run.stages.items() if stage.role == "verdicts"]
 
 
 # --- preview ----------------------------------------------------------------------------------------------------------
@@ -132,7 +131,7 @@ def _scores(given: Regate) -> Iterator[dict[str, pa.Table | None]]:
     results, judged = given.run.results, _verdict_stages(given.run)
     wants_critic = given.before.gate.use_critic or given.after.gate.use_critic
     critic = results["critic"].table() if wants_critic and "critic" in results else None
-    for shard in range(given.run.manifest["num_shards"]):
+    for shard in range(given.run.num_shards):
         verdicts = [
             results[name].table().read(shard, ["candidate_id", "judge", "score", "parse_status"]) for name in judged
         ]
@@ -206,16 +205,16 @@ def write(given: Regate, say: Callable[[str], None], beat_seconds: float = BEAT_
     made = _stages(given)
     with Heartbeat(run.folder, beat_seconds=beat_seconds, say=say):
         results = dict(run.results)
-        num_shards = run.manifest["num_shards"]
-        make_here(made, run.folder.location, num_shards, results, run.manifest["calls_root"], say)
+        make_here(made, Session(run.folder.location, run.calls_root, run.num_shards), results, say)
+        before = run.folder.read_json("manifest.json")
         plain = config.model_dump(mode="json")
         manifest = {
-            **run.manifest,
+            **before,
             "config": plain,
             "given": config.model_dump(mode="json", exclude_unset=True),
             "config_digest": digest(plain),
             "report": config.page().model_dump(mode="json"),
-            "stages": _entries(run.manifest["stages"], made, results),
+            "stages": _entries(before["stages"], made, results),
         }
         run.folder.write_bytes("config.yaml", yaml.safe_dump(plain, sort_keys=False).encode())
         run.folder.write_json("manifest.json", manifest)
@@ -227,7 +226,7 @@ def write(given: Regate, say: Callable[[str], None], beat_seconds: float = BEAT_
 
 def _stages(given: Regate) -> list[Stage]:
     """Gate and data sets over the stored tables, as the workflow wires them."""
-    config, entries = given.after, given.run.manifest["stages"]
+    config, entries = given.after, given.run.stages
     asked, answers = stored(entries, "prompts"), stored(entries, "candidates")
     verdicts = [stored(entries, name) for name in _verdict_stages(given.run)]
     critiques = stored(entries, "critic") if config.gate.use_critic else None
@@ -239,14 +238,12 @@ def _stages(given: Regate) -> list[Stage]:
     return [decisions, files.inputs["rows"], files]
 
 
-def stored(entries: Mapping[str, Any], name: str) -> Stage:
+def stored(entries: Mapping[str, StageRecord], name: str) -> Stage:
     """A stage that is done, as an input: its fingerprint is what the manifest says, not computed from its settings,
     so that the weights that made it need not be here."""
     entry = entries[name]
-    stage = Stage(
-        name=name, work=WholeWork(_not_again, tables=tuple(entry["tables"])), config=None, group=entry["group"]
-    )
-    stage.__dict__["fingerprint"] = entry["fingerprint"]  # where the cached property keeps it
+    stage = Stage(name=name, work=WholeWork(_not_again, tables=entry.tables), config=None, group=entry.group)
+    stage.__dict__["fingerprint"] = entry.fingerprint  # where the cached property keeps it
     return stage
 
 
@@ -262,21 +259,11 @@ def _entries(before: Mapping[str, Any], made: Sequence[Stage], results: Mapping[
     for name, entry in before.items():
         if name in by_name:
             stage, result = by_name[name], results[name]
-            entries[name] = {
-                "group": entry["group"],
-                "fingerprint": stage.fingerprint,
-                "path": stage.folder_name,
-                "tables": list(stage.work.tables),
-                "inputs": {role: parent.name for role, parent in stage.inputs.items()},
-                "status": "done",
-                "rows": dict(result.rows),
-                "facts": dict(result.facts),
-                "usage": dict(result.usage),
-            }
+            entries[name] = {**stage_entry(stage), "group": entry["group"], "status": "done", **result.plain()}
         elif changed & set(entry["inputs"].values()):
             changed.add(name)
             entries[name] = {
-                **{key: entry[key] for key in ("group", "fingerprint", "path", "tables", "inputs")},
+                **{key: value for key, value in entry.items() if key not in ("error", "rows", "facts", "usage")},
                 "status": "waiting",
             }
         else:

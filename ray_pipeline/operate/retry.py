@@ -6,11 +6,12 @@ from typing import Any
 
 from rich.console import Console
 
+from ray_pipeline.graph.driver import execute
 from ray_pipeline.graph.failures import read_failures
 from ray_pipeline.graph.results import Run
-from ray_pipeline.graph.run import execute, stage_folder
+from ray_pipeline.graph.resume import stage_folder
 from ray_pipeline.graph.stage import Dag
-from ray_pipeline.operate.run_settings import run_settings
+from ray_pipeline.operate.run_settings import executor_of, run_settings
 from ray_pipeline.store.files import StoreError
 
 Failed = dict[str, tuple[int, ...]]
@@ -19,10 +20,8 @@ Failed = dict[str, tuple[int, ...]]
 def failed_shards(run: Run) -> Failed:
     """Stage → its failed and quarantined shards, of the stages that the manifest names and that are not done."""
     found: Failed = {}
-    for name, entry in run.manifest["stages"].items():
-        if entry["status"] == "done":
-            continue
-        if shards := read_failures(run.folder / entry["path"]):
+    for name, stage in run.stages.items():
+        if not stage.done and (shards := read_failures(run.folder / stage.path)):
             found[name] = tuple(sorted(shards))
     return found
 
@@ -40,8 +39,7 @@ def retry_shards(run: Run, dag: Dag, settings: Any, failed: Failed, console: Con
     """
     stages = {stage.name: stage for stage in dag.stages}
     for name in failed:
-        entry = run.manifest["stages"][name]
-        if name not in stages or stages[name].fingerprint != entry["fingerprint"]:
+        if name not in stages or stages[name].fingerprint != run.stages[name].fingerprint:
             raise StoreError(
                 f"{run.folder.location}: with this configuration {name} is another stage than the one whose shards "
                 "failed; leave out what changes its output, or use `quorum run`"
@@ -50,7 +48,7 @@ def retry_shards(run: Run, dag: Dag, settings: Any, failed: Failed, console: Con
     groups = [g for g in dag.groups if any(stages[name].group_name == g for name in failed)]
     problems: list[str] = []
     for group in groups:
-        outcome = execute(dag, how, to_group=group, console=console)
+        outcome = execute(dag, how, executor_of(settings), to_group=group, console=console)
         for name in (name for name in failed if stages[name].group_name == group):
             if name in outcome.not_run:
                 problems.append(f"{name}: a stage that it reads is not done; `quorum run` makes it")

@@ -10,13 +10,14 @@ from __future__ import annotations
 import collections
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from ray_pipeline.engines.usage import Usage
 from ray_pipeline.graph.failures import read_failures
 from ray_pipeline.graph.heartbeat import BEAT_SECONDS
 from ray_pipeline.graph.progress import StageProgress
-from ray_pipeline.graph.results import Run, read_run
+from ray_pipeline.graph.results import Run, StageRecord, read_run
 from ray_pipeline.store.files import Folder, StoreError
 
 #: Ends of a count's name that mean that a row is not what it should be (`helpfulness.unparsed`, `error`).
@@ -40,11 +41,7 @@ class StageState:
     shards_failed: int = 0
     shards_quarantined: int = 0
     rows: float = 0
-    calls_engine: float = 0
-    calls_log: float = 0
-    prompt_tokens: float = 0
-    completion_tokens: float = 0
-    cached_tokens: float = 0
+    usage: Usage = dataclasses.field(default_factory=Usage)
     seconds: float = 0.0
     rows_per_second: float | None = None
     tokens_per_second: float | None = None
@@ -52,13 +49,9 @@ class StageState:
     errors: dict[str, int] = dataclasses.field(default_factory=dict)
     error: str = ""
 
-    @property
-    def prefix_hit_rate(self) -> float | None:
-        """Share of the prompt tokens that came from the prefix cache; None without prompt tokens."""
-        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else None
-
     def plain(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "prefix_hit_rate": self.prefix_hit_rate}
+        own = {name: value for name, value in vars(self).items() if name != "usage"}
+        return {**vars(self.usage), **own, "prefix_hit_rate": self.usage.prefix_hit_rate}
 
 
 @dataclasses.dataclass
@@ -130,12 +123,12 @@ class Watch:
         if life == "ended":  # it may have ended since the manifest was read
             run = read_run(self.folder.location)
         running = self._progress() if life != "ended" else {}
-        stages = [self._stage(run, name, entry, running.get(name)) for name, entry in run.manifest["stages"].items()]
+        stages = [self._stage(run, stage, running.get(name)) for name, stage in run.stages.items()]
         if life == "silent":
             for stage in stages:
                 stage.eta_seconds = stage.rows_per_second = stage.tokens_per_second = None
                 stage.status = "stopped" if stage.status == "running" else stage.status
-        return RunState(self.folder.location, run.manifest.get("dag", ""), life, stages)
+        return RunState(self.folder.location, run.workflow, life, stages)
 
     def until_ended(self, every: float) -> Iterator[RunState]:
         """The run as it is now and every so many seconds, until nobody works on it any more."""
@@ -166,51 +159,49 @@ class Watch:
     def _progress(self) -> dict[str, StageProgress]:
         try:
             found = self.folder.read_json("progress.json")
-            return {stage["name"]: StageProgress(**stage) for stage in found}
+            return {stage["name"]: StageProgress.read(stage) for stage in found}
         except (FileNotFoundError, StoreError, TypeError, KeyError):  # not yet there, or another version's
             return {}
 
-    def _stage(self, run: Run, name: str, entry: Mapping[str, Any], now: StageProgress | None) -> StageState:
-        state = StageState(name, entry["status"], error=entry.get("error", ""))
-        folder = self.folder / entry["path"] if entry.get("path") else None
-        if entry["status"] == "done":
-            self._finished(state, run, entry)
+    def _stage(self, run: Run, stage: StageRecord, now: StageProgress | None) -> StageState:
+        state = StageState(stage.name, stage.status, error=stage.error)
+        if stage.done:
+            self._finished(state, run, stage)
             return state
+        folder = self.folder / stage.path
         counts: collections.Counter[str] = collections.Counter()
-        if folder is not None and (now is not None or entry["status"] != "waiting" or name not in self._untouched):
-            self._unfinished(state, folder, entry, counts, run.manifest["num_shards"])
+        if now is not None or stage.status != "waiting" or stage.name not in self._untouched:
+            self._unfinished(state, folder, stage.tables, counts, run.num_shards)
             state.errors = _errors(counts) | self._shard_errors(state, folder)
             if state.shards_done:
                 state.status = "partial" if state.status == "waiting" else state.status
             elif now is None:
-                self._untouched.add(name)  # not listed again before somebody begins it
+                self._untouched.add(stage.name)  # not listed again before somebody begins it
         if now is not None and now.status == "running":
             self._live(state, now)
         return state
 
-    def _finished(self, state: StageState, run: Run, entry: Mapping[str, Any]) -> None:
-        usage, counts = entry.get("usage", {}), entry.get("facts", {}).get("counts", {})
-        state.rows = sum(entry.get("rows", {}).values())
-        if entry["tables"]:
-            state.shards = state.shards_done = run.manifest["num_shards"]
-        for field in ("calls_engine", "calls_log", "prompt_tokens", "completion_tokens", "cached_tokens"):
-            setattr(state, field, usage.get(field, 0))
-        state.seconds = usage.get("wall_seconds", 0.0)
+    def _finished(self, state: StageState, run: Run, stage: StageRecord) -> None:
+        counts = stage.facts.get("counts", {})
+        state.rows = sum(stage.rows.values())
+        if stage.tables:
+            state.shards = state.shards_done = run.num_shards
+        state.usage = stage.usage
+        state.seconds = state.usage.wall_seconds
         state.errors = _errors({k: n for k, n in counts.items() if isinstance(n, int)})
         if state.seconds:
             state.rows_per_second = state.rows / state.seconds
-            state.tokens_per_second = (state.prompt_tokens + state.completion_tokens) / state.seconds
+            state.tokens_per_second = state.usage.tokens / state.seconds
 
     def _unfinished(
         self,
         state: StageState,
         folder: Folder,
-        entry: Mapping[str, Any],
+        tables: Sequence[str],
         counts: collections.Counter[str],
         num_shards: int,
     ) -> None:
         """What is there of a stage that is not done: names of shards, and their receipts (read once)."""
-        tables = entry["tables"]
         places = [folder / kind for kind in tables] if len(tables) > 1 else [folder] * len(tables)
         if not tables:
             return
@@ -221,8 +212,7 @@ class Watch:
             receipt = self._receipt(receipts, name)
             counts.update(receipt.get("counts", {}))
             state.rows += sum(receipt.get("rows", {}).values())
-            for field in ("calls_engine", "calls_log", "prompt_tokens", "completion_tokens", "cached_tokens"):
-                setattr(state, field, getattr(state, field) + receipt.get("usage", {}).get(field, 0))
+            state.usage += Usage.read(receipt.get("usage", {}))
 
     def _receipt(self, folder: Folder, name: str) -> dict[str, Any]:
         key = (folder.location, name)
@@ -237,9 +227,7 @@ class Watch:
         """Counters of the session that is at work, and rates between two looks of ours."""
         state.status, state.seconds, state.eta_seconds = "running", now.seconds, now.eta
         state.shards, state.shards_done = now.shards or state.shards, max(now.shards_done, state.shards_done)
-        for field in ("rows", "calls_engine", "calls_log", "prompt_tokens", "completion_tokens", "cached_tokens"):
-            setattr(state, field, getattr(now, field))
-        tokens = now.prompt_tokens + now.completion_tokens
+        state.rows, state.usage, tokens = now.rows, now.usage, now.usage.tokens
         before = self._last.get(state.name, (0.0, 0.0, 0.0))
         if now.seconds <= before[0]:  # the same picture again, or a new session
             before = (0.0, 0.0, 0.0)

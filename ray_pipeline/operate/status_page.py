@@ -34,12 +34,12 @@ def stage_line(stage: StageState) -> str:
     if stage.rows:
         rate = f" ({stage.rows_per_second:.3g}/s)" if stage.rows_per_second is not None else ""
         parts.append(f"{stage.rows:.0f} rows{rate}")
-    if stage.calls_engine or stage.calls_log:
-        parts.append(f"calls {stage.calls_engine:.0f} engine + {stage.calls_log:.0f} log")
+    if stage.usage.calls:
+        parts.append(f"calls {stage.usage.calls_engine:.0f} engine + {stage.usage.calls_log:.0f} log")
         if stage.tokens_per_second is not None:
             parts.append(f"{stage.tokens_per_second:.0f} tokens/s")
-        if stage.prefix_hit_rate is not None:
-            parts.append(f"prefix hits {stage.prefix_hit_rate:.0%}")
+        if stage.usage.prefix_hit_rate is not None:
+            parts.append(f"prefix hits {stage.usage.prefix_hit_rate:.0%}")
     if stage.seconds:
         parts.append(duration(stage.seconds))
     if stage.eta_seconds is not None:
@@ -65,7 +65,7 @@ def picture(state: RunState) -> Group:
     for stage in state.stages:
         if stage.status == "waiting":
             continue
-        hits = stage.prefix_hit_rate
+        hits = stage.usage.prefix_hit_rate
         table.add_row(
             stage.name,
             stage.status,

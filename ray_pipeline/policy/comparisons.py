@@ -12,6 +12,7 @@ from ray_pipeline.agents.judges import JudgeAsking, SamplingSettings, compare
 from ray_pipeline.agents.templates import Layout, RoleTemplate
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.candidates import generated, reply_columns
+from ray_pipeline.data.checkers import CheckerKey
 from ray_pipeline.data.judging import unanswered
 from ray_pipeline.engines.base import ChatEngine, Message
 from ray_pipeline.engines.models import ModelSettings
@@ -28,25 +29,32 @@ _VOTES = {("ab", "A"): "policy", ("ab", "B"): "base", ("ba", "A"): "base", ("ba"
 class Mode(Settings):
     """One way of sampling the responses that are evaluated."""
 
-    name: str
+    name: str = Field(description="name of the mode in the tables")
     sampling: SamplingSettings
 
 
 class EvaluateSettings(Settings):
-    """The `evaluate` block."""
+    """The `evaluate` block: how the policy is measured against its base."""
 
-    modes: tuple[Mode, ...] = (
-        Mode(name="greedy", sampling=SamplingSettings(temperature=0.0, max_tokens=512)),
-        Mode(name="sampled", sampling=SamplingSettings(temperature=0.8, top_p=0.95, max_tokens=512)),
+    modes: tuple[Mode, ...] = Field(
+        (
+            Mode(name="greedy", sampling=SamplingSettings(temperature=0.0, max_tokens=512)),
+            Mode(name="sampled", sampling=SamplingSettings(temperature=0.8, top_p=0.95, max_tokens=512)),
+        ),
+        description="ways in which base and policy answer the held-out prompts",
     )
-    seed: int = 0
+    seed: int = Field(0, description="seed of responses and bootstrap")
     judge: str = Field("judge", description="a key of `models`: the judge that compares")
-    layout: Layout = "shared_first"
+    layout: Layout = Field(
+        "shared_first",
+        description="which part of the prompt comes first: what the calls about one response share, or the rubric",
+    )
     sampling: SamplingSettings = SamplingSettings(temperature=0.0, max_tokens=512)
     asking: JudgeAsking = JudgeAsking()
-    bootstrap_draws: int = Field(2000, ge=100)
+    bootstrap_draws: int = Field(2000, ge=100, description="bootstrap samples of the intervals")
     skip_generation: bool = Field(False, description="only report stored tables; make no responses and no comparisons")
-    perplexity: bool = True
+    checker: CheckerKey = None
+    perplexity: bool = Field(True, description="measure perplexities of base and policy on held-out desirable rows")
     perplexity_rows: int = Field(512, ge=1, description="maximum number of held-out desirable rows (smallest ids kept)")
 
     @model_validator(mode="after")

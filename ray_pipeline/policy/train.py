@@ -57,11 +57,12 @@ def train(
     return Stage(
         name=name,
         group="train",
+        role="policy",
         view=view,
         repeatable=False,
         work=WholeWork(function=train_policy, settings=_Given(train=settings, model=model, max_length=max_length)),
         config={
-            **settings.model_dump(mode="json", exclude=_NOT_LEARNT),
+            **settings.decisive(exclude=_NOT_LEARNT),
             "max_length": max_length,
             "chat_template_args": model.chat_template_args,
         },
@@ -77,6 +78,13 @@ def train_policy(given: WholeInput) -> dict[str, Any]:
         BadInput: the data, the settings or the cluster cannot give a training run.
         StageStop: the run was to end (`--max-cost`), and the training ended at a checkpoint.
     """
+    from ray_pipeline.graph.cluster import connected
+
+    with connected():  # where stages run without a cluster, Ray Train gets one of its own
+        return _train_policy(given)
+
+
+def _train_policy(given: WholeInput) -> dict[str, Any]:
     import ray
 
     settings: _Given = given.settings

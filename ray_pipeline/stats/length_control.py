@@ -136,8 +136,8 @@ def at_equal_length(
     low = high = None
     if len(names) > 1:
         models = fit_two_weights(x, y, multinomial_counts(len(names), draws, seed)[:, group])[:, 0]
-        low, high = percentiles(_sigmoid(models), confidence).tolist()
-    return Interval(float(_sigmoid(np.array(model))), low, high, len(y), len(names)), float(length)
+        low, high = percentiles(sigmoid(models), confidence).tolist()
+    return Interval(float(sigmoid(np.array(model))), low, high, len(y), len(names)), float(length)
 
 
 def fit_two_weights(x: ArrayLike, y: ArrayLike, weights: ArrayLike) -> Floats:
@@ -153,7 +153,7 @@ def fit_two_weights(x: ArrayLike, y: ArrayLike, weights: ArrayLike) -> Floats:
     precision = np.array([PRIOR_MODEL**-2, PRIOR_LENGTH**-2])
     found = np.zeros((len(times), 2))
     for _ in range(_NEWTON_STEPS):
-        p = _sigmoid(found @ design.T)
+        p = sigmoid(found @ design.T)
         gradient = (times * (outcomes - p)) @ design - precision * found
         curvature = np.einsum("fp,pi,pj->fij", times * p * (1 - p), design, design) + np.diag(precision)
         step = np.linalg.solve(curvature, gradient[..., None])[..., 0]
@@ -164,5 +164,6 @@ def fit_two_weights(x: ArrayLike, y: ArrayLike, weights: ArrayLike) -> Floats:
     return found
 
 
-def _sigmoid(x: Floats) -> Floats:
+def sigmoid(x: Floats) -> Floats:
+    """1 / (1 + exp(−x)) without overflow."""
     return np.asarray(np.exp(-np.logaddexp(0.0, -x)))

@@ -9,8 +9,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ray_pipeline.graph.reach import UnreachableFolder, check_location
-from ray_pipeline.store.files import base_name
 from ray_pipeline.submit.job import CONFIG_FOLDER, ClusterLost, Ended, Job, SubmitError, run_job
 from ray_pipeline.submit.package import MAX_BYTES, PackageError, package
 
@@ -58,6 +56,9 @@ def submit(
 
     Packs the working directory without runs, environments, caches and weights; what git ignores stays here too.
     """
+    from ray_pipeline.graph.reach import UnreachableFolder, check_location
+    from ray_pipeline.store.files import base_name
+
     try:
         if run_dir is not None:
             check_location(run_dir, "--run-dir")

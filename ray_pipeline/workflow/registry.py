@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ray_pipeline import extensions
 from ray_pipeline.config.messages import ConfigError
-from ray_pipeline.workflow.config import RunConfig
 
 if TYPE_CHECKING:
     from ray_pipeline.audit.run import Audit
     from ray_pipeline.graph.results import Run
     from ray_pipeline.graph.stage import Dag
     from ray_pipeline.store.files import Folder
+    from ray_pipeline.workflow.config import RunConfig
 
-C = TypeVar("C", bound=RunConfig)
+C = TypeVar("C", bound="RunConfig")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Workflow(Generic[C]):
     wire: Callable[[C, str], Dag]
     page: Callable[[Run], Folder] | None = None
     numbers: str | None = None
-    audit: Callable[[Run], Audit] | None = None
+    audit: Callable[[Run, C], Audit] | None = None
 
 
 def workflow_names() -> list[str]:

@@ -113,6 +113,7 @@ class TrainingConfig(RunConfig):
             "curating": {name: self.models[key].shown for name, key in judging.items()},
             "evaluating": {self.evaluate.judge: self.models[self.evaluate.judge].shown},
             "candidate": self.base.shown,
+            "checker": self.evaluate.checker,
             "bootstrap_draws": self.evaluate.bootstrap_draws,
             "seed": self.evaluate.seed,
         }

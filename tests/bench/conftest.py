@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ray_pipeline.bench.ifeval.score import Checkers, load_checkers
+from ray_pipeline.bench.ifeval.checkers import Checkers, load_checkers
 from tests.published import nltk_data
 
 

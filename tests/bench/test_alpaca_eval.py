@@ -14,32 +14,33 @@ import numpy as np
 import pytest
 
 from ray_pipeline.bench.alpaca_eval.judge import PairPreference, PreferenceAsking
-from ray_pipeline.bench.alpaca_eval.score import (
-    INSTRUCTION_TABLE,
-    REFERENCE,
-    Annotation,
+from ray_pipeline.bench.alpaca_eval.length_controlled import (
     GamedRows,
     GlmWeights,
-    Instruction,
-    alpaca_eval_protocol,
-    annotate,
     difficulties_of,
     fit_length_controlled,
-    flip_rate,
     gamed_rows_of,
+    length_controlled,
+)
+from ray_pipeline.bench.alpaca_eval.questions import REFERENCE, Instruction, instructions_of
+from ray_pipeline.bench.alpaca_eval.score import (
+    INSTRUCTION_TABLE,
+    Annotation,
+    alpaca_eval_protocol,
+    annotate,
+    flip_rate,
     instruction_table,
     instructions_digest,
-    instructions_of,
-    length_controlled,
     places,
     preferences_of,
     published_alpaca_eval,
     published_place,
     raw_win_rate,
 )
+from ray_pipeline.bench.alpaca_eval.scores import AlpacaEvalRules, alpaca_eval_rates
 from ray_pipeline.bench.files import BenchmarkFileError, read_csv
 from ray_pipeline.bench.judge_prompts import own_preference_prompt, preference_prompt
-from ray_pipeline.bench.scores import AlpacaEvalRules, Judge, alpaca_eval_rates
+from ray_pipeline.bench.scores import Judge
 from ray_pipeline.stats.protocol import score_name
 from tests.published import DATA, NUMBERS, needs, table
 from tests.scripted import ScriptedEngine, said

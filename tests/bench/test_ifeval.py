@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import random
 from typing import Any
 
@@ -10,18 +11,19 @@ import pytest
 
 from ray_pipeline.bench.floors import FLOORS
 from ray_pipeline.bench.ifeval import score as ifeval
-from ray_pipeline.bench.ifeval.score import (
+from ray_pipeline.bench.ifeval.checkers import (
     Checkers,
     CheckersMissing,
-    IfevalPrompt,
+    checker_version,
+    load_checkers,
+)
+from ray_pipeline.bench.ifeval.questions import IfevalPrompt, prompts_of
+from ray_pipeline.bench.ifeval.score import (
     IfevalScores,
     IfevalVerdict,
     UnknownInstruction,
     check,
-    checker_version,
-    load_checkers,
     match_responses,
-    prompts_of,
     published_ifeval,
     scores,
 )
@@ -137,7 +139,7 @@ def test_the_name_goes_with_the_published_prompts_and_checkers(
     assert exact.text == "IFEval", exact.departures
     part = score_name(ifeval.ifeval_protocol(published_prompts()[:-1]), published_ifeval())
     assert part.text == "IFEval-style" and part.departures == ("questions",)
-    monkeypatch.setattr(ifeval.importlib.metadata, "version", lambda name: "9.9")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "9.9")
     newer = score_name(ifeval.ifeval_protocol(published_prompts()), published_ifeval())
     assert newer.text == "IFEval-style, checker lm_eval 9.9, nltk 9.9, langdetect 9.9, seed 0"
 
@@ -158,9 +160,9 @@ def test_a_missing_extra_names_the_install_command(monkeypatch: pytest.MonkeyPat
         load_checkers()
 
     def no_package(name: str) -> str:
-        raise ifeval.importlib.metadata.PackageNotFoundError(name)
+        raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(ifeval.importlib.metadata, "version", no_package)
+    monkeypatch.setattr(importlib.metadata, "version", no_package)
     with pytest.raises(CheckersMissing, match=r"quorum-align\[ifeval\]"):
         checker_version()
 

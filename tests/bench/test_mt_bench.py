@@ -12,10 +12,9 @@ import pytest
 from ray_pipeline.bench.files import BenchmarkFileError
 from ray_pipeline.bench.judge_prompts import mt_bench_prompts, own_mt_bench_prompts
 from ray_pipeline.bench.mt_bench.judge import BenchAsking, Conversation
+from ray_pipeline.bench.mt_bench.questions import CATEGORY_TEMPERATURES, Question, questions_of
 from ray_pipeline.bench.mt_bench.replies import Reading, read_bracketed_choice, read_rating, rules_differ
 from ray_pipeline.bench.mt_bench.score import (
-    CATEGORY_TEMPERATURES,
-    Question,
     TurnComparison,
     TurnRating,
     compare,
@@ -24,7 +23,6 @@ from ray_pipeline.bench.mt_bench.score import (
     mt_bench_scores,
     pairwise_scores,
     published_mt_bench,
-    questions_of,
 )
 from ray_pipeline.stats.protocol import score_name
 from tests.published import DATA, json_lines, needs, table

@@ -14,9 +14,10 @@ import pytest
 import yaml
 
 from dags.benchmarks import BenchmarksConfig, benchmarks
-from ray_pipeline.bench.ifeval.score import Checkers
-from ray_pipeline.bench.mt_bench.score import CATEGORY_TEMPERATURES
-from ray_pipeline.bench.questions import AlpacaEvalSettings, question_rows
+from ray_pipeline.bench.alpaca_eval.questions import AlpacaEvalSettings
+from ray_pipeline.bench.ifeval.checkers import Checkers
+from ray_pipeline.bench.mt_bench.questions import CATEGORY_TEMPERATURES
+from ray_pipeline.bench.questions import question_rows
 from ray_pipeline.bench.report import rewrite_page
 from ray_pipeline.config.loading import load_config
 from ray_pipeline.config.messages import ConfigError
@@ -131,8 +132,9 @@ class Run:
             parents = {role: self.results[parent.name] for role, parent in stage.inputs.items()}
             facts: dict[str, Any] = {}
             result = StageResult(
-                stage.name, stage.fingerprint, place.location, num_shards, stage.work.tables, {}, facts, {}
-            )
+                stage.name, stage.fingerprint, place.location, num_shards, stage.work.tables, {}, facts,
+                role=stage.role_name,
+            )  # fmt: skip
             if isinstance(stage.work, ShardWork):
                 for shard in range(num_shards):
                     tables: dict[str, Any] = {}
@@ -380,13 +382,20 @@ def test_ifeval_runs_on_the_official_checkers_and_unknown_instructions_are_refus
 
 def test_the_page_can_be_written_anew_from_a_run(whole: Any) -> None:
     from ray_pipeline.graph.results import Run as Stored
+    from ray_pipeline.graph.results import StageRecord
 
     found, _, config = whole
-    stages = {name: {"path": Path(result.folder).name, "status": "done"} for name, result in found.results.items()}
+    stages = {
+        name: StageRecord(name, name, result.role, "", Path(result.folder).name, result.tables, {}, "done")
+        for name, result in found.results.items()
+    }
     stored = Stored(
         Folder(str(found.folder)),
-        {"report": config.page().model_dump(mode="json"), "stages": stages, "config_digest": "x"},
+        "benchmarks",
+        stages,
         found.results,
+        config.num_shards,
+        page=config.page().model_dump(mode="json"),
     )
     before = (found.page / "benchmarks.csv").read_bytes()
     (found.page / "benchmarks.csv").unlink()
@@ -451,7 +460,20 @@ def test_two_models_of_one_name_are_refused_and_a_run_folder_gives_its_policy(tm
     (finished / "manifest.json").write_text(
         json.dumps(
             {
-                "stages": {"train": {"status": "done", "path": "train-abc"}},
+                "dag": "dmapo",
+                "num_shards": 2,
+                "stages": {
+                    "train": {
+                        "status": "done",
+                        "path": "train-abc",
+                        "fingerprint": "abc",
+                        "tables": [],
+                        "group": "train",
+                        "rows": {},
+                        "facts": {},
+                        "usage": {},
+                    }
+                },
                 "config": {"train": {"model": "p"}, "models": {"p": {"model": base, "dtype": "float32"}}},
                 "report": {"curating": {"helpfulness": "qwen3-judge"}},
             }
@@ -471,7 +493,7 @@ def test_two_models_of_one_name_are_refused_and_a_run_folder_gives_its_policy(tm
 def test_the_shipped_files_are_whole_and_the_pocket_questions_are_in_the_published_forms() -> None:
     shipped = Path(__file__).parents[2] / "configs"
     real = BenchmarksConfig.model_validate(yaml.safe_load((shipped / "benchmarks.yaml").read_text()))
-    assert real.benchmarks.chosen == ["mt_bench", "alpaca_eval", "ifeval"] and len(real.benchmarks.floors) == 4
+    assert list(real.benchmarks.chosen) == ["mt_bench", "alpaca_eval", "ifeval"] and len(real.benchmarks.floors) == 4
     assert all(source.startswith("hf://") for source in real.benchmarks.sources().values())
     pocket = BenchmarksConfig.model_validate(yaml.safe_load((shipped / "pocket_benchmarks.yaml").read_text()))
     rows = question_rows(pocket.benchmarks)

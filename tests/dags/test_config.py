@@ -17,7 +17,7 @@ from dags.dmapo import DmapoConfig, dmapo
 from ray_pipeline.config.loading import UniqueKeys, load_config, read_config
 from ray_pipeline.config.messages import ConfigError, explain
 from ray_pipeline.engines import models
-from ray_pipeline.graph.run import stage_folder
+from ray_pipeline.graph.resume import stage_folder
 from ray_pipeline.operate.run_settings import run_settings
 from ray_pipeline.training.methods import TrainingInputError
 from ray_pipeline.workflow import training
@@ -380,6 +380,7 @@ OPERATIONAL = (
 OTHER: dict[str, Any] = {
     "train.method": "dpo",
     "train.quantization": "nf4",
+    "evaluate.checker": "examples/my_checker.py",
     "prompt_templates": "pocket",
     "candidates.model": "judge",
     "judge.model": "policy",

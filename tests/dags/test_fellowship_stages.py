@@ -19,7 +19,7 @@ from ray_pipeline.config.loading import load_config
 from ray_pipeline.engines.base import ChatEngine
 from ray_pipeline.engines.logged import LoggedEngine
 from ray_pipeline.graph.results import Run
-from ray_pipeline.graph.stage import Dag, ShardInput, ShardWork, Stage, StageResult, WholeInput, stage_table
+from ray_pipeline.graph.stage import Dag, ShardInput, ShardWork, Stage, StageRef, StageResult, WholeInput
 from ray_pipeline.pocket.reviewing import feedback_on
 from ray_pipeline.pocket.tasks import rubric_scores, truth
 from ray_pipeline.store.files import Folder
@@ -63,8 +63,9 @@ def play(
             )  # fmt: skip
             facts = stage.work.function(given)
         results[stage.name] = StageResult(
-            stage.name, stage.fingerprint, folder.location, SHARDS, stage.work.tables, {}, facts, {}
-        )
+            stage.name, stage.fingerprint, folder.location, SHARDS, stage.work.tables, {}, facts,
+            role=stage.role_name,
+        )  # fmt: skip
     return results
 
 
@@ -88,7 +89,7 @@ def _shards(stage: Stage, inputs: Any, folder: Folder, root: Path, engine_of: An
         output = run(go())
         counts.update(output.counts)
         for kind, table in output.tables.items():
-            stage_table(folder.location, stage.work.tables, kind, SHARDS, stage.fingerprint).write(shard, table)
+            StageRef.of(stage, str(root), SHARDS).table(kind).write(shard, table)
     return {"counts": dict(counts)}
 
 
@@ -172,8 +173,8 @@ def test_the_report_and_the_audit_read_the_run(played: dict[str, StageResult], c
     metrics = json.loads(Path(Folder(played["evaluate"].folder).path("metrics.json")).read_text())
     assert metrics["run"]["workflow"] == "fellowship" and metrics["missing_stages"] == ["train", "evaluate"]
     folder = Folder(str(Path(Folder(played["prompts"].folder).path()).parent))
-    run = Run(folder, {"dag": "fellowship", "config": config.model_dump(mode="json")}, played)
-    (found,) = audit_picks(run).reports.values()
+    run = Run(folder, "fellowship", {}, played, SHARDS, config=config.model_dump(mode="json"))
+    (found,) = audit_picks(run, config).reports.values()
     assert found.ok, found.problems[:3]
     assert found.rows["prompts"] == 60 and found.rows["dpo"] == len(data(played, "datasets", "dpo"))
 

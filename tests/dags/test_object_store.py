@@ -39,10 +39,10 @@ def test_a_run_on_an_object_store_trains_resumes_serves_and_reports(
     assert f"run folder: {bucket}" in said
 
     found = read_run(bucket)
-    asking = {name for name, result in found.results.items() if result.usage.get("calls_engine")}
+    asking = {name for name, result in found.results.items() if result.usage.calls_engine}
     assert {"responses-base", "responses-policy", "comparisons"} <= asking
     assert not {"candidates", "judge", "critic"} & asking
-    assert {entry["status"] for entry in found.manifest["stages"].values()} == {"done"}
+    assert {stage.status for stage in found.stages.values()} == {"done"}
     facts = found.results["train"].facts
     assert facts["resumed_from"] and facts["steps"] > facts["resumed_from"]
     trained = Folder(found.results["train"].folder)

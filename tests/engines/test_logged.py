@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from ray_pipeline.engines.base import Completion, EngineError, Grammar, PromptTooLong, Sampling
-from ray_pipeline.engines.logged import CallNotLogged, CallStats, LoggedEngine
+from ray_pipeline.engines.logged import CallNotLogged, LoggedEngine
+from ray_pipeline.engines.usage import Usage
 from ray_pipeline.store.calls import CallWriter
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import prompt_id, shard_of
@@ -32,17 +33,16 @@ async def session(
     samplings: tuple[Sampling, ...] = (COLD,),
     texts: list[str] = PROMPTS,
     **options: Any,
-) -> tuple[dict[Any, str], CallStats]:
+) -> tuple[dict[Any, str], Usage]:
     """All texts under all samplings, shard by shard; what was answered and what it cost."""
     found: dict[Any, str] = {}
-    total = CallStats()
+    total = Usage()
     for shard in range(num_shards):
         mine = [t for t in texts if shard_of(prompt_id(user(t)), num_shards) == shard]
         async with LoggedEngine(engine, Folder(str(root)), shard, num_shards, **options) as log:
             replies = await asyncio.gather(*(ask(log, t, s) for t in mine for s in samplings))
             found |= zip([(t, s) for t in mine for s in samplings], (r.text for r in replies), strict=True)
-        for name, value in vars(log.stats).items():
-            setattr(total, name, getattr(total, name) + value)
+        total += log.stats
     return found, total
 
 
@@ -107,7 +107,7 @@ def test_a_reply_comes_back_whole(tmp_path: Path) -> None:
 def test_equal_calls_in_flight_are_one(tmp_path: Path) -> None:
     engine = ScriptedEngine(echo, delay=0.02)
 
-    async def go() -> tuple[list[Completion], CallStats]:
+    async def go() -> tuple[list[Completion], Usage]:
         async with LoggedEngine(engine, Folder(str(tmp_path)), 0, 1) as log:
             replies = await asyncio.gather(*(ask(log, "same") for _ in range(5)), ask(log, "other"))
             await ask(log, "same")
@@ -121,7 +121,7 @@ def test_equal_calls_in_flight_are_one(tmp_path: Path) -> None:
 def test_an_error_reaches_all_who_share_it_and_is_not_remembered(tmp_path: Path) -> None:
     engine = ScriptedEngine(EngineError("boom"), delay=0.01)
 
-    async def go() -> tuple[list[Any], CallStats]:
+    async def go() -> tuple[list[Any], Usage]:
         async with LoggedEngine(engine, Folder(str(tmp_path)), 0, 1) as log:
             first = await asyncio.gather(*(ask(log, "same") for _ in range(3)), return_exceptions=True)
             engine._reply = "well"

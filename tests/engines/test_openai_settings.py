@@ -17,7 +17,7 @@ from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.engines.models import ModelSettings, Placement
 from ray_pipeline.engines.openai import EndpointSettings, OpenAIEngine
 from ray_pipeline.engines.vllm import VllmEngine
-from ray_pipeline.graph.shard_map import _engine_room
+from ray_pipeline.graph.ray_shards import _engine_room
 from ray_pipeline.graph.stage import ShardWork
 from ray_pipeline.store.keys import digest
 from ray_pipeline.workflow import training

@@ -4,9 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 import ray_pipeline as quorum
+from ray_pipeline.data.checkers import with_truth
+from ray_pipeline.policy.comparisons import EvaluateSettings
 from ray_pipeline.training.methods import method_label, method_of, validate_trainer_args
 from ray_pipeline.training.spec import TrainSettings
 from ray_pipeline.workflow.registry import find_workflow
@@ -61,3 +64,18 @@ def test_my_workflow(tmp_path: Path) -> None:
     run(*common, "--run-dir", str(tmp_path / "run"))
     tables = quorum.read_run(str(tmp_path / "run"))
     assert tables.names == ["prompts", "candidates"] and tables.candidates.num_rows == 24 * 4
+
+
+def test_my_checker_decides_what_is_right() -> None:
+    settings = EvaluateSettings.model_validate({"checker": "examples/my_checker.py"})
+    prompts = pa.table(
+        {
+            "prompt_id": ["a", "b"],
+            "messages": [[{"role": "user", "content": "What is 2 + 2?"}], [{"role": "user", "content": "Why?"}]],
+            "source": ["my_source", "elsewhere"],
+        }
+    )
+    answers = pa.table({"prompt_id": ["a", "a", "a", "b"], "response": ["It is 4.", "5", None, "4"]})
+    assert with_truth(answers, prompts, settings.checker)["correct"].to_pylist() == [True, False, None, None]
+    assert with_truth(answers, prompts) is answers
+    assert "checker" in settings.model_dump() and "checker" not in EvaluateSettings().model_dump()

@@ -15,10 +15,10 @@ from typing import Any
 
 from ray_pipeline.engines.base import Message, Sampling
 from ray_pipeline.engines.logged import LoggedEngine
-from ray_pipeline.graph.inline import make_here
-from ray_pipeline.graph.run import stage_folder
-from ray_pipeline.graph.stage import ShardInput, ShardWork, Stage, StageResult, stage_table
-from ray_pipeline.graph.totals import tables_by_role
+from ray_pipeline.graph.in_process import make_here
+from ray_pipeline.graph.session import Session
+from ray_pipeline.graph.shards import tables_by_role
+from ray_pipeline.graph.stage import ShardInput, ShardWork, Stage, StageResult
 from ray_pipeline.store.files import Folder
 from tests.operate.planted_run import SHARDS, planted_dag
 from tests.scripted import Reply, ScriptedEngine, said
@@ -44,35 +44,33 @@ def scripted_run(folder: Path) -> ScriptedRun:
     dag, _ = planted_dag(folder, *OVERRIDES)
     stages = {stage.name: stage for stage in dag.stages}
     results: dict[str, StageResult] = {}
+    session = Session(str(folder), str(folder / "calls"), SHARDS)
     for name in STAGES:
         stage = stages[name]
         if isinstance(stage.work, ShardWork) and stage.work.engine is not None:
-            results[name] = asyncio.run(_ask(stage, stage.work, folder, results))
+            results[name] = asyncio.run(_ask(stage, stage.work, session, results))
         else:
-            make_here([stage], str(folder), SHARDS, results, str(folder / "calls"), lambda line: None)
+            make_here([stage], session, results, lambda line: None)
     return ScriptedRun(folder, folder / "calls", stages, results)
 
 
-async def _ask(stage: Stage, work: ShardWork, folder: Path, results: dict[str, StageResult]) -> StageResult:
+async def _ask(stage: Stage, work: ShardWork, session: Session, results: dict[str, StageResult]) -> StageResult:
     """Make an LLM stage shard by shard, with the script in place of its engine."""
-    place = stage_folder(str(folder), stage).location
-    parents = {role: results[parent.name] for role, parent in stage.inputs.items()}
-    inputs, facts = tables_by_role(parents), {role: parent.facts for role, parent in parents.items()}
+    task = session.task(stage).reading(results)
+    inputs, facts = tables_by_role(task), task.facts
     model = "scripted-policy" if stage.name == "candidates" else "scripted-judge"
     engine = ScriptedEngine(script, identity={"engine": "scripted", "model": model})
     counts: dict[str, int] = {}
     for shard in range(SHARDS):
         tables = {role: table.read(shard) for role, table in inputs.items()}
-        async with LoggedEngine(engine, Folder(str(folder / "calls")), shard, SHARDS) as log:
+        async with LoggedEngine(engine, Folder(session.calls_root), shard, SHARDS) as log:
             given = ShardInput(shard, SHARDS, tables, facts, log, work.settings, lambda rows: None, lambda *_: None)
             output = await work.function(given)  # type: ignore[misc]
         for kind, table in output.tables.items():
-            stage_table(place, work.tables, kind, SHARDS, stage.fingerprint).write(shard, table)
+            task.ref.table(kind).write(shard, table)
         for key, number in output.counts.items():
             counts[key] = counts.get(key, 0) + number
-    return StageResult(
-        stage.name, stage.fingerprint, place, SHARDS, work.tables, {}, {"counts": dict(sorted(counts.items()))}, {}
-    )
+    return StageResult(**vars(task.ref), rows={}, facts={"counts": dict(sorted(counts.items()))})
 
 
 def script(messages: list[Message], sampling: Sampling) -> Reply:

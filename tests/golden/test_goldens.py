@@ -7,13 +7,15 @@ other, so that a change of all of them at once passes; here each is compared wit
 - `keys.json`: every function of `store/keys.py` on fixed inputs, and what engines are called in call keys.
 - `fingerprints.json`: each stage of each configuration in `configs/`. Hub commits and files from outside the repository
   are replaced by fixed ones; the pocket weights and prompts are the real ones.
+- `defaults.json`: the defaults of every class of settings that these fingerprints read. They are not in the
+  fingerprints (`Settings.decisive`), so a new default remakes nothing unless the stages' `version` is raised.
 - `tables.json`: SHA-256 of every table, dataset file and call of a run made by the real stages on scripted replies, and
   of a second one with planted scores. Hashes are of the schema and the rows, not of the Parquet bytes: these hold the
   version of pyarrow and the stage's fingerprint. The words of dataset cards are free.
 
 If a golden changes on purpose, write the files again and say in a line of CHANGELOG.md what changed and what is remade:
 
-    python -m tests.golden.test_goldens --write [keys] [fingerprints] [tables]
+    python -m tests.golden.test_goldens --write [keys] [fingerprints] [defaults] [tables]
 """
 
 from __future__ import annotations
@@ -23,20 +25,23 @@ import contextlib
 import hashlib
 import json
 import os
+import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from pydantic_core import to_jsonable_python
 
 from ray_pipeline.bench import questions as benchmark_questions
 from ray_pipeline.config.loading import read_config
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.datasets import SPLITS, DatasetsConfig
 from ray_pipeline.engines.base import Grammar, Sampling
 from ray_pipeline.graph.stage import Stage
@@ -49,6 +54,7 @@ from tests.planted import random_world, write_run
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+GOLDENS = ["keys", "fingerprints", "defaults", "tables"]
 
 #: Shipped configuration → its workflow. A new file must be added here.
 SHIPPED = {
@@ -69,9 +75,6 @@ SHIPPED = {
     "pocket_winrate": "winrate",
     "winrate": "winrate",
 }
-#: Stages whose configuration holds the folder of the package, so that their fingerprint depends on where it is
-#: installed. Their golden is taken with a fixed name in its place. Keep this empty once they are repaired.
-PLACE_DEPENDENT = {("pocket_agreement", "agreement")}
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------
@@ -229,16 +232,51 @@ def fingerprint_values() -> dict[str, dict[str, str]]:
     """Configuration → stage → fingerprint."""
     found: dict[str, dict[str, str]] = {}
     for name in SHIPPED:
-        stages = wired(name)
-        for stage in stages:
-            config = keys.canonical_json(stage.config)
-            if str(WEIGHTS) in config:
-                config = config.replace(str(WEIGHTS), "<weights>")
-                inputs = {role: parent.fingerprint for role, parent in stage.inputs.items()}
-                value = keys.fingerprint(stage.name, stage.version, json.loads(config), inputs, stage.external)
-                stage.__dict__["fingerprint"] = value  # where the cached property keeps it
-        found[name] = {stage.name: stage.fingerprint for stage in stages}
+        found[name] = {stage.name: stage.fingerprint for stage in wired(name)}
     return found
+
+
+# --- defaults ---------------------------------------------------------------------------------------------------------
+
+
+def default_values() -> dict[str, dict[str, Any]]:
+    """Class of settings → key that fingerprints read → its default; keys without a default are left out."""
+    reads: dict[type[Settings], set[str]] = {}
+    decisive = Settings.decisive
+
+    def noted(self: Settings, exclude: Collection[str] = ()) -> dict[str, Any]:
+        reads.setdefault(type(self), set()).update({*type(self).model_fields} - {*exclude})
+        return decisive(self, exclude)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Settings, "decisive", noted)
+        for name in SHIPPED:
+            wired(name)
+    waiting = list(reads)
+    while waiting:
+        kind = waiting.pop()
+        for key in reads[kind]:
+            for inner in _blocks_in(kind.model_fields[key].annotation):
+                if inner not in reads:  # a block that no shipped configuration has
+                    reads[inner] = set(inner.model_fields)
+                    waiting.append(inner)
+    found: dict[str, dict[str, Any]] = {}
+    for kind, names in reads.items():
+        fields = {key: kind.model_fields[key] for key in names if not kind.model_fields[key].is_required()}
+        if fields:
+            assert kind.__name__ not in found, f"two classes of settings are called {kind.__name__}"
+            found[kind.__name__] = {
+                key: to_jsonable_python(field.get_default(call_default_factory=True)) for key, field in fields.items()
+            }
+    return found
+
+
+def _blocks_in(annotation: Any) -> Iterator[type[Settings]]:
+    """The classes of settings that a type names."""
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _blocks_in(part)
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -381,6 +419,28 @@ def test_fingerprints_are_what_they_were(all_fingerprints: dict[str, dict[str, s
     compare("fingerprints", all_fingerprints[name], golden("fingerprints")[name])
 
 
+def test_a_new_key_with_a_default_changes_no_fingerprint(all_fingerprints: dict[str, dict[str, str]]) -> None:
+    command = [sys.executable, "-m", "tests.golden.with_unused_keys"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == all_fingerprints
+
+
+def test_defaults_are_what_they_were(outside: None) -> None:
+    found, kept = default_values(), golden("defaults")
+    moved = {
+        f"{kind}.{key}"
+        for kind in {*found} & {*kept}
+        for key in {*found[kind]} & {*kept[kind]}
+        if found[kind][key] != kept[kind][key]
+    }
+    assert not moved, (
+        f"the defaults of {', '.join(sorted(moved))} changed, and no fingerprint holds a default: raise the `version` "
+        "of the stages that read them, so that stored runs are remade, and add a line to CHANGELOG.md"
+    )
+    compare("defaults", found, kept)
+
+
 def test_fingerprints_do_not_depend_on_the_place(outside: None) -> None:
     """Neither the folder of the package nor that of the run, nor the working folder, goes into a fingerprint."""
     found = set()
@@ -391,7 +451,7 @@ def test_fingerprints_do_not_depend_on_the_place(outside: None) -> None:
             text = keys.canonical_json([stage.config, dict(stage.external)])
             if any(place in text for place in (str(WEIGHTS), str(ROOT), os.getcwd(), "/runs/golden")):
                 found.add((name, stage.name))
-    assert found == PLACE_DEPENDENT
+    assert not found
 
 
 @pytest.mark.parametrize(("run", "table"), [(run, table) for run, found in golden("tables").items() for table in found])
@@ -451,7 +511,8 @@ def write(names: Sequence[str]) -> None:
                 values: Any = table_values(run, Path(folder) / "planted")
             else:
                 with outside_world(Path(folder)):
-                    values = key_values() if name == "keys" else fingerprint_values()
+                    made = {"keys": key_values, "fingerprints": fingerprint_values, "defaults": default_values}
+                    values = made[name]()
             text = json.dumps(values, indent=1, sort_keys=True, ensure_ascii=True) + "\n"
             (HERE / f"{name}.json").write_text(text, "utf-8")
             print(f"wrote {HERE / name}.json")
@@ -459,8 +520,8 @@ def write(names: Sequence[str]) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.golden.test_goldens", description="Write golden files.")
-    parser.add_argument("--write", nargs="*", choices=["keys", "fingerprints", "tables"], metavar="NAME", required=True)
-    write(parser.parse_args(arguments).write or ["keys", "fingerprints", "tables"])
+    parser.add_argument("--write", nargs="*", choices=GOLDENS, metavar="NAME", required=True)
+    write(parser.parse_args(arguments).write or GOLDENS)
 
 
 if __name__ == "__main__":

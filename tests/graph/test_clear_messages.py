@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from ray_pipeline.cli import app
 from ray_pipeline.graph.heartbeat import Heartbeat
 from ray_pipeline.graph.results import read_run
-from ray_pipeline.graph.stage_task import explain
+from ray_pipeline.graph.stage_work import explain
 from ray_pipeline.store.files import Folder, NotWritten, StoreError, point_at
 
 
@@ -119,4 +119,4 @@ def test_a_corrupt_manifest_is_named_with_the_remedy(command: str, content: str,
     result = CliRunner().invoke(app, [command, str(tmp_path)])
     assert result.exit_code == 2
     said = " ".join(result.output.split())
-    assert told in said and ("run again" in said or "run the same command again" in said)
+    assert told in said and ("run again" in said or "rerun the same command" in said)

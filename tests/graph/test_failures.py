@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import re
 import time
 from collections.abc import Callable
@@ -15,11 +14,14 @@ import pytest
 
 from ray_pipeline.engines.base import BudgetSpent, Completion, Sampling
 from ray_pipeline.engines.logged import LoggedEngine
-from ray_pipeline.graph import shard_map
+from ray_pipeline.engines.usage import Usage
+from ray_pipeline.graph import shards
 from ray_pipeline.graph.failures import FailureLedger, FailureSettings, read_failures
-from ray_pipeline.graph.inline import make_here
-from ray_pipeline.graph.shard_map import Receipt, ShardActor, ShardJob, make_shard
-from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage, StageStop, stage_table
+from ray_pipeline.graph.in_process import make_here
+from ray_pipeline.graph.progress import ProgressBoard
+from ray_pipeline.graph.session import Session, StageTask
+from ray_pipeline.graph.shards import EngineHost, Receipt, make_columnar
+from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage, StageRef, StageStop
 from ray_pipeline.store.calls import scan_calls
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.schemas import DECISIONS
@@ -29,68 +31,49 @@ QUICK = FailureSettings(backoff_s=0.0)
 EMPTY = ShardOutput({"decisions": DECISIONS.empty_table()})
 
 
-class Board:
-    """A progress board without Ray: `x.remote(…)` gives an awaitable."""
+class Board(ProgressBoard):
+    """A progress board that keeps what it gets."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.reason: str | None = None
         self.lines: list[str] = []
-        self.added: list[dict[str, float]] = []
+        self.traces: list[str] = []
+        self.added: list[Usage] = []
 
-    def __getattr__(self, name: str) -> Any:
-        class Method:
-            @staticmethod
-            def remote(*given: Any) -> Any:
-                if name == "say":
-                    self.lines.append(given[0])
-                if name == "add":
-                    self.added.append(given[1])
+    def say(self, line: str, shard: int | None = None) -> None:
+        self.lines.append(line)
 
-                async def answer() -> str | None:
-                    return self.reason
+    def trace(self, text: str, shard: int | None = None) -> None:
+        self.traces.append(text)
 
-                return _Answer(answer)
+    def add(self, name: str, usage: Usage, **counts: Any) -> None:
+        self.added.append(usage)
 
-        return Method
-
-
-class _Answer:
-    """Awaitable, and no warning when nobody awaits it."""
-
-    def __init__(self, answer: Callable[[], Any]) -> None:
-        self._answer = answer
-
-    def __await__(self) -> Any:
-        return self._answer().__await__()
+    def stopping(self, name: str) -> str | None:
+        return self.reason
 
 
 def job(
-    folder: Path, function: Any, engine: Any = None, policy: FailureSettings = QUICK, board: Any = None
-) -> ShardJob:
+    folder: Path, function: Any, engine: Any = None, failure: FailureSettings = QUICK, board: Any = None
+) -> StageTask:
     work = ShardWork(function=function, tables=("decisions",), engine=engine)
-    return ShardJob(
-        "stage", str(folder / "stage"), "f", 4, work, {}, {}, str(folder / "calls"), "s1", False, board, policy
-    )
+    session = Session(str(folder), str(folder / "calls"), 4, failure, id="s1", board=board or Board())
+    return StageTask(StageRef("stage", "f", str(folder / "stage"), 4, ("decisions",)), work, {}, session)
 
 
 @pytest.fixture
-def actor(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ShardActor]:
-    monkeypatch.setattr(shard_map, "_devices", lambda: 2.0)
-    monkeypatch.setattr(shard_map, "REPORT_SECONDS", 0.02)
-    return lambda *jobs: ShardActor(jobs)
+def actor(monkeypatch: pytest.MonkeyPatch) -> Callable[..., EngineHost]:
+    monkeypatch.setattr(shards, "REPORT_SECONDS", 0.02)
+    return lambda *jobs: EngineHost(jobs, devices=2.0)
 
 
-def make(actor: ShardActor, shard: int = 0, stage: str = "stage") -> Receipt:
-    async def go() -> Receipt:
-        async for row in actor({"stage": [stage], "shard": [shard]}):
-            return Receipt(**json.loads(row["receipt"][0]))
-        raise AssertionError
-
-    return asyncio.run(go())
+def make(actor: EngineHost, shard: int = 0, stage: str = "stage") -> Receipt:
+    return asyncio.run(actor.make(stage, shard))
 
 
-def columnar(given: ShardJob, shard: int = 1) -> Receipt:
-    return Receipt(**json.loads(make_shard({"shard": [shard]}, given)["receipt"][0]))
+def columnar(given: StageTask, shard: int = 1) -> Receipt:
+    return make_columnar(given, shard)
 
 
 def failing(times: int) -> tuple[Any, list[int]]:
@@ -111,7 +94,7 @@ def failing(times: int) -> tuple[Any, list[int]]:
 
 @pytest.mark.parametrize(("times", "status", "tries"), [(0, "ok", 1), (2, "ok", 3), (3, "failed", 3)])
 def test_a_shard_is_tried_again_before_it_is_given_up(
-    tmp_path: Path, actor: Callable[..., ShardActor], times: int, status: str, tries: int
+    tmp_path: Path, actor: Callable[..., EngineHost], times: int, status: str, tries: int
 ) -> None:
     board = Board()
     function, seen = failing(times)
@@ -120,6 +103,7 @@ def test_a_shard_is_tried_again_before_it_is_given_up(
     assert len(board.lines) == tries - 1 and all("again in 0 s" in line for line in board.lines)
     if status == "failed":
         assert receipt.error is not None and receipt.error.startswith("OSError: no space left")
+    assert len(board.traces) == times and all("Traceback" in text and "no space left" in text for text in board.traces)
 
 
 def test_columnar_shards_are_tried_again_too(tmp_path: Path) -> None:
@@ -132,7 +116,7 @@ def test_columnar_shards_are_tried_again_too(tmp_path: Path) -> None:
         return EMPTY
 
     assert columnar(job(tmp_path, function)).status == "ok" and seen == [1, 1, 1]
-    assert columnar(job(tmp_path, failing_always, policy=FailureSettings(retries=0))).status == "failed"
+    assert columnar(job(tmp_path, failing_always, failure=FailureSettings(retries=0))).status == "failed"
 
 
 def failing_always(given: ShardInput) -> ShardOutput:
@@ -142,13 +126,15 @@ def failing_always(given: ShardInput) -> ShardOutput:
 class LostBoard(Board):
     """A board that ended with the node of the driver."""
 
-    def __getattr__(self, name: str) -> Any:
+    def stopping(self, name: str) -> str | None:
         raise ConnectionError("the board is gone")
+
+    say = trace = add = stopping  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize("engine", [None, ScriptedEngine])
 def test_an_error_that_nobody_foresaw_is_told_in_its_own_words(
-    tmp_path: Path, actor: Callable[..., ShardActor], engine: Any
+    tmp_path: Path, actor: Callable[..., EngineHost], engine: Any
 ) -> None:
     """Ray hands on "UDF failed to process a data block" and keeps the cause to itself."""
     given = job(tmp_path, failing_always, engine, board=LostBoard())
@@ -158,10 +144,10 @@ def test_an_error_that_nobody_foresaw_is_told_in_its_own_words(
 
 @pytest.mark.parametrize("engine", [None, ScriptedEngine])
 def test_a_node_that_does_not_see_the_run_folder_stops_the_stage_and_is_named(
-    tmp_path: Path, actor: Callable[..., ShardActor], engine: Any
+    tmp_path: Path, actor: Callable[..., EngineHost], engine: Any
 ) -> None:
     """It may have joined when nobody asked the nodes any more."""
-    unseen = stage_table(str(tmp_path / "elsewhere"), ("prompts",), "prompts", 4, "f")
+    unseen = StageRef("prompts", "f", str(tmp_path / "elsewhere"), 4, ("prompts",))
     given = dataclasses.replace(job(tmp_path, failing_always, engine), inputs={"prompts": unseen})
     receipt = make(actor(given)) if engine else columnar(given)
     assert receipt.status == "stopped"
@@ -174,7 +160,7 @@ def test_a_stage_that_stops_in_this_process_says_its_reason_alone(tmp_path: Path
 
     stage = Stage("gate", ShardWork(stops, ("decisions",)), {})
     with pytest.raises(StageStop, match=r"^there is nothing to gate$"):
-        make_here([stage], str(tmp_path), 2, {}, str(tmp_path / "calls"), lambda line: None)
+        make_here([stage], Session(str(tmp_path), str(tmp_path / "calls"), 2), {}, lambda line: None)
 
 
 def test_back_off_doubles_up_to_its_limit() -> None:
@@ -183,7 +169,7 @@ def test_back_off_doubles_up_to_its_limit() -> None:
 
 
 def test_an_engine_that_starts_with_its_first_call_tells_what_that_took(
-    tmp_path: Path, actor: Callable[..., ShardActor]
+    tmp_path: Path, actor: Callable[..., EngineHost]
 ) -> None:
     class Lazy(ScriptedEngine):
         start_seconds = 0.0
@@ -202,7 +188,7 @@ def test_an_engine_that_starts_with_its_first_call_tells_what_that_took(
     assert 60 <= first < 61 and second == 0.0  # 2 devices, and told once
 
 
-def test_device_seconds_of_shards_of_one_actor_count_once(tmp_path: Path, actor: Callable[..., ShardActor]) -> None:
+def test_device_seconds_of_shards_of_one_actor_count_once(tmp_path: Path, actor: Callable[..., EngineHost]) -> None:
     async def slow(given: ShardInput) -> ShardOutput:
         await asyncio.sleep(0.3)
         return EMPTY
@@ -211,11 +197,11 @@ def test_device_seconds_of_shards_of_one_actor_count_once(tmp_path: Path, actor:
     one = actor(job(tmp_path, slow, ScriptedEngine, board=board))
 
     async def both() -> list[Receipt]:
-        return await asyncio.gather(*(one._make(one._jobs["stage"], shard) for shard in (0, 1)))
+        return await asyncio.gather(*(one.make("stage", shard) for shard in (0, 1)))
 
     one._limit = asyncio.Semaphore(8)
     receipts = asyncio.run(both())
-    billed = sum(change.get("device_seconds", 0.0) for change in board.added)
+    billed = sum(change.device_seconds for change in board.added)
     # 2 devices for one span of 0.3 s at least; counted by each shard, it would be twice the time that has passed.
     assert 0.6 <= billed <= 2 * (time.monotonic() - begin)
     assert sum(r.usage["device_seconds"] for r in receipts) <= billed
@@ -224,24 +210,24 @@ def test_device_seconds_of_shards_of_one_actor_count_once(tmp_path: Path, actor:
 # --- lost workers and dead engines ------------------------------------------------------------------------------------
 
 
-def test_a_lost_worker_is_no_failure_and_a_dead_engine_is(tmp_path: Path, actor: Callable[..., ShardActor]) -> None:
+def test_a_lost_worker_is_no_failure_and_a_dead_engine_is(tmp_path: Path, actor: Callable[..., EngineHost]) -> None:
     policy = FailureSettings(retries=0, engine_deaths=2, preemptions=3)
     function, seen = failing(0)
     board = Board()
     given = job(tmp_path, function, ScriptedEngine, policy, board)
-    shard_map._begin_attempt(given, 2)  # whoever made these marks never came back
-    shard_map._begin_attempt(given, 2)
+    shards.begin_attempt(given, 2)  # whoever made these marks never came back
+    shards.begin_attempt(given, 2)
     assert make(actor(given), 2).status == "ok"
     assert board.lines == ["stage: shard 2 begins anew, its actor or node was lost"]
 
-    shard_map._mark_death(given, 3)
+    shards.mark_death(given, 3)
     assert make(actor(given), 3).status == "ok"
-    shard_map._mark_death(given, 3)
+    shards.mark_death(given, 3)
     receipt = make(actor(given), 3)
     assert receipt.status == "failed" and receipt.error == "EngineDead: given up, the engine died 2 times on this shard"
 
     for _ in range(4):
-        shard_map._begin_attempt(given, 0)
+        shards.begin_attempt(given, 0)
     receipt = make(actor(given), 0)
     assert receipt.status == "failed" and receipt.error is not None and "lost 4 times" in receipt.error
     assert seen == [2, 3]
@@ -251,15 +237,15 @@ def test_a_lost_worker_is_no_failure_and_a_dead_engine_is(tmp_path: Path, actor:
     ("marks", "deaths", "status"), [(0, 0, "ok"), (3, 0, "ok"), (4, 0, "failed"), (5, 2, "ok"), (6, 2, "failed")]
 )
 def test_a_shard_may_lose_its_worker_as_often_as_is_allowed_and_no_more(
-    tmp_path: Path, actor: Callable[..., ShardActor], marks: int, deaths: int, status: str
+    tmp_path: Path, actor: Callable[..., EngineHost], marks: int, deaths: int, status: str
 ) -> None:
     """Attempts that an engine's death ended are no preemptions."""
     function, seen = failing(0)
     given = job(tmp_path, function, ScriptedEngine, FailureSettings(retries=0, engine_deaths=9, preemptions=3))
     for _ in range(marks):
-        shard_map._begin_attempt(given, 1)
+        shards.begin_attempt(given, 1)
     for _ in range(deaths):
-        shard_map._mark_death(given, 1)
+        shards.mark_death(given, 1)
     receipt = make(actor(given), 1)
     assert (receipt.status, len(seen)) == (status, int(status == "ok"))
     assert (receipt.error or "").startswith("Preempted: ") == (status == "failed")
@@ -287,7 +273,7 @@ def test_a_stopped_engine_keeps_what_is_under_way_and_asks_nothing_more(tmp_path
     assert engine.calls == 3 and sum(t.num_rows for t in scan_calls(Folder(str(tmp_path)))) == 3
 
 
-def test_the_board_stops_a_shard_and_its_calls_are_kept(tmp_path: Path, actor: Callable[..., ShardActor]) -> None:
+def test_the_board_stops_a_shard_and_its_calls_are_kept(tmp_path: Path, actor: Callable[..., EngineHost]) -> None:
     board = Board()
 
     async def function(given: ShardInput) -> ShardOutput:
@@ -310,7 +296,7 @@ def test_the_board_stops_a_shard_and_its_calls_are_kept(tmp_path: Path, actor: C
 
 
 def test_a_stage_that_stops_leaves_the_others_of_its_pool_at_work(
-    tmp_path: Path, actor: Callable[..., ShardActor]
+    tmp_path: Path, actor: Callable[..., EngineHost]
 ) -> None:
     """Two stages on one engine, and of one every reply is unreadable."""
     engines: list[ScriptedEngine] = []
@@ -329,9 +315,9 @@ def test_a_stage_that_stops_leaves_the_others_of_its_pool_at_work(
 
         return function
 
-    def named(name: str, read: bool) -> ShardJob:
+    def named(name: str, read: bool) -> StageTask:
         made = job(tmp_path, reading(read), engine, FailureSettings(backoff_s=0.0, error_window=8))
-        return dataclasses.replace(made, stage=name, folder=str(tmp_path / name))
+        return dataclasses.replace(made, ref=dataclasses.replace(made.ref, name=name, folder=str(tmp_path / name)))
 
     pool = actor(named("deaf", read=False), named("well", read=True))
     stopped = make(pool, 0, "deaf")
@@ -343,7 +329,7 @@ def test_a_stage_that_stops_leaves_the_others_of_its_pool_at_work(
 
 @pytest.mark.parametrize(("allowed", "status"), [(0.25, "stopped"), (0.5, "ok")])
 def test_every_llm_stage_stops_by_the_configured_error_rate(
-    tmp_path: Path, actor: Callable[..., ShardActor], allowed: float, status: str
+    tmp_path: Path, actor: Callable[..., EngineHost], allowed: float, status: str
 ) -> None:
     async def function(given: ShardInput) -> ShardOutput:
         for read in (True, True, False):

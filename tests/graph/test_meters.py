@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from ray_pipeline.engines.usage import Usage
 from ray_pipeline.graph import progress
 from ray_pipeline.graph.json_log import JsonLines, stage_of
+from ray_pipeline.graph.log import RunLog
 from ray_pipeline.graph.meters import METERS, Meters
 from ray_pipeline.graph.progress import ProgressBoard, StageProgress
-from ray_pipeline.graph.run import _RunLog
 from ray_pipeline.store.files import Folder
 
 
@@ -48,7 +49,7 @@ def test_a_board_feeds_the_meters(monkeypatch: pytest.MonkeyPatch) -> None:
     board.meter("pocket")
     board.begin("judge", 8, 2)
     for _ in range(2):
-        board.add("judge", {"rows": 5, "calls_engine": 3, "prompt_tokens": 100, "cached_tokens": 50, "shards_done": 1})
+        board.add("judge", Usage(calls_engine=3, prompt_tokens=100, cached_tokens=50), rows=5, shards_done=1)
     board.replies("judge", {("judge helpfulness", True): 9, ("judge helpfulness", False): 1})
     board.look()
 
@@ -75,12 +76,12 @@ def test_the_dashboard_asks_for_meters_that_there_are() -> None:
 
 
 def test_a_json_log_names_run_stage_and_shard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with _RunLog(Folder(str(tmp_path / "my-run")), Console(quiet=True), as_json=True) as log:
+    with RunLog(Folder(str(tmp_path / "my-run")), Console(quiet=True), as_json=True) as log:
         log.stages = ["judge"]
         log.say("judge: shard 3 failed: OSError: full", 3)
         log.say("no stage: at all")
         log._shown = -100.0
-        log.progress([StageProgress("judge", "running", shards=4).__dict__, StageProgress("gate").__dict__])
+        log.progress([StageProgress("judge", "running", shards=4).plain(), StageProgress("gate").plain()])
     (file,) = (tmp_path / "my-run" / "logs").glob("*.jsonl")
     failed, other, running = (json.loads(line) for line in file.read_text().splitlines())
     assert (failed["run"], failed["stage"], failed["shard"], failed["level"]) == ("my-run", "judge", 3, "INFO")
@@ -91,7 +92,7 @@ def test_a_json_log_names_run_stage_and_shard(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_text_logs_are_as_before(tmp_path: Path) -> None:
-    with _RunLog(Folder(str(tmp_path)), Console(quiet=True)) as log:
+    with RunLog(Folder(str(tmp_path)), Console(quiet=True)) as log:
         log.say("hello")
     (file,) = (tmp_path / "logs").glob("*.log")
     assert file.read_text().rstrip().endswith("quorum INFO hello")

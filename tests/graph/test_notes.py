@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
-from ray_pipeline.engines.models import Placement
-from ray_pipeline.graph.shard_map import ShardActor
+from ray_pipeline.graph.session import Session, StageTask
+from ray_pipeline.graph.shards import EngineHost
+from ray_pipeline.graph.stage import ShardOutput, ShardWork, StageRef
 from tests.scripted import ScriptedEngine
 
 
 def test_notes_are_told_once() -> None:
-    told: list[str] = []
     engine: Any = ScriptedEngine()
-    board = SimpleNamespace(say=SimpleNamespace(remote=told.append))
-    work = SimpleNamespace(engine=lambda: engine, placement=Placement())
-    job: Any = SimpleNamespace(work=work, board=board, stage="judge")
-    actor = ShardActor([job])
-    actor._tell(job)  # most engines have none
+    work = ShardWork(lambda given: ShardOutput({}), (), engine=lambda: engine)
+    task = StageTask(StageRef("judge", "f", "/run/judge-f", 1, ()), work, {}, Session("/run", "/run/calls", 1))
+    host = EngineHost([task])
+    host._report_notes(task)  # most engines have none
     engine.notes = ["no schemas here"]
-    actor._tell(job)
-    actor._tell(job)
+    host._report_notes(task)
+    host._report_notes(task)
     engine.notes.append("and no seeds")
-    actor._tell(job)
+    host._report_notes(task)
+    told = [note.text for note in task.session.board.look()[1]]
     assert told == ["judge: no schemas here", "judge: and no seeds"]

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from ray_pipeline.engines.models import ModelSettings, Placement
 from ray_pipeline.graph import reach
+from ray_pipeline.graph.ray_shards import GROW_AT, SHRINK_AT, _engine_room, _pool
 from ray_pipeline.graph.reach import KeyMissing, UnreachableFolder, WantedKey, _ask_node, _Node, _refuse, wanted_keys
-from ray_pipeline.graph.shard_map import GROW_AT, SHRINK_AT, _engine_room, _pool
 from ray_pipeline.graph.stage import ShardWork
 from ray_pipeline.policy.train import _NOT_LEARNT
 from ray_pipeline.store.node_labels import may_run

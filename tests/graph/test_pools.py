@@ -12,8 +12,12 @@ from dags.dmapo import DmapoConfig, dmapo
 from ray_pipeline.config.loading import load_config
 from ray_pipeline.engines.base import Sampling
 from ray_pipeline.engines.models import Placement
+from ray_pipeline.graph.driver import RunSettings, execute
+from ray_pipeline.graph.executor import Executor
+from ray_pipeline.graph.in_process import InProcessExecutor
 from ray_pipeline.graph.pools import share_pools
-from ray_pipeline.graph.run import RunSettings, execute
+from ray_pipeline.graph.ray_executor import RayExecutor
+from ray_pipeline.graph.session import Session
 from ray_pipeline.graph.stage import Dag, ShardInput, ShardOutput, ShardWork, Stage, StageStop, WholeInput, WholeWork
 from ray_pipeline.store.schemas import DECISIONS
 from tests.scripted import ScriptedEngine, user
@@ -69,7 +73,7 @@ def test_the_pocket_run_loads_its_models_four_times() -> None:
     ]
 
 
-# --- on a cluster -----------------------------------------------------------------------------------------------------
+# --- on a cluster and in this process ---------------------------------------------------------------------------------
 
 
 def noted_engine(starts: str) -> ScriptedEngine:
@@ -86,8 +90,10 @@ async def answer(given: ShardInput) -> ShardOutput:
     return ShardOutput({"decisions": DECISIONS.empty_table()})
 
 
-@pytest.mark.e2e
-def test_one_start_for_two_stages_and_each_has_its_own_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "executor", [InProcessExecutor(), pytest.param(RayExecutor(), marks=pytest.mark.e2e)], ids=["inprocess", "ray"]
+)
+def test_one_start_for_two_stages_and_each_has_its_own_end(tmp_path: Path, executor: Executor) -> None:
     starts = tmp_path / "starts"
     engine = functools.partial(noted_engine, str(starts))
 
@@ -99,9 +105,9 @@ def test_one_start_for_two_stages_and_each_has_its_own_end(tmp_path: Path) -> No
     refuses, accepts = asking("refuses", prompts), asking("accepts", prompts)
     after = {s.name: Stage(f"after-{s.name}", WholeWork(whole), {}, {s.name: s}) for s in (refuses, accepts)}
     dag = Dag("two", [refuses, accepts, *after.values()])
-    outcome = execute(dag, RunSettings(str(tmp_path / "run"), str(tmp_path / "run/calls"), 3, {}))
+    outcome = execute(dag, RunSettings(Session(str(tmp_path / "run"), str(tmp_path / "run/calls"), 3), {}), executor)
     assert set(outcome.results) == {"prompts", "accepts", "after-accepts"}
     assert {name: failure.reason for name, failure in outcome.failures.items()} == {"refuses": "it has had enough"}
     assert outcome.not_run == ["after-refuses"]
-    assert outcome.results["accepts"].usage["calls_engine"] == 3
+    assert outcome.results["accepts"].usage.calls_engine == 3
     assert starts.read_text() == "x"

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from ray_pipeline.engines.usage import Usage
 from ray_pipeline.graph import progress
-from ray_pipeline.graph.progress import Display, ProgressBoard, StageProgress
+from ray_pipeline.graph.progress import Display, Note, ProgressBoard, StageProgress
 from ray_pipeline.graph.results import read_run
 from ray_pipeline.store.files import StoreError
 
@@ -25,17 +26,17 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def stages(board: ProgressBoard) -> dict[str, StageProgress]:
-    return {s["name"]: StageProgress(**s) for s in board.look()[0]}
+    return {s["name"]: StageProgress.read(s) for s in board.look()[0]}
 
 
 def test_a_board_adds_up_and_keeps_time(clock: list[float]) -> None:
     board = ProgressBoard()
     board.begin("judge", 8, 2)
-    board.add("judge", {"calls_engine": 3, "calls_log": 1, "prompt_tokens": 100, "completion_tokens": 20})
-    board.add("judge", {"calls_engine": 2, "shards_done": 1, "rows": 5})
+    board.add("judge", Usage(calls_engine=3, calls_log=1, prompt_tokens=100, completion_tokens=20))
+    board.add("judge", Usage(calls_engine=2), rows=5, shards_done=1)
     clock[0] += 10
     judge = stages(board)["judge"]
-    assert (judge.calls_engine, judge.calls_log, judge.shards_done, judge.seconds) == (5, 1, 3, 10.0)
+    assert (judge.usage.calls_engine, judge.usage.calls_log, judge.shards_done, judge.seconds) == (5, 1, 3, 10.0)
     assert judge.tokens_per_second == 12.0
     assert judge.eta == 50.0  # one shard of this session in 10 s, five to go: the two of before do not count
     assert judge.line() == "judge: running, shards 3/8, rows 5, calls 5 engine + 1 log, 12 tokens/s, ETA 50 s"
@@ -46,14 +47,14 @@ def test_a_board_adds_up_and_keeps_time(clock: list[float]) -> None:
 
 def test_a_board_knows_stages_that_it_was_not_told_of(clock: list[float]) -> None:
     board = ProgressBoard()
-    board.add("late", {"rows": 1})
-    board.put("train", {"rows": 5, "rows_total": 20})
+    board.add("late", Usage(), rows=1)
+    board.put("train", 5, 20)
     board.end("never begun", "failed")
     clock[0] += 4
     found = stages(board)
     assert found["train"].eta == 12.0 and found["late"].rows == 1 and found["never begun"].status == "failed"
     board.say("hello")
-    assert board.look()[1] == ["hello"] and board.look()[1] == []
+    assert board.look()[1] == [Note("hello")] and board.look()[1] == []
 
 
 @pytest.mark.parametrize(
@@ -118,7 +119,9 @@ def test_a_picture_of_many_stages_shows_those_that_something_happens_to() -> Non
 def test_a_picture_on_a_terminal() -> None:
     out = io.StringIO()
     with Display(Console(file=out, force_terminal=True, width=120), ["prompts", "judge", "gate"]) as display:
-        display.show([StageProgress("judge", "running", shards=4, shards_done=1, calls_engine=7, seconds=3.0)])
+        display.show(
+            [StageProgress("judge", "running", shards=4, shards_done=1, usage=Usage(calls_engine=7), seconds=3.0)]
+        )
     picture = progress._picture([StageProgress("judge", "running", shards=4, shards_done=1, seconds=3.0)])
     console = Console(file=out, width=120, record=True)
     console.print(picture)
@@ -147,7 +150,7 @@ def test_a_run_is_read_back(tmp_path: Path) -> None:
     waiting = {"status": "waiting", "fingerprint": "g", "path": "judge-g", "tables": ["verdicts"]}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest(prompts=DONE, judge=waiting)))
     run = read_run(str(tmp_path))
-    assert list(run.results) == ["prompts"] and run.manifest["dag"] == "dmapo"
+    assert list(run.results) == ["prompts"] and run.workflow == "dmapo"
     table = run.results["prompts"].table()
     assert (table.folder, table.num_shards, table.fingerprint) == (str(tmp_path / "prompts-f"), 4, "f")
     assert run.results["prompts"].cached

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ray_pipeline.graph.run import _may_start, _stale
+from ray_pipeline.graph.ray_executor import _may_start
+from ray_pipeline.graph.resume import drop_stale
 from ray_pipeline.graph.stage import Stage, StageResult, WholeWork
 
 
@@ -12,7 +13,7 @@ def stage(name: str, *parents: Stage, repeatable: bool = True) -> Stage:
 
 
 def done(*stages: Stage) -> dict[str, StageResult]:
-    return {s.name: StageResult(s.name, s.fingerprint, "", 1, (), {}, {}, {}) for s in stages}
+    return {s.name: StageResult(s.name, s.fingerprint, "", 1, (), {}, {}) for s in stages}
 
 
 def test_what_was_made_from_a_lost_policy_is_made_again() -> None:
@@ -21,7 +22,7 @@ def test_what_was_made_from_a_lost_policy_is_made_again() -> None:
     answers, report = stage("answers", train), stage("report", stage("other"), train)
     judged = stage("judged", answers)
     results = done(data, answers, judged, report)
-    assert _stale([data, train, answers, judged, report], results) == [answers, judged, report]
+    assert drop_stale([data, train, answers, judged, report], results) == [answers, judged, report]
     assert set(results) == {"data"}
 
 
@@ -29,7 +30,7 @@ def test_what_was_made_from_a_lost_but_repeatable_table_still_counts() -> None:
     prompts = stage("prompts")
     candidates = stage("candidates", prompts)
     results = done(candidates)
-    assert _stale([prompts, candidates], results) == []
+    assert drop_stale([prompts, candidates], results) == []
     assert set(results) == {"candidates"}
 
 

@@ -134,7 +134,6 @@ def result(**changes: Any) -> StageResult:
         "tables": ("kto", "dpo"),
         "rows": {},
         "facts": {},
-        "usage": {},
     }
     return StageResult(**{**values, **changes})
 

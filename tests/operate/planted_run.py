@@ -12,8 +12,8 @@ from dags.dmapo import DmapoConfig, dmapo
 from ray_pipeline.config.loading import read_config
 from ray_pipeline.data.gate import GateConfig, decide, label_counts
 from ray_pipeline.graph.results import read_run
-from ray_pipeline.graph.shard_map import receipt_name
-from ray_pipeline.graph.stage import Dag, Stage, stage_table
+from ray_pipeline.graph.shards import receipt_name
+from ray_pipeline.graph.stage import Dag, Stage, StageRef
 from tests.planted import JUDGES, World, by_shard, random_world
 
 SHARDS = 4
@@ -68,6 +68,7 @@ def plant(folder: Path, world: World | None = None, *overrides: str) -> Path:
 def _entry(stage: Stage) -> dict[str, Any]:
     return {
         "group": stage.group_name,
+        "role": stage.role_name,
         "fingerprint": stage.fingerprint,
         "path": stage.folder_name,
         "tables": list(stage.work.tables),
@@ -79,7 +80,7 @@ def _entry(stage: Stage) -> dict[str, Any]:
 def _write(folder: Path, stage: Stage, made: list[Any]) -> dict[str, Any]:
     place = folder / stage.folder_name
     (kind,) = stage.work.tables
-    table = stage_table(str(place), stage.work.tables, kind, SHARDS, stage.fingerprint)
+    table = StageRef.of(stage, str(folder), SHARDS).table(kind)
     for shard, part in enumerate(made):
         table.write(shard, part)
         receipt = {"shard": shard, "status": "ok", "rows": {kind: part.num_rows}, "counts": {}, "usage": {}}

@@ -16,7 +16,8 @@ from ray_pipeline.data.datasets import DatasetsConfig, dpo_rows
 from ray_pipeline.data.gate import GateConfig, decide
 from ray_pipeline.graph.heartbeat import RunBusy
 from ray_pipeline.graph.results import read_run
-from ray_pipeline.graph.run import load_result
+from ray_pipeline.graph.resume import load_result
+from ray_pipeline.graph.stage import StageRef
 from ray_pipeline.operate import regate as gating
 from ray_pipeline.store.files import StoreError
 from tests.operate.planted_run import SHARDS, plant, planted_dag
@@ -67,11 +68,11 @@ def test_written_data_sets_are_those_that_a_run_with_these_thresholds_finds(fold
     dag, config = planted_dag(folder, *NEW)
     stages = {stage.name: stage for stage in dag.stages}
     for name in ("gate", "dataset-rows", "datasets"):
-        assert load_result(str(folder), stages[name], SHARDS) is not None, name
+        assert load_result(StageRef.of(stages[name], str(folder), SHARDS)) is not None, name
     run = read_run(str(folder))
     labels, _ = by_hand(GateConfig(tau=1.0, desirable_at=8))
     assert run.results["gate"].facts["counts"] == {**dict.fromkeys(run.results["gate"].facts["counts"], 0), **labels}
-    assert run.manifest["config"] == config.model_dump(mode="json")
+    assert run.config == config.model_dump(mode="json")
     rows = [
         row for f in sorted((folder / "datasets" / "kto").rglob("*.parquet")) for row in pq.read_table(f).to_pylist()
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -45,8 +44,8 @@ def beat(run: Path, number: int) -> None:
 
 
 def progress(run: Path, **counts: float) -> None:
-    stage = StageProgress("responses-base", "running", **counts)  # type: ignore[arg-type]
-    (run / "progress.json").write_text(json.dumps([dataclasses.asdict(stage)]))
+    stage = StageProgress.read({"name": "responses-base", "status": "running", **counts})
+    (run / "progress.json").write_text(json.dumps([stage.plain()]))
 
 
 def half_of(run: Path, stage: str) -> Path:
@@ -69,7 +68,7 @@ def test_a_run_that_nobody_works_on(run: Path) -> None:
     judge = next(s for s in state.stages if s.name == "judge")
     assert state.life == "ended" and not state.done and state.failed == []
     assert (judge.status, judge.shards_done, judge.rows) == ("done", 4, 480)
-    assert judge.prefix_hit_rate == 0.25 and judge.tokens_per_second == 600
+    assert judge.usage.prefix_hit_rate == 0.25 and judge.tokens_per_second == 600
     assert judge.errors == {"rows.unparsed": 4}  # of both judges
     assert "calls 160 engine + 0 log, 600 tokens/s, prefix hits 25%, 2 s, rows.unparsed 4" in stage_line(judge)
     assert next(s for s in state.stages if s.name == "train").status == "waiting"
@@ -112,7 +111,7 @@ def test_a_living_run_shows_rates_of_the_last_interval(run: Path) -> None:
     now = next(s for s in state.stages if s.name == "responses-base")
     assert state.life == "running" and clock.now < 1
     assert (now.status, now.shards_done, now.rows_per_second, now.tokens_per_second) == ("running", 1, 10, 100)
-    assert now.eta_seconds == 30.0 == state.eta_seconds and now.prefix_hit_rate == 0.5
+    assert now.eta_seconds == 30.0 == state.eta_seconds and now.usage.prefix_hit_rate == 0.5
 
     beat(run, 3)
     progress(run, shards=4, shards_done=2, rows=400, seconds=12.0, prompt_tokens=1900, completion_tokens=300)

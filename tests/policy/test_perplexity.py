@@ -111,6 +111,7 @@ def test_only_held_out_desirable_answers_are_measured(
         return Perplexity(2.0, math.log(2), 1, len(rows))
 
     here = SimpleNamespace(
+        is_initialized=lambda: True,
         cluster_resources=lambda: {"CPU": 2.0},
         remote=lambda **resources: lambda function: SimpleNamespace(remote=function),
         get=lambda value: value,
@@ -120,8 +121,8 @@ def test_only_held_out_desirable_answers_are_measured(
     base = ModelSettings(model=str(model_path))
     made = stage.evaluate(EvaluateSettings(perplexity_rows=most), ReportSettings(run_name="run"), base, 60, [])
     results = {
-        name: StageResult(name, mark, str(tmp_path / name), 1, (), {}, {}, {})
-        for name, mark in (("datasets", "f2"), ("train", "f3"))
+        name: StageResult(name, mark, str(tmp_path / name), 1, (), {}, {}, role=role)
+        for name, mark, role in (("datasets", "f2", "datasets"), ("train", "f3", "policy"))
     }
     folder = Folder(str(tmp_path / "evaluate"))
     given = WholeInput(results, folder, folder, "f4", 1, made.work.settings, print, lambda done, total: None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -85,10 +86,11 @@ def test_a_run_that_is_to_end_asks_the_workers(
         raise TrainingStopped(folder.read_json(STOP)["reason"])
 
     monkeypatch.setattr(stage, "fit", fit)
+    monkeypatch.setattr("ray_pipeline.graph.cluster.connected", contextlib.nullcontext)
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
     made = train(TrainSettings(), ModelSettings(model=tiny_model), 64, data_stage())
     assert isinstance(made.work, WholeWork)
-    data = StageResult("datasets", "d" * 16, str(tmp_path / "data"), 1, (), {}, {}, {})
+    data = StageResult("datasets", "d" * 16, str(tmp_path / "data"), 1, (), {}, {})
     given = WholeInput(
         {"datasets": data}, folder, folder, "f" * 16, 1, made.work.settings, said.append, lambda step, steps: None,
         lambda: "the run has cost 2 USD",
@@ -118,12 +120,13 @@ def run_stage(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             return TrainResult(1, 1.0, 0.5, None, f"{spec.output_dir}/merged", {}, {}, None, None, steps, 1.0, 1.0)
 
         monkeypatch.setattr(stage, "fit", fit)
+        monkeypatch.setattr("ray_pipeline.graph.cluster.connected", contextlib.nullcontext)
         monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
         facts = {
             "rows": {kind: {"train": 40, "val": 9 if kind == "kto" else 0} for kind in ("sft", "dpo", "kto")},
             "kto_weights": {"desirable_weight": 1.3, "undesirable_weight": 1.7},
         }
-        data = StageResult("datasets", "d" * 16, str(tmp_path / "data"), 1, (), {}, facts, {})
+        data = StageResult("datasets", "d" * 16, str(tmp_path / "data"), 1, (), {}, facts)
         made = train(settings, ModelSettings(model=tiny_model), max_length, data_stage())
         assert isinstance(made.work, WholeWork)
         given = WholeInput(

@@ -20,17 +20,18 @@ Method = Literal["logprobs", "reply", "same"]
 
 
 class PreferenceAsking(Settings):
-    """How AlpacaEval's judge is asked. The defaults are the published ones.
+    """How AlpacaEval's judge is asked. The defaults are the published ones."""
 
-    Attributes:
-        sampling: one token at temperature 1; what was sampled does not matter where there are log-probabilities.
-        top_logprobs: alternatives of the first token that are looked at; 0: the written label is read.
-        grammar: force the reply to be a label. Log-probabilities stay those of the unforced model.
-    """
-
-    sampling: SamplingSettings = SamplingSettings(temperature=1.0, max_tokens=1)
-    top_logprobs: int = Field(5, ge=0)
-    grammar: bool = False
+    sampling: SamplingSettings = Field(
+        SamplingSettings(temperature=1.0, max_tokens=1),
+        description="one token at temperature 1; what was sampled does not matter where there are log-probabilities",
+    )
+    top_logprobs: int = Field(
+        5, ge=0, description="alternatives of the first token that are looked at; 0: the written label is read"
+    )
+    grammar: bool = Field(
+        False, description="force the reply to be a label. Log-probabilities stay those of the unforced model"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

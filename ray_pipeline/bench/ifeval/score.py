@@ -10,40 +10,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import importlib.metadata
-import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from ray_pipeline.bench.ifeval.checkers import Checkers, checker_version, load_checkers
+from ray_pipeline.bench.ifeval.questions import IfevalPrompt
 from ray_pipeline.stats.bootstrap import Interval, bootstrap_mean
 from ray_pipeline.stats.protocol import Protocol, PublishedProtocol
 from ray_pipeline.store.keys import digest
 
-#: Package versions that decide verdicts beside lm-eval's own.
-_PACKAGES = ("lm_eval", "nltk", "langdetect")
 #: Two prompts that differ more than this are not the same one (ratio of `difflib`).
 _SAME_PROMPT = 0.9
 
 
-class CheckersMissing(RuntimeError):
-    """The official checkers cannot run here. The message says what to install."""
-
-
 class UnknownInstruction(ValueError):
     """A prompt has an instruction that no checker knows. The message names both."""
-
-
-@dataclasses.dataclass(frozen=True)
-class IfevalPrompt:
-    """One prompt with its instructions: ids (`family:type`) and, for each, the arguments of its checker."""
-
-    key: int
-    prompt: str
-    instructions: tuple[str, ...]
-    arguments: tuple[Mapping[str, Any], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,71 +145,6 @@ def match_responses(
         found[by_text[nearest[0]]] = response
         nearest_keys.append(by_text[nearest[0]])
     return found, nearest_keys
-
-
-def checker_version() -> str:
-    """Which checkers judge: versions of the packages that decide verdicts, for the protocol.
-
-    Raises:
-        CheckersMissing: the extra is not installed.
-    """
-    try:
-        versions = [f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES]
-    except importlib.metadata.PackageNotFoundError as error:
-        raise CheckersMissing(_INSTALL) from error
-    return ", ".join(versions) + ", seed 0"
-
-
-_INSTALL = (
-    "IFEval needs the official checkers, which are not installed: pip install 'quorum-align[ifeval]' "
-    "(or lm-eval[ifeval])"
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Checkers:
-    """lm-eval's registry of checkers and its two ways to call them, loaded by `load_checkers`."""
-
-    registry: Mapping[str, Any]
-    example: Callable[..., Any]
-    strict: Callable[[Any, str], Any]
-    loose: Callable[[Any, str], Any]
-
-
-def load_checkers() -> Checkers:
-    """The official checkers.
-
-    The sentence data that they need is looked for first, because lm-eval would go to the network for it.
-
-    Raises:
-        CheckersMissing: the extra, or the tokenizer data `punkt_tab` of nltk, is not there.
-    """
-    try:
-        import nltk
-    except ImportError as error:
-        raise CheckersMissing(_INSTALL) from error
-    # nltk reads NLTK_DATA once, when it is imported; it may have been set since.
-    for folder in reversed([f for f in os.environ.get("NLTK_DATA", "").split(os.pathsep) if f]):
-        if folder not in nltk.data.path:
-            nltk.data.path.insert(0, folder)
-    try:
-        nltk.data.find("tokenizers/punkt_tab/english")
-    except LookupError as error:
-        raise CheckersMissing(
-            "IFEval needs nltk's tokenizer data punkt_tab (English), and it is in none of "
-            f"{', '.join(nltk.data.path)}. With network: python -m nltk.downloader punkt_tab. Without: copy the folder "
-            "tokenizers/punkt_tab from another machine and point NLTK_DATA at the folder that holds tokenizers/"
-        ) from error
-    try:
-        from lm_eval.tasks.ifeval import instructions_registry, utils
-    except ImportError as error:
-        raise CheckersMissing(f"{_INSTALL} [{error}]") from error
-    return Checkers(
-        instructions_registry.INSTRUCTION_DICT,
-        utils.InputExample,
-        utils.test_instruction_following_strict,
-        utils.test_instruction_following_loose,
-    )
 
 
 def check(

@@ -38,10 +38,10 @@ class BenchAsking(Settings):
     """
 
     sampling: SamplingSettings = SamplingSettings(temperature=0.0, max_tokens=2048)
-    reading: Reading = "unanimous"
+    reading: Reading = Field("unanimous", description="which reader takes the grade from the reply")
     retries: int = Field(0, ge=0, description="how often an unreadable reply is asked for again; published: never")
-    retry_temperature: float = Field(0.7, ge=0)
-    grammar: bool = False
+    retry_temperature: float = Field(0.7, ge=0, description="temperature of a retry")
+    grammar: bool = Field(False, description="force the reply's form while it is sampled")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,11 +9,10 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import pyarrow as pa
 
-from ray_pipeline.bench.files import BenchmarkFileError, need
 from ray_pipeline.bench.judge_prompts import BenchPrompt, prompts_digest
 from ray_pipeline.bench.mt_bench.judge import (
     HIGH,
@@ -26,6 +25,7 @@ from ray_pipeline.bench.mt_bench.judge import (
     compare_turn,
     rate_turn,
 )
+from ray_pipeline.bench.mt_bench.questions import ANSWER_TOKENS, CATEGORY_TEMPERATURES, Mode, Question
 from ray_pipeline.engines.base import ChatEngine
 from ray_pipeline.stats.bootstrap import Interval, bootstrap_mean
 from ray_pipeline.stats.protocol import Protocol, PublishedProtocol, settings_text
@@ -33,40 +33,7 @@ from ray_pipeline.stats.winrate import WinRate, win_rate
 from ray_pipeline.store.keys import digest
 from ray_pipeline.store.schemas import READ_STATUSES
 
-#: Temperature of the answers by category; any other category has 0.7.
-CATEGORY_TEMPERATURES: Mapping[str, float] = {
-    "writing": 0.7,
-    "roleplay": 0.7,
-    "extraction": 0.0,
-    "math": 0.0,
-    "coding": 0.0,
-    "reasoning": 0.0,
-    "stem": 0.1,
-    "humanities": 0.1,
-}
-OTHER_TEMPERATURE = 0.7
-#: New tokens of an answer.
-ANSWER_TOKENS = 1024
-#: Categories that are judged with a reference answer.
-REFERENCE_CATEGORIES = ("math", "reasoning", "coding")
-
 TURNS: tuple[Turn, Turn] = (1, 2)
-
-Mode = Literal["single", "pairwise"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Question:
-    """One question: its two turns, and the reference answers where its category has them."""
-
-    question_id: int
-    category: str
-    turns: tuple[str, str]
-    references: tuple[str, str] | None = None
-
-    @property
-    def temperature(self) -> float:
-        return CATEGORY_TEMPERATURES.get(self.category, OTHER_TEMPERATURE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,47 +103,6 @@ class PairwiseScores:
     turns: Mapping[int, WinRate]
     categories: Mapping[str, WinRate]
     contradictory: int
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def questions_of(
-    rows: Sequence[Mapping[str, Any]],
-    references: Sequence[Mapping[str, Any]] = (),
-    source: str = "MT-Bench questions",
-) -> list[Question]:
-    """Questions from rows of the published files: question_id, category, turns; references: question_id, choices.
-
-    Raises:
-        BenchmarkFileError: a column is missing, an id comes twice, a question has other than two turns, or a question
-            of `REFERENCE_CATEGORIES` has no reference although references are given.
-    """
-    answers: dict[int, tuple[str, str]] = {}
-    for number, row in enumerate(references, 1):
-        turns = need(row, "choices", "reference answers", number)[0]["turns"]
-        answers[need(row, "question_id", "reference answers", number)] = _two(turns, "reference answers", number)
-    found: dict[int, Question] = {}
-    for number, row in enumerate(rows, 1):
-        identifier, category = need(row, "question_id", source, number), need(row, "category", source, number)
-        if identifier in found:
-            raise BenchmarkFileError(f"{source}: question {identifier} comes twice")
-        wanted = category in REFERENCE_CATEGORIES
-        if wanted and answers and identifier not in answers:
-            raise BenchmarkFileError(f"{source}: question {identifier} ({category}) has no reference answer")
-        found[identifier] = Question(
-            identifier,
-            category,
-            _two(need(row, "turns", source, number), source, number),
-            answers.get(identifier) if wanted else None,
-        )
-    return list(found.values())
-
-
-def _two(turns: Any, source: str, number: int) -> tuple[str, str]:
-    if not isinstance(turns, list) or len(turns) != 2 or not all(isinstance(t, str) for t in turns):
-        raise BenchmarkFileError(f"{source}, row {number}: two turns of text are needed")
-    return turns[0], turns[1]
 
 
 # --- judging ----------------------------------------------------------------------------------------------------------

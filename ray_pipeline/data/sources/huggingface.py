@@ -24,7 +24,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 class HuggingFaceSource(TableSource):
     """A dataset of the Hugging Face Hub, or a local folder that `datasets.load_dataset` opens."""
 
-    type: Literal["huggingface"] = "huggingface"
+    type: Literal["huggingface"] = Field("huggingface", description="where the rows are: the name of the source")
     name: str = Field(description="dataset of the Hub (owner/name) or local folder")
     subset: str | None = Field(None, description="configuration of the dataset; default: its default one")
     split: str = Field("train", description="split of the dataset")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class PocketSource(PromptSource):
     """Instructions of the pocket world."""
 
-    type: Literal["pocket"] = "pocket"
+    type: Literal["pocket"] = Field("pocket", description="where the rows are: the name of the source")
     count: int = Field(ge=1, description="number of distinct prompts")
     seed: int = Field(0, description="seed of the prompts")
 

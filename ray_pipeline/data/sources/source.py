@@ -5,8 +5,10 @@ from __future__ import annotations
 import abc
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Self
+
+from pydantic import Field
 
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.extensions import find
@@ -38,12 +40,9 @@ class SourceRow:
 class PromptSource(Settings, abc.ABC):
     """One entry of `prompts.sources`. Subclass it, register the subclass under the kind `source`, and its fields become
     the keys of the entry.
-
-    Attributes:
-        type: name of the source, or the file that registers it.
     """
 
-    type: str
+    type: str = Field(description="name of the source, or the file that registers it")
 
     @abc.abstractmethod
     def rows(self) -> Iterator[SourceRow]:
@@ -82,6 +81,10 @@ class PromptSource(Settings, abc.ABC):
     def cap(self) -> int | None:
         """Maximum number of distinct prompts (smallest hashes kept): the key `limit`, if the source has one."""
         return getattr(self, "limit", None)
+
+    def decisive(self, exclude: Collection[str] = ()) -> dict[str, Any]:
+        """Always with the type, which may be a default in a user's class."""
+        return {**super().decisive(exclude), "type": self.type}
 
     def __reduce__(self) -> Any:
         # By reference and values: a class of a user's file is found again by whoever reads it.

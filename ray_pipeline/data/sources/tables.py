@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import abc
 import posixpath
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Collection, Iterator
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.csv as pacsv
@@ -34,6 +34,10 @@ class FileSource(TableSource):
     def default_label(self) -> str:
         return posixpath.basename(self.path)
 
+    def decisive(self, exclude: Collection[str] = ()) -> dict[str, Any]:
+        """The label in place of the path: files that were moved hold the same prompts, and contents have digests."""
+        return {**super().decisive({*exclude, "path"}), "label": self.label_in_tables}
+
     def rows(self) -> Iterator[SourceRow]:
         for file in find_files(self.path):
             yield from self.file_rows(file)
@@ -51,7 +55,7 @@ class FileSource(TableSource):
 class JsonlSource(FileSource):
     """JSONL: one object a line; `.gz` and `.zst` too."""
 
-    type: Literal["jsonl"] = "jsonl"
+    type: Literal["jsonl"] = Field("jsonl", description="where the rows are: the name of the source")
 
     def file_rows(self, file: File) -> Iterator[SourceRow]:
         for number, row in jsonl_records(file):
@@ -64,7 +68,7 @@ class JsonlSource(FileSource):
 class ParquetSource(FileSource):
     """Parquet."""
 
-    type: Literal["parquet"] = "parquet"
+    type: Literal["parquet"] = Field("parquet", description="where the rows are: the name of the source")
 
     def file_rows(self, file: File) -> Iterator[SourceRow]:
         with open_parquet(file) as table:
@@ -78,7 +82,7 @@ class ParquetSource(FileSource):
 class CsvSource(FileSource):
     """CSV with a header line."""
 
-    type: Literal["csv"] = "csv"
+    type: Literal["csv"] = Field("csv", description="where the rows are: the name of the source")
 
     def file_rows(self, file: File) -> Iterator[SourceRow]:
         # Only the wanted columns are converted, all as text: a number further down must not change a column's type.

@@ -1,0 +1,71 @@
+"""What work took: calls, tokens, money and time, in one type that adds up."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass
+class Usage:
+    """Counters of a shard, a stage or a session; sums with `+`. Tokens and cost are of calls that an engine answered.
+
+    Attributes:
+        calls_engine: calls answered by an engine.
+        calls_log: calls answered by the call log.
+        calls_shared: calls that waited for an equal one in flight.
+        errors: calls that failed.
+        cached_tokens: prompt tokens found in the engine's prefix cache; they are among `prompt_tokens`.
+        cost: price of the replies, in the currency of the endpoint's prices.
+        seconds: worker time, summed over shards.
+        device_seconds: time of GPUs (without GPUs: of engines) that were held, idle or not.
+        start_seconds: those of the `device_seconds` that engines took to start.
+        wall_seconds: time on the clock from the first shard to the last.
+    """
+
+    calls_engine: float = 0
+    calls_log: float = 0
+    calls_shared: float = 0
+    errors: float = 0
+    prompt_tokens: float = 0
+    completion_tokens: float = 0
+    cached_tokens: float = 0
+    cost: float = 0.0
+    seconds: float = 0.0
+    device_seconds: float = 0.0
+    start_seconds: float = 0.0
+    wall_seconds: float = 0.0
+
+    @classmethod
+    def read(cls, stored: Mapping[str, Any]) -> Usage:
+        """Usage from stored counters; missing ones are 0, other keys are ignored."""
+        return cls(**{name: stored[name] for name in cls.__dataclass_fields__ if name in stored})
+
+    def plain(self) -> dict[str, float]:
+        """Counters by name, as they are stored: of a stage without shards, which counts nothing, its time alone."""
+        alone = {"wall_seconds": self.wall_seconds}
+        return dict(vars(self)) if self != Usage(**alone) else alone
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    def __sub__(self, other: Usage) -> Usage:
+        return Usage(*(a - b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    def __bool__(self) -> bool:
+        return any(vars(self).values())
+
+    @property
+    def calls(self) -> float:
+        """Calls answered by an engine or the log."""
+        return self.calls_engine + self.calls_log
+
+    @property
+    def tokens(self) -> float:
+        return self.prompt_tokens + self.completion_tokens
+
+    @property
+    def prefix_hit_rate(self) -> float | None:
+        """Share of the prompt tokens that came from the prefix cache; None without prompt tokens."""
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else None

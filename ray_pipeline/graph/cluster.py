@@ -1,0 +1,43 @@
+"""Connecting to a Ray cluster, or starting one on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ray
+
+
+def start_ray(arguments: Mapping[str, Any]) -> bool:
+    """Connect to the cluster that RAY_ADDRESS or the arguments name, or start one here; True if it is ours to end."""
+    if ray.is_initialized():
+        return False
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING, **arguments}
+    if not options.get("address") and not os.environ.get("RAY_ADDRESS"):
+        # A cluster of our own. Its ports are open to the network, and Ray guards them with a token by default.
+        options.setdefault("include_dashboard", False)
+        options["address"] = "local"
+    ray.init(**options)
+    return True
+
+
+@contextlib.contextmanager
+def connected(arguments: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """A cluster while the block runs; one that was started here ends with it.
+
+    Args:
+        arguments: of `ray.init`.
+    """
+    ours = start_ray(arguments or {})
+    try:
+        yield
+    finally:
+        if ours:
+            ray.shutdown()

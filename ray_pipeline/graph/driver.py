@@ -1,0 +1,220 @@
+"""Run a DAG in a run folder: find what is there, let an executor make the rest, and keep the books."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import threading
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from ray_pipeline.graph.executor import Executor
+from ray_pipeline.graph.failures import lift_quarantine
+from ray_pipeline.graph.heartbeat import BEAT_SECONDS, Heartbeat
+from ray_pipeline.graph.log import RunLog, logger
+from ray_pipeline.graph.manifest import Manifest
+from ray_pipeline.graph.progress import Display, StageProgress
+from ray_pipeline.graph.resume import drop_stale, finished
+from ray_pipeline.graph.session import Board, Session, TaskGraph
+from ray_pipeline.graph.spending import Budget, Spending
+from ray_pipeline.graph.stage import Dag, Stage, StageResult
+from ray_pipeline.graph.stage_work import End, Failure
+from ray_pipeline.store.files import Folder, StoreError, point_at
+
+#: Seconds between two looks at the board.
+_LOOK_SECONDS = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSettings:
+    """How to run, as opposed to what: nothing here changes a table.
+
+    Attributes:
+        session: what the workers get of it.
+        config: the resolved configuration, for config.yaml and the manifest.
+        given: what of it was set and is no default, for commands that read it back.
+        report: what the report needs beside the tables, kept in the manifest so that it can be rewritten.
+        lift_quarantine: retry quarantined shards of `session.only`.
+        budget: limit over all sessions.
+        log_json: log as JSON lines, on the terminal and in logs/TIMESTAMP.jsonl.
+        debug: show tracebacks on the terminal, too.
+    """
+
+    session: Session
+    config: Mapping[str, Any]
+    given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    report: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    lift_quarantine: bool = False
+    budget: Budget = dataclasses.field(default_factory=Budget)
+    log_json: bool = False
+    debug: bool = False
+    beat_seconds: float = BEAT_SECONDS
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOutcome:
+    """Results by stage, what went wrong by stage, and the stages that were not run because of it."""
+
+    results: dict[str, StageResult]
+    failures: dict[str, Failure]
+    not_run: list[str]
+
+
+def execute(
+    dag: Dag,
+    settings: RunSettings,
+    executor: Executor,
+    *,
+    from_group: str | None = None,
+    to_group: str | None = None,
+    console: Console | None = None,
+) -> RunOutcome:
+    """Run the stages that are not done. A failure ends only what needs it.
+
+    Raises:
+        RunBusy: another living process holds the run folder.
+        ValueError: `from_group` or `to_group` is no stage, or a stage before `from_group` is not complete.
+    """
+    console, session = console or Console(), settings.session
+    folder = Folder(session.folder)
+    wanted = dag.upto(to_group)
+    again = [s for s in dag.downstream(from_group) if s in wanted] if from_group else []
+    with (
+        RunLog(folder, console, settings.log_json, settings.debug) as log,
+        Heartbeat(folder, beat_seconds=settings.beat_seconds, on_loss=lambda: _lost(folder, log), say=log.say),
+    ):
+        folder.write_bytes("config.yaml", yaml.safe_dump(dict(settings.config), sort_keys=False).encode())
+        results = finished(dag, wanted, session, from_group, log.say)
+        again += [s for s in drop_stale(wanted, results) if s not in again]
+        todo = [s for s in wanted if s.name not in results]
+        head = {
+            "given": dict(settings.given),
+            "report": dict(settings.report),
+            "num_shards": session.num_shards,
+            "calls_root": session.calls_root,
+        }
+        books = _Books(folder, Manifest(folder, dag, settings.config, head), log, results)
+        width = max(len(stage.name) for stage in wanted)
+        for stage in wanted:
+            state = "done before" if stage.name in results else "to do"
+            log.say(f"{stage.name:<{width}}  {state:<11}  {stage.folder_name}")
+        for stage in todo:
+            if settings.lift_quarantine and stage.name in (session.only or {}):
+                lift_quarantine(folder / stage.folder_name)
+            if stage in again:
+                folder.delete_folder(stage.folder_name)
+        if todo:
+            log.stages = [stage.name for stage in wanted]
+            _make(todo, settings, executor, books, console)
+        for stage in wanted:
+            if stage.view and stage.name in results:
+                point_at(folder, stage.view, stage.folder_name)
+        books.write()
+        not_run = [s.name for s in wanted if s.name not in results and s.name not in books.failures]
+        return RunOutcome(results, books.failures, not_run)
+
+
+def _lost(folder: Folder, log: RunLog) -> None:
+    """End this process as an interrupt would: two writers must not work in one run folder."""
+    log.say(f"another process has taken over {folder.location}; this one stops")
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def _make(todo: Sequence[Stage], settings: RunSettings, executor: Executor, books: _Books, console: Console) -> None:
+    by_name = {stage.name: stage for stage in todo}
+    spending = Spending(Folder(settings.session.folder), settings.budget)
+    with executor.open(settings.session, books.log.say) as board:
+        session = dataclasses.replace(settings.session, id=uuid.uuid4().hex[:8], board=board)
+        if reason := spending.over():
+            board.stop("*", reason)
+        with _shown(books, board, spending, Console(quiet=True) if settings.log_json else console, executor.live):
+            graph = TaskGraph(tuple(session.task(stage) for stage in todo))
+            for name, end in executor.run(graph, dict(books.results)):
+                books.take(by_name[name], end, board)
+
+
+class _Books:
+    """What became of the stages: in the log, the manifest and the results."""
+
+    def __init__(self, folder: Folder, manifest: Manifest, log: RunLog, results: dict[str, StageResult]) -> None:
+        self.folder, self.manifest, self.log, self.results = folder, manifest, log, results
+        self.failures: dict[str, Failure] = {}
+        self.write()
+
+    def write(self) -> None:
+        self.manifest.write(self.results, self.failures)
+
+    def take(self, stage: Stage, end: End, board: Board) -> None:
+        if isinstance(end, StageResult):
+            self.results[stage.name] = end
+            board.end(stage.name, "done")
+            self.log.say(_done_line(end))
+        elif all(parent.name in self.results for parent in stage.inputs.values()):
+            # A stage fails with the one that it reads; only the first is a failure to report.
+            self.failures[stage.name] = end
+            self.log.trace(end.trace)
+            self.log.say(f"{stage.name}: FAILED: {end.reason}")
+            board.end(stage.name, "failed")
+        self.write()
+
+
+def _done_line(result: StageResult) -> str:
+    usage, parts = result.usage, [f"{result.name}: done in {result.usage.wall_seconds:.1f} s"]
+    parts += [f"{n} {kind}" for kind, n in result.rows.items()]
+    if usage.calls:
+        parts.append(f"calls {usage.calls_engine:.0f} engine + {usage.calls_log:.0f} log")
+        # Shards that an earlier session made have tokens here, and no seconds.
+        if usage.wall_seconds >= 1:
+            parts.append(f"{usage.tokens / usage.wall_seconds:.0f} tokens/s")
+        parts.append(f"prefix hits {usage.prefix_hit_rate or 0.0:.0%}")
+    if usage.cost:
+        parts.append(f"cost {usage.cost:.4g}")
+    return ", ".join(parts)
+
+
+@contextlib.contextmanager
+def _shown(books: _Books, board: Board, spending: Spending, console: Console, live: bool) -> Iterator[None]:
+    """Look at the board twice a second, in a thread: show it, write it down, and stop the run at its limit."""
+    ended = threading.Event()
+
+    def look(last: bool = False) -> None:
+        try:
+            stages, notes = board.look()
+        except Exception as error:  # The display must never end a run.
+            logger.debug("progress: %s", error)
+            return
+        for note in notes:
+            (books.log.trace if note.is_trace else books.log.say)(note.text, note.shard)
+        books.log.progress(stages)
+        progress = [StageProgress.read(s) for s in stages]
+        known = {s.name for s in progress}
+        progress += [StageProgress(name, "cached") for name in list(books.results) if name not in known]
+        display.show(progress)
+        try:
+            books.manifest.progress(stages, last)
+            if reason := spending.look(stages, write=last):
+                board.stop("*", reason)
+        except StoreError as error:
+            logger.debug("progress: %s", error)
+
+    def forever() -> None:
+        while not ended.wait(_LOOK_SECONDS):
+            look()
+
+    with Display(console, books.log.stages, live) as display:
+        books.log.display = display
+        thread = threading.Thread(target=forever, name="quorum-progress", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join(timeout=30)
+            books.log.display = None
+        look(last=True)  # not after an interrupt: the run folder may be another process's by now

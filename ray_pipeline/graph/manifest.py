@@ -1,0 +1,72 @@
+"""manifest.json: what the newest run in a folder is made of. progress.json: what it is doing."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from ray_pipeline.graph.failures import read_failures
+from ray_pipeline.graph.stage import Dag, Stage, StageResult
+from ray_pipeline.graph.stage_work import Failure
+from ray_pipeline.graph.versions import git_revision, versions
+from ray_pipeline.store.files import Folder
+from ray_pipeline.store.keys import digest
+
+#: Failed shards that the manifest lists; the stage's own record has all.
+_MOST_SHARDS = 100
+_PROGRESS_SECONDS = 2.0
+
+
+class Manifest:
+    """Writes both files of one run.
+
+    Args:
+        config: the resolved configuration.
+        head: what else the manifest holds beside its stages.
+    """
+
+    def __init__(self, folder: Folder, dag: Dag, config: Mapping[str, Any], head: Mapping[str, Any]) -> None:
+        self._folder, self._dag = folder, dag
+        self._last = 0.0
+        folder.write_json("progress.json", [])  # what an earlier session did is over
+        self._head = {
+            "dag": dag.name,
+            "config_digest": digest(dict(config)),
+            "config": dict(config),
+            **head,
+            "versions": versions(),
+            "git_revision": git_revision(),
+        }
+
+    def write(self, results: Mapping[str, StageResult], failures: Mapping[str, Failure]) -> None:
+        stages: dict[str, Any] = {}
+        for stage in self._dag.stages:
+            entry = stage_entry(stage)
+            if stage.name in failures:
+                entry.update(status="failed", error=failures[stage.name].reason)
+                if shards := read_failures(self._folder / stage.folder_name):
+                    entry["failed_shards"] = [dataclasses.asdict(f) for f in list(shards.values())[:_MOST_SHARDS]]
+            elif stage.name in results:
+                entry.update(status="done", **results[stage.name].plain())
+            stages[stage.name] = entry
+        self._folder.write_json("manifest.json", {**self._head, "stages": stages})
+
+    def progress(self, stages: list[dict[str, Any]], last: bool) -> None:
+        if last or time.monotonic() - self._last >= _PROGRESS_SECONDS:
+            self._last = time.monotonic()
+            self._folder.write_json("progress.json", stages)
+
+
+def stage_entry(stage: Stage) -> dict[str, Any]:
+    """The manifest's entry of a stage that is not done."""
+    return {
+        "group": stage.group_name,
+        "role": stage.role_name,
+        "fingerprint": stage.fingerprint,
+        "path": stage.folder_name,
+        "tables": list(stage.work.tables),
+        "inputs": {role: parent.name for role, parent in stage.inputs.items()},
+        "status": "waiting",
+    }

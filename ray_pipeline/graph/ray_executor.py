@@ -1,0 +1,162 @@
+"""The executor on Ray: a task for every pool of stages, wired by their results, and a board in an actor of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ray_pipeline.engines.usage import Usage
+from ray_pipeline.graph.cluster import connected
+from ray_pipeline.graph.pools import share_pools
+from ray_pipeline.graph.progress import Note, ProgressBoard
+from ray_pipeline.graph.ray_shards import map_shards
+from ray_pipeline.graph.reach import WantedKey, check_nodes
+from ray_pipeline.graph.session import Board, Session, StageTask, TaskGraph
+from ray_pipeline.graph.stage import StageResult
+from ray_pipeline.graph.stage_work import End, explain, run_stages
+from ray_pipeline.store.files import base_name
+
+#: Seconds between two moments at which the driver may be interrupted while it waits for stages.
+_WAIT_SECONDS = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class RayExecutor:
+    """Runs stages on a Ray cluster. A stage begins when all of its inputs are done.
+
+    Attributes:
+        arguments: of `ray.init`.
+        max_stages: how many pools may be at work at once; None: all whose inputs are there.
+        room: Ray's arguments for tasks that make shards without an engine: labels and custom resources.
+        keys: environment variables that nodes with engines must have.
+    """
+
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    max_stages: int | None = None
+    room: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    keys: tuple[WantedKey, ...] = ()
+    live = True
+
+    @contextlib.contextmanager
+    def open(self, session: Session, say: Callable[[str], None]) -> Iterator[Board]:
+        with connected(self.arguments):
+            nodes = check_nodes([session.folder, session.calls_root], self.keys)
+            if nodes:
+                say(f"{nodes} nodes read and write in {session.folder}")
+            board_class: Any = ray.remote(num_cpus=0)(ProgressBoard)  # type: ignore[call-overload]
+            board: Any = board_class.options(scheduling_strategy=_here()).remote()
+            board.meter.remote(base_name(session.folder))
+            yield RayBoard(board)
+
+    def run(self, graph: TaskGraph, done: Mapping[str, StageResult]) -> Iterator[tuple[str, End]]:
+        task: Any = ray.remote(num_cpus=0, max_retries=2, retry_exceptions=False)(_run_stages)
+        here = _here()
+        outputs: dict[str, Any] = dict(done)
+        ends: dict[str, End] = dict(done)
+        running: dict[Any, dict[str, Any]] = {}  # by the first of a pool's references: stage → its own
+
+        def submit(tasks: Sequence[StageTask]) -> None:
+            names = list(dict.fromkeys(parent.name for task in tasks for parent in task.inputs.values()))
+            options = {"name": "+".join(t.name for t in tasks), "scheduling_strategy": here, "num_returns": len(tasks)}
+            found = task.options(**options).remote(tasks, self.room, names, *(outputs[name] for name in names))
+            refs = dict(zip([t.name for t in tasks], found if len(tasks) > 1 else [found], strict=True))
+            outputs.update(refs)
+            running[next(iter(refs.values()))] = refs
+
+        later = share_pools(graph.stages)
+        while later or running:
+            for tasks in _may_start(later, ends, len(running), self.max_stages):
+                later.remove(tasks)
+                submit(tasks)
+            if not running:  # what is left needs a stage that failed
+                return
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=_WAIT_SECONDS)
+            for first in ready:
+                for name, ref in running.pop(first).items():
+                    ends[name] = _end(name, ref)
+                    yield name, ends[name]
+
+
+def _here() -> NodeAffinitySchedulingStrategy:
+    """Beside the driver, where everything lives that steers a stage: the loss of another node then costs actors and
+    their shards, not the stage. The driver's own node cannot be lost without the run."""
+    return NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=True)
+
+
+def _run_stages(tasks: Sequence[StageTask], room: Mapping[str, Any], names: Sequence[str], *parents: End) -> Any:
+    """The Ray task of a pool: its one stage's end, or a list of ends.
+
+    Args:
+        names: of the stages that they read.
+        parents: the ends of those; Ray resolves what is not inside a list.
+    """
+    ends = run_stages(tasks, dict(zip(names, parents, strict=True)), functools.partial(map_shards, room=room))
+    return ends if len(ends) > 1 else ends[0]
+
+
+def _end(name: str, ref: Any) -> End:
+    try:
+        end: End = ray.get(ref)
+        return end
+    except Exception as error:  # of the task itself: what goes wrong in a stage is a value
+        return explain(name, error)
+
+
+def _may_start(
+    later: list[tuple[StageTask, ...]], ends: Mapping[str, End], at_work: int, max_stages: int | None
+) -> list[tuple[StageTask, ...]]:
+    """Pools to submit now, of those that were not. Without a limit all of them: Ray starts each when its inputs are
+    there. With one, only those that can begin at once, so that none holds a place while it waits."""
+    if max_stages is None:
+        return list(later)
+    results = {name for name, end in ends.items() if isinstance(end, StageResult)}
+    ready = [g for g in later if all(parent.name in results for task in g for parent in task.inputs.values())]
+    return ready[: max(0, max_stages - at_work)]
+
+
+class RayBoard:
+    """The board in its actor, as everybody uses it."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def begin(self, name: str, shards: int = 0, shards_done: int = 0, *, waits: bool = False) -> None:
+        self._actor.begin.remote(name, shards, shards_done, waits=waits)
+
+    def add(self, name: str, usage: Usage, *, rows: float = 0, shards_done: int = 0, shards_failed: int = 0) -> None:
+        self._actor.add.remote(name, usage, rows=rows, shards_done=shards_done, shards_failed=shards_failed)
+
+    def put(self, name: str, rows: float, rows_total: float) -> None:
+        self._actor.put.remote(name, rows, rows_total)
+
+    def end(self, name: str, status: str) -> None:
+        self._actor.end.remote(name, status)
+
+    def say(self, line: str, shard: int | None = None) -> None:
+        self._actor.say.remote(line, shard)
+
+    def trace(self, text: str, shard: int | None = None) -> None:
+        self._actor.trace.remote(text, shard)
+
+    def actor(self, name: str, address: str) -> None:
+        self._actor.actor.remote(name, address)
+
+    def replies(self, name: str, counts: Mapping[tuple[str, bool], int]) -> None:
+        self._actor.replies.remote(name, counts)
+
+    def stop(self, name: str, reason: str) -> None:
+        self._actor.stop.remote(name, reason)
+
+    def stopping(self, name: str) -> str | None:
+        reason: str | None = ray.get(self._actor.stopping.remote(name), timeout=60)
+        return reason
+
+    def look(self) -> tuple[list[dict[str, Any]], list[Note]]:
+        found: tuple[list[dict[str, Any]], list[Note]] = ray.get(self._actor.look.remote(), timeout=10)
+        return found

@@ -1,0 +1,81 @@
+"""What is there already: results of finished stages, and those that no longer count.
+
+A stage is done when its folder holds `_result.json` with its fingerprint and every shard file with the same
+fingerprint in its footer. Anything else is made again, shard by shard. Names with an underscore are no data: readers
+of Parquet folders pass over them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ray_pipeline.graph.session import Session
+from ray_pipeline.graph.stage import Dag, Stage, StageRef, StageResult
+from ray_pipeline.store.files import Folder, StoreError
+
+
+def stage_folder(run: str, stage: Stage) -> Folder:
+    return Folder(run) / stage.folder_name
+
+
+def load_result(ref: StageRef, say: Callable[[str], None] | None = None) -> StageResult | None:
+    """The result of a stage if it is whole, else None; `say` gets a line for each unusable shard file."""
+    try:
+        value = Folder(ref.folder).read_json("_result.json")
+    except (FileNotFoundError, StoreError):
+        value = None
+    whole = isinstance(value, dict) and value.get("fingerprint") == ref.fingerprint
+    for kind in ref.tables:
+        state = ref.table(kind).state()
+        if say is not None:
+            for reason in state.bad.values():
+                say(reason)
+        whole = whole and state.done
+    return StageResult.read(ref, value) if whole else None
+
+
+def stored(stages: Sequence[Stage], run: str, num_shards: int) -> list[Stage]:
+    """Those of some stages, parents first, that are done in a run folder, and whatever they read of them too."""
+    kept: list[Stage] = []
+    for stage in stages:
+        whole = all(parent in kept or parent not in stages for parent in stage.inputs.values())
+        if whole and load_result(StageRef.of(stage, run, num_shards)) is not None:
+            kept.append(stage)
+    return kept
+
+
+def finished(
+    dag: Dag, wanted: Sequence[Stage], session: Session, from_group: str | None, say: Callable[[str], None]
+) -> dict[str, StageResult]:
+    """Results of the stages that need not be made, by name.
+
+    Args:
+        from_group: make these stages and everything downstream anew.
+
+    Raises:
+        ValueError: a stage before `from_group` is not complete.
+    """
+    again = dag.downstream(from_group) if from_group else []
+    results: dict[str, StageResult] = {}
+    for stage in wanted:
+        if stage in again:
+            continue
+        result = load_result(session.ref(stage), say)
+        if result is not None:
+            results[stage.name] = result
+        elif from_group and dag.is_before(stage, from_group):
+            raise ValueError(
+                f"--from {from_group} needs {stage.name}, which is not complete; run without --from to make it"
+            )
+    return results
+
+
+def drop_stale(wanted: Sequence[Stage], results: dict[str, StageResult]) -> list[Stage]:
+    """Take out of `results` what was made from an output that is gone and would not come out the same again."""
+    stale: list[Stage] = []
+    for stage in wanted:
+        parents = stage.inputs.values()
+        if any(p in stale or (p.name not in results and not p.repeatable) for p in parents):
+            results.pop(stage.name, None)
+            stale.append(stage)
+    return stale

@@ -1,0 +1,383 @@
+"""Making one shard: read its inputs, run the stage's function, commit one Parquet file a table, give a receipt.
+
+Nothing here depends on where it runs. An error becomes a receipt with the reason, and its traceback goes to the board.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import dataclasses
+import functools
+import logging
+import os
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+
+import pyarrow as pa
+
+from ray_pipeline.engines.base import ChatEngine, EngineDead, EngineStop
+from ray_pipeline.engines.logged import CallNotLogged, LoggedEngine
+from ray_pipeline.engines.usage import Usage
+from ray_pipeline.graph.session import StageTask
+from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, StageStop
+from ray_pipeline.store.files import Folder, StoreError
+from ray_pipeline.store.tables import ShardedTable
+
+logger = logging.getLogger("quorum.shards")
+
+#: Seconds between two reports of a worker to the progress board.
+REPORT_SECONDS = 0.5
+#: Replies that are counted before they are reported to the board.
+_REPLIES_AT_ONCE = 100
+#: What ends the whole stage; any other error is of one shard.
+_STOPS = (StageStop, EngineStop, CallNotLogged)
+
+
+@dataclasses.dataclass(frozen=True)
+class Receipt:
+    """The outcome of one shard. `usage` holds calls, tokens and seconds by name; `counts` is deterministic.
+
+    `status` is ok, failed, or stopped: `error` is then why its whole stage must stop, or was stopped.
+    """
+
+    stage: str
+    shard: int
+    status: str
+    rows: Mapping[str, int]
+    counts: Mapping[str, int]
+    usage: Mapping[str, float]
+    error: str | None = None
+
+
+def receipt_name(shard: int) -> str:
+    return f"shard-{shard:05d}.json"
+
+
+def sharded(task: StageTask) -> ShardWork:
+    assert isinstance(task.work, ShardWork)
+    return task.work
+
+
+# --- with an engine -------------------------------------------------------------------------------------------------
+
+
+class EngineHost:
+    """Makes shards of LLM stages, several at once, on one engine.
+
+    Args:
+        tasks: of stages with the same engine and placement.
+        devices: number of devices that the engine holds.
+    """
+
+    def __init__(self, tasks: Sequence[StageTask], devices: float = 1.0) -> None:
+        self._tasks = {task.name: task for task in tasks}
+        first = sharded(tasks[0])
+        assert first.engine is not None
+        self.dead = False
+        self._billed, self._devices = time.monotonic(), devices
+        self._engine: ChatEngine = first.engine()
+        self._making_seconds = time.monotonic() - self._billed
+        self._start_reported = 0.0
+        self._limit = asyncio.Semaphore(first.placement.concurrency)
+        self._open: dict[LoggedEngine, tuple[StageTask, int]] = {}
+        self._watched: dict[tuple[str, str], collections.deque[bool]] = {}
+        self._replies: dict[str, collections.Counter[tuple[str, bool]]] = {}
+        self._notes_reported = 0
+
+    async def make(self, stage: str, shard: int) -> Receipt:
+        """Make one shard, with retries.
+
+        Raises:
+            EngineDead: no call can succeed any more; a new host has to take the shard.
+        """
+        task = self._tasks[stage]
+        try:
+            return await self._make(task, shard)
+        except EngineDead:
+            raise
+        except Exception as error:
+            return failed(task, shard, error)
+
+    async def close(self) -> None:
+        """End the engine, where it has something to end."""
+        close = getattr(self._engine, "close", None)
+        if close is not None:
+            await close()
+
+    async def _make(self, task: StageTask, shard: int) -> Receipt:
+        """Retry the shard until it is committed, given up, or the stage stops."""
+        policy, board = task.session.failure, task.session.board
+        begun, deaths = await asyncio.to_thread(begin_attempt, task, shard)
+        if deaths >= policy.engine_deaths:
+            return _failed(task, shard, f"EngineDead: given up, the engine died {deaths} times on this shard")
+        lost = begun - deaths - 1
+        if lost > policy.preemptions:
+            return _failed(task, shard, f"Preempted: given up, its actor or node was lost {lost} times")
+        if lost > 0:
+            board.say(f"{task.name}: shard {shard} begins anew, its actor or node was lost", shard)
+        tries = 0
+        while True:
+            if reason := await asyncio.to_thread(board.stopping, task.name):
+                return _stopped(task, shard, reason)
+            receipt = await self._try(task, shard)
+            tries += 1
+            if receipt.status != "failed" or tries > policy.retries:
+                return receipt
+            pause = policy.pause(tries)
+            board.say(f"{task.name}: shard {shard} failed ({receipt.error}); again in {pause:g} s", shard)
+            await asyncio.sleep(pause)
+
+    async def _try(self, task: StageTask, shard: int) -> Receipt:
+        begin, session = time.monotonic(), task.session
+        engine = LoggedEngine(
+            self._engine,
+            Folder(session.calls_root),
+            shard,
+            session.num_shards,
+            limit=self._limit,
+            replay_only=session.replay_only,
+        )
+        report = _Report(task, engine.stats, self._bill, engine.stop)
+        self._open[engine] = (task, shard)
+        try:
+            async with engine:
+                tables = await asyncio.to_thread(_read_inputs, task, shard)
+                given = _given(task, shard, tables, engine, report.tick, functools.partial(self._watch, task))
+                reporter = asyncio.create_task(report.forever())
+                try:
+                    output = await sharded(task).function(given)  # type: ignore[misc]
+                finally:
+                    reporter.cancel()
+            report.send()
+            took = Usage(
+                seconds=time.monotonic() - begin,
+                device_seconds=report.device_seconds,
+                start_seconds=self._start_seconds(),
+            )
+            return await asyncio.to_thread(_commit, task, shard, output, engine.stats + took)
+        except EngineDead as error:
+            # Save what every shard on this engine has learnt: another engine goes on with it.
+            logger.error("%s, shard %d: %s; the engine is given up", task.name, shard, error)
+            if not self.dead:
+                self.dead = True
+                for other, (its_task, its_shard) in list(self._open.items()):
+                    mark_death(its_task, its_shard)
+                    await other.flush()
+            raise
+        except _STOPS as error:
+            # The other shards come here one by one, find it on the board, or are answered by the log alone.
+            return _stopped(task, shard, str(error))
+        except Exception as error:
+            return failed(task, shard, error)
+        finally:
+            self._open.pop(engine, None)
+            report.send()
+            self._report_notes(task)
+
+    def _bill(self) -> float:
+        """Device seconds since the last call: shards share the engine's devices, and each second counts once."""
+        now = time.monotonic()
+        passed, self._billed = now - self._billed, now
+        return passed * self._devices
+
+    def _start_seconds(self) -> float:
+        """Device seconds of the engine's start that are in no receipt yet. They are paid for like the rest, and
+        counted apart so that a plan does not take them for the time of calls. Most engines start with their first
+        call."""
+        start = (self._making_seconds + getattr(self._engine, "start_seconds", 0.0)) * self._devices
+        new, self._start_reported = start - self._start_reported, start
+        return new
+
+    def _report_notes(self, task: StageTask) -> None:
+        """Hand on the engine's notes for the user (structured output that a server refuses, say)."""
+        self._report_replies(task)
+        notes = getattr(self._engine, "notes", ())
+        for note in notes[self._notes_reported :]:
+            task.session.board.say(f"{task.name}: {note}")
+        self._notes_reported = len(notes)
+
+    def _report_replies(self, task: StageTask) -> None:
+        """Hand on how many replies could be read, by judge."""
+        if replies := self._replies.pop(task.name, None):
+            task.session.board.replies(task.name, dict(replies))
+
+    def _watch(self, task: StageTask, judge: str, read: bool) -> None:
+        """Stop the stage when too many of a judge's last replies could not be read."""
+        policy, replies = task.session.failure, self._replies.setdefault(task.name, collections.Counter())
+        replies[judge, read] += 1
+        if replies.total() >= _REPLIES_AT_ONCE:
+            self._report_replies(task)
+        window = self._watched.setdefault((task.name, judge), collections.deque(maxlen=policy.error_window))
+        window.append(read)
+        unread = window.count(False) if not read else 0
+        if len(window) >= max(1, policy.error_window // 4) and unread > policy.max_error_rate * len(window):
+            raise StageStop(
+                f"{unread} of the last {len(window)} replies of {judge} could not be read "
+                f"({unread / len(window):.0%}, allowed {policy.max_error_rate:.0%}). The call log holds the replies; "
+                "a wrong model, a wrong template or a grammar that is turned off are the usual reasons"
+            )
+
+
+# --- without an engine ------------------------------------------------------------------------------------------------
+
+
+def make_columnar(task: StageTask, shard: int) -> Receipt:
+    """Make one shard of a stage without an engine, with retries."""
+    policy, tries = task.session.failure, 0
+    try:
+        while True:
+            if reason := task.session.board.stopping(task.name):
+                return _stopped(task, shard, reason)
+            receipt = _try_columnar(task, shard)
+            tries += 1
+            if receipt.status != "failed" or tries > policy.retries:
+                return receipt
+            time.sleep(policy.pause(tries))
+    except Exception as error:
+        return failed(task, shard, error)
+
+
+def _try_columnar(task: StageTask, shard: int) -> Receipt:
+    begin = time.monotonic()
+    try:
+        report = _Report(task, Usage())
+        given = _given(task, shard, _read_inputs(task, shard), None, report.tick, lambda *_: None)
+        output: ShardOutput = sharded(task).function(given)  # type: ignore[assignment]
+        receipt = _commit(task, shard, output, Usage(seconds=time.monotonic() - begin))
+        report.send()
+        return receipt
+    except StageStop as error:
+        return _stopped(task, shard, str(error))
+    except Exception as error:
+        return failed(task, shard, error)
+
+
+# --- pieces of both ---------------------------------------------------------------------------------------------------
+
+
+class _Report:
+    """Sends what a shard has done to the progress board, as differences, and stops the shard when the board says so.
+
+    Args:
+        bill: device seconds that are not reported yet.
+        stop: called with the reason when the stage should end.
+    """
+
+    def __init__(
+        self,
+        task: StageTask,
+        stats: Usage,
+        bill: Callable[[], float] = lambda: 0.0,
+        stop: Callable[[str], None] = lambda reason: None,
+    ) -> None:
+        self._stage, self._board = task.name, task.session.board
+        self._stats, self._bill, self._stop = stats, bill, stop
+        self._rows = self._rows_sent = 0
+        self._sent = Usage()
+        self.device_seconds = 0.0
+
+    def tick(self, rows: int) -> None:
+        self._rows += rows
+
+    async def forever(self) -> None:
+        while True:
+            await asyncio.sleep(REPORT_SECONDS)
+            self.send()
+            if reason := await asyncio.to_thread(self._board.stopping, self._stage):
+                self._stop(reason)
+
+    def send(self) -> None:
+        """Report what is new."""
+        self.device_seconds += self._bill()
+        now = self._stats + Usage(device_seconds=self.device_seconds)
+        rows, change = self._rows - self._rows_sent, now - self._sent
+        if rows or change:
+            self._rows_sent, self._sent = self._rows, now
+            self._board.add(self._stage, change, rows=rows)
+
+
+def _given(
+    task: StageTask,
+    shard: int,
+    tables: Mapping[str, pa.Table],
+    engine: LoggedEngine | None,
+    tick: Callable[[int], None],
+    watch: Callable[[str, bool], None],
+) -> ShardInput:
+    return ShardInput(shard, task.session.num_shards, tables, task.facts, engine, sharded(task).settings, tick, watch)
+
+
+def begin_attempt(task: StageTask, shard: int) -> tuple[int, int]:
+    """Leave a mark that this session began the shard; returns how often it has, and how many engines died under it."""
+    folder = Folder(task.ref.folder) / "_attempts"
+    names = folder.names()
+    prefix = f"shard-{shard:05d}-{task.session.id}-"
+    number = sum(name.startswith(prefix) for name in names) + 1
+    folder.write_bytes(f"{prefix}{number}", b"")
+    return number, sum(name.startswith(f"died-{prefix}") for name in names)
+
+
+def mark_death(task: StageTask, shard: int) -> None:
+    """Leave a mark that the engine died while this shard was at work; without it, the actor or its node was lost."""
+    name = f"died-shard-{shard:05d}-{task.session.id}-{uuid.uuid4().hex[:8]}"
+    with contextlib.suppress(OSError, StoreError):
+        (Folder(task.ref.folder) / "_attempts").write_bytes(name, b"")
+
+
+def tables_by_role(task: StageTask) -> dict[str, ShardedTable]:
+    """The tables that a stage reads: by role, or `role.kind` where a stage writes several."""
+    return {
+        role if len(parent.tables) == 1 else f"{role}.{kind}": parent.table(kind)
+        for role, parent in task.inputs.items()
+        for kind in parent.tables
+    }
+
+
+def _read_inputs(task: StageTask, shard: int) -> dict[str, pa.Table]:
+    """Raises StageStop where an input is missing: a stage begins when all of it is written, so this node, which may
+    have joined after the run began, does not see the run folder."""
+    try:
+        return {role: table.read(shard) for role, table in tables_by_role(task).items()}
+    except FileNotFoundError as error:
+        from ray.util import get_node_ip_address
+
+        raise StageStop(
+            f"{error}: the node {get_node_ip_address()} does not see it. Mount the run folder on every node, "
+            "also on those that join later, or use a URI such as s3://bucket/run; then rerun the same command"
+        ) from error
+
+
+def _commit(task: StageTask, shard: int, output: ShardOutput, usage: Usage) -> Receipt:
+    """Write the receipt, then the tables: a shard that is there has its receipt, whatever happens in between."""
+    if set(output.tables) != set(task.ref.tables):
+        raise ValueError(f"{task.name} made {sorted(output.tables)}, not {sorted(task.ref.tables)}")
+    rows = {kind: table.num_rows for kind, table in output.tables.items()}
+    receipt = Receipt(task.name, shard, "ok", rows, dict(output.counts), usage.plain())
+    (Folder(task.ref.folder) / "_receipts").write_json(receipt_name(shard), dataclasses.asdict(receipt))
+    for kind, table in output.tables.items():
+        task.ref.table(kind).write(shard, table)
+    return receipt
+
+
+def failed(task: StageTask, shard: int, error: BaseException) -> Receipt:
+    """The receipt of a shard that an error ended; the traceback goes to the run's log."""
+    text = f"{task.name}: shard {shard}: {''.join(traceback.format_exception(error))}"
+    try:
+        task.session.board.trace(text, shard)
+    except Exception:  # the board may be what is gone
+        logger.error(text)
+    where = traceback.extract_tb(error.__traceback__)[-1:] if error.__traceback__ else []
+    place = f" ({os.path.basename(where[0].filename)}:{where[0].lineno})" if where else ""
+    return _failed(task, shard, f"{type(error).__name__}: {error}{place}")
+
+
+def _failed(task: StageTask, shard: int, error: str) -> Receipt:
+    return Receipt(task.name, shard, "failed", {}, {}, {}, error)
+
+
+def _stopped(task: StageTask, shard: int, reason: str) -> Receipt:
+    return Receipt(task.name, shard, "stopped", {}, {}, {}, reason)

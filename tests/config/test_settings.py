@@ -1,0 +1,117 @@
+"""What a fingerprint reads of a block: the settings that differ from their defaults, and never the same for two."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, get_args
+
+import pytest
+from pydantic import Field
+
+from ray_pipeline.config.settings import Settings
+from ray_pipeline.workflow.registry import find_workflow, workflow_names
+
+
+class One(Settings):
+    type: Literal["one"] = "one"
+    size: float = 1
+
+
+class Other(Settings):
+    type: Literal["other"] = "other"
+    size: float = 1
+
+
+class Inner(Settings):
+    low: int = 1
+    names: tuple[str, ...] = ()
+
+
+class Block(Settings):
+    name: str
+    inner: Inner = Inner(low=5)
+    maybe: Inner | None = None
+    either: Annotated[One | Other, Field(discriminator="type")] = One()
+    many: tuple[Annotated[One | Other, Field(discriminator="type")], ...] = ()
+    by_name: dict[str, Inner] = Field(default_factory=dict)
+    ratio: float = 2
+    flag: bool | int = False
+    options: dict[str, Any] = Field(default_factory=lambda: {"think": False})
+
+
+def test_only_what_differs_from_its_default() -> None:
+    assert Block(name="x").decisive() == {"name": "x"}
+    assert Block.model_validate(
+        {"name": "x", "ratio": 2.0, "inner": {"low": 5}, "either": {"type": "one"}}
+    ).decisive() == {"name": "x"}
+    given = Block(name="x", inner=Inner(low=2), many=(One(), Other(size=3)), by_name={"a": Inner(names=("b",))})
+    assert given.decisive() == {
+        "name": "x",
+        "inner": {"low": 2},
+        "many": [{"type": "one"}, {"type": "other", "size": 3.0}],
+        "by_name": {"a": {"names": ["b"]}},
+    }
+    assert given.decisive(exclude={"name", "many"}) == {"inner": {"low": 2}, "by_name": {"a": {"names": ["b"]}}}
+
+
+def test_different_blocks_give_different_dumps() -> None:
+    blocks: list[dict[str, Any]] = [
+        {},
+        {"inner": {}},
+        {"inner": {"low": 2}},
+        {"maybe": {}},
+        {"maybe": {"low": 5}},
+        {"either": {"type": "other"}},
+        {"either": {"type": "one", "size": 2}},
+        {"many": [{"type": "one"}]},
+        {"many": [{"type": "other"}]},
+        {"many": [{"type": "other"}, {"type": "other"}]},
+        {"by_name": {"a": {}}},
+        {"by_name": {"b": {}}},
+        {"ratio": 1},
+        {"flag": 0},
+        {"flag": 1},
+        {"flag": True},
+        {"options": {}},
+        {"options": {"think": 0}},
+        {"options": {"think": False, "more": None}},
+    ]
+    dumps = [json.dumps(Block.model_validate({"name": "x", **block}).decisive(), sort_keys=True) for block in blocks]
+    assert len(set(dumps)) == len(blocks)
+
+
+def _below(kind: type[Settings]) -> Iterator[type[Settings]]:
+    for inner in kind.__subclasses__():
+        yield inner
+        yield from _below(inner)
+
+
+def _blocks_in(annotation: Any) -> Iterator[type[Settings]]:
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _blocks_in(part)
+
+
+def _all_blocks() -> list[type[Settings]]:
+    for name in workflow_names():
+        find_workflow(name)  # imports its blocks
+    return sorted({k for k in _below(Settings) if k.__module__.startswith("ray_pipeline")}, key=lambda k: k.__name__)
+
+
+def _tags(kind: type[Settings]) -> tuple[str, ...]:
+    field = kind.model_fields["type"]
+    tags = get_args(field.annotation)
+    assert field.is_required() or len(tags) == 1, f"{kind.__name__} leaves its tag out of its dump"
+    return tags
+
+
+@pytest.mark.parametrize("kind", _all_blocks())
+def test_members_of_a_union_are_told_apart(kind: type[Settings]) -> None:
+    """By a tag that is always in the dump: two members at their defaults would otherwise give the same one."""
+    for field in kind.model_fields.values():
+        blocks = sorted(set(_blocks_in(field.annotation)), key=lambda block: block.__name__)
+        if len(blocks) > 1:
+            tags = [tag for block in blocks for tag in _tags(block)]
+            assert len(set(tags)) == len(tags)
