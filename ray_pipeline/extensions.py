@@ -71,8 +71,8 @@ _registered: _Table = {}
 _installed: _Table = {}
 _files: dict[tuple[str, str], _Table] = {}
 
-#: Where `register` puts things now.
-_table: contextvars.ContextVar[_Table] = contextvars.ContextVar("table", default=_registered)
+#: The file that is being loaded by path, and its table. Modules that it imports register as always.
+_loading: contextvars.ContextVar[tuple[str, _Table] | None] = contextvars.ContextVar("loading", default=None)
 
 
 def register(kind: Kind, name: str | None = None) -> Callable[[V], V]:
@@ -89,7 +89,8 @@ def register(kind: Kind, name: str | None = None) -> Callable[[V], V]:
     file = str(sys._getframe(1).f_globals.get("__file__", "<interactive>"))
 
     def add(value: V) -> V:
-        found, table = Extension(kind, name or str(getattr(value, "__name__", "")), value, file), _table.get()
+        found, loading = Extension(kind, name or str(getattr(value, "__name__", "")), value, file), _loading.get()
+        table = loading[1] if loading is not None and loading[0] == file else _registered
         before = table.get((kind, found.name))
         if before is not None and os.path.abspath(before.file) != os.path.abspath(file):
             raise ExtensionError(f"{kind} {found.name!r} is registered by {before.file} and by {file}; rename one")
@@ -187,7 +188,7 @@ def _run(place: str, content: str) -> _Table:
     # sends its functions and classes by value, and a worker need not be able to import it.
     sys.modules[name] = module
     table: _Table = {}
-    token = _table.set(table)
+    token = _loading.set((place, table))
     try:
         spec.loader.exec_module(module)
     except ExtensionError:
@@ -195,7 +196,7 @@ def _run(place: str, content: str) -> _Table:
     except Exception as error:  # a user's file may raise anything
         raise ExtensionError(f"{place} raised {type(error).__name__}: {error}; correct the file") from error
     finally:
-        _table.reset(token)
+        _loading.reset(token)
         del sys.modules[name]
     return table
 

@@ -13,6 +13,7 @@ from ray_pipeline.data.sources import JsonlSource, PocketSource
 from ray_pipeline.extensions import ExtensionError, digests_in, find, names, register
 from ray_pipeline.workflow.registry import find_workflow
 
+EXAMPLE = str(Path(__file__).parents[1] / "examples" / "my_source.py")
 CHECKER = """
 from ray_pipeline.extensions import register
 
@@ -90,6 +91,13 @@ def test_files_do_not_share_names(tmp_path):
     assert "even" not in names("checker")
 
 
+def test_what_a_file_imports_registers_as_always():
+    """A user's file may be the first that imports a room whose own extensions are registered there."""
+    code = f"from ray_pipeline.extensions import find, names; find('source', {EXAMPLE!r}); print(names('source'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "'pocket'" in done.stdout and "Sums" not in done.stdout
+
+
 def test_an_installed_package_is_found_by_its_entry_point(tmp_path, monkeypatch):
     (tmp_path / "their_package.py").write_text("def always(prompt, response):\n    return True\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -107,8 +115,6 @@ def test_any_value_can_be_registered():
 
 
 # --- a prompt source in a user's file ---------------------------------------------------------------------------------
-
-EXAMPLE = str(Path(__file__).parents[1] / "examples" / "my_source.py")
 
 
 def test_the_example_source_gives_prompts():
