@@ -165,7 +165,7 @@ def load_file(path: str) -> list[Extension]:
     Raises:
         ExtensionError: there is no such file, or running it raises.
     """
-    place = os.path.abspath(os.path.expanduser(path))
+    place = _locate(path)
     try:
         content = _file_digest(place)
     except OSError as error:
@@ -176,6 +176,14 @@ def load_file(path: str) -> list[Extension]:
     if (place, content) not in _files:
         _files[place, content] = _run(place, content)
     return list(_files[place, content].values())
+
+
+def _locate(path: str) -> str:
+    """Absolute path of a file. A training worker has another working folder, but Ray keeps the driver's, or that of the
+    job, on the import path of all workers."""
+    path = os.path.expanduser(path)
+    places = [os.path.abspath(os.path.join(folder, path)) for folder in (os.curdir, *sys.path)]
+    return next((place for place in places if os.path.isfile(place)), places[0])
 
 
 def _run(place: str, content: str) -> _Table:

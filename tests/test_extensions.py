@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ray_pipeline import extensions
 from ray_pipeline.data.prompts import PromptsConfig, load_prompts, source_digests
 from ray_pipeline.data.sources import JsonlSource, PocketSource
 from ray_pipeline.extensions import ExtensionError, digests_in, find, names, register
@@ -77,6 +78,13 @@ def test_a_file_that_is_not_there():
         find("checker", "none.py")
 
 
+def test_a_relative_path_is_found_from_another_working_folder(tmp_path, monkeypatch):
+    write(tmp_path / "mine.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path.parent)
+    assert find("checker", "mine.py").name == "even"
+
+
 def test_an_unknown_name_has_the_nearest():
     with pytest.raises(ExtensionError, match="unknown source 'josnl'; did you mean 'jsonl'"):
         find("source", "josnl")
@@ -108,7 +116,8 @@ def test_an_installed_package_is_found_by_its_entry_point(tmp_path, monkeypatch)
     assert list(digests_in(["always"])) == ["extension always"]
 
 
-def test_any_value_can_be_registered():
+def test_any_value_can_be_registered(monkeypatch):
+    monkeypatch.setattr(extensions, "_registered", dict(extensions._registered))  # gone after the test
     marker = object()
     register("workflow", "marker")(marker)
     assert find("workflow", "marker").value is marker

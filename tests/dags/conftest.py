@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +173,13 @@ def wait_until(quorum: Quorum, ready: Callable[[], bool], seconds: float = 480) 
         assert quorum.process.poll() is None, f"ended before the moment came\n{quorum.output}"
         assert time.monotonic() < end, f"the moment never came\n{quorum.output}"
         time.sleep(0.05)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _engines_of_these_tests() -> Iterator[None]:
+    yield
+    if "tests.dags.in_process" in sys.modules:
+        sys.modules["tests.dags.in_process"].close_engines()
 
 
 @pytest.fixture(scope="session")

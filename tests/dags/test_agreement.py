@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from ray_pipeline.pocket.pairs import make_pairs
-from tests.dags.conftest import Quorum, calls_of, contradictions, engine_calls, manifest, run, tables, wait_until
+from tests.dags.conftest import Quorum, calls_of, contradictions, engine_calls, manifest, tables, wait_until
+from tests.dags.in_process import here
 
 pytestmark = pytest.mark.e2e
 
@@ -35,22 +36,22 @@ def test_a_jury_of_two_and_a_debate_that_is_killed_in_its_middle(tmp_path: Path)
     common = ["run", "agreement", "-c", "configs/pocket_agreement.yaml", f"data.limit={PAIRS}"]
     # One debate at a time, so that it can be hit in its middle.
     slow = "models.judge.placement.concurrency=1"
-    first = Quorum(*common, "--run-dir", str(folder), slow)
+    first = Quorum(*common, "--run-dir", str(folder), "--to", "debate", slow)
     wait_until(first, lambda: calls.exists() and debated(calls) > 5)
     first.kill()
     assert first.living_engines() == []
     kept = debated(calls)
     assert kept < CALLS, "the debates were over before they were killed"
 
-    second = run(*common, "--run-dir", str(folder))
-    assert "taking the run over" in second.output and second.living_engines() == []
+    second = here(*common, "--run-dir", str(folder))
+    assert "taking the run over" in second.output
     usage = manifest(folder)["stages"]["debate-judge"]["usage"]
     # What was answered is not asked again, and speeches that say the same are one call.
     assert usage["calls_log"] >= kept
     assert usage["calls_log"] + usage["calls_engine"] >= CALLS
     assert contradictions(calls) == []
-    again = run(*common, "--run-dir", str(tmp_path / "again"), f"calls.root={calls}", "calls.replay_only=true")
-    assert engine_calls(tmp_path / "again") == {} and again.engines == {}
+    again = here(*common, "--run-dir", str(tmp_path / "again"), f"calls.root={calls}", "calls.replay_only=true")
+    assert engine_calls(tmp_path / "again") == {} and not again.engines
     stages = ["items", "ask-judge", "ask-reviewer", "debate-judge"]
     assert tables(tmp_path / "again", stages) == tables(folder, stages)
 
@@ -77,13 +78,13 @@ def test_recorded_judges_need_no_engine(tmp_path: Path) -> None:
         }
     data, folder = tmp_path / "items.jsonl", tmp_path / "run"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    replayed = run("run", "agreement", "-c", "configs/agreement.yaml", "--run-dir", str(folder), f"data.path={data}")
+    replayed = here("run", "agreement", "-c", "configs/agreement.yaml", "--run-dir", str(folder), f"data.path={data}")
     assert "report.md" in replayed.output and engine_calls(folder) == {}
     found = judged(folder)
     assert found["combined_10", "always right"]["kappa"] == 1.0
     assert found["combined_10", "always first"]["kappa"] == pytest.approx(0.0)
     page = (folder / "report" / "report.md").read_text()
     (folder / "report" / "report.md").unlink()
-    run("report", str(folder))
+    here("report", str(folder))
     assert (folder / "report" / "report.md").read_text() == page
-    assert "makes no training rows to audit" in run("audit", str(folder), expect=2).output
+    assert "makes no training rows to audit" in here("audit", str(folder), expect=2).output

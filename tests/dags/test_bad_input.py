@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from pathlib import Path
 
 import pytest
@@ -11,19 +10,26 @@ import pytest
 from ray_pipeline.graph.heartbeat import Heartbeat
 from ray_pipeline.store.files import Folder
 from tests.dags.conftest import CONFIG, SMALL, run
+from tests.dags.in_process import here
 
 pytestmark = pytest.mark.e2e
 
 
+def command(folder: Path, *arguments: str) -> list[str]:
+    return ["run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), *arguments]
+
+
 def refused(folder: Path, *arguments: str) -> str:
-    quorum = run("run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), *arguments, expect=2)
-    assert quorum.engines == {}
-    assert "Traceback" not in quorum.output
-    return quorum.output
+    ended = here(*command(folder, *arguments), expect=2)
+    assert not ended.engines and "Traceback" not in ended.output
+    return ended.output
 
 
 def test_a_misspelt_key(tmp_path: Path) -> None:
-    assert "did you mean 'desirable_at'" in refused(tmp_path / "run", "gate.desireable_at=8")
+    """In a process of its own, as a user meets it."""
+    quorum = run(*command(tmp_path / "run", "gate.desireable_at=8"), expect=2)
+    assert quorum.engines == {} and "Traceback" not in quorum.output
+    assert "did you mean 'desirable_at'" in quorum.output
 
 
 def test_a_model_that_does_not_exist(tmp_path: Path) -> None:
@@ -41,20 +47,16 @@ def test_an_unusable_prompt_file(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"question": 3}\n')
     source = json.dumps([{"type": "jsonl", "path": str(file), "column": "question"}])
-    quorum = run(
-        "run", "dmapo", "-c", CONFIG, "--run-dir", str(tmp_path / "run"), "--to", "prompts",
-        f"prompts.sources={source}", expect=2,
-    )  # fmt: skip
-    assert str(file) in quorum.output and "line 1" in quorum.output and "Traceback" not in quorum.output
+    output = refused(tmp_path / "run", "--to", "prompts", f"prompts.sources={source}")
+    assert str(file) in output and "line 1" in output
 
 
 def test_a_run_folder_with_a_living_owner_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    done = threading.Event()
     with Heartbeat(Folder(str(folder)), beat_seconds=0.5):
-        output = refused(folder, "--to", "prompts", *SMALL)
-    done.set()
-    assert "another process is running" in output
+        quorum = run(*command(folder, "--to", "prompts", *SMALL), expect=2)
+    assert quorum.engines == {} and "Traceback" not in quorum.output
+    assert "another process is running" in quorum.output
 
 
 def test_from_needs_the_stages_before_it(tmp_path: Path) -> None:

@@ -32,7 +32,8 @@ from ray_pipeline.pocket import model_path
 from ray_pipeline.pocket.tasks import make_prompts, rubric_scores, truth
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import prompt_id
-from tests.dags.conftest import CONFIG, manifest, run
+from tests.dags.conftest import CONFIG, manifest
+from tests.dags.in_process import here
 from tests.endpoint import KEY, Answer, Endpoint, refused, said, using
 from tests.scripted import user
 
@@ -221,7 +222,7 @@ def test_a_run_stops_at_its_budget_and_goes_on_with_a_bigger_one(proxy: Endpoint
     def calls() -> list[dict[str, Any]]:
         return [row for part in (folder / "calls").rglob("*.parquet") for row in pq.read_table(part).to_pylist()]
 
-    stopped = run(*command(0.9), expect=1)
+    stopped = here(*command(0.9), expect=1)
     assert f"quorum: candidates failed: the budget for {MODEL} at {proxy.url} is used up" in stopped.output
     assert "raise endpoint.budget" in stopped.output and "not run because of that: judge" in stopped.output
     # All that was paid for is in the log, but for the short call of the start.
@@ -229,8 +230,8 @@ def test_a_run_stops_at_its_budget_and_goes_on_with_a_bigger_one(proxy: Endpoint
     spent = sum(row["prompt_tokens"] + row["completion_tokens"] for row in calls()) / 1000
     assert 0.4 < spent <= 0.9
 
-    done = run(*command(1000.0))
-    assert stopped.engines == done.engines == {}
+    done = here(*command(1000.0))
+    assert not stopped.engines and not done.engines
     stages = manifest(folder)["stages"]
     assert stages["candidates"]["rows"] == {"candidates": 64} and stages["judge"]["rows"] == {"verdicts": 192}
     # No call twice: two stages of the second run have asked for their start.

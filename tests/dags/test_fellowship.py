@@ -9,7 +9,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from tests.dags.conftest import engine_calls, manifest, run, tables
+from tests.dags.conftest import engine_calls, manifest, tables
+from tests.dags.in_process import here
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -25,8 +26,7 @@ def rows(folder: Path, stage: str) -> list[dict[str, Any]]:
 
 def test_a_loop_and_its_data_sets(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    quorum = run(*COMMAND, "--run-dir", str(folder), "--to", "loop", *SMALL)
-    assert quorum.living_engines() == []
+    here(*COMMAND, "--run-dir", str(folder), "--to", "loop", *SMALL)
 
     candidates = {row["candidate_id"]: row for row in rows(folder, "candidates")}
     reviews, asked = rows(folder, "review-1"), rows(folder, "prompts")
@@ -43,7 +43,7 @@ def test_a_loop_and_its_data_sets(tmp_path: Path) -> None:
 
     before = tables(folder, LOOP)
     assert set(engine_calls(folder)) == {"generate-1", "review-1", "generate-2", "judge"}
-    further = run(*COMMAND, "--run-dir", str(folder), "--to", "datasets", *SMALL)
-    assert further.engines == {} and tables(folder, LOOP) == before
+    further = here(*COMMAND, "--run-dir", str(folder), "--to", "datasets", *SMALL)
+    assert not further.engines and tables(folder, LOOP) == before
     assert list((folder / "datasets" / "dpo").rglob("*.parquet"))
-    assert "no problem" in run("audit", str(folder)).output
+    assert "no problem" in here("audit", str(folder)).output

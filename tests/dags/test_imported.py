@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.dags.conftest import manifest, run
+from tests.dags.conftest import manifest
+from tests.dags.in_process import here
 
 pytestmark = pytest.mark.e2e
 
@@ -30,7 +31,7 @@ def test_imported_pairs_become_training_files(tmp_path: Path) -> None:
     source = f"{{type: jsonl, path: {file}, chosen_score: score_chosen, rejected_score: score_rejected}}"
     folder = tmp_path / "run"
     changes = [f"baselines.data={{others: {{source: {source}}}}}", "baselines.seeds=[0, 1]", "ray.max_stages=null"]
-    quorum = run(
+    quorum = here(
         "run",
         "baselines",
         "-c",
@@ -41,7 +42,7 @@ def test_imported_pairs_become_training_files(tmp_path: Path) -> None:
         "datasets",
         *changes,
     )
-    assert quorum.engines == {}
+    assert not quorum.engines
     stages = manifest(folder)["stages"]
     assert stages["rows-others"]["facts"]["source"]["dropped"]["gap_not_positive"] == 20
     assert stages["rows-others"]["rows"] == {"dpo": 40, "kto": 80}

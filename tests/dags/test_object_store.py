@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from ray_pipeline.cli import app
 from ray_pipeline.graph.results import read_run
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.local import upload
 from tests.dags.conftest import CONFIG, SMALL, Quorum, run, wait_until
+from tests.dags.in_process import here
 from tests.s3 import location, s3_server
 
 pytestmark = pytest.mark.e2e
@@ -26,7 +25,7 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_a_run_on_an_object_store_trains_resumes_serves_and_reports(
-    small_run: Path, bucket: str, tmp_path: Path
+    small_run: Path, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The bucket has a call log already, so that no engine starts before the training; what comes after it is asked.
     upload(small_run / "calls", Folder(bucket) / "calls")
@@ -58,11 +57,11 @@ def test_a_run_on_an_object_store_trains_resumes_serves_and_reports(
     assert f"report: {page.uri('report.md')}" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache"]  # nothing of the run lies on a disk
 
-    again = run(*command, cwd=tmp_path).output
+    monkeypatch.chdir(tmp_path)
+    again = here(*command).output
     assert "running" not in again and again.count("done before") == len(found.results)
     for command in ("report", "audit"):
-        told = CliRunner().invoke(app, [command, bucket])
-        assert told.exit_code == 0, told.output
+        here(command, bucket)
 
 
 def checkpoints(folder: Folder) -> bool:

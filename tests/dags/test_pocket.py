@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.dags.conftest import CONFIG, Quorum, engine_calls, manifest, run
+from tests.dags.in_process import here
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(2400)]
 
@@ -107,12 +108,12 @@ def test_with_other_seeds_it_is_right_more_often_too(compared: Path) -> None:
 def test_a_comparison_asks_nothing_twice_and_can_be_audited(compared: Path) -> None:
     calls = engine_calls(compared)
     assert not {"candidates", "judge", "critic", "responses-base"} & set(calls)  # the demo's call log has them
-    again = run("run", "baselines", "--config", COMPARISON, "--run-dir", str(compared), *_of(compared))
-    assert "to do" not in again.output and again.engines == {}
-    output = run("audit", str(compared)).output
+    again = here("run", "baselines", "--config", COMPARISON, "--run-dir", str(compared), *_of(compared))
+    assert "to do" not in again.output and not again.engines
+    output = here("audit", str(compared)).output
     assert output.count("no problem") == 2 and "datasets-gated-s1" in output
     before = (compared / "report" / "report.md").read_bytes()
-    run("report", str(compared))
+    here("report", str(compared))
     assert (compared / "report" / "report.md").read_bytes() == before
 
 
@@ -160,7 +161,7 @@ def greedy_accuracy(model: Path, instructions: list[str]) -> float:
 
 
 def test_the_audit_finds_nothing_and_then_what_is_planted(demo: Path, tmp_path: Path) -> None:
-    assert "no problem" in run("audit", str(demo)).output
+    assert "no problem" in here("audit", str(demo)).output
     folder = tmp_path / "run"
     shutil.copytree(demo, folder, symlinks=True)
     file = next((folder / "datasets" / "kto" / "train").glob("*.parquet"))
@@ -169,7 +170,7 @@ def test_the_audit_finds_nothing_and_then_what_is_planted(demo: Path, tmp_path: 
     labels[0] = not labels[0]
     at = table.schema.get_field_index("label")
     pq.write_table(table.set_column(at, table.schema.field("label"), [labels]), file)
-    assert "label" in run("audit", str(folder), expect=1).output
+    assert "label" in here("audit", str(folder), expect=1).output
 
 
 def test_the_report_says_what_happened(demo: Path) -> None:
@@ -215,5 +216,5 @@ def test_stages_that_share_a_pool_start_one_engine(demo: Path) -> None:
 
 
 def test_status_tells_every_stage(demo: Path) -> None:
-    output = run("status", str(demo)).output
+    output = here("status", str(demo)).output
     assert all(name in output for name in manifest(demo)["stages"])

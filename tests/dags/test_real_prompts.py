@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from ray_pipeline.store.schemas import PARSE_STATUSES
-from tests.dags.conftest import manifest, run
+from tests.dags.conftest import manifest
+from tests.dags.in_process import here
 from tests.models import make_qwen3
 from tests.published import DATA, needs
 
@@ -43,7 +44,7 @@ def test_real_prompts_through_candidates_and_judging(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(json.dumps(config))
     folder = tmp_path / "run"
-    run("run", "dmapo", "-c", str(file), "--run-dir", str(folder), "--to", "judge")
+    here("run", "dmapo", "-c", str(file), "--run-dir", str(folder), "--to", "judge")
 
     texts = [json.loads(line)["prompt"] for line in REAL_PROMPTS.read_text().splitlines()]
     stages = manifest(folder)["stages"]

@@ -11,6 +11,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from ray_pipeline.pocket import model_path
 from tests.dags.conftest import (
     CONFIG,
     COUNT,
@@ -25,6 +26,7 @@ from tests.dags.conftest import (
     tables,
     wait_until,
 )  # fmt: skip
+from tests.dags.in_process import here
 
 pytestmark = pytest.mark.e2e
 
@@ -67,7 +69,7 @@ def replay(folder: Path, log: Path, into: Path, *settings: str) -> None:
     """A fresh run that may read the finished run's call log and nothing else gives the same bytes."""
     assert unanswered_verdicts(folder) == []
     assert contradictions(log) == []
-    run(*to_datasets(into, *settings, f"calls.root={log}", "calls.replay_only=true"))
+    here(*to_datasets(into, *settings, f"calls.root={log}", "calls.replay_only=true"))
     assert engine_calls(into) == {}
     stages = [name for name in STAGES if name in manifest(folder)["stages"]]
     assert tables(into, stages) == tables(folder, stages)
@@ -86,7 +88,7 @@ def test_the_same_command_again_does_nothing(small_run: Path, tmp_path: Path) ->
 def test_new_thresholds_and_another_shard_count_make_no_call(small_run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     calls = f"calls.root={small_run / 'calls'}"
-    run(*to_datasets(folder, calls, "gate.tau=1.0", "gate.desirable_at=8", "prompts.num_shards=16"))
+    here(*to_datasets(folder, calls, "gate.tau=1.0", "gate.desirable_at=8", "prompts.num_shards=16"))
     assert engine_calls(folder) == {}
     new, old = manifest(folder)["stages"], manifest(small_run)["stages"]
     assert new["judge"]["rows"] == old["judge"]["rows"]
@@ -98,7 +100,7 @@ def test_a_fourth_judge_and_more_prompts_make_only_their_own_calls(small_run: Pa
     rubrics = "[{name: helpfulness}, {name: factuality}, {name: conciseness}, {name: helpfulness-again}]"
     more = f"prompts.sources.0.count={COUNT + 8}"
     # Replies to a rubric that the judge never learnt may be unreadable; they are asked again, and that is all right.
-    run(*to_datasets(folder, f"calls.root={log}", f"judge.rubrics={rubrics}", "failure.max_error_rate=1"), more)
+    here(*to_datasets(folder, f"calls.root={log}", f"judge.rubrics={rubrics}", "failure.max_error_rate=1"), more)
     new, old = manifest(folder)["stages"], manifest(small_run)["stages"]
     candidates = new["candidates"]["rows"]["candidates"]
     added = candidates - old["candidates"]["rows"]["candidates"]
@@ -119,7 +121,7 @@ def test_a_shard_that_was_cut_in_half_is_named_and_remade(small_run: Path, tmp_p
     shard = folder / manifest(folder)["stages"]["judge"]["path"] / "shard-00002.parquet"
     whole = shard.read_bytes()
     shard.write_bytes(whole[: len(whole) // 2])
-    again = run(*to_datasets(folder))
+    again = here(*to_datasets(folder))
     assert str(shard) in again.output and "cut short" in again.output
     assert shard.read_bytes() == whole
     assert engine_calls(folder).get("judge") is not None  # what it took the first time is still told
@@ -134,11 +136,11 @@ def test_a_judge_that_talks_nonsense_stops_the_stage(log: Path, tmp_path: Path) 
         "models.judge.model=pocket:policy", "judge.asking.grammar=false", "judge.asking.retries=0",
         "models.judge.canary=false", "gate.use_critic=false",
     ]  # fmt: skip
-    stopped = run(*command, expect=1)
+    stopped = here(*command, expect=1)
     assert "could not be read" in stopped.output and "judge " in stopped.output and "%" in stopped.output
     assert manifest(folder)["stages"]["judge"]["status"] == "failed"
-    assert stopped.living_engines() == []
-    run(*command, "failure.max_error_rate=1.0")
+    assert stopped.engines == {model_path("pocket:policy")}
+    here(*command, "failure.max_error_rate=1.0")
     counts = manifest(folder)["stages"]["gate"]["facts"]["counts"]
     # Not all of them: the policy may say a number where a verdict is asked.
     assert counts["incomplete"] > 0.5 * sum(counts.values())
@@ -207,12 +209,13 @@ def test_two_runs_at_once_share_a_call_log(tmp_path: Path) -> None:
     log = tmp_path / "calls"
     folders = [tmp_path / "one", tmp_path / "other"]
     candidates = [*SMALL, "--to", "candidates", f"calls.root={log}"]
-    both = [Quorum("run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), *candidates) for folder in folders]
+    alone = ["--executor", "inprocess"]
+    both = [Quorum("run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), *candidates, *alone) for folder in folders]
     for quorum, folder in zip(both, folders, strict=True):
         quorum.ends(0)
         assert manifest(folder)["stages"]["candidates"]["rows"] == {"candidates": 4 * COUNT}
     # What both asked at the same moment lies there twice, and may differ: their engines had other batches.
     assert calls_of(log, "candidate") == 4 * COUNT
     again = tmp_path / "again"
-    run("run", "dmapo", "-c", CONFIG, "--run-dir", str(again), *candidates, "calls.replay_only=true")
+    here("run", "dmapo", "-c", CONFIG, "--run-dir", str(again), *candidates, "calls.replay_only=true")
     assert engine_calls(again) == {} and manifest(again)["stages"]["candidates"]["rows"] == {"candidates": 4 * COUNT}

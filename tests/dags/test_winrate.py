@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.dags.conftest import engine_calls, run
+from tests.dags.conftest import engine_calls
+from tests.dags.in_process import here
 
 pytestmark = pytest.mark.e2e
 
@@ -18,7 +19,7 @@ def test_a_reviewed_generator_wins_against_itself_alone(tmp_path: Path) -> None:
     command += ["live.prompts.sources.0.count=40", "live.prompts.num_shards=2"]
     command += ["live.configurations=[{name: reviewed, generator: generator, reviewers: [{name: r, model: reviewer}]}]"]
     command += ["live.baselines=[generator]", f"models={{{', '.join(MODELS)}}}"]
-    run(*command)
+    here(*command)
     (rate,) = json.loads((folder / "report" / "winrate.json").read_text())["runs"]
     assert (rate["configuration"], rate["baseline"], rate["n"]) == ("reviewed", "generator", 40)
     assert rate["wins"] >= 8 and rate["losses"] <= 2 and rate["missing"] == 0
@@ -29,8 +30,8 @@ def test_a_reviewed_generator_wins_against_itself_alone(tmp_path: Path) -> None:
     assert f"| reviewed | {rate['win_rate']['value']:.1f} (" in page
     before = engine_calls(folder)
     assert before["versus"] > 0
-    again = run(*command)
-    assert "running" not in again.output and again.engines == {} and engine_calls(folder) == before
+    again = here(*command)
+    assert "running" not in again.output and not again.engines and engine_calls(folder) == before
 
 
 MODELS = [
