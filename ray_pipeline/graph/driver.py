@@ -19,9 +19,9 @@ from ray_pipeline.graph.failures import lift_quarantine
 from ray_pipeline.graph.heartbeat import BEAT_SECONDS, Heartbeat
 from ray_pipeline.graph.log import RunLog, logger
 from ray_pipeline.graph.manifest import Manifest
-from ray_pipeline.graph.progress import Display, StageProgress
+from ray_pipeline.graph.progress import Display, ProgressBoard, StageProgress
 from ray_pipeline.graph.resume import drop_stale, finished
-from ray_pipeline.graph.session import Board, Session, TaskGraph
+from ray_pipeline.graph.session import Session, TaskGraph
 from ray_pipeline.graph.spending import Budget, Spending
 from ray_pipeline.graph.stage import Dag, Stage, StageResult
 from ray_pipeline.graph.stage_work import End, Failure
@@ -150,7 +150,7 @@ class _Books:
     def write(self) -> None:
         self.manifest.write(self.results, self.failures)
 
-    def take(self, stage: Stage, end: End, board: Board) -> None:
+    def take(self, stage: Stage, end: End, board: ProgressBoard) -> None:
         if isinstance(end, StageResult):
             self.results[stage.name] = end
             board.end(stage.name, "done")
@@ -179,7 +179,7 @@ def _done_line(result: StageResult) -> str:
 
 
 @contextlib.contextmanager
-def _shown(books: _Books, board: Board, spending: Spending, console: Console, live: bool) -> Iterator[None]:
+def _shown(books: _Books, board: ProgressBoard, spending: Spending, console: Console, live: bool) -> Iterator[None]:
     """Look at the board twice a second, in a thread: show it, write it down, and stop the run at its limit."""
     ended = threading.Event()
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from ray_pipeline.graph.session import Board, Session, TaskGraph
+from ray_pipeline.graph.progress import ProgressBoard
+from ray_pipeline.graph.session import Session, TaskGraph
 from ray_pipeline.graph.stage import StageResult
 from ray_pipeline.graph.stage_work import End
 
@@ -19,7 +20,7 @@ class Executor(Protocol):
         """Whether a live display suits it: not where a debugger may want the terminal."""
         ...
 
-    def open(self, session: Session, say: Callable[[str], None]) -> AbstractContextManager[Board]:
+    def open(self, session: Session, say: Callable[[str], None]) -> AbstractContextManager[ProgressBoard]:
         """Start what the work needs, end it afterwards, and give the board that workers report to.
 
         Args:

@@ -12,7 +12,7 @@ from ray_pipeline.graph.gather import all_of
 from ray_pipeline.graph.pools import share_pools
 from ray_pipeline.graph.progress import ProgressBoard
 from ray_pipeline.graph.resume import load_result
-from ray_pipeline.graph.session import Board, Session, StageTask, TaskGraph
+from ray_pipeline.graph.session import Session, StageTask, TaskGraph
 from ray_pipeline.graph.shards import EngineHost, Receipt, make_columnar, sharded
 from ray_pipeline.graph.stage import Stage, StageResult, StageStop
 from ray_pipeline.graph.stage_work import End, Failure, run_stages
@@ -24,7 +24,7 @@ class InProcessExecutor:
     live = False
 
     @contextlib.contextmanager
-    def open(self, session: Session, say: Callable[[str], None]) -> Iterator[Board]:
+    def open(self, session: Session, say: Callable[[str], None]) -> Iterator[ProgressBoard]:
         yield ProgressBoard()
 
     def run(self, graph: TaskGraph, done: Mapping[str, StageResult]) -> Iterator[tuple[str, End]]:

@@ -6,18 +6,17 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ray_pipeline.engines.usage import Usage
 from ray_pipeline.graph.cluster import connected
 from ray_pipeline.graph.pools import share_pools
-from ray_pipeline.graph.progress import Note, ProgressBoard
+from ray_pipeline.graph.progress import ProgressBoard
 from ray_pipeline.graph.ray_shards import map_shards
 from ray_pipeline.graph.reach import WantedKey, check_nodes
-from ray_pipeline.graph.session import Board, Session, StageTask, TaskGraph
+from ray_pipeline.graph.session import Session, StageTask, TaskGraph
 from ray_pipeline.graph.stage import StageResult
 from ray_pipeline.graph.stage_work import End, explain, run_stages
 from ray_pipeline.store.files import base_name
@@ -44,15 +43,15 @@ class RayExecutor:
     live = True
 
     @contextlib.contextmanager
-    def open(self, session: Session, say: Callable[[str], None]) -> Iterator[Board]:
+    def open(self, session: Session, say: Callable[[str], None]) -> Iterator[ProgressBoard]:
         with connected(self.arguments):
             nodes = check_nodes([session.folder, session.calls_root], self.keys)
             if nodes:
                 say(f"{nodes} nodes read and write in {session.folder}")
-            board_class: Any = ray.remote(num_cpus=0)(ProgressBoard)  # type: ignore[call-overload]
+            board_class: Any = ray.remote(num_cpus=0)(ProgressBoard)
             board: Any = board_class.options(scheduling_strategy=_here()).remote()
             board.meter.remote(base_name(session.folder))
-            yield RayBoard(board)
+            yield cast(ProgressBoard, _RayBoard(board))
 
     def run(self, graph: TaskGraph, done: Mapping[str, StageResult]) -> Iterator[tuple[str, End]]:
         task: Any = ray.remote(num_cpus=0, max_retries=2, retry_exceptions=False)(_run_stages)
@@ -120,43 +119,18 @@ def _may_start(
     return ready[: max(0, max_stages - at_work)]
 
 
-class RayBoard:
-    """The board in its actor, as everybody uses it."""
+class _RayBoard:
+    """A `ProgressBoard` in an actor, with its methods. Only those that have an answer wait for it."""
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
 
-    def begin(self, name: str, shards: int = 0, shards_done: int = 0, *, waits: bool = False) -> None:
-        self._actor.begin.remote(name, shards, shards_done, waits=waits)
+    def __reduce__(self) -> tuple[type[_RayBoard], tuple[Any]]:
+        return _RayBoard, (self._actor,)
 
-    def add(self, name: str, usage: Usage, *, rows: float = 0, shards_done: int = 0, shards_failed: int = 0) -> None:
-        self._actor.add.remote(name, usage, rows=rows, shards_done=shards_done, shards_failed=shards_failed)
-
-    def put(self, name: str, rows: float, rows_total: float) -> None:
-        self._actor.put.remote(name, rows, rows_total)
-
-    def end(self, name: str, status: str) -> None:
-        self._actor.end.remote(name, status)
-
-    def say(self, line: str, shard: int | None = None) -> None:
-        self._actor.say.remote(line, shard)
-
-    def trace(self, text: str, shard: int | None = None) -> None:
-        self._actor.trace.remote(text, shard)
-
-    def actor(self, name: str, address: str) -> None:
-        self._actor.actor.remote(name, address)
-
-    def replies(self, name: str, counts: Mapping[tuple[str, bool], int]) -> None:
-        self._actor.replies.remote(name, counts)
-
-    def stop(self, name: str, reason: str) -> None:
-        self._actor.stop.remote(name, reason)
-
-    def stopping(self, name: str) -> str | None:
-        reason: str | None = ray.get(self._actor.stopping.remote(name), timeout=60)
-        return reason
-
-    def look(self) -> tuple[list[dict[str, Any]], list[Note]]:
-        found: tuple[list[dict[str, Any]], list[Note]] = ray.get(self._actor.look.remote(), timeout=10)
-        return found
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self._actor, name)
+        seconds = {"stopping": 60, "look": 10}.get(name)
+        if seconds is None:
+            return lambda *args, **kwargs: method.remote(*args, **kwargs)
+        return lambda *args: ray.get(method.remote(*args), timeout=seconds)

@@ -6,40 +6,11 @@ import dataclasses
 import functools
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-from ray_pipeline.engines.usage import Usage
 from ray_pipeline.graph.failures import FailureSettings
-from ray_pipeline.graph.progress import Note, ProgressBoard
+from ray_pipeline.graph.progress import ProgressBoard
 from ray_pipeline.graph.stage import ShardWork, Stage, StageRef, StageResult, WholeWork
-
-
-class Board(Protocol):
-    """Where workers report progress and learn when to stop. Only `stopping` and `look` wait for an answer."""
-
-    def begin(self, name: str, shards: int = 0, shards_done: int = 0, *, waits: bool = False) -> None: ...
-
-    def add(
-        self, name: str, usage: Usage, *, rows: float = 0, shards_done: int = 0, shards_failed: int = 0
-    ) -> None: ...
-
-    def put(self, name: str, rows: float, rows_total: float) -> None: ...
-
-    def end(self, name: str, status: str) -> None: ...
-
-    def say(self, line: str, shard: int | None = None) -> None: ...
-
-    def trace(self, text: str, shard: int | None = None) -> None: ...
-
-    def actor(self, name: str, address: str) -> None: ...
-
-    def replies(self, name: str, counts: Mapping[tuple[str, bool], int]) -> None: ...
-
-    def stop(self, name: str, reason: str) -> None: ...
-
-    def stopping(self, name: str) -> str | None: ...
-
-    def look(self) -> tuple[list[dict[str, Any]], list[Note]]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +36,7 @@ class Session:
     only: Mapping[str, tuple[int, ...]] | None = None
     working_folder: str = dataclasses.field(default_factory=os.getcwd)
     id: str = "session"
-    board: Board = dataclasses.field(default_factory=ProgressBoard)
+    board: ProgressBoard = dataclasses.field(default_factory=ProgressBoard)
 
     def ref(self, stage: Stage) -> StageRef:
         """Where a stage's output is, or will be."""
