@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ray_pipeline import register
 from ray_pipeline.agents.debate import DebateTemplates, load_debate_templates
 from ray_pipeline.agents.strategies import StrategyTemplates, load_strategy_templates
 from ray_pipeline.agreement.ask import AskSettings, ask_stages
@@ -18,6 +17,7 @@ from ray_pipeline.agreement.stages import AgreementData, AgreementPage, items_st
 from ray_pipeline.config.blocks import RunBlock
 from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.engines.models import ModelUse
+from ray_pipeline.extensions import register
 from ray_pipeline.graph.stage import Dag
 from ray_pipeline.workflow.config import RunConfig
 from ray_pipeline.workflow.registry import Workflow

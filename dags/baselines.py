@@ -16,8 +16,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from dags.dmapo import DmapoConfig
-from ray_pipeline import register
-from ray_pipeline.audit.run import audit_compared
+from ray_pipeline.audit.run import Audit, GatedDataset, audit_gated
 from ray_pipeline.bench.stages import Answering, benchmark_stages
 from ray_pipeline.config.messages import first_problem, nearest
 from ray_pipeline.config.settings import Settings
@@ -32,6 +31,8 @@ from ray_pipeline.data.imported import PreferenceSource, preferences, tables_of
 from ray_pipeline.data.judging import judges as judge_stages
 from ray_pipeline.data.sources import InputError
 from ray_pipeline.evaluate.method_table import PolicyName, TableSettings, method_table, rewrite_page
+from ray_pipeline.extensions import register
+from ray_pipeline.graph.results import Run
 from ray_pipeline.graph.resume import stage_folder
 from ray_pipeline.graph.stage import Dag, Stage
 from ray_pipeline.policy.comparisons import comparisons as comparisons_stage
@@ -318,6 +319,26 @@ def _files(config: BaselinesConfig, data: str, rows: Stage, seed: int) -> Stage:
     )
 
 
+def audit(run: Run, config: BaselinesConfig) -> Audit:
+    """Walk every row back that the gate made from all candidates; the rows of other datasets follow other rules.
+
+    Raises:
+        StoreError: a dataset is not done yet, or none can be audited.
+    """
+    made, skipped = [], []
+    for data, variant in config.baselines.data.items():
+        gate = config.gate_of(variant)
+        if gate is None or variant.k:
+            skipped.append(data)
+            continue
+        judges = variant.judges or config.judge.names
+        made += [
+            GatedDataset(f"gate-{data}", f"datasets-{data}-s{seed}", judges, gate, config.rows_of(variant, seed))
+            for seed in config.baselines.seeds
+        ]
+    return audit_gated(run, made, config.base.tokenizer, skipped)
+
+
 WORKFLOW = register("workflow", "baselines")(
     Workflow(
         name="baselines",
@@ -325,6 +346,6 @@ WORKFLOW = register("workflow", "baselines")(
         wire=baselines,
         page=rewrite_page,
         numbers="metrics.json",
-        audit=audit_compared,
+        audit=audit,
     )
 )

@@ -12,7 +12,6 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from ray_pipeline import register
 from ray_pipeline.bench.files import BenchmarkFileError
 from ray_pipeline.bench.measured import Origin, measured_models
 from ray_pipeline.bench.questions import BenchmarksSettings
@@ -21,6 +20,7 @@ from ray_pipeline.bench.stages import Answering, benchmark_stages, benchmark_use
 from ray_pipeline.config.blocks import RunBlock
 from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.engines.models import ModelSettings, ModelUse, resolve_model
+from ray_pipeline.extensions import register
 from ray_pipeline.graph.stage import Dag
 from ray_pipeline.store.keys import check_num_shards
 from ray_pipeline.workflow.config import ModelKey, RunConfig

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 
 from pydantic import Field, model_validator
 
-from ray_pipeline import register
-from ray_pipeline.audit.run import audit_gated
+from ray_pipeline.audit.run import Audit, GatedDataset, audit_gated
 from ray_pipeline.bench.files import BenchmarkFileError
 from ray_pipeline.bench.questions import BenchmarksSettings
 from ray_pipeline.bench.report import BenchmarksPage, MeasuredModel, judging_model
@@ -31,6 +30,8 @@ from ray_pipeline.data.judging import judges as judge_stages
 from ray_pipeline.engines.models import ModelUse
 from ray_pipeline.evaluate.stage import ReportSettings, write_report
 from ray_pipeline.evaluate.stage import evaluate as evaluate_stage
+from ray_pipeline.extensions import register
+from ray_pipeline.graph.results import Run
 from ray_pipeline.graph.resume import stage_folder, stored
 from ray_pipeline.graph.stage import Dag, Stage
 from ray_pipeline.policy.comparisons import comparisons as comparisons_stage
@@ -158,6 +159,12 @@ def _benchmarks(config: DmapoConfig, run_folder: str, policy: Stage) -> list[Sta
     return benchmark_stages(config.benchmarks, config.benchmarks_page(), config.models, measured, view="benchmarks")
 
 
+def audit(run: Run, config: DmapoConfig) -> Audit:
+    """Walk every training row back. Raises StoreError where the run has no datasets yet."""
+    made = GatedDataset("gate", "datasets", config.judge.names, config.gate, config.datasets)
+    return audit_gated(run, [made], config.base.tokenizer)
+
+
 WORKFLOW = register("workflow", "dmapo")(
     Workflow(
         name="dmapo",
@@ -165,6 +172,6 @@ WORKFLOW = register("workflow", "dmapo")(
         wire=dmapo,
         page=write_report,
         numbers="metrics.json",
-        audit=audit_gated,
+        audit=audit,
     )
 )

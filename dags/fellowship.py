@@ -16,8 +16,7 @@ from collections.abc import Mapping, Sequence
 from pydantic import Field, model_validator
 
 from dags.dmapo import evaluation
-from ray_pipeline import register
-from ray_pipeline.audit.run import audit_picks
+from ray_pipeline.audit.run import Audit, audit_picks
 from ray_pipeline.config.blocks import RunBlock
 from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.config.settings import Settings
@@ -29,11 +28,13 @@ from ray_pipeline.data.judging import judges as judge_stages
 from ray_pipeline.engines.models import ModelUse
 from ray_pipeline.evaluate.stage import ReportSettings
 from ray_pipeline.evaluate.stage import evaluate as evaluate_stage
+from ray_pipeline.extensions import register
 from ray_pipeline.feedback.improve import ImproveSettings, branch_stages
 from ray_pipeline.feedback.improvement_rows import improvement_rows
 from ray_pipeline.feedback.loop import LoopSettings, feedback_stages
 from ray_pipeline.feedback.page import LoopPage, loop_page, rewrite_page
 from ray_pipeline.feedback.select import SelectSettings, ranks, select
+from ray_pipeline.graph.results import Run
 from ray_pipeline.graph.resume import stored
 from ray_pipeline.graph.stage import Dag, Stage
 from ray_pipeline.policy.train import train as train_stage
@@ -224,6 +225,11 @@ def _improvement(config: FellowshipConfig, prompts: Stage) -> list[Stage]:
     return datasets
 
 
+def audit(run: Run, config: FellowshipConfig) -> Audit:
+    """Walk every row of the picks back. Raises StoreError where the run has no datasets yet."""
+    return audit_picks(run, config.judges, config.select.jury, config.datasets.min_gap)
+
+
 WORKFLOW = register("workflow", "fellowship")(
     Workflow(
         name="fellowship",
@@ -231,6 +237,6 @@ WORKFLOW = register("workflow", "fellowship")(
         wire=fellowship,
         page=rewrite_page,
         numbers="metrics.json",
-        audit=audit_picks,
+        audit=audit,
     )
 )

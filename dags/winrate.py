@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 from pydantic import model_validator
 
-from ray_pipeline import register
 from ray_pipeline.agreement.stages import (
     AgreementData,
     AgreementPage,
@@ -25,6 +24,7 @@ from ray_pipeline.agreement.versus import LiveWinrate, versus_stages
 from ray_pipeline.config.blocks import RunBlock
 from ray_pipeline.data.columnar import prompts as prompts_stage
 from ray_pipeline.engines.models import ModelUse
+from ray_pipeline.extensions import register
 from ray_pipeline.graph.stage import Dag
 from ray_pipeline.workflow.config import RunConfig
 from ray_pipeline.workflow.registry import Workflow

@@ -13,8 +13,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from dags.fellowship import FellowshipConfig, fellowship
-from ray_pipeline.audit.run import audit_picks
+from dags.fellowship import FellowshipConfig, audit, fellowship
 from ray_pipeline.config.loading import load_config
 from ray_pipeline.engines.base import ChatEngine
 from ray_pipeline.engines.logged import LoggedEngine
@@ -174,7 +173,7 @@ def test_the_report_and_the_audit_read_the_run(played: dict[str, StageResult], c
     assert metrics["run"]["workflow"] == "fellowship" and metrics["missing_stages"] == ["train", "evaluate"]
     folder = Folder(str(Path(Folder(played["prompts"].folder).path()).parent))
     run = Run(folder, "fellowship", {}, played, SHARDS, config=config.model_dump(mode="json"))
-    (found,) = audit_picks(run, config).reports.values()
+    (found,) = audit(run, config).reports.values()
     assert found.ok, found.problems[:3]
     assert found.rows["prompts"] == 60 and found.rows["dpo"] == len(data(played, "datasets", "dpo"))
 
