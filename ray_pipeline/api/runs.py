@@ -97,7 +97,7 @@ def run(
     settings = load_config(workflow, config, overrides)
     folder = settings.run_folder(run_dir)
     graph = find_workflow(workflow).wire(settings, folder)
-    how, executor = run_settings(settings, folder), executor_of(settings)
+    how, executor = run_settings(settings, folder, workflow=workflow), executor_of(settings)
     outcome = execute(graph, how, executor, from_group=from_stage, to_group=to_stage)
     if outcome.failures:
         failed = "; ".join(f"{name}: {failure.reason}" for name, failure in outcome.failures.items())

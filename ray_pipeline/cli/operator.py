@@ -82,7 +82,7 @@ def retry(
         if not failed:
             say("no failed or quarantined shards; `quorum run` makes what is missing")
             return
-        workflow, folder = find_workflow(found.workflow), found.folder.location
+        workflow, folder = find_workflow(found.reference), found.folder.location
         if config is not None:
             settings = load_config(workflow.config, config, overrides or [])
         else:

@@ -27,7 +27,7 @@ def report(
 
     with refused():
         found = read_run(run)
-        rewrite = find_workflow(found.workflow).page
+        rewrite = find_workflow(found.reference).page
         if rewrite is None:
             raise StoreError(f"{found.folder.location}: {found.workflow} writes no page")
         written = rewrite(found)
@@ -93,7 +93,7 @@ def audit(run: RunArgument = "runs/latest") -> None:
 
     with refused():
         found = read_run(run)
-        workflow = find_workflow(found.workflow)
+        workflow = find_workflow(found.reference)
         if workflow.audit is None:
             raise StoreError(f"{found.folder.location} is a run of {workflow.name}: it makes no training rows to audit")
         audited = workflow.audit(found, config_of(found))

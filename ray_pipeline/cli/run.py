@@ -85,7 +85,12 @@ def run(
             outcome = execute(
                 dag,
                 run_settings(
-                    settings, folder, budget=budget_of(settings, max_cost, device_hour), log_json=log_json, debug=debug
+                    settings,
+                    folder,
+                    workflow=workflow,
+                    budget=budget_of(settings, max_cost, device_hour),
+                    log_json=log_json,
+                    debug=debug,
                 ),
                 executor_of(settings, executor),
                 from_group=from_stage,

@@ -40,6 +40,7 @@ class RunSettings:
         config: the resolved configuration, for config.yaml and the manifest.
         given: what of it was set and is no default, for commands that read it back.
         report: what the report needs beside the tables, kept in the manifest so that it can be rewritten.
+        workflow: name or file by which `find_workflow` finds the workflow again; default: the name of the DAG.
         lift_quarantine: retry quarantined shards of `session.only`.
         budget: limit over all sessions.
         log_json: log as JSON lines, on the terminal and in logs/TIMESTAMP.jsonl.
@@ -50,6 +51,7 @@ class RunSettings:
     config: Mapping[str, Any]
     given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     report: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    workflow: str = ""
     lift_quarantine: bool = False
     budget: Budget = dataclasses.field(default_factory=Budget)
     log_json: bool = False
@@ -94,6 +96,7 @@ def execute(
         again += [s for s in drop_stale(wanted, results) if s not in again]
         todo = [s for s in wanted if s.name not in results]
         head = {
+            "workflow": settings.workflow or dag.name,
             "given": dict(settings.given),
             "report": dict(settings.report),
             "num_shards": session.num_shards,

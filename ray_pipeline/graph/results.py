@@ -88,7 +88,8 @@ class Run:
     """A stored run, read once.
 
     Attributes:
-        workflow: its name, or the file that registers it.
+        workflow: name of its DAG.
+        reference: name or file by which `find_workflow` finds the workflow.
         stages: by name, in the order of the workflow.
         results: of the stages that are done, by name.
         config: every key of its configuration, as plain data; `given` without defaults.
@@ -97,6 +98,7 @@ class Run:
 
     folder: Folder
     workflow: str
+    reference: str
     stages: Mapping[str, StageRecord]
     results: Mapping[str, StageResult]
     num_shards: int
@@ -151,6 +153,7 @@ def read_run(location: str) -> Run:
         return Run(
             folder=folder,
             workflow=manifest["dag"],
+            reference=manifest.get("workflow", manifest["dag"]),
             stages=stages,
             results={
                 name: stage.result(folder, manifest["num_shards"]) for name, stage in stages.items() if stage.done

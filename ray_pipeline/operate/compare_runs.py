@@ -21,10 +21,9 @@ def side_of(run: Run) -> Side:
     """
     from ray_pipeline.operate.side_by_side import Side
 
-    workflow = run.workflow
-    numbers = find_workflow(workflow).numbers
+    numbers = find_workflow(run.reference).numbers
     if numbers is None:
-        raise StoreError(f"{run.folder.location} is a run of {workflow}, whose runs cannot be compared")
+        raise StoreError(f"{run.folder.location} is a run of {run.workflow}, whose runs cannot be compared")
     name = f"report/{numbers}"
     try:
         metrics: dict[str, Any] = run.folder.read_json(name)
@@ -37,7 +36,7 @@ def side_of(run: Run) -> Side:
     return Side(
         name=run.name,
         folder=run.folder.location,
-        workflow=workflow,
+        workflow=run.workflow,
         config=run.config,
         fingerprints={stage: result.fingerprint for stage, result in run.results.items()},
         usage={stage: result.usage.plain() for stage, result in run.results.items()},

@@ -44,7 +44,7 @@ def retry_shards(run: Run, dag: Dag, settings: Any, failed: Failed, console: Con
                 f"{run.folder.location}: with this configuration {name} is another stage than the one whose shards "
                 "failed; leave out what changes its output, or use `quorum run`"
             )
-    how = run_settings(settings, run.folder.location, only=failed, lift_quarantine=True)
+    how = run_settings(settings, run.folder.location, workflow=run.reference, only=failed, lift_quarantine=True)
     groups = [g for g in dag.groups if any(stages[name].group_name == g for name in failed)]
     problems: list[str] = []
     for group in groups:

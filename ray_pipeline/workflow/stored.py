@@ -19,5 +19,5 @@ def config_of(run: Run, overrides: Sequence[str] = (), source: str | None = None
     Raises:
         ConfigError: unknown workflow, or a key or value that this version refuses.
     """
-    kind: type[RunConfig] = find_workflow(run.workflow).config
+    kind: type[RunConfig] = find_workflow(run.reference).config
     return read_config(kind, run.given or run.config, overrides, source or run.manifest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,11 @@ from typer.testing import CliRunner
 from ray_pipeline import extensions
 from ray_pipeline.cli import app
 from ray_pipeline.config.messages import ConfigError
+from ray_pipeline.graph.failures import ShardFailure, write_failures
+from ray_pipeline.graph.results import read_run
+from ray_pipeline.store.files import Folder
 from ray_pipeline.workflow.registry import find_workflow, workflow_names
+from ray_pipeline.workflow.stored import config_of
 
 MINE = """
 from ray_pipeline import register
@@ -57,6 +62,36 @@ def test_a_users_file_runs(tmp_path: Path) -> None:
     refused = CliRunner().invoke(app, [*command, "models={x: {model: y}}", "--dry-run"])
     assert refused.exit_code == 2
     assert "models.x is not used by any stage; remove it or reference it" in " ".join(refused.output.split())
+
+
+def test_a_run_of_a_users_file_is_found_by_the_file_again(tmp_path: Path) -> None:
+    """Its manifest has the file: the name of the workflow alone is unknown to the next process."""
+    file, folder = tmp_path / "my_stored_dag.py", tmp_path / "run"
+    file.write_text(MINE.replace("wire=wire)", "wire=wire, page=lambda run: run.folder)"))
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "hello"}\n')
+    config = tmp_path / "mine.yaml"
+    config.write_text(f"prompts: {{sources: [{{type: jsonl, path: {tmp_path}/prompts.jsonl, column: prompt}}]}}")
+
+    def quorum(*arguments: str, code: int = 0) -> str:
+        shown = CliRunner().invoke(app, list(arguments))
+        assert shown.exit_code == code, shown.output
+        return " ".join(shown.output.split())
+
+    quorum("run", str(file), "-c", str(config), "--run-dir", str(folder), "--executor", "inprocess")
+    run = read_run(str(folder))
+    assert (run.workflow, run.reference) == ("mine", str(file))
+    assert config_of(run).num_shards == run.num_shards
+    assert "report:" in quorum("report", str(folder))
+    assert "mine: it makes no training rows to audit" in quorum("audit", str(folder), code=2)
+    assert "run of mine, whose runs cannot be compared" in quorum("compare", str(folder), str(folder), code=2)
+
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["stages"]["prompts"]["status"] = "failed"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    failed = ShardFailure(0, 1, "StoreError: the disk was full")
+    write_failures(Folder(str(folder)) / manifest["stages"]["prompts"]["path"], {0: failed})
+    assert "no failed shard is left" in quorum("retry", str(folder))
+    assert read_run(str(folder)).reference == str(file)
 
 
 @pytest.mark.parametrize(
