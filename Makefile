@@ -1,10 +1,11 @@
-# make demo   the whole method on small real models; ends with a report
-# make fellowship   feedback loop, selection and data sets on small real models
-# make agreement   two judges, their jury and a debate on small real models, against known labels
-# make fast   lint, types and the tests that start no engine, cluster or training
-# make test   all tests, those with real engines, clusters and training included
-# make venv   the environment alone
-# make check  ruff and mypy
+# make demo         the whole method on small real models; ends with a report
+# make fellowship   feedback loop, selection and datasets on small real models
+# make agreement    two judges, their jury and a debate on small real models, against known labels
+# make fast         make check and make light
+# make light        light tests only: they start no engine, cluster or training
+# make test         all tests, including those with real engines, clusters and training
+# make venv         only the environment
+# make check        ruff and mypy
 VENV ?= .venv
 PYTHON ?= python3
 RUN ?= runs/pocket

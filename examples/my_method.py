@@ -1,4 +1,4 @@
-"""A training method of your own: IPO (Azar et al. 2023, arXiv:2310.12036), by TRL's DPO trainer with another loss.
+"""A training method of your own: IPO (Azar et al. 2023, arXiv:2310.12036), TRL's DPO trainer with another loss.
 
 quorum run dmapo --config configs/pocket.yaml train.method=examples/my_method.py
 """
@@ -16,6 +16,6 @@ register("method", "ipo")(
         beta=0.1,
         fields=("disable_dropout",),
         settings={**FILE_ORDER, "loss_type": ["ipo"]},
-        refuses={"loss_type": "with another loss this would not be IPO"},
+        refuses={"loss_type": "another loss would not be IPO"},
     )
 )

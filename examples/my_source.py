@@ -21,5 +21,5 @@ class Sums(PromptSource):
                 yield SourceRow({"a": a, "b": b}, f"What is {a} + {b}?", task_type="arithmetic")
 
     def digest(self) -> dict[str, str]:
-        # The rows follow from this file and the keys, and both are in the fingerprint already.
+        # The rows depend only on this file and the keys, which are part of the fingerprint already.
         return {}

@@ -1,4 +1,4 @@
-"""A workflow of your own: prompts and candidates, and nothing else.
+"""A workflow of your own: only prompts and candidates.
 
 quorum run examples/my_workflow.py --config examples/my_workflow.yaml
 """
@@ -24,13 +24,13 @@ class SampleConfig(RunConfig):
         return self.prompts.num_shards
 
     def uses(self) -> Sequence[ModelUse]:
-        drawn = self.candidates
-        return [ModelUse("candidates.model", drawn.model, "generate", "candidates.sampling", drawn.sampling.extra)]
+        model, sampling = self.candidates.model, self.candidates.sampling
+        return [ModelUse("candidates.model", model, "generate", "candidates.sampling", sampling.extra)]
 
 
 def wire(config: SampleConfig, run_folder: str) -> Dag:
-    asked = prompts(config.prompts)
-    return Dag("sample", [asked, candidates(config.candidates, config.models[config.candidates.model], asked)])
+    source = prompts(config.prompts)
+    return Dag("sample", [source, candidates(config.candidates, config.models[config.candidates.model], source)])
 
 
 register("workflow", "sample")(Workflow(name="sample", config=SampleConfig, wire=wire))

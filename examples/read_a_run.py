@@ -1,4 +1,4 @@
-"""Read a stored run into pandas: which judge disagrees most with the others on what the gate left out?
+"""Read a stored run into pandas: which judge is furthest from the mean on candidates that the gate abstained from?
 
 python examples/read_a_run.py runs/pocket
 """

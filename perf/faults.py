@@ -163,7 +163,7 @@ def node_killed(stage: str, nodes: RayNodes, folder: Path) -> Line:
     seconds = time.monotonic() - killed
     run.ends(0)
     resumed = manifest(folder)["stages"].get("train", {}).get("facts", {}).get("resumed_from")
-    happened = "the run finished by itself" + (f", training from step {resumed}" if resumed else "")
+    happened = "the run finished without intervention" + (f", training from step {resumed}" if resumed else "")
     return Line(f"node killed in {stage}", happened, cluster.rows_lost(), *repeated(cluster), seconds)
 
 
@@ -184,7 +184,7 @@ def head_killed(nodes: RayNodes, folder: Path) -> Line:
     wait_until(run, lambda: cluster.told("judge", "calls_engine") > 0)
     seconds = time.monotonic() - killed
     run.ends(0)
-    happened = f"the command ended with exit code {ended}; given again, it went on"
+    happened = f"the command ended with exit code {ended}; rerun, it resumed"
     again = max(0, answered - kept)  # of the first session; the second has its own
     more, calls = repeated(cluster, before=kept)
     return Line("all nodes killed in judge, the head too", happened, cluster.rows_lost(), again + more, calls, seconds)

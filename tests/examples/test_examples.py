@@ -48,7 +48,7 @@ def test_my_method_is_another_loss_of_the_same_trainer() -> None:
     method = method_of(settings.method)
     assert (method.data, settings.beta, method_label(settings.method)) == ("dpo", 0.1, "ipo")
     assert method.settings["loss_type"] == ["ipo"] and method.config_class().__name__ == "DPOConfig"
-    with pytest.raises(ValueError, match="loss_type cannot be set: with another loss this would not be IPO"):
+    with pytest.raises(ValueError, match="loss_type cannot be set: another loss would not be IPO"):
         validate_trainer_args(settings.method, {"loss_type": ["hinge"]})
 
 
