@@ -63,7 +63,7 @@ def test_what_the_manifest_does_not_name_is_left_over(littered: Path) -> None:
 def test_clean_shows_first_and_deletes_nothing_else(littered: Path) -> None:
     everything = sorted(p for p in littered.rglob("*"))
     shown = CliRunner().invoke(app, ["clean", str(littered)])
-    assert shown.exit_code == 0 and f"gate-{OLD}" in shown.output and "--yes deletes them" in shown.output
+    assert shown.exit_code == 0 and f"gate-{OLD}" in shown.output and "pass --yes to delete them" in shown.output
     assert sorted(littered.rglob("*")) == everything
 
     done = CliRunner().invoke(app, ["clean", str(littered), "--yes"])
