@@ -1,1 +1,1 @@
-"""The workflows: each module holds a configuration and wires stages, and reads like the figure of its method."""
+"""The workflows: each module has a configuration and wires stages, and reads like the figure of its method."""

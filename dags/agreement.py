@@ -24,7 +24,7 @@ from ray_pipeline.workflow.registry import Workflow
 
 
 class AgreementConfig(RunConfig):
-    """Everything that `quorum run agreement` reads."""
+    """The configuration of `quorum run agreement`."""
 
     run: RunBlock = RunBlock(name="agreement")
     data: AgreementData
@@ -33,16 +33,16 @@ class AgreementConfig(RunConfig):
 
     def uses(self) -> Sequence[ModelUse]:
         ask, speech = self.ask, self.ask.debate.speech
-        found = []
+        uses = []
         for block, judges in (("judges", ask.judges), ("debaters", ask.debaters)):
             for j in judges:
                 key = f"ask.{block}.{j.name}"
-                found.append(ModelUse(f"{key}.model", j.model, "judge", "ask.sampling", ask.sampling.extra))
+                uses.append(ModelUse(f"{key}.model", j.model, "judge", "ask.sampling", ask.sampling.extra))
                 if j.sampling:
-                    found.append(ModelUse(f"{key}.model", j.model, "judge", f"{key}.sampling", j.sampling.extra))
+                    uses.append(ModelUse(f"{key}.model", j.model, "judge", f"{key}.sampling", j.sampling.extra))
                 if block == "debaters":
-                    found.append(ModelUse(f"{key}.model", j.model, "judge", "ask.debate.speech", speech.extra))
-        return found
+                    uses.append(ModelUse(f"{key}.model", j.model, "judge", "ask.debate.speech", speech.extra))
+        return uses
 
     @property
     def num_shards(self) -> int:

@@ -1,4 +1,4 @@
-"""The comparison that DMAPO stands on: every training method on gated and on ungated data of the same candidates.
+"""Baselines: every training method on gated and on ungated data of the same candidates.
 
 prompts → candidates → judges, critic ─┬→ gate ──────────────┐
                                        └→ best and worst of k ┴→ rows → datasets ─┬→ sft ──┐
@@ -44,26 +44,26 @@ from ray_pipeline.workflow.registry import Workflow
 
 
 class DataVariant(Settings):
-    """One way of making training data: from the run's candidates and scores, or from imported rows."""
+    """How a dataset is made: from the run's candidates and scores, or from imported rows."""
 
     gated: bool = Field(
         True,
-        description="whether the confidence gate decides; if not, best and worst of k by the mean score, "
-        "whatever it is",
+        description="let the confidence gate decide; if false, take the best and worst of k by mean score, "
+        "whatever the score",
     )
     gate: dict[str, Any] = Field(
         default_factory=dict,
-        description="changes of the `gate` block ({use_variance: false}, {use_critic: false}, {tau: 1})",
+        description="overrides of the `gate` block ({use_variance: false}, {use_critic: false}, {tau: 1})",
     )
     judges: tuple[str, ...] | None = Field(None, min_length=1, description="whose scores count; default: all")
-    k: int | None = Field(None, ge=2, description="only the first so many candidates of each prompt; default: all")
+    k: int | None = Field(None, ge=2, description="number of candidates used of each prompt; default: all")
     min_gap: float | None = Field(
         None,
         ge=0,
-        description="smallest gap of a pair's scores; default: datasets.min_gap with the gate, any gap above 0 without",
+        description="minimum gap of a pair's scores; default: datasets.min_gap with the gate, any gap above 0 without",
     )
     source: PreferenceSource | None = Field(
-        None, description="training rows of a Hub dataset or of files; nothing above applies to them"
+        None, description="import training rows from a Hub dataset or from files; excludes the keys above"
     )
 
     @model_validator(mode="after")
@@ -82,7 +82,7 @@ class BaselinesBlock(Settings):
     methods: dict[MethodName, dict[str, Any]] = Field(
         default_factory=lambda: {name: dict[str, Any]() for name in METHODS},
         min_length=1,
-        description="method → changes of the `train` block for it",
+        description="method → overrides of the `train` block",
     )
     data: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_]*$")], DataVariant] = Field(
         min_length=1, description="name → how the dataset is made"
@@ -94,17 +94,17 @@ class BaselinesBlock(Settings):
     @field_validator("methods", mode="before")
     @classmethod
     def _names(cls, methods: Any) -> Any:
-        """A plain list of methods changes nothing for any of them."""
+        """A plain list of methods means no overrides."""
         return {name: {} for name in methods} if isinstance(methods, (list, tuple)) else methods
 
 
 class BaselinesConfig(DmapoConfig):
-    """Everything that `quorum run baselines` reads: a DMAPO configuration and what to compare."""
+    """The configuration of `quorum run baselines`: a DMAPO configuration and the `baselines` block."""
 
     baselines: BaselinesBlock
 
     def check_kinds(self) -> None:
-        """Raises ValueError for keys that `baselines` sets itself, and for a comparison that cannot be made."""
+        """Raises ValueError for keys that `baselines` sets itself, and for an invalid comparison."""
         for name, block, keys, instead in (
             ("train", self.train, ("method", "seed"), "use baselines.methods and baselines.seeds"),
             ("datasets", self.datasets, ("kinds", "seed"), "it follows from baselines.methods and baselines.seeds"),
@@ -143,20 +143,20 @@ class BaselinesConfig(DmapoConfig):
         return {f"baselines.methods.{name}": self.training(name, 0) for name in self.baselines.methods}
 
     def training(self, method: MethodName, seed: int) -> TrainSettings:
-        """The `train` block with the changes of a method."""
+        """The `train` block with a method's overrides."""
         shared = self.train.model_dump(exclude_unset=True)
         return TrainSettings.model_validate(
             {**shared, **self.baselines.methods[method], "method": method, "seed": seed}
         )
 
     def gate_of(self, variant: DataVariant) -> GateConfig | None:
-        """The gate of a dataset; None where none decides."""
+        """The gate of a dataset; None without a gate."""
         if not variant.gated or variant.source is not None:
             return None
         return GateConfig.model_validate({**self.gate.model_dump(), **variant.gate})
 
     def rows_of(self, variant: DataVariant, seed: int = 0) -> DatasetsConfig:
-        """The `datasets` block of a dataset: the kinds that the methods need, in the order of a seed."""
+        """The `datasets` block of a dataset: the kinds that the methods need, shuffled by a seed."""
         kinds = list(dict.fromkeys(method_of(name).data for name in self.baselines.methods))
         gap = variant.min_gap if variant.min_gap is not None else self.datasets.min_gap if variant.gated else 0.0
         return self.datasets.model_copy(update={"kinds": kinds, "seed": seed, "min_gap": gap})
@@ -201,7 +201,7 @@ class BaselinesConfig(DmapoConfig):
         )
 
     def _published(self) -> dict[str, str]:
-        """Which line of the table is the method of the paper, where there is one."""
+        """The line of the table that is the method of the paper, if any."""
         whole = [name for name, variant in self.baselines.data.items() if variant == DataVariant()]
         return {"DMAPO": f"kto on {whole[0]}"} if whole and "kto" in self.baselines.methods else {}
 
@@ -233,7 +233,7 @@ class _Judged:
 
 
 def baselines(config: BaselinesConfig, run_folder: str) -> Dag:
-    """Methods × datasets × seeds; all policies answer the same held-out prompts and are judged in one go."""
+    """Methods × datasets × seeds; all policies respond to the same held-out prompts and are judged together."""
     texts, models, base = config.templates(), config.models, config.base
     compared = config.baselines
     prompts = prompts_stage(config.prompts)
@@ -268,7 +268,7 @@ def baselines(config: BaselinesConfig, run_folder: str) -> Dag:
 
 
 def _judged(config: BaselinesConfig, prompts: Stage) -> _Judged | None:
-    """Candidates, verdicts and critiques, as far as some dataset is made from them."""
+    """Candidates, verdicts and critiques, if any dataset is made from them."""
     own = [variant for variant in config.baselines.data.values() if variant.source is None]
     if not own:
         return None
@@ -306,7 +306,7 @@ def _rows(config: BaselinesConfig, data: str, variant: DataVariant, prompts: Sta
 
 
 def _files(config: BaselinesConfig, data: str, rows: Stage, seed: int) -> Stage:
-    """The same rows, in the order of a seed."""
+    """The rows as training files, shuffled by a seed."""
     variant = config.baselines.data[data]
     return dataset_files(
         config.rows_of(variant, seed),

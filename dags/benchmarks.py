@@ -28,20 +28,19 @@ from ray_pipeline.workflow.registry import Workflow
 
 
 class BenchmarksConfig(RunConfig):
-    """Everything that `quorum run benchmarks` reads.
+    """The configuration of `quorum run benchmarks`.
 
-    In the file `models` is a list of what is measured: a run folder (its policy), a model's name, or a block of keys.
+    In the file `models` is a list of the models to evaluate: a run folder (its policy), a model's name, or a block of
+    keys.
     """
 
     run: RunBlock = RunBlock(name="benchmarks")
-    model_defaults: dict[str, Any] = Field(
-        default_factory=dict, description="keys that every measured model has unless it sets its own"
-    )
+    model_defaults: dict[str, Any] = Field(default_factory=dict, description="default keys of every evaluated model")
     origins: dict[ModelKey, Origin] = Field(
-        default_factory=dict, description="where measured models come from; follows from `models`"
+        default_factory=dict, description="where the evaluated models come from; derived from `models`"
     )
     judges: dict[ModelKey, ModelSettings] = Field(
-        default_factory=dict, description="judging models by the key that names them in `benchmarks`"
+        default_factory=dict, description="judge models by the key that names them in `benchmarks`"
     )
     benchmarks: BenchmarksSettings
     num_shards: int = Field(16, description="shards of every table; a power of two up to 1024")
@@ -56,7 +55,7 @@ class BenchmarksConfig(RunConfig):
     @model_validator(mode="before")
     @classmethod
     def _listed(cls, values: Any) -> Any:
-        """Write every model of the list out."""
+        """Expand the list of models into blocks."""
         if not isinstance(values, Mapping) or not isinstance(values.get("models"), (list, tuple)):
             return values
         models, origins = measured_models(values["models"], values.get("model_defaults") or {})
@@ -77,7 +76,7 @@ class BenchmarksConfig(RunConfig):
     @model_validator(mode="after")
     def _consistent(self) -> BenchmarksConfig:
         if not self.models:
-            raise ValueError("models is empty; list at least one model or run folder to measure")
+            raise ValueError("models is empty; list at least one model or run folder to evaluate")
         if "floors" in self.models:
             raise ValueError("floors cannot name a model: the tables use it; give that model another `name`")
         mt = self.benchmarks.mt_bench

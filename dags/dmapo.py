@@ -42,7 +42,7 @@ from ray_pipeline.workflow.training import TrainingConfig, rubric_models, rubric
 
 
 class DmapoConfig(TrainingConfig):
-    """Everything that `quorum run dmapo` reads."""
+    """The configuration of `quorum run dmapo`."""
 
     candidates: CandidateSettings = CandidateSettings()
     judge: JudgeSettings
@@ -53,9 +53,9 @@ class DmapoConfig(TrainingConfig):
     )
 
     def uses(self) -> Sequence[ModelUse]:
-        drawn, critic = self.candidates, self.critic
+        sampling, critic = self.candidates.sampling, self.critic
         return [
-            ModelUse("candidates.model", drawn.model, "generate", "candidates.sampling", drawn.sampling.extra),
+            ModelUse("candidates.model", self.candidates.model, "generate", "candidates.sampling", sampling.extra),
             ModelUse("critic.model", critic.model, "judge", "critic.sampling", critic.sampling.extra),
             *super().uses(),
             *rubric_uses(self.judge),
@@ -84,14 +84,14 @@ class DmapoConfig(TrainingConfig):
         return ["policy"]
 
     def report(self) -> ReportSettings:
-        """What the report says beside the tables."""
+        """The facts of the report that are in no table."""
         return self.report_of(rubric_models(self.judge), gate=self.gate)
 
     def page(self) -> Settings:
         return self.report()
 
     def benchmarks_page(self) -> BenchmarksPage:
-        """What the page of the public benchmarks says beside the tables."""
+        """The facts of the public benchmarks' page that are in no table."""
         assert self.benchmarks is not None
         base, curating = self.base, tuple(sorted(set(self.report().curating.values())))
         return BenchmarksPage(
@@ -106,7 +106,7 @@ class DmapoConfig(TrainingConfig):
 
 
 def dmapo(config: DmapoConfig, run_folder: str) -> Dag:
-    """The whole method as a DAG; `run_folder` is where the policy will lie for its own evaluation."""
+    """The whole method as a DAG; the evaluation loads the policy from `run_folder`."""
     texts, models, base = config.templates(), config.models, config.base
 
     prompts = prompts_stage(config.prompts)
@@ -133,7 +133,7 @@ def dmapo(config: DmapoConfig, run_folder: str) -> Dag:
 def evaluation(
     config: TrainingConfig, run_folder: str, prompts: Stage, policy: Stage, judge: JudgeSettings | None
 ) -> list[Stage]:
-    """Base and policy answer the held-out prompts; one judge compares them in both orders, rubric judges score both."""
+    """Responses of base and policy to held-out prompts; one judge compares them in both orders, rubric judges score."""
     texts, models, base = config.templates(), config.models, config.base
     trained = base.trained((stage_folder(run_folder, policy) / "merged").location)
     before = responses_stage("base", config.evaluate, base, prompts)
@@ -151,7 +151,7 @@ def evaluation(
 
 
 def _benchmarks(config: DmapoConfig, run_folder: str, policy: Stage) -> list[Stage]:
-    """Base and policy on public benchmarks, where the configuration has any."""
+    """Base and policy on public benchmarks, if the configuration has any."""
     if config.benchmarks is None:
         return []
     trained = config.base.trained((stage_folder(run_folder, policy) / "merged").location)

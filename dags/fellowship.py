@@ -2,7 +2,7 @@
 
 prompts → generate-1 → review-1 → generate-2 → … → generate-N → judge → select → datasets → train → evaluate
 
-The second kind of data (`improve`): of several reviews and revisions, those that helped by the judge's scores.
+The second kind of data (`improve`): preferences over several reviews and revisions by the judge's scores.
 
 prompts → responses → reviews → revisions → judge ─┬→ revisions given the feedback → datasets
                                                   └→ reviews ────────────────────→ datasets
@@ -42,19 +42,18 @@ from ray_pipeline.training.spec import TrainSettings
 from ray_pipeline.workflow.registry import Workflow
 from ray_pipeline.workflow.training import TrainingConfig, rubric_models, rubric_uses
 
-#: Stages that leave something to report, in the order of the workflow.
+#: Stages that the report shows, in the order of the workflow.
 REPORTED = ("prompts", "candidates", "judge", "datasets", "train", "evaluate")
 
 
 class FellowshipConfig(TrainingConfig):
-    """Everything that `quorum run fellowship` reads."""
+    """The configuration of `quorum run fellowship`."""
 
     run: RunBlock = RunBlock(name="fellowship")
     loop: LoopSettings = LoopSettings()
     judge: JudgeSettings | None = Field(
         None,
-        description="rubric judges: of the responses where `select` has neither strategy nor debate, and of the "
-        "evaluation",
+        description="rubric judges of the evaluation, and of the responses if `select` has neither strategy nor debate",
     )
     select: SelectSettings = SelectSettings()
     datasets: DatasetsConfig = DatasetsConfig(min_gap=0.0)
@@ -63,29 +62,29 @@ class FellowshipConfig(TrainingConfig):
 
     def uses(self) -> Sequence[ModelUse]:
         loop, select, improve = self.loop, self.select, self.improve
-        found = [ModelUse("loop.generator", loop.generator, "generate", "loop.sampling", loop.sampling.extra)]
+        uses = [ModelUse("loop.generator", loop.generator, "generate", "loop.sampling", loop.sampling.extra)]
         for r in loop.reviewers:
             key = f"loop.reviewers.{r.name}"
-            found.append(ModelUse(f"{key}.model", r.model, "judge", "loop.reviewing", loop.reviewing.extra))
+            uses.append(ModelUse(f"{key}.model", r.model, "judge", "loop.reviewing", loop.reviewing.extra))
             if r.sampling:
-                found.append(ModelUse(f"{key}.model", r.model, "judge", f"{key}.sampling", r.sampling.extra))
+                uses.append(ModelUse(f"{key}.model", r.model, "judge", f"{key}.sampling", r.sampling.extra))
             if improve is not None:
-                found.append(ModelUse(f"{key}.model", r.model, "judge", "improve.reviewing", improve.reviewing.extra))
+                uses.append(ModelUse(f"{key}.model", r.model, "judge", "improve.reviewing", improve.reviewing.extra))
         for j in select.judges:
             key = f"select.judges.{j.name}"
-            found.append(ModelUse(f"{key}.model", j.model, "judge", "select.sampling", select.sampling.extra))
+            uses.append(ModelUse(f"{key}.model", j.model, "judge", "select.sampling", select.sampling.extra))
             if j.sampling:
-                found.append(ModelUse(f"{key}.model", j.model, "judge", f"{key}.sampling", j.sampling.extra))
+                uses.append(ModelUse(f"{key}.model", j.model, "judge", f"{key}.sampling", j.sampling.extra))
             if select.debate is not None:
                 speech = select.debate.speech
-                found.append(ModelUse(f"{key}.model", j.model, "judge", "select.debate.speech", speech.extra))
-        if improve is not None:  # the rows of the second kind are counted in tokens of those who wrote them
-            found += [
+                uses.append(ModelUse(f"{key}.model", j.model, "judge", "select.debate.speech", speech.extra))
+        if improve is not None:  # rows of the second kind are measured in tokens of the models that wrote them
+            uses += [
                 ModelUse("loop.generator", loop.generator, "generate", "improve.sampling", improve.sampling.extra),
                 ModelUse("loop.generator", loop.generator, "count tokens"),
                 ModelUse("loop.reviewers.0.model", loop.reviewers[0].model, "count tokens"),
             ]
-        return [*found, *super().uses(), *([] if self.judge is None else rubric_uses(self.judge))]
+        return [*uses, *super().uses(), *([] if self.judge is None else rubric_uses(self.judge))]
 
     @model_validator(mode="after")
     def _consistent(self) -> FellowshipConfig:
@@ -98,12 +97,12 @@ class FellowshipConfig(TrainingConfig):
         except ValueError as error:
             raise ValueError(f"select.jury.{error}") from error
         if self.loop.responses < 2:
-            raise ValueError("loop.responses must be 2 or more: one response alone is neither accepted nor rejected")
+            raise ValueError("loop.responses must be 2 or more: a single response is neither accepted nor rejected")
         own = None if self.improve is None else self.improve.prompts
         if own is not None and own.num_shards != self.prompts.num_shards:
             raise ValueError(
-                f"improve.prompts.num_shards is {own.num_shards} and prompts.num_shards {self.prompts.num_shards}; "
-                "a run has one number of shards"
+                f"improve.prompts.num_shards is {own.num_shards}, but prompts.num_shards is {self.prompts.num_shards}; "
+                "set both to the same number"
             )
         return self
 
@@ -118,7 +117,7 @@ class FellowshipConfig(TrainingConfig):
             if not texts.shows(self.loop.responses if self.improve is None else max(self.loop.responses, 3)):
                 raise ConfigError(
                     f"select.debate_templates {self.select.debate_templates} does not show all responses of a prompt; "
-                    "name a file whose `shared` goes through `answers`, as default does"
+                    "use a file whose `shared` loops over `answers`, as default does"
                 )
             try:
                 self.select.debate.speakers(texts.roles)
@@ -127,14 +126,14 @@ class FellowshipConfig(TrainingConfig):
 
     @property
     def judges(self) -> list[str]:
-        """Names of the judges that select."""
+        """Names of the judges that select the best response."""
         if self.select.compares:
             return self.select.names
         assert self.judge is not None
         return self.judge.names
 
     def report(self) -> ReportSettings:
-        """What the report says beside the tables."""
+        """The facts of the report that are in no table."""
         if self.select.compares:
             judging = {j.name: j.model for j in self.select.judges}
         else:
@@ -146,7 +145,7 @@ class FellowshipConfig(TrainingConfig):
         return self.report()
 
     def origin(self, what: str = "Best of the responses") -> str:
-        """How the preferences came about, for the dataset cards."""
+        """How the preferences were made, for the dataset cards."""
         judged = ", ".join(self.judges)
         how = f" by {self.select.how}" if self.select.how else ""
         if len(self.judges) > 1:
@@ -156,7 +155,7 @@ class FellowshipConfig(TrainingConfig):
 
 
 def fellowship(config: FellowshipConfig, run_folder: str) -> Dag:
-    """The whole method as a DAG; `run_folder` is where the policy will lie for its own evaluation."""
+    """The whole method as a DAG; the evaluation loads the policy from `run_folder`."""
     base, limits = config.base, config.datasets
     every = config.select.pairs == "every_rejected"
 
@@ -186,7 +185,7 @@ def fellowship(config: FellowshipConfig, run_folder: str) -> Dag:
 def _judged(
     config: FellowshipConfig, prompts: Stage, responses: Mapping[str, Stage], name: str, holds: str = ""
 ) -> list[Stage]:
-    """Verdicts on all responses, by the strategy or the debate of `select`, or by the rubric judges."""
+    """Verdicts on all responses by the strategy or debate of `select`, or by the rubric judges."""
     if config.select.compares:
         return ranks(config.select, config.models, prompts, responses, name, holds)
     assert config.judge is not None

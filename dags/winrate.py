@@ -31,7 +31,7 @@ from ray_pipeline.workflow.registry import Workflow
 
 
 class WinrateConfig(RunConfig):
-    """Everything that `quorum run winrate` reads: recorded verdicts (`data`), or models to compare (`live`)."""
+    """The configuration of `quorum run winrate`: recorded verdicts (`data`), or models to compare (`live`)."""
 
     run: RunBlock = RunBlock(name="winrate")
     data: AgreementData | None = None
@@ -45,14 +45,14 @@ class WinrateConfig(RunConfig):
         generators = [(f"live.configurations.{c.name}.generator", c.generator) for c in live.compared]
         generators += [("live.baselines", key) for key in live.against]
         sampling, reviewing, judge = live.loop.sampling, live.loop.reviewing, live.judge
-        found = [ModelUse("live.judge.model", judge.model, "judge", "live.judge.sampling", judge.sampling.extra)]
-        found += [ModelUse(key, model, "generate", "live.loop.sampling", sampling.extra) for key, model in generators]
+        uses = [ModelUse("live.judge.model", judge.model, "judge", "live.judge.sampling", judge.sampling.extra)]
+        uses += [ModelUse(key, model, "generate", "live.loop.sampling", sampling.extra) for key, model in generators]
         for r in (r for c in live.compared for r in c.reviewers):
             key = f"reviewers.{r.name}"
-            found.append(ModelUse(f"{key}.model", r.model, "judge", "live.loop.reviewing", reviewing.extra))
+            uses.append(ModelUse(f"{key}.model", r.model, "judge", "live.loop.reviewing", reviewing.extra))
             if r.sampling:
-                found.append(ModelUse(f"{key}.model", r.model, "judge", f"{key}.sampling", r.sampling.extra))
-        return found
+                uses.append(ModelUse(f"{key}.model", r.model, "judge", f"{key}.sampling", r.sampling.extra))
+        return uses
 
     @model_validator(mode="after")
     def _consistent(self) -> WinrateConfig:

@@ -1,15 +1,15 @@
-"""The registry of what a user can add in a file of their own: sources, strategies, checkers and the like.
+"""The registry of user extensions: sources, strategies, checkers and the like.
 
-A file registers what it adds, and a configuration refers to it by name or by file::
+A file registers its extensions, and a configuration refers to them by name or by file::
 
     @register("checker")
     def even(prompt, response): ...
 
     evaluate: {checker: my_checker.py}          # the only checker that the file registers
     evaluate: {checker: "my_checker.py:even"}   # one of several
-    evaluate: {checker: even}                   # an installed package's, found by its entry point
+    evaluate: {checker: even}                   # from an installed package, by its entry point
 
-Entry points are in the groups of `GROUPS`, such as `quorum.checkers`; the entry point's name is the extension's.
+Entry points are in the groups of `GROUPS`, such as `quorum.checkers`; the entry point has the extension's name.
 
 A reference is resolved again in every process that needs it, so the file must have the same path on every node: put it
 on shared storage, ship it with the job (`quorum submit` packages the working folder, and a relative path is then
@@ -32,7 +32,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 Kind = Literal["source", "strategy", "checker", "benchmark", "method", "workflow"]
 
-#: Kind → group of entry points in which installed packages offer it.
+#: Kind → group of the entry points of installed packages.
 GROUPS: dict[Kind, str] = {
     "source": "quorum.sources",
     "strategy": "quorum.strategies",
@@ -46,15 +46,15 @@ V = TypeVar("V")
 
 
 class ExtensionError(ValueError):
-    """An extension cannot be found or loaded; the message names it and the remedy."""
+    """An extension cannot be found or loaded; the message names it and the fix."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Extension:
-    """Something that was registered.
+    """A registered extension.
 
     Attributes:
-        file: where it was registered.
+        file: the file that registered it.
     """
 
     kind: Kind
@@ -65,43 +65,43 @@ class Extension:
 
 _Table = dict[tuple[Kind, str], Extension]
 
-#: What imported modules have registered, what installed packages offered by entry points, and what each file that was
-#: loaded by path has: file and content → table.
+#: Extensions of imported modules, of installed packages (by entry point), and of files loaded by path:
+#: file and content → table.
 _registered: _Table = {}
 _installed: _Table = {}
 _files: dict[tuple[str, str], _Table] = {}
 
-#: The file that is being loaded by path, and its table. Modules that it imports register as always.
+#: The file that is being loaded by path, and its table. Modules that it imports register in `_registered`.
 _loading: contextvars.ContextVar[tuple[str, _Table] | None] = contextvars.ContextVar("loading", default=None)
 
 
 def register(kind: Kind, name: str | None = None) -> Callable[[V], V]:
-    """Register the decorated function or class; `register(kind, name)(value)` does it for any value.
+    """Register the decorated function or class; `register(kind, name)(value)` registers any value.
 
     Args:
         name: default: the `__name__` of the value.
 
     Raises:
-        ExtensionError: there is no such kind, or another module has registered this name.
+        ExtensionError: unknown kind, or another module has registered this name.
     """
     if kind not in get_args(Kind):
         raise ExtensionError(f"unknown kind of extension {kind!r}; choose from {', '.join(GROUPS)}")
     file = str(sys._getframe(1).f_globals.get("__file__", "<interactive>"))
 
     def add(value: V) -> V:
-        found, loading = Extension(kind, name or str(getattr(value, "__name__", "")), value, file), _loading.get()
+        extension, loading = Extension(kind, name or str(getattr(value, "__name__", "")), value, file), _loading.get()
         table = loading[1] if loading is not None and loading[0] == file else _registered
-        before = table.get((kind, found.name))
-        if before is not None and os.path.abspath(before.file) != os.path.abspath(file):
-            raise ExtensionError(f"{kind} {found.name!r} is registered by {before.file} and by {file}; rename one")
-        table[kind, found.name] = found
+        other = table.get((kind, extension.name))
+        if other is not None and os.path.abspath(other.file) != os.path.abspath(file):
+            raise ExtensionError(f"{kind} {extension.name!r} is registered by {other.file} and by {file}; rename one")
+        table[kind, extension.name] = extension
         return value
 
     return add
 
 
 def find(kind: Kind, reference: str) -> Extension:
-    """What a reference (a name, `FILE.py` or `FILE.py:NAME`) means.
+    """The extension that a reference (a name, `FILE.py` or `FILE.py:NAME`) refers to.
 
     Raises:
         ExtensionError: nothing of that kind and name is registered, or the file cannot be loaded.
@@ -109,8 +109,8 @@ def find(kind: Kind, reference: str) -> Extension:
     path, name = _split(reference)
     if path is not None:
         return _in_file(kind, path, name)
-    found = _registered.get((kind, name)) or _entry_point(kind, name)
-    if found is None:
+    extension = _registered.get((kind, name)) or _entry_point(kind, name)
+    if extension is None:
         known = names(kind)
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -118,11 +118,11 @@ def find(kind: Kind, reference: str) -> Extension:
             f"unknown {kind} {name!r}; {hint}choose from {', '.join(known)}, or name a file that registers one "
             f"(my_{kind}.py)"
         )
-    return found
+    return extension
 
 
 def names(kind: Kind) -> list[str]:
-    """All names of a kind: registered in this process, or offered by installed packages."""
+    """All names of a kind: registered in this process, or entry points of installed packages."""
     registered = [name for known, name in _registered if known == kind]
     return list(dict.fromkeys([*registered, *(point.name for point in _entry_points(kind))]))
 
@@ -131,9 +131,9 @@ def digests_in(config: Any) -> dict[str, str]:
     """Content digests of the users' files that a stage's configuration refers to, for its fingerprint.
 
     Args:
-        config: plain data. A string in it counts when it is a reference to a file, or the name of an extension of an
-            installed package that this process has found. What Quorum has itself is covered by its stages' versions,
-            and a workflow by those of the stages that it wires.
+        config: plain data. A string in it counts if it refers to a file, or is the name of an extension that this
+            process has loaded from an installed package. Quorum's own extensions are covered by the versions of their
+            stages, and a workflow by those of the stages that it wires.
     """
     return {f"extension {name}": _file_digest(file) for name, file in sorted(_files_in(config))}
 
@@ -160,18 +160,18 @@ def _file_digest(path: str) -> str:
 
 
 def load_file(path: str) -> list[Extension]:
-    """What a user's file registers. It runs once in this process, and again when its content has changed.
+    """The extensions of a user's file. The file runs once per process, and again after its content changes.
 
     Raises:
-        ExtensionError: there is no such file, or running it raises.
+        ExtensionError: no such file, or running it raises.
     """
     place = _locate(path)
     try:
         content = _file_digest(place)
     except OSError as error:
         raise ExtensionError(
-            f"{path} cannot be read ({error.strerror}; looked for {place}); check the path, and on a cluster make the "
-            "file visible under it on every node"
+            f"cannot read {path} ({error.strerror}; looked for {place}); check the path, and on a cluster make the "
+            "file available under it on every node"
         ) from error
     if (place, content) not in _files:
         _files[place, content] = _run(place, content)
@@ -179,8 +179,8 @@ def load_file(path: str) -> list[Extension]:
 
 
 def _locate(path: str) -> str:
-    """Absolute path of a file. A training worker has another working folder, but Ray keeps the driver's, or that of the
-    job, on the import path of all workers."""
+    """Absolute path of a file. A training worker has another working directory, but Ray keeps the driver's (or the
+    job's) on the import path of all workers."""
     path = os.path.expanduser(path)
     places = [os.path.abspath(os.path.join(folder, path)) for folder in (os.curdir, *sys.path)]
     return next((place for place in places if os.path.isfile(place)), places[0])
@@ -192,8 +192,8 @@ def _run(place: str, content: str) -> _Table:
     spec = importlib.util.spec_from_file_location(name, place)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up while they are made. Afterwards it is not to be found there: cloudpickle then
-    # sends its functions and classes by value, and a worker need not be able to import it.
+    # Dataclasses look up their module while their class is created. It is removed afterwards, so that cloudpickle
+    # sends its functions and classes by value and workers need not import it.
     sys.modules[name] = module
     table: _Table = {}
     token = _loading.set((place, table))
@@ -202,7 +202,7 @@ def _run(place: str, content: str) -> _Table:
     except ExtensionError:
         raise
     except Exception as error:  # a user's file may raise anything
-        raise ExtensionError(f"{place} raised {type(error).__name__}: {error}; correct the file") from error
+        raise ExtensionError(f"{place} raised {type(error).__name__}: {error}; fix the file") from error
     finally:
         _loading.reset(token)
         del sys.modules[name]
@@ -211,19 +211,19 @@ def _run(place: str, content: str) -> _Table:
 
 def _in_file(kind: Kind, path: str, name: str) -> Extension:
     own = [extension for extension in load_file(path) if extension.kind == kind]
-    found = [e for e in own if not name or e.name == name]
-    if len(found) == 1:
-        return found[0]
+    matching = [e for e in own if not name or e.name == name]
+    if len(matching) == 1:
+        return matching[0]
     if not own:
         raise ExtensionError(f'{path} registers no {kind}; decorate one with @register("{kind}")')
     listed = ", ".join(e.name for e in own)
     if name:
         raise ExtensionError(f"{path} registers no {kind} {name!r}; choose from {listed}")
-    raise ExtensionError(f"{path} registers several: {listed}; name one, as {path}:{own[0].name}")
+    raise ExtensionError(f"{path} registers several: {listed}; name one, for example {path}:{own[0].name}")
 
 
 def _split(reference: str) -> tuple[str | None, str]:
-    """File and name; no file where the reference is a name."""
+    """File and name of a reference; the file is None if the reference is a name."""
     path, sign, name = reference.rpartition(":")
     if sign and path.endswith(".py"):
         return path, name
@@ -240,7 +240,9 @@ def _entry_point(kind: Kind, name: str) -> Extension | None:
             try:
                 value = point.load()
             except Exception as error:  # an installed package may raise anything
-                raise ExtensionError(f"entry point {GROUPS[kind]}: {name} cannot be loaded: {error}") from error
+                raise ExtensionError(
+                    f"cannot load entry point {name} of {GROUPS[kind]}: {error}; fix or reinstall its package"
+                ) from error
             file = getattr(sys.modules[point.module], "__file__", None) or point.module
             _installed[kind, name] = Extension(kind, name, value, file)
     return _installed.get((kind, name))

@@ -41,8 +41,8 @@ for command in (
 app.add_typer(config.app, name="config")
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(show: bool) -> None:
+    if show:
         say(f"quorum {importlib.metadata.version('quorum-align')}")
         raise typer.Exit
 
@@ -53,7 +53,7 @@ def quorum(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and exit")
     ] = False,
 ) -> None:
-    # The help is that of the app.
+    # The help text is the app's.
     pass
 
 
@@ -62,5 +62,5 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except BrokenPipeError:
-        # The reader of the output is gone (`quorum status | head`): nothing is wrong.
+        # The reader of the output is gone (`quorum status | head`): not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -18,10 +18,10 @@ def reference(
     write: Annotated[str | None, typer.Option(help="file to write; default: print")] = None,
 ) -> None:
     """List all configuration keys with values, defaults and meaning, as Markdown."""
-    from ray_pipeline.config.reference import reference as made
+    from ray_pipeline.config.reference import reference as render
     from ray_pipeline.workflow.registry import find_workflow, workflow_names
 
-    text = made({name: find_workflow(name).config for name in workflow_names()})
+    text = render({name: find_workflow(name).config for name in workflow_names()})
     if write is None:
         typer.echo(text)
     else:
@@ -32,7 +32,7 @@ def reference(
 def schema(workflow: Annotated[str, typer.Argument(help="name of a workflow, or a file that registers one")]) -> None:
     """Print the JSON schema of a workflow's configuration.
 
-    Save it, and name it in the first line of a YAML file: `# yaml-language-server: $schema=dmapo.schema.json`.
+    Save it, and refer to it in the first line of a YAML file: `# yaml-language-server: $schema=dmapo.schema.json`.
     """
     from ray_pipeline.workflow.registry import find_workflow
 

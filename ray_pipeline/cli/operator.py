@@ -1,4 +1,4 @@
-"""Commands of an operator beside `run`: status, retry, export, clean."""
+"""Commands for operating a run: status, retry, export, clean."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def status(
 ) -> None:
     """Show the progress of a run, wherever it runs.
 
-    Everything comes from the run folder: stages, shards done and failed, rows/s, tokens/s, prefix hits, time to go,
-    and errors by kind (`rows.unparsed`: a judge's reply could not be read; `shards.StoreError`: a shard failed).
-    Rates cover the time since the last refresh. A heartbeat that stands still for some seconds means that the run was
-    killed or lost its storage.
+    Everything comes from the run folder: stages, shards done and failed, rows/s, tokens/s, prefix hits, time left,
+    and errors by kind (`rows.unparsed`: a judge's reply was unreadable; `shards.StoreError`: a shard failed).
+    Rates cover the time since the last refresh. A heartbeat that stops for some seconds means that the run was killed
+    or lost its storage.
 
     With --watch the exit code is 0 when all stages are done, and 1 when a stage failed or work is left.
 
@@ -37,11 +37,11 @@ def status(
 
     console = Console()
     with refused():
-        looks = Watch(run)
+        watcher = Watch(run)
         state = None
         live = Live(console=console, auto_refresh=False) if watch and console.is_terminal and not as_json else None
         with live or contextlib.nullcontext():
-            for state in looks.until_ended(every) if watch else [looks.look()]:
+            for state in watcher.until_ended(every) if watch else [watcher.look()]:
                 if as_json:
                     print(json.dumps(state.plain(), ensure_ascii=False), flush=True)
                 elif live is not None:
@@ -56,7 +56,7 @@ def status(
 def retry(
     run: RunArgument,
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value that the repair needs, for example failure.retries=5")
+        list[str] | None, typer.Argument(help="key=value for the retry, for example failure.retries=5")
     ] = None,
     config: Annotated[
         str | None, typer.Option("--config", "-c", help="configuration of the run; default: the one in its manifest")
@@ -64,11 +64,11 @@ def retry(
 ) -> None:
     """Retry the failed and quarantined shards of a run, and no others.
 
-    A shard that fails is retried with back-off (`failure.retries`, `failure.backoff_s`); one that was given up in
-    `failure.quarantine_after` sessions is left alone by `quorum run`, with its error in the manifest, until this
-    command. Answered calls are not repeated. When it ends well, `quorum run` resumes with what follows.
+    A failing shard is retried with back-off (`failure.retries`, `failure.backoff_s`). After it was given up in
+    `failure.quarantine_after` sessions, `quorum run` skips it, with its error in the manifest, until this command.
+    Calls with a stored reply are not repeated. After a successful retry, `quorum run` continues with the later stages.
 
-    Example: `quorum status RUN` (which shards failed, and of what), then `quorum retry RUN`.
+    Example: `quorum status RUN` (which shards failed, and why), then `quorum retry RUN`.
     """
     from ray_pipeline.config.loading import load_config
     from ray_pipeline.graph.results import read_run
@@ -77,33 +77,33 @@ def retry(
     from ray_pipeline.workflow.stored import config_of
 
     with refused():
-        found = read_run(run)
-        failed = failed_shards(found)
+        stored = read_run(run)
+        failed = failed_shards(stored)
         if not failed:
-            say("no failed or quarantined shards; `quorum run` makes what is missing")
+            say("no failed or quarantined shards; `quorum run` makes missing shards")
             return
-        workflow, folder = find_workflow(found.reference), found.folder.location
+        workflow, folder = find_workflow(stored.reference), stored.folder.location
         if config is not None:
             settings = load_config(workflow.config, config, overrides or [])
         else:
-            settings = config_of(found, overrides or [])
+            settings = config_of(stored, overrides or [])
         for stage, shards in failed.items():
             say(f"{stage}: {len(shards)} shards to retry: {', '.join(map(str, shards[:20]))}")
-        problems = retry_shards(found, workflow.wire(settings, folder), settings, failed, Console(soft_wrap=True))
+        problems = retry_shards(stored, workflow.wire(settings, folder), settings, failed, Console(soft_wrap=True))
     for problem in problems:
         complain(problem)
     if problems:
         raise typer.Exit(STAGE_FAILED)
-    say("no failed shard is left; `quorum run` resumes with what follows")
+    say("no failed shard is left; `quorum run` continues with the later stages")
 
 
 def export(
     run: RunArgument,
     out: Annotated[Path, typer.Option("--out", "-o", help="folder to write; empty, or an earlier export")],
     kind: Annotated[
-        list[str] | None, typer.Option("--kind", help="kto, dpo or sft; default: all that the run has")
+        list[str] | None, typer.Option("--kind", help="kto, dpo or sft; default: all kinds of the run")
     ] = None,
-    stage: Annotated[str, typer.Option(help="stage that wrote them, where a run has several")] = "datasets",
+    stage: Annotated[str, typer.Option(help="stage that wrote the datasets, if a run has several")] = "datasets",
     push: Annotated[
         str | None, typer.Option("--push", help="OWNER/NAME on the Hugging Face Hub; needs a token in HF_TOKEN")
     ] = None,
@@ -111,8 +111,8 @@ def export(
 ) -> None:
     """Write the datasets of a run as one folder with a card, ready for the Hugging Face Hub.
 
-    The folder opens with `datasets.load_dataset(DIR, "kto")`. Every file is checked against the run's fingerprint
-    before it is copied. The card describes how the rows were made; it contains no path of this machine.
+    Load the folder with `datasets.load_dataset(DIR, "kto")`. Every file is checked against the run's fingerprint
+    before it is copied. The card describes how the rows were made and contains no local path.
 
     Examples: `quorum export runs/pocket --out pocket-data`,
     `HF_TOKEN=… quorum export RUN --out data --kind dpo --push me/my-preferences`.
@@ -133,8 +133,9 @@ def clean(
 ) -> None:
     """Show or delete outputs of earlier settings, which the newest manifest of a run does not refer to.
 
-    Stage folders that the manifest names stay, and so does what `datasets`, `policy` and `report` point at, the call
-    log and the logs. Nothing outside the run folder is touched, links are not followed, and a run at work is refused.
+    Stage folders that the manifest names are kept, and so are the targets of `datasets`, `policy` and `report`, the
+    call log and the logs. Nothing outside the run folder is touched, links are not followed, and an active run is
+    refused.
 
     Examples: `quorum clean runs/pocket`, then `quorum clean runs/pocket --yes`.
     """
@@ -142,12 +143,12 @@ def clean(
     from ray_pipeline.operate import clean as cleaning
 
     with refused():
-        found = read_run(run)
+        stored = read_run(run)
         if yes:
-            gone = cleaning.clean(found, say)
+            leftovers = cleaning.clean(stored, say)
         else:
-            gone = cleaning.leftovers(found)
-            for left in gone:
+            leftovers = cleaning.leftovers(stored)
+            for left in leftovers:
                 say(f"{cleaning.size_text(left.size):>10}  {left.name}")
-    total = cleaning.size_text(sum(left.size for left in gone))
-    say(f"{len(gone)} leftovers, {total}{' deleted' if yes else '; --yes deletes them'}")
+    total = cleaning.size_text(sum(left.size for left in leftovers))
+    say(f"{len(leftovers)} leftovers, {total}{' deleted' if yes else '; pass --yes to delete them'}")

@@ -26,16 +26,16 @@ def report(
     from ray_pipeline.workflow.registry import find_workflow
 
     with refused():
-        found = read_run(run)
-        rewrite = find_workflow(found.reference).page
+        stored = read_run(run)
+        rewrite = find_workflow(stored.reference).page
         if rewrite is None:
-            raise StoreError(f"{found.folder.location}: {found.workflow} writes no page")
-        written = rewrite(found)
+            raise StoreError(f"{stored.folder.location}: {stored.workflow} has no report")
+        written = rewrite(stored)
     say(f"report: {written.uri('report.md')}")
     if written.exists("report.html"):
         say(f"page: {written.uri('report.html')}")
         if open_page and not webbrowser.open(f"file://{local_copy(written.location)}/report.html"):
-            complain("no browser to open the page in; open the file by hand")
+            complain("could not open a browser; open the file by hand")
 
 
 def compare(
@@ -64,7 +64,7 @@ def compare(
 
 
 def _print_part(part: Part, names: tuple[str, str]) -> None:
-    """A part of a comparison as a table; names and values are text, whatever is in them."""
+    """Print a part of a comparison as a table; names and values are never markup."""
     from rich.table import Table
     from rich.text import Text
 
@@ -82,7 +82,7 @@ def _print_part(part: Part, names: tuple[str, str]) -> None:
 
 
 def audit(run: RunArgument = "runs/latest") -> None:
-    """Walk every training row back to its verdicts, candidate and prompt, and recompute its label.
+    """Trace every training row back to its verdicts, candidate and prompt, and recompute its label.
 
     Exit code 1 when a row is an orphan, a duplicate, chosen equal to rejected, or at odds with the formulas.
     """
@@ -92,11 +92,11 @@ def audit(run: RunArgument = "runs/latest") -> None:
     from ray_pipeline.workflow.stored import config_of
 
     with refused():
-        found = read_run(run)
-        workflow = find_workflow(found.reference)
+        stored = read_run(run)
+        workflow = find_workflow(stored.reference)
         if workflow.audit is None:
-            raise StoreError(f"{found.folder.location} is a run of {workflow.name}: it makes no training rows to audit")
-        audited = workflow.audit(found, config_of(found))
+            raise StoreError(f"{stored.folder.location}: {workflow.name} makes no training rows to audit")
+        audited = workflow.audit(stored, config_of(stored))
     for name, report in audited.reports.items():
         for problem in report.problems:
             say(f"{problem.kind}: {problem.table} {problem.id}: {problem.message}")

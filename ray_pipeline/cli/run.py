@@ -33,7 +33,7 @@ def run(
     from_stage: Annotated[str | None, typer.Option("--from", help="rerun this stage and everything downstream")] = None,
     to_stage: Annotated[str | None, typer.Option("--to", help="stop after this stage")] = None,
     dry_run: Annotated[bool, typer.Option(help="show the stages and which of them are done; start nothing")] = False,
-    skip_generation: Annotated[bool, typer.Option(help="evaluate the stored tables, without new responses")] = False,
+    skip_generation: Annotated[bool, typer.Option(help="evaluate stored responses, generate no new ones")] = False,
     max_cost: Annotated[
         float | None, typer.Option(help="stop gracefully once total spend across sessions reaches this amount")
     ] = None,
@@ -52,12 +52,12 @@ def run(
 ) -> None:
     """Run a workflow, or resume it: the same command does both.
 
-    dmapo makes preference data by judges, critic and gate and trains on it; fellowship does so by a feedback loop;
-    baselines puts methods and data side by side; agreement holds judges against humans; winrate compares
+    dmapo makes preference data with judges, critic and gate and trains on it; fellowship does so with a feedback loop;
+    baselines compares training methods and datasets; agreement compares judges with humans; winrate compares
     configurations; benchmarks runs MT-Bench, AlpacaEval and IFEval.
 
-    Finished stages are kept, unfinished ones make only their missing shards, and an LLM call that was answered once
-    is never repeated.
+    Finished stages are kept, unfinished ones make only their missing shards, and an LLM call with a stored reply is
+    never repeated.
     """
     from ray_pipeline.config.loading import load_config
     from ray_pipeline.graph.driver import execute
@@ -104,7 +104,7 @@ def run(
         for name, failure in outcome.failures.items():
             complain(f"{name} failed: {failure.reason}")
         if outcome.not_run:
-            complain(f"not run because of that: {', '.join(outcome.not_run)}")
+            complain(f"not run as a result: {', '.join(outcome.not_run)}")
         complain("finished work is kept; rerun the same command to resume")
         raise typer.Exit(BAD_INPUT if all(f.bad_input for f in outcome.failures.values()) else STAGE_FAILED)
     for stage in dag.stages:
@@ -116,7 +116,7 @@ def run(
 
 
 def _link_latest(folder: str, root: str) -> None:
-    """Point `latest` in the folder of runs at this one, for the commands' default. A convenience, and no more."""
+    """Point `latest` in the folder of runs at this run, the default of the other commands. Failures only warn."""
     from ray_pipeline.store.files import Folder, StoreError, point_at
 
     root = os.path.abspath(os.path.expanduser(root))
@@ -126,15 +126,15 @@ def _link_latest(folder: str, root: str) -> None:
         try:
             point_at(Folder(root), "latest", os.path.relpath(folder, root))
         except StoreError as error:
-            complain(f"no link to this run: {error}")
+            complain(f"could not link to this run: {error}")
 
 
 def _show_stages(dag: Dag, folder: str, num_shards: int, from_stage: str | None, to_stage: str | None) -> None:
     from ray_pipeline.graph.resume import load_result
     from ray_pipeline.graph.stage import StageRef
 
-    again = dag.downstream(from_stage) if from_stage else []
+    rerun = dag.downstream(from_stage) if from_stage else []
     for stage in dag.upto(to_stage):
-        done = stage not in again and load_result(StageRef.of(stage, folder, num_shards)) is not None
+        done = stage not in rerun and load_result(StageRef.of(stage, folder, num_shards)) is not None
         reads = ", ".join(parent.name for parent in stage.inputs.values()) or "-"
         say(f"{stage.name:<28} {'done' if done else 'to do':<6} {stage.folder_name:<48} reads {reads}")

@@ -1,4 +1,4 @@
-"""What all commands share: arguments, lines on the terminal, exit codes, and how bad input is refused."""
+"""Shared by all commands: arguments, terminal output, exit codes, and the handling of bad input."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ _err = Console(stderr=True, soft_wrap=True)
 
 
 def say(text: str) -> None:
-    """A line of plain text: output of models and servers is never markup."""
+    """Print a line of plain text: output of models and servers is never markup."""
     Console(soft_wrap=True).print(text, markup=False, highlight=False)
 
 
 def complain(message: object) -> None:
-    """A line on standard error."""
+    """Print a line on standard error."""
     _err.print(f"quorum: {message}", markup=False, highlight=False)
 
 
 @contextlib.contextmanager
 def refused() -> Iterator[None]:
-    """Bad input ends the command with one line and exit code 2."""
+    """End the command on bad input with one line and exit code 2."""
     from ray_pipeline.graph.heartbeat import RunBusy
 
     try:

@@ -1,1 +1,1 @@
-"""The YAML file of a run: blocks that every workflow shares, loading with overrides, and messages that name the key."""
+"""The YAML file of a run: blocks shared by all workflows, loading with overrides, and error messages."""

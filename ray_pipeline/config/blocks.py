@@ -1,4 +1,4 @@
-"""Blocks of the YAML file that every workflow has, and where work may be placed."""
+"""Blocks of the YAML file shared by all workflows, and the placement of work on nodes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ray_pipeline.store.files import join, normalise_location
 
 
 class Room(Settings):
-    """On which nodes something may run."""
+    """The nodes that work may run on."""
 
     label_selector: dict[str, str] = Field(default_factory=dict, description="labels of the nodes that may be used")
     resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
-        default_factory=dict, description="custom resources that it takes, as `ray start --resources` names them"
+        default_factory=dict, description="custom resources to reserve, as named by `ray start --resources`"
     )
 
     def room(self) -> dict[str, Any]:
@@ -39,24 +39,26 @@ class CallsBlock(Settings):
     """The `calls` block: the log of every LLM call."""
 
     root: str | None = Field(None, description="folder of the call log; default: `calls` in the run folder")
-    replay_only: bool = Field(False, description="answer from the log alone, and fail where it has no reply")
+    replay_only: bool = Field(False, description="use only stored replies, and fail on a call without one")
 
     def folder(self, run_folder: str) -> str:
-        """Where the call log lies."""
+        """The folder of the call log."""
         return normalise_location(self.root or join(run_folder, "calls"))
 
 
 class RayBlock(Settings):
-    """The `ray` block: which cluster, and what a local one may use."""
+    """The `ray` block: the cluster to use, and the limits of a local one."""
 
     address: str | None = Field(None, description="default: RAY_ADDRESS, or a new cluster on this machine")
     num_cpus: int | None = Field(None, ge=1, description="CPUs of a new local cluster; default: all")
     num_gpus: int | None = Field(None, ge=0, description="GPUs of a new local cluster; default: all")
-    object_store_memory: int | None = Field(None, ge=80_000_000, description="bytes")
-    max_stages: int | None = Field(
-        None, ge=1, description="stages at work at once; default: all whose inputs are there (set it without GPUs)"
+    object_store_memory: int | None = Field(
+        None, ge=80_000_000, description="object store of a new local cluster, in bytes; default: Ray's"
     )
-    tables: Room = Field(Room(), description="nodes for stages without an engine, one task of one CPU a shard")
+    max_stages: int | None = Field(
+        None, ge=1, description="stages that run at once; default: all whose inputs are done (set it without GPUs)"
+    )
+    tables: Room = Field(Room(), description="nodes for stages without an engine (one task with one CPU per shard)")
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of `ray.init`."""

@@ -1,4 +1,4 @@
-"""Read a configuration: one YAML file, and overrides as `key=value`."""
+"""Reading a configuration: one YAML file, and overrides as `key=value`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def load_config(kind: type[C], name_or_path: str, overrides: Sequence[str] = ())
     """Read a configuration and check everything that can be checked before a stage starts.
 
     Args:
-        kind: class of the configuration, as of a workflow (`find_workflow("dmapo").config`).
+        kind: class of the configuration, such as a workflow's (`find_workflow("dmapo").config`).
         name_or_path: a YAML file, or the name of one that comes with Quorum (`pocket`, `configs/pocket.yaml`).
         overrides: `key=value`, with dots for nesting (`gate.tau=2`) and YAML values; list items by number.
 
@@ -31,16 +31,16 @@ def load_config(kind: type[C], name_or_path: str, overrides: Sequence[str] = ())
     config = read_config(kind, read_yaml(name_or_path), overrides, name_or_path)
     try:
         config.check()
-    except ValueError as error:  # a file of prompt texts has errors of its own
+    except ValueError as error:  # a file of prompt templates raises other errors
         raise ConfigError(str(error)) from error
     return config
 
 
 def read_config(kind: type[C], values: Mapping[str, Any], overrides: Sequence[str] = (), source: str = "config") -> C:
-    """A configuration from plain data: types and keys alone are checked, so neither weights nor trainers are needed.
+    """A configuration from plain data. Only types and keys are checked, so neither weights nor trainers are needed.
 
     Args:
-        values: what a YAML file, or the manifest of a run, holds.
+        values: content of a YAML file or of a run's manifest.
         source: named in errors.
 
     Raises:
@@ -62,11 +62,11 @@ def read_yaml(name_or_path: str) -> dict[str, Any]:
             with open(name_or_path, encoding="utf-8") as file:
                 text = file.read()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{name_or_path} cannot be read: {error}") from error
+            raise ConfigError(f"cannot read {name_or_path}: {error}") from error
     else:
         folder = importlib.resources.files("configs")
         name = os.path.basename(name_or_path).removesuffix(".yaml") + ".yaml"
-        # A path that leads nowhere is a mistake, whatever it ends with.
+        # A path to a missing file is an error, even if its last part is the name of a shipped file.
         if os.path.dirname(name_or_path) not in ("", "configs") or not (folder / name).is_file():
             known = sorted(f.name for f in folder.iterdir() if f.name.endswith(".yaml"))
             raise ConfigError(f"no config file {name_or_path}; Quorum comes with {', '.join(known)}")
@@ -81,7 +81,7 @@ def read_yaml(name_or_path: str) -> dict[str, Any]:
 
 
 class UniqueKeys(yaml.SafeLoader):
-    """YAML as usual, but a duplicate key is an error: the first block would be lost without a word."""
+    """YAML that refuses duplicate keys: PyYAML would silently drop the first block."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -96,7 +96,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     """Set the key of `key=value` in place. Raises ConfigError."""
     key, sign, text = override.partition("=")
     if not sign or not key:
-        raise ConfigError(f"an override is key=value (for example gate.tau=2), not {override!r}")
+        raise ConfigError(f"{override!r} is not an override; write key=value, for example gate.tau=2")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -109,7 +109,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         else:
             place = place.setdefault(step, {})
             if place is None:
-                raise ConfigError(f"{key}: {step} is empty in the file; write it out there")
+                raise ConfigError(f"{key}: {step} is empty in the file; write the block there")
         if not isinstance(place, (dict, list)):
             raise ConfigError(f"{key}: {step} is a value, not a block")
     if isinstance(place, list):

@@ -1,4 +1,4 @@
-"""Errors of a configuration, in the words of the file: the key, what is wrong with it, and the nearest right one."""
+"""Error messages of a configuration: the key as written in the file, the problem, and the nearest known key."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def explain(error: ValidationError, kind: type[BaseModel], source: str) -> str:
     """All problems of a configuration on one line.
 
     Args:
-        kind: the class that refused it, where the nearest key is looked up.
+        kind: class that refused the values; its keys are the suggestions.
         source: file or command that the values come from.
     """
     return f"{source}: " + "; ".join(_line(problem, kind) for problem in error.errors())
 
 
 def first_problem(error: ValidationError) -> str:
-    """The first problem of a block that is validated by itself."""
+    """The first problem of a block that is validated separately."""
     problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"])
     message = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"].removeprefix("Value error, ")
@@ -32,7 +32,7 @@ def first_problem(error: ValidationError) -> str:
 
 
 def nearest(name: str, known: Iterable[Any]) -> str:
-    """End of a message: the known name that is closest, else all of them, else nothing."""
+    """End of a message: the closest known name, else all of them, else nothing."""
     names = [str(k) for k in known]
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if close:
@@ -54,19 +54,19 @@ def _line(problem: Any, kind: type[BaseModel]) -> str:
 
 
 def _fields_at(kind: Any, where: Sequence[Any]) -> list[str]:
-    """Names of the keys at a place of the configuration, as far as its types tell."""
+    """Names of the keys at a place of the configuration, derived from its types."""
     types = [kind]
     for part in where:
-        found: list[Any] = []
+        inner: list[Any] = []
         for one in types:
             for model in _models_in(one):
                 if isinstance(part, str) and part in model.model_fields:
-                    found.append(model.model_fields[part].annotation)
+                    inner.append(model.model_fields[part].annotation)
                 elif isinstance(part, str) and part == getattr(model.model_fields.get("type"), "default", None):
-                    found.append(model)
+                    inner.append(model)
             if not isinstance(one, type) or not issubclass(one, BaseModel):
-                found += [a for a in get_args(one) if isinstance(part, int) or a is not str]
-        types = found or types
+                inner += [a for a in get_args(one) if isinstance(part, int) or a is not str]
+        types = inner or types
     return sorted({name for one in types for model in _models_in(one) for name in model.model_fields})
 
 

@@ -1,4 +1,4 @@
-"""The reference of all configuration keys, made from the settings classes: `docs/configuration.md`."""
+"""The reference of all configuration keys, generated from the settings classes: `docs/configuration.md`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def blocks_of(config: type[BaseModel], path: str = "") -> Iterator[tuple[str, ty
 
 
 def description_of(field: FieldInfo) -> str:
-    """What a key means: its own description, or for a block the first sentence of its class."""
+    """Meaning of a key: its own description, or for a block the first sentence of its class."""
     if field.description:
         return field.description
     blocks = blocks_in(field.annotation)

@@ -13,7 +13,7 @@ from ray_pipeline.store.keys import canonical_json
 
 
 class Settings(BaseModel):
-    """A block of the YAML file. Unknown keys are errors, and errors do not show blocks: one may hold a pasted key."""
+    """A block of the YAML file. Unknown keys are errors; errors never show a block, which may contain an API key."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), hide_input_in_errors=True
@@ -26,16 +26,16 @@ class Settings(BaseModel):
         return cls(**{name: getattr(whole, name) for name in shared}, **more)
 
     def decisive(self, exclude: Collection[str] = ()) -> dict[str, Any]:
-        """What the fingerprint of a stage reads of this block: the settings that differ from their defaults, as JSON.
+        """This block's part of a stage's fingerprint: the settings that differ from their defaults, as JSON.
 
-        A key that is added with a default must not change the fingerprints of stored runs, which would remake their
-        stages and train their policies again. A default that is changed must remake them, and does not do it by
-        itself: tests/golden/defaults.json fails until the `version` of the stages that read it is raised.
+        A new key with a default must not change the fingerprints of stored runs, which would rerun their stages and
+        retrain their policies. A changed default must rerun them but does not change the dump, so
+        tests/golden/defaults.json fails until the `version` of the stages that read it is raised.
 
         Two blocks that differ in a setting give different dumps. The tag of a union's member is therefore always kept.
 
         Args:
-            exclude: keys of this block that do not decide what the stage makes.
+            exclude: keys of this block that do not affect the stage's output.
         """
         plain = self.model_dump(mode="json", exclude=set(exclude))
         return {
@@ -46,7 +46,7 @@ class Settings(BaseModel):
 
 
 def _decisive(value: Any, plain: Any) -> Any:
-    """The dump of a value, with the defaults of the blocks in it left out."""
+    """The dump of a value without the defaults of its blocks."""
     if isinstance(value, Settings):
         return value.decisive()
     if isinstance(value, tuple | list):
@@ -77,8 +77,8 @@ class ConfigFile(Settings):
 
     @classmethod
     def resolve(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Turn what a user writes into plain values (model names into folders). Raises ConfigError."""
+        """Resolve the user's values into plain ones (model names into folders). Raises ConfigError."""
         return dict(values)
 
     def check(self) -> None:
-        """Check files, models and names of other libraries. Raises ConfigError, or ValueError for a file of texts."""
+        """Check files, models and names of other libraries. Raises ConfigError, or ValueError for a template file."""

@@ -1,8 +1,7 @@
-"""What a run folder holds beside its newest run: stage folders that its manifest does not name.
+"""Leftovers in a run folder: stage folders that the newest manifest does not name.
 
-Only folders that Quorum itself makes are looked at: `NAME-FINGERPRINT` directly in the run folder, and files that an
-interrupted write left behind there. The call log, logs, and whatever else lies there is never touched. Links are
-neither followed nor removed.
+Only folders made by Quorum are considered: `NAME-FINGERPRINT` directly in the run folder, and temporary files of
+interrupted writes. The call log, the logs and everything else are never touched. Links are not followed or removed.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from ray_pipeline.graph.heartbeat import BEAT_SECONDS, Heartbeat
 from ray_pipeline.graph.results import Run, read_run
 from ray_pipeline.store.files import StoreError
 
-#: A stage folder ends with its fingerprint (16 hexadecimal digits), a report of an unfinished run with a digest.
+#: A stage folder ends with its fingerprint (16 hexadecimal digits), the report of an unfinished run with a digest.
 _MADE = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*-([0-9a-f]{16}|[0-9a-f]{32})$")
 _TORN = re.compile(r"^\..+\.[0-9a-f]{32}\.tmp$")
 
@@ -34,30 +33,30 @@ class Leftover:
 
 
 def leftovers(run: Run) -> list[Leftover]:
-    """What `clean` would delete, by name."""
+    """What `clean` would delete, sorted by name."""
     kept = {stage.path for stage in run.stages.values()} | _viewed(run)
-    found = []
+    leftover = []
     selector = pafs.FileSelector(run.folder.path(), recursive=False)
     for info in run.folder.fs.get_file_info(selector):
         name, is_folder = info.base_name, info.type == pafs.FileType.Directory
         if run.folder.is_local and os.path.islink(info.path):
             continue
         if (is_folder and _MADE.match(name) and name not in kept) or (not is_folder and _TORN.match(name)):
-            found.append(Leftover(name, is_folder, _size(run, name) if is_folder else info.size or 0))
-    return sorted(found, key=lambda left: left.name)
+            leftover.append(Leftover(name, is_folder, _size(run, name) if is_folder else info.size or 0))
+    return sorted(leftover, key=lambda left: left.name)
 
 
 def clean(run: Run, say: Callable[[str], None], beat_seconds: float = BEAT_SECONDS) -> list[Leftover]:
     """Delete the leftovers and return them.
 
     Raises:
-        RunBusy: the run is being worked on.
+        RunBusy: the run is active.
         StoreError: a name leads out of the run folder, or something cannot be deleted.
     """
     with Heartbeat(run.folder, beat_seconds=beat_seconds, say=say):
-        # Read again under the heartbeat: a run may have ended in between and made one of them its own.
-        found = leftovers(read_run(run.folder.location))
-        for left in found:
+        # Read again under the heartbeat: a run may have ended in between and now refer to one of them.
+        leftover = leftovers(read_run(run.folder.location))
+        for left in leftover:
             path = run.folder.path(left.name)
             try:
                 if not run.folder.is_local:
@@ -67,13 +66,15 @@ def clean(run: Run, say: Callable[[str], None], beat_seconds: float = BEAT_SECON
                 else:
                     os.unlink(path)
             except OSError as error:
-                raise StoreError(f"{path} cannot be deleted ({error}); what was deleted before it is gone") from error
+                raise StoreError(
+                    f"cannot delete {path} ({error}); leftovers before it are deleted, fix this one and rerun"
+                ) from error
             say(f"deleted {left.name} ({size_text(left.size)})")
-    return found
+    return leftover
 
 
 def _viewed(run: Run) -> set[str]:
-    """Folders that the views point at: a policy stays usable after a re-gate."""
+    """Folders that the views link to: a policy stays usable after `quorum regate`."""
     if not run.folder.is_local:
         return set()
     with os.scandir(run.folder.path()) as found:
@@ -91,7 +92,7 @@ def _size(run: Run, name: str) -> int:
 
 
 def size_text(size: float) -> str:
-    """Bytes for readers."""
+    """Bytes as text: 999 B, 1.0 kB, …"""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""What a comparison of two runs reads of each: manifest and the numbers of its report."""
+"""The data that a comparison reads of each run: its manifest and the numbers of its report."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ def side_of(run: Run) -> Side:
     """One side of `quorum compare`.
 
     Raises:
-        StoreError: the run has no report yet, saying how to write one.
+        StoreError: the run has no report yet; the message says how to write one.
     """
     from ray_pipeline.operate.side_by_side import Side
 
     numbers = find_workflow(run.reference).numbers
     if numbers is None:
-        raise StoreError(f"{run.folder.location} is a run of {run.workflow}, whose runs cannot be compared")
+        raise StoreError(f"{run.folder.location}: runs of {workflow} cannot be compared")
     name = f"report/{numbers}"
     try:
         metrics: dict[str, Any] = run.folder.read_json(name)
     except FileNotFoundError as error:
-        told = f"{run.folder.location} has no {name}; `quorum report {run.folder.location}` writes it"
-        raise StoreError(told) from error
+        message = f"{run.folder.location} has no {name}; run `quorum report {run.folder.location}` to write it"
+        raise StoreError(message) from error
     except json.JSONDecodeError as error:
-        told = f"{run.folder.uri(name)} is no JSON; `quorum report {run.folder.location}` writes it anew"
-        raise StoreError(told) from error
+        message = f"{run.folder.uri(name)} is not valid JSON; run `quorum report {run.folder.location}` to rebuild it"
+        raise StoreError(message) from error
     return Side(
         name=run.name,
         folder=run.folder.location,

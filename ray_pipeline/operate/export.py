@@ -1,4 +1,4 @@
-"""The data sets of a run as one folder that the Hugging Face hub takes as it is: a card, and a configuration a kind."""
+"""The datasets of a run as one folder, ready for the Hugging Face Hub: a card, and one configuration per kind."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ray_pipeline.data.datasets import SPLITS
 from ray_pipeline.graph.results import Run, of_role
 from ray_pipeline.store.files import Folder, StoreError
 
-#: By this file a folder is known as an export, which another one may replace.
+#: This file marks a folder as an export, which may be overwritten.
 _MARK = "quorum.json"
 _KINDS = ("kto", "dpo", "sft")
 _SPLIT_NAMES = {"train": "train", "val": "validation"}
@@ -25,29 +25,29 @@ def export(run: Run, out: Path, kinds: Sequence[str] = (), stage: str = "dataset
     """Write `out/README.md`, `out/KIND/{train,val}/*.parquet`, `out/KIND/README.md` and `out/quorum.json`.
 
     Args:
-        kinds: which data sets; none: all that the run has.
+        kinds: which datasets; empty: all of the run.
         stage: the stage that wrote them (a comparison has several: `datasets-gated-s0`).
 
     Returns:
         The files written.
 
     Raises:
-        StoreError: the stage is not done, has no such kind, a file is torn or foreign, or `out` holds something else.
+        StoreError: the stage is not done, has no such kind, a file is torn or foreign, or `out` is not an export.
     """
     if stage not in run.results:
-        others = ", ".join(found.name for found in of_role(run.results, "datasets", "branch datasets")) or "none"
-        raise StoreError(f"{run.folder.location}: {stage} is not done; data sets that are: {others}")
+        others = ", ".join(other.name for other in of_role(run.results, "datasets", "branch datasets")) or "none"
+        raise StoreError(f"{run.folder.location}: {stage} is not done; finished datasets: {others}")
     result = run.results[stage]
     source = Folder(result.folder)
-    there = [kind for kind in _KINDS if kind in source.folders()]
-    missing = [kind for kind in kinds if kind not in there]
+    present = [kind for kind in _KINDS if kind in source.folders()]
+    missing = [kind for kind in kinds if kind not in present]
     if missing:
-        raise StoreError(f"{source.location} has no {missing[0]} data set; it has {', '.join(there)}")
+        raise StoreError(f"{source.location} has no {missing[0]} dataset; it has {', '.join(present)}")
     if out.exists() and any(out.iterdir()) and not (out / _MARK).is_file():
-        raise StoreError(f"{out} is not empty and no earlier export; name an empty folder")
+        raise StoreError(f"{out} is not empty and not an earlier export; choose an empty folder")
     target, written = Folder(str(out)), list[Path]()
     rows: dict[str, dict[str, int]] = {}
-    for kind in kinds or there:
+    for kind in kinds or present:
         rows[kind] = {}
         for split in SPLITS:
             place = source / kind / split
@@ -57,7 +57,7 @@ def export(run: Run, out: Path, kinds: Sequence[str] = (), stage: str = "dataset
                 (target / kind / split).write_bytes(name, place.read_bytes(name))
                 written.append(out / kind / split / name)
             for name in (target / kind / split).names(".parquet"):
-                if name not in names:  # of an earlier export; a loader would read it
+                if name not in names:  # left from an earlier export; a loader would read it
                     (target / kind / split).delete(name)
         (target / kind).write_bytes("README.md", (source / kind).read_bytes("README.md"))
     cards = {kind: (source / kind).read_bytes("README.md").decode() for kind in rows}
@@ -67,7 +67,7 @@ def export(run: Run, out: Path, kinds: Sequence[str] = (), stage: str = "dataset
 
 
 def _origin(run: Run, stage: str) -> dict[str, Any]:
-    """Where the rows came from, without a path of this machine."""
+    """Where the rows came from, without local paths."""
     return {
         "workflow": run.workflow,
         "run": run.config.get("run", {}).get("name"),
@@ -80,7 +80,7 @@ def _origin(run: Run, stage: str) -> dict[str, Any]:
 
 
 def _card(run: Run, cards: dict[str, str], rows: dict[str, dict[str, int]]) -> str:
-    """README.md whose front matter names a configuration a kind; the text is that of the kinds' own cards."""
+    """README.md: front matter with one configuration per kind, then the texts of the kinds' own cards."""
     parts = {kind: _split_card(card) for kind, card in cards.items()}
     first = next(iter(parts.values()))[0]
     front = {
@@ -123,32 +123,32 @@ def _split_card(card: str) -> tuple[dict[str, Any], str]:
 
 
 def _demoted(text: str) -> str:
-    """Headings one level down, and without the code block, whose path is that of a single data set."""
+    """The text with headings one level down and without the code block, whose path is that of a single dataset."""
     text = re.sub(r"```python\n.*?```\n\n?", "", text, flags=re.S)
     return re.sub(r"^#", "##", text, flags=re.M)
 
 
 def push(out: Path, repo: str, *, public: bool = False) -> str:
-    """Upload an exported folder to the hub as a data set; returns its address.
+    """Upload an exported folder to the Hub as a dataset; returns its URL.
 
     Raises:
-        StoreError: no token in the environment, a name that is none, or the hub refuses.
+        StoreError: no token in the environment, an invalid name, or the Hub refuses.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     if not _REPO.match(repo):
-        raise StoreError(f"--push takes OWNER/NAME, not {repo!r}")
+        raise StoreError(f"--push must be OWNER/NAME, not {repo!r}")
     token = os.environ.get("HF_TOKEN")
     if not token:
-        raise StoreError("--push needs your hub token in the environment variable HF_TOKEN; the folder is written")
+        raise StoreError("--push needs a Hub token; set the environment variable HF_TOKEN (the folder is written)")
     api = HfApi(token=token)
     try:
         api.create_repo(repo, repo_type="dataset", private=not public, exist_ok=True)
         api.upload_folder(
-            repo_id=repo, repo_type="dataset", folder_path=str(out), commit_message="Data set from Quorum"
+            repo_id=repo, repo_type="dataset", folder_path=str(out), commit_message="Add dataset made with Quorum"
         )
     except (HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0].replace(token, "…")
-        raise StoreError(f"the hub did not take {repo}: {reason}; the folder {out} is written") from None
+        raise StoreError(f"the Hub refused {repo}: {reason}; the folder {out} is written") from None
     return f"https://huggingface.co/datasets/{repo}"

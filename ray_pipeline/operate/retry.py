@@ -1,4 +1,4 @@
-"""Failed and quarantined shards once more, and no others."""
+"""Retrying the failed and quarantined shards of a run, and no others."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ Failed = dict[str, tuple[int, ...]]
 
 
 def failed_shards(run: Run) -> Failed:
-    """Stage → its failed and quarantined shards, of the stages that the manifest names and that are not done."""
-    found: Failed = {}
+    """Stage → its failed and quarantined shards, for the stages in the manifest that are not done."""
+    failed: Failed = {}
     for name, stage in run.stages.items():
         if not stage.done and (shards := read_failures(run.folder / stage.path)):
-            found[name] = tuple(sorted(shards))
-    return found
+            failed[name] = tuple(sorted(shards))
+    return failed
 
 
 def retry_shards(run: Run, dag: Dag, settings: Any, failed: Failed, console: Console) -> list[str]:
-    """Make these shards. Returns what is still wrong, a line a stage.
+    """Make these shards. Returns the remaining problems, one line per stage.
 
     Args:
-        dag: as the run's configuration wires it.
+        dag: wired from the run's configuration.
         settings: that configuration.
 
     Raises:
-        StoreError: the configuration gives a failed stage another fingerprint, so its shards are not this run's.
-        RunBusy: the run is being worked on.
+        StoreError: the configuration changes the fingerprint of a failed stage, so its shards are not this run's.
+        RunBusy: the run is active.
     """
     stages = {stage.name: stage for stage in dag.stages}
     for name in failed:
         if name not in stages or stages[name].fingerprint != run.stages[name].fingerprint:
             raise StoreError(
-                f"{run.folder.location}: with this configuration {name} is another stage than the one whose shards "
-                "failed; leave out what changes its output, or use `quorum run`"
+                f"{run.folder.location}: this configuration changes the output of {name}, whose shards failed; remove "
+                "the changes that affect it, or use `quorum run`"
             )
     how = run_settings(settings, run.folder.location, workflow=run.reference, only=failed, lift_quarantine=True)
     groups = [g for g in dag.groups if any(stages[name].group_name == g for name in failed)]
@@ -51,7 +51,7 @@ def retry_shards(run: Run, dag: Dag, settings: Any, failed: Failed, console: Con
         outcome = execute(dag, how, executor_of(settings), to_group=group, console=console)
         for name in (name for name in failed if stages[name].group_name == group):
             if name in outcome.not_run:
-                problems.append(f"{name}: a stage that it reads is not done; `quorum run` makes it")
+                problems.append(f"{name}: an input stage is not done; use `quorum run` to make it")
             elif name in outcome.failures and read_failures(stage_folder(run.folder.location, stages[name])):
                 problems.append(f"{name}: {outcome.failures[name].reason}")
         if problems:

@@ -1,4 +1,4 @@
-"""How a workflow is run, from its configuration: for `quorum run`, for the probe of a plan, for a retry."""
+"""Run settings and executor from a workflow's configuration: for `quorum run`, `plan --probe` and `retry`."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ def run_settings(
     only: dict[str, tuple[int, ...]] | None = None,
     **other: Any,
 ) -> RunSettings:
-    """
+    """The settings of one session of a run.
+
     Args:
-        folder: of the run; absolute path or URI.
-        calls_root: of the call log; default: the configuration's.
-        only: by stage, the shards to make.
-        other: further fields of RunSettings, which win.
+        folder: run folder; absolute path or URI.
+        calls_root: folder of the call log; default: the configuration's.
+        only: stage → shards to make; default: all.
+        other: further fields of RunSettings; they override.
     """
     session = Session(
         folder,
@@ -37,17 +38,18 @@ def run_settings(
         replay_only=config.calls.replay_only,
         only=only,
     )
-    given: dict[str, Any] = {
+    values: dict[str, Any] = {
         "config": config.model_dump(mode="json"),
         "given": config.model_dump(mode="json", exclude_unset=True),
         "report": config.page().model_dump(mode="json"),
         "budget": budget_of(config, None, None),
     }
-    return RunSettings(session, **(given | other))
+    return RunSettings(session, **(values | other))
 
 
 def executor_of(config: RunConfig, name: str = "ray", max_stages: int | None = None) -> Executor:
-    """
+    """The executor of a run.
+
     Args:
         name: one of `EXECUTORS`.
         max_stages: default: the configuration's.

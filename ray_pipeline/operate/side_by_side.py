@@ -27,8 +27,8 @@ _USE = {
 
 @dataclass(frozen=True)
 class Side:
-    """One run: its configuration, the fingerprint and the use of each stage that is done, and its metrics.json
-    (agreement.json or winrate.json of those workflows).
+    """One run: its configuration, fingerprint and usage of each finished stage, and the numbers of its report
+    (metrics.json, agreement.json, winrate.json or benchmarks.json).
     """
 
     name: str
@@ -42,7 +42,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Row:
-    """One line: both sides as text, "–" where a side has none, and their difference where it is a number."""
+    """One line: both sides as text ("–": no value), and the difference of numbers."""
 
     name: str
     a: str
@@ -65,14 +65,14 @@ class Part:
 
 
 def side_by_side(a: Side, b: Side) -> list[Part]:
-    """All parts that have rows, in the order of the pipeline. Stages of equal fingerprint are the same stage.
+    """All parts with rows, in the order of the pipeline. Stages with equal fingerprints are the same.
 
     Raises:
-        ValueError: the runs are of different workflows; they share no figures.
+        ValueError: the runs are of different workflows, which share no figures.
     """
     if a.workflow != b.workflow:
         raise ValueError(
-            f"{a.folder} is a run of {a.workflow} and {b.folder} one of {b.workflow}: name two runs of one workflow"
+            f"{a.folder} is a run of {a.workflow}, but {b.folder} is a run of {b.workflow}; choose runs of one workflow"
         )
     stages = _stages(a, b)
     same = sum(not row.differs for row in stages)
@@ -89,7 +89,7 @@ def side_by_side(a: Side, b: Side) -> list[Part]:
 
 
 def compare_page(a: Side, b: Side) -> str:
-    """The parts as one HTML page, with the charts of both runs laid over each other."""
+    """The parts as one HTML page, with the charts of both runs overlaid."""
     parts = side_by_side(a, b)
     names = _names(a, b)
     changed = sum(len(part.rows) for part in parts if part.kind == "config")
@@ -101,7 +101,7 @@ def compare_page(a: Side, b: Side) -> str:
             subtitle=f"Quorum, two runs of {a.workflow} side by side: {a.folder} and {b.folder}",
             headline=(
                 f"Keys of the configuration that differ: {changed}; {same} of {len(stages)} stages are the same. "
-                "Differences are the second run less the first."
+                "Differences are the second run minus the first."
             ),
             sections=[
                 Section(part.kind, part.title, [*panels(*_charts(part.kind, a, b, names)), _table(part, names)])
@@ -112,7 +112,7 @@ def compare_page(a: Side, b: Side) -> str:
 
 
 def _table(part: Part, names: tuple[str, str]) -> Table:
-    """Configuration and fingerprints are words and have no difference."""
+    """A part as a table; configuration and fingerprints are text and have no difference column."""
     words = part.kind in ("config", "stages")
     rows: Rows = []
     for row in part.rows:
@@ -139,7 +139,7 @@ def _config(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Row]:
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted key → value as text; entries of a list by their `name`, else by their place."""
+    """Dotted key → value as text; list entries by their `name`, else by their index."""
     if isinstance(value, Mapping) and value:
         for key, item in value.items():
             yield from _flat(item, f"{path}.{key}" if path else str(key))
@@ -267,15 +267,15 @@ def _estimates(a: Side, b: Side, of: Callable[[Side], Iterator[tuple[str, Interv
         x, y = one.get(name, nothing), other.get(name, nothing)
         if x.mean is not None or y.mean is not None:
             gap = "" if x.mean is None or y.mean is None else f"{y.mean - x.mean:+.{digits}f}"
-            rows.append(Row(name, _told(x, digits), _told(y, digits), gap))
+            rows.append(Row(name, _interval(x, digits), _interval(y, digits), gap))
     return rows
 
 
-def _told(found: Interval, digits: int) -> str:
-    text = _figure(found.mean, digits)
-    if found.low is None or found.high is None:
+def _interval(estimate: Interval, digits: int) -> str:
+    text = _figure(estimate.mean, digits)
+    if estimate.low is None or estimate.high is None:
         return text
-    return f"{text} ({found.low:.{digits}f} to {found.high:.{digits}f})"
+    return f"{text} ({estimate.low:.{digits}f} to {estimate.high:.{digits}f})"
 
 
 def _figure(value: float | None, digits: int) -> str:
@@ -325,7 +325,7 @@ def _sides(names: tuple[str, str], found: Sequence[Any]) -> list[tuple[str, str,
 
 
 def _bins(name: str, colour: str, counts: Mapping[str, int]) -> Bins:
-    """Whole scores as bins of width one."""
+    """Integer scores as bins of width one."""
     by_score = {int(score): count for score, count in counts.items()}
     low, high = min([1, *by_score]), max([10, *by_score])
     edges = [score - 0.5 for score in range(low, high + 2)]

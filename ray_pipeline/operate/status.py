@@ -1,8 +1,8 @@
-"""What a run has done and is doing, read from its folder alone: it may run on another machine.
+"""The state of a run, read only from its folder: it may run on another machine.
 
-The manifest says which stages are done, `progress.json` (written every two seconds by whoever runs) what the others are
-doing, receipts and failure records what went wrong. Whether the run lives is told by a heartbeat that moves: clocks of
-two machines are never compared.
+The manifest lists the finished stages; `progress.json`, written every two seconds by the running process, has the
+progress of the others; receipts and failure records have the errors. A run is alive if its heartbeat changes: clocks
+of two machines are never compared.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from ray_pipeline.graph.progress import StageProgress
 from ray_pipeline.graph.results import Run, StageRecord, read_run
 from ray_pipeline.store.files import Folder, StoreError
 
-#: Ends of a count's name that mean that a row is not what it should be (`helpfulness.unparsed`, `error`).
+#: Last parts of a count's name that mark bad rows (`helpfulness.unparsed`, `error`).
 ROW_ERRORS = ("unparsed", "truncated", "too_long", "error")
 
-#: Life of a run: its heartbeat moves; a heartbeat stands still (killed, or cut off from its storage); it has none.
+#: Life of a run: its heartbeat changes; the heartbeat stopped (killed, or cut off from its storage); it has none.
 Life = Literal["running", "silent", "ended"]
 
 
 @dataclasses.dataclass
 class StageState:
-    """One stage as an operator sees it. Rates are of the latest interval where two looks were taken, else the mean.
+    """One stage as shown to an operator. Rates cover the time since the last look, or the whole stage at the first.
 
-    `errors` is by kind: `rows.unparsed`, `shards.StoreError` …; `error` is why the stage itself failed.
+    `errors` is by kind: `rows.unparsed`, `shards.StoreError`, …; `error` is the reason of a failed stage.
     """
 
     name: str
@@ -73,7 +73,7 @@ class RunState:
 
     @property
     def eta_seconds(self) -> float | None:
-        """Seconds until the stages that are at work now are done; stages that wait are not guessed."""
+        """Seconds until the stages that are running now are done; waiting stages are not estimated."""
         known = [s.eta_seconds for s in self.stages if s.status == "running" and s.eta_seconds is not None]
         return max(known) if known else None
 
@@ -89,10 +89,10 @@ class RunState:
 
 
 class Watch:
-    """Looks at a run folder again and again; remembers what cannot change and the last counters for rates.
+    """Repeated looks at a run folder; caches immutable files and the last counters, for rates.
 
     Args:
-        clock, sleep: seconds; tests give their own.
+        clock, sleep: in seconds; replaced in tests.
     """
 
     def __init__(
@@ -110,13 +110,13 @@ class Watch:
         self._beat: object = None
 
     def look(self, patience: float = 1.5 * BEAT_SECONDS) -> RunState:
-        """The run now.
+        """The current state of the run.
 
         Args:
-            patience: seconds to wait for a heartbeat to move before a run is called silent.
+            patience: seconds to wait for the heartbeat to change before the run is called silent.
 
         Raises:
-            StoreError: the folder holds no run.
+            StoreError: the folder contains no run.
         """
         run = read_run(self.folder.location)
         life = self._life(patience)
@@ -131,7 +131,7 @@ class Watch:
         return RunState(self.folder.location, run.workflow, life, stages)
 
     def until_ended(self, every: float) -> Iterator[RunState]:
-        """The run as it is now and every so many seconds, until nobody works on it any more."""
+        """The state of the run now and every `every` seconds, until the run ends or goes silent."""
         while True:
             state = self.look()
             yield state
@@ -158,9 +158,9 @@ class Watch:
 
     def _progress(self) -> dict[str, StageProgress]:
         try:
-            found = self.folder.read_json("progress.json")
-            return {stage["name"]: StageProgress.read(stage) for stage in found}
-        except (FileNotFoundError, StoreError, TypeError, KeyError):  # not yet there, or another version's
+            stages = self.folder.read_json("progress.json")
+            return {stage["name"]: StageProgress.read(stage) for stage in stages}
+        except (FileNotFoundError, StoreError, TypeError, KeyError):  # not written yet, or by another version
             return {}
 
     def _stage(self, run: Run, stage: StageRecord, now: StageProgress | None) -> StageState:
@@ -176,7 +176,7 @@ class Watch:
             if state.shards_done:
                 state.status = "partial" if state.status == "waiting" else state.status
             elif now is None:
-                self._untouched.add(stage.name)  # not listed again before somebody begins it
+                self._untouched.add(stage.name)  # not listed again until it starts
         if now is not None and now.status == "running":
             self._live(state, now)
         return state
@@ -201,7 +201,7 @@ class Watch:
         counts: collections.Counter[str],
         num_shards: int,
     ) -> None:
-        """What is there of a stage that is not done: names of shards, and their receipts (read once)."""
+        """Fill in an unfinished stage from the names of its shards and their receipts (read once)."""
         places = [folder / kind for kind in tables] if len(tables) > 1 else [folder] * len(tables)
         if not tables:
             return
@@ -224,12 +224,12 @@ class Watch:
         return self._receipts[key]
 
     def _live(self, state: StageState, now: StageProgress) -> None:
-        """Counters of the session that is at work, and rates between two looks of ours."""
+        """Fill in the counters of the running session, and the rates between two looks."""
         state.status, state.seconds, state.eta_seconds = "running", now.seconds, now.eta
         state.shards, state.shards_done = now.shards or state.shards, max(now.shards_done, state.shards_done)
         state.rows, state.usage, tokens = now.rows, now.usage, now.usage.tokens
         before = self._last.get(state.name, (0.0, 0.0, 0.0))
-        if now.seconds <= before[0]:  # the same picture again, or a new session
+        if now.seconds <= before[0]:  # no progress since, or a new session
             before = (0.0, 0.0, 0.0)
         passed = now.seconds - before[0]
         if passed > 0:
@@ -245,10 +245,10 @@ class Watch:
 
 
 def _errors(counts: Mapping[str, int]) -> dict[str, int]:
-    """Rows that went wrong, by kind, over all judges."""
-    found: collections.Counter[str] = collections.Counter()
+    """Bad rows by kind, over all judges."""
+    errors: collections.Counter[str] = collections.Counter()
     for name, number in counts.items():
         kind = name.rsplit(".", 1)[-1]
         if kind in ROW_ERRORS and number:
-            found[f"rows.{kind}"] += number
-    return dict(sorted(found.items()))
+            errors[f"rows.{kind}"] += number
+    return dict(sorted(errors.items()))

@@ -11,26 +11,26 @@ from ray_pipeline.operate.status import RunState, StageState
 
 _LIFE = {
     "running": "running",
-    "silent": "its heartbeat stands still: killed, or cut off from its storage; the same `quorum run` goes on",
-    "ended": "nobody works on it",
+    "silent": "heartbeat stopped: killed, or cut off from its storage; rerun the same `quorum run` to resume",
+    "ended": "not running",
 }
 _STYLE = {"waiting": "dim", "failed": "red", "stopped": "yellow", "partial": "yellow", "done": "green"}
 
 
 def head_line(state: RunState) -> str:
     done = sum(stage.status == "done" for stage in state.stages)
-    eta = f", {duration(state.eta_seconds)} to the end of what is at work" if state.eta_seconds is not None else ""
+    eta = f", {duration(state.eta_seconds)} until the running stages are done" if state.eta_seconds is not None else ""
     return f"{state.folder}: {state.workflow}, {done} of {len(state.stages)} stages done; {_LIFE[state.life]}{eta}"
 
 
 def stage_line(stage: StageState) -> str:
-    """One line, only of what there is to tell."""
+    """One line with the known figures of a stage."""
     parts = []
     if stage.shards:
         parts.append(f"shards {stage.shards_done}/{stage.shards}")
     if stage.shards_failed:
-        held = f", {stage.shards_quarantined} quarantined" if stage.shards_quarantined else ""
-        parts.append(f"{stage.shards_failed} failed{held}")
+        quarantined = f", {stage.shards_quarantined} quarantined" if stage.shards_quarantined else ""
+        parts.append(f"{stage.shards_failed} failed{quarantined}")
     if stage.rows:
         rate = f" ({stage.rows_per_second:.3g}/s)" if stage.rows_per_second is not None else ""
         parts.append(f"{stage.rows:.0f} rows{rate}")
@@ -55,7 +55,7 @@ def lines(state: RunState) -> list[str]:
 
 
 def picture(state: RunState) -> Group:
-    """The same as a table for a terminal; waiting stages are counted, not listed."""
+    """The state as a table for a terminal; waiting stages are counted, not listed."""
     table = Table(box=None, pad_edge=False)
     for title in ("stage", ""):
         table.add_column(title)
@@ -77,7 +77,7 @@ def picture(state: RunState) -> Group:
             f"{hits:.0%}" if hits is not None else "",
             duration(stage.seconds) if stage.seconds else "",
             duration(stage.eta_seconds) if stage.eta_seconds is not None else "",
-            # Errors may quote models and servers: text, never markup.
+            # Errors may quote models and servers, so they are never markup.
             Text(", ".join([*(f"{k} {n}" for k, n in stage.errors.items()), *([stage.error] if stage.error else [])])),
             style=_STYLE.get(stage.status),
         )

@@ -1,1 +1,1 @@
-"""What a run stores: schemas, keys, sharded tables, the call log's files. Knows nothing of the rooms above."""
+"""Storage of a run: schemas, keys, sharded tables, the files of the call log. Independent of the packages above."""

@@ -1,6 +1,6 @@
-"""Files on any pyarrow filesystem, written so that a reader sees a whole file or none.
+"""Files on any pyarrow filesystem, written atomically: a reader sees a whole file or none.
 
-A *location* is a local path, a `file://` URI or the URI of any filesystem that pyarrow knows (`s3://…`, `gs://…`).
+A *location* is a local path, a `file://` URI or the URI of any pyarrow filesystem (`s3://…`, `gs://…`).
 """
 
 from __future__ import annotations
@@ -21,53 +21,52 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-#: Footer key that carries the fingerprint of the stage that wrote a Parquet file.
+#: Footer key with the fingerprint of the stage that wrote a Parquet file.
 FINGERPRINT_KEY = b"quorum.fingerprint"
 TABLE_KEY = b"quorum.table"
 
-#: Object stores: what looks like a folder there is part of a name, and making one costs two requests a write.
+#: Object stores: folders are only parts of names there, and creating one costs two requests per write.
 _WITHOUT_FOLDERS = frozenset({"s3", "gcs", "abfs"})
 
 
 class StoreError(ValueError):
-    """A file of a run cannot be used; the message names it and says what to do."""
+    """A file of a run cannot be used; the message names the file and the fix."""
 
 
 class TornFile(StoreError):
-    """A Parquet file is cut short or is none."""
+    """A Parquet file is truncated or not a Parquet file."""
 
 
 class ForeignFile(StoreError):
-    """A whole Parquet file that another stage, another configuration or somebody else wrote."""
+    """A complete Parquet file written by another stage, configuration or program."""
 
 
 class NotWritten(StoreError, OSError):
-    """A file cannot be written; what was there before is still there. The message says why and what to do."""
+    """A file cannot be written; its previous version is kept. The message gives the reason and the fix."""
 
 
-#: What the user can do about the reasons for which a file is not written; others say their reason alone.
+#: Errors of a write with a known fix; others are shown without one.
 _REMEDIES = {
-    errno.ENOSPC: "make room there",
-    errno.EDQUOT: "make room under the quota",
+    errno.ENOSPC: "free disk space there",
+    errno.EDQUOT: "free space within the quota",
     errno.EROFS: "mount it writable, or choose another folder",
-    errno.EACCES: "give the user of this process the right to write there, or choose another folder",
-    errno.EPERM: "give the user of this process the right to write there, or choose another folder",
-    errno.ENOTDIR: "a file is where a folder must be: move it, or choose another folder",
+    errno.EACCES: "give this process's user write permission there, or choose another folder",
+    errno.EPERM: "give this process's user write permission there, or choose another folder",
+    errno.ENOTDIR: "a file is in the place of a folder: move it, or choose another folder",
 }
 
 
 def not_written(location: str, error: OSError) -> NotWritten:
-    """The error of a write, with the place and the remedy."""
+    """The error of a failed write, with the location and the fix."""
     remedy = _REMEDIES.get(error.errno or 0)
     reason = error.strerror if remedy and error.strerror else str(error)
     return NotWritten(
-        f"{location} cannot be written: {reason}. "
-        + (f"{remedy[0].upper()}{remedy[1:]}; then the same command goes on" if remedy else "The same command goes on")
+        f"cannot write {location}: {reason}; {remedy + ', then ' if remedy else ''}rerun the same command to resume"
     )
 
 
 class Folder:
-    """A folder on a pyarrow filesystem. Cheap to make, picklable, never created before something is written."""
+    """A folder on a pyarrow filesystem. Cheap to construct, picklable; created only when something is written."""
 
     def __init__(self, location: str) -> None:
         self.location = normalise_location(location)
@@ -86,14 +85,14 @@ class Folder:
     @property
     def fs(self) -> pafs.FileSystem:
         if self._fs is None:
-            # Threads share folders: the base must be there before another one sees that the filesystem is.
+            # Threads share folders: set the base before the filesystem becomes visible to another thread.
             fs, self._base = pafs.FileSystem.from_uri(self.location)
             self._fs = fs
         return self._fs
 
     @property
     def parent(self) -> Folder:
-        """The folder that this one lies in."""
+        """The folder that contains this one."""
         path, query = _cut_query(self.location)
         return Folder(path.rpartition("/")[0] + query)
 
@@ -102,14 +101,14 @@ class Folder:
         return "://" not in self.location
 
     def path(self, name: str = "") -> str:
-        """Path of a member as the filesystem knows it.
+        """Path of a member on the filesystem.
 
         Raises:
             StoreError: the name would leave the folder.
         """
         _ = self.fs
         if name.startswith("/") or ".." in name.split("/"):
-            raise StoreError(f"the name {name!r} leaves the folder {self.location}")
+            raise StoreError(f"the name {name!r} leaves the folder {self.location}; use a name inside it")
         return posixpath.join(self._base, name) if name else self._base
 
     def uri(self, name: str = "") -> str:
@@ -120,7 +119,7 @@ class Folder:
         return bool(self.fs.get_file_info(self.path(name)).type != pafs.FileType.NotFound)
 
     def names(self, suffix: str = "") -> list[str]:
-        """Sorted names of the files directly in the folder; temporary files and sub-folders are left out."""
+        """Sorted names of the files directly in the folder, without temporary files and subfolders."""
         return sorted(
             info.base_name
             for info in self._members()
@@ -128,7 +127,7 @@ class Folder:
         )
 
     def folders(self) -> list[str]:
-        """Sorted names of the sub-folders."""
+        """Sorted names of the subfolders."""
         return sorted(
             info.base_name
             for info in self._members()
@@ -140,8 +139,8 @@ class Folder:
         try:
             return list(self.fs.get_file_info(selector))
         except FileNotFoundError:
-            # Arrow lists first and then asks whether the folder is there at all: it is an error when another process
-            # makes the folder in between.
+            # Arrow lists first and then checks whether the folder exists, and raises if another process creates the
+            # folder in between.
             return list(self.fs.get_file_info(selector))
 
     def read_bytes(self, name: str) -> bytes:
@@ -149,12 +148,12 @@ class Folder:
             return bytes(stream.read())
 
     def write_bytes(self, name: str, data: bytes) -> None:
-        """Put a whole file in place of what is there, or leave what is there.
+        """Replace a file atomically.
 
-        Local: written beside, flushed to the disk, renamed. Elsewhere: one upload, which object stores publish whole.
+        Local: written to a temporary file, flushed to disk, renamed. Elsewhere: one upload, atomic in object stores.
 
         Raises:
-            NotWritten: no room, no right to write, a file in the way of a folder, or what else the filesystem says.
+            NotWritten: no space, no write permission, a file in the place of a folder, or another filesystem error.
         """
         try:
             self._write_bytes(name, data)
@@ -183,17 +182,19 @@ class Folder:
         _sync_folder(posixpath.dirname(target))
 
     def read_json(self, name: str) -> Any:
-        """Raises StoreError, naming the file, when it holds no JSON."""
+        """The parsed file. Raises StoreError, naming the file, if it is not valid JSON."""
         try:
             return json.loads(self.read_bytes(name))
         except ValueError as error:
-            raise StoreError(f"{self.uri(name)} is not valid JSON ({error}); remove it and run again") from error
+            raise StoreError(
+                f"{self.uri(name)} is not valid JSON ({error}); remove it and rerun the same command"
+            ) from error
 
     def write_json(self, name: str, value: Any) -> None:
         self.write_bytes(name, (json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False) + "\n").encode())
 
     def delete(self, name: str) -> None:
-        """Delete a file; that it is gone already is fine."""
+        """Delete a file, if it exists."""
         with contextlib.suppress(FileNotFoundError):
             self.fs.delete_file(self.path(name))
 
@@ -204,10 +205,10 @@ class Folder:
     def write_table(
         self, name: str, table: pa.Table, *, fingerprint: str = "", kind: str = "", row_group_size: int | None = None
     ) -> int:
-        """Write a Parquet file whole; equal tables give equal bytes. Returns the size in bytes."""
+        """Write a Parquet file atomically; equal tables give equal bytes. Returns the size in bytes."""
         metadata = {FINGERPRINT_KEY: fingerprint.encode(), TABLE_KEY: kind.encode()} if fingerprint else None
         buffer = io.BytesIO()
-        # Pages end where chunks end, so a table that came in pieces would get other bytes.
+        # Parquet pages end where chunks end, so the chunks of a table would change the bytes.
         whole = _in_one_piece(table).replace_schema_metadata(metadata)
         pq.write_table(whole, buffer, compression="zstd", row_group_size=row_group_size)
         data = buffer.getvalue()
@@ -218,9 +219,9 @@ class Folder:
         """Number of rows of a Parquet file, from its footer alone.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: no such file.
             TornFile: it has no readable footer.
-            ForeignFile: its footer carries another fingerprint, or not the given schema.
+            ForeignFile: its footer has another fingerprint or schema.
         """
         with self._parquet(name) as file:
             self._check_footer(name, file, fingerprint, kind)
@@ -236,7 +237,7 @@ class Folder:
         schema: pa.Schema | None = None,
         columns: list[str] | None = None,
     ) -> pa.Table:
-        """Read a whole Parquet file, refusing one that is torn, foreign or of another schema, by name."""
+        """Read a Parquet file. Raises TornFile, or ForeignFile for another fingerprint or schema, naming the file."""
         with self._parquet(name) as file:
             if fingerprint is not None:
                 self._check_footer(name, file, fingerprint, kind)
@@ -244,7 +245,9 @@ class Folder:
             try:
                 table = file.read(columns=columns)
             except (pa.ArrowException, OSError) as error:
-                raise TornFile(f"{self.uri(name)} cannot be read whole ({error}); remove it and run again") from error
+                raise TornFile(
+                    f"{self.uri(name)} is truncated or corrupt ({error}); remove it and rerun the same command"
+                ) from error
         table = table.replace_schema_metadata(None)
         return table.cast(schema) if schema is not None and columns is None else table
 
@@ -256,7 +259,7 @@ class Folder:
                 file = pq.ParquetFile(stream)
             except (pa.ArrowException, OSError, ValueError) as error:
                 raise TornFile(
-                    f"{self.uri(name)} is cut short or is no Parquet file ({error}); it is remade on the next run"
+                    f"{self.uri(name)} is truncated or not a Parquet file ({error}); `quorum run` regenerates it"
                 ) from error
             yield file
 
@@ -266,12 +269,12 @@ class Folder:
         if found != fingerprint or (kind and metadata.get(TABLE_KEY, b"") != kind.encode()):
             raise ForeignFile(
                 f"{self.uri(name)} was written by another stage or configuration "
-                f"(fingerprint {found or 'none'}, expected {fingerprint}); it is remade on the next run"
+                f"(fingerprint {found or 'none'}, expected {fingerprint}); `quorum run` regenerates it"
             )
 
     def _check_schema(self, name: str, file: pq.ParquetFile, schema: pa.Schema | None) -> None:
         if schema is not None and not file.schema_arrow.equals(schema):
-            raise ForeignFile(f"{self.uri(name)} has other columns than expected; it is remade on the next run")
+            raise ForeignFile(f"{self.uri(name)} has unexpected columns; `quorum run` regenerates it")
 
 
 def normalise_location(location: str) -> str:
@@ -279,7 +282,7 @@ def normalise_location(location: str) -> str:
     if location.startswith("file://"):
         location = urllib.parse.unquote(location[len("file://") :])
         if not location.startswith("/"):
-            raise StoreError(f"file URI must have an absolute path (file:///…), not file://{location}")
+            raise StoreError(f"a file URI must have an absolute path (file:///…), not file://{location}")
     if "://" in location:
         path, query = _cut_query(location)
         _refuse_keys(path, query)
@@ -288,7 +291,7 @@ def normalise_location(location: str) -> str:
 
 
 def join(location: str, name: str) -> str:
-    """Location of a member. What a URI says after its `?` (endpoint, region) is of the filesystem, and stays last."""
+    """Location of a member. The query of a URI (endpoint, region) belongs to the filesystem and stays last."""
     if not name:
         return location
     path, query = _cut_query(location)
@@ -301,13 +304,13 @@ def base_name(location: str) -> str:
 
 
 def beside(location: str, suffix: str) -> str:
-    """Location of the folder whose name is that of another one and a suffix."""
+    """Location of the sibling folder with a suffix appended to the name."""
     path, query = _cut_query(location)
     return f"{path.rstrip('/')}{suffix}{query}"
 
 
 def _cut_query(location: str) -> tuple[str, str]:
-    """A URI's path, and its query with the `?`; of a local path nothing is cut off."""
+    """A URI's path, and its query with the `?`; a local path has no query."""
     if "://" not in location:
         return location, ""
     path, sign, query = location.partition("?")
@@ -315,31 +318,31 @@ def _cut_query(location: str) -> tuple[str, str]:
 
 
 def _refuse_keys(path: str, query: str) -> None:
-    """Locations stand in manifests and logs, so no key may stand in a location."""
+    """Refuse a location with a key in it: manifests and logs contain locations."""
     user, at, host = path.partition("://")[2].partition("/")[0].rpartition("@")
     named = [name for name in urllib.parse.parse_qs(query[1:]) if re.search("secret|password|access_key|token", name)]
     if named or (at and ":" in user):
         what = f"the parameter {named[0]}" if named else "a key before the @"
         raise StoreError(
-            f"the location of {host or path} holds {what}; manifests and logs would show it. Put keys into the "
+            f"the location of {host or path} contains {what}, which manifests and logs would show; set keys in the "
             "environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile or role)"
         )
 
 
 def point_at(folder: Folder, name: str, target: str) -> None:
-    """Make `folder/name` a view of the sibling `target`, swapped in one step (a relative symbolic link).
+    """Make `folder/name` a view of the sibling `target`, swapped atomically (a relative symbolic link).
 
-    Filesystems without links get nothing: there the manifest names the folder.
+    On filesystems without links it does nothing: there the manifest names the folder.
 
     Raises:
-        StoreError: something that is not a link is in the way.
-        NotWritten: the folder cannot be written to.
+        StoreError: something other than a link has this name.
+        NotWritten: the folder is not writable.
     """
     if not folder.is_local:
         return
     link = folder.path(name)
     if os.path.lexists(link) and not os.path.islink(link):
-        raise StoreError(f"{link} is in the way: Quorum keeps a link of that name there. Move it and run again")
+        raise StoreError(f"{link} is in the place of a link that Quorum writes; move it and rerun the same command")
     beside = os.path.join(os.path.dirname(link), _temporary(os.path.basename(link)))
     try:
         os.makedirs(os.path.dirname(link), exist_ok=True)
@@ -362,12 +365,12 @@ def _is_temporary(name: str) -> bool:
 def _in_one_piece(table: pa.Table) -> pa.Table:
     try:
         return table.combine_chunks()
-    except pa.ArrowException:  # More than 2 GB of nested text in a column fit no single piece.
+    except pa.ArrowException:  # More than 2 GB of nested text in a column do not fit one chunk.
         return table
 
 
 def _sync_folder(path: str) -> None:
-    """Make a rename survive a power cut, where the filesystem lets a folder be synced."""
+    """Make a rename survive a power cut, if the filesystem can sync a folder."""
     with contextlib.suppress(OSError):
         handle = os.open(path, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Content-addressed keys: what makes two prompts, candidates, calls or stages the same one.
+"""Content-addressed keys of prompts, candidates, calls and stages.
 
 All keys are hexadecimal BLAKE2b digests of canonical JSON, so they do not depend on dict order, the process,
 the machine or the position of a row.
@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-#: The call log lies in this many fixed buckets; every shard count divides it, so that a shard is a set of buckets.
+#: Fixed number of buckets of the call log; every shard count divides it, so that a shard is a set of buckets.
 NUM_BUCKETS = 1024
 
 _SPACES = re.compile(r"[^\S\n]+")
@@ -25,7 +25,7 @@ def canonical_json(value: Any) -> str:
     """JSON text that is equal for equal values: sorted keys, no spaces, no NaN.
 
     Raises:
-        ValueError: the value holds NaN or an infinity, which JSON cannot say.
+        ValueError: the value contains NaN or an infinity, which JSON does not have.
         TypeError: the value is not plain data.
     """
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
@@ -37,23 +37,23 @@ def digest(value: Any, size: int = 16) -> str:
 
 
 def normalise_text(text: str) -> str:
-    """The form in which two prompts are compared and sent: NFC, `\\n` line ends, runs of blanks as one, trimmed.
+    """The form in which prompts are compared and sent: NFC, `\\n` line ends, runs of blanks as one, trimmed.
 
-    Indentation at the start of a line is content (code), so it is kept; everything else that a reader cannot see
-    does not make a new prompt.
+    Indentation at the start of a line is content (code), so it is kept; no other invisible difference makes a new
+    prompt.
     """
     text = text.replace("\x00", "").replace("\r\n", "\n").replace("\r", "\n")
     text = unicodedata.normalize("NFC", text)
     lines = []
     for line in text.split("\n"):
         body = line.lstrip(" \t")
-        # The indentation of an empty line is no content: the whole line is trimmed.
+        # The indentation of an empty line is not content: the whole line is trimmed.
         lines.append((line[: len(line) - len(body)] + _SPACES.sub(" ", body)).rstrip())
     return _BLANK_LINES.sub("\n\n", "\n".join(lines)).strip()
 
 
 def normalise_messages(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """Chat messages with normalised contents and nothing but role and content."""
+    """Chat messages with normalised contents, reduced to role and content."""
     return [{"role": m["role"].strip().lower(), "content": normalise_text(m["content"])} for m in messages]
 
 
@@ -76,7 +76,7 @@ def check_num_shards(num_shards: int) -> int:
     """Return `num_shards`.
 
     Raises:
-        ValueError: it does not divide 1,024, naming the nearest numbers that do.
+        ValueError: it does not divide 1,024; the message names the nearest numbers that do.
     """
     if num_shards < 1 or NUM_BUCKETS % num_shards:
         good = [2**i for i in range(11)]
@@ -89,32 +89,32 @@ def check_num_shards(num_shards: int) -> int:
 
 
 def candidate_id(prompt: str, generator: Mapping[str, Any], sampling: Mapping[str, Any], k: int) -> str:
-    """Id of the k-th answer of a generator to a prompt."""
+    """Id of a generator's k-th response to a prompt."""
     return digest(["candidate", prompt, generator, sampling, k])
 
 
 def derived_seed(*parts: Any) -> int:
-    """A 31-bit seed that follows from `parts` alone (prompt id, run seed, k, attempt …)."""
+    """A 31-bit seed that depends only on `parts` (prompt id, run seed, k, attempt, …)."""
     return int(digest(["seed", *parts], size=8), 16) % (2**31 - 1)
 
 
 def call_key(identity: Mapping[str, Any], messages: Sequence[Mapping[str, str]], sampling: Mapping[str, Any]) -> str:
-    """Key of one LLM call: the model's identity, what was asked, and how it was sampled (grammar included)."""
+    """Key of one LLM call: the model's identity, the messages, and the sampling parameters (with the grammar)."""
     return digest(["call", identity, [dict(m) for m in messages], sampling])
 
 
 def fingerprint(name: str, version: int, config: Any, inputs: Mapping[str, str], external: Mapping[str, str]) -> str:
-    """Fingerprint of a stage: 16 hex digits; equal means its output can be used instead of running it.
+    """Fingerprint of a stage: 16 hex digits; stages with equal fingerprints have the same output.
 
     Args:
         config: the slice of the configuration that the stage reads, as plain data.
-        inputs: fingerprints of the stages that it reads, by role.
-        external: content digests of files, hub commits and model identities.
+        inputs: role → fingerprint of the input stage.
+        external: content digests of files, Hub commits and model identities.
     """
     return digest(["stage", name, version, config, dict(inputs), dict(external)], size=8)
 
 
 def unit_hash(*parts: Any) -> float:
-    """A number in [0, 1) that follows from `parts` alone; used for splits, caps and seeded shuffles."""
+    """A number in [0, 1) that depends only on `parts`; used for splits, caps and seeded shuffles."""
     value = int(digest(["unit", *parts], size=8), 16) / 2**64
     return min(value, math.nextafter(1.0, 0.0))

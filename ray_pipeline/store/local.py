@@ -1,5 +1,5 @@
-"""What lies on an object store, for libraries that work on a disk alone: models to load, files to train on, pages to
-write. A local location is its own copy, so that callers need not ask where a run lives.
+"""Local copies of files on an object store, for libraries that need a disk: models to load, files to train on, pages to
+write. A local location is its own copy, so callers need not distinguish the two.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from filelock import FileLock
 from ray_pipeline.store.files import Folder, NotWritten, not_written
 from ray_pipeline.store.keys import digest
 
-#: Where copies are kept, for all processes of a node. It may be deleted whenever no run is at work.
+#: Folder of the copies, for all processes of a node. It can be deleted when no run is active.
 CACHE_VARIABLE = "QUORUM_CACHE"
 
 
 def local_copy(location: str) -> str:
-    """Path of a folder of this machine with the files that lie at `location` now. What is no URI comes back as it is.
+    """Path of a local folder with the current files of `location`; a local path is returned unchanged.
 
-    A copy is kept under the names, sizes and times of what was copied: what was written anew is fetched anew, and what
-    is there already is not fetched twice, by whichever process.
+    Copies are cached by the names, sizes and times of the files: changed files are fetched again, and unchanged ones
+    are fetched once per node.
 
     Raises:
-        FileNotFoundError: nothing lies there.
-        NotWritten: the cache has no room or is read-only.
+        FileNotFoundError: there are no files at the location.
+        NotWritten: the cache has no space or is read-only.
     """
     if "://" not in location:
         return location
     folder = Folder(location)
     files = _files(folder)
     if not files:
-        raise FileNotFoundError(f"{folder.location}: nothing lies there")
+        raise FileNotFoundError(f"{folder.location} has no files; check the location")
     listing = [[name, info.size, info.mtime_ns] for name, info in files.items()]
     copy = cache_folder() / digest([folder.location, listing])
     try:
@@ -45,7 +45,7 @@ def local_copy(location: str) -> str:
         with FileLock(f"{copy}.lock"):
             if not copy.is_dir():
                 partial = copy.with_name(f".{copy.name}.partial")
-                shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+                shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
                 for name, info in files.items():
                     target = partial / name
                     target.parent.mkdir(parents=True, exist_ok=True)
@@ -58,34 +58,34 @@ def local_copy(location: str) -> str:
                 os.rename(partial, copy)
     except OSError as error:
         raise NotWritten(
-            f"{folder.location} cannot be copied to {copy}: {error}. Make room there, or set {CACHE_VARIABLE} to "
-            "another folder; then the same command goes on"
+            f"cannot copy {folder.location} to {copy}: {error}; free disk space there, or set {CACHE_VARIABLE} to "
+            "another folder, then rerun the same command to resume"
         ) from error
     return str(copy)
 
 
 @contextlib.contextmanager
 def written_here(folder: Folder) -> Iterator[Path]:
-    """A local folder to write into. What is in it at the end is in `folder`, unless an error ends the block.
+    """A local folder to write into; its files are copied to `folder` at the end of the block, unless it raises.
 
     Raises:
-        NotWritten: `folder` cannot be written to.
+        NotWritten: `folder` is not writable.
     """
     if folder.is_local:
         path = Path(folder.path())
         path.mkdir(parents=True, exist_ok=True)
         yield path
         return
-    with tempfile.TemporaryDirectory(prefix="quorum-") as made:
-        yield Path(made)
-        upload(Path(made), folder)
+    with tempfile.TemporaryDirectory(prefix="quorum-") as temporary:
+        yield Path(temporary)
+        upload(Path(temporary), folder)
 
 
 def upload(source: Path, folder: Folder) -> None:
-    """Put the files below a local folder into `folder`, in place of those of the same names.
+    """Copy the files of a local folder into `folder`, replacing files of the same names.
 
     Raises:
-        NotWritten: naming the file.
+        NotWritten: a file cannot be written; the message names it.
     """
     for file in sorted(source.rglob("*")):
         if not file.is_file():
@@ -108,8 +108,8 @@ def cache_folder() -> Path:
 
 
 def _files(folder: Folder) -> dict[str, pafs.FileInfo]:
-    """The files below a folder by their names in it, sorted. A name that leads out of it is no file of it."""
+    """Relative name → file, sorted, for all files below a folder. Names that lead out of it are left out."""
     base = folder.path()
-    found = folder.fs.get_file_info(pafs.FileSelector(base, recursive=True, allow_not_found=True))
-    files = {posixpath.relpath(info.path, base): info for info in found if info.type == pafs.FileType.File}
+    infos = folder.fs.get_file_info(pafs.FileSelector(base, recursive=True, allow_not_found=True))
+    files = {posixpath.relpath(info.path, base): info for info in infos if info.type == pafs.FileType.File}
     return {name: files[name] for name in sorted(files) if ".." not in name.split("/")}

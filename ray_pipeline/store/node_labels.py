@@ -1,4 +1,4 @@
-"""Which nodes of a cluster a label selector means, read as Ray reads it."""
+"""Matching of label selectors with the nodes of a cluster, by Ray's rules."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _SET = re.compile(r"^(!?)in\((.*)\)$")
 
 
 def may_run(label_selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
-    """Whether a node's labels satisfy a selector as Ray reads it: `v`, `!v`, `in(a, b)`, `!in(a, b)`."""
+    """Whether a node's labels satisfy a selector by Ray's rules: `v`, `!v`, `in(a, b)`, `!in(a, b)`."""
     for name, condition in label_selector.items():
         value = labels.get(name)
         several = _SET.match(condition)

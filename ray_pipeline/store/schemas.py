@@ -1,6 +1,6 @@
 """The Arrow schema of every table that a run writes.
 
-A row keeps the ids of the rows that it was made from, so that a training row can be walked back to its prompt.
+A row keeps the ids of the rows that it was made from, so that a training row can be traced back to its prompt.
 No table holds a time, a latency or a host: equal inputs give equal bytes. (The call log and the per-stage
 receipts, which are about *how* a run went, are not tables of the run.)
 """
@@ -17,11 +17,11 @@ from ray_pipeline.bench.schemas import BENCHMARK_TABLES
 MESSAGE = pa.struct([pa.field("role", pa.string(), nullable=False), pa.field("content", pa.string(), nullable=False)])
 MESSAGES = pa.list_(pa.field("element", MESSAGE, nullable=False))
 
-#: How a reply was read. Only `ok` and `repaired` carry a value; nothing else is ever turned into a number.
+#: Outcomes of parsing a reply. Only `ok` and `repaired` have a value; no other is ever turned into a number.
 PARSE_STATUSES = ("ok", "repaired", "unparsed", "truncated", "too_long", "skipped", "error")
 READ_STATUSES = ("ok", "repaired")
 
-#: What the gate says of a candidate.
+#: The gate's labels of candidates.
 LABELS = ("desirable", "undesirable", "discard", "abstain", "incomplete")
 
 FAILURE_TYPES = ("circular", "unsupported", "contradictory", "unspecified", "none")
@@ -82,10 +82,10 @@ DECISIONS = _schema(
     ("why", _S),
 )
 
-#: Name of a judge and the score that it gave, as data set rows carry them.
+#: Scores of a dataset row: a judge's name and its score.
 SCORES = pa.list_(pa.field("element", pa.struct([("judge", _S), ("score", _F)])))
 
-# Training rows. Scores are null in rows of data sets that came with none.
+# Training rows. Scores are null in rows of imported datasets without scores.
 KTO = _schema(
     ("candidate_id", _S),
     ("prompt_id", _S),
@@ -144,7 +144,7 @@ COMPARISONS = _schema(
     ("raw", _S, True),
 )
 
-#: Two answers to one question, with what humans say of them. A label is "A", "B" or "tie".
+#: Two answers to one question, with human labels: "A", "B" or "tie".
 ITEMS = _schema(
     ("item_id", _S),
     ("prompt_id", _S),
@@ -157,8 +157,8 @@ ITEMS = _schema(
     ("human_votes", pa.list_(pa.field("element", pa.struct([("annotator", _S), ("label", _S)])))),
 )
 
-#: What one judge said of one item in one order (`ab` as given, `ba` swapped; A and B are always the item's answers,
-#: not the places where they were shown). `voice` is a debater's role, else empty.
+#: A judge's verdict on an item in one order (`ab` as given, `ba` swapped; A and B are always the item's answers, not
+#: the positions in which they were shown). `voice` is a debater's role, else empty.
 BALLOTS = _schema(
     ("item_id", _S),
     ("prompt_id", _S),
@@ -174,7 +174,7 @@ BALLOTS = _schema(
     ("raw", _S, True),
 )
 
-#: What was said in a debate, in the order in which it was said.
+#: The speeches of a debate, in order.
 SPEECHES = _schema(
     ("item_id", _S),
     ("prompt_id", _S),
@@ -187,8 +187,8 @@ SPEECHES = _schema(
     ("finish_reason", _S),
 )
 
-#: What a reviewer said of one response of a feedback loop; `iteration` is the response's k. Feedback is null exactly
-#: when it was not read, and empty when there is nothing to improve.
+#: A reviewer's review of one response of a feedback loop; `iteration` is the response's k. Feedback is null if and
+#: only if it was unreadable, and empty if there is nothing to improve.
 REVIEWS = _schema(
     ("review_id", _S),
     ("candidate_id", _S),
@@ -202,7 +202,7 @@ REVIEWS = _schema(
     ("raw", _S, True),
 )
 
-#: Candidates that answer one review each: what the generator made of its feedback.
+#: Candidates that are revisions, each by the feedback of one review.
 REVISIONS = CANDIDATES.append(pa.field("review_id", _S, nullable=False))
 
 #: One row per optimiser step (`split` = train) or evaluation (`split` = eval).
@@ -222,7 +222,7 @@ TRAIN_METRICS = _schema(
     ("logps_rejected", _F, True),
 )
 
-#: The call log (§ the audit trail). `bucket` is prompt_id mod 1,024; rows of a part file are sorted by it.
+#: The call log, which is the audit trail. `bucket` is prompt_id mod 1,024; rows of a part file are sorted by it.
 CALLS = _schema(
     ("call_key", _S),
     ("bucket", pa.int16()),
@@ -266,7 +266,7 @@ def to_table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
     """Build a table of exactly `schema` from row dicts; a missing required value is an error, not a null.
 
     Raises:
-        ValueError: a required column is null, naming the column and the row.
+        ValueError: a required column is null; the message names the column and the row.
     """
     table = pa.Table.from_pylist(rows, schema=schema)
     for field in schema:

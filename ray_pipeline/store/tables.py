@@ -1,4 +1,4 @@
-"""Sharded tables: one Parquet file a shard, done when the file is there and its footer carries the fingerprint."""
+"""Sharded tables: one Parquet file per shard, done when the file exists with the fingerprint in its footer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ShardedTable:
     Attributes:
         folder: location of the folder that holds the shards.
         kind: name of the schema in `schemas.TABLES`.
-        num_shards: how many shards there are; empty ones have a file too.
+        num_shards: number of shards; empty ones have a file too.
         fingerprint: of the stage that wrote it.
     """
 
@@ -39,7 +39,7 @@ class ShardedTable:
         """Commit a shard; returns its number of rows.
 
         Raises:
-            ValueError: the table has not exactly the schema of its kind.
+            ValueError: the table does not have exactly the schema of its kind.
         """
         if not table.schema.equals(self.schema):
             raise ValueError(f"a {self.kind} table must have the schema\n{self.schema}\nnot\n{table.schema}")
@@ -62,7 +62,7 @@ class ShardedTable:
         return pa.concat_tables(list(self.scan(columns)))
 
     def state(self) -> ShardState:
-        """Which shards are there, from names and footers alone."""
+        """Which shards exist, from names and footers alone."""
         folder = Folder(self.folder)
         present = set(folder.names(".parquet"))
         rows: dict[int, int] = {}
@@ -74,7 +74,7 @@ class ShardedTable:
                 rows[shard] = folder.check_table(
                     shard_name(shard), fingerprint=self.fingerprint, kind=self.kind, schema=self.schema
                 )
-            except FileNotFoundError:  # It went away since the folder was listed.
+            except FileNotFoundError:  # deleted since the folder was listed
                 continue
             except (TornFile, ForeignFile) as error:
                 bad[shard] = str(error)
@@ -84,7 +84,7 @@ class ShardedTable:
 
 @dataclasses.dataclass(frozen=True)
 class ShardState:
-    """Rows by done shard, the reason by unusable shard, and all shards that are still to be made."""
+    """Shard → rows of the finished shards, shard → reason of the unusable ones, and the shards still to be made."""
 
     rows: dict[int, int]
     bad: dict[int, str]

@@ -1,1 +1,1 @@
-"""`quorum submit`: a run as a job of a Ray cluster, from the working directory of the user."""
+"""`quorum submit`: a run as a job of a Ray cluster, from the user's working directory."""

@@ -1,4 +1,4 @@
-"""A run as a Ray job: submit the package, follow its log, hand back its exit code, submit again what was cut off."""
+"""A run as a Ray job: submit the package, follow its log, return its exit code, resubmit an interrupted job."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from typing import Any
 
 from ray_pipeline.submit.package import Package
 
-#: Seconds to wait for an answer of the job server before a lost connection is believed, and between two questions.
+#: Seconds without a response of the job server until the connection counts as lost.
 PATIENCE_S = 60.0
-#: Seconds that a lost head has to come back before what was cut off is given up.
+#: Seconds that a lost head has to come back before an interrupted job is given up.
 AGAIN_S = 10 * PATIENCE_S
+#: Seconds between two requests.
 POLL_S = 0.5
 
 #: Folder of the package for a config file that lies outside the working directory.
 CONFIG_FOLDER = "submitted-config"
 
-#: What a run on a cluster wants to find in the environment of every process.
+#: Environment of every process of a run on a cluster.
 JOB_ENV = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -36,21 +37,21 @@ JOB_ENV = {
 
 
 class SubmitError(ValueError):
-    """The job cannot be submitted as it is asked for; the message names what is wrong and the remedy."""
+    """The job cannot be submitted; the message names the problem and the fix."""
 
 
 class ClusterLost(RuntimeError):
-    """The job server does not answer, or does not know the job any more: the head is gone or was started anew."""
+    """The job server does not respond, or no longer has the job: the head is gone or was restarted."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What to run on the cluster.
+    """A job to run on the cluster.
 
     Attributes:
         command: arguments of `quorum`, for example ["run", "dmapo", "--config", "configs/dmapo.yaml", …].
-        name: for the submission id, which people read in the dashboard.
-        env: environment variables of every process of the job. Never keys: they would lie in the cluster's records.
+        name: part of the submission id, which the dashboard shows.
+        env: environment variables of every process of the job. Never API keys: the cluster records them.
         num_cpus: CPUs that the driver reserves.
         resources, labels: custom resources and node labels that the driver's node must have.
     """
@@ -69,7 +70,7 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """How a job ended. `exit_code` is its command's own; None: it was ended from outside and had no last word."""
+    """How a job ended. `exit_code` is the command's own; None if the job was ended from outside."""
 
     status: str
     exit_code: int | None
@@ -77,7 +78,7 @@ class Ended:
 
     @property
     def was_cut_off(self) -> bool:
-        """Whether the driver went down with its node, or was killed: the same command goes on from there."""
+        """Whether the driver was killed or lost with its node, so that the same command resumes the run."""
         return self.status == "FAILED" and (self.exit_code is None or self.exit_code < 0 or self.exit_code >= 128)
 
 
@@ -92,17 +93,18 @@ def run_job(
     say: Callable[[str], None],
     write: Callable[[str], None],
 ) -> Ended:
-    """Submit a job and follow it to its end; what was cut off is submitted again, at most `resubmits` times.
+    """Submit a job and follow it to its end; resubmit it if it is interrupted, at most `resubmits` times.
 
     Args:
-        address: of the job server, for example http://127.0.0.1:8265.
-        extra_files: content by path in the package, beside the working directory.
-        wait: False: come back as soon as the job is accepted.
-        say: gets sentences about the job; `write` its log as it comes.
+        address: URL of the job server, for example http://127.0.0.1:8265.
+        extra_files: path in the package → content of files from outside the working directory.
+        wait: if false, return as soon as the job is accepted.
+        say: called with messages about the job.
+        write: called with its log as it arrives.
 
     Raises:
-        SubmitError: no job server answers at the address, or it refuses the job.
-        ClusterLost: the connection broke off and stayed away.
+        SubmitError: no job server responds at the address, or it refuses the job.
+        ClusterLost: the connection was lost and did not come back.
     """
     tries = 0
     while True:
@@ -121,16 +123,16 @@ def run_job(
                 return ended
             why = (ended.message or ended.status).splitlines()[-1]
         tries += 1
-        say(f"{id_} was cut off ({why}); submitting it again, {tries} of {resubmits}")
+        say(f"{id_} was interrupted ({why}); resubmitting, {tries} of {resubmits}")
 
 
 def _accepted(
     address: str, job: Job, package: Package, extra_files: Mapping[str, bytes], patience_s: float
 ) -> tuple[Any, str]:
-    """A client, and the id under which the cluster took the job.
+    """A client, and the id under which the cluster accepted the job.
 
     Args:
-        patience_s: a head that went down has so long to come back, and its agents to be there again.
+        patience_s: seconds that a lost head and its agents have to come back.
     """
     end = time.monotonic() + patience_s
     while True:
@@ -145,28 +147,28 @@ def _accepted(
 
 
 def connect(address: str) -> Any:
-    """A client of the job server. Raises SubmitError when nobody answers there."""
+    """A client of the job server. Raises SubmitError if nothing responds there."""
     from ray.job_submission import JobSubmissionClient
 
     if not re.match(r"https?://", address):
-        raise SubmitError(f"--address is the URL of the dashboard, for example http://HEAD:8265, not {address}")
+        raise SubmitError(f"--address must be the dashboard's URL, for example http://HEAD:8265, not {address}")
     try:
         return JobSubmissionClient(address)
     except (RuntimeError, OSError) as error:
         raise SubmitError(
-            f"no job server answers at {address} ({str(error).splitlines()[0]}). Is the cluster up, with "
-            "`ray[default]` on the head? From outside, make a tunnel first (`ray dashboard`, `kubectl port-forward`)"
+            f"no job server responds at {address} ({str(error).splitlines()[0]}). Check that the cluster is up, with "
+            "`ray[default]` on the head; from outside, open a tunnel first (`ray dashboard`, `kubectl port-forward`)"
         ) from error
 
 
 def submission_id(name: str) -> str:
-    """A new id that starts with the run's name. A job server takes each id once."""
+    """A new id that contains the run's name. A job server accepts each id only once."""
     return f"quorum-{re.sub(r'[^A-Za-z0-9_-]+', '-', name)}-{uuid.uuid4().hex[:8]}"
 
 
 def _submit(client: Any, job: Job, package: Package, extra_files: Mapping[str, bytes], id_: str) -> None:
-    # The files that were chosen are laid out in a folder of their own, so that what was checked is what goes.
-    # Ray would look for a .gitignore there once more, which does not know what git tracks in spite of it.
+    # The chosen files are copied to a separate folder, so that exactly the checked files are uploaded. Ray would apply
+    # .gitignore again, and so drop files that git tracks although they match it.
     os.environ["RAY_RUNTIME_ENV_IGNORE_GITIGNORE"] = "1"
     with tempfile.TemporaryDirectory(prefix="quorum-submit-") as folder:
         package.copy_to(Path(folder))
@@ -185,16 +187,16 @@ def _submit(client: Any, job: Job, package: Package, extra_files: Mapping[str, b
                 entrypoint_label_selector=dict(job.labels) or None,
             )
         except (RuntimeError, ValueError, OSError) as error:
-            raise SubmitError(f"the cluster refuses the job: {error}") from error
+            raise SubmitError(f"the cluster refused the job: {error}") from error
 
 
 def follow(client: Any, id_: str, write: Callable[[str], None], patience_s: float = PATIENCE_S) -> Ended:
-    """Write a job's log as it comes and wait for its end.
+    """Write a job's log as it arrives and wait for its end.
 
-    A log stream that breaks off is taken up where it was; the job's state decides, not the stream.
+    A broken log stream is resumed where it broke off; the job's state decides when it has ended, not the stream.
 
     Raises:
-        ClusterLost: the job server was silent for `patience_s`, or does not know the job any more.
+        ClusterLost: the job server did not respond for `patience_s`, or no longer has the job.
     """
     written = 0
     silent_since: float | None = None
@@ -211,17 +213,17 @@ def follow(client: Any, id_: str, write: Callable[[str], None], patience_s: floa
     while True:
         try:
             asyncio.run(tail())
-        except Exception:  # The state, asked next, tells a hiccup from an end.
+        except Exception:  # The job's state, read next, distinguishes a hiccup from the end.
             time.sleep(POLL_S)
         try:
             info = client.get_job_info(id_)
             silent_since = None
         except Exception as error:
             if "does not exist" in str(error) or "404" in str(error):
-                raise ClusterLost(f"the cluster does not know {id_} any more: its head was started anew") from error
+                raise ClusterLost(f"the cluster no longer has {id_}: its head was restarted") from error
             silent_since = silent_since or time.monotonic()
             if time.monotonic() - silent_since > patience_s:
-                raise ClusterLost(f"the cluster has not answered for {patience_s:.0f} s about the job {id_}") from error
+                raise ClusterLost(f"the cluster has not responded for {patience_s:.0f} s about job {id_}") from error
             time.sleep(POLL_S)
             continue
         if info.status.is_terminal():
@@ -235,5 +237,5 @@ def follow(client: Any, id_: str, write: Callable[[str], None], patience_s: floa
 def _whole_log(client: Any, id_: str) -> str:
     try:
         return str(client.get_job_logs(id_))
-    except Exception:  # The job's end is the news; the last lines of its log are in the dashboard.
+    except Exception:  # The exit code matters more; the last lines of the log are in the dashboard.
         return ""

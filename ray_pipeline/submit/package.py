@@ -1,7 +1,7 @@
-"""What of a working directory goes to the cluster: code and configs, never runs, environments or weights.
+"""The files of a working directory that go to the cluster: code and configs, never runs, environments or weights.
 
-In a git checkout these are the files that git tracks or would track; elsewhere every file. Then the rules below leave
-out what no job needs, whatever it is called: a run folder is known by its manifest, a virtual environment by its
+In a git checkout these are the files that git tracks or would track; elsewhere all files. The rules below then leave
+out what no job needs, whatever its name: a run folder is recognised by its manifest, a virtual environment by its
 `pyvenv.cfg`.
 """
 
@@ -15,10 +15,10 @@ import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-#: Ray stores packages in the head's memory and refuses more than 512 MiB. Code is far below; data is far above.
+#: Ray stores packages in the head's memory and refuses more than 512 MiB. Code is much smaller, data much larger.
 MAX_BYTES = 100 * 1024 * 1024
 
-#: Folders that are left out by their name, wherever they lie.
+#: Names of folders that are left out anywhere.
 LEFT_OUT_FOLDERS = (
     "runs",
     ".git",
@@ -33,14 +33,14 @@ LEFT_OUT_FOLDERS = (
     "*.egg-info",
     "checkpoint-[0-9]*",
 )
-#: Files that are left out by their name: weights, and what may hold keys.
+#: Names of files that are left out: weights, and files that may contain keys.
 LEFT_OUT_FILES = ("*.safetensors", "*.gguf", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pyc", ".env", ".env.*")
-#: Weights that are code's own: the pocket models, a few MB, without which its configs do not start.
+#: Weights that belong to the code: the pocket models, a few MB, which the pocket configs need.
 KEPT_WEIGHTS = "ray_pipeline/pocket/weights"
 
 
 class PackageError(ValueError):
-    """The working directory cannot be packed; the message says what is in the way and what to do."""
+    """The working directory cannot be packaged; the message says why and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +55,9 @@ class Package:
         return sum(self.sizes.values())
 
     def check(self, limit: int = MAX_BYTES) -> None:
-        """Raises PackageError when the package is empty or over the limit, naming the largest parts."""
+        """Raises PackageError if the package is empty, or over the limit (naming its largest parts)."""
         if not self.sizes:
-            raise PackageError(f"{self.root} holds no file to submit; give --working-dir")
+            raise PackageError(f"{self.root} has no files to submit; set --working-dir")
         if self.bytes <= limit:
             return
         parts: dict[str, int] = {}
@@ -65,14 +65,14 @@ class Package:
             part = "/".join(Path(name).parts[:2])
             parts[part] = parts.get(part, 0) + size
         largest = sorted(parts.items(), key=lambda part: -part[1])[:3]
-        told = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in largest)
+        parts_text = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in largest)
         raise PackageError(
-            f"the package of {self.root} would have {self.bytes / 2**20:.0f} MiB, more than {limit / 2**20:.0f}; the "
-            f"largest parts are {told}. Leave them out with --exclude, or put data where every node can read it"
+            f"the package of {self.root} has {self.bytes / 2**20:.0f} MiB, over the limit of {limit / 2**20:.0f}; the "
+            f"largest parts are {parts_text}. Leave them out with --exclude, or put data where every node can read it"
         )
 
     def copy_to(self, folder: Path) -> None:
-        """Lay the files out below a folder, with their modes."""
+        """Copy the files into a folder, with their modes."""
         for name in self.sizes:
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -83,14 +83,14 @@ def package(root: Path, exclude: Iterable[str] = ()) -> Package:
     """Choose the files of a working directory.
 
     Args:
-        exclude: further patterns as the shell knows them (`*`, `?`, `[…]`), each for a path relative to the root, a
-            folder on it, or a bare name.
+        exclude: further shell patterns (`*`, `?`, `[…]`), each matched with a path relative to the root, the folders
+            on it, and their bare names.
 
     Raises:
         PackageError: the folder does not exist.
     """
     if not root.is_dir():
-        raise PackageError(f"there is no folder {root} to submit; give --working-dir")
+        raise PackageError(f"no folder {root}; set --working-dir to the folder to submit")
     patterns = [pattern.rstrip("/") for pattern in exclude]
     left_out = _RunsAndEnvironments(root)
     sizes = {}
@@ -105,28 +105,28 @@ def package(root: Path, exclude: Iterable[str] = ()) -> Package:
 def _listed_by_git(root: Path) -> list[str]:
     """Paths that git tracks or would track below a folder; nothing outside a checkout."""
     try:
-        found = subprocess.run(
+        listed = subprocess.run(
             ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
             capture_output=True,
             timeout=60,
         )
     except (OSError, subprocess.SubprocessError):
         return []
-    if found.returncode:
+    if listed.returncode:
         return []
-    return [os.fsdecode(name) for name in found.stdout.split(b"\0") if name]
+    return [os.fsdecode(name) for name in listed.stdout.split(b"\0") if name]
 
 
 def _walk(root: Path) -> Iterator[str]:
     for folder, names, files in os.walk(root):
         here = Path(folder).relative_to(root)
-        # Not entered: a virtual environment alone has tens of thousands of files.
+        # Not entered: a virtual environment has tens of thousands of files.
         names[:] = [n for n in names if not _matches(n, LEFT_OUT_FOLDERS)]
         yield from ((here / file).as_posix() for file in files)
 
 
 class _RunsAndEnvironments:
-    """Knows what is left out by the rules of the house, asking each folder once what it is."""
+    """The built-in rules on what is left out; each folder is inspected once."""
 
     def __init__(self, root: Path) -> None:
         self._root = root

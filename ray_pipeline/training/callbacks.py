@@ -1,4 +1,4 @@
-"""What happens beside the steps: evaluation, checkpoints to Ray Train, progress lines."""
+"""Trainer callbacks: evaluation, checkpoints to Ray Train, progress lines."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ logger = logging.getLogger("quorum.train")
 
 
 class AllStepsDone(Exception):
-    """The checkpoint is that of the last step."""
+    """The checkpoint to resume from is that of the last step."""
 
 
 class StopWhenDone(TrainerCallback):
-    """End a resumed training before its first step if there is none left to take.
+    """End a resumed training before its first step if all steps are done.
 
-    transformers may take one more before it looks at `max_steps`. Here, model, optimiser and log are the checkpoint's
-    already, sharded or not.
+    transformers may take one more step before it checks `max_steps`. At this point model, optimiser and log have been
+    restored from the checkpoint, sharded or not.
 
     Attributes:
-        step: of the checkpoint.
+        step: step of the checkpoint.
     """
 
     step = 0
@@ -41,14 +41,14 @@ class StopWhenDone(TrainerCallback):
         self.step = state.global_step
         if state.global_step >= state.max_steps:
             raise AllStepsDone
-        logger.info("going on from step %d/%d", state.global_step, state.max_steps)
+        logger.info("resuming from step %d/%d", state.global_step, state.max_steps)
 
 
 class EvaluateEachEpoch(TrainerCallback):
-    """Ask for an evaluation at the last step of each epoch and of the run.
+    """Request an evaluation at the last step of each epoch and of the run.
 
-    TRL's own `eval_strategy="epoch"` evaluates after the checkpoint of that step was written, so that a resume from
-    it would lose the row.
+    TRL's own `eval_strategy="epoch"` evaluates after writing the checkpoint of that step, so a resume from it would
+    lose the metrics row.
     """
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -57,10 +57,10 @@ class EvaluateEachEpoch(TrainerCallback):
 
 
 class ReportCheckpoint(TrainerCallback):
-    """Hand each Hugging Face checkpoint to Ray Train, which keeps it in shared storage and restarts from it.
+    """Report each Hugging Face checkpoint to Ray Train, which keeps it in shared storage and restarts from it.
 
-    Rank 0 has the whole checkpoint, the other ranks their own random state (and shards, where the model is
-    sharded); each has a folder of its own, and Ray Train merges them. The report is a barrier: all ranks call it.
+    Rank 0 has the whole checkpoint, the other ranks only their random state (and shards, if the model is sharded).
+    Each rank has its own folder, and Ray Train merges them. The report is a barrier: all ranks call it.
     """
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -72,13 +72,13 @@ class ReportCheckpoint(TrainerCallback):
             checkpoint_dir_name=f"step-{state.global_step:08d}",
         )
         if not state.is_world_process_zero:
-            shutil.rmtree(folder, ignore_errors=True)  # Hugging Face rotates them on rank 0 only
+            shutil.rmtree(folder, ignore_errors=True)  # Hugging Face rotates checkpoints on rank 0 only
 
 
 class StopAtCheckpoint(TrainerCallback):
-    """End a training that is asked to (`STOP` in its folder) at a checkpoint, all ranks at the same one.
+    """End the training at a checkpoint if its folder contains `STOP`; all ranks stop at the same checkpoint.
 
-    Stands after `ReportCheckpoint`, so that the checkpoint is kept.
+    Must come after `ReportCheckpoint`, so that the checkpoint is kept.
 
     Attributes:
         reason: why the training ended before its last step, or None.
@@ -91,24 +91,24 @@ class StopAtCheckpoint(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
             return
-        asked = [self._asked() if state.is_world_process_zero else None]
+        reasons = [self._stop_reason() if state.is_world_process_zero else None]
         if torch.distributed.is_initialized():
-            torch.distributed.broadcast_object_list(asked)
-        (self.reason,) = asked
+            torch.distributed.broadcast_object_list(reasons)
+        (self.reason,) = reasons
         if self.reason is not None:
             control.should_training_stop = True
 
-    def _asked(self) -> str | None:
+    def _stop_reason(self) -> str | None:
         try:
             return str(self._folder.read_json(STOP)["reason"])
-        except (OSError, StoreError):  # Nobody asks, or the storage cannot say now: there is another checkpoint.
+        except (OSError, StoreError):  # no request, or a storage error: the next checkpoint checks again
             return None
 
 
 class LogProgress(TrainerCallback):
-    """A line every few seconds: step of all, loss, steps per second since the start, time left.
+    """Log a line every few seconds: step, loss, steps per second since the start, time left.
 
-    The newest line also lies in `folder`, for whoever started the training on another node.
+    The latest line is also written to `folder`, for the driver on another node.
     """
 
     def __init__(self, rows_per_step: int, folder: Folder, every_s: float = 5.0) -> None:
@@ -148,6 +148,6 @@ class LogProgress(TrainerCallback):
             f"{(state.max_steps - state.global_step) / max(rate, 1e-9):.0f} s left"
         )
         logger.info(line)
-        # What cannot be written here says so at the next checkpoint, which counts.
+        # A storage error is reported at the next checkpoint, which matters more.
         with contextlib.suppress(NotWritten):
             self._folder.write_json(PROGRESS, {"step": state.global_step, "steps": state.max_steps, "line": line})

@@ -10,7 +10,7 @@ from typing import Any
 from ray_pipeline.training.methods import METHODS, method_label, method_of
 from ray_pipeline.training.spec import TrainSpec
 
-#: Fields that say where a run happened, not what was trained.
+#: Fields about where a run happened, not about what was trained.
 _NOT_IN_CARD = (
     "output_dir",
     "storage_path",
@@ -26,12 +26,12 @@ _NOT_IN_CARD = (
 def model_card(
     spec: TrainSpec, kind: str, steps: int, effective: Mapping[str, Any], final: Mapping[str, Any] | None
 ) -> str:
-    """Markdown with the front matter that the hub reads.
+    """The card in Markdown, with the Hub's front matter.
 
     Args:
-        kind: "adapter", "merged" (base and adapter in one) or "full" (every weight was trained).
+        kind: "adapter", "merged" (base and adapter in one) or "full" (all weights were trained).
         steps: optimiser steps of the run.
-        effective: settings as they were in force.
+        effective: the settings in effect.
         final: the last training row of the metrics table, if any.
     """
     method = method_label(spec.settings.method)
@@ -44,7 +44,7 @@ def model_card(
         "merged": f"LoRA adapter merged into `{spec.model}`",
         "full": f"`{spec.model}` with every weight trained",
     }[kind]
-    if not os.path.isabs(spec.model):  # the hub accepts only its own names here
+    if not os.path.isabs(spec.model):  # the Hub accepts only its own names here
         front["base_model"] = spec.model
     lines = [
         "---",
@@ -53,11 +53,11 @@ def model_card(
         "",
         f"# {spec.run_name} ({kind})",
         "",
-        f"{what}, by {method.upper()} in {steps} optimiser steps of Quorum.",
+        f"{what}, trained with {method.upper()} in {steps} optimiser steps by Quorum.",
         "",
     ]
     unread = {name for row in METHODS.values() for name in row.fields} - set(method_of(spec.settings.method).fields)
-    # The base's own name, not its key in the configuration.
+    # The base's name, not its key in the configuration.
     all_settings = spec.settings.model_dump() | {k: v for k, v in spec.to_dict().items() if k != "settings"}
     settings = {
         name: value

@@ -1,4 +1,4 @@
-"""The check of the training files before workers start: columns, rows, labels and lengths as TRL will see them."""
+"""The check of the training files before workers start: columns, rows, labels and lengths as TRL sees them."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ _BATCH_ROWS = 512
 
 @dataclass(frozen=True)
 class DataReport:
-    """Rows of the training files, counted with the policy's tokenizer as TRL will see them.
+    """Rows of the training files, counted with the policy's tokenizer as TRL sees them.
 
     Attributes:
         rows: rows in the files.
-        truncated: rows with a completion cut at `max_length`.
+        truncated: rows with a completion truncated at `max_length`.
         desirable, undesirable: labels (KTO; 0 for other methods).
         identical_pairs: pairs whose chosen and rejected tokens are equal after truncation.
-        sequences: what the batches are made of: the rows, or where TRL packs them the longer sequences they give.
-        unused: sequences of an epoch that fill no whole batch and are not trained on (rows: those at the end).
+        sequences: elements of the batches: the rows, or the longer sequences into which TRL packs them.
+        unused: sequences per epoch that do not fill a whole batch and are not trained on (rows: those at the end).
         steps_per_epoch: optimiser steps.
         val_rows: rows in the evaluation files.
-        val_rows_used: what evaluation takes: the whole batches.
-        warnings: what deserves a look, as sentences.
+        val_rows_used: rows used for evaluation, in whole batches.
+        warnings: sentences for the user.
     """
 
     rows: int
@@ -61,14 +61,14 @@ class _Counts:
     undesirable: int = 0
     identical_pairs: int = 0
     ends_added: int = 0
-    lengths: list[int] = field(default_factory=list)  # of whole rows, where they are to be packed
+    lengths: list[int] = field(default_factory=list)  # of whole rows, if they are to be packed
 
 
 def parquet_files(pattern: str, setting: str) -> list[str]:
-    """Files of a path or glob in the order in which they are trained on; those of a URI are copied to this machine.
+    """Files of a path or glob in training order; files of a URI are copied to this machine.
 
     Raises:
-        TrainingInputError: there are none, naming the setting.
+        TrainingInputError: there are none; the message names the setting.
     """
     shown = pattern
     if "://" in pattern:
@@ -78,28 +78,28 @@ def parquet_files(pattern: str, setting: str) -> list[str]:
             pattern = f"{local_copy(folder + mark + query)}/{names}"
     files = sorted(glob.glob(pattern, recursive=True))
     if not files:
-        raise TrainingInputError(f"{setting}: no file matches {shown}; run the data set stage first or fix the path")
+        raise TrainingInputError(f"{setting}: no file matches {shown}; run the datasets stage first or fix the path")
     return files
 
 
 def check_data(spec: TrainSpec) -> DataReport:
-    """Read the data set once and refuse what cannot be trained on.
+    """Read the dataset once and refuse rows that cannot be trained on.
 
     Loads the tokenizer, not the model. Memory is bounded by a batch of rows.
 
     Raises:
         TrainingInputError: no file, no row, a column that is missing, empty or of another type, KTO rows of one
-            class, only identical pairs, or too few rows for one batch; the message names file, column and remedy.
+            class, only identical pairs, or too few rows for one batch; the message names file, column and fix.
     """
     method = method_of(spec.settings.method)
     tokenizer = _tokenizer(spec)
     train = _count(spec, method, tokenizer, "train_files", spec.train_files)
     if train.rows == 0:
-        raise TrainingInputError(f"train_files: {spec.train_files} holds no row; nothing passed the gate?")
+        raise TrainingInputError(f"train_files: {spec.train_files} has no rows; check whether any row passed the gate")
     if "label" in method.columns and not (train.desirable and train.undesirable):
         raise TrainingInputError(
             f"train_files: {train.desirable} desirable and {train.undesirable} undesirable rows; "
-            f"{spec.settings.method} needs both classes. Loosen the gate's thresholds or make more candidates"
+            f"{spec.settings.method} needs both classes; loosen the gate's thresholds or generate more candidates"
         )
     if "rejected" in method.columns and train.identical_pairs == train.rows:
         raise TrainingInputError(
@@ -111,7 +111,7 @@ def check_data(spec: TrainSpec) -> DataReport:
         packed = f" (packed into {sequences} sequences)" if spec.packs else ""
         raise TrainingInputError(
             f"train_files: {train.rows} rows{packed} do not fill one batch of {spec.settings.batch_size} (batch_size) "
-            f"× {spec.settings.num_workers} (num_workers) = {spec.micro_batch}; make more rows, or lower batch_size or "
+            f"× {spec.settings.num_workers} (num_workers) = {spec.micro_batch}; add rows, or lower batch_size or "
             "num_workers"
         )
 
@@ -231,19 +231,19 @@ def _batches(files: Sequence[str], method: Method) -> Iterator[pa.RecordBatch]:
 def _check_type(name: str, schema: pa.Schema, column: str, kind: str) -> None:
     if column not in schema.names:
         raise TrainingInputError(f"{name} has no column {column!r}; it has {', '.join(schema.names) or 'none'}")
-    found = schema.field(column).type
+    actual = schema.field(column).type
     if kind == "bool":
-        good, wanted = pa.types.is_boolean(found), "bool"
+        good, expected = pa.types.is_boolean(actual), "bool"
     else:
-        good, wanted = _is_messages(found), "list of {role: string, content: string}"
+        good, expected = _is_messages(actual), "list of {role: string, content: string}"
     if not good:
-        raise TrainingInputError(f"{name}: column {column!r} must be {wanted}, not {found}")
+        raise TrainingInputError(f"{name}: column {column!r} must be {expected}, not {actual}")
 
 
-def _is_messages(found: pa.DataType) -> bool:
-    if not (pa.types.is_list(found) or pa.types.is_large_list(found)) or not pa.types.is_struct(found.value_type):
+def _is_messages(actual: pa.DataType) -> bool:
+    if not (pa.types.is_list(actual) or pa.types.is_large_list(actual)) or not pa.types.is_struct(actual.value_type):
         return False
-    fields = {f.name: f.type for f in found.value_type}
+    fields = {f.name: f.type for f in actual.value_type}
     return all(
         n in fields and (pa.types.is_string(fields[n]) or pa.types.is_large_string(fields[n]))
         for n in ("role", "content")
@@ -256,7 +256,7 @@ def _check_values(name: str, values: pa.Array, column: str, kind: str, start: in
         missing = pc.or_kleene(missing, pc.equal(pc.fill_null(pc.list_value_length(values), 0), 0))
     row = pc.index(missing, True).as_py()
     if row >= 0:
-        raise TrainingInputError(f"{name}: column {column!r} is empty in row {start + row}; remake the data set")
+        raise TrainingInputError(f"{name}: column {column!r} is empty in row {start + row}; regenerate the dataset")
     if kind == "messages":
         flat = pc.list_flatten(values)
         end = start + len(values) - 1
@@ -273,7 +273,7 @@ def _token_ids(
     chats: list[list[dict[str, str]]],
     add_generation_prompt: bool,
 ) -> list[list[int]]:
-    """Token ids of chats: the same as TRL's row by row, but in batches, which fast tokenizers do in parallel."""
+    """Token ids of chats: the same as TRL's row by row, but in batches, which fast tokenizers parallelise."""
     texts = tokenizer.apply_chat_template(
         chats, tokenize=False, add_generation_prompt=add_generation_prompt, **template_args
     )
@@ -291,15 +291,15 @@ def _warnings(
     spec: TrainSpec, method: Method, tokenizer: Any, train: _Counts, sequences: int, val: _Counts, val_used: int
 ) -> Iterator[str]:
     if train.identical_pairs:
-        yield f"{train.identical_pairs} of {train.rows} pairs are equal after truncation and teach nothing"
+        yield f"{train.identical_pairs} of {train.rows} pairs are equal after truncation and have no effect"
     if sequences < spec.effective_batch:
         what = "packed sequences" if spec.packs else "rows"
-        yield f"{sequences} {what} are fewer than the effective batch of {spec.effective_batch}: one step an epoch"
+        yield f"{sequences} {what} are fewer than the effective batch of {spec.effective_batch}: one step per epoch"
     if train.ends_added:
         yield (
             f"{spec.settings.method} trains on {train.ends_added} of {train.rows} rows with the tokenizer's "
-            f"{tokenizer.bos_token or 'no BOS'} in front and {tokenizer.eos_token} at the end, where the chat template "
-            "has none: TRL puts them there"
+            f"{tokenizer.bos_token or 'no BOS'} in front and {tokenizer.eos_token} at the end: TRL adds them where "
+            "the chat template has none"
         )
     if "label" in method.columns:
         yield from _imbalance(spec, train)
@@ -308,21 +308,21 @@ def _warnings(
 
 
 def _imbalance(spec: TrainSpec, train: _Counts) -> Iterator[str]:
-    """Unequal classes, and whether the weights make up for it: λ_D·n_D / (λ_U·n_U) in [1, 4/3] (KTO paper, eq. 8)."""
+    """A warning about classes that the weights do not balance: λ_D·n_D / (λ_U·n_U) in [1, 4/3] (KTO paper, eq. 8)."""
     low, high = 0.99, 4 / 3 + 0.01
     rows = train.desirable / train.undesirable
-    wanted, unwanted = spec.settings.desirable_weight or 1.0, spec.settings.undesirable_weight or 1.0
-    weighed = wanted * train.desirable / max(unwanted * train.undesirable, 1e-9)
+    lambda_d, lambda_u = spec.settings.desirable_weight or 1.0, spec.settings.undesirable_weight or 1.0
+    weighed = lambda_d * train.desirable / max(lambda_u * train.undesirable, 1e-9)
     if low <= rows <= high and low <= weighed <= high:
         return
-    best = unwanted * train.undesirable / train.desirable
+    best = lambda_u * train.undesirable / train.desirable
     advice = (
         ""
         if low <= weighed <= high
-        else (f"; the KTO paper recommends 1 to 1.33, that is desirable_weight {best:.2f} to {best * 4 / 3:.2f}")
+        else (f"; the KTO paper recommends 1 to 1.33: set desirable_weight between {best:.2f} and {best * 4 / 3:.2f}")
     )
     yield (
         f"class imbalance: {train.desirable} desirable, {train.undesirable} undesirable rows; with desirable_weight "
-        f"{wanted:.4g} and undesirable_weight {unwanted:.4g} they weigh "
+        f"{lambda_d:.4g} and undesirable_weight {lambda_u:.4g} they weigh "
         f"{weighed:.2f} : 1{advice}"
     )

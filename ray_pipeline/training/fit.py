@@ -22,7 +22,7 @@ from ray_pipeline.training.spec import TrainingStopped, TrainResult, TrainSpec
 
 logger = logging.getLogger("quorum.train")
 
-#: Ray Train gives up on placing the workers after this long and tries again (its own default, said explicitly).
+#: Ray Train retries placing the workers after this long (its own default, set explicitly).
 _START_TIMEOUT_S = 60.0
 
 WORKER_ENV = {
@@ -34,18 +34,18 @@ WORKER_ENV = {
 
 
 def fit(spec: TrainSpec, warn: Callable[[str], None] = logger.warning) -> TrainResult:
-    """Train with Ray Train, going on where a run of the same name stopped, and leave the model in `output_dir`.
+    """Train with Ray Train, resuming a run of the same name, and write the model to `output_dir`.
 
-    Needs a connected Ray; call it from a driver or from a task of `num_cpus=0`.
+    Needs a connected Ray; call it from a driver or from a task with `num_cpus=0`.
 
     Args:
-        warn: gets what deserves a look in the data, as sentences, before the workers start.
+        warn: called with warnings about the data, as sentences, before the workers start.
 
     Raises:
-        TrainingInputError: settings, data or cluster cannot give a run; nothing was started.
-        TrainingStopped: the file `STOP` in `output_dir` asked for it. Calling again without it goes on from there.
+        TrainingInputError: invalid settings or data, or the cluster cannot place the workers; nothing was started.
+        TrainingStopped: `output_dir` contained the file `STOP`. Remove it and call again to resume.
         ray.train.TrainingFailedError: workers failed more than `max_failures` times, or could not be placed within
-            `schedule_timeout_s`. Calling again goes on from the newest checkpoint.
+            `schedule_timeout_s`. Call again to resume from the newest checkpoint.
     """
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -63,9 +63,9 @@ def fit(spec: TrainSpec, warn: Callable[[str], None] = logger.warning) -> TrainR
 
     storage = Folder(spec.storage_path)
     trainer = TorchTrainer(
-        _train,  # type: ignore[arg-type]  # Train V2 keeps what it returns; the types are V1's
+        _train,  # type: ignore[arg-type]  # Train V2 keeps the return value; the types are V1's
         train_loop_config={"spec": spec.to_dict()},
-        torch_config=TorchConfig(timeout_s=2 * 3600),  # ranks wait while rank 0 tokenizes a large data set
+        torch_config=TorchConfig(timeout_s=2 * 3600),  # ranks wait while rank 0 tokenizes a large dataset
         scaling_config=ScalingConfig(  # type: ignore[call-arg]
             num_workers=spec.settings.num_workers,
             use_gpu=bool(spec.settings.use_gpu),
@@ -106,8 +106,8 @@ def fit(spec: TrainSpec, warn: Callable[[str], None] = logger.warning) -> TrainR
 
 
 def _train(config: dict[str, Any]) -> dict[str, Any] | None:
-    """What a worker runs. Imported there alone: TRL takes seconds, which this process and Ray Train's controller, each
-    before the next begins, would spend as well."""
+    """Run one worker. The import is here because importing TRL takes seconds, which this process and Ray Train's
+    controller would spend as well, one after the other."""
     from ray_pipeline.training.worker import train_worker
 
     return train_worker(config)

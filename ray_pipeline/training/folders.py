@@ -1,4 +1,4 @@
-"""Folders that are there whole or not at all."""
+"""Folders that are published atomically."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ def partial_folder(final: Path) -> Path:
 
 
 def clear(folder: Path) -> None:
-    """Remove what an earlier attempt left, if anything."""
+    """Remove the leftovers of an earlier attempt, if any."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def publish(final: Path) -> None:
-    """Flush the partial folder to the disk and give it its final name, in place of an older one.
+    """Flush the partial folder to disk and rename it to its final name, replacing an older one.
 
-    Killed at any moment, the final name holds the older folder, the new one, or nothing.
+    If the process is killed at any moment, the final name is the older folder, the new one, or missing.
     """
     partial = partial_folder(final)
     for file in partial.rglob("*"):
@@ -30,6 +30,6 @@ def publish(final: Path) -> None:
     older = final.with_name(f".{final.name}.older")
     clear(older)
     if final.exists():
-        os.rename(final, older)  # a folder cannot be renamed over one that is not empty
+        os.rename(final, older)  # a folder cannot replace a non-empty one by renaming
     os.rename(partial, final)
     clear(older)

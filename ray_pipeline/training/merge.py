@@ -1,4 +1,4 @@
-"""Merging a LoRA adapter into its base, with a check that the merged model says what base + adapter says."""
+"""Merging a LoRA adapter into its base, with a check that the merged model computes the same logits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ray_pipeline.training.folders import clear, partial_folder, publish
 
-if TYPE_CHECKING:  # importing torch takes seconds, and importing the package should not
+if TYPE_CHECKING:  # importing torch takes seconds
     import torch
 
 _PROMPTS = ("The largest of three numbers is", "Once upon a time", "Q: What is 2 + 3?\nA:")
@@ -19,16 +19,16 @@ _TOLERANCE = 1e-3
 
 
 class MergeError(RuntimeError):
-    """The merged model does not compute what base + adapter computes."""
+    """The merged model and base + adapter compute different logits."""
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What the check of a merge saw, in float32 before the cast.
+    """Figures of the check of a merge, in float32 before the cast.
 
     Attributes:
         max_logit_diff: largest |Δ logit| between base + adapter and the merged model.
-        adapter_effect: largest |Δ logit| between base and base + adapter; 0 means that the adapter does nothing.
+        adapter_effect: largest |Δ logit| between base and base + adapter; 0 means that the adapter has no effect.
     """
 
     max_logit_diff: float
@@ -48,13 +48,13 @@ def merge_adapter(
 ) -> MergeReport:
     """Write base + adapter as one model: safetensors, tokenizer with chat template, generation config.
 
-    Merged in float32 on the CPU (in bfloat16 the rounding alone moves logits by 4e-3) and cast to `dtype` after the
-    check. Needs memory for the base in float32: 4 bytes a parameter.
+    The merge is done in float32 on the CPU (in bfloat16 rounding alone moves logits by 4e-3) and cast to `dtype` after
+    the check. Needs memory for the base in float32: 4 bytes per parameter.
 
     Args:
-        base: local folder or hub name of the base model, at `revision`.
+        base: local folder or Hub name of the base model, at `revision`.
         adapter: folder with `adapter_model.safetensors`, `adapter_config.json` and the tokenizer.
-        out: final folder; it appears whole or not at all and replaces an older one.
+        out: final folder; written atomically, replacing an older one.
         dtype: "float32" or "bfloat16", for the written weights.
         prompts: texts to compare logits on; the first 64 tokens of each are used.
         readme: text of README.md.
@@ -84,7 +84,7 @@ def merge_adapter(
     if not report.max_logit_diff <= _TOLERANCE * scale:  # NaN fails too
         raise MergeError(
             f"merging {adapter} into {base} moves logits by up to {report.max_logit_diff:.3g} "
-            f"(they reach {scale:.3g}); is the base the one that the adapter was trained on?"
+            f"(they reach {scale:.3g}); check that the adapter was trained on this base"
         )
 
     final = Path(out)

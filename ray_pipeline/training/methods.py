@@ -1,7 +1,7 @@
 """The training methods as a table, and the check of `trainer_args` against TRL's own settings.
 
-Adding a method is adding a row to `METHODS`, or registering a `Method` in a file of one's own. Nothing here imports TRL
-before a config or trainer class is needed.
+To add a method, add a row to `METHODS`, or register a `Method` in a file of your own. TRL is imported only when a
+config or trainer class is needed.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from pydantic import AfterValidator
 
 from ray_pipeline.extensions import ExtensionError, find, register
 
-#: The kinds of training rows: single answers, pairs, and answers with a label.
+#: The kinds of training rows: single responses, pairs, and responses with a label.
 DataKind = Literal["sft", "dpo", "kto"]
 ColumnKind = Literal["messages", "bool"]
 
 
 class TrainingInputError(ValueError):
-    """Invalid settings, data or cluster for a training run; the message names the key and the remedy."""
+    """Invalid settings, data or cluster for a training run; the message names the key and the fix."""
 
 
-#: Kind of data -> the columns that a trainer reads. No others are read.
+#: Kind of data -> the columns that a trainer reads; it reads no others.
 COLUMNS: dict[DataKind, Mapping[str, ColumnKind]] = {
     "sft": {"prompt": "messages", "completion": "messages"},
     "dpo": {"prompt": "messages", "chosen": "messages", "rejected": "messages"},
@@ -36,19 +36,19 @@ COLUMNS: dict[DataKind, Mapping[str, ColumnKind]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """One way to train.
+    """A training method.
 
     Attributes:
-        module: where TRL keeps the two classes.
-        config: name of the config class; `trainer` is the trainer's.
-        data: the kind of rows that it learns from.
-        objective: the loss of one batch as TRL computes it, and where that differs from the paper.
-        beta: the β that the method was published with; None: its loss has none.
-        fields: fields of `TrainSettings` that the config takes under the same name, beside those that all take.
-        settings: settings that make the class pair this method. `trainer_args` may replace them.
+        module: TRL module with the two classes.
+        config: name of the config class; `trainer` is that of the trainer class.
+        data: the kind of rows that it trains on.
+        objective: the loss of one batch as TRL computes it, and how it differs from the paper.
+        beta: the published β; None: the loss has none.
+        fields: fields of `TrainSettings` that the config has under the same name, beside those shared by all methods.
+        settings: TRL settings that turn the two classes into this method; `trainer_args` can override them.
         min_batch_size: the smallest `batch_size` that the loss is defined for.
-        adds_ends: the trainer puts the tokenizer's BOS and EOS around a chat whose template leaves them out.
-        refuses: TRL settings that would break this method, and why.
+        adds_ends: the trainer adds the tokenizer's BOS and EOS around a chat if the template leaves them out.
+        refuses: TRL setting → why it would break this method.
     """
 
     module: str
@@ -74,15 +74,15 @@ class Method:
         return getattr(self._module(), self.trainer)
 
     def _module(self) -> Any:
-        os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # else two of the modules warn that they may change
+        os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # two of the modules warn that they may change
         return importlib.import_module(self.module)
 
 
-#: Rows are read in the order of the files, as every method of `METHODS` does.
+#: Reads rows in the order of the files, as every method of `METHODS` does.
 FILE_ORDER = {"train_sampling_strategy": "sequential"}
 
-# Rows come interleaved by label and shuffled by seed, and all methods read them in that order: KTO has to (its KL pairs
-# are made per fixed batch); the others do so that what a step saw can be looked up in the files.
+# Rows are stored interleaved by label and shuffled by seed, and all methods read them in that order: KTO must (its KL
+# pairs are made per fixed batch), and with the others the rows of a step can be looked up in the files.
 METHODS: dict[str, Method] = {
     "sft": Method(
         "trl", "SFTConfig", "SFTTrainer",
@@ -114,8 +114,8 @@ METHODS: dict[str, Method] = {
         settings=FILE_ORDER,
         min_batch_size=2,
         refuses={
-            "train_sampling_strategy": "KTO's KL pairs are made per batch of rows in file order; they are shuffled",
-            "dataset_num_proc": "TRL cuts the data set before it makes KTO's KL pairs, which breaks them",
+            "train_sampling_strategy": "KTO's KL pairs are made per batch in file order; the rows are shuffled already",
+            "dataset_num_proc": "TRL would split the dataset before it makes KTO's KL pairs, which breaks them",
         },
     ),
     "orpo": Method(  # Hong et al. 2024, arXiv:2403.07691
@@ -145,7 +145,7 @@ METHODS: dict[str, Method] = {
             **FILE_ORDER, "loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 1.0, "remove_unused_columns": False
         },
         adds_ends=True,
-        refuses={"loss_type": "with another loss this would not be SimPO (AlphaPO is trainer_args.alpha)"},
+        refuses={"loss_type": "another loss would not be SimPO (for AlphaPO set trainer_args.alpha)"},
     ),
 }  # fmt: skip
 for _name, _method in METHODS.items():
@@ -153,19 +153,19 @@ for _name, _method in METHODS.items():
 
 
 def method_of(reference: str) -> Method:
-    """The method of a name, or the one that a file registers.
+    """The method with a name, or the one that a file registers.
 
     Raises:
         ExtensionError, a ValueError: there is none.
     """
-    found = find("method", reference).value
-    if not isinstance(found, Method):
-        raise ExtensionError(f"method {reference!r} is a {type(found).__name__}; register a Method")
-    return found
+    method = find("method", reference).value
+    if not isinstance(method, Method):
+        raise ExtensionError(f"method {reference!r} is a {type(method).__name__}; register a Method")
+    return method
 
 
 def method_label(reference: str) -> str:
-    """A method's name for folders and readers: that under which it is registered."""
+    """The name under which a method is registered, for folders and pages."""
     return find("method", reference).name
 
 
@@ -177,7 +177,7 @@ def _known(reference: str) -> str:
 #: A reference to a method, checked.
 MethodName = Annotated[str, AfterValidator(_known)]
 
-#: TRL's name of a setting -> the field of `TrainSettings` or `TrainSpec` that holds it.
+#: TRL's name of a setting -> the field of `TrainSettings` or `TrainSpec` with its value.
 OWNED: dict[str, str] = {
     "output_dir": "output_dir",
     "run_name": "run_name",
@@ -208,34 +208,34 @@ OWNED: dict[str, str] = {
     "use_cpu": "use_gpu",
     "fsdp": "shard",
 }
-#: Where a setting of that name is in the configuration of a run, if not in its `train` block.
+#: Place of a setting in a run's configuration, if not in the `train` block.
 _ELSEWHERE = {
     "max_length": " (datasets.max_length)",
     "trust_remote_code": " (of the model)",
     "output_dir": " (the run folder)",
     "run_name": " (the run folder)",
-    "resume_from_checkpoint": " (the same command goes on)",
-    "max_steps": " (a fraction of an epoch is fine)",
+    "resume_from_checkpoint": " (rerun the same command to resume)",
+    "max_steps": " (a fraction of an epoch is allowed)",
 }
-#: Names that transformers gave up and that people still write.
+#: Names that transformers has dropped but that are still in use.
 _RENAMED = ("warmup_ratio",)
 
-#: Settings that a resumable run needs as they are, and why.
+#: Settings that a resumable run must not change -> the reason.
 FIXED: dict[str, str] = {
     "save_strategy": "checkpoints go to Ray Train every save_steps steps",
     "save_only_model": "a checkpoint without optimiser and random states cannot be resumed exactly",
     "save_total_limit": "Ray Train keeps the newest two checkpoints",
-    "logging_strategy": "the metrics table has a row every logging_steps steps",
+    "logging_strategy": "the metrics table has one row every logging_steps steps",
     "eval_strategy": "val_files are evaluated after each epoch and at the end",
     "eval_steps": "val_files are evaluated after each epoch and at the end",
     "load_best_model_at_end": "the policy is the one after the last step",
     "ignore_data_skip": "a resumed run must not see rows twice",
-    "dataloader_drop_last": "only whole batches train: KTO's KL pairs need them",
-    "sync_ref_model": "the reference is the base, and stays it",
-    "truncation_mode": "prompts stay whole and answers are cut at their end, as the check before the run counts them",
+    "dataloader_drop_last": "only whole batches are trained on: KTO's KL pairs need them",
+    "sync_ref_model": "the reference is always the base",
+    "truncation_mode": "prompts are kept whole and responses truncated at the end, as the pre-flight check counts them",
 }
 
-#: Keys of `model_init_kwargs` -> the field of `TrainSettings` or `TrainSpec` that holds it.
+#: Key of `model_init_kwargs` -> the field of `TrainSettings` or `TrainSpec` with its value.
 OWNED_MODEL_ARGS: dict[str, str] = {
     "dtype": "dtype", "torch_dtype": "dtype", "revision": "revision", "trust_remote_code": "trust_remote_code",
     "device_map": "use_gpu", "quantization_config": "quantization",
@@ -246,25 +246,25 @@ def validate_trainer_args(method: str, trainer_args: Mapping[str, Any]) -> None:
     """Check `trainer_args` against TRL's config class of the method. Loads no model.
 
     Raises:
-        TrainingInputError: a name is unknown (the message has the nearest right one), belongs to a field of
-            `TrainSettings` (the message names it) or must not be changed; or a value is none of the choices.
+        TrainingInputError: a name is unknown (the message suggests the nearest one), belongs to a field of
+            `TrainSettings` (the message names it) or must not be changed; or a value is not one of the choices.
     """
-    found = method_of(method)
+    spec = method_of(method)
     if not trainer_args:
-        return  # TRL takes seconds to import, and every command reads a config
-    known = {f.name: f for f in dataclasses.fields(found.config_class()) if f.init}
+        return  # importing TRL takes seconds, and every command reads a config
+    known = {f.name: f for f in dataclasses.fields(spec.config_class()) if f.init}
     owned = {name: field for name, field in OWNED.items() if name in known or name in _RENAMED}
     for name, value in trainer_args.items():
         key = f"trainer_args.{name}"
         if name in owned:
             raise TrainingInputError(
-                f"{key} would override the setting {OWNED[name]!r}: set that one{_ELSEWHERE.get(name, '')}"
+                f"{key} would override {OWNED[name]!r}; set that one instead{_ELSEWHERE.get(name, '')}"
             )
         if name not in known:
             near = difflib.get_close_matches(name, [*known, *owned], n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise TrainingInputError(f"{key}: TRL's {found.config} has no such setting{hint}")
-        reason = FIXED.get(name) or found.refuses.get(name)
+            raise TrainingInputError(f"{key}: TRL's {spec.config} has no such setting{hint}")
+        reason = FIXED.get(name) or spec.refuses.get(name)
         if reason:
             raise TrainingInputError(f"{key} cannot be set: {reason}")
         choices = known[name].metadata.get("choices")
@@ -281,6 +281,5 @@ def _check_model_args(value: Any) -> None:
     for name in value:
         if name in OWNED_MODEL_ARGS:
             raise TrainingInputError(
-                f"trainer_args.model_init_kwargs.{name} would override the setting {OWNED_MODEL_ARGS[name]!r}: "
-                "set that one"
+                f"trainer_args.model_init_kwargs.{name} would override {OWNED_MODEL_ARGS[name]!r}; set that one instead"
             )

@@ -1,4 +1,4 @@
-"""The `train_metrics` table, made from the log that every checkpoint carries, so that a resume leaves no hole."""
+"""The `train_metrics` table, made from the log in every checkpoint, so that a resume leaves no gap."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ LOG_NAMES: dict[str, str] = {
 def train_metrics(log_history: Iterable[Mapping[str, Any]]) -> pa.Table:
     """One row per logged optimiser step (`split` train) and per evaluation (`split` eval), by step, train first.
 
-    What a method does not log (accuracies in KTO) or a step had no row for (a class that is absent) is null. In a
-    step of several micro-batches TRL logs the plain mean over those that had the class.
+    Values that a method does not log (accuracies in KTO), or that a step lacks (no row of a class), are null. For a
+    step of several micro-batches TRL logs the plain mean over those with the class.
     """
     rows: dict[tuple[int, str], dict[str, Any]] = {}
     for entry in log_history:
         for split, prefix in (("train", ""), ("eval", "eval_")):
-            if f"{prefix}loss" not in entry:  # the summary at the end has "train_loss" only
+            if f"{prefix}loss" not in entry:  # the summary at the end has only "train_loss"
                 continue
             values = {column: _number(entry.get(f"{prefix}{name}")) for column, name in LOG_NAMES.items()}
             rows[(entry["step"], split)] = {

@@ -1,4 +1,4 @@
-"""Checks of settings and cluster that cost seconds, before workers start that cost minutes."""
+"""Quick checks of settings and cluster (seconds) before workers start (minutes)."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from ray_pipeline.training.spec import TrainSettings, TrainSpec
 
 
 def check_spec(spec: TrainSpec) -> None:
-    """Check what `TrainSettings` cannot: paths, names, packages and options that need each other. Reads no file.
+    """Check what `TrainSettings` cannot: paths, names, packages and options that depend on each other. Reads no file.
 
     Raises:
-        TrainingInputError: names the setting and the remedy.
+        TrainingInputError: an invalid setting; the message names it and the fix.
     """
     method = method_of(spec.settings.method)
     for name in ("train_files", "val_files", "output_dir", "storage_path"):
         path = getattr(spec, name)
         if path is not None and not os.path.isabs(path) and "://" not in path:
             raise TrainingInputError(
-                f"{name} must be an absolute path or a URI, not {path!r}: training workers run in folders of their own"
+                f"{name} must be an absolute path or a URI, not {path!r}: training workers have other working folders"
             )
     if "://" in spec.model:
-        raise TrainingInputError(f"model must be a folder or a hub name, not {spec.model!r}; copy it to a folder")
+        raise TrainingInputError(f"model must be a folder or a Hub name, not {spec.model!r}; copy it to a folder")
     if not os.path.isabs(spec.model) and spec.model.startswith((".", "~")):
-        raise TrainingInputError(f"model must be an absolute path or a hub name, not {spec.model!r}")
+        raise TrainingInputError(f"model must be an absolute path or a Hub name, not {spec.model!r}")
     if os.path.isabs(spec.model) and not os.path.isdir(spec.model):
-        raise TrainingInputError(f"model: there is no folder {spec.model}")
+        raise TrainingInputError(f"model: no folder {spec.model}; fix the path or use a Hub name")
     if not spec.run_name or "/" in spec.run_name or spec.run_name.startswith("."):
         raise TrainingInputError(f"run_name must be a plain file name, not {spec.run_name!r}")
-    try:  # They reach TRL as a column of the rows. Its ORPO and CPO trainers give the template `tools` of their own.
+    try:  # TRL reads them from a column of the rows. Its ORPO and CPO trainers pass their own `tools` to the template.
         kept = pa.array([spec.chat_template_args]).to_pylist() == [spec.chat_template_args]
     except pa.ArrowException:
         kept = False
     if not kept or (method.adds_ends and "tools" in spec.chat_template_args):
         raise TrainingInputError(
             f"chat_template_args: {spec.settings.method} cannot be trained with {spec.chat_template_args!r}; use plain "
-            "values and lists of one kind"
+            "values and lists of one type"
         )
     if spec.max_length < 2:
         raise TrainingInputError(f"max_length must be at least 2, not {spec.max_length}")
@@ -64,38 +64,38 @@ def _check_names(train: TrainSettings) -> None:
 
 
 def _check_options(train: TrainSettings) -> None:
-    """Options that need a package, a device or each other."""
+    """Check the options that need a package, a device or each other."""
     if train.quantization is not None:
         if train.shard != "none":
-            raise TrainingInputError(f"quantization together with shard={train.shard} is not supported: choose one")
+            raise TrainingInputError(f"quantization together with shard={train.shard} is not supported; choose one")
         if not train.use_gpu:
             raise TrainingInputError("quantization needs workers with a GPU (use_gpu)")
         _need("bitsandbytes", "quantization", "qlora")
     if train.shard != "none" and train.num_workers < 2:
-        raise TrainingInputError(f"shard={train.shard} has nothing to deal out with num_workers=1")
+        raise TrainingInputError(f"shard={train.shard} has no effect with num_workers=1; add workers or set shard=none")
     if train.shard in ("zero2", "zero3"):
         if not train.use_gpu:
             raise TrainingInputError(
-                f"shard={train.shard} needs workers with a GPU (use_gpu): Accelerate leaves DeepSpeed unread on CPUs"
+                f"shard={train.shard} needs workers with a GPU (use_gpu): Accelerate ignores DeepSpeed on CPUs"
             )
         _need("deepspeed", f"shard={train.shard}", "deepspeed")
     for name, shards in {"fsdp_config": ("fsdp",), "deepspeed": ("zero2", "zero3")}.items():
         if name in train.trainer_args and train.shard not in shards:
-            raise TrainingInputError(f"trainer_args.{name} is read with shard={' or '.join(shards)} only; set that too")
+            raise TrainingInputError(f"trainer_args.{name} needs shard={' or '.join(shards)}; set that too")
     if train.trainer_args.get("use_liger_kernel"):
         _need("liger_kernel", "trainer_args.use_liger_kernel", "liger")
 
 
 def _need(package: str, setting: str, extra: str) -> None:
     if importlib.util.find_spec(package) is None:
-        raise TrainingInputError(f"{setting} needs {package}: pip install 'quorum-align[{extra}]'")
+        raise TrainingInputError(f"{setting} needs {package}; run: pip install 'quorum-align[{extra}]'")
 
 
 def check_cluster(spec: TrainSpec) -> None:
-    """Refuse a run that the cluster can never place: Ray Train would wait silently.
+    """Refuse a run that the cluster can never place, for which Ray Train would wait silently.
 
     Raises:
-        TrainingInputError: too few CPUs or GPUs in all, or on each node for one worker.
+        TrainingInputError: too few CPUs or GPUs in total, or on each node for one worker.
     """
     import ray
 
@@ -110,10 +110,10 @@ def check_cluster(spec: TrainSpec) -> None:
     places = sum(int(min(node.get(name, 0.0) / amount for name, amount in need.items())) for node in nodes)
     if places < spec.settings.num_workers:
         total = ray.cluster_resources()
-        wanted = ", ".join(f"{amount:g} {name}" for name, amount in need.items())
+        each = ", ".join(f"{amount:g} {name}" for name, amount in need.items())
         have = ", ".join(f"{total.get(name, 0.0):g} {name}" for name in need)
         raise TrainingInputError(
-            f"num_workers={spec.settings.num_workers} workers of {wanted} each do not fit the cluster, which has "
-            f"{have} on {len(nodes)} node(s) that may be used: room for {places}. Lower num_workers or "
-            "cpus_per_worker, add nodes, or set autoscaling if the cluster grows on demand"
+            f"num_workers={spec.settings.num_workers} workers of {each} each do not fit the cluster, which has "
+            f"{have} on {len(nodes)} usable node(s): room for {places}; lower num_workers or cpus_per_worker, add "
+            "nodes, or set autoscaling if the cluster grows on demand"
         )

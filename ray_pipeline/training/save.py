@@ -1,4 +1,4 @@
-"""The trained model as folders: adapter and merged model, or after full fine-tuning the model alone."""
+"""The trained model as folders: adapter and merged model, or only the model after full fine-tuning."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from ray_pipeline.training.spec import TrainSpec
 
 logger = logging.getLogger("quorum.train")
 
-#: Rows of the data set that the merge is checked on.
+#: Rows of the dataset that the merge is checked on.
 _CHECK_ROWS = 4
-#: Columns of prompts (SFT: of whole rows) in the data sets that TRL has tokenized.
+#: Columns of prompts (SFT: of whole rows) in the datasets that TRL has tokenized.
 _TOKEN_COLUMNS = ("prompt_ids", "prompt_input_ids", "input_ids")
 
 
 def write_model(spec: TrainSpec, trainer: Any, card: Callable[[str], str]) -> dict[str, float | None]:
-    """Write what was trained below `spec.output_dir`. All ranks call it (a sharded model is gathered), rank 0 writes.
+    """Write the trained model below `spec.output_dir`. All ranks call it (a sharded model is gathered); rank 0 writes.
 
     Args:
         card: text of README.md for "adapter", "merged" or "full".
 
     Returns:
-        What the merge's check saw, on rank 0: `max_logit_diff` and `adapter_effect`; no adapter, no such figures.
+        On rank 0 the figures of the merge's check, `max_logit_diff` and `adapter_effect`; null without an adapter.
 
     Raises:
-        MergeError: base + adapter and merged model disagree.
+        MergeError: base + adapter and merged model compute different logits.
     """
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
@@ -62,7 +62,7 @@ def _write_adapter(spec: TrainSpec, trainer: Any, readme: str) -> None:
         clear(partial)
     trainer.save_model(str(partial))
     if trainer.is_world_process_zero():
-        (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle, with paths of this machine
+        (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle with local paths
         (partial / "README.md").write_text(readme)
         publish(final)
 
@@ -72,7 +72,7 @@ def _write_full(spec: TrainSpec, trainer: Any, readme: str) -> None:
     if not trainer.is_world_process_zero():
         return
     dtype = getattr(torch, spec.settings.dtype)
-    once: dict[tuple[int, torch.Size], torch.Tensor] = {}  # tied weights stay one tensor, and are written once
+    once: dict[tuple[int, torch.Size], torch.Tensor] = {}  # tied weights stay one tensor and are written once
 
     def cast(weight: torch.Tensor) -> torch.Tensor:
         if not weight.is_floating_point():

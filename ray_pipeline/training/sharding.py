@@ -1,7 +1,7 @@
-"""Models that do not fit one worker: presets over the settings of transformers.
+"""Presets of transformers' settings for models that do not fit one worker.
 
-FSDP and DeepSpeed deal parameters, gradients and optimiser states out to the workers. Every worker then writes its own
-part of a checkpoint, and Ray Train puts the parts into one folder.
+FSDP and DeepSpeed shard parameters, gradients and optimiser states across the workers. Every worker then writes its own
+part of a checkpoint, and Ray Train collects the parts in one folder.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ _FSDP: dict[str, Any] = {
     "version": 2,
     "reshard_after_forward": True,
     "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-    # Not with `activation_checkpointing` of this same dictionary: its wrappers rename the modules, and a resumed LoRA
-    # run then goes on with a fresh adapter without a word (accelerate 1.15).
+    # Do not add `activation_checkpointing` here: its wrappers rename the modules, and a resumed LoRA run would silently
+    # continue with a fresh adapter (accelerate 1.15).
     "state_dict_type": "SHARDED_STATE_DICT",
 }
 _ZERO: dict[str, Any] = {
@@ -34,7 +34,7 @@ _FROM_TRAINER = (
 
 
 def sharding_settings(spec: TrainSpec) -> dict[str, Any]:
-    """The preset as TRL settings; empty for "none"."""
+    """The sharding preset as TRL settings; empty for "none"."""
     if spec.settings.shard == "none":
         return {}
     if spec.settings.shard == "fsdp":
@@ -51,10 +51,10 @@ def sharding_settings(spec: TrainSpec) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def fsdp_on_cpus(spec: TrainSpec) -> Iterator[None]:
-    """Let a trainer that is made in here shard its model over CPU workers, if the spec asks for that.
+    """Make a trainer built inside this block shard its model over CPU workers, if the spec sets FSDP without GPUs.
 
-    PyTorch does it over gloo; Accelerate 1.15 leaves its FSDP setting unread where there are no GPUs, and would train
-    whole copies without a word.
+    PyTorch supports it over gloo, but Accelerate 1.15 ignores its FSDP setting without GPUs and would silently train
+    whole copies.
     """
     if spec.settings.shard != "fsdp" or spec.settings.use_gpu:
         yield

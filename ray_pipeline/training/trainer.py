@@ -1,4 +1,4 @@
-"""A TRL trainer for a `TrainSpec`: model, data and settings put together. Knows nothing of Ray."""
+"""A TRL trainer for a `TrainSpec`, from model, data and settings. Independent of Ray."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from ray_pipeline.training.spec import TrainSpec
 def build_trainer(spec: TrainSpec, output_dir: str, callbacks: Sequence[TrainerCallback] = ()) -> Any:
     """The trainer of one rank.
 
-    Where the method has a reference model, it is the base with the adapter switched off, or, in full fine-tuning, a
+    The reference model of a method, if any, is the base with the adapter switched off or, in full fine-tuning, a
     frozen copy of the base that TRL makes.
 
-    Every rank loads all rows and Accelerate deals them out: rows that Ray Data has dealt out already would be
-    dealt out twice, and half of them never seen.
+    Every rank loads all rows and Accelerate distributes them: rows already distributed by Ray Data would be
+    distributed twice, and half of them never used.
     """
     method = method_of(spec.settings.method)
     tokenizer = AutoTokenizer.from_pretrained(
@@ -43,9 +43,9 @@ def build_trainer(spec: TrainSpec, output_dir: str, callbacks: Sequence[TrainerC
         )
     if spec.settings.disable_dropout and "disable_dropout" not in method.fields:  # SFT's config has no such setting
         disable_dropout_in_model(trainer.model)
-    trainer.remove_callback(PrinterCallback)  # prints every log as a dict; `callbacks.LogProgress` says it better
+    trainer.remove_callback(PrinterCallback)  # prints every log as a dict; `callbacks.LogProgress` replaces it
     if trainer.eval_dataset is not None:
-        # A last batch that is not whole would be padded with rows seen already, and a batch of one is its own KL pair.
+        # An incomplete last batch would be padded with used rows, and a row in a batch of one is its own KL pair.
         whole = len(trainer.eval_dataset) - len(trainer.eval_dataset) % spec.micro_batch
         trainer.eval_dataset = trainer.eval_dataset.select(range(whole)) if whole else None
     return trainer
@@ -55,7 +55,7 @@ def trainer_config(spec: TrainSpec, output_dir: str) -> Any:
     """TRL's config for a spec.
 
     Args:
-        output_dir: scratch folder of this worker for Hugging Face checkpoints, before Ray Train takes them.
+        output_dir: scratch folder of this worker for Hugging Face checkpoints, before they go to Ray Train.
     """
     settings = spec.settings
     method = method_of(settings.method)
@@ -75,7 +75,7 @@ def trainer_config(spec: TrainSpec, output_dir: str) -> Any:
         model_init_kwargs=_model_args(spec, user.pop("model_init_kwargs", {})),
         trust_remote_code=spec.trust_remote_code,
         per_device_train_batch_size=settings.batch_size,
-        # TRL makes KTO's KL pairs of the evaluation rows in train batches.
+        # TRL makes KTO's KL pairs of the evaluation rows in batches of the training size.
         per_device_eval_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
         num_train_epochs=settings.epochs,
@@ -93,7 +93,7 @@ def trainer_config(spec: TrainSpec, output_dir: str) -> Any:
         save_strategy="steps",
         save_steps=settings.save_steps,
         save_total_limit=2,
-        eval_strategy="no",  # callbacks.EvaluateEachEpoch does it, before the checkpoint of the same step
+        eval_strategy="no",  # callbacks.EvaluateEachEpoch evaluates before the checkpoint of the same step
         dataloader_drop_last=True,
         report_to=list(settings.report_to) or "none",
         **{name: value for name, value in own.items() if value is not None},
@@ -102,26 +102,26 @@ def trainer_config(spec: TrainSpec, output_dir: str) -> Any:
 
 
 def _model_args(spec: TrainSpec, user: Mapping[str, Any]) -> dict[str, Any]:
-    """What the base is loaded with. Every worker has one device: "auto" would spread the model over all it can see."""
+    """Arguments for loading the base. Every worker has one device; "auto" would use all visible ones."""
     settings = spec.settings
     # DeepSpeed keeps float32 copies of the trained weights itself.
     in_float32 = settings.lora is None and settings.shard not in ("zero2", "zero3")
-    found = {"dtype": "float32" if in_float32 else settings.dtype, "device_map": None, **user}
+    args = {"dtype": "float32" if in_float32 else settings.dtype, "device_map": None, **user}
     if spec.revision is not None:
-        found["revision"] = spec.revision
+        args["revision"] = spec.revision
     if settings.quantization is not None:
-        found["quantization_config"] = BitsAndBytesConfig(
+        args["quantization_config"] = BitsAndBytesConfig(
             load_in_8bit=settings.quantization == "int8",
             load_in_4bit=settings.quantization == "nf4",
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=getattr(torch, settings.dtype),
         )
-    return found
+    return args
 
 
 def effective_settings(spec: TrainSpec, trainer: Any) -> dict[str, Any]:
-    """Settings as they are in force, read from the trainer rather than from the spec."""
+    """The settings in effect, read from the trainer rather than from the spec."""
     settings, args, model = spec.settings, trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     dropouts = [
         module.p
@@ -131,7 +131,7 @@ def effective_settings(spec: TrainSpec, trainer: Any) -> dict[str, Any]:
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     base = next((p for p in parameters if not p.requires_grad), parameters[0])
-    found = {
+    effective = {
         "objective": method_of(settings.method).objective,
         "loss_type": getattr(args, "loss_type", None),
         "beta": getattr(args, "beta", None),
@@ -152,22 +152,22 @@ def effective_settings(spec: TrainSpec, trainer: Any) -> dict[str, Any]:
         "optimizer": str(getattr(args.optim, "value", args.optim)),
         "trained_parameters": sum(map(_size, trained)),
         "parameters": sum(map(_size, parameters)),
-        "train_rows": len(trainer.train_dataset),  # sequences, where rows are packed
+        "train_rows": len(trainer.train_dataset),  # sequences, if rows are packed
         "eval_rows": len(trainer.eval_dataset) if trainer.eval_dataset is not None else 0,
         "rows_per_epoch": len(trainer.train_dataset) // spec.micro_batch * spec.micro_batch,
     }
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in effective.items() if value is not None}
 
 
 def _reference(spec: TrainSpec, trainer: Any) -> str | None:
-    """What holds the policy back; None where the method has no reference model."""
+    """Description of the reference model; None if the method has none."""
     if not hasattr(trainer, "ref_model"):
         return None
     return "the base, adapter switched off" if trainer.ref_model is None else "a frozen copy of the base"
 
 
 def _size(parameter: torch.nn.Parameter) -> int:
-    """Entries of a parameter: DeepSpeed leaves shells of those that it dealt out, bitsandbytes packs two a byte."""
+    """Number of entries: DeepSpeed leaves empty shells of sharded parameters, bitsandbytes packs two into a byte."""
     if hasattr(parameter, "ds_numel"):
         return int(parameter.ds_numel)
     shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
@@ -190,7 +190,7 @@ def _lora_config(spec: TrainSpec) -> LoraConfig | None:
 
 
 def _rows(spec: TrainSpec, pattern: str, setting: str) -> Dataset:
-    """The columns that the method needs, and no others: `images` or `tools` would mean something to TRL."""
+    """The columns that the method needs and no others: TRL would interpret `images` or `tools`."""
     columns = list(method_of(spec.settings.method).columns)
     rows = load_dataset("parquet", data_files=parquet_files(pattern, setting), columns=columns, split="train")
     if spec.chat_template_args:

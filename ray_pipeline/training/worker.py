@@ -1,4 +1,4 @@
-"""What each Ray Train worker runs."""
+"""The training loop of one Ray Train worker."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ logger = logging.getLogger("quorum.train")
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
-    """Train, or go on training, and leave the trained model behind. Rank 0 returns what `fit` reports; of a training
-    that was stopped, why.
+    """Train, or resume training, and write the trained model. Rank 0 returns the figures that `fit` reports, or the
+    reason of a stopped training.
 
     Args:
         config: {"spec": `TrainSpec.to_dict()`}.
@@ -48,7 +48,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
     rank = ray.train.get_context().get_world_rank()
     _log_to_stderr()
     if not spec.settings.use_gpu:
-        torch.set_num_threads(max(1, int(spec.settings.cpus_per_worker)))  # else every worker takes every core
+        torch.set_num_threads(max(1, int(spec.settings.cpus_per_worker)))  # otherwise every worker uses every core
 
     scratch = _scratch_folder(spec, rank)
     clear(scratch)
@@ -68,7 +68,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
         resumed_from = _train(trainer)
         train_seconds = time.monotonic() - started
         if stop.reason is not None:
-            if rank == 0 and not kept.is_local:  # what loggers have written so far
+            if rank == 0 and not kept.is_local:  # keep the loggers' files
                 upload(Path(spec.output_dir), kept)
             return {"stopped": stop.reason}
 
@@ -121,14 +121,14 @@ def _train(trainer: Any) -> int | None:
 
 
 def _logger_folders(spec: TrainSpec) -> None:
-    """Where loggers write: beside the model, not into the scratch folder, and one run a training, resumed or not.
+    """Make loggers write beside the model, not into the scratch folder; a resumed training continues its logger run.
 
-    What the user's environment says wins.
+    The user's environment variables take precedence.
     """
     run = digest(spec.run_name)
     for name, value in {
         "TENSORBOARD_LOGGING_DIR": f"{spec.output_dir}/tensorboard",
-        "WANDB_DIR": spec.output_dir,  # makes `wandb` in it
+        "WANDB_DIR": spec.output_dir,  # wandb creates its folder `wandb` in it
         "WANDB_RUN_ID": run,
         "WANDB_RESUME": "allow",
         "MLFLOW_TRACKING_URI": f"sqlite:///{spec.output_dir}/mlflow.db",
@@ -137,7 +137,7 @@ def _logger_folders(spec: TrainSpec) -> None:
 
 
 def _scratch_folder(spec: TrainSpec, rank: int) -> Path:
-    """A folder of this rank alone, the same after a restart, so that a killed worker leaves nothing to pile up."""
+    """The folder of this rank, the same after a restart, so that leftovers of killed workers do not pile up."""
     name = digest([os.getuid(), spec.storage_path, spec.run_name])
     return Path(tempfile.gettempdir()) / f"quorum-train-{name}-rank-{rank}"
 
@@ -150,5 +150,5 @@ def _log_to_stderr() -> None:
         logger.addHandler(handler)
         logger.propagate = False
     logger.setLevel(logging.INFO)
-    # Says at the end of each pass, many times over, that it cannot trim a last batch that is whole anyway.
+    # It warns at the end of each pass, many times, that it cannot trim a last batch that is complete anyway.
     logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)

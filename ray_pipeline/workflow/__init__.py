@@ -1,1 +1,1 @@
-"""A workflow as one value: its configuration, the stages that it wires, and what can be done with its runs."""
+"""A workflow as one value: its configuration, the stages that it wires, and the operations on its runs."""

@@ -1,4 +1,4 @@
-"""The keys of every workflow's configuration, and the checks that follow from which key chooses which model."""
+"""The keys shared by the configurations of all workflows, and the checks of the models that they use."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from ray_pipeline.graph.failures import FailureSettings
 
 ModelKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
-#: Why an endpoint will not do, by what the model is for.
+#: Why a model cannot be at an endpoint, by its purpose.
 _WHY_HERE = {"train": "training needs local weights", "count tokens": "counting tokens needs a local tokenizer"}
 
 
 class RunConfig(ConfigFile):
-    """What the YAML file of every workflow holds. A workflow adds its own blocks, `uses`, and `num_shards` (a property
-    or a key)."""
+    """The part of the YAML file shared by all workflows. A workflow adds its own blocks, `uses`, and `num_shards` (a
+    property or a key)."""
 
     run: RunBlock = RunBlock()
     models: dict[ModelKey, ModelSettings] = Field(default_factory=dict, description="models by the key that names them")
@@ -39,18 +39,18 @@ class RunConfig(ConfigFile):
         def num_shards(self) -> int: ...
 
     def uses(self) -> Sequence[ModelUse]:
-        """Every key that chooses a model; a key with several samplings comes once for each."""
+        """Every key that chooses a model; a key with several samplings is listed once for each."""
         return ()
 
     def page(self) -> Settings:
-        """What the page says beside the tables; kept in the manifest, so that the page can be written again."""
+        """The facts of the page that are in no table; stored in the manifest, so that the page can be rebuilt."""
         return Settings()
 
     def workers(self) -> dict[str, float]:
-        """Stage → devices that it holds from start to end (training), for the cost of a run."""
+        """Stage → devices that it occupies from start to end (training), for the cost of a run."""
         return {}
 
-    # --- the same for every workflow ----------------------------------------------------------------------------------
+    # --- shared by all workflows --------------------------------------------------------------------------------------
 
     @classmethod
     def resolve(cls, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,8 +116,8 @@ class RunConfig(ConfigFile):
         return {key: prices for key, prices in priced.items() if prices is not None}
 
     def currency(self) -> str:
-        """The one currency of all prices; USD where there is none. Raises ConfigError for several."""
-        found = sorted({prices.currency for prices in self.prices().values()})
-        if len(found) > 1:
-            raise ConfigError(f"models are priced in {' and '.join(found)}; give all prices in one currency")
-        return found[0] if found else "USD"
+        """The currency of all prices; USD if there are none. Raises ConfigError for several currencies."""
+        currencies = sorted({prices.currency for prices in self.prices().values()})
+        if len(currencies) > 1:
+            raise ConfigError(f"models are priced in {' and '.join(currencies)}; give all prices in one currency")
+        return currencies[0] if currencies else "USD"

@@ -1,4 +1,4 @@
-"""Workflows by name: the modules of `dags`, installed packages, or a Python file; all of them register themselves."""
+"""Workflows by name: from the modules of `dags`, installed packages, or a Python file, each of which registers one."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Workflow(Generic[C]):
     """A workflow.
 
     Attributes:
-        name: as `quorum run` takes it.
+        name: its name for `quorum run`.
         config: class of its configuration.
         wire: configuration and run folder → its stages. Names of stages are unique.
-        page: writes the page of a run again from its tables, as far as there are any; returns its folder.
-        numbers: file beside the page that `quorum compare` reads; None where runs cannot be compared.
-        audit: walks every training row back; None where it makes none.
+        page: rebuilds the page of a run from its tables, finished or not; returns its folder.
+        numbers: file beside the page that `quorum compare` reads; None if its runs cannot be compared.
+        audit: traces every training row back; None if it makes no training rows.
     """
 
     name: str
@@ -43,12 +43,12 @@ class Workflow(Generic[C]):
 
 
 def workflow_names() -> list[str]:
-    """Names that `find_workflow` takes; no workflow is imported."""
+    """Names that `find_workflow` accepts; imports no workflow."""
     return list(dict.fromkeys([*_shipped(), *extensions.names("workflow")]))
 
 
 def find_workflow(reference: str) -> Workflow[Any]:
-    """The workflow of a name, or the one that a Python file registers.
+    """The workflow with a name, or the one that a Python file registers.
 
     Raises:
         ConfigError: unknown name, or a file that does not register a workflow.
@@ -57,15 +57,15 @@ def find_workflow(reference: str) -> Workflow[Any]:
         importlib.import_module(f"dags.{reference}")
     elif ".py" not in reference and reference not in extensions.names("workflow"):
         raise ConfigError(
-            f"unknown workflow {reference!r}; choose from {', '.join(workflow_names())}, or give a .py file"
+            f"unknown workflow {reference!r}; choose from {', '.join(workflow_names())}, or name a .py file"
         )
     try:
-        found: Workflow[Any] = extensions.find("workflow", reference).value
+        workflow: Workflow[Any] = extensions.find("workflow", reference).value
     except extensions.ExtensionError as error:
         raise ConfigError(str(error)) from error
-    return found
+    return workflow
 
 
 def _shipped() -> list[str]:
-    """Modules of `dags`; each registers the workflow of its name."""
+    """Modules of `dags`; each registers the workflow with its name."""
     return sorted(module.name for module in pkgutil.iter_modules(importlib.import_module("dags").__path__))

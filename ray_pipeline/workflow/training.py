@@ -21,7 +21,7 @@ from ray_pipeline.workflow.config import RunConfig
 
 
 class TrainingConfig(RunConfig):
-    """What the file of such a workflow holds beside the keys of every workflow."""
+    """The keys of such a workflow, beside those shared by all workflows."""
 
     prompt_templates: str = Field("default", description="built-in name or YAML file of the agents' prompts")
     prompts: PromptsConfig = PromptsConfig()
@@ -55,7 +55,7 @@ class TrainingConfig(RunConfig):
         ]
 
     def trained(self) -> dict[str, TrainSettings]:
-        """Where a training is configured → its settings."""
+        """Key that configures a training → its settings."""
         return {"train": self.train}
 
     def workers(self) -> dict[str, float]:
@@ -73,7 +73,7 @@ class TrainingConfig(RunConfig):
     @model_validator(mode="after")
     def _base_is_trainable(self) -> TrainingConfig:
         for key, value, remedy in (
-            ("adapter", self.base.adapter, "merge it into the model first, and name the merged folder"),
+            ("adapter", self.base.adapter, "merge it into the model first, and set `model` to the merged folder"),
             (
                 "chat_template",
                 self.base.chat_template,
@@ -90,7 +90,7 @@ class TrainingConfig(RunConfig):
         return self
 
     def check_kinds(self) -> None:
-        """Raises ValueError when training or perplexity reads a kind of rows that is not made."""
+        """Raises ValueError if training or perplexity needs a kind of rows that is not made."""
         kind = method_of(self.train.method).data
         if kind not in self.datasets.kinds:
             raise ValueError(f"train.method is {self.train.method}, but datasets.kinds does not include {kind}")
@@ -100,7 +100,7 @@ class TrainingConfig(RunConfig):
             )
 
     def report_of(self, judging: Mapping[str, str], **fields: object) -> ReportSettings:
-        """What a report says beside the tables.
+        """The facts of a report that are in no table.
 
         Args:
             judging: judge of the training data → its key under `models`.

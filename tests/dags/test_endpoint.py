@@ -224,7 +224,7 @@ def test_a_run_stops_at_its_budget_and_goes_on_with_a_bigger_one(proxy: Endpoint
 
     stopped = here(*command(0.9), expect=1)
     assert f"quorum: candidates failed: the budget for {MODEL} at {proxy.url} is used up" in stopped.output
-    assert "raise endpoint.budget" in stopped.output and "not run because of that: judge" in stopped.output
+    assert "raise endpoint.budget" in stopped.output and "not run as a result: judge" in stopped.output
     # All that was paid for is in the log, but for the short call of the start.
     assert len(calls()) == len(proxy.asked) - 1 > 10
     spent = sum(row["prompt_tokens"] + row["completion_tokens"] for row in calls()) / 1000

@@ -79,7 +79,7 @@ def test_the_second_kind_is_a_branch_of_its_own(load: Any, tmp_path: Path) -> No
     ]  # fmt: skip
     own = {"sources": [{"type": "jsonl", "path": str(tmp_path / "prompts.jsonl"), "column": "prompt"}]}
     assert "improve-prompts" in names(load(improve={"prompts": own}))
-    with pytest.raises(ConfigError, match=r"improve\.prompts\.num_shards is 8 and prompts\.num_shards 64"):
+    with pytest.raises(ConfigError, match=r"improve\.prompts\.num_shards is 8, but prompts\.num_shards is 64"):
         load(improve={"prompts": {**own, "num_shards": 8}})
 
 

@@ -47,7 +47,7 @@ def test_every_module_of_dags_defines_the_workflow_of_its_name() -> None:
     assert workflow_names() == ["agreement", "baselines", "benchmarks", "dmapo", "fellowship", "winrate"]
     for name in workflow_names():
         assert find_workflow(name).name == name
-    with pytest.raises(ConfigError, match=r"unknown workflow 'dmapp'; choose from agreement, .* or give a \.py file"):
+    with pytest.raises(ConfigError, match=r"unknown workflow 'dmapp'; choose from agreement, .* or name a \.py file"):
         find_workflow("dmapp")
 
 
@@ -103,7 +103,7 @@ def test_a_run_of_a_users_file_is_found_by_the_file_again(tmp_path: Path) -> Non
             "several: mine, other",
         ),
         ("import no_such_module", "raised ModuleNotFoundError"),
-        (None, "cannot be read"),
+        (None, "cannot read"),
     ],
 )
 def test_a_file_that_defines_no_workflow(text: str | None, message: str, tmp_path: Path) -> None:

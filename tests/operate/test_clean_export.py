@@ -63,7 +63,7 @@ def test_what_the_manifest_does_not_name_is_left_over(littered: Path) -> None:
 def test_clean_shows_first_and_deletes_nothing_else(littered: Path) -> None:
     everything = sorted(p for p in littered.rglob("*"))
     shown = CliRunner().invoke(app, ["clean", str(littered)])
-    assert shown.exit_code == 0 and f"gate-{OLD}" in shown.output and "--yes deletes them" in shown.output
+    assert shown.exit_code == 0 and f"gate-{OLD}" in shown.output and "pass --yes to delete them" in shown.output
     assert sorted(littered.rglob("*")) == everything
 
     done = CliRunner().invoke(app, ["clean", str(littered), "--yes"])
@@ -130,9 +130,9 @@ def test_what_cannot_be_exported(gated: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("")
     for arguments, message in (
-        ((tmp_path / "full",), "no earlier export"),
-        ((tmp_path / "out", ["sft"]), "has no sft data set; it has kto, dpo"),
-        ((tmp_path / "out", (), "datasets-raw-s0"), "datasets-raw-s0 is not done; data sets that are: datasets"),
+        ((tmp_path / "full",), "not an earlier export"),
+        ((tmp_path / "out", ["sft"]), "has no sft dataset; it has kto, dpo"),
+        ((tmp_path / "out", (), "datasets-raw-s0"), "datasets-raw-s0 is not done; finished datasets: datasets"),
     ):
         with pytest.raises(StoreError, match=message):
             export(run, *arguments)  # type: ignore[arg-type]
@@ -177,7 +177,7 @@ def test_push_takes_the_token_from_the_environment_and_says_it_nowhere(
     assert push(out, "me/data") == "https://huggingface.co/datasets/me/data"
     assert calls == [("token", "secret-token"), ("create", ("me/data", "dataset", True)),
                      ("upload", ("me/data", "dataset", str(out)))]  # fmt: skip
-    with pytest.raises(StoreError, match="the hub did not take me/broken: no way with …; the folder") as refused:
+    with pytest.raises(StoreError, match="the Hub refused me/broken: no way with …; the folder") as refused:
         push(out, "me/broken")
     assert "secret" not in str(refused.value)
     with pytest.raises(StoreError, match="OWNER/NAME"):

@@ -134,7 +134,7 @@ def test_the_command(tmp_path: Path) -> None:
     # Errors are one line that says what to do.
     (tmp_path / "b" / "report" / "metrics.json").unlink()
     for arguments, told in (
-        ([a, b], f"`quorum report {b}` writes it"),
+        ([a, b], f"`quorum report {b}` to write it"),
         ([a, str(tmp_path / "none")], "holds no run"),
         ([a, run_folder(tmp_path / "c", dataclasses.replace(pair()[0], workflow="baselines"))], "one workflow"),
         ([a, a, "--out", str(tmp_path / "no" / "x.html")], "an existing folder"),

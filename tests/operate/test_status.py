@@ -132,7 +132,7 @@ def test_a_heartbeat_that_stands_still_is_a_run_that_was_killed(run: Path) -> No
     now = next(s for s in state.stages if s.name == "responses-base")
     assert state.life == "silent" and 3.0 <= clock.now < 3.5
     assert now.status == "stopped" and now.rows_per_second is None and now.eta_seconds is None
-    assert "heartbeat stands still" in lines(state)[0]
+    assert "heartbeat stopped" in lines(state)[0]
 
 
 def test_a_watch_ends_when_the_run_does(run: Path) -> None:
@@ -161,7 +161,7 @@ def test_no_run(tmp_path: Path) -> None:
 
 def test_the_command(run: Path) -> None:
     plain = CliRunner().invoke(app, ["status", str(run)])
-    assert plain.exit_code == 0 and "prompts" in plain.output and "nobody works on it" in plain.output
+    assert plain.exit_code == 0 and "prompts" in plain.output and "not running" in plain.output
     document = json.loads(CliRunner().invoke(app, ["status", str(run), "--json"]).output)
     assert document["life"] == "ended" and document["stages"][0]["name"] == "prompts"
     watched = CliRunner().invoke(app, ["status", str(run), "--watch"])

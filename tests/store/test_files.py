@@ -168,7 +168,7 @@ def test_a_foreign_file_is_refused_by_name(tmp_path: Path) -> None:
 def test_a_file_of_another_schema_is_refused_by_name(tmp_path: Path, columns: list[str] | None) -> None:
     folder = Folder(str(tmp_path))
     folder.write_table("s.parquet", prompts(2).drop_columns(["meta"]), fingerprint="f")
-    with pytest.raises(ForeignFile, match=r"s\.parquet has other columns"):
+    with pytest.raises(ForeignFile, match=r"s\.parquet has unexpected columns"):
         folder.read_table("s.parquet", fingerprint="f", schema=PROMPTS, columns=columns)
 
 
@@ -214,7 +214,7 @@ def test_the_state_of_a_sharded_table(tmp_path: Path) -> None:
 def test_a_shard_of_an_older_schema_is_to_be_made_again(tmp_path: Path) -> None:
     table = ShardedTable(str(tmp_path), "prompts", 1, "f")
     Folder(str(tmp_path)).write_table(shard_name(0), CRITIQUES.empty_table(), fingerprint="f", kind="prompts")
-    assert table.state().missing == [0] and "other columns" in table.state().bad[0]
+    assert table.state().missing == [0] and "unexpected columns" in table.state().bad[0]
 
 
 def test_a_shard_that_goes_away_while_we_look_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +247,7 @@ def test_a_view_is_swapped(tmp_path: Path) -> None:
 def test_a_view_replaces_nothing_but_a_view(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Folder(str(tmp_path))
     folder.write_bytes("policy/precious", b"1")
-    with pytest.raises(StoreError, match="policy is in the way"):
+    with pytest.raises(StoreError, match="policy is in the place of a link"):
         point_at(folder, "policy", "train-1")
     assert folder.read_bytes("policy/precious") == b"1"
     point_at(folder, "gone", "never-was")  # a dangling view may be swapped too

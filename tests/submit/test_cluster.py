@@ -111,7 +111,7 @@ def test_a_job_is_submitted_again_from_a_changed_tree_and_after_the_head_was_los
         nodes.add(labels=JUDGE, resources={"engine": 1}, env=key)
         output = again.ends(0, SECONDS)
 
-    assert "was cut off" in output and "submitting it again, 1 of 1" in output
+    assert "was interrupted" in output and "resubmitting, 1 of 1" in output
     assert len(re.findall(r"candidates +done before", output)) == 2
     assert len(asked(server, "writer")) == 24
     questions = asked(server, "judge")

@@ -91,9 +91,9 @@ def test_a_package_over_the_limit_names_its_largest_parts_and_the_remedy(tmp_pat
 
 
 def test_an_empty_or_missing_working_directory_is_named(tmp_path: Path) -> None:
-    with pytest.raises(PackageError, match="holds no file"):
+    with pytest.raises(PackageError, match="has no files"):
         package(tmp_path).check()
-    with pytest.raises(PackageError, match="there is no folder"):
+    with pytest.raises(PackageError, match="no folder"):
         package(tmp_path / "no")
 
 

@@ -40,7 +40,7 @@ from .conftest import (
         ({"val_files": "data/*.parquet"}, "val_files must be an absolute path"),
         ({"output_dir": "out"}, "output_dir must be an absolute path"),
         ({"storage_path": "out"}, "storage_path must be an absolute path or a URI"),
-        ({"model": "./model"}, "model must be an absolute path or a hub name"),
+        ({"model": "./model"}, "model must be an absolute path or a Hub name"),
         ({"model": "/nowhere/model"}, "no folder /nowhere/model"),
         ({"run_name": "a/b"}, "run_name"),
         ({"max_length": 1}, "max_length must be at least 2"),
@@ -57,11 +57,11 @@ from .conftest import (
         ({"quantization": "nf4", "lora": None}, "quantized weights cannot be trained"),
         ({"quantization": "nf4"}, "quantization needs workers with a GPU"),
         ({"quantization": "int8", "use_gpu": True, "shard": "fsdp"}, "together with shard=fsdp is not supported"),
-        ({"shard": "fsdp", "num_workers": 1}, "nothing to deal out"),
+        ({"shard": "fsdp", "num_workers": 1}, "has no effect with num_workers=1"),
         ({"shard": "zero2"}, "shard=zero2 needs workers with a GPU"),
-        ({"trainer_args": {"fsdp_config": {}}}, "trainer_args.fsdp_config is read with shard=fsdp only"),
+        ({"trainer_args": {"fsdp_config": {}}}, "trainer_args.fsdp_config needs shard=fsdp"),
         ({"chat_template_args": {"mixed": [1, "a"]}}, "chat_template_args: kto cannot be trained with"),
-        ({"chat_template_args": {"documents": [{"a": 1}, {"b": 2}]}}, "plain values and lists of one kind"),
+        ({"chat_template_args": {"documents": [{"a": 1}, {"b": 2}]}}, "plain values and lists of one type"),
         ({"method": "orpo", "chat_template_args": {"tools": []}}, "orpo cannot be trained with {'tools'"),
     ],
 )
@@ -73,8 +73,8 @@ def test_settings_are_checked_by_name(make_spec: MakeSpec, changes: dict[str, An
 @pytest.mark.parametrize(
     ("changes", "package", "words"),
     [
-        ({"quantization": "nf4", "use_gpu": True}, "bitsandbytes", r"quantization needs bitsandbytes: .*\[qlora\]"),
-        ({"shard": "zero3", "use_gpu": True}, "deepspeed", r"shard=zero3 needs deepspeed: .*\[deepspeed\]"),
+        ({"quantization": "nf4", "use_gpu": True}, "bitsandbytes", r"quantization needs bitsandbytes; .*\[qlora\]"),
+        ({"shard": "zero3", "use_gpu": True}, "deepspeed", r"shard=zero3 needs deepspeed; .*\[deepspeed\]"),
         ({"trainer_args": {"use_liger_kernel": True}}, "liger_kernel", r"use_liger_kernel needs .*\[liger\]"),
     ],
 )
@@ -118,8 +118,8 @@ def test_a_spec_survives_the_way_to_the_workers(make_spec: MakeSpec) -> None:
         ("dpo", {"bf16": True}, "'dtype'"),
         ("kto", {"dataset_num_proc": 4}, "breaks them"),
         ("kto", {"train_sampling_strategy": "random"}, "in file order"),
-        ("dpo", {"sync_ref_model": True}, "the reference is the base"),
-        ("dpo", {"truncation_mode": "keep_end"}, "answers are cut at their end"),
+        ("dpo", {"sync_ref_model": True}, "the reference is always the base"),
+        ("dpo", {"truncation_mode": "keep_end"}, "responses truncated at the end"),
         ("kto", {"loss_type": "ktoo"}, "must be one of kto, apo_zero_unpaired"),
         ("dpo", {"model_init_kwargs": {"dtype": "float16"}}, "model_init_kwargs.dtype .* 'dtype'"),
         ("dpo", {"model_init_kwargs": "dtype"}, "must be a mapping"),
@@ -317,7 +317,7 @@ def test_unusable_files_are_refused_by_name(make_spec: MakeSpec, tmp_path: Path)
     (tmp_path / "torn.parquet").write_bytes(b"PAR1 and then nothing")
     with pytest.raises(TrainingInputError, match=r"torn\.parquet is no readable Parquet"):
         check_data(make_spec(train_files=str(tmp_path / "torn.parquet")))
-    refuse(make_spec, tmp_path / "empty.parquet", [], KTO_SCHEMA, "holds no row")
+    refuse(make_spec, tmp_path / "empty.parquet", [], KTO_SCHEMA, "has no rows")
 
 
 def test_wrong_columns_are_refused_by_name(make_spec: MakeSpec, tmp_path: Path) -> None:
