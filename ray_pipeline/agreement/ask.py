@@ -19,7 +19,7 @@ from ray_pipeline.agents.strategies import (
     vote,
 )
 from ray_pipeline.agents.templates import Layout
-from ray_pipeline.config.settings import Settings
+from ray_pipeline.config.settings import Settings, refuse_repeated
 from ray_pipeline.engines.base import ChatEngine
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.asking import Asking, Outcome, Row, ShardTables, count_by
@@ -77,8 +77,7 @@ class AskSettings(Settings):
     @classmethod
     def _distinct_strategies(cls, strategies: tuple[Strategy, ...]) -> tuple[Strategy, ...]:
         names = [s.name for s in strategies]
-        if twice := sorted({n for n in names if names.count(n) > 1}):
-            raise ValueError(f"two strategies are named {', '.join(twice)}; rename one of them")
+        refuse_repeated(names, "strategies")
         if reserved := sorted({"debate", "versus"} & set(names)):
             raise ValueError(f"{reserved[0]} is a reserved name; rename the strategy")
         return strategies
@@ -86,9 +85,7 @@ class AskSettings(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> AskSettings:
         for block, judges in (("judges", self.judges), ("debaters", self.debaters)):
-            names = [j.name for j in judges]
-            if twice := sorted({n for n in names if names.count(n) > 1}):
-                raise ValueError(f"two of {block} have the same name: {', '.join(twice)}")
+            refuse_repeated((judge.name for judge in judges), block)
         if self.judges and not self.strategies:
             raise ValueError("judges have no effect without strategies; set at least one")
         if self.strategies and not self.judges:

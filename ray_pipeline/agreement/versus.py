@@ -22,7 +22,7 @@ from ray_pipeline.agents.strategies import (
 )
 from ray_pipeline.agents.templates import Layout, transcript
 from ray_pipeline.agreement.ask import ballot_of, judged, skipped_ballot
-from ray_pipeline.config.settings import Settings
+from ray_pipeline.config.settings import Settings, refuse_repeated
 from ray_pipeline.data.prompts import PromptsConfig
 from ray_pipeline.engines.base import ChatEngine, Message
 from ray_pipeline.engines.models import ModelSettings
@@ -98,11 +98,9 @@ class LiveWinrate(Settings):
             raise ValueError(f"pair names {self.pair[0]} twice; the eight configurations need two models")
         if "val_fraction" in self.prompts.model_fields_set:
             raise ValueError("prompts.val_fraction has no effect: every prompt is answered; remove it")
-        if twice := sorted({name for name in self.against if self.against.count(name) > 1}):
-            raise ValueError(f"baselines names {', '.join(twice)} twice")
+        refuse_repeated(self.against, "baselines")
         names = [configuration.name for configuration in self.compared]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"two configurations are named {', '.join(twice)}")
+        refuse_repeated(names, "configurations")
         if cut := sorted(name for name in [*names, *self.against] if AGAINST in name):
             raise ValueError(f"{cut[0]}: a name cannot contain {AGAINST}, which separates the names of a run")
         for configuration in self.compared:

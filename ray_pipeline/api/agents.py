@@ -20,7 +20,7 @@ from ray_pipeline.agents.templates import Layout, load_templates
 from ray_pipeline.api.engines import bound, templates_of
 from ray_pipeline.api.frames import Frame, column_names, give, need, rows_with_ids, table_of
 from ray_pipeline.api.loop import gather, wait_for
-from ray_pipeline.config.settings import Settings
+from ray_pipeline.config.settings import Settings, refuse_repeated
 from ray_pipeline.engines.base import ChatEngine, Completion
 from ray_pipeline.store.keys import derived_seed
 from ray_pipeline.store.schemas import CRITIQUES, VERDICTS, to_table
@@ -399,9 +399,7 @@ def _rubrics(given: Sequence[Rubric | Mapping[str, Any] | str] | Mapping[str, st
         if isinstance(rubric, str):
             rubric = published.get(rubric) or Rubric(name=rubric)
         found.append(rubric if isinstance(rubric, Rubric) else Rubric.model_validate(dict(rubric)))
-    names = [rubric.name for rubric in found]
-    if len(set(names)) < len(names):
-        raise ValueError(f"two rubrics have the same name: {', '.join(names)}")
+    refuse_repeated((rubric.name for rubric in found), "rubrics")
     return found
 
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from ray_pipeline.agents.feedback_loop import revision_messages
 from ray_pipeline.agents.judges import SamplingSettings
-from ray_pipeline.config.settings import Settings
+from ray_pipeline.config.settings import Settings, over
 from ray_pipeline.data.candidates import generated
 from ray_pipeline.data.prompts import PromptsConfig
 from ray_pipeline.engines.base import ChatEngine, Message
@@ -47,16 +47,10 @@ class ImproveSettings(Settings):
     reviews: int = Field(2, ge=1, le=64, description="number of reviews per response and reviewer")
     revisions: int = Field(2, ge=1, le=64, description="number of revisions per review")
     seed: int = Field(0, description="seed of everything that is drawn here")
-    sampling: SamplingSettings = Field(
+    sampling: Annotated[SamplingSettings, over(_WARM)] = Field(
         _WARM, description="for revisions; `reviewing` is for reviews. The first responses are sampled as in the loop"
     )
-    reviewing: SamplingSettings = _WARM
-
-    @field_validator("sampling", "reviewing", mode="before")
-    @classmethod
-    def _defaults(cls, given: Any) -> Any:
-        """A block that sets one key keeps the other defaults."""
-        return {**_WARM.model_dump(), **given} if isinstance(given, Mapping) else given
+    reviewing: Annotated[SamplingSettings, over(_WARM)] = _WARM
 
     @model_validator(mode="after")
     def _differ(self) -> ImproveSettings:

@@ -23,7 +23,7 @@ from ray_pipeline.agents.ranking import Ranking, rank, rank_by_debate
 from ray_pipeline.agents.strategies import Strategy, StrategyAsking, StrategyTemplates, load_strategy_templates
 from ray_pipeline.agents.templates import Layout
 from ray_pipeline.agreement.ask import LiveJudge
-from ray_pipeline.config.settings import Settings
+from ray_pipeline.config.settings import Settings, refuse_repeated
 from ray_pipeline.data.gate import label_counts
 from ray_pipeline.data.mean_rank import MeanRank, mean_rank
 from ray_pipeline.engines.base import ChatEngine, Message
@@ -69,9 +69,7 @@ class SelectSettings(Settings):
             raise ValueError(
                 "set strategy and judges together (or debate and judges), or neither to use the rubric judges"
             )
-        names = [j.name for j in self.judges]
-        if twice := sorted({n for n in names if names.count(n) > 1}):
-            raise ValueError(f"two judges have the same name: {', '.join(twice)}")
+        refuse_repeated((judge.name for judge in self.judges), "judges")
         if self.debate is not None and any(j.rubric is not None for j in self.judges):
             raise ValueError("a judge in a debate has no rubric; remove it and edit the roles in debate_templates")
         if self.jury.votes and self.pairs == "best_worst":
