@@ -45,7 +45,7 @@ class FailureSettings(Settings):
 
     def pause(self, tries: int) -> float:
         """Seconds to wait after so many failed tries (1, 2 …)."""
-        return min(self.backoff_s * 2 ** (tries - 1), self.backoff_max_s)
+        return min(self.backoff_s * 2.0 ** (tries - 1), self.backoff_max_s)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,7 +49,7 @@ class RayExecutor:
             nodes = check_nodes([session.folder, session.calls_root], self.keys)
             if nodes:
                 say(f"{nodes} nodes read and write in {session.folder}")
-            board_class: Any = ray.remote(num_cpus=0)(ProgressBoard)  # type: ignore[call-overload]
+            board_class: Any = ray.remote(num_cpus=0)(ProgressBoard)
             board: Any = board_class.options(scheduling_strategy=_here()).remote()
             board.meter.remote(base_name(session.folder))
             yield RayBoard(board)
