@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -113,16 +112,3 @@ def read_calls(folder: Folder, shard: int, num_shards: int) -> pa.Table:
         if not vanished:
             break
     return pa.concat_tables(tables) if tables else CALLS.empty_table()
-
-
-def scan_calls(root: Folder) -> Iterator[pa.Table]:
-    """Every part of every model, for audits and status; a vanished part is passed over, a torn one named."""
-    for model in root.folders():
-        folder = root / model
-        for name in folder.names(".parquet"):
-            try:
-                yield folder.read_table(name, fingerprint=_FINGERPRINT, kind="calls", schema=CALLS)
-            except FileNotFoundError:
-                continue
-            except StoreError as error:
-                logger.warning("call log: %s", error)
