@@ -11,8 +11,8 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from ray_pipeline.agents.strategies import Conflict
-from ray_pipeline.agreement.document import MeasureSettings
 from ray_pipeline.agreement.human_labels import HUMAN_DATA, read_human_labels, where_to_find
+from ray_pipeline.agreement.measure_settings import MeasureSettings
 from ray_pipeline.agreement.recorded import Recorded, Replay, read_item, read_recorded
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.sources import HuggingFaceSource, InputError, JsonlSource

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ray_pipeline.agents.jurors import JuryRule
-from ray_pipeline.audit.rows import AuditReport, Problem
+from ray_pipeline.audit.findings import AuditReport, Problem
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import normalise_text
 from ray_pipeline.store.schemas import READ_STATUSES

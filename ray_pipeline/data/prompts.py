@@ -24,6 +24,7 @@ from ray_pipeline.data.sources import (
     SourceRow,
     named_sources,
 )
+from ray_pipeline.graph.stage import BadInput, Stage, WholeInput, WholeWork
 from ray_pipeline.store.keys import (
     canonical_json,
     check_num_shards,
@@ -33,6 +34,7 @@ from ray_pipeline.store.keys import (
     unit_hash,
 )
 from ray_pipeline.store.schemas import PROMPTS, to_table
+from ray_pipeline.store.tables import ShardedTable
 
 _BATCH_ROWS = 1024
 
@@ -230,3 +232,37 @@ def _smallest(table: pa.Table, limit: int | None, seed: int) -> np.ndarray:
         return np.arange(len(ids))
     keys = sorted((unit_hash(seed, prompt), prompt, row) for row, prompt in enumerate(ids))
     return np.sort(np.array([row for _, _, row in keys[:limit]], dtype=np.int64))
+
+
+# --- stage ------------------------------------------------------------------------------------------------------------
+
+
+class _PromptsGiven(Settings):
+    prompts: PromptsConfig
+    digests: dict[str, str]
+
+
+def prompts(settings: PromptsConfig) -> Stage:
+    """The table of distinct prompts. Raises InputError when a source cannot be found."""
+    digests = source_digests(settings)
+    return Stage(
+        name="prompts",
+        work=WholeWork(
+            function=make_prompts, settings=_PromptsGiven(prompts=settings, digests=digests), tables=("prompts",)
+        ),
+        config=settings.decisive(),
+        external=digests,
+    )
+
+
+def make_prompts(given: WholeInput) -> dict[str, Any]:
+    settings: _PromptsGiven = given.settings
+    try:
+        found = load_prompts(settings.prompts, settings.digests)
+    except InputError as error:
+        raise BadInput(str(error)) from error
+    table = ShardedTable(given.folder.location, "prompts", given.num_shards, given.fingerprint)
+    for shard, part in enumerate(shard_prompts(found.table, given.num_shards)):
+        table.write(shard, part)
+    given.log(f"{found.counts['kept']} kept of {found.counts['read']} read; dropped {found.counts['dropped']}")
+    return {"counts": found.counts}

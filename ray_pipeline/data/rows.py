@@ -86,3 +86,12 @@ def add_counts(counts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             else:
                 total[name] = total.get(name, 0) + value
     return total
+
+
+def flat_counts(counts: Mapping[str, Any], before: str = "", between: str = ".") -> dict[str, Any]:
+    """Nested counts as one level, path by path: `{"a.b": 2}` from `{"a": {"b": 2}}`; `before` precedes every path."""
+    flat: dict[str, Any] = {}
+    for name, value in counts.items():
+        path = f"{before}{name}"
+        flat |= flat_counts(value, path + between, between) if isinstance(value, Mapping) else {path: value}
+    return flat

@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import TypeAdapter
 
-from ray_pipeline.data.datasets import DatasetsConfig
-from ray_pipeline.data.imported import PreferenceSource, read_preferences, source_digests, tables_of
+from ray_pipeline.data.dataset_rows import DatasetsConfig
+from ray_pipeline.data.imported import read_preferences, tables_of
+from ray_pipeline.data.preference_sources import PreferenceSource, source_digests
 from ray_pipeline.data.prompts import split_of
 from ray_pipeline.data.sources import InputError
 from ray_pipeline.store.keys import prompt_id
