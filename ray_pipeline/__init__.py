@@ -42,15 +42,17 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from ray_pipeline.api.agents import compare, critique, debate, feedback_loop, judge, jury
+    from ray_pipeline.api.agents import critique, feedback_loop, judge
     from ray_pipeline.api.engines import Engine, open_engine
+    from ray_pipeline.api.pairs import compare, debate, jury
     from ray_pipeline.api.rows import gate, to_dpo, to_kto
     from ray_pipeline.api.runs import load_config, read_run, run
     from ray_pipeline.extensions import register
 
 _MODULES = {
-    "api.agents": ("compare", "critique", "debate", "feedback_loop", "judge", "jury"),
+    "api.agents": ("critique", "feedback_loop", "judge"),
     "api.engines": ("Engine", "open_engine"),
+    "api.pairs": ("compare", "debate", "jury"),
     "api.rows": ("gate", "to_dpo", "to_kto"),
     "api.runs": ("load_config", "read_run", "run"),
     "extensions": ("register",),

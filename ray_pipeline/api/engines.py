@@ -6,16 +6,33 @@ import atexit
 import contextlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, Self, cast
+from typing import Any, Protocol, Self, TypeVar, cast
 
 from pydantic import ValidationError
 
 from ray_pipeline.api.loop import wait_for
-from ray_pipeline.engines.base import ChatEngine, Completion, EngineStartError, Message, Sampling
+from ray_pipeline.config.settings import Settings
+from ray_pipeline.engines.base import ChatEngine, Completion, Message, Sampling
 from ray_pipeline.engines.logged import LoggedEngine
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.pocket import model_path
 from ray_pipeline.store.files import Folder, normalise_location
+
+S = TypeVar("S", bound=Settings)
+
+#: Calls in flight, unless a function is given another number; an endpoint has limits of its own as well.
+CONCURRENCY = 256
+
+#: What replies of the pocket world's models fit in; other models have the defaults of the settings.
+_POCKET: dict[str, dict[str, Any]] = {
+    "sampling": {"max_tokens": 64},
+    "asking": {"reason_chars": 200},
+    "review": {"reason_chars": 200, "feedback_chars": 200},
+    "answer": {"max_tokens": 48},
+    "strategy": {"reason_chars": 80},
+    "strategy_sampling": {"max_tokens": 120},
+    "debate": {"speech": {"max_tokens": 40}},
+}
 
 
 class _Startable(ChatEngine, Protocol):
@@ -149,4 +166,9 @@ def templates_of(engine: ChatEngine, given: str | None) -> str:
     return given or (engine.templates if isinstance(engine, Engine) else "default")
 
 
-__all__ = ["Engine", "EngineStartError", "bound", "open_engine", "templates_of"]
+def settings_of(kind: type[S], given: S | Mapping[str, Any] | None, templates: str, role: str) -> S:
+    """A block of settings: as given, or the caller's keys over the defaults of the model's world."""
+    if isinstance(given, kind):
+        return given
+    defaults = _POCKET[role] if templates == "pocket" and role in _POCKET else {}
+    return kind.model_validate({**defaults, **dict(given or {})})

@@ -59,3 +59,8 @@ async def gather(work: Sequence[Callable[[], Coroutine[Any, Any, T]]], concurren
     finally:
         for task in tasks:
             task.cancel()
+
+
+def each(items: Sequence[tuple[Any, ...]], one: Callable[..., Coroutine[Any, Any, T]], concurrency: int) -> list[T]:
+    """`one` of every item, in order, at most `concurrency` in work at once."""
+    return wait_for(gather([lambda item=item: one(*item) for item in items], concurrency))  # type: ignore[misc]
