@@ -23,17 +23,17 @@ from ray_pipeline.store.keys import digest
 
 
 class UnknownInstruction(ValueError):
-    """A prompt has an instruction that no checker knows. The message names both."""
+    """A prompt has an instruction that no checker supports. The message names both."""
 
 
 @dataclasses.dataclass(frozen=True)
 class IfevalVerdict:
-    """What was followed: one flag an instruction, in the prompt's order.
+    """Which instructions were followed: one flag per instruction, in the prompt's order.
 
     Attributes:
         answered: False for a missing response, whose flags are all False.
         chance: a checker drew what it looks for at random (the official one of letter frequency does so where the
-            prompt asks for a sign such as # or !), so that another seed may judge otherwise.
+            prompt asks for a sign such as # or !), so that another seed may give another verdict.
     """
 
     key: int
@@ -70,7 +70,7 @@ class TypeAccuracy:
 class IfevalScores:
     """The four published accuracies, and instructions by type and by family.
 
-    `unanswered` counts prompts without a response, `chance` those whose verdict hangs on a checker's random draw.
+    `unanswered` counts prompts without a response, `chance` those whose verdict depends on a checker's random draw.
     """
 
     prompt_strict: Accuracy
@@ -84,7 +84,7 @@ class IfevalScores:
 
 
 def questions_digest(prompts: Sequence[IfevalPrompt]) -> str:
-    """Digest of a set of prompts, whatever their order."""
+    """Digest of a set of prompts, independent of their order."""
     return digest(sorted([p.key, p.prompt, list(p.instructions), [dict(a) for a in p.arguments]] for p in prompts))
 
 
@@ -93,7 +93,7 @@ def check(
 ) -> list[IfevalVerdict]:
     """Verdicts on the responses by key, in the order of the prompts; a prompt without a response is unanswered.
 
-    Language detection and what checkers draw at random are seeded anew for each prompt, so that a verdict depends on
+    Language detection and random draws of checkers are reseeded for each prompt, so that a verdict depends on
     the prompt and its response alone.
 
     Raises:
