@@ -18,7 +18,7 @@ from ray_pipeline.agents.strategies import (
     decide,
     vote,
 )
-from ray_pipeline.agents.templates import Layout
+from ray_pipeline.agents.templates import Layout, LayoutKey
 from ray_pipeline.config.settings import Settings, refuse_repeated
 from ray_pipeline.engines.base import ChatEngine
 from ray_pipeline.engines.models import ModelSettings
@@ -40,15 +40,12 @@ class AskSettings(Settings):
     """The `ask` block: live judges and how they judge. Without judges and debaters no call is made."""
 
     judges: tuple[LiveJudge, ...] = Field((), description="models that judge by every strategy")
-    strategies: tuple[Strategy, ...] = Field((), description="how the judges are asked")
+    strategies: tuple[Strategy, ...] = Field((), description="strategies of the judges")
     debaters: tuple[LiveJudge, ...] = Field((), description="judges that each play all roles of a debate")
     debate: DebateSettings = Field(DebateSettings(), description="rules of the debates")
     strategy_templates: str = Field("default", description="built-in name or YAML file of the judges' texts")
     debate_templates: str = Field("default", description="built-in name or YAML file of the debate's roles and texts")
-    layout: Layout = Field(
-        "shared_first",
-        description="which part of the prompt comes first: what the calls about one response share, or the rubric",
-    )
+    layout: LayoutKey = "shared_first"
     sampling: SamplingSettings = SamplingSettings(temperature=0.0, max_tokens=1024)
     asking: StrategyAsking = StrategyAsking()
 

@@ -20,7 +20,7 @@ from ray_pipeline.agents.strategies import (
     load_strategy_templates,
     shown_orders,
 )
-from ray_pipeline.agents.templates import Layout, transcript
+from ray_pipeline.agents.templates import Layout, LayoutKey, transcript
 from ray_pipeline.agreement.ask import ballot_of, judged, skipped_ballot
 from ray_pipeline.config.settings import Settings, refuse_repeated
 from ray_pipeline.data.prompts import PromptsConfig
@@ -57,10 +57,7 @@ class VersusJudge(Settings):
     rubric: str | None = Field(None, description="aspect to judge; default: the template file's")
     orders: Orders = Field("both", description="orders in which the answers are shown")
     templates: str = Field("default", description="built-in name or YAML file of the judge's texts")
-    layout: Layout = Field(
-        "shared_first",
-        description="which part of the prompt comes first: what the calls about one response share, or the rubric",
-    )
+    layout: LayoutKey = "shared_first"
     sampling: SamplingSettings = SamplingSettings(temperature=0.0, max_tokens=1024)
     asking: StrategyAsking = StrategyAsking()
 
