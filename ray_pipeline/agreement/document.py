@@ -79,7 +79,7 @@ class Debate:
 
 @dataclasses.dataclass(frozen=True)
 class Bias:
-    """What a judge prefers beside quality. Its family is that of its model where the run knows it, else of its name."""
+    """A judge's preferences beside quality. Its family is that of its model if known, else of its name."""
 
     strategy: str
     judge: str
@@ -123,7 +123,7 @@ def measure(
     """All statistics that the tables allow.
 
     Args:
-        models: judge or debater → name of the model that it sits on, as far as it is known.
+        models: judge or debater → name of its model, if known.
 
     Raises:
         ValueError: the tables do not fit together.
@@ -329,7 +329,7 @@ def _bias(
 
 
 def as_document(found: Document, settings: MeasureSettings, about: Mapping[str, Any]) -> dict[str, Any]:
-    """agreement.json as plain data: n, kappa and interval lie flat beside the names of each row."""
+    """agreement.json as plain data: n, kappa and interval are flat keys of each row."""
     return {
         **about,
         "settings": settings.model_dump(mode="json"),

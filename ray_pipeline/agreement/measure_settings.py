@@ -22,7 +22,7 @@ class JurySettings(Settings):
     @model_validator(mode="after")
     def _weights(self) -> JurySettings:
         if self.sizes is not None and (not self.sizes or min(self.sizes) < 1):
-            raise ValueError(f"juries.sizes must be whole numbers from 1 on, not {list(self.sizes)}")
+            raise ValueError(f"juries.sizes must be positive integers, not {list(self.sizes)}")
         weighted = self.pool in ("weighted", "weighted_mean")
         if weighted and not self.weights:
             raise ValueError(f"juries.pool {self.pool} needs juries.weights, a weight by judge")
@@ -36,14 +36,14 @@ class JurySettings(Settings):
 class MeasureSettings(Settings):
     """The `measure` block: how verdicts are merged and compared with humans."""
 
-    conflict: Conflict = Field("tie", description="what two orders that differ mean: tie, mean (of scores) or given")
+    conflict: Conflict = Field("tie", description="merge of two orders that differ: tie, mean (of scores) or given")
     debate: DebateRule = Field("mean", description="how a debate's voices are pooled: mean of scores, or vote")
     families: dict[str, tuple[str, ...]] = Field(
         default_factory=dict, description="family → how the names of its models begin; default: their first word"
     )
     draws: int = Field(2000, ge=100, description="bootstrap samples of the items")
     confidence: float = Field(0.95, gt=0, lt=1, description="level of the intervals")
-    seed: int = Field(0, description="seed of everything that is drawn here")
+    seed: int = Field(0, description="seed of all sampling in this block")
     held_out: float = Field(0.5, gt=0, lt=1, description="share of the items on which the best jury is chosen")
     gate_thresholds: tuple[tuple[float, float], ...] = Field(
         THRESHOLDS, description="of the gate's curves: desirable from, undesirable to, as shares of the scale's end"
@@ -54,5 +54,5 @@ class MeasureSettings(Settings):
     def _thresholds(self) -> MeasureSettings:
         for upper, lower in self.gate_thresholds:
             if not 0 <= lower < upper <= 1:
-                raise ValueError(f"gate_thresholds: {upper:g}, {lower:g} are no shares with the desirable one above")
+                raise ValueError(f"gate_thresholds: {upper:g}, {lower:g} must be shares, the larger one first")
         return self

@@ -24,7 +24,7 @@ class CandidateSettings(Settings):
 
     model: str = Field("policy", description="a key of `models`")
     k: int = Field(4, ge=1, le=1024, description="candidates for each prompt")
-    seed: int = Field(0, description="seed of everything that is drawn here")
+    seed: int = Field(0, description="seed of all sampling in this block")
     sampling: Annotated[SamplingSettings, over(_PUBLISHED)] = _PUBLISHED
 
 

@@ -20,7 +20,7 @@ from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import unit_hash
 from ray_pipeline.store.schemas import TABLES
 
-#: What makes a row of each kind one of its own.
+#: Key columns of each kind of row.
 _KEYS: dict[Kind, tuple[str, ...]] = {
     "kto": ("candidate_id",),
     "dpo": ("prompt_id", "chosen_id", "rejected_id"),
@@ -96,17 +96,17 @@ def write_dataset_files(
         counts: kind → sum of the shards' counts (`rows.add_counts`).
         gate: thresholds that made the labels, for the card; None where no gate did.
         lineage: stage → fingerprint of what the rows were made from, for the card.
-        license: of the card, as the hub spells it ("apache-2.0", "cc-by-4.0" …).
-        origin: how the preferences came about, for the card; by default the consensus of the judges.
+        license: of the card, as the Hub spells it ("apache-2.0", "cc-by-4.0" …).
+        origin: origin of the preferences, for the card; default: the consensus of the judges.
 
     Returns:
-        What stats.json holds: `rows` (kind → rows of each split, for KTO of each class too), `counts`,
+        Content of stats.json: `rows` (kind → rows of each split, for KTO of each class too), `counts`,
         `kto_weights` ({desirable_weight, undesirable_weight}, of the train split; None if a class is empty),
-        `gate`, `judges`, `lineage`, `settings` and `fingerprint`. It holds no paths and no times.
+        `gate`, `judges`, `lineage`, `settings` and `fingerprint`. It contains no paths and no times.
 
     Raises:
-        ValueError: a table has not the schema of its kind, or a kind of `config.kinds` has no tables.
-        KeyMismatch: a row is there twice.
+        ValueError: a table does not have the schema of its kind, or a kind of `config.kinds` has no tables.
+        KeyMismatch: a row occurs twice.
     """
     folder = Folder(folder) if isinstance(folder, str) else folder
     stats: dict[str, Any] = {
@@ -121,7 +121,7 @@ def write_dataset_files(
     }
     for kind in config.kinds:
         if kind not in tables:
-            raise ValueError(f"datasets.kinds asks for {kind}, but no {kind} tables were made")
+            raise ValueError(f"datasets.kinds contains {kind}, but there are no {kind} tables")
         table = _all_rows(kind, tables[kind])
         rows: dict[str, int] = {}
         for split in SPLITS:
@@ -156,7 +156,7 @@ def _all_rows(kind: str, tables: Iterable[pa.Table]) -> pa.Table:
 
 
 def _write_split(folder: Folder, kind: Kind, table: pa.Table, config: DatasetsConfig, fingerprint: str) -> None:
-    """Numbered files in training order. A split without rows gets one file too, so that readers find its columns."""
+    """Numbered files in training order. A split without rows still gets one file, so that readers find its columns."""
     order = training_order(table, kind, config.seed)
     written = []
     for number, start in enumerate(range(0, max(len(order), 1), config.rows_per_file)):
@@ -214,8 +214,8 @@ def _card(kind: str, stats: Mapping[str, Any], license: str, origin: str | None)
     named = {"train": "train", "val": "validation"}
     files = [{"split": named[split], "path": f"{split}/*.parquet"} for split in SPLITS if rows[split]]
     if files:
-        # `datasets` 5.2 caches a local folder by its own name and that of the configuration, whatever is in its files:
-        # under a fixed name it would give the rows of another run that has the same folder name.
+        # `datasets` 5.2 caches a local folder by its name and that of the configuration, whatever its files contain:
+        # under a fixed name it would return the rows of another run with the same folder name.
         front["configs"] = [{"config_name": stats["fingerprint"], "data_files": files}]
     columns = _COLUMNS[kind]
     lines = [
@@ -260,6 +260,6 @@ def _cell(value: Any) -> str:
 
 
 def _size_category(rows: int) -> str:
-    """The hub's word for a number of rows."""
+    """The Hub's size category for a number of rows."""
     bounds = [("n<1K", 10**3), ("1K<n<10K", 10**4), ("10K<n<100K", 10**5), ("100K<n<1M", 10**6), ("1M<n<10M", 10**7)]
     return next((name for name, bound in bounds if rows < bound), "10M<n<100M")

@@ -23,9 +23,9 @@ from ray_pipeline.store.schemas import DPO, KTO, READ_STATUSES, to_table
 Kind = Literal["kto", "dpo", "sft"]
 SPLITS = ("train", "val")
 
-#: Why a desirable or undesirable candidate gives no KTO row, in the order in which it is asked.
+#: Reasons for which a desirable or undesirable candidate gives no KTO row, in the order of the checks.
 KTO_DROPPED = ("empty_response", "prompt_too_long")
-#: Why a prompt gives no DPO pair, in the order in which it is asked.
+#: Reasons for which a prompt gives no DPO pair, in the order of the checks.
 DPO_DROPPED = (
     "no_desirable_or_undesirable", "no_desirable", "no_undesirable", "gap_too_small", "equal_text", "prompt_too_long",
     "equal_after_truncation",
@@ -33,7 +33,7 @@ DPO_DROPPED = (
 
 
 class DatasetsConfig(Settings):
-    """Which datasets are made, and the limits that their rows keep."""
+    """Which datasets are made, and the limits of their rows."""
 
     kinds: list[Kind] = Field(
         ["kto", "dpo"],
@@ -57,10 +57,10 @@ class DatasetsConfig(Settings):
         if self.max_prompt_length >= self.max_length:
             raise ValueError(
                 f"max_prompt_length ({self.max_prompt_length}) must be below max_length ({self.max_length}), "
-                "or prompts leave no room for an answer"
+                "or prompts would leave no room for a response"
             )
         if len(set(self.kinds)) < len(self.kinds):
-            raise ValueError(f"kinds names a data set twice: {self.kinds}")
+            raise ValueError(f"kinds contains a dataset twice: {self.kinds}")
         return self
 
     @property
@@ -86,7 +86,7 @@ def kto_rows(
 
     Returns:
         A table of schema KTO, and counts: `candidates` (rows of `decisions`), `kept`, `dropped` by reason
-        (`KTO_DROPPED`) and `truncated` (kept rows of more than `max_length` tokens, which the trainer cuts).
+        (`KTO_DROPPED`) and `truncated` (kept rows of more than `max_length` tokens, which the trainer truncates).
 
     Raises:
         KeyMismatch: a decision's candidate or prompt is missing or belongs to another, or an id occurs twice.
@@ -135,7 +135,7 @@ def dpo_rows(
     scores the smaller candidate_id. A pair that fails a guard is dropped, not replaced by the next best.
 
     Args:
-        verdicts: not read; here so that all data sets are made by the same call.
+        verdicts: unused; present so that all datasets are made by the same call.
         every_rejected: a pair with each undesirable candidate, the lowest first, not with the lowest alone. A prompt
             without a pair then counts once, one with several counts them all.
 
@@ -212,7 +212,7 @@ def _no_pair(desirable: Sequence[Mapping[str, Any]], undesirable: Sequence[Mappi
 def _guard(
     chosen: Mapping[str, Any], rejected: Mapping[str, Any], config: DatasetsConfig, encode: Encode
 ) -> tuple[str | None, bool]:
-    """Why the pair teaches nothing (None if it does), and whether the trainer will cut a side of it."""
+    """Why the pair is dropped (None if it is kept), and whether the trainer will truncate a side of it."""
     if chosen["final_score"] - rejected["final_score"] < config.min_gap:
         return "gap_too_small", False
     if normalise_text(chosen["response"]) == normalise_text(rejected["response"]):

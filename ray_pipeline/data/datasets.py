@@ -64,7 +64,7 @@ def dataset_rows(
     name: str = "dataset-rows",
     every_rejected: bool = False,
 ) -> Stage:
-    """Rows of every kind that the data sets are made from, shard by shard.
+    """Rows of every kind needed for the datasets, shard by shard.
 
     Args:
         every_rejected: a pair with each rejected candidate of a prompt, not with the worst alone.
@@ -114,7 +114,7 @@ def dataset_files(
 
     Args:
         rows: the stage with a table of each of `settings.row_kinds`.
-        origin: how the preferences came about, for the data set cards; by default the judges' consensus.
+        origin: origin of the preferences, for the dataset cards; default: the judges' consensus.
     """
     lineage = {stage.name: stage.fingerprint for stage in [*rows.inputs.values(), rows]}
     return Stage(
@@ -151,7 +151,7 @@ def make_rows(given: ShardInput) -> ShardOutput:
 
 
 def _nested(counts: Mapping[str, int], kind: str) -> dict[str, Any]:
-    """Undo `flat_counts` for one kind of data set."""
+    """Undo `flat_counts` for one kind of dataset."""
     nested: dict[str, Any] = {}
     for name, value in counts.items():
         first, *path = name.split(".")

@@ -34,11 +34,11 @@ def gate(
     name: str = "gate",
     first: int | None = None,
 ) -> Stage:
-    """One decision a candidate.
+    """One decision per candidate.
 
     Args:
-        settings: None: no gate, best and worst of k instead.
-        first: only the first so many candidates of each prompt.
+        settings: None for best and worst of k instead of a gate.
+        first: use only this number of candidates per prompt.
     """
     inputs = {"candidates": candidates, **{f"verdicts/{stage.name}": stage for stage in verdicts}}
     if critiques is not None and settings is not None and settings.use_critic:

@@ -7,7 +7,7 @@ prompt is held out here too.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -25,25 +25,25 @@ from ray_pipeline.data.preference_sources import (
     source_records,
 )
 from ray_pipeline.data.prompts import split_of
-from ray_pipeline.data.rows import add_counts, flat_counts, gather
+from ray_pipeline.data.rows import add_counts, flat_counts, gather, shard_rows
 from ray_pipeline.data.sources import InputError
 from ray_pipeline.data.tokens import Encode, TokenCounter
 from ray_pipeline.engines.models import ModelSettings, TokenizerSettings
 from ray_pipeline.graph.stage import BadInput, Stage, WholeInput, WholeWork
-from ray_pipeline.store.keys import digest, normalise_messages, normalise_text, prompt_id, shard_of
+from ray_pipeline.store.keys import digest, normalise_messages, normalise_text, prompt_id
 from ray_pipeline.store.schemas import DPO, KTO, SFT, to_table
 from ray_pipeline.store.tables import ShardedTable
 
 _BATCH_ROWS = 1024
 
-#: Kinds of data set that each format can give.
+#: Kinds of dataset that each format can provide.
 GIVES: dict[Format, tuple[Kind, ...]] = {
     "paired": ("kto", "dpo", "sft"),
     "unpaired": ("kto", "sft"),
     "demonstrations": ("sft",),
 }
 
-#: Why a row of each format gives no training row, in the order in which it is asked.
+#: Reasons for which a row of each format gives no training row, in the order of the checks.
 DROPPED: dict[Format, tuple[str, ...]] = {
     "paired": (
         "empty", "not_an_answer", "prompts_differ", "gap_not_positive", "equal_text", "prompt_too_long",
@@ -78,7 +78,7 @@ def preferences(
         seed, val_fraction: of the prompts stage, for the split.
 
     Raises:
-        InputError: the source cannot be found, or its format cannot give a kind of data set that is asked for.
+        InputError: the source cannot be found, or its format cannot provide a configured kind of dataset.
     """
     digests = source_digests(source)
     given = _Given(
@@ -106,12 +106,12 @@ def preferences(
 
 
 def tables_of(format: Format, settings: DatasetsConfig) -> tuple[Kind, ...]:
-    """The tables that a source of this format is read into. Raises InputError for a kind that it cannot give."""
+    """Tables that a source of this format is read into. Raises InputError for a kind that it cannot provide."""
     for kind in settings.kinds:
         if kind not in GIVES[format]:
             raise InputError(
-                f"{format} rows cannot give {kind} data, which needs {'pairs' if kind == 'dpo' else 'labels'}; "
-                f"they give {' and '.join(GIVES[format])}: choose another method or another source"
+                f"{format} rows cannot provide {kind} data, which needs {'pairs' if kind == 'dpo' else 'labels'}; "
+                f"they provide {' and '.join(GIVES[format])}: choose another method or another source"
             )
     return settings.row_kinds if format == "paired" else tuple(settings.kinds)
 
@@ -128,20 +128,15 @@ def import_preferences(given: WholeInput) -> dict[str, Any]:
         raise BadInput(str(error)) from error
     for kind in kinds:
         table = tables[kind]
-        out = _sharded(given, kinds, kind)
-        shards = np.array([shard_of(p, given.num_shards) for p in table["prompt_id"].to_pylist()], dtype=np.int64)
-        for shard in range(given.num_shards):
-            out.write(shard, gather(table, np.flatnonzero(shards == shard)))
+        where = given.folder if len(kinds) == 1 else given.folder / kind
+        out = ShardedTable(where.location, kind, given.num_shards, given.fingerprint)
+        for shard, part in enumerate(shard_rows(table, given.num_shards)):
+            out.write(shard, part)
     for kind in kinds:
         if not tables[kind].num_rows:
             raise BadInput(f"no row of the source is left as {kind} data: {counts[kind]}")
     given.log(", ".join(f"{kind} {tables[kind].num_rows}" for kind in kinds) + f"; {counts['source']}")
     return {"counts": flat_counts({kind: counts[kind] for kind in kinds}), "source": counts["source"]}
-
-
-def _sharded(given: WholeInput, kinds: Sequence[str], kind: str) -> ShardedTable:
-    where = given.folder if len(kinds) == 1 else given.folder / kind
-    return ShardedTable(where.location, kind, given.num_shards, given.fingerprint)
 
 
 def read_preferences(
@@ -152,18 +147,18 @@ def read_preferences(
     val_fraction: float,
     digests: Mapping[str, str] | None = None,
 ) -> tuple[dict[Kind, pa.Table], dict[str, dict[str, Any]]]:
-    """All rows of a source as tables of the schemas KTO, DPO and SFT, as far as its format gives them.
+    """All rows of a source as tables of the schemas KTO, DPO and SFT, as far as its format provides them.
 
     Args:
         encode: token counter of the policy, for the length limits of `config`.
-        digests: what `source_digests` returned: a hub data set is read at exactly that commit.
+        digests: what `source_digests` returned: a Hub dataset is read at exactly that commit.
 
     Returns:
         The tables, and counts: under `source` rows `read`, `kept` and `dropped` by reason (read = kept + the sum of
         dropped), and for each kind what `datasets.kto_rows` and `convert` count.
 
     Raises:
-        InputError: a file, column or value is not what the format says; the message names it and the row.
+        InputError: a file, column or value does not match the format; the message names it and the row.
     """
     reader = _Reader(source, config, encode, functools.partial(split_of, seed=seed, val_fraction=val_fraction))
     commit = (digests or {}).get(source.name) if isinstance(source, HubPreferences) else None
@@ -178,7 +173,7 @@ def read_preferences(
             batch = []
     table = pa.concat_tables([*parts, to_table(batch, schema)])
     if not reader.counts["read"]:
-        raise InputError(f"{source_place(source)} holds no row; check that it was written")
+        raise InputError(f"{source_place(source)} has no rows; check that it was written")
     if source.format == "unpaired":
         table = reader.without_contradictions(table)
     reader.counts["kept"] = table.num_rows
@@ -195,9 +190,8 @@ def read_preferences(
 
 
 def _by_prompt(pairs: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
-    """`pairs_to_kto`, a piece at a time: all pairs of a prompt lie in one piece."""
-    buckets = np.array([shard_of(p, 64) for p in pairs["prompt_id"].to_pylist()], dtype=np.int64)
-    made = [pairs_to_kto(gather(pairs, np.flatnonzero(buckets == bucket))) for bucket in range(64)]
+    """`pairs_to_kto`, piece by piece; all pairs of a prompt are in the same piece."""
+    made = [pairs_to_kto(piece) for piece in shard_rows(pairs, 64)]
     return pa.concat_tables([table for table, _ in made]), add_counts([found for _, found in made])
 
 
@@ -205,11 +199,11 @@ def _by_prompt(pairs: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
 
 
 class _Drop(Exception):
-    """A row gives no training row; the argument says why."""
+    """A row gives no training row; the argument is the reason."""
 
 
 class _Reader:
-    """Rows of a source become training rows, with counts."""
+    """Turns rows of a source into training rows, with counts."""
 
     def __init__(self, source: PreferenceSource, config: DatasetsConfig, encode: Encode, split: Any) -> None:
         self._source, self._config, self._encode, self._split = source, config, encode, split
@@ -229,7 +223,7 @@ class _Reader:
             return None
 
     def without_contradictions(self, table: pa.Table) -> pa.Table:
-        """Without the answers that carry both labels."""
+        """The table without the answers that have both labels."""
         torn = {name for name, labels in self._labels.items() if len(labels) > 1}
         keep = np.flatnonzero([name not in torn for name in table["candidate_id"].to_pylist()])
         self.counts["dropped"]["contradictory"] += table.num_rows - len(keep)
@@ -329,12 +323,12 @@ def _split_answer(prompt: Any, value: Any, where: str) -> tuple[list[dict[str, s
 
     Raises:
         InputError: a value is neither text nor messages, or a text comes without a prompt.
-        _Drop: the last message is no answer, or one of the two is empty.
+        _Drop: the last message is not an answer, or one of the two is empty.
     """
     if isinstance(value, str):
         if prompt is None:
             raise InputError(
-                f"{where} is a text and there is no prompt beside it; give the prompt a column of its own (TRL's "
+                f"{where} is plain text without a prompt; put the prompt into its own column (TRL's "
                 "`extract_prompt` does it for conversations written as one text)"
             )
         asked, text = _prompt(prompt, where), value
@@ -343,7 +337,7 @@ def _split_answer(prompt: Any, value: Any, where: str) -> tuple[list[dict[str, s
         if not turns or turns[-1]["role"] != "assistant":
             raise _Drop("not_an_answer")
         text, before = turns[-1]["content"], turns[:-1]
-        # The prompt stands in its own column, at the start of the conversation, or in both (ultrafeedback_binarized).
+        # The prompt is in its own column, at the start of the conversation, or in both (ultrafeedback_binarized).
         asked = before if before or prompt is None else _prompt(prompt, where)
         if before and isinstance(prompt, list):
             own = _prompt(prompt, where)

@@ -24,7 +24,7 @@ _LAYOUT_SAMPLE = 256
 
 
 class JudgeSettings(Settings):
-    """The `judge` block: the rubric judges and how they are asked."""
+    """The `judge` block: the rubric judges and their calls."""
 
     model: str = Field("judge", description="a key of `models`, for rubrics that name no model")
     rubrics: tuple[Rubric, ...] = Field(description="the judges: name, text and scale of each")

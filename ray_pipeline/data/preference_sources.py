@@ -32,14 +32,14 @@ Format = Literal["paired", "unpaired", "demonstrations"]
 
 
 class _Rows(Settings):
-    """What every source has. The names of columns are TRL's unless they are given."""
+    """Keys of every source. Columns have TRL's names by default."""
 
     format: Format = Field("paired", description="layout of the rows: paired, unpaired or demonstrations")
     prompt: str = Field("prompt", description="column with the prompt")
     chosen: str = Field("chosen", description="column with the better answer")
     rejected: str = Field("rejected", description="column with the worse answer")
     completion: str = Field("completion", description="column with the answer")
-    label: str = Field("label", description="column that says whether the answer is desirable")
+    label: str = Field("label", description="column with the label: whether the answer is desirable")
     messages: str = Field("messages", description="column with the whole chat")
     chosen_score: str | None = Field(
         None, description="columns with scores of a pair, if it has some; a gap of 0 or less drops the pair"
@@ -47,12 +47,12 @@ class _Rows(Settings):
     rejected_score: str | None = Field(
         None, description="columns with scores of a pair, if it has some; a gap of 0 or less drops the pair"
     )
-    limit: int | None = Field(None, ge=1, description="at most so many rows of the source, from its start")
-    license: str = Field("other", description="for the data set card, as the hub spells it")
+    limit: int | None = Field(None, ge=1, description="maximum number of rows (the first ones are kept)")
+    license: str = Field("other", description="for the dataset card, as the Hub spells it")
 
 
 class HubPreferences(_Rows):
-    """A data set of the Hugging Face hub, such as HuggingFaceH4/ultrafeedback_binarized (split train_prefs)."""
+    """A dataset of the Hugging Face Hub, such as HuggingFaceH4/ultrafeedback_binarized (split train_prefs)."""
 
     type: Literal["huggingface"] = Field("huggingface", description="where the rows are: the name of the source")
     name: str = Field(description="name in the tables")
@@ -72,7 +72,7 @@ PreferenceSource = Annotated[HubPreferences | FilePreferences, Field(discriminat
 
 
 def source_digests(source: PreferenceSource) -> dict[str, str]:
-    """Commit of a hub data set, or digest of each file. Raises InputError when there is none."""
+    """Commit of a Hub dataset, or digest of each file. Raises InputError if there is none."""
     if isinstance(source, HubPreferences):
         place = {"name": source.name, "subset": source.subset, "split": source.split, "revision": source.revision}
         return HuggingFaceSource(**place, column="").digest()
@@ -94,7 +94,7 @@ def source_records(source: PreferenceSource, commit: str | None) -> Iterator[tup
 
 
 def _all_records(source: PreferenceSource, commit: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where a row stands, and its columns; only those that are read are loaded."""
+    """Location of each row, and its columns; only the needed ones are loaded."""
     if isinstance(source, HubPreferences):
         where = source_place(source)
         data = load_hub(source.name, source.subset, source.split, commit or source.revision)
@@ -118,7 +118,7 @@ def _all_records(source: PreferenceSource, commit: str | None) -> Iterator[tuple
 
 
 def _columns(source: PreferenceSource, present: Sequence[str], where: str) -> list[str]:
-    """The columns to read. Raises InputError when the format's are not there, with what there is."""
+    """The columns to read. Raises InputError if a column of the format is missing, with the existing ones."""
     needed = {
         "paired": [source.chosen, source.rejected],
         "unpaired": [source.prompt, source.completion, source.label],
@@ -129,6 +129,6 @@ def _columns(source: PreferenceSource, present: Sequence[str], where: str) -> li
     if missing:
         raise InputError(
             f"{where} has no column {missing[0]!r}, which {source.format} rows need; it has "
-            f"{', '.join(present) or 'none'}. Name the right one in the source, or choose another format"
+            f"{', '.join(present) or 'none'}. Set the right one in the source, or choose another format"
         )
     return needed + ([source.prompt] if source.format == "paired" and source.prompt in present else [])

@@ -46,7 +46,7 @@ class ImproveSettings(Settings):
     prompts: PromptsConfig | None = Field(None, description="prompts of these datasets; default: those of the run")
     reviews: int = Field(2, ge=1, le=64, description="number of reviews per response and reviewer")
     revisions: int = Field(2, ge=1, le=64, description="number of revisions per review")
-    seed: int = Field(0, description="seed of everything that is drawn here")
+    seed: int = Field(0, description="seed of all sampling in this block")
     sampling: Annotated[SamplingSettings, over(_WARM)] = Field(
         _WARM, description="for revisions; `reviewing` is for reviews. The first responses are sampled as in the loop"
     )
@@ -125,7 +125,7 @@ class _Revision(NamedTuple):
 
 
 def _revisions(shard: ShardTables, settings: _Revise) -> Iterator[_Revision]:
-    """Revisions of every review that asks for a change, ordered by prompt, review and number."""
+    """Revisions of every review that requests a change, ordered by prompt, review and number."""
     messages = shard.messages()
     answers = {row["candidate_id"]: row for row in shard.rows("responses")}
     place: dict[str, int] = collections.Counter()

@@ -47,12 +47,12 @@ class ReviewerSettings(Settings):
 
 
 class LoopRules(Settings):
-    """Rules of a feedback loop, whoever takes part."""
+    """Rules of a feedback loop, independent of its participants."""
 
     responses: int = Field(
         3, ge=1, le=26, description="N, the maximum number of responses per prompt; all but the last are reviewed"
     )
-    seed: int = Field(0, description="seed of everything that is drawn here")
+    seed: int = Field(0, description="seed of all sampling in this block")
     sampling: Annotated[SamplingSettings, over(_PUBLISHED)] = Field(
         _PUBLISHED, description="for responses and revisions; `reviewing` is for reviews"
     )
