@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from ray_pipeline.agents.debate import DebateTemplates, load_debate_templates
 from ray_pipeline.agents.strategies import StrategyTemplates, load_strategy_templates
 from ray_pipeline.agreement.ask import AskSettings, ask_stages
-from ray_pipeline.agreement.document import MeasureSettings
+from ray_pipeline.agreement.measure_settings import MeasureSettings
 from ray_pipeline.agreement.stages import AgreementData, AgreementPage, items_stage, report_stage, rewrite_page
 from ray_pipeline.config.blocks import RunBlock
 from ray_pipeline.config.messages import ConfigError

@@ -21,14 +21,15 @@ from ray_pipeline.bench.stages import Answering, benchmark_stages
 from ray_pipeline.config.messages import first_problem, nearest
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.candidates import candidates as candidates_stage
-from ray_pipeline.data.columnar import dataset_files, dataset_rows
-from ray_pipeline.data.columnar import gate as gate_stage
-from ray_pipeline.data.columnar import prompts as prompts_stage
 from ray_pipeline.data.critic import critic as critic_stage
-from ray_pipeline.data.datasets import DatasetsConfig
+from ray_pipeline.data.dataset_rows import DatasetsConfig
+from ray_pipeline.data.datasets import dataset_files, dataset_rows
+from ray_pipeline.data.decisions import gate as gate_stage
 from ray_pipeline.data.gate import GateConfig
-from ray_pipeline.data.imported import PreferenceSource, preferences, tables_of
+from ray_pipeline.data.imported import preferences, tables_of
 from ray_pipeline.data.judging import judges as judge_stages
+from ray_pipeline.data.preference_sources import PreferenceSource
+from ray_pipeline.data.prompts import prompts as prompts_stage
 from ray_pipeline.data.sources import InputError
 from ray_pipeline.evaluate.method_table import PolicyName, TableSettings, method_table, rewrite_page
 from ray_pipeline.extensions import register

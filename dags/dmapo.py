@@ -19,14 +19,14 @@ from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.candidates import CandidateSettings
 from ray_pipeline.data.candidates import candidates as candidates_stage
-from ray_pipeline.data.columnar import datasets as datasets_stage
-from ray_pipeline.data.columnar import gate as gate_stage
-from ray_pipeline.data.columnar import prompts as prompts_stage
 from ray_pipeline.data.critic import CriticSettings
 from ray_pipeline.data.critic import critic as critic_stage
+from ray_pipeline.data.datasets import datasets as datasets_stage
+from ray_pipeline.data.decisions import gate as gate_stage
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.data.judging import JudgeSettings
 from ray_pipeline.data.judging import judges as judge_stages
+from ray_pipeline.data.prompts import prompts as prompts_stage
 from ray_pipeline.engines.models import ModelUse
 from ray_pipeline.evaluate.stage import ReportSettings, write_report
 from ray_pipeline.evaluate.stage import evaluate as evaluate_stage

@@ -20,11 +20,11 @@ from ray_pipeline.audit.run import Audit, audit_picks
 from ray_pipeline.config.blocks import RunBlock
 from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.config.settings import Settings
-from ray_pipeline.data.columnar import dataset_files, dataset_rows
-from ray_pipeline.data.columnar import prompts as prompts_stage
-from ray_pipeline.data.datasets import DatasetsConfig
+from ray_pipeline.data.dataset_rows import DatasetsConfig
+from ray_pipeline.data.datasets import dataset_files, dataset_rows
 from ray_pipeline.data.judging import JudgeSettings
 from ray_pipeline.data.judging import judges as judge_stages
+from ray_pipeline.data.prompts import prompts as prompts_stage
 from ray_pipeline.engines.models import ModelUse
 from ray_pipeline.evaluate.stage import ReportSettings
 from ray_pipeline.evaluate.stage import evaluate as evaluate_stage

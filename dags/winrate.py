@@ -22,7 +22,7 @@ from ray_pipeline.agreement.stages import (
 )
 from ray_pipeline.agreement.versus import LiveWinrate, versus_stages
 from ray_pipeline.config.blocks import RunBlock
-from ray_pipeline.data.columnar import prompts as prompts_stage
+from ray_pipeline.data.prompts import prompts as prompts_stage
 from ray_pipeline.engines.models import ModelUse
 from ray_pipeline.extensions import register
 from ray_pipeline.graph.stage import Dag

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from ray_pipeline import register
 from ray_pipeline.data.candidates import CandidateSettings, candidates
-from ray_pipeline.data.columnar import prompts
-from ray_pipeline.data.prompts import PromptsConfig
+from ray_pipeline.data.prompts import PromptsConfig, prompts
 from ray_pipeline.engines.models import ModelUse
 from ray_pipeline.graph.stage import Dag
 from ray_pipeline.workflow.config import RunConfig

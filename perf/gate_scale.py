@@ -25,8 +25,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ray_pipeline.data import columnar
-from ray_pipeline.data.datasets import DatasetsConfig
+from ray_pipeline.data import datasets
+from ray_pipeline.data.dataset_rows import DatasetsConfig
+from ray_pipeline.data.decisions import gate
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.in_process import make_here
@@ -164,7 +165,7 @@ def words(messages: Any, completion: Any = None) -> list[int]:
 
 def run(folder: Path, size: int) -> None:
     """Gate and data sets, in this process, on top of what an interrupted call has left."""
-    columnar.token_counter = lambda tokenizer: words  # type: ignore[assignment]
+    datasets.token_counter = lambda tokenizer: words  # type: ignore[assignment]
     shards, before = num_shards(size), parents()
     results = {
         name: StageResult(name, "made", str(folder / s.folder_name), shards, s.work.tables, {}, {})
@@ -176,9 +177,9 @@ def run(folder: Path, size: int) -> None:
     (weights / "model.safetensors").write_bytes(b"none")
     gate_settings, settings = GateConfig(), DatasetsConfig()
     asked, answers, verdicts = before["prompts"], before["candidates"], [before["judge"]]
-    decisions = columnar.gate(gate_settings, JUDGES, answers, verdicts, before["critic"])
+    decisions = gate(gate_settings, JUDGES, answers, verdicts, before["critic"])
     policy = ModelSettings(model=str(weights))
-    files = columnar.datasets(settings, gate_settings, JUDGES, policy, asked, answers, verdicts, decisions)
+    files = datasets.datasets(settings, gate_settings, JUDGES, policy, asked, answers, verdicts, decisions)
     # Peak memory of this process so far is that of the libraries.
     loaded = peak()
     session = Session(str(folder), str(folder / "calls"), shards)

@@ -10,9 +10,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from ray_pipeline.audit.rows import RunTables
+from ray_pipeline.audit.findings import RunTables
 from ray_pipeline.data.convert import pairs_to_sft
-from ray_pipeline.data.datasets import DatasetsConfig, dpo_rows, kto_rows, write_dataset_files
+from ray_pipeline.data.dataset_files import write_dataset_files
+from ray_pipeline.data.dataset_rows import DatasetsConfig, dpo_rows, kto_rows
 from ray_pipeline.data.gate import GateConfig, decide
 from ray_pipeline.data.rows import add_counts
 from ray_pipeline.store import keys, schemas

@@ -7,7 +7,11 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import pyarrow as pa
+
 from ray_pipeline.engines.base import Completion, EngineError, Message, Sampling
+from ray_pipeline.store.calls import read_calls
+from ray_pipeline.store.files import Folder
 
 #: What a script may say: text, a whole completion, or an exception, which is raised.
 Reply = str | Completion | BaseException
@@ -70,3 +74,8 @@ def failing(message: str = "boom") -> EngineError:
 
 def user(text: str) -> list[Message]:
     return [{"role": "user", "content": text}]
+
+
+def logged_calls(root: Folder) -> pa.Table:
+    """All calls in the logs of all models."""
+    return pa.concat_tables(read_calls(root / model, 0, 1) for model in root.folders())

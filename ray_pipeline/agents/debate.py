@@ -39,7 +39,7 @@ from ray_pipeline.agents.templates import (
     render_text,
     transcript,
 )
-from ray_pipeline.config.settings import Settings
+from ray_pipeline.config.settings import Settings, repeated
 from ray_pipeline.engines.base import ChatEngine, EngineError, Message, PromptTooLong
 from ray_pipeline.store.keys import derived_seed
 
@@ -96,8 +96,7 @@ def load_debate_templates(name_or_path: str) -> DebateTemplates:
         TemplateError: naming file and block; two roles of one name too.
     """
     templates = read_template_file(name_or_path, DebateTemplates, "debate")
-    names = [role.name for role in templates.roles]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := repeated(role.name for role in templates.roles):
         raise TemplateError(f"prompt template file {name_or_path}, roles: {', '.join(twice)} is there twice")
     texts = ("system", "shared", "speak", "score", "retry")
     for form in ("json", "text"):

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import model_validator
 
-from ray_pipeline.agents.replies import Read, embedded_objects, json_object, text_or_none
+from ray_pipeline.agents.replies import Read, embedded_objects, json_object, object_grammar, text_or_none
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.base import Completion, Grammar
 
@@ -64,28 +64,18 @@ def scores_grammar(labels: Sequence[str], scale: Scale, reason_chars: int) -> Gr
     """`{"reason": …, "score_a": …, "score_b": …}`; with `reason_chars` 0 the scores alone."""
     kind = "number" if scale.decimals else "integer"
     one = {"type": kind, "minimum": scale.low, "maximum": scale.high}
-    return _object({**_reason(reason_chars), **{score_key(label): one for label in labels}})
+    return object_grammar(reason_chars, **{score_key(label): one for label in labels})
 
 
 def rating_grammar(scale: Scale, reason_chars: int) -> Grammar:
     """`{"reason": …, "score": …}` of one answer."""
     kind = "number" if scale.decimals else "integer"
-    return _object({**_reason(reason_chars), "score": {"type": kind, "minimum": scale.low, "maximum": scale.high}})
+    return object_grammar(reason_chars, score={"type": kind, "minimum": scale.low, "maximum": scale.high})
 
 
 def pick_grammar(options: Sequence[str], reason_chars: int) -> Grammar:
     """`{"reason": …, "choice": one of options}`."""
-    return _object({**_reason(reason_chars), "choice": {"type": "string", "enum": list(options)}})
-
-
-def _reason(chars: int) -> dict[str, Any]:
-    return {"reason": {"type": "string", "maxLength": chars}} if chars else {}
-
-
-def _object(properties: dict[str, Any]) -> Grammar:
-    return Grammar.json(
-        {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
-    )
+    return object_grammar(reason_chars, choice={"type": "string", "enum": list(options)})
 
 
 # --- readers ----------------------------------------------------------------------------------------------------------

@@ -37,36 +37,30 @@ _Valid = Callable[[dict[str, Any]], dict[str, Any] | None]
 
 def score_grammar(low: int, high: int, reason_chars: int) -> Grammar:
     """`{"reason": …, "score": …}`; with `reason_chars` 0 the score alone."""
-    return _object({**_reason(reason_chars), "score": {"type": "integer", "minimum": low, "maximum": high}})
+    return object_grammar(reason_chars, score={"type": "integer", "minimum": low, "maximum": high})
 
 
 def critique_grammar(reason_chars: int) -> Grammar:
     """`{"reason": …, "failure_type": …, "flawed": …}`; with `reason_chars` 0 without the reason."""
-    return _object(
-        {
-            **_reason(reason_chars),
-            "failure_type": {"type": "string", "enum": list(FAILURE_TYPES)},
-            "flawed": {"type": "boolean"},
-        }
-    )
+    failure = {"type": "string", "enum": list(FAILURE_TYPES)}
+    return object_grammar(reason_chars, failure_type=failure, flawed={"type": "boolean"})
 
 
 def choice_grammar(reason_chars: int) -> Grammar:
     """`{"reason": …, "choice": "A" | "B" | "C"}`; C is a tie; with `reason_chars` 0 the choice alone."""
-    return _object({**_reason(reason_chars), "choice": {"type": "string", "enum": ["A", "B", "C"]}})
+    return object_grammar(reason_chars, choice={"type": "string", "enum": ["A", "B", "C"]})
 
 
 def review_grammar(reason_chars: int, feedback_chars: int, scale: tuple[int, int] | None) -> Grammar:
     """`{"reason": …, "feedback": …, "score": …}`; without the score where there is no scale."""
     score = {} if scale is None else {"score": {"type": "integer", "minimum": scale[0], "maximum": scale[1]}}
-    return _object({**_reason(reason_chars), "feedback": {"type": "string", "maxLength": feedback_chars}, **score})
+    return object_grammar(reason_chars, feedback={"type": "string", "maxLength": feedback_chars}, **score)
 
 
-def _reason(chars: int) -> dict[str, Any]:
-    return {"reason": {"type": "string", "maxLength": chars}} if chars else {}
-
-
-def _object(properties: dict[str, Any]) -> Grammar:
+def object_grammar(reason_chars: int, **fields: dict[str, Any]) -> Grammar:
+    """A JSON object of these fields, after a reason of at most `reason_chars` characters unless that is 0."""
+    reason = {"reason": {"type": "string", "maxLength": reason_chars}} if reason_chars else {}
+    properties = {**reason, **fields}
     return Grammar.json(
         {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
     )

@@ -262,11 +262,6 @@ def settle(looks: Sequence[Look], conflict: Conflict) -> Judgement:
     return Judgement(scores, best, status, tuple(looks))
 
 
-def pick_best(judgement: Judgement) -> int | None:
-    """The number of the best answer, the earliest of several that are tied; None when unread."""
-    return judgement.best[0] if judgement.best else None
-
-
 def best_scores(scores: Sequence[float]) -> tuple[int, ...]:
     """Numbers of the highest scores."""
     return tuple(i for i, score in enumerate(scores) if score >= max(scores) - 1e-9)

@@ -10,13 +10,13 @@ import functools
 import importlib.resources
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import jinja2
 import jinja2.meta
 import yaml
 from jinja2.sandbox import SandboxedEnvironment
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.base import Message
@@ -24,6 +24,11 @@ from ray_pipeline.store.keys import digest
 
 #: `shared_first` lets the judges of a candidate share its prefix, `rubric_first` lets candidates share a rubric's.
 Layout = Literal["shared_first", "rubric_first"]
+#: A configuration key that chooses a layout.
+LayoutKey = Annotated[
+    Layout,
+    Field(description="which part of the prompt comes first: what the calls about one response share, or the rubric"),
+]
 
 
 class TemplateError(ValueError):

@@ -18,8 +18,8 @@ from ray_pipeline.agents.strategies import (
     decide,
     vote,
 )
-from ray_pipeline.agents.templates import Layout
-from ray_pipeline.config.settings import Settings
+from ray_pipeline.agents.templates import Layout, LayoutKey
+from ray_pipeline.config.settings import Settings, refuse_repeated
 from ray_pipeline.engines.base import ChatEngine
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.asking import Asking, Outcome, Row, ShardTables, count_by
@@ -40,15 +40,12 @@ class AskSettings(Settings):
     """The `ask` block: live judges and how they judge. Without judges and debaters no call is made."""
 
     judges: tuple[LiveJudge, ...] = Field((), description="models that judge by every strategy")
-    strategies: tuple[Strategy, ...] = Field((), description="how the judges are asked")
+    strategies: tuple[Strategy, ...] = Field((), description="strategies of the judges")
     debaters: tuple[LiveJudge, ...] = Field((), description="judges that each play all roles of a debate")
     debate: DebateSettings = Field(DebateSettings(), description="rules of the debates")
     strategy_templates: str = Field("default", description="built-in name or YAML file of the judges' texts")
     debate_templates: str = Field("default", description="built-in name or YAML file of the debate's roles and texts")
-    layout: Layout = Field(
-        "shared_first",
-        description="which part of the prompt comes first: what the calls about one response share, or the rubric",
-    )
+    layout: LayoutKey = "shared_first"
     sampling: SamplingSettings = SamplingSettings(temperature=0.0, max_tokens=1024)
     asking: StrategyAsking = StrategyAsking()
 
@@ -77,8 +74,7 @@ class AskSettings(Settings):
     @classmethod
     def _distinct_strategies(cls, strategies: tuple[Strategy, ...]) -> tuple[Strategy, ...]:
         names = [s.name for s in strategies]
-        if twice := sorted({n for n in names if names.count(n) > 1}):
-            raise ValueError(f"two strategies are named {', '.join(twice)}; rename one of them")
+        refuse_repeated(names, "strategies")
         if reserved := sorted({"debate", "versus"} & set(names)):
             raise ValueError(f"{reserved[0]} is a reserved name; rename the strategy")
         return strategies
@@ -86,9 +82,7 @@ class AskSettings(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> AskSettings:
         for block, judges in (("judges", self.judges), ("debaters", self.debaters)):
-            names = [j.name for j in judges]
-            if twice := sorted({n for n in names if names.count(n) > 1}):
-                raise ValueError(f"two of {block} have the same name: {', '.join(twice)}")
+            refuse_repeated((judge.name for judge in judges), block)
         if self.judges and not self.strategies:
             raise ValueError("judges have no effect without strategies; set at least one")
         if self.strategies and not self.judges:

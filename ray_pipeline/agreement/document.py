@@ -1,4 +1,4 @@
-"""Everything that agreement.json says, computed from the tables `items` and `ballots`."""
+"""All numbers of agreement.json, computed from the tables `items` and `ballots`."""
 
 from __future__ import annotations
 
@@ -11,23 +11,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
 
 from ray_pipeline.agents.jury import (
     MISSING,
     VOTE_RULES,
     VOTES,
     Codes,
-    PoolRule,
     compare_scores,
     jury_names,
     pool_scores,
     pool_votes,
     subsets,
 )
-from ray_pipeline.agents.strategies import Conflict
-from ray_pipeline.agreement.gate_curves import THRESHOLDS
 from ray_pipeline.agreement.humans import Ceiling, alpha_of_many, human_ceiling
+from ray_pipeline.agreement.measure_settings import MeasureSettings
 from ray_pipeline.agreement.panel import (
     DebateRule,
     Evaluator,
@@ -47,56 +44,8 @@ from ray_pipeline.agreement.vote_agreement import (
     held_out_choice,
     paired,
 )
-from ray_pipeline.config.settings import Settings
 from ray_pipeline.stats.bootstrap import Estimate, ratio, sample_counts
 from ray_pipeline.store.keys import unit_hash
-
-
-class JurySettings(Settings):
-    """The `juries` block: which juries, and how their members' verdicts become one."""
-
-    sizes: tuple[int, ...] | None = Field(None, description="default: from two members to all")
-    pool: PoolRule = Field("mode", description="how the members' votes or scores become one verdict")
-    weights: dict[str, float] = Field(default_factory=dict, description="by judge, for weighted and weighted_mean")
-    most: int = Field(100_000, ge=1, description="refuse more juries than this")
-
-    @model_validator(mode="after")
-    def _weights(self) -> JurySettings:
-        if self.sizes is not None and (not self.sizes or min(self.sizes) < 1):
-            raise ValueError(f"juries.sizes must be whole numbers from 1 on, not {list(self.sizes)}")
-        weighted = self.pool in ("weighted", "weighted_mean")
-        if weighted and not self.weights:
-            raise ValueError(f"juries.pool {self.pool} needs juries.weights, a weight by judge")
-        if self.weights and not weighted:
-            raise ValueError("juries.weights is read by the pools weighted and weighted_mean only; remove it")
-        if any(weight < 0 for weight in self.weights.values()):
-            raise ValueError("juries.weights must not be negative")
-        return self
-
-
-class MeasureSettings(Settings):
-    """The `measure` block: how verdicts are merged and compared with humans."""
-
-    conflict: Conflict = Field("tie", description="what two orders that differ mean: tie, mean (of scores) or given")
-    debate: DebateRule = Field("mean", description="how a debate's voices are pooled: mean of scores, or vote")
-    families: dict[str, tuple[str, ...]] = Field(
-        default_factory=dict, description="family → how the names of its models begin; default: their first word"
-    )
-    draws: int = Field(2000, ge=100, description="bootstrap samples of the items")
-    confidence: float = Field(0.95, gt=0, lt=1, description="level of the intervals")
-    seed: int = Field(0, description="seed of everything that is drawn here")
-    held_out: float = Field(0.5, gt=0, lt=1, description="share of the items on which the best jury is chosen")
-    gate_thresholds: tuple[tuple[float, float], ...] = Field(
-        THRESHOLDS, description="of the gate's curves: desirable from, undesirable to, as shares of the scale's end"
-    )
-    juries: JurySettings = Field(JurySettings(), description="juries of the judges")
-
-    @model_validator(mode="after")
-    def _thresholds(self) -> MeasureSettings:
-        for upper, lower in self.gate_thresholds:
-            if not 0 <= lower < upper <= 1:
-                raise ValueError(f"gate_thresholds: {upper:g}, {lower:g} are no shares with the desirable one above")
-        return self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +79,7 @@ class Debate:
 
 @dataclasses.dataclass(frozen=True)
 class Bias:
-    """What a judge prefers beside quality. Its family is that of its model where the run knows it, else of its name."""
+    """A judge's preferences beside quality. Its family is that of its model if known, else of its name."""
 
     strategy: str
     judge: str
@@ -174,7 +123,7 @@ def measure(
     """All statistics that the tables allow.
 
     Args:
-        models: judge or debater → name of the model that it sits on, as far as it is known.
+        models: judge or debater → name of its model, if known.
 
     Raises:
         ValueError: the tables do not fit together.
@@ -380,7 +329,7 @@ def _bias(
 
 
 def as_document(found: Document, settings: MeasureSettings, about: Mapping[str, Any]) -> dict[str, Any]:
-    """agreement.json as plain data: n, kappa and interval lie flat beside the names of each row."""
+    """agreement.json as plain data: n, kappa and interval are flat keys of each row."""
     return {
         **about,
         "settings": settings.model_dump(mode="json"),

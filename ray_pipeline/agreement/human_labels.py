@@ -1,4 +1,4 @@
-"""Public data sets of human preferences between two answers, as items of the agreement format.
+"""Public datasets of human preferences between two answers, as items of the agreement format.
 
 A pair that several people judged is one item: `human_votes` keeps each of them, and `human_label` is their unique
 mode, a tie where there is none.
@@ -27,7 +27,7 @@ from ray_pipeline.store.keys import digest
 
 @dataclasses.dataclass(frozen=True)
 class HumanData:
-    """Where a data set is.
+    """Location of a dataset.
 
     Attributes:
         hub_name: on the Hugging Face hub; None where its authors publish it elsewhere.
@@ -43,7 +43,7 @@ class HumanData:
 
 
 def read_human_labels(kind: str, path: str | None, commit: str | None = None) -> list[dict[str, Any]]:
-    """Items of a data set (rows of the table `items`), in its order.
+    """Items of a dataset (rows of the table `items`), in its order.
 
     Args:
         kind: alpaca_eval, fair_eval, pandalm or mt_bench.
@@ -71,7 +71,7 @@ def read_human_labels(kind: str, path: str | None, commit: str | None = None) ->
 
 
 def where_to_find(kind: str) -> str:
-    """What to do about a data set that is not on the hub."""
+    """Remedy for a dataset that is not on the Hub."""
     return f"data.type {kind}: its authors do not publish it on the hub. Fetch {HUMAN_DATA[kind].elsewhere}"
 
 
@@ -87,7 +87,7 @@ def _file_rows(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 try:
                     rows = pq.read_table(stream).to_pylist()
                 except (pa.ArrowException, OSError) as error:
-                    raise InputError(f"{file.uri} is cut short or is no Parquet file ({error})") from error
+                    raise InputError(f"{file.uri} is truncated or not a Parquet file ({error})") from error
         else:
             with file.open() as stream:
                 text = _decoded(file.uri, stream.read())
@@ -119,7 +119,7 @@ def _json_rows(where: str, text: str, *, lines: bool) -> list[Any]:
 
 
 def _alpaca_eval_hub(commit: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The file itself: the data set comes with a loading script, which `datasets` does not run any more."""
+    """The file itself: the dataset comes with a loading script, which `datasets` no longer runs."""
     import httpx
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
@@ -129,7 +129,7 @@ def _alpaca_eval_hub(commit: str | None) -> Iterator[tuple[str, Mapping[str, Any
         path = hf_hub_download(name, file, repo_type="dataset", revision=commit)
     except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
         raise InputError(
-            f"{file} of data set {name} cannot be loaded ({str(error).splitlines()[0]}); check the network, or "
+            f"{file} of dataset {name} cannot be loaded ({str(error).splitlines()[0]}); check the network, or "
             "download it and set data.path to the file"
         ) from error
     yield from _file_rows(path)
@@ -144,17 +144,17 @@ def _mt_bench_hub(commit: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]
         data = datasets.load_dataset(name, split="human", revision=commit)
     except (OSError, ValueError, RuntimeError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
         raise InputError(
-            f"data set {name} cannot be loaded ({str(error).strip().splitlines()[0]}); check the network, or download "
+            f"dataset {name} cannot be loaded ({str(error).strip().splitlines()[0]}); check the network, or download "
             "it and set data.path to its Parquet file of the split `human`"
         ) from error
     for number, row in enumerate(data, 1):
-        yield f"data set {name}: row {number}", row
+        yield f"dataset {name}: row {number}", row
 
 
 def _fair_eval_rows(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The files of FairEval's folder as rows: a question, both answers by question_id, and the line of the review."""
     if os.path.isfile(path):
-        raise InputError(f"{path} is a file; data.type fair_eval wants {HUMAN_DATA['fair_eval'].elsewhere}")
+        raise InputError(f"{path} is a file; data.type fair_eval needs {HUMAN_DATA['fair_eval'].elsewhere}")
     folder = path.rstrip("/")
     questions, ours, theirs = (
         list(_file_rows(f"{folder}/{name}"))
@@ -293,8 +293,8 @@ def _fair_eval_items(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[dict
 def _mt_bench_items(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
     """A pair of models at one turn of one question; a pair that was shown in either order is one item.
 
-    The question of turn 2 is the conversation up to it, which differs between the models: it is told by what the
-    users said, and each answer is the model's whole part of the conversation.
+    The question of turn 2 is the conversation up to it, which differs between the models: it is identified by
+    the user turns, and each answer is the model's whole part of the conversation.
     """
     pairs = _Pairs()
     for where, row in rows:
@@ -323,7 +323,7 @@ def _mt_bench_items(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[dict[
 
 
 def _turns(where: str, row: Mapping[str, Any], field: str, turn: int) -> tuple[str, str]:
-    """What the user asked up to a turn, and what the model answered up to it."""
+    """User turns and model turns up to a turn."""
     conversation = row.get(field)
     if not isinstance(conversation, list):
         raise InputError(f"{where}: {field} must be a list of messages")
@@ -331,7 +331,7 @@ def _turns(where: str, row: Mapping[str, Any], field: str, turn: int) -> tuple[s
     for message in conversation[: 2 * turn]:
         role, content = message.get("role"), message.get("content")
         if role not in said or not isinstance(content, str):
-            raise InputError(f"{where}: {field} has a message that is no text of a user or an assistant")
+            raise InputError(f"{where}: {field} has a message that is not text of a user or an assistant")
         said[role].append(content)
     if any(len(texts) != turn for texts in said.values()):
         raise InputError(f"{where}: {field} has fewer than {turn} turns")

@@ -98,7 +98,7 @@ def winrate_page(about: Mapping[str, Any], rates: Sequence[Mapping[str, Any]]) -
         for name, fixed in {r["fingerprint"]: r["protocol"] for r in rates}.items()
     ]
     text = (
-        "A win rate is strict wins over all items of a run, in per cent: ties and missing verdicts are no wins. "
+        "A win rate is strict wins over all items of a run, in per cent: ties and missing verdicts are not wins. "
         f"Intervals are 95 % percentile intervals over {about['draws']:,} bootstrap samples of the items."
     )
     return Page(

@@ -36,7 +36,7 @@ class Evaluator:
     Attributes:
         votes: shape (items,); from both orders where both were asked.
         scores: of both answers, shape (2, items), NaN where unread; None for votes without scores.
-        ab, ba: votes by order, in terms of the answers; None where nothing was asked in that order.
+        ab, ba: votes by order, in terms of the answers; None where that order was not asked.
         statuses: ballots by parse status; `absent` counts items without any ballot.
     """
 
@@ -156,7 +156,7 @@ def _grouped(ballots: pa.Table, place: Mapping[str, int]) -> dict[tuple[str, str
         if key in seen:
             raise ValueError(f"ballots: two rows of {' / '.join(part for part in key if part)}")
         if row["item_id"] not in place:
-            raise ValueError(f"ballots: there is no item {row['item_id']!r}")
+            raise ValueError(f"ballots: unknown item {row['item_id']!r}")
         seen.add(key)
         orders = grouped.setdefault((row["strategy"], row["judge"], row["voice"]), {})
         orders.setdefault(row["order"], []).append((place[row["item_id"]], row))
@@ -165,7 +165,7 @@ def _grouped(ballots: pa.Table, place: Mapping[str, int]) -> dict[tuple[str, str
 
 @dataclasses.dataclass(frozen=True)
 class _Votes:
-    """What one judge, or one voice, said: votes, shape (items,), and scores, shape (2, items), by order."""
+    """Verdicts of one judge or one voice: votes, shape (items,), and scores, shape (2, items), by order."""
 
     votes: dict[str, Codes]
     scores: dict[str, Floats]
@@ -253,7 +253,7 @@ def flips(evaluator: Evaluator) -> tuple[NDArray[np.bool_], NDArray[np.bool_]] |
 
 
 def longer_side(panel: Panel) -> Codes:
-    """The longer answer of each item, in characters; missing where they are equal or not there."""
+    """The longer answer of each item, in characters; missing where they are equal or absent."""
     a, b = panel.lengths
     with np.errstate(invalid="ignore"):
         return np.where(a > b, A, np.where(b > a, B, MISSING)).astype(np.int8)

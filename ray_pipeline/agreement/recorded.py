@@ -31,11 +31,11 @@ from ray_pipeline.data.sources import InputError, find_files
 from ray_pipeline.engines.base import Completion
 from ray_pipeline.store.keys import digest, prompt_id
 
-#: stored: what the original run recorded counts, whatever its texts say. text: the replies are read again.
+#: stored: use what the original run recorded. text: read the replies again.
 Replay = Literal["text", "stored"]
 
 LABELS = ("A", "B", "tie")
-#: Fields that say something of the item itself; objects under other names must be recordings.
+#: Fields of the item itself; objects under other names must be recordings.
 ITEM_FIELDS = ("item_id", "question", "response_a", "response_b", "model_a", "model_b", "human_label", "human_votes")
 
 _STRATEGY = re.compile(r"direct|debate|versus|(?:independent|combined)_([1-9][0-9]{0,5})")
@@ -124,7 +124,7 @@ def _lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
                         raise InputError(f"{where} is not a JSON object; each line must be one item")
                     yield where, row
             except OSError as error:
-                raise InputError(f"{file.uri} cannot be read whole ({error}); make the file anew") from error
+                raise InputError(f"{file.uri} truncated or corrupt ({error}); regenerate it") from error
 
 
 def _recordings(where: str, row: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -137,7 +137,7 @@ def _recordings(where: str, row: Mapping[str, Any]) -> Iterator[tuple[str, dict[
         elif _looks_recorded(name, value):
             near = difflib.get_close_matches(name, _EXAMPLES, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(_EXAMPLES)} (with any maximum)"
-            raise InputError(f"{where}: {name} is no kind of recording; {hint}")
+            raise InputError(f"{where}: unknown kind of recording {name}; {hint}")
 
 
 _EXAMPLES = ("direct", "independent_10", "combined_5", "combined_10", "combined_100", "debate", "versus")
@@ -190,7 +190,7 @@ def _stored(where: str, strategy: str, recording: Mapping[str, Any]) -> dict[str
         return _ballot(recording, "ok", vote=pick)
     if strategy == "versus":
         winner = _field(where, recording, "winner", str, "replay: stored needs it; use replay: text")
-        # Some runs name the opponent by another word; whatever is neither the agent nor a tie is the opponent.
+        # Some runs use another word for the opponent; anything but the agent or a tie is the opponent.
         return _ballot(recording, "ok", vote={"agent": "A", "tie": "tie"}.get(winner, "B"))
     scores = [_number(where, recording, f"stored_{side}") for side in "ab"]
     return _ballot(recording, "ok", scores)
@@ -245,7 +245,7 @@ def recorded_scale(maximum: int) -> Scale:
 def _read(
     where: str, recording: Mapping[str, Any], field: str, turns_field: str, reader: Callable[[Completion], Read | None]
 ) -> tuple[dict[str, Any] | None, str]:
-    """Fields of what a text says, and its parse status. A null text is a call that left none."""
+    """Fields read from a text, and its parse status. The text is null for a call without a reply."""
     if field not in recording:
         raise InputError(f"{where}.{field} is missing")
     text, turns = recording[field], recording.get(turns_field, 1)

@@ -16,13 +16,13 @@ from ray_pipeline.stats.bootstrap import Estimate, ratio, sample_counts
 from ray_pipeline.stats.protocol import Protocol
 from ray_pipeline.store.keys import digest
 
-#: Of verdicts that somebody else asked for: a recorded file does not say who judged, nor with which prompt.
+#: Protocol of recorded verdicts: a recorded file contains neither the judge nor its prompt.
 RECORDED = Protocol(benchmark="win rate", judge="not named by the recording")
 
 
 @dataclasses.dataclass(frozen=True)
 class VersusRate:
-    """One configuration against one baseline; rates are percentages of all `n` items, so ties and missing are no wins.
+    """One configuration against one baseline; rates are percentages of all `n` items: ties and missing are not wins.
 
     Attributes:
         win_rate: strict wins / n.
@@ -60,13 +60,13 @@ def versus_rates(
     confidence: float = 0.95,
     asked: Protocol | Mapping[str, Protocol] = RECORDED,
 ) -> list[VersusRate]:
-    """The win rate of every judge of strategy `versus`, whose name says the run: `configuration-vs-baseline`.
+    """The win rate of every judge of strategy `versus`, whose name is that of the run: `configuration-vs-baseline`.
 
     An item counts for a run when there is a ballot of it, read or not.
 
     Args:
         items: columns item_id, prompt_id and those that `panel.make_panel` reads.
-        asked: what is known of how verdicts were asked for (judge, its prompt and sampling, reading), of all runs or
+        asked: known parts of the verdicts' protocol (judge, its prompt and sampling, reading), of all runs or
             by run; items, orders and reference are filled in here.
     """
     panel = make_panel(items, ballots, conflict)

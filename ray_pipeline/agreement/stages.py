@@ -11,8 +11,8 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from ray_pipeline.agents.strategies import Conflict
-from ray_pipeline.agreement.document import MeasureSettings
 from ray_pipeline.agreement.human_labels import HUMAN_DATA, read_human_labels, where_to_find
+from ray_pipeline.agreement.measure_settings import MeasureSettings
 from ray_pipeline.agreement.recorded import Recorded, Replay, read_item, read_recorded
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.sources import HuggingFaceSource, InputError, JsonlSource
@@ -33,7 +33,7 @@ class AgreementData(Settings):
     )
     path: str | None = Field(
         None,
-        description="of a recorded file (`type: recorded`), or of a local copy of a human data set; default: "
+        description="of a recorded file (`type: recorded`), or of a local copy of a human dataset; default: "
         "its place on the hub",
     )
     revision: str | None = Field(None, description="branch, tag or commit; default: the newest commit of main")
@@ -42,9 +42,11 @@ class AgreementData(Settings):
     )
     recordings: bool = Field(True, description="false leaves recorded judgements out and keeps the items")
     limit: int | None = Field(
-        None, ge=1, description="so many items, those of the smallest hash; of `type: pocket`, how many are made"
+        None,
+        ge=1,
+        description="maximum number of items (smallest hashes kept); for `type: pocket`, their number",
     )
-    seed: int = Field(0, description="seed of everything that is drawn here")
+    seed: int = Field(0, description="seed of all sampling in this block")
     num_shards: int = Field(8, description="shards of every table; divides 1,024")
 
     @model_validator(mode="after")
@@ -52,9 +54,9 @@ class AgreementData(Settings):
         if self.type == "recorded" and self.path is None:
             raise ValueError("data.path is missing: name a file of recorded judgements (data.path=FILE.jsonl.gz)")
         if self.type == "recorded" and self.revision is not None:
-            raise ValueError("data.revision is of a data set on the hub; data.type recorded reads a file")
+            raise ValueError("data.revision applies to datasets on the Hub; data.type recorded reads a file")
         if self.type == "pocket" and (self.limit is None or self.path is not None):
-            raise ValueError("data.type pocket makes its items: say how many by data.limit, and no path")
+            raise ValueError("data.type pocket makes its items; set their number with data.limit and remove path")
         check_num_shards(self.num_shards)
         return self
 
@@ -66,7 +68,7 @@ class AgreementData(Settings):
         return Path(self.path).name if self.path else HUMAN_DATA[self.type].hub_name or self.type
 
     def told(self, asked: bool) -> str:
-        """Where verdicts come from, in words for a report."""
+        """Source of the verdicts, as text for a report."""
         recorded = "as the original run stored them" if self.replay == "stored" else "read from the recorded texts"
         if not asked:
             return recorded
@@ -127,7 +129,7 @@ class _ItemsGiven(Settings):
 
 
 def items_stage(settings: AgreementData) -> Stage:
-    """The tables `items` and `ballots` of the data, sharded by question. Raises InputError when it is not there."""
+    """The tables `items` and `ballots` of the data, sharded by question. Raises InputError if it is missing."""
     digests = data_digests(settings)
     commit = next(iter(digests.values())) if settings.path is None and settings.type != "pocket" else None
     return Stage(
@@ -182,15 +184,15 @@ class WinrateMeasure(Settings):
 
     conflict: Conflict = Field("tie", description="what two orders that differ mean: tie, mean (of scores) or given")
     draws: int = Field(2000, ge=100, description="bootstrap samples of the items")
-    seed: int = Field(0, description="seed of everything that is drawn here")
+    seed: int = Field(0, description="seed of all sampling in this block")
 
 
 class AgreementPage(Settings):
-    """What a report says, and how it is computed; kept in the manifest, so that it can be written anew.
+    """Content of a report, and how it is computed; stored in the manifest, so that it can be rewritten.
 
     Attributes:
-        judge_models: judge or debater → name of the model that it sits on, of those asked in this run.
-        asked: how the verdicts of a win rate were asked for, where this run asked for them.
+        judge_models: judge or debater → name of its model, for those asked in this run.
+        asked: protocol of the verdicts of a win rate, if this run asked for them.
     """
 
     workflow: Literal["agreement", "winrate"]
@@ -226,10 +228,10 @@ def write_report_stage(given: WholeInput) -> dict[str, Any]:
 
 
 def rewrite_page(run: Run) -> Folder:
-    """Write the report of a run anew from its tables, as far as there are any; returns its folder.
+    """Rewrite the report of a run from its tables, as far as they exist; returns its folder.
 
     Raises:
-        StoreError: its items are not there yet.
+        StoreError: its items do not exist yet.
     """
     results = [result for result in run.results.values() if "ballots" in result.tables]
     if not any("items" in result.tables for result in results):
@@ -266,7 +268,7 @@ def write_page(page: AgreementPage, results: Sequence[StageResult], folder: Path
         if not rates:
             raise ValueError(f"{page.data} holds no pairwise verdicts: none of its items has a `versus` block")
         write_winrate(rates, {**about, **asked.model_dump()}, folder)
-        lines = [f"{len(rates)} runs over {max(r.n for r in rates)} items; win rates in per cent, ties are no wins:"]
+        lines = [f"{len(rates)} runs over {max(r.n for r in rates)} items; win rates in per cent, ties are not wins:"]
         for name in dict.fromkeys(r.configuration for r in rates):
             cells = [
                 f"{r.win_rate.value:.1f} against {r.baseline or r.run}"

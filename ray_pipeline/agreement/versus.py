@@ -20,9 +20,9 @@ from ray_pipeline.agents.strategies import (
     load_strategy_templates,
     shown_orders,
 )
-from ray_pipeline.agents.templates import Layout, transcript
+from ray_pipeline.agents.templates import Layout, LayoutKey, transcript
 from ray_pipeline.agreement.ask import ballot_of, judged, skipped_ballot
-from ray_pipeline.config.settings import Settings
+from ray_pipeline.config.settings import Settings, refuse_repeated
 from ray_pipeline.data.prompts import PromptsConfig
 from ray_pipeline.engines.base import ChatEngine, Message
 from ray_pipeline.engines.models import ModelSettings
@@ -57,10 +57,7 @@ class VersusJudge(Settings):
     rubric: str | None = Field(None, description="aspect to judge; default: the template file's")
     orders: Orders = Field("both", description="orders in which the answers are shown")
     templates: str = Field("default", description="built-in name or YAML file of the judge's texts")
-    layout: Layout = Field(
-        "shared_first",
-        description="which part of the prompt comes first: what the calls about one response share, or the rubric",
-    )
+    layout: LayoutKey = "shared_first"
     sampling: SamplingSettings = SamplingSettings(temperature=0.0, max_tokens=1024)
     asking: StrategyAsking = StrategyAsking()
 
@@ -98,11 +95,9 @@ class LiveWinrate(Settings):
             raise ValueError(f"pair names {self.pair[0]} twice; the eight configurations need two models")
         if "val_fraction" in self.prompts.model_fields_set:
             raise ValueError("prompts.val_fraction has no effect: every prompt is answered; remove it")
-        if twice := sorted({name for name in self.against if self.against.count(name) > 1}):
-            raise ValueError(f"baselines names {', '.join(twice)} twice")
+        refuse_repeated(self.against, "baselines")
         names = [configuration.name for configuration in self.compared]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"two configurations are named {', '.join(twice)}")
+        refuse_repeated(names, "configurations")
         if cut := sorted(name for name in [*names, *self.against] if AGAINST in name):
             raise ValueError(f"{cut[0]}: a name cannot contain {AGAINST}, which separates the names of a run")
         for configuration in self.compared:

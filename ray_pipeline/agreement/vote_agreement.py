@@ -200,7 +200,7 @@ class Paired:
     Attributes:
         difference: kappa of the first minus kappa of the second.
         p_bootstrap: two-sided, from the share of bootstrap differences on the other side of 0.
-        p_mcnemar: exact, two-sided (McNemar 1947), on who is right where only one of them is; None when nobody is.
+        p_mcnemar: exact, two-sided (McNemar 1947), on items where only one of them is right; None if there are none.
     """
 
     first: str

@@ -78,7 +78,7 @@ def give(table: pa.Table, like: Frame, *, same_rows: bool = False) -> Frame:
     if not is_pandas(like):
         return table
     frame = table.to_pandas()
-    return frame.set_index(like.index) if same_rows else frame  # type: ignore[no-any-return, attr-defined]
+    return frame.set_index(like.index) if same_rows else frame
 
 
 def messages_of(prompt: Any, row: int, what: str) -> list[dict[str, str]]:

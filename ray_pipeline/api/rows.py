@@ -10,8 +10,9 @@ from typing import Any
 import pyarrow as pa
 
 from ray_pipeline.api.frames import Frame, column_names, give, id_table, need, rows_with_ids, table_of
-from ray_pipeline.data.datasets import DatasetsConfig, Encode, TokenCounter, dpo_rows, kto_rows
+from ray_pipeline.data.dataset_rows import DatasetsConfig, dpo_rows, kto_rows
 from ray_pipeline.data.gate import GateConfig, decide
+from ray_pipeline.data.tokens import Encode, TokenCounter
 from ray_pipeline.engines.models import TokenizerSettings
 from ray_pipeline.pocket import model_path
 from ray_pipeline.store.schemas import CANDIDATES, CRITIQUES, DECISIONS, PROMPTS, VERDICTS

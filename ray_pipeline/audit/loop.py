@@ -1,4 +1,4 @@
-"""The audit of a feedback loop's data sets: every row is walked back to its pick, verdicts, response and prompt.
+"""The audit of a feedback loop's datasets: every row is traced back to its pick, verdicts, response and prompt.
 
 As in `audit`, nothing of the selection's arithmetic is used here: the jury's scores and the pick are written out
 again, row by row.
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ray_pipeline.agents.jurors import JuryRule
-from ray_pipeline.audit.rows import AuditReport, Problem
+from ray_pipeline.audit.findings import AuditReport, Problem
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import normalise_text
 from ray_pipeline.store.schemas import READ_STATUSES
@@ -32,7 +32,7 @@ def audit_loop(
     rule: JuryRule,
     max_problems: int = 100,
 ) -> AuditReport:
-    """Check a finished data set stage, one shard of its tables and the training rows in memory.
+    """Check a finished datasets stage, one shard of its tables and the training rows in memory.
 
     Args:
         datasets: location of the stage's folder (kto/, dpo/, stats.json).
@@ -41,7 +41,7 @@ def audit_loop(
         max_problems: how many problems are described; all are counted.
 
     Raises:
-        StoreError: a file is missing or of another run, or stats.json is no JSON.
+        StoreError: a file is missing or from another run, or stats.json is not valid JSON.
         FileNotFoundError: the folder has no stats.json: the stage has not finished.
     """
     folder = Folder(datasets)
@@ -146,16 +146,16 @@ class _Loop:
 
     def check(self, training: Mapping[str, Sequence[Row]]) -> Iterator[Problem]:
         if self.twice:
-            yield Problem("duplicate", "candidates", self.prompt["prompt_id"], f"{self.twice} ids are there twice")
+            yield Problem("duplicate", "candidates", self.prompt["prompt_id"], f"{self.twice} ids occur twice")
         yield from self._decisions()
         for kind, rows in training.items():
             keys = [(row["chosen_id"], row["rejected_id"]) if kind == "dpo" else (row["candidate_id"],) for row in rows]
             for key, row in zip(keys, rows, strict=True):
                 name = " over ".join(key)
                 if keys.count(key) > 1:
-                    yield Problem("duplicate", kind, name, "the row is there more than once")
+                    yield Problem("duplicate", kind, name, "the row occurs more than once")
                 if strangers := [one for one in key if one not in self.answers]:
-                    yield Problem("orphan", kind, name, f"{strangers[0]} is no response of this prompt")
+                    yield Problem("orphan", kind, name, f"{strangers[0]} is not a response to this prompt")
                     continue
                 if row["prompt"] != self.prompt["messages"]:
                     yield Problem("messages", kind, name, "the row's prompt is not the prompt's messages")

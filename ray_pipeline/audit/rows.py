@@ -1,124 +1,41 @@
-"""The audit: every training row is walked back, by ids, to its decision, verdicts, critique, candidate and prompt.
+"""The audit: every training row is traced back, by ids, to its decision, verdicts, critique, candidate and prompt.
 
-Nothing of the gate's or the data set stage's arithmetic is used here: means and variances come from the standard
-library's exact `statistics`, rules are written out again row by row, so that a mistake in one of the two shows.
+None of the arithmetic of the gate or the datasets stage is reused: means and variances come from the standard library's
+exact `statistics`, and the rules are written out again row by row, so that a mistake in either of the two shows.
 """
 
 from __future__ import annotations
 
 import collections
-import dataclasses
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import pyarrow as pa
-
-from ray_pipeline.data.datasets import DatasetsConfig, Encode
+from ray_pipeline.audit.findings import AuditReport, Findings, Row, RunTables, shard_or_none
 from ray_pipeline.data.gate import GateConfig
+from ray_pipeline.data.tokens import Encode
 from ray_pipeline.store import keys
-from ray_pipeline.store.files import Folder, StoreError
-from ray_pipeline.store.schemas import READ_STATUSES, TABLES
-from ray_pipeline.store.tables import ShardedTable
-
-Row = dict[str, Any]
+from ray_pipeline.store.files import Folder
+from ray_pipeline.store.schemas import READ_STATUSES
 
 #: Differences of scores up to this are rounding.
 _ROUNDING = 1e-9
-
-#: What can be wrong.
-PROBLEMS = {
-    "unreadable": "a file is missing, torn or of another run",
-    "orphan": "a row's id leads nowhere",
-    "duplicate": "a key occurs twice",
-    "shard": "a row lies in the wrong shard",
-    "prompt_id": "a prompt's id is not the hash of its messages",
-    "numbers": "mean, variance, penalty or final score do not follow from verdicts and critique",
-    "label": "a label does not follow from the numbers",
-    "scores": "a training row carries other scores than the verdicts",
-    "messages": "a training row's prompt is not the prompt's messages",
-    "completion": "a training row's answer is not the candidate's response",
-    "split": "a training row lies in another split than its prompt",
-    "pair": "a DPO pair is not the best with the worst, is equal, or should not be there",
-    "length": "a training row's prompt is over the limit",
-    "missing": "a candidate or prompt has no row, and nothing explains it",
-    "count": "stats.json counts other numbers than the tables hold",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class RunTables:
-    """What a run wrote, and the settings it was made with.
-
-    Attributes:
-        verdicts: one table, or one for each judge stage.
-        critiques: None where the gate did not use the critic.
-        datasets: location of the data set stage's folder (kto/, dpo/, stats.json).
-        judges: whose scores the gate counted.
-    """
-
-    prompts: ShardedTable
-    candidates: ShardedTable
-    verdicts: Sequence[ShardedTable]
-    critiques: ShardedTable | None
-    decisions: ShardedTable
-    datasets: str
-    judges: Sequence[str]
-    gate: GateConfig
-    config: DatasetsConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """One thing that is wrong: its kind (a key of PROBLEMS), the table and id of the row, and what was found."""
-
-    kind: str
-    table: str
-    id: str
-    message: str
-
-
-@dataclasses.dataclass(frozen=True)
-class AuditReport:
-    """Outcome of an audit.
-
-    Attributes:
-        rows: rows that were checked, by table.
-        found: number of problems of each kind; kinds without problems are left out.
-        problems: the first problems, shard by shard.
-    """
-
-    rows: dict[str, int]
-    found: dict[str, int]
-    problems: list[Problem]
-
-    @property
-    def ok(self) -> bool:
-        return not self.found
-
-    def summary(self) -> str:
-        """One line to print."""
-        kinds = " and ".join(f"{self.rows[kind]} {kind.upper()}" for kind in ("kto", "dpo", "sft") if kind in self.rows)
-        walked = f"{kinds} rows walked back to {self.rows['prompts']} prompts"
-        if self.ok:
-            return f"{walked}: no problem"
-        return f"{walked}: " + ", ".join(f"{n} × {kind} ({PROBLEMS[kind]})" for kind, n in self.found.items())
 
 
 def audit_run(run: RunTables, encode: Encode | None = None, max_problems: int = 100) -> AuditReport:
     """Check a finished run, one shard of its tables and the training rows in memory.
 
     Args:
-        encode: token counter of the policy (`datasets.TokenCounter`). With it, each row that was left out for its
-            length is measured again; without it, their number is held against the counts in stats.json.
+        encode: token counter of the policy (`tokens.TokenCounter`). With it, each row that was left out for its length
+            is measured again; without it, their number is compared with the counts in stats.json.
         max_problems: how many problems are described; all are counted.
 
     Raises:
-        StoreError: stats.json of the data set folder is no JSON. (Other unreadable files are problems.)
-        FileNotFoundError: the folder has no stats.json: the data set stage has not finished.
+        StoreError: stats.json of the datasets folder is not valid JSON. (Other unreadable files are problems.)
+        FileNotFoundError: the folder has no stats.json: the datasets stage has not finished.
     """
-    audit = _Audit(run, encode, max_problems)
+    audit = Findings(run, encode, max_problems)
     stats = Folder(run.datasets).read_json("stats.json")
     training = audit.training_rows(stats["fingerprint"])
     for shard in range(run.prompts.num_shards):
@@ -126,94 +43,17 @@ def audit_run(run: RunTables, encode: Encode | None = None, max_problems: int = 
     for kind in run.config.kinds:
         for number in range(run.prompts.num_shards):
             training[kind].pop(number, None)
-        for rows in training[kind].values():  # what no shard owns
+        for rows in training[kind].values():  # rows that belong to no shard
             for row in rows:
                 audit.problem("orphan", kind, _row_id(kind, row), f"prompt id {row['prompt_id']!r} belongs to no shard")
     audit.check_counts(stats)
     return AuditReport(dict(audit.rows), dict(audit.found), audit.problems)
 
 
-class _Audit:
-    """Problems and counts over all shards."""
-
-    def __init__(self, run: RunTables, encode: Encode | None, max_problems: int) -> None:
-        self.run = run
-        self.encode = encode
-        self.max_problems = max_problems
-        self.rows: collections.Counter[str] = collections.Counter(dict.fromkeys((*run.config.kinds, "prompts"), 0))
-        self.found: collections.Counter[str] = collections.Counter()
-        self.problems: list[Problem] = []
-        #: Own counts of what the data set stage counted, by kind.
-        self.counted: dict[str, collections.Counter[str]] = {k: collections.Counter() for k in ("kto", "dpo", "sft")}
-
-    def problem(self, kind: str, table: str, id: str, message: str) -> None:
-        assert kind in PROBLEMS
-        self.found[kind] += 1
-        if len(self.problems) < self.max_problems:
-            self.problems.append(Problem(kind, table, id, message))
-
-    def training_rows(self, fingerprint: str) -> dict[str, dict[int, list[Row]]]:
-        """kind → shard → rows, each with its split folder under "_split"; shard -1 for ids that are none."""
-        num_shards = self.run.prompts.num_shards
-        found: dict[str, dict[int, list[Row]]] = {}
-        for kind in self.run.config.kinds:
-            found[kind] = collections.defaultdict(list)
-            for split in ("train", "val"):
-                for table in self._files(kind, split, fingerprint):
-                    self.rows[kind] += table.num_rows
-                    self.counted[kind][f"rows {split}"] += table.num_rows
-                    for row in table.to_pylist():
-                        row["_split"] = split
-                        found[kind][_shard_of(row["prompt_id"], num_shards)].append(row)
-        return found
-
-    def _files(self, kind: str, split: str, fingerprint: str) -> Iterable[pa.Table]:
-        folder = Folder(self.run.datasets) / kind / split
-        names = folder.names(".parquet")
-        if not names:
-            self.problem("unreadable", kind, split, f"{folder.location} holds no Parquet file")
-        for name in names:
-            try:
-                yield folder.read_table(name, fingerprint=fingerprint, kind=kind, schema=TABLES[kind])
-            except StoreError as error:
-                self.problem("unreadable", kind, name, str(error))
-
-    def read(self, table: ShardedTable, shard: int) -> list[Row]:
-        try:
-            rows: list[Row] = table.read(shard).to_pylist()
-        except (StoreError, FileNotFoundError) as error:
-            self.problem("unreadable", table.kind, f"shard {shard}", str(error))
-            return []
-        self.rows[table.kind] += len(rows)
-        return rows
-
-    def check_counts(self, stats: Mapping[str, Any]) -> None:
-        """Hold stats.json against what was counted on the way."""
-        for kind in self.run.config.kinds:
-            if kind not in stats["counts"]:
-                self.problem("count", kind, "stats.json", f"stats.json does not count {kind}")
-                continue
-            own, said = self.counted[kind], stats["counts"][kind]
-            pairs = [(f"rows of {s}", stats["rows"][kind][s], own[f"rows {s}"]) for s in ("train", "val")]
-            pairs.append(("kept", said["kept"], own["rows train"] + own["rows val"]))
-            known = set(said["dropped"]) if self.encode else set(said["dropped"]) - set(_BY_LENGTH)
-            pairs += [(reason, said["dropped"][reason], own[reason]) for reason in sorted(known)]
-            if not self.encode:
-                length = sum(said["dropped"].get(reason, 0) for reason in _BY_LENGTH)
-                pairs.append((" + ".join(r for r in _BY_LENGTH if r in said["dropped"]), length, own["unexplained"]))
-            for name, value, expected in pairs:
-                if value != expected:
-                    self.problem("count", kind, name, f"stats.json says {value}, the tables say {expected}")
-
-
-#: Reasons that only the policy's tokenizer can confirm.
-_BY_LENGTH = ("prompt_too_long", "equal_after_truncation")
-
-
 class _Shard:
     """One shard: all its rows by key, and the checks on them."""
 
-    def __init__(self, audit: _Audit, shard: int, training: Mapping[str, Mapping[int, list[Row]]]) -> None:
+    def __init__(self, audit: Findings, shard: int, training: Mapping[str, Mapping[int, list[Row]]]) -> None:
         self.audit, self.run, self.number = audit, audit.run, shard
         run = audit.run
         self.prompts = self._index("prompts", audit.read(run.prompts, shard), "prompt_id")
@@ -241,7 +81,7 @@ class _Shard:
     # --- tables of the run ---
 
     def _index(self, table: str, rows: Iterable[Row], *key: str) -> dict[Any, Row]:
-        """Rows by key (a tuple where it has several columns); reports repeated keys and strays of other shards."""
+        """Rows by key (a tuple where it has several columns); reports repeated keys and rows of other shards."""
         found: dict[Any, Row] = {}
         for row in rows:
             name = tuple(row[k] for k in key) if len(key) > 1 else row[key[0]]
@@ -250,7 +90,7 @@ class _Shard:
                 self.audit.problem("duplicate", table, text, "the key occurs twice in the table")
                 continue
             found[name] = row
-            home = _shard_of(row["prompt_id"], self.run.prompts.num_shards)
+            home = shard_or_none(row["prompt_id"], self.run.prompts.num_shards)
             if home != self.number:
                 where = "no shard" if home < 0 else f"shard {home}"
                 self.audit.problem(
@@ -292,31 +132,41 @@ class _Shard:
             if not _close(decision[column], expected):
                 message = f"{column} is {decision[column]}, should be {expected}"
                 self.audit.problem("numbers", "decisions", name, message)
-        # The label is asked of the stored numbers: a threshold that rounding misses by 1e-16 is no problem.
+        # The label is derived from the stored numbers: a threshold missed by 1e-16 through rounding is not a problem.
         label = _label(None not in scores, flawed is not None, decision, self.run.gate)
         if decision["label"] != label:
             self.audit.problem("label", "decisions", name, f"label is {decision['label']!r}, should be {label!r}")
 
     # --- training rows ---
 
-    def _check_kto(self, rows: list[Row]) -> None:
+    def _answers(self, kind: str, rows: list[Row], present: set[str]) -> Iterator[tuple[str, Row, Row, Row]]:
+        """Id, training row, candidate and decision of each answer, checked as far as KTO and SFT rows agree.
+
+        Args:
+            present: receives the id of every answer.
+        """
         report = self.audit.problem
-        present: set[str] = set()
         for row in rows:
             name = row["candidate_id"]
             if name in present:
-                report("duplicate", "kto", name, "the candidate occurs twice")
+                report("duplicate", kind, name, "the candidate occurs twice")
                 continue
             present.add(name)
-            owner = self._owner("kto", name, row, name)
+            owner = self._owner(kind, name, row, name)
             if owner is None:
                 continue
             candidate, decision, _ = owner
-            self._check_answer("kto", name, "completion", row["completion"], candidate)
+            self._check_answer(kind, name, "completion", row["completion"], candidate)
+            if not _close(row["final_score"], decision["final_score"]):
+                report("scores", kind, name, f"final_score {row['final_score']}, decided {decision['final_score']}")
+            yield name, row, candidate, decision
+
+    def _check_kto(self, rows: list[Row]) -> None:
+        report = self.audit.problem
+        present: set[str] = set()
+        for name, row, candidate, decision in self._answers("kto", rows, present):
             if decision["label"] != ("desirable" if row["label"] else "undesirable"):
                 report("label", "kto", name, f"label is {row['label']}, but the decision is {decision['label']!r}")
-            if not _close(row["final_score"], decision["final_score"]):
-                report("scores", "kto", name, f"final_score {row['final_score']}, decided {decision['final_score']}")
             expected = [(j, _read_score(self.verdicts.get((name, j)), "score")) for j in self.run.judges]
             if sorted((s["judge"], s["score"]) for s in row["scores"]) != sorted(expected):
                 report("scores", "kto", name, f"scores {row['scores']}, but the verdicts are {expected}")
@@ -349,21 +199,9 @@ class _Shard:
         report = self.audit.problem
         chosen = {row["chosen_id"] for row in self.training.get("dpo", [])}
         present: set[str] = set()
-        for row in rows:
-            name = row["candidate_id"]
-            if name in present:
-                report("duplicate", "sft", name, "the candidate occurs twice")
-                continue
-            present.add(name)
-            owner = self._owner("sft", name, row, name)
-            if owner is None:
-                continue
-            candidate, decision, _ = owner
-            self._check_answer("sft", name, "completion", row["completion"], candidate)
+        for name, _, _, decision in self._answers("sft", rows, present):
             if decision["label"] != "desirable":
                 report("label", "sft", name, f"an answer to imitate, but the decision is {decision['label']!r}")
-            if not _close(row["final_score"], decision["final_score"]):
-                report("scores", "sft", name, f"final_score {row['final_score']}, decided {decision['final_score']}")
             if "dpo" in self.training and name not in chosen:
                 report("pair", "sft", name, "no pair has chosen it")
         for name in chosen - present:
@@ -391,7 +229,7 @@ class _Shard:
         self._check_pairs(by_prompt)
 
     def _check_pairs(self, by_prompt: Mapping[str, Row]) -> None:
-        """Each prompt has the pair that it should have, or none for a reason."""
+        """Check that each prompt has the expected pair, or none for a reason."""
         counted = self.audit.counted["dpo"]
         members: dict[str, list[Row]] = {}
         for name, decision in self.decisions.items():
@@ -412,7 +250,7 @@ class _Shard:
                 self.audit.problem("pair", "dpo", _row_id("dpo", row), f"the pair should be {pair[0]}, {pair[1]}")
 
     def _expected_pair(self, prompt: str, decisions: list[Row]) -> tuple[str | None, tuple[str, str]]:
-        """Why there is no pair (None if there is one, as far as can be told), and its ids."""
+        """Why there is no pair (None if there is one, as far as can be determined), and its ids."""
         best = worst = None
         for d in sorted(decisions, key=lambda d: d["candidate_id"]):
             if d["final_score"] is None:
@@ -441,7 +279,7 @@ class _Shard:
         return None, pair
 
     def _owner(self, table: str, candidate_id: str, row: Row, name: str) -> tuple[Row, Row, Row] | None:
-        """Candidate, decision and prompt of a training row; reports what is not there, and the prompt's own checks."""
+        """Candidate, decision and prompt of a training row; reports what is missing or does not match the prompt."""
         candidate, decision = self.candidates.get(candidate_id), self.decisions.get(candidate_id)
         prompt = self.prompts.get(row["prompt_id"])
         for where, found in (("candidates", candidate), ("decisions", decision), ("prompts", prompt)):
@@ -470,11 +308,11 @@ class _Shard:
         return len(self.audit.encode(self.prompts[prompt]["messages"], None)) > self.run.config.max_prompt_length
 
 
-# --- the formulas, once more ------------------------------------------------------------------------------------------
+# --- the formulas, written independently of the gate ------------------------------------------------------------------
 
 
 def _read_score(row: Row | None, column: str) -> Any:
-    """The value of a verdict or critique, or None when there is none that was read."""
+    """The value of a verdict or critique; None if missing or unread."""
     if row is None or row["parse_status"] not in READ_STATUSES:
         return None
     value = row[column]
@@ -511,14 +349,6 @@ def _close(found: float | None, expected: float | None) -> bool:
 
 def _is_empty(response: str | None) -> bool:
     return not (response or "").strip()
-
-
-def _shard_of(prompt: str, num_shards: int) -> int:
-    """Shard of a prompt id, -1 where it is none."""
-    try:
-        return keys.shard_of(prompt, num_shards)
-    except ValueError:
-        return -1
 
 
 def _row_id(kind: str, row: Row) -> str:

@@ -6,10 +6,12 @@ import dataclasses
 from collections.abc import Sequence
 
 from ray_pipeline.agents.jurors import JuryRule
+from ray_pipeline.audit.findings import AuditReport, RunTables
 from ray_pipeline.audit.loop import audit_loop
-from ray_pipeline.audit.rows import AuditReport, RunTables, audit_run
-from ray_pipeline.data.datasets import DatasetsConfig, TokenCounter
+from ray_pipeline.audit.rows import audit_run
+from ray_pipeline.data.dataset_rows import DatasetsConfig
 from ray_pipeline.data.gate import GateConfig
+from ray_pipeline.data.tokens import TokenCounter
 from ray_pipeline.engines.models import TokenizerSettings
 from ray_pipeline.graph.results import Run, of_role
 from ray_pipeline.store.files import StoreError

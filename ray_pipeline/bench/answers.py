@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ray_pipeline.agents.judges import SamplingSettings
 from ray_pipeline.bench.floors import FLOORS
 from ray_pipeline.bench.mt_bench.judge import answer_turns
-from ray_pipeline.bench.mt_bench.questions import OTHER_TEMPERATURE
+from ray_pipeline.bench.mt_bench.questions import MtBenchAnswering
 from ray_pipeline.bench.questions import BenchmarksSettings
 from ray_pipeline.bench.schemas import BENCH_ANSWERS
+from ray_pipeline.bench.tables import question_key
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.candidates import reply_columns
 from ray_pipeline.engines.base import ChatEngine, Message, Sampling
@@ -25,22 +26,18 @@ FLOOR = "floor:"
 
 
 class _Answering(Settings):
-    """Everything that an answer depends on, and nothing else: another judge or reference repeats no answer."""
+    """Exactly the settings that an answer depends on, so that another judge or reference does not repeat answers."""
 
     label: str
     seed: int
-    mt_bench: dict[str, Any] | None
+    mt_bench: MtBenchAnswering | None
     alpaca_eval: SamplingSettings | None
     ifeval: SamplingSettings | None
 
     def sampling(self, benchmark: str, category: str, question: str, turn: int) -> Sampling:
         """Sampling of one turn; all models answer a turn above temperature 0 with the same seed."""
         given = getattr(self, benchmark)
-        if benchmark == "mt_bench":
-            temperature = given["temperatures"].get(category, OTHER_TEMPERATURE)
-            made = Sampling(temperature=temperature, max_tokens=given["answer_tokens"])
-        else:
-            made = given.sampling()
+        made: Sampling = given.sampling(category) if isinstance(given, MtBenchAnswering) else given.sampling()
         if made.temperature == 0:
             return made
         return Sampling(
@@ -96,7 +93,7 @@ def answers(
     given = _Answering(
         label=label,
         seed=settings.seed,
-        mt_bench=mt and {"answer_tokens": mt.answer_tokens, "temperatures": mt.temperatures},
+        mt_bench=mt and MtBenchAnswering.part_of(mt),
         alpaca_eval=alpaca and alpaca.sampling,
         ifeval=ifeval and ifeval.sampling,
     )
@@ -107,8 +104,7 @@ def answers(
 def _rows(question: Row, model: str, texts: Sequence[str | None], reasons: Sequence[str]) -> list[Row]:
     return [
         {
-            **{key: question[key] for key in ("benchmark", "question_id", "prompt_id")},
-            "model": model,
+            **question_key(question, model),
             "turn": turn,
             "answer": text,
             "finish_reason": reason,

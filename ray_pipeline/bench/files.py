@@ -21,7 +21,7 @@ _HUB = re.compile(r"hf://(datasets|spaces|models)/([\w.-]+/[\w.-]+?)(?:@([\w.-]+
 
 
 class BenchmarkFileError(ValueError):
-    """A benchmark's file cannot be had or read. The message names it and the remedy."""
+    """A benchmark's file is missing or cannot be read. The message names it and the remedy."""
 
 
 def local_file(source: str) -> Path:
@@ -31,7 +31,7 @@ def local_file(source: str) -> Path:
         source: a path, or `hf://datasets/OWNER/NAME[@REVISION]/FILE` (also `hf://spaces/…`, `hf://models/…`).
 
     Raises:
-        BenchmarkFileError: there is no such file, or the hub cannot be reached.
+        BenchmarkFileError: the file does not exist, or the Hub cannot be reached.
     """
     if not source.startswith("hf://"):
         path = Path(source).expanduser()

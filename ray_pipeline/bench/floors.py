@@ -1,4 +1,4 @@
-"""Floors: answer makers that know nothing. What they score is what a benchmark gives for nothing.
+"""Floors: trivial baselines. Their scores are what a benchmark gives without any skill.
 
 A judged benchmark on which one of them does well measures its judge's weakness (Zheng et al. 2024, "Cheating Automatic
 LLM Benchmarks", arXiv 2410.07137: a constant text won 86 % of AlpacaEval 2).
@@ -33,7 +33,7 @@ def echo(messages: Sequence[Message]) -> str:
 
 
 def constant(text: str = CONSTANT) -> Callable[[Sequence[Message]], str]:
-    """An answer maker that always says `text`."""
+    """A baseline that always answers `text`."""
     return lambda messages: text
 
 

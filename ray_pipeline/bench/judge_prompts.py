@@ -87,7 +87,7 @@ def mt_bench_prompts(rows: Sequence[Mapping[str, Any]], source: str) -> dict[str
     """MT-Bench's prompts by name, from rows of the published file (FastChat: llm_judge/data/judge_prompts.jsonl).
 
     Raises:
-        TemplateError: one of the eight is missing, comes twice, asks for another form, or uses other fields.
+        TemplateError: one of the eight is missing, occurs twice, requests another output format, or uses other fields.
     """
     found: dict[str, BenchPrompt] = {}
     for row in rows:
@@ -120,7 +120,7 @@ def own_mt_bench_prompts() -> dict[str, BenchPrompt]:
 def preference_prompt(text: str, source: str, labels: tuple[str, str] = ("m", "M")) -> PreferencePrompt:
     """An AlpacaEval prompt from a published file: ChatML text (`<|im_start|>role … <|im_end|>`), or one user message.
 
-    The text is split into messages before anything is filled in, so that an output cannot open a message of its own.
+    The text is split into messages before anything is filled in, so that an output cannot start a new message.
 
     Raises:
         TemplateError: a message has no role or no end, or the fields are not `PREFERENCE_FIELDS`, each used once.

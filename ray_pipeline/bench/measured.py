@@ -35,7 +35,7 @@ def measured_models(models: Sequence[Any], defaults: Any) -> tuple[dict[str, Any
         defaults: keys that every model has unless it sets its own.
 
     Raises:
-        ConfigError: an item that is no model, a run without such a policy, or two models of one name.
+        ConfigError: an item that is not a model, a run without such a policy, or two models with the same name.
     """
     blocks: dict[str, Any] = {}
     origins: dict[str, Any] = {}
@@ -84,7 +84,7 @@ def _policy_of(where: str, own: Mapping[str, Any], keys: Mapping[str, Any]) -> t
         base = dict(run.config["models"][run.config["train"]["model"]])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{where}.run: {own['run']} is no run folder with a policy ({type(error).__name__})"
+            f"{where}.run: {own['run']} is not a run folder with a policy ({type(error).__name__})"
         ) from error
     trained = {r.name.removeprefix("train").removeprefix("-"): r for r in of_role(run.results, "policy")}
     label = own.get("policy")

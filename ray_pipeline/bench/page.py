@@ -93,7 +93,7 @@ class Line:
 
 
 def table_lines(scores: Sequence[Mapping[str, Any]]) -> list[Line]:
-    """Scores by protocol: two models stand in one row only if they were measured alike in everything."""
+    """Scores by protocol: two models share a row only if they were measured identically."""
     found: dict[tuple[str, str], dict[str, dict[str, Mapping[str, Any]]]] = {}
     for score in scores:
         by_protocol = found.setdefault((score["benchmark"], score["metric"]), {})

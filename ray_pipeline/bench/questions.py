@@ -19,7 +19,9 @@ from ray_pipeline.bench.ifeval.questions import IfevalSettings
 from ray_pipeline.bench.mt_bench.questions import MtBenchSettings
 from ray_pipeline.bench.schemas import BENCH_QUESTIONS
 from ray_pipeline.config.settings import Settings
+from ray_pipeline.engines.base import ChatEngine
 from ray_pipeline.engines.identity import text_digest
+from ray_pipeline.graph.asking import Row
 from ray_pipeline.graph.stage import BadInput, Stage, WholeInput, WholeWork
 from ray_pipeline.pocket.bench_files import is_pocket
 from ray_pipeline.store.keys import canonical_json, shard_of, unit_hash
@@ -54,11 +56,29 @@ class Benchmark(Protocol):
     def judged(self) -> dict[str, tuple[str, SamplingSettings]]:
         """Key of every sampling of a judge below this block, with the judge's key; empty where no model judges."""
 
+    def judging(self) -> BenchmarkJudging | None:
+        """What the judge of this benchmark needs; None where no model judges. Raises as `check`."""
+
+    def checks(self, inputs: Mapping[str, Stage]) -> list[Stage]:
+        """Stages that judge all answers without a model; inputs as in `judge_stages`."""
+
     def answered(self) -> dict[str, SamplingSettings]:
         """Key of every sampling of the measured models below this block."""
 
     def scores(self, run: Measurement) -> Scored:
         """Scores of all models from the stored tables; empty as long as they are missing."""
+
+
+class BenchmarkJudging(Protocol):
+    """What one judge model does for one benchmark: settings that decide its verdicts, and the calls."""
+
+    def tables(self) -> dict[str, str | None]:
+        """Kinds of table in order, each with the model that all others are compared with, if any."""
+
+    async def judge(
+        self, engine: ChatEngine, table: str, question: Row, answers: Sequence[Row], against: Sequence[Row]
+    ) -> list[Row]:
+        """Rows on one model's answers to a question, without the columns of `tables.question_key`."""
 
 
 class BenchmarksSettings(Settings):
@@ -68,7 +88,7 @@ class BenchmarksSettings(Settings):
     alpaca_eval: AlpacaEvalSettings | None = Field(None, description="AlpacaEval 2; null: left out")
     ifeval: IfevalSettings | None = Field(None, description="IFEval; null: left out")
     floors: tuple[FloorName, ...] = Field(
-        (), description="answer makers that know nothing, run beside the models on every benchmark"
+        (), description="trivial baselines that run on every benchmark beside the models"
     )
     seed: int = Field(0, description="of warm answers and of `limit`")
     draws: int = Field(2000, ge=100, description="bootstrap samples of every interval")
@@ -78,7 +98,7 @@ class BenchmarksSettings(Settings):
         if not self.chosen:
             raise ValueError("no benchmark is chosen; name mt_bench, alpaca_eval or ifeval ({} takes its defaults)")
         if len(set(self.floors)) < len(self.floors):
-            raise ValueError(f"floors names one twice: {', '.join(self.floors)}")
+            raise ValueError(f"duplicate floors: {', '.join(self.floors)}")
         return self
 
     @property
@@ -118,7 +138,7 @@ class _Given:
 
 
 def questions_stage(settings: BenchmarksSettings) -> Stage:
-    """The table of all questions of the chosen benchmarks. Raises BenchmarkFileError for a file that is not there."""
+    """The table of all questions of the chosen benchmarks. Raises BenchmarkFileError for a missing file."""
     digests = content_digests(settings.sources())
     limits = {name: block.limit for name, block in settings.chosen.items()}
     return Stage(

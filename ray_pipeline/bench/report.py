@@ -47,7 +47,7 @@ class MeasuredModel(Settings):
 
 
 class JudgingModel(Settings):
-    """A judge as the protocol and the warnings know it; `setup` holds settings that the published judges have not."""
+    """A judge in protocol and warnings; `setup` contains settings that the published judges do not have."""
 
     shown: str
     identity: str
@@ -55,7 +55,7 @@ class JudgingModel(Settings):
 
 
 class BenchmarksPage(Settings):
-    """What the page says beside the tables; kept in the manifest, so that it can be written anew."""
+    """Content of the page beside the tables; stored in the manifest, so that it can be rewritten."""
 
     run_name: str
     benchmarks: BenchmarksSettings
@@ -64,7 +64,7 @@ class BenchmarksPage(Settings):
 
 
 def judging_model(model: ModelSettings) -> JudgingModel:
-    """Identity of a judge: the model alone where it is asked as it is, and what changes its replies beside that."""
+    """Identity of a judge: the model, and whatever else changes its replies."""
     weights = model.weights()
     identity = weights.pop("model")
     semantics = model.semantics()
@@ -78,11 +78,11 @@ def report_stage(page: BenchmarksPage, stages: Sequence[Stage], *, view: str, na
     """The scores and their page.
 
     Args:
-        stages: the questions, all answers, and all that was said of them.
+        stages: the questions, all answers, and all verdicts on them.
         view: folder of the run that points at it.
 
     Raises:
-        BenchmarkFileError: a file of the length control is not there.
+        BenchmarkFileError: a file of the length control is missing.
     """
     alpaca = page.benchmarks.alpaca_eval
     sources = {} if alpaca is None else {"gamed": alpaca.gamed, "difficulties": alpaca.difficulties}
@@ -113,7 +113,7 @@ def write_scores(given: WholeInput) -> dict[str, Any]:
 
 
 def rewrite_page(run: Run) -> Folder:
-    """The page anew, from the benchmarks that are judged; returns its folder.
+    """Rewrite the page from the benchmarks judged so far; returns its folder.
 
     Raises:
         StoreError: no question was answered yet.
@@ -160,7 +160,7 @@ def _build(results: Mapping[str, StageResult], page: BenchmarksPage, folder: Pat
     return scores
 
 
-# --- what a reader should know ----------------------------------------------------------------------------------------
+# --- warnings ---------------------------------------------------------------------------------------------------------
 
 
 def _facts(page: BenchmarksPage) -> dict[str, str]:

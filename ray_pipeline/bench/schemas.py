@@ -1,7 +1,7 @@
-"""The Arrow schema of the tables of public benchmarks: questions, answers, and what was said of them.
+"""The Arrow schema of the tables of public benchmarks: questions, answers, and verdicts.
 
-A row is found again by benchmark, question_id and model; `prompt_id` of a question is that of its first turn, and it
-decides the shard. Models and floors stand side by side in `model`.
+The key of a row is benchmark, question_id and model; `prompt_id` of a question is that of its first turn, and it
+decides the shard. `model` contains models and floors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def _schema(*fields: tuple[str, pa.DataType] | tuple[str, pa.DataType, bool]) ->
     return pa.schema([pa.field(f[0], f[1], nullable=len(f) == 3) for f in fields])
 
 
-#: `position` is the place in the published file, from 0; `category` is MT-Bench's category or AlpacaEval's data set;
+#: `position` is the place in the published file, from 0; `category` is MT-Bench's category or AlpacaEval's dataset;
 #: `references` are MT-Bench's two reference answers or AlpacaEval's one reference output; `checks` is IFEval's
 #: instructions and their arguments as JSON text.
 BENCH_QUESTIONS = _schema(
@@ -34,10 +34,10 @@ BENCH_QUESTIONS = _schema(
 
 _KEY = (("benchmark", _S), ("question_id", _S), ("prompt_id", _S), ("model", _S))
 
-#: One row a turn; `answer` is null where there is none, and the finish reason says why.
+#: One row per turn; `answer` is null where there is none, with the finish reason.
 BENCH_ANSWERS = _schema(*_KEY, ("turn", _I), ("answer", _S, True), ("finish_reason", _S))
 
-#: MT-Bench, single grading: one row a turn.
+#: MT-Bench, single grading: one row per turn.
 BENCH_RATINGS = _schema(
     *_KEY,
     ("category", _S),
@@ -48,7 +48,7 @@ BENCH_RATINGS = _schema(
     ("raw", _S, True),
 )
 
-#: MT-Bench, pairwise: one row a turn and order; in order `ab` the model's answer is first, in `ba` the opponent's.
+#: MT-Bench, pairwise: one row per turn and order; in order `ab` the model's answer is first, in `ba` the opponent's.
 BENCH_COMPARISONS = _schema(
     *_KEY,
     ("against", _S),
@@ -61,7 +61,7 @@ BENCH_COMPARISONS = _schema(
     ("raw", _S, True),
 )
 
-#: AlpacaEval: one row a place of the model's output. `first` is the probability that the output shown first is better.
+#: AlpacaEval: one row per place of the model's output. `first`: probability that the output shown first is better.
 BENCH_PREFERENCES = _schema(
     *_KEY,
     ("place", _S),
@@ -72,7 +72,7 @@ BENCH_PREFERENCES = _schema(
     ("raw", _S, True),
 )
 
-#: IFEval: one flag an instruction, in the question's order.
+#: IFEval: one flag per instruction, in the question's order.
 BENCH_CHECKS = _schema(*_KEY, ("strict", _FLAGS), ("loose", _FLAGS), ("answered", _B), ("chance", _B))
 
 BENCHMARK_TABLES: dict[str, pa.Schema] = {

@@ -16,9 +16,9 @@ class Score:
     """One figure of one model.
 
     Attributes:
-        benchmark, metric: what is measured, in words of ours ("mt_bench", "turn 1").
+        benchmark, metric: what is measured, in our terms ("mt_bench", "turn 1").
         name: what it may be called, by its protocol.
-        value: None where nothing could be read; `note` says why.
+        value: None where nothing could be read, with the reason in `note`.
         low, high: 95 % interval, None where there is none.
         unit: "1–10" or "%".
         rows: what the value is the mean of; `unread` more could not be read.
@@ -99,7 +99,7 @@ class Measurement:
 
 @dataclasses.dataclass
 class Scored:
-    """What one benchmark adds to the page: scores, how answers were read, and tables of its own by name."""
+    """What one benchmark adds to the page: scores, how answers were read, and its own tables by name."""
 
     scores: list[Score] = dataclasses.field(default_factory=list)
     readings: list[Reading] = dataclasses.field(default_factory=list)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from ray_pipeline.bench.answers import answers, floors
-from ray_pipeline.bench.judging import checks, judge_stages
+from ray_pipeline.bench.judging import judge_stages
 from ray_pipeline.bench.questions import BenchmarksSettings, question_rows, questions_stage
 from ray_pipeline.bench.report import BenchmarksPage, report_stage
 from ray_pipeline.engines.models import ModelSettings, ModelUse
@@ -32,16 +32,17 @@ def benchmark_stages(
     """All stages of the chosen benchmarks, the scores last.
 
     Raises:
-        BenchmarkFileError, TemplateError, CheckersMissing: something that they need is not there.
+        BenchmarkFileError, TemplateError, CheckersMissing: something that they need is missing.
     """
     questions = questions_stage(settings)
     answered = {name: answers(name, settings, one.model, questions, one.train) for name, one in measured.items()}
     if settings.floors:
         answered["floors"] = floors(settings, questions)
-    said = judge_stages(settings, judges, questions, answered)
-    if settings.ifeval is not None:
-        said.append(checks(questions, answered))
-    return [questions, *answered.values(), *said, report_stage(page, [questions, *answered.values(), *said], view=view)]
+    inputs = {"questions": questions, **{f"answers/{name}": stage for name, stage in answered.items()}}
+    verdicts = judge_stages(settings, judges, inputs)
+    verdicts += [stage for block in settings.chosen.values() for stage in block.checks(inputs)]
+    stages = [*inputs.values(), *verdicts]
+    return [*stages, report_stage(page, stages, view=view)]
 
 
 def check_benchmarks(settings: BenchmarksSettings) -> None:

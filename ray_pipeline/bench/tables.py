@@ -22,6 +22,11 @@ def answers_by_key(tables: Sequence[pa.Table]) -> dict[tuple[str, str, str], lis
     return {key: sorted(rows, key=lambda row: row["turn"]) for key, rows in found.items()}
 
 
+def question_key(question: Row, model: str) -> Row:
+    """The columns that every verdict on a model's answer has."""
+    return {**{name: question[name] for name in ("benchmark", "question_id", "prompt_id")}, "model": model}
+
+
 class Tables:
     """The rows of a run by kind, read once."""
 

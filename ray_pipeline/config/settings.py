@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import collections
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal, Self, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
@@ -70,6 +71,22 @@ def _is_default(value: Any, field: FieldInfo) -> bool:
     return not field.is_required() and canonical_json(to_jsonable_python(value)) == canonical_json(
         to_jsonable_python(default)
     )
+
+
+def repeated(names: Iterable[str]) -> list[str]:
+    """Names that occur more than once, sorted."""
+    return sorted(name for name, count in collections.Counter(names).items() if count > 1)
+
+
+def refuse_repeated(names: Iterable[str], what: str) -> None:
+    """Raise ValueError if a name occurs more than once, for instance for "judges" as `what`."""
+    if twice := repeated(names):
+        raise ValueError(f"two {what} have the same name: {', '.join(twice)}")
+
+
+def over(defaults: Settings) -> BeforeValidator:
+    """Annotation of a block with defaults of its own: setting one key keeps the others."""
+    return BeforeValidator(lambda block: {**defaults.model_dump(), **block} if isinstance(block, Mapping) else block)
 
 
 class ConfigFile(Settings):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from ray_pipeline.agents.judges import SamplingSettings
-from ray_pipeline.config.settings import Settings
+from ray_pipeline.config.settings import Settings, over
 from ray_pipeline.engines.base import ChatEngine, EngineError, Message, PromptTooLong, Sampling
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.asking import Asking, Outcome, Row, ShardTables, count_by
@@ -24,14 +24,8 @@ class CandidateSettings(Settings):
 
     model: str = Field("policy", description="a key of `models`")
     k: int = Field(4, ge=1, le=1024, description="candidates for each prompt")
-    seed: int = Field(0, description="seed of everything that is drawn here")
-    sampling: SamplingSettings = _PUBLISHED
-
-    @field_validator("sampling", mode="before")
-    @classmethod
-    def _published(cls, given: Any) -> Any:
-        """A block that sets one key keeps the other published values; at temperature 0 all k answers would be equal."""
-        return {**_PUBLISHED.model_dump(), **given} if isinstance(given, Mapping) else given
+    seed: int = Field(0, description="seed of all sampling in this block")
+    sampling: Annotated[SamplingSettings, over(_PUBLISHED)] = _PUBLISHED
 
 
 class _Draw(NamedTuple):

@@ -44,7 +44,7 @@ def checker_of(reference: str | None, sources: Iterable[str]) -> Checker | None:
         sources: column `source` of the prompts.
 
     Raises:
-        ExtensionError: there is no such checker.
+        ExtensionError: no such checker.
     """
     if reference is None and any(source != "pocket" for source in sources):
         return None

@@ -1,7 +1,7 @@
-"""Pairs as other training rows: the one place where a pair becomes KTO or SFT rows, with counts of what was left out.
+"""Conversion of pairs into KTO and SFT rows, with counts of what was left out.
 
-A pair says "this answer rather than that one". KTO reads it as one desirable and one undesirable answer, SFT as one
-answer to imitate. An answer may stand in several pairs of a prompt; it gives one row at most.
+A pair prefers one answer to another. For KTO it is one desirable and one undesirable answer, for SFT one answer to
+imitate. An answer may be in several pairs of a prompt; it gives one row at most.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def pairs_to_kto(pairs: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
 
     Returns:
         A table of schema KTO, and counts: `answers` (two a pair), `kept`, and `dropped`: `repeated` (the answer has a
-        row already) and `contradictory` (chosen in one pair, rejected in another: what it is, nobody said).
+        row already) and `contradictory` (chosen in one pair, rejected in another).
         answers = kept + the sum of dropped.
     """
     rows = pairs.to_pylist()

@@ -16,7 +16,7 @@ from ray_pipeline.store.schemas import CRITIQUES
 
 
 class CriticSettings(Settings):
-    """The `critic` block: how the process critic is asked."""
+    """The `critic` block: how the process critic judges."""
 
     model: str = Field("judge", description="a key of `models`")
     layout: Layout = Field("rubric_first", description="one call per candidate: only its own texts can be shared")

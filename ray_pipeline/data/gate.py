@@ -83,12 +83,12 @@ def decide(
         A table of schema DECISIONS. What could not be computed is null.
 
     Raises:
-        KeyMismatch: a candidate occurs twice, or a verdict or critique is there twice or belongs to no candidate.
-        ValueError: there are no judges, one is named twice, or critiques are needed and not given.
+        KeyMismatch: a candidate, verdict or critique occurs twice, or a verdict or critique belongs to no candidate.
+        ValueError: there are no judges, one occurs twice, or critiques are needed and missing.
     """
     judges = list(judges)
     if not judges or len(set(judges)) < len(judges):
-        raise ValueError(f"the gate needs one or more judges, each named once, not {judges}")
+        raise ValueError(f"the gate needs one or more distinct judges, not {judges}")
     ids = one_array(candidates["candidate_id"])
     refuse_repeats(ids, "candidates: candidate_id")
 
@@ -96,7 +96,7 @@ def decide(
     mean, variance = mean_and_variance(scores)
     if config.use_critic:
         if critiques is None:
-            raise ValueError("the gate has no critiques: run the critic stage, or set gate.use_critic to false")
+            raise ValueError("the gate has no critiques; run the critic stage, or set gate.use_critic to false")
         flawed, critic_read = _flaws(critiques, ids)
     else:
         flawed, critic_read = np.zeros(len(ids)), np.ones(len(ids), dtype=bool)
@@ -188,7 +188,7 @@ def _flaws(critiques: pa.Table, ids: pa.Array) -> tuple[Floats, Mask]:
 
 
 def _read_values(table: pa.Table, column: str) -> Floats:
-    """A column as float64; NaN where it is null or its parse status says that nothing was read."""
+    """A column as float64; NaN where it is null or its parse status is not a read one."""
     values = one_array(table[column])
     if pa.types.is_boolean(values.type):  # Arrow has no cast from bool to double
         values = values.cast(pa.int8())
@@ -228,7 +228,7 @@ def _reasons(
 
 
 def _shown(value: float, *thresholds: float) -> str:
-    """Two digits, or as many as it takes to be seen on its side of the thresholds (6.998 is not shown as 7.00)."""
+    """Two digits, or as many as needed to stay on the right side of the thresholds (6.998 is not shown as 7.00)."""
     for digits in range(2, 15):
         text = f"{value:.{digits}f}"
         if all((float(text) > t) == (value > t) and (float(text) < t) == (value < t) for t in thresholds):

@@ -39,7 +39,7 @@ def gate_stats(decisions: pa.Table, candidates: pa.Table) -> GateStats:
 
     Columns read: decisions candidate_id, label, final_score, score_variance; candidates candidate_id,
     completion_tokens and response (or response_chars). Joined by candidate_id, never by position.
-    Raises ValueError for a repeated id, an unknown label, and a decision whose candidate is not there.
+    Raises ValueError for a repeated id, an unknown label, and a decision whose candidate is missing.
     """
     place = _rows_of_candidates(decisions, candidates)
     chars, tokens = response_chars(candidates)[place], numbers(candidates.column("completion_tokens"))[place]

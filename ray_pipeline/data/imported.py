@@ -1,58 +1,49 @@
-"""Preference data that somebody else made: hub data sets and files in TRL's standard formats, as training rows.
+"""Preference data made elsewhere, as training rows.
 
-    paired          prompt, chosen, rejected       (prompt may be inside chosen and rejected, as whole conversations)
-    unpaired        prompt, completion, label      (label: true or false)
-    demonstrations  prompt, completion; or messages
-
-Texts are strings or lists of chat messages. What becomes of a row is counted; the split of a prompt is the one that
-the prompts stage would give it, so that a held-out prompt is held out here too.
+Dropped rows are counted by reason. A prompt gets the split that the prompts stage would give it, so that a held-out
+prompt is held out here too.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, cast
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field
 
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.convert import pairs_to_kto
-from ray_pipeline.data.datasets import DatasetsConfig, Encode, Kind, TokenCounter
-from ray_pipeline.data.prompts import split_of
-from ray_pipeline.data.rows import add_counts, gather
-from ray_pipeline.data.sources import (
-    HuggingFaceSource,
-    InputError,
-    JsonlSource,
-    ParquetSource,
-    find_files,
-    hub_place,
-    jsonl_records,
-    load_hub,
-    open_parquet,
-    parquet_batches,
+from ray_pipeline.data.dataset_rows import DatasetsConfig, Kind
+from ray_pipeline.data.preference_sources import (
+    Format,
+    HubPreferences,
+    PreferenceSource,
+    source_digests,
+    source_place,
+    source_records,
 )
+from ray_pipeline.data.prompts import split_of
+from ray_pipeline.data.rows import add_counts, flat_counts, gather, shard_rows
+from ray_pipeline.data.sources import InputError
+from ray_pipeline.data.tokens import Encode, TokenCounter
 from ray_pipeline.engines.models import ModelSettings, TokenizerSettings
 from ray_pipeline.graph.stage import BadInput, Stage, WholeInput, WholeWork
-from ray_pipeline.store.keys import digest, normalise_messages, normalise_text, prompt_id, shard_of
+from ray_pipeline.store.keys import digest, normalise_messages, normalise_text, prompt_id
 from ray_pipeline.store.schemas import DPO, KTO, SFT, to_table
 from ray_pipeline.store.tables import ShardedTable
 
 _BATCH_ROWS = 1024
 
-Format = Literal["paired", "unpaired", "demonstrations"]
-
-#: Kinds of data set that each format can give.
+#: Kinds of dataset that each format can provide.
 GIVES: dict[Format, tuple[Kind, ...]] = {
     "paired": ("kto", "dpo", "sft"),
     "unpaired": ("kto", "sft"),
     "demonstrations": ("sft",),
 }
 
-#: Why a row of each format gives no training row, in the order in which it is asked.
+#: Reasons for which a row of each format gives no training row, in the order of the checks.
 DROPPED: dict[Format, tuple[str, ...]] = {
     "paired": (
         "empty", "not_an_answer", "prompts_differ", "gap_not_positive", "equal_text", "prompt_too_long",
@@ -61,46 +52,6 @@ DROPPED: dict[Format, tuple[str, ...]] = {
     "unpaired": ("empty", "not_an_answer", "no_label", "prompt_too_long", "repeated", "contradictory"),
     "demonstrations": ("empty", "not_an_answer", "prompt_too_long", "repeated"),
 }  # fmt: skip
-
-
-class _Rows(Settings):
-    """What every source has. The names of columns are TRL's unless they are given."""
-
-    format: Format = Field("paired", description="layout of the rows: paired, unpaired or demonstrations")
-    prompt: str = Field("prompt", description="column with the prompt")
-    chosen: str = Field("chosen", description="column with the better answer")
-    rejected: str = Field("rejected", description="column with the worse answer")
-    completion: str = Field("completion", description="column with the answer")
-    label: str = Field("label", description="column that says whether the answer is desirable")
-    messages: str = Field("messages", description="column with the whole chat")
-    chosen_score: str | None = Field(
-        None, description="columns with scores of a pair, if it has some; a gap of 0 or less drops the pair"
-    )
-    rejected_score: str | None = Field(
-        None, description="columns with scores of a pair, if it has some; a gap of 0 or less drops the pair"
-    )
-    limit: int | None = Field(None, ge=1, description="at most so many rows of the source, from its start")
-    license: str = Field("other", description="for the data set card, as the hub spells it")
-
-
-class HubPreferences(_Rows):
-    """A data set of the Hugging Face hub, such as HuggingFaceH4/ultrafeedback_binarized (split train_prefs)."""
-
-    type: Literal["huggingface"] = Field("huggingface", description="where the rows are: the name of the source")
-    name: str = Field(description="name in the tables")
-    subset: str | None = Field(None, description="configuration of the dataset; default: its default one")
-    split: str = Field("train", description="split of the dataset")
-    revision: str | None = Field(None, description="branch, tag or commit; default: the newest commit of main")
-
-
-class FilePreferences(_Rows):
-    """Parquet or JSONL files: a path or URI, which may hold *, ** and ?."""
-
-    type: Literal["parquet", "jsonl"] = Field(description="where the rows are: the name of the source")
-    path: str = Field(description="local path or URI of any pyarrow filesystem; may contain *, ** and ?")
-
-
-PreferenceSource = Annotated[HubPreferences | FilePreferences, Field(discriminator="type")]
 
 
 class _Given(Settings):
@@ -121,13 +72,13 @@ def preferences(
     val_fraction: float,
     name: str = "preferences",
 ) -> Stage:
-    """The tables that `columnar.dataset_files` writes training files from.
+    """The tables that `datasets.dataset_files` writes training files from.
 
     Args:
         seed, val_fraction: of the prompts stage, for the split.
 
     Raises:
-        InputError: the source cannot be found, or its format cannot give a kind of data set that is asked for.
+        InputError: the source cannot be found, or its format cannot provide a configured kind of dataset.
     """
     digests = source_digests(source)
     given = _Given(
@@ -155,23 +106,14 @@ def preferences(
 
 
 def tables_of(format: Format, settings: DatasetsConfig) -> tuple[Kind, ...]:
-    """The tables that a source of this format is read into. Raises InputError for a kind that it cannot give."""
+    """Tables that a source of this format is read into. Raises InputError for a kind that it cannot provide."""
     for kind in settings.kinds:
         if kind not in GIVES[format]:
             raise InputError(
-                f"{format} rows cannot give {kind} data, which needs {'pairs' if kind == 'dpo' else 'labels'}; "
-                f"they give {' and '.join(GIVES[format])}: choose another method or another source"
+                f"{format} rows cannot provide {kind} data, which needs {'pairs' if kind == 'dpo' else 'labels'}; "
+                f"they provide {' and '.join(GIVES[format])}: choose another method or another source"
             )
     return settings.row_kinds if format == "paired" else tuple(settings.kinds)
-
-
-def source_digests(source: PreferenceSource) -> dict[str, str]:
-    """Commit of a hub data set, or digest of each file. Raises InputError when there is none."""
-    if isinstance(source, HubPreferences):
-        place = {"name": source.name, "subset": source.subset, "split": source.split, "revision": source.revision}
-        return HuggingFaceSource(**place, column="").digest()
-    kind = ParquetSource if source.type == "parquet" else JsonlSource
-    return kind(path=source.path, column="").digest()
 
 
 def import_preferences(given: WholeInput) -> dict[str, Any]:
@@ -186,28 +128,15 @@ def import_preferences(given: WholeInput) -> dict[str, Any]:
         raise BadInput(str(error)) from error
     for kind in kinds:
         table = tables[kind]
-        out = _sharded(given, kinds, kind)
-        shards = np.array([shard_of(p, given.num_shards) for p in table["prompt_id"].to_pylist()], dtype=np.int64)
-        for shard in range(given.num_shards):
-            out.write(shard, gather(table, np.flatnonzero(shards == shard)))
+        where = given.folder if len(kinds) == 1 else given.folder / kind
+        out = ShardedTable(where.location, kind, given.num_shards, given.fingerprint)
+        for shard, part in enumerate(shard_rows(table, given.num_shards)):
+            out.write(shard, part)
     for kind in kinds:
         if not tables[kind].num_rows:
             raise BadInput(f"no row of the source is left as {kind} data: {counts[kind]}")
     given.log(", ".join(f"{kind} {tables[kind].num_rows}" for kind in kinds) + f"; {counts['source']}")
-    return {"counts": dict(_flat({kind: counts[kind] for kind in kinds})), "source": counts["source"]}
-
-
-def _sharded(given: WholeInput, kinds: Sequence[str], kind: str) -> ShardedTable:
-    where = given.folder if len(kinds) == 1 else given.folder / kind
-    return ShardedTable(where.location, kind, given.num_shards, given.fingerprint)
-
-
-def _flat(counts: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, int]]:
-    for name, value in counts.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{before}{name}.")
-        else:
-            yield f"{before}{name}", int(value)
+    return {"counts": flat_counts({kind: counts[kind] for kind in kinds}), "source": counts["source"]}
 
 
 def read_preferences(
@@ -218,24 +147,24 @@ def read_preferences(
     val_fraction: float,
     digests: Mapping[str, str] | None = None,
 ) -> tuple[dict[Kind, pa.Table], dict[str, dict[str, Any]]]:
-    """All rows of a source as tables of the schemas KTO, DPO and SFT, as far as its format gives them.
+    """All rows of a source as tables of the schemas KTO, DPO and SFT, as far as its format provides them.
 
     Args:
         encode: token counter of the policy, for the length limits of `config`.
-        digests: what `source_digests` returned: a hub data set is read at exactly that commit.
+        digests: what `source_digests` returned: a Hub dataset is read at exactly that commit.
 
     Returns:
         The tables, and counts: under `source` rows `read`, `kept` and `dropped` by reason (read = kept + the sum of
         dropped), and for each kind what `datasets.kto_rows` and `convert` count.
 
     Raises:
-        InputError: a file, column or value is not what the format says; the message names it and the row.
+        InputError: a file, column or value does not match the format; the message names it and the row.
     """
     reader = _Reader(source, config, encode, functools.partial(split_of, seed=seed, val_fraction=val_fraction))
     commit = (digests or {}).get(source.name) if isinstance(source, HubPreferences) else None
     schema = {"paired": DPO, "unpaired": KTO, "demonstrations": SFT}[source.format]
     parts, batch = [schema.empty_table()], []
-    for where, row in _records(source, commit):
+    for where, row in source_records(source, commit):
         made = reader.take(where, row)
         if made is not None:
             batch.append(made)
@@ -244,7 +173,7 @@ def read_preferences(
             batch = []
     table = pa.concat_tables([*parts, to_table(batch, schema)])
     if not reader.counts["read"]:
-        raise InputError(f"{_place(source)} holds no row; check that it was written")
+        raise InputError(f"{source_place(source)} has no rows; check that it was written")
     if source.format == "unpaired":
         table = reader.without_contradictions(table)
     reader.counts["kept"] = table.num_rows
@@ -261,75 +190,20 @@ def read_preferences(
 
 
 def _by_prompt(pairs: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
-    """`pairs_to_kto`, a piece at a time: all pairs of a prompt lie in one piece."""
-    buckets = np.array([shard_of(p, 64) for p in pairs["prompt_id"].to_pylist()], dtype=np.int64)
-    made = [pairs_to_kto(gather(pairs, np.flatnonzero(buckets == bucket))) for bucket in range(64)]
+    """`pairs_to_kto`, piece by piece; all pairs of a prompt are in the same piece."""
+    made = [pairs_to_kto(piece) for piece in shard_rows(pairs, 64)]
     return pa.concat_tables([table for table, _ in made]), add_counts([found for _, found in made])
 
 
-# --- rows of the source -----------------------------------------------------------------------------------------------
-
-
-def _place(source: PreferenceSource) -> str:
-    if isinstance(source, HubPreferences):
-        return hub_place(source.name, source.subset, source.split)
-    return source.path
-
-
-def _records(source: PreferenceSource, commit: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, record in enumerate(_all_records(source, commit)):
-        if source.limit is not None and number >= source.limit:
-            return
-        yield record
-
-
-def _all_records(source: PreferenceSource, commit: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where a row stands, and its columns; only those that are read are loaded."""
-    if isinstance(source, HubPreferences):
-        where = _place(source)
-        data = load_hub(source.name, source.subset, source.split, commit or source.revision)
-        columns = _columns(source, data.column_names, where)
-        for number, row in enumerate(data.select_columns(columns), 1):
-            yield f"{where}: row {number}", cast(dict[str, Any], row)
-        return
-    for file in find_files(source.path):
-        number = 0
-        if source.type == "parquet":
-            with open_parquet(file) as table:
-                columns = _columns(source, table.schema_arrow.names, file.uri)
-                for batch in parquet_batches(file, table, columns):
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield f"{file.uri}: row {number}", row
-        else:
-            for number, row in jsonl_records(file):
-                where = f"{file.uri}: line {number}"
-                yield where, {name: row.get(name) for name in _columns(source, list(row), where)}
-
-
-def _columns(source: PreferenceSource, present: Sequence[str], where: str) -> list[str]:
-    """The columns to read. Raises InputError when the format's are not there, with what there is."""
-    needed = {
-        "paired": [source.chosen, source.rejected],
-        "unpaired": [source.prompt, source.completion, source.label],
-        "demonstrations": [source.messages] if source.messages in present else [source.prompt, source.completion],
-    }[source.format]
-    needed += [name for name in (source.chosen_score, source.rejected_score) if name is not None]
-    missing = [name for name in needed if name not in present]
-    if missing:
-        raise InputError(
-            f"{where} has no column {missing[0]!r}, which {source.format} rows need; it has "
-            f"{', '.join(present) or 'none'}. Name the right one in the source, or choose another format"
-        )
-    return needed + ([source.prompt] if source.format == "paired" and source.prompt in present else [])
+# --- rows -------------------------------------------------------------------------------------------------------------
 
 
 class _Drop(Exception):
-    """A row gives no training row; the argument says why."""
+    """A row gives no training row; the argument is the reason."""
 
 
 class _Reader:
-    """Rows of a source become training rows, with counts."""
+    """Turns rows of a source into training rows, with counts."""
 
     def __init__(self, source: PreferenceSource, config: DatasetsConfig, encode: Encode, split: Any) -> None:
         self._source, self._config, self._encode, self._split = source, config, encode, split
@@ -349,7 +223,7 @@ class _Reader:
             return None
 
     def without_contradictions(self, table: pa.Table) -> pa.Table:
-        """Without the answers that carry both labels."""
+        """The table without the answers that have both labels."""
         torn = {name for name, labels in self._labels.items() if len(labels) > 1}
         keep = np.flatnonzero([name not in torn for name in table["candidate_id"].to_pylist()])
         self.counts["dropped"]["contradictory"] += table.num_rows - len(keep)
@@ -449,12 +323,12 @@ def _split_answer(prompt: Any, value: Any, where: str) -> tuple[list[dict[str, s
 
     Raises:
         InputError: a value is neither text nor messages, or a text comes without a prompt.
-        _Drop: the last message is no answer, or one of the two is empty.
+        _Drop: the last message is not an answer, or one of the two is empty.
     """
     if isinstance(value, str):
         if prompt is None:
             raise InputError(
-                f"{where} is a text and there is no prompt beside it; give the prompt a column of its own (TRL's "
+                f"{where} is plain text without a prompt; put the prompt into its own column (TRL's "
                 "`extract_prompt` does it for conversations written as one text)"
             )
         asked, text = _prompt(prompt, where), value
@@ -463,7 +337,7 @@ def _split_answer(prompt: Any, value: Any, where: str) -> tuple[list[dict[str, s
         if not turns or turns[-1]["role"] != "assistant":
             raise _Drop("not_an_answer")
         text, before = turns[-1]["content"], turns[:-1]
-        # The prompt stands in its own column, at the start of the conversation, or in both (ultrafeedback_binarized).
+        # The prompt is in its own column, at the start of the conversation, or in both (ultrafeedback_binarized).
         asked = before if before or prompt is None else _prompt(prompt, where)
         if before and isinstance(prompt, list):
             own = _prompt(prompt, where)

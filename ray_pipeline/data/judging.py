@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from ray_pipeline.agents.judges import JudgeAsking, Rubric, SamplingSettings, judge
 from ray_pipeline.agents.templates import ANY_FENCE, Layout, RoleTemplate, best_layout, part_lengths, transcript
-from ray_pipeline.config.settings import Settings
+from ray_pipeline.config.settings import Settings, refuse_repeated
 from ray_pipeline.engines.base import ChatEngine, Message
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.asking import Asking, Outcome, ShardTables, count_by, reply_status
@@ -24,7 +24,7 @@ _LAYOUT_SAMPLE = 256
 
 
 class JudgeSettings(Settings):
-    """The `judge` block: the rubric judges and how they are asked."""
+    """The `judge` block: the rubric judges and their calls."""
 
     model: str = Field("judge", description="a key of `models`, for rubrics that name no model")
     rubrics: tuple[Rubric, ...] = Field(description="the judges: name, text and scale of each")
@@ -50,9 +50,7 @@ class JudgeSettings(Settings):
         names = [r.name for r in self.rubrics]
         if not names:
             raise ValueError("judge.rubrics is empty; a consensus needs at least one judge")
-        twice = sorted({n for n in names if names.count(n) > 1})
-        if twice:
-            raise ValueError(f"two judges have the same name: {', '.join(twice)}")
+        refuse_repeated(names, "judges")
         scales = sorted({(r.low, r.high) for r in self.rubrics})
         if len(scales) > 1:
             shown = " and ".join(f"{low} to {high}" for low, high in scales)

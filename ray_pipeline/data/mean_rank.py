@@ -1,4 +1,4 @@
-"""Candidates of each prompt by their mean score: what every choice without thresholds is made from."""
+"""Candidates of each prompt ranked by mean score, the basis of every choice without thresholds."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class MeanRank:
     of_prompt: dict[str, list[int]]
 
     def texts(self, complete: str, incomplete: str) -> NDArray[np.object_]:
-        """A column to begin with: one text for complete candidates, another for the others."""
+        """An initial column: one text for complete candidates, another for the others."""
         return np.where(self.complete, complete, incomplete).astype(object)
 
     def decisions(
         self, label: NDArray[np.object_], why: NDArray[np.object_], final: NDArray[np.float64] | None = None
     ) -> pa.Table:
-        """A table of schema DECISIONS: nobody is penalised, the final score is the mean unless another is given."""
+        """A table of schema DECISIONS: there is no penalty, and the final score defaults to the mean."""
         columns = {
             "candidate_id": self.ids,
             "prompt_id": self.prompts,
@@ -60,11 +60,11 @@ def mean_rank(candidates: pa.Table, verdicts: pa.Table, judges: Sequence[str], n
     """Mean scores of all candidates.
 
     Args:
-        needs: who needs judges, for the error ("a selection needs").
+        needs: subject of the error message ("a selection needs").
 
     Raises:
         KeyMismatch: as `gate.decide`.
-        ValueError: there are no judges, or one is named twice.
+        ValueError: there are no judges, or one occurs twice.
     """
     judges = list(judges)
     if not judges or len(set(judges)) < len(judges):

@@ -1,7 +1,7 @@
 """The prompts stage: rows of all sources become one table of distinct prompts, each with its id and split.
 
-What becomes of a prompt depends on the prompt and the seed alone: the split is a hash, and a cap keeps the smallest
-hashes. So a further source, more rows or a higher cap add prompts and never reshuffle those that were there.
+The fate of a prompt depends on the prompt and the seed alone: the split is a hash, and a cap keeps the smallest hashes.
+So another source, more rows or a higher cap add prompts and never reshuffle the existing ones.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pyarrow as pa
 from pydantic import Field, field_validator
 
 from ray_pipeline.config.settings import Settings
-from ray_pipeline.data.rows import add_counts, gather
+from ray_pipeline.data.rows import add_counts, gather, shard_rows
 from ray_pipeline.data.sources import (
     HuggingFaceSource,
     InputError,
@@ -24,15 +24,16 @@ from ray_pipeline.data.sources import (
     SourceRow,
     named_sources,
 )
+from ray_pipeline.graph.stage import BadInput, Stage, WholeInput, WholeWork
 from ray_pipeline.store.keys import (
     canonical_json,
     check_num_shards,
     normalise_messages,
     prompt_id,
-    shard_of,
     unit_hash,
 )
 from ray_pipeline.store.schemas import PROMPTS, to_table
+from ray_pipeline.store.tables import ShardedTable
 
 _BATCH_ROWS = 1024
 
@@ -48,7 +49,7 @@ def _published_sources() -> list[Source]:
 
 
 class PromptsConfig(Settings):
-    """Where prompts come from and how many are taken."""
+    """Sources of prompts and how many are kept."""
 
     sources: list[Source] = Field(
         default_factory=_published_sources,
@@ -83,7 +84,7 @@ class PromptSet:
 
 
 def source_digests(config: PromptsConfig) -> dict[str, str]:
-    """Content digest of every file, data set and pocket set, for the fingerprint of the stage.
+    """Content digest of every file, dataset and pocket set, for the fingerprint of the stage.
 
     Raises:
         InputError: a source cannot be found.
@@ -96,14 +97,14 @@ def source_digests(config: PromptsConfig) -> dict[str, str]:
 
 
 def load_prompts(config: PromptsConfig, digests: Mapping[str, str] | None = None) -> PromptSet:
-    """Read all sources, drop what is empty or twice, and keep what the caps allow.
+    """Read all sources, drop empty prompts and duplicates, and apply the caps.
 
     Args:
-        digests: what `source_digests` returned; Hub datasets are then read at exactly those commits, even when
-            somebody pushes in between. Without it, at the newest commit of their revision.
+        digests: what `source_digests` returned; Hub datasets are then read at exactly those commits, even if there
+            is a push in between. Without it, at the newest commit of their revision.
 
     Raises:
-        InputError: a source is missing, empty or not what its configuration says, or no prompt is left.
+        InputError: a source is missing, empty or does not match its configuration, or no prompt is left.
     """
     seen: set[str] = set()
     tables: list[pa.Table] = []
@@ -131,15 +132,6 @@ def load_prompts(config: PromptsConfig, digests: Mapping[str, str] | None = None
     return PromptSet(table, {**total, **split_counts, "sources": by_source})
 
 
-def shard_prompts(table: pa.Table, num_shards: int) -> list[pa.Table]:
-    """The prompts of each shard, in the order of `table`; shards without prompts are empty tables of its schema."""
-    check_num_shards(num_shards)
-    shards = np.array([shard_of(p, num_shards) for p in table["prompt_id"].to_pylist()], dtype=np.int64)
-    order = np.argsort(shards, kind="stable")
-    ends = np.searchsorted(shards[order], np.arange(num_shards), side="right")
-    return [gather(table, rows) for rows in np.split(order, ends)[:num_shards]]
-
-
 def split_of(prompt: str, seed: int, val_fraction: float) -> str:
     """Split of a prompt, train or val; follows from the prompt and the seed alone."""
     return "val" if unit_hash("split", seed, prompt) < val_fraction else "train"
@@ -150,7 +142,7 @@ def _digest_name(source: str, part: str) -> str:
 
 
 def _digests_of(source: str, digests: Mapping[str, str]) -> dict[str, str]:
-    """The digests of one source by part: what `_digest_name` put together."""
+    """The digests of one source by part: the inverse of `_digest_name`."""
     before = f"{source}: "
     own = {name.removeprefix(before): value for name, value in digests.items() if name.startswith(before)}
     return own | {source: digests[source]} if source in digests else own
@@ -163,7 +155,7 @@ def _load_source(source: PromptSource, config: PromptsConfig) -> tuple[pa.Table,
     batches = list(_batches(source, config, seen, counts))
     where = getattr(source, "path", source.label_in_tables)
     if not counts["read"]:
-        raise InputError(f"{where} holds no row; check that it was written, or take it out of prompts.sources")
+        raise InputError(f"{where} has no rows; check that it was written, or remove it from prompts.sources")
     if not seen:
         column = getattr(source, "column", "prompt")
         raise InputError(f"{where}: all {counts['read']} rows of column {column!r} are empty; choose another column")
@@ -230,3 +222,37 @@ def _smallest(table: pa.Table, limit: int | None, seed: int) -> np.ndarray:
         return np.arange(len(ids))
     keys = sorted((unit_hash(seed, prompt), prompt, row) for row, prompt in enumerate(ids))
     return np.sort(np.array([row for _, _, row in keys[:limit]], dtype=np.int64))
+
+
+# --- stage ------------------------------------------------------------------------------------------------------------
+
+
+class _PromptsGiven(Settings):
+    prompts: PromptsConfig
+    digests: dict[str, str]
+
+
+def prompts(settings: PromptsConfig) -> Stage:
+    """The table of distinct prompts. Raises InputError when a source cannot be found."""
+    digests = source_digests(settings)
+    return Stage(
+        name="prompts",
+        work=WholeWork(
+            function=make_prompts, settings=_PromptsGiven(prompts=settings, digests=digests), tables=("prompts",)
+        ),
+        config=settings.decisive(),
+        external=digests,
+    )
+
+
+def make_prompts(given: WholeInput) -> dict[str, Any]:
+    settings: _PromptsGiven = given.settings
+    try:
+        found = load_prompts(settings.prompts, settings.digests)
+    except InputError as error:
+        raise BadInput(str(error)) from error
+    table = ShardedTable(given.folder.location, "prompts", given.num_shards, given.fingerprint)
+    for shard, part in enumerate(shard_rows(found.table, given.num_shards)):
+        table.write(shard, part)
+    given.log(f"{found.counts['kept']} kept of {found.counts['read']} read; dropped {found.counts['dropped']}")
+    return {"counts": found.counts}

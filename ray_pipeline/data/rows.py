@@ -10,6 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from ray_pipeline.store.keys import check_num_shards, shard_of
+
 Rows = NDArray[np.int64]
 
 #: Rows that `gather` puts together at a time: texts of one piece must fit Arrow's 32-bit offsets (2 GB).
@@ -76,6 +78,15 @@ def gather(table: pa.Table, rows: Rows) -> pa.Table:
     return pa.concat_tables(pieces)
 
 
+def shard_rows(table: pa.Table, num_shards: int) -> list[pa.Table]:
+    """Rows of each shard by `prompt_id`, in the order of `table`; an empty table for a shard without rows."""
+    check_num_shards(num_shards)
+    shards = np.array([shard_of(p, num_shards) for p in table["prompt_id"].to_pylist()], dtype=np.int64)
+    order = np.argsort(shards, kind="stable")
+    ends = np.searchsorted(shards[order], np.arange(num_shards), side="right")
+    return [gather(table, rows) for rows in np.split(order, ends)[:num_shards]]
+
+
 def add_counts(counts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Sum of nested counts, name by name: `[{"a": 1, "b": {"c": 2}}, …]`. Names keep their first order."""
     total: dict[str, Any] = {}
@@ -86,3 +97,12 @@ def add_counts(counts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             else:
                 total[name] = total.get(name, 0) + value
     return total
+
+
+def flat_counts(counts: Mapping[str, Any], before: str = "", between: str = ".") -> dict[str, Any]:
+    """Nested counts as one level, path by path: `{"a.b": 2}` from `{"a": {"b": 2}}`; `before` precedes every path."""
+    flat: dict[str, Any] = {}
+    for name, value in counts.items():
+        path = f"{before}{name}"
+        flat |= flat_counts(value, path + between, between) if isinstance(value, Mapping) else {path: value}
+    return flat

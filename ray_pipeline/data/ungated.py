@@ -1,8 +1,8 @@
 """Preference data as it is usually made, without a gate: best and worst of k by the mean of some judges' scores.
 
-It is what the gate is compared with. Its decisions have the schema of the gate's, so that the same code makes training
-rows of both: the best candidate of a prompt is desirable, the worst undesirable, the others are discarded. Nobody
-abstains, no flaw costs anything, no score has to reach anything; the two scores must only differ.
+The gate is compared with it. Its decisions have the schema of the gate's, so that the same code makes training rows
+of both: the best candidate of a prompt is desirable, the worst undesirable, the others are discarded. There is no
+abstention, no penalty and no threshold; the two scores must only differ.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def best_and_worst(candidates: pa.Table, verdicts: pa.Table, judges: Sequence[st
 
     Raises:
         KeyMismatch: as `gate.decide`.
-        ValueError: there are no judges, or one is named twice.
+        ValueError: there are no judges, or one occurs twice.
     """
     ranked = mean_rank(candidates, verdicts, judges, "best and worst need")
     mean, names = ranked.mean, ranked.ids.to_pylist()

@@ -51,7 +51,7 @@ def headline(evaluation: Evaluation | None, missing_stages: list[str]) -> Headli
 
 
 def direction(interval: Interval, no_change: float) -> Direction:
-    """Which side of `no_change` the whole interval lies on."""
+    """The side of `no_change` that contains the whole interval."""
     if interval.low is None or interval.high is None or interval.low <= no_change <= interval.high:
         return "unclear"
     return "better" if interval.low > no_change else "worse"

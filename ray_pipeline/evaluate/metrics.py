@@ -125,7 +125,7 @@ def _in_order_of(decisions: pa.Table, candidates: pa.Table) -> pa.Table:
 
 
 def _funnel(data: ReportData, gate: GateStats | None, judging: JudgingStats | None) -> list[Step]:
-    """From prompts in to training rows, as far as the run came."""
+    """From prompts to training rows, as far as the run got."""
     steps: list[Step] = []
     if data.prompt_counts is not None:
         steps.append(Step("prompts read", data.prompt_counts.get("read", 0)))

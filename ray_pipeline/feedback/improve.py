@@ -10,13 +10,13 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from ray_pipeline.agents.feedback_loop import revision_messages
 from ray_pipeline.agents.judges import SamplingSettings
-from ray_pipeline.config.settings import Settings
+from ray_pipeline.config.settings import Settings, over
 from ray_pipeline.data.candidates import generated
 from ray_pipeline.data.prompts import PromptsConfig
 from ray_pipeline.engines.base import ChatEngine, Message
@@ -46,17 +46,11 @@ class ImproveSettings(Settings):
     prompts: PromptsConfig | None = Field(None, description="prompts of these datasets; default: those of the run")
     reviews: int = Field(2, ge=1, le=64, description="number of reviews per response and reviewer")
     revisions: int = Field(2, ge=1, le=64, description="number of revisions per review")
-    seed: int = Field(0, description="seed of everything that is drawn here")
-    sampling: SamplingSettings = Field(
+    seed: int = Field(0, description="seed of all sampling in this block")
+    sampling: Annotated[SamplingSettings, over(_WARM)] = Field(
         _WARM, description="for revisions; `reviewing` is for reviews. The first responses are sampled as in the loop"
     )
-    reviewing: SamplingSettings = _WARM
-
-    @field_validator("sampling", "reviewing", mode="before")
-    @classmethod
-    def _defaults(cls, given: Any) -> Any:
-        """A block that sets one key keeps the other defaults."""
-        return {**_WARM.model_dump(), **given} if isinstance(given, Mapping) else given
+    reviewing: Annotated[SamplingSettings, over(_WARM)] = _WARM
 
     @model_validator(mode="after")
     def _differ(self) -> ImproveSettings:
@@ -131,7 +125,7 @@ class _Revision(NamedTuple):
 
 
 def _revisions(shard: ShardTables, settings: _Revise) -> Iterator[_Revision]:
-    """Revisions of every review that asks for a change, ordered by prompt, review and number."""
+    """Revisions of every review that requests a change, ordered by prompt, review and number."""
     messages = shard.messages()
     answers = {row["candidate_id"]: row for row in shard.rows("responses")}
     place: dict[str, int] = collections.Counter()

@@ -18,8 +18,9 @@ import pyarrow.compute as pc
 from ray_pipeline.agents.feedback_loop import FeedbackTemplates, ReviewAsking, review_messages, revision_messages
 from ray_pipeline.agents.jurors import MEAN, JuryRule, jury_scores
 from ray_pipeline.config.settings import Settings
-from ray_pipeline.data.columnar import flat_counts, token_counter
-from ray_pipeline.data.datasets import DatasetsConfig, Encode, dpo_rows, kto_rows
+from ray_pipeline.data.dataset_rows import DatasetsConfig, dpo_rows, kto_rows
+from ray_pipeline.data.rows import flat_counts
+from ray_pipeline.data.tokens import Encode, token_counter
 from ray_pipeline.engines.base import Message
 from ray_pipeline.engines.models import ModelSettings, TokenizerSettings
 from ray_pipeline.feedback.improve import Branches, review_key

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import pyarrow as pa
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from ray_pipeline.agents.feedback_loop import (
     FeedbackTemplates,
@@ -25,7 +25,7 @@ from ray_pipeline.agents.feedback_loop import (
 )
 from ray_pipeline.agents.judges import SamplingSettings
 from ray_pipeline.agents.templates import RoleTemplate
-from ray_pipeline.config.settings import Settings
+from ray_pipeline.config.settings import Settings, over, refuse_repeated
 from ray_pipeline.data.candidates import candidate_row, generated
 from ray_pipeline.engines.base import ChatEngine, Message, Sampling
 from ray_pipeline.engines.models import ModelSettings
@@ -47,24 +47,18 @@ class ReviewerSettings(Settings):
 
 
 class LoopRules(Settings):
-    """Rules of a feedback loop, whoever takes part."""
+    """Rules of a feedback loop, independent of its participants."""
 
     responses: int = Field(
         3, ge=1, le=26, description="N, the maximum number of responses per prompt; all but the last are reviewed"
     )
-    seed: int = Field(0, description="seed of everything that is drawn here")
-    sampling: SamplingSettings = Field(
+    seed: int = Field(0, description="seed of all sampling in this block")
+    sampling: Annotated[SamplingSettings, over(_PUBLISHED)] = Field(
         _PUBLISHED, description="for responses and revisions; `reviewing` is for reviews"
     )
-    reviewing: SamplingSettings = _PUBLISHED
+    reviewing: Annotated[SamplingSettings, over(_PUBLISHED)] = _PUBLISHED
     asking: ReviewAsking = ReviewAsking()
     templates: str = Field("default", description="built-in name or YAML file of the texts for reviewers and generator")
-
-    @field_validator("sampling", "reviewing", mode="before")
-    @classmethod
-    def _published(cls, given: Any) -> Any:
-        """A block that sets one key keeps the other published values."""
-        return {**_PUBLISHED.model_dump(), **given} if isinstance(given, Mapping) else given
 
     def texts(self) -> FeedbackTemplates:
         return load_feedback_templates(self.templates)
@@ -78,9 +72,7 @@ class LoopSettings(LoopRules):
 
     @model_validator(mode="after")
     def _distinct(self) -> LoopSettings:
-        names = [r.name for r in self.reviewers]
-        if twice := sorted({n for n in names if names.count(n) > 1}):
-            raise ValueError(f"two reviewers have the same name: {', '.join(twice)}")
+        refuse_repeated(self.names, "reviewers")
         seen: dict[str, str] = {}
         for reviewer in self.reviewers:
             call = reviewer.model_dump_json(exclude={"name"})

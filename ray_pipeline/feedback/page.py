@@ -21,7 +21,7 @@ from ray_pipeline.store.files import Folder
 from ray_pipeline.store.local import written_here
 from ray_pipeline.store.schemas import REVIEWS
 
-#: Why a loop ends, in words.
+#: Reasons for which a loop ends, as text.
 WORDS = {
     "limit": "all responses were given",
     "empty": "nothing to improve",

@@ -21,9 +21,9 @@ from ray_pipeline.agents.judges import SamplingSettings
 from ray_pipeline.agents.jurors import MEAN, JuryRule, jury_scores
 from ray_pipeline.agents.ranking import Ranking, rank, rank_by_debate
 from ray_pipeline.agents.strategies import Strategy, StrategyAsking, StrategyTemplates, load_strategy_templates
-from ray_pipeline.agents.templates import Layout
+from ray_pipeline.agents.templates import Layout, LayoutKey
 from ray_pipeline.agreement.ask import LiveJudge
-from ray_pipeline.config.settings import Settings
+from ray_pipeline.config.settings import Settings, refuse_repeated
 from ray_pipeline.data.gate import label_counts
 from ray_pipeline.data.mean_rank import MeanRank, mean_rank
 from ray_pipeline.engines.base import ChatEngine, Message
@@ -44,7 +44,7 @@ class SelectSettings(Settings):
     debate: DebateSettings | None = Field(
         None,
         description="instead of a strategy, all roles of `debate_templates` debate the answers, and their "
-        "final scores count. Each judge holds a debate of its own",
+        "final scores count. Each judge runs its own debate",
     )
     judges: tuple[LiveJudge, ...] = Field((), description="the judges that use the strategy, or debate")
     jury: JuryRule = Field(MEAN, description="how the judges' scores are pooled")
@@ -54,10 +54,7 @@ class SelectSettings(Settings):
     )
     templates: str = Field("default", description="built-in name or YAML file of a strategy's texts")
     debate_templates: str = Field("default", description="built-in name or YAML file of a debate's roles and texts")
-    layout: Layout = Field(
-        "shared_first",
-        description="which part of the prompt comes first: what the calls about one response share, or the rubric",
-    )
+    layout: LayoutKey = "shared_first"
     sampling: SamplingSettings = SamplingSettings(temperature=0.0, max_tokens=1024)
     asking: StrategyAsking = StrategyAsking()
 
@@ -69,9 +66,7 @@ class SelectSettings(Settings):
             raise ValueError(
                 "set strategy and judges together (or debate and judges), or neither to use the rubric judges"
             )
-        names = [j.name for j in self.judges]
-        if twice := sorted({n for n in names if names.count(n) > 1}):
-            raise ValueError(f"two judges have the same name: {', '.join(twice)}")
+        refuse_repeated((judge.name for judge in self.judges), "judges")
         if self.debate is not None and any(j.rubric is not None for j in self.judges):
             raise ValueError("a judge in a debate has no rubric; remove it and edit the roles in debate_templates")
         if self.jury.votes and self.pairs == "best_worst":
@@ -266,12 +261,12 @@ def accept_best(candidates: pa.Table, verdicts: pa.Table, judges: Sequence[str],
     Returns:
         A table of schema DECISIONS, in the order of `candidates`; the final score is the jury's. The accepted one is
         `desirable`, the rejected ones are `undesirable`. Of several with the highest score the first response is
-        accepted and the others are discarded, since nobody called them worse; where all scores of a prompt are equal,
+        accepted and the others are discarded, since no judge called them worse; where all scores of a prompt are equal,
         or only one was read, all are discarded. A candidate with an unread score is `incomplete`.
 
     Raises:
         KeyMismatch: as `gate.decide`.
-        ValueError: there are no judges, one is named twice, or one has no weight where the rule weighs.
+        ValueError: there are no judges, one occurs twice, or one has no weight where the rule weighs.
     """
     ranked = mean_rank(candidates, verdicts, judges, "a selection needs")
     final, names, turn = _final(ranked, judges, jury), ranked.ids.to_pylist(), candidates["k"].to_pylist()

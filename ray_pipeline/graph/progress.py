@@ -15,8 +15,7 @@ from rich.table import Table
 from ray_pipeline.engines.usage import Usage
 from ray_pipeline.graph.meters import Meters
 
-#: Seconds between two pictures: a live table may be quick, lines in a log should be few.
-LIVE_SECONDS = 0.5
+#: Seconds between two lines in a log.
 LINE_SECONDS = 10.0
 #: Stages that a live table shows before it leaves out those that wait or are done.
 MOST_LINES = 20

@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from ray_pipeline.config.settings import refuse_repeated
 from ray_pipeline.engines.logged import LoggedEngine
 from ray_pipeline.engines.models import EngineFactory, Placement
 from ray_pipeline.engines.usage import Usage
@@ -234,10 +235,7 @@ class Dag:
         self.stages: list[Stage] = []
         for stage in stages:
             self._add(stage)
-        names = [s.name for s in self.stages]
-        twice = sorted({n for n in names if names.count(n) > 1})
-        if twice:
-            raise ValueError(f"two stages of {name} have the same name: {', '.join(twice)}")
+        refuse_repeated((stage.name for stage in self.stages), f"stages of {name}")
 
     def _add(self, stage: Stage) -> None:
         if any(stage is s for s in self.stages):

@@ -23,7 +23,7 @@ def side_of(run: Run) -> Side:
 
     numbers = find_workflow(run.reference).numbers
     if numbers is None:
-        raise StoreError(f"{run.folder.location}: runs of {workflow} cannot be compared")
+        raise StoreError(f"{run.folder.location}: runs of {run.workflow} cannot be compared")
     name = f"report/{numbers}"
     try:
         metrics: dict[str, Any] = run.folder.read_json(name)

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from ray_pipeline.data.datasets import SPLITS
+from ray_pipeline.data.dataset_rows import SPLITS
 from ray_pipeline.graph.results import Run, of_role
 from ray_pipeline.store.files import Folder, StoreError
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from ray_pipeline.agents.templates import ANY_FENCE, RoleTemplate, render, transcript
 from ray_pipeline.config.messages import ConfigError
-from ray_pipeline.data.datasets import TokenCounter
 from ray_pipeline.data.prompts import load_prompts
+from ray_pipeline.data.tokens import TokenCounter
 from ray_pipeline.engines.base import Message
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.progress import duration

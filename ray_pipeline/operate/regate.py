@@ -17,8 +17,9 @@ import pyarrow.compute as pc
 import yaml
 
 from ray_pipeline.config.messages import ConfigError
-from ray_pipeline.data import columnar
-from ray_pipeline.data.datasets import kto_weights
+from ray_pipeline.data.dataset_files import kto_weights
+from ray_pipeline.data.datasets import datasets
+from ray_pipeline.data.decisions import gate
 from ray_pipeline.data.gate import GateConfig, decide, label_counts
 from ray_pipeline.graph.heartbeat import BEAT_SECONDS, Heartbeat
 from ray_pipeline.graph.in_process import make_here
@@ -231,10 +232,8 @@ def _stages(given: Regate) -> list[Stage]:
     verdicts = [stored(entries, name) for name in _verdict_stages(given.run)]
     critiques = stored(entries, "critic") if config.gate.use_critic else None
     base = config.models[config.train.model]
-    decisions = columnar.gate(config.gate, config.judge.names, answers, verdicts, critiques)
-    files = columnar.datasets(
-        config.datasets, config.gate, config.judge.names, base, asked, answers, verdicts, decisions
-    )
+    decisions = gate(config.gate, config.judge.names, answers, verdicts, critiques)
+    files = datasets(config.datasets, config.gate, config.judge.names, base, asked, answers, verdicts, decisions)
     return [decisions, files.inputs["rows"], files]
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from pydantic import Field, model_validator
 
 from ray_pipeline.agents.judges import JudgeAsking, SamplingSettings, compare
-from ray_pipeline.agents.templates import Layout, RoleTemplate
+from ray_pipeline.agents.templates import Layout, LayoutKey, RoleTemplate
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.candidates import generated, reply_columns
 from ray_pipeline.data.checkers import CheckerKey
@@ -45,10 +45,7 @@ class EvaluateSettings(Settings):
     )
     seed: int = Field(0, description="seed of responses and bootstrap")
     judge: str = Field("judge", description="a key of `models`: the judge that compares")
-    layout: Layout = Field(
-        "shared_first",
-        description="which part of the prompt comes first: what the calls about one response share, or the rubric",
-    )
+    layout: LayoutKey = "shared_first"
     sampling: SamplingSettings = SamplingSettings(temperature=0.0, max_tokens=512)
     asking: JudgeAsking = JudgeAsking()
     bootstrap_draws: int = Field(2000, ge=100, description="bootstrap samples of the intervals")

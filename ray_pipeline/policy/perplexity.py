@@ -1,4 +1,4 @@
-"""Perplexity of completions under a model. It says how likely a text is to a model, never which model is better."""
+"""Perplexity of completions under a model: how likely the texts are to it, not which model is better."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Base against policy on held-out prompts: length, true accuracy where a checker knows it, rubric scores."""
+"""Base against policy on held-out prompts: length, true accuracy where a checker applies, rubric scores."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -120,7 +120,7 @@ def rubric_means(verdicts: pa.Table) -> tuple[dict[str, float | None], float | N
 def name_models(verdicts: pa.Table, responses: pa.Table) -> pa.Table:
     """Verdicts on responses (candidate_id holding a response_id) with the columns model and mode of those responses.
 
-    Raises ValueError for a verdict on a response that is not there.
+    Raises ValueError for a verdict on a missing response.
     """
     ids = chunk(responses.column("response_id"))
     place = pc.index_in(chunk(verdicts.column("candidate_id")), value_set=ids)

@@ -25,7 +25,7 @@ class _Given(Settings):
     max_length: int
 
 
-#: Settings that say how to run and not what to learn.
+#: Settings that affect how training runs but not its result.
 _NOT_LEARNT = {
     "use_gpu",
     "cpus_per_worker",
@@ -72,7 +72,7 @@ def train(
 
 
 def train_policy(given: WholeInput) -> dict[str, Any]:
-    """Train on the data set files of the `datasets` stage.
+    """Train on the files of the `datasets` stage.
 
     Raises:
         BadInput: the data, the settings or the cluster cannot give a training run.

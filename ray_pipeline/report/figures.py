@@ -1,4 +1,4 @@
-"""Figures as text, the same on every page; "–" stands for a figure that is not known."""
+"""Figures as text, the same on every page; "–" for an unknown figure."""
 
 from __future__ import annotations
 

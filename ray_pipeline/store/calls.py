@@ -1,19 +1,18 @@
-"""The files of the call log: every LLM reply, keyed by model, messages and sampling.
+"""The call log's files: every LLM reply, found again by what was asked of whom.
 
-Layout: `<root>/<model>/<shard>of<num_shards>-<writer>-<number>.parquet`. A part contains the calls of the prompts of
-one shard, that is of the buckets b with b mod num_shards = shard. Both numbers are in the file's name, so a reader with
-another shard count can select the parts with its own buckets without opening them: shard i of n and shard j of m share
-a bucket if and only if i = j modulo min(n, m), because both counts are powers of two.
+Layout: `<root>/<model>/<shard>of<num_shards>-<writer>-<number>.parquet`. A part holds the calls of the prompts of one
+shard, that is of the buckets b with b mod num_shards = shard. Both numbers stand in the file's name, so a reader with
+any other shard count knows which parts can hold calls of its own buckets without opening them: shard i of n and
+shard j of m share a bucket exactly if i = j modulo min(n, m), because both counts are powers of two.
 
-Parts are immutable. A writer merges only its own parts, and writes the merged part before it deletes them, so a reader
-sees each call at least once at any time; duplicate keys are read once.
+Parts are never changed. A writer merges only parts of its own, and puts the merged part in place before it removes
+them, so a reader sees each call at least once at any time; equal keys are read once.
 """
 
 from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -26,12 +25,12 @@ from ray_pipeline.store.schemas import CALLS
 logger = logging.getLogger("quorum.calls")
 
 _FINGERPRINT = "calls-v1"
-#: Rows per row group: small enough that a reader of one bucket range skips most of a large part.
+#: Rows a row group: small enough that a reader of one bucket range skips most of a large part.
 _ROW_GROUP = 2048
 
 
 def model_folder(root: Folder, identity: Any) -> Folder:
-    """The folder of one model's calls, named by its identity: other weights have another folder."""
+    """The folder of one model's calls. A model is its identity: other weights are another folder."""
     return root / digest(["model", identity], size=8)
 
 
@@ -40,7 +39,7 @@ def part_name(shard: int, num_shards: int, writer: str, number: int) -> str:
 
 
 def may_hold(name: str, shard: int, num_shards: int) -> bool:
-    """Whether a part can contain calls of a shard's prompts, according to its name."""
+    """Whether a part can hold calls of the prompts of a shard, judged by its name."""
     try:
         i, n = (int(x) for x in name.split("-", 1)[0].split("of"))
     except ValueError:
@@ -87,10 +86,10 @@ class CallWriter:
 
 
 def read_calls(folder: Folder, shard: int, num_shards: int) -> pa.Table:
-    """All calls of a shard's prompts, written under any shard count; keys may repeat.
+    """All calls of a shard's prompts, whatever shard counts they were written under; keys may repeat.
 
-    The listing is repeated if another writer merged a part during the read. An unreadable part is reported in a
-    warning and left out (its calls are made again).
+    A part that another writer merged away while we read is looked for again; a part that cannot be read is named in
+    a warning and left out (its calls are made again).
     """
     tables: list[pa.Table] = []
     read: set[str] = set()
@@ -113,16 +112,3 @@ def read_calls(folder: Folder, shard: int, num_shards: int) -> pa.Table:
         if not vanished:
             break
     return pa.concat_tables(tables) if tables else CALLS.empty_table()
-
-
-def scan_calls(root: Folder) -> Iterator[pa.Table]:
-    """Every part of every model, for audits and status. Vanished parts are skipped, torn ones logged and skipped."""
-    for model in root.folders():
-        folder = root / model
-        for name in folder.names(".parquet"):
-            try:
-                yield folder.read_table(name, fingerprint=_FINGERPRINT, kind="calls", schema=CALLS)
-            except FileNotFoundError:
-                continue
-            except StoreError as error:
-                logger.warning("call log: %s", error)

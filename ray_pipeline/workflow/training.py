@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from ray_pipeline.agents.templates import Templates, load_templates
 from ray_pipeline.config.messages import ConfigError
-from ray_pipeline.data.datasets import DatasetsConfig
+from ray_pipeline.data.dataset_rows import DatasetsConfig
 from ray_pipeline.data.judging import JudgeSettings
 from ray_pipeline.data.prompts import PromptsConfig
 from ray_pipeline.engines.models import ModelSettings, ModelUse

@@ -22,7 +22,6 @@ from ray_pipeline.agents.strategies import (
     Strategy,
     StrategyAsking,
     load_strategy_templates,
-    pick_best,
     settle,
     vote,
 )
@@ -109,8 +108,7 @@ def test_the_best_of_several_is_found_in_every_order(orders: str) -> None:
     truth = {"first": 2.0, "second": 9.0, "third": 5.0, "fourth": 5.0}
     for answers in itertools.permutations(truth):
         found = decide(by_truth(truth), answers, {"kind": "combined", "orders": orders})
-        best = pick_best(found)
-        assert best is not None and answers[best] == "second"
+        assert [answers[n] for n in found.best] == ["second"]
         assert found.scores == tuple(truth[a] for a in answers)
 
 
@@ -182,7 +180,7 @@ def test_a_tie_in_one_order_is_a_tie() -> None:
 def test_an_unread_order_leaves_the_judgement_unread(conflict: Any) -> None:
     found = settle([look((0,), scores=(8, 3)), look((), "truncated")], conflict)
     assert (found.best, found.scores, found.parse_status, found.read) == ((), None, "truncated", False)
-    assert vote(found.best) is None and pick_best(found) is None
+    assert vote(found.best) is None
 
 
 # --- retries ----------------------------------------------------------------------------------------------------------

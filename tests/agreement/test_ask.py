@@ -16,7 +16,8 @@ from ray_pipeline.agents.judges import SamplingSettings
 from ray_pipeline.agents.strategies import Strategy, StrategyAsking, load_strategy_templates
 from ray_pipeline.agreement import ask
 from ray_pipeline.agreement.ask import AskSettings, LiveJudge
-from ray_pipeline.agreement.document import MeasureSettings, measure
+from ray_pipeline.agreement.document import measure
+from ray_pipeline.agreement.measure_settings import MeasureSettings
 from ray_pipeline.agreement.recorded import read_item
 from ray_pipeline.engines.base import PromptTooLong
 from ray_pipeline.engines.logged import LoggedEngine
@@ -183,8 +184,11 @@ def test_debates_write_ballots_by_voice_and_every_speech(tmp_path: Path) -> None
     [
         ({"judges": [{"name": "a"}]}, "judges have no effect without strategies"),
         ({"strategies": [{"kind": "direct"}]}, "strategies have no effect without judges"),
-        ({"judges": [{"name": "a"}] * 2, "strategies": [{"kind": "direct"}]}, "two of judges have the same name: a"),
-        ({"judges": [{"name": "a"}], "strategies": [{"kind": "direct"}] * 2}, "two strategies are named direct"),
+        ({"judges": [{"name": "a"}] * 2, "strategies": [{"kind": "direct"}]}, "two judges have the same name: a"),
+        (
+            {"judges": [{"name": "a"}], "strategies": [{"kind": "direct"}] * 2},
+            "strategies have the same name: direct",
+        ),
         ({"judges": [{"name": "a"}], "strategies": [{"kind": "direct", "name": "debate"}]}, "a reserved name"),
         ({"debaters": [{"name": "a", "rubric": "x"}]}, "a debater has no rubric"),
         (

@@ -11,9 +11,10 @@ from xml.etree import ElementTree
 import pytest
 from pydantic import ValidationError
 
-from ray_pipeline.agreement.document import MeasureSettings, as_document, measure
+from ray_pipeline.agreement.document import as_document, measure
 from ray_pipeline.agreement.files import write_agreement
 from ray_pipeline.agreement.gate_curves import gate_curves
+from ray_pipeline.agreement.measure_settings import MeasureSettings
 from ray_pipeline.agreement.panel import make_panel
 from ray_pipeline.store.schemas import BALLOTS, ITEMS, to_table
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from ray_pipeline.agreement.document import MeasureSettings, as_document, measure
+from ray_pipeline.agreement.document import as_document, measure
 from ray_pipeline.agreement.files import write_agreement, write_winrate
 from ray_pipeline.agreement.gate_curves import gate_curves
+from ray_pipeline.agreement.measure_settings import MeasureSettings
 from ray_pipeline.agreement.panel import make_panel
 from ray_pipeline.agreement.recorded_winrate import versus_rates
 from ray_pipeline.store.schemas import BALLOTS, ITEMS, to_table

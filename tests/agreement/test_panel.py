@@ -9,7 +9,8 @@ import pyarrow as pa
 import pytest
 
 from ray_pipeline.agents.jury import MISSING, VOTES
-from ray_pipeline.agreement.document import JurySettings, MeasureSettings, as_document, measure
+from ray_pipeline.agreement.document import as_document, measure
+from ray_pipeline.agreement.measure_settings import JurySettings, MeasureSettings
 from ray_pipeline.agreement.panel import family, flips, longer_side, make_panel, own_side
 from ray_pipeline.agreement.preference import first_place, preference
 from ray_pipeline.agreement.recorded_winrate import versus_rates

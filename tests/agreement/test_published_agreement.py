@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from ray_pipeline.agreement.document import MeasureSettings, as_document, measure
+from ray_pipeline.agreement.document import as_document, measure
+from ray_pipeline.agreement.measure_settings import MeasureSettings
 from ray_pipeline.agreement.recorded import Recorded, read_recorded
 from ray_pipeline.agreement.recorded_winrate import versus_rates
 from ray_pipeline.store.schemas import BALLOTS, ITEMS, to_table

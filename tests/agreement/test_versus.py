@@ -77,10 +77,13 @@ def test_loops_of_one_generator_share_its_first_response(tmp_path: Path) -> None
         ({"configurations": [{"name": "x", "generator": "x"}]}, "set either pair"),
         ({"pair": ("llama", "llama")}, "names llama twice"),
         ({"pair": None, "configurations": [{"name": "x", "generator": "x"}]}, "nothing to compare"),
-        ({"pair": None, "configurations": [{"name": "x", "generator": "x"}] * 2}, "two configurations are named x"),
+        (
+            {"pair": None, "configurations": [{"name": "x", "generator": "x"}] * 2},
+            "configurations have the same name: x",
+        ),
         ({"pair": None, "configurations": [{"name": "a-vs-b", "generator": "x"}]}, "a name cannot contain -vs-"),
         ({"loop": {"responses": 1}}, "set it to 2 or more"),
-        ({"baselines": ("llama", "llama")}, "baselines names llama twice"),
+        ({"baselines": ("llama", "llama")}, "two baselines have the same name: llama"),
         ({"baselines": ()}, "at least 1 item"),
         ({"prompts": {**PROMPTS_BLOCK.model_dump(), "val_fraction": 0.5}}, "val_fraction has no effect"),
         (

@@ -7,8 +7,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from ray_pipeline.audit.rows import PROBLEMS, AuditReport, RunTables, audit_run
-from ray_pipeline.data.datasets import DatasetsConfig
+from ray_pipeline.audit.findings import PROBLEMS, AuditReport, RunTables
+from ray_pipeline.audit.rows import audit_run
+from ray_pipeline.data.dataset_rows import DatasetsConfig
 from ray_pipeline.data.gate import GateConfig, decide
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.schemas import TABLES

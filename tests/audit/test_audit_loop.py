@@ -10,9 +10,10 @@ import pyarrow as pa
 import pytest
 
 from ray_pipeline.agents.jurors import MEAN, JuryRule
+from ray_pipeline.audit.findings import AuditReport
 from ray_pipeline.audit.loop import audit_loop
-from ray_pipeline.audit.rows import AuditReport
-from ray_pipeline.data.datasets import DatasetsConfig, dpo_rows, kto_rows, write_dataset_files
+from ray_pipeline.data.dataset_files import write_dataset_files
+from ray_pipeline.data.dataset_rows import DatasetsConfig, dpo_rows, kto_rows
 from ray_pipeline.data.rows import add_counts
 from ray_pipeline.feedback.select import accept_best
 from ray_pipeline.store.tables import ShardedTable

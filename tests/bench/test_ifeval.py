@@ -23,12 +23,11 @@ from ray_pipeline.bench.ifeval.score import (
     IfevalVerdict,
     UnknownInstruction,
     check,
-    match_responses,
     published_ifeval,
     scores,
 )
 from ray_pipeline.stats.protocol import score_name
-from tests.published import DATA, NUMBERS, json_lines, needs
+from tests.published import DATA, NUMBERS, json_lines, match_responses, needs
 
 FOLDER = DATA / "ifeval"
 NAMES = ("prompt_strict", "instruction_strict", "prompt_loose", "instruction_loose")

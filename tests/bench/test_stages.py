@@ -376,7 +376,7 @@ def test_ifeval_runs_on_the_official_checkers_and_unknown_instructions_are_refus
     assert found.document["ifeval_types"]
     path = tmp_path / "prompts.jsonl"
     path.write_text(path.read_text().replace("punctuation:no_comma", "punctuation:no_such"))
-    with pytest.raises(ConfigError, match=r"prompt 7 of .*punctuation:no_such, and no checker knows it"):
+    with pytest.raises(ConfigError, match=r"prompt 7 of .*punctuation:no_such, which no checker supports"):
         loaded(tmp_path, values)
 
 
@@ -414,7 +414,7 @@ def test_the_page_can_be_written_anew_from_a_run(whole: Any) -> None:
         ({"judges": {}, "benchmarks": {"ifeval": {"prompts": "pocket:nothing"}}}, "the pocket world has no questions"),
         ({"benchmarks": {"alpaca_eval": {"labels": ["1", "2"]}}}, "labels is read only with a prompt file"),
         ({"models": [{"name": "a", "polcy": "x"}]}, r"models\.0 names no model"),
-        ({"models": [{"run": "/no/such/run"}]}, "is no run folder with a policy"),
+        ({"models": [{"run": "/no/such/run"}]}, "is not a run folder with a policy"),
         ({"models": [{"name": "bad", "model": "/no/such/model"}]}, r"models\.bad: .*no/such/model"),
         ({"num_shards": 3}, "num_shards must divide"),
     ],

@@ -67,7 +67,7 @@ def test_the_pocket_file_asks_two_models_and_lets_one_debate() -> None:
     other = load("configs/pocket_agreement.yaml", "data.limit=101", dag="agreement")
     assert agreement(other, "/tmp/run").stages[0].fingerprint != stages["items"].fingerprint
     for wrong in ("data.limit=null", "data.path=x.jsonl"):
-        with pytest.raises(ConfigError, match=r"say how many by data\.limit, and no path"):
+        with pytest.raises(ConfigError, match=r"set their number with data\.limit and remove path"):
             load("configs/pocket_agreement.yaml", wrong, dag="agreement")
 
 

@@ -151,7 +151,7 @@ def test_the_shipped_comparisons_wire(monkeypatch: pytest.MonkeyPatch, tmp_path:
         ),
         (
             {"data": {"x": {"source": {"type": "jsonl", "path": "PAIRS", "format": "unpaired"}}}, "methods": ["dpo"]},
-            r"baselines\.data\.x: unpaired rows cannot give dpo data",
+            r"baselines\.data\.x: unpaired rows cannot provide dpo data",
         ),
         ({"data": {}}, r"baselines\.data"),
         ({"seeds": [1, 1]}, r"duplicate seed in baselines\.seeds"),

@@ -20,7 +20,7 @@ from ray_pipeline.workflow.stored import config_of
 
 MINE = """
 from ray_pipeline import register
-from ray_pipeline.data.columnar import prompts
+from ray_pipeline.data.prompts import prompts
 from ray_pipeline.data.prompts import PromptsConfig
 from ray_pipeline.graph.stage import Dag
 from ray_pipeline.workflow.config import RunConfig

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from ray_pipeline.data.datasets import DatasetsConfig, kto_rows, write_dataset_files
+from ray_pipeline.data.dataset_files import write_dataset_files
+from ray_pipeline.data.dataset_rows import DatasetsConfig, kto_rows
 from ray_pipeline.data.gate import GateConfig, decide
 from ray_pipeline.data.rows import KeyMismatch, add_counts
 from ray_pipeline.store.files import FINGERPRINT_KEY, Folder

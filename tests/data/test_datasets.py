@@ -9,20 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from ray_pipeline.data.columnar import dataset_rows
-from ray_pipeline.data.datasets import (
-    DPO_DROPPED,
-    KTO_DROPPED,
-    DatasetsConfig,
-    TokenCounter,
-    dpo_rows,
-    kto_rows,
-    kto_weights,
-    order_dpo,
-    order_kto,
-)
+from ray_pipeline.data.dataset_files import kto_weights, training_order
+from ray_pipeline.data.dataset_rows import DPO_DROPPED, KTO_DROPPED, DatasetsConfig, Kind, dpo_rows, kto_rows
+from ray_pipeline.data.datasets import dataset_rows
 from ray_pipeline.data.gate import GateConfig, decide
 from ray_pipeline.data.rows import KeyMismatch, gather
+from ray_pipeline.data.tokens import TokenCounter
 from ray_pipeline.engines.models import ModelSettings, TokenizerSettings
 from ray_pipeline.graph.stage import Stage, WholeWork
 from ray_pipeline.pocket import model_path
@@ -258,7 +250,7 @@ def kto_table(desirable: int, undesirable: int) -> pa.Table:
 @settings(max_examples=60, deadline=None)
 def test_every_window_holds_the_ratio(desirable, undesirable, seed):
     table = kto_table(desirable, undesirable)
-    ordered = order_kto(table, seed)
+    ordered = in_order(table, "kto", seed)
     assert sorted(ordered["candidate_id"].to_pylist()) == sorted(table["candidate_id"].to_pylist())
     labels = ordered["label"].to_pylist()
     n = len(labels)
@@ -267,18 +259,23 @@ def test_every_window_holds_the_ratio(desirable, undesirable, seed):
             assert abs(sum(labels[start : start + width]) - width * desirable / n) < 1
 
 
+def in_order(table: pa.Table, kind: Kind, seed: int) -> pa.Table:
+    return gather(table, training_order(table, kind, seed))
+
+
 def test_order_depends_on_rows_and_seed_alone():
     table = kto_table(30, 20)
     mixed = table.take(pa.array(random.Random(0).sample(range(50), 50)))
-    assert order_kto(mixed, 1).to_pylist() == order_kto(table, 1).to_pylist()
-    assert order_kto(table, 2)["candidate_id"].to_pylist() != order_kto(table, 1)["candidate_id"].to_pylist()
-    assert order_kto(table, 1)["candidate_id"].to_pylist()[:5] != [f"c{i}" for i in range(5)]
+    assert in_order(mixed, "kto", 1).to_pylist() == in_order(table, "kto", 1).to_pylist()
+    first, second = (in_order(table, "kto", seed)["candidate_id"].to_pylist() for seed in (1, 2))
+    assert second != first
+    assert first[:5] != [f"c{i}" for i in range(5)]
 
     world = random_world(30, seed=1)
     pairs, _ = dpo_rows(world.prompts, world.candidates, world.verdicts, decisions_of(world), CONFIG, count_words)
     back = pairs.take(pa.array(range(pairs.num_rows - 1, -1, -1)))
-    assert order_dpo(back, 1).to_pylist() == order_dpo(pairs, 1).to_pylist()
-    assert order_dpo(pairs, 1)["prompt_id"].to_pylist() != pairs["prompt_id"].to_pylist()
+    assert in_order(back, "dpo", 1).to_pylist() == in_order(pairs, "dpo", 1).to_pylist()
+    assert in_order(pairs, "dpo", 1)["prompt_id"].to_pylist() != pairs["prompt_id"].to_pylist()
 
 
 # --- class weights ----------------------------------------------------------------------------------------------------

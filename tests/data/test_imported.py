@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import TypeAdapter
 
-from ray_pipeline.data.datasets import DatasetsConfig
-from ray_pipeline.data.imported import PreferenceSource, read_preferences, source_digests, tables_of
+from ray_pipeline.data.dataset_rows import DatasetsConfig
+from ray_pipeline.data.imported import read_preferences, tables_of
+from ray_pipeline.data.preference_sources import PreferenceSource, source_digests
 from ray_pipeline.data.prompts import split_of
 from ray_pipeline.data.sources import InputError
 from ray_pipeline.store.keys import prompt_id
@@ -158,7 +159,7 @@ def test_demonstrations(tmp_path: Path, row: dict[str, Any]) -> None:
 
 
 def test_what_a_format_cannot_give_is_said_at_once() -> None:
-    with pytest.raises(InputError, match="unpaired rows cannot give dpo data, which needs pairs"):
+    with pytest.raises(InputError, match="unpaired rows cannot provide dpo data, which needs pairs"):
         tables_of("unpaired", CONFIG)
     assert tables_of("unpaired", DatasetsConfig(kinds=["kto", "sft"])) == ("kto", "sft")
 
@@ -169,7 +170,7 @@ def test_what_a_format_cannot_give_is_said_at_once() -> None:
         (
             {"question": "q", "chosen": "a", "rejected": "b"},
             {},
-            r"line 1: column 'chosen' is a text and there is no prompt",
+            r"line 1: column 'chosen' is plain text without a prompt",
         ),
         (
             {"prompt": "q", "good": "a", "bad": "b"},
@@ -209,7 +210,7 @@ def test_files_have_digests_and_must_be_there(tmp_path: Path) -> None:
     assert source_digests(source(path)) != before
     with pytest.raises(InputError, match="does not exist"):
         source_digests(source(tmp_path / "nothing.jsonl"))
-    with pytest.raises(InputError, match="holds no row"):
+    with pytest.raises(InputError, match="has no rows"):
         read(write(tmp_path / "empty.jsonl", []))
 
 

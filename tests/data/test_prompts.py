@@ -9,7 +9,8 @@ import pyarrow as pa
 import pytest
 from pydantic import ValidationError
 
-from ray_pipeline.data.prompts import PromptsConfig, load_prompts, shard_prompts, source_digests
+from ray_pipeline.data.prompts import PromptsConfig, load_prompts, source_digests
+from ray_pipeline.data.rows import shard_rows
 from ray_pipeline.data.sources import HuggingFaceSource, InputError, JsonlSource, PocketSource, SourceRow
 from ray_pipeline.store.keys import prompt_id, shard_of, unit_hash
 from ray_pipeline.store.schemas import PROMPTS
@@ -139,14 +140,14 @@ def test_split_share_and_seed(tmp_path):
 def test_shards(tmp_path):
     source = write(tmp_path / "a.jsonl", [f"prompt {i}" for i in range(100)])
     table = load_prompts(PromptsConfig(sources=[source])).table
-    shards = shard_prompts(table, 128)
+    shards = shard_rows(table, 128)
     assert len(shards) == 128 and all(s.schema.equals(PROMPTS) for s in shards)
     for number, shard in enumerate(shards):
         ids = shard["prompt_id"].to_pylist()
         assert ids == sorted(ids) and all(shard_of(p, 128) == number for p in ids)
     assert pa.concat_tables(shards).sort_by("prompt_id").to_pylist() == table.to_pylist()
     with pytest.raises(ValueError, match="must divide 1024"):
-        shard_prompts(table, 10)
+        shard_rows(table, 10)
 
 
 def test_settings():
@@ -163,9 +164,9 @@ def test_settings():
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", "", "a.jsonl holds no row"),
-        ("a.csv", "", "a.csv holds no row"),
-        ("a.csv", "prompt,b\n", "a.csv holds no row"),
+        ("a.jsonl", "", "a.jsonl has no rows"),
+        ("a.csv", "", "a.csv has no rows"),
+        ("a.csv", "prompt,b\n", "a.csv has no rows"),
         ("a.jsonl", '{"prompt": " "}\n{"prompt": null}\n', "all 2 rows of column 'prompt' are empty"),
     ],
 )

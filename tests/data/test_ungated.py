@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_pipeline.data import columnar
-from ray_pipeline.data.datasets import DatasetsConfig, dpo_rows, kto_rows
+from ray_pipeline.data import decisions as stage
+from ray_pipeline.data.dataset_rows import DatasetsConfig, dpo_rows, kto_rows
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.data.ungated import best_and_worst
 from ray_pipeline.graph.stage import ShardInput
@@ -81,9 +81,9 @@ def test_only_the_first_k_count(gated: bool) -> None:
         tables={"candidates": world.candidates, "verdicts/judge": world.verdicts, "critiques": world.critiques},
         facts={},
         engine=None,
-        settings=columnar._GateGiven(gate=GateConfig() if gated else None, judges=tuple(JUDGES), first=2),
+        settings=stage._GateGiven(gate=GateConfig() if gated else None, judges=tuple(JUDGES), first=2),
         tick=lambda rows: None,
         watch=lambda judge, read: None,
     )
-    table: pa.Table = columnar.decide_shard(given_).tables["decisions"]
+    table: pa.Table = stage.decide_shard(given_).tables["decisions"]
     assert table["label"].to_pylist() == ["desirable", "undesirable"]

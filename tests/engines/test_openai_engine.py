@@ -30,11 +30,10 @@ from ray_pipeline.engines.base import (
 )
 from ray_pipeline.engines.logged import LoggedEngine
 from ray_pipeline.engines.openai import EndpointSettings, OpenAIEngine, OpenAISpec, broken_control_strings
-from ray_pipeline.store.calls import scan_calls
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import prompt_id
 from tests.endpoint import KEY, Answer, Endpoint, refused, said, using
-from tests.scripted import user
+from tests.scripted import logged_calls, user
 
 COLD = Sampling(max_tokens=20)
 SCORE = Grammar.json(
@@ -539,7 +538,7 @@ def test_the_budget_stops_cleanly_and_a_bigger_one_goes_on(tmp_path: Path) -> No
         engine, replies = again(budget=100.0)
         assert answered(replies) == len(server.asked) == 5 and engine.stats().cost == 75
         # Everything that was sent was answered, and everything that was answered is in the log.
-        assert sum(table.num_rows for table in scan_calls(Folder(str(tmp_path)))) == 5
+        assert logged_calls(Folder(str(tmp_path))).num_rows == 5
         error = str(next(r for r in replies if isinstance(r, BudgetSpent)))
         assert "75 of 100 USD spent (5 calls" in error and "raise endpoint.budget" in error
 
@@ -639,10 +638,10 @@ def test_the_key_is_in_no_log_no_file_and_no_message(
         while error is not None:
             shown += [repr(error), str(error)]
             error = getattr(error, "__cause__", None)
-    tables = [table.to_pylist() for table in scan_calls(Folder(str(tmp_path)))]
-    assert [row["text"] for rows in tables for row in rows if row["finish_reason"] == "stop"] == ["fine", "finer"]
+    rows = logged_calls(Folder(str(tmp_path))).to_pylist()
+    assert [row["text"] for row in rows if row["finish_reason"] == "stop"] == ["fine", "finer"]
     files = [file.read_bytes().decode("latin-1") for file in tmp_path.rglob("*") if file.is_file()]
-    assert KEY not in "\n".join([*shown, repr(tables), *files])
+    assert KEY not in "\n".join([*shown, repr(rows), *files])
     assert "***" in caplog.text  # it would have been there
 
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from ray_pipeline.agents.feedback_loop import ReviewAsking, load_feedback_templates, review_messages, revision_messages
 from ray_pipeline.agents.judges import SamplingSettings
 from ray_pipeline.agents.jurors import MEAN, JuryRule
-from ray_pipeline.data.datasets import DatasetsConfig
+from ray_pipeline.data.dataset_rows import DatasetsConfig
 from ray_pipeline.feedback.improve import DRAW_REVIEWS, REVISE, ImproveSettings, _Draw, _Revise
 from ray_pipeline.feedback.improvement_rows import Preferences, over_reviews, over_revisions, preference_rows
 from ray_pipeline.feedback.loop import ReviewerSettings

@@ -20,7 +20,7 @@ from ray_pipeline.agents.jurors import JuryRule
 from ray_pipeline.agents.ranking import Ranking, rank, rank_by_debate
 from ray_pipeline.agents.strategies import LABELS, Strategy, StrategyAsking, load_strategy_templates
 from ray_pipeline.agreement.ask import LiveJudge
-from ray_pipeline.data.datasets import DatasetsConfig, dpo_rows, kto_rows
+from ray_pipeline.data.dataset_rows import DatasetsConfig, dpo_rows, kto_rows
 from ray_pipeline.engines.base import PromptTooLong
 from ray_pipeline.feedback.select import RANK, SelectSettings, _judging, _Rank, accept_best
 from ray_pipeline.store.schemas import DECISIONS, VERDICTS

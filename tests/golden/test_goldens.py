@@ -42,7 +42,7 @@ from pydantic_core import to_jsonable_python
 from ray_pipeline.bench import questions as benchmark_questions
 from ray_pipeline.config.loading import read_config
 from ray_pipeline.config.settings import Settings
-from ray_pipeline.data.datasets import SPLITS, DatasetsConfig
+from ray_pipeline.data.dataset_rows import SPLITS, DatasetsConfig
 from ray_pipeline.engines.base import Grammar, Sampling
 from ray_pipeline.graph.stage import Stage
 from ray_pipeline.pocket import WEIGHTS

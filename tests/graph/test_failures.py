@@ -22,10 +22,9 @@ from ray_pipeline.graph.progress import ProgressBoard
 from ray_pipeline.graph.session import Session, StageTask
 from ray_pipeline.graph.shards import EngineHost, Receipt, make_columnar
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage, StageRef, StageStop
-from ray_pipeline.store.calls import scan_calls
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.schemas import DECISIONS
-from tests.scripted import ScriptedEngine, said, user
+from tests.scripted import ScriptedEngine, logged_calls, said, user
 
 QUICK = FailureSettings(backoff_s=0.0)
 EMPTY = ShardOutput({"decisions": DECISIONS.empty_table()})
@@ -270,7 +269,7 @@ def test_a_stopped_engine_keeps_what_is_under_way_and_asks_nothing_more(tmp_path
     *answered, late = asyncio.run(go())
     assert all(isinstance(a, Completion) for a in answered)
     assert isinstance(late, BudgetSpent) and str(late) == "enough"
-    assert engine.calls == 3 and sum(t.num_rows for t in scan_calls(Folder(str(tmp_path)))) == 3
+    assert engine.calls == 3 and logged_calls(Folder(str(tmp_path))).num_rows == 3
 
 
 def test_the_board_stops_a_shard_and_its_calls_are_kept(tmp_path: Path, actor: Callable[..., EngineHost]) -> None:
@@ -290,7 +289,7 @@ def test_the_board_stops_a_shard_and_its_calls_are_kept(tmp_path: Path, actor: C
 
     receipt = make(actor(job(tmp_path, function, engine, board=board)))
     assert (receipt.status, receipt.error) == ("stopped", "the run may cost no more")
-    assert 3 < sum(t.num_rows for t in scan_calls(Folder(str(tmp_path / "calls")))) < 50
+    assert 3 < logged_calls(Folder(str(tmp_path / "calls"))).num_rows < 50
     again = make(actor(job(tmp_path, function, engine, board=board)), 1)
     assert again.status == "stopped"  # a shard that has not begun does not begin
 

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from ray_pipeline.data import columnar
+from ray_pipeline.data import datasets
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "gate_scale", module)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(columnar, "token_counter", columnar.token_counter)  # the benchmark puts its own in place
+    monkeypatch.setattr(datasets, "token_counter", datasets.token_counter)  # the benchmark puts its own in place
     monkeypatch.setattr(module, "SHARD", 100)
     return module
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from ray_pipeline.cli import app
 from ray_pipeline.config.messages import ConfigError
-from ray_pipeline.data.datasets import DatasetsConfig, dpo_rows
+from ray_pipeline.data.dataset_rows import DatasetsConfig, dpo_rows
 from ray_pipeline.data.gate import GateConfig, decide
 from ray_pipeline.graph.heartbeat import RunBusy
 from ray_pipeline.graph.results import read_run

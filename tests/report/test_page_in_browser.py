@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 from perf.report_page import big_run
-from ray_pipeline.agreement.document import MeasureSettings, as_document, measure
+from ray_pipeline.agreement.document import as_document, measure
 from ray_pipeline.agreement.files import write_agreement, write_winrate
+from ray_pipeline.agreement.measure_settings import MeasureSettings
 from ray_pipeline.agreement.recorded_winrate import versus_rates
 from ray_pipeline.bench.page import benchmarks_page
 from ray_pipeline.evaluate.methods_page import methods_page

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ray_pipeline.data.datasets import TokenCounter
+from ray_pipeline.data.tokens import TokenCounter
 from ray_pipeline.engines.chat_template import ChatTemplate
 from ray_pipeline.store.schemas import MESSAGES
 from ray_pipeline.training.data_check import check_data

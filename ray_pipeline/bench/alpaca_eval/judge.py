@@ -15,12 +15,12 @@ from ray_pipeline.engines.base import ChatEngine, Completion, EngineError, Gramm
 from ray_pipeline.store.keys import derived_seed
 
 #: logprobs: p(first) / (p(first) + p(second)) at the first token; reply: the label that was written, 1 or 0;
-#: same: both outputs are one text, one half, and nobody was asked.
+#: same: both outputs are identical, so the preference is one half without a call.
 Method = Literal["logprobs", "reply", "same"]
 
 
 class PreferenceAsking(Settings):
-    """How AlpacaEval's judge is asked. The defaults are the published ones."""
+    """Calls of AlpacaEval's judge. The defaults are the published ones."""
 
     sampling: SamplingSettings = Field(
         SamplingSettings(temperature=1.0, max_tokens=1),
@@ -40,7 +40,7 @@ class PairPreference:
 
     Attributes:
         label_mass: probability of both labels together, before they are set in proportion; None without logprobs.
-            A small one says that the judge wanted to say something else.
+            If it is small, the judge would rather have replied something else.
     """
 
     first: float | None

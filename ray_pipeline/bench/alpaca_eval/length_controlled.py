@@ -58,7 +58,7 @@ class GamedRows:
     """Rows of the two gamed baselines (the reference asked to be verbose and concise), which keep the fit honest.
 
     Arrays of shape (rows,), in the order of the published file: standardised length difference (as Δ/sd above),
-    difficulty, preference. `surrogate` says that the preferences are stand-ins with the same sufficient statistics.
+    difficulty, preference. `surrogate`: the preferences are stand-ins with the same sufficient statistics.
     """
 
     length: Floats
@@ -91,7 +91,7 @@ def gamed_rows_of(rows: Sequence[Mapping[str, str]], source: str = "gamed rows")
     `pseudo_preference` in place of the preferences.
 
     Raises:
-        BenchmarkFileError: there are no rows, or a column is missing or no number.
+        BenchmarkFileError: there are no rows, or a column is missing or not numeric.
     """
     if not rows:
         raise BenchmarkFileError(f"{source} has no rows")
@@ -108,7 +108,7 @@ def difficulties_of(rows: Sequence[Mapping[str, str]], source: str = "instructio
     columns `index` (or `instruction_index`) and `instruction_difficulty`.
 
     Raises:
-        BenchmarkFileError: a column is missing or no number, or the indices are not 0, 1, 2, … without a gap.
+        BenchmarkFileError: a column is missing or not numeric, or the indices are not 0, 1, 2, … without a gap.
     """
     name = "instruction_index" if rows and "instruction_index" in rows[0] else "index"
     indices = _column(rows, name, source).astype(int)
@@ -213,7 +213,7 @@ def _choose_penalty(features: Floats, labels: Floats, strength: Floats) -> float
     twice = np.concatenate([rows, rows])
     losses = np.zeros(len(_PENALTIES))
     for train, test in GroupKFold(n_splits=_FOLDS).split(twice[:, None], groups=twice):
-        # Both copies of a row lie in the same fold, so half of the indices say which rows those are.
+        # Both copies of a row are in the same fold, so half of the indices identify the rows.
         inside, outside = train[train < len(rows)], test[test < len(rows)]
         for i, penalty in enumerate(_PENALTIES):
             model = _fit(features[inside], labels[inside], strength[inside], penalty)

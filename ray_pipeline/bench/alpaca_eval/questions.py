@@ -17,7 +17,9 @@ from ray_pipeline.bench.judge_prompts import PreferencePrompt, own_preference_pr
 from ray_pipeline.config.settings import Settings
 
 if TYPE_CHECKING:
+    from ray_pipeline.bench.questions import BenchmarkJudging
     from ray_pipeline.bench.scores import Measurement, Scored
+    from ray_pipeline.graph.stage import Stage
 
 #: Where the model's output is shown: by the published coin of each instruction, or once in each place.
 OrderRule = Literal["seeded", "both"]
@@ -36,7 +38,7 @@ class Instruction:
     dataset: str = ""
 
 
-#: The published instructions, at any commit of the data set; a copy elsewhere may have been edited.
+#: The published instructions, at any commit of the dataset; a copy elsewhere may have been edited.
 _PUBLISHED_REFERENCE = re.compile(r"hf://datasets/tatsu-lab/alpaca_eval(@[\w.-]+)?/alpaca_eval_gpt4_baseline\.json")
 
 
@@ -74,7 +76,7 @@ class AlpacaEvalSettings(Settings):
 
     @property
     def published_instructions(self) -> bool:
-        """Whether all instructions are asked, out of the benchmark's own file on the hub."""
+        """Whether all instructions of the benchmark's own file on the Hub are used."""
         return self.limit is None and _PUBLISHED_REFERENCE.fullmatch(self.reference) is not None
 
     def load(self) -> list[Instruction]:
@@ -118,6 +120,16 @@ class AlpacaEvalSettings(Settings):
     def answered(self) -> dict[str, SamplingSettings]:
         """Key of every sampling of the measured models."""
         return {"sampling": self.sampling}
+
+    def judging(self) -> BenchmarkJudging:
+        """What the judge needs. Raises BenchmarkFileError or TemplateError."""
+        from ray_pipeline.bench.alpaca_eval.judging import AlpacaEvalJudging
+
+        return AlpacaEvalJudging.part_of(self, prompt=self.judge_prompt())
+
+    def checks(self, inputs: Mapping[str, Stage]) -> list[Stage]:
+        """Only models judge."""
+        return []
 
     def scores(self, run: Measurement) -> Scored:
         """Scores of all models from the stored tables."""

@@ -36,7 +36,7 @@ Place = Literal["first", "second"]
 
 @dataclasses.dataclass(frozen=True)
 class Annotation:
-    """What the judge said of one model's output to one instruction, by where that output was shown.
+    """A judge's preferences on one model's output to one instruction, by the place where that output was shown.
 
     A place that was not asked is absent; without an output (None) nothing was asked and nothing is read.
     """
@@ -107,7 +107,7 @@ def instruction_table(annotations: Sequence[Annotation], controlled: LengthContr
                 "preference_predicted": None if controlled is None else float(controlled.preferences[i]),
                 "method": said[0].method if said else None,
                 "label_mass": min(masses) if masses else None,
-                # A draw between two identical texts was not asked, and is as good as read.
+                # A tie between two identical texts needs no call and counts as read.
                 "parse_status": unread[0] if unread else ("ok" if said else "unanswered"),
             }
         )
@@ -131,7 +131,7 @@ def preferences_of(annotations: Sequence[Annotation]) -> Floats:
 def published_place(instruction: str, seed: int = 0) -> Place:
     """Where the published annotator shows the model's output: a fair coin that the instruction's text seeds.
 
-    The reference is output 1 and the model's output 2; the coin says whether the two change places.
+    The reference is output 1 and the model's output 2; the coin toss decides whether the two are swapped.
     """
     coin = random.Random(f"is_switched_outputs{instruction}{seed}")
     return "first" if coin.choices([False, True], k=1)[0] else "second"
@@ -228,7 +228,7 @@ Metric = Literal["LC", "WR"]
 def reference_digest(lengths: Sequence[int]) -> str:
     """Digest of the reference's outputs by their lengths in characters, in the order of the published file.
 
-    Their texts are not ours to ship, not even as what a digest is checked against; 805 lengths tell files apart.
+    Their texts may not be shipped, so the 805 lengths identify the file.
     """
     return digest(["lengths", [int(n) for n in lengths]])
 
@@ -281,7 +281,7 @@ def alpaca_eval_protocol(
 
 
 def instructions_digest(instructions: Sequence[Instruction]) -> str:
-    """Digest of what is asked, in the order of the file; the reference's outputs are not in it."""
+    """Digest of the instructions in the order of the file, without the reference outputs."""
     return digest(["instructions", [one.instruction for one in instructions]])
 
 
@@ -293,7 +293,7 @@ def published_alpaca_eval(metric: Metric, instructions: str | None) -> Published
     Args:
         instructions: digest of the published instructions. Their texts are not ours to ship and no digest of them is
             known here, so it is that of a file that its origin vouches for (the benchmark's own on the hub); None:
-            nothing vouches for those that were asked, and a score on them is not the published one.
+            the instructions are unverified, and a score on them is not the published one.
     """
     asking = PreferenceAsking()
     return PublishedProtocol(

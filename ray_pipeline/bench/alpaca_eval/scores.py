@@ -63,7 +63,7 @@ def _length_data(settings_text: str) -> Any:
 
 
 def _annotations(tables: Tables, said: Sequence[Mapping[str, Any]], model: str) -> list[Annotation]:
-    """Every instruction in the order of the file, with what was said of the model's output; without an output, none."""
+    """Every instruction in the order of the file, with the verdicts on the model's output; none without an output."""
     asked: dict[str, dict[Any, PairPreference]] = {}
     for row in said:
         if row["model"] == model:

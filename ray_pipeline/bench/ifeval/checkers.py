@@ -13,7 +13,7 @@ _PACKAGES = ("lm_eval", "nltk", "langdetect")
 
 
 class CheckersMissing(RuntimeError):
-    """The official checkers cannot run here. The message says what to install."""
+    """The official checkers cannot run here; the message names what to install."""
 
 
 def checker_version() -> str:
@@ -51,7 +51,7 @@ def load_checkers() -> Checkers:
     The sentence data that they need is looked for first, because lm-eval would go to the network for it.
 
     Raises:
-        CheckersMissing: the extra, or the tokenizer data `punkt_tab` of nltk, is not there.
+        CheckersMissing: the extra, or the tokenizer data `punkt_tab` of nltk, is missing.
     """
     try:
         import nltk

@@ -17,6 +17,7 @@ from ray_pipeline.store.keys import canonical_json
 
 if TYPE_CHECKING:
     from ray_pipeline.bench.scores import Measurement, Scored
+    from ray_pipeline.graph.stage import Stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,7 @@ class IfevalSettings(Settings):
                 if name not in known:
                     raise BenchmarkFileError(
                         f"ifeval.prompts: prompt {row['question_id']} of {self.prompts} has the instruction {name}, "
-                        "and no checker knows it"
+                        "which no checker supports"
                     )
 
     def judged(self) -> dict[str, tuple[str, SamplingSettings]]:
@@ -82,6 +83,15 @@ class IfevalSettings(Settings):
     def answered(self) -> dict[str, SamplingSettings]:
         """Key of every sampling of the measured models."""
         return {"sampling": self.sampling}
+
+    def judging(self) -> None:
+        """No model judges."""
+
+    def checks(self, inputs: Mapping[str, Stage]) -> list[Stage]:
+        """The stage of the checkers. Raises CheckersMissing if they are not installed."""
+        from ray_pipeline.bench.ifeval.checks import checks
+
+        return [checks(inputs)]
 
     def scores(self, run: Measurement) -> Scored:
         """Scores of all models from the stored tables."""

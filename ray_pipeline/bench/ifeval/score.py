@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,22 +21,19 @@ from ray_pipeline.stats.bootstrap import Interval, bootstrap_mean
 from ray_pipeline.stats.protocol import Protocol, PublishedProtocol
 from ray_pipeline.store.keys import digest
 
-#: Two prompts that differ more than this are not the same one (ratio of `difflib`).
-_SAME_PROMPT = 0.9
-
 
 class UnknownInstruction(ValueError):
-    """A prompt has an instruction that no checker knows. The message names both."""
+    """A prompt has an instruction that no checker supports. The message names both."""
 
 
 @dataclasses.dataclass(frozen=True)
 class IfevalVerdict:
-    """What was followed: one flag an instruction, in the prompt's order.
+    """Which instructions were followed: one flag per instruction, in the prompt's order.
 
     Attributes:
         answered: False for a missing response, whose flags are all False.
         chance: a checker drew what it looks for at random (the official one of letter frequency does so where the
-            prompt asks for a sign such as # or !), so that another seed may judge otherwise.
+            prompt asks for a sign such as # or !), so that another seed may give another verdict.
     """
 
     key: int
@@ -74,7 +70,7 @@ class TypeAccuracy:
 class IfevalScores:
     """The four published accuracies, and instructions by type and by family.
 
-    `unanswered` counts prompts without a response, `chance` those whose verdict hangs on a checker's random draw.
+    `unanswered` counts prompts without a response, `chance` those whose verdict depends on a checker's random draw.
     """
 
     prompt_strict: Accuracy
@@ -87,64 +83,9 @@ class IfevalScores:
     chance: int
 
 
-def prompts_of(rows: Sequence[Mapping[str, Any]], source: str = "IFEval prompts") -> list[IfevalPrompt]:
-    """Prompts from rows of the published file (key, prompt, instruction_id_list, kwargs); null arguments are left out.
-
-    Raises:
-        ValueError: a column is missing, a key comes twice, or a prompt has other than one argument set an instruction.
-    """
-    found: dict[int, IfevalPrompt] = {}
-    for number, row in enumerate(rows, 1):
-        if lacking := {"key", "prompt", "instruction_id_list", "kwargs"} - set(row):
-            raise ValueError(f"{source}, row {number}: {', '.join(sorted(lacking))} is missing")
-        ids, arguments = tuple(row["instruction_id_list"]), row["kwargs"]
-        if len(ids) != len(arguments):
-            raise ValueError(f"{source}, key {row['key']}: {len(ids)} instructions, but {len(arguments)} argument sets")
-        if row["key"] in found:
-            raise ValueError(f"{source}: key {row['key']} comes twice")
-        known = tuple({k: v for k, v in (a or {}).items() if v is not None} for a in arguments)
-        found[row["key"]] = IfevalPrompt(row["key"], row["prompt"], ids, known)
-    return list(found.values())
-
-
 def questions_digest(prompts: Sequence[IfevalPrompt]) -> str:
-    """Digest of a set of prompts, whatever their order."""
+    """Digest of a set of prompts, independent of their order."""
     return digest(sorted([p.key, p.prompt, list(p.instructions), [dict(a) for a in p.arguments]] for p in prompts))
-
-
-def match_responses(
-    prompts: Sequence[IfevalPrompt], responses: Sequence[tuple[str, str]]
-) -> tuple[dict[int, str], list[int]]:
-    """Responses by key, from (prompt, response) pairs as response files hold them: without keys.
-
-    A pair whose prompt is the text of no prompt belongs to the nearest one that is still without a response
-    (the published GPT-4 file words one prompt differently).
-
-    Returns:
-        key → response, and the keys that were matched by nearness.
-
-    Raises:
-        ValueError: a response's prompt is like none of those left, or comes twice.
-    """
-    by_text = {p.prompt: p.key for p in prompts}
-    found: dict[int, str] = {}
-    strangers = []
-    for text, response in responses:
-        if text not in by_text:
-            strangers.append((text, response))
-        elif by_text[text] in found:
-            raise ValueError(f"two responses to the prompt of key {by_text[text]}")
-        else:
-            found[by_text[text]] = response
-    nearest_keys = []
-    for text, response in strangers:
-        left = [p.prompt for p in prompts if p.key not in found]
-        nearest = difflib.get_close_matches(text, left, n=1, cutoff=_SAME_PROMPT)
-        if not nearest:
-            raise ValueError(f"a response belongs to none of the prompts: {text[:80]!r}")
-        found[by_text[nearest[0]]] = response
-        nearest_keys.append(by_text[nearest[0]])
-    return found, nearest_keys
 
 
 def check(
@@ -152,7 +93,7 @@ def check(
 ) -> list[IfevalVerdict]:
     """Verdicts on the responses by key, in the order of the prompts; a prompt without a response is unanswered.
 
-    Language detection and what checkers draw at random are seeded anew for each prompt, so that a verdict depends on
+    Language detection and random draws of checkers are reseeded for each prompt, so that a verdict depends on
     the prompt and its response alone.
 
     Raises:

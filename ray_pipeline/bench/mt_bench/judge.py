@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -28,25 +28,25 @@ Turn = Literal[1, 2]
 
 
 class BenchAsking(Settings):
-    """How MT-Bench's judge is asked. The defaults are the published ones, but for the rule of reading.
+    """Calls of MT-Bench's judge. The defaults are the published ones, except for the reading rule.
 
     With `unanimous` a reply that holds two verdicts, or that was cut off, is unread instead of taken at its first one,
     which an answer could have planted; the two rules read alike where no reply is `contradictory`.
 
     `grammar` forces the reply to be the verdict alone, without the explanation that the published judge gives first:
-    for judges that are too small to keep the form.
+    for judges that are too small to follow the format.
     """
 
     sampling: SamplingSettings = SamplingSettings(temperature=0.0, max_tokens=2048)
     reading: Reading = Field("unanimous", description="which reader takes the grade from the reply")
-    retries: int = Field(0, ge=0, description="how often an unreadable reply is asked for again; published: never")
+    retries: int = Field(0, ge=0, description="retries of an unreadable reply; published: none")
     retry_temperature: float = Field(0.7, ge=0, description="temperature of a retry")
     grammar: bool = Field(False, description="force the reply's form while it is sampled")
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """A model's answers to the two turns; None where there is none, and the finish reason says why.
+    """A model's answers to the two turns; None where there is none, with the finish reason.
 
     A second turn whose first has no answer is not asked (`skipped`).
     """
@@ -57,7 +57,7 @@ class Conversation:
 
 @dataclasses.dataclass(frozen=True)
 class Rating:
-    """What a judge says of one turn. `score` is None exactly when `parse_status` is not a read one.
+    """A judge's rating of one turn. `score` is None exactly if `parse_status` is not a read one.
 
     `contradictory`: the published rule takes a score from the reply, and the stricter one does not, because the reply
     holds two different verdicts or was cut off.
@@ -128,16 +128,7 @@ async def rate_turn(
     name = f"single-{'math-v1' if references else 'v1'}{'-multi-turn' if turn == 2 else ''}"
     if _unanswered(turn, answers):
         return Rating(None, "skipped", False, None)
-    read, reply, status = await ask_until_read(
-        engine,
-        prompts[name].messages(fields),
-        asking.sampling,
-        asking,
-        Grammar.regex(_RATING) if asking.grammar else None,
-        lambda reply: _rating(reply, asking.reading),
-    )
-    raw = None if reply is None else reply.text
-    contradictory = reply is not None and status != "error" and rules_differ(reply, _rating)
+    read, status, contradictory, raw = await _ask(engine, prompts[name].messages(fields), asking, _RATING, _rating)
     return Rating(None if read is None else float(read.fields["score"]), status, contradictory, raw)
 
 
@@ -161,17 +152,26 @@ async def compare_turn(
     name = f"pair-{'math-v1' if references else 'v2'}{'-multi-turn' if turn == 2 else ''}"
     if _unanswered(turn, answers_a) or _unanswered(turn, answers_b):
         return TurnChoice(None, "skipped", False, None)
-    read, reply, status = await ask_until_read(
-        engine,
-        prompts[name].messages(fields),
-        asking.sampling,
-        asking,
-        Grammar.regex(_CHOICE) if asking.grammar else None,
-        lambda reply: read_bracketed_choice(reply, asking.reading),
+    read, status, contradictory, raw = await _ask(
+        engine, prompts[name].messages(fields), asking, _CHOICE, read_bracketed_choice
     )
-    raw = None if reply is None else reply.text
-    contradictory = reply is not None and status != "error" and rules_differ(reply, read_bracketed_choice)
     return TurnChoice(None if read is None else read.fields["choice"], status, contradictory, raw)
+
+
+async def _ask(
+    engine: ChatEngine,
+    messages: list[Message],
+    asking: BenchAsking,
+    form: str,
+    reader: Callable[[Completion, Reading], Read | None],
+) -> tuple[Read | None, str, bool, str | None]:
+    """What was read, the parse status, whether the reply is contradictory, and its text."""
+    grammar = Grammar.regex(form) if asking.grammar else None
+    read, reply, status = await ask_until_read(
+        engine, messages, asking.sampling, asking, grammar, lambda reply: reader(reply, asking.reading)
+    )
+    contradictory = reply is not None and status != "error" and rules_differ(reply, reader)
+    return read, status, contradictory, None if reply is None else reply.text
 
 
 def _question_fields(turn: Turn, questions: Sequence[str], references: Sequence[str] | None) -> dict[str, str]:

@@ -13,9 +13,12 @@ from ray_pipeline.bench.files import OWN, BenchmarkFileError, need, question_row
 from ray_pipeline.bench.judge_prompts import BenchPrompt, mt_bench_prompts, own_mt_bench_prompts
 from ray_pipeline.bench.mt_bench.judge import BenchAsking
 from ray_pipeline.config.settings import Settings
+from ray_pipeline.engines.base import Sampling
 
 if TYPE_CHECKING:
+    from ray_pipeline.bench.questions import BenchmarkJudging
     from ray_pipeline.bench.scores import Measurement, Scored
+    from ray_pipeline.graph.stage import Stage
 
 #: Temperature of the answers by category; any other category has 0.7.
 CATEGORY_TEMPERATURES: Mapping[str, float] = {
@@ -122,11 +125,33 @@ class MtBenchSettings(Settings):
         """Key of every sampling of the measured models: there is none, the protocol fixes how they answer."""
         return {}
 
+    def judging(self) -> BenchmarkJudging:
+        """What the judge needs. Raises BenchmarkFileError or TemplateError."""
+        from ray_pipeline.bench.mt_bench.judging import MtBenchJudging
+
+        return MtBenchJudging.part_of(self, prompts=self.judge_prompts())
+
+    def checks(self, inputs: Mapping[str, Stage]) -> list[Stage]:
+        """Only models judge."""
+        return []
+
     def scores(self, run: Measurement) -> Scored:
         """Scores of all models from the stored tables."""
         from ray_pipeline.bench.mt_bench.scores import scored
 
         return scored(self, run)
+
+
+class MtBenchAnswering(Settings):
+    """The settings that decide an answer, beside the model and the seed."""
+
+    answer_tokens: int
+    temperatures: dict[str, float]
+
+    def sampling(self, category: str) -> Sampling:
+        """Sampling of an answer to a question of this category, without a seed."""
+        temperature = self.temperatures.get(category, OTHER_TEMPERATURE)
+        return Sampling(temperature=temperature, max_tokens=self.answer_tokens)
 
 
 def questions_of(

@@ -35,7 +35,7 @@ def read_rating(reply: Completion, reading: Reading, low: float, high: float) ->
     if not values or not low <= values[0] <= high:
         return None
     if reading == "unanimous":
-        # A number off the scale is no rating in single brackets (a year, an index), and a wrong one in double ones.
+        # A number off the scale is no rating in single brackets (a year, an index), and an invalid one in double ones.
         said = {*values, *(value for value in single if low <= value <= high)}
         if reply.finish_reason != "stop" or len(said) > 1:
             return None

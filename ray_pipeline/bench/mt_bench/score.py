@@ -19,9 +19,7 @@ from ray_pipeline.bench.mt_bench.judge import (
     LOW,
     BenchAsking,
     Conversation,
-    Rating,
     Turn,
-    TurnChoice,
     compare_turn,
     rate_turn,
 )
@@ -97,7 +95,7 @@ class MtBenchScores:
 @dataclasses.dataclass(frozen=True)
 class PairwiseScores:
     """Model A against model B; in the win rates "policy" is A and "base" is B. A pair is one turn of one question, won
-    only if both orders say so; intervals resample questions."""
+    only if both orders agree; intervals resample questions."""
 
     overall: WinRate
     turns: Mapping[int, WinRate]
@@ -118,18 +116,8 @@ async def grade(
     """The ratings of both turns, with the question's references where it has them."""
 
     async def one(turn: Turn) -> TurnRating:
-        said: Rating = await rate_turn(
-            engine, prompts, turn, question.turns, answers.turns, question.references, asking
-        )
-        return TurnRating(
-            question.question_id,
-            question.category,
-            turn,
-            said.score,
-            said.parse_status,
-            said.contradictory,
-            said.raw,
-        )
+        rating = await rate_turn(engine, prompts, turn, question.turns, answers.turns, question.references, asking)
+        return TurnRating(question.question_id, question.category, turn, **vars(rating))
 
     return list(await asyncio.gather(*(one(turn) for turn in TURNS)))
 
@@ -146,19 +134,10 @@ async def compare(
 
     async def one(turn: Turn, order: Literal["ab", "ba"]) -> TurnComparison:
         first, second = (answers_a, answers_b) if order == "ab" else (answers_b, answers_a)
-        said: TurnChoice = await compare_turn(
+        choice = await compare_turn(
             engine, prompts, turn, question.turns, first.turns, second.turns, question.references, asking
         )
-        return TurnComparison(
-            question.question_id,
-            question.category,
-            turn,
-            order,
-            said.choice,
-            said.parse_status,
-            said.contradictory,
-            said.raw,
-        )
+        return TurnComparison(question.question_id, question.category, turn, order, **vars(choice))
 
     orders: tuple[Literal["ab", "ba"], ...] = ("ab", "ba")
     return list(await asyncio.gather(*(one(turn, order) for turn in TURNS for order in orders)))
@@ -258,7 +237,7 @@ _COMPARISONS = pa.schema(
 
 
 def questions_digest(questions: Sequence[Question]) -> str:
-    """Digest of a set of questions, whatever their order; references are not in it."""
+    """Digest of a set of questions, independent of their order and of references."""
     return digest(sorted([q.question_id, q.category, list(q.turns)] for q in questions))
 
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ray_pipeline.bench.judge_prompts import BenchPrompt
-from ray_pipeline.bench.mt_bench.judge import BenchAsking
 from ray_pipeline.bench.mt_bench.questions import Mode, MtBenchSettings, Question, question_of
 from ray_pipeline.bench.mt_bench.score import (
     RatingMean,
@@ -18,7 +17,7 @@ from ray_pipeline.bench.mt_bench.score import (
     pairwise_scores,
     published_mt_bench,
 )
-from ray_pipeline.bench.scores import Judge, Measurement, Reading, Score, Scored, count_statuses, make_score, percent
+from ray_pipeline.bench.scores import Measurement, Reading, Score, Scored, count_statuses, make_score, percent
 from ray_pipeline.stats.protocol import Protocol, PublishedProtocol
 from ray_pipeline.stats.winrate import WinRate
 
@@ -26,18 +25,9 @@ _TABLE = "mt_bench_categories"
 
 
 def scored(settings: MtBenchSettings, run: Measurement) -> Scored:
-    """Scores of all models, by single grading and by comparison, as far as their tables are there."""
-    rules = MtBenchRules(
-        questions=[question_of(q) for q in run.tables.of("mt_bench")],
-        prompts=settings.judge_prompts(),
-        asking=settings.asking,
-        judge=run.judges[settings.judge],
-        reference=settings.reference_name,
-        answer_tokens=settings.answer_tokens,
-        temperatures=settings.temperatures,
-        draws=run.draws,
-        seed=run.seed,
-    )
+    """Scores of all models, by single grading and by comparison, as far as their tables exist."""
+    questions = [question_of(question) for question in run.tables.of("mt_bench")]
+    rules = MtBenchRules(settings, run, questions, settings.judge_prompts())
     result = Scored()
     columns = ("category", "turn", "parse_status", "contradictory", "raw")
     if (rated := run.tables.rows("bench_ratings")) is not None:
@@ -72,28 +62,24 @@ def scored(settings: MtBenchSettings, run: Measurement) -> Scored:
 class MtBenchRules:
     """What all models' MT-Bench scores have in common."""
 
+    settings: MtBenchSettings
+    run: Measurement
     questions: Sequence[Question]
     prompts: Mapping[str, BenchPrompt]
-    asking: BenchAsking
-    judge: Judge
-    reference: str | None
-    answer_tokens: int
-    temperatures: Mapping[str, float]
-    draws: int = 2000
-    seed: int = 0
 
     def protocol(self, mode: Mode, contradictory: int, reference: str | None) -> Protocol:
-        return self.judge.marked(
+        judge = self.run.judges[self.settings.judge]
+        return judge.marked(
             mt_bench_protocol(
                 mode,
                 self.questions,
                 self.prompts,
-                self.asking,
-                self.judge.identity,
+                self.settings.asking,
+                judge.identity,
                 contradictory,
                 reference=reference,
-                answer_tokens=self.answer_tokens,
-                temperatures=self.temperatures,
+                answer_tokens=self.settings.answer_tokens,
+                temperatures=self.settings.temperatures,
             )
         )
 
@@ -102,8 +88,8 @@ def mt_bench_grades(
     model: str, ratings: Sequence[TurnRating], rules: MtBenchRules
 ) -> tuple[list[Score], list[dict[str, Any]], Reading]:
     """Overall and by turn; rows of the table of categories; and how the replies were read."""
-    found = mt_bench_scores(ratings, draws=rules.draws, seed=rules.seed)
-    protocol = rules.protocol("single", found.contradictory, rules.reference)
+    found = mt_bench_scores(ratings, draws=rules.run.draws, seed=rules.run.seed)
+    protocol = rules.protocol("single", found.contradictory, rules.settings.reference_name)
     published = published_mt_bench()
     means = {"": found.overall, **{f"turn {turn}": mean for turn, mean in found.turns.items()}}
     scores = [
@@ -145,7 +131,7 @@ def mt_bench_pairs(
 ) -> tuple[list[Score], list[dict[str, Any]], Reading]:
     """Win rate of a model over another one, overall and by turn, ties counting half; a turn is won only if both orders
     say so. Rows of the table of categories; and how the replies were read."""
-    found = pairwise_scores(comparisons, "judge", draws=rules.draws, seed=rules.seed)
+    found = pairwise_scores(comparisons, "judge", draws=rules.run.draws, seed=rules.run.seed)
     statuses = count_statuses(c.parse_status for c in comparisons)
     protocol = rules.protocol("pairwise", found.contradictory, against)
     rates = {"": found.overall, **{f", turn {turn}": rate for turn, rate in sorted(found.turns.items())}}

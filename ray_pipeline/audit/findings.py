@@ -1,0 +1,182 @@
+"""What an audit reads and what it finds: a run's tables, problems by kind, and counts to compare with stats.json."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from ray_pipeline.data.dataset_rows import DatasetsConfig
+from ray_pipeline.data.gate import GateConfig
+from ray_pipeline.data.tokens import Encode
+from ray_pipeline.store import keys
+from ray_pipeline.store.files import Folder, StoreError
+from ray_pipeline.store.schemas import TABLES
+from ray_pipeline.store.tables import ShardedTable
+
+Row = dict[str, Any]
+
+#: Reasons that only the policy's tokenizer can confirm.
+_BY_LENGTH = ("prompt_too_long", "equal_after_truncation")
+
+#: What can be wrong.
+PROBLEMS = {
+    "unreadable": "a file is missing, truncated or from another run",
+    "orphan": "a row's id is not found",
+    "duplicate": "a key occurs twice",
+    "shard": "a row is in the wrong shard",
+    "prompt_id": "a prompt's id is not the hash of its messages",
+    "numbers": "mean, variance, penalty or final score do not follow from verdicts and critique",
+    "label": "a label does not follow from the numbers",
+    "scores": "a training row carries other scores than the verdicts",
+    "messages": "a training row's prompt is not the prompt's messages",
+    "completion": "a training row's answer is not the candidate's response",
+    "split": "a training row is in another split than its prompt",
+    "pair": "a DPO pair is not the best with the worst, is equal, or should not be there",
+    "length": "a training row's prompt is over the limit",
+    "missing": "a candidate or prompt has no row, and nothing explains it",
+    "count": "stats.json counts other numbers than the tables hold",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunTables:
+    """Tables of a run, and the settings they were made with.
+
+    Attributes:
+        verdicts: one table, or one for each judge stage.
+        critiques: None where the gate did not use the critic.
+        datasets: location of the datasets stage's folder (kto/, dpo/, stats.json).
+        judges: whose scores the gate counted.
+    """
+
+    prompts: ShardedTable
+    candidates: ShardedTable
+    verdicts: Sequence[ShardedTable]
+    critiques: ShardedTable | None
+    decisions: ShardedTable
+    datasets: str
+    judges: Sequence[str]
+    gate: GateConfig
+    config: DatasetsConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One problem: its kind (a key of PROBLEMS), the table and id of the row, and what was found."""
+
+    kind: str
+    table: str
+    id: str
+    message: str
+
+
+@dataclasses.dataclass(frozen=True)
+class AuditReport:
+    """Outcome of an audit.
+
+    Attributes:
+        rows: rows that were checked, by table.
+        found: number of problems of each kind; kinds without problems are left out.
+        problems: the first problems, shard by shard.
+    """
+
+    rows: dict[str, int]
+    found: dict[str, int]
+    problems: list[Problem]
+
+    @property
+    def ok(self) -> bool:
+        return not self.found
+
+    def summary(self) -> str:
+        """One line to print."""
+        kinds = " and ".join(f"{self.rows[kind]} {kind.upper()}" for kind in ("kto", "dpo", "sft") if kind in self.rows)
+        walked = f"{kinds} rows walked back to {self.rows['prompts']} prompts"
+        if self.ok:
+            return f"{walked}: no problem"
+        return f"{walked}: " + ", ".join(f"{n} × {kind} ({PROBLEMS[kind]})" for kind, n in self.found.items())
+
+
+class Findings:
+    """Problems and counts over all shards."""
+
+    def __init__(self, run: RunTables, encode: Encode | None, max_problems: int) -> None:
+        self.run = run
+        self.encode = encode
+        self.max_problems = max_problems
+        self.rows: collections.Counter[str] = collections.Counter(dict.fromkeys((*run.config.kinds, "prompts"), 0))
+        self.found: collections.Counter[str] = collections.Counter()
+        self.problems: list[Problem] = []
+        #: The audit's own counts of what the datasets stage counted, by kind.
+        self.counted: dict[str, collections.Counter[str]] = {k: collections.Counter() for k in ("kto", "dpo", "sft")}
+
+    def problem(self, kind: str, table: str, id: str, message: str) -> None:
+        assert kind in PROBLEMS
+        self.found[kind] += 1
+        if len(self.problems) < self.max_problems:
+            self.problems.append(Problem(kind, table, id, message))
+
+    def training_rows(self, fingerprint: str) -> dict[str, dict[int, list[Row]]]:
+        """kind → shard → rows, each with its split folder under "_split"; shard -1 for malformed ids."""
+        num_shards = self.run.prompts.num_shards
+        found: dict[str, dict[int, list[Row]]] = {}
+        for kind in self.run.config.kinds:
+            found[kind] = collections.defaultdict(list)
+            for split in ("train", "val"):
+                for table in self._files(kind, split, fingerprint):
+                    self.rows[kind] += table.num_rows
+                    self.counted[kind][f"rows {split}"] += table.num_rows
+                    for row in table.to_pylist():
+                        row["_split"] = split
+                        found[kind][shard_or_none(row["prompt_id"], num_shards)].append(row)
+        return found
+
+    def _files(self, kind: str, split: str, fingerprint: str) -> Iterable[pa.Table]:
+        folder = Folder(self.run.datasets) / kind / split
+        names = folder.names(".parquet")
+        if not names:
+            self.problem("unreadable", kind, split, f"{folder.location} holds no Parquet file")
+        for name in names:
+            try:
+                yield folder.read_table(name, fingerprint=fingerprint, kind=kind, schema=TABLES[kind])
+            except StoreError as error:
+                self.problem("unreadable", kind, name, str(error))
+
+    def read(self, table: ShardedTable, shard: int) -> list[Row]:
+        try:
+            rows: list[Row] = table.read(shard).to_pylist()
+        except (StoreError, FileNotFoundError) as error:
+            self.problem("unreadable", table.kind, f"shard {shard}", str(error))
+            return []
+        self.rows[table.kind] += len(rows)
+        return rows
+
+    def check_counts(self, stats: Mapping[str, Any]) -> None:
+        """Compare stats.json with the audit's own counts."""
+        for kind in self.run.config.kinds:
+            if kind not in stats["counts"]:
+                self.problem("count", kind, "stats.json", f"stats.json does not count {kind}")
+                continue
+            own, said = self.counted[kind], stats["counts"][kind]
+            pairs = [(f"rows of {s}", stats["rows"][kind][s], own[f"rows {s}"]) for s in ("train", "val")]
+            pairs.append(("kept", said["kept"], own["rows train"] + own["rows val"]))
+            known = set(said["dropped"]) if self.encode else set(said["dropped"]) - set(_BY_LENGTH)
+            pairs += [(reason, said["dropped"][reason], own[reason]) for reason in sorted(known)]
+            if not self.encode:
+                length = sum(said["dropped"].get(reason, 0) for reason in _BY_LENGTH)
+                pairs.append((" + ".join(r for r in _BY_LENGTH if r in said["dropped"]), length, own["unexplained"]))
+            for name, value, expected in pairs:
+                if value != expected:
+                    self.problem("count", kind, name, f"stats.json says {value}, the tables say {expected}")
+
+
+def shard_or_none(prompt: str, num_shards: int) -> int:
+    """Shard of a prompt id; -1 if the id is malformed."""
+    try:
+        return keys.shard_of(prompt, num_shards)
+    except ValueError:
+        return -1

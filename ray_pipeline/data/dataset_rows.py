@@ -1,0 +1,263 @@
+"""Training rows of one shard: decisions become rows that TRL's KTO and DPO trainers take as they are.
+
+TRL 1.16 has no limit on prompts, silently drops prompts that fill `max_length`, and truncates completions at
+`max_length`. So both limits are enforced and counted here, with the policy's own tokenizer.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field, model_validator
+
+from ray_pipeline.config.settings import Settings
+from ray_pipeline.data.rows import KeyMismatch, gather, one_array, refuse_repeats, rows_of
+from ray_pipeline.data.tokens import Encode
+from ray_pipeline.store.keys import normalise_text
+from ray_pipeline.store.schemas import DPO, KTO, READ_STATUSES, to_table
+
+Kind = Literal["kto", "dpo", "sft"]
+SPLITS = ("train", "val")
+
+#: Reasons for which a desirable or undesirable candidate gives no KTO row, in the order of the checks.
+KTO_DROPPED = ("empty_response", "prompt_too_long")
+#: Reasons for which a prompt gives no DPO pair, in the order of the checks.
+DPO_DROPPED = (
+    "no_desirable_or_undesirable", "no_desirable", "no_undesirable", "gap_too_small", "equal_text", "prompt_too_long",
+    "equal_after_truncation",
+)  # fmt: skip
+
+
+class DatasetsConfig(Settings):
+    """Which datasets are made, and the limits of their rows."""
+
+    kinds: list[Kind] = Field(
+        ["kto", "dpo"],
+        min_length=1,
+        description='"kto", "dpo" and "sft" (the chosen answers of the pairs), one or more of them',
+    )
+    min_gap: float = Field(
+        1.5, ge=0, allow_inf_nan=False, description="smallest difference of final scores of a DPO pair"
+    )
+    max_length: int = Field(
+        1024, ge=2, description="tokens of prompt and completion at which the trainer cuts; must equal the trainer's"
+    )
+    max_prompt_length: int = Field(
+        512, ge=1, description="prompts of more tokens (with the generation prompt) are left out"
+    )
+    seed: int = Field(0, description="of the training order")
+    rows_per_file: int = Field(10_000, ge=1, description="rows of one Parquet file")
+
+    @model_validator(mode="after")
+    def _fits(self) -> DatasetsConfig:
+        if self.max_prompt_length >= self.max_length:
+            raise ValueError(
+                f"max_prompt_length ({self.max_prompt_length}) must be below max_length ({self.max_length}), "
+                "or prompts would leave no room for a response"
+            )
+        if len(set(self.kinds)) < len(self.kinds):
+            raise ValueError(f"kinds contains a dataset twice: {self.kinds}")
+        return self
+
+    @property
+    def row_kinds(self) -> tuple[Kind, ...]:
+        """The tables that the kinds are made from: SFT rows are the chosen halves of pairs."""
+        wanted: dict[Kind, None] = dict.fromkeys("dpo" if kind == "sft" else kind for kind in self.kinds)
+        return tuple(wanted)
+
+
+def kto_rows(
+    prompts: pa.Table,
+    candidates: pa.Table,
+    verdicts: pa.Table,
+    decisions: pa.Table,
+    config: DatasetsConfig,
+    encode: Encode,
+    judges: Sequence[str] | None = None,
+) -> tuple[pa.Table, dict[str, Any]]:
+    """One row for each desirable or undesirable candidate of a shard, in the order of `decisions`.
+
+    Args:
+        judges: whose scores the rows carry, in this order; by default all of `verdicts`, by name.
+
+    Returns:
+        A table of schema KTO, and counts: `candidates` (rows of `decisions`), `kept`, `dropped` by reason
+        (`KTO_DROPPED`) and `truncated` (kept rows of more than `max_length` tokens, which the trainer truncates).
+
+    Raises:
+        KeyMismatch: a decision's candidate or prompt is missing or belongs to another, or an id occurs twice.
+    """
+    dropped = dict.fromkeys(KTO_DROPPED, 0)
+    truncated = 0
+    scores = _scores(verdicts, judges)
+    rows = []
+    for kept in _kept_candidates(prompts, candidates, decisions):
+        completion = _answer(kept["response"])
+        if _is_empty(kept["response"]):
+            dropped["empty_response"] += 1
+            continue
+        if len(encode(kept["messages"], None)) > config.max_prompt_length:
+            dropped["prompt_too_long"] += 1
+            continue
+        truncated += len(encode(kept["messages"], completion)) > config.max_length
+        rows.append(
+            {
+                "candidate_id": kept["candidate_id"],
+                "prompt_id": kept["prompt_id"],
+                "split": kept["split"],
+                "prompt": kept["messages"],
+                "completion": completion,
+                "label": kept["label"] == "desirable",
+                "final_score": kept["final_score"],
+                "scores": scores.get(kept["candidate_id"], []),
+            }
+        )
+    counts = {"candidates": decisions.num_rows, "kept": len(rows), "dropped": dropped, "truncated": truncated}
+    return to_table(rows, KTO), counts
+
+
+def dpo_rows(
+    prompts: pa.Table,
+    candidates: pa.Table,
+    verdicts: pa.Table,
+    decisions: pa.Table,
+    config: DatasetsConfig,
+    encode: Encode,
+    every_rejected: bool = False,
+) -> tuple[pa.Table, dict[str, Any]]:
+    """At most one pair for each prompt of a shard, sorted by prompt_id.
+
+    Chosen is the desirable candidate of the highest final score, rejected the undesirable one of the lowest; of equal
+    scores the smaller candidate_id. A pair that fails a guard is dropped, not replaced by the next best.
+
+    Args:
+        verdicts: unused; present so that all datasets are made by the same call.
+        every_rejected: a pair with each undesirable candidate, the lowest first, not with the lowest alone. A prompt
+            without a pair then counts once, one with several counts them all.
+
+    Returns:
+        A table of schema DPO, and counts: `prompts` (with decisions), `kept`, `dropped` by reason (`DPO_DROPPED`),
+        `truncated` (kept pairs with a side of more than `max_length` tokens) and `empty_responses` (candidates that
+        were left out of pairing). prompts = kept + the sum of dropped.
+
+    Raises:
+        KeyMismatch: as `kto_rows`.
+    """
+    sides: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
+        p: ([], []) for p in decisions["prompt_id"].to_pylist()
+    }
+    empty = 0
+    for kept in _kept_candidates(prompts, candidates, decisions):
+        if _is_empty(kept["response"]):
+            empty += 1
+            continue
+        sides[kept["prompt_id"]][kept["label"] == "undesirable"].append(kept)
+
+    dropped = dict.fromkeys(DPO_DROPPED, 0)
+    truncated = 0
+    rows = []
+    for prompt, (desirable, undesirable) in sorted(sides.items()):
+        if reason := _no_pair(desirable, undesirable):
+            dropped[reason] += 1
+            continue
+        chosen, worst = best_pair(desirable, undesirable)
+        others = sorted(undesirable, key=lambda c: (c["final_score"], c["candidate_id"]))
+        for rejected in others if every_rejected else [worst]:
+            reason, cut = _guard(chosen, rejected, config, encode)
+            if reason:
+                dropped[reason] += 1
+                continue
+            truncated += cut
+            rows.append(_pair(prompt, chosen, rejected))
+    counts = {"prompts": len(sides), "kept": len(rows), "dropped": dropped}
+    return to_table(rows, DPO), {**counts, "truncated": truncated, "empty_responses": empty}
+
+
+def _pair(prompt: str, chosen: Mapping[str, Any], rejected: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "prompt_id": prompt,
+        "chosen_id": chosen["candidate_id"],
+        "rejected_id": rejected["candidate_id"],
+        "split": chosen["split"],
+        "prompt": chosen["messages"],
+        "chosen": _answer(chosen["response"]),
+        "rejected": _answer(rejected["response"]),
+        "chosen_score": chosen["final_score"],
+        "rejected_score": rejected["final_score"],
+        "score_gap": chosen["final_score"] - rejected["final_score"],
+    }
+
+
+def best_pair(
+    desirable: Sequence[Mapping[str, Any]], undesirable: Sequence[Mapping[str, Any]]
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """The candidate of the highest and the one of the lowest final_score; of equals the smaller candidate_id."""
+    chosen = min(desirable, key=lambda c: (-c["final_score"], c["candidate_id"]))
+    rejected = min(undesirable, key=lambda c: (c["final_score"], c["candidate_id"]))
+    return chosen, rejected
+
+
+def _no_pair(desirable: Sequence[Mapping[str, Any]], undesirable: Sequence[Mapping[str, Any]]) -> str | None:
+    if desirable and undesirable:
+        return None
+    if not desirable and not undesirable:
+        return "no_desirable_or_undesirable"
+    return "no_undesirable" if desirable else "no_desirable"
+
+
+def _guard(
+    chosen: Mapping[str, Any], rejected: Mapping[str, Any], config: DatasetsConfig, encode: Encode
+) -> tuple[str | None, bool]:
+    """Why the pair is dropped (None if it is kept), and whether the trainer will truncate a side of it."""
+    if chosen["final_score"] - rejected["final_score"] < config.min_gap:
+        return "gap_too_small", False
+    if normalise_text(chosen["response"]) == normalise_text(rejected["response"]):
+        return "equal_text", False
+    if len(encode(chosen["messages"], None)) > config.max_prompt_length:
+        return "prompt_too_long", False
+    left, right = (encode(chosen["messages"], _answer(side["response"])) for side in (chosen, rejected))
+    if left[: config.max_length] == right[: config.max_length]:
+        return "equal_after_truncation", False
+    return None, max(len(left), len(right)) > config.max_length
+
+
+def _kept_candidates(prompts: pa.Table, candidates: pa.Table, decisions: pa.Table) -> list[dict[str, Any]]:
+    """Desirable and undesirable candidates in the order of `decisions`, with prompt, split and response, by id."""
+    refuse_repeats(one_array(decisions["candidate_id"]), "decisions: candidate_id")
+    kept = decisions.filter(pc.is_in(decisions["label"], value_set=pa.array(["desirable", "undesirable"])))
+    place = rows_of(kept["candidate_id"], candidates["candidate_id"], "decisions: candidate", "candidates")
+    own = gather(candidates.select(["prompt_id", "response"]), place)
+    prompt = gather(prompts, rows_of(kept["prompt_id"], prompts["prompt_id"], "decisions: prompt", "prompts"))
+    strangers = kept.filter(pc.not_equal(one_array(kept["prompt_id"]), one_array(own["prompt_id"])))
+    if strangers.num_rows:
+        stranger = strangers["candidate_id"][0].as_py()
+        raise KeyMismatch(f"decisions: candidate {stranger!r} has another prompt_id in candidates")
+    joined = kept.select(["candidate_id", "prompt_id", "final_score", "label"])
+    joined = joined.append_column("response", own["response"])
+    for name in ("split", "messages"):
+        joined = joined.append_column(name, prompt[name])
+    rows: list[dict[str, Any]] = joined.to_pylist()
+    return rows
+
+
+def _scores(verdicts: pa.Table, judges: Sequence[str] | None) -> dict[str, list[dict[str, Any]]]:
+    """Scores that were read, by candidate, in the order of `judges`."""
+    read = pc.is_in(verdicts["parse_status"], value_set=pa.array(READ_STATUSES))
+    rows = verdicts.filter(read).select(["candidate_id", "judge", "score"]).to_pylist()
+    place = {judge: i for i, judge in enumerate(judges if judges is not None else sorted({r["judge"] for r in rows}))}
+    scores: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
+    for row in sorted((r for r in rows if r["judge"] in place), key=lambda r: place[r["judge"]]):
+        scores[row["candidate_id"]].append({"judge": row["judge"], "score": row["score"]})
+    return scores
+
+
+def _answer(response: str | None) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": response or ""}]
+
+
+def _is_empty(response: str | None) -> bool:
+    return response is None or not response.strip()

@@ -1,0 +1,72 @@
+"""Decisions as a stage: by the gate, or best and worst of k where there is none.
+
+No LLM is called here, so a new threshold is applied to what is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ray_pipeline.config.settings import Settings
+from ray_pipeline.data.gate import GateConfig, decide, label_counts
+from ray_pipeline.data.rows import one_array
+from ray_pipeline.data.ungated import best_and_worst
+from ray_pipeline.graph.asking import ShardTables
+from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage
+
+
+class _GateGiven(Settings):
+    gate: GateConfig | None
+    judges: tuple[str, ...]
+    first: int | None
+
+
+def gate(
+    settings: GateConfig | None,
+    judges: Sequence[str],
+    candidates: Stage,
+    verdicts: Sequence[Stage],
+    critiques: Stage | None,
+    *,
+    name: str = "gate",
+    first: int | None = None,
+) -> Stage:
+    """One decision per candidate.
+
+    Args:
+        settings: None for best and worst of k instead of a gate.
+        first: use only this number of candidates per prompt.
+    """
+    inputs = {"candidates": candidates, **{f"verdicts/{stage.name}": stage for stage in verdicts}}
+    if critiques is not None and settings is not None and settings.use_critic:
+        inputs["critiques"] = critiques
+    given = _GateGiven(gate=settings, judges=tuple(judges), first=first)
+    return Stage(
+        name=name,
+        group="gate",
+        work=ShardWork(function=decide_shard, tables=("decisions",), settings=given),
+        config=given.decisive(),
+        inputs=inputs,
+    )
+
+
+def decide_shard(given: ShardInput) -> ShardOutput:
+    settings: _GateGiven = given.settings
+    shard = ShardTables(given.tables, given.facts)
+    candidates = given.tables["candidates"]
+    others = [pa.concat_tables(shard.under("verdicts/")), given.tables.get("critiques")]
+    if settings.first is not None:
+        candidates = candidates.filter(pc.field("k") < settings.first)
+        of_them = pc.is_in(pc.field("candidate_id"), value_set=one_array(candidates["candidate_id"]))
+        others = [None if table is None else table.filter(of_them) for table in others]
+    verdicts, critiques = others
+    assert verdicts is not None
+    if settings.gate is None:
+        table = best_and_worst(candidates, verdicts, settings.judges)
+    else:
+        table = decide(candidates, verdicts, critiques, settings.judges, settings.gate)
+    given.tick(table.num_rows)
+    return ShardOutput({"decisions": table}, label_counts(table))
