@@ -392,6 +392,7 @@ def test_the_page_can_be_written_anew_from_a_run(whole: Any) -> None:
     stored = Stored(
         Folder(str(found.folder)),
         "benchmarks",
+        "benchmarks",
         stages,
         found.results,
         config.num_shards,

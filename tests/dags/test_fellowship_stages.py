@@ -172,7 +172,7 @@ def test_the_report_and_the_audit_read_the_run(played: dict[str, StageResult], c
     metrics = json.loads(Path(Folder(played["evaluate"].folder).path("metrics.json")).read_text())
     assert metrics["run"]["workflow"] == "fellowship" and metrics["missing_stages"] == ["train", "evaluate"]
     folder = Folder(str(Path(Folder(played["prompts"].folder).path()).parent))
-    run = Run(folder, "fellowship", {}, played, SHARDS, config=config.model_dump(mode="json"))
+    run = Run(folder, "fellowship", "fellowship", {}, played, SHARDS, config=config.model_dump(mode="json"))
     (found,) = audit(run, config).reports.values()
     assert found.ok, found.problems[:3]
     assert found.rows["prompts"] == 60 and found.rows["dpo"] == len(data(played, "datasets", "dpo"))

@@ -82,8 +82,8 @@ def test_a_run_of_a_users_file_is_found_by_the_file_again(tmp_path: Path) -> Non
     assert (run.workflow, run.reference) == ("mine", str(file))
     assert config_of(run).num_shards == run.num_shards
     assert "report:" in quorum("report", str(folder))
-    assert "mine: it makes no training rows to audit" in quorum("audit", str(folder), code=2)
-    assert "run of mine, whose runs cannot be compared" in quorum("compare", str(folder), str(folder), code=2)
+    assert "mine makes no training rows to audit" in quorum("audit", str(folder), code=2)
+    assert "runs of mine cannot be compared" in quorum("compare", str(folder), str(folder), code=2)
 
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["stages"]["prompts"]["status"] = "failed"

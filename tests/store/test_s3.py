@@ -12,7 +12,7 @@ import pyarrow.fs as pafs
 import pytest
 
 from ray_pipeline.graph.heartbeat import Heartbeat, RunBusy
-from ray_pipeline.store.calls import model_folder, read_calls, scan_calls
+from ray_pipeline.store.calls import model_folder, read_calls
 from ray_pipeline.store.files import Folder, ForeignFile, StoreError, TornFile, point_at
 from ray_pipeline.store.local import CACHE_VARIABLE, local_copy, written_here
 from ray_pipeline.store.schemas import TABLES
@@ -150,7 +150,7 @@ def test_the_call_log_is_written_merged_and_found_under_another_shard_count(fold
     for num_shards in (1, 4):
         found = [read_calls(calls, shard, num_shards)["call_key"].to_pylist() for shard in range(num_shards)]
         assert sorted(key for keys in found for key in keys) == sorted(wanted)
-    assert sum(table.num_rows for table in scan_calls(folder)) == 8
+    assert sum(calls.read_table(name).num_rows for name in calls.names(".parquet")) == 8
 
 
 def test_one_of_two_runs_holds_the_folder(folder: Folder) -> None:
