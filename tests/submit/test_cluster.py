@@ -167,8 +167,8 @@ def test_nodes_that_join_get_actors_and_nodes_that_die_cost_no_row(tree: Path, t
         assert "judge: done" not in working.output
 
         # `ray.tables` keeps what has no engine on these nodes, too.
-        wait_until(working, lambda: "gate: done" in working.output and bool(nodes.at_work("make_shard")))
-        kill(nodes, nodes.at_work("make_shard"), key)
+        wait_until(working, lambda: "gate: done" in working.output and bool(nodes.at_work("_make_columnar")))
+        kill(nodes, nodes.at_work("_make_columnar"), key)
         assert "dataset-rows: done" not in working.output
         working.ends(0, SECONDS)
 
