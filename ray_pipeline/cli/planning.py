@@ -42,9 +42,9 @@ def plan(
 ) -> None:
     """Estimate a run before it starts: calls, tokens, GPU-hours, wall time and money by stage.
 
-    Prompts are read and counted for real. Time and money need rates: --probe measures them here (its calls are kept in
-    the run's call log and not repeated), --rates takes them from a file. There are no built-in rates; each one that
-    is used is printed with its source and date.
+    Works for every workflow. Prompts are read and counted for real. Time and money need rates: --probe measures them
+    here (its calls are kept in the run's call log and not repeated), --rates takes them from a file. There are no
+    built-in rates; each one that is used is printed with its source and date.
 
     A rates file:
 
@@ -65,21 +65,23 @@ def plan(
     from ray_pipeline.operate.prices import Rates, given_price, read_rates
     from ray_pipeline.store.files import Folder
     from ray_pipeline.workflow.registry import find_workflow
+    from ray_pipeline.workflow.training import TrainingConfig
 
     with refused():
         chosen = find_workflow(workflow)
-        if chosen.name != "dmapo":
-            raise ConfigError(f"plan knows the calls of dmapo alone, not of {chosen.name!r}")
         settings = load_config(chosen.config, config, overrides or [])
         folder = settings.run_folder(run_dir)
         known = read_rates(rates) if rates is not None else Rates()
+        dag = chosen.wire(settings, folder)
         if probe:
+            if not isinstance(settings, TrainingConfig):
+                raise ConfigError(f"{chosen.name} makes no datasets, which --probe runs up to; give --rates instead")
             from ray_pipeline.operate.probe import probe as measure
 
             known = measure(settings, folder, share, chosen.wire, known, Console(soft_wrap=True))
         if device_hour is not None:
             known = known.model_copy(update={"device_hour": given_price(device_hour, settings.currency())})
-        found = planning.plan(settings, known)
+        found = planning.plan(settings, dag, known)
         if write:
             Folder(folder).write_json("plan.json", found.plain())
     for line in planning.plan_lines(found):

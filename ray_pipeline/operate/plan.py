@@ -1,29 +1,24 @@
 """What a run would cost: calls and tokens from the real prompts, time and money from rates that have a source.
 
-Prompt tokens are counted with the models' own tokenizers on the prompts of the configuration, through the same
-templates as in the run. Replies cannot be known before: their mean length comes from a probe, from the user, or is the
-stage's max_tokens, which is an upper bound and called so.
+Calls and prompt tokens are those of the workflow's own stages (`operate.estimate`), counted with the models' own
+tokenizers. Replies cannot be known before: their mean length comes from a probe, from the user, or is the stage's
+max_tokens, which is an upper bound and called so.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
-from ray_pipeline.agents.templates import ANY_FENCE, RoleTemplate, render, transcript
 from ray_pipeline.config.messages import ConfigError
-from ray_pipeline.data.prompts import load_prompts
 from ray_pipeline.data.tokens import TokenCounter
-from ray_pipeline.engines.base import Message
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.progress import duration
-from ray_pipeline.operate.prices import DevicePrice, Rates
-
-#: Prompts whose tokens are counted; more change a mean by less than rates are off.
-_SAMPLE = 1000
-
-Count = Callable[[Sequence[Message]], int]
+from ray_pipeline.graph.stage import Dag, ShardWork, Stage
+from ray_pipeline.operate.estimate import Count, Estimates, calls_model, estimate
+from ray_pipeline.operate.prices import CallTime, DevicePrice, Rates
+from ray_pipeline.workflow.config import RunConfig
 
 
 @dataclasses.dataclass
@@ -69,24 +64,58 @@ class Plan:
         return dataclasses.asdict(self)
 
 
-def plan(config: Any, rates: Rates, count: Callable[[str, ModelSettings], Count] | None = None) -> Plan:
-    """Plan a DMAPO run.
+def plan(config: RunConfig, dag: Dag, rates: Rates, count: Callable[[str, ModelSettings], Count] | None = None) -> Plan:
+    """Plan a run of any workflow.
 
     Args:
-        count: (key of `models`, its settings) → a counter of tokens; default: its own tokenizer.
+        dag: as the configuration wires it.
+        count: (key of a model, its settings) → a counter of tokens; default: its own tokenizer.
 
     Raises:
-        ConfigError: rates of a model that the configuration has not.
-        InputError: the prompts cannot be read.
+        ConfigError: rates of a model that the configuration has not, or prompts that cannot be read.
     """
-    strangers = sorted(set(rates.models) - set(config.models))
+    models = _models(config)
+    strangers = sorted(set(rates.models) - set(models))
     if strangers:
-        raise ConfigError(f"rates: models.{strangers[0]} is no key of models; there are {', '.join(config.models)}")
+        raise ConfigError(f"rates: models.{strangers[0]} is no key of models; there are {', '.join(models)}")
     notes: list[str] = []
-    stages = work(config, rates, count or _tokenizer_of(config, notes), notes)
+    calling = [stage for stage in dag.stages if calls_model(stage)]
+    keys = {stage.name: _key_of(stage, models, rates) for stage in calling}
+    counter = count or _tokenizer_of(models, [keys[stage.name] for stage in calling], notes)
+    lengths = {} if rates.reply_tokens is None else rates.reply_tokens.tokens
+    found = estimate(
+        dag, lambda stage: counter(keys[stage.name], models[keys[stage.name]]), lambda stage: _rate_of(stage, lengths)
+    )
+    stages: list[StagePlan] = []
+    for stage in calling:
+        of, key = found.stages[stage.name], keys[stage.name]
+        devices = _devices(models[key])
+        planned = StagePlan(stage.name, key, round(of.calls), of.prompt_tokens, of.completion_tokens, of.bound, devices)
+        _price(planned, models[key], _rate_of(stage, rates.stages), rates)
+        stages.append(planned)
+    if not stages:
+        notes.append(f"no stage of {dag.name} calls a model with this configuration")
+    if any(stage.bound for stage in stages):
+        notes.append(
+            "tokens marked ≤ are upper bounds: replies as long as max_tokens allows (reply_tokens, or --probe)"
+        )
+    training = _training(dag, models, rates, found, notes)
+    unrated = sorted({s.model for s in stages if s.device_seconds is None and models[s.model].is_here})
+    if unrated:
+        notes.append(f"no rates for {', '.join(unrated)}: no time and no money; give --rates, or --probe the engine")
     currency = rates.device_hour.currency if rates.device_hour else "USD"
+    return Plan(
+        [*stages, *training],
+        next((prices.currency for prices in config.prices().values()), currency),
+        _assumed(config, rates, [stage.model for stage in stages], bool(training)),
+        notes,
+    )
+
+
+def _assumed(config: RunConfig, rates: Rates, models: Sequence[str], trained: bool) -> list[str]:
+    """A line for each rate and price that is used, with its source and date."""
     assumed = []
-    for key in dict.fromkeys(stage.model for stage in stages):
+    for key in dict.fromkeys(models):
         if key in rates.models:
             of = rates.models[key]
             assumed.append(
@@ -98,104 +127,68 @@ def plan(config: Any, rates: Rates, count: Callable[[str, ModelSettings], Count]
             f"{name}: {1000 * took.seconds_per_call:.3g} device ms a call ({1000 * took.low:.3g} to "
             f"{1000 * took.high:.3g}); {took.source}, {took.date}"
         )
-    for stage in stages:
-        _price(stage, config, rates)
     if rates.reply_tokens is not None:
         told = ", ".join(f"{name} {tokens:g}" for name, tokens in rates.reply_tokens.tokens.items())
         assumed.append(f"tokens of a reply: {told}; {rates.reply_tokens.source}, {rates.reply_tokens.date}")
-    train = _training(config, rates, stages, notes)
-    if train is not None:
-        stages.append(train)
-        assert rates.train is not None and rates.kept_share is not None
-        kept = rates.kept_share
+    if trained and rates.train is not None and rates.kept_share is not None:
+        kept, train = rates.kept_share, rates.train
         assumed.append(f"kept share of candidates: {kept.share:.1%}; {kept.source}, {kept.date}")
-        assumed.append(
-            f"train: {rates.train.tokens_per_s:g} tokens/s a worker; {rates.train.source}, {rates.train.date}"
-        )
+        assumed.append(f"train: {train.tokens_per_s:g} tokens/s a worker; {train.source}, {train.date}")
     if rates.device_hour:
         price = rates.device_hour
         assumed.append(f"a device hour: {price.price:g} {price.currency}; {price.source}, {price.date}")
-    for key, model in config.models.items():
-        if model.endpoint is not None and model.endpoint.prices is not None:
-            prices = model.endpoint.prices
-            source = prices.source or "no source given"
-            assumed.append(
-                f"{key}: {prices.input:g} and {prices.output:g} {prices.currency} a million tokens; {source}"
-            )
-            currency = prices.currency
-    unrated = sorted({s.model for s in stages if s.device_seconds is None and config.models[s.model].is_here})
-    if unrated:
-        notes.append(f"no rates for {', '.join(unrated)}: no time and no money; give --rates, or --probe the engine")
-    return Plan(stages, currency, assumed, notes)
-
-
-# --- work -------------------------------------------------------------------------------------------------------------
-
-
-def work(config: Any, rates: Rates, count: Callable[[str, ModelSettings], Count], notes: list[str]) -> list[StagePlan]:
-    """Calls and tokens by stage; retries of unreadable replies are not in it."""
-    table = load_prompts(config.prompts).table
-    n, held_out = table.num_rows, table["split"].to_pylist().count("val")
-    sample: list[list[Message]] = table["messages"].slice(0, _SAMPLE).to_pylist()  # by id, a hash: a fair sample
-    texts, base = config.templates(), config.train.model
-    policy, judge = config.candidates.model, config.evaluate.judge
-
-    known = {} if rates.reply_tokens is None else rates.reply_tokens.tokens
-
-    def reply(stage: str, most: int) -> tuple[float, bool]:
-        for name in (stage, _LIKE.get(stage.split("-")[0], "")):
-            if name in known:
-                return min(known[name], float(most)), False
-        return float(most), True
-
-    def mean(model: str, chats: Sequence[Sequence[Message]]) -> float:
-        counter = count(model, config.models[model])
-        return sum(counter(chat) for chat in chats) / max(len(chats), 1)
-
-    def asked(model: str, template: RoleTemplate, layout: Any, **variables: Any) -> float:
-        """Mean tokens of a question around empty answers."""
-        variables["fence"] = ANY_FENCE
-        return mean(model, [render(template, layout, instruction=transcript(m), **variables) for m in sample])
-
-    def line(stage: str, model: str, calls: int, prompt: float, tokens: float, bound: bool) -> StagePlan:
-        return StagePlan(stage, model, calls, calls * prompt, calls * tokens, bound, _devices(config.models[model]))
-
-    answer, bound = reply("candidates", config.candidates.sampling.max_tokens)
-    k = config.candidates.k
-    stages = [line("candidates", policy, n * k, mean(policy, sample), answer, bound)]
-    layout = "shared_first" if config.judge.layout == "auto" else config.judge.layout
-    many = len(config.judge.models) > 1
-
-    def judged(name: str, answers: int, length: float, unsure: bool) -> None:
-        for key in config.judge.models:
-            own = 0.0
-            for r in config.judge.on_model(key):
-                own += asked(key, texts.judge, layout, response="", name=r.name, rubric=r.text, low=r.low, high=r.high)
-            rubrics = len(config.judge.on_model(key))
-            tokens, most = reply("judge", config.judge.sampling.max_tokens)
-            stage = f"{name}-{key}" if many else name
-            stages.append(line(stage, key, answers * rubrics, own / rubrics + length, tokens, most or unsure))
-
-    judged("judge", n * k, answer, bound)
-    if config.gate.use_critic:
-        tokens, most = reply("critic", config.critic.sampling.max_tokens)
-        prompt = asked(config.critic.model, texts.critic, config.critic.layout, response="") + answer
-        stages.append(line("critic", config.critic.model, n * k, prompt, tokens, most or bound))
-    if held_out and not config.evaluate.skip_generation:
-        modes = config.evaluate.modes
-        lengths = [reply(f"responses-{m.name}", m.sampling.max_tokens) for m in modes]
-        length, unsure = sum(x for x, _ in lengths) / len(modes), any(u for _, u in lengths)
-        for label in ("base", "policy"):
-            stages.append(line(f"responses-{label}", base, held_out * len(modes), mean(base, sample), length, unsure))
-        tokens, most = reply("comparisons", config.evaluate.sampling.max_tokens)
-        prompt = asked(judge, texts.pairwise, config.evaluate.layout, response_a="", response_b="") + 2 * lengths[0][0]
-        stages.append(line("comparisons", judge, 2 * held_out, prompt, tokens, most or lengths[0][1]))
-        judged("score-responses", 2 * held_out * len(modes), length, unsure)
-    if any(stage.bound for stage in stages):
-        notes.append(
-            "tokens marked ≤ are upper bounds: replies as long as max_tokens allows (reply_tokens, or --probe)"
+    for key, prices in config.prices().items():
+        source = prices.source or "no source given"
+        assumed.append(
+            f"{key.split('.', 1)[1]}: {prices.input:g} and {prices.output:g} {prices.currency} a million tokens; "
+            f"{source}"
         )
-    return stages
+    return assumed
+
+
+# --- models and rates of a stage --------------------------------------------------------------------------------------
+
+
+def _models(config: RunConfig) -> dict[str, ModelSettings]:
+    """Models by key; with the block before it where two blocks have the same key."""
+    found: dict[str, ModelSettings] = {}
+    for block, models in config.blocks().items():
+        for key, model in models.items():
+            found[f"{block}.{key}" if key in found else key] = model
+    return found
+
+
+def _key_of(stage: Stage, models: Mapping[str, ModelSettings], rates: Rates) -> str:
+    """Key of the model that a stage calls (for a trained policy, of its base); of equal models, one that has rates."""
+    policy, work = stage.inputs.get("train"), stage.work
+    if policy is not None:
+        keys = [key for key, model in models.items() if model == policy.work.settings.model]
+    else:
+        assert isinstance(work, ShardWork) and work.engine is not None
+        keys = [key for key, model in models.items() if _same_engine(work, model)]
+    if not keys:
+        raise ConfigError(f"{stage.name} calls a model that is not in the configuration, so it cannot be planned")
+    return next((key for key in keys if key in rates.models), keys[0])
+
+
+def _same_engine(work: ShardWork, model: ModelSettings) -> bool:
+    made: Any = model.factory()
+    given: Any = work.engine
+    return model.placement == work.placement and made.args == getattr(given, "args", None)
+
+
+#: Stages that a probe does not reach → the stages of the probe whose calls are like theirs.
+_LIKE = {"responses": ("candidates", "generate-1"), "score": ("judge",), "comparisons": ("judge",)}
+
+T = TypeVar("T")
+
+
+def _rate_of(stage: Stage, rates: Mapping[str, T]) -> T | None:
+    """The rate of a stage, by its name, its group, the first word of its name, or a stage whose calls are alike."""
+    first = stage.name.split("-")[0]
+    alike = stage.name.replace("score-responses", "judge")
+    names = (stage.name, stage.group_name, first, alike, *_LIKE.get(first, ()))
+    return next((rates[name] for name in names if name in rates), None)
 
 
 def _devices(model: ModelSettings) -> float:
@@ -204,16 +197,22 @@ def _devices(model: ModelSettings) -> float:
     return model.placement.max_actors * float(each)
 
 
-def _tokenizer_of(config: Any, notes: list[str]) -> Callable[[str, ModelSettings], Count]:
-    """Counters with the models' own tokenizers; the policy's stands in for a model at an endpoint."""
+def _tokenizer_of(
+    models: Mapping[str, ModelSettings], used: Sequence[str], notes: list[str]
+) -> Callable[[str, ModelSettings], Count]:
+    """Counters with the models' own tokenizers; a model at an endpoint is counted with that of a local one."""
     made: dict[str, TokenCounter] = {}
+    local = next((key for key in [*used, *models] if models[key].is_here), None)
 
     def counter(key: str, model: ModelSettings) -> Count:
         if not model.is_here:
-            note = f"{key} is at an endpoint: its tokens are counted with the tokenizer of {config.train.model}"
+            how = "as a quarter of their characters" if local is None else f"with the tokenizer of {local}"
+            note = f"{key} is at an endpoint: its tokens are counted {how}"
             if note not in notes:
                 notes.append(note)
-            key, model = config.train.model, config.models[config.train.model]
+            if local is None:
+                return lambda messages: sum(len(message["content"]) for message in messages) // 4
+            key, model = local, models[local]
         if key not in made:
             made[key] = TokenCounter.load(model.tokenizer)
         return lambda messages: len(made[key](messages))
@@ -224,12 +223,7 @@ def _tokenizer_of(config: Any, notes: list[str]) -> Callable[[str, ModelSettings
 # --- time and money ---------------------------------------------------------------------------------------------------
 
 
-#: Stages that a probe does not reach → the stage of the probe whose calls are like theirs.
-_LIKE = {"responses": "candidates", "score": "judge", "comparisons": "judge"}
-
-
-def _price(stage: StagePlan, config: Any, rates: Rates) -> None:
-    model = config.models[stage.model]
+def _price(stage: StagePlan, model: ModelSettings, took: CallTime | None, rates: Rates) -> None:
     if model.endpoint is not None:
         if model.endpoint.prices is not None:
             stage.money = model.endpoint.prices.of(int(stage.prompt_tokens), 0, int(stage.completion_tokens))
@@ -238,7 +232,6 @@ def _price(stage: StagePlan, config: Any, rates: Rates) -> None:
         stage.low = stage.high = stage.device_seconds
         stage.devices = 1.0
         return
-    took = rates.stages.get(stage.stage) or rates.stages.get(_LIKE.get(stage.stage.split("-")[0], ""))
     if took is not None:
         price = rates.device_hour
         stage.device_seconds = stage.calls * took.seconds_per_call
@@ -257,16 +250,41 @@ def _time(stage: StagePlan, seconds: float, spread: float, price: DevicePrice | 
     stage.money = None if price is None else seconds / 3600 * price.price
 
 
-def _training(config: Any, rates: Rates, stages: Sequence[StagePlan], notes: list[str]) -> StagePlan | None:
+def _training(
+    dag: Dag, models: Mapping[str, ModelSettings], rates: Rates, found: Estimates, notes: list[str]
+) -> list[StagePlan]:
     """Tokens of the kept rows over all epochs; KTO's own reference pass is part of the rate."""
-    if rates.train is None or rates.kept_share is None:
+    policies = [stage for stage in dag.stages if stage.role_name == "policy"]
+    if policies and (rates.train is None or rates.kept_share is None):
         notes.append("training is not planned: rates need train.tokens_per_s and kept_share")
-        return None
-    drawn = stages[0]
-    tokens = (drawn.prompt_tokens + drawn.completion_tokens) * rates.kept_share.share * config.train.epochs
-    found = StagePlan("train", config.train.model, 0, tokens, 0.0, drawn.bound, float(config.train.num_workers))
-    _time(found, tokens / rates.train.tokens_per_s, rates.train.spread, rates.device_hour)
-    return found
+    if rates.train is None or rates.kept_share is None:
+        return []
+    planned = []
+    for stage in policies:
+        drawn = next((name for name in _ancestors(stage) if name in found.candidates), None)
+        if drawn is None:
+            notes.append(f"{stage.name} is not planned: its rows are imported, not made from candidates")
+            continue
+        settings, model = stage.work.settings.train, stage.work.settings.model
+        key = next((key for key, one in models.items() if one == model), "")
+        tokens = found.candidates[drawn] * rates.kept_share.share * settings.epochs
+        bound = any(of.bound for name, of in found.stages.items() if name in _ancestors(stage))
+        one = StagePlan(stage.name, key, 0, tokens, 0.0, bound, float(settings.num_workers))
+        _time(one, tokens / rates.train.tokens_per_s, rates.train.spread, rates.device_hour)
+        planned.append(one)
+    return planned
+
+
+def _ancestors(stage: Stage) -> list[str]:
+    """Names of all stages that a stage reads, nearest first."""
+    names: dict[str, None] = {}
+    todo = list(stage.inputs.values())
+    while todo:
+        parent = todo.pop(0)
+        if parent.name not in names:
+            names[parent.name] = None
+            todo += parent.inputs.values()
+    return list(names)
 
 
 # --- for readers ------------------------------------------------------------------------------------------------------
@@ -277,10 +295,11 @@ _WALL = 42
 
 def plan_lines(found: Plan) -> list[str]:
     """A plan for a terminal."""
-    head = f"{'stage':<18}{'model':<10}{'calls':>10}{'prompt tok.':>14}{'reply tok.':>14}{'GPU-h':>9}"
+    wide = max([18, *(len(stage.stage) + 1 for stage in found.stages)])
+    head = f"{'stage':<{wide}}{'model':<10}{'calls':>10}{'prompt tok.':>14}{'reply tok.':>14}{'GPU-h':>9}"
     lines = [head + f"{'wall time (interval)':>{_WALL}}{found.currency:>10}"]
     for stage in found.stages:
-        lines.append(_line(stage.stage, stage.model, stage, stage.money))
+        lines.append(_line(f"{stage.stage:<{wide}}", stage, stage.money))
     money = found.total("money")
     total = StagePlan(
         "all",
@@ -290,7 +309,7 @@ def plan_lines(found: Plan) -> list[str]:
         found.total("completion_tokens") or 0,
         device_seconds=found.total("device_seconds"),
     )
-    row = _line("all, one by one", "", total, money)
+    row = _line(f"{'all, one by one':<{wide}}", total, money)
     walls = [(s.wall_seconds, s.low, s.high, s.devices) for s in found.stages]
     if all(wall is not None for wall, *_ in walls):
         low, high = (sum((w[i] or 0) / w[3] for w in walls) for i in (1, 2))
@@ -316,7 +335,7 @@ def _interval(found: Plan) -> list[str]:
     return [told]
 
 
-def _line(name: str, model: str, stage: StagePlan, money: float | None) -> str:
+def _line(name: str, stage: StagePlan, money: float | None) -> str:
     sign = "≤" if stage.bound else ""
     hours = "–" if stage.device_seconds is None else f"{stage.device_seconds / 3600:.2f}"
     wall = "–"
@@ -324,7 +343,7 @@ def _line(name: str, model: str, stage: StagePlan, money: float | None) -> str:
         low, high = stage.low / stage.devices, stage.high / stage.devices
         wall = f"{duration(stage.wall_seconds)} ({duration(low)} to {duration(high)})"
     return (
-        f"{name:<18}{model:<10}{stage.calls:>10,}{stage.prompt_tokens:>14,.0f}"
+        f"{name}{stage.model:<10}{stage.calls:>10,}{stage.prompt_tokens:>14,.0f}"
         f"{sign + format(stage.completion_tokens, ',.0f'):>14}{hours:>9}{wall:>{_WALL}}"
         f"{'–' if money is None else format(money, '.2f'):>10}"
     )

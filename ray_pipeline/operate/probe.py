@@ -17,6 +17,7 @@ from rich.console import Console
 from ray_pipeline.data.prompts import load_prompts
 from ray_pipeline.engines.usage import Usage
 from ray_pipeline.graph.driver import execute
+from ray_pipeline.graph.results import of_role
 from ray_pipeline.graph.shards import receipt_name
 from ray_pipeline.graph.stage import Dag, StageResult, StageStop
 from ray_pipeline.operate.prices import CallTime, KeptShare, Rates, ReplyTokens
@@ -93,7 +94,8 @@ def measured(results: Mapping[str, StageResult], given: Rates, source: str) -> R
     if not stages:
         raise StageStop("every call of the probe was in the call log already, so nothing was measured")
     kept = given.kept_share
-    if "gate" in results and (counts := results["gate"].facts["counts"]) and sum(counts.values()):
+    decisions = next(iter(of_role(results, "decisions")), None)
+    if decisions is not None and (counts := decisions.facts["counts"]) and sum(counts.values()):
         share = (counts["desirable"] + counts["undesirable"]) / sum(counts.values())
         kept = KeptShare(share=share, source=source, date=today)
     lengths = given.reply_tokens or ReplyTokens(tokens=replies, source=source, date=today)

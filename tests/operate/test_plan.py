@@ -18,10 +18,12 @@ from ray_pipeline.data.prompts import load_prompts
 from ray_pipeline.graph.results import read_run
 from ray_pipeline.graph.spending import Budget, Spending
 from ray_pipeline.graph.stage import StageStop
-from ray_pipeline.operate.plan import StagePlan, plan, plan_lines
+from ray_pipeline.operate import estimate
+from ray_pipeline.operate.plan import Plan, StagePlan, plan, plan_lines
 from ray_pipeline.operate.prices import Rates, budget_of, given_price, read_rates
 from ray_pipeline.operate.probe import measured
 from ray_pipeline.store.files import Folder
+from ray_pipeline.workflow.registry import find_workflow
 from tests.operate.planted_run import plant
 
 SAID = {"source": "a bench of ours", "date": "2026-11-01"}
@@ -44,6 +46,10 @@ def rates(**changes: Any) -> Rates:
     return Rates.model_validate({**given, **changes})
 
 
+def planned(config: Any, given: Rates, workflow: str = "dmapo") -> Plan:
+    return plan(config, find_workflow(workflow).wire(config, "run"), given, letters)
+
+
 def by_name(stages: list[StagePlan]) -> dict[str, StagePlan]:
     return {stage.stage: stage for stage in stages}
 
@@ -52,7 +58,7 @@ def test_calls_and_tokens_are_those_of_the_real_prompts() -> None:
     config = pocket()
     table = load_prompts(config.prompts).table
     n, held = table.num_rows, table["split"].to_pylist().count("val")
-    found = by_name(plan(config, rates(), letters).stages)
+    found = by_name(planned(config, rates()).stages)
     assert {name: s.calls for name, s in found.items()} == {
         "candidates": 4 * n, "judge": 12 * n, "critic": 4 * n, "responses-base": 2 * held,
         "responses-policy": 2 * held, "comparisons": 2 * held, "score-responses": 3 * 4 * held,
@@ -67,7 +73,7 @@ def test_calls_and_tokens_are_those_of_the_real_prompts() -> None:
 
 
 def test_without_reply_tokens_a_plan_is_an_upper_bound_and_says_so() -> None:
-    found = plan(pocket(), rates(reply_tokens=None), letters)
+    found = planned(pocket(), rates(reply_tokens=None))
     assert all(stage.bound for stage in found.stages)
     assert by_name(found.stages)["candidates"].completion_tokens == by_name(found.stages)["candidates"].calls * 48
     assert any("upper bound" in note for note in found.notes) and "≤" in "\n".join(plan_lines(found))
@@ -76,7 +82,7 @@ def test_without_reply_tokens_a_plan_is_an_upper_bound_and_says_so() -> None:
 def test_time_and_money_come_from_the_rates_and_name_them() -> None:
     config = pocket("models.judge.placement.max_actors=4")
     given = rates(device_hour={"price": 3.6, **SAID})
-    found = plan(config, given, letters)
+    found = planned(config, given)
     judge = by_name(found.stages)["judge"]
     seconds = judge.prompt_tokens / 1000 + judge.completion_tokens / 100
     assert judge.device_seconds == pytest.approx(seconds) and judge.wall_seconds == pytest.approx(seconds / 4)
@@ -94,7 +100,7 @@ def test_time_and_money_come_from_the_rates_and_name_them() -> None:
 
 
 def test_training_is_planned_where_it_can_be() -> None:
-    found = plan(pocket(), rates(train={"tokens_per_s": 50, **SAID}, kept_share={"share": 0.5, **SAID}), letters)
+    found = planned(pocket(), rates(train={"tokens_per_s": 50, **SAID}, kept_share={"share": 0.5, **SAID}))
     drawn, train = by_name(found.stages)["candidates"], by_name(found.stages)["train"]
     tokens = (drawn.prompt_tokens + drawn.completion_tokens) * 0.5 * 2
     assert "kept share of candidates: 50.0%; a bench of ours, 2026-11-01" in found.assumed
@@ -102,7 +108,7 @@ def test_training_is_planned_where_it_can_be() -> None:
 
 
 def test_without_rates_there_is_no_time_and_no_money() -> None:
-    found = plan(pocket(), Rates(), letters)
+    found = planned(pocket(), Rates())
     assert found.total("device_seconds") is None and found.total("money") is None and found.assumed == []
     assert any(note.startswith("no rates for judge, policy") for note in found.notes)
 
@@ -116,7 +122,7 @@ def test_an_endpoint_has_prices_and_a_pace() -> None:
     values = yaml.safe_load(Path("configs/pocket.yaml").read_text())
     values["models"]["judge"] = {"engine": "openai", "model": "big", "endpoint": endpoint}
     config = read_config(DmapoConfig, values, ["prompts.sources.0.count=60"])
-    found = plan(config, rates(models={}), letters)
+    found = planned(config, rates(models={}))
     judge = by_name(found.stages)["judge"]
     assert judge.money == pytest.approx((int(judge.prompt_tokens) + 10 * int(judge.completion_tokens)) / 1e6)
     assert judge.wall_seconds == judge.calls and found.currency == "EUR"
@@ -136,7 +142,7 @@ def test_rates_without_a_source_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         read_rates(str(tmp_path / "none.yaml"))
     with pytest.raises(ConfigError, match=r"models\.jugde is no key"):
-        plan(pocket(), Rates.model_validate({"models": {"jugde": rates().models["judge"].model_dump()}}), letters)
+        planned(pocket(), Rates.model_validate({"models": {"jugde": rates().models["judge"].model_dump()}}))
     assert given_price(2, "USD").source == "given by the user"
 
 
@@ -187,7 +193,7 @@ def test_the_rates_of_the_cluster_guide_plan_every_stage_of_the_published_run() 
         values["models"][key]["model"] = f"pocket:{key}"
     config = read_config(DmapoConfig, values, [])
     for gpu in ("8xa100", "8xh100"):
-        found = plan(config, read_rates(f"cluster/rates/{gpu}.yaml"), letters)
+        found = planned(config, read_rates(f"cluster/rates/{gpu}.yaml"))
         assert found.stages[-1].stage == "train" and all(stage.money for stage in found.stages)
         assert not any(stage.bound for stage in found.stages) and not found.notes
 
@@ -213,11 +219,64 @@ def test_what_receipts_say_becomes_rates(tmp_path: Path) -> None:
     counts = run.results["gate"].facts["counts"]
     assert found.kept_share is not None and found.kept_share.source == "a probe"
     assert found.kept_share.share == (counts["desirable"] + counts["undesirable"]) / 160
-    planned = by_name(plan(pocket(), found, letters).stages)
+    priced = by_name(planned(pocket(), found).stages)
     for name in ("judge", "comparisons", "score-responses"):
-        assert planned[name].device_seconds == pytest.approx(planned[name].calls * 8 / 50)
-    assert planned["candidates"].device_seconds is None
+        assert priced[name].device_seconds == pytest.approx(priced[name].calls * 8 / 50)
+    assert priced["candidates"].device_seconds is None
     for file in receipts.glob("*.json"):
         file.write_text(json.dumps({**json.loads(file.read_text()), "usage": {}}))
     with pytest.raises(StageStop, match="in the call log already"):
         measured(results, Rates(), "a probe")
+
+
+# --- other workflows --------------------------------------------------------------------------------------------------
+
+
+def planned_calls(workflow: str, file: str, *overrides: str) -> dict[str, int]:
+    values = yaml.safe_load(Path(f"configs/{file}.yaml").read_text())
+    config = read_config(find_workflow(workflow).config, values, list(overrides))
+    return {stage.stage: stage.calls for stage in planned(config, Rates(), workflow).stages}
+
+
+def test_a_feedback_loop_is_planned_to_its_last_response() -> None:
+    calls = planned_calls("fellowship", "pocket_fellowship", "prompts.sources.0.count=20", "prompts.val_fraction=0.2")
+    n = calls["generate-1"]
+    loop = ("generate-1", "review-1", "generate-2", "review-2", "generate-3")
+    assert n > 0 and [calls[name] for name in loop] == [n] * 5
+    # Three rubrics on three responses; the first responses of the branches are those of the loop.
+    assert calls["judge"] == 9 * n and calls["improve-generate"] == 0
+    assert (calls["improve-review"], calls["improve-revise"]) == (2 * n, 4 * n)
+
+
+def test_a_comparison_of_methods_answers_once_for_every_policy() -> None:
+    calls = planned_calls(
+        "baselines", "pocket_baselines", "prompts.sources.0.count=20", "baselines.seeds=[0]", "baselines.methods=[kto]"
+    )
+    assert calls["judge"] == 3 * calls["candidates"] == 3 * calls["critic"] > 0
+    answers = [n for name, n in calls.items() if name.startswith("responses-")]
+    assert len(answers) == 1 + 2 and len(set(answers)) == 1
+    assert calls["score-responses"] == 3 * sum(answers)
+
+
+def test_live_judges_and_debates_are_planned_from_the_items() -> None:
+    calls = planned_calls("agreement", "pocket_agreement", "data.limit=10")
+    assert calls and all(n > 0 and n % 10 == 0 for n in calls.values())
+
+
+def test_win_rates_are_planned_from_the_prompts() -> None:
+    calls = planned_calls("winrate", "pocket_winrate")
+    n = calls["policy-generate-1"]
+    assert calls["generator-generate-1"] == n and calls["versus"] % n == 0 and calls["versus"] > 0
+
+
+def test_benchmarks_are_planned_from_their_questions() -> None:
+    calls = planned_calls("benchmarks", "pocket_benchmarks", "benchmarks.ifeval=null")
+    assert calls and all(calls.values())
+
+
+def test_a_sample_stands_for_all_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = planned(pocket(), rates()).stages
+    monkeypatch.setattr(estimate, "_SAMPLE", 10)
+    assert [(s.stage, s.calls) for s in planned(pocket(), rates()).stages] == [(s.stage, s.calls) for s in whole]
+    for sampled, exact in zip(planned(pocket(), rates()).stages, whole, strict=True):
+        assert sampled.prompt_tokens == pytest.approx(exact.prompt_tokens, rel=0.05)
