@@ -360,7 +360,7 @@ def test_doubtful_data_are_said(make_spec: MakeSpec, tmp_path: Path) -> None:
     )
     said = " ".join(report.warnings)
     assert "20 desirable, 10 undesirable rows; with desirable_weight 1 and undesirable_weight 1" in said
-    assert "they weigh 2.00 : 1" in said and "desirable_weight 0.50 to 0.67" in said
+    assert "they weigh 2.00 : 1" in said and "desirable_weight between 0.50 and 0.67" in said
     assert "fewer than the effective batch of 64" in said and report.steps_per_epoch == 1
     assert "no evaluation" in said and report.val_rows_used == 0
     balanced = check_data(make_spec(train_files=str(tmp_path / "a.parquet"), undesirable_weight=1.7143))
