@@ -1,9 +1,9 @@
-"""What an endpoint's replies have cost, counted over all processes that share a call log.
+"""The cost of an endpoint's replies, counted over all processes that share a call log.
 
-Every engine writes what it has used as one small file, `<call log>/spent-<digest>/<engine>.json`, and reads the files
-of the others. The digest is of base URL and model name, so the count runs on over resumes, stages, actors and runs
-that share the call log, whatever prompts and settings they have. Files hold tokens; money is tokens times the prices
-that are set now, so that a price that was mistyped can be corrected.
+Every engine writes its usage to one small file, `<call log>/spent-<digest>/<engine>.json`, and reads the files of the
+others. The digest is of base URL and model name, so the count covers all resumes, stages, actors and runs that share
+the call log, whatever their prompts and settings. Files contain tokens; money is tokens times the current prices, so
+that a mistyped price can be corrected.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ray_pipeline.store.keys import digest
 
 logger = logging.getLogger("quorum.account")
 
-#: Seconds between two looks at what other engines have spent.
+#: Seconds between two reads of the other engines' files.
 _LOOK_SECONDS = 1.0
 
 
@@ -34,10 +34,10 @@ class Prices(Settings):
     output: float = Field(ge=0, description="generated tokens")
     cached_input: float | None = Field(None, ge=0, description="prompt tokens from the cache; default: as input")
     currency: str = Field("USD", description="three-letter code")
-    source: str = Field("", description="where the prices are from, and of which day; free text, read by people")
+    source: str = Field("", description="source and date of the prices, as free text")
 
     def of(self, prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> float:
-        """Money for so many tokens; `cached_tokens` are among the `prompt_tokens`."""
+        """Price of a number of tokens; `cached_tokens` are among the `prompt_tokens`."""
         cached = self.input if self.cached_input is None else self.cached_input
         fresh = prompt_tokens - cached_tokens
         return (fresh * self.input + cached_tokens * cached + completion_tokens * self.output) / 1e6
@@ -61,9 +61,9 @@ class Used:
 
 
 class Account:
-    """One engine's part of what a model at an endpoint has used, and the sum of everybody's.
+    """One engine's usage of a model at an endpoint, and the total of all engines.
 
-    Until `settle` has named a call log, there is nobody else.
+    Before `settle` names a call log, the total is the engine's own usage.
     """
 
     def __init__(self, base_url: str, model: str) -> None:
@@ -82,15 +82,15 @@ class Account:
         )
 
     def total(self) -> Used:
-        """Own use as of now, that of others as of the last `settle`."""
+        """The engine's current usage, plus that of the others at the last `settle`."""
         total = dataclasses.replace(self._others)
         total.add(self.own)
         return total
 
     async def settle(self, root: Folder) -> None:
-        """Write what is new here and read what is new elsewhere; cheap to call often.
+        """Write the engine's new usage and read that of the others; cheap to call often.
 
-        The first call log that is named is the one, for as long as the engine lives.
+        The first call log that is passed is used for the engine's lifetime.
         """
         async with self._turn:
             if self._folder is None:
@@ -115,5 +115,5 @@ class Account:
             except FileNotFoundError:
                 continue
             except (StoreError, KeyError, TypeError, ValueError) as error:
-                logger.warning("%s does not say what was spent (%s); it is not counted", folder.uri(name), error)
+                logger.warning("%s is not a usage file (%s) and is not counted", folder.uri(name), error)
         return total

@@ -1,9 +1,8 @@
-"""What every engine of chat models looks like to the rest of the project.
+"""The interface of all engines of chat models.
 
-Agents know this module and nothing below it: a message list and a :class:`Sampling` go in, one
-:class:`Completion` comes out. Engines are exchangeable behind :class:`ChatEngine`, and so is the
-call log that sits in front of them. Nothing heavy is imported here, so that config, agents and tests
-load in milliseconds.
+Agents depend only on this module: a message list and a :class:`Sampling` go in, one :class:`Completion`
+comes out. Engines are exchangeable behind :class:`ChatEngine`, and so is the call log in front of them.
+It imports nothing heavy, so that config, agents and tests load in milliseconds.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ the sampled token comes first, the others follow in falling order."""
 
 
 def _canonical(value: Any) -> str:
-    """JSON text that is the same for equal values, whatever the order of their keys."""
+    """JSON text that is equal for equal values, whatever the order of their keys."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
 @dataclass(frozen=True)
 class Grammar:
-    """A form that the reply is forced into while it is sampled (structured output).
+    """A format that the reply is forced into during sampling (structured output).
 
     ``value`` is always text, so that a grammar can be compared, hashed and put into a call key:
     for ``choice`` a JSON list of strings, for ``regex`` the pattern, for ``json`` the schema as
@@ -43,14 +42,14 @@ class Grammar:
 
     @classmethod
     def choice(cls, options: Sequence[str]) -> Grammar:
-        """The reply is exactly one of ``options``. Raises ValueError when there are none."""
+        """The reply is exactly one of ``options``. Raises ValueError if there are none."""
         if isinstance(options, str) or not options or not all(isinstance(o, str) and o for o in options):
             raise ValueError(f"Grammar.choice needs a list of non-empty strings, got {options!r}")
         return cls("choice", _canonical(list(options)))
 
     @classmethod
     def regex(cls, pattern: str) -> Grammar:
-        """The whole reply matches ``pattern``. Raises ValueError when it is empty."""
+        """The whole reply matches ``pattern``. Raises ValueError if it is empty."""
         if not pattern:
             raise ValueError("Grammar.regex needs a pattern, got an empty string")
         return cls("regex", pattern)
@@ -88,9 +87,9 @@ class Sampling:
     extra: tuple[tuple[str, Any], ...] = ()
 
     def key(self) -> dict[str, Any]:
-        """JSON-able and stable: what goes into the call key.
+        """The sampling's part of the call key, as JSON values.
 
-        Numbers are brought to one type (a YAML ``1`` and ``1.0`` are the same temperature) and
+        Numbers are converted to one type (a YAML ``1`` and ``1.0`` are the same temperature) and
         ``extra`` is sorted by name.
         """
         return {
@@ -125,13 +124,13 @@ class Completion:
 
 
 class EngineError(RuntimeError):
-    """One call failed. Its row is marked and the shard goes on."""
+    """One call failed. Its row gets a status and the shard continues."""
 
 
 class PromptTooLong(EngineError):
-    """Prompt and new tokens do not fit the model's context. Engines raise this and never cut.
+    """Prompt and new tokens do not fit the model's context. Engines raise this and never truncate.
 
-    All three figures are tokens; a server that does not say its limit has 0.
+    All three figures are tokens; the limit is 0 if the server does not report it.
     """
 
     def __init__(self, prompt_tokens: int, max_tokens: int, limit: int) -> None:
@@ -152,16 +151,16 @@ class PromptTooLong(EngineError):
 class EngineDead(RuntimeError):
     """The engine's process is gone: no later call can succeed.
 
-    Not an :class:`EngineError`, because no row is at fault: the actor that holds the engine must end
-    itself and be replaced.
+    Not an :class:`EngineError`, because no row is at fault: the engine's actor must end itself and be
+    replaced.
     """
 
 
 class EngineStop(RuntimeError):
-    """No further call makes sense until the user has done something; the message says what.
+    """No further call makes sense until the user acts; the message says what to do.
 
     Not an :class:`EngineError`, because no row is at fault, and not :class:`EngineDead`, because another actor would
-    fare no better: the stage ends with this message, and the call log keeps what was answered.
+    fail as well: the stage ends with this message, and the call log keeps all replies.
     """
 
 
@@ -170,17 +169,17 @@ class EngineStartError(EngineStop):
 
 
 class BudgetSpent(EngineStop):
-    """The next call could cost more than the budget leaves. Raised when no call of the engine is under way any more,
-    so that everything that was paid for has been answered."""
+    """The next call could exceed the budget. Raised only when no call of the engine is in progress, so that no paid
+    reply is lost."""
 
 
 @runtime_checkable
 class ChatEngine(Protocol):
-    """Answers chats. Calls may be awaited together, and the engine batches all that wait."""
+    """Answers chats. Calls may be awaited concurrently; the engine batches all waiting ones."""
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """Who answers: model identity and everything else that changes answers; JSON-able, never a path.
+        """Identity of the model and everything else that changes replies, as JSON values; never a path.
 
         Part of every call key.
         """
@@ -192,20 +191,20 @@ class ChatEngine(Protocol):
         Raises:
             PromptTooLong: prompt + ``max_tokens`` exceeds the context.
             EngineError: this call failed; others may still succeed.
-            EngineDead: no call can succeed any more.
-            EngineStop: none should be made any more, and the user must hear why.
+            EngineDead: no later call can succeed.
+            EngineStop: no further call should be made; the message is for the user.
         """
         ...
 
 
 @runtime_checkable
 class Metered(Protocol):
-    """What an engine has beside :class:`ChatEngine` when its replies cost money."""
+    """Further methods of a :class:`ChatEngine` whose replies cost money."""
 
     def cost(self, completion: Completion) -> float:
-        """Price of one reply, in the unit of the engine's prices; 0 where no prices are set."""
+        """Price of one reply, in the currency of the engine's prices; 0 without prices."""
         ...
 
     async def settle(self, root: Folder) -> None:
-        """Write under `root`, the call log's folder, what was spent here, and read what others have spent."""
+        """Write the engine's spending under `root`, the call log's folder, and read that of other engines."""
         ...

@@ -44,16 +44,16 @@ _QUOTED_WORD = re.compile(r"['\"`](\w+)['\"`]")
 _DISLIKE = re.compile(r"unsupported|not support|unrecognized|unknown|unexpected|not permitted|forbidden|invalid", re.I)
 _KEY = re.compile(r"\b(?:sk|pk|rk|gsk|xai|hf)[-_][\w*.-]{6,}|Bearer\s+\S+", re.IGNORECASE)
 
-#: Gateways and overloaded servers say these; it is not the call's fault.
+#: Statuses of gateways and overloaded servers, which are not the call's fault.
 _ENDPOINT_STATUSES = frozenset({502, 503, 504, 520, 521, 522, 523, 524, 529})
 
 
 class Again(Exception):
-    """A request that may succeed another time.
+    """A request that may succeed when retried.
 
     Args:
-        blame: `call`: it may be this call's own fault; `endpoint`: nobody is there; `limit`: too many requests.
-        wait: seconds that the server wants to be left alone, when it says so.
+        blame: `call`: possibly this call's own fault; `endpoint`: the endpoint is down; `limit`: too many requests.
+        wait: seconds to wait, if the server gives them.
     """
 
     def __init__(self, reason: str, blame: Literal["call", "endpoint", "limit"], wait: float | None = None) -> None:
@@ -62,7 +62,7 @@ class Again(Exception):
 
 
 class Refused(Exception):
-    """The server does not take a parameter of the request (`response_format` stands for all structured output)."""
+    """The server rejects a parameter of the request (`response_format` stands for all structured output)."""
 
     def __init__(self, reason: str, parameter: str) -> None:
         super().__init__(reason)
@@ -71,14 +71,14 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Asked:
-    """What a refused request held, as far as its refusal depends on it.
+    """The properties of a rejected request that the meaning of the rejection depends on.
 
     Attributes:
         parameters: names in the request's body, beside model and messages.
-        structured: whether a form of the reply was asked for.
+        structured: whether structured output was requested.
         prompt_tokens: an estimate.
-        limit: context of the model in tokens; 0: not known.
-        answered: whether the endpoint has ever answered.
+        limit: context of the model in tokens; 0: unknown.
+        answered: whether the endpoint has answered any request.
     """
 
     parameters: Collection[str]
@@ -90,7 +90,7 @@ class Asked:
 
 
 def clean(text: str, key: str | None) -> str:
-    """A server's words without the key, whole or masked, and not too many of them."""
+    """A server's message, shortened and without the API key, whole or masked."""
     if key:
         text = text.replace(key, "***")
     text = " ".join(_KEY.sub("***", text).split())
@@ -98,15 +98,15 @@ def clean(text: str, key: str | None) -> str:
 
 
 def refusal(status: int, headers: Mapping[str, str], body: str, asked: Asked, key: str | None) -> Exception:
-    """The exception that a refusal comes down to: Again, Refused, PromptTooLong, EngineError or EngineStop."""
+    """The exception for a rejected request: Again, Refused, PromptTooLong, EngineError or EngineStop."""
     message, code, parameter = _error_of(body)
     said = clean(message or body or "no reason given", key)
     told = f"HTTP {status}: {said}"
     if status == 401:
-        # Its text is the one place where servers repeat the key, or half of it.
-        return EngineStop("the endpoint does not take the key (HTTP 401)")
+        # The text is left out: here servers may repeat the key, or half of it.
+        return EngineStop("the endpoint rejected the API key (HTTP 401)")
     if status == 402 or code == "insufficient_quota":
-        return EngineStop(f"the account at the endpoint has no credit left ({told}); top it up, then run again")
+        return EngineStop(f"the account at the endpoint has no credit left ({told}); top it up, then rerun")
     if status == 429 and "request too large" in message.lower():  # over the limit of a minute by itself
         return EngineError(told)
     if status == 429:
@@ -119,7 +119,7 @@ def refusal(status: int, headers: Mapping[str, str], body: str, asked: Asked, ke
         return EngineError(told)
     if status == 405 or 300 <= status < 400:
         return EngineStop(
-            f"{told}. Is base_url the address of an OpenAI-compatible endpoint? As a rule it ends with /v1"
+            f"{told}. Check that base_url is the address of an OpenAI-compatible endpoint; it usually ends with /v1"
         )
     if status in (403, 404) or code == "model_not_found":
         return EngineStop(told)
@@ -136,7 +136,7 @@ def refusal(status: int, headers: Mapping[str, str], body: str, asked: Asked, ke
 
 
 def _error_of(body: str) -> tuple[str, str, str]:
-    """(message, code, param) of an error body; empty where it does not say."""
+    """(message, code, param) of an error body; empty if missing."""
     try:
         value: Any = json.loads(body)
     except (ValueError, RecursionError):
@@ -152,7 +152,7 @@ def _error_of(body: str) -> tuple[str, str, str]:
 
 
 def _wrong_parameter(message: str, parameter: str, asked: Asked) -> str | None:
-    """The parameter that a server names as the reason of its refusal, when it is one that was sent."""
+    """The sent parameter that the server names as the reason of the rejection, if any."""
     named = [re.split(r"[.\[]", parameter)[0]] if parameter else []
     if _DISLIKE.search(message):
         named += _QUOTED_WORD.findall(message)
@@ -170,7 +170,7 @@ def _figure(pattern: re.Pattern[str], text: str) -> int:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds to wait by `Retry-After` (seconds or a date, RFC 9110 §10.2.3) or `retry-after-ms`; None: not said."""
+    """Seconds to wait by `Retry-After` (seconds or a date, RFC 9110 §10.2.3) or `retry-after-ms`; None if missing."""
     for name, scale in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
         value = headers.get(name)
         if value is None:

@@ -1,7 +1,7 @@
-"""What goes on inside a vLLM engine, on Ray's Prometheus endpoint of its node.
+"""Metrics of a vLLM engine, on Ray's Prometheus endpoint of its node.
 
-vLLM has a logger of its own for that, which needs Ray Serve. This one takes what an operator looks at: how many
-requests run and wait, how full the KV cache is, how long requests take.
+vLLM's own logger for this needs Ray Serve. This one exports the figures that an operator needs: requests running and
+waiting, KV cache usage, and request latencies.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import os
 import time
 from typing import Any
 
-#: Seconds between two values of a gauge; the engine says something every step.
+#: Seconds between two values of a gauge; the engine reports every step.
 _EVERY = 1.0
-#: Upper ends, in seconds, of the classes in which latencies are counted.
+#: Upper bounds of the latency histogram's buckets, in seconds.
 _LATENCIES = [0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]
 
 
@@ -27,7 +27,7 @@ class EngineMeters:
         self._requests = Gauge("quorum_engine_requests", "requests in an engine", tag_keys=("model", "state"))
         self._cache = Gauge("quorum_engine_kv_cache_usage", "share of the KV cache that is in use", tag_keys=tags)
         self._finished = Counter("quorum_engine_finished_total", "requests that ended", tag_keys=tags)
-        self._preempted = Counter("quorum_engine_preempted_total", "requests that gave way to others", tag_keys=tags)
+        self._preempted = Counter("quorum_engine_preempted_total", "requests preempted by others", tag_keys=tags)
         self._latency = Histogram(
             "quorum_engine_latency_seconds", "from a request's arrival to its end", boundaries=_LATENCIES, tag_keys=tags
         )
@@ -53,10 +53,10 @@ class EngineMeters:
             self._latency.observe(request.e2e_latency, self._tags)
 
     def log(self) -> None:
-        """Nothing: values are told as they come."""
+        """Do nothing: values are exported as they arrive."""
 
     def log_engine_initialized(self) -> None:
-        """Nothing to say."""
+        """Do nothing."""
 
     def record_sleep_state(self, is_awake: int, level: int) -> None:
         """Engines do not sleep here."""

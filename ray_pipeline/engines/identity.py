@@ -1,8 +1,8 @@
-"""Who a model is: the part of a call key that says which weights answered.
+"""Identity of a model: the part of a call key that depends on the weights.
 
-A path names a place, not a model: a policy retrained into the same folder is another model, and the
-same weights copied elsewhere are the same one. So local folders are named by the digest of what they
-hold, and hub models by the commit that their name resolves to.
+A path does not identify a model: a policy retrained into the same folder is another model, and the
+same weights copied elsewhere are the same one. So local folders are identified by a digest of their
+content, and Hub models by the commit that their name resolves to.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from ray_pipeline.store.files import StoreError
 from ray_pipeline.store.local import local_copy
 
-#: Files that decide what a model answers, besides its weights.
+#: Files that affect a model's replies, besides its weights.
 _DESCRIBING = (
     r"config\.json|generation_config\.json|adapter_config\.json|quant\w*_config\.json|hf_quant_config\.json"
     r"|tokenizer\.(json|model)|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json"
@@ -25,11 +25,11 @@ _DESCRIBING = (
     r"|chat_template\.(jinja|json)|.*\.tiktoken|.*\.py"
 )
 _SAFETENSORS = r".*\.safetensors(\.index\.json)?"
-#: Older weight formats are read only where there is no safetensors file. `optimizer.bin`, `training_args.bin` and
-#: their like lie beside the weights of a training run and answer nothing.
+#: Older weight formats count only without a safetensors file. `optimizer.bin`, `training_args.bin` and the like are
+#: by-products of training and do not affect replies.
 _OTHER_WEIGHTS = r"(pytorch_model|adapter_model|model|consolidated)[\w.-]*\.(bin|pt|pth)(\.index\.json)?|.*\.gguf"
 
-#: Keys of `config.json` and `adapter_config.json` that say where a model came from and not what it is.
+#: Keys of `config.json` and `adapter_config.json` about a model's origin, which does not affect it.
 _WHERE = frozenset({"_name_or_path", "base_model_name_or_path", "transformers_version", "peft_version"})
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -41,24 +41,24 @@ _digests: dict[tuple[str, int, int], str] = {}
 
 
 class ModelNotFound(ValueError):
-    """A model or adapter is neither a folder here nor known to the hub. The message names the remedy."""
+    """A model or adapter is neither a local folder nor on the Hub. The message names the fix."""
 
 
 def model_identity(model: str, revision: str | None = None, adapter: str | None = None) -> dict[str, str]:
-    """What identifies a model, with its LoRA adapter when there is one.
+    """The identity of a model, and of its LoRA adapter if it has one.
 
     Args:
-        model: folder (or GGUF file) on this machine, URI of a folder, or the name of a hub model.
-        revision: branch, tag or commit of a hub model; a folder has none, and it is ignored there.
-        adapter: folder or hub name of a LoRA adapter.
+        model: local folder (or GGUF file), URI of a folder, or name of a Hub model.
+        revision: branch, tag or commit of a Hub model; ignored for a folder.
+        adapter: folder or Hub name of a LoRA adapter.
 
     Returns:
         ``{"model": ID}`` or ``{"model": ID, "adapter": ID}``, with ID ``"sha256:<digest>"`` for local files
-        and ``"hub:<name>@<commit>"`` for hub models. Digests of weights are computed once per process, file size
-        and time of change; hashing takes about a second per GB.
+        and ``"hub:<name>@<commit>"`` for Hub models. Digests of weights are computed once per process, file size
+        and modification time; hashing takes about a second per GB.
 
     Raises:
-        ModelNotFound: nothing of that name here or on the hub.
+        ModelNotFound: no such local folder and no such Hub model.
     """
     identity = {"model": _identify(model, revision, "model")}
     if adapter is not None:
@@ -80,30 +80,30 @@ def _identify(name: str, revision: str | None, what: str) -> str:
         return "sha256:" + folder_digest(path)
     if name.startswith(("/", ".", "~")) or not _HUB_NAME.fullmatch(name):
         raise ModelNotFound(
-            f"{what} {name!r}: there is no such folder (looked for {path.absolute()}); "
-            "correct the path, or make the folder visible on this node too (shared storage), or name a hub model"
+            f"{what} {name!r}: no such folder (looked for {path.absolute()}); fix the path, make the folder available "
+            "on this node (shared storage), or use the name of a Hub model"
         )
     commit = hub_commit(name, revision)
     return f"hub:{name}@{commit}"
 
 
 def folder_digest(path: Path) -> str:
-    """Hex SHA-256 over the files of a model folder that decide its answers, by name and content.
+    """Hex SHA-256 over the files of a model folder that affect its replies, by name and content.
 
     Raises:
-        ModelNotFound: the folder holds no file of a model.
+        ModelNotFound: the folder contains no model file.
     """
     files = [path] if path.is_file() else _deciding_files(path)
     if not files:
         raise ModelNotFound(
-            f"folder {path.absolute()} holds no model: no config, weights or tokenizer in it; "
-            "name the folder that has config.json (an adapter: adapter_config.json)"
+            f"folder {path.absolute()} contains no model (no config, weights or tokenizer); "
+            "use the folder with config.json (for an adapter: adapter_config.json)"
         )
-    with ThreadPoolExecutor(max_workers=4) as pool:  # hashlib lets go of the GIL
+    with ThreadPoolExecutor(max_workers=4) as pool:  # hashlib releases the GIL
         digests = list(pool.map(_file_digest, files))
     whole = hashlib.sha256()
     for file, digest in zip(files, digests, strict=True):
-        # The name of a single file is where it lies; inside a folder names are part of the format.
+        # The name of a single file is only its location; inside a folder names are part of the format.
         whole.update(f"{'' if path.is_file() else file.name}\0{digest}\n".encode())
     return whole.hexdigest()
 
@@ -132,7 +132,7 @@ def _read_digest(file: Path) -> str:
             kept = {key: value for key, value in config.items() if key not in _WHERE}
             return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
         except (ValueError, AttributeError):
-            pass  # not a JSON object: its bytes will do
+            pass  # not a JSON object: its bytes are hashed
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while chunk := stream.read(_CHUNK):

@@ -1,7 +1,7 @@
-"""The call log in front of an engine: a call that was ever answered is not made again.
+"""The call log in front of an engine: a call with a stored reply is not made again.
 
-One `LoggedEngine` serves one attempt at one shard. Agents get a view of it that is bound to a prompt and a role, and
-see nothing but a `ChatEngine`.
+One `LoggedEngine` serves one attempt at one shard. Agents get a view bound to a prompt and a role, which is an ordinary
+`ChatEngine`.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from ray_pipeline.store.keys import bucket_of, call_key
 
 logger = logging.getLogger("quorum.calls")
 
-#: Seconds between two part files: what a kill can lose.
+#: Seconds between two part files: the replies of this time can be lost when a process is killed.
 FLUSH_SECONDS = 2.0
 
 
 class CallNotLogged(RuntimeError):
-    """A replay needed a call that the log does not hold."""
+    """A replay needs a call that is not in the log."""
 
 
 class LoggedEngine:
-    """Remembers every reply of `engine` under `root`.
+    """Stores every reply of `engine` under `root`.
 
     Args:
-        engine: answers what the log does not hold; its `identity` is part of every key.
-        root: folder of the call log; several runs may share it, at the same time too.
+        engine: answers calls that are not in the log; its `identity` is part of every key.
+        root: folder of the call log; several runs may share it, also concurrently.
         limit: bounds the calls in flight on the engine, across all shards of an actor.
-        replay_only: never ask the engine; a call that is not in the log raises CallNotLogged.
+        replay_only: never call the engine; a call that is not in the log raises CallNotLogged.
     """
 
     def __init__(
@@ -79,20 +79,20 @@ class LoggedEngine:
         self._stopped: str | None = None
         self._under_way, self._idle = 0, asyncio.Event()
         self._idle.set()
-        self._writing = asyncio.Lock()  # A writer is no thing for two threads: a periodic flush may meet the last one.
+        self._writing = asyncio.Lock()  # CallWriter is not thread-safe: a periodic flush may overlap the last one.
 
     async def __aenter__(self) -> LoggedEngine:
         table = await asyncio.to_thread(read_calls, self._folder, self._shard, self._num_shards)
         for row in table.drop_columns(["messages", "sampling"]).to_pylist():
             known = self._known.get(row["call_key"])
-            if known is None or known.finish_reason == _TOO_LONG:  # An answer counts for more than a refusal.
+            if known is None or known.finish_reason == _TOO_LONG:  # a reply takes precedence over a refusal
                 self._known[row["call_key"]] = _from_row(row)
         await self._settle()
         self._flusher = asyncio.create_task(self._flush_forever())
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        """Write what is pending, whatever ended the shard; merge the parts only after a success."""
+        """Write pending replies, however the shard ended; merge the parts only after a success."""
         if self._flusher is not None:
             self._flusher.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -102,13 +102,13 @@ class LoggedEngine:
         except Exception as unwritten:
             if kind is None:
                 raise
-            # What ended the shard is the news (a dead engine, a stop); it must not be hidden by this.
+            # This must not hide the error that ended the shard (a dead engine, a stop).
             logger.warning("call log: %d calls were not written (%s)", len(self._pending), unwritten)
         if kind is None:
             async with self._writing:
                 try:
                     await asyncio.to_thread(self._writer.compact)
-                except (OSError, StoreError) as error:  # Many small parts hold the same calls as one.
+                except (OSError, StoreError) as error:  # unmerged parts contain the same calls
                     logger.warning("call log: parts under %s stay unmerged (%s)", self._folder.location, error)
 
     def bound(self, prompt_id: str, role: str) -> BoundEngine:
@@ -116,7 +116,7 @@ class LoggedEngine:
         return BoundEngine(self, prompt_id, role)
 
     async def flush(self) -> None:
-        """Write what is pending as one part; what could not be written stays pending."""
+        """Write pending replies as one part; if that fails, they stay pending."""
         await self._settle()
         async with self._writing:
             rows, self._pending = self._pending, []
@@ -129,20 +129,20 @@ class LoggedEngine:
                 raise
 
     async def _settle(self) -> None:
-        """What replies have cost is written as often as the replies."""
+        """Write the cost of replies as often as the replies."""
         if self._replay_only or self._metered is None:
             return
         try:
             await self._metered.settle(self._root)
         except (OSError, StoreError) as error:
-            logger.warning("what was spent cannot be written under %s yet (%s)", self._root.location, error)
+            logger.warning("cannot write spending under %s yet (%s)", self._root.location, error)
 
     async def _flush_forever(self) -> None:
         while True:
             await asyncio.sleep(self._flush_seconds)
             try:
                 await asyncio.shield(asyncio.ensure_future(self.flush()))
-            except Exception as error:  # A full disk may have room again; only the last flush must succeed.
+            except Exception as error:  # a full disk may have space again; only the last flush must succeed
                 logger.warning("call log: cannot write under %s yet (%s)", self._folder.location, error)
 
     async def call(self, prompt_id: str, role: str, messages: Sequence[Message], sampling: Sampling) -> Completion:
@@ -155,7 +155,9 @@ class LoggedEngine:
         if known is not None and self._replay_only:
             raise PromptTooLong(known.prompt_tokens, sampling.max_tokens, known.cached_tokens)
         if self._replay_only:
-            raise CallNotLogged(f"the call log holds no {role} call for prompt {prompt_id}, and only it may answer")
+            raise CallNotLogged(
+                f"the call log has no {role} call for prompt {prompt_id}; set calls.replay_only: false to make it"
+            )
         while (running := self._in_flight.get(key)) is not None:
             try:
                 completion = await asyncio.shield(running)
@@ -163,7 +165,7 @@ class LoggedEngine:
                 task = asyncio.current_task()
                 if not running.cancelled() or (task is not None and task.cancelling()):
                     raise
-                continue  # Only the caller that had asked was cancelled: somebody else asks in its place.
+                continue  # only the caller that made the call was cancelled: make the call instead
             self.stats.calls_shared += 1
             return completion
         future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
@@ -171,7 +173,7 @@ class LoggedEngine:
         try:
             completion = await self._ask(messages, sampling)
         except PromptTooLong as error:
-            # Remembered for replays only: with an engine at hand the limit may be another one next time.
+            # Used in replays only: with an engine the limit may differ next time.
             if known is None:
                 refused = Completion("", _TOO_LONG, error.prompt_tokens, 0, error.limit)
                 self._remember(key, prompt_id, role, messages, asked, refused)
@@ -194,7 +196,7 @@ class LoggedEngine:
         return completion
 
     def stop(self, reason: str) -> None:
-        """Make no further call: those under way are awaited and kept, every other one raises BudgetSpent."""
+        """Make no further call: calls in progress are awaited and kept, every other call raises BudgetSpent."""
         self._stopped = self._stopped or reason
 
     async def _ask(self, messages: Sequence[Message], sampling: Sampling) -> Completion:
@@ -212,11 +214,11 @@ class LoggedEngine:
             else:
                 completion = None
         if completion is None:
-            # Raised at once, it would cancel the calls of this shard that are being answered.
+            # Raising immediately would cancel this shard's calls in progress.
             await self._idle.wait()
             raise BudgetSpent(self._stopped or "stopped")
-        # Half a character (a lone surrogate, which JSON from an endpoint can say) fits no UTF-8 file: one reply that
-        # holds one must not spoil the files of a whole shard.
+        # An unpaired surrogate, which JSON from an endpoint can contain, cannot be stored as UTF-8: one such reply must
+        # not fail a whole shard.
         text = completion.text.encode("utf-8", "replace").decode()
         latency = completion.latency_s or time.monotonic() - begin
         return dataclasses.replace(completion, text=text, latency_s=latency)
@@ -227,7 +229,7 @@ class LoggedEngine:
             future.cancel()
             return
         future.set_exception(error)
-        future.exception()  # Mark it as seen: nobody may be waiting for the shared reply.
+        future.exception()  # mark it as retrieved: possibly no caller waits for the shared reply
 
     def _remember(
         self,
@@ -259,13 +261,13 @@ class LoggedEngine:
         )
 
 
-#: finish_reason of a remembered refusal; `cached_tokens` of such a row is the context that it did not fit.
+#: finish_reason of a stored refusal; `cached_tokens` of such a row is the context length that it exceeded.
 _TOO_LONG = "too_long"
 
 
 @dataclasses.dataclass(frozen=True)
 class BoundEngine:
-    """A `ChatEngine` that files its calls under one prompt and one role."""
+    """A `ChatEngine` that logs its calls under one prompt and one role."""
 
     log: LoggedEngine
     prompt_id: str

@@ -1,30 +1,30 @@
 """Any OpenAI-compatible endpoint behind ``ChatEngine``, through the `openai` client.
 
-What goes wrong, and what it means:
+Errors and their handling:
 
-- **One call's trouble** (a refused message, a reply that is no JSON, a connection that was cut, a time-out, a 500) is
-  tried again with exponential back-off and jitter, ``retries`` times; then it is an :class:`EngineError`.
-- **The endpoint's trouble** (nobody there, 502, 503, 504, 429) is waited for, ``Retry-After`` honoured. When nothing
-  was answered for ``patience_s`` seconds, the engine stops: a wrong address should not burn a night.
-- **The user's trouble** (the key is not taken, no such model, no credit, a parameter that the model does not have, the
-  budget) stops the engine at once. A stopped engine refuses every later call with the same message.
+- **Errors of one call** (a rejected message, a reply that is not JSON, a broken connection, a time-out, a 500) are
+  retried with exponential back-off and jitter, ``retries`` times; then the call raises :class:`EngineError`.
+- **Errors of the endpoint** (unreachable, 502, 503, 504, 429) are waited out, honouring ``Retry-After``. After
+  ``patience_s`` seconds without any reply the engine stops, so that a wrong address does not cost a night.
+- **Errors for the user** (rejected key, unknown model, no credit, unsupported parameter, spent budget) stop the engine
+  immediately. A stopped engine refuses every later call with the same message.
 
-Budget: the next call is made only if what was spent, plus what the calls under way may cost at most, plus what it may
-cost itself at most, is within ``budget``. At most means ``max_tokens`` new tokens and one prompt token for every three
-bytes, so the budget holds to within the error of that estimate. "Spent" counts every engine that shares the call log
-(see ``account``); other processes' part is up to two seconds old, and their calls under way are not known, so several
-actors at once may go over it by what they spend in that time. Counted is what the server's ``usage`` says (an estimate
-where it says nothing); calls without a reply (errors, time-outs) are not, though some servers charge for them.
+Budget: the next call is made only if the amount spent, plus the maximum cost of the calls in progress, plus its own
+maximum cost, is within ``budget``. The maximum is ``max_tokens`` new tokens and one prompt token for every three bytes,
+so the budget holds to within the error of that estimate. The amount spent covers every engine that shares the call log
+(see ``account``); the figures of other processes are up to two seconds old and exclude their calls in progress, so
+several actors together may exceed the budget by what they spend in that time. Costs follow the server's ``usage`` (an
+estimate if it is missing); calls without a reply (errors, time-outs) are not counted, though some servers charge them.
 
-Chat templates: a server of open models puts messages into its template as text and tokenises the whole (vLLM: its
-renderers), so that a ``<|im_end|>`` in a candidate ends the judge's question there, unless the template itself prevents
-it. The in-process engine can cut such strings apart by token (`chat_template`), an endpoint takes text alone:
-``break_control_strings`` puts an invisible space into every string that looks like one.
+Chat templates: a server of open models renders messages into its template as text and tokenises the result (vLLM: its
+renderers), so that a ``<|im_end|>`` in a candidate ends the judge's message there, unless the template prevents it. The
+in-process engine can split such strings by token (`chat_template`), but an endpoint accepts only text:
+``break_control_strings`` inserts an invisible space into every string that looks like one.
 
-What the server adds by itself changes answers and cannot be seen from here (a vLLM server takes ``top_k`` and others
-from the model's generation_config.json): say it in ``extra_body`` where it matters.
+Parameters that the server adds change replies and are invisible to the client (a vLLM server takes ``top_k`` and others
+from the model's generation_config.json): set them in ``extra_body`` where it matters.
 
-The key is read from the environment when the engine starts. It is in no setting, no identity and no message.
+The API key is read from the environment when the engine starts. It is in no setting, no identity and no message.
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ logger = logging.getLogger("quorum.openai")
 
 _BACKOFF_SECONDS = 0.5  # before the second try; doubles with every further one
 _BACKOFF_MOST = 60.0
-_LIMITED_MOST = 200  # tries of one call that end in 429 while others are answered
+_LIMITED_MOST = 200  # attempts of one call that may end in 429 while others are answered
 _CONNECT_SECONDS = 15.0
 _NAMED_MODELS = 12  # names of an endpoint's models that a message lists
 
-#: What ``Sampling`` says by fields of its own, and by which.
+#: Request parameter -> the field of ``Sampling`` that sets it.
 _OURS = {
     "temperature": "temperature",
     "top_p": "top_p",
@@ -85,17 +85,17 @@ _OURS = {
 _STRUCTURED = frozenset({"response_format", "structured_outputs", "guided_json", "guided_choice", "guided_regex"})
 _NEVER = frozenset({"model", "messages", "n", "stream", "stream_options", "tools", "tool_choice", "functions"})
 
-#: Words of several servers for the end of a reply, in ours.
+#: Finish reasons of several servers -> the common ones.
 _FINISHES = {"eos": "stop", "eos_token": "stop", "end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length"}
 
-#: What stands for control tokens in the templates of common open models (ChatML, Llama, Gemma, Mistral, Phi, DeepSeek).
+#: Control strings in the templates of common open models (ChatML, Llama, Gemma, Mistral, Phi, DeepSeek).
 _CONTROL_STRINGS = re.compile(
     r"<(?=[|\uff5c][^<>|\uff5c\s]{1,40}[|\uff5c]>|/?s>|(?:start|end)_of_turn>|(?:bos|eos|pad|unk)>)"
     r"|\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CALLS)\])"
 )
 _INVISIBLE = "\u200b"  # zero-width space
 
-#: JSON Schema keywords that some servers refuse; without them the form of a reply is still the right one.
+#: JSON Schema keywords that some servers reject; without them the format of a reply is still right.
 _BOUNDS = frozenset({"minLength", "maxLength", "minimum", "maximum", "pattern", "minItems", "maxItems"})
 
 _PROBE = Grammar.json(
@@ -110,7 +110,7 @@ _PROBE_MESSAGES: list[Message] = [
     {"role": "user", "content": 'Name a colour. Answer with one JSON object and nothing else: {"verdict": "green"}'}
 ]
 _PROBE_TOKENS = 64
-_AS_TEXT = "such replies come as text and are read by the parsers"
+_AS_TEXT = "such replies are requested as text and read by the parsers"
 
 T = TypeVar("T")
 
@@ -120,21 +120,26 @@ class EndpointSettings(Settings):
 
     base_url: str = Field(description="address up to and with the version, for example https://api.openai.com/v1")
     api_key_env: str | None = Field(
-        "OPENAI_API_KEY", description="environment variable that holds the key, on every node; null: no key"
+        "OPENAI_API_KEY", description="environment variable with the API key, on every node; null: no key"
     )
-    concurrency: int = Field(64, ge=1, description="requests under way an actor")
-    timeout_s: float = Field(300.0, gt=0, description="seconds that one request may take")
-    retries: int = Field(6, ge=0, description="how often a call that failed by itself is tried again")
-    patience_s: float = Field(120.0, gt=0, description="seconds without any answer after which the run stops")
-    requests_per_minute: float | None = Field(None, gt=0, description="of a stage; its actors share it evenly")
-    tokens_per_minute: float | None = Field(None, gt=0, description="prompt and reply; shared likewise")
+    concurrency: int = Field(64, ge=1, description="requests in flight per actor")
+    timeout_s: float = Field(300.0, gt=0, description="time limit of one request, in seconds")
+    retries: int = Field(6, ge=0, description="retries of a call that failed by itself")
+    patience_s: float = Field(120.0, gt=0, description="seconds without any reply after which the run stops")
+    requests_per_minute: float | None = Field(
+        None, gt=0, description="maximum of a stage, shared evenly by its actors; default: no limit"
+    )
+    tokens_per_minute: float | None = Field(
+        None, gt=0, description="maximum of prompt and reply tokens of a stage, shared evenly; default: no limit"
+    )
     structured: Literal["auto", "schema", "vllm", "text"] = Field(
         "auto",
-        description="how a reply's form is forced: JSON schema; vLLM's own fields; not at all (text, read by the "
-        "parsers); auto finds out, and falls back to text with a warning. The other two stop where they are refused",
+        description="how a reply's format is enforced: schema (JSON schema), vllm (vLLM's own fields) or text (not at "
+        "all, read by the parsers); auto tries, and falls back to text with a warning, while schema and vllm stop if "
+        "the server rejects them",
     )
     max_tokens_name: Literal["auto", "max_tokens", "max_completion_tokens"] = Field(
-        "auto", description="what the server calls the limit of a reply; auto changes the name when it is refused"
+        "auto", description="the server's name for the limit of a reply; auto switches if the name is rejected"
     )
     omit: tuple[str, ...] = Field((), description="parameters that are never sent (reasoning models: temperature)")
     extra_body: dict[str, Any] = Field(
@@ -143,29 +148,29 @@ class EndpointSettings(Settings):
     )
     break_control_strings: bool = Field(
         False,
-        description="put a zero-width space into what looks like a control token of a chat template, so that no answer "
-        "ends the question that it is shown in; for servers of open models (vLLM), whose tokenizers take such text for "
-        "the token",
+        description="insert a zero-width space into text that looks like a control token of a chat template, so that "
+        "no response ends the message that contains it; for servers of open models (vLLM), whose tokenizers take such "
+        "text for the token",
     )
     prices: Prices | None = Field(None, description="prices of tokens, for costs and budgets")
     budget: float | None = Field(
-        None, gt=0, description="most that this model at this endpoint may cost in this call log, all runs together"
+        None, gt=0, description="maximum cost of this model at this endpoint, over all runs that share the call log"
     )
 
     @model_validator(mode="after")
     def _check(self) -> EndpointSettings:
-        # Here and not at the fields: an error at a field shows its value, which might be a password or a key.
+        # Not at the fields: an error at a field shows its value, which might be a password or a key.
         address = urllib.parse.urlsplit(self.base_url)
         if address.scheme not in ("http", "https") or not address.hostname:
             raise ValueError("base_url must be an address like https://api.openai.com/v1")
         if "@" in address.netloc or address.query or address.fragment:
-            raise ValueError("base_url must hold no password and no query: name the variable of the key in api_key_env")
+            raise ValueError("base_url must have no password and no query; set api_key_env to the key's variable")
         if address.path.rstrip("/").endswith(("/completions", "/models", "/responses")):
-            raise ValueError("base_url must end before the name of the call, as a rule with /v1")
+            raise ValueError("base_url must end before the name of the call, usually with /v1")
         if self.api_key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):
             raise ValueError("api_key_env must be the NAME of an environment variable, never the key itself")
         if self.budget is not None and self.prices is None:
-            raise ValueError("budget needs prices (per million tokens) to count with")
+            raise ValueError("budget needs prices (per million tokens); set them as well")
         for name in self.extra_body:
             problem = _extra_problem(name, "extra_body")
             if problem:
@@ -177,23 +182,23 @@ class EndpointSettings(Settings):
         return self.base_url.rstrip("/")
 
     def identity(self, model: str) -> str:
-        """Who answers: the model's name and where it was asked. Needs no network."""
+        """The model's name and address. Needs no network."""
         return f"endpoint:{model}@{self.address}"
 
     def answers(self) -> dict[str, Any]:
-        """The settings that change answers, JSON-able."""
+        """The settings that change replies, as JSON values."""
         body = json.loads(json.dumps(self.extra_body, sort_keys=True, default=str))
         found = {"structured": self.structured, "omit": sorted(self.omit), "extra_body": body}
-        # Only where it is on: without it, calls are those of runs from before it was there.
+        # Only if it is on: otherwise calls keep the keys of runs before this setting existed.
         return {**found, "break_control_strings": True} if self.break_control_strings else found
 
 
 @dataclasses.dataclass(frozen=True)
 class OpenAISpec:
-    """A model at an endpoint; plain values only, so that it travels as pickle.
+    """A model at an endpoint; plain values only, so that it can be pickled.
 
     Args:
-        canary: prove at the start, with one short call, that the model answers and structured output is obeyed.
+        canary: check at the start, with one short call, that the model answers and obeys structured output.
         share: actors that share the limits per minute.
     """
 
@@ -204,7 +209,7 @@ class OpenAISpec:
 
 
 def validate_request_extra(extra: Mapping[str, Any] | Sequence[tuple[str, Any]]) -> None:
-    """Check the names in ``Sampling.extra`` for an endpoint, as far as they can be known without asking it.
+    """Check the names in ``Sampling.extra`` for an endpoint, as far as possible without contacting it.
 
     Raises:
         EngineStartError: a name that ``Sampling`` has a field for, or one that the engine sets itself.
@@ -217,17 +222,17 @@ def validate_request_extra(extra: Mapping[str, Any] | Sequence[tuple[str, Any]])
 
 def _extra_problem(name: str, where: str) -> str | None:
     if name in _OURS:
-        return f"parameter {name!r} under {where}: set the sampling's own key {_OURS[name]!r}"
+        return f"parameter {name!r} under {where}: set the sampling's own key {_OURS[name]!r} instead"
     if name in _STRUCTURED:
-        return f"parameter {name!r} under {where}: structured output is asked for by the agents (endpoint.structured)"
+        return f"parameter {name!r} under {where}: agents set structured output; use endpoint.structured instead"
     if name in _NEVER:
-        return f"parameter {name!r} under {where} cannot be set: one call is one reply of the model that is named"
+        return f"parameter {name!r} under {where} cannot be set: one call is one reply of the configured model"
     return None
 
 
 @dataclasses.dataclass
 class EndpointStats:
-    """What an engine has done since it started: tokens of answered calls, and every HTTP request for a reply."""
+    """An engine's counters since its start: tokens of answered calls, and every HTTP request for a reply."""
 
     calls: int = 0
     requests: int = 0
@@ -238,10 +243,10 @@ class EndpointStats:
 
 
 class OpenAIEngine:
-    """A :class:`~ray_pipeline.engines.base.ChatEngine` over an endpoint; the module's text states its rules.
+    """A :class:`~ray_pipeline.engines.base.ChatEngine` over an endpoint; the module's docstring has its rules.
 
-    Making one costs nothing and asks nobody: :meth:`start`, or the first :meth:`chat`, does. It lives on the event loop
-    that it was started on.
+    The constructor makes no request; :meth:`start`, or the first :meth:`chat`, does. The engine belongs to the event
+    loop that it was started on.
     """
 
     def __init__(self, spec: OpenAISpec) -> None:
@@ -258,18 +263,18 @@ class OpenAIEngine:
         self._slots = asyncio.Semaphore(settings.concurrency)
         self._request_pace = _Pace(settings.requests_per_minute, spec.share)
         self._token_pace = _Pace(settings.tokens_per_minute, spec.share)
-        self._pause_until = 0.0  # after a 429 that said how long
+        self._pause_until = 0.0  # after a 429 with a waiting time
         self._answered = 0
-        self._silent_since: float | None = None  # first sign since the last answer that nobody is there
-        self._reserved = 0.0  # most that the calls under way may cost
+        self._silent_since: float | None = None  # time of the first sign since the last reply that the endpoint is down
+        self._reserved = 0.0  # maximum cost of the calls in progress
         self._under_way = 0
         self._released = asyncio.Event()
-        self._offered: list[str] = []  # names of models, where the endpoint tells them
+        self._offered: list[str] = []  # names of models, if the endpoint lists them
         self._is_vllm = False
-        self._limit = 0  # context in tokens; 0: not known
+        self._limit = 0  # context in tokens; 0: unknown
         self._text_only = settings.structured == "text"
-        self._step: dict[Grammar, int] = {}  # how far a grammar had to be loosened
-        self.notes: list[str] = []  # what the user should know, each once: the engine's log is far from the terminal
+        self._step: dict[Grammar, int] = {}  # how far a grammar had to be relaxed
+        self.notes: list[str] = []  # messages for the user, each once: the engine's log is not on the terminal
         name = settings.max_tokens_name
         openai_itself = urllib.parse.urlsplit(settings.base_url).hostname == "api.openai.com"
         self._max_tokens = name if name != "auto" else "max_completion_tokens" if openai_itself else "max_tokens"
@@ -277,7 +282,7 @@ class OpenAIEngine:
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """Who answers: address, model name and the settings that change answers; never the key. Needs no network."""
+        """Address, model name and the settings that change replies; never the API key. Needs no network."""
         return {
             "engine": "openai",
             "model": self._settings.identity(self.spec.model),
@@ -285,14 +290,14 @@ class OpenAIEngine:
         }
 
     async def start(self) -> None:
-        """Ask who is there and prove that the model answers; once, however often it is called.
+        """Contact the endpoint and check that the model answers; only once, however often it is called.
 
         Raises:
-            EngineStartError: it does not; the message says what to change. Later calls raise it again.
+            EngineStartError: the check failed; the message says what to change. Later calls raise it again.
             BudgetSpent: not even the first short call is within the budget.
         """
         if self._starting is None:
-            # A task of its own: whoever asked first may be cancelled while others wait for the same start.
+            # A separate task: the first caller may be cancelled while others wait for the same start.
             self._starting = asyncio.create_task(self._start(), name="openai-start")
         try:
             await asyncio.shield(self._starting)
@@ -311,7 +316,7 @@ class OpenAIEngine:
         async with self._slots:
             self._check_open()
             if not self._ready:
-                # The start costs a call; a budget that an earlier run has used up should ask nobody.
+                # The start makes a call, which a spent budget must prevent.
                 self._check_budget(messages, sampling)
                 await self.start()
             reply = await self._paid(messages, sampling)
@@ -327,7 +332,7 @@ class OpenAIEngine:
         await self._account.settle(root)
 
     def stats(self) -> EndpointStats:
-        """Totals so far, the short call of the start included."""
+        """Totals so far, including the short call at the start."""
         own, prices = self._account.own, self._settings.prices
         return EndpointStats(
             calls=own.calls,
@@ -339,7 +344,7 @@ class OpenAIEngine:
         )
 
     async def close(self) -> None:
-        """Let go of the connections. Later chats raise EngineDead."""
+        """Close the connections. Later chats raise EngineDead."""
         self._closed = True
         if self._starting is not None:
             self._starting.cancel()
@@ -367,12 +372,12 @@ class OpenAIEngine:
         try:
             from openai import AsyncOpenAI, Timeout
         except ImportError as error:
-            raise EngineStartError(f"the openai client cannot be imported ({error}); pip install openai") from error
+            raise EngineStartError(f"cannot import the openai client ({error}); run: pip install openai") from error
         timeout = self._settings.timeout_s
         self._client = AsyncOpenAI(
-            api_key=self._key or "none",  # the client wants one; a server without keys does not look at it
+            api_key=self._key or "none",  # the client requires one; a server without keys ignores it
             base_url=self._settings.address,
-            max_retries=0,  # they are made here, where limits, budget and patience are known
+            max_retries=0,  # retries are made by this class, which knows limits, budget and patience
             timeout=Timeout(timeout, connect=min(_CONNECT_SECONDS, timeout)),
         )
 
@@ -383,16 +388,18 @@ class OpenAIEngine:
         key = os.environ.get(name, "").strip()
         if not key:
             raise EngineStartError(
-                f"the environment variable {name} is not set where the engine runs; it must hold the key of "
-                f"{self._settings.address}. Export it before the run (on a cluster: before `ray start` on every node, "
-                "or in the job's runtime environment), or set endpoint.api_key_env: null for a server without keys"
+                f"the environment variable {name} is not set where the engine runs; set it to the API key of "
+                f"{self._settings.address} before the run (on a cluster: before `ray start` on every node, or in the "
+                "job's runtime environment), or set endpoint.api_key_env: null for a server without keys"
             )
-        if not re.fullmatch(r"[!-~]+", key):  # HTTP libraries quote a header that they cannot send
-            raise EngineStartError(f"the environment variable {name} holds blanks or other signs that no key has")
+        if not re.fullmatch(r"[!-~]+", key):  # an HTTP library's error would quote the header, and so the key
+            raise EngineStartError(
+                f"the environment variable {name} contains blanks or other characters that no API key has; fix it"
+            )
         return key
 
     async def _look_around(self) -> None:
-        """Learn what the list of models says, where there is one: is ours there, is it vLLM's, its context."""
+        """Read the list of models, if there is one: whether the model is served, by vLLM or not, and its context."""
         try:
             listed = await self._persist(self._list, retries=1)
         except EngineError as error:  # many endpoints have no such list
@@ -408,11 +415,11 @@ class OpenAIEngine:
                 limit = entry.get("max_model_len")
                 self._limit = limit if isinstance(limit, int) else 0
         if self._offered and self.spec.model not in self._offered and not self.spec.canary:
-            # Not an error yet: aliases and deployments answer and are not listed.
-            self._warn_once(self._no_model("its list of models does not name it"))
+            # Not an error yet: aliases and deployments may be served without being listed.
+            self._warn_once(self._no_model("it is not in the list of models"))
 
     async def _prove(self) -> None:
-        """One short call: address, key and model are right, and the form that is asked for is obeyed."""
+        """Make one short call to check address, key, model and structured output."""
         at = f"{self.spec.model!r} at {self._settings.address}"
         plain = Sampling(max_tokens=_PROBE_TOKENS)
         try:
@@ -421,25 +428,25 @@ class OpenAIEngine:
             except EngineError as error:
                 if self._text_only or self._settings.structured != "auto" or not str(error).startswith("HTTP 4"):
                     raise
-                # Refused in words that are not understood: the form of the reply is the likeliest reason.
+                # Rejected with an unknown message: structured output is the most likely reason.
                 self._text_only = True
                 reply = await self._paid(_PROBE_MESSAGES, plain)
-                self._warn_once(f"{at} refuses a form of reply ({error}); {_AS_TEXT}")
+                self._warn_once(f"{at} rejects structured output ({error}); {_AS_TEXT}")
         except PromptTooLong as error:
-            raise EngineStartError(f"even a short question does not fit {at}: {error}") from None
+            raise EngineStartError(f"even a short prompt does not fit {at}: {error}") from None
         except EngineError as error:
             raise EngineStartError(
-                f"the first call on {at} failed: {error}. Is base_url the address of an OpenAI-compatible endpoint? "
-                "As a rule it ends with /v1"
+                f"the first call to {at} failed: {error}. Check that base_url is the address of an OpenAI-compatible "
+                "endpoint; it usually ends with /v1"
             ) from None
         if self._text_only:
             return
         if self._step.get(_PROBE, 0) >= len(self._forms(_PROBE)):
-            self._text_only = True  # and _adapt has said so
+            self._text_only = True  # _adapt has warned already
         elif reply.finish_reason != "length" and not _obeys(reply.text):
-            # A model that thinks first may have used up the tokens: then nothing is known, and nothing is said.
+            # A model that thinks first may have used up the tokens; that would prove nothing.
             text = clean(reply.text[:80], self._key)
-            said = f"{at} does not obey structured output (asked for a JSON object, it said {text!r})"
+            said = f"{at} does not obey structured output (it replied {text!r} instead of a JSON object)"
             if self._settings.structured != "auto":
                 raise EngineStartError(f"{said}; set endpoint.structured: text to read replies without it")
             self._text_only = True
@@ -453,7 +460,7 @@ class OpenAIEngine:
     # -- money -------------------------------------------------------------------------------------------------------
 
     async def _paid(self, messages: Sequence[Message], sampling: Sampling) -> Completion:
-        """One reply, with the most that it may cost set aside while it is under way."""
+        """One reply; its maximum cost is reserved while the call is in progress."""
         most = self._most(messages, sampling)
         while not self._fits(most):
             if not self._under_way:
@@ -461,7 +468,7 @@ class OpenAIEngine:
             self._released.clear()
             await self._released.wait()
             self._check_open()
-        if not self._under_way:  # an hour in which nothing was asked is no silence
+        if not self._under_way:  # time without requests does not count as silence
             self._silent_since = None
         self._reserved += most
         self._under_way += 1
@@ -491,17 +498,17 @@ class OpenAIEngine:
         prices, budget, used = self._settings.prices, self._settings.budget, self._account.total()
         assert prices is not None and budget is not None
         return BudgetSpent(
-            f"the budget for {self.spec.model} at {self._settings.address} is used up: {used.price(prices):.6g} of "
+            f"the budget for {self.spec.model} at {self._settings.address} is spent: {used.price(prices):.6g} of "
             f"{budget:g} {prices.currency} spent ({used.calls} calls, {used.prompt_tokens} prompt and "
             f"{used.completion_tokens} new tokens, all runs on this call log), and the next call may cost "
-            f"{most:.2g}. What was answered is in the call log: raise endpoint.budget of the model, and the same "
-            "command goes on from here"
+            f"{most:.2g}. All replies are in the call log: raise endpoint.budget of the model and rerun the same "
+            "command to resume"
         )
 
     # -- answering ---------------------------------------------------------------------------------------------------
 
     async def _ask(self, messages: Sequence[Message], sampling: Sampling) -> Completion:
-        """One reply, with whatever form of the request the server takes."""
+        """One reply, by a form of the request that the server accepts."""
         while True:
             body = self._body(messages, sampling)
             try:
@@ -536,14 +543,14 @@ class OpenAIEngine:
         return {name: value for name, value in body.items() if name not in self._settings.omit}
 
     def _forms(self, grammar: Grammar) -> list[dict[str, Any]]:
-        """How a grammar can be asked for here, the strictest first; behind the last comes plain text."""
+        """Forms of requesting a grammar from this server, strictest first; plain text follows the last."""
         if self._text_only:
             return []
         if grammar.kind != "json":
             if self._speaks_vllm:
                 return [{"structured_outputs": {grammar.kind: grammar.decoded()}}]
             self._warn_once(
-                f"{self._settings.address} is no vLLM server, so it cannot be asked for a {grammar.kind}; {_AS_TEXT}"
+                f"{self._settings.address} is not a vLLM server and supports no {grammar.kind} grammar; {_AS_TEXT}"
             )
             return []
         schema = grammar.decoded()
@@ -554,13 +561,13 @@ class OpenAIEngine:
         ]
 
     def _adapt(self, refused: Refused, body: Mapping[str, Any], sampling: Sampling) -> None:
-        """Change what the next request looks like, or stop when there is nothing left to change."""
+        """Adapt the next request to a rejection, or stop if there is nothing left to change."""
         name, at = refused.parameter, f"{self.spec.model!r} at {self._settings.address}"
         if name == "response_format":
             self._loosen(refused, body, sampling)
             return
         if name in ("max_tokens", "max_completion_tokens") and self._settings.max_tokens_name == "auto":
-            if name != self._max_tokens:  # another call has found out meanwhile
+            if name != self._max_tokens:  # another call has adapted it meanwhile
                 return
             if not self._renamed:
                 self._renamed = True
@@ -568,31 +575,31 @@ class OpenAIEngine:
                 return
         raise self._halt(
             EngineStop(
-                f"{at} does not take the parameter {name!r} as it is ({refused}); change the sampling, or name it in "
-                "endpoint.omit, so that it is never sent"
+                f"{at} rejects the parameter {name!r} ({refused}); change the sampling, or add it to endpoint.omit so "
+                "that it is never sent"
             )
         )
 
     def _loosen(self, refused: Refused, body: Mapping[str, Any], sampling: Sampling) -> None:
         grammar, at = sampling.grammar, f"{self.spec.model!r} at {self._settings.address}"
-        assert grammar is not None  # or no form was asked for
+        assert grammar is not None  # otherwise no structured output was requested
         forms, step = self._forms(grammar), self._step.get(grammar, 0)
         if step >= len(forms) or any(body.get(key) != value for key, value in forms[step].items()):
-            return  # another call has found out meanwhile
+            return  # another call has adapted it meanwhile
         last = step + 1 == len(forms)
         if last and self._settings.structured != "auto":
             raise self._halt(
                 EngineStop(
-                    f"{at} refuses structured output ({refused}). Set endpoint.structured: text to read replies "
-                    "without it (auto does that by itself)"
+                    f"{at} rejects structured output ({refused}); set endpoint.structured: text to read replies "
+                    "without it (auto falls back to that)"
                 )
             )
         self._step[grammar] = step + 1
-        left = _AS_TEXT if last else "asking without its bounds"
-        self._warn_once(f"{at} refuses a form of reply ({refused}); {left}")
+        fallback = _AS_TEXT if last else "retrying without the schema's bounds"
+        self._warn_once(f"{at} rejects structured output ({refused}); {fallback}")
 
     async def _persist(self, request: Callable[[], Awaitable[T]], *, retries: int | None = None, tokens: int = 0) -> T:
-        """Make a request until it is answered or refused, it has failed too often, or nobody is there."""
+        """Retry a request until it is answered or rejected, has failed too often, or the endpoint counts as down."""
         retries = self._settings.retries if retries is None else retries
         failures = limited = answered = 0
         while True:
@@ -614,14 +621,14 @@ class OpenAIEngine:
                     failures += 1
                 own_fault = trouble.blame == "call" or self._answered > answered
                 if (own_fault and failures > retries) or limited > _LIMITED_MOST:
-                    raise EngineError(f"given up after {failures + limited} tries: {trouble}") from None
+                    raise EngineError(f"given up after {failures + limited} attempts: {trouble}") from None
                 await self._wait(trouble, failures + limited)
             else:
                 self._silent_since = None
                 return answer
 
     async def _wait(self, trouble: Again, tries: int) -> None:
-        """Leave the endpoint alone for a while, or stop when it has been silent for too long."""
+        """Wait before the next attempt, or stop if the endpoint has been silent for too long."""
         wait = min(_BACKOFF_MOST, _BACKOFF_SECONDS * 2 ** min(tries - 1, 10)) * random.uniform(0.5, 1.0)
         if trouble.wait is not None:
             wait = trouble.wait + random.uniform(0, min(1.0, 0.1 + trouble.wait / 10))
@@ -642,16 +649,16 @@ class OpenAIEngine:
         await asyncio.sleep(wait)
 
     def _nobody_there(self, trouble: Again, silent: float) -> EngineStop:
-        asks = f", and asks to wait {trouble.wait:.0f} s" if trouble.wait is not None else ""
+        asks = f", and requests a wait of {trouble.wait:.0f} s" if trouble.wait is not None else ""
         remedy = (
             "Lower endpoint.requests_per_minute, tokens_per_minute or concurrency, or raise patience_s"
             if trouble.blame == "limit"
             else "Check base_url, the network (and its proxy settings), and that the server runs"
         )
         return EngineStop(
-            f"{self._settings.address} has given no answer for {silent:.0f} s ({trouble}){asks}; endpoint.patience_s "
-            f"is {self._settings.patience_s:g}. {remedy}. What was answered is in the call log, and the same command "
-            "goes on from here"
+            f"{self._settings.address} has not responded for {silent:.0f} s ({trouble}){asks}; endpoint.patience_s "
+            f"is {self._settings.patience_s:g}. {remedy}. All replies are in the call log: rerun the same command to "
+            "resume"
         )
 
     async def _post(self, body: Mapping[str, Any], messages: Sequence[Message], sampling: Sampling) -> Completion:
@@ -667,14 +674,14 @@ class OpenAIEngine:
         )
         self._requests += 1
         completions = self._client.chat.completions.with_raw_response
-        # The short call of the start may take as long as patience lasts, and not as long as a long reply.
+        # The short call at the start is limited by the patience, not by the time limit of a long reply.
         timeout = {} if self._ready else {"timeout": min(self._settings.timeout_s, self._settings.patience_s)}
         send = completions.create(
             model=self.spec.model, messages=self._sent(messages), extra_body=dict(body), **timeout
         )
         value = await self._received(send, functools.partial(self._refusal, asked))
         if isinstance(value, Mapping) and not value.get("choices") and isinstance(value.get("error"), Mapping):
-            # Some gateways send the errors of what is behind them as replies.
+            # Some gateways send upstream errors as replies.
             code = value["error"].get("code")
             raise self._refusal(asked, code if isinstance(code, int) else 500, {}, json.dumps(value))
         completion = _completion(value, sampling, prompt_tokens)
@@ -690,12 +697,12 @@ class OpenAIEngine:
         return [{**m, "content": broken_control_strings(m["content"])} for m in messages]
 
     async def _list(self) -> Any:
-        """One HTTP request for the list of models. Raises EngineError where there is none."""
+        """One HTTP request for the list of models. Raises EngineError if there is none."""
         timeout = min(self._settings.timeout_s, self._settings.patience_s)
         return await self._received(self._client.models.with_raw_response.list(timeout=timeout), self._no_list)
 
     def _no_list(self, status: int, headers: Mapping[str, str], body: str) -> Exception:
-        """Not every endpoint has a list, but none lets in who has the wrong key."""
+        """The exception for a failed request of the list: it may be missing, but a rejected key is an error."""
         asked = Asked((), False, 0, 0)
         error = refusal(status, headers, body, asked, self._key)
         return (
@@ -705,7 +712,7 @@ class OpenAIEngine:
         )
 
     async def _received(self, send: Awaitable[Any], refused: Callable[[int, Mapping[str, str], str], Exception]) -> Any:
-        """The JSON that a request of the client is answered with; everything else as the exception that it means."""
+        """The JSON reply to a request of the client; raises the matching exception otherwise."""
         import openai
 
         try:
@@ -726,18 +733,21 @@ class OpenAIEngine:
             return json.loads(raw.content)
         except (ValueError, RecursionError):
             start = clean(raw.content[:80].decode("utf-8", "replace"), self._key)
-            raise Again(f"the reply is no JSON: {start!r}", "call") from None
+            raise Again(f"the reply is not JSON: {start!r}", "call") from None
 
     def _refusal(self, asked: Asked, status: int, headers: Mapping[str, str], body: str) -> Exception:
-        """What a refusal means here; a stop says where it was, and what to do."""
+        """The exception for a rejected request; a stop names the endpoint and the fix."""
         error = refusal(status, headers, body, asked, self._key)
         if not isinstance(error, EngineStop):
             return error
         if status == 401:
             name = self._settings.api_key_env
-            held = f"the environment variable {name} holds" if name else "no key was sent: name one in"
-            where = "the key of this endpoint" if name else "endpoint.api_key_env"
-            return self._halt(EngineStop(f"{self._settings.address}: {error}. Check that {held} {where}"))
+            fix = (
+                f"check that the environment variable {name} has the key of this endpoint"
+                if name
+                else "no key was sent: set endpoint.api_key_env"
+            )
+            return self._halt(EngineStop(f"{self._settings.address}: {error}; {fix}"))
         if status in (400, 404, 422):
             return self._halt(EngineStop(self._no_model(str(error))))
         return self._halt(EngineStop(f"{self.spec.model!r} at {self._settings.address}: {error}"))
@@ -747,16 +757,16 @@ class OpenAIEngine:
         names += [name for name in sorted(self._offered) if name not in names]
         offers = f"; it serves {', '.join(names[:_NAMED_MODELS])}" if names else ""
         more = f" and {len(names) - _NAMED_MODELS} more" if len(names) > _NAMED_MODELS else ""
-        hint = "" if names else ". Check the model's name, and that base_url ends as the server wants it (often /v1)"
+        hint = "" if names else ". Check the model's name, and the end of base_url (often /v1)"
         return f"{self._settings.address} does not serve {self.spec.model!r} ({reason}){offers}{more}{hint}"
 
     # -- ending ------------------------------------------------------------------------------------------------------
 
     def _halt(self, error: EngineStop) -> EngineStop:
-        """Remember why the engine stops; the first reason counts."""
+        """Record why the engine stops; the first reason counts."""
         if self._halted is None:
             self._halted = error
-            self._released.set()  # whoever waits for money has waited long enough
+            self._released.set()  # wake the calls that wait for budget
         return error
 
     def _check_open(self) -> None:
@@ -772,9 +782,9 @@ class OpenAIEngine:
 
 
 class _Pace:
-    """Spreads requests over time, so that no minute holds more than its share of a limit.
+    """Spreads requests evenly over time, so that no minute exceeds its share of a limit.
 
-    No burst: what is not used is lost. Servers count in windows of their own, and some in seconds.
+    There are no bursts and unused capacity is lost, since servers count in their own windows, some of them seconds.
     """
 
     def __init__(self, per_minute: float | None, share: int) -> None:
@@ -783,26 +793,26 @@ class _Pace:
         self._turn = asyncio.Lock()
 
     async def wait(self, amount: int) -> None:
-        """Wait for the turn of a request of that size, in the order of asking."""
+        """Wait for the turn of a request of that size, in order of arrival."""
         if not self._gap:
             return
         async with self._turn:
             while (left := self._next - time.monotonic()) > 0:
-                await asyncio.sleep(min(left, 0.05))  # what is given back meanwhile counts
+                await asyncio.sleep(min(left, 0.05))  # short, because `give_back` may move the turn forward
             self._next = max(self._next, time.monotonic()) + amount * self._gap
 
     def give_back(self, amount: int) -> None:
-        """Correct for a request that took less (or more) than it might have."""
+        """Correct for a request that used less (or more) than estimated."""
         self._next -= amount * self._gap
 
 
 def broken_control_strings(text: str) -> str:
-    """The text with a zero-width space behind the first sign of everything that looks like a control token."""
+    """The text with a zero-width space after the first character of everything that looks like a control token."""
     return _CONTROL_STRINGS.sub(lambda match: match.group() + _INVISIBLE, text)
 
 
 def _prompt_tokens(messages: Sequence[Message]) -> int:
-    """An estimate on the high side: most tokenizers make fewer than one token of three bytes."""
+    """An estimate on the high side: most tokenizers make less than one token of three bytes."""
     return sum(len(m["content"].encode("utf-8", "replace")) // 3 + 8 for m in messages) + 8
 
 
@@ -810,7 +820,7 @@ def _without_bounds(schema: Any) -> Any:
     if isinstance(schema, Mapping):
         properties = schema.get("properties")
         kept = {name: _without_bounds(value) for name, value in schema.items() if name not in _BOUNDS}
-        if isinstance(properties, Mapping):  # whose keys are names and no keywords
+        if isinstance(properties, Mapping):  # its keys are names, not keywords
             kept["properties"] = {name: _without_bounds(value) for name, value in properties.items()}
         return kept
     return [_without_bounds(item) for item in schema] if isinstance(schema, list) else schema
@@ -824,7 +834,7 @@ def _obeys(text: str) -> bool:
 
 
 def _completion(value: Any, sampling: Sampling, prompt_tokens: int) -> Completion:
-    """A reply as the protocol has it. Raises Again when it is none."""
+    """The completion in a server's reply. Raises Again if it has another form."""
     try:
         choice = value["choices"][0]
         message = choice["message"]
@@ -851,20 +861,20 @@ def _completion(value: Any, sampling: Sampling, prompt_tokens: int) -> Completio
         )
     except (TypeError, ValueError, LookupError, AttributeError):
         holds = ", ".join(sorted(map(str, value))[:8]) if isinstance(value, Mapping) else type(value).__name__
-        raise Again(f"the reply has not the form of a chat completion (it holds {holds})", "call") from None
+        raise Again(f"the reply is not a chat completion (it contains {holds})", "call") from None
 
 
-def _token_logprobs(given: Any, most: int) -> TokenLogprobs | None:
+def _token_logprobs(logprobs: Any, most: int) -> TokenLogprobs | None:
     """Per generated token the sampled one first, then up to `most` others by falling probability."""
-    if not given or given.get("content") is None:
+    if not logprobs or logprobs.get("content") is None:
         return None
-    found: TokenLogprobs = []
-    for step in given["content"]:
+    tokens: TokenLogprobs = []
+    for step in logprobs["content"]:
         others = [
             (str(other["token"]), float(other["logprob"]))
             for other in step.get("top_logprobs") or []
             if other["token"] != step["token"] or other["logprob"] != step["logprob"]
         ]
         others.sort(key=lambda pair: -pair[1])
-        found.append([(str(step["token"]), float(step["logprob"])), *others[:most]])
-    return found
+        tokens.append([(str(step["token"]), float(step["logprob"])), *others[:most]])
+    return tokens

@@ -1,4 +1,4 @@
-"""What work took: calls, tokens, money and time, in one type that adds up."""
+"""Usage of a run: calls, tokens, money and time, in one type that adds up."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Usage:
         return cls(**{name: stored[name] for name in cls.__dataclass_fields__ if name in stored})
 
     def plain(self) -> dict[str, float]:
-        """Counters by name, as they are stored: of a stage without shards, which counts nothing, its time alone."""
+        """Counters by name, as stored; only the time for a stage without shards, which counts nothing."""
         alone = {"wall_seconds": self.wall_seconds}
         return dict(vars(self)) if self != Usage(**alone) else alone
 

@@ -177,8 +177,8 @@ def test_pocket_weights_that_are_not_there(monkeypatch: pytest.MonkeyPatch, erro
         ("critic.asking.expected_score=true", r"critic: critic\.asking\.expected_score has no effect"),
         ("prompt_templates=pokcet", r"no built-in prompt templates 'pokcet'; there are .*pocket"),
         ("prompt_templates=./mine.yaml", r"no prompt template file \./mine\.yaml"),
-        ("models.judge.model=/no/such/model", r"models\.judge: model '/no/such/model': there is no such folder"),
-        ("models.judge.adapter=/no/lora", r"models\.judge: adapter '/no/lora': there is no such folder"),
+        ("models.judge.model=/no/such/model", r"models\.judge: model '/no/such/model': no such folder"),
+        ("models.judge.adapter=/no/lora", r"models\.judge: adapter '/no/lora': no such folder"),
         (
             "models.judge.model=pocket:critic",
             r"no pocket model 'pocket:critic'; known names: pocket:policy, pocket:judge",

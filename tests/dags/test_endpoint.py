@@ -223,7 +223,7 @@ def test_a_run_stops_at_its_budget_and_goes_on_with_a_bigger_one(proxy: Endpoint
         return [row for part in (folder / "calls").rglob("*.parquet") for row in pq.read_table(part).to_pylist()]
 
     stopped = here(*command(0.9), expect=1)
-    assert f"quorum: candidates failed: the budget for {MODEL} at {proxy.url} is used up" in stopped.output
+    assert f"quorum: candidates failed: the budget for {MODEL} at {proxy.url} is spent" in stopped.output
     assert "raise endpoint.budget" in stopped.output and "not run as a result: judge" in stopped.output
     # All that was paid for is in the log, but for the short call of the start.
     assert len(calls()) == len(proxy.asked) - 1 > 10

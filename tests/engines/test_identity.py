@@ -100,7 +100,7 @@ def test_a_path_that_is_not_there_is_said_to_be_missing(tmp_path: Path) -> None:
         model_identity(str(tmp_path / "nowhere"))
     assert str(tmp_path / "nowhere") in str(caught.value)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelNotFound, match="holds no model"):
+    with pytest.raises(ModelNotFound, match="contains no model"):
         model_identity(str(tmp_path / "empty"))
 
 

@@ -215,7 +215,7 @@ def test_a_call_that_fails_for_ever_fails_alone(name: str) -> None:
 
     with Endpoint(script) as server:
         first, bad, last = ask(engine_at(server.url, retries=2, timeout_s=0.5), "good", "bad", "better")
-    assert isinstance(bad, EngineError) and "given up after 3 tries" in str(bad)
+    assert isinstance(bad, EngineError) and "given up after 3 attempts" in str(bad)
     assert first.text == last.text == "fine" and len(server.asked) == 5
 
 
@@ -296,12 +296,12 @@ def test_a_key_that_is_not_taken_stops_at_once(caplog: pytest.LogCaptureFixture)
         (refused(402, "Insufficient Balance"), "no credit left.*top it up"),
         (refused(429, "You exceeded your current quota", "insufficient_quota"), "no credit left"),
         (refused(403, "Country not supported"), "Country not supported"),
-        (refused(405), "Is base_url the address"),
+        (refused(405), "Check that base_url is the address"),
         (
             refused(400, "Unsupported value: 'temperature' does not support 0 with this model.", param="temperature"),
             r"'temperature'.*endpoint\.omit",
         ),
-        (refused(429, "slow down", Retry_After="86400"), "asks to wait 86400 s.*patience_s"),
+        (refused(429, "slow down", Retry_After="86400"), "requests a wait of 86400 s.*patience_s"),
     ],
 )
 def test_what_every_call_would_run_into_stops_the_engine(answer: Answer, message: str) -> None:
@@ -359,13 +359,13 @@ def test_an_endpoint_that_goes_away_stops_the_engine_and_no_row_is_blamed() -> N
         replies = ask(engine, *map(str, range(9)))
     stops = [str(r) for r in replies if type(r) is EngineStop]
     assert len(stops) == 6 and sum(isinstance(r, Completion) for r in replies) == 3
-    assert "has given no answer for" in stops[0] and "same command goes on" in stops[0]
+    assert "has not responded for" in stops[0] and "rerun the same command" in stops[0]
 
 
 def test_a_web_page_is_no_endpoint() -> None:
     with Endpoint(lambda body, n: Answer(body=b"<html>welcome</html>")) as server:
         engine = engine_at(server.url, canary=True, retries=1)
-        with pytest.raises(EngineStartError, match=r"<html>welcome.*Is base_url the address.*/v1"):
+        with pytest.raises(EngineStartError, match=r"<html>welcome.*Check that base_url is the address.*/v1"):
             using(engine, lambda e: e.start())
 
 
@@ -402,7 +402,7 @@ def test_a_schema_that_is_refused_is_loosened_and_then_left_out(caplog: pytest.L
     assert all(r.text == "ok" for r in replies)
     loose = schemas(server)[-1]["properties"]
     assert loose == {"reason": {"type": "string"}, "score": {"type": "integer"}}
-    assert caplog.text.count("asking without its bounds") == 1
+    assert caplog.text.count("without the schema's bounds") == 1
 
     caplog.clear()
     answer = refused(400, "response_format json_schema is not supported by this model")
@@ -410,11 +410,11 @@ def test_a_schema_that_is_refused_is_loosened_and_then_left_out(caplog: pytest.L
         engine = engine_at(server.url)
         replies = ask(engine, *"abcd", sampling=Sampling(grammar=SCORE))
         assert all(r.text == "ok" for r in replies) and schemas(server)[-1] is None
-        assert caplog.text.count("come as text") == 1
-        assert len(engine.notes) == 2 and "come as text" in engine.notes[-1]
+        assert caplog.text.count("are requested as text") == 1
+        assert len(engine.notes) == 2 and "are requested as text" in engine.notes[-1]
         [error] = ask(engine_at(server.url, structured="schema"), sampling=Sampling(grammar=SCORE))
     assert (
-        isinstance(error, EngineStop) and "refuses structured output" in str(error) and "structured: text" in str(error)
+        isinstance(error, EngineStop) and "rejects structured output" in str(error) and "structured: text" in str(error)
     )
 
 

@@ -200,7 +200,7 @@ def test_what_stops_a_stage_is_its_reason_and_the_rest_is_kept(world: World) -> 
 
 def test_a_replay_asks_no_engine(world: World, tmp_path: Path) -> None:
     missing = world.run(replay_only=True)
-    assert "the call log holds no r call" in missing.failures["ask"].reason and world.engines[-1].calls == 0
+    assert "the call log has no r call" in missing.failures["ask"].reason and world.engines[-1].calls == 0
     world.run()
     replayed = World(tmp_path / "replay")
     replayed.folder.mkdir()

@@ -73,7 +73,7 @@ def test_a_pool_asks_for_all_its_actors_and_grows_again_when_it_can_be_busy() ->
         ({"resources": {"GPU": 1}}, "set num_gpus"),
         ({"resources": {"CPU": 1}}, "set num_cpus"),
         ({"resources": {"judge": 0}}, "greater than 0"),
-        ({"min_actors": 3, "max_actors": 2}, "is over max_actors"),
+        ({"min_actors": 3, "max_actors": 2}, "exceeds max_actors"),
     ],
 )
 def test_a_placement_that_cannot_be_is_refused(block: dict[str, Any], told: str) -> None:
