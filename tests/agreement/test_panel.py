@@ -57,7 +57,7 @@ def test_items_and_ballots_meet_by_id_in_any_order() -> None:
         assert judge.statuses == {"absent": 1, "ok": 2, "unparsed": 1}
     with pytest.raises(ValueError, match="two rows of i0 / direct / j / ab"):
         make_panel(items("A"), ballots(ballot(0, "A"), ballot(0, "B")))
-    with pytest.raises(ValueError, match="no item 'i1'"):
+    with pytest.raises(ValueError, match="unknown item 'i1'"):
         make_panel(items("A"), ballots(ballot(1, "A")))
 
 
