@@ -101,7 +101,7 @@ def test_thresholds_are_shares_of_the_scale_that_the_strategy_names() -> None:
     (own,) = gate_curves(panel(), [(0.9, 0.2)], draws=100)
     assert list(own.curve.areas) == [None, (9.0, 2.0)]
     for pair, told in (((0.2, 0.9), r"0\.2, 0\.9"), ((0.5, 0.5), r"0\.5, 0\.5")):
-        with pytest.raises(ValidationError, match=f"{told} are no shares"):
+        with pytest.raises(ValidationError, match=f"{told} must be shares"):
             MeasureSettings(gate_thresholds=(pair,))
 
 
