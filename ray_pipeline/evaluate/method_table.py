@@ -108,10 +108,12 @@ def rewrite_page(run: Run) -> Folder:
     settings = TableSettings.model_validate(run.page)
     if not of_role(run.results, "comparisons"):
         raise StoreError(f"{run.folder.location} has compared no policy yet; run the same command again first")
-    name = run.stages["evaluate"].path
+    last = run.stages["evaluate"]
+    name, inputs = last.path, set(last.inputs.values())
     compared = stored_protocols(run.folder / name)
+    results = {stage: result for stage, result in run.results.items() if stage in inputs}  # as the stage itself reads
     with written_here(run.folder / name) as folder:
-        _build(run.results, settings, folder, run.config, compared)
+        _build(results, settings, folder, run.config, compared)
     return run.show("report", name)
 
 
