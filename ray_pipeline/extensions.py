@@ -30,14 +30,13 @@ from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from typing import Any, Literal, TypeVar, get_args
 
-Kind = Literal["source", "strategy", "checker", "benchmark", "method", "workflow"]
+Kind = Literal["source", "strategy", "checker", "method", "workflow"]
 
 #: Kind → group of the entry points of installed packages.
 GROUPS: dict[Kind, str] = {
     "source": "quorum.sources",
     "strategy": "quorum.strategies",
     "checker": "quorum.checkers",
-    "benchmark": "quorum.benchmarks",
     "method": "quorum.methods",
     "workflow": "quorum.workflows",
 }
