@@ -5,7 +5,7 @@ and three things follow from that:
 
 - **Scripts** need ``if __name__ == "__main__":`` (children import the main module again).
 - **A dead core** makes every chat raise :class:`EngineDead`, those that wait included. An actor must then end itself
-  (``os._exit(1)``): Ray Data starts another one and repeats its tasks. Raising out of the task would fail the data set.
+  (``os._exit(1)``): Ray Data starts another one and repeats its tasks. Raising out of the task would fail the dataset.
 - **No process outlives its owner**: ``close()`` ends them, the normal end of the interpreter does, and a small process
   beside each engine (``reaper``) kills what is left when the owner itself was killed. ``ray.kill`` and Ray Data's end
   of an actor run no ``atexit`` and no destructor, hence the reaper.

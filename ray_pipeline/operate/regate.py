@@ -1,4 +1,4 @@
-"""New thresholds on stored scores: what they would keep, then the gate and the data sets anew.
+"""New thresholds on stored scores: a preview of what they would keep, then the gate and datasets rebuilt.
 
 Scores are read from the run's own tables; no model is asked, no engine or cluster starts. The labels come from the
 same function as in a run, and what is written carries the fingerprints that a run with these thresholds would give it.
@@ -40,7 +40,7 @@ _BLOCKS = ("gate.", "datasets.")
 @dataclasses.dataclass
 class Side:
     """What one set of thresholds keeps. `pairs` are prompts whose best desirable and worst undesirable candidate are
-    min_gap apart; empty answers and token limits, which take a few rows more, are applied when data sets are written.
+    min_gap apart; empty responses and token limits, which drop a few more rows, apply when datasets are written.
     """
 
     labels: dict[str, int]
@@ -159,7 +159,7 @@ def _pairs(decisions: pa.Table, min_gap: float) -> int:
             [label if name == f"final_score_{end}" else name for name in grouped.schema.names]
         )
     both = ends["desirable"].join(ends["undesirable"], "prompt_id", join_type="inner")
-    # Subtracted as the data sets stage does, float by float, so that a gap at the limit counts alike.
+    # Subtracted float by float, as the datasets stage does, so that a gap exactly at the limit counts the same.
     gap = np.asarray(both["desirable"], dtype=float) - np.asarray(both["undesirable"], dtype=float)
     return int((gap >= min_gap).sum())
 
@@ -193,10 +193,10 @@ def _weights(side: Side) -> str:
 
 
 def write(given: Regate, say: Callable[[str], None], beat_seconds: float = BEAT_SECONDS) -> None:
-    """Make the gate and the data sets, and let the manifest, config.yaml and the `datasets` view name them.
+    """Rebuild gate and datasets, and point the manifest, config.yaml and the `datasets` view at them.
 
-    What was made from the data sets of before (a policy, its evaluation) stays where it is; the manifest says that it
-    waits, because the next run makes it anew.
+    Output made from the earlier datasets (a policy, its evaluation) stays where it is; the manifest shows that it
+    waits, because the next run remakes it.
 
     Raises:
         RunBusy: the run is being worked on.
@@ -226,7 +226,7 @@ def write(given: Regate, say: Callable[[str], None], beat_seconds: float = BEAT_
 
 
 def _stages(given: Regate) -> list[Stage]:
-    """Gate and data sets over the stored tables, as the workflow wires them."""
+    """Gate and datasets over the stored tables, wired as in the workflow."""
     config, entries = given.after, given.run.stages
     asked, answers = stored(entries, "prompts"), stored(entries, "candidates")
     verdicts = [stored(entries, name) for name in _verdict_stages(given.run)]
