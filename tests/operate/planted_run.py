@@ -11,6 +11,7 @@ import yaml
 from dags.dmapo import DmapoConfig, dmapo
 from ray_pipeline.config.loading import read_config
 from ray_pipeline.data.gate import GateConfig, decide, label_counts
+from ray_pipeline.graph.manifest import stage_entry
 from ray_pipeline.graph.results import read_run
 from ray_pipeline.graph.shards import receipt_name
 from ray_pipeline.graph.stage import Dag, Stage, StageRef
@@ -57,24 +58,12 @@ def plant(folder: Path, world: World | None = None, *overrides: str) -> Path:
         "report": config.page().model_dump(mode="json"),
         "num_shards": SHARDS,
         "calls_root": f"{folder}/calls",
-        "stages": {stage.name: {**_entry(stage), **done.get(stage.name, {})} for stage in dag.stages},
+        "stages": {stage.name: {**stage_entry(stage), **done.get(stage.name, {})} for stage in dag.stages},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     (folder / "config.yaml").write_text(json.dumps(config.model_dump(mode="json")))  # JSON is YAML
     read_run(str(folder))
     return folder
-
-
-def _entry(stage: Stage) -> dict[str, Any]:
-    return {
-        "group": stage.group_name,
-        "role": stage.role_name,
-        "fingerprint": stage.fingerprint,
-        "path": stage.folder_name,
-        "tables": list(stage.work.tables),
-        "inputs": {role: parent.name for role, parent in stage.inputs.items()},
-        "status": "waiting",
-    }
 
 
 def _write(folder: Path, stage: Stage, made: list[Any]) -> dict[str, Any]:
