@@ -110,7 +110,7 @@ class StrategyAsking(Settings):
     reason_chars: int = Field(1000, ge=0, description="longest reason under a grammar; 0 asks for the verdict alone")
     retries: int = Field(2, ge=0, description="how often an unreadable reply is asked for again")
     retry_temperature: float = Field(0.7, ge=0, description="temperature of a retry")
-    follow_up: bool = Field(False, description="a retry shows the model its reply and asks for the verdict anew")
+    follow_up: bool = Field(False, description="a retry shows the model its reply and requests the verdict again")
 
     @model_validator(mode="after")
     def _form(self) -> StrategyAsking:

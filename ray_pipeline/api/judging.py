@@ -33,7 +33,7 @@ def judge(
 
     Args:
         frame: columns `prompt` (text, or messages with role and content; also as `messages`) and `response` (text;
-            null is judged by nobody), and if you have them `prompt_id` and `candidate_id`.
+            null is not judged), and if you have them `prompt_id` and `candidate_id`.
         engine: from `open_engine`, or any `ChatEngine`.
         rubrics: `Rubric`s or their keys (`{"name": "safety", "text": "…", "low": 1, "high": 10}`), names alone, or
             name → text; default: helpfulness, factuality and conciseness as published.

@@ -13,7 +13,7 @@ from ray_pipeline.engines.usage import Usage
 
 #: Name → (kind, what it is, tags beside `run` and `stage`).
 METERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "quorum_rows_total": ("counter", "rows done; rows of a shard that began anew count again", ()),
+    "quorum_rows_total": ("counter", "rows done; rows of a restarted shard count again", ()),
     "quorum_calls_total": ("counter", "LLM calls; source is engine or log", ("source",)),
     "quorum_tokens_total": ("counter", "tokens of engine calls; kind is prompt, completion or cached", ("kind",)),
     "quorum_cost_total": ("counter", "what endpoints asked for, in the currency of their prices", ()),

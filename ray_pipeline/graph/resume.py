@@ -50,7 +50,7 @@ def finished(
     """Results of the stages that need not be made, by name.
 
     Args:
-        from_group: make these stages and everything downstream anew.
+        from_group: rerun these stages and everything downstream.
 
     Raises:
         ValueError: a stage before `from_group` is not complete.

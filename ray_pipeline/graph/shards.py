@@ -118,7 +118,7 @@ class EngineHost:
         if lost > policy.preemptions:
             return _failed(task, shard, f"Preempted: given up, its actor or node was lost {lost} times")
         if lost > 0:
-            board.say(f"{task.name}: shard {shard} begins anew, its actor or node was lost", shard)
+            board.say(f"{task.name}: shard {shard} restarts: its actor or node was lost", shard)
         tries = 0
         while True:
             if reason := await asyncio.to_thread(board.stopping, task.name):

@@ -217,7 +217,7 @@ def test_a_lost_worker_is_no_failure_and_a_dead_engine_is(tmp_path: Path, actor:
     shards.begin_attempt(given, 2)  # whoever made these marks never came back
     shards.begin_attempt(given, 2)
     assert make(actor(given), 2).status == "ok"
-    assert board.lines == ["stage: shard 2 begins anew, its actor or node was lost"]
+    assert board.lines == ["stage: shard 2 restarts: its actor or node was lost"]
 
     shards.mark_death(given, 3)
     assert make(actor(given), 3).status == "ok"
