@@ -17,6 +17,8 @@ from ray_pipeline.store.keys import digest
 #: Failed shards that the manifest lists; the stage's own record has all.
 _MOST_SHARDS = 100
 _PROGRESS_SECONDS = 2.0
+#: What an entry holds whether its stage is done or not.
+_IDENTITY = ("group", "role", "fingerprint", "path", "tables", "inputs")
 
 
 class Manifest:
@@ -25,10 +27,19 @@ class Manifest:
     Args:
         config: the resolved configuration.
         head: what else the manifest holds beside its stages.
+        stored: entries of the stored run, if the DAG is a part of it. Those of other stages are kept.
     """
 
-    def __init__(self, folder: Folder, dag: Dag, config: Mapping[str, Any], head: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Folder,
+        dag: Dag,
+        config: Mapping[str, Any],
+        head: Mapping[str, Any],
+        stored: Mapping[str, Mapping[str, Any]],
+    ) -> None:
         self._folder, self._dag = folder, dag
+        self._stored = _waiting(stored, dag)
         self._last = 0.0
         folder.write_json("progress.json", [])  # what an earlier session did is over
         self._head = {
@@ -41,7 +52,7 @@ class Manifest:
         }
 
     def write(self, results: Mapping[str, StageResult], failures: Mapping[str, Failure]) -> None:
-        stages: dict[str, Any] = {}
+        stages = dict(self._stored)
         for stage in self._dag.stages:
             entry = stage_entry(stage)
             if stage.name in failures:
@@ -70,3 +81,17 @@ def stage_entry(stage: Stage) -> dict[str, Any]:
         "inputs": {role: parent.name for role, parent in stage.inputs.items()},
         "status": "waiting",
     }
+
+
+def _waiting(stored: Mapping[str, Mapping[str, Any]], dag: Dag) -> dict[str, Mapping[str, Any]]:
+    """The entries of a stored run; a stage outside the DAG waits again if it was made, directly or through others, from
+    an output that the DAG changes. Its folder stays, and so does its path."""
+    made = {stage.name: stage.fingerprint for stage in dag.stages}
+    changed = {name for name, new in made.items() if name not in stored or stored[name]["fingerprint"] != new}
+    entries: dict[str, Mapping[str, Any]] = {}
+    for name, entry in stored.items():  # every stage comes after those that it reads
+        if name not in made and changed & set(entry.get("inputs", {}).values()):
+            changed.add(name)
+            entry = {key: entry[key] for key in _IDENTITY if key in entry} | {"status": "waiting"}
+        entries[name] = entry
+    return entries

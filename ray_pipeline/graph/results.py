@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from ray_pipeline.engines.usage import Usage
-from ray_pipeline.graph.stage import StageRef, StageResult
+from ray_pipeline.graph.stage import Stage, StageRef, StageResult, StageStop, WholeInput, WholeWork
 from ray_pipeline.store.files import Folder, StoreError, point_at
 
 
@@ -128,6 +128,27 @@ class Run:
     def page_folder(self, stage: str) -> str:
         """Name of the folder that the page of a stage is in: its own when it is done, else one of the configuration."""
         return self.stages[stage].path if stage in self.results else f"report-{self.config_digest}"
+
+
+def stored_stages(run: Run) -> dict[str, Stage]:
+    """The stages of a stored run by name, to be read by new ones. Their fingerprints are the manifest's, not computed
+    from settings, so that the weights that made them need not be here."""
+    stages: dict[str, Stage] = {}
+    for name, record in run.stages.items():
+        stages[name] = Stage(
+            name=name,
+            work=WholeWork(_not_again, tables=record.tables),
+            config=None,
+            inputs={role: stages[parent] for role, parent in record.inputs.items()},
+            group=record.group,
+            role=record.role,
+        )
+        vars(stages[name])["fingerprint"] = record.fingerprint  # where the cached property keeps it
+    return stages
+
+
+def _not_again(given: WholeInput) -> dict[str, Any]:
+    raise StageStop(f"its output in {given.folder.location} is incomplete; use `quorum run` to make it")
 
 
 def of_role(results: Mapping[str, StageResult], *roles: str) -> list[StageResult]:

@@ -27,7 +27,7 @@ OLD = "0123456789abcdef"
 def gated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with data sets; tests that change it copy it."""
     folder = plant(tmp_path_factory.mktemp("gated") / "run")
-    gating.write(gating.regate(read_run(str(folder)), ["gate.tau=2.4"]), lambda line: None, beat_seconds=0.05)
+    gating.write(gating.regate(read_run(str(folder)), ["gate.tau=2.4"]), beat_seconds=0.05)
     return folder
 
 
