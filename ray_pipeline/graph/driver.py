@@ -104,8 +104,7 @@ def execute(
             "num_shards": session.num_shards,
             "calls_root": session.calls_root,
         }
-        stored = folder.read_json("manifest.json")["stages"] if settings.partial else {}
-        books = _Books(folder, Manifest(folder, dag, settings.config, head, stored), log, results)
+        books = _Books(folder, Manifest(folder, dag, settings.config, head, settings.partial), log, results)
         width = max(len(stage.name) for stage in wanted)
         for stage in wanted:
             state = "done before" if stage.name in results else "to do"

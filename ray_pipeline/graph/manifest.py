@@ -27,7 +27,7 @@ class Manifest:
     Args:
         config: the resolved configuration.
         head: what else the manifest holds beside its stages.
-        stored: entries of the stored run, if the DAG is a part of it. Those of other stages are kept.
+        partial: the DAG is a part of the stored run's; the entries of its other stages are kept.
     """
 
     def __init__(
@@ -36,10 +36,10 @@ class Manifest:
         dag: Dag,
         config: Mapping[str, Any],
         head: Mapping[str, Any],
-        stored: Mapping[str, Mapping[str, Any]],
+        partial: bool = False,
     ) -> None:
         self._folder, self._dag = folder, dag
-        self._stored = _waiting(stored, dag)
+        self._kept = _waiting(folder.read_json("manifest.json")["stages"], dag) if partial else {}
         self._last = 0.0
         folder.write_json("progress.json", [])  # what an earlier session did is over
         self._head = {
@@ -52,7 +52,7 @@ class Manifest:
         }
 
     def write(self, results: Mapping[str, StageResult], failures: Mapping[str, Failure]) -> None:
-        stages = dict(self._stored)
+        stages = dict(self._kept)
         for stage in self._dag.stages:
             entry = stage_entry(stage)
             if stage.name in failures:
