@@ -1,6 +1,8 @@
 """Files on any pyarrow filesystem, written atomically: a reader sees a whole file or none.
 
 A *location* is a local path, a `file://` URI or the URI of any pyarrow filesystem (`s3://…`, `gs://…`).
+
+Reading a configuration imports this module but opens no file, so pyarrow is imported where a file is opened.
 """
 
 from __future__ import annotations
@@ -15,11 +17,12 @@ import re
 import urllib.parse
 import uuid
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-import pyarrow.fs as pafs
-import pyarrow.parquet as pq
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.fs as pafs
+    import pyarrow.parquet as pq
 
 #: Footer key with the fingerprint of the stage that wrote a Parquet file.
 FINGERPRINT_KEY = b"quorum.fingerprint"
@@ -85,6 +88,8 @@ class Folder:
     @property
     def fs(self) -> pafs.FileSystem:
         if self._fs is None:
+            import pyarrow.fs as pafs
+
             # Threads share folders: set the base before the filesystem becomes visible to another thread.
             fs, self._base = pafs.FileSystem.from_uri(self.location)
             self._fs = fs
@@ -116,10 +121,14 @@ class Folder:
         return join(self.location, name) if name else self.location
 
     def exists(self, name: str = "") -> bool:
+        import pyarrow.fs as pafs
+
         return bool(self.fs.get_file_info(self.path(name)).type != pafs.FileType.NotFound)
 
     def names(self, suffix: str = "") -> list[str]:
         """Sorted names of the files directly in the folder, without temporary files and subfolders."""
+        import pyarrow.fs as pafs
+
         return sorted(
             info.base_name
             for info in self._members()
@@ -128,6 +137,8 @@ class Folder:
 
     def folders(self) -> list[str]:
         """Sorted names of the subfolders."""
+        import pyarrow.fs as pafs
+
         return sorted(
             info.base_name
             for info in self._members()
@@ -135,6 +146,8 @@ class Folder:
         )
 
     def _members(self) -> list[pafs.FileInfo]:
+        import pyarrow.fs as pafs
+
         selector = pafs.FileSelector(self.path(), allow_not_found=True, recursive=False)
         try:
             return list(self.fs.get_file_info(selector))
@@ -206,6 +219,8 @@ class Folder:
         self, name: str, table: pa.Table, *, fingerprint: str = "", kind: str = "", row_group_size: int | None = None
     ) -> int:
         """Write a Parquet file atomically; equal tables give equal bytes. Returns the size in bytes."""
+        import pyarrow.parquet as pq
+
         metadata = {FINGERPRINT_KEY: fingerprint.encode(), TABLE_KEY: kind.encode()} if fingerprint else None
         buffer = io.BytesIO()
         # Parquet pages end where chunks end, so the chunks of a table would change the bytes.
@@ -238,6 +253,8 @@ class Folder:
         columns: list[str] | None = None,
     ) -> pa.Table:
         """Read a Parquet file. Raises TornFile, or ForeignFile for another fingerprint or schema, naming the file."""
+        import pyarrow as pa
+
         with self._parquet(name) as file:
             if fingerprint is not None:
                 self._check_footer(name, file, fingerprint, kind)
@@ -253,6 +270,9 @@ class Folder:
 
     @contextlib.contextmanager
     def _parquet(self, name: str) -> Iterator[pq.ParquetFile]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         path = self.path(name)
         with self.fs.open_input_file(path) as stream:
             try:
@@ -363,6 +383,8 @@ def _is_temporary(name: str) -> bool:
 
 
 def _in_one_piece(table: pa.Table) -> pa.Table:
+    import pyarrow as pa
+
     try:
         return table.combine_chunks()
     except pa.ArrowException:  # More than 2 GB of nested text in a column do not fit one chunk.
