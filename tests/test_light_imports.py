@@ -66,3 +66,9 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_a_dry_run_imports_nothing_heavy() -> None:
     assert not modules(_COMMAND, "run", "dmapo", "-c", "configs/pocket.yaml", "--dry-run") & HEAVY
+
+
+def test_status_of_a_local_run_reads_it_without_tables(tmp_path: Path) -> None:
+    manifest = {"dag": "dmapo", "num_shards": 4, "stages": {}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert not modules(_COMMAND, "status", str(tmp_path)) & (HEAVY | TABLES | NETWORK)

@@ -2,7 +2,7 @@
 
 A *location* is a local path, a `file://` URI or the URI of any pyarrow filesystem (`s3://…`, `gs://…`).
 
-Reading a configuration imports this module but opens no file, so pyarrow is imported where a file is opened.
+Reading a configuration, or the JSON files of a local run, does not import pyarrow: only tables and URIs need it.
 """
 
 from __future__ import annotations
@@ -111,52 +111,54 @@ class Folder:
         Raises:
             StoreError: the name would leave the folder.
         """
-        _ = self.fs
         if name.startswith("/") or ".." in name.split("/"):
             raise StoreError(f"the name {name!r} leaves the folder {self.location}; use a name inside it")
-        return posixpath.join(self._base, name) if name else self._base
+        if self.is_local:
+            base = self.location
+        else:
+            _ = self.fs
+            base = self._base
+        return posixpath.join(base, name) if name else base
 
     def uri(self, name: str = "") -> str:
         """Location of a member, for messages, manifests and other tools."""
         return join(self.location, name) if name else self.location
 
     def exists(self, name: str = "") -> bool:
+        if self.is_local:
+            return os.path.exists(self.path(name))
         import pyarrow.fs as pafs
 
         return bool(self.fs.get_file_info(self.path(name)).type != pafs.FileType.NotFound)
 
     def names(self, suffix: str = "") -> list[str]:
         """Sorted names of the files directly in the folder, without temporary files and subfolders."""
-        import pyarrow.fs as pafs
-
-        return sorted(
-            info.base_name
-            for info in self._members()
-            if info.type == pafs.FileType.File and info.base_name.endswith(suffix) and not _is_temporary(info.base_name)
-        )
+        return sorted(name for name, is_folder in self._members() if not is_folder and name.endswith(suffix))
 
     def folders(self) -> list[str]:
         """Sorted names of the subfolders."""
-        import pyarrow.fs as pafs
+        return sorted(name for name, is_folder in self._members() if is_folder)
 
-        return sorted(
-            info.base_name
-            for info in self._members()
-            if info.type == pafs.FileType.Directory and not _is_temporary(info.base_name)
-        )
+    def _members(self) -> list[tuple[str, bool]]:
+        """Name of each file and folder directly in the folder, without temporary ones, and whether it is a folder."""
+        if self.is_local:
+            try:
+                with os.scandir(self.location) as entries:
+                    found = [(entry.name, entry.is_dir()) for entry in entries if entry.is_dir() or entry.is_file()]
+            except FileNotFoundError:
+                return []
+        else:
+            import pyarrow.fs as pafs
 
-    def _members(self) -> list[pafs.FileInfo]:
-        import pyarrow.fs as pafs
-
-        selector = pafs.FileSelector(self.path(), allow_not_found=True, recursive=False)
-        try:
-            return list(self.fs.get_file_info(selector))
-        except FileNotFoundError:
-            # Arrow lists first and then checks whether the folder exists, and raises if another process creates the
-            # folder in between.
-            return list(self.fs.get_file_info(selector))
+            kinds = {pafs.FileType.File: False, pafs.FileType.Directory: True}
+            infos = self.fs.get_file_info(pafs.FileSelector(self.path(), allow_not_found=True, recursive=False))
+            found = [(info.base_name, kinds[info.type]) for info in infos if info.type in kinds]
+        return [(name, is_folder) for name, is_folder in found if not _is_temporary(name)]
 
     def read_bytes(self, name: str) -> bytes:
+        if self.is_local:
+            with open(self.path(name), "rb") as file:
+                return file.read()
         with self.fs.open_input_stream(self.path(name)) as stream:
             return bytes(stream.read())
 
