@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
-
-import pyarrow as pa
+from typing import TYPE_CHECKING, Any
 
 from ray_pipeline.engines.usage import Usage
 from ray_pipeline.graph.stage import Stage, StageRef, StageResult, StageStop, WholeInput, WholeWork
 from ray_pipeline.store.files import Folder, StoreError, point_at
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +160,11 @@ def of_role(results: Mapping[str, StageResult], *roles: str) -> list[StageResult
 def table_of(results: Mapping[str, StageResult], *roles: str) -> pa.Table | None:
     """The tables of these roles as one, or None when no such stage is done."""
     tables = [result.table().read_all() for result in of_role(results, *roles)]
-    return pa.concat_tables(tables) if tables else None
+    if not tables:
+        return None
+    import pyarrow as pa
+
+    return pa.concat_tables(tables)
 
 
 def read_run(location: str) -> Run:
