@@ -10,8 +10,7 @@ def cell(value: Any) -> str:
     """A value on one line of a table."""
     if isinstance(value, list):
         value = ", ".join(map(str, value))
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    return str(value).replace("|", "\\|").replace("\n", " ")
 
 
 def key_table(title: str, values: Mapping[str, Any]) -> list[str]:

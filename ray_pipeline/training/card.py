@@ -72,5 +72,6 @@ def model_card(
         ("Last step", {k: v for k, v in (final or {}).items() if v is not None}),
     ):
         if values:
-            lines += key_table(title, values)
+            rounded = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in values.items()}
+            lines += key_table(title, rounded)
     return "\n".join(lines)
