@@ -12,9 +12,9 @@ from pydantic import Field, model_validator
 
 from ray_pipeline.audit.run import Audit, audit_gated
 from ray_pipeline.bench.files import BenchmarkFileError
-from ray_pipeline.bench.questions import BenchmarksSettings
 from ray_pipeline.bench.report import BenchmarksPage, MeasuredModel, judging_model
-from ray_pipeline.bench.stages import Answering, benchmark_stages, benchmark_uses, check_benchmarks
+from ray_pipeline.bench.settings import BenchmarksSettings
+from ray_pipeline.bench.stages import Answering, benchmark_stages
 from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.candidates import CandidateSettings
@@ -58,23 +58,20 @@ class DmapoConfig(TrainingConfig):
             ModelUse("critic.model", critic.model, "judge", "critic.sampling", critic.sampling.extra),
             *super().uses(),
             *rubric_uses(self.judge),
-            *([] if self.benchmarks is None else benchmark_uses(self.benchmarks, {"train.model": self.train.model})),
+            *([] if self.benchmarks is None else self.benchmarks.uses({"train.model": self.train.model})),
         ]
 
     @model_validator(mode="after")
     def _benchmark_baseline(self) -> DmapoConfig:
-        mt = self.benchmarks.mt_bench if self.benchmarks is not None else None
-        if mt is not None and "pairwise" in mt.modes and mt.against not in ("base", *self.policy_labels()):
-            raise ValueError(
-                f"benchmarks.mt_bench.against is {mt.against!r}; choose from base, {', '.join(self.policy_labels())}"
-            )
+        if self.benchmarks is not None:
+            self.benchmarks.check_baselines(["base", *self.policy_labels()])
         return self
 
     def check(self) -> None:
         super().check()
         if self.benchmarks is not None:
             try:
-                check_benchmarks(self.benchmarks)
+                self.benchmarks.check()
             except BenchmarkFileError as error:
                 raise ConfigError(f"benchmarks: {error}") from error
 
