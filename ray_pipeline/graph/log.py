@@ -14,6 +14,7 @@ from rich.console import Console
 from ray_pipeline.graph.json_log import JsonLines, stage_of
 from ray_pipeline.graph.progress import LINE_SECONDS, Display, StageProgress
 from ray_pipeline.store.files import Folder, base_name, not_written
+from ray_pipeline.store.secrets import redact
 
 logger = logging.getLogger("quorum")
 
@@ -23,6 +24,13 @@ class _LogFile(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass
+
+
+class _Lines(logging.Formatter):
+    """Lines of a log without keys."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
 
 
 class RunLog:
@@ -41,7 +49,7 @@ class RunLog:
         self._shown = time.monotonic()
 
     def __enter__(self) -> RunLog:
-        formatter: logging.Formatter = logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s")
+        formatter: logging.Formatter = _Lines("%(asctime)s %(name)s %(levelname)s %(message)s")
         if self._json:
             formatter = JsonLines(base_name(self._folder.location))
             shown = logging.StreamHandler(sys.stdout)
@@ -92,6 +100,7 @@ class RunLog:
     def _show(self, line: str) -> None:
         if self._json:
             return
+        line = redact(line)
         if self.display is not None:
             self.display.say(line)
         else:

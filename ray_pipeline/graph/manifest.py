@@ -13,6 +13,7 @@ from ray_pipeline.graph.stage_work import Failure
 from ray_pipeline.graph.versions import git_revision, versions
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import digest
+from ray_pipeline.store.secrets import redacted
 
 #: Failed shards that the manifest lists; the stage's own record has all.
 _MOST_SHARDS = 100
@@ -62,7 +63,7 @@ class Manifest:
             elif stage.name in results:
                 entry.update(status="done", **results[stage.name].plain())
             stages[stage.name] = entry
-        self._folder.write_json("manifest.json", {**self._head, "stages": stages})
+        self._folder.write_json("manifest.json", {**self._head, "stages": redacted(stages)})
 
     def progress(self, stages: list[dict[str, Any]], last: bool) -> None:
         if last or time.monotonic() - self._last >= _PROGRESS_SECONDS:

@@ -13,7 +13,6 @@ import io
 import json
 import os
 import posixpath
-import re
 import urllib.parse
 import uuid
 from collections.abc import Iterator
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.fs as pafs
     import pyarrow.parquet as pq
+
+from ray_pipeline.store.secrets import looks_like_key, redact
 
 #: Footer key with the fingerprint of the stage that wrote a Parquet file.
 FINGERPRINT_KEY = b"quorum.fingerprint"
@@ -341,14 +342,15 @@ def _cut_query(location: str) -> tuple[str, str]:
 
 def _refuse_keys(path: str, query: str) -> None:
     """Refuse a location with a key in it: manifests and logs contain locations."""
-    user, at, host = path.partition("://")[2].partition("/")[0].rpartition("@")
-    named = [name for name in urllib.parse.parse_qs(query[1:]) if re.search("secret|password|access_key|token", name)]
-    if named or (at and ":" in user):
-        what = f"the parameter {named[0]}" if named else "a key before the @"
-        raise StoreError(
-            f"the location of {host or path} contains {what}, which manifests and logs would show; set keys in the "
-            "environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile or role)"
-        )
+    if not looks_like_key(path + query):
+        return
+    host = path.partition("://")[2].rpartition("@")[2].partition("/")[0]
+    named = [name for name in urllib.parse.parse_qs(query[1:]) if looks_like_key(f"?{name}=x")]
+    what = f"the parameter {named[0]}" if named else "a key before the @" if "@" in path else "a key"
+    raise StoreError(
+        f"the location of {redact(host)} contains {what}, which manifests and logs would show; set keys in the "
+        "environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile or role)"
+    )
 
 
 def point_at(folder: Folder, name: str, target: str) -> None:
