@@ -1,4 +1,4 @@
-"""Synthetic verdicts through the gate and the data sets: peak memory and cost a row, from 10 k to 1 M candidates.
+"""Synthetic verdicts through the gate and the datasets: peak memory and cost a row, from 10 k to 1 M candidates.
 
 python perf/gate_scale.py [--sizes 10000,100000,1000000] [--folder DIR] [--seconds 220]
 
@@ -164,7 +164,7 @@ def words(messages: Any, completion: Any = None) -> list[int]:
 
 
 def run(folder: Path, size: int) -> None:
-    """Gate and data sets, in this process, on top of what an interrupted call has left."""
+    """Gate and datasets, in this process, on top of what an interrupted call has left."""
     datasets.token_counter = lambda tokenizer: words  # type: ignore[assignment]
     shards, before = num_shards(size), parents()
     results = {

@@ -120,7 +120,7 @@ def test_pocket():
 
 @pytest.fixture
 def hub_like(tmp_path, monkeypatch):
-    """A data set folder of the shape that the hub serves, opened by the real `datasets` library."""
+    """A dataset folder of the shape that the hub serves, opened by the real `datasets` library."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -365,7 +365,7 @@ def test_hub_commit_from_the_hub(monkeypatch):
 
 
 def test_a_cache_of_another_commit_is_not_taken_for_the_one_asked_for(monkeypatch):
-    """Offline, `datasets` opens the newest cached version of a data set whatever the revision."""
+    """Offline, `datasets` opens the newest cached version of a dataset whatever the revision."""
     import datasets
 
     asked = []

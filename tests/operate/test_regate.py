@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def by_hand(gate: GateConfig, min_gap: float = 1.5) -> tuple[collections.Counter, int]:
-    """Labels and pairs of the whole world at once, by the rows that the data sets stage makes."""
+    """Labels and pairs of the whole world at once, by the rows that the datasets stage makes."""
     decisions = decide(WORLD.candidates, WORLD.verdicts, WORLD.critiques, JUDGES, gate)
     config = DatasetsConfig(max_length=10_000, max_prompt_length=5_000, min_gap=min_gap)
     pairs, _ = dpo_rows(WORLD.prompts, WORLD.candidates, WORLD.verdicts, decisions, config, count_words)
@@ -102,7 +102,7 @@ def test_what_was_made_from_the_old_data_sets_waits_and_keeps_its_folder(folder:
 
 
 def test_what_was_made_from_a_policy_of_the_old_data_sets_waits_too(folder: Path) -> None:
-    """Stages that read no data set themselves, but the policy or what it answered."""
+    """Stages that read no dataset themselves, but the policy or what it answered."""
     manifest = json.loads((folder / "manifest.json").read_text())
     later = ("train", "responses-base", "responses-policy", "comparisons", "score-responses", "evaluate")
     for name in later:
