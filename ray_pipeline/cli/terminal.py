@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ray_pipeline.store.secrets import redact
+from ray_pipeline.store.outside import shown
 from ray_pipeline.workflow.registry import workflow_names
 
 #: Exit codes.
@@ -35,12 +35,12 @@ _err = Console(stderr=True, soft_wrap=True)
 
 def say(text: str) -> None:
     """Print a line of plain text: output of models and servers is never markup, and keys are removed."""
-    Console(soft_wrap=True).print(redact(text), markup=False, highlight=False)
+    Console(soft_wrap=True).print(shown(text), markup=False, highlight=False)
 
 
 def complain(message: object) -> None:
     """Print a line on standard error."""
-    _err.print(redact(f"quorum: {message}"), markup=False, highlight=False)
+    _err.print(shown(f"quorum: {message}"), markup=False, highlight=False)
 
 
 @contextlib.contextmanager

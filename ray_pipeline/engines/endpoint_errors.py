@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ray_pipeline.engines.base import EngineError, EngineStop, PromptTooLong
-from ray_pipeline.store.secrets import redact
+from ray_pipeline.store.outside import shown
 
 _QUOTE = 300  # characters of a server's message that are shown
 
@@ -94,7 +94,7 @@ def clean(text: str, key: str | None) -> str:
     """A server's message, shortened and without the API key, whole or masked."""
     if key:
         text = text.replace(key, "***")
-    text = " ".join(redact(_KEY.sub("***", text)).split())
+    text = " ".join(shown(_KEY.sub("***", text)).split())
     return text if len(text) <= _QUOTE else text[:_QUOTE] + "…"
 
 

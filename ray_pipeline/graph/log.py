@@ -14,7 +14,7 @@ from rich.console import Console
 from ray_pipeline.graph.json_log import JsonLines, stage_of
 from ray_pipeline.graph.progress import LINE_SECONDS, Display, StageProgress
 from ray_pipeline.store.files import Folder, base_name, not_written
-from ray_pipeline.store.secrets import redact
+from ray_pipeline.store.outside import shown
 
 logger = logging.getLogger("quorum")
 
@@ -30,7 +30,7 @@ class _Lines(logging.Formatter):
     """Lines of a log without keys."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record))
+        return shown(super().format(record))
 
 
 class RunLog:
@@ -52,9 +52,9 @@ class RunLog:
         formatter: logging.Formatter = _Lines("%(asctime)s %(name)s %(levelname)s %(message)s")
         if self._json:
             formatter = JsonLines(base_name(self._folder.location))
-            shown = logging.StreamHandler(sys.stdout)
-            shown.setLevel(logging.DEBUG if self._debug else logging.INFO)
-            self._handlers.append(shown)
+            stream = logging.StreamHandler(sys.stdout)
+            stream.setLevel(logging.DEBUG if self._debug else logging.INFO)
+            self._handlers.append(stream)
         if self._folder.is_local:
             stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
             name = f"logs/{stamp}.{'jsonl' if self._json else 'log'}"
@@ -100,7 +100,7 @@ class RunLog:
     def _show(self, line: str) -> None:
         if self._json:
             return
-        line = redact(line)
+        line = shown(line)
         if self.display is not None:
             self.display.say(line)
         else:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import pyarrow.fs as pafs
     import pyarrow.parquet as pq
 
+from ray_pipeline.store.outside import storable
 from ray_pipeline.store.secrets import looks_like_key, redact
 
 #: Footer key with the fingerprint of the stage that wrote a Parquet file.
@@ -207,7 +208,8 @@ class Folder:
             ) from error
 
     def write_json(self, name: str, value: Any) -> None:
-        self.write_bytes(name, (json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False) + "\n").encode())
+        text = json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False)
+        self.write_bytes(name, (storable(text) + "\n").encode())
 
     def delete(self, name: str) -> None:
         """Delete a file, if it exists."""

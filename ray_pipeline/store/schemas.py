@@ -10,6 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
+
+from ray_pipeline.store.outside import storable_value
 
 #: One chat message; conversations are lists of these, as TRL and `datasets` expect them.
 MESSAGE = pa.struct([pa.field("role", pa.string(), nullable=False), pa.field("content", pa.string(), nullable=False)])
@@ -336,10 +339,19 @@ TABLES: dict[str, pa.Schema] = {
 def to_table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
     """Build a table of exactly `schema` from row dicts; a missing required value is an error, not a null.
 
+    Unpaired surrogates and NULs, which a reply's JSON can contain, are replaced with U+FFFD.
+
     Raises:
         ValueError: a required column is null; the message names the column and the row.
     """
-    table = pa.Table.from_pylist(rows, schema=schema)
+    try:
+        table = pa.Table.from_pylist(rows, schema=schema)
+    except UnicodeEncodeError:
+        rows = storable_value(rows)
+        table = pa.Table.from_pylist(rows, schema=schema)
+    for i, field in enumerate(schema):
+        if field.type == pa.string() and pc.any(pc.match_substring(table.column(i), "\0")).as_py():
+            table = table.set_column(i, field, pc.replace_substring(table.column(i), "\0", "\ufffd"))
     for field in schema:
         column = table.column(field.name)
         if not field.nullable and column.null_count:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from ray_pipeline.config.loading import apply_override, read_yaml
 from ray_pipeline.config.messages import ConfigError
+from ray_pipeline.store.outside import shown
 from ray_pipeline.store.secrets import looks_like_key, names_secret_variable, redact, secret_in
 from ray_pipeline.submit.job import CONFIG_FOLDER, ClusterLost, Ended, Job, SubmitError, run_job
 from ray_pipeline.submit.named import Named, named_files
@@ -25,7 +26,7 @@ _err = Console(stderr=True, soft_wrap=True)
 
 
 def _say(text: str) -> None:
-    _err.print(redact(f"quorum: {text}"), markup=False, highlight=False)
+    _err.print(shown(f"quorum: {text}"), markup=False, highlight=False)
 
 
 def submit(
