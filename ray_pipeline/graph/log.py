@@ -95,7 +95,7 @@ class RunLog:
                 logger.info(line, extra={"stage": stage["name"], "data": stage})
 
     def _write(self, level: int, line: str, shard: int | None) -> None:
-        logger.log(level, line, extra={"stage": stage_of(line, self.stages), "shard": shard})
+        logger.log(level, shown(line), extra={"stage": stage_of(line, self.stages), "shard": shard})
 
     def _show(self, line: str) -> None:
         if self._json:
