@@ -12,13 +12,11 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from ray_pipeline.bench.files import BenchmarkFileError
 from ray_pipeline.bench.measured import Origin, measured_models
 from ray_pipeline.bench.report import BenchmarksPage, MeasuredModel, judging_model, rewrite_page
 from ray_pipeline.bench.settings import BenchmarksSettings
 from ray_pipeline.bench.stages import Answering, benchmark_stages
 from ray_pipeline.config.blocks import RunBlock
-from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.engines.models import ModelSettings, ModelUse, resolve_model
 from ray_pipeline.extensions import register
 from ray_pipeline.graph.stage import Dag
@@ -104,10 +102,7 @@ class BenchmarksConfig(RunConfig):
 
     def check(self) -> None:
         super().check()
-        try:
-            self.benchmarks.check()
-        except BenchmarkFileError as error:
-            raise ConfigError(f"benchmarks: {error}") from error
+        self.benchmarks.check()
 
 
 def benchmarks(config: BenchmarksConfig, run_folder: str) -> Dag:

@@ -11,11 +11,9 @@ from collections.abc import Sequence
 from pydantic import Field, model_validator
 
 from ray_pipeline.audit.run import Audit, audit_gated
-from ray_pipeline.bench.files import BenchmarkFileError
 from ray_pipeline.bench.report import BenchmarksPage, MeasuredModel, judging_model
 from ray_pipeline.bench.settings import BenchmarksSettings
 from ray_pipeline.bench.stages import Answering, benchmark_stages
-from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.candidates import CandidateSettings
 from ray_pipeline.data.candidates import candidates as candidates_stage
@@ -70,10 +68,7 @@ class DmapoConfig(TrainingConfig):
     def check(self) -> None:
         super().check()
         if self.benchmarks is not None:
-            try:
-                self.benchmarks.check()
-            except BenchmarkFileError as error:
-                raise ConfigError(f"benchmarks: {error}") from error
+            self.benchmarks.check()
 
     def policy_labels(self) -> list[str]:
         """Names of this run's policies in tables."""

@@ -10,8 +10,10 @@ from pydantic import Field, model_validator
 from ray_pipeline.agents.judges import SamplingSettings
 from ray_pipeline.bench.alpaca_eval.benchmark import AlpacaEvalSettings
 from ray_pipeline.bench.benchmark import Benchmark, OwnBenchmark
+from ray_pipeline.bench.files import BenchmarkFileError
 from ray_pipeline.bench.ifeval.benchmark import IfevalSettings
 from ray_pipeline.bench.mt_bench.benchmark import MtBenchSettings
+from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.models import ModelUse
 from ray_pipeline.graph.asking import Row
@@ -94,12 +96,15 @@ class BenchmarksSettings(Settings):
         """Check everything that the benchmarks need beside models: files, judge prompts and checkers.
 
         Raises:
-            BenchmarkFileError: something is missing or wrong; the message names it and the remedy.
+            ConfigError: something is missing or wrong; the message names it and the remedy.
             TemplateError: a prompt file is not one.
         """
-        rows = self.rows()
-        for name, block in self.chosen.items():
-            block.check([row for row in rows if row["benchmark"] == name])
+        try:
+            rows = self.rows()
+            for name, block in self.chosen.items():
+                block.check([row for row in rows if row["benchmark"] == name])
+        except BenchmarkFileError as error:
+            raise ConfigError(f"benchmarks: {error}") from error
 
     def check_baselines(self, models: Collection[str]) -> None:
         """Raise ValueError unless the models that others are compared with are measured."""

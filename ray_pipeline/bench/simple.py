@@ -40,6 +40,12 @@ class Verdict:
     part: str = ""
 
 
+def _texts(answers: Sequence[Row]) -> list[str] | None:
+    """The answers to all turns, or None if one is missing."""
+    texts = [row["answer"] for row in answers]
+    return None if None in texts else texts
+
+
 class SimpleBenchmark(Benchmark):
     """Its score is the mean of the verdicts that could be read, as a percentage."""
 
@@ -102,8 +108,8 @@ class CheckedBenchmark(SimpleBenchmark):
         return self
 
     def verdicts(self, question: Row, answers: Sequence[Row]) -> list[Row]:
-        texts = [row["answer"] for row in answers if row["answer"] is not None]
-        if len(texts) < len(answers):
+        texts = _texts(answers)
+        if texts is None:
             return [vars(Verdict(None, "skipped"))]
         score = self.grade(question, texts)
         return [vars(Verdict(None, "unparsed") if score is None else Verdict(float(score)))]
@@ -131,7 +137,5 @@ class JudgedBenchmark(SimpleBenchmark):
     async def verdicts(
         self, engine: ChatEngine, table: str, question: Row, answers: Sequence[Row], against: Sequence[Row]
     ) -> list[Row]:
-        texts = [row["answer"] for row in answers if row["answer"] is not None]
-        if len(texts) < len(answers):
-            return [vars(Verdict(None, "skipped"))]
-        return [vars(await self.grade(engine, question, texts))]
+        texts = _texts(answers)
+        return [vars(Verdict(None, "skipped") if texts is None else await self.grade(engine, question, texts))]

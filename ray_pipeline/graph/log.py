@@ -27,7 +27,7 @@ class _LogFile(logging.FileHandler):
 
 
 class _Lines(logging.Formatter):
-    """Lines of a log without keys."""
+    """Lines of any logger, safe for a terminal and without keys."""
 
     def format(self, record: logging.LogRecord) -> str:
         return shown(super().format(record))
@@ -75,11 +75,13 @@ class RunLog:
             handler.close()
 
     def say(self, line: str, shard: int | None = None) -> None:
+        line = shown(line)
         self._write(logging.INFO, line, shard)
         self._show(line)
 
     def trace(self, text: str, shard: int | None = None) -> None:
         """A traceback: to the file, and with --debug to the terminal."""
+        text = shown(text)
         self._write(logging.DEBUG, text, shard)
         if self._debug:
             self._show(text)
@@ -95,12 +97,11 @@ class RunLog:
                 logger.info(line, extra={"stage": stage["name"], "data": stage})
 
     def _write(self, level: int, line: str, shard: int | None) -> None:
-        logger.log(level, shown(line), extra={"stage": stage_of(line, self.stages), "shard": shard})
+        logger.log(level, line, extra={"stage": stage_of(line, self.stages), "shard": shard})
 
     def _show(self, line: str) -> None:
         if self._json:
             return
-        line = shown(line)
         if self.display is not None:
             self.display.say(line)
         else:

@@ -1,7 +1,6 @@
 """Files on any pyarrow filesystem, written atomically: a reader sees a whole file or none.
 
 A *location* is a local path, a `file://` URI or the URI of any pyarrow filesystem (`s3://…`, `gs://…`).
-
 Reading a configuration, or the JSON files of a local run, does not import pyarrow: only tables and URIs need it.
 """
 
@@ -18,13 +17,13 @@ import uuid
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from ray_pipeline.store.outside import storable
+from ray_pipeline.store.secrets import looks_like_key, redact
+
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.fs as pafs
     import pyarrow.parquet as pq
-
-from ray_pipeline.store.outside import storable
-from ray_pipeline.store.secrets import looks_like_key, redact
 
 #: Footer key with the fingerprint of the stage that wrote a Parquet file.
 FINGERPRINT_KEY = b"quorum.fingerprint"
@@ -115,9 +114,8 @@ class Folder:
         """
         if name.startswith("/") or ".." in name.split("/"):
             raise StoreError(f"the name {name!r} leaves the folder {self.location}; use a name inside it")
-        if self.is_local:
-            base = self.location
-        else:
+        base = self.location
+        if not self.is_local:
             _ = self.fs
             base = self._base
         return posixpath.join(base, name) if name else base
@@ -129,9 +127,7 @@ class Folder:
     def exists(self, name: str = "") -> bool:
         if self.is_local:
             return os.path.exists(self.path(name))
-        import pyarrow.fs as pafs
-
-        return bool(self.fs.get_file_info(self.path(name)).type != pafs.FileType.NotFound)
+        return bool(self.fs.get_file_info(self.path(name)).type.name != "NotFound")
 
     def names(self, suffix: str = "") -> list[str]:
         """Sorted names of the files directly in the folder, without temporary files and subfolders."""
@@ -152,9 +148,8 @@ class Folder:
         else:
             import pyarrow.fs as pafs
 
-            kinds = {pafs.FileType.File: False, pafs.FileType.Directory: True}
             infos = self.fs.get_file_info(pafs.FileSelector(self.path(), allow_not_found=True, recursive=False))
-            found = [(info.base_name, kinds[info.type]) for info in infos if info.type in kinds]
+            found = [(info.base_name, not info.is_file) for info in infos if info.type.name in ("File", "Directory")]
         return [(name, is_folder) for name, is_folder in found if not _is_temporary(name)]
 
     def read_bytes(self, name: str) -> bytes:
@@ -310,7 +305,8 @@ def normalise_location(location: str) -> str:
             raise StoreError(f"a file URI must have an absolute path (file:///…), not file://{location}")
     if "://" in location:
         path, query = _cut_query(location)
-        _refuse_keys(path, query)
+        if looks_like_key(path + query):
+            raise _with_key(path, query)
         return path.rstrip("/") + query
     return os.path.abspath(os.path.expanduser(location))
 
@@ -342,14 +338,12 @@ def _cut_query(location: str) -> tuple[str, str]:
     return path, sign + query
 
 
-def _refuse_keys(path: str, query: str) -> None:
-    """Refuse a location with a key in it: manifests and logs contain locations."""
-    if not looks_like_key(path + query):
-        return
+def _with_key(path: str, query: str) -> StoreError:
+    """Why a location with a key in it is refused: manifests and logs contain locations."""
     host = path.partition("://")[2].rpartition("@")[2].partition("/")[0]
     named = [name for name in urllib.parse.parse_qs(query[1:]) if looks_like_key(f"?{name}=x")]
     what = f"the parameter {named[0]}" if named else "a key before the @" if "@" in path else "a key"
-    raise StoreError(
+    return StoreError(
         f"the location of {redact(host)} contains {what}, which manifests and logs would show; set keys in the "
         "environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile or role)"
     )

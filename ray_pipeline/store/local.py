@@ -120,5 +120,5 @@ def _files(folder: Folder) -> dict[str, pafs.FileInfo]:
 
     base = folder.path()
     infos = folder.fs.get_file_info(pafs.FileSelector(base, recursive=True, allow_not_found=True))
-    files = {posixpath.relpath(info.path, base): info for info in infos if info.type == pafs.FileType.File}
+    files = {posixpath.relpath(info.path, base): info for info in infos if info.is_file}
     return {name: files[name] for name in sorted(files) if ".." not in name.split("/")}

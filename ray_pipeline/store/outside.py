@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping
 from typing import Any
 
-from ray_pipeline.store.secrets import redact
+from ray_pipeline.store.secrets import map_texts, redact
 
 _UNSTORABLE = re.compile("[\ud800-\udfff\0]")
 # Cc: control, Cf: format (bidirectional overrides, zero width), Cs: lone surrogates, which UTF-8 cannot hold.
@@ -25,12 +24,8 @@ def storable(text: str) -> str:
 
 
 def storable_value(value: Any) -> Any:
-    """A JSON-like value with every text in it storable, keys of mappings included."""
-    if isinstance(value, str):
-        return storable(value)
-    if isinstance(value, Mapping):
-        return {storable(k) if isinstance(k, str) else k: storable_value(v) for k, v in value.items()}
-    return [storable_value(one) for one in value] if isinstance(value, list | tuple) else value
+    """A JSON value with every text in it storable, the names of its members included."""
+    return map_texts(storable, value)
 
 
 def token_count(value: Any) -> int:

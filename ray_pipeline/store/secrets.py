@@ -7,9 +7,10 @@ libraries and the command line. Prompts and replies are data and never change he
 
 from __future__ import annotations
 
+import functools
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 #: What a removed key is replaced with.
@@ -81,9 +82,12 @@ def names_secret_variable(name: str) -> bool:
 def redact(text: str) -> str:
     """`text` without keys: those with the form of a key, those in URIs, and the values of the secret variables of this
     process's environment."""
-    for value in _values_of_environment():
-        if value in text:
-            text = text.replace(value, REMOVED)
+    return _without(_values_of_environment(), text)
+
+
+def _without(values: Sequence[str], text: str) -> str:
+    for value in values:
+        text = text.replace(value, REMOVED)
     text = _FORMS.sub(REMOVED, text)
     text = _USER_INFO.sub(lambda m: f"{m['scheme']}{REMOVED}@" if _holds_key(m) else m[0], text)
     return _PARAMETER.sub(lambda m: m["name"] + REMOVED, text)
@@ -91,11 +95,16 @@ def redact(text: str) -> str:
 
 def redacted(value: Any) -> Any:
     """A JSON value with every text in it redacted, the names of its members included."""
+    return map_texts(functools.partial(_without, _values_of_environment()), value)
+
+
+def map_texts(change: Callable[[str], str], value: Any) -> Any:
+    """A JSON value with every text in it changed, the names of its members included. Tuples become lists."""
     if isinstance(value, str):
-        return redact(value)
+        return change(value)
     if isinstance(value, Mapping):
-        return {redact(k) if isinstance(k, str) else k: redacted(v) for k, v in value.items()}
-    return [redacted(one) for one in value] if isinstance(value, list | tuple) else value
+        return {change(k) if isinstance(k, str) else k: map_texts(change, v) for k, v in value.items()}
+    return [map_texts(change, one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def secret_in(value: Any, where: str = "") -> str | None:
