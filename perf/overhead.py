@@ -28,7 +28,8 @@ from ray_pipeline.agents.judges import judge
 from ray_pipeline.config.loading import load_config
 from ray_pipeline.data.judging import judges
 from ray_pipeline.engines.base import Completion, Message, Sampling
-from ray_pipeline.engines.vllm import VllmEngine, VllmSpec
+from ray_pipeline.engines.vllm import VllmEngine
+from ray_pipeline.engines.vllm_spec import VllmSpec
 from ray_pipeline.graph.cluster import start_ray
 from ray_pipeline.graph.failures import FailureSettings
 from ray_pipeline.graph.ray_shards import map_shards

@@ -56,6 +56,9 @@ class Used:
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
 
+    def count(self, completion: Completion) -> None:
+        self.add(Used(1, completion.prompt_tokens, completion.cached_tokens, completion.completion_tokens))
+
     def price(self, prices: Prices) -> float:
         return prices.of(self.prompt_tokens, self.cached_tokens, self.completion_tokens)
 
@@ -75,11 +78,6 @@ class Account:
         self._written = Used()
         self._looked = -_LOOK_SECONDS
         self._turn = asyncio.Lock()
-
-    def charge(self, completion: Completion) -> None:
-        self.own.add(
-            Used(1, completion.prompt_tokens, completion.cached_tokens, completion.completion_tokens),
-        )
 
     def total(self) -> Used:
         """The engine's current usage, plus that of the others at the last `settle`."""

@@ -208,3 +208,15 @@ class Metered(Protocol):
     async def settle(self, root: Folder) -> None:
         """Write the engine's spending under `root`, the call log's folder, and read that of other engines."""
         ...
+
+
+def causes(error: BaseException) -> str:
+    """The text of an error and of its causes: some libraries wrap errors in an exception without a message."""
+    texts: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None and len(texts) < 4:
+        text = f"{type(cause).__name__}: {cause}" if str(cause) else type(cause).__name__
+        if text not in texts:
+            texts.append(text)
+        cause = cause.__cause__
+    return " <- ".join(texts)

@@ -14,9 +14,11 @@ from ray_pipeline.config.blocks import Room
 from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.base import ChatEngine
+from ray_pipeline.engines.endpoint_settings import EndpointSettings, OpenAISpec, validate_request_extra
 from ray_pipeline.engines.identity import model_identity, text_digest
-from ray_pipeline.engines.openai import EndpointSettings, OpenAIEngine, OpenAISpec, validate_request_extra
-from ray_pipeline.engines.vllm import VllmEngine, VllmSpec, validate_engine_args, validate_sampling_extra
+from ray_pipeline.engines.openai import OpenAIEngine
+from ray_pipeline.engines.vllm import VllmEngine
+from ray_pipeline.engines.vllm_spec import VllmSpec, validate_engine_args, validate_sampling_extra
 from ray_pipeline.pocket import model_path
 
 EngineFactory = Callable[[], ChatEngine]

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 from ray_pipeline.cli import app
 from ray_pipeline.engines.base import Completion, Message, Sampling
-from ray_pipeline.engines.vllm import VllmEngine, VllmSpec
+from ray_pipeline.engines.vllm import VllmEngine
+from ray_pipeline.engines.vllm_spec import VllmSpec
 
 _loop: asyncio.AbstractEventLoop | None = None
 #: The least recently used first.

@@ -26,8 +26,9 @@ from ray_pipeline.agents.judges import JudgeAsking, Rubric, SamplingSettings, Ve
 from ray_pipeline.agents.replies import critique_grammar, score_grammar
 from ray_pipeline.agents.templates import load_templates, render
 from ray_pipeline.engines.base import EngineStartError, Grammar, Message, PromptTooLong, Sampling
+from ray_pipeline.engines.endpoint_settings import EndpointSettings, OpenAISpec
 from ray_pipeline.engines.logged import LoggedEngine
-from ray_pipeline.engines.openai import EndpointSettings, OpenAIEngine, OpenAISpec
+from ray_pipeline.engines.openai import OpenAIEngine
 from ray_pipeline.pocket import model_path
 from ray_pipeline.pocket.tasks import make_prompts, rubric_scores, truth
 from ray_pipeline.store.files import Folder

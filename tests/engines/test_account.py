@@ -27,12 +27,12 @@ def test_engines_of_one_model_see_each_other_and_no_others(tmp_path: Path) -> No
     async def go() -> None:
         first, second, other = Account("https://a/v1", "m"), Account("https://a/v1", "m"), Account("https://b/v1", "m")
         for _ in range(3):
-            first.charge(REPLY)
-        other.charge(REPLY)
+            first.own.count(REPLY)
+        other.own.count(REPLY)
         for account in (first, other, second):
             await account.settle(root)
         assert second.total() == Used(3, 30, 12, 15) and other.total() == Used(1, 10, 4, 5)
-        second.charge(REPLY)
+        second.own.count(REPLY)
         assert second.total().calls == 4 and first.total().calls == 3
         await second.settle(root)
         await first.settle(root)
@@ -55,7 +55,7 @@ def test_nothing_is_written_where_nothing_was_spent(tmp_path: Path) -> None:
 def test_a_file_that_says_nothing_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def go() -> Used:
         root, first = Folder(str(tmp_path)), Account("https://a/v1", "m")
-        first.charge(REPLY)
+        first.own.count(REPLY)
         await first.settle(root)
         [folder] = tmp_path.glob("spent-*")
         for name, text in {

@@ -55,7 +55,7 @@ def test_errors_travel_between_processes() -> None:
 
 def test_neither_protocol_nor_specification_imports_anything_heavy() -> None:
     code = (
-        "import sys; import ray_pipeline.engines.base, ray_pipeline.engines.vllm as v; "
+        "import sys; import ray_pipeline.engines.base, ray_pipeline.engines.vllm, ray_pipeline.engines.vllm_spec as v; "
         "v.validate_engine_args({'max_num_seqs': 1}); v.validate_sampling_extra({'top_k': 1}); "
         "print([m for m in ('torch', 'vllm', 'ray', 'transformers') if m in sys.modules])"
     )

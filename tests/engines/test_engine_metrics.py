@@ -21,7 +21,8 @@ ACTOR = """
 import asyncio, sys, time
 import ray
 from ray_pipeline.engines.base import Sampling
-from ray_pipeline.engines.vllm import VllmEngine, VllmSpec
+from ray_pipeline.engines.vllm import VllmEngine
+from ray_pipeline.engines.vllm_spec import VllmSpec
 
 @ray.remote(num_cpus=0)
 class Actor:

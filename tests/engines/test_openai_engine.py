@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from ray_pipeline.engines import openai as module
+from ray_pipeline.engines import endpoint_retry
 from ray_pipeline.engines.account import Prices
 from ray_pipeline.engines.base import (
     BudgetSpent,
@@ -28,8 +28,10 @@ from ray_pipeline.engines.base import (
     PromptTooLong,
     Sampling,
 )
+from ray_pipeline.engines.endpoint_requests import broken_control_strings
+from ray_pipeline.engines.endpoint_settings import EndpointSettings, OpenAISpec
 from ray_pipeline.engines.logged import LoggedEngine
-from ray_pipeline.engines.openai import EndpointSettings, OpenAIEngine, OpenAISpec, broken_control_strings
+from ray_pipeline.engines.openai import OpenAIEngine
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import prompt_id
 from tests.endpoint import KEY, Answer, Endpoint, refused, said, using
@@ -54,7 +56,7 @@ PRICES = Prices(input=1e6, output=1e6)
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOOPBACK_KEY", KEY)
-    monkeypatch.setattr(module, "_BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(endpoint_retry, "_BACKOFF_SECONDS", 0.01)
 
 
 def engine_at(url: str, *, canary: bool = False, share: int = 1, **settings: Any) -> OpenAIEngine:

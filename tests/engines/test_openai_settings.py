@@ -14,8 +14,9 @@ from pydantic import ValidationError
 from dags.dmapo import DmapoConfig
 from ray_pipeline.config.loading import load_config
 from ray_pipeline.config.messages import ConfigError
+from ray_pipeline.engines.endpoint_settings import EndpointSettings
 from ray_pipeline.engines.models import ModelSettings, Placement
-from ray_pipeline.engines.openai import EndpointSettings, OpenAIEngine
+from ray_pipeline.engines.openai import OpenAIEngine
 from ray_pipeline.engines.vllm import VllmEngine
 from ray_pipeline.graph.ray_shards import _engine_room
 from ray_pipeline.graph.stage import ShardWork

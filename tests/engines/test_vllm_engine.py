@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from ray_pipeline.engines.base import ChatEngine, Completion, EngineDead, EngineError, Grammar, PromptTooLong, Sampling
-from ray_pipeline.engines.vllm import VllmEngine, VllmSpec
+from ray_pipeline.engines.vllm import VllmEngine
+from ray_pipeline.engines.vllm_spec import VllmSpec
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = pytest.mark.e2e
@@ -170,7 +171,7 @@ def test_one_bad_call_is_one_error(served: Served) -> None:
     ):
         with pytest.raises(EngineError):
             served.chat("x", wrong)
-    with pytest.raises(EngineError, match="chat template refused"):
+    with pytest.raises(EngineError, match="chat template rejected"):
         served.loop.run(served.engine.chat([{"role": "user"}], Sampling(max_tokens=2)))
     assert served.chat("x", Sampling(max_tokens=2)).completion_tokens == 2
 

@@ -25,7 +25,8 @@ OWNER = """
 import asyncio, json, sys, threading, time
 import psutil
 from ray_pipeline.engines.base import Sampling
-from ray_pipeline.engines.vllm import VllmEngine, VllmSpec
+from ray_pipeline.engines.vllm import VllmEngine
+from ray_pipeline.engines.vllm_spec import VllmSpec
 
 def engine_processes():
     # Everything below this process but Python's own helper, which ends with it.

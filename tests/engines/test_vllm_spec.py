@@ -17,15 +17,10 @@ import pytest
 
 from ray_pipeline.engines import reaper
 from ray_pipeline.engines.base import EngineStartError
-from ray_pipeline.engines.vllm import (
-    VllmEngine,
-    VllmSpec,
-    _child_environment,
-    _lora_rank,
-    _Reaper,
-    validate_engine_args,
-    validate_sampling_extra,
-)
+from ray_pipeline.engines.vllm import VllmEngine
+from ray_pipeline.engines.vllm_arguments import engine_args, lora_rank
+from ray_pipeline.engines.vllm_processes import Reaper, child_environment
+from ray_pipeline.engines.vllm_spec import SPECIFIED, VllmSpec, validate_engine_args, validate_sampling_extra
 from tests.models import make_qwen3
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -99,7 +94,7 @@ def test_hopeless_starts_fail_before_anything_is_loaded(tmp_path: Path, qwen3: P
         start(VllmSpec(str(tmp_path / "nowhere")))
     with pytest.raises(EngineStartError, match=r"no chat template.*chat_template"):
         start(VllmSpec(str(make_qwen3(tmp_path / "base", chat_template=None))))
-    with pytest.raises(EngineStartError, match="cannot be read"):
+    with pytest.raises(EngineStartError, match="cannot read chat_template"):
         start(VllmSpec(str(qwen3), chat_template=str(tmp_path / "none.jinja")))
     if importlib.util.find_spec("vllm"):
         with pytest.raises(EngineStartError, match="did you mean 'max_num_seqs'"):
@@ -120,10 +115,20 @@ def test_a_failed_start_is_remembered(tmp_path: Path) -> None:
     asyncio.run(twice())
 
 
+@needs_vllm
+@pytest.mark.parametrize("cpu", [False, True])
+def test_the_engine_starts_with_arguments_of_vllm(cpu: bool, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"r": 4}')
+    spec = VllmSpec("/m", adapter=str(tmp_path), max_model_len=64, quantization="fp8", args={"max_num_seqs": 8})
+    args = engine_args(spec, "c0ffee", cpu=cpu)
+    validate_engine_args({name: value for name, value in args.items() if name not in SPECIFIED})
+    assert (args["revision"], args["max_model_len"], args["max_num_seqs"]) == ("c0ffee", 64, 8)
+
+
 def test_lora_ranks(tmp_path: Path) -> None:
     def rank(config: dict[str, object]) -> int:
         (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-        return _lora_rank(str(tmp_path))
+        return lora_rank(str(tmp_path))
 
     assert rank({"r": 4}) == 8
     assert rank({"r": 16}) == 16
@@ -142,9 +147,9 @@ SLEEPER = [sys.executable, "-c", "import time; time.sleep(600)"]
 def test_the_reaper_ends_what_its_owner_left(end: str) -> None:
     owner = (
         "import subprocess, sys, time\n"
-        "from ray_pipeline.engines.vllm import _child_environment, _Reaper\n"
-        "mine = _Reaper()\n"
-        "with _child_environment(mine, cpu=False):\n"
+        "from ray_pipeline.engines.vllm_processes import Reaper, child_environment\n"
+        "mine = Reaper()\n"
+        "with child_environment(mine, cpu=False):\n"
         "    child = subprocess.Popen([sys.executable, '-c', 'import subprocess, sys; "
         'subprocess.run([sys.executable, "-c", "import time; time.sleep(600)"])\'])\n'
         "other = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
@@ -184,9 +189,9 @@ def test_nothing_of_an_engine_start_stays_in_the_environment(monkeypatch: pytest
     monkeypatch.setenv("LD_PRELOAD_TEST", "mine")
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
     before = dict(os.environ)
-    mark = _Reaper()
+    mark = Reaper()
     try:
-        with _child_environment(mark, cpu=True):
+        with child_environment(mark, cpu=True):
             assert os.environ["QUORUM_ENGINE"] == mark.value
             assert os.environ["TORCHDYNAMO_DISABLE"] == "1"
             os.environ["LD_PRELOAD_TEST"] = "changed"

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from ray_pipeline.engines.base import Sampling
-from ray_pipeline.engines.vllm import VllmEngine, VllmSpec
+from ray_pipeline.engines.vllm import VllmEngine
+from ray_pipeline.engines.vllm_spec import VllmSpec
 from ray_pipeline.training.spec import TrainResult, TrainSpec
 
 from .conftest import WORDS, user

@@ -1,0 +1,103 @@
+"""Reading an endpoint's replies: the list of its models, and completions."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from ray_pipeline.engines.base import Completion, Sampling, TokenLogprobs
+from ray_pipeline.engines.endpoint_errors import Again
+
+_SHOWN_MODELS = 12  # names of an endpoint's models that a message lists
+
+#: Finish reasons of several servers -> the common ones.
+_FINISHES = {"eos": "stop", "eos_token": "stop", "end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ServedModels:
+    """An endpoint's list of models and what it shows about one of them.
+
+    Attributes:
+        names: empty if the endpoint has no such list.
+        is_vllm_server: whether vLLM serves the model.
+        context: of the model, in tokens; 0: unknown.
+    """
+
+    names: tuple[str, ...] = ()
+    is_vllm_server: bool = False
+    context: int = 0
+
+    def unknown(self, model: str, address: str, reason: str) -> str:
+        """A message for the user: the endpoint does not serve the model."""
+        names = difflib.get_close_matches(model, self.names, n=3, cutoff=0.5)
+        names += [name for name in sorted(self.names) if name not in names]
+        offers = f"; it serves {', '.join(names[:_SHOWN_MODELS])}" if names else ""
+        more = f" and {len(names) - _SHOWN_MODELS} more" if len(names) > _SHOWN_MODELS else ""
+        hint = "" if names else ". Check the model's name, and the end of base_url (often /v1)"
+        return f"{address} does not serve {model!r} ({reason}){offers}{more}{hint}"
+
+
+def served_models(reply: Any, model: str) -> ServedModels:
+    """The list of models in a server's reply; empty if it has another form."""
+    listed = reply.get("data") if isinstance(reply, Mapping) else reply
+    entries = [e for e in listed if isinstance(e, Mapping)] if isinstance(listed, list) else []
+    names, is_vllm, context = [], False, 0
+    for entry in entries:
+        if not isinstance(entry.get("id"), str):
+            continue
+        names.append(entry["id"])
+        if entry["id"] == model:
+            is_vllm = entry.get("owned_by") == "vllm"
+            limit = entry.get("max_model_len")
+            context = limit if isinstance(limit, int) else 0
+    return ServedModels(tuple(names), is_vllm, context)
+
+
+def read_completion(value: Any, sampling: Sampling, prompt_tokens: int) -> Completion:
+    """The completion in a server's reply. Raises Again if it has another form."""
+    try:
+        choice = value["choices"][0]
+        message = choice["message"]
+        finish = str(choice.get("finish_reason") or "unknown")
+        text, said = message.get("content"), message.get("refusal")
+        if isinstance(text, list):
+            text = "".join(part.get("text") or "" for part in text)
+        if text is None and said:
+            text, finish = said, "refusal"
+        if not isinstance(text, str | None) or finish == "error":
+            raise TypeError("no text")
+        usage = value.get("usage") or {}
+        details = usage.get("prompt_tokens_details") or {}
+        cached = details.get("cached_tokens") or usage.get("prompt_cache_hit_tokens") or 0
+        prompt = int(usage.get("prompt_tokens") or prompt_tokens)
+        new = usage.get("completion_tokens")
+        return Completion(
+            text=text or "",
+            finish_reason=_FINISHES.get(finish, finish),
+            prompt_tokens=prompt,
+            completion_tokens=len((text or "").encode("utf-8", "replace")) // 3 + 1 if new is None else int(new),
+            cached_tokens=min(int(cached), prompt),
+            logprobs=None if sampling.logprobs is None else _token_logprobs(choice.get("logprobs"), sampling.logprobs),
+        )
+    except (TypeError, ValueError, LookupError, AttributeError):
+        holds = ", ".join(sorted(map(str, value))[:8]) if isinstance(value, Mapping) else type(value).__name__
+        raise Again(f"the reply is not a chat completion (it contains {holds})", "call") from None
+
+
+def _token_logprobs(logprobs: Any, most: int) -> TokenLogprobs | None:
+    """Per generated token the sampled one first, then up to `most` others by falling probability."""
+    if not logprobs or logprobs.get("content") is None:
+        return None
+    tokens: TokenLogprobs = []
+    for step in logprobs["content"]:
+        others = [
+            (str(other["token"]), float(other["logprob"]))
+            for other in step.get("top_logprobs") or []
+            if other["token"] != step["token"] or other["logprob"] != step["logprob"]
+        ]
+        others.sort(key=lambda pair: -pair[1])
+        tokens.append([(str(step["token"]), float(step["logprob"])), *others[:most]])
+    return tokens
