@@ -1,4 +1,4 @@
-"""What the functions on frames share: settings with the defaults of a model's world, and many calls at once."""
+"""Shared by the functions on frames: settings with defaults that suit the model, and concurrent calls."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ray_pipeline.config.settings import Settings
 S = TypeVar("S", bound=Settings)
 T = TypeVar("T")
 
-#: Calls in flight, unless a function is given another number; an endpoint has limits of its own as well.
+#: Default number of calls in flight; an endpoint has its own limits as well.
 CONCURRENCY = 256
 
-#: What replies of the pocket world's models fit in; other models have the defaults of the settings.
+#: Limits that suit the replies of the pocket models; other models use the defaults of the settings.
 _POCKET: dict[str, dict[str, Any]] = {
     "sampling": {"max_tokens": 64},
     "asking": {"reason_chars": 200},
@@ -27,7 +27,7 @@ _POCKET: dict[str, dict[str, Any]] = {
 
 
 def settings_of(kind: type[S], given: S | Mapping[str, Any] | None, templates: str, role: str) -> S:
-    """A block of settings: as given, or the caller's keys over the defaults of the model's world."""
+    """A block of settings: the caller's object, or the caller's keys over the defaults for the model."""
     if isinstance(given, kind):
         return given
     defaults = _POCKET[role] if templates == "pocket" and role in _POCKET else {}

@@ -1,4 +1,4 @@
-"""Engines for scripts and notebooks: opened in this process, closed by hand, by `with`, or when the process ends."""
+"""Engines for scripts and notebooks: opened in this process; closed by `close()`, by `with` or at exit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Engine:
     """An engine that has been started; itself a `ChatEngine`. Use it in a `with` block, or call `close()`.
 
     Attributes:
-        templates: the built-in prompt templates that its model understands: `default`, or `pocket`.
+        templates: the built-in prompt templates that suit its model: `default` or `pocket`.
     """
 
     def __init__(self, engine: _Startable, shown: str, templates: str, log: LoggedEngine | None) -> None:
@@ -43,15 +43,15 @@ class Engine:
         return self._engine.identity
 
     async def chat(self, messages: Sequence[Message], sampling: Sampling) -> Completion:
-        """See `ChatEngine.chat`. To be awaited by agents of the API, which run on the engine's own loop."""
+        """See `ChatEngine.chat`. Must be awaited on the engine's own loop, as the API's functions do."""
         return await self._engine.chat(messages, sampling)
 
     def bound(self, prompt_id: str, role: str) -> ChatEngine:
-        """The engine for the calls of one prompt in one role: through the call log, where there is one."""
+        """The engine for the calls of one prompt in one role, through the call log if there is one."""
         return self._engine if self._log is None else self._log.bound(prompt_id, role)
 
     def close(self) -> None:
-        """End the engine and its processes, and write what the call log has not written. May be called twice."""
+        """Stop the engine and its processes, and flush the call log. Safe to call twice."""
         if self._closed:
             return
         self._closed = True
@@ -76,19 +76,19 @@ class Engine:
 
 
 def open_engine(model: str, *, base_url: str | None = None, calls: str | None = None, **settings: Any) -> Engine:
-    """Start an engine in this process and prove that it answers.
+    """Start an engine in this process and check that it responds.
 
     Args:
         model: folder, model of the Hugging Face Hub, or `pocket:NAME` (policy, judge, reviewer, generator), served by
             vLLM here; with `base_url` the name of a model at an endpoint.
-        base_url: address of an OpenAI-compatible endpoint, up to and with the version. The key is read from the
-            environment variable OPENAI_API_KEY, or the one that `endpoint={"api_key_env": …}` names (None: no key).
-        calls: folder or URI of a call log: a call that it holds is not made again, and new ones are added.
+        base_url: address of an OpenAI-compatible endpoint, including the version. The key is read from the environment
+            variable OPENAI_API_KEY, or from the one set by `endpoint={"api_key_env": …}` (None: no key).
+        calls: folder or URI of a call log: stored calls are not repeated, and new ones are added.
         settings: further keys of a block under `models`, such as `dtype`, `max_model_len`, `adapter`, `args`, and for
             an endpoint `endpoint={"concurrency": 16, …}`.
 
     Raises:
-        EngineStartError: the model does not start; the message says what to change.
+        EngineStartError: the model does not start; the message has the remedy.
         ValueError: a setting is unknown or does not fit the engine.
     """
     pocket = model.startswith("pocket:") and base_url is None
@@ -107,7 +107,7 @@ def open_engine(model: str, *, base_url: str | None = None, calls: str | None = 
 
 
 async def _start(settings: ModelSettings, shown: str, templates: str, calls: str | None) -> Engine:
-    engine = cast(_Startable, settings.factory()())  # both engines have these two beside the protocol
+    engine = cast(_Startable, settings.factory()())  # both engines have these two methods beyond the protocol
     try:
         with _without_script():
             await engine.start()
@@ -124,8 +124,8 @@ async def _start(settings: ModelSettings, shown: str, templates: str, calls: str
 def _without_script() -> Iterator[None]:
     """Start processes that do not run the user's script again.
 
-    `multiprocessing` imports the main script in every process that it spawns, and a script that opens an engine without
-    `if __name__ == "__main__"` would open another one there. An engine's process needs nothing from the script.
+    `multiprocessing` imports the main script in every spawned process, so a script that opens an engine without
+    `if __name__ == "__main__"` would open another one there. An engine's process does not need the script.
     """
     main: Any = sys.modules["__main__"]
     hidden = {name: getattr(main, name) for name in ("__file__", "__spec__") if hasattr(main, name)}
@@ -140,12 +140,12 @@ def _without_script() -> Iterator[None]:
 
 
 def bound(engine: ChatEngine, prompt_id: str, role: str) -> ChatEngine:
-    """Any engine for the calls of one prompt in one role; engines without a call log take them as they are."""
+    """Any engine for the calls of one prompt in one role; an engine without a call log is returned unchanged."""
     return engine.bound(prompt_id, role) if isinstance(engine, Engine) else engine
 
 
 def templates_of(engine: ChatEngine, given: str | None) -> str:
-    """The prompt templates to use: what the caller says, else what the engine's model understands."""
+    """The prompt templates to use: the caller's choice, else those that suit the engine's model."""
     return given or (engine.templates if isinstance(engine, Engine) else "default")
 
 

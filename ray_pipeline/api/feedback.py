@@ -28,21 +28,22 @@ def feedback_loop(
     asking: loops.ReviewAsking | Mapping[str, Any] | None = None,
     concurrency: int = CONCURRENCY,
 ) -> Frame:
-    """Answer each prompt, review the answer, and revise it by the reviews until there is nothing to improve.
+    """Answer each prompt, review the answer, and revise it according to the reviews until no change is requested.
 
     Args:
         frame: column `prompt` (or `messages`).
-        generator: answers and revises.
-        reviewers: one, or name → engine; default: the generator.
-        responses: maximum number of responses to a prompt; one fewer are reviewed.
+        generator: engine that answers and revises.
+        reviewers: one engine, or name → engine; default: the generator.
+        responses: maximum number of responses to a prompt; the last of them is not reviewed.
         templates: built-in name or YAML file of the prompts for reviews and revisions.
-        sampling, reviewing: how responses and reviews are drawn.
+        sampling, reviewing: sampling of responses and of reviews.
         asking: keys of a `ReviewAsking` (`{"retries": 2, "scored": True}`).
 
     Returns:
-        One row a response, first to last: candidate_id, prompt_id, prompt, k (0 is the first), response, finish_reason,
-        reviews (list of structs reviewer, feedback, score, parse_status; empty for the last) and stop (why the loop
-        ended, on its last row: limit, empty, repeated, unread, no_response). `judge` and `gate` take it as it is.
+        One row for each response, first to last: candidate_id, prompt_id, prompt, k (0 is the first), response,
+        finish_reason, reviews (list of structs reviewer, feedback, score, parse_status; empty for the last) and
+        stop (why the loop ended, on its last row: limit, empty, repeated, unread, no_response). `judge` and `gate`
+        accept it unchanged.
 
     Raises:
         ColumnError, ValueError: as `judge`.

@@ -1,7 +1,7 @@
-"""Frames in and out: a pandas DataFrame gives a DataFrame, an Arrow table gives a table.
+"""Frames in and out: a pandas DataFrame returns a DataFrame, an Arrow table returns a table.
 
-Rows are joined by id. A frame without ids gets them from its content: the same prompt and response have the same ids in
-every function, so that a frame of one's own can be judged, critiqued and gated as it is.
+Rows are joined by id. In a frame without ids they are derived from the content: equal prompts and responses have equal
+ids in every function, so that any frame can be judged, critiqued and gated unchanged.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ Frame = TypeVar("Frame", "pd.DataFrame", pa.Table)
 
 
 class ColumnError(ValueError):
-    """A frame lacks a column; the message names it and those that are there."""
+    """A frame lacks a column; the message has its name and the existing columns."""
 
 
 def is_pandas(frame: Any) -> bool:
-    """Without importing pandas, which an Arrow user need not wait for."""
+    """Whether it is a pandas DataFrame; does not import pandas, which Arrow users may not need."""
     pandas = sys.modules.get("pandas")
     return pandas is not None and isinstance(frame, pandas.DataFrame)
 
 
 def column_names(frame: Any, what: str) -> list[str]:
-    """Raises TypeError when it is neither a DataFrame nor a table."""
+    """Column names. Raises TypeError for anything but a DataFrame or an Arrow table."""
     if is_pandas(frame):
         return [str(name) for name in frame.columns]
     if isinstance(frame, pa.Table):
@@ -42,7 +42,7 @@ def column_names(frame: Any, what: str) -> list[str]:
 
 
 def need(frame: Any, columns: Sequence[str], what: str) -> None:
-    """Raises ColumnError for the first column that the frame lacks."""
+    """Raise ColumnError for the first missing column."""
     present = column_names(frame, what)
     for name in columns:
         if name not in present:
@@ -70,10 +70,10 @@ def table_of(frame: Any, columns: Sequence[str], what: str, schema: pa.Schema | 
 
 
 def give(table: pa.Table, like: Frame, *, same_rows: bool = False) -> Frame:
-    """A table in the form of the frame that came in.
+    """A table, converted to the type of the input frame.
 
     Args:
-        same_rows: row i belongs to row i of `like`: a DataFrame then has the same index, so that the two can be joined.
+        same_rows: row i belongs to row i of `like`: a DataFrame then gets its index, so that the two can be joined.
     """
     if not is_pandas(like):
         return table
@@ -85,7 +85,7 @@ def messages_of(prompt: Any, row: int, what: str) -> list[dict[str, str]]:
     """A prompt as chat messages.
 
     Raises:
-        ValueError: it is neither text nor a list of messages with role and content.
+        ValueError: the prompt is neither text nor a list of messages with role and content.
     """
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
@@ -95,7 +95,9 @@ def messages_of(prompt: Any, row: int, what: str) -> list[dict[str, str]]:
         and all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in prompt)
     ):
         return [{"role": str(m["role"]), "content": str(m["content"])} for m in prompt]
-    raise ValueError(f"{what}, row {row}: a prompt is text or a list of messages with role and content, not {prompt!r}")
+    raise ValueError(
+        f"{what}, row {row}: invalid prompt {prompt!r}; use text or a list of messages with role and content"
+    )
 
 
 def rows_of_prompts(frame: Any, columns: Sequence[str], what: str) -> list[dict[str, Any]]:
@@ -114,10 +116,10 @@ def rows_of_prompts(frame: Any, columns: Sequence[str], what: str) -> list[dict[
 def rows_with_ids(
     frame: Any, key: str, answers: Sequence[str], what: str, also: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
-    """Rows of prompts and answers, each with an id under `key`: the frame's own column, or one made of the content.
+    """Rows of prompts and answers, each with an id under `key`: the frame's own column, or derived from the content.
 
     Args:
-        answers: columns of the answers, part of the id.
+        answers: columns of the answers, which are part of a derived id.
         also: further columns.
     """
     kept = [key] if key in column_names(frame, what) else []
@@ -127,13 +129,13 @@ def rows_with_ids(
         if not kept:
             content = [row["prompt_id"], *(row[name] for name in answers)]
             one = digest(["row", *content])
-            row[key] = digest(["row", *content, times[one]])  # rows that are repeated are rows of their own
+            row[key] = digest(["row", *content, times[one]])  # repeated rows get different ids
             times[one] += 1
     return rows
 
 
 def id_table(candidates: Any) -> pa.Table:
-    """`candidate_id` and `prompt_id` of a frame of candidates, its own or made of prompt and response."""
+    """`candidate_id` and `prompt_id` of a frame of candidates, its own or derived from prompt and response."""
     if {"candidate_id", "prompt_id"} <= set(column_names(candidates, "candidates")):
         return table_of(candidates, ["candidate_id", "prompt_id"], "candidates")
     rows = rows_with_ids(candidates, "candidate_id", ["response"], "candidates")

@@ -33,21 +33,22 @@ def judge(
 
     Args:
         frame: columns `prompt` (text, or messages with role and content; also as `messages`) and `response` (text;
-            null is not judged), and if you have them `prompt_id` and `candidate_id`.
+            null is not judged); optional: `prompt_id` and `candidate_id`.
         engine: from `open_engine`, or any `ChatEngine`.
         rubrics: `Rubric`s or their keys (`{"name": "safety", "text": "…", "low": 1, "high": 10}`), names alone, or
             name → text; default: helpfulness, factuality and conciseness as published.
-        templates: built-in name or YAML file of the judge's prompt; default: what the engine's model understands.
-        sampling, asking: as the keys of the same name in the `judge` block (`{"max_tokens": 512}`, `{"retries": 2}`).
-        concurrency: maximum number of responses and rubrics in work at once.
+        templates: built-in name or YAML file of the judge's prompt; default: those that suit the engine's model.
+        sampling, asking: the keys of the same name in the `judge` block (`{"max_tokens": 512}`, `{"retries": 2}`).
+        concurrency: maximum number of concurrent calls.
 
     Returns:
-        Rows × rubrics verdicts: candidate_id, prompt_id, judge, score (float; null when unread), expected_score,
-        reason, parse_status (ok, repaired, unparsed, truncated, too_long, error) and raw, by row and rubric.
+        One verdict for each row and rubric: candidate_id, prompt_id, judge, score (float; null when unread),
+        expected_score, reason, parse_status (ok, repaired, unparsed, truncated, too_long, error) and raw, by row and
+        rubric.
 
     Raises:
         ColumnError: `prompt` or `response` is missing.
-        ValueError: a rubric or a setting is wrong.
+        ValueError: a rubric or a setting is invalid.
     """
     found = _rubrics(rubrics)
     name = templates_of(engine, templates)
@@ -77,21 +78,22 @@ def critique(
     asking: JudgeAsking | Mapping[str, Any] | None = None,
     concurrency: int = CONCURRENCY,
 ) -> Frame:
-    """Say of every response whether the way to it is flawed, and how.
+    """Decide for every response whether the reasoning behind it is flawed, and how.
 
     Args:
         frame, engine, templates, sampling, asking, concurrency: as for `judge`.
 
     Returns:
-        One critique a row, in the frame's order and with its index: candidate_id, prompt_id, flawed (bool; null when
-        unread), failure_type (circular, unsupported, contradictory, unspecified, none), reason, parse_status, raw.
+        One critique for each row, in the frame's order and with its index: candidate_id, prompt_id, flawed (bool;
+        null when unread), failure_type (circular, unsupported, contradictory, unspecified, none), reason, parse_status,
+        raw.
 
     Raises:
         ColumnError, ValueError: as `judge`.
     """
     name = templates_of(engine, templates)
     template = load_templates(name).critic
-    # The pocket's critic was trained on one layout; with one call a candidate, others share the rubric alone.
+    # The pocket critic was trained on one layout. Other critics make one call per candidate and share only the rubric.
     order: Layout = layout or ("shared_first" if name == "pocket" else "rubric_first")
     how = settings_of(SamplingSettings, sampling, name, "sampling"), settings_of(JudgeAsking, asking, name, "asking")
     rows = rows_with_ids(frame, "candidate_id", ["response"], "frame")
@@ -114,7 +116,7 @@ def _rubrics(given: Sequence[Rubric | Mapping[str, Any] | str] | Mapping[str, st
     if isinstance(given, Mapping):
         given = [{"name": name, "text": text} for name, text in given.items()]
     if isinstance(given, str) or not given:
-        raise ValueError("rubrics is a list of rubrics (or name → text) with at least one of them")
+        raise ValueError("rubrics must be a non-empty list of rubrics, or a mapping name → text")
     found = []
     for rubric in given:
         if isinstance(rubric, str):
@@ -122,12 +124,12 @@ def _rubrics(given: Sequence[Rubric | Mapping[str, Any] | str] | Mapping[str, st
         found.append(rubric if isinstance(rubric, Rubric) else Rubric.model_validate(dict(rubric)))
     names = [rubric.name for rubric in found]
     if len(set(names)) < len(names):
-        raise ValueError(f"two rubrics have the same name: {', '.join(names)}")
+        raise ValueError(f"rubrics with the same name: {', '.join(names)}; rename one")
     return found
 
 
 def _published_rubrics() -> dict[str, Rubric]:
-    """Those of the shipped configuration of DMAPO, where their texts are."""
+    """The rubrics of the shipped DMAPO configuration."""
     import importlib.resources
 
     text = (importlib.resources.files("configs") / "dmapo.yaml").read_text("utf-8")

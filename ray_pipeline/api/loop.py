@@ -1,8 +1,8 @@
 """The event loop of the public API.
 
-Engines live on the loop that they were started on, and a notebook has a running loop of its own, so everything that
-waits for an engine runs on one loop in a thread of its own. The functions of the API are synchronous: they wait for it,
-in a script and in a notebook alike.
+Engines are bound to the loop that they were started on, and a notebook already has a running loop, so everything that
+awaits an engine runs on one loop in a separate thread. The functions of the API are synchronous and wait for it, in
+scripts and notebooks alike.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def wait_for(work: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine on the API's loop and return its result; an interrupt cancels it.
 
     Raises:
-        RuntimeError: called from a coroutine of that loop, which would wait for itself.
+        RuntimeError: called from a coroutine on that loop, which would deadlock.
     """
     loop = _loop()
     try:
@@ -46,7 +46,7 @@ def wait_for(work: Coroutine[Any, Any, T]) -> T:
 
 
 async def gather(work: Sequence[Callable[[], Coroutine[Any, Any, T]]], concurrency: int) -> list[T]:
-    """Results in order, at most `concurrency` at work; the first error cancels the rest and is raised."""
+    """Results in order, at most `concurrency` coroutines at a time; the first error cancels the rest and is raised."""
     slots = asyncio.Semaphore(concurrency)
 
     async def one(make: Callable[[], Coroutine[Any, Any, T]]) -> T:

@@ -20,8 +20,8 @@ from ray_pipeline.api.frames import Frame, give, rows_with_ids, table_of
 from ray_pipeline.engines.base import ChatEngine
 from ray_pipeline.store.schemas import to_table
 
-#: Rows of `compare`, `debate` and `jury`: one a pair of responses. Scores are null for a direct comparison, the vote is
-#: null when a part of the judgement was not read.
+#: Rows of `compare`, `debate` and `jury`: one for each pair of responses. Scores are null for a direct comparison; the
+#: vote is null when a part of the judgement is unread.
 BALLOTS = pa.schema(
     [
         pa.field("pair_id", pa.string(), nullable=False),
@@ -50,17 +50,17 @@ def compare(
     """Compare two responses to each prompt.
 
     Args:
-        frame: columns `prompt` (or `messages`), `response_a` and `response_b`, and if you have it `pair_id`.
-        strategy: direct (which is better; in both orders, and where they differ it is a tie), independent (a score for
-            each alone), combined (scores side by side), the keys of a `Strategy`
+        frame: columns `prompt` (or `messages`), `response_a` and `response_b`; optional: `pair_id`.
+        strategy: direct (which is better; in both orders, a tie where they disagree), independent (each is scored
+            alone), combined (both are scored side by side), the keys of a `Strategy`
             (`{"kind": "combined", "high": 100, "orders": "both"}`), or a file that registers a strategy.
         templates: built-in name or YAML file of the strategies' prompts.
         engine, sampling, asking, concurrency: as for `judge`.
 
     Returns:
-        One row a pair, in the frame's order and with its index: pair_id, prompt_id, score_a, score_b (null for a direct
-        comparison), vote ("A", "B", "tie"; null when unread), flipped (whether the two orders name different winners),
-        reason, parse_status.
+        One row for each pair, in the frame's order and with its index: pair_id, prompt_id, score_a, score_b (null for a
+        direct comparison), vote ("A", "B", "tie"; null when unread), flipped (whether the two orders have different
+        winners), reason, parse_status.
 
     Raises:
         ColumnError, ValueError: as `judge`.
@@ -101,7 +101,7 @@ def debate(
         sampling, asking: of the final scores, as for `compare`.
 
     Returns:
-        The columns of `compare`, and `speeches`: what was said, a list of structs (order, round, position, role, text,
+        The columns of `compare`, and `speeches`: a list of structs (order, round, position, role, text,
         finish_reason).
 
     Raises:
@@ -132,26 +132,26 @@ def debate(
 
 
 def jury(judgements: Mapping[str, Frame], pool: PoolRule = "mode", weights: Mapping[str, float] | None = None) -> Frame:
-    """Pool what several judges say of the same pairs.
+    """Pool several judges' verdicts on the same pairs.
 
     Args:
-        judgements: judge → its rows of `compare` or `debate`; pairs are joined by pair_id, and a judge without a vote
-            on a pair abstains.
-        pool: mode (most frequent vote if it is the only one, else a tie), weighted; of scores: mean, median,
+        judgements: judge → its rows from `compare` or `debate`; pairs are joined by pair_id, and a judge without a
+            vote on a pair abstains.
+        pool: mode (the most frequent vote if it is unique, else a tie), weighted; for scores: mean, median,
             weighted_mean.
-        weights: judge → weight, for the two weighted rules.
+        weights: judge → weight, for weighted and weighted_mean.
 
     Returns:
-        One row a pair in the order of the first judge, with the columns of `compare`.
+        One row for each pair, in the order of the first judge, with the columns of `compare`.
 
     Raises:
-        ColumnError: a frame is not one of `compare`.
-        ValueError: there are no judges, a weight is missing, or a rule that pools scores gets none.
+        ColumnError: a frame lacks a column of `compare`.
+        ValueError: no judges, a weight is missing, or a rule that pools scores meets a judge without scores.
     """
     if not judgements:
-        raise ValueError("a jury needs one or more judges")
+        raise ValueError("judgements is empty; a jury needs at least one judge")
     if pool in ("weighted", "weighted_mean") and set(weights or ()) != set(judgements):
-        raise ValueError(f"pool {pool} needs weights, one for each of {', '.join(judgements)}")
+        raise ValueError(f"pool {pool} needs weights; set one for each of {', '.join(judgements)}")
     pairs: dict[str, dict[str, Any]] = {}
     said: dict[str, dict[str, Judgement]] = {}
     for name, frame in judgements.items():
@@ -195,7 +195,7 @@ def _ballot(row: Mapping[str, Any], judgement: Judgement) -> dict[str, Any]:
 
 
 def _judgement(row: Mapping[str, Any]) -> Judgement:
-    """A judgement as a row of `compare` holds it."""
+    """The judgement in a row of `compare`."""
     best = {"A": (0,), "B": (1,), "tie": (0, 1), None: ()}[row["vote"]]
     scores = None if row["score_a"] is None or row["score_b"] is None else (row["score_a"], row["score_b"])
     return Judgement(scores, best, row["parse_status"], ())

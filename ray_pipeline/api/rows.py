@@ -1,4 +1,4 @@
-"""The gate and training rows on frames, by the same functions as the stages of a run."""
+"""The gate and training rows on frames, computed by the same functions as in a run."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ def gate(
     judges: Sequence[str] | None = None,
     **settings: Any,
 ) -> Frame:
-    """Decide for every candidate whether it is a training row, by the scores of the judges and the critic's verdict.
+    """Decide for every candidate whether it becomes a training row, from the judges' scores and the critic's verdict.
 
     Args:
         candidates: the frame that was judged, or columns candidate_id and prompt_id.
-        verdicts: from `judge`: candidate_id, judge, score, parse_status. Put several of them together with
-            `pandas.concat` or `pyarrow.concat_tables`.
-        critiques: from `critique`: candidate_id, flawed, parse_status. Leave it out only with `use_critic=False`.
-        judges: whose scores count; default: all of `verdicts`.
+        verdicts: from `judge`: candidate_id, judge, score, parse_status. Combine several with `pandas.concat` or
+            `pyarrow.concat_tables`.
+        critiques: from `critique`: candidate_id, flawed, parse_status. Required unless `use_critic=False`.
+        judges: names of the judges whose scores count; default: all in `verdicts`.
         settings: keys of the `gate` block: alpha, tau, desirable_at, undesirable_at, use_variance, use_critic.
 
     Returns:
-        One decision a candidate, in its order and with its index: candidate_id, prompt_id, mean_score, score_variance,
-        penalty, final_score (null where something was not read), label (desirable, undesirable, discard, abstain,
-        incomplete) and why.
+        One decision for each candidate, in the frame's order and with its index: candidate_id, prompt_id, mean_score,
+        score_variance, penalty, final_score (null where a score or critique is unread), label (desirable, undesirable,
+        discard, abstain, incomplete) and why.
 
     Raises:
         ColumnError: a column is missing.
-        ValueError: a setting is wrong, critiques are missing, or rows do not belong together (`KeyMismatch`).
+        ValueError: an invalid setting, missing critiques, or rows of different candidates (`KeyMismatch`).
     """
     config = GateConfig.model_validate(settings)
     if critiques is None and config.use_critic:
-        raise ValueError("critiques are missing; pass those of critique(), or use_critic=False")
+        raise ValueError("critiques are missing; pass the result of critique(), or use_critic=False")
     read = table_of(verdicts, ["candidate_id", "judge", "score", "parse_status"], "verdicts", VERDICTS)
     flaws = None
     if critiques is not None and config.use_critic:
@@ -57,15 +57,15 @@ def gate(
 
 
 def to_kto(candidates: Frame, verdicts: Frame, decisions: Frame, *, tokenizer: Any = None, **settings: Any) -> Frame:
-    """Rows for TRL's `KTOTrainer`: one for each desirable or undesirable candidate.
+    """Make rows for TRL's `KTOTrainer`: one for each desirable or undesirable candidate.
 
     Args:
         candidates: the frame that was judged: `prompt` (or `messages`) and `response`. A column `split` ("train",
             "val") is kept; default: train.
-        verdicts: from `judge`; its scores go into the rows.
+        verdicts: from `judge`; the rows include its scores.
         decisions: from `gate`.
-        tokenizer: of the policy: folder, name on the Hub, `pocket:policy`, or a Hugging Face tokenizer. With it,
-            prompts of more than `max_prompt_length` tokens are left out. Without it nothing is counted or left out.
+        tokenizer: of the policy: folder, name on the Hub, `pocket:policy`, or a Hugging Face tokenizer. With one,
+            prompts of more than `max_prompt_length` tokens are left out; without one, no length limit applies.
         settings: `max_length` and `max_prompt_length` in tokens, which need a tokenizer; `min_gap` for `to_dpo`.
 
     Returns:
@@ -74,13 +74,13 @@ def to_kto(candidates: Frame, verdicts: Frame, decisions: Frame, *, tokenizer: A
 
     Raises:
         ColumnError: a column is missing.
-        ValueError: a setting is wrong, or rows do not belong together (`KeyMismatch`).
+        ValueError: an invalid setting, or rows of different candidates (`KeyMismatch`).
     """
     return _rows(candidates, verdicts, decisions, tokenizer, settings, kto_rows)
 
 
 def to_dpo(candidates: Frame, verdicts: Frame, decisions: Frame, *, tokenizer: Any = None, **settings: Any) -> Frame:
-    """Rows for TRL's `DPOTrainer`: for each prompt its best desirable and its worst undesirable candidate.
+    """Make rows for TRL's `DPOTrainer`: for each prompt, its best desirable and its worst undesirable candidate.
 
     Pairs with equal texts, or with final scores closer than `min_gap` (default 1.5), are left out.
 
@@ -98,7 +98,7 @@ def _rows(
 ) -> Frame:
     if tokenizer is None:
         if limits := [name for name in ("max_length", "max_prompt_length") if name in settings]:
-            raise ValueError(f"{limits[0]} counts tokens; pass the policy's tokenizer as well")
+            raise ValueError(f"{limits[0]} is in tokens; pass the policy's tokenizer as well")
         settings = {**settings, "max_length": sys.maxsize, "max_prompt_length": sys.maxsize - 1}
     config = DatasetsConfig.model_validate(settings)
     splits = ["split"] if "split" in column_names(candidates, "candidates") else []
@@ -126,7 +126,7 @@ def _table(rows: list[dict[str, Any]], schema: pa.Schema, columns: Sequence[str]
 
 
 def _encode(tokenizer: Any) -> Encode:
-    if tokenizer is None:  # characters: no limit applies, and texts that differ stay different
+    if tokenizer is None:  # characters stand in for tokens: no limit applies, and different texts stay different
         return lambda messages, completion: [ord(c) for m in (*messages, *(completion or ())) for c in m["content"]]
     if isinstance(tokenizer, (str, os.PathLike)):
         name = os.fspath(tokenizer)

@@ -17,7 +17,7 @@ from ray_pipeline.workflow.registry import find_workflow
 class RunTables:
     """The tables of a stored run, as attributes: `run.verdicts`, `run.decisions.to_pandas()`.
 
-    A table is the rows of all shards of the stages that make it. `dir(run)` and `run.names` list them.
+    A table has the rows of all shards of the stages that write it. `dir(run)` and `run.names` list them.
     """
 
     def __init__(self, stored: Run) -> None:
@@ -31,7 +31,7 @@ class RunTables:
 
     @property
     def names(self) -> list[str]:
-        """Tables that the run has so far, in the order of its stages."""
+        """Names of the existing tables, in the order of the stages."""
         return list(self._makers)
 
     def __getattr__(self, name: str) -> pa.Table:
@@ -49,20 +49,20 @@ class RunTables:
 
 
 def read_run(location: str) -> RunTables:
-    """A run folder's tables, finished or not. Raises StoreError when there is no run, naming the folder."""
+    """A run folder's tables, finished or not. Raises StoreError if the folder has no run."""
     return RunTables(read_stored(location))
 
 
 def load_config(workflow: str, config: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """A configuration, checked as far as it can be before a stage starts.
+    """Load a configuration, with all checks that are possible before a stage starts.
 
     Args:
         workflow: name of a workflow, such as `dmapo`, or a Python file that registers one.
-        config: YAML file, or the name of one that comes with Quorum, such as `pocket`.
+        config: YAML file, or the name of a shipped configuration, such as `pocket`.
         overrides: `key=value`, as on the command line.
 
     Raises:
-        ConfigError: no such workflow or file, an unknown or unused key, a wrong value, or a model that does not exist.
+        ConfigError: unknown workflow or file, unknown or unused key, invalid value, or unknown model.
     """
     kind: type[RunConfig] = find_workflow(workflow).config
     return read_config(kind, config, overrides)
@@ -77,7 +77,7 @@ def run(
     from_stage: str | None = None,
     to_stage: str | None = None,
 ) -> RunTables:
-    """Run a workflow, or resume it: the same call does both.
+    """Run a workflow; the same call resumes it.
 
     Args:
         workflow, config, overrides: as for `load_config`.

@@ -1,8 +1,8 @@
 """What a run would cost: calls and tokens from the real prompts, time and money from rates that have a source.
 
 Calls and prompt tokens are those of the workflow's own stages (`operate.estimate`), counted with the models' own
-tokenizers. Replies cannot be known before: their mean length comes from a probe, from the user, or is the stage's
-max_tokens, which is an upper bound and called so.
+tokenizers. The mean length of replies comes from a probe or from the user; otherwise the stage's max_tokens is used,
+which is marked as an upper bound.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ray_pipeline.workflow.config import RunConfig
 class StagePlan:
     """One line of a plan. Times in seconds; `low` and `high` bound `device_seconds`; money in the plan's currency.
 
-    `bound` says that completion tokens are an upper bound. None: no rate or price was given for it.
+    `bound`: completion tokens are an upper bound. None where a rate or price is missing.
     """
 
     stage: str
@@ -47,7 +47,7 @@ class StagePlan:
 
 @dataclasses.dataclass
 class Plan:
-    """Stages in order, where rates come from, and what could not be planned."""
+    """Stages in order, the sources of rates, and notes on what could not be planned."""
 
     stages: list[StagePlan]
     currency: str
@@ -55,12 +55,12 @@ class Plan:
     notes: list[str]
 
     def total(self, field: str) -> float | None:
-        """Sum over stages, or None where one is not known."""
+        """Sum over stages, or None if one is unknown."""
         values = [getattr(stage, field) for stage in self.stages]
         return None if any(value is None for value in values) else sum(values)
 
     def plain(self) -> dict[str, Any]:
-        """What plan.json holds and the report compares with."""
+        """The content of plan.json, which the report compares with."""
         return dataclasses.asdict(self)
 
 
@@ -72,12 +72,12 @@ def plan(config: RunConfig, dag: Dag, rates: Rates, count: Callable[[str, ModelS
         count: (key of a model, its settings) → a counter of tokens; default: its own tokenizer.
 
     Raises:
-        ConfigError: rates of a model that the configuration has not, or prompts that cannot be read.
+        ConfigError: rates of an unknown model, or unreadable prompts.
     """
     models = _models(config)
     strangers = sorted(set(rates.models) - set(models))
     if strangers:
-        raise ConfigError(f"rates: models.{strangers[0]} is no key of models; there are {', '.join(models)}")
+        raise ConfigError(f"rates: unknown model models.{strangers[0]}; choose from {', '.join(models)}")
     notes: list[str] = []
     calling = [stage for stage in dag.stages if calls_model(stage)]
     keys = {stage.name: _key_of(stage, models, rates) for stage in calling}
@@ -94,15 +94,15 @@ def plan(config: RunConfig, dag: Dag, rates: Rates, count: Callable[[str, ModelS
         _price(planned, models[key], _rate_of(stage, rates.stages), rates)
         stages.append(planned)
     if not stages:
-        notes.append(f"no stage of {dag.name} calls a model with this configuration")
+        notes.append(f"no stage of {dag.name} calls a model in this configuration")
     if any(stage.bound for stage in stages):
         notes.append(
-            "tokens marked ≤ are upper bounds: replies as long as max_tokens allows (reply_tokens, or --probe)"
+            "tokens marked ≤ are upper bounds: replies of max_tokens; set reply_tokens or use --probe for an estimate"
         )
     training = _training(dag, models, rates, found, notes)
     unrated = sorted({s.model for s in stages if s.device_seconds is None and models[s.model].is_here})
     if unrated:
-        notes.append(f"no rates for {', '.join(unrated)}: no time and no money; give --rates, or --probe the engine")
+        notes.append(f"no rates for {', '.join(unrated)}, so neither time nor cost; pass --rates or --probe")
     currency = rates.device_hour.currency if rates.device_hour else "USD"
     return Plan(
         [*stages, *training],
@@ -113,34 +113,34 @@ def plan(config: RunConfig, dag: Dag, rates: Rates, count: Callable[[str, ModelS
 
 
 def _assumed(config: RunConfig, rates: Rates, models: Sequence[str], trained: bool) -> list[str]:
-    """A line for each rate and price that is used, with its source and date."""
+    """A line for each rate and price used, with its source and date."""
     assumed = []
     for key in dict.fromkeys(models):
         if key in rates.models:
             of = rates.models[key]
             assumed.append(
                 f"{key}: {of.prompt_tokens_per_s:g} prompt and {of.completion_tokens_per_s:g} completion tokens/s "
-                f"a device ± {of.spread:.0%}; {of.source}, {of.date}"
+                f"per device ± {of.spread:.0%}; {of.source}, {of.date}"
             )
     for name, took in rates.stages.items():
         assumed.append(
-            f"{name}: {1000 * took.seconds_per_call:.3g} device ms a call ({1000 * took.low:.3g} to "
+            f"{name}: {1000 * took.seconds_per_call:.3g} device ms per call ({1000 * took.low:.3g} to "
             f"{1000 * took.high:.3g}); {took.source}, {took.date}"
         )
     if rates.reply_tokens is not None:
-        told = ", ".join(f"{name} {tokens:g}" for name, tokens in rates.reply_tokens.tokens.items())
-        assumed.append(f"tokens of a reply: {told}; {rates.reply_tokens.source}, {rates.reply_tokens.date}")
+        means = ", ".join(f"{name} {tokens:g}" for name, tokens in rates.reply_tokens.tokens.items())
+        assumed.append(f"tokens per reply: {means}; {rates.reply_tokens.source}, {rates.reply_tokens.date}")
     if trained and rates.train is not None and rates.kept_share is not None:
         kept, train = rates.kept_share, rates.train
         assumed.append(f"kept share of candidates: {kept.share:.1%}; {kept.source}, {kept.date}")
-        assumed.append(f"train: {train.tokens_per_s:g} tokens/s a worker; {train.source}, {train.date}")
+        assumed.append(f"train: {train.tokens_per_s:g} tokens/s per worker; {train.source}, {train.date}")
     if rates.device_hour:
         price = rates.device_hour
-        assumed.append(f"a device hour: {price.price:g} {price.currency}; {price.source}, {price.date}")
+        assumed.append(f"device hour: {price.price:g} {price.currency}; {price.source}, {price.date}")
     for key, prices in config.prices().items():
         source = prices.source or "no source given"
         assumed.append(
-            f"{key.split('.', 1)[1]}: {prices.input:g} and {prices.output:g} {prices.currency} a million tokens; "
+            f"{key.split('.', 1)[1]}: {prices.input:g} and {prices.output:g} {prices.currency} per million tokens; "
             f"{source}"
         )
     return assumed
@@ -150,7 +150,7 @@ def _assumed(config: RunConfig, rates: Rates, models: Sequence[str], trained: bo
 
 
 def _models(config: RunConfig) -> dict[str, ModelSettings]:
-    """Models by key; with the block before it where two blocks have the same key."""
+    """Models by key, prefixed with the block where two blocks have the same key."""
     found: dict[str, ModelSettings] = {}
     for block, models in config.blocks().items():
         for key, model in models.items():
@@ -159,7 +159,7 @@ def _models(config: RunConfig) -> dict[str, ModelSettings]:
 
 
 def _key_of(stage: Stage, models: Mapping[str, ModelSettings], rates: Rates) -> str:
-    """Key of the model that a stage calls (for a trained policy, of its base); of equal models, one that has rates."""
+    """Key of the model that a stage calls (for a trained policy, its base); among equal models, one with rates."""
     policy, work = stage.inputs.get("train"), stage.work
     if policy is not None:
         keys = [key for key, model in models.items() if model == policy.work.settings.model]
@@ -167,7 +167,7 @@ def _key_of(stage: Stage, models: Mapping[str, ModelSettings], rates: Rates) -> 
         assert isinstance(work, ShardWork) and work.engine is not None
         keys = [key for key, model in models.items() if _same_engine(work, model)]
     if not keys:
-        raise ConfigError(f"{stage.name} calls a model that is not in the configuration, so it cannot be planned")
+        raise ConfigError(f"{stage.name} cannot be planned: its model is not in the configuration")
     return next((key for key in keys if key in rates.models), keys[0])
 
 
@@ -177,14 +177,14 @@ def _same_engine(work: ShardWork, model: ModelSettings) -> bool:
     return model.placement == work.placement and made.args == getattr(given, "args", None)
 
 
-#: Stages that a probe does not reach → the stages of the probe whose calls are like theirs.
+#: Stages that a probe does not reach → stages of the probe with similar calls.
 _LIKE = {"responses": ("candidates", "generate-1"), "score": ("judge",), "comparisons": ("judge",)}
 
 T = TypeVar("T")
 
 
 def _rate_of(stage: Stage, rates: Mapping[str, T]) -> T | None:
-    """The rate of a stage, by its name, its group, the first word of its name, or a stage whose calls are alike."""
+    """The rate of a stage, by its name, its group, the first word of its name, or a stage with similar calls."""
     first = stage.name.split("-")[0]
     alike = stage.name.replace("score-responses", "judge")
     names = (stage.name, stage.group_name, first, alike, *_LIKE.get(first, ()))
@@ -192,7 +192,7 @@ def _rate_of(stage: Stage, rates: Mapping[str, T]) -> T | None:
 
 
 def _devices(model: ModelSettings) -> float:
-    """Devices that the actors of a stage hold when all of them are there."""
+    """Devices held by all actors of a stage together."""
     each = model.placement.num_gpus if model.placement.num_gpus else model.tensor_parallel_size
     return model.placement.max_actors * float(each)
 
@@ -200,14 +200,14 @@ def _devices(model: ModelSettings) -> float:
 def _tokenizer_of(
     models: Mapping[str, ModelSettings], used: Sequence[str], notes: list[str]
 ) -> Callable[[str, ModelSettings], Count]:
-    """Counters with the models' own tokenizers; a model at an endpoint is counted with that of a local one."""
+    """Counters with the models' own tokenizers; for a model at an endpoint, that of a local model."""
     made: dict[str, TokenCounter] = {}
     local = next((key for key in [*used, *models] if models[key].is_here), None)
 
     def counter(key: str, model: ModelSettings) -> Count:
         if not model.is_here:
             how = "as a quarter of their characters" if local is None else f"with the tokenizer of {local}"
-            note = f"{key} is at an endpoint: its tokens are counted {how}"
+            note = f"{key} is at an endpoint, so its tokens are counted {how}"
             if note not in notes:
                 notes.append(note)
             if local is None:
@@ -256,7 +256,7 @@ def _training(
     """Tokens of the kept rows over all epochs; KTO's own reference pass is part of the rate."""
     policies = [stage for stage in dag.stages if stage.role_name == "policy"]
     if policies and (rates.train is None or rates.kept_share is None):
-        notes.append("training is not planned: rates need train.tokens_per_s and kept_share")
+        notes.append("training is not planned; add train.tokens_per_s and kept_share to the rates")
     if rates.train is None or rates.kept_share is None:
         return []
     planned = []
@@ -287,7 +287,7 @@ def _ancestors(stage: Stage) -> list[str]:
     return list(names)
 
 
-# --- for readers ------------------------------------------------------------------------------------------------------
+# --- as text ---------------------------------------------------------------------------------------------------------
 
 #: Width of a wall time with its interval: three times hours and minutes.
 _WALL = 42
@@ -321,18 +321,18 @@ def plan_lines(found: Plan) -> list[str]:
 
 
 def _interval(found: Plan) -> list[str]:
-    """How far the total may be off, by the intervals of the rates; nothing where a stage has no time."""
+    """The interval of the total, from those of the rates; empty if a stage has no time."""
     if any(stage.device_seconds is None or stage.low is None or stage.high is None for stage in found.stages):
         return []
     hours = [sum(getattr(stage, end) for stage in found.stages) / 3600 for end in ("low", "high")]
-    told = f"interval: {hours[0]:.2f} to {hours[1]:.2f} GPU-hours"
+    text = f"interval: {hours[0]:.2f} to {hours[1]:.2f} GPU-hours"
     if found.total("money") is not None:
         money = [
             sum((s.money or 0) * (getattr(s, end) / s.device_seconds if s.device_seconds else 1) for s in found.stages)
             for end in ("low", "high")
         ]
-        told += f", {money[0]:.2f} to {money[1]:.2f} {found.currency}"
-    return [told]
+        text += f", {money[0]:.2f} to {money[1]:.2f} {found.currency}"
+    return [text]
 
 
 def _line(name: str, stage: StagePlan, money: float | None) -> str:

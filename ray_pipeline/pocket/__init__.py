@@ -1,4 +1,4 @@
-"""The pocket world: verifiable tasks, four tiny real models, and the checker that knows the truth (see tasks.py)."""
+"""The pocket world: verifiable tasks, four tiny real models, and a checker with exact answers (see tasks.py)."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ MODELS = ("policy", "judge", "reviewer", "generator")
 def model_path(name: str) -> str:
     """The absolute folder of a shipped model of `MODELS`, as in "pocket:judge" (the prefix may be left out).
 
-    Raises ValueError for any other name, FileNotFoundError if the weights are not in the package.
+    Raises ValueError for any other name, FileNotFoundError if the package has no weights.
     """
     short = name.removeprefix("pocket:")
     if short not in MODELS:
         known = ", ".join(f"pocket:{model}" for model in MODELS)
-        raise ValueError(f"there is no pocket model {name!r}; known names: {known}")
+        raise ValueError(f"unknown pocket model {name!r}; choose from {known}")
     folder = WEIGHTS / short
     if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(
-            f"{folder} holds no weights; make them with: python -m ray_pipeline.pocket.make_models --out {WEIGHTS}"
+            f"{folder} has no weights; create them with: python -m ray_pipeline.pocket.make_models --out {WEIGHTS}"
         )
     return str(folder)

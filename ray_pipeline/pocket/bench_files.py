@@ -1,7 +1,7 @@
-"""Question files of the pocket world in the forms of the public benchmarks, so that all three run without a download.
+"""Question files of the pocket world in the formats of the public benchmarks, so that all three run without a download.
 
-None of the benchmarks' own questions are here. The references are the truth of the world; IFEval's instructions are
-checked by the official checkers: the right words are there, there are few of them, and there is no comma.
+They contain none of the benchmarks' own questions. The references are the correct answers; IFEval's instructions are
+checked by the official checkers: the answer has the right words, few others, and no comma.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _FILES: Mapping[str, Callable[[], list[dict[str, Any]]]] = {
 
 
 def is_pocket(source: str) -> bool:
-    """Whether a source names a file of the pocket world."""
+    """Whether a source refers to a file of the pocket world."""
     return source.startswith(_PREFIX)
 
 
@@ -71,11 +71,9 @@ def pocket_rows(source: str) -> list[dict[str, Any]]:
     """Rows of `pocket:mt_bench`, `pocket:mt_bench_references`, `pocket:alpaca_eval` or `pocket:ifeval`.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: any other name.
     """
     name = source.removeprefix(_PREFIX)
     if name not in _FILES:
-        raise ValueError(
-            f"the pocket world has no questions {source!r}; it has {', '.join(_PREFIX + f for f in _FILES)}"
-        )
+        raise ValueError(f"unknown pocket questions {source!r}; choose from {', '.join(_PREFIX + f for f in _FILES)}")
     return _FILES[name]()

@@ -1,7 +1,7 @@
-"""What a perfect judge of the pocket world is asked and what it replies, for every judging role.
+"""The prompts of a perfect judge of the pocket world, and its replies, for every judging role.
 
-The reply is JSON that begins with the judge's own answer and its finding, and only then gives the verdict. That order
-is what made judging learnable for so small a model (alone, the score stalled at 73 %):
+The reply is JSON with the judge's own answer and its grade first and the verdict last. This order makes judging
+learnable for so small a model (with the score alone, accuracy stalled at 73 %):
 
     rubric     {"reason": "2 7 9 wrong", "score": 2}
     critic     {"reason": "2 7 9 wrong", "failure_type": "unsupported", "flawed": true}
@@ -46,7 +46,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Judgement:
-    """One question to the judge (as one user message) and the reply a perfect judge gives (JSON text)."""
+    """One judging prompt (a single user message) and a perfect judge's reply (JSON text)."""
 
     role: str
     message: str
@@ -80,7 +80,7 @@ class JudgePrompts:
         }
 
     def single(self, role: str, instruction: str, response: str, layout: Layout = "shared_first") -> Judgement:
-        """A rubric (role = its name) or the critic on one response."""
+        """The prompt and reply of a rubric (role = its name) or the critic on one response."""
         kind = "critic" if role == "critic" else "judge"
         message = self._message(kind, layout, name=role, instruction=instruction, response=response)
         reason = f"{truth(instruction)} {grade(instruction, response)}"
@@ -94,7 +94,7 @@ class JudgePrompts:
     def pairwise(
         self, instruction: str, response_a: str, response_b: str, layout: Layout = "shared_first"
     ) -> Judgement:
-        """Which of two responses is better."""
+        """The prompt and reply of a comparison of two responses."""
         message = self._message(
             "pairwise", layout, name="", instruction=instruction, response_a=response_a, response_b=response_b
         )

@@ -1,9 +1,9 @@
 """Checks that the pocket policy can be aligned: KTO on the rule's labels must raise its true accuracy, flipped labels
 lower it.
 
-`python -m ray_pipeline.pocket.learnability --seeds 0 1 2 --flip 0`; a minute per run on one core. Plain TRL, nothing of
-the pipeline. It is the yardstick for new weights, and the source of the training numbers in configs/pocket.yaml; the
-pipeline itself labels with the judge instead.
+`python -m ray_pipeline.pocket.learnability --seeds 0 1 2 --flip 0`; a minute per run on one core. It uses plain TRL
+instead of the pipeline, whose labels come from the judge. It is the yardstick for new weights, and the source of the
+training numbers in configs/pocket.yaml.
 """
 
 from __future__ import annotations

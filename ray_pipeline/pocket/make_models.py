@@ -10,10 +10,10 @@
 8. generator: the policy, trained on with its own mixture and with revisions by feedback;
 9. card.json: digests, parameter counts, recipe; measure.py adds the accuracies measured through vLLM.
 
-About 50 minutes on one idle core. Every step leaves its model in a folder, and a folder that is there is not made
-again, nor are the ones that only lead to it: after an interruption the same command goes on with the next step. A run
-repeats on one machine and torch build with the same --threads; elsewhere the weights come out different, so shipped
-files are told by digest.
+About 50 minutes on one idle core. Every step leaves its model in a folder, and an existing folder is not remade,
+nor are the steps that only lead to it: rerun the same command after an interruption. A run is reproducible on one
+machine and torch build with the same --threads; elsewhere the weights differ, so shipped files are identified by
+digest.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def training_instructions(seed: str) -> Iterator[str]:
 
 
 def solver_batches(seed: int, size: int) -> Iterator[list[list[Pair]]]:
-    """Every instruction with its truth."""
+    """Instructions with their correct answers."""
     instructions = training_instructions(f"solver {seed}")
     while True:
         yield [[(text, truth(text)) for text, _ in zip(instructions, range(size), strict=False)]]
@@ -166,7 +166,7 @@ def judge_report(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, ju
 def revision_report(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, feedback: FeedbackPrompts, prompts: list[PocketPrompt]
 ) -> str:
-    """Plain accuracy, and that of revisions of false answers by a perfect review."""
+    """Accuracy of plain answers, and of revisions of false answers after a perfect review."""
     rng = random.Random(0)
     drawn = [(prompt.instruction, policy_response(prompt.instruction, rng)) for prompt in prompts]
     false = [(text, response) for text, response in drawn if not is_correct(text, response)]
@@ -177,7 +177,7 @@ def revision_report(
 
 
 def make(out: Path, work: Path, seed: int, prompts_file: Path, feedback_file: Path, wanted: Sequence[str]) -> None:
-    """Trains the wanted models into `out`, with the ones they start from in `work`, and writes `out`/card.json."""
+    """Train the requested models into `out`, with intermediate models in `work`, and write `out`/card.json."""
     tokenizer = make_tokenizer()
     prompts, feedback = JudgePrompts(prompts_file), FeedbackPrompts(feedback_file)
     unseen = make_prompts(300, seed=seed + 1_000)
@@ -188,7 +188,7 @@ def make(out: Path, work: Path, seed: int, prompts_file: Path, feedback_file: Pa
 
     def step(name: str, folder: Path, start: Step | None, batches: Iterator[list[list[Pair]]], report: Report) -> Path:
         if (folder / "model.safetensors").is_file():
-            print(f"{name}: {folder} is there already", flush=True)
+            print(f"{name}: {folder} already exists", flush=True)
             return folder
         model = LlamaForCausalLM.from_pretrained(start()) if start else make_model(tokenizer, seed)
         recipe = RECIPES[name]
@@ -249,7 +249,7 @@ def make(out: Path, work: Path, seed: int, prompts_file: Path, feedback_file: Pa
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Writes a Hugging Face model folder whole or not at all."""
+    """Write a Hugging Face model folder atomically."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
@@ -261,9 +261,9 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 
 
 def write_card(out: Path, seed: int) -> None:
-    """Writes `out`/card.json: how the models were made, their parameter counts and the sha256 of their files.
+    """Write `out`/card.json: recipes, parameter counts and the sha256 of the models' files.
 
-    A note and measured figures of an earlier card stay."""
+    A note and measured figures of an earlier card are kept."""
     models: dict[str, Any] = {}
     for folder in sorted(path.parent for path in out.glob("*/model.safetensors")):
         model = LlamaForCausalLM.from_pretrained(folder)
@@ -287,10 +287,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write the models and card.json into")
     parser.add_argument("--work", type=Path, help="folder for the models they start from (default: OUT/work)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="the models to make")
-    parser.add_argument("--threads", type=int, default=1, help="more than one only helps on idle cores")
-    parser.add_argument("--prompts", type=Path, default=PROMPTS_FILE, help="the judge prompts to train on")
-    parser.add_argument("--feedback", type=Path, default=FEEDBACK_FILE, help="the feedback prompts to train on")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="models to train")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="number of CPU threads; more than one only helps on idle cores"
+    )
+    parser.add_argument("--prompts", type=Path, default=PROMPTS_FILE, help="judge prompts to train on")
+    parser.add_argument("--feedback", type=Path, default=FEEDBACK_FILE, help="feedback prompts to train on")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     work = arguments.work or arguments.out / "work"

@@ -1,4 +1,4 @@
-"""Measures the pocket models through a real vLLM engine on prompts they never saw; writes the figures into card.json.
+"""Measures the pocket models through a real vLLM engine on unseen prompts and writes the figures into card.json.
 
 `python -m ray_pipeline.pocket.measure [--weights DIR] [--prompts 400]`, about two minutes on two idle cores.
 """
@@ -34,7 +34,7 @@ REPORT_SEED = 77  # no other module draws prompts with this seed
 
 
 def start_engine(folder: Path) -> LLM:
-    """A vLLM engine on the CPU (or GPU, if vLLM finds one) inside this process; after the first it takes a second."""
+    """A vLLM engine on the CPU (or GPU, if vLLM finds one) in this process; all but the first start in a second."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM
@@ -46,7 +46,7 @@ def generate(
     engine: LLM, messages: Sequence[str | list[str]], schemas: list[dict[str, Any]] | None = None, **sampling: Any
 ) -> tuple[list[str], float]:
     """One reply per user message (or conversation of turns, the user's first), and calls per second; with `schemas`,
-    each reply is held to its own by xgrammar."""
+    xgrammar constrains each reply to its own schema."""
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
@@ -67,7 +67,7 @@ def generate(
 
 
 def measure_policy(engine: LLM, prompts: list[PocketPrompt]) -> tuple[dict[str, Any], list[list[str]]]:
-    """Accuracy greedy and sampled, what the default gate would make of the samples, and the samples of each prompt."""
+    """Greedy and sampled accuracy, the labels of the samples under the default gate, and the samples of each prompt."""
     instructions = [prompt.instruction for prompt in prompts]
     greedy, _ = generate(engine, instructions, temperature=0.0, max_tokens=ANSWER_TOKENS)
     repeated = [text for text in instructions for _ in range(CANDIDATES)]
@@ -87,7 +87,7 @@ def measure_policy(engine: LLM, prompts: list[PocketPrompt]) -> tuple[dict[str, 
 
 
 def gate_label(instruction: str, response: str) -> str:
-    """The label the default gate (docs/architecture.md) gives under a perfect judge and critic."""
+    """The label by the default gate (docs/architecture.md) with a perfect judge and critic."""
     scores = list(rubric_scores(instruction, response).values())
     flawed, _ = critique(instruction, response)
     final = statistics.mean(scores) * (1 - 0.15 * flawed)
@@ -104,7 +104,7 @@ def measure_judge(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Share of exactly right verdicts by role, layout and source of the responses; pairwise also in both orders.
 
-    Also the verdicts themselves, in the same order for every judge that is asked about the same samples."""
+    Also the verdicts themselves, in the same order for every judge of the same samples."""
     rng = random.Random(REPORT_SEED)
     made = [[judged_response(prompt.instruction, rng) for _ in range(CANDIDATES)] for prompt in prompts]
     figures: dict[str, Any] = {"calls_per_second": []}
@@ -128,7 +128,7 @@ def measure_judge(
 def _questions(
     prompts: list[PocketPrompt], responses: list[list[str]], judge_prompts: JudgePrompts, layout: Layout
 ) -> list[Judgement]:
-    """Per response its three rubrics and critic; then per prompt its first two responses in both orders."""
+    """Three rubrics and the critic for each response, then each prompt's first two responses in both orders."""
     questions = [
         judge_prompts.single(role, prompt.instruction, response, layout)
         for prompt, candidates in zip(prompts, responses, strict=True)
@@ -211,7 +211,7 @@ def measure_reviews(
     ways: dict[str, tuple[Sequence[str | list[str]], dict[str, Any]]] = {
         "revised_greedy": (chats, {"temperature": 0.0}),
         "revised_sampled": (chats, SAMPLING),
-        "asked_again_sampled": (texts, SAMPLING),  # what a second draw without any review would do
+        "asked_again_sampled": (texts, SAMPLING),  # the effect of a second draw without any review
     }
     for way, (messages, sampling) in ways.items():
         answers, _ = generate(generator, messages, max_tokens=ANSWER_TOKENS, **sampling)
@@ -243,7 +243,7 @@ def shares(names: Any) -> dict[str, float]:
 
 
 def measure(weights: Path, count: int) -> dict[str, Any]:
-    """All models' figures on `count` unseen prompts; each is printed as soon as it is known."""
+    """All models' figures on `count` unseen prompts; each is printed as soon as it is measured."""
     prompts = make_prompts(count, seed=REPORT_SEED)
     figures: dict[str, Any] = {}
 
@@ -279,7 +279,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--prompts", type=int, default=400)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="whose figures go into the card")
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS, default=MODELS, help="models whose figures are written into the card"
+    )
     arguments = parser.parse_args()
     figures = measure(arguments.weights, arguments.prompts)
     card_file = arguments.weights / "card.json"

@@ -1,4 +1,4 @@
-"""Pairs of answers whose better one is known, as items of the agreement format: the pocket world's human labels."""
+"""Pairs of answers with a known better one, in the format of agreement items: the pocket world's human labels."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from ray_pipeline.pocket.tasks import make_prompts
 
 
 def make_pairs(n: int, seed: int) -> list[dict[str, Any]]:
-    """`n` items: a right and a wrong answer to instructions that no shipped model was trained on, in either place.
+    """`n` items: a right and a wrong answer to an instruction that no shipped model was trained on, in
+    random order.
 
-    Raises ValueError when there are not so many instructions.
+    Raises ValueError if there are fewer than `n` instructions.
     """
     rng = random.Random(f"pocket pairs {seed}")
     rows = []

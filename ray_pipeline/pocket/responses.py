@@ -1,8 +1,8 @@
-"""Rule-made responses of every grade: the policy's training mixture, and what the judge learns to judge.
+"""Rule-based responses of every grade: the policy's training mixture, and the judge's training data.
 
-The policy must be able to do every task and still be wrong half of the time, in ways alignment can undo: each task
-family has a bad `HABIT` that is the most likely answer after some openings (so greedy decoding is wrong there), while
-right answers stay likely everywhere and every other kind occurs now and then (so the samples of one prompt differ).
+The policy must be capable of every task and still be wrong half of the time, in ways that alignment can undo: each
+task family has a bad `HABIT` that is the most likely answer after some openings (so greedy decoding is wrong there),
+while right answers stay likely everywhere and every other kind occurs now and then (so the samples of a prompt differ).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ HABIT_SHARE = 0.52
 
 MIXTURE: dict[
     Grade, float
-] = {  # what the policy answers where no habit rules; the rest of 1 - HABIT_SHARE where one does
+] = {  # the policy's answers without a habit; with one, they share the remaining 1 - HABIT_SHARE
     "right": 0.46,
     "padded": 0.11,
     "wordy": 0.10,
@@ -76,9 +76,9 @@ def judged_response(instruction: str, rng: random.Random) -> str:
 
 
 def make_response(instruction: str, kind: Grade, rng: random.Random, habit: bool = False) -> str:
-    """A response meant to be of `kind` (where a task allows none, as `partial` of one word, it is wrong instead).
+    """A response of the given `kind`, or a wrong one where the task has none of it (`partial` of one word).
 
-    `habit` asks for the family's one characteristic wrong answer and the first phrase of each list, else any.
+    `habit` selects the family's characteristic wrong answer and the first phrase of each list; otherwise any.
     """
     answer = truth(instruction)
     match kind:
@@ -164,7 +164,7 @@ def _near_miss(words: list[str], instruction: str, rng: random.Random) -> list[s
 
 
 def damage(response: str, rng: random.Random) -> str:
-    """Drops, doubles, swaps or replaces one word, as a sampled model sometimes does."""
+    """Drop, double, swap or replace one word, as a sampled model sometimes does."""
     words = response.split()
     at = rng.randrange(len(words))
     match rng.randrange(4):

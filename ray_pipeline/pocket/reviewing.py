@@ -1,7 +1,7 @@
-"""What a perfect reviewer of the pocket world says of an answer, and what a willing generator makes of it.
+"""The reviews of a perfect reviewer of the pocket world, and the revisions of a generator that follows them.
 
-A review is JSON that begins, as every verdict does, with the reviewer's own answer and its finding; then comes what the
-writer gets to read. It names the fault and only the first half of the right answer, so that revising stays a task:
+A review is JSON that begins, like every verdict, with the reviewer's own answer and its grade; the feedback for the
+generator follows. It has the fault and only the first half of the right answer, so that revising is still a task:
 
     right answer    {"reason": "2 7 9 12 right", "feedback": ""}
     any other       {"reason": "2 7 9 12 wrong", "feedback": "wrong it must be 2 7"}
@@ -37,19 +37,19 @@ REVIEW_SCHEMA: dict[str, Any] = {
 }
 
 BETWEEN_REVIEWS = "\n\n"
-"""How the feedback of two reviewers is put together."""
+"""Separator between the feedback of two reviewers."""
 
 TWO_REVIEWS_SHARE = 0.15
-"""Revisions that are trained on the feedback of two reviewers, the second of them mistaken half of the time."""
+"""Share of revisions with the feedback of two reviewers, the second of them mistaken half of the time."""
 
 STUBBORN_SHARE = 0.1
-"""Revisions that are one more draw of the policy's mixture: sampled revisions differ, and a second review has work."""
+"""Share of revisions drawn from the policy's mixture, so that samples differ and later reviews find faults."""
 
 
 def feedback_on(instruction: str, response: str) -> str:
-    """What the writer should change: the fault and the right answer's first half (rounded up); "" for a right answer.
+    """Feedback for the generator: the fault and the right answer's first half (rounded up); "" for a right answer.
 
-    A padded or wordy answer is true but not yet the shortest, so it gets feedback, too.
+    A padded or wordy answer is correct but not the shortest, so it gets feedback too.
     """
     found = grade(instruction, response)
     return "" if found == "right" else _feedback(found, truth(instruction))
@@ -75,7 +75,7 @@ class FeedbackPrompts:
         self._revise = environment.from_string(texts["revise"])
 
     def review(self, instruction: str, response: str, scored: bool = False) -> Judgement:
-        """What a reviewer is asked of one answer, and the review of a perfect one."""
+        """The prompt of a review of one answer, and a perfect reviewer's reply."""
         variables = {"instruction": instruction, "response": response, "score": scored}
         message = f"{self._shared.render(variables)}\n{self._rubric.render(variables)}"
         reply: dict[str, Any] = {
@@ -87,24 +87,24 @@ class FeedbackPrompts:
         return Judgement("review", message, json.dumps(reply))
 
     def revision_turns(self, instruction: str, response: str, feedback: str) -> list[str]:
-        """The conversation that a revision answers: user, assistant, user."""
+        """The conversation that requests a revision: user, assistant, user."""
         revise = self._revise.render(instruction=instruction, response=response, feedback=feedback)
         return [instruction, response, revise]
 
 
-# --- what reviewer and generator learn from ------------------------------------------------------------------
+# --- training data of reviewer and generator -----------------------------------------------------------------
 
 
 def random_review(instruction: str, prompts: FeedbackPrompts, rng: random.Random) -> Judgement:
-    """One review to learn from; one in four with a score."""
+    """One training example of a review; one in four has a score."""
     response = policy_response(instruction, rng) if rng.random() < 0.5 else judged_response(instruction, rng)
     return prompts.review(instruction, response, scored=rng.random() < 0.25)
 
 
 def random_revision(instruction: str, prompts: FeedbackPrompts, rng: random.Random) -> Pair:
-    """One revision to learn from: the conversation, and nearly always the truth as the new answer.
+    """One training example of a revision: the conversation, and nearly always the truth as the new answer.
 
-    The answer that is revised is any but a right one, because a right one gets no feedback.
+    The revised answer is never a right one, because a right answer gets no feedback.
     """
     while True:
         response = policy_response(instruction, rng) if rng.random() < 0.7 else judged_response(instruction, rng)
@@ -118,8 +118,8 @@ def random_revision(instruction: str, prompts: FeedbackPrompts, rng: random.Rand
 
 
 def second_opinion(instruction: str, response: str, feedback: str, rng: random.Random) -> str:
-    """The feedback of two reviewers, in any order; the other one names another fault, and half of the time a wrong
-    answer as the right one."""
+    """The feedback of two reviewers, in random order; the second has a different fault, and half of the time a
+    wrong answer as the right one."""
     answer = wrong_answer(instruction, rng, habit=False) if rng.random() < 0.5 else truth(instruction)
     fault = rng.choice([kind for kind in ("wrong", "partial", "wordy") if kind != grade(instruction, response)])
     both = [feedback, _feedback(fault, answer)]

@@ -1,6 +1,6 @@
-"""The pocket world: small verifiable instructions, their truth, and the rules a perfect judge would follow.
+"""The pocket world: small verifiable instructions, their correct answers, and the rules of a perfect judge.
 
-Everything here is recomputed from the instruction text alone, so the truth can be asked for any prompt at any time:
+Everything here is computed from the instruction text alone, so the truth of any prompt is available at any time:
 
     instruction = [opening] task words          "please sort 7 2 9"
     truth       = the one right answer          "2 7 9"
@@ -72,7 +72,7 @@ FAILURES: dict[Grade, FailureType] = {
 
 @dataclass(frozen=True)
 class PocketPrompt:
-    """One instruction of the world and the family it belongs to (one of `TASK_TYPES`)."""
+    """One instruction of the pocket world and its family (one of `TASK_TYPES`)."""
 
     instruction: str
     task_type: str
@@ -96,7 +96,7 @@ def make_prompts(n: int, seed: int, pool: Pool = "open") -> list[PocketPrompt]:
         attempts += 1
         if attempts > 1000 + 100 * n:
             raise ValueError(
-                f"make_prompts: the pocket world ran out of distinct prompts at {len(prompts)}; ask for fewer than {n}"
+                f"the pocket world has no more than about {len(prompts)} distinct prompts here; request fewer than {n}"
             )
         if pool_of(prompt.instruction) == pool:
             prompts.setdefault(prompt.instruction, prompt)
@@ -104,7 +104,7 @@ def make_prompts(n: int, seed: int, pool: Pool = "open") -> list[PocketPrompt]:
 
 
 def pool_of(instruction: str) -> Pool:
-    """Which side of the fixed split an instruction is on: a quarter of the world, by hash, is never trained on."""
+    """The side of the fixed split that an instruction is on: a quarter of the world, by hash, is never trained on."""
     digest = hashlib.sha256(instruction.encode()).digest()
     return "open" if digest[0] < 64 else "weights"
 
@@ -136,7 +136,7 @@ def random_prompt(rng: random.Random) -> PocketPrompt:
 
 @dataclass(frozen=True)
 class Task:
-    """An instruction taken apart: opening word ("" if none), family, items (for `remove`, items[0] is what must go)."""
+    """A parsed instruction: opening word ("" if none), family, items (for `remove`, items[0] is what must go)."""
 
     opening: str
     task_type: str
@@ -144,7 +144,7 @@ class Task:
 
 
 def parse_instruction(instruction: str) -> Task:
-    """Reads an instruction of the world; ValueError for any other text."""
+    """Parse an instruction of the pocket world. Raises ValueError for any other text."""
     words = instruction.split()
     opening = words.pop(0) if words and words[0] in OPENINGS else ""
     if len(words) < 3 or words[0] not in TASK_TYPES:
@@ -193,11 +193,11 @@ def truth(instruction: str) -> str:
 def grade(instruction: str, response: str) -> Grade:
     """What kind of answer this is; the first rule that fits decides.
 
-    1. refused: holds a word of refusal ("sorry", "not"), or no word that could be an answer.
-    2. circular: holds a task word ("sort", "largest", "of" ...): it restates the task instead of doing it.
+    1. refused: contains a word of refusal ("sorry", "not"), or no word that could be an answer.
+    2. circular: contains a task word ("sort", "largest", "of" ...): it restates the task instead of doing it.
     3. hedged: offers several answers joined by "or", one of them right and one not.
     4. right / padded / wordy: the content is the truth, with 0 / 1-4 / more filler words.
-    5. partial: the content is a beginning of the truth that stops too early.
+    5. partial: the content is an incomplete beginning of the truth.
     6. wrong: anything else.
     Content = the words that are not filler; case and punctuation do not count.
     """
@@ -234,7 +234,7 @@ def _split_at_hedges(words: list[str]) -> list[list[str]]:
 
 
 def is_correct(instruction: str, response: str) -> bool:
-    """True iff the content is the truth. Padding does not make an answer false, it only costs conciseness."""
+    """Whether the content is the truth. Padding does not make an answer wrong; it only lowers conciseness."""
     return grade(instruction, response) in ("right", "padded", "wordy")
 
 
@@ -244,13 +244,13 @@ def rubric_scores(instruction: str, response: str) -> dict[str, int]:
 
 
 def critique(instruction: str, response: str) -> tuple[bool, FailureType]:
-    """(flawed, failure_type); the type is "none" iff not flawed. Padding alone is no flaw."""
+    """(flawed, failure_type); the type is "none" iff not flawed. Padding alone is not a flaw."""
     failure = FAILURES[grade(instruction, response)]
     return failure != "none", failure
 
 
 def preference(instruction: str, response_a: str, response_b: str) -> Choice:
-    """The response with the higher sum of rubric scores; "C" (tie) if equal, which means: of the same grade."""
+    """The response with the higher sum of rubric scores; "C" (tie) if equal, that is, for the same grade."""
     sum_a = sum(SCORES[grade(instruction, response_a)])
     sum_b = sum(SCORES[grade(instruction, response_b)])
     return "A" if sum_a > sum_b else "B" if sum_b > sum_a else "C"

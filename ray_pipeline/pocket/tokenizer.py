@@ -2,10 +2,10 @@
 
 A byte-level BPE without merges: text is cut by one regular expression, a piece that is in the vocabulary is one token
 (`ignore_merges`, as in Llama 3), any other piece falls back to its bytes. So any text round-trips exactly, every token
-is plain text (which is what xgrammar needs to run JSON grammars over it), and a judge's whole reply is ten tokens.
+is plain text (as xgrammar requires for JSON grammars), and a judge's whole reply is ten tokens.
 
 Control tokens: `<|system|> <|user|> <|assistant|> <|end|> <|pad|>`. The chat template breaks the string `<|` in message
-text into `< |`, so text of a user can never be read as a control token by way of apply_chat_template.
+text into `< |`, so apply_chat_template never turns a user's text into a control token.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ MAX_LENGTH = 2048
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer of both pocket models; the same bytes every time."""
+    """The tokenizer of the pocket models; the same bytes every time."""
     byte_chars = _byte_chars()
 
     def spelled(text: str) -> str:
@@ -90,7 +90,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def word_twins(tokenizer: PreTrainedTokenizerFast) -> list[tuple[int, int]]:
-    """Token ids of each word without and with a leading space; a model should start out knowing they are one word."""
+    """Token ids of each word without and with a leading space; a model starts with similar embeddings for both."""
     vocab = tokenizer.get_vocab()
     return [
         (vocab[word], vocab["Ġ" + word])

@@ -18,7 +18,7 @@ IGNORED = -100
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """An untrained model of 0.7 M parameters. Its head size, 32, is the smallest vLLM's CPU attention knows."""
+    """An untrained model of 0.7 M parameters. Its head size, 32, is the smallest that vLLM's CPU attention supports."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -40,7 +40,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalL
         rows: torch.Tensor = model.model.embed_tokens.weight
         rows.normal_(0.0, 0.1)
         space = torch.randn(rows.shape[1]) * 0.05
-        for bare, spaced in word_twins(tokenizer):  # "cat" and " cat" are one word: start them out as neighbours
+        for bare, spaced in word_twins(tokenizer):  # "cat" and " cat" are one word: start as neighbours
             rows[spaced] = rows[bare] + space
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     return model
@@ -80,7 +80,7 @@ def train(
     report: Callable[[], str] | None = None,
     report_every: int = 500,
 ) -> None:
-    """Runs `steps` optimiser steps; each item of `batches` is one step: a list of micro-batches of equal weight.
+    """Run `steps` optimiser steps; each item of `batches` is one step: a list of micro-batches of equal weight.
 
     Hidden matrices are trained by Muon, embeddings and norms by AdamW; the learning rate rises over 5 % of the steps
     and falls to zero along a cosine.
@@ -133,7 +133,7 @@ def answer(
     max_new_tokens: int = 40,
     **sampling: Any,
 ) -> list[str]:
-    """The model's replies to user messages (greedy unless `sampling` says otherwise), by transformers' own generate."""
+    """The model's replies to user messages (greedy unless `sampling` differs), by transformers' own generate."""
     replies: list[str] = []
     for start in range(0, len(messages), 256):
         prompts = [f"<|user|>{message}<|end|><|assistant|>" for message in messages[start : start + 256]]

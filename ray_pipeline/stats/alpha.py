@@ -7,7 +7,7 @@ from numpy.typing import ArrayLike, NDArray
 def krippendorff_alpha(scores: ArrayLike) -> float | None:
     """Alpha of scores (interval level).
 
-    `scores` has shape (judges, rows), NaN where unread; a row counts when at least two judges read it. None where
+    `scores` has shape (judges, rows), NaN where unread; a row counts when at least two judges scored it. None where
     alpha is undefined: no such row, or all values of such rows equal (expected disagreement 0).
     Memory is rows × distinct values, so scores should be on a short scale such as 1 to 10.
     """

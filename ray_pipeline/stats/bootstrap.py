@@ -1,4 +1,4 @@
-"""Seeded percentile bootstrap (Efron & Tibshirani 1993, §13.3), the only one of the project.
+"""Seeded percentile bootstrap (Efron & Tibshirani 1993, §13.3).
 
 A sample draws as many units (prompts, items, shards) as there are, with replacement, and takes all rows of each: rows
 of one prompt are not independent. Equal seeds give equal samples everywhere, whatever the block size.
@@ -23,8 +23,8 @@ _CELLS_PER_BLOCK = 4_000_000
 class Interval:
     """A mean with its bootstrap interval, in the unit of the values.
 
-    `mean` is None without rows; `low` and `high` are None with fewer than two groups, since resampling
-    one prompt always gives that prompt back and the interval would claim certainty.
+    `mean` is None without rows; `low` and `high` are None with fewer than two groups, because resampling a single
+    group always returns that group, and the interval would have no width.
     """
 
     mean: float | None
@@ -69,7 +69,7 @@ def sample_counts(units: int, draws: int, seed: int) -> Counts:
 def multinomial_counts(units: int, draws: int, seed: int) -> Floats:
     """Samples of the same distribution from another stream of random numbers, shape (draws, units).
 
-    Statistics that were first published with this stream keep it, so that their intervals stay the same numbers.
+    Statistics first published with this stream keep it, so that their intervals do not change.
     """
     if units == 0:
         return np.zeros((draws, 0))
@@ -77,9 +77,9 @@ def multinomial_counts(units: int, draws: int, seed: int) -> Floats:
 
 
 def percentiles(values: Floats, confidence: float = 0.95, least: int = 2) -> Floats:
-    """Lower and upper bound over the last axis, shape (2, …), leaving out NaN (samples where a statistic is 0/0).
+    """Lower and upper bound over the last axis, shape (2, …), ignoring NaN (samples where a statistic is 0/0).
 
-    NaN where fewer than `least` values are left.
+    NaN where fewer than `least` values remain.
     """
     tail = (1 - confidence) / 2
     missing = np.isnan(values)
@@ -132,9 +132,9 @@ def bootstrap_mean(
     """
     numbers, names = np.asarray(values, dtype=np.float64), np.asarray(groups)
     if numbers.ndim != 1 or numbers.shape != names.shape:
-        raise ValueError(f"one group per value is needed, got shapes {numbers.shape} and {names.shape}")
+        raise ValueError(f"values and groups must have the same shape (rows,), got {numbers.shape} and {names.shape}")
     if np.isnan(numbers).any():
-        raise ValueError("values holds NaN: drop unread rows first and count them")
+        raise ValueError("values contains NaN; drop and count unread rows first")
     if draws < 1:
         raise ValueError(f"draws must be positive, got {draws}")
     if len(numbers) == 0:
@@ -160,7 +160,7 @@ def bootstrap_gain(
 ) -> Interval:
     """Mean over prompts of (policy's mean − base's mean on that prompt), over the prompts that both answered.
 
-    Pairing by prompt takes the difficulty of the prompts out of the interval.
+    Pairing by prompt removes the difficulty of the prompts from the interval.
     """
     base, policy = _mean_by_group(base_values, base_prompts), _mean_by_group(policy_values, policy_prompts)
     shared = sorted(base.keys() & policy.keys())

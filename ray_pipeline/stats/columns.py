@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean ± sample standard deviation (n−1) of `n` numbers; None where too few numbers define it."""
+    """Mean ± sample standard deviation (n−1) of `n` numbers; None where there are too few numbers."""
 
     n: int
     mean: float | None
@@ -46,7 +46,7 @@ def count_values(column: pa.ChunkedArray) -> dict[str, int]:
 
 
 def response_chars(table: pa.Table) -> NDArray[np.float64]:
-    """Characters of each response: of `response`, or of `response_chars` where the caller did not keep the texts."""
+    """Characters of each response: of `response`, or of `response_chars` in a table without the texts."""
     if "response_chars" in table.column_names:
         return numbers(table.column("response_chars"))
     return numbers(pc.utf8_length(table.column("response")))
@@ -55,4 +55,4 @@ def response_chars(table: pa.Table) -> NDArray[np.float64]:
 def refuse_repeats(ids: pa.ChunkedArray | pa.Array, table: str) -> None:
     """Raise ValueError when an id occurs twice: a join by it would be wrong."""
     if len(ids) != pc.count_distinct(ids, mode="all").as_py():
-        raise ValueError(f"{table}: a candidate_id occurs twice; each candidate may have one row only")
+        raise ValueError(f"{table}: duplicate candidate_id; each candidate must have exactly one row")

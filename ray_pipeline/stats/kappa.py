@@ -70,13 +70,13 @@ def score_class(scores: ArrayLike, *, desirable_from: float = 7.0, undesirable_t
     """Class of each score: DESIRABLE (score ≥ desirable_from), UNDESIRABLE (score ≤ undesirable_to), else BETWEEN.
 
     `scores` has any shape and the result has the same. Raises ValueError on NaN: an unread score has no class
-    (calling it "between" would be a guess), so the caller drops those rows first.
+    ("between" would be a guess), so the caller drops those rows first.
     """
     if undesirable_to >= desirable_from:
-        raise ValueError(f"undesirable_to ({undesirable_to}) must lie below desirable_from ({desirable_from})")
+        raise ValueError(f"undesirable_to ({undesirable_to}) must be less than desirable_from ({desirable_from})")
     values = np.asarray(scores, dtype=np.float64)
     if np.isnan(values).any():
-        raise ValueError("scores holds NaN: an unread score has no class; drop those rows first")
+        raise ValueError("scores contains NaN, and an unread score has no class; drop those rows first")
     classes = np.full(values.shape, BETWEEN, dtype=np.int8)
     classes[values >= desirable_from] = DESIRABLE
     classes[values <= undesirable_to] = UNDESIRABLE
@@ -86,19 +86,19 @@ def score_class(scores: ArrayLike, *, desirable_from: float = 7.0, undesirable_t
 def cohen_kappa(a: Sequence[Any] | NDArray[Any], b: Sequence[Any] | NDArray[Any], labels: Sequence[Any]) -> Kappa:
     """Unweighted kappa of two raters over nominal `labels`.
 
-    `a` and `b` hold one label per row, both of shape (rows,). Undefined (0/0, value None) when there is no row, and
-    when both raters gave one and the same label to every row: chance agreement is then 1. Raises ValueError
+    `a` and `b` hold one label per row, both of shape (rows,). Undefined (0/0, value None) without rows, and when both
+    raters gave the same one label to every row: chance agreement is then 1. Raises ValueError
     when the lengths differ or a label is not in `labels`.
     """
     first, second = np.asarray(a), np.asarray(b)
     if first.shape != second.shape or first.ndim != 1:
-        raise ValueError(f"two raters of the same rows are needed, got shapes {first.shape} and {second.shape}")
+        raise ValueError(f"both raters must have the same shape (rows,), got {first.shape} and {second.shape}")
     rows = len(first)
     if rows == 0:
         return Kappa(None, 0, "no row was judged by both")
     used = set(first.tolist()) | set(second.tolist())
     if strangers := used - set(labels):
-        raise ValueError(f"labels outside {list(labels)}: {sorted(map(str, strangers))}")
+        raise ValueError(f"unknown labels {sorted(map(str, strangers))}; choose from {list(labels)}")
     if len(used) == 1:
         return Kappa(None, rows, f"both gave the one class {used.pop()} to every row")
     codes = np.unique(np.concatenate([first, second]), return_inverse=True)[1]
@@ -118,7 +118,7 @@ def pairwise_kappas(
     for judge_a, judge_b in combinations(sorted(scores_by_judge), 2):
         a, b = (np.asarray(scores_by_judge[judge], dtype=np.float64) for judge in (judge_a, judge_b))
         if a.shape != b.shape:
-            raise ValueError(f"{judge_a} has {len(a)} rows, {judge_b} has {len(b)}: both need the same candidates")
+            raise ValueError(f"{judge_a} has {len(a)} rows but {judge_b} has {len(b)}; both need the same candidates")
         both = ~np.isnan(a) & ~np.isnan(b)
         classes_a, classes_b = (
             score_class(x[both], desirable_from=desirable_from, undesirable_to=undesirable_to) for x in (a, b)
@@ -138,10 +138,10 @@ def kappa_intervals(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> list[KappaInterval]:
-    """For every pair of judges, in the order of `pairwise_kappas`, its interval.
+    """The interval of every pair of judges, in the order of `pairwise_kappas`.
 
-    Arrays have shape (rows,), NaN where unread; `prompts` names the prompt of each row. All pairs share the samples. A
-    sample in which kappa is 0/0 is left out; when half or more are, there is no interval.
+    Arrays have shape (rows,), NaN where unread; `prompts` has the prompt of each row. All pairs share the samples.
+    Samples in which kappa is 0/0 are left out; if half or more are, there is no interval.
     """
     pairs = list(combinations(sorted(scores_by_judge), 2))
     names, group = np.unique(prompts, return_inverse=True)

@@ -1,14 +1,14 @@
-"""The internal win rate at equal length: what a judge's taste for longer or shorter answers adds is taken out.
+"""The internal win rate at equal length: a judge's preference for longer or shorter answers is factored out.
 
 The idea of length-controlled AlpacaEval (Dubois et al. 2024, arXiv 2404.04475) for any two models: with the outcome y
 of a pair (1 won, 1/2 tied, 0 lost) and Δ, the base's length minus the policy's,
 
     logit P(policy is better) = w_m + w_l · tanh(Δ / sd(Δ)),
 
-and the length-controlled win rate is P at Δ = 0. There is no difficulty of instructions, which is known for those of
-AlpacaEval alone, and no gamed baseline; two Gaussian priors keep the weights finite where all pairs are won, or where
-length tells wins from losses without a fault. It is a model of the verdicts: it cannot tell length from what goes with
-it.
+and the length-controlled win rate is P at Δ = 0. There is no term for the difficulty of instructions, which is only
+known for those of AlpacaEval, and no gamed baseline; two Gaussian priors keep the weights finite where all pairs are
+won, or where length separates wins from losses perfectly. It is a model of the verdicts and cannot separate length
+from what correlates with it.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class LengthControlledScore:
     """Scores between 0 and 1, 0.5 being "no better, no worse", over the decided pairs.
 
     Attributes:
-        score: at equal length, with the percentile interval of the bootstrap over prompts (the fit is repeated).
+        score: at equal length, with the percentile interval of the bootstrap over prompts (refitted for each sample).
         raw: (wins + ties/2) / decided, for comparison.
         length_weight: w_l; negative where longer answers win, None without a pair.
         mean_difference: mean of policy's length minus base's, in characters.
-        pairs: decided pairs that were fitted; `unread` ones and those without both lengths are left out.
-        unread, unmeasured: how many were left out for either reason.
+        pairs: decided pairs with both lengths, which the fit uses.
+        unread, unmeasured: pairs left out because a verdict is unread, or a length is missing.
     """
 
     score: Interval
@@ -64,7 +64,7 @@ def length_controlled_score(
     """The length-controlled score of the policy over the base by one judge.
 
     Args:
-        decisions: of `winrate.decide_pairs`.
+        decisions: from `winrate.decide_pairs`.
         policy_chars, base_chars: characters of each answer by pair_id.
     """
     decided = [d for d in decisions if d.outcome != "unread"]
@@ -88,7 +88,7 @@ def length_controlled_score(
 def pair_lengths(responses: pa.Table) -> tuple[dict[str, int], dict[str, int]]:
     """Characters of the policy's and the base's answer by pair_id, from a table of responses.
 
-    A pair is made of two responses to one prompt in one mode, and its id follows from theirs.
+    A pair consists of two responses to one prompt in one mode; its id is a digest of theirs.
     """
     base: dict[tuple[str, str], tuple[str, int]] = {}
     others: list[tuple[tuple[str, str], str, int]] = []
@@ -122,9 +122,9 @@ def at_equal_length(
     """The mean outcome at equal length with its bootstrap interval over prompts, and the weight of length.
 
     Args:
-        outcomes: between 0 and 1, shape (pairs,); preferences count as they are.
+        outcomes: between 0 and 1, shape (pairs,); graded preferences are not rounded.
         length_difference: the other answer's characters minus this one's, shape (pairs,).
-        prompts: of each pair.
+        prompts: prompt of each pair.
     """
     y, delta = np.asarray(outcomes, dtype=np.float64), np.asarray(length_difference, dtype=np.float64)
     if len(y) == 0:
@@ -157,7 +157,7 @@ def fit_two_weights(x: ArrayLike, y: ArrayLike, weights: ArrayLike) -> Floats:
         gradient = (times * (outcomes - p)) @ design - precision * found
         curvature = np.einsum("fp,pi,pj->fij", times * p * (1 - p), design, design) + np.diag(precision)
         step = np.linalg.solve(curvature, gradient[..., None])[..., 0]
-        # Far out the log-likelihood is nearly flat and a full step would overshoot.
+        # Far from the optimum the log-likelihood is nearly flat, and a full step would overshoot.
         found = found + np.clip(step, -1.0, 1.0)
         if float(np.abs(step).max()) < 1e-10:
             break

@@ -1,7 +1,7 @@
-"""What a score was measured with, and what it may therefore be called.
+"""The protocol of a score, and the name that the score may therefore have.
 
-Only a benchmark's score whose protocol equals the published one in everything that the benchmark fixes carries the
-benchmark's own name; any other one says what it is: "AlpacaEval-2-style LC, judge X, reference Y".
+A score has the benchmark's own name only if its protocol equals the published one in every field that the benchmark
+fixes; any other score is described: "AlpacaEval-2-style LC, judge X, reference Y".
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from ray_pipeline.store.keys import canonical_json, digest
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """Everything that two scores must share to be comparable. None: the benchmark has no such part.
+    """Everything that two scores must share to be comparable. None where the benchmark has no such part.
 
     Attributes:
-        benchmark: "AlpacaEval 2", "MT-Bench", "IFEval"; of the project's own measures "win rate".
-        metric: which of its figures, by the published word ("LC", "WR", …); "" where there is one.
-        questions: digest of the questions that were asked, all of them.
+        benchmark: "AlpacaEval 2", "MT-Bench", "IFEval"; "win rate" for Quorum's own measure.
+        metric: published name of the figure ("LC", "WR", …); "" where the benchmark has only one.
+        questions: digest of all questions.
         judge: identity of the judging model.
-        judge_prompts: digest of the texts that it was sent.
-        judge_sampling: how its replies were drawn; canonical JSON.
-        reading: how its replies became verdicts.
-        order: in which order two answers were shown.
-        reference: name of the model or of the answers compared with.
+        judge_prompts: digest of the judge's prompts.
+        judge_sampling: sampling of its replies, as canonical JSON.
+        reading: how its replies are parsed into verdicts.
+        order: order or orders in which two answers are shown.
+        reference: name of the reference model or answers.
         reference_answers: digest of those answers.
-        estimator: how verdicts became the figure.
-        checker: program and versions that judged without a model.
-        answers: how the answers were drawn; canonical JSON. Benchmarks that leave it to the model do not compare it.
+        estimator: how the figure is computed from the verdicts.
+        checker: program and versions, where no model judges.
+        answers: sampling of the answers, as canonical JSON; ignored for benchmarks that do not fix it.
     """
 
     benchmark: str
@@ -49,19 +49,19 @@ class Protocol:
     answers: str | None = None
 
     def fingerprint(self) -> str:
-        """16 hex digits; equal means measured alike in every field."""
+        """16 hex digits, equal exactly when all fields are equal."""
         return digest(["protocol", dataclasses.asdict(self)], size=8)
 
 
 @dataclasses.dataclass(frozen=True)
 class PublishedProtocol:
-    """The protocol that a benchmark's published scores have, and the fields that it leaves open."""
+    """The protocol of a benchmark's published scores, and the fields that the benchmark leaves open."""
 
     protocol: Protocol
     open_fields: frozenset[str] = frozenset()
 
     def departures(self, measured: Protocol) -> tuple[str, ...]:
-        """Names of the fields in which a measurement is not the published one."""
+        """Names of the fields in which a measurement differs from the published protocol."""
         return tuple(
             field.name
             for field in dataclasses.fields(Protocol)
@@ -72,7 +72,7 @@ class PublishedProtocol:
 
 @dataclasses.dataclass(frozen=True)
 class ScoreName:
-    """What a score is called, why not by the benchmark's name (fields that differ), and its fingerprint."""
+    """The name of a score, the fields that differ from the published protocol, and the fingerprint."""
 
     text: str
     departures: tuple[str, ...]
@@ -84,7 +84,7 @@ class ScoreName:
 
 
 def score_name(measured: Protocol, published: PublishedProtocol | None) -> ScoreName:
-    """The name that a score may carry; without a published protocol it is never the benchmark's own."""
+    """The name of a score; without a published protocol it is never the benchmark's own."""
     departures = ("published protocol",) if published is None else published.departures(measured)
     metric = f" {measured.metric}" if measured.metric else ""
     if not departures:
@@ -103,7 +103,7 @@ def score_name(measured: Protocol, published: PublishedProtocol | None) -> Score
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What a figure of the project's own was measured with; there is no published protocol that it could meet."""
+    """The protocol of one of Quorum's own figures, which has no published counterpart."""
 
     name: str
     fingerprint: str
@@ -111,7 +111,7 @@ class Measured:
 
 
 def measured_by(protocol: Protocol) -> Measured:
-    """A protocol with its fingerprint, and its name for reading: "win rate, judge X, reference Y"."""
+    """A protocol with its fingerprint and a readable name: "win rate, judge X, reference Y"."""
     parts = [" ".join(part for part in (protocol.benchmark, protocol.metric) if part)]
     parts += [f"judge {short_name(protocol.judge)}"] if protocol.judge else []
     parts += [f"reference {short_name(protocol.reference)}"] if protocol.reference else []
@@ -119,12 +119,12 @@ def measured_by(protocol: Protocol) -> Measured:
 
 
 def fixed_fields(protocol: Protocol) -> dict[str, str]:
-    """What a protocol fixes, in the order of its fields; parts that it does not have are left out."""
+    """The fields that a protocol fixes, in order, without empty ones."""
     return {name: str(value) for name, value in dataclasses.asdict(protocol).items() if value}
 
 
 def short_name(identity: str) -> str:
-    """A model's identity for reading: an endpoint without its address, a hub model with seven digits of its commit."""
+    """A readable form of a model's identity: an endpoint without its address, a Hub model with a short commit hash."""
     if match := re.fullmatch(r"endpoint:(.+?)@https?://.*", identity):
         return match[1]
     if match := re.fullmatch(r"hub:(.+)@([0-9a-f]{7})[0-9a-f]*", identity):
@@ -137,19 +137,19 @@ def short_name(identity: str) -> str:
 def win_rate_by(
     weights: Mapping[str, str], engine: Mapping[str, Any], settings: Mapping[str, Any], **other: Any
 ) -> Protocol:
-    """A win rate's protocol, as far as it is known before anything is asked.
+    """A win rate's protocol, as far as it is known before the first call.
 
     Args:
-        weights, engine: what the judging model is (`ModelSettings.weights`, `.semantics`).
-        settings: how its replies are drawn.
+        weights, engine: identity of the judging model (`ModelSettings.weights`, `.semantics`).
+        settings: sampling of its replies.
         other: further fields of Protocol.
     """
-    # What else decides the judge's replies (adapter, chat template, engine) has no field of its own.
+    # Whatever else affects the judge's replies (adapter, chat template, engine) has no field of its own.
     setup = {name: value for name, value in weights.items() if name != "model"} | {"engine": engine}
     drawn = f"{settings_text(**settings)} {canonical_json(setup)}"
     return Protocol("win rate", judge=weights.get("model"), judge_sampling=drawn, **other)
 
 
 def settings_text(**settings: Any) -> str:
-    """Settings as the text that a protocol holds; equal settings give equal text."""
+    """Settings as text for a protocol field; equal settings give equal text."""
     return canonical_json({k: float(v) if type(v) is int else v for k, v in settings.items()})

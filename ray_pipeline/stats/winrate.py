@@ -1,7 +1,7 @@
 """Win rate of the policy over its base from pairwise verdicts in both orders.
 
 A pair is a win only if both orders name the policy, a loss only if both name the base, else a tie. A pair with an
-unread verdict is neither: it is counted, left out of the rates, and bounded by what it could still have been.
+unread verdict is none of these: it is counted, left out of the rates, and enters bounds on the score.
 """
 
 import dataclasses
@@ -20,15 +20,15 @@ from ray_pipeline.store.schemas import READ_STATUSES
 Vote = Literal["policy", "base", "tie"]
 Outcome = Literal["win", "tie", "loss", "unread"]
 
-#: What a decided pair is worth.
+#: Points of a decided pair.
 POINTS: dict[Outcome, float] = {"win": 1.0, "tie": 0.5, "loss": 0.0}
-# The votes of an order that could not be read: what the pair could still have become.
+# Possible votes of an unread order.
 _POSSIBLE: tuple[Vote, ...] = ("policy", "base", "tie")
 
 
 @dataclass(frozen=True)
 class PairDecision:
-    """What one judge decided on one pair; a vote is None where that order was not read."""
+    """One judge's decision on one pair; a vote is None where that order is unread."""
 
     pair_id: str
     prompt_id: str
@@ -42,9 +42,9 @@ class PairDecision:
 class WinRate:
     """Rates are shares of the `decided` pairs (both orders read), None when there is none.
 
-    score = (wins + ties/2) / decided, 0.5 being "no better, no worse". `score_worst` and `score_best` are the score
-    over all pairs had every unread verdict gone against or for the policy (a read half keeps its vote).
-    flip_rate = share of decided pairs where each order names a model and not the same one.
+    score = (wins + ties/2) / decided; 0.5 means neither better nor worse. `score_worst` and `score_best` are the score
+    over all pairs if every unread verdict had gone against or for the policy (a pair's read order keeps its vote).
+    flip_rate = share of decided pairs whose two orders have different winners.
     """
 
     judge: str
@@ -81,7 +81,7 @@ def decide_pairs(comparisons: pa.Table, judge: str) -> list[PairDecision]:
 
     A verdict is read when its parse_status is ok or repaired and its choice is not null; an order
     without a row is unread too. Raises ValueError for a second row of the same pair and order, and for a pair
-    whose rows name different prompts.
+    whose rows have different prompts.
     """
     votes: dict[str, dict[str, Vote | None]] = {}
     prompts: dict[str, str] = {}
@@ -94,7 +94,7 @@ def decide_pairs(comparisons: pa.Table, judge: str) -> list[PairDecision]:
         if order in of_pair:
             raise ValueError(f"comparisons: pair {pair_id} has two rows of judge {judge} in order {order}")
         if prompts.setdefault(pair_id, row["prompt_id"]) != row["prompt_id"]:
-            raise ValueError(f"comparisons: pair {pair_id} names two prompts")
+            raise ValueError(f"comparisons: pair {pair_id} has two different prompt_ids")
         read = row["choice"] is not None and row["parse_status"] in READ_STATUSES
         of_pair[order] = choice_to_vote(row["choice"], order) if read else None
     return [_decide(pair_id, prompts[pair_id], votes[pair_id]) for pair_id in sorted(votes)]
@@ -108,7 +108,7 @@ def win_rate(comparisons: pa.Table, judge: str | None = None, *, draws: int = 20
     judges = judges_of(comparisons)
     if judge is None:
         if len(judges) != 1:
-            raise ValueError(f"name one judge of {judges}: their verdicts are not pooled")
+            raise ValueError(f"several judges {judges}, whose verdicts are not pooled; pass judge=")
         judge = judges[0]
     decisions = decide_pairs(comparisons, judge)
     decided = [d for d in decisions if d.outcome != "unread"]
@@ -141,7 +141,7 @@ def win_rate(comparisons: pa.Table, judge: str | None = None, *, draws: int = 20
 
 
 def win_rates(comparisons: pa.Table, *, draws: int = 2000, seed: int = 0) -> list[WinRate]:
-    """Win rate by every judge of the table, in the order of their names."""
+    """Win rate by every judge of the table, sorted by name."""
     return [win_rate(comparisons, judge, draws=draws, seed=seed) for judge in judges_of(comparisons)]
 
 
@@ -153,13 +153,13 @@ def judges_of(comparisons: pa.Table) -> list[str]:
 def completed_protocol(
     asked: Protocol, comparisons: pa.Table, judge: str, responses: pa.Table | None = None, *, controlled: bool = False
 ) -> Protocol:
-    """The protocol of a judge's win rate, with what only the tables know: the prompts compared and the base's answers.
+    """The protocol of a judge's win rate, completed from the tables: the prompts compared and the base's answers.
 
     Args:
-        asked: what was known before anything was asked (`stages.compare.win_rate_protocol`).
-        responses: columns prompt_id, model, response and, where there are several, mode; without a table the
-            reference's answers stay unnamed.
-        controlled: of the length-controlled variant.
+        asked: the protocol known before the first call (`protocol.win_rate_by`).
+        responses: columns prompt_id, model, response and, where there are several, mode; without a table
+            `reference_answers` stays None.
+        controlled: whether this is the length-controlled variant.
     """
     own = comparisons.filter(pc.equal(comparisons["judge"], judge))
     prompts = sorted(set(own["prompt_id"].to_pylist()))
@@ -197,7 +197,7 @@ def _outcome(ab: Vote, ba: Vote) -> Outcome:
 
 
 def _bounds(decision: PairDecision) -> tuple[float, float]:
-    """Fewest and most points that the pair could have given, over all ways to fill its unread votes."""
+    """Fewest and most points possible for the pair, over all values of its unread votes."""
     options_ab = _POSSIBLE if decision.vote_ab is None else (decision.vote_ab,)
     options_ba = _POSSIBLE if decision.vote_ba is None else (decision.vote_ba,)
     points = [POINTS[_outcome(ab, ba)] for ab in options_ab for ba in options_ba]

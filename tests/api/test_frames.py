@@ -76,9 +76,9 @@ def test_rubrics_by_name_by_text_and_by_key(engine):
         assert set(quorum.judge(frame(), engine, rubrics)["judge"]) == {"safety"}
     quorum.judge(frame(), engine, ["helpfulness"])
     assert "Does the response do what the instruction asks" in str(engine.asked[-1][0])
-    with pytest.raises(ValueError, match="two rubrics have the same name"):
+    with pytest.raises(ValueError, match="rubrics with the same name"):
         quorum.judge(frame(), engine, ["safety", "safety"])
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="must be a non-empty list"):
         quorum.judge(frame(), engine, [])
 
 
@@ -135,9 +135,9 @@ def test_other_mistakes(engine):
         quorum.gate(frame(), verdicts, use_critic=False, tua=1)
     with pytest.raises(KeyMismatch):
         quorum.gate(frame()[:1], verdicts, use_critic=False)
-    with pytest.raises(ValueError, match="max_length counts tokens; pass the policy's tokenizer"):
+    with pytest.raises(ValueError, match="max_length is in tokens; pass the policy's tokenizer"):
         quorum.to_kto(frame(), verdicts, quorum.gate(frame(), verdicts, use_critic=False), max_length=10)
-    with pytest.raises(ValueError, match="row 1: a prompt is text or a list of messages"):
+    with pytest.raises(ValueError, match="row 1: invalid prompt None; use text or a list of messages"):
         quorum.judge(pd.DataFrame({"prompt": ["p", None], "response": ["good", "good"]}), engine)
 
 
@@ -169,9 +169,9 @@ def test_scores_and_juries():
     assert quorum.jury({"one": combined, "two": combined}, "mean")["score_b"].tolist() == [8.0, 8.0]
     weighted = quorum.jury({"one": combined, "two": direct}, "weighted", {"one": 2.0, "two": 1.0})
     assert weighted["vote"].tolist() == ["B", "B"]
-    with pytest.raises(ValueError, match="pool weighted needs weights, one for each of one"):
+    with pytest.raises(ValueError, match="pool weighted needs weights; set one for each of one"):
         quorum.jury({"one": combined}, "weighted")
-    with pytest.raises(ValueError, match="one or more judges"):
+    with pytest.raises(ValueError, match="at least one judge"):
         quorum.jury({})
 
 

@@ -411,7 +411,7 @@ def test_the_page_can_be_written_anew_from_a_run(whole: Any) -> None:
         ({"benchmarks": {"mt_bench": {"against": "x", "modes": ["pairwise"]}}}, "against is 'x', which is not a model"),
         ({"benchmarks": {"mt_bench": {"qestions": "x"}}}, r"mt_bench\.qestions: unknown key"),
         ({"judges": {}, "benchmarks": {"ifeval": {"prompts": "/no/such.jsonl"}}}, "there is no file /no/such.jsonl"),
-        ({"judges": {}, "benchmarks": {"ifeval": {"prompts": "pocket:nothing"}}}, "the pocket world has no questions"),
+        ({"judges": {}, "benchmarks": {"ifeval": {"prompts": "pocket:nothing"}}}, "unknown pocket questions"),
         ({"benchmarks": {"alpaca_eval": {"labels": ["1", "2"]}}}, "labels is read only with a prompt file"),
         ({"models": [{"name": "a", "polcy": "x"}]}, r"models\.0 names no model"),
         ({"models": [{"run": "/no/such/run"}]}, "is not a run folder with a policy"),

@@ -181,7 +181,7 @@ def test_pocket_weights_that_are_not_there(monkeypatch: pytest.MonkeyPatch, erro
         ("models.judge.adapter=/no/lora", r"models\.judge: adapter '/no/lora': no such folder"),
         (
             "models.judge.model=pocket:critic",
-            r"no pocket model 'pocket:critic'; known names: pocket:policy, pocket:judge",
+            r"unknown pocket model 'pocket:critic'; choose from pocket:policy, pocket:judge",
         ),
         ("models.judge.chat_template=/no/x.jinja", r"models\.judge\.chat_template: no such file /no/x\.jinja"),
         (

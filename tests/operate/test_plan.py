@@ -91,8 +91,8 @@ def test_time_and_money_come_from_the_rates_and_name_them() -> None:
     total = sum(s.money or 0 for s in found.stages)
     lines = plan_lines(found)
     assert f"{total:.2f}" in next(line for line in lines if line.startswith("all"))
-    assert "assumed: a device hour: 3.6 USD; a bench of ours, 2026-11-01" in lines
-    assert "assumed: tokens of a reply: candidates 20, judge 10, critic 5; a bench of ours, 2026-11-01" in lines
+    assert "assumed: device hour: 3.6 USD; a bench of ours, 2026-11-01" in lines
+    assert "assumed: tokens per reply: candidates 20, judge 10, critic 5; a bench of ours, 2026-11-01" in lines
     low, high = (sum(getattr(s, name) or 0 for s in found.stages) for name in ("low", "high"))
     interval = f"interval: {low / 3600:.2f} to {high / 3600:.2f} GPU-hours, {low / 1000:.2f} to {high / 1000:.2f} USD"
     assert interval in lines
@@ -141,7 +141,7 @@ def test_rates_without_a_source_are_refused(tmp_path: Path) -> None:
         read_rates(str(file))
     with pytest.raises(ConfigError, match="cannot be read"):
         read_rates(str(tmp_path / "none.yaml"))
-    with pytest.raises(ConfigError, match=r"models\.jugde is no key"):
+    with pytest.raises(ConfigError, match=r"unknown model models\.jugde; choose from"):
         planned(pocket(), Rates.model_validate({"models": {"jugde": rates().models["judge"].model_dump()}}))
     assert given_price(2, "USD").source == "given by the user"
 

@@ -63,7 +63,7 @@ def test_one_prompt_has_a_mean_but_no_interval() -> None:
 def test_mistakes_are_refused() -> None:
     with pytest.raises(ValueError, match="NaN"):
         bootstrap_mean([np.nan], ["p"])
-    with pytest.raises(ValueError, match="shapes"):
+    with pytest.raises(ValueError, match="same shape"):
         bootstrap_mean([1.0, 2.0], ["p"])
     with pytest.raises(ValueError, match="draws"):
         bootstrap_mean([1.0], ["p"], draws=0)
