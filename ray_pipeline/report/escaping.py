@@ -18,6 +18,9 @@ _LINE_START = re.compile(r"^(\d{1,9})?([-+](?=[-+ ]|$)|(?<=\d)[.)](?= |$))")
 # Cc: control, Cf: format (bidirectional overrides, zero width), Cs: lone surrogates, which UTF-8 cannot hold.
 _INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
+# What makes a spreadsheet take the text of a cell for a formula (OWASP, CSV injection).
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+
 
 def visible(text: str) -> str:
     """`text` with every control, format and surrogate character but newline and tab as a backslash escape."""
@@ -25,6 +28,18 @@ def visible(text: str) -> str:
     if text.replace("\n", "").replace("\t", "").isprintable():  # most texts are, and looking at each character is slow
         return text
     return "".join(c if c in "\n\t" or unicodedata.category(c) not in _INVISIBLE else _code(c) for c in text)
+
+
+def csv_cell(text: str) -> str:
+    """`text` for a cell of a CSV file: visible, and a formula for no spreadsheet. Numbers stay numbers."""
+    shown = visible(text)
+    if not text.startswith(_FORMULA):
+        return shown
+    try:
+        float(text)
+    except ValueError:
+        return f"'{shown}"
+    return shown
 
 
 def one_line(text: str) -> str:
