@@ -25,6 +25,7 @@ import difflib
 import hashlib
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
@@ -82,7 +83,7 @@ def register(kind: Kind, name: str | None = None) -> Callable[[V], V]:
         name: default: the `__name__` of the value.
 
     Raises:
-        ExtensionError: unknown kind, or another module has registered this name.
+        ExtensionError: unknown kind, an invalid name, or another module has registered this name.
     """
     if kind not in get_args(Kind):
         raise ExtensionError(f"unknown kind of extension {kind!r}; choose from {', '.join(GROUPS)}")
@@ -90,6 +91,11 @@ def register(kind: Kind, name: str | None = None) -> Callable[[V], V]:
 
     def add(value: V) -> V:
         extension, loading = Extension(kind, name or str(getattr(value, "__name__", "")), value, file), _loading.get()
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}", extension.name):
+            raise ExtensionError(
+                f"{kind} {extension.name!r}: a name is up to 64 letters, digits, '.', '-' and '_'; pass another one to "
+                f"register({kind!r}, NAME)"
+            )
         table = loading[1] if loading is not None and loading[0] == file else _registered
         other = table.get((kind, extension.name))
         if other is not None and os.path.abspath(other.file) != os.path.abspath(file):

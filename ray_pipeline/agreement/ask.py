@@ -19,7 +19,7 @@ from ray_pipeline.agents.strategies import (
     vote,
 )
 from ray_pipeline.agents.templates import Layout, LayoutKey
-from ray_pipeline.config.settings import Settings, refuse_repeated
+from ray_pipeline.config.settings import Name, Settings, refuse_repeated
 from ray_pipeline.engines.base import ChatEngine
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.asking import Asking, Outcome, Row, ShardTables, count_by
@@ -30,7 +30,7 @@ from ray_pipeline.store.schemas import BALLOTS, SPEECHES
 class LiveJudge(Settings):
     """One judge: its name in the tables and its model."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="name of the judge in the tables")
+    name: Name = Field(description="name of the judge in the tables")
     model: str = Field("judge", description="a key of `models`")
     sampling: SamplingSettings | None = Field(None, description="default: `sampling` of the block")
     rubric: str | None = Field(None, description="aspect to judge; default: the strategy's")

@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pyarrow.csv
 
 from ray_pipeline.agreement.gate_curves import GateCurve, curves_table
 from ray_pipeline.agreement.page import agreement_page, winrate_page
 from ray_pipeline.agreement.recorded_winrate import VersusRate
 from ray_pipeline.report.documents import as_json
+from ray_pipeline.report.escaping import csv_cell
 from ray_pipeline.report.write import write_page
 
 
@@ -21,7 +23,11 @@ def write_agreement(document: Mapping[str, Any], folder: Path, curves: Sequence[
     numbers: dict[str, Any] = {"agreement.json": document}
     if curves:
         table = io.BytesIO()
-        pyarrow.csv.write_csv(curves_table(curves), table)
+        curve = curves_table(curves)
+        for name in ("strategy", "judges"):
+            cells = pyarrow.array([csv_cell(text) for text in curve[name].to_pylist()], pyarrow.string())
+            curve = curve.set_column(curve.column_names.index(name), name, cells)
+        pyarrow.csv.write_csv(curve, table)
         numbers["risk_coverage.csv"] = table.getvalue().decode()
     return write_page(agreement_page(as_json(document)), numbers, folder)
 

@@ -22,7 +22,7 @@ from ray_pipeline.agents.strategies import (
 )
 from ray_pipeline.agents.templates import Layout, LayoutKey, transcript
 from ray_pipeline.agreement.ask import ballot_of, judged, skipped_ballot
-from ray_pipeline.config.settings import Settings, refuse_repeated
+from ray_pipeline.config.settings import Name, Settings, refuse_repeated
 from ray_pipeline.data.prompts import PromptsConfig
 from ray_pipeline.engines.base import ChatEngine, Message
 from ray_pipeline.engines.models import ModelSettings
@@ -41,7 +41,7 @@ AGAINST = "-vs-"
 class Configuration(Settings):
     """A generator, alone or with reviewers; its answer is the last response of their feedback loop."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="name in the tables")
+    name: Name = Field(description="name in the tables")
     generator: str = Field(description="a key of `models`")
     reviewers: tuple[ReviewerSettings, ...] = ()
 

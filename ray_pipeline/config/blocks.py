@@ -29,6 +29,11 @@ class RunBlock(Settings):
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run and of its folder")
     root: str = Field("runs", description="folder of run folders; a path or the URI of any pyarrow filesystem")
+    shared: bool = Field(
+        False,
+        description="create run folder and call log for the user's group (mode 2770) instead of the user alone (0700); "
+        "a folder that exists keeps its mode, and new files follow it",
+    )
 
     def folder(self, run_dir: str | None = None) -> str:
         """The run folder: `run_dir`, or the run's name below the root."""

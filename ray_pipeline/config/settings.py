@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
 from ray_pipeline.store.keys import canonical_json
 from ray_pipeline.store.secrets import secret_in
+
+#: A name that the user gives to something in tables, pages and files.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
 class Settings(BaseModel):

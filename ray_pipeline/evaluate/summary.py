@@ -9,7 +9,7 @@ from ray_pipeline.evaluate.data import ReportData
 from ray_pipeline.evaluate.headline import Headline
 from ray_pipeline.evaluate.metrics import RunMetrics, dataset_rows, prefix_hit_rate, total_use
 from ray_pipeline.report.documents import as_json
-from ray_pipeline.store.outside import visible
+from ray_pipeline.report.escaping import csv_cell
 from ray_pipeline.store.schemas import LABELS
 
 
@@ -37,10 +37,10 @@ def as_csv(*rows: Mapping[str, Any]) -> str:
     """Header and a line for each row; NaN and None are empty cells. All rows have the columns of the first."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(rows[0])
+    writer.writerow(csv_cell(column) for column in rows[0])
     for row in rows:
         values = [as_json(row[column]) for column in rows[0]]
-        writer.writerow(["" if v is None else visible(v) if isinstance(v, str) else v for v in values])
+        writer.writerow(["" if v is None else csv_cell(v) if isinstance(v, str) else v for v in values])
     return text.getvalue()
 
 

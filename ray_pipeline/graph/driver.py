@@ -46,6 +46,7 @@ class RunSettings:
         budget: limit over all sessions.
         log_json: log as JSON lines, on the terminal and in logs/TIMESTAMP.jsonl.
         debug: show tracebacks on the terminal, too.
+        shared: create the run folder and the call log for the user's group.
     """
 
     session: Session
@@ -58,6 +59,7 @@ class RunSettings:
     budget: Budget = dataclasses.field(default_factory=Budget)
     log_json: bool = False
     debug: bool = False
+    shared: bool = False
     beat_seconds: float = BEAT_SECONDS
 
 
@@ -89,6 +91,8 @@ def execute(
     folder = Folder(session.folder)
     wanted = dag.upto(to_group)
     again = [s for s in dag.downstream(from_group) if s in wanted] if from_group else []
+    for new in (folder, Folder(session.calls_root)):
+        new.make(settings.shared)
     with (
         RunLog(folder, console, settings.log_json, settings.debug) as log,
         Heartbeat(folder, beat_seconds=settings.beat_seconds, on_loss=lambda: _lost(folder, log), say=log.say),

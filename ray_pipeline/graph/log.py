@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import logging
-import os
 import sys
 import time
 from typing import Any
@@ -13,7 +12,7 @@ from rich.console import Console
 
 from ray_pipeline.graph.json_log import JsonLines, stage_of
 from ray_pipeline.graph.progress import LINE_SECONDS, Display, StageProgress
-from ray_pipeline.store.files import Folder, base_name, not_written
+from ray_pipeline.store.files import Folder, base_name, make_folder, not_written, set_mode
 from ray_pipeline.store.outside import shown
 
 logger = logging.getLogger("quorum")
@@ -59,8 +58,9 @@ class RunLog:
             stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
             name = f"logs/{stamp}.{'jsonl' if self._json else 'log'}"
             try:
-                os.makedirs(self._folder.path("logs"), exist_ok=True)
+                make_folder(self._folder.path("logs"))
                 self._handlers.append(_LogFile(self._folder.path(name), encoding="utf-8"))
+                set_mode(self._folder.path(name))
             except OSError as error:
                 raise not_written(self._folder.uri("logs"), error) from error
         for handler in self._handlers:

@@ -171,6 +171,7 @@ def _refuse(node: _Node, trouble: Mapping[str, str], missing: list[str], wanted:
         raise UnreachableFolder(
             f"on node {node.address} the folder {location} {problem}. Mount one shared folder at the same path on "
             "every node, or give a URI such as s3://bucket/run as --run-dir"
+            + ("; if Ray runs there as another user, set run.shared: true" if "ermission" in problem else "")
         )
     for key in wanted:
         if key.variable in missing and may_run(key.label_selector, node.labels):

@@ -43,6 +43,7 @@ def run_settings(
         "given": config.model_dump(mode="json", exclude_unset=True),
         "report": config.page().model_dump(mode="json"),
         "budget": budget_of(config, None, None),
+        "shared": config.run.shared,
     }
     return RunSettings(session, **(values | other))
 

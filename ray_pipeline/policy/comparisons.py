@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from ray_pipeline.agents.judges import JudgeAsking, SamplingSettings, compare
 from ray_pipeline.agents.templates import Layout, LayoutKey, RoleTemplate
-from ray_pipeline.config.settings import Settings
+from ray_pipeline.config.settings import Name, Settings
 from ray_pipeline.data.candidates import generated, reply_columns
 from ray_pipeline.data.checkers import CheckerKey
 from ray_pipeline.data.judging import unanswered
@@ -29,7 +29,7 @@ _VOTES = {("ab", "A"): "policy", ("ab", "B"): "base", ("ba", "A"): "base", ("ba"
 class Mode(Settings):
     """One way of sampling the responses that are evaluated."""
 
-    name: str = Field(description="name of the mode in the tables")
+    name: Name = Field(description="name of the mode in the tables")
     sampling: SamplingSettings
 
 

@@ -17,6 +17,21 @@ _MARKDOWN = re.compile(r"([\\`*\[\]|~#$]|(?<![^\W_])_|_(?![^\W_]))")
 # What starts a list or a rule at the beginning of a line.
 _LINE_START = re.compile(r"^(\d{1,9})?([-+](?=[-+ ]|$)|(?<=\d)[.)](?= |$))")
 
+# What makes a spreadsheet take the text of a cell for a formula (OWASP, CSV injection).
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+
+
+def csv_cell(text: str) -> str:
+    """`text` for a cell of a CSV file: visible, and a formula for no spreadsheet. Numbers stay numbers."""
+    shown = visible(text)
+    if not text.startswith(_FORMULA):
+        return shown
+    try:
+        float(text)
+    except ValueError:
+        return f"'{shown}"
+    return shown
+
 
 def one_line(text: str) -> str:
     """`text` with its control characters visible and every run of white space as one space."""

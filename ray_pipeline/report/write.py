@@ -11,6 +11,7 @@ from ray_pipeline.report.documents import json_text
 from ray_pipeline.report.html import render_html
 from ray_pipeline.report.markdown import render_markdown
 from ray_pipeline.report.page import Page, charts_of
+from ray_pipeline.store.files import make_folder, set_mode
 
 
 def write_page(page: Page, numbers: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -35,6 +36,7 @@ def write_page(page: Page, numbers: Mapping[str, Any], folder: Path) -> list[Pat
     }
     for name, text in texts.items():
         path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(str(path.parent))
         path.write_text(text, encoding="utf-8", newline="\n")
+        set_mode(str(path))
     return [folder / name for name in texts]

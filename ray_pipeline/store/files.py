@@ -12,6 +12,7 @@ import io
 import json
 import os
 import posixpath
+import stat
 import urllib.parse
 import uuid
 from collections.abc import Iterator
@@ -152,6 +153,24 @@ class Folder:
             found = [(info.base_name, not info.is_file) for info in infos if info.type.name in ("File", "Directory")]
         return [(name, is_folder) for name, is_folder in found if not _is_temporary(name)]
 
+    def make(self, shared: bool = False) -> None:
+        """Create the folder if it does not exist; object stores need none. Contents follow its mode.
+
+        Args:
+            shared: let the user's group read and write in it (mode 2770); otherwise only the user can (mode 0700).
+
+        Raises:
+            NotWritten: its parent is not writable.
+        """
+        if not self.is_local or os.path.isdir(self.path()):
+            return
+        try:
+            make_folder(self.path())
+            if shared:
+                os.chmod(self.path(), 0o2770)
+        except OSError as error:
+            raise not_written(self.location, error) from error
+
     def read_bytes(self, name: str) -> bytes:
         if self.is_local:
             with open(self.path(name), "rb") as file:
@@ -174,18 +193,20 @@ class Folder:
 
     def _write_bytes(self, name: str, data: bytes) -> None:
         target = self.path(name)
-        if self.fs.type_name not in _WITHOUT_FOLDERS:
-            self.fs.create_dir(posixpath.dirname(target), recursive=True)
         if not self.is_local:
+            if self.fs.type_name not in _WITHOUT_FOLDERS:
+                self.fs.create_dir(posixpath.dirname(target), recursive=True)
             with self.fs.open_output_stream(target) as stream:
                 stream.write(data)
             return
+        make_folder(posixpath.dirname(target))
         beside = posixpath.join(posixpath.dirname(target), _temporary(posixpath.basename(target)))
         try:
             with open(beside, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+            set_mode(beside)
             os.replace(beside, target)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -297,6 +318,31 @@ class Folder:
             raise ForeignFile(f"{self.uri(name)} has unexpected columns; `quorum run` regenerates it")
 
 
+def make_folder(path: str) -> None:
+    """Create a local folder and its parents for this user alone; inside a folder that a group may write in, for the
+    group."""
+    if os.path.isdir(path):
+        return
+    parent = os.path.dirname(path.rstrip("/")) or "."
+    make_folder(parent)
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        if not os.path.isdir(path):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from None
+        return
+    mode = os.stat(parent).st_mode
+    if mode & stat.S_IWGRP and not mode & stat.S_ISVTX:  # not /tmp, which is everybody's
+        os.chmod(path, 0o700 | mode & 0o2070)
+
+
+def set_mode(path: str) -> None:
+    """Give a new local file the reading and writing permissions of its folder: 0600 in a folder of mode 0700."""
+    mode, folder = os.stat(path).st_mode & 0o666, os.stat(os.path.dirname(path) or ".").st_mode
+    group = folder & 0o060 if folder & stat.S_IWGRP and not folder & stat.S_ISVTX else 0
+    os.chmod(path, mode & folder | group | 0o600 & mode)
+
+
 def normalise_location(location: str) -> str:
     """Absolute local path, or a URI without a trailing slash. `file://` URIs become local paths."""
     if location.startswith("file://"):
@@ -365,7 +411,7 @@ def point_at(folder: Folder, name: str, target: str) -> None:
         raise StoreError(f"{link} is in the place of a link that Quorum writes; move it and rerun the same command")
     beside = os.path.join(os.path.dirname(link), _temporary(os.path.basename(link)))
     try:
-        os.makedirs(os.path.dirname(link), exist_ok=True)
+        make_folder(os.path.dirname(link))
         os.symlink(target, beside)
         os.replace(beside, link)
     except OSError as error:

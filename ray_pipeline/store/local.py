@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
-from ray_pipeline.store.files import Folder, NotWritten, not_written
+from ray_pipeline.store.files import Folder, NotWritten, make_folder, not_written
 from ray_pipeline.store.keys import digest
 
 if TYPE_CHECKING:
@@ -46,14 +46,14 @@ def local_copy(location: str) -> str:
     listing = [[name, info.size, info.mtime_ns] for name, info in files.items()]
     copy = cache_folder() / digest([folder.location, listing])
     try:
-        copy.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(str(copy.parent))
         with FileLock(f"{copy}.lock"):
             if not copy.is_dir():
                 partial = copy.with_name(f".{copy.name}.partial")
                 shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
                 for name, info in files.items():
                     target = partial / name
-                    target.parent.mkdir(parents=True, exist_ok=True)
+                    make_folder(str(target.parent))
                     pafs.copy_files(
                         info.path,
                         str(target),
@@ -78,7 +78,7 @@ def written_here(folder: Folder) -> Iterator[Path]:
     """
     if folder.is_local:
         path = Path(folder.path())
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(str(path))
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="quorum-") as temporary:

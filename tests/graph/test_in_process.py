@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -243,3 +244,15 @@ def _imports() -> str:
 
 def test_only_the_executor_on_ray_imports_ray() -> None:
     assert _imports() == "False"
+
+
+@pytest.mark.parametrize(("shared", "folder", "file"), [(False, 0o700, 0o600), (True, 0o2770, 0o660)])
+def test_a_run_folder_is_for_the_user_alone_unless_it_is_shared(
+    shared: bool, folder: int, file: int, tmp_path: Path
+) -> None:
+    world = World(tmp_path / "run")
+    world.run(shared=shared)
+    found = [tmp_path / "run", *(tmp_path / "run").rglob("*")]
+    assert {stat.S_IMODE(p.stat().st_mode) for p in found if p.is_dir()} == {folder}
+    assert {stat.S_IMODE(p.stat().st_mode) for p in found if p.is_file()} == {file}
+    assert len(found) > 10

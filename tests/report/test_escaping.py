@@ -1,6 +1,7 @@
 """Nothing that a model or a user writes may act in the page, in a terminal that shows it, or in a plot."""
 
 import csv
+import io
 import re
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 
 from ray_pipeline.evaluate.build import build_report
 from ray_pipeline.evaluate.data import RunIdentity, StageUse
-from ray_pipeline.report.escaping import fenced, inline, paragraph
+from ray_pipeline.evaluate.summary import as_csv
+from ray_pipeline.report.escaping import csv_cell, fenced, inline, paragraph
 from tests.evaluate.example_run import whole_run
 
 MARKDOWN = pytest.importorskip("markdown_it", reason="markdown-it-py renders the page for these checks")
@@ -117,3 +119,18 @@ def test_a_whole_page_of_hostile_text(tmp_path: Path) -> None:
 def test_lone_surrogates_in_names_do_not_stop_the_report(tmp_path: Path) -> None:
     build_report(whole_run(12, run=RunIdentity("a\ud800b"), dataset_guards={"\udfff": 1}), tmp_path)
     assert "a\\\\ud800b" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "\uff1d1"])
+def test_a_cell_of_csv_is_no_formula(text: str) -> None:
+    row = as_csv({"name": text, "=head": 1.5, "n": -2, "text": "-2.5", "word": "a=b"})
+    (header, values) = csv.reader(io.StringIO(row))
+    assert values[0].startswith("'") and values[1:] == ["1.5", "-2", "-2.5", "a=b"]
+    assert header == ["name", "'=head", "n", "text", "word"]
+
+
+@given(st.text())
+def test_no_cell_of_csv_begins_as_a_formula_unless_it_is_a_number(text: str) -> None:
+    cell = csv_cell(text)
+    if cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")):
+        float(cell)

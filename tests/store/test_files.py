@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import pickle
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -313,3 +314,45 @@ def test_names_are_of_the_path_and_not_of_what_a_uri_says_of_its_filesystem(
 ) -> None:
     assert base_name(location) == name
     assert beside(location, "-probe") == probe
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_what_is_made_is_for_the_user_alone(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path / "runs/a"))
+    folder.make()
+    folder.write_bytes("deep/calls/part", b"x")
+    folder.write_json("manifest.json", {})
+    assert {mode(p) for p in (tmp_path / "runs").rglob("*") if p.is_dir()} == {0o700}
+    assert {mode(p) for p in (tmp_path / "runs").rglob("*") if p.is_file()} == {0o600}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_a_shared_folder_is_for_the_group_whatever_the_umask(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        folder = Folder(str(tmp_path / "a"))
+        folder.make(shared=True)
+        folder.write_bytes("deep/part", b"x")
+        folder.write_bytes("deep/part", b"y")
+    finally:
+        os.umask(before)
+    assert mode(tmp_path / "a") == mode(tmp_path / "a/deep") == 0o2770
+    assert mode(tmp_path / "a/deep/part") == 0o660
+
+
+def test_a_folder_that_exists_keeps_its_mode_and_files_follow_it(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a").chmod(0o755)
+    folder = Folder(str(tmp_path / "a"))
+    folder.make()
+    folder.write_bytes("part", b"x")
+    assert mode(tmp_path / "a") == 0o755 and mode(tmp_path / "a/part") == 0o644 & ~current_umask()
+
+
+def current_umask() -> int:
+    found = os.umask(0)
+    os.umask(found)
+    return found
