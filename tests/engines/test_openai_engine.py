@@ -488,6 +488,23 @@ def test_a_prompt_that_is_too_long() -> None:
     assert (error.prompt_tokens, error.max_tokens, error.limit) == (70, 20, 64) and len(server.asked) == 1
 
 
+def test_a_refusal_of_gemini_keeps_its_words(tmp_path: Path) -> None:
+    words = "The input token count (90) exceeds the maximum number of tokens allowed (64)."
+    body = [{"error": {"code": 400, "message": words, "status": "INVALID_ARGUMENT"}}]
+
+    async def run(engine: OpenAIEngine) -> Any:
+        async with LoggedEngine(engine, Folder(str(tmp_path)), 0, 1) as log:
+            call = log.bound(prompt_id(user("a")), "judge").chat(user("a"), COLD)
+            return (await asyncio.gather(call, return_exceptions=True))[0]
+
+    with Endpoint(lambda *_: Answer(400, body)) as server:
+        error = using(engine_at(server.url), run)
+    assert isinstance(error, PromptTooLong) and (error.prompt_tokens, error.limit) == (90, 64) and words in str(error)
+    [row] = logged_calls(Folder(str(tmp_path))).to_pylist()
+    assert (row["finish_reason"], row["prompt_tokens"], row["cached_tokens"]) == ("too_long", 90, 64)
+    assert words in row["text"]
+
+
 # --- limits and money -------------------------------------------------------------------------------------------------
 
 
