@@ -110,7 +110,8 @@ class Completion:
 
     ``finish_reason`` is ``"stop"``, ``"length"`` or another word of the engine; only ``"stop"`` is a
     finished reply. ``cached_tokens`` of the ``prompt_tokens`` came from the prefix cache.
-    ``latency_s`` is wall time in seconds from call to reply, queueing included.
+    ``latency_s`` is wall time in seconds from call to reply, queueing included. ``unread_cost`` is the price of
+    earlier replies to the same call that could not be read.
     """
 
     text: str
@@ -121,6 +122,7 @@ class Completion:
     logprobs: TokenLogprobs | None = None
     latency_s: float = 0.0
     from_log: bool = False
+    unread_cost: float = 0.0
 
 
 class EngineError(RuntimeError):
@@ -128,9 +130,11 @@ class EngineError(RuntimeError):
 
     Attributes:
         rejection: words of the server or the chat template that rejected the call; "" if the call failed otherwise.
+        unread_cost: as of a :class:`Completion`.
     """
 
     rejection: str = ""
+    unread_cost: float = 0.0
 
 
 class PromptTooLong(EngineError):

@@ -139,7 +139,13 @@ def refusal(status: int, headers: Mapping[str, str], body: str, asked: Asked, ke
         return Again(told, "call", retry_after(headers))
     if status == 403 and asked.answered:  # some moderate this way
         return _rejected(told)
-    if status == 405 or 300 <= status < 400:
+    if 300 <= status < 400:
+        target = clean(headers.get("location", ""), key)
+        return EngineStop(
+            f"the address redirects{f' to {target}' if target else ''} (HTTP {status}), and redirects are not "
+            "followed; set base_url to the address that it redirects to, if you trust that with the prompts"
+        )
+    if status == 405:
         return EngineStop(
             f"{told}. Check that base_url is the address of an OpenAI-compatible endpoint; it usually ends with /v1"
         )

@@ -182,6 +182,7 @@ class LoggedEngine:
         except BaseException as error:
             if isinstance(error, EngineError):
                 self.stats.errors += 1
+                self.stats.cost += error.unread_cost
             self._fail(future, error)
             raise
         finally:
@@ -191,6 +192,7 @@ class LoggedEngine:
         self.stats.prompt_tokens += completion.prompt_tokens
         self.stats.completion_tokens += completion.completion_tokens
         self.stats.cached_tokens += completion.cached_tokens
+        self.stats.cost += completion.unread_cost
         self.stats.cost += self._metered.cost(completion) if self._metered is not None else 0.0
         self._remember(key, prompt_id, role, messages, asked, completion)
         return completion

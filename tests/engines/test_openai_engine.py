@@ -608,6 +608,108 @@ def test_the_first_short_call_is_paid_from_the_budget_too() -> None:
     assert engine.stats().cost == 30 and engine.cost(Completion("", "stop", 10, 5, 4)) == 15
 
 
+UNREAD = {
+    "filtered": (Answer(body={"choices": [], "usage": {"prompt_tokens": 300, "completion_tokens": 73}}), 373),
+    "no choices": (Answer(body={"choices": []}), None),
+    "null choices": (Answer(body={"choices": None, "usage": {"prompt_tokens": 12, "completion_tokens": 0}}), 12),
+    "no JSON": (Answer(body=b"<html>hello</html>"), None),
+    "half JSON": (Answer(body=b'{"choices": [{"mess'), None),
+    "a list": (Answer(body=[1, 2]), None),
+    "cut": (Answer(**{**vars(said("x" * 500)), "cut": True}), None),
+    "an error as a reply": (Answer(body={"error": {"code": 500, "message": "upstream"}}), 0),
+    "an error with usage": (
+        Answer(body={"error": {"code": 500, "message": "up"}, "usage": {"prompt_tokens": 9, "completion_tokens": 1}}),
+        10,
+    ),
+    "500": (refused(500), 0),
+}
+MOST = 16 + 20  # what a call may cost: the estimate of a prompt of two letters, and max_tokens
+
+
+@pytest.mark.parametrize(("answer", "price"), UNREAD.values(), ids=UNREAD)
+def test_a_reply_that_cannot_be_read_is_charged(answer: Answer, price: int | None, tmp_path: Path) -> None:
+    """As the server says, or the most that it may have cost; also in what the stage and the run count."""
+    price = MOST if price is None else price
+
+    async def run(engine: OpenAIEngine) -> Any:
+        async with LoggedEngine(engine, Folder(str(tmp_path)), 0, 1) as log:
+            replies = []
+            for name in ("a", "b"):
+                call = log.bound(prompt_id(user(name)), "judge").chat(user(name), COLD)
+                replies += await asyncio.gather(call, return_exceptions=True)
+            return [*replies, log.stats.cost]
+
+    with Endpoint(lambda body, n: said("fine") if n == 2 else answer) as server:
+        engine = engine_at(server.url, prices=PRICES, retries=1)
+        reply, failed, cost = using(engine, run)
+    assert reply.text == "fine" and isinstance(failed, EngineError)
+    spent = engine.stats().cost
+    assert spent == cost == 15 + 3 * price
+    assert sum(PRICES.of(r["prompt_tokens"], 0, r["completion_tokens"]) for r in spent_files(tmp_path)) == spent
+
+
+def spent_files(root: Path) -> list[dict[str, Any]]:
+    return [json.loads(file.read_text()) for file in root.glob("spent-*/*.json")]
+
+
+@pytest.mark.parametrize("name", ["filtered", "no JSON", "cut"])
+def test_replies_that_cannot_be_read_stop_at_the_budget(name: str) -> None:
+    """The server charges each of its replies as if it were read, and never more than the budget."""
+    answer, price = UNREAD[name]
+    with Endpoint(lambda body, n: answer) as server:
+        engine = engine_at(server.url, prices=PRICES, budget=1000.0, retries=99, concurrency=4)
+        errors = ask(engine, *map(str, range(20)))
+        assert {type(e) for e in errors} == {BudgetSpent}
+        charged = engine.stats().cost
+        assert charged == len(server.asked) * (price or MOST)
+    assert 500 < charged <= 1000 + (price or 0) * 4  # a server that charges more than the request allows
+
+
+USAGES: list[Any] = [2**40, -(10**9), "1e400", "12", None, True, [], {}, 0.5e300, -0.5, "NaN"]
+
+
+@pytest.mark.parametrize("value", USAGES, ids=repr)
+@pytest.mark.parametrize("name", ["prompt_tokens", "completion_tokens", "cached_tokens"])
+def test_usage_that_no_server_can_mean_is_replaced_and_noted(value: Any, name: str, tmp_path: Path) -> None:
+    cached = {"prompt_tokens_details": {name: value}} if name == "cached_tokens" else {name: value}
+    usage = json.dumps({"prompt_tokens": 10, "completion_tokens": 5, **cached})
+    usage = usage.replace('"1e400"', "1e400").replace('"NaN"', "NaN")
+    body = f'{{"choices": [{{"message": {{"content": "abcdef"}}, "finish_reason": "stop"}}], "usage": {usage}}}'
+
+    async def run(engine: OpenAIEngine) -> list[Any]:
+        async with LoggedEngine(engine, Folder(str(tmp_path)), 0, 1) as log:
+            calls = (log.bound(prompt_id(user(t)), "judge").chat(user(t), COLD) for t in ("hello", "world"))
+            return await asyncio.gather(*calls, return_exceptions=True)
+
+    with Endpoint(lambda *_: Answer(body=body.encode())) as server:
+        engine = engine_at(server.url, prices=PRICES)
+        replies = using(engine, run)
+    for reply in replies:
+        assert isinstance(reply, Completion), reply
+        assert (reply.prompt_tokens, reply.completion_tokens, reply.cached_tokens) == (
+            17 if name == "prompt_tokens" else 10,
+            3 if name == "completion_tokens" else 5,
+            0,
+        )
+    assert logged_calls(Folder(str(tmp_path))).num_rows == 2 and engine.stats().cost > 0
+    noted = [note for note in engine.notes if name in note]
+    assert len(noted) == (0 if name == "cached_tokens" and value is None else 1)
+
+
+def test_figures_in_another_type_are_read() -> None:
+    usage = {
+        "prompt_tokens": 12.0,
+        "completion_tokens": 3,
+        "prompt_tokens_details": None,
+        "prompt_cache_hit_tokens": 99,
+    }
+    body = {"choices": [{"message": {"content": "abc"}}], "usage": usage}
+    with Endpoint(lambda *_: Answer(body=body)) as server:
+        engine = engine_at(server.url)
+        [reply] = ask(engine)
+    assert (reply.prompt_tokens, reply.completion_tokens, reply.cached_tokens) == (12, 3, 12) and engine.notes == []
+
+
 def test_cached_tokens_have_their_price() -> None:
     prices = Prices(input=2.0, cached_input=0.5, output=8.0)
     assert prices.of(1_000_000, 400_000, 250_000) == pytest.approx(0.6 * 2 + 0.4 * 0.5 + 0.25 * 8)
