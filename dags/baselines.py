@@ -16,20 +16,20 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from dags.dmapo import DmapoConfig
-from ray_pipeline.audit.run import Audit, GatedDataset, audit_gated
+from ray_pipeline.audit.run import Audit, audit_gated
 from ray_pipeline.bench.stages import Answering, benchmark_stages
 from ray_pipeline.config.messages import first_problem, nearest
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.candidates import candidates as candidates_stage
 from ray_pipeline.data.critic import critic as critic_stage
 from ray_pipeline.data.dataset_rows import DatasetsConfig
-from ray_pipeline.data.datasets import dataset_files, dataset_rows
-from ray_pipeline.data.decisions import gate as gate_stage
+from ray_pipeline.data.datasets import dataset_files
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.data.imported import preferences, tables_of
 from ray_pipeline.data.judging import judges as judge_stages
 from ray_pipeline.data.preference_sources import PreferenceSource
 from ray_pipeline.data.prompts import prompts as prompts_stage
+from ray_pipeline.data.scored import ScoredDataset
 from ray_pipeline.data.sources import InputError
 from ray_pipeline.evaluate.method_table import PolicyName, TableSettings, method_table, rewrite_page
 from ray_pipeline.extensions import register
@@ -236,18 +236,17 @@ class _Judged:
 def baselines(config: BaselinesConfig, run_folder: str) -> Dag:
     """Methods × datasets × seeds; all policies respond to the same held-out prompts and are judged together."""
     texts, models, base = config.templates(), config.models, config.base
-    compared = config.baselines
     prompts = prompts_stage(config.prompts)
     judged = _judged(config, prompts)
 
-    rows = {data: _rows(config, data, variant, prompts, judged) for data, variant in compared.data.items()}
-    files = {(data, seed): _files(config, data, rows[data], seed) for data in rows for seed in compared.seeds}
+    made = _datasets(config, prompts, judged)
+    files = {stage.name: stage for stages in made.values() for stage in stages}
     trained: list[Stage] = []
     policies: dict[str, Stage] = {}
     measured = {"base": Answering(base)}
     for name in config.policies():
         settings = config.training(name.method, name.seed)
-        length, data = config.datasets.max_length, files[name.data, name.seed]
+        length, data = config.datasets.max_length, files[f"datasets-{name.data}-s{name.seed}"]
         policy = train_stage(settings, base, length, data, name=f"train-{name.label}", view="")
         weights = base.trained((stage_folder(run_folder, policy) / "merged").location)
         policies[name.label] = responses_stage(name.label, config.evaluate, weights, prompts, policy)
@@ -260,7 +259,8 @@ def baselines(config: BaselinesConfig, run_folder: str) -> Dag:
     scores = judge_stages(
         config.judge, models, texts.judge, prompts, responses, "score-responses", "evaluate", "response verdicts"
     )
-    table = method_table(config.page(), [prompts, *rows.values(), *trained, *responses.values(), pairs, *scores])
+    rows = [stages[0] for stages in made.values()]
+    table = method_table(config.page(), [prompts, *rows, *trained, *responses.values(), pairs, *scores])
     last = [table]
     if config.benchmarks is not None:
         page = config.benchmarks_page()
@@ -282,42 +282,67 @@ def _judged(config: BaselinesConfig, prompts: Stage) -> _Judged | None:
     return _Judged(candidates, verdicts, critiques)
 
 
-def _rows(config: BaselinesConfig, data: str, variant: DataVariant, prompts: Stage, judged: _Judged | None) -> Stage:
-    """Training rows of one dataset: imported, or made from decisions on the candidates."""
-    settings, name = config.rows_of(variant), f"rows-{data}"
-    if variant.source is not None:
-        source = config.prompts
-        return preferences(
-            variant.source, settings, config.base, seed=source.seed, val_fraction=source.val_fraction, name=name
+def _datasets(config: BaselinesConfig, prompts: Stage, judged: _Judged | None) -> dict[str, list[Stage]]:
+    """Stages of every dataset by its name: rows, then files for each seed."""
+    rules = _scored(config)
+    made: dict[str, list[Stage]] = {}
+    for data, variant in config.baselines.data.items():
+        if variant.source is not None:
+            made[data] = _imported(config, data, variant.source)
+            continue
+        assert judged is not None
+        decisions = rules[data].decide(judged.candidates, judged.verdicts, judged.critiques)
+        made[data] = rules[data].write(prompts, judged.candidates, judged.verdicts, decisions)
+    return made
+
+
+def _scored(config: BaselinesConfig) -> dict[str, ScoredDataset]:
+    """The datasets made from the run's own candidates, by name."""
+    return {
+        data: ScoredDataset(
+            variant.judges or config.judge.names,
+            config.gate_of(variant),
+            config.base,
+            _files(config, data),
+            decisions=f"gate-{data}" if variant.gated else f"ranks-{data}",
+            rows=f"rows-{data}",
+            first=variant.k,
+            origin=None if variant.gated else config.how(variant),
         )
-    assert judged is not None
-    judges = variant.judges or config.judge.names
-    decisions = gate_stage(
-        config.gate_of(variant),
-        judges,
-        judged.candidates,
-        judged.verdicts,
-        judged.critiques,
-        name=f"gate-{data}" if variant.gated else f"ranks-{data}",
-        first=variant.k,
-    )
-    return dataset_rows(
-        settings, judges, config.base, prompts, judged.candidates, judged.verdicts, decisions, name=name
-    )
+        for data, variant in config.baselines.data.items()
+        if variant.source is None
+    }
 
 
-def _files(config: BaselinesConfig, data: str, rows: Stage, seed: int) -> Stage:
-    """The rows as training files, shuffled by a seed."""
+def _files(config: BaselinesConfig, data: str) -> dict[str, DatasetsConfig]:
+    """The stages that write a dataset's training files, one for each seed, and their settings."""
     variant = config.baselines.data[data]
-    return dataset_files(
-        config.rows_of(variant, seed),
-        config.gate_of(variant),
-        variant.judges or config.judge.names,
-        rows,
-        name=f"datasets-{data}-s{seed}",
-        view="",
-        origin=None if variant.gated and variant.source is None else config.how(variant),
+    return {f"datasets-{data}-s{seed}": config.rows_of(variant, seed) for seed in config.baselines.seeds}
+
+
+def _imported(config: BaselinesConfig, data: str, source: PreferenceSource) -> list[Stage]:
+    variant, seeding = config.baselines.data[data], config.prompts
+    rows = preferences(
+        source,
+        config.rows_of(variant),
+        config.base,
+        seed=seeding.seed,
+        val_fraction=seeding.val_fraction,
+        name=f"rows-{data}",
     )
+    judges, origin = config.judge.names, config.how(variant)
+    return [
+        rows,
+        *(
+            dataset_files(settings, None, judges, rows, name=name, view="", origin=origin)
+            for name, settings in _files(config, data).items()
+        ),
+    ]
+
+
+def scored(config: BaselinesConfig) -> list[ScoredDataset]:
+    """The datasets made from the run's own candidates, with a gate and without."""
+    return list(_scored(config).values())
 
 
 def audit(run: Run, config: BaselinesConfig) -> Audit:
@@ -326,18 +351,8 @@ def audit(run: Run, config: BaselinesConfig) -> Audit:
     Raises:
         StoreError: a dataset is not done yet, or none can be audited.
     """
-    made, skipped = [], []
-    for data, variant in config.baselines.data.items():
-        gate = config.gate_of(variant)
-        if gate is None or variant.k:
-            skipped.append(data)
-            continue
-        judges = variant.judges or config.judge.names
-        made += [
-            GatedDataset(f"gate-{data}", f"datasets-{data}-s{seed}", judges, gate, config.rows_of(variant, seed))
-            for seed in config.baselines.seeds
-        ]
-    return audit_gated(run, made, config.base.tokenizer, skipped)
+    made = {data: one for data, one in _scored(config).items() if one.gate is not None and one.first is None}
+    return audit_gated(run, list(made.values()), [data for data in config.baselines.data if data not in made])
 
 
 WORKFLOW = register("workflow", "baselines")(
@@ -348,5 +363,7 @@ WORKFLOW = register("workflow", "baselines")(
         page=rewrite_page,
         numbers="metrics.json",
         audit=audit,
+        scored=scored,
+        thresholds=("gate.", "datasets.", "baselines.data."),
     )
 )

@@ -14,9 +14,9 @@ from pydantic import Field, field_validator, model_validator
 
 from ray_pipeline.bench.files import BenchmarkFileError
 from ray_pipeline.bench.measured import Origin, measured_models
-from ray_pipeline.bench.questions import BenchmarksSettings
 from ray_pipeline.bench.report import BenchmarksPage, MeasuredModel, judging_model, rewrite_page
-from ray_pipeline.bench.stages import Answering, benchmark_stages, benchmark_uses, check_benchmarks
+from ray_pipeline.bench.settings import BenchmarksSettings
+from ray_pipeline.bench.stages import Answering, benchmark_stages
 from ray_pipeline.config.blocks import RunBlock
 from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.engines.models import ModelSettings, ModelUse, resolve_model
@@ -71,7 +71,7 @@ class BenchmarksConfig(RunConfig):
 
     def uses(self) -> Sequence[ModelUse]:
         measured = {f"models.{name}": name for name in self.models}
-        return benchmark_uses(self.benchmarks, measured, "judges")
+        return self.benchmarks.uses(measured, "judges")
 
     @model_validator(mode="after")
     def _consistent(self) -> BenchmarksConfig:
@@ -79,12 +79,7 @@ class BenchmarksConfig(RunConfig):
             raise ValueError("models is empty; list at least one model or run folder to evaluate")
         if "floors" in self.models:
             raise ValueError("floors cannot name a model: the tables use it; give that model another `name`")
-        mt = self.benchmarks.mt_bench
-        if mt is not None and "pairwise" in mt.modes and mt.against not in self.models:
-            raise ValueError(
-                f"benchmarks.mt_bench.against is {mt.against!r}, which is not a model of this run; choose from "
-                f"{', '.join(self.models)}"
-            )
+        self.benchmarks.check_baselines(self.models)
         return self
 
     @functools.cached_property
@@ -110,7 +105,7 @@ class BenchmarksConfig(RunConfig):
     def check(self) -> None:
         super().check()
         try:
-            check_benchmarks(self.benchmarks)
+            self.benchmarks.check()
         except BenchmarkFileError as error:
             raise ConfigError(f"benchmarks: {error}") from error
 

@@ -10,23 +10,22 @@ from collections.abc import Sequence
 
 from pydantic import Field, model_validator
 
-from ray_pipeline.audit.run import Audit, GatedDataset, audit_gated
+from ray_pipeline.audit.run import Audit, audit_gated
 from ray_pipeline.bench.files import BenchmarkFileError
-from ray_pipeline.bench.questions import BenchmarksSettings
 from ray_pipeline.bench.report import BenchmarksPage, MeasuredModel, judging_model
-from ray_pipeline.bench.stages import Answering, benchmark_stages, benchmark_uses, check_benchmarks
+from ray_pipeline.bench.settings import BenchmarksSettings
+from ray_pipeline.bench.stages import Answering, benchmark_stages
 from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.candidates import CandidateSettings
 from ray_pipeline.data.candidates import candidates as candidates_stage
 from ray_pipeline.data.critic import CriticSettings
 from ray_pipeline.data.critic import critic as critic_stage
-from ray_pipeline.data.datasets import datasets as datasets_stage
-from ray_pipeline.data.decisions import gate as gate_stage
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.data.judging import JudgeSettings
 from ray_pipeline.data.judging import judges as judge_stages
 from ray_pipeline.data.prompts import prompts as prompts_stage
+from ray_pipeline.data.scored import ScoredDataset
 from ray_pipeline.engines.models import ModelUse
 from ray_pipeline.evaluate.stage import ReportSettings, write_report
 from ray_pipeline.evaluate.stage import evaluate as evaluate_stage
@@ -59,23 +58,20 @@ class DmapoConfig(TrainingConfig):
             ModelUse("critic.model", critic.model, "judge", "critic.sampling", critic.sampling.extra),
             *super().uses(),
             *rubric_uses(self.judge),
-            *([] if self.benchmarks is None else benchmark_uses(self.benchmarks, {"train.model": self.train.model})),
+            *([] if self.benchmarks is None else self.benchmarks.uses({"train.model": self.train.model})),
         ]
 
     @model_validator(mode="after")
     def _benchmark_baseline(self) -> DmapoConfig:
-        mt = self.benchmarks.mt_bench if self.benchmarks is not None else None
-        if mt is not None and "pairwise" in mt.modes and mt.against not in ("base", *self.policy_labels()):
-            raise ValueError(
-                f"benchmarks.mt_bench.against is {mt.against!r}; choose from base, {', '.join(self.policy_labels())}"
-            )
+        if self.benchmarks is not None:
+            self.benchmarks.check_baselines(["base", *self.policy_labels()])
         return self
 
     def check(self) -> None:
         super().check()
         if self.benchmarks is not None:
             try:
-                check_benchmarks(self.benchmarks)
+                self.benchmarks.check()
             except BenchmarkFileError as error:
                 raise ConfigError(f"benchmarks: {error}") from error
 
@@ -115,10 +111,9 @@ def dmapo(config: DmapoConfig, run_folder: str) -> Dag:
     critiques = None
     if config.gate.use_critic:
         critiques = critic_stage(config.critic, models[config.critic.model], texts.critic, prompts, candidates)
-    decisions = gate_stage(config.gate, config.judge.names, candidates, verdicts, critiques)
-    datasets = datasets_stage(
-        config.datasets, config.gate, config.judge.names, base, prompts, candidates, verdicts, decisions
-    )
+    (dataset,) = scored(config)
+    decisions = dataset.decide(candidates, verdicts, critiques)
+    _, datasets = dataset.write(prompts, candidates, verdicts, decisions)
     stages = [prompts, candidates, *verdicts, *([critiques] if critiques else []), decisions, datasets]
     policy = train_stage(config.train, base, config.datasets.max_length, datasets)
     evaluated = evaluation(config, run_folder, prompts, policy, config.judge)
@@ -128,6 +123,12 @@ def dmapo(config: DmapoConfig, run_folder: str) -> Dag:
     stages += trained
     report = evaluate_stage(config.evaluate, config.report(), base, config.datasets.max_length, stages)
     return Dag("dmapo", [*stages, report])
+
+
+def scored(config: DmapoConfig) -> list[ScoredDataset]:
+    """The dataset that the gate makes."""
+    files = {"datasets": config.datasets}
+    return [ScoredDataset(config.judge.names, config.gate, config.base, files, view="datasets")]
 
 
 def evaluation(
@@ -161,8 +162,7 @@ def _benchmarks(config: DmapoConfig, run_folder: str, policy: Stage) -> list[Sta
 
 def audit(run: Run, config: DmapoConfig) -> Audit:
     """Walk every training row back. Raises StoreError where the run has no datasets yet."""
-    made = GatedDataset("gate", "datasets", config.judge.names, config.gate, config.datasets)
-    return audit_gated(run, [made], config.base.tokenizer)
+    return audit_gated(run, scored(config))
 
 
 WORKFLOW = register("workflow", "dmapo")(
@@ -173,5 +173,6 @@ WORKFLOW = register("workflow", "dmapo")(
         page=write_report,
         numbers="metrics.json",
         audit=audit,
+        scored=scored,
     )
 )

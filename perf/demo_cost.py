@@ -18,6 +18,8 @@ from pathlib import Path
 
 import psutil
 
+from ray_pipeline.graph.results import read_run
+
 
 def pss_of_tree(pid: int) -> int:
     """Bytes; processes that end while we look count for nothing."""
@@ -59,9 +61,9 @@ def main() -> None:
         if code:
             sys.exit(f"the run failed with exit code {code}")
         print(f"\n{'stage':<20} {'rows':>7} {'engine calls':>13} {'seconds':>8}")
-        for name, stage in json.loads((run / "manifest.json").read_text())["stages"].items():
-            rows, calls = sum(stage["rows"].values()), int(stage["usage"].get("calls_engine", 0))
-            print(f"{name:<20} {rows or '':>7} {calls or '':>13} {stage['usage']['wall_seconds']:>8.1f}")
+        for name, stage in read_run(str(run)).stages.items():
+            rows, calls = sum(stage.rows.values()), int(stage.usage.calls_engine)
+            print(f"{name:<20} {rows or '':>7} {calls or '':>13} {stage.usage.wall_seconds:>8.1f}")
         print(f"\npipeline {wall:.0f} s wall, peak memory {peak / 2**30:.1f} GiB (PSS of the process tree)")
         print(json.loads((run / "report" / "metrics.json").read_text())["headline"]["text"])
 

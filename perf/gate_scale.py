@@ -1,4 +1,4 @@
-"""Synthetic verdicts through the gate and the data sets: peak memory and cost a row, from 10 k to 1 M candidates.
+"""Synthetic verdicts through the gate and the datasets: peak memory and cost a row, from 10 k to 1 M candidates.
 
 python perf/gate_scale.py [--sizes 10000,100000,1000000] [--folder DIR] [--seconds 220]
 
@@ -27,8 +27,8 @@ import pyarrow as pa
 
 from ray_pipeline.data import datasets
 from ray_pipeline.data.dataset_rows import DatasetsConfig
-from ray_pipeline.data.decisions import gate
 from ray_pipeline.data.gate import GateConfig
+from ray_pipeline.data.scored import ScoredDataset
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.in_process import make_here
 from ray_pipeline.graph.session import Session
@@ -164,7 +164,7 @@ def words(messages: Any, completion: Any = None) -> list[int]:
 
 
 def run(folder: Path, size: int) -> None:
-    """Gate and data sets, in this process, on top of what an interrupted call has left."""
+    """Gate and datasets, in this process, on top of what an interrupted call has left."""
     datasets.token_counter = lambda tokenizer: words  # type: ignore[assignment]
     shards, before = num_shards(size), parents()
     results = {
@@ -175,15 +175,14 @@ def run(folder: Path, size: int) -> None:
     weights.mkdir(exist_ok=True)
     (weights / "config.json").write_text("{}")
     (weights / "model.safetensors").write_bytes(b"none")
-    gate_settings, settings = GateConfig(), DatasetsConfig()
     asked, answers, verdicts = before["prompts"], before["candidates"], [before["judge"]]
-    decisions = gate(gate_settings, JUDGES, answers, verdicts, before["critic"])
-    policy = ModelSettings(model=str(weights))
-    files = datasets.datasets(settings, gate_settings, JUDGES, policy, asked, answers, verdicts, decisions)
+    dataset = ScoredDataset(JUDGES, GateConfig(), ModelSettings(model=str(weights)), {"datasets": DatasetsConfig()})
+    decisions = dataset.decide(answers, verdicts, before["critic"])
+    rows, files = dataset.write(asked, answers, verdicts, decisions)
     # Peak memory of this process so far is that of the libraries.
     loaded = peak()
     session = Session(str(folder), str(folder / "calls"), shards)
-    make_here([decisions, files.inputs["rows"], files], session, results, print)
+    make_here([decisions, rows, files], session, results, print)
     seconds = {
         "gate": results["gate"].usage.seconds,
         "dataset-rows": results["dataset-rows"].usage.seconds,

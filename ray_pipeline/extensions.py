@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from typing import Any, Literal, TypeVar, get_args
 
-Kind = Literal["source", "strategy", "checker", "method", "workflow"]
+Kind = Literal["source", "strategy", "checker", "method", "benchmark", "workflow"]
 
 #: Kind → group of the entry points of installed packages.
 GROUPS: dict[Kind, str] = {
@@ -38,6 +38,7 @@ GROUPS: dict[Kind, str] = {
     "strategy": "quorum.strategies",
     "checker": "quorum.checkers",
     "method": "quorum.methods",
+    "benchmark": "quorum.benchmarks",
     "workflow": "quorum.workflows",
 }
 

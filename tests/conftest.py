@@ -1,9 +1,13 @@
 """A tokenizer with a chat template, made on the spot."""
 
+import os
 from typing import Any
 
 import pytest
 from hypothesis import settings
+
+# Ray workers, engines and commands inherit this: without bytecode, each of them compiles all of Quorum at its start.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # A busy machine says nothing about the code.
 settings.register_profile("quorum", deadline=None)

@@ -24,6 +24,7 @@ HEAVY = {
     "matplotlib",
 }
 TABLES = {"pyarrow", "numpy"}
+NETWORK = {"httpx", "aiohttp", "jinja2", "huggingface_hub"}
 
 _COMMAND = """
 import json, sys
@@ -56,7 +57,7 @@ def modules(code: str, *arguments: str) -> set[str]:
 
 @pytest.mark.parametrize("code", [_CONFIG, _STATUS])
 def test_imports_nothing_heavy(code: str) -> None:
-    assert not modules(code) & HEAVY
+    assert not modules(code) & (HEAVY | TABLES | NETWORK)
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -65,3 +66,9 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_a_dry_run_imports_nothing_heavy() -> None:
     assert not modules(_COMMAND, "run", "dmapo", "-c", "configs/pocket.yaml", "--dry-run") & HEAVY
+
+
+def test_status_of_a_local_run_reads_it_without_tables(tmp_path: Path) -> None:
+    manifest = {"dag": "dmapo", "num_shards": 4, "stages": {}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert not modules(_COMMAND, "status", str(tmp_path)) & (HEAVY | TABLES | NETWORK)

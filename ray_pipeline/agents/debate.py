@@ -1,8 +1,7 @@
-"""Debate (Chan et al. 2023, "ChatEval"): roles speak in rounds about the same answers, then each of them scores.
+"""Debate (Chan et al. 2023, "ChatEval"): roles discuss the same answers in rounds, then each of them scores.
 
-Who speaks when, and who sees what, is in the settings; who they are and what they are asked is in a file. The loop
-keeps a history and asks engines; nothing of it is stored here, so a debate that was cut off in the middle is asked
-again and every call of it that was answered comes from the call log.
+The settings fix the order of speakers and what each of them sees; a template file has the roles and their prompts. The
+history lives in memory only: an interrupted debate is run again, and calls that were answered come from the call log.
 """
 
 from __future__ import annotations
@@ -43,12 +42,12 @@ from ray_pipeline.config.settings import Settings, repeated
 from ray_pipeline.engines.base import ChatEngine, EngineError, Message, PromptTooLong
 from ray_pipeline.store.keys import derived_seed
 
-#: How the voices' scores become one verdict: their means are compared, or each voice votes (unique mode, else tie).
+#: How the roles' scores become one verdict: their means are compared, or each role votes (unique mode, else tie).
 Pool = Literal["mean", "vote"]
 
 
 class Role(Settings):
-    """One debater: its key, its name for the others, and who it is."""
+    """One debater: its key, the name shown to the others, and its persona."""
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")
     title: str
@@ -66,14 +65,14 @@ class DebateTemplates(Settings):
     retry: str = ""
 
     def shows(self, answers: int) -> bool:
-        """Whether so many answers all stand in the question; texts that were written for two show two."""
+        """Whether the question includes this number of answers; texts written for two answers show only two."""
         marked = [{"label": LABELS[n], "text": f"<<{n}>>"} for n in range(answers)]
         labels = [answer["label"] for answer in marked]
         text = render_text(self.shared, {**DEBATE_VARIABLES, "answers": marked, "labels": labels, "speeches": []})
         return all(answer["text"] in text for answer in marked)
 
 
-#: What the texts of a debate may use.
+#: Variables available to the texts of a debate.
 DEBATE_VARIABLES: dict[str, Any] = {
     "instruction": "x",
     "answers": [{"label": "A", "text": "x"}, {"label": "B", "text": "y"}],
@@ -93,14 +92,14 @@ def load_debate_templates(name_or_path: str) -> DebateTemplates:
     """Debate texts by built-in name or from a YAML file.
 
     Raises:
-        TemplateError: naming file and block; two roles of one name too.
+        TemplateError: the file is unusable, or two roles have the same name; the message gives file and block.
     """
     templates = read_template_file(name_or_path, DebateTemplates, "debate")
     if twice := repeated(role.name for role in templates.roles):
-        raise TemplateError(f"prompt template file {name_or_path}, roles: {', '.join(twice)} is there twice")
+        raise TemplateError(f"prompt template file {name_or_path}, roles: duplicate name {', '.join(twice)}")
     texts = ("system", "shared", "speak", "score", "retry")
     for form in ("json", "text"):
-        for speeches in (0, 1):  # before and after somebody spoke
+        for speeches in (0, 1):  # before and after the first speech
             said = DEBATE_VARIABLES["speeches"][:speeches]
             variables = {**DEBATE_VARIABLES, "form": form, "speeches": said}
             for key in texts:
@@ -114,14 +113,15 @@ class DebateSettings(Settings):
     rounds: int = Field(2, ge=0, description="rounds of speeches before the scores")
     turns: Literal["in_turn", "at_once"] = Field(
         "in_turn",
-        description="in_turn: a speaker sees what was said before it in the same round; at_once: all of a "
-        "round speak without seeing each other",
+        description="in_turn: a speaker sees the earlier speeches of the same round; at_once: the speakers of "
+        "a round do not see each other's speeches",
     )
     sees: Literal["all", "last_round", "own"] = Field(
-        "all", description="of the earlier rounds: all of them, the last one, or only what the speaker said itself"
+        "all",
+        description="speeches of earlier rounds shown to a speaker: all, those of the last round, or only its own",
     )
     schedule: tuple[tuple[str, ...], ...] | None = Field(
-        None, description="who speaks in which round, by name, in order; default: all roles in the order of the file"
+        None, description="names of the speakers of each round, in order; default: all roles in the order of the file"
     )
     pool: Pool = Field("mean", description="how the final scores become one verdict")
     low: int = Field(0, description="lowest score")
@@ -130,17 +130,19 @@ class DebateSettings(Settings):
     orders: Orders = Field("given", description="orders in which the answers are shown")
     conflict: Conflict = Field(
         "tie",
-        description="what two orders that differ mean: a tie, the better mean score, or what the given order says",
+        description="verdict when the two orders disagree: a tie, the better mean score, or that of the given order",
     )
     speech: SamplingSettings = Field(
-        SamplingSettings(temperature=0.0, max_tokens=512), description="how speeches are drawn"
+        SamplingSettings(temperature=0.0, max_tokens=512), description="sampling of the speeches"
     )
 
     @model_validator(mode="after")
     def _consistent(self) -> DebateSettings:
         _ = self.scale
         if self.schedule is not None and len(self.schedule) != self.rounds:
-            raise ValueError(f"debate.schedule has {len(self.schedule)} rounds, and debate.rounds is {self.rounds}")
+            raise ValueError(
+                f"debate.schedule has {len(self.schedule)} rounds but debate.rounds is {self.rounds}; make them equal"
+            )
         return self
 
     @property
@@ -148,18 +150,18 @@ class DebateSettings(Settings):
         return Scale(low=self.low, high=self.high, decimals=self.decimals)
 
     def speakers(self, roles: Sequence[Role]) -> list[list[Role]]:
-        """Who speaks in each round. Raises ValueError for a name that no role has."""
+        """Speakers of each round. Raises ValueError for a name that is not a role."""
         if self.schedule is None:
             return [list(roles) for _ in range(self.rounds)]
         known = {role.name: role for role in roles}
         if unknown := sorted({n for names in self.schedule for n in names} - set(known)):
-            raise ValueError(f"debate.schedule names {', '.join(unknown)}; the roles are {', '.join(known)}")
+            raise ValueError(f"debate.schedule: unknown role {', '.join(unknown)}; choose from {', '.join(known)}")
         return [[known[name] for name in names] for names in self.schedule]
 
 
 @dataclasses.dataclass(frozen=True)
 class Speech:
-    """What one role said. `text` is None when the call failed; `finish_reason` then says why."""
+    """One role's speech. `text` is None when the call failed; `finish_reason` is then `too_long` or `error`."""
 
     order: tuple[int, ...]
     round: int
@@ -171,7 +173,7 @@ class Speech:
 
 @dataclasses.dataclass(frozen=True)
 class Debated:
-    """A debate's verdict, every role's own at its end (in all orders), and everything that was said."""
+    """A debate's verdict, each role's final verdict (over all orders), and all speeches."""
 
     judgement: Judgement
     voices: dict[str, Judgement]
@@ -191,10 +193,10 @@ async def debate(
 
     Args:
         engines: one for all roles, or one by role name.
-        sampling: of the final scores; `settings.speech` is of what is said before.
+        sampling: of the final scores; that of the speeches is `settings.speech`.
 
     Raises:
-        ValueError: fewer than two answers, a role without an engine, or a schedule with a name that no role has.
+        ValueError: fewer than two answers, a role without an engine, or a schedule with an unknown role.
     """
     if not 2 <= len(answers) <= len(LABELS):
         raise ValueError(f"a debate is about 2 to {len(LABELS)} answers, got {len(answers)}")
@@ -212,7 +214,7 @@ async def debate(
 
 
 def _pool(finals: Mapping[str, Look], pool: Pool) -> Look:
-    """One look from all voices; one that could not be read leaves it unread."""
+    """One look from all roles; it is unread if any role's scores are."""
     looks = list(finals.values())
     status = min((look.parse_status for look in looks), key=WORST_FIRST.index)
     reasons = [f"{role}: {look.reason}" for role, look in finals.items() if look.reason]

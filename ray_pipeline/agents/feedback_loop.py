@@ -1,8 +1,8 @@
-"""The feedback loop (generator and reviewers): an answer is reviewed, revised by the review, and reviewed again.
+"""The feedback loop (generator and reviewers): an answer is reviewed, revised accordingly, and reviewed again.
 
-`review` and `revise` are one call each (a review is asked for again when it cannot be read), `next_step` is the rule
-that says whether a loop goes on, and `feedback_loop` is all of them in one coroutine. The stages of a run use the same
-three parts in turns, so that only one model need be loaded at a time.
+`review` and `respond` are one call each (an unreadable review is retried), `next_step` decides whether the loop
+continues, and `feedback_loop` combines them in one coroutine. The stages of a run alternate between the same three
+parts, so that only one model has to be loaded at a time.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from ray_pipeline.engines.base import ChatEngine, Completion, EngineError, Messa
 from ray_pipeline.store.keys import normalise_text
 from ray_pipeline.store.schemas import READ_STATUSES
 
-#: Why a loop has no further response: as many as asked for; no reviewer wants a change; the same feedback came before;
-#: no review could be read; or the generator gave no answer.
+#: Why a loop ended: the limit was reached; no reviewer requested a change; the same feedback occurred before; no review
+#: could be read; or the generator gave no answer.
 Stop = Literal["limit", "empty", "repeated", "unread", "no_response"]
 
 
@@ -43,7 +43,7 @@ class FeedbackTemplates(Settings):
     revise: str
 
 
-#: What the texts may use, with an example for checking a file before anything runs.
+#: Variables available to the texts, with example values for checking a file before a run starts.
 REVIEW_VARIABLES: dict[str, Any] = {
     "instruction": "x",
     "response": "x",
@@ -58,7 +58,7 @@ REVISE_VARIABLES: dict[str, Any] = {"feedback": "x", "response": "x", "instructi
 
 
 def load_feedback_templates(name_or_path: str) -> FeedbackTemplates:
-    """Feedback texts by built-in name or from a YAML file. Raises TemplateError, naming file and block."""
+    """Feedback texts by built-in name or from a YAML file. Raises TemplateError with file and block."""
     templates = read_template_file(name_or_path, FeedbackTemplates, "feedback")
     for given in (True, False):
         check_role(name_or_path, "review", templates.review, {**REVIEW_VARIABLES, "reason": given, "score": given})
@@ -67,24 +67,24 @@ def load_feedback_templates(name_or_path: str) -> FeedbackTemplates:
 
 
 class ReviewAsking(Settings):
-    """How a review is asked for."""
+    """Settings of a review call."""
 
-    grammar: bool = Field(True, description="force the reply's form while it is sampled")
-    reason_chars: int = Field(400, ge=0, description="longest reason, in characters; 0 asks for none")
-    feedback_chars: int = Field(1500, ge=1, description="longest feedback under a grammar, in characters")
+    grammar: bool = Field(True, description="constrain the reply to its JSON form while sampling")
+    reason_chars: int = Field(400, ge=0, description="maximum length of the reason in characters; 0 for none")
+    feedback_chars: int = Field(1500, ge=1, description="maximum length of the feedback under a grammar, in characters")
     scored: bool = Field(
         False,
-        description="the reviewer gives the answer a score, too. It is kept in the table; the loop does not read it",
+        description="request a score from the reviewer as well; it is stored, and the loop ignores it",
     )
-    low: int = Field(1, description="the scale of that score")
-    high: int = Field(10, description="the scale of that score")
-    retries: int = Field(2, ge=0, description="how often an unreadable reply is asked for again")
+    low: int = Field(1, description="lowest score")
+    high: int = Field(10, description="highest score")
+    retries: int = Field(2, ge=0, description="maximum number of retries of an unreadable reply")
     retry_temperature: float = Field(0.7, ge=0, description="temperature of a retry")
 
     @model_validator(mode="after")
     def _scale(self) -> ReviewAsking:
         if self.low >= self.high:
-            raise ValueError(f"low ({self.low}) must be under high ({self.high})")
+            raise ValueError(f"low ({self.low}) must be less than high ({self.high})")
         return self
 
     @property
@@ -94,11 +94,11 @@ class ReviewAsking(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Review:
-    """What a reviewer says of an answer.
+    """A reviewer's reply on one answer.
 
     Attributes:
         feedback: what to change; "" when there is nothing to improve, None exactly when nothing could be read.
-        score: how good the answer is, where the reviewer is asked for it.
+        score: quality of the answer; None where no score was requested.
     """
 
     feedback: str | None
@@ -121,8 +121,8 @@ async def review(
     """Review one answer.
 
     Args:
-        focus: what this reviewer looks at; empty is the template's own question.
-        sample: which of several reviews of the same answer this is.
+        focus: what this reviewer looks at; empty for the template's own question.
+        sample: index among several reviews of the same answer.
     """
     read, reply, status = await ask_until_read(
         engine,
@@ -143,7 +143,7 @@ async def review(
 def review_messages(
     prompt: Sequence[Message], response: str, template: RoleTemplate, asking: ReviewAsking, focus: str = ""
 ) -> list[Message]:
-    """What a reviewer is asked."""
+    """The messages sent to a reviewer."""
     instruction = transcript(prompt)
     return render(
         template,
@@ -160,20 +160,20 @@ def review_messages(
 
 
 def revision_messages(prompt: Sequence[Message], response: str, feedback: str, template: str) -> list[Message]:
-    """The conversation that a revision answers: the prompt, the answer as the assistant's turn, the feedback as the
-    user's."""
+    """The conversation that requests a revision: the prompt, the answer as the assistant's turn, the feedback as
+    the user's."""
     asked = {"feedback": feedback, "response": response, "instruction": transcript(prompt)}
     said = {"role": "assistant", "content": response}
     return [*map(dict, prompt), said, {"role": "user", "content": render_text(template, asked)}]
 
 
 def next_step(reviews: Sequence[Review], earlier: Sequence[str]) -> tuple[str, None] | tuple[None, Stop]:
-    """What to revise by, or why the loop stops.
+    """The feedback for the next revision, or the reason why the loop stops.
 
     Args:
-        reviews: of the last response, by all reviewers. Their feedback is put together in this order; those that
-            want no change and those that could not be read add nothing.
-        earlier: feedback by which this prompt's answer was revised before.
+        reviews: of the last response, by all reviewers. Their feedback is joined in this order; reviews that request
+            no change and unreadable ones add nothing.
+        earlier: feedback of the earlier revisions of this prompt's answer.
     """
     said = list(dict.fromkeys(r.feedback for r in reviews if r.feedback))
     if not said:
@@ -186,13 +186,13 @@ def next_step(reviews: Sequence[Review], earlier: Sequence[str]) -> tuple[str, N
 
 
 def _same(feedback: str) -> str:
-    """Feedback as it is compared: spelling of blanks and case make no difference."""
+    """Feedback as it is compared, ignoring white space and case."""
     return " ".join(normalise_text(feedback).casefold().split())
 
 
 @dataclasses.dataclass(frozen=True)
 class Reviewer:
-    """One reviewer: who answers, how replies are drawn, and what it looks at."""
+    """One reviewer: its engine, its sampling, and what it looks at."""
 
     engine: ChatEngine
     sampling: SamplingSettings
@@ -201,7 +201,7 @@ class Reviewer:
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """All responses, first to last, the reviews of each of them by reviewer (none of the last), and why it ended."""
+    """All responses, first to last, the reviews of each (none of the last) by reviewer, and why the loop ended."""
 
     responses: tuple[Completion, ...]
     reviews: tuple[Mapping[str, Review], ...]
@@ -217,14 +217,14 @@ async def feedback_loop(
     sampling: Callable[[int], Sampling],
     asking: ReviewAsking,
 ) -> Loop:
-    """Answer a prompt, and improve the answer by its reviews.
+    """Answer a prompt and revise the answer according to its reviews.
 
     Args:
-        responses: how many responses there are at most; one fewer are reviewed.
-        sampling: how response number k (0 is the first) is drawn.
+        responses: maximum number of responses; the last of them is not reviewed.
+        sampling: of response k, counted from 0.
 
     Raises:
-        ValueError: there is no reviewer, or no response is asked for.
+        ValueError: no reviewer, or `responses` is below 1.
     """
     if not reviewers or responses < 1:
         raise ValueError("a feedback loop needs one or more reviewers and one or more responses")
@@ -255,7 +255,7 @@ async def feedback_loop(
 
 
 async def respond(engine: ChatEngine, messages: Sequence[Message], sampling: Sampling) -> Completion | EngineError:
-    """One answer of the generator, or the error that stood in its place."""
+    """One answer of the generator, or the error raised instead."""
     try:
         return await engine.chat(messages, sampling)
     except EngineError as error:  # PromptTooLong is one

@@ -1,7 +1,7 @@
 """Rubric judges, the process critic and the pairwise judge.
 
-Each is one coroutine: it asks, reads the whole reply, asks again when the reply cannot be read, and says what
-happened. An answer that could not be judged has a status and no score.
+Each is one coroutine: it calls the engine, parses the whole reply, and retries when the reply cannot be read. The
+result always has a parse status; an answer that could not be judged has no score.
 """
 
 from __future__ import annotations
@@ -30,14 +30,16 @@ from ray_pipeline.store.keys import derived_seed
 
 
 class SamplingSettings(Settings):
-    """How replies are drawn, by the names that engines use."""
+    """Sampling of replies, with the engines' parameter names."""
 
     temperature: float = Field(0.0, ge=0, description="0 is greedy")
     top_p: float = Field(
         1.0, gt=0, le=1, description="nucleus sampling: smallest set of tokens with this total probability"
     )
     max_tokens: int = Field(512, ge=1, description="maximum number of new tokens of a reply")
-    extra: dict[str, Any] = Field(default_factory=dict, description="passed to the engine by its own names")
+    extra: dict[str, Any] = Field(
+        default_factory=dict, description="further parameters, passed to the engine unchanged"
+    )
 
     def sampling(self, **more: Any) -> Sampling:
         return Sampling(
@@ -50,42 +52,48 @@ class SamplingSettings(Settings):
 
 
 class Rubric(Settings):
-    """One judge: what it looks at, on which scale, and on which model."""
+    """One judge: its criterion, its scale and its model."""
 
     name: str = Field(description="name of the judge in the tables")
-    text: str = Field("", description="what the judge looks at")
+    text: str = Field("", description="criterion that the judge applies")
     low: int = Field(1, description="lowest score")
     high: int = Field(10, description="highest score")
     model: str | None = Field(None, description="a key of `models`; default: the stage's model")
-    sampling: SamplingSettings | None = Field(None, description="default: the stage's; a key that is set here wins")
+    sampling: SamplingSettings | None = Field(
+        None, description="default: the stage's; keys that are set here override it"
+    )
 
     @field_validator("name")
     @classmethod
     def _plain(cls, name: str) -> str:
         if not re.fullmatch(r"[a-z][a-z0-9_-]{0,63}", name):
-            raise ValueError(f"a judge's name is lower-case letters, digits, - and _, not {name!r}")
+            raise ValueError(
+                f"invalid judge name {name!r}; use lower-case letters, digits, - and _, starting with a letter"
+            )
         return name
 
     @model_validator(mode="after")
     def _scale(self) -> Rubric:
         if self.low >= self.high:
-            raise ValueError(f"judge {self.name}: low ({self.low}) must be under high ({self.high})")
+            raise ValueError(f"judge {self.name}: low ({self.low}) must be less than high ({self.high})")
         return self
 
 
 class JudgeAsking(Settings):
-    """How a judging role asks, whatever it judges."""
+    """Settings of a judging call, whatever the role."""
 
-    grammar: bool = Field(True, description="force the reply's form while it is sampled")
-    reason_chars: int = Field(400, ge=0, description="longest reason, in characters; 0 asks for the verdict alone")
-    retries: int = Field(2, ge=0, description="how often an unreadable reply is asked for again")
+    grammar: bool = Field(True, description="constrain the reply to its JSON form while sampling")
+    reason_chars: int = Field(
+        400, ge=0, description="maximum length of the reason in characters; 0 for the verdict alone"
+    )
+    retries: int = Field(2, ge=0, description="maximum number of retries of an unreadable reply")
     retry_temperature: float = Field(0.7, ge=0, description="temperature of a retry")
-    expected_score: bool = Field(False, description="mean of the score under the judge's log-probabilities")
+    expected_score: bool = Field(False, description="also compute the mean score under the judge's log-probabilities")
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What one judge says of one answer. `score` is None exactly when `parse_status` is not a read one."""
+    """One judge's verdict on one answer. `score` is None exactly when `parse_status` is not `ok` or `repaired`."""
 
     score: float | None
     expected_score: float | None
@@ -96,7 +104,7 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Critique:
-    """What the process critic says of one answer."""
+    """The process critic's verdict on one answer."""
 
     flawed: bool | None
     failure_type: str | None
@@ -107,7 +115,7 @@ class Critique:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Which of two answers a pairwise judge prefers: A, B, or C for a tie, in the order that it saw them."""
+    """Which of two answers a pairwise judge prefers: A, B, or C for a tie, in the order shown to it."""
 
     choice: str | None
     reason: str | None
@@ -116,7 +124,7 @@ class Choice:
 
 
 class Retries(Protocol):
-    """How often an unreadable reply is asked for again, and how warm."""
+    """The number of retries of an unreadable reply, and their temperature."""
 
     @property
     def retries(self) -> int: ...
@@ -149,7 +157,7 @@ async def judge(
         high=rubric.high,
     )
     grammar = score_grammar(rubric.low, rubric.high, asking.reason_chars) if asking.grammar else None
-    # Twenty alternatives cover every score of a ten-point scale and what competes with them.
+    # Twenty alternatives cover every score of a ten-point scale and the tokens that compete with them.
     logprobs = 20 if asking.expected_score else None
     read, reply, status = await ask_until_read(
         engine,
@@ -178,7 +186,7 @@ async def critique(
     asking: JudgeAsking,
     layout: Layout = "shared_first",
 ) -> Critique:
-    """Say whether the way to an answer is flawed, and how."""
+    """Decide whether the reasoning behind an answer is flawed, and how."""
     instruction = transcript(prompt)
     messages = render(template, layout, instruction=instruction, response=response, fence=_fence(instruction, response))
     grammar = critique_grammar(asking.reason_chars) if asking.grammar else None
@@ -199,7 +207,7 @@ async def compare(
     asking: JudgeAsking,
     layout: Layout = "shared_first",
 ) -> Choice:
-    """Choose between two answers, shown in the given order. Callers ask in both orders."""
+    """Choose between two answers, shown in the given order. Callers compare in both orders."""
     instruction = transcript(prompt)
     messages = render(
         template,
@@ -218,7 +226,7 @@ async def compare(
 
 
 def _fence(instruction: str, *answers: str) -> str:
-    # Of the instruction alone wherever that will do: then all answers to it share the prompt's first part.
+    # Derived from the instruction alone, so that the prompts of all its answers share a prefix.
     return fence([instruction], [instruction, *answers])
 
 
@@ -233,14 +241,14 @@ async def ask_until_read(
     follow_up: str | None = None,
     sample: int = 0,
 ) -> tuple[Read | None, Completion | None, str]:
-    """Ask until a reply can be read or the retries are used up; returns what was read, the last reply, the status.
+    """Call until a reply can be read or the retries are used up; return the fields, the last reply and the status.
 
-    A retry is another call (its own temperature and seed, both in the call key), because a greedy call would only
-    give the same unreadable reply again. Nothing of an earlier reply is kept: the whole verdict is the last reply's.
+    A retry has its own temperature and seed (both in the call key), because repeating a greedy call would return the
+    same unreadable reply. Nothing of an earlier reply is used: the verdict comes from the last reply alone.
 
     Args:
-        follow_up: said to the model after its unreadable reply; None asks the same question again.
-        sample: which of several replies to the same question this is; each is drawn with a seed of its own.
+        follow_up: user message sent after an unreadable reply; None repeats the question.
+        sample: index among several replies to the same question; each has its own seed.
     """
     reply: Completion | None = None
     status, first = "unparsed", messages

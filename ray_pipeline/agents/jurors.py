@@ -1,7 +1,7 @@
 """A jury's judgement of several answers, from the judgements of its members.
 
-The members are asked wherever they sit (each model's verdicts are a stage of their own) and meet here by name. Whole
-panels of votes on two answers are pooled at once in `jury`, by the same rules.
+Each model's verdicts are a stage of their own; here they are joined by the judge's name. `jury` pools whole panels of
+votes on two answers at once, by the same rules.
 """
 
 from __future__ import annotations
@@ -17,24 +17,28 @@ from ray_pipeline.config.settings import Settings
 
 
 class JuryRule(Settings):
-    """How the scores that judges gave several answers become the jury's."""
+    """How the judges' scores of several answers become the jury's."""
 
     pool: PoolRule = Field(
         "mean",
         description="mean, median, weighted_mean: of each answer's scores. mode, weighted: every judge votes "
-        "for what it scored highest, and what most hold best is best; where several lead, they "
-        "are equal",
+        "for its highest score, and the most frequent (or heaviest) vote wins; several that lead "
+        "are tied",
     )
-    weights: dict[str, float] = Field(default_factory=dict, description="by judge, for weighted and weighted_mean")
+    weights: dict[str, float] = Field(
+        default_factory=dict, description="weight of each judge, for weighted and weighted_mean"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> JuryRule:
         if self.weighs and not self.weights:
-            raise ValueError(f"pool {self.pool} needs weights, one by judge")
+            raise ValueError(f"pool {self.pool} needs weights; set one for each judge")
         if self.weights and not self.weighs:
-            raise ValueError("weights is read by the pools weighted and weighted_mean only; remove it")
+            raise ValueError(
+                f"weights has no effect with pool {self.pool}; remove it, or set pool to weighted or weighted_mean"
+            )
         if any(weight <= 0 for weight in self.weights.values()):
-            raise ValueError("weights must be above 0; leave a judge out instead of giving it none")
+            raise ValueError("weights must be greater than 0; remove a judge instead of giving it no weight")
         return self
 
     @property
@@ -46,26 +50,26 @@ class JuryRule(Settings):
         return self.pool in ("weighted", "weighted_mean")
 
     def check(self, judges: Sequence[str]) -> None:
-        """Raises ValueError unless the weights, where there are any, are of exactly these judges."""
+        """Raise ValueError unless the weights, if used, name exactly these judges."""
         if not self.weighs:
             return
         if lacking := [name for name in judges if name not in self.weights]:
-            raise ValueError(f"weights has none for {', '.join(lacking)}")
+            raise ValueError(f"weights has no entry for {', '.join(lacking)}; add it")
         if strangers := sorted(set(self.weights) - set(judges)):
-            raise ValueError(f"weights names {', '.join(strangers)}; the judges are {', '.join(judges)}")
+            raise ValueError(f"weights: unknown judge {', '.join(strangers)}; choose from {', '.join(judges)}")
 
 
 MEAN = JuryRule()
 
 
 def jury_scores(given: Mapping[str, Sequence[float]], rule: JuryRule) -> tuple[float, ...]:
-    """The jury's scores of several answers; a vote gives 1 to every answer that it holds best and 0 to the others.
+    """The jury's scores of several answers; under a voting rule the best answers get 1 and the others 0.
 
     Args:
         given: judge → its scores of the same answers, all of them read.
 
     Raises:
-        ValueError: there is no judge, or one has no weight where the rule weighs.
+        ValueError: no judge, or a judge without a weight under a weighted rule.
     """
     rule.check(list(given))
     said = {name: Judgement(tuple(scores), best_scores(scores), "ok", ()) for name, scores in given.items()}
@@ -79,13 +83,13 @@ def jury_scores(given: Mapping[str, Sequence[float]], rule: JuryRule) -> tuple[f
 def pool_judgements(
     judgements: Mapping[str, Judgement], pool: PoolRule = "mode", weights: Mapping[str, float] | None = None
 ) -> Judgement:
-    """One judgement from several; members that could not be read abstain, and if all did, it is unread.
+    """One judgement from several; unread members abstain, and if all are unread, so is the jury.
 
-    Votes: what most members hold best; where several such answers (or ties) lead, they are equal. For two answers
-    this is the unique mode of A, B and tie, else a tie. Scores: each answer's are pooled, and the highest is best.
+    Votes: the best answer (or tie) of most members wins; several that lead are tied. For two answers this is the
+    unique mode of A, B and tie, else a tie. Scores: each answer's are pooled, and the highest is best.
 
     Raises:
-        ValueError: there is no judgement, or a rule that pools scores meets one without.
+        ValueError: no judgement, or one without scores under a rule that pools scores.
     """
     if not judgements:
         raise ValueError("a jury needs at least one judgement")
@@ -100,7 +104,7 @@ def pool_judgements(
         best = most_held([j.best for j in read.values()], list(share.values()))
         return Judgement(None, best, status, looks)
     if unscored := [name for name, judgement in read.items() if judgement.scores is None]:
-        raise ValueError(f"the rule {pool} pools scores, and {', '.join(unscored)} gives none; use mode or weighted")
+        raise ValueError(f"pool {pool} needs scores, but {', '.join(unscored)} has none; use mode or weighted")
     columns = list(zip(*(j.scores for j in read.values() if j.scores is not None), strict=True))
     if pool == "median":
         scores = tuple(statistics.median(column) for column in columns)
@@ -111,7 +115,7 @@ def pool_judgements(
 
 
 def most_held(best: Sequence[tuple[int, ...]], weights: Sequence[float] | None = None) -> tuple[int, ...]:
-    """What most hold best (a winner, or a set of equals); the union of all that lead where several do."""
+    """The most frequent value of `best` (a winner, or tied answers); the union of the leaders where several lead."""
     support: dict[tuple[int, ...], float] = {}
     for answers, weight in zip(best, weights or [1.0] * len(best), strict=True):
         support[answers] = support.get(answers, 0.0) + weight

@@ -1,7 +1,7 @@
-"""Pooling of verdicts: what several judges say of the same answers becomes one verdict, by a named rule.
+"""Pooling of several judges' verdicts on the same answers into one verdict, by a named rule.
 
 Votes are codes so that all juries of a panel are pooled at once: rows of a boolean matrix are juries, columns judges.
-A judge whose verdict is missing abstains; a jury of which nobody was read has no verdict itself.
+A judge without a verdict abstains; a jury whose members all abstain has no verdict.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from numpy.typing import ArrayLike, NDArray
 VOTES = ("A", "tie", "B")
 A, TIE, B, MISSING = 0, 1, 2, -1
 
-#: mode: the most frequent vote if it is the only one, else a tie. weighted: the same with a weight a judge.
+#: mode: the most frequent vote if it is the only one, else a tie. weighted: the same with a weight for each judge.
 #: mean, median, weighted_mean: the scores of each answer are pooled and the pooled scores compared.
 PoolRule = Literal["mode", "weighted", "mean", "median", "weighted_mean"]
 VOTE_RULES: tuple[PoolRule, ...] = ("mode", "weighted")
 
 Codes = NDArray[np.int8]
 
-#: Scores whose distance is under this are equal: a mean of thirds is not exact in binary.
+#: Scores closer than this are equal: a mean of thirds is not exact in binary.
 _EQUAL = 1e-9
 
 
@@ -33,7 +33,7 @@ def vote_code(vote: str | None) -> int:
     if vote is None:
         return MISSING
     if vote not in VOTES:
-        raise ValueError(f"a vote is A, B or tie, not {vote!r}")
+        raise ValueError(f"unknown vote {vote!r}; use A, B or tie")
     return VOTES.index(vote)
 
 
@@ -59,12 +59,12 @@ def subsets(judges: int, sizes: Sequence[int]) -> NDArray[np.bool_]:
 
 
 def pool_votes(codes: Codes, members: NDArray[np.bool_], weights: ArrayLike | None = None) -> Codes:
-    """The vote with most weight of each jury, if it is the only one, else a tie.
+    """The heaviest vote of each jury if it is unique, else a tie.
 
     Args:
         codes: shape (judges, items).
         members: shape (juries, judges).
-        weights: of the judges, shape (judges,); default: all equal.
+        weights: weight of each judge, shape (judges,); default: equal weights.
 
     Returns:
         Shape (juries, items).
@@ -87,7 +87,7 @@ def pool_scores(
         members: shape (juries, judges).
 
     Returns:
-        Shape (answers, juries, items), NaN where no member was read.
+        Shape (answers, juries, items), NaN where every member is unread.
     """
     read: NDArray[np.bool_] = np.asarray(~np.isnan(scores).any(axis=0))
     if rule == "median":
@@ -98,9 +98,9 @@ def pool_scores(
             pooled[:, row, some] = np.nanmedian(whole[:, chosen][:, :, some], axis=1)
         return pooled
     if rule not in ("mean", "weighted_mean"):
-        raise ValueError(f"{rule} pools votes, not scores; score rules are mean, median and weighted_mean")
+        raise ValueError(f"rule {rule} pools votes, not scores; use mean, median or weighted_mean")
     if rule == "weighted_mean" and weights is None:
-        raise ValueError("the rule weighted_mean needs a weight for every judge")
+        raise ValueError("rule weighted_mean needs a weight for every judge")
     share = members * (1.0 if weights is None or rule == "mean" else np.asarray(weights, dtype=np.float64))
     total = share @ read.astype(np.float64)
     sums = np.stack([share @ np.where(read, answer, 0.0) for answer in scores])

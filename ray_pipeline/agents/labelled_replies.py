@@ -1,9 +1,9 @@
-"""Replies that score or rank several labelled answers: their grammars and the only readers of them.
+"""Replies that score or rank several labelled answers: their grammars and parsers.
 
-A combined verdict is read whole: every label must have exactly one score, found in the same reply. A label that is
-scored twice differently, a score off the scale, or a heading (`Score A:`) whose score cannot be read leaves the reply
-without a verdict; nothing is ever filled in. As in `replies`, only the judge's own reply is read and a reply that was
-cut off has none.
+A combined verdict is parsed as a whole: every label must have exactly one score in the same reply. A label with two
+different scores, a score off the scale, or a heading (`Score A:`) without a readable score leaves the reply without a
+verdict; nothing is filled in. As in `replies`, only the judge's own reply is parsed, and a truncated reply has no
+verdict.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from ray_pipeline.agents.replies import Read, embedded_objects, json_object, obj
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.base import Completion, Grammar
 
-#: How a reply is asked for: one JSON object, or prose that ends with anchored lines (`Score A: 7/10`).
+#: Requested form of a reply: one JSON object, or prose that ends with anchored lines (`Score A: 7/10`).
 Form = Literal["json", "text"]
 
 T = TypeVar("T")
 
 
 class Scale(Settings):
-    """From the worst to the best score. With `decimals` 8.5 is a score too."""
+    """The lowest and highest score; `decimals` allows scores such as 8.5."""
 
     low: int = 0
     high: int = 10
@@ -36,11 +36,11 @@ class Scale(Settings):
     @model_validator(mode="after")
     def _ordered(self) -> Scale:
         if self.low >= self.high:
-            raise ValueError(f"a scale's low ({self.low}) must be under its high ({self.high})")
+            raise ValueError(f"low ({self.low}) must be less than high ({self.high})")
         return self
 
     def number(self, value: Any) -> float | None:
-        """A score on this scale, or None; text counts when it is nothing but a number."""
+        """The value as a score on this scale, or None; text is accepted if it is just a number."""
         if isinstance(value, bool):
             return None
         if isinstance(value, str):
@@ -56,12 +56,12 @@ class Scale(Settings):
 
 
 def score_key(label: str) -> str:
-    """Name of a label's score in a JSON reply."""
+    """Key of a label's score in a JSON reply."""
     return f"score_{label.lower()}"
 
 
 def scores_grammar(labels: Sequence[str], scale: Scale, reason_chars: int) -> Grammar:
-    """`{"reason": …, "score_a": …, "score_b": …}`; with `reason_chars` 0 the scores alone."""
+    """`{"reason": …, "score_a": …, "score_b": …}`; `reason_chars` 0 leaves out the reason."""
     kind = "number" if scale.decimals else "integer"
     one = {"type": kind, "minimum": scale.low, "maximum": scale.high}
     return object_grammar(reason_chars, **{score_key(label): one for label in labels})
@@ -117,10 +117,10 @@ def read_pick(reply: Completion, options: Sequence[str], form: Form = "json") ->
 
 
 def last_reply(text: str, turns: int, reader: Callable[[Completion], Read | None]) -> Read | None:
-    """Read a recorded text in which later replies follow earlier ones, joined by blank lines.
+    """Parse a recorded text of one or more replies joined by blank lines.
 
-    One turn is read as it is. After a retry the verdict is the later reply's, whole: the shortest tail of the text,
-    from a blank line on, that is a verdict by itself.
+    A single turn is parsed as it is. After a retry the verdict is that of the last reply: the shortest tail of the
+    text that starts after a blank line and is a verdict by itself.
     """
     if turns <= 1:
         return reader(_finished(text))
@@ -138,7 +138,7 @@ def _finished(text: str) -> Completion:
 
 @dataclasses.dataclass
 class _Said:
-    """Everything in a reply that looks like a verdict, by label; None stands for a heading without a readable value."""
+    """Everything in a reply that looks like a verdict, by label; None for a heading without a readable value."""
 
     values: dict[str, list[Any]]
     reason: str | None
@@ -168,7 +168,7 @@ def _statements(
             follows = value.match(text, match.end())
             said[label].append(follows.group(1) if follows else None)
     if any(said.values()):
-        # What is left over of an object that a quotation has cut must say the same.
+        # Remains of an object cut by a quotation must agree with the rest.
         for label, name in keys.items():
             said[label] += re.findall(rf'"{re.escape(name)}"\s*:\s*"?([^",}}\s]*)', rest)
     elif len(keys) == 1 and (bare := value.fullmatch(text.lstrip("#*_`\"'[( \t\n"))):
@@ -179,7 +179,7 @@ def _statements(
 
 
 def _one(values: Sequence[Any], valid: Callable[[Any], T | None]) -> T | None:
-    """The one value that all say, or None when there is none, several, or one that is impossible."""
+    """The value that all agree on, or None if there is none, more than one, or an invalid one."""
     found = [valid(value) for value in values]
     return found[0] if found and None not in found and len(set(found)) == 1 else None
 
@@ -188,7 +188,7 @@ def _status(whole: bool, form: Form) -> str:
     return "ok" if whole == (form == "json") else "repaired"
 
 
-# A heading is a line of its own, or begins one; a `>` before it quotes somebody else and makes it none.
+# A heading is a line, or the start of one; a line that starts with `>` is a quotation and not a heading.
 _MARKS, _CLOSES = r"[ \t*_`\"'#•-]{0,12}", r"[ \t*_`\"'\])]{0,6}"
 _SAYS = rf"{_CLOSES}[:=][ \t*_`\"']{{0,6}}"
 _RATING_HEADING = re.compile(rf"^{_MARKS}(?:overall[ \t]+|final[ \t]+)?score{_SAYS}", re.IGNORECASE | re.MULTILINE)
@@ -208,13 +208,13 @@ def _score_heading(label: str) -> re.Pattern[str]:
     )
 
 
-#: The value stands behind its heading or on the next line that is not empty, and nothing stands behind it.
+#: The value follows its heading, on the same line or the next non-empty one, and nothing follows the value.
 _GAP, _END = r"(?:[ \t]*\r?\n){0,3}[ \t*_`\"'\[(]{0,8}", r"[ \t\r*_`\"'\])},.;!]{0,12}(?:$|\Z)"
 
 
 @functools.cache
 def _number_value(high: int) -> re.Pattern[str]:
-    """`7`, `8.5`, and, where the scale ends at 10, `7/10` and `7 out of 10`."""
+    """`7`, `8.5`, and, on a scale that ends at 10, `7/10` and `7 out of 10`."""
     return re.compile(
         rf"{_GAP}([+-]?[0-9]+(?:\.[0-9]+)?)(?:[ \t]*(?:/|out of)[ \t]*{high})?{_END}", re.IGNORECASE | re.MULTILINE
     )

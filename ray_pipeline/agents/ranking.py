@@ -1,8 +1,8 @@
 """Scores for any number of answers by any judge strategy, or by a debate.
 
-Independent and combined scoring give each answer a score as it is. A direct comparison sees two answers, so all pairs
-are compared, and an answer's score is the share of its pairs that it wins (a tie is half a win): no answer's score
-depends on the order in which a champion met the others.
+Independent and combined scoring give each answer a score directly. A direct comparison takes two answers, so all pairs
+are compared, and an answer's score is the share of its pairs that it wins (a tie is half a win); unlike in a knock-out,
+no score depends on the order of the comparisons.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ray_pipeline.store.keys import normalise_text
 
 @dataclasses.dataclass(frozen=True)
 class Ranking:
-    """One judge's scores of several answers; None when a part of its judgement was not read, or when it was not asked
+    """One judge's scores of several answers; None when a part of its judgement is unread, or when no call was made
     (`skipped`: fewer than two different answers)."""
 
     scores: tuple[float, ...] | None
@@ -49,9 +49,9 @@ async def rank(
     asking: StrategyAsking,
     layout: Layout = "shared_first",
 ) -> Ranking:
-    """Score answers to one prompt. Equal texts are shown once and have one score.
+    """Score answers to one prompt. Equal texts are shown once and share one score.
 
-    What the strategy's rule for conflict calls equally good gets equal scores, whatever the orders said one by one.
+    Answers that the strategy's conflict rule treats as tied get equal scores, whatever the scores of each order.
     """
     shown = _distinct(answers)
     if len(shown) < 2:
@@ -79,10 +79,10 @@ async def rank_by_debate(
     sampling: SamplingSettings,
     asking: StrategyAsking,
 ) -> Ranking:
-    """Score answers to one prompt by what all roles of one model say of them at the end of a debate.
+    """Score answers to one prompt by the final scores of a debate whose roles share one model.
 
-    Where the voices' scores are averaged, the means are the scores; where they vote, the answers that the debate holds
-    best have 1 and the others 0. Equal texts are shown once and have one score.
+    Under `pool: mean` the scores are the roles' means; under `vote` the best answers get 1 and the others 0. Equal
+    texts are shown once and share one score.
     """
     shown = _distinct(answers)
     if len(shown) < 2:
@@ -100,7 +100,7 @@ _NOT_ASKED = Ranking(None, None, "skipped", None)
 
 
 def _distinct(answers: Sequence[str]) -> list[str]:
-    """The first of every set of equal texts."""
+    """The answers without repeated texts."""
     first: dict[str, str] = {}
     for answer in answers:
         first.setdefault(normalise_text(answer), answer)
@@ -115,7 +115,7 @@ def _ranking(
     looks: Sequence[Look],
     status: str,
 ) -> Ranking:
-    """Scores of the texts that were shown, as scores of all answers."""
+    """A ranking of all answers from the scores of the distinct texts."""
     raw = "\n\n".join(look.raw for look in looks if look.raw) or None
     if scores is None:
         return Ranking(None, None, status, raw)

@@ -1,8 +1,8 @@
-"""The one place where replies of judging models are read.
+"""The parsers of judging models' replies, and the grammars that constrain them.
 
-A reply is asked for as a JSON object under a grammar. Without a grammar a model may wrap the object in prose or write
-anchored lines (`Score: 7`). Only the model's own reply is read, never the text that it judges; a reply that holds two
-different verdicts has none; a reply that was cut off (`finish_reason` is not `stop`) has none.
+A reply is requested as a JSON object under a grammar. Without a grammar a model may wrap the object in prose or write
+anchored lines (`Score: 7`). Only the model's own reply is parsed, never the text that it judges. A reply with two
+different verdicts has no verdict, and neither has a truncated one (`finish_reason` is not `stop`).
 """
 
 from __future__ import annotations
@@ -25,40 +25,40 @@ MIN_SCORE_MASS = 0.5
 
 @dataclasses.dataclass(frozen=True)
 class Read:
-    """A reply that was read: status `ok` (as asked) or `repaired` (found in looser text), and its fields."""
+    """A parsed reply: status `ok` (in the requested form) or `repaired` (found in looser text), and its fields."""
 
     status: str
     fields: dict[str, Any]
 
 
-#: Fields of a reply to the fields that are used, or None when they say no verdict.
+#: Maps the fields of a reply to those that are used, or to None when they are not a verdict.
 _Valid = Callable[[dict[str, Any]], dict[str, Any] | None]
 
 
 def score_grammar(low: int, high: int, reason_chars: int) -> Grammar:
-    """`{"reason": …, "score": …}`; with `reason_chars` 0 the score alone."""
+    """`{"reason": …, "score": …}`; `reason_chars` 0 leaves out the reason."""
     return object_grammar(reason_chars, score={"type": "integer", "minimum": low, "maximum": high})
 
 
 def critique_grammar(reason_chars: int) -> Grammar:
-    """`{"reason": …, "failure_type": …, "flawed": …}`; with `reason_chars` 0 without the reason."""
+    """`{"reason": …, "failure_type": …, "flawed": …}`; `reason_chars` 0 leaves out the reason."""
     failure = {"type": "string", "enum": list(FAILURE_TYPES)}
     return object_grammar(reason_chars, failure_type=failure, flawed={"type": "boolean"})
 
 
 def choice_grammar(reason_chars: int) -> Grammar:
-    """`{"reason": …, "choice": "A" | "B" | "C"}`; C is a tie; with `reason_chars` 0 the choice alone."""
+    """`{"reason": …, "choice": "A" | "B" | "C"}`; C is a tie; `reason_chars` 0 leaves out the reason."""
     return object_grammar(reason_chars, choice={"type": "string", "enum": ["A", "B", "C"]})
 
 
 def review_grammar(reason_chars: int, feedback_chars: int, scale: tuple[int, int] | None) -> Grammar:
-    """`{"reason": …, "feedback": …, "score": …}`; without the score where there is no scale."""
+    """`{"reason": …, "feedback": …, "score": …}`; the score is left out without a scale."""
     score = {} if scale is None else {"score": {"type": "integer", "minimum": scale[0], "maximum": scale[1]}}
     return object_grammar(reason_chars, feedback={"type": "string", "maxLength": feedback_chars}, **score)
 
 
 def object_grammar(reason_chars: int, **fields: dict[str, Any]) -> Grammar:
-    """A JSON object of these fields, after a reason of at most `reason_chars` characters unless that is 0."""
+    """A JSON object of these fields, preceded by a reason of at most `reason_chars` characters unless that is 0."""
     reason = {"reason": {"type": "string", "maxLength": reason_chars}} if reason_chars else {}
     properties = {**reason, **fields}
     return Grammar.json(
@@ -72,7 +72,7 @@ def read_score(reply: Completion, low: int, high: int) -> Read | None:
 
 
 def read_critique(reply: Completion) -> Read | None:
-    """`flawed` and a failure type that agrees with it (`none` exactly for an unflawed answer), or None."""
+    """`flawed` and a failure type that agrees with it (`none` exactly when not flawed), or None."""
     return _read(reply, _valid_critique, "flawed", None)
 
 
@@ -82,14 +82,14 @@ def read_choice(reply: Completion) -> Read | None:
 
 
 def read_review(reply: Completion, scale: tuple[int, int] | None) -> Read | None:
-    """`feedback` (empty: nothing to improve) and, where there is a scale, a `score` on it, or None."""
+    """`feedback` (empty: nothing to improve) and, with a scale, a `score` on it; None if unreadable."""
     return _read(reply, lambda fields: _valid_review(fields, scale), "feedback", None)
 
 
 def _line(words: str, value: str) -> re.Pattern[str]:
-    """A line of its own, or a whole reply, that says nothing but the verdict.
+    """A line, or a whole reply, that consists of the verdict alone.
 
-    Emphasis, list marks and quotation marks around it are passed over; a `>` is not, because it quotes somebody else.
+    Emphasis, list marks and quotation marks around it are ignored; a leading `>` is not, because it marks a quotation.
     """
     marks, ends = r"[ \t*_`\"'#•-]{0,12}", r"[ \t\r*_`\"'\])},.;!]{0,12}"
     says = r"[ \t*_`\"']{0,6}(?:[:=]|[ \t][–—-](?=[ \t])|(?<=[ \t]))[ \t*_`\"']{0,6}"
@@ -99,7 +99,7 @@ def _line(words: str, value: str) -> re.Pattern[str]:
 
 @functools.cache
 def _score_line(high: int) -> re.Pattern[str]:
-    """`Score: 7`; `7/10` and `7 out of 10` say it too where the scale ends at 10, and the 10 is not the score."""
+    """`Score: 7`; on a scale that ends at 10 also `7/10` and `7 out of 10`, where 10 is not the score."""
     return _line("score", rf"([+-]?\d+)(?:[ \t]*(?:/|out of)[ \t]*{high})?")
 
 
@@ -120,8 +120,8 @@ def _read(reply: Completion, valid: _Valid, key: str, line: re.Pattern[str] | No
         said += [{key: _value(match)} for match in line.finditer(text)]
     if not said:
         return None
-    # The reply may quote the text that it judges, and not escape it well. So everything that looks like a verdict must
-    # say the same: the impossible ones too, and what is left over of an object that a quotation has cut.
+    # The reply may quote the text that it judges without escaping it. So everything that looks like a verdict must
+    # agree, including invalid ones and the remains of an object cut by a quotation.
     said += [{key: value} for value in re.findall(rf'"{key}"\s*:\s*"?([^",}}\s]*)', rest)]
     found = [fields for fields in map(valid, said) if fields is not None]
     distinct = {json.dumps({k: v for k, v in f.items() if k != "reason"}, sort_keys=True) for f in found}
@@ -137,14 +137,14 @@ def _value(match: re.Match[str]) -> str:
 def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        raise ValueError("an object says one thing twice")
+        raise ValueError("duplicate key in a JSON object")
     return fields
 
 
-#: As asked; and as models write without a grammar, with line breaks inside strings.
+#: The requested form; and that of models without a grammar, which leave line breaks inside strings.
 _STRICT = json.JSONDecoder(object_pairs_hook=_distinct_keys)
 _LOOSE = json.JSONDecoder(object_pairs_hook=_distinct_keys, strict=False)
-#: Where an object begins: a brace with anything else behind it is prose.
+#: The start of an object: a brace followed by anything else is prose.
 _OBJECT = re.compile(r'\{\s*["}]')
 
 
@@ -159,8 +159,7 @@ def json_object(text: str) -> dict[str, Any] | None:
 def embedded_objects(text: str) -> tuple[list[dict[str, Any]], str]:
     """JSON objects inside prose or code fences, outermost ones only, and the text around them.
 
-    There are none at all when one of them is damaged: what stands inside or beside it may be a quotation, and the
-    damaged one the verdict.
+    If one of them is damaged, none is returned: the others may be quotations, and the damaged one the verdict.
     """
     found, rest, read = [], "", 0
     while (begins := _OBJECT.search(text, read)) is not None:
@@ -224,24 +223,24 @@ def text_or_none(value: Any) -> str | None:
 def expected_score(text: str, logprobs: TokenLogprobs | None, low: int, high: int) -> float | None:
     """Mean of the score under the model's own probabilities, over whole score strings, renormalised.
 
-    From the token where the score of the reply begins, the tokens that were sampled are followed to its end. At each of
-    them every alternative that completes a score counts with the probability of the whole string: of the tokens before
-    it times its own. So `10` in one token and in two are the same score, and a lone `1` is one only as far as the next
-    token ends it. An alternative that was not sampled and that other scores go on from (a lone `1` beside a sampled
-    `7`, where the scale has a 10) is ambiguous and counts for none.
+    The sampled tokens are followed from the start of the reply's score to its end. At each of them, every alternative
+    that completes a score counts with the probability of the whole string: that of the tokens before it times its own.
+    So `10` is the same score in one token and in two, and `1` counts only with the probability that the next token
+    ends it. An alternative that was not sampled and is a prefix of other scores (`1` beside a sampled `7` on a scale
+    up to 10) is ambiguous and not counted.
 
     Args:
-        text: a reply that `read_score` could read.
-        logprobs: of all its tokens, raw: the grammar does not mask them.
+        text: a reply that `read_score` can parse.
+        logprobs: raw log-probabilities of all its tokens, not masked by the grammar.
 
     Returns:
-        None when there are no log-probabilities, when they do not fit the text, or when the mass that counts is under
+        None without log-probabilities, when they do not match the text, or when the counted mass is below
         `MIN_SCORE_MASS`.
     """
     if not logprobs:
         return None
     tokens = [step[0][0] if step else "" for step in logprobs]
-    joined = "".join(tokens)  # Some tokenizers lose blanks here, and the end mark may follow.
+    joined = "".join(tokens)  # Some tokenizers lose white space here, and an end token may follow.
     where = text if joined.startswith(text) else joined
     span, asked = _score_span(where, high), _score_span(text, high)
     if span is None or asked is None or where[slice(*span)] != text[slice(*asked)]:
@@ -283,7 +282,7 @@ def expected_score(text: str, logprobs: TokenLogprobs | None, low: int, high: in
 
 
 def _score_span(text: str, high: int) -> tuple[int, int] | None:
-    """Where the digits of the score that `read_score` reads stand."""
+    """Start and end of the digits of the score that `read_score` returns."""
     fields = list(re.finditer(r'"score"\s*:\s*"?([+-]?[0-9]+)', text)) or list(_score_line(high).finditer(text))
     if not fields:
         return None
@@ -292,9 +291,9 @@ def _score_span(text: str, high: int) -> tuple[int, int] | None:
 
 
 def _without(lead: str | None, token: str) -> str | None:
-    """A token without the characters that stand before the score in the sampled one, or None when it has others.
+    """A token without the characters that precede the score in the sampled token, or None if it starts differently.
 
-    Blanks are no difference; None as `lead` says that the score began in an earlier token.
+    White space is ignored; `lead` is None when the score began in an earlier token.
     """
     if lead is None:
         return token

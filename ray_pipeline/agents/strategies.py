@@ -1,8 +1,7 @@
 """Judge strategies over two or more answers: direct comparison, independent scoring, combined scoring.
 
-A strategy shows the answers in one or both orders and gives one `Judgement`. Whatever order they are shown in,
-results are by answer, never by label. A judgement of which any part could not be read is unread as a whole: it has
-no scores and no best answer.
+A strategy shows the answers in one or both orders and returns one `Judgement`. Results are by answer, never by label,
+whatever the order. A judgement with any unreadable part is unread as a whole: it has no scores and no best answer.
 """
 
 from __future__ import annotations
@@ -45,27 +44,28 @@ from ray_pipeline.engines.base import ChatEngine, Completion, Grammar, Message
 from ray_pipeline.extensions import find, register
 
 Orders = Literal["given", "swapped", "both"]
-#: What two orders that differ mean. tie: the answers that either order holds best are equal. mean: the answer with
-#: the highest mean score over the orders is best. given: the given order decides; the other is only for the flip rate.
+#: Verdict when two orders disagree. tie: the best answers of either order are tied. mean: the answer with
+#: the highest mean score over the orders is best. given: the given order decides; the other one only
+#: serves the flip rate.
 Conflict = Literal["tie", "mean", "given"]
 
-#: Labels under which answers are shown. Direct comparison says C for a tie, so it takes two answers.
+#: Labels under which answers are shown. In a direct comparison C means a tie, so it takes two answers.
 LABELS = string.ascii_uppercase
 TIE_LABEL = "C"
 
-#: Parse statuses from the worst on: what a judgement of several replies is called by.
+#: Parse statuses from the worst on; a judgement of several replies gets the worst of theirs.
 WORST_FIRST = ("error", "too_long", "truncated", "unparsed", "repaired", "ok")
 
 
 class Strategy(Settings):
-    """One way of asking a judge about several answers."""
+    """One way to have a judge compare several answers."""
 
     kind: str = Field(description="direct, independent, combined, or a file that registers a strategy (my_judge.py)")
     low: int = Field(0, description="lowest score")
     high: int = Field(10, description="highest score")
     decimals: bool = Field(False, description="whether scores may have decimals")
     orders: Orders = Field("given", description="orders in which the answers are shown")
-    conflict: Conflict = Field("tie", description="what two orders that differ mean")
+    conflict: Conflict = Field("tie", description="verdict when the two orders disagree")
     rubric: str | None = Field(None, description="what to judge by; default: the template file's `rubric`")
     name: str = Field("", description="name in the tables; default: direct, KIND_HIGH, or the name of the file")
 
@@ -73,16 +73,18 @@ class Strategy(Settings):
     def _consistent(self) -> Strategy:
         form = self.form
         if form.pairwise and self.conflict == "mean":
-            raise ValueError(f"{self.kind} gives no scores to average; set conflict to tie or given")
+            raise ValueError(f"kind {self.kind} has no scores to average; set conflict to tie or given")
         if not form.ordered and self.orders != "given":
-            raise ValueError(f"{self.kind} shows one answer at a time and has no order; leave orders at given")
+            raise ValueError(f"kind {self.kind} shows one answer at a time, so orders must be given; remove orders")
         _ = self.scale
         if not self.name:
             stem = os.path.basename(self.kind).split(".py")[0]
             # Settings are frozen values; this fills in a default that depends on the others.
             object.__setattr__(self, "name", stem if form.pairwise or stem != self.kind else f"{stem}_{self.high}")
         if not re.fullmatch(r"[a-z][a-z0-9_-]{0,63}", self.name):
-            raise ValueError(f"a strategy's name is lower-case letters, digits, - and _, not {self.name!r}")
+            raise ValueError(
+                f"invalid strategy name {self.name!r}; use lower-case letters, digits, - and _, starting with a letter"
+            )
         return self
 
     @property
@@ -91,44 +93,46 @@ class Strategy(Settings):
 
     @property
     def form(self) -> StrategyForm:
-        """What is registered under the kind. Raises ExtensionError when nothing is."""
+        """The form registered under the kind. Raises ExtensionError when there is none."""
         found = find("strategy", self.kind).value
         return found if isinstance(found, StrategyForm) else StrategyForm(found)
 
 
 def shown_orders(orders: Orders, answers: int) -> list[tuple[int, ...]]:
-    """The orders in which answers are shown, as their numbers from first to last; swapped is reversed."""
+    """The orders in which answers are shown, as answer numbers from first to last; swapped is reversed."""
     given = tuple(range(answers))
     return {"given": [given], "swapped": [given[::-1]], "both": [given, given[::-1]]}[orders]
 
 
 class StrategyAsking(Settings):
-    """How the reply is asked for, whatever the strategy."""
+    """Settings of a judging call, whatever the strategy."""
 
     form: Form = Field("json", description="json: one object; text: prose that ends with anchored lines")
-    grammar: bool = Field(True, description="force the form while the reply is sampled; json only")
-    reason_chars: int = Field(1000, ge=0, description="longest reason under a grammar; 0 asks for the verdict alone")
-    retries: int = Field(2, ge=0, description="how often an unreadable reply is asked for again")
+    grammar: bool = Field(True, description="constrain the reply to its form while sampling; json only")
+    reason_chars: int = Field(
+        1000, ge=0, description="maximum length of the reason under a grammar, in characters; 0 for the verdict alone"
+    )
+    retries: int = Field(2, ge=0, description="maximum number of retries of an unreadable reply")
     retry_temperature: float = Field(0.7, ge=0, description="temperature of a retry")
-    follow_up: bool = Field(False, description="a retry shows the model its reply and requests the verdict again")
+    follow_up: bool = Field(False, description="include the unreadable reply in a retry and request the verdict again")
 
     @model_validator(mode="after")
     def _form(self) -> StrategyAsking:
         if self.form == "text" and self.grammar:
-            raise ValueError("form text has no grammar; set grammar: false, or form: json")
+            raise ValueError("form text has no grammar; set grammar: false or form: json")
         return self
 
 
 class StrategyTemplate(RoleTemplate):
-    """The texts of one strategy. `retry` is said after an unreadable reply when `follow_up` is on."""
+    """The texts of one strategy. `retry` is sent after an unreadable reply when `follow_up` is on."""
 
     retry: str = ""
 
 
 class StrategyTemplates(Settings):
-    """All texts of a strategies file. `rubric` is what to look at unless a strategy brings its own.
+    """All texts of a strategies file. `rubric` is the criterion unless a strategy has its own.
 
-    A file may leave out a kind of strategy, which cannot be used then. A user's strategy has its own texts.
+    A file may leave out a kind of strategy, which then cannot be used. A user's strategy has its own texts.
     """
 
     rubric: str
@@ -146,7 +150,7 @@ class StrategyTemplates(Settings):
 
 _ANSWERS = [{"label": "A", "text": "x"}, {"label": "B", "text": "y"}]
 _COMMON = {"instruction": "x", "rubric": "x", "form": "json", "reason": True, "fence": "0"}
-#: What each strategy's texts may use. `fence` is a word that follows from the texts and so stands in none of them.
+#: Variables available to each strategy's texts. `fence` is a word that occurs in none of the quoted texts.
 STRATEGY_VARIABLES: dict[str, dict[str, Any]] = {
     "direct": {**_COMMON, "answers": _ANSWERS, "labels": ["A", "B"]},
     "independent": {**_COMMON, "response": "x", "low": 0, "high": 10},
@@ -155,7 +159,7 @@ STRATEGY_VARIABLES: dict[str, dict[str, Any]] = {
 
 
 def load_strategy_templates(name_or_path: str) -> StrategyTemplates:
-    """Strategy texts by built-in name or from a YAML file. Raises TemplateError, naming file and block."""
+    """Strategy texts by built-in name or from a YAML file. Raises TemplateError with file and block."""
     templates = read_template_file(name_or_path, StrategyTemplates, "strategies")
     for role, variables in STRATEGY_VARIABLES.items():
         block: StrategyTemplate | None = getattr(templates, role)
@@ -167,7 +171,7 @@ def load_strategy_templates(name_or_path: str) -> StrategyTemplates:
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """What a judge said of the answers in one order.
+    """A judge's verdict on the answers in one order.
 
     Attributes:
         order: numbers of the answers, from the one shown first.
@@ -185,7 +189,7 @@ class Look:
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """What a judge says of several answers. `scores` and `best` are as in `Look`; `looks` hold the reasons."""
+    """A judge's verdict on several answers. `scores` and `best` are as in `Look`; `looks` hold the reasons."""
 
     scores: tuple[float, ...] | None
     best: tuple[int, ...]
@@ -198,19 +202,19 @@ class Judgement:
 
     @property
     def flipped(self) -> bool:
-        """Whether every order names a winner and not the same one."""
+        """Whether every order has a winner, and not all the same one."""
         winners = {look.best for look in self.looks}
         return all(len(best) == 1 for best in winners) and len(winners) > 1
 
 
 @dataclasses.dataclass(frozen=True)
 class StrategyForm:
-    """What a strategy does, as it is registered; a bare function stands for `StrategyForm(function)`.
+    """A registered strategy; a bare function is short for `StrategyForm(function)`.
 
     Attributes:
         look: judges the answers once, shown in the given order.
-        pairwise: it takes two answers, and names the better one without scores.
-        ordered: the order in which answers are shown can matter.
+        pairwise: whether it takes two answers and picks the better one without scores.
+        ordered: whether the order in which answers are shown can matter.
     """
 
     look: Callable[[Asker, tuple[int, ...]], Awaitable[Look]]
@@ -244,7 +248,7 @@ async def decide(
 
 
 def settle(looks: Sequence[Look], conflict: Conflict) -> Judgement:
-    """One judgement from all orders, by the rule for conflict. Scores are means over the orders."""
+    """One judgement from all orders, by the conflict rule. Scores are means over the orders."""
     status = min((look.parse_status for look in looks), key=WORST_FIRST.index)
     if not all(look.best for look in looks):
         return Judgement(None, (), status, tuple(looks))
@@ -268,7 +272,7 @@ def best_scores(scores: Sequence[float]) -> tuple[int, ...]:
 
 
 def vote(best: Sequence[int]) -> str | None:
-    """The vote on two answers that a judgement is: "A", "B", "tie", or None when unread."""
+    """A judgement of two answers as a vote: "A", "B", "tie", or None when unread."""
     if not best:
         return None
     return "tie" if len(best) > 1 else LABELS[best[0]]
@@ -276,7 +280,7 @@ def vote(best: Sequence[int]) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Asker:
-    """One set of answers before one judge: what a strategy has to work with.
+    """One set of answers before one judge, with everything a strategy needs.
 
     Attributes:
         instruction: the prompt as text.
@@ -318,8 +322,8 @@ class Asker:
         """Ask for a score of every answer under its label (A, B, … in `order`), until the reply can be read.
 
         Args:
-            messages: the question; the reply's form is in the grammar, or to be described where grammars are off.
-            retry: said after an unreadable reply; None repeats the question.
+            messages: the question; where grammars are off it must describe the reply's form.
+            retry: user message sent after an unreadable reply; None repeats the question.
         """
         labels, scale = LABELS[: len(order)], self.strategy.scale
         read, raw, status = await self.ask(
@@ -354,14 +358,14 @@ class Asker:
     def _shown(self, order: tuple[int, ...]) -> dict[str, Any]:
         labels = LABELS[: len(order)]
         answers = [{"label": label, "text": self.answers[n]} for label, n in zip(labels, order, strict=True)]
-        # Not by order: the question and its fence are what both orders have in common.
+        # The fence does not depend on the order, so that both orders share a prefix.
         return {"answers": answers, "labels": list(labels), "fence": self._fence(sorted(self.answers))}
 
     def _fence(self, texts: Sequence[str]) -> str:
         return fence([self.instruction, list(texts)], [self.instruction, *texts])
 
     def _texts(self, template: StrategyTemplate, shown: dict[str, Any]) -> tuple[list[Message], str | None]:
-        """The question, and what is said after an unreadable reply where that is wanted."""
+        """The question, and the message sent after an unreadable reply if `follow_up` is on."""
         variables = {
             "instruction": self.instruction,
             "rubric": self.templates.rubric if self.strategy.rubric is None else self.strategy.rubric,
@@ -379,7 +383,7 @@ class Asker:
         reader: Callable[[Completion], Read | None],
         retry: str | None = None,
     ) -> tuple[Read | None, str | None, str]:
-        """Ask until `reader` gets something from the reply: what was read, the reply's text, and the parse status."""
+        """Call until `reader` can parse the reply; return the fields, the reply's text and the parse status."""
         used = grammar if self.asking.grammar else None
         read, reply, status = await ask_until_read(
             self.engine, messages, self.sampling, self.asking, used, reader, follow_up=retry

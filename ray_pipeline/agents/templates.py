@@ -1,7 +1,7 @@
 """The texts that agents send, read from a YAML file that a user can edit.
 
-A file has one block a role. Each block has `system` (empty: no system message), `shared` (the part that all calls
-about one answer have in common) and `rubric` (the part that is this call's own), as Jinja templates.
+A file has one block for each role. Each block has `system` (empty: no system message), `shared` (the part common to all
+calls about one answer) and `rubric` (the part specific to this call), as Jinja templates.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Layout = Literal["shared_first", "rubric_first"]
 #: A configuration key that chooses a layout.
 LayoutKey = Annotated[
     Layout,
-    Field(description="which part of the prompt comes first: what the calls about one response share, or the rubric"),
+    Field(description="first part of the prompt: what the calls about one response share, or the rubric"),
 ]
 
 
 class TemplateError(ValueError):
-    """A template file cannot be used; the message names the file, the block and the remedy."""
+    """A template file is unusable; the message has the file, the block and the remedy."""
 
 
 class RoleTemplate(Settings):
@@ -53,7 +53,7 @@ class Templates(Settings):
 
 _ENVIRONMENT = SandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False, trim_blocks=True)
 
-#: What each role's texts may use, with an example for checking a file before anything runs.
+#: Variables available to each role's texts, with example values for checking a file before a run starts.
 VARIABLES: dict[str, dict[str, Any]] = {
     "judge": {"instruction": "x", "response": "x", "name": "x", "rubric": "x", "low": 1, "high": 10, "fence": "0"},
     "critic": {"instruction": "x", "response": "x", "fence": "0"},
@@ -74,7 +74,7 @@ def load_templates(name_or_path: str) -> Templates:
     """Templates by built-in name (`default`, `pocket`) or from a YAML file.
 
     Raises:
-        TemplateError: no such file, a missing block, or a text that uses a variable its role does not have.
+        TemplateError: no such file, a missing block, or a text with a variable that its role does not have.
     """
     templates = read_template_file(name_or_path, Templates)
     for role, variables in VARIABLES.items():
@@ -86,14 +86,14 @@ S = TypeVar("S", bound=Settings)
 
 
 def read_template_file(name_or_path: str, kind: type[S], folder: str = "") -> S:
-    """A YAML file of texts, by path or by its name under configs/prompts; what the texts use is not checked yet.
+    """A YAML file of texts, by path or by its name under configs/prompts; variables are not checked yet.
 
     Raises:
-        TemplateError: no such file, not YAML, or other blocks than `kind` has.
+        TemplateError: no such file, not YAML, or blocks other than those of `kind`.
     """
     if name_or_path.endswith((".yaml", ".yml")) or os.sep in name_or_path:
         if not os.path.isfile(name_or_path):
-            raise TemplateError(f"there is no prompt template file {name_or_path}")
+            raise TemplateError(f"prompt template file {name_or_path} does not exist")
         try:
             with open(name_or_path, encoding="utf-8") as file:
                 text = file.read()
@@ -102,7 +102,7 @@ def read_template_file(name_or_path: str, kind: type[S], folder: str = "") -> S:
     else:
         if name_or_path not in builtin_templates(folder):
             known = ", ".join(builtin_templates(folder))
-            raise TemplateError(f"there are no built-in prompt templates {name_or_path!r}; there are {known}")
+            raise TemplateError(f"no built-in prompt templates {name_or_path!r}; choose from {known}")
         place = importlib.resources.files("configs") / "prompts" / folder
         text = (place / f"{name_or_path}.yaml").read_text("utf-8")
     try:
@@ -115,27 +115,27 @@ def read_template_file(name_or_path: str, kind: type[S], folder: str = "") -> S:
 
 
 def check_role(file: str, role: str, block: RoleTemplate, variables: Mapping[str, Any]) -> None:
-    """Try every text of a role on an example.
+    """Render every text of a role with example values.
 
     Raises:
-        TemplateError: a text uses a variable that its role does not have, or fails.
+        TemplateError: a text has a variable that its role does not have, or rendering fails.
     """
     for part in [name for name in type(block).model_fields if isinstance(getattr(block, name), str)]:
         check_text(file, f"{role}.{part}", getattr(block, part), variables)
 
 
 def check_text(file: str, key: str, text: str, variables: Mapping[str, Any]) -> None:
-    """Try a text on an example.
+    """Render a text with example values.
 
     Raises:
-        TemplateError: it uses a variable that it does not have, or fails.
+        TemplateError: the text has an unknown variable, or rendering fails.
     """
     where, may_use = f"prompt template file {file}, {key}", f"it may use {', '.join(variables)}"
     try:
-        # A name inside a branch that the example does not take is found as well.
+        # Also finds names inside branches that the example does not reach.
         unknown = jinja2.meta.find_undeclared_variables(_ENVIRONMENT.parse(text))
         render_text(text, variables)
-    except Exception as error:  # A template may do anything that an expression can.
+    except Exception as error:  # A template may raise anything.
         raise TemplateError(f"{where}: {error}; {may_use}") from error
     if unknown := unknown - set(variables) - set(_ENVIRONMENT.globals):
         raise TemplateError(f"{where}: {', '.join(sorted(unknown))} is undefined; {may_use}")
@@ -147,7 +147,7 @@ def _compiled(text: str) -> jinja2.Template:
 
 
 def render_text(text: str, variables: Mapping[str, Any]) -> str:
-    """One text with its variables put in, without line breaks around it."""
+    """A rendered text, without leading and trailing line breaks."""
     return _compiled(text).render(dict(variables)).strip("\n")
 
 
@@ -160,12 +160,12 @@ def render(template: RoleTemplate, layout: Layout, **variables: Any) -> list[Mes
 
 
 def fence(made_of: Sequence[Any], texts: Sequence[str]) -> str:
-    """The word that goes into the tags around texts, so that none of them can close its tag or open another's.
+    """The word in the tags around texts, which keeps a text from closing its own tag or opening another's.
 
     Args:
-        made_of: plain data that decides the word, so that the same question has the same prompt. Calls with one word
-            share the prefix in which it stands.
-        texts: everything that the tags hold; the word stands in none of them.
+        made_of: plain data that determines the word: equal questions have equal prompts, and calls with the same
+            word can share a prefix.
+        texts: all texts inside the tags; the word occurs in none of them.
     """
     word, tries = digest(["fence", *made_of], size=4), 0
     while any(word in text for text in texts):
@@ -180,7 +180,7 @@ def part_lengths(template: RoleTemplate, **variables: Any) -> tuple[int, int]:
 
 
 def best_layout(shared: float, rubric: float, judges: int) -> Layout:
-    """The layout that lets the prefix cache save more, from mean lengths of both parts.
+    """The layout with the larger saving by the prefix cache, from the mean lengths of both parts.
 
     With N judges a shared part of length L is saved N−1 times; rubric first, a rubric of length R is saved for all
     but the first candidate: L·(N−1) > N·R puts the shared part first.
@@ -189,7 +189,7 @@ def best_layout(shared: float, rubric: float, judges: int) -> Layout:
 
 
 def transcript(messages: Sequence[Message]) -> str:
-    """A conversation as the text that judges read: a single user message as it is, longer ones with their roles."""
+    """A conversation as text for judges: a single message unchanged, longer conversations with their roles."""
     if len(messages) == 1:
         return messages[0]["content"]
     return "\n\n".join(f"[{m['role']}]\n{m['content']}" for m in messages)

@@ -9,10 +9,8 @@ from ray_pipeline.agents.jurors import JuryRule
 from ray_pipeline.audit.findings import AuditReport, RunTables
 from ray_pipeline.audit.loop import audit_loop
 from ray_pipeline.audit.rows import audit_run
-from ray_pipeline.data.dataset_rows import DatasetsConfig
-from ray_pipeline.data.gate import GateConfig
+from ray_pipeline.data.scored import ScoredDataset
 from ray_pipeline.data.tokens import TokenCounter
-from ray_pipeline.engines.models import TokenizerSettings
 from ray_pipeline.graph.results import Run, of_role
 from ray_pipeline.store.files import StoreError
 
@@ -27,28 +25,10 @@ class Audit:
     skipped: Sequence[str] = ()
 
 
-@dataclasses.dataclass(frozen=True)
-class GatedDataset:
-    """A dataset that the gate made from all candidates, and its rules.
-
-    Attributes:
-        decisions, datasets: names of its stages.
-    """
-
-    decisions: str
-    datasets: str
-    judges: Sequence[str]
-    gate: GateConfig
-    config: DatasetsConfig
-
-
-def audit_gated(
-    run: Run, made: Sequence[GatedDataset], tokenizer: TokenizerSettings, skipped: Sequence[str] = ()
-) -> Audit:
-    """Audit datasets with a gate.
+def audit_gated(run: Run, made: Sequence[ScoredDataset], skipped: Sequence[str] = ()) -> Audit:
+    """Audit datasets that a gate made from all candidates.
 
     Args:
-        tokenizer: of the policy, which the rows were measured with.
         skipped: names of datasets that follow other rules (ungated, cut or imported rows).
 
     Raises:
@@ -56,8 +36,8 @@ def audit_gated(
     """
     if not made:
         raise StoreError(f"{run.folder.location} has no dataset of the gate on all candidates: nothing to audit")
-    _check_done(run, list(dict.fromkeys(name for one in made for name in (one.decisions, one.datasets))))
-    return Audit({one.datasets: _audit(run, one, tokenizer) for one in made}, skipped)
+    _check_done(run, list(dict.fromkeys(name for one in made for name in (one.decisions, *one.files))))
+    return Audit({name: _audit(run, one, name) for one in made for name in one.files}, skipped)
 
 
 def audit_picks(run: Run, judges: Sequence[str], rule: JuryRule, min_gap: float) -> Audit:
@@ -87,18 +67,19 @@ def _check_done(run: Run, stages: Sequence[str]) -> None:
         raise StoreError(f"{run.folder.location} cannot be audited yet: {', '.join(missing)} is not done; run it first")
 
 
-def _audit(run: Run, made: GatedDataset, tokenizer: TokenizerSettings) -> AuditReport:
+def _audit(run: Run, made: ScoredDataset, files: str) -> AuditReport:
     results = run.results
     critiques = of_role(results, "critiques")
+    assert made.gate is not None
     tables = RunTables(
         prompts=results["prompts"].table(),
         candidates=results["candidates"].table(),
         verdicts=[result.table() for result in of_role(results, "verdicts")],
         critiques=critiques[0].table() if critiques else None,
         decisions=results[made.decisions].table(),
-        datasets=results[made.datasets].folder,
+        datasets=results[files].folder,
         judges=list(made.judges),
         gate=made.gate,
-        config=made.config,
+        config=made.files[files],
     )
-    return audit_run(tables, TokenCounter.load(tokenizer))
+    return audit_run(tables, TokenCounter.load(made.policy.tokenizer))

@@ -1,52 +1,52 @@
-"""Answers to the questions of the public benchmarks: by a model, or by the floors, which use no model."""
+"""Answers to the questions of the benchmarks: by a model, or by the floors, which use no model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
 
 from ray_pipeline.agents.judges import SamplingSettings
+from ray_pipeline.bench.benchmark import CategorySampling
+from ray_pipeline.bench.conversation import answer_turns
 from ray_pipeline.bench.floors import FLOORS
-from ray_pipeline.bench.mt_bench.judge import answer_turns
-from ray_pipeline.bench.mt_bench.questions import MtBenchAnswering
-from ray_pipeline.bench.questions import BenchmarksSettings
-from ray_pipeline.bench.schemas import BENCH_ANSWERS
+from ray_pipeline.bench.settings import BenchmarksSettings
 from ray_pipeline.bench.tables import question_key
 from ray_pipeline.config.settings import Settings
-from ray_pipeline.data.candidates import reply_columns
 from ray_pipeline.engines.base import ChatEngine, Message, Sampling
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.asking import Asking, Outcome, Row, ShardTables
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage
 from ray_pipeline.store.keys import derived_seed
-from ray_pipeline.store.schemas import to_table
+from ray_pipeline.store.schemas import BENCH_ANSWERS, to_table
 
 #: Prefix of a floor's name in the tables: "floor:echo".
 FLOOR = "floor:"
 
 
 class _Answering(Settings):
-    """Exactly the settings that an answer depends on, so that another judge or reference does not repeat answers."""
+    """Exactly the settings that an answer depends on, so that another judge or reference does not repeat answers.
+
+    `parts`: by benchmark, what `Benchmark.answering` returns.
+    """
 
     label: str
     seed: int
-    mt_bench: MtBenchAnswering | None
-    alpaca_eval: SamplingSettings | None
-    ifeval: SamplingSettings | None
+    parts: dict[str, Any]
 
-    def sampling(self, benchmark: str, category: str, question: str, turn: int) -> Sampling:
+    def decisive(self, exclude: Collection[str] = ()) -> dict[str, Any]:
+        # Fingerprints of stored runs have these three, null where a benchmark is left out.
+        parts = {name: part.decisive() for name, part in self.parts.items()}
+        return {"label": self.label, "seed": self.seed, "mt_bench": None, "alpaca_eval": None, "ifeval": None, **parts}
+
+    def sampling(self, question: Row, turn: int) -> Sampling:
         """Sampling of one turn; all models answer a turn above temperature 0 with the same seed."""
-        given = getattr(self, benchmark)
-        made: Sampling = given.sampling(category) if isinstance(given, MtBenchAnswering) else given.sampling()
+        benchmark = question["benchmark"]
+        part: CategorySampling | SamplingSettings = self.parts[benchmark]
+        made = part.sampling(question["category"]) if isinstance(part, CategorySampling) else part.sampling()
         if made.temperature == 0:
             return made
-        return Sampling(
-            made.temperature,
-            made.top_p,
-            made.max_tokens,
-            derived_seed("benchmark", self.seed, benchmark, question, turn),
-            extra=made.extra,
-        )
+        seed = derived_seed("benchmark", self.seed, benchmark, question["question_id"], turn)
+        return Sampling(made.temperature, made.top_p, made.max_tokens, seed, extra=made.extra)
 
 
 class _Question(NamedTuple):
@@ -59,18 +59,13 @@ def _questions(shard: ShardTables, settings: _Answering) -> list[_Question]:
 
 
 async def _answer(engine: ChatEngine, settings: _Answering, item: _Question) -> Outcome:
-    question = item.row
-    name, turns = question["benchmark"], question["turns"]
-    sampling = [settings.sampling(name, question["category"], question["question_id"], t) for t in (1, 2)]
-    texts: list[str | None]
-    if len(turns) == 2:
-        conversation = await answer_turns(engine, turns, sampling)
-        texts, reasons = list(conversation.turns), list(conversation.finish_reasons)
-    else:
-        reply = await reply_columns(engine, [{"role": "user", "content": turns[0]}], sampling[0])
-        texts, reasons = [reply["response"]], [reply["finish_reason"]]
-    rows = _rows(question, settings.label, texts, reasons)
-    return Outcome({"bench_answers": rows}, [(f"the model {settings.label}", "error" not in reasons)])
+    turns = item.row["turns"]
+    sampling = [settings.sampling(item.row, turn) for turn, _ in enumerate(turns, 1)]
+    conversation = await answer_turns(engine, turns, sampling)
+    rows = _rows(item.row, settings.label, conversation.turns, conversation.finish_reasons)
+    return Outcome(
+        {"bench_answers": rows}, [(f"the model {settings.label}", "error" not in conversation.finish_reasons)]
+    )
 
 
 ANSWER = Asking(
@@ -89,26 +84,16 @@ def answers(
     Args:
         train: the stage that makes the model's weights; its fingerprint stands for them.
     """
-    mt, alpaca, ifeval = settings.mt_bench, settings.alpaca_eval, settings.ifeval
-    given = _Answering(
-        label=label,
-        seed=settings.seed,
-        mt_bench=mt and MtBenchAnswering.part_of(mt),
-        alpaca_eval=alpaca and alpaca.sampling,
-        ifeval=ifeval and ifeval.sampling,
-    )
+    parts = {name: block.answering() for name, block in settings.chosen.items()}
+    given = _Answering(label=label, seed=settings.seed, parts=parts)
     name, inputs = f"bench-answers-{label}", {"questions": questions}
     return ANSWER.stage(name, given, model, inputs, group="bench-answers", train=train)
 
 
 def _rows(question: Row, model: str, texts: Sequence[str | None], reasons: Sequence[str]) -> list[Row]:
+    key = question_key(question, model)
     return [
-        {
-            **question_key(question, model),
-            "turn": turn,
-            "answer": text,
-            "finish_reason": reason,
-        }
+        {**key, "turn": turn, "answer": text, "finish_reason": reason}
         for turn, (text, reason) in enumerate(zip(texts, reasons, strict=True), 1)
     ]
 

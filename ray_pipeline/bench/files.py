@@ -10,12 +10,11 @@ import gzip
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ray_pipeline.pocket.bench_files import is_pocket, pocket_rows
-from ray_pipeline.store.keys import prompt_id
 
 _HUB = re.compile(r"hf://(datasets|spaces|models)/([\w.-]+/[\w.-]+?)(?:@([\w.-]+))?/(.+)")
 
@@ -130,18 +129,3 @@ def source_rows(source: str) -> list[dict[str, Any]]:
 
 #: A prompt file of this name is the project's own wording.
 OWN = "own"
-
-
-def question_row(benchmark: str, identifier: Any, position: int, turns: Sequence[str], **more: Any) -> dict[str, Any]:
-    """A row of the questions table (schema BENCH_QUESTIONS)."""
-    return {
-        "benchmark": benchmark,
-        "question_id": str(identifier),
-        "prompt_id": prompt_id([{"role": "user", "content": turns[0]}]),
-        "position": position,
-        "category": "",
-        "turns": list(turns),
-        "references": None,
-        "checks": None,
-        **more,
-    }

@@ -1,33 +1,37 @@
-"""Verdicts of judge models on the answers to public benchmarks, one stage per judge model."""
+"""Verdicts on the answers to benchmarks: one stage per judge model, and one per benchmark that a program checks."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from ray_pipeline.bench.alpaca_eval.judging import AlpacaEvalJudging
-from ray_pipeline.bench.mt_bench.judging import MtBenchJudging
-from ray_pipeline.bench.questions import BenchmarkJudging, BenchmarksSettings
-from ray_pipeline.bench.schemas import BENCHMARK_TABLES
+from ray_pipeline.bench.benchmark import Checking, Judging
+from ray_pipeline.bench.files import BenchmarkFileError
+from ray_pipeline.bench.settings import BenchmarksSettings
 from ray_pipeline.bench.tables import answers_by_key, question_key
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.base import ChatEngine
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.asking import Asking, Outcome, Row, ShardTables, reply_status
-from ray_pipeline.graph.stage import Stage
+from ray_pipeline.graph.stage import BadInput, ShardInput, ShardOutput, ShardWork, Stage
+from ray_pipeline.store.schemas import TABLES, to_table
+
+
+def _answers(shard: ShardTables) -> dict[tuple[str, str, str], list[Row]]:
+    return answers_by_key(row for table in shard.under("answers/") for row in table.to_pylist())
 
 
 class _Judging(Settings):
-    judge: str
-    mt_bench: MtBenchJudging | None
-    alpaca_eval: AlpacaEvalJudging | None
+    """A judge, and by benchmark what it judges (`Judging`), in order."""
 
-    @property
-    def parts(self) -> dict[str, BenchmarkJudging]:
-        """What this judge judges by benchmark, in order."""
-        parts: dict[str, BenchmarkJudging | None] = {"mt_bench": self.mt_bench, "alpaca_eval": self.alpaca_eval}
-        return {name: part for name, part in parts.items() if part is not None}
+    judge: str
+    parts: dict[str, Any]
+
+    def decisive(self, exclude: Collection[str] = ()) -> dict[str, Any]:
+        # Fingerprints of stored runs have these two, null where this judge does not judge them.
+        parts = {name: part.decisive() for name, part in self.parts.items()}
+        return {"judge": self.judge, "mt_bench": None, "alpaca_eval": None, **parts}
 
 
 class _Judgement(NamedTuple):
@@ -43,7 +47,7 @@ class _Judgement(NamedTuple):
 
 def _judgements(shard: ShardTables, settings: _Judging) -> Iterator[_Judgement]:
     """Per table ordered by question, then by the models' names."""
-    answers = answers_by_key(shard.under("answers/"))
+    answers = _answers(shard)
     models = sorted({model for _, _, model in answers})
     questions = shard.rows("questions")
     for benchmark, part in settings.parts.items():
@@ -58,24 +62,17 @@ def _judgements(shard: ShardTables, settings: _Judging) -> Iterator[_Judgement]:
 
 
 async def _judge(engine: ChatEngine, settings: _Judging, item: _Judgement) -> Outcome:
-    part = settings.parts[item.question["benchmark"]]
-    rows = await part.judge(engine, item.table, item.question, item.answers, item.against)
+    part: Judging = settings.parts[item.question["benchmark"]]
+    rows = await part.verdicts(engine, item.table, item.question, item.answers, item.against)
     replies = reply_status(f"the benchmark judge {settings.judge}", *(row["parse_status"] for row in rows))
     return Outcome({item.table: [{**row, **question_key(item.question, item.model)} for row in rows]}, replies)
 
 
-_ROLES = {
-    "bench_ratings": "benchmark-judge/mt_bench",
-    "bench_comparisons": "benchmark-judge/mt_bench/pairwise",
-    "bench_preferences": "benchmark-judge/alpaca_eval",
-}
+def _role(settings: _Judging, item: _Judgement) -> str:
+    return f"benchmark-judge/{item.question['benchmark']}{'/pairwise' if item.against else ''}"
 
-JUDGE = Asking(
-    tables={kind: BENCHMARK_TABLES[kind] for kind in _ROLES},
-    items=_judgements,
-    ask=_judge,
-    role=lambda settings, item: _ROLES[item.table],
-)
+
+JUDGE = Asking(tables={}, items=_judgements, ask=_judge, role=_role)
 
 
 def judge_stages(
@@ -91,12 +88,59 @@ def judge_stages(
     """
     stages = []
     for key in settings.judges:
-        parts: dict[str, Any] = {"mt_bench": None, "alpaca_eval": None}
-        for name, block in settings.chosen.items():
-            if any(judge == key for judge, _ in block.judged().values()):
-                parts[name] = block.judging()
-        judging = _Judging(judge=key, **parts)
+        parts = {
+            name: block.judging()
+            for name, block in settings.chosen.items()
+            if any(judge == key for judge, _ in block.judged().values())
+        }
+        judging = _Judging(judge=key, parts=parts)
         kinds = [kind for part in judging.parts.values() for kind in part.tables()]
-        asking = dataclasses.replace(JUDGE, tables={kind: JUDGE.tables[kind] for kind in kinds})
+        asking = dataclasses.replace(JUDGE, tables={kind: TABLES[kind] for kind in kinds})
         stages.append(asking.stage(f"bench-judge-{key}", judging, judges[key], dict(inputs), group="bench-judge"))
     return stages
+
+
+class _Checking(NamedTuple):
+    benchmark: str
+    part: Checking
+
+
+def check_stages(settings: BenchmarksSettings, inputs: Mapping[str, Stage]) -> list[Stage]:
+    """One stage per benchmark that is checked without a model; inputs as in `judge_stages`.
+
+    Raises:
+        BenchmarkFileError: a checker is not installed.
+    """
+    stages = []
+    for name, block in settings.chosen.items():
+        if (part := block.checking()) is not None:
+            stage = Stage(
+                name="bench-checks" if name == "ifeval" else f"bench-checks-{name}",  # as stored runs call it
+                group="bench-judge",
+                work=ShardWork(function=check_shard, tables=(part.table,), settings=_Checking(name, part)),
+                config=part.decisive(),
+                inputs=dict(inputs),
+            )
+            stages.append(stage)
+    return stages
+
+
+def check_shard(given: ShardInput) -> ShardOutput:
+    """The verdicts of one shard, ordered by model, then as the questions are.
+
+    Raises:
+        BadInput: a checker is missing on this node, or cannot decide about a question.
+    """
+    settings: _Checking = given.settings
+    questions = [q for q in given.tables["questions"].to_pylist() if q["benchmark"] == settings.benchmark]
+    answers = _answers(ShardTables(given.tables, given.facts))
+    rows: list[Row] = []
+    for model in sorted({model for _, _, model in answers}):
+        for question in questions:
+            try:
+                found = settings.part.verdicts(question, answers[settings.benchmark, question["question_id"], model])
+            except BenchmarkFileError as error:
+                raise BadInput(str(error)) from error
+            rows += [{**row, **question_key(question, model)} for row in found]
+        given.tick(len(questions))
+    return ShardOutput({settings.part.table: to_table(rows, TABLES[settings.part.table])})

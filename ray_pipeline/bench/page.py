@@ -25,11 +25,7 @@ def benchmarks_page(document: Mapping[str, Any]) -> Page:
     """The page of benchmarks.json."""
     scores = document["scores"]
     sections = [Section("scores", "Scores", benchmark_blocks(scores))]
-    for key, title in (
-        ("readings", "How answers were read"),
-        ("mt_bench_categories", "MT-Bench by category"),
-        ("ifeval_types", "IFEval by family and type"),
-    ):
+    for key, title in {"readings": "How answers were read", **document.get("tables", {})}.items():
         if document.get(key):
             sections.append(Section(key, title, [_plain_table(document[key])]))
     if document.get("protocols"):

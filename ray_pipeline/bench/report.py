@@ -6,16 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from pydantic import Field
 
 from ray_pipeline.agents.templates import TemplateError
 from ray_pipeline.agreement.panel import FAMILIES, family
 from ray_pipeline.bench.answers import FLOOR
+from ray_pipeline.bench.benchmark import Judge, Measurement, Reading, Score
 from ray_pipeline.bench.files import BenchmarkFileError
-from ray_pipeline.bench.ifeval.checkers import CheckersMissing
-from ray_pipeline.bench.questions import BenchmarksSettings, content_digests
-from ray_pipeline.bench.scores import Judge, Measurement, Reading, Score
+from ray_pipeline.bench.page import figure
+from ray_pipeline.bench.questions import content_digests
+from ray_pipeline.bench.settings import BenchmarksSettings
+from ray_pipeline.bench.table import BenchmarkPage, write_benchmarks
 from ray_pipeline.bench.tables import Tables
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.models import ModelSettings
@@ -28,7 +29,8 @@ from ray_pipeline.store.local import written_here
 from ray_pipeline.store.schemas import READ_STATUSES
 
 MAX_FLIP_RATE = 0.3
-_JUDGED = {"bench_ratings", "bench_comparisons", "bench_preferences", "bench_checks"}
+#: Kinds of table that have no verdicts.
+_UNJUDGED = {"bench_questions", "bench_answers"}
 MAX_UNREAD = 0.05
 
 
@@ -84,8 +86,6 @@ def report_stage(page: BenchmarksPage, stages: Sequence[Stage], *, view: str, na
     Raises:
         BenchmarkFileError: a file of the length control is missing.
     """
-    alpaca = page.benchmarks.alpaca_eval
-    sources = {} if alpaca is None else {"gamed": alpaca.gamed, "difficulties": alpaca.difficulties}
     return Stage(
         name=name,
         group=name,
@@ -94,7 +94,7 @@ def report_stage(page: BenchmarksPage, stages: Sequence[Stage], *, view: str, na
         work=WholeWork(function=write_scores, settings=page),
         config=page.decisive(exclude={"run_name"}),
         inputs={stage.name: stage for stage in stages},
-        external=content_digests({key: source for key, source in sources.items() if source is not None}),
+        external=content_digests(page.benchmarks.score_sources()),
     )
 
 
@@ -102,10 +102,8 @@ def write_scores(given: WholeInput) -> dict[str, Any]:
     try:
         with written_here(given.folder) as folder:
             scores = _build(given.inputs, given.settings, folder)
-    except (BenchmarkFileError, TemplateError, CheckersMissing) as error:
+    except (BenchmarkFileError, TemplateError) as error:
         raise BadInput(str(error)) from error
-    from ray_pipeline.bench.page import figure
-
     for score in scores:
         given.log(f"{score.model}: {score.name.text} ({score.metric}) {figure(vars(score))}")
     headline = {f"{s.model}: {s.benchmark} {s.metric}": s.value for s in scores}
@@ -118,46 +116,34 @@ def rewrite_page(run: Run) -> Folder:
     Raises:
         StoreError: no question was answered yet.
     """
-    if not any(_JUDGED & set(result.tables) for result in run.results.values()):
+    kinds = {kind for result in run.results.values() for kind in result.tables if kind.startswith("bench_")}
+    if not kinds - _UNJUDGED:
         raise StoreError(f"{run.folder.location} has judged no benchmark yet; run the same command again first")
     page, name = BenchmarksPage.model_validate(run.page), run.page_folder("benchmarks")
     try:
         with written_here(run.folder / name) as folder:
             _build(run.results, page, folder)
-    except (BenchmarkFileError, TemplateError, CheckersMissing) as error:
+    except (BenchmarkFileError, TemplateError) as error:
         raise StoreError(str(error)) from error
     return run.show("report", name)
 
 
 def _build(results: Mapping[str, StageResult], page: BenchmarksPage, folder: Path) -> list[Score]:
-    from ray_pipeline.bench.table import BenchmarkPage, write_benchmarks
-
-    chosen = page.benchmarks
-    run = Measurement(
-        tables=Tables(results),
-        names=[*page.models, *(FLOOR + floor for floor in chosen.floors)],
-        judges={key: Judge(judge.identity, judge.setup) for key, judge in page.judges.items()},
-        draws=chosen.draws,
-        seed=chosen.seed,
-    )
-    parts = [block.scores(run) for block in chosen.chosen.values()]
-    scores = [score for part in parts for score in part.scores]
-    readings = [reading for part in parts for reading in part.readings]
-    tables = {name: rows for part in parts for name, rows in part.tables.items()}
-    instructions = tables.get("alpaca_eval_instructions")
-    shown = BenchmarkPage(
-        name=page.run_name,
-        models=run.names,
-        scores=scores,
-        readings=readings,
-        facts=_facts(page),
-        warnings=list(_warnings(page, scores, readings)),
-        categories=tables.get("mt_bench_categories", []),
-        types=tables.get("ifeval_types", []),
-        instructions=pa.concat_tables(instructions) if instructions else None,
-    )
+    chosen, tables = page.benchmarks, Tables(results)
+    names = [*page.models, *(FLOOR + floor for floor in chosen.floors)]
+    judges = {key: Judge(judge.identity, judge.setup) for key, judge in page.judges.items()}
+    shown = BenchmarkPage(name=page.run_name, models=names, facts=_facts(page))
+    for name, block in chosen.chosen.items():
+        part = block.scores(Measurement(name, tables, names, judges, chosen.draws, chosen.seed))
+        shown.scores += part.scores
+        shown.readings += part.readings
+        for table, rows in part.tables.items():
+            shown.tables[f"{name}_{table}"] = rows
+            if table in block.titles:
+                shown.titles[f"{name}_{table}"] = block.titles[table]
+    shown.warnings += _warnings(page, shown.scores, shown.readings)
     write_benchmarks(shown, folder)
-    return scores
+    return shown.scores
 
 
 # --- warnings ---------------------------------------------------------------------------------------------------------
@@ -193,12 +179,12 @@ def _warnings(page: BenchmarksPage, scores: Sequence[Score], readings: Sequence[
         unread = asked - sum(reading.statuses.get(status, 0) for status in (*READ_STATUSES, "answered"))
         if asked and unread / asked > MAX_UNREAD:
             yield f"{reading.benchmark}, {reading.model}: {unread} of {asked} could not be read."
-    yield from _floor_warnings(scores)
+    yield from _floor_warnings(page.benchmarks, scores)
 
 
-def _floor_warnings(scores: Sequence[Score]) -> Iterator[str]:
+def _floor_warnings(benchmarks: BenchmarksSettings, scores: Sequence[Score]) -> Iterator[str]:
     """A judged benchmark on which a floor does as well as a model measures its judge's weakness."""
-    judged = [s for s in scores if s.benchmark != "ifeval" and s.value is not None]
+    judged = [s for s in scores if benchmarks.chosen[s.benchmark].judged() and s.value is not None]
     for floor in (s for s in judged if s.model.startswith(FLOOR)):
         beaten = [
             s.model

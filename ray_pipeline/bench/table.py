@@ -12,8 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.csv
 
+from ray_pipeline.bench.benchmark import Reading, Score
 from ray_pipeline.bench.page import Line, benchmarks_page, figure, table_lines, table_rows
-from ray_pipeline.bench.scores import Reading, Score
 from ray_pipeline.report.documents import as_json
 from ray_pipeline.report.escaping import one_line
 from ray_pipeline.report.markdown import markdown_table
@@ -25,26 +25,25 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class BenchmarkPage:
     """Everything that the page shows.
 
     Attributes:
         models: in the order of the columns, floors last.
         facts: lines about the run.
-        categories, types: MT-Bench by category and turn, IFEval by type; rows of plain values.
-        instructions: AlpacaEval's per-instruction table over all models, or None.
+        tables: the benchmarks' own tables by name: rows of plain values, or Arrow tables (in a CSV file alone).
+        titles: name of such a table → its title on the page.
     """
 
     name: str
     models: Sequence[str]
-    scores: Sequence[Score]
-    readings: Sequence[Reading]
     facts: Mapping[str, str]
-    warnings: Sequence[str]
-    categories: Sequence[Mapping[str, Any]] = ()
-    types: Sequence[Mapping[str, Any]] = ()
-    instructions: pa.Table | None = None
+    scores: list[Score] = dataclasses.field(default_factory=list)
+    readings: list[Reading] = dataclasses.field(default_factory=list)
+    warnings: list[str] = dataclasses.field(default_factory=list)
+    tables: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+    titles: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def write_benchmarks(page: BenchmarkPage, folder: Path) -> list[Path]:
@@ -57,14 +56,8 @@ def write_benchmarks(page: BenchmarkPage, folder: Path) -> list[Path]:
         "benchmarks.md": markdown_table(["score", *page.models], table_rows(page.models, lines)) + "\n",
         "benchmarks.tex": latex_table(page.models, lines),
     }
-    if page.categories:
-        numbers["mt_bench_categories.csv"] = _csv(page.categories, tuple(page.categories[0]))
-    if page.types:
-        numbers["ifeval_types.csv"] = _csv(page.types, tuple(page.types[0]))
-    if page.instructions is not None:
-        table = io.BytesIO()
-        pyarrow.csv.write_csv(page.instructions, table)
-        numbers["alpaca_eval_instructions.csv"] = table.getvalue().decode()
+    for name, rows in page.tables.items():
+        numbers[f"{name}.csv"] = _arrow_csv(rows) if isinstance(rows[0], pa.Table) else _csv(rows, tuple(rows[0]))
     return write_page(benchmarks_page(document), numbers, folder)
 
 
@@ -114,6 +107,12 @@ def _csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
     return out.getvalue()
 
 
+def _arrow_csv(tables: Sequence[pa.Table]) -> str:
+    out = io.BytesIO()
+    pyarrow.csv.write_csv(pa.concat_tables(tables), out)
+    return out.getvalue().decode()
+
+
 def _document(page: BenchmarkPage) -> dict[str, Any]:
     return {
         "name": page.name,
@@ -123,6 +122,6 @@ def _document(page: BenchmarkPage) -> dict[str, Any]:
         "scores": [_flat(s) for s in page.scores],
         "readings": page.readings,
         "protocols": {s.name.fingerprint: s.protocol for s in page.scores},
-        "mt_bench_categories": page.categories,
-        "ifeval_types": page.types,
+        "tables": page.titles,
+        **{name: page.tables[name] for name in page.titles},
     }

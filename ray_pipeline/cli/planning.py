@@ -99,7 +99,7 @@ def regate(
 
     Shows labels, kept rows, pairs and class balance of the old thresholds against the new ones. With --write the gate
     and the datasets are rebuilt, and the run folder's `datasets` points at them; a policy that was trained on the old
-    ones stays as it is until the next `quorum run`.
+    ones stays as it is until the next `quorum run`. Works for every workflow with a gate.
 
     Examples: `quorum regate runs/pocket gate.tau=1.5`, then
     `quorum regate runs/pocket gate.tau=1.5 gate.desirable_at=8 --write`.
@@ -116,7 +116,7 @@ def regate(
             say("dry run, nothing written; pass --write to rebuild the gate and datasets")
             return
         try:
-            gating.write(given, say)
+            gating.write(given, Console(soft_wrap=True))
         except StageStop as error:
             complain(error)
             raise typer.Exit(STAGE_FAILED) from error

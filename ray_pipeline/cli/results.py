@@ -68,7 +68,7 @@ def _print_part(part: Part, names: tuple[str, str]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from ray_pipeline.report.escaping import visible
+    from ray_pipeline.store.outside import visible
 
     table = Table(title=part.title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     table.add_column("", overflow="fold")

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ray_pipeline.store.outside import shown
 from ray_pipeline.workflow.registry import workflow_names
 
 #: Exit codes.
@@ -33,13 +34,13 @@ _err = Console(stderr=True, soft_wrap=True)
 
 
 def say(text: str) -> None:
-    """Print a line of plain text: output of models and servers is never markup."""
-    Console(soft_wrap=True).print(text, markup=False, highlight=False)
+    """Print a line of plain text: output of models and servers is never markup, and keys are removed."""
+    Console(soft_wrap=True).print(shown(text), markup=False, highlight=False)
 
 
 def complain(message: object) -> None:
     """Print a line on standard error."""
-    _err.print(f"quorum: {message}", markup=False, highlight=False)
+    _err.print(shown(f"quorum: {message}"), markup=False, highlight=False)
 
 
 @contextlib.contextmanager

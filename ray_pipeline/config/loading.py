@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from ray_pipeline.config.messages import ConfigError, explain
 from ray_pipeline.config.settings import ConfigFile
+from ray_pipeline.store.secrets import redact, secret_in
 
 C = TypeVar("C", bound=ConfigFile)
 
@@ -44,15 +45,18 @@ def read_config(kind: type[C], values: Mapping[str, Any], overrides: Sequence[st
         source: named in errors.
 
     Raises:
-        ConfigError: as `load_config`.
+        ConfigError: as `load_config`, and for a key or password in any value.
     """
     changed = copy.deepcopy(dict(values))
     for override in overrides:
         apply_override(changed, override)
     try:
-        return kind.model_validate(kind.resolve(changed))
+        config = kind.model_validate(kind.resolve(changed))
     except ValidationError as error:
         raise ConfigError(explain(error, kind, source)) from error
+    if problem := secret_in(changed):
+        raise ConfigError(f"{source}: {problem}")
+    return config
 
 
 def read_yaml(name_or_path: str) -> dict[str, Any]:
@@ -96,11 +100,11 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     """Set the key of `key=value` in place. Raises ConfigError."""
     key, sign, text = override.partition("=")
     if not sign or not key:
-        raise ConfigError(f"{override!r} is not an override; write key=value, for example gate.tau=2")
+        raise ConfigError(f"{redact(override)!r} is not an override; write key=value, for example gate.tau=2")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{key}: {text!r} is not a YAML value ({error})") from error
+        raise ConfigError(f"{key}: {redact(text)!r} is not a YAML value") from error
     place: Any = values
     *path, last = key.split(".")
     for step in path:

@@ -8,6 +8,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from ray_pipeline.store.secrets import redact
+
 
 class ConfigError(ValueError):
     """The configuration cannot be used. Each line of the message names a key and a remedy."""
@@ -20,7 +22,7 @@ def explain(error: ValidationError, kind: type[BaseModel], source: str) -> str:
         kind: class that refused the values; its keys are the suggestions.
         source: file or command that the values come from.
     """
-    return f"{source}: " + "; ".join(_line(problem, kind) for problem in error.errors())
+    return redact(f"{source}: " + "; ".join(_line(problem, kind) for problem in error.errors()))
 
 
 def first_problem(error: ValidationError) -> str:
@@ -28,7 +30,7 @@ def first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"])
     message = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}" if where else message
+    return redact(f"{where}: {message}" if where else message)
 
 
 def nearest(name: str, known: Iterable[Any]) -> str:

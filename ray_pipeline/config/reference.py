@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from ray_pipeline.config.settings import Settings
+from ray_pipeline.store.markdown import cell
 
 _HEAD = """# Configuration
 
@@ -77,7 +78,7 @@ def _table(block: type[BaseModel]) -> str:
     lines = ["| key | value | default | meaning |", "|---|---|---|---|"]
     for name, field in block.model_fields.items():
         cells = (f"`{name}`", _type(field.annotation, field), _default(field), description_of(field))
-        lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
+        lines.append("| " + " | ".join(cell(text) for text in cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -137,7 +138,3 @@ def _repeats(annotation: Any) -> str:
     if get_origin(annotation) in (list, tuple):
         return "[]"
     return ".*" if get_origin(annotation) is dict else ""
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")

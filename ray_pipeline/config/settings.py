@@ -6,19 +6,28 @@ import collections
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal, Self, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
 from ray_pipeline.store.keys import canonical_json
+from ray_pipeline.store.secrets import secret_in
 
 
 class Settings(BaseModel):
-    """A block of the YAML file. Unknown keys are errors; errors never show a block, which may contain an API key."""
+    """A block of the YAML file. Unknown keys are errors, and so is a key or password in a free-form mapping."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), hide_input_in_errors=True
     )
+
+    @model_validator(mode="after")
+    def _no_keys(self) -> Self:
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, Mapping) and (problem := secret_in({name: value})):
+                raise ValueError(problem)
+        return self
 
     @classmethod
     def part_of(cls, whole: Settings, **more: Any) -> Self:

@@ -18,6 +18,7 @@ from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.data.rows import Rows, flat_counts, gather, one_array, refuse_repeats
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import unit_hash
+from ray_pipeline.store.markdown import key_table
 from ray_pipeline.store.schemas import TABLES
 
 #: Key columns of each kind of row.
@@ -233,30 +234,21 @@ def _card(kind: str, stats: Mapping[str, Any], license: str, origin: str | None)
         f'data = load_dataset("path/to/{kind}")  # splits: {", ".join(f["split"] for f in files) or "none, no row"}',
         "```",
         "",
-        *_markdown("Columns", columns),
-        *_markdown("Rows", rows),
-        *_markdown("Kept and left out", flat_counts(counts, between=": ")),
-        *(_markdown("Gate", gate) if gate else ()),
-        *_markdown("Limits and order", stats["settings"]),
+        *key_table("Columns", columns),
+        *key_table("Rows", rows),
+        *key_table("Kept and left out", flat_counts(counts, between=": ")),
+        *(key_table("Gate", gate) if gate else ()),
+        *key_table("Limits and order", stats["settings"]),
     ]
     if kind == "kto":
         weights = stats["kto_weights"] or {"none": "a class is empty, KTO cannot be trained"}
-        lines += _markdown("Class weights for KTO", weights)
-    lines += _markdown("Made from", {**stats["lineage"], "datasets": stats["fingerprint"]})
+        lines += key_table("Class weights for KTO", weights)
+    lines += key_table("Made from", {**stats["lineage"], "datasets": stats["fingerprint"]})
     return "\n".join(lines)
 
 
 def _consensus(judges: Sequence[str]) -> str:
     return f"Preference data by consensus of {len(judges)} LLM judges ({', '.join(judges)})"
-
-
-def _markdown(title: str, values: Mapping[str, Any]) -> list[str]:
-    return [f"## {title}", "", "| | |", "|---|---|", *(f"| {k} | {_cell(v)} |" for k, v in values.items()), ""]
-
-
-def _cell(value: Any) -> str:
-    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def _size_category(rows: int) -> str:

@@ -37,21 +37,6 @@ class _FilesGiven(Settings):
     origin: str | None
 
 
-def datasets(
-    settings: DatasetsConfig,
-    gate_settings: GateConfig,
-    judges: Sequence[str],
-    policy: ModelSettings,
-    prompts: Stage,
-    candidates: Stage,
-    verdicts: Sequence[Stage],
-    decisions: Stage,
-) -> Stage:
-    """Training files, in two steps: rows shard by shard, then one writer over the kept rows."""
-    rows = dataset_rows(settings, judges, policy, prompts, candidates, verdicts, decisions)
-    return dataset_files(settings, gate_settings, judges, rows)
-
-
 def dataset_rows(
     settings: DatasetsConfig,
     judges: Sequence[str],

@@ -16,6 +16,7 @@ from typing import Literal
 
 from ray_pipeline.engines.base import EngineError, EngineStop, PromptTooLong
 from ray_pipeline.engines.endpoint_error_bodies import read_error
+from ray_pipeline.store.outside import shown
 
 _QUOTE = 300  # characters of a server's message that are shown
 
@@ -114,7 +115,7 @@ def clean(text: str, key: str | None) -> str:
     """A server's message, shortened and without the API key, whole or masked."""
     if key:
         text = text.replace(key, "***")
-    text = " ".join(_KEY.sub("***", text).split())
+    text = " ".join(shown(_KEY.sub("***", text)).split())
     return text if len(text) <= _QUOTE else text[:_QUOTE] + "…"
 
 

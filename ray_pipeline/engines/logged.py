@@ -30,6 +30,7 @@ from ray_pipeline.engines.usage import Usage
 from ray_pipeline.store.calls import CallWriter, model_folder, read_calls
 from ray_pipeline.store.files import Folder, StoreError
 from ray_pipeline.store.keys import bucket_of, call_key
+from ray_pipeline.store.outside import storable, token_count
 
 logger = logging.getLogger("quorum.calls")
 
@@ -219,11 +220,16 @@ class LoggedEngine:
             # Raising immediately would cancel this shard's calls in progress.
             await self._idle.wait()
             raise BudgetSpent(self._stopped or "stopped")
-        # An unpaired surrogate, which JSON from an endpoint can contain, cannot be stored as UTF-8: one such reply must
-        # not fail a whole shard.
-        text = completion.text.encode("utf-8", "replace").decode()
-        latency = completion.latency_s or time.monotonic() - begin
-        return dataclasses.replace(completion, text=text, latency_s=latency)
+        # What is returned must be what the log returns after a resume, so it is made storable here.
+        return dataclasses.replace(
+            completion,
+            text=storable(completion.text),
+            finish_reason=storable(completion.finish_reason),
+            prompt_tokens=token_count(completion.prompt_tokens),
+            completion_tokens=token_count(completion.completion_tokens),
+            cached_tokens=token_count(completion.cached_tokens),
+            latency_s=completion.latency_s or time.monotonic() - begin,
+        )
 
     @staticmethod
     def _fail(future: asyncio.Future[Completion], error: BaseException) -> None:

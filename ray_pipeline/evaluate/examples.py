@@ -20,9 +20,9 @@ from markupsafe import Markup
 
 from ray_pipeline.evaluate.data import ReportData
 from ray_pipeline.evaluate.excerpts import as_text
-from ray_pipeline.report.escaping import visible
 from ray_pipeline.report.page import Packed
 from ray_pipeline.store.keys import unit_hash
+from ray_pipeline.store.outside import visible
 from ray_pipeline.store.schemas import LABELS
 
 #: Number of candidates shown although they are not kept (smallest seeded hashes).

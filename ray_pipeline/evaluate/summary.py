@@ -9,7 +9,7 @@ from ray_pipeline.evaluate.data import ReportData
 from ray_pipeline.evaluate.headline import Headline
 from ray_pipeline.evaluate.metrics import RunMetrics, dataset_rows, prefix_hit_rate, total_use
 from ray_pipeline.report.documents import as_json
-from ray_pipeline.report.escaping import visible
+from ray_pipeline.store.outside import visible
 from ray_pipeline.store.schemas import LABELS
 
 

@@ -41,6 +41,7 @@ class RunSettings:
         given: what of it was set and is no default, for commands that read it back.
         report: what the report needs beside the tables, kept in the manifest so that it can be rewritten.
         workflow: name or file by which `find_workflow` finds the workflow again; default: the name of the DAG.
+        partial: the DAG is a part of the stored run's; the manifest keeps the entries of the other stages.
         lift_quarantine: retry quarantined shards of `session.only`.
         budget: limit over all sessions.
         log_json: log as JSON lines, on the terminal and in logs/TIMESTAMP.jsonl.
@@ -52,6 +53,7 @@ class RunSettings:
     given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     report: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     workflow: str = ""
+    partial: bool = False
     lift_quarantine: bool = False
     budget: Budget = dataclasses.field(default_factory=Budget)
     log_json: bool = False
@@ -102,7 +104,7 @@ def execute(
             "num_shards": session.num_shards,
             "calls_root": session.calls_root,
         }
-        books = _Books(folder, Manifest(folder, dag, settings.config, head), log, results)
+        books = _Books(folder, Manifest(folder, dag, settings.config, head, settings.partial), log, results)
         width = max(len(stage.name) for stage in wanted)
         for stage in wanted:
             state = "done before" if stage.name in results else "to do"

@@ -14,6 +14,7 @@ from pydantic import Field
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.graph.stage import StageStop
 from ray_pipeline.store.files import Folder, StoreError
+from ray_pipeline.store.outside import shown
 
 _NAME = "_failures.json"
 #: Characters of an error that are kept: a reader wants the reason, not a page of what a server said.
@@ -90,7 +91,7 @@ def write_failures(stage: Folder, failures: dict[int, ShardFailure]) -> None:
 def failed_again(before: ShardFailure | None, shard: int, error: str, quarantine_after: int) -> ShardFailure:
     """The record of a shard that was given up once more."""
     failures = (before.failures if before else 0) + 1
-    return ShardFailure(shard, failures, error[:_MOST], failures >= quarantine_after)
+    return ShardFailure(shard, failures, shown(error)[:_MOST], failures >= quarantine_after)
 
 
 def lift_quarantine(stage: Folder) -> list[int]:

@@ -8,6 +8,8 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
+from ray_pipeline.store.secrets import redacted
+
 
 class JsonLines(logging.Formatter):
     """Formats a record with the attributes `stage`, `shard` and `data`, where it has them.
@@ -30,7 +32,7 @@ class JsonLines(logging.Formatter):
         line["message"] = record.getMessage()
         if record.exc_info:
             line["trace"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
+        return json.dumps(redacted(line), ensure_ascii=False, default=str)
 
 
 def stage_of(line: str, stages: Iterable[str]) -> str | None:

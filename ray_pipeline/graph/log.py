@@ -14,6 +14,7 @@ from rich.console import Console
 from ray_pipeline.graph.json_log import JsonLines, stage_of
 from ray_pipeline.graph.progress import LINE_SECONDS, Display, StageProgress
 from ray_pipeline.store.files import Folder, base_name, not_written
+from ray_pipeline.store.outside import shown
 
 logger = logging.getLogger("quorum")
 
@@ -23,6 +24,13 @@ class _LogFile(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass
+
+
+class _Lines(logging.Formatter):
+    """Lines of a log without keys."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))
 
 
 class RunLog:
@@ -41,12 +49,12 @@ class RunLog:
         self._shown = time.monotonic()
 
     def __enter__(self) -> RunLog:
-        formatter: logging.Formatter = logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s")
+        formatter: logging.Formatter = _Lines("%(asctime)s %(name)s %(levelname)s %(message)s")
         if self._json:
             formatter = JsonLines(base_name(self._folder.location))
-            shown = logging.StreamHandler(sys.stdout)
-            shown.setLevel(logging.DEBUG if self._debug else logging.INFO)
-            self._handlers.append(shown)
+            stream = logging.StreamHandler(sys.stdout)
+            stream.setLevel(logging.DEBUG if self._debug else logging.INFO)
+            self._handlers.append(stream)
         if self._folder.is_local:
             stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
             name = f"logs/{stamp}.{'jsonl' if self._json else 'log'}"
@@ -87,11 +95,12 @@ class RunLog:
                 logger.info(line, extra={"stage": stage["name"], "data": stage})
 
     def _write(self, level: int, line: str, shard: int | None) -> None:
-        logger.log(level, line, extra={"stage": stage_of(line, self.stages), "shard": shard})
+        logger.log(level, shown(line), extra={"stage": stage_of(line, self.stages), "shard": shard})
 
     def _show(self, line: str) -> None:
         if self._json:
             return
+        line = shown(line)
         if self.display is not None:
             self.display.say(line)
         else:

@@ -13,10 +13,13 @@ from ray_pipeline.graph.stage_work import Failure
 from ray_pipeline.graph.versions import git_revision, versions
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import digest
+from ray_pipeline.store.secrets import redacted
 
 #: Failed shards that the manifest lists; the stage's own record has all.
 _MOST_SHARDS = 100
 _PROGRESS_SECONDS = 2.0
+#: What an entry holds whether its stage is done or not.
+_IDENTITY = ("group", "role", "fingerprint", "path", "tables", "inputs")
 
 
 class Manifest:
@@ -25,10 +28,19 @@ class Manifest:
     Args:
         config: the resolved configuration.
         head: what else the manifest holds beside its stages.
+        partial: the DAG is a part of the stored run's; the entries of its other stages are kept.
     """
 
-    def __init__(self, folder: Folder, dag: Dag, config: Mapping[str, Any], head: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Folder,
+        dag: Dag,
+        config: Mapping[str, Any],
+        head: Mapping[str, Any],
+        partial: bool = False,
+    ) -> None:
         self._folder, self._dag = folder, dag
+        self._kept = _waiting(folder.read_json("manifest.json")["stages"], dag) if partial else {}
         self._last = 0.0
         folder.write_json("progress.json", [])  # what an earlier session did is over
         self._head = {
@@ -41,7 +53,7 @@ class Manifest:
         }
 
     def write(self, results: Mapping[str, StageResult], failures: Mapping[str, Failure]) -> None:
-        stages: dict[str, Any] = {}
+        stages = dict(self._kept)
         for stage in self._dag.stages:
             entry = stage_entry(stage)
             if stage.name in failures:
@@ -51,7 +63,7 @@ class Manifest:
             elif stage.name in results:
                 entry.update(status="done", **results[stage.name].plain())
             stages[stage.name] = entry
-        self._folder.write_json("manifest.json", {**self._head, "stages": stages})
+        self._folder.write_json("manifest.json", {**self._head, "stages": redacted(stages)})
 
     def progress(self, stages: list[dict[str, Any]], last: bool) -> None:
         if last or time.monotonic() - self._last >= _PROGRESS_SECONDS:
@@ -70,3 +82,17 @@ def stage_entry(stage: Stage) -> dict[str, Any]:
         "inputs": {role: parent.name for role, parent in stage.inputs.items()},
         "status": "waiting",
     }
+
+
+def _waiting(stored: Mapping[str, Mapping[str, Any]], dag: Dag) -> dict[str, Mapping[str, Any]]:
+    """The entries of a stored run; a stage outside the DAG waits again if it was made, directly or through others, from
+    an output that the DAG changes. Its folder stays, and so does its path."""
+    made = {stage.name: stage.fingerprint for stage in dag.stages}
+    changed = {name for name, new in made.items() if name not in stored or stored[name]["fingerprint"] != new}
+    entries: dict[str, Mapping[str, Any]] = {}
+    for name, entry in stored.items():  # every stage comes after those that it reads
+        if name not in made and changed & set(entry.get("inputs", {}).values()):
+            changed.add(name)
+            entry = {key: entry[key] for key in _IDENTITY if key in entry} | {"status": "waiting"}
+        entries[name] = entry
+    return entries

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
-
-import pyarrow as pa
+from typing import TYPE_CHECKING, Any
 
 from ray_pipeline.engines.usage import Usage
-from ray_pipeline.graph.stage import StageRef, StageResult
+from ray_pipeline.graph.stage import Stage, StageRef, StageResult, StageStop, WholeInput, WholeWork
 from ray_pipeline.store.files import Folder, StoreError, point_at
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +131,27 @@ class Run:
         return self.stages[stage].path if stage in self.results else f"report-{self.config_digest}"
 
 
+def stored_stages(run: Run) -> dict[str, Stage]:
+    """The stages of a stored run by name, to be read by new ones. Their fingerprints are the manifest's, not computed
+    from settings, so that the weights that made them need not be here."""
+    stages: dict[str, Stage] = {}
+    for name, record in run.stages.items():
+        stages[name] = Stage(
+            name=name,
+            work=WholeWork(_not_again, tables=record.tables),
+            config=None,
+            inputs={role: stages[parent] for role, parent in record.inputs.items()},
+            group=record.group,
+            role=record.role,
+        )
+        vars(stages[name])["fingerprint"] = record.fingerprint  # where the cached property keeps it
+    return stages
+
+
+def _not_again(given: WholeInput) -> dict[str, Any]:
+    raise StageStop(f"its output in {given.folder.location} is incomplete; use `quorum run` to make it")
+
+
 def of_role(results: Mapping[str, StageResult], *roles: str) -> list[StageResult]:
     """The results of these roles, ordered by name."""
     return sorted((r for r in results.values() if r.role in roles), key=lambda result: result.name)
@@ -138,7 +160,11 @@ def of_role(results: Mapping[str, StageResult], *roles: str) -> list[StageResult
 def table_of(results: Mapping[str, StageResult], *roles: str) -> pa.Table | None:
     """The tables of these roles as one, or None when no such stage is done."""
     tables = [result.table().read_all() for result in of_role(results, *roles)]
-    return pa.concat_tables(tables) if tables else None
+    if not tables:
+        return None
+    import pyarrow as pa
+
+    return pa.concat_tables(tables)
 
 
 def read_run(location: str) -> Run:

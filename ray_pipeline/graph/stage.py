@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import Any
-
-import pyarrow as pa
+from typing import TYPE_CHECKING, Any
 
 from ray_pipeline.config.settings import refuse_repeated
-from ray_pipeline.engines.logged import LoggedEngine
 from ray_pipeline.engines.models import EngineFactory, Placement
 from ray_pipeline.engines.usage import Usage
 from ray_pipeline.extensions import digests_in
 from ray_pipeline.store.files import Folder, join
 from ray_pipeline.store.keys import fingerprint
-from ray_pipeline.store.tables import ShardedTable
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from ray_pipeline.engines.logged import LoggedEngine
+    from ray_pipeline.store.tables import ShardedTable
 
 
 class StageStop(RuntimeError):
@@ -178,6 +180,8 @@ class StageRef:
 
     def table(self, kind: str | None = None) -> ShardedTable:
         """The (only) table of the stage, or the one of a kind."""
+        from ray_pipeline.store.tables import ShardedTable
+
         if kind is None:
             (kind,) = self.tables
         folder = self.folder if len(self.tables) == 1 else join(self.folder, kind)

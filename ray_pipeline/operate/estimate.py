@@ -29,7 +29,7 @@ from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import call_key, digest
 
 #: Prompts of each split (questions of each benchmark) that are counted; more change a mean by less than rates are off.
-_SAMPLE = 128
+_SAMPLE = 64
 _WORD = "word "
 
 Count = Callable[[Sequence[Message]], int]
@@ -221,7 +221,7 @@ class _StandIns(LoggedEngine):
         self.identity = {"model": digest([dict(stage.external), engine, policy and policy.fingerprint])}
         self._estimate, self._weights, self._count, self._reply = estimate, weights, count, reply
         self._log = log
-        empty, number, words = (self._tokens(text) for text in ("", "1000 ", 100 * _WORD))
+        empty, number, words = (self._tokens(text) for text in ("", f"{0:05d} ", 100 * _WORD))
         self._word, self._number = max((words - empty) / 100, 0.01), number - empty
 
     def _tokens(self, text: str) -> int:
@@ -258,4 +258,4 @@ class _StandIns(LoggedEngine):
         return True if field.get("type") == "boolean" else field.get("minimum", 0)
 
     def _filler(self, tokens: float) -> str:
-        return f"{len(self._log)} {_WORD * round(max(tokens - self._number, 0) / self._word)}".rstrip()
+        return f"{len(self._log):05d} {_WORD * round(max(tokens - self._number, 0) / self._word)}".rstrip()

@@ -1,40 +1,47 @@
 """New thresholds on stored scores: a preview of what they would keep, then the gate and datasets rebuilt.
 
 Scores are read from the run's own tables; no model is asked, no engine or cluster starts. The labels come from the
-same function as in a run, and what is written carries the fingerprints that a run with these thresholds would give it.
+same function as in a run, and rebuilding is a run of the gate and dataset stages in this process, so what is written
+carries the fingerprints that a run with these thresholds would give it.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import yaml
+from rich.console import Console
 
 from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.data.dataset_files import kto_weights
-from ray_pipeline.data.datasets import datasets
-from ray_pipeline.data.decisions import gate
-from ray_pipeline.data.gate import GateConfig, decide, label_counts
-from ray_pipeline.graph.heartbeat import BEAT_SECONDS, Heartbeat
-from ray_pipeline.graph.in_process import make_here
-from ray_pipeline.graph.manifest import stage_entry
-from ray_pipeline.graph.results import Run, StageRecord
-from ray_pipeline.graph.resume import stage_folder
-from ray_pipeline.graph.session import Session
-from ray_pipeline.graph.stage import Stage, WholeWork
-from ray_pipeline.store.files import StoreError, point_at
-from ray_pipeline.store.keys import digest
+from ray_pipeline.data.decisions import decide_shard
+from ray_pipeline.data.gate import label_counts
+from ray_pipeline.data.scored import ScoredDataset
+from ray_pipeline.graph.driver import execute
+from ray_pipeline.graph.heartbeat import BEAT_SECONDS
+from ray_pipeline.graph.in_process import InProcessExecutor
+from ray_pipeline.graph.results import Run, of_role, stored_stages
+from ray_pipeline.graph.stage import Dag, ShardInput, ShardWork, Stage, StageStop
+from ray_pipeline.operate.run_settings import run_settings
+from ray_pipeline.store.files import StoreError
 from ray_pipeline.store.schemas import LABELS
+from ray_pipeline.workflow.config import RunConfig
+from ray_pipeline.workflow.registry import find_workflow
 from ray_pipeline.workflow.stored import config_of
 
-#: Blocks of the configuration that stored scores can be read again under.
-_BLOCKS = ("gate.", "datasets.")
+#: What a decision reads of each input; texts are left out.
+_COLUMNS = {
+    "candidates": ["candidate_id", "prompt_id", "k"],
+    "verdicts": ["candidate_id", "judge", "score", "parse_status"],
+    "critiques": ["candidate_id", "flawed", "parse_status"],
+}
+#: Label of a candidate that a dataset leaves out.
+_UNUSED = "unused"
 
 
 @dataclasses.dataclass
@@ -67,86 +74,137 @@ class Preview:
 
 
 @dataclasses.dataclass(frozen=True)
+class Sources:
+    """The stored stages that a dataset is made from."""
+
+    prompts: Stage
+    candidates: Stage
+    verdicts: list[Stage]
+    critiques: Stage | None
+
+    def decide(self, dataset: ScoredDataset) -> Stage:
+        return dataset.decide(self.candidates, self.verdicts, self.critiques)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """A dataset as it was and as it would be, over the same sources."""
+
+    sources: Sources
+    before: ScoredDataset
+    after: ScoredDataset
+
+
+@dataclasses.dataclass(frozen=True)
 class Regate:
-    """A run, its configuration as it was, and as it would be."""
+    """A run, its configuration with new thresholds, and its datasets by the stage that decides."""
 
     run: Run
-    before: Any
-    after: Any
+    config: RunConfig
+    datasets: dict[str, Rules]
 
 
 def regate(run: Run, overrides: Sequence[str]) -> Regate:
     """Read new thresholds.
 
     Raises:
-        ConfigError: a key outside `gate` and `datasets`, an unknown key, or a run of another workflow.
+        ConfigError: a key outside the thresholds, an unknown key, another set of datasets, or a run of a workflow
+            without a gate.
         StoreError: the run has no scores yet.
     """
-    if run.workflow != "dmapo":
+    workflow = find_workflow(run.reference)
+    if workflow.scored is None:
         raise ConfigError(
-            f"{run.folder.location} is a run of {run.workflow}; regate reads runs of dmapo. In a "
-            "comparison, change baselines.data and run it again: no call is repeated"
+            f"{run.folder.location} is a run of {run.workflow}, which has no gate; change its configuration and rerun "
+            "it: no call is repeated"
         )
     for override in overrides:
-        if not override.startswith(_BLOCKS):
+        if not override.startswith(workflow.thresholds):
+            keys = " and ".join(prefix.rstrip(".") for prefix in workflow.thresholds)
             raise ConfigError(
-                f"{override}: regate changes keys of gate and datasets alone, because stored scores answer no other; "
+                f"{override}: regate changes keys of {keys} alone, because stored scores answer no other; "
                 "`quorum run` takes every key and repeats no call"
             )
-    for name in ("prompts", "candidates", *_verdict_stages(run)):
+    config = config_of(run, overrides, "quorum regate")
+    before = {dataset.decisions: dataset for dataset in workflow.scored(config_of(run))}
+    after = {dataset.decisions: dataset for dataset in workflow.scored(config)}
+    if after.keys() != before.keys() or not after.keys() <= run.stages.keys():
+        raise ConfigError(
+            f"regate rebuilds the datasets that the run has ({', '.join(before)}), and adds and removes none; use "
+            "`quorum run` for others"
+        )
+    if not after:
+        raise StoreError(f"{run.folder.location} has no dataset made from its own scores, so there is nothing to gate")
+    stages = stored_stages(run)
+    return Regate(run, config, {key: Rules(_sources(run, stages, one), before[key], one) for key, one in after.items()})
+
+
+def _sources(run: Run, stages: Mapping[str, Stage], dataset: ScoredDataset) -> Sources:
+    """What the stored stages of a dataset read. Raises StoreError if one is not done."""
+    decided = run.stages[dataset.decisions].inputs
+    needed = {
+        "prompts": run.stages[dataset.rows].inputs["prompts"],
+        **{role: name for role, name in decided.items() if role != "critiques"},
+    }
+    for name in needed.values():
         if name not in run.results:
             raise StoreError(f"{run.folder.location}: {name} is not done yet, so there is nothing to gate")
-    before: Any = config_of(run)
-    after: Any = config_of(run, overrides, "quorum regate")
-    if after.gate.use_critic and "critic" not in run.results:
+    critiques = next((result.name for result in of_role(run.results, "critiques")), None)
+    if dataset.gate is not None and dataset.gate.use_critic and critiques is None:
         raise StoreError(f"{run.folder.location}: critic is not done; run it, or add gate.use_critic=false")
-    return Regate(run, before, after)
-
-
-def _verdict_stages(run: Run) -> list[str]:
-    return [name for name, stage in run.stages.items() if stage.role == "verdicts"]
+    return Sources(
+        stages[needed["prompts"]],
+        stages[needed["candidates"]],
+        [stages[name] for role, name in needed.items() if role.startswith("verdicts/")],
+        None if critiques is None else stages[critiques],
+    )
 
 
 # --- preview ----------------------------------------------------------------------------------------------------------
 
 
-def preview(given: Regate) -> Preview:
-    """Count both sides, one shard in memory at a time."""
-    sides = {name: Side(dict.fromkeys(LABELS, 0), 0) for name in ("old", "new")}
+def preview(given: Regate) -> dict[str, Preview]:
+    """Count both sides of every dataset, by the stage that decides; one shard in memory at a time."""
+    return {name: _preview(given.run, rules) for name, rules in given.datasets.items()}
+
+
+def _preview(run: Run, rules: Rules) -> Preview:
+    sides = Side(dict.fromkeys(LABELS, 0), 0), Side(dict.fromkeys(LABELS, 0), 0)
     moved: collections.Counter[tuple[str, str]] = collections.Counter()
     candidates = 0
-    for tables in _scores(given):
-        old = _decide(tables, given.before)
-        new = _decide(tables, given.after)
-        candidates += new.num_rows
-        for side, decisions, config in (("old", old, given.before), ("new", new, given.after)):
+    for ids, *decided in _decisions(run, rules):
+        candidates += len(ids)
+        labels = []
+        for side, decisions, dataset in zip(sides, decided, (rules.before, rules.after), strict=True):
             for label, number in label_counts(decisions).items():
-                sides[side].labels[label] += number
-            sides[side].pairs += _pairs(decisions, config.datasets.min_gap)
-        moved.update(zip(old["label"].to_pylist(), new["label"].to_pylist(), strict=True))
-    return Preview(candidates, sides["old"], sides["new"], dict(moved))
+                side.labels[label] += number
+            side.pairs += _pairs(decisions, dataset.config.min_gap)
+            labels.append(dict(zip(decisions["candidate_id"].to_pylist(), decisions["label"].to_pylist(), strict=True)))
+        moved.update(tuple(of.get(name, _UNUSED) for of in labels) for name in ids.to_pylist())
+    return Preview(candidates, *sides, dict(moved))
 
 
-def _scores(given: Regate) -> Iterator[dict[str, pa.Table | None]]:
-    """Of each shard only what the gate reads: ids, scores, flaws."""
-    results, judged = given.run.results, _verdict_stages(given.run)
-    wants_critic = given.before.gate.use_critic or given.after.gate.use_critic
-    critic = results["critic"].table() if wants_critic and "critic" in results else None
-    for shard in range(given.run.num_shards):
-        verdicts = [
-            results[name].table().read(shard, ["candidate_id", "judge", "score", "parse_status"]) for name in judged
-        ]
-        yield {
-            "candidates": results["candidates"].table().read(shard, ["candidate_id", "prompt_id"]),
-            "verdicts": pa.concat_tables(verdicts),
-            "critiques": None if critic is None else critic.read(shard, ["candidate_id", "flawed", "parse_status"]),
+def _decisions(run: Run, rules: Rules) -> Iterator[tuple[pa.ChunkedArray, pa.Table, pa.Table]]:
+    """Of each shard: the candidates' ids, the old decisions, and the new ones."""
+    stages = [rules.sources.decide(dataset) for dataset in (rules.before, rules.after)]
+    inputs = {role: parent.name for stage in stages for role, parent in stage.inputs.items()}
+    for shard in range(run.num_shards):
+        tables = {
+            role: run.results[name].table().read(shard, _COLUMNS[role.split("/")[0]]) for role, name in inputs.items()
         }
+        old, new = (_decide(stage, tables, shard, run.num_shards) for stage in stages)
+        yield tables["candidates"]["candidate_id"], old, new
 
 
-def _decide(tables: Mapping[str, Any], config: Any) -> pa.Table:
-    gate: GateConfig = config.gate
-    critiques = tables["critiques"] if gate.use_critic else None
-    return decide(tables["candidates"], tables["verdicts"], critiques, config.judge.names, gate)
+def _decide(stage: Stage, tables: Mapping[str, pa.Table], shard: int, num_shards: int) -> pa.Table:
+    assert isinstance(stage.work, ShardWork)
+    read = {role: tables[role] for role in stage.inputs}
+    given = ShardInput(shard, num_shards, read, {}, None, stage.work.settings, _nothing, _nothing)
+    return decide_shard(given).tables["decisions"]
+
+
+def _nothing(*given: Any) -> None:
+    pass
 
 
 def _pairs(decisions: pa.Table, min_gap: float) -> int:
@@ -164,8 +222,15 @@ def _pairs(decisions: pa.Table, min_gap: float) -> int:
     return int((gap >= min_gap).sum())
 
 
-def preview_lines(found: Preview) -> list[str]:
-    """Old against new, for a terminal."""
+def preview_lines(found: Mapping[str, Preview]) -> list[str]:
+    """Old against new for a terminal, dataset by dataset."""
+    lines: list[str] = []
+    for name, counted in found.items():
+        lines += [*([""] if lines else []), *([f"{name}:"] if len(found) > 1 else []), *_lines(counted)]
+    return lines
+
+
+def _lines(found: Preview) -> list[str]:
     lines = [f"{found.candidates} candidates", "", f"{'':<24}{'old':>10}{'new':>10}{'change':>10}"]
 
     def row(name: str, old: int, new: int) -> str:
@@ -192,79 +257,28 @@ def _weights(side: Side) -> str:
 # --- write ------------------------------------------------------------------------------------------------------------
 
 
-def write(given: Regate, say: Callable[[str], None], beat_seconds: float = BEAT_SECONDS) -> None:
-    """Rebuild gate and datasets, and point the manifest, config.yaml and the `datasets` view at them.
+def write(given: Regate, console: Console | None = None, beat_seconds: float = BEAT_SECONDS) -> None:
+    """Run the gate and dataset stages; config.yaml, the manifest and the views follow as in any run.
 
     Output made from the earlier datasets (a policy, its evaluation) stays where it is; the manifest shows that it
     waits, because the next run remakes it.
 
     Raises:
-        RunBusy: the run is being worked on.
-        StageStop, ModelNotFound: a shard failed; the policy's tokenizer, which limits are counted with, is not here.
+        RunBusy: the run is active.
+        StageStop, ModelNotFound: a stage failed; the policy's tokenizer, which limits are counted with, is not here.
     """
-    run, config = given.run, given.after
-    made = _stages(given)
-    with Heartbeat(run.folder, beat_seconds=beat_seconds, say=say):
-        results = dict(run.results)
-        make_here(made, Session(run.folder.location, run.calls_root, run.num_shards), results, say)
-        before = run.folder.read_json("manifest.json")
-        plain = config.model_dump(mode="json")
-        manifest = {
-            **before,
-            "config": plain,
-            "given": config.model_dump(mode="json", exclude_unset=True),
-            "config_digest": digest(plain),
-            "report": config.page().model_dump(mode="json"),
-            "stages": _entries(before["stages"], made, results),
-        }
-        run.folder.write_bytes("config.yaml", yaml.safe_dump(plain, sort_keys=False).encode())
-        run.folder.write_json("manifest.json", manifest)
-        for stage in made:
-            if stage.view:
-                point_at(run.folder, stage.view, stage.folder_name)
-            say(f"{stage.name}: {stage_folder(run.folder.location, stage).location}")
-
-
-def _stages(given: Regate) -> list[Stage]:
-    """Gate and datasets over the stored tables, wired as in the workflow."""
-    config, entries = given.after, given.run.stages
-    asked, answers = stored(entries, "prompts"), stored(entries, "candidates")
-    verdicts = [stored(entries, name) for name in _verdict_stages(given.run)]
-    critiques = stored(entries, "critic") if config.gate.use_critic else None
-    base = config.models[config.train.model]
-    decisions = gate(config.gate, config.judge.names, answers, verdicts, critiques)
-    files = datasets(config.datasets, config.gate, config.judge.names, base, asked, answers, verdicts, decisions)
-    return [decisions, files.inputs["rows"], files]
-
-
-def stored(entries: Mapping[str, StageRecord], name: str) -> Stage:
-    """A stage that is done, as an input: its fingerprint is what the manifest says, not computed from its settings,
-    so that the weights that made it need not be here."""
-    entry = entries[name]
-    stage = Stage(name=name, work=WholeWork(_not_again, tables=entry.tables), config=None, group=entry.group)
-    stage.__dict__["fingerprint"] = entry.fingerprint  # where the cached property keeps it
-    return stage
-
-
-def _not_again(given: Any) -> dict[str, Any]:
-    raise AssertionError("a stored stage is never made")
-
-
-def _entries(before: Mapping[str, Any], made: Sequence[Stage], results: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest's stages: what was made, and what was made from its predecessors waiting again."""
-    changed = {stage.name for stage in made if before.get(stage.name, {}).get("fingerprint") != stage.fingerprint}
-    entries: dict[str, Any] = {}
-    by_name = {stage.name: stage for stage in made}
-    for name, entry in before.items():
-        if name in by_name:
-            stage, result = by_name[name], results[name]
-            entries[name] = {**stage_entry(stage), "group": entry["group"], "status": "done", **result.plain()}
-        elif changed & set(entry["inputs"].values()):
-            changed.add(name)
-            entries[name] = {
-                **{key: value for key, value in entry.items() if key not in ("error", "rows", "facts", "usage")},
-                "status": "waiting",
-            }
-        else:
-            entries[name] = entry
-    return entries
+    run, stages = given.run, list[Stage]()
+    for rules in given.datasets.values():
+        sources, decisions = rules.sources, rules.sources.decide(rules.after)
+        stages += rules.after.write(sources.prompts, sources.candidates, sources.verdicts, decisions)
+    settings = run_settings(
+        given.config,
+        run.folder.location,
+        calls_root=run.calls_root,
+        workflow=run.reference,
+        partial=True,
+        beat_seconds=beat_seconds,
+    )
+    outcome = execute(Dag(run.workflow, stages), settings, InProcessExecutor(), console=console)
+    for name, failure in outcome.failures.items():
+        raise StageStop(f"{name} failed: {failure.reason}")

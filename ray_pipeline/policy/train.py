@@ -110,7 +110,7 @@ def _train_policy(given: WholeInput) -> dict[str, Any]:
         storage_path=given.folder.uri("ray_train"),
         run_name=f"{method_label(train.method)}-{given.fingerprint}",
         max_length=settings.max_length,
-        card={"data set": data.fingerprint, "kind of rows": kind, "training": given.fingerprint},
+        card={"dataset": data.fingerprint, "kind of rows": kind, "training": given.fingerprint},
     )
     given.folder.delete(STOP)  # of an earlier attempt
     ended = threading.Event()

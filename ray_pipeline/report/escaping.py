@@ -6,25 +6,16 @@ SVG escape the markup characters. Control characters (terminal colours, bidirect
 """
 
 import re
-import unicodedata
 from typing import Any
 
 from markupsafe import Markup, escape
+
+from ray_pipeline.store.outside import visible
 
 # An underscore inside a word is no emphasis, and `lora_dropout` should stay readable in the raw page.
 _MARKDOWN = re.compile(r"([\\`*\[\]|~#$]|(?<![^\W_])_|_(?![^\W_]))")
 # What starts a list or a rule at the beginning of a line.
 _LINE_START = re.compile(r"^(\d{1,9})?([-+](?=[-+ ]|$)|(?<=\d)[.)](?= |$))")
-# Cc: control, Cf: format (bidirectional overrides, zero width), Cs: lone surrogates, which UTF-8 cannot hold.
-_INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
-
-
-def visible(text: str) -> str:
-    """`text` with every control, format and surrogate character but newline and tab as a backslash escape."""
-    text = text.replace("\r\n", "\n")
-    if text.replace("\n", "").replace("\t", "").isprintable():  # most texts are, and looking at each character is slow
-        return text
-    return "".join(c if c in "\n\t" or unicodedata.category(c) not in _INVISIBLE else _code(c) for c in text)
 
 
 def one_line(text: str) -> str:
@@ -62,7 +53,3 @@ def fenced(text: str, limit: int | None = None) -> str:
     longest = max((len(run) for run in re.findall("`+", shown)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{shown}\n{fence}"
-
-
-def _code(character: str) -> str:
-    return character.encode("unicode_escape", "backslashreplace").decode("ascii")

@@ -19,7 +19,7 @@ Weighting = Literal["nominal", "linear", "quadratic"]
 
 @dataclass(frozen=True)
 class Kappa:
-    """One kappa. `value` is None exactly when it is undefined; `reason` then says why in words."""
+    """One kappa. `value` is None exactly when it is undefined; `reason` then explains why."""
 
     value: float | None
     rows: int
@@ -27,22 +27,22 @@ class Kappa:
 
 
 @dataclass(frozen=True)
-class PairKappa:
+class JudgePair:
+    """Two judges, by name."""
+
+    judge_a: str
+    judge_b: str
+
+
+@dataclass(frozen=True)
+class PairKappa(Kappa, JudgePair):
     """The kappa of two judges over the rows that both judged."""
 
-    judge_a: str
-    judge_b: str
-    value: float | None
-    rows: int
-    reason: str | None = None
-
 
 @dataclass(frozen=True)
-class KappaInterval:
+class KappaInterval(JudgePair):
     """Percentile interval of one pair's kappa; None with fewer than two prompts, or if most samples leave it 0/0."""
 
-    judge_a: str
-    judge_b: str
     low: float | None
     high: float | None
     prompts: int
@@ -124,7 +124,7 @@ def pairwise_kappas(
             score_class(x[both], desirable_from=desirable_from, undesirable_to=undesirable_to) for x in (a, b)
         )
         kappa = cohen_kappa(classes_a, classes_b, SCORE_CLASSES)
-        kappas.append(PairKappa(judge_a, judge_b, kappa.value, kappa.rows, kappa.reason))
+        kappas.append(PairKappa(judge_a, judge_b, **vars(kappa)))
     return kappas
 
 

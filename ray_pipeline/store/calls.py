@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from ray_pipeline.store.files import Folder, StoreError
 from ray_pipeline.store.keys import digest
-from ray_pipeline.store.schemas import CALLS
+from ray_pipeline.store.schemas import CALLS, to_table
 
 logger = logging.getLogger("quorum.calls")
 
@@ -60,9 +60,9 @@ class CallWriter:
         self._number = 0
 
     def flush(self, rows: list[dict[str, Any]]) -> None:
-        """Commit rows as one part, sorted by bucket."""
+        """Commit rows as one part, sorted by bucket. A row that cannot be stored is left out with a warning."""
         if rows:
-            self._write(pa.Table.from_pylist(rows, schema=CALLS))
+            self._write(_table(rows))
 
     def compact(self) -> None:
         """Merge this writer's own parts into one."""
@@ -83,6 +83,16 @@ class CallWriter:
         )
         self._number += 1
         self._parts.append(name)
+
+
+def _table(rows: list[dict[str, Any]]) -> pa.Table:
+    try:
+        return to_table(rows, CALLS)
+    except (ValueError, TypeError, OverflowError, pa.ArrowException) as error:
+        if len(rows) == 1:
+            logger.warning("call log: cannot store the %s call %s (%s)", rows[0]["role"], rows[0]["call_key"], error)
+            return CALLS.empty_table()
+        return pa.concat_tables([_table([row]) for row in rows])
 
 
 def read_calls(folder: Folder, shard: int, num_shards: int) -> pa.Table:

@@ -1,6 +1,8 @@
 """Files on any pyarrow filesystem, written atomically: a reader sees a whole file or none.
 
 A *location* is a local path, a `file://` URI or the URI of any pyarrow filesystem (`s3://…`, `gs://…`).
+
+Reading a configuration, or the JSON files of a local run, does not import pyarrow: only tables and URIs need it.
 """
 
 from __future__ import annotations
@@ -11,15 +13,18 @@ import io
 import json
 import os
 import posixpath
-import re
 import urllib.parse
 import uuid
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-import pyarrow.fs as pafs
-import pyarrow.parquet as pq
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.fs as pafs
+    import pyarrow.parquet as pq
+
+from ray_pipeline.store.outside import storable
+from ray_pipeline.store.secrets import looks_like_key, redact
 
 #: Footer key with the fingerprint of the stage that wrote a Parquet file.
 FINGERPRINT_KEY = b"quorum.fingerprint"
@@ -85,6 +90,8 @@ class Folder:
     @property
     def fs(self) -> pafs.FileSystem:
         if self._fs is None:
+            import pyarrow.fs as pafs
+
             # Threads share folders: set the base before the filesystem becomes visible to another thread.
             fs, self._base = pafs.FileSystem.from_uri(self.location)
             self._fs = fs
@@ -106,44 +113,54 @@ class Folder:
         Raises:
             StoreError: the name would leave the folder.
         """
-        _ = self.fs
         if name.startswith("/") or ".." in name.split("/"):
             raise StoreError(f"the name {name!r} leaves the folder {self.location}; use a name inside it")
-        return posixpath.join(self._base, name) if name else self._base
+        if self.is_local:
+            base = self.location
+        else:
+            _ = self.fs
+            base = self._base
+        return posixpath.join(base, name) if name else base
 
     def uri(self, name: str = "") -> str:
         """Location of a member, for messages, manifests and other tools."""
         return join(self.location, name) if name else self.location
 
     def exists(self, name: str = "") -> bool:
+        if self.is_local:
+            return os.path.exists(self.path(name))
+        import pyarrow.fs as pafs
+
         return bool(self.fs.get_file_info(self.path(name)).type != pafs.FileType.NotFound)
 
     def names(self, suffix: str = "") -> list[str]:
         """Sorted names of the files directly in the folder, without temporary files and subfolders."""
-        return sorted(
-            info.base_name
-            for info in self._members()
-            if info.type == pafs.FileType.File and info.base_name.endswith(suffix) and not _is_temporary(info.base_name)
-        )
+        return sorted(name for name, is_folder in self._members() if not is_folder and name.endswith(suffix))
 
     def folders(self) -> list[str]:
         """Sorted names of the subfolders."""
-        return sorted(
-            info.base_name
-            for info in self._members()
-            if info.type == pafs.FileType.Directory and not _is_temporary(info.base_name)
-        )
+        return sorted(name for name, is_folder in self._members() if is_folder)
 
-    def _members(self) -> list[pafs.FileInfo]:
-        selector = pafs.FileSelector(self.path(), allow_not_found=True, recursive=False)
-        try:
-            return list(self.fs.get_file_info(selector))
-        except FileNotFoundError:
-            # Arrow lists first and then checks whether the folder exists, and raises if another process creates the
-            # folder in between.
-            return list(self.fs.get_file_info(selector))
+    def _members(self) -> list[tuple[str, bool]]:
+        """Name of each file and folder directly in the folder, without temporary ones, and whether it is a folder."""
+        if self.is_local:
+            try:
+                with os.scandir(self.location) as entries:
+                    found = [(entry.name, entry.is_dir()) for entry in entries if entry.is_dir() or entry.is_file()]
+            except FileNotFoundError:
+                return []
+        else:
+            import pyarrow.fs as pafs
+
+            kinds = {pafs.FileType.File: False, pafs.FileType.Directory: True}
+            infos = self.fs.get_file_info(pafs.FileSelector(self.path(), allow_not_found=True, recursive=False))
+            found = [(info.base_name, kinds[info.type]) for info in infos if info.type in kinds]
+        return [(name, is_folder) for name, is_folder in found if not _is_temporary(name)]
 
     def read_bytes(self, name: str) -> bytes:
+        if self.is_local:
+            with open(self.path(name), "rb") as file:
+                return file.read()
         with self.fs.open_input_stream(self.path(name)) as stream:
             return bytes(stream.read())
 
@@ -191,7 +208,8 @@ class Folder:
             ) from error
 
     def write_json(self, name: str, value: Any) -> None:
-        self.write_bytes(name, (json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False) + "\n").encode())
+        text = json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False)
+        self.write_bytes(name, (storable(text) + "\n").encode())
 
     def delete(self, name: str) -> None:
         """Delete a file, if it exists."""
@@ -206,6 +224,8 @@ class Folder:
         self, name: str, table: pa.Table, *, fingerprint: str = "", kind: str = "", row_group_size: int | None = None
     ) -> int:
         """Write a Parquet file atomically; equal tables give equal bytes. Returns the size in bytes."""
+        import pyarrow.parquet as pq
+
         metadata = {FINGERPRINT_KEY: fingerprint.encode(), TABLE_KEY: kind.encode()} if fingerprint else None
         buffer = io.BytesIO()
         # Parquet pages end where chunks end, so the chunks of a table would change the bytes.
@@ -238,6 +258,8 @@ class Folder:
         columns: list[str] | None = None,
     ) -> pa.Table:
         """Read a Parquet file. Raises TornFile, or ForeignFile for another fingerprint or schema, naming the file."""
+        import pyarrow as pa
+
         with self._parquet(name) as file:
             if fingerprint is not None:
                 self._check_footer(name, file, fingerprint, kind)
@@ -253,6 +275,9 @@ class Folder:
 
     @contextlib.contextmanager
     def _parquet(self, name: str) -> Iterator[pq.ParquetFile]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         path = self.path(name)
         with self.fs.open_input_file(path) as stream:
             try:
@@ -319,14 +344,15 @@ def _cut_query(location: str) -> tuple[str, str]:
 
 def _refuse_keys(path: str, query: str) -> None:
     """Refuse a location with a key in it: manifests and logs contain locations."""
-    user, at, host = path.partition("://")[2].partition("/")[0].rpartition("@")
-    named = [name for name in urllib.parse.parse_qs(query[1:]) if re.search("secret|password|access_key|token", name)]
-    if named or (at and ":" in user):
-        what = f"the parameter {named[0]}" if named else "a key before the @"
-        raise StoreError(
-            f"the location of {host or path} contains {what}, which manifests and logs would show; set keys in the "
-            "environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile or role)"
-        )
+    if not looks_like_key(path + query):
+        return
+    host = path.partition("://")[2].rpartition("@")[2].partition("/")[0]
+    named = [name for name in urllib.parse.parse_qs(query[1:]) if looks_like_key(f"?{name}=x")]
+    what = f"the parameter {named[0]}" if named else "a key before the @" if "@" in path else "a key"
+    raise StoreError(
+        f"the location of {redact(host)} contains {what}, which manifests and logs would show; set keys in the "
+        "environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile or role)"
+    )
 
 
 def point_at(folder: Folder, name: str, target: str) -> None:
@@ -363,6 +389,8 @@ def _is_temporary(name: str) -> bool:
 
 
 def _in_one_piece(table: pa.Table) -> pa.Table:
+    import pyarrow as pa
+
     try:
         return table.combine_chunks()
     except pa.ArrowException:  # More than 2 GB of nested text in a column do not fit one chunk.

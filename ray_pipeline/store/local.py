@@ -11,12 +11,15 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pyarrow.fs as pafs
 from filelock import FileLock
 
 from ray_pipeline.store.files import Folder, NotWritten, not_written
 from ray_pipeline.store.keys import digest
+
+if TYPE_CHECKING:
+    import pyarrow.fs as pafs
 
 #: Folder of the copies, for all processes of a node. It can be deleted when no run is active.
 CACHE_VARIABLE = "QUORUM_CACHE"
@@ -34,6 +37,8 @@ def local_copy(location: str) -> str:
     """
     if "://" not in location:
         return location
+    import pyarrow.fs as pafs
+
     folder = Folder(location)
     files = _files(folder)
     if not files:
@@ -87,6 +92,8 @@ def upload(source: Path, folder: Folder) -> None:
     Raises:
         NotWritten: a file cannot be written; the message names it.
     """
+    import pyarrow.fs as pafs
+
     for file in sorted(source.rglob("*")):
         if not file.is_file():
             continue
@@ -109,6 +116,8 @@ def cache_folder() -> Path:
 
 def _files(folder: Folder) -> dict[str, pafs.FileInfo]:
     """Relative name → file, sorted, for all files below a folder. Names that lead out of it are left out."""
+    import pyarrow.fs as pafs
+
     base = folder.path()
     infos = folder.fs.get_file_info(pafs.FileSelector(base, recursive=True, allow_not_found=True))
     files = {posixpath.relpath(info.path, base): info for info in infos if info.type == pafs.FileType.File}

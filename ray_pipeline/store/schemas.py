@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from ray_pipeline.bench.schemas import BENCHMARK_TABLES
+from ray_pipeline.store.outside import storable_value
 
 #: One chat message; conversations are lists of these, as TRL and `datasets` expect them.
 MESSAGE = pa.struct([pa.field("role", pa.string(), nullable=False), pa.field("content", pa.string(), nullable=False)])
@@ -240,6 +241,73 @@ CALLS = _schema(
     ("latency_s", pa.float32()),
 )
 
+# Public benchmarks. The key of a row is benchmark, question_id and model (models and floors); `prompt_id` of a question
+# is that of its first turn, and it decides the shard.
+
+_TEXTS = pa.list_(pa.field("element", _S, nullable=False))
+_FLAGS = pa.list_(pa.field("element", _B, nullable=False))
+
+#: `position` is the place in the published file, from 0; `category` is MT-Bench's category or AlpacaEval's dataset;
+#: `references` are MT-Bench's two reference answers or AlpacaEval's one reference output; `checks` is IFEval's
+#: instructions and their arguments as JSON text.
+BENCH_QUESTIONS = _schema(
+    ("benchmark", _S),
+    ("question_id", _S),
+    ("prompt_id", _S),
+    ("position", _I),
+    ("category", _S),
+    ("turns", _TEXTS),
+    ("references", _TEXTS, True),
+    ("checks", _S, True),
+)
+
+_BENCH_KEY = (("benchmark", _S), ("question_id", _S), ("prompt_id", _S), ("model", _S))
+
+#: One row per turn; `answer` is null where there is none, with the finish reason.
+BENCH_ANSWERS = _schema(*_BENCH_KEY, ("turn", _I), ("answer", _S, True), ("finish_reason", _S))
+
+#: MT-Bench, single grading: one row per turn.
+BENCH_RATINGS = _schema(
+    *_BENCH_KEY,
+    ("category", _S),
+    ("turn", _I),
+    ("score", _F, True),
+    ("parse_status", _S),
+    ("contradictory", _B),
+    ("raw", _S, True),
+)
+
+#: MT-Bench, pairwise: one row per turn and order; in order `ab` the model's answer is first, in `ba` the opponent's.
+BENCH_COMPARISONS = _schema(
+    *_BENCH_KEY,
+    ("against", _S),
+    ("category", _S),
+    ("turn", _I),
+    ("order", _S),
+    ("choice", _S, True),
+    ("parse_status", _S),
+    ("contradictory", _B),
+    ("raw", _S, True),
+)
+
+#: AlpacaEval: one row per place of the model's output. `first`: probability that the output shown first is better.
+BENCH_PREFERENCES = _schema(
+    *_BENCH_KEY,
+    ("place", _S),
+    ("first", _F, True),
+    ("method", _S, True),
+    ("label_mass", _F, True),
+    ("parse_status", _S),
+    ("raw", _S, True),
+)
+
+#: IFEval: one flag per instruction, in the question's order.
+BENCH_CHECKS = _schema(*_BENCH_KEY, ("strict", _FLAGS), ("loose", _FLAGS), ("answered", _B), ("chance", _B))
+
+#: A benchmark without a table of its own: one row per question, or several that `part` names. `score` is between 0 and
+#: 1, null exactly if `parse_status` is not a read one.
+BENCH_VERDICTS = _schema(*_BENCH_KEY, ("part", _S), ("score", _F, True), ("parse_status", _S), ("raw", _S, True))
+
 TABLES: dict[str, pa.Schema] = {
     "prompts": PROMPTS,
     "candidates": CANDIDATES,
@@ -258,17 +326,32 @@ TABLES: dict[str, pa.Schema] = {
     "revisions": REVISIONS,
     "train_metrics": TRAIN_METRICS,
     "calls": CALLS,
-    **BENCHMARK_TABLES,
+    "bench_questions": BENCH_QUESTIONS,
+    "bench_answers": BENCH_ANSWERS,
+    "bench_ratings": BENCH_RATINGS,
+    "bench_comparisons": BENCH_COMPARISONS,
+    "bench_preferences": BENCH_PREFERENCES,
+    "bench_checks": BENCH_CHECKS,
+    "bench_verdicts": BENCH_VERDICTS,
 }
 
 
 def to_table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
     """Build a table of exactly `schema` from row dicts; a missing required value is an error, not a null.
 
+    Unpaired surrogates and NULs, which a reply's JSON can contain, are replaced with U+FFFD.
+
     Raises:
         ValueError: a required column is null; the message names the column and the row.
     """
-    table = pa.Table.from_pylist(rows, schema=schema)
+    try:
+        table = pa.Table.from_pylist(rows, schema=schema)
+    except UnicodeEncodeError:
+        rows = storable_value(rows)
+        table = pa.Table.from_pylist(rows, schema=schema)
+    for i, field in enumerate(schema):
+        if field.type == pa.string() and pc.any(pc.match_substring(table.column(i), "\0")).as_py():
+            table = table.set_column(i, field, pc.replace_substring(table.column(i), "\0", "\ufffd"))
     for field in schema:
         column = table.column(field.name)
         if not field.nullable and column.null_count:

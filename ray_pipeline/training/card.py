@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from ray_pipeline.store.markdown import key_table
 from ray_pipeline.training.methods import METHODS, method_label, method_of
 from ray_pipeline.training.spec import TrainSpec
 
@@ -71,12 +72,6 @@ def model_card(
         ("Last step", {k: v for k, v in (final or {}).items() if v is not None}),
     ):
         if values:
-            lines += [f"## {title}", "", "| | |", "|---|---|"]
-            lines += [f"| {key} | {_cell(value)} |" for key, value in values.items()]
-            lines.append("")
+            rounded = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in values.items()}
+            lines += key_table(title, rounded)
     return "\n".join(lines)
-
-
-def _cell(value: Any) -> str:
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")

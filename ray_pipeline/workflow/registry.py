@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ray_pipeline import extensions
@@ -13,6 +13,7 @@ from ray_pipeline.config.messages import ConfigError
 
 if TYPE_CHECKING:
     from ray_pipeline.audit.run import Audit
+    from ray_pipeline.data.scored import ScoredDataset
     from ray_pipeline.graph.results import Run
     from ray_pipeline.graph.stage import Dag
     from ray_pipeline.store.files import Folder
@@ -32,6 +33,8 @@ class Workflow(Generic[C]):
         page: rebuilds the page of a run from its tables, finished or not; returns its folder.
         numbers: file beside the page that `quorum compare` reads; None if its runs cannot be compared.
         audit: traces every training row back; None if it makes no training rows.
+        scored: the datasets that it makes from candidates and their scores; `quorum regate` rebuilds them.
+        thresholds: prefixes of the keys that decide how these follow from stored scores.
     """
 
     name: str
@@ -40,6 +43,8 @@ class Workflow(Generic[C]):
     page: Callable[[Run], Folder] | None = None
     numbers: str | None = None
     audit: Callable[[Run, C], Audit] | None = None
+    scored: Callable[[C], Sequence[ScoredDataset]] | None = None
+    thresholds: tuple[str, ...] = ("gate.", "datasets.")
 
 
 def workflow_names() -> list[str]:

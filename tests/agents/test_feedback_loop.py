@@ -314,5 +314,5 @@ def test_files_are_checked_before_anything_runs(tmp_path: Path) -> None:
 
 
 def test_settings_that_make_no_sense() -> None:
-    with pytest.raises(ValidationError, match="must be under high"):
+    with pytest.raises(ValidationError, match="must be less than high"):
         ReviewAsking(low=5, high=5)

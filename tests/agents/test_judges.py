@@ -234,10 +234,10 @@ def test_after_a_retry_the_whole_reply_is_read_again() -> None:
 
 @pytest.mark.parametrize("name", ["Helpfulness", "", "1st", "a/b", "a b", "a" * 65])
 def test_names_of_judges_are_plain(name: str) -> None:
-    with pytest.raises(ValidationError, match="judge's name"):
+    with pytest.raises(ValidationError, match="invalid judge name"):
         Rubric(name=name)
 
 
 def test_a_scale_has_two_ends() -> None:
-    with pytest.raises(ValidationError, match=r"low \(5\) must be under high \(5\)"):
+    with pytest.raises(ValidationError, match=r"low \(5\) must be less than high \(5\)"):
         Rubric(name="x", low=5, high=5)

@@ -340,5 +340,5 @@ def test_a_mistake_in_a_file_is_told_by_block(tmp_path: Path) -> None:
     few = load_strategy_templates(written(direct=None))
     with pytest.raises(TemplateError, match="strategy direct: the template file has no block direct"):
         few.of(Strategy(kind="direct"))
-    with pytest.raises(TemplateError, match="no built-in prompt templates 'nope'; there are default, pocket"):
+    with pytest.raises(TemplateError, match="no built-in prompt templates 'nope'; choose from default, pocket"):
         load_strategy_templates("nope")

@@ -87,11 +87,11 @@ def test_a_missing_block(tmp_path: Path) -> None:
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(TemplateError, match=r"there is no prompt template file .*none\.yaml"):
+    with pytest.raises(TemplateError, match=r"prompt template file .*none\.yaml does not exist"):
         load_templates(str(tmp_path / "none.yaml"))
-    with pytest.raises(TemplateError, match="there is no prompt template file"):
+    with pytest.raises(TemplateError, match=r"prompt template file .* does not exist"):
         load_templates(str(tmp_path))
-    with pytest.raises(TemplateError, match="built-in prompt templates 'pokcet'; there are default, pocket"):
+    with pytest.raises(TemplateError, match="built-in prompt templates 'pokcet'; choose from default, pocket"):
         load_templates("pokcet")
     (tmp_path / "bad.yaml").write_text("judge: [")
     with pytest.raises(TemplateError, match=r"bad\.yaml is not valid YAML"):

@@ -1,4 +1,4 @@
-"""Public data sets of human preferences, on small files of the shape in which their authors publish them."""
+"""Public datasets of human preferences, on small files of the shape in which their authors publish them."""
 
 from __future__ import annotations
 

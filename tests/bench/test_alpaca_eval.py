@@ -38,9 +38,9 @@ from ray_pipeline.bench.alpaca_eval.score import (
     raw_win_rate,
 )
 from ray_pipeline.bench.alpaca_eval.scores import AlpacaEvalRules, alpaca_eval_rates
+from ray_pipeline.bench.benchmark import Judge
 from ray_pipeline.bench.files import BenchmarkFileError, read_csv
 from ray_pipeline.bench.judge_prompts import own_preference_prompt, preference_prompt
-from ray_pipeline.bench.scores import Judge
 from ray_pipeline.stats.protocol import score_name
 from tests.published import DATA, NUMBERS, needs, table
 from tests.scripted import ScriptedEngine, said

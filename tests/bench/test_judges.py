@@ -10,6 +10,7 @@ import pytest
 
 from ray_pipeline.agents.templates import TemplateError
 from ray_pipeline.bench.alpaca_eval.judge import PairPreference, PreferenceAsking, prefer, read_preference
+from ray_pipeline.bench.conversation import answer_turns
 from ray_pipeline.bench.judge_prompts import (
     MT_BENCH_FIELDS,
     mt_bench_prompts,
@@ -18,7 +19,7 @@ from ray_pipeline.bench.judge_prompts import (
     preference_prompt,
     prompts_digest,
 )
-from ray_pipeline.bench.mt_bench.judge import BenchAsking, answer_turns, rate_turn
+from ray_pipeline.bench.mt_bench.judge import BenchAsking, rate_turn
 from ray_pipeline.engines.base import PromptTooLong, Sampling
 from tests.published import DATA, json_lines, needs
 from tests.scripted import ScriptedEngine, failing, said

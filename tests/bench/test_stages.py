@@ -14,10 +14,9 @@ import pytest
 import yaml
 
 from dags.benchmarks import BenchmarksConfig, benchmarks
-from ray_pipeline.bench.alpaca_eval.questions import AlpacaEvalSettings
+from ray_pipeline.bench.alpaca_eval.benchmark import AlpacaEvalSettings
 from ray_pipeline.bench.ifeval.checkers import Checkers
 from ray_pipeline.bench.mt_bench.questions import CATEGORY_TEMPERATURES
-from ray_pipeline.bench.questions import question_rows
 from ray_pipeline.bench.report import rewrite_page
 from ray_pipeline.config.loading import load_config
 from ray_pipeline.config.messages import ConfigError
@@ -497,7 +496,7 @@ def test_the_shipped_files_are_whole_and_the_pocket_questions_are_in_the_publish
     assert list(real.benchmarks.chosen) == ["mt_bench", "alpaca_eval", "ifeval"] and len(real.benchmarks.floors) == 4
     assert all(source.startswith("hf://") for source in real.benchmarks.sources().values())
     pocket = BenchmarksConfig.model_validate(yaml.safe_load((shipped / "pocket_benchmarks.yaml").read_text()))
-    rows = question_rows(pocket.benchmarks)
+    rows = pocket.benchmarks.rows()
     assert [sum(r["benchmark"] == b for r in rows) for b in pocket.benchmarks.chosen] == [8, 12, 12]
     assert {r["category"] for r in rows if r["benchmark"] == "mt_bench" and r["references"]} == {
         "math", "reasoning", "coding"

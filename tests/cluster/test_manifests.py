@@ -7,6 +7,7 @@ import gzip
 import importlib.metadata
 import json
 import os
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -17,9 +18,11 @@ import pytest
 import ray
 import yaml
 
+import ray_pipeline
 from dags.dmapo import DmapoConfig
 from ray_pipeline.config.loading import apply_override, read_yaml
 from ray_pipeline.store.node_labels import may_run
+from ray_pipeline.store.secrets import looks_like_key, names_secret_variable
 from tests.published import DATA, needs
 
 ROOT = Path(__file__).parents[2]
@@ -96,19 +99,113 @@ def test_generation_judging_and_training_have_groups_of_their_own(name: str) -> 
     assert found["rayVersion"] == importlib.metadata.version("ray")
     assert found["enableInTreeAutoscaling"] is True
     groups = {group["groupName"]: group for group in found["workerGroupSpecs"]}
-    assert set(groups) == {"generation", "judging", "training"}
+    assert set(groups) == {"endpoints", "generation", "judging", "training"}
     pods = [found["headGroupSpec"]["template"]["spec"], *(g["template"]["spec"] for g in groups.values())]
     for pod in pods:
         (container,) = pod["containers"]
         assert {"name": "shared", "mountPath": "/shared"} in container["volumeMounts"]
         assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == manifest("storage.yaml")["metadata"]["name"]
-        assert container["envFrom"] == [{"secretRef": {"name": "quorum-keys", "optional": True}}]
+        assert "envFrom" not in container  # which would give every key to the pod
         assert container["resources"]["requests"] == container["resources"]["limits"]
     for name_, group in groups.items():
         assert group["labels"] == {"quorum-role": name_}
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
-        assert int(group["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]) >= 1
+        gpus = int(group["template"]["spec"]["containers"][0]["resources"]["limits"].get("nvidia.com/gpu", 0))
+        assert gpus == 0 if name_ == "endpoints" else gpus >= 1
     assert "nvidia.com/gpu" not in pods[0]["containers"][0]["resources"]["limits"]
+
+
+def pod_templates(name: str) -> dict[str, dict[str, Any]]:
+    """Group → template of its pods, the submitter of a RayJob included."""
+    found = spec(name)
+    templates = {group["groupName"]: group["template"] for group in found["workerGroupSpecs"]}
+    templates["head"] = found["headGroupSpec"]["template"]
+    submitter = manifest(name)["spec"].get("submitterPodTemplate")
+    return templates | ({"submitter": submitter} if submitter else {})
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_every_cluster_requires_a_token(name: str) -> None:
+    assert spec(name)["authOptions"] == {"mode": "token"}
+    host = spec(name)["headGroupSpec"]["rayStartParams"]["dashboard-host"]
+    # KubeRay follows a RayJob over the network; the dashboard of a cluster is for `kubectl port-forward` alone.
+    assert host == ("0.0.0.0" if name == "rayjob.yaml" else "127.0.0.1")
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_an_api_key_is_in_the_pods_that_call_endpoints_alone(name: str) -> None:
+    for group, template in pod_templates(name).items():
+        (container,) = template["spec"]["containers"]
+        keys = {
+            variable["name"]: variable["valueFrom"]["secretKeyRef"]
+            for variable in container.get("env", [])
+            if "valueFrom" in variable
+        }
+        expected = {"endpoints": {"OPENAI_API_KEY"}, "submitter": set()}.get(group, {"HF_TOKEN"})
+        assert set(keys) == expected, group
+        assert all(key == {"name": "quorum-keys", "key": n, "optional": True} for n, key in keys.items())
+        assert not any(looks_like_key(str(v.get("value"))) or names_secret_variable(v["name"]) for v in
+                       container.get("env", []) if "value" in v)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_pods_run_without_rights(name: str) -> None:
+    for group, template in pod_templates(name).items():
+        pod = template["spec"]
+        security = pod["securityContext"]
+        assert security["runAsNonRoot"] is True and security["runAsUser"] == 1001, group
+        assert security["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in pod["containers"]:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "capabilities": {"drop": ["ALL"]},
+            }
+        assert (pod.get("automountServiceAccountToken") is False) == (group != "head")  # the head starts workers
+    assert spec(name)["autoscalerOptions"]["securityContext"]["allowPrivilegeEscalation"] is False
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_the_network_policy_selects_every_pod_and_opens_no_port_to_others(name: str) -> None:
+    policy = manifest("network.yaml")["spec"]
+    selected = policy["podSelector"]["matchLabels"]
+    for group, template in pod_templates(name).items():
+        assert selected.items() <= template["metadata"]["labels"].items(), group
+    assert policy["policyTypes"] == ["Ingress", "Egress"]
+    for rule in policy["ingress"]:
+        for peer in rule["from"]:
+            labels = peer["podSelector"]["matchLabels"]
+            own = labels == selected and "namespaceSelector" not in peer
+            assert own or (labels == {"app.kubernetes.io/name": "kuberay-operator"} and rule["ports"] == [
+                {"protocol": "TCP", "port": 8265}])  # fmt: skip
+    assert all(rule.get("to") for rule in policy["egress"])
+
+
+def test_images_are_pinned_by_version_or_digest() -> None:
+    files = [path for path in CLUSTER.rglob("*") if path.suffix in (".yaml", "", ".cpu") and path.is_file()]
+    text = "\n".join(path.read_text() for path in files)
+    images = re.findall(r"^(?: +(?:- )?image: |ARG \w+_IMAGE=)(\S+)", text, re.MULTILINE)
+    assert len(images) > 8
+    for image in images:
+        assert re.search(r"@sha256:|:\d+\.\d+\.\d+", image), image
+        if image.startswith("REGISTRY/quorum:"):
+            assert image.removeprefix("REGISTRY/quorum:").startswith(f"{ray_pipeline.__version__}-")
+    assert not re.findall(r"^FROM (?!\$\{)", text, re.MULTILINE)
+
+
+def test_ray_up_hands_the_token_to_every_node_and_keeps_the_dashboard_on_the_head() -> None:
+    found = yaml.safe_load(RAY_UP.read_text())
+    assert found["file_mounts"] == {"/home/quorum/.ray/auth_token": "~/.ray/auth_token"}
+    assert "-e RAY_AUTH_MODE=token" in found["docker"]["run_options"]
+    assert not any("env-file" in option for option in found["docker"]["run_options"])
+    head = " ".join(found["head_start_ray_commands"])
+    assert "--dashboard-host=127.0.0.1" in head
+
+
+def test_the_readme_says_how_the_token_reaches_the_user() -> None:
+    text = (CLUSTER / "README.md").read_text()
+    assert "kubectl get secret quorum -o jsonpath='{.data.auth_token}'" in text
+    assert "ray get-auth-token --generate" in text and "RAY_AUTH_MODE=token" in text
+    assert manifest("raycluster.yaml")["metadata"]["name"] == "quorum"
 
 
 def test_the_job_places_each_model_on_a_group_that_is_there() -> None:
@@ -136,7 +233,7 @@ def test_ray_up_reads_its_file() -> None:
     jsonschema.validate(found, rules)
     assert found["head_node_type"] in found["available_node_types"]
     roles = {name: node["labels"]["quorum-role"] for name, node in found["available_node_types"].items()}
-    assert set(roles.values()) == {"head", "generation", "judging", "training"}
+    assert set(roles.values()) == {"head", "endpoints", "generation", "judging", "training"}
     assert found["max_workers"] >= sum(node.get("max_workers", 0) for node in found["available_node_types"].values())
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({**found, "idle_timeout": 5}, rules)
@@ -168,7 +265,8 @@ def test_the_slurm_script_says_what_is_missing(tmp_path: Path) -> None:
 def test_the_slurm_script_starts_ray_on_every_node_and_hands_the_arguments_on(tmp_path: Path) -> None:
     for name, body in {
         "scontrol": 'echo "node1"; echo "node2"',
-        "srun": 'case "$*" in *hostname*) echo "10.0.0.1 fe80::1";; *) printf "%s|" "$@" > "$SEEN"; exit 7;; esac',
+        "srun": 'case "$*" in *hostname*) echo "10.0.0.1 fe80::1";; *) printf "%s|" "$@" > "$SEEN"; '
+        'printf "%s %s" "$RAY_AUTH_MODE" "$RAY_AUTH_TOKEN" > "$SEEN.token"; exit 7;; esac',
     }.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
@@ -176,7 +274,7 @@ def test_the_slurm_script_starts_ray_on_every_node_and_hands_the_arguments_on(tm
     (tmp_path / ".venv/bin/quorum").write_text("")
     (tmp_path / ".venv/bin/quorum").chmod(0o755)
     env = {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")},
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "QUORUM_CHECKOUT": str(tmp_path),
         "SEEN": str(tmp_path / "seen"),
@@ -190,6 +288,12 @@ def test_the_slurm_script_starts_ray_on_every_node_and_hands_the_arguments_on(tm
     assert done.returncode == 7, done.stderr  # the run's exit code is the job's
     seen = (tmp_path / "seen").read_text().split("|")
     assert "10.0.0.1:20001" in seen and "--num-gpus=4" in seen
+    mode, token = (tmp_path / "seen.token").read_text().split()
+    assert mode == "token" and re.fullmatch("[0-9a-f]{64}", token)
+    assert token not in " ".join(seen) + done.stdout + done.stderr
+    mine = {**env, "RAY_AUTH_TOKEN": "mine"}  # what the user has set wins
+    subprocess.run(["bash", script, "dmapo"], capture_output=True, text=True, env=mine)
+    assert (tmp_path / "seen.token").read_text() == "token mine"
     assert seen[seen.index("--") :] == ["--", "quorum", "run", "dmapo", "gate.tau=2 ; x", ""]
 
 

@@ -184,7 +184,7 @@ def _engines_of_these_tests() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small run up to the data sets, whose call log other tests start from: made once for all workers of xdist."""
+    """A small run up to the datasets, whose call log other tests start from: made once for all workers of xdist."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     folder = shared / "small" / "run"

@@ -148,7 +148,7 @@ def test_the_live_block_of_the_shipped_file_is_a_whole_one(data: str, model: str
         ({"ask": {**LIVE, "strategies": [{"kind": "combined"}], "strategy_templates": "pocket"},
           "models": {"m": {"model": "MODEL"}}}, "strategy combined_10: the template file has no block combined"),
         ({"ask": {**LIVE, "debate": {"rounds": 1, "schedule": [["judge"]]}}, "models": {"m": {"model": "MODEL"}}},
-         r"debate\.schedule names judge"),
+         r"debate\.schedule: unknown role judge"),
         ({"ask": {**LIVE, "sampling": {"extra": {"top_q": 1}}}, "models": {"m": {"model": "MODEL"}}},
          r"ask\.sampling\.extra"),
         ({"ask": LIVE, "models": {"m": {"model": "/no/such/model"}}}, r"models\.m: .*no/such/model"),

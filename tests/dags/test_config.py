@@ -175,8 +175,8 @@ def test_pocket_weights_that_are_not_there(monkeypatch: pytest.MonkeyPatch, erro
         ("train.method=dpo datasets.kinds=[kto]", r"train\.method is dpo, but datasets\.kinds does not include dpo"),
         ("datasets.kinds=[dpo] train.method=dpo", r"evaluate\.perplexity reads the held-out kto rows"),
         ("critic.asking.expected_score=true", r"critic: critic\.asking\.expected_score has no effect"),
-        ("prompt_templates=pokcet", r"no built-in prompt templates 'pokcet'; there are .*pocket"),
-        ("prompt_templates=./mine.yaml", r"no prompt template file \./mine\.yaml"),
+        ("prompt_templates=pokcet", r"no built-in prompt templates 'pokcet'; choose from .*pocket"),
+        ("prompt_templates=./mine.yaml", r"prompt template file \./mine\.yaml does not exist"),
         ("models.judge.model=/no/such/model", r"models\.judge: model '/no/such/model': no such folder"),
         ("models.judge.adapter=/no/lora", r"models\.judge: adapter '/no/lora': no such folder"),
         (

@@ -1,4 +1,4 @@
-"""The feedback loop by the real command: small real models review and revise, a judge picks, data sets are made."""
+"""The feedback loop by the real command: small real models review and revise, a judge picks, datasets are made."""
 
 from __future__ import annotations
 

@@ -152,11 +152,11 @@ def test_what_changes_what(load: Any, blocks: dict[str, Any], first: str) -> Non
         ({"loop": {"templates": "nope"}}, "no built-in prompt templates 'nope'"),
         ({"loop": {"respones": 3}}, "loop.respones: unknown key; did you mean 'responses'"),
         ({"select": {"strategy": {"kind": "direct"}}}, "set strategy and judges together"),
-        ({"select": {"jury": {"pool": "weighted", "weights": {"a": 1}}}}, "select.jury.weights has none for b"),
+        ({"select": {"jury": {"pool": "weighted", "weights": {"a": 1}}}}, "select.jury.weights has no entry for b"),
         ({"select": {"jury": {"pool": "mode"}, "pairs": "best_worst"}}, "picks the best response but not the worst"),
         (
             {"judge": None, "select": {"debate": {"rounds": 1, "schedule": [["nobody"]]}, "judges": [{"name": "x"}]}},
-            "select.debate.schedule names nobody",
+            "select.debate.schedule: unknown role nobody",
         ),
         (
             {"judge": None, "select": {"debate": {}, "judges": [{"name": "x"}], "debate_templates": "pocket"}},

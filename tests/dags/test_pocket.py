@@ -1,6 +1,6 @@
 """The whole method in the pocket world: the policy gets better from data that judges agreed on, and worse from lies.
 
-One full run, a comparison of data sets on its candidates, and a policy from flipped labels; the call log
+One full run, a comparison of datasets on its candidates, and a policy from flipped labels; the call log
 answers what was asked before.
 """
 

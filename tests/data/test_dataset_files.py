@@ -1,4 +1,4 @@
-"""The written data sets: files, card, statistics, and the libraries that read them."""
+"""The written datasets: files, card, statistics, and the libraries that read them."""
 
 import copy
 import json

@@ -86,7 +86,7 @@ def test_kto_lengths():
     rows, counts = kto(world)
     assert counts["dropped"] == {"empty_response": 2, "prompt_too_long": 2}
     assert (counts["kept"], counts["truncated"]) == (2, 1)
-    assert len(rows[0]["completion"][0]["content"].split()) == 70  # the trainer cuts, the data set does not
+    assert len(rows[0]["completion"][0]["content"].split()) == 70  # the trainer cuts, the dataset does not
 
 
 def test_the_prompt_limit_counts_the_generation_prompt():

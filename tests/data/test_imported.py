@@ -1,4 +1,4 @@
-"""Data sets of others, in the forms in which the hub has them, as training rows."""
+"""Datasets of others, in the forms in which the hub has them, as training rows."""
 
 from __future__ import annotations
 

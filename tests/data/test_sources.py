@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -119,7 +120,7 @@ def test_pocket():
 
 @pytest.fixture
 def hub_like(tmp_path, monkeypatch):
-    """A data set folder of the shape that the hub serves, opened by the real `datasets` library."""
+    """A dataset folder of the shape that the hub serves, opened by the real `datasets` library."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -133,6 +134,19 @@ def hub_like(tmp_path, monkeypatch):
 def test_huggingface_data_set(hub_like):
     rows = list(HuggingFaceSource(name=str(hub_like), column="instruction", source_column="source").rows())
     assert [(r.value, r.source, r.place["row"]) for r in rows] == [("one", "x", 1), ("two", "y", 2), ("one", "z", 3)]
+
+
+def test_a_moved_data_set_folder_keeps_its_identity(hub_like):
+    source = HuggingFaceSource(name=str(hub_like), column="instruction")
+    moved = HuggingFaceSource(name=str(hub_like.parent / "elsewhere" / "set"), column="instruction")
+    before = source.decisive(), source.digest(), [row.place for row in source.rows()]
+    assert str(hub_like) not in str(before) and source.label_in_tables == "set"
+    assert source.pinned(source.digest()).name == source.name
+    (hub_like.parent / "elsewhere").mkdir()
+    hub_like.rename(moved.name)
+    assert (moved.decisive(), moved.digest(), [row.place for row in moved.rows()]) == before
+    (Path(moved.name) / "data" / "train-00000-of-00001.parquet").write_bytes(b"other")
+    assert moved.decisive() == before[0] and moved.digest() != before[1]
 
 
 @pytest.mark.parametrize(
@@ -351,7 +365,7 @@ def test_hub_commit_from_the_hub(monkeypatch):
 
 
 def test_a_cache_of_another_commit_is_not_taken_for_the_one_asked_for(monkeypatch):
-    """Offline, `datasets` opens the newest cached version of a data set whatever the revision."""
+    """Offline, `datasets` opens the newest cached version of a dataset whatever the revision."""
     import datasets
 
     asked = []

@@ -13,7 +13,9 @@ from ray_pipeline.policy.comparisons import EvaluateSettings
 from ray_pipeline.training.methods import method_label, method_of, validate_trainer_args
 from ray_pipeline.training.spec import TrainSettings
 from ray_pipeline.workflow.registry import find_workflow
+from tests.bench.test_stages import Run
 from tests.operate.planted_run import plant
+from tests.scripted import ScriptedEngine
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,6 +58,20 @@ def test_my_workflow_is_wired_from_its_file() -> None:
     config = quorum.load_config("examples/my_workflow.py", "examples/my_workflow.yaml", ["candidates.k=2"])
     dag = find_workflow("examples/my_workflow.py").wire(config, "run")
     assert [stage.name for stage in dag.stages] == ["prompts", "candidates"] and config.candidates.k == 2
+
+
+def test_my_benchmark_is_checked_by_its_program(tmp_path: Path) -> None:
+    changes = ["benchmarks.own.sums.type=examples/my_benchmark.py", "benchmarks.own.sums.below=3"]
+    none = ["judges={}", *(f"benchmarks.{name}=null" for name in ("mt_bench", "alpaca_eval", "ifeval"))]
+    config = quorum.load_config("benchmarks", "configs/pocket_benchmarks.yaml", [*changes, *none])
+    dag = find_workflow("benchmarks").wire(config, str(tmp_path))
+    assert {"bench-questions", "bench-answers-base", "bench-checks-sums", "benchmarks"} < {s.name for s in dag.stages}
+    answers = ScriptedEngine(lambda messages, _: "It is 4." if "2 + 2" in messages[0]["content"] else "5")
+    found = Run(dag, tmp_path, config.num_shards, {"bench-answers-base": answers})
+    right = {(row["model"], row["question_id"]) for row in found.rows("bench-checks-sums") if row["score"] == 1}
+    assert {question for model, question in right if model == "base"} == {"2+2"}
+    scores = {one["model"]: one["value"] for one in found.document["scores"]}
+    assert scores["base"] == pytest.approx(100 / 6) and scores["floor:empty"] == 0
 
 
 @pytest.mark.e2e

@@ -1,4 +1,4 @@
-"""Leftovers of a run folder, and its data sets as a folder for the hub."""
+"""Leftovers of a run folder, and its datasets as a folder for the hub."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ OLD = "0123456789abcdef"
 
 @pytest.fixture(scope="module")
 def gated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with data sets; tests that change it copy it."""
+    """A run with datasets; tests that change it copy it."""
     folder = plant(tmp_path_factory.mktemp("gated") / "run")
-    gating.write(gating.regate(read_run(str(folder)), ["gate.tau=2.4"]), lambda line: None, beat_seconds=0.05)
+    gating.write(gating.regate(read_run(str(folder)), ["gate.tau=2.4"]), beat_seconds=0.05)
     return folder
 
 
@@ -87,7 +87,7 @@ def test_a_run_at_work_or_without_a_manifest_is_not_cleaned(littered: Path) -> N
 
 def test_what_a_regate_leaves_behind_can_be_cleaned(gated: Path) -> None:
     old = [left.name for left in leftovers(read_run(str(gated)))]
-    assert len(old) == 1 and old[0].startswith("gate-")  # the gate of before; its data sets were never made
+    assert len(old) == 1 and old[0].startswith("gate-")  # the gate of before; its datasets were never made
 
 
 def test_sizes() -> None:

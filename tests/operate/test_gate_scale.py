@@ -1,4 +1,4 @@
-"""The benchmark of gate and data sets, small: what it makes, and that it goes on where it was interrupted."""
+"""The benchmark of gate and datasets, small: what it makes, and that it goes on where it was interrupted."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from ray_pipeline.evaluate.headline import headline
 from ray_pipeline.evaluate.metrics import collect_metrics
 from ray_pipeline.evaluate.run_page import run_page
 from ray_pipeline.report.charts import Bins, Dot, Series, dots, heat_map, histogram, lines, stacked, standalone
-from ray_pipeline.report.escaping import inline, visible
+from ray_pipeline.report.escaping import inline
 from ray_pipeline.report.html import render_html
 from ray_pipeline.report.markdown import render_markdown
 from ray_pipeline.report.page import (
@@ -33,6 +33,7 @@ from ray_pipeline.report.page import (
 )
 from ray_pipeline.report.write import write_page
 from ray_pipeline.stats.bootstrap import Interval
+from ray_pipeline.store.outside import visible
 from tests.evaluate.example_run import whole_run
 from tests.evaluate.test_length_controlled import compared
 from tests.evaluate.test_planned import planned_run

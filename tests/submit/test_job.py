@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import http.server
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -195,3 +197,176 @@ def test_a_job_server_that_refuses_is_quoted(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(server, "submit_job", lambda **_: (_ for _ in ()).throw(RuntimeError("no such label")))
     with pytest.raises(SubmitError, match="refused the job: no such label"):
         serve(monkeypatch, server)(tmp_path)
+
+
+class Dashboard:
+    """A job server on loopback that answers every request with one status and text."""
+
+    def __init__(self, status: int, text: str) -> None:
+        asked = self.asked = []  # type: list[str]
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                asked.append(self.path)
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> Dashboard:
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "told"),
+    [
+        (401, "Unauthorized: Missing authentication token", "requires a token, and none was sent"),
+        (403, "Forbidden: Invalid authentication token", "rejected the token"),
+    ],
+)
+def test_a_cluster_with_tokens_is_explained_with_the_remedy(status: int, text: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "code.py").write_text("x")
+    with Dashboard(status, text) as server:
+        arguments = ["submit", "dmapo", "--working-dir", str(tmp_path), "--address", server.url]
+        result = CliRunner().invoke(app, arguments)
+    output = " ".join(result.output.split())
+    assert result.exit_code == 2, output
+    assert told in output and "RAY_AUTH_MODE=token" in output and "RAY_AUTH_TOKEN" in output
+    assert "Traceback" not in output and "AuthenticationError" not in output
+
+
+@pytest.mark.parametrize("variable", ["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"])
+def test_the_typed_address_wins_over_the_environment_and_is_printed(
+    variable: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "code.py").write_text("x")
+    with Dashboard(500, "typed") as typed, Dashboard(500, "of the environment") as other:
+        monkeypatch.setenv(variable, other.url)
+        arguments = ["submit", "dmapo", "--working-dir", str(tmp_path), "--address", typed.url]
+        result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert typed.asked and not other.asked
+    assert f"submitting to {typed.url}" in result.output and other.url not in result.output
+    assert jobs.os.environ[variable] == other.url
+
+
+def test_a_head_that_is_coming_up_is_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    server = Server([state(JobStatus.SUCCEEDED, 0)], [])
+    accept, refusals = server.submit_job, ["No available agent to submit job, please try again later."] * 3
+
+    def submit_job(**arguments: Any) -> str:
+        if refusals:
+            raise RuntimeError(f"Request failed with status code 500: {refusals.pop()}")
+        return accept(**arguments)
+
+    monkeypatch.setattr(server, "submit_job", submit_job)
+    assert serve(monkeypatch, server)(tmp_path).status == "SUCCEEDED"
+    assert len(server.submitted) == 1
+
+
+def test_a_head_that_never_gets_an_agent_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    server, clock = Server([], []), iter(range(0, 10_000, 50))
+    monkeypatch.setattr(jobs.time, "monotonic", lambda: float(next(clock)))
+    error = RuntimeError("No available agent to submit job, please try again later.")
+    monkeypatch.setattr(server, "submit_job", lambda **_: (_ for _ in ()).throw(error))
+    with pytest.raises(SubmitError, match=r"no agent that starts jobs.*ray status"):
+        serve(monkeypatch, server)(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "module"),
+    [
+        ("ModuleNotFoundError: No module named 'typer'", "typer"),
+        ("/usr/bin/python: No module named ray_pipeline", "ray_pipeline"),
+        ("/usr/bin/python: Error while finding module specification for 'ray_pipeline.cli' "
+         "(ModuleNotFoundError: No module named 'ray_pipeline')", "ray_pipeline"),
+        ("ModuleNotFoundError: No module named 'my_lib.sub'", "my_lib"),
+    ],
+)  # fmt: skip
+def test_a_package_that_the_cluster_lacks_is_named_with_the_remedy(
+    line: str, module: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "code.py").write_text("x")
+    server = Server([state(JobStatus.FAILED, 1)], [["Traceback …\n", f"{line}\n"]])
+    monkeypatch.setattr(jobs, "connect", lambda address: server)
+    result = CliRunner().invoke(app, ["submit", "dmapo", "--working-dir", str(tmp_path)])
+    output = " ".join(result.output.split())
+    assert result.exit_code == 1
+    assert f"has no package {module!r}" in output and "cluster/install.sh" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["--env", "OPENAI_API_KEY=plain-secret"], "OPENAI_API_KEY"),
+        (["--env", "HF_TOKEN=plain-secret"], "HF_TOKEN"),
+        (["--env", "DB_PASSWORD=plain-secret"], "DB_PASSWORD"),
+        (["--env", "HEADER=Bearer plain-secret-0123456789"], "HEADER"),
+        (["--env", "COPY=known-secret-value"], "COPY"),
+        (["models.judge.args.hf_token=plain-secret"], "models.judge.args.hf_token"),
+        (["models.judge.endpoint.extra_body.note=sk-plain-secret-0123456789"], "extra_body.note"),
+        (["--run-dir", "s3://AKIAAAAAAAAAAAAAAAAA:plain-secret@bucket/run"], "s3://"),
+    ],
+)
+def test_no_key_is_sent_with_a_job(
+    arguments: list[str], name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "code.py").write_text("x")
+    monkeypatch.setenv("MY_API_KEY", "known-secret-value")
+    server = Server([state(JobStatus.SUCCEEDED, 0)], [])
+    monkeypatch.setattr(jobs, "connect", lambda address: server)
+    result = CliRunner().invoke(app, ["submit", "dmapo", "--working-dir", str(tmp_path), *arguments])
+    assert result.exit_code == 2, result.output
+    assert server.submitted == []
+    output = " ".join(result.output.split())
+    assert name in output and "environment" in output
+    assert "plain-secret" not in output and "known-secret-value" not in output
+
+
+def test_variables_that_are_no_keys_are_sent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "code.py").write_text("x")
+    server = Server([state(JobStatus.SUCCEEDED, 0)], [])
+    monkeypatch.setattr(jobs, "connect", lambda address: server)
+    pairs = ["--env", "HF_HOME=/shared/hf", "--env", "TOKENIZERS_PARALLELISM=true"]
+    assert CliRunner().invoke(app, ["submit", "dmapo", "--working-dir", str(tmp_path), *pairs]).exit_code == 0
+    sent = server.submitted[0]["runtime_env"]["env_vars"]
+    assert sent["HF_HOME"] == "/shared/hf" and sent["TOKENIZERS_PARALLELISM"] == "true"
+
+
+def test_a_config_with_a_key_is_not_sent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "code.py").write_text("x")
+    (tmp_path / "mine.yaml").write_text("# sk-plain-secret-0123456789\nrun: {}\n")
+    result = CliRunner().invoke(
+        app, ["submit", "dmapo", "--working-dir", str(tmp_path), "-c", str(tmp_path / "mine.yaml")]
+    )
+    assert result.exit_code == 2 and "in a comment" in result.output and "plain-secret" not in result.output
+
+
+def test_what_goes_and_what_stays_is_printed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    (tree / "data").mkdir(parents=True)
+    (tree / "code.py").write_text("x")
+    (tree / "data/p.bin").write_text("x" * 1024)
+    (tree / "job.yaml").write_text("prompts: {sources: [{path: data/p.bin}, {path: %s}]}" % (tmp_path / "abroad"))
+    (tmp_path / "abroad").write_text("x")
+    server = Server([state(JobStatus.SUCCEEDED, 0)], [])
+    monkeypatch.setattr(jobs, "connect", lambda address: server)
+    result = CliRunner().invoke(
+        app, ["submit", "dmapo", "--working-dir", str(tree), "-c", str(tree / "job.yaml"), "--address", "http://h:1"]
+    )
+    assert result.exit_code == 0, result.output
+    assert server.packed == [["code.py", "data/p.bin", "job.yaml"]]
+    output = " ".join(result.output.split())
+    assert "data/p.bin (1.0 KiB), named by the configuration" in output
+    assert f"not packaged: {tmp_path / 'abroad'}, which prompts.sources.1.path names" in output.replace(" /", " /")
+    assert "submitting to http://h:1" in output

@@ -1,4 +1,4 @@
-"""A tiny random Llama with its own tokenizer and chat template, small data sets, a local Ray, and finished runs."""
+"""A tiny random Llama with its own tokenizer and chat template, small datasets, a local Ray, and finished runs."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def sentence(rng: random.Random, words: int = 5) -> str:
 
 
 def kto_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Labels alternate, as the data set stage interleaves them."""
+    """Labels alternate, as the dataset stage interleaves them."""
     rng = random.Random(seed)
     return [
         {"candidate_id": f"c{i}", "prompt": user(sentence(rng)), "completion": assistant(sentence(rng, 3 + i % 4)),
@@ -158,7 +158,7 @@ def make_spec(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Make
             "run_name": f"{method}-0123abcd",
             "max_length": 64,
             "chat_template_args": {"enable_thinking": False},  # as every model of a run has them
-            "card": {"data set": "0123abcd"},
+            "card": {"dataset": "0123abcd"},
         }
         own = {name: value for name, value in changes.items() if name not in TrainSettings.model_fields}
         own |= {"model": changes["model"]} if "model" in changes else {}

@@ -97,7 +97,7 @@ def test_the_model_card_names_data_settings_and_result(make_spec: MakeSpec, meth
     card = model_card(spec, "adapter", 12, {"lora_dropout": 0.1}, {"loss": 0.25, "kl": None})
     assert card.startswith('---\nlibrary_name: "peft"\n') and f"with {method.upper()} in 12 optimiser steps" in card
     assert "base_model:" not in card  # a local path is no name on the hub
-    assert "| data set | 0123abcd |" in card and f"| method | {method} |" in card
+    assert "| dataset | 0123abcd |" in card and f"| method | {method} |" in card
     assert "| learning_rate | 0.005 |" in card and "'dropout': 0.1" in card
     assert (f"| beta | {beta:g} |" if beta else "| beta |") in card or beta is None
     assert ("| desirable_weight |" in card) == (method == "kto")

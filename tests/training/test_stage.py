@@ -148,7 +148,7 @@ def test_a_method_reads_its_kind_of_rows(run_stage: RunStage, tmp_path: Path, me
     assert spec.val_files == (str(tmp_path / "data" / kind / "val" / "*.parquet") if kind == "kto" else None)
     weights = (spec.settings.desirable_weight, spec.settings.undesirable_weight)
     assert weights == ((1.3, 1.7) if method == "kto" else (None, None))
-    assert spec.card == {"data set": "d" * 16, "kind of rows": kind, "training": "f" * 16}
+    assert spec.card == {"dataset": "d" * 16, "kind of rows": kind, "training": "f" * 16}
     assert (found["method"], found["max_logit_diff"]) == (method, None)
     assert said == ["warning: class imbalance: 2 desirable, 1 undesirable rows"]
 

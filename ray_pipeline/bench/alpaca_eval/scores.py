@@ -1,18 +1,17 @@
-"""AlpacaEval's part of the page: raw and length-controlled win rates of all models from the stored tables."""
+"""AlpacaEval's part of the page: raw and length-controlled win rate of one model."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from ray_pipeline.bench.alpaca_eval.judge import PairPreference, PreferenceAsking
+from ray_pipeline.bench.alpaca_eval.judge import PreferenceAsking
 from ray_pipeline.bench.alpaca_eval.length_controlled import GamedRows, LengthControlled, fit_length_controlled
-from ray_pipeline.bench.alpaca_eval.questions import AlpacaEvalSettings, OrderRule, instruction_of
+from ray_pipeline.bench.alpaca_eval.questions import OrderRule
 from ray_pipeline.bench.alpaca_eval.score import (
     Annotation,
     alpaca_eval_protocol,
@@ -23,60 +22,13 @@ from ray_pipeline.bench.alpaca_eval.score import (
     published_alpaca_eval,
     raw_win_rate,
 )
+from ray_pipeline.bench.benchmark import Judge, Reading, Score, count_statuses, make_score, percent
 from ray_pipeline.bench.judge_prompts import PreferencePrompt
-from ray_pipeline.bench.scores import Judge, Measurement, Reading, Score, Scored, count_statuses, make_score, percent
-from ray_pipeline.bench.tables import Tables
 from ray_pipeline.stats.length_control import at_equal_length
-from ray_pipeline.stats.protocol import Protocol, settings_text
+from ray_pipeline.stats.protocol import Protocol
 
 #: Two-sided 95 % of a normal distribution, for the published standard errors.
 _Z95 = 1.959963984540054
-
-
-def scored(settings: AlpacaEvalSettings, run: Measurement) -> Scored:
-    """Scores of all models, once preferences are stored."""
-    result = Scored()
-    if (preferences := run.tables.rows("bench_preferences")) is None:
-        return result
-    rules = AlpacaEvalRules(
-        prompt=settings.judge_prompt(),
-        asking=settings.asking,
-        judge=run.judges[settings.judge],
-        order=settings.order,
-        order_seed=settings.order_seed,
-        reference=settings.reference_name,
-        answers=settings_text(**settings.sampling.model_dump()),
-        length_data=_length_data(settings.model_dump_json()),
-        published_instructions=settings.published_instructions,
-        draws=run.draws,
-        seed=run.seed,
-    )
-    for name in run.names:
-        scores, table, reading = alpaca_eval_rates(name, _annotations(run.tables, preferences, name), rules)
-        result.add(scores, reading, "alpaca_eval_instructions", [table])
-    return result
-
-
-@functools.lru_cache(maxsize=4)
-def _length_data(settings_text: str) -> Any:
-    return AlpacaEvalSettings.model_validate_json(settings_text).length_data()
-
-
-def _annotations(tables: Tables, said: Sequence[Mapping[str, Any]], model: str) -> list[Annotation]:
-    """Every instruction in the order of the file, with the verdicts on the model's output; none without an output."""
-    asked: dict[str, dict[Any, PairPreference]] = {}
-    for row in said:
-        if row["model"] == model:
-            preference = PairPreference(row["first"], row["method"], row["label_mass"], row["parse_status"], row["raw"])
-            asked.setdefault(row["question_id"], {})[row["place"]] = preference
-    return [
-        Annotation(
-            instruction_of(question),
-            tables.answers["alpaca_eval", question["question_id"], model][0]["answer"],
-            asked.get(question["question_id"], {}),
-        )
-        for question in tables.of("alpaca_eval")
-    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +51,7 @@ class AlpacaEvalRules:
     published_instructions: bool = False
     draws: int = 2000
     seed: int = 0
+    benchmark: str = "alpaca_eval"
 
 
 def alpaca_eval_rates(
@@ -108,7 +61,7 @@ def alpaca_eval_rates(
     preferences = preferences_of(annotations)
     raw = raw_win_rate(preferences, draws=rules.draws, seed=rules.seed)
     controlled, own, estimator, note = _length_controlled(annotations, preferences, rules)
-    common: dict[str, Any] = {"unit": "%", "rows": raw.rows, "unread": raw.unread}
+    common: dict[str, Any] = {"rows": raw.rows, "unread": raw.unread}
     asked = instructions_digest([a.instruction for a in annotations])
     vouched = asked if rules.published_instructions else None
     methods = [said.method for a in annotations for said in a.asked.values() if said.method is not None]
@@ -132,11 +85,11 @@ def alpaca_eval_rates(
     scores = [
         make_score(
             model,
-            "alpaca_eval",
+            rules.benchmark,
             "WR",
             protocol("WR"),
             published_alpaca_eval("WR", vouched),
-            raw.win_rate,
+            value=raw.win_rate,
             low=raw.interval.low,
             high=raw.interval.high,
             worst=raw.worst,
@@ -146,11 +99,11 @@ def alpaca_eval_rates(
         ),
         make_score(
             model,
-            "alpaca_eval",
+            rules.benchmark,
             "LC",
             protocol("LC"),
             published_alpaca_eval("LC", vouched),
-            own[0],
+            value=own[0],
             low=own[1],
             high=own[2],
             worst=None,
@@ -166,7 +119,7 @@ def alpaca_eval_rates(
         statuses["unanswered"] = unanswered
     lengths = [len(a.output) for a in annotations if a.output is not None]
     mean_chars = sum(lengths) / len(lengths) if lengths else None
-    return scores, table, Reading(model, "alpaca_eval", statuses, 0, flip_rate(annotations), mean_chars)
+    return scores, table, Reading(model, rules.benchmark, statuses, 0, flip_rate(annotations), mean_chars)
 
 
 _Figures = tuple[float | None, float | None, float | None]

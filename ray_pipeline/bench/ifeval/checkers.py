@@ -8,11 +8,13 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ray_pipeline.bench.files import BenchmarkFileError
+
 #: Package versions that decide verdicts beside lm-eval's own.
 _PACKAGES = ("lm_eval", "nltk", "langdetect")
 
 
-class CheckersMissing(RuntimeError):
+class CheckersMissing(BenchmarkFileError):
     """The official checkers cannot run here; the message names what to install."""
 
 

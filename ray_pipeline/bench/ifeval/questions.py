@@ -1,23 +1,15 @@
-"""IFEval's prompts with their verifiable instructions, the settings that choose them, and their rows."""
+"""IFEval's prompts with their verifiable instructions, and their rows."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pydantic import Field
-
-from ray_pipeline.agents.judges import SamplingSettings
-from ray_pipeline.bench.files import BenchmarkFileError, question_row, source_rows
-from ray_pipeline.bench.ifeval.checkers import CheckersMissing, load_checkers
-from ray_pipeline.config.settings import Settings
+from ray_pipeline.bench.benchmark import question_row
+from ray_pipeline.bench.files import BenchmarkFileError
 from ray_pipeline.store.keys import canonical_json
-
-if TYPE_CHECKING:
-    from ray_pipeline.bench.scores import Measurement, Scored
-    from ray_pipeline.graph.stage import Stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,76 +20,6 @@ class IfevalPrompt:
     prompt: str
     instructions: tuple[str, ...]
     arguments: tuple[Mapping[str, Any], ...]
-
-
-class IfevalSettings(Settings):
-    """The `ifeval` block: prompts in the published form. The checkers come with `quorum-align[ifeval]`."""
-
-    prompts: str = Field(
-        "hf://datasets/google/IFEval/ifeval_input_data.jsonl", description="prompt file in the published form"
-    )
-    sampling: SamplingSettings = SamplingSettings(temperature=0.0, max_tokens=1280)
-    limit: int | None = Field(None, ge=1, description="maximum number of prompts (smallest hashes kept); default: all")
-
-    def load(self) -> list[IfevalPrompt]:
-        """Raises BenchmarkFileError."""
-        return prompts_of(source_rows(self.prompts), self.prompts)
-
-    def sources(self) -> dict[str, str]:
-        """Place of every question file by its key."""
-        return {"prompts": self.prompts}
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Rows of the questions table. Raises BenchmarkFileError."""
-        return [
-            question_row(
-                "ifeval",
-                p.key,
-                place,
-                [p.prompt],
-                checks=canonical_json(
-                    {"instructions": list(p.instructions), "arguments": [dict(a) for a in p.arguments]}
-                ),
-            )
-            for place, p in enumerate(self.load())
-        ]
-
-    def check(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Raises BenchmarkFileError if the checkers are missing or an instruction is unknown to them."""
-        try:
-            known = load_checkers().registry
-        except CheckersMissing as error:
-            raise BenchmarkFileError(f"ifeval: {error}") from error
-        for row in rows:
-            for name in json.loads(row["checks"])["instructions"]:
-                if name not in known:
-                    raise BenchmarkFileError(
-                        f"ifeval.prompts: prompt {row['question_id']} of {self.prompts} has the instruction {name}, "
-                        "which no checker supports"
-                    )
-
-    def judged(self) -> dict[str, tuple[str, SamplingSettings]]:
-        """No model judges."""
-        return {}
-
-    def answered(self) -> dict[str, SamplingSettings]:
-        """Key of every sampling of the measured models."""
-        return {"sampling": self.sampling}
-
-    def judging(self) -> None:
-        """No model judges."""
-
-    def checks(self, inputs: Mapping[str, Stage]) -> list[Stage]:
-        """The stage of the checkers. Raises CheckersMissing if they are not installed."""
-        from ray_pipeline.bench.ifeval.checks import checks
-
-        return [checks(inputs)]
-
-    def scores(self, run: Measurement) -> Scored:
-        """Scores of all models from the stored tables."""
-        from ray_pipeline.bench.ifeval.scores import scored
-
-        return scored(self, run)
 
 
 def prompts_of(rows: Sequence[Mapping[str, Any]], source: str = "IFEval prompts") -> list[IfevalPrompt]:
@@ -129,3 +51,9 @@ def prompt_of(row: Mapping[str, Any]) -> IfevalPrompt:
     return IfevalPrompt(
         int(row["question_id"]), row["turns"][0], tuple(checks["instructions"]), tuple(checks["arguments"])
     )
+
+
+def prompt_row_of(prompt: IfevalPrompt, place: int) -> dict[str, Any]:
+    """The row of a prompt."""
+    checks = {"instructions": list(prompt.instructions), "arguments": [dict(a) for a in prompt.arguments]}
+    return question_row(prompt.key, place, [prompt.prompt], checks=canonical_json(checks))

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ray_pipeline.bench.files import BenchmarkFileError
 from ray_pipeline.bench.ifeval.checkers import Checkers, checker_version, load_checkers
 from ray_pipeline.bench.ifeval.questions import IfevalPrompt
 from ray_pipeline.stats.bootstrap import Interval, bootstrap_mean
@@ -22,7 +23,7 @@ from ray_pipeline.stats.protocol import Protocol, PublishedProtocol
 from ray_pipeline.store.keys import digest
 
 
-class UnknownInstruction(ValueError):
+class UnknownInstruction(BenchmarkFileError):
     """A prompt has an instruction that no checker supports. The message names both."""
 
 

@@ -1,4 +1,4 @@
-"""MT-Bench's two roles: a model that answers two turns, and a judge that grades an answer or compares two."""
+"""MT-Bench's judge, which grades an answer or compares two."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ray_pipeline.bench.mt_bench.replies import (
     rules_differ,
 )
 from ray_pipeline.config.settings import Settings
-from ray_pipeline.engines.base import ChatEngine, Completion, EngineError, Grammar, Message, PromptTooLong, Sampling
+from ray_pipeline.engines.base import ChatEngine, Completion, Grammar, Message
 
 LOW, HIGH = 1.0, 10.0
 #: Replies under `BenchAsking.grammar`.
@@ -45,17 +45,6 @@ class BenchAsking(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
-class Conversation:
-    """A model's answers to the two turns; None where there is none, with the finish reason.
-
-    A second turn whose first has no answer is not asked (`skipped`).
-    """
-
-    turns: tuple[str | None, str | None]
-    finish_reasons: tuple[str, str]
-
-
-@dataclasses.dataclass(frozen=True)
 class Rating:
     """A judge's rating of one turn. `score` is None exactly if `parse_status` is not a read one.
 
@@ -77,37 +66,6 @@ class TurnChoice:
     parse_status: str
     contradictory: bool
     raw: str | None
-
-
-async def answer_turns(engine: ChatEngine, turns: Sequence[str], sampling: Sequence[Sampling]) -> Conversation:
-    """Ask both turns, the second with the first answer in the conversation.
-
-    Args:
-        turns: the two questions.
-        sampling: of each turn; they differ in their seeds.
-    """
-    messages: list[Message] = []
-    texts: list[str | None] = []
-    reasons: list[str] = []
-    for question, one in zip(turns, sampling, strict=True):
-        messages.append({"role": "user", "content": question})
-        try:
-            reply = await engine.chat(messages, one)
-        except PromptTooLong:
-            texts.append(None)
-            reasons.append("too_long")
-            break
-        except EngineError:
-            texts.append(None)
-            reasons.append("error")
-            break
-        texts.append(reply.text)
-        reasons.append(reply.finish_reason)
-        messages = [*messages, {"role": "assistant", "content": reply.text}]
-    if len(texts) == 1:
-        texts.append(None)
-        reasons.append("skipped")
-    return Conversation((texts[0], texts[1]), (reasons[0], reasons[1]))
 
 
 async def rate_turn(

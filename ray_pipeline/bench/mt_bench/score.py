@@ -13,17 +13,17 @@ from typing import Literal
 
 import pyarrow as pa
 
+from ray_pipeline.bench.conversation import Conversation
 from ray_pipeline.bench.judge_prompts import BenchPrompt, prompts_digest
 from ray_pipeline.bench.mt_bench.judge import (
     HIGH,
     LOW,
     BenchAsking,
-    Conversation,
     Turn,
     compare_turn,
     rate_turn,
 )
-from ray_pipeline.bench.mt_bench.questions import ANSWER_TOKENS, CATEGORY_TEMPERATURES, Mode, Question
+from ray_pipeline.bench.mt_bench.questions import ANSWER_TOKENS, CATEGORY_TEMPERATURES, Question
 from ray_pipeline.engines.base import ChatEngine
 from ray_pipeline.stats.bootstrap import Interval, bootstrap_mean
 from ray_pipeline.stats.protocol import Protocol, PublishedProtocol, settings_text
@@ -31,6 +31,7 @@ from ray_pipeline.stats.winrate import WinRate, win_rate
 from ray_pipeline.store.keys import digest
 from ray_pipeline.store.schemas import READ_STATUSES
 
+Mode = Literal["single", "pairwise"]
 TURNS: tuple[Turn, Turn] = (1, 2)
 
 

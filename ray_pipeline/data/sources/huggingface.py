@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal, Self, cast
 
 from pydantic import Field
@@ -32,7 +32,13 @@ class HuggingFaceSource(TableSource):
 
     @property
     def default_label(self) -> str:
-        return self.name
+        return os.path.basename(os.path.abspath(self.name)) if os.path.isdir(self.name) else self.name
+
+    def decisive(self, exclude: Collection[str] = ()) -> dict[str, Any]:
+        """Of a local folder the label in place of the path, as of files: a moved folder holds the same prompts."""
+        if not os.path.isdir(self.name):
+            return super().decisive(exclude)
+        return {**super().decisive({*exclude, "name"}), "label": self.label_in_tables}
 
     def rows(self) -> Iterator[SourceRow]:
         where = hub_place(self.name, self.subset, self.split)
@@ -40,16 +46,16 @@ class HuggingFaceSource(TableSource):
         self.need_columns(where, data.column_names)
         check_type(where, data.features.arrow_schema.field(self.column))
         tables = data.select_columns(self.columns).with_format("arrow").iter(BATCH_ROWS)
-        place = {"dataset": self.name, "subset": self.subset, "split": self.split}
+        place = {"dataset": self.default_label, "subset": self.subset, "split": self.split}
         yield from self.arrow_rows(tables, {k: v for k, v in place.items() if v is not None}, where)
 
     def digest(self) -> dict[str, str]:
         """The commit of the dataset; of a local folder the digest of its files."""
-        return {self.name: _commit(self)}
+        return {self.default_label: _commit(self)}
 
     def pinned(self, digest: Mapping[str, str]) -> Self:
         """At that commit, even when somebody pushes in between."""
-        return self.model_copy(update={"revision": digest[self.name]})
+        return self.model_copy(update={"revision": digest[self.default_label]})
 
 
 def hub_place(name: str, subset: str | None, split: str) -> str:

@@ -1,0 +1,63 @@
+"""A dataset made from the scores of candidates: its rules as a value, and the stages that follow from them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from ray_pipeline.data.dataset_rows import DatasetsConfig
+from ray_pipeline.data.datasets import dataset_files, dataset_rows
+from ray_pipeline.data.decisions import gate as gate_stage
+from ray_pipeline.data.gate import GateConfig
+from ray_pipeline.engines.models import ModelSettings
+from ray_pipeline.graph.stage import Stage
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoredDataset:
+    """The rules of a dataset. A run is wired from them, an audit checks against them, `quorum regate` changes them.
+
+    Attributes:
+        judges: whose scores count.
+        gate: None for best and worst of k.
+        policy: whose tokenizer measures rows.
+        files: name of a stage that writes training files → its settings; they differ in the seed alone.
+        decisions, rows: names of the stages before the files.
+        first: use only this number of candidates per prompt; default: all.
+        view: link to the files in the run folder.
+        origin: see `dataset_files`.
+    """
+
+    judges: Sequence[str]
+    gate: GateConfig | None
+    policy: ModelSettings
+    files: Mapping[str, DatasetsConfig]
+    decisions: str = "gate"
+    rows: str = "dataset-rows"
+    first: int | None = None
+    view: str = ""
+    origin: str | None = None
+
+    @property
+    def config(self) -> DatasetsConfig:
+        """Settings of its rows."""
+        return next(iter(self.files.values()))
+
+    def decide(self, candidates: Stage, verdicts: Sequence[Stage], critiques: Stage | None) -> Stage:
+        """One decision per candidate; needs no model."""
+        return gate_stage(
+            self.gate, self.judges, candidates, verdicts, critiques, name=self.decisions, first=self.first
+        )
+
+    def write(self, prompts: Stage, candidates: Stage, verdicts: Sequence[Stage], decisions: Stage) -> list[Stage]:
+        """The rows, then the files. Raises ModelNotFound when the policy's tokenizer is not here."""
+        rows = dataset_rows(
+            self.config, self.judges, self.policy, prompts, candidates, verdicts, decisions, name=self.rows
+        )
+        return [
+            rows,
+            *(
+                dataset_files(config, self.gate, self.judges, rows, name=name, view=self.view, origin=self.origin)
+                for name, config in self.files.items()
+            ),
+        ]

@@ -1,0 +1,56 @@
+"""Text and numbers from models, servers, files and users, before they are stored or shown.
+
+Arrow and UTF-8 take no unpaired surrogate, which JSON from an endpoint can contain, and for many readers a NUL ends a
+text; terminals and logs act on control characters. Each kind is replaced here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Mapping
+from typing import Any
+
+from ray_pipeline.store.secrets import redact
+
+_UNSTORABLE = re.compile("[\ud800-\udfff\0]")
+# Cc: control, Cf: format (bidirectional overrides, zero width), Cs: lone surrogates, which UTF-8 cannot hold.
+_INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+_MOST = 2**31  # token counts are 32-bit integers in every table
+
+
+def storable(text: str) -> str:
+    """`text` with U+FFFD for every unpaired surrogate and NUL."""
+    return text if text.isascii() and "\0" not in text else _UNSTORABLE.sub("\ufffd", text)
+
+
+def storable_value(value: Any) -> Any:
+    """A JSON-like value with every text in it storable, keys of mappings included."""
+    if isinstance(value, str):
+        return storable(value)
+    if isinstance(value, Mapping):
+        return {storable(k) if isinstance(k, str) else k: storable_value(v) for k, v in value.items()}
+    return [storable_value(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def token_count(value: Any) -> int:
+    """A number of tokens that a table can hold; 0 for what is no such number."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return value if whole and 0 <= value < _MOST else 0
+
+
+def visible(text: str) -> str:
+    """`text` with every control, format and surrogate character but newline and tab as a backslash escape."""
+    text = text.replace("\r\n", "\n")
+    if text.replace("\n", "").replace("\t", "").isprintable():  # most texts are, and looking at each character is slow
+        return text
+    return "".join(c if c in "\n\t" or unicodedata.category(c) not in _INVISIBLE else _code(c) for c in text)
+
+
+def shown(text: str) -> str:
+    """`text` for a terminal or a log: without keys, its control characters visible."""
+    return visible(redact(text))
+
+
+def _code(character: str) -> str:
+    return character.encode("unicode_escape", "backslashreplace").decode("ascii")
