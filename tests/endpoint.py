@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import threading
@@ -19,13 +20,21 @@ KEY = "sk-loopback-0123456789abcdef"
 
 @dataclasses.dataclass
 class Answer:
-    """One HTTP response. `cut`: the connection is closed after half of the body."""
+    """One HTTP response.
+
+    Attributes:
+        cut: the connection is closed after half of the body.
+        pause: seconds between two bytes of the body.
+        repeat: how often the body is sent.
+    """
 
     status: int = 200
     body: Any = None
     headers: dict[str, str] = dataclasses.field(default_factory=dict)
     delay: float = 0.0
     cut: bool = False
+    pause: float = 0.0
+    repeat: int = 1
 
     def bytes(self) -> bytes:
         return self.body if isinstance(self.body, bytes) else json.dumps(self.body).encode()
@@ -75,6 +84,7 @@ class Endpoint:
         self.asked: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.clients: set[str | None] = set()  # addresses
+        self.sent = 0  # bytes of bodies that drip or repeat
         self.most_at_once = self._at_once = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._started = threading.Event()
@@ -144,6 +154,8 @@ class Endpoint:
 
     async def _send(self, request: web.Request, answer: Answer) -> web.StreamResponse:
         body = answer.bytes()
+        if answer.pause or answer.repeat > 1:
+            return await self._drip(request, answer)
         if not answer.cut:
             return web.Response(
                 status=answer.status, body=body, headers={"Content-Type": "application/json", **answer.headers}
@@ -154,4 +166,16 @@ class Endpoint:
         await response.write(body[: len(body) // 2])
         assert request.transport is not None
         request.transport.close()
+        return response
+
+    async def _drip(self, request: web.Request, answer: Answer) -> web.StreamResponse:
+        body = answer.bytes()
+        response = web.StreamResponse(status=answer.status, headers={"Content-Type": "application/json"})
+        await response.prepare(request)
+        with contextlib.suppress(ConnectionError):
+            for _ in range(answer.repeat):
+                for piece in [bytes([byte]) for byte in body] if answer.pause else [body]:
+                    await response.write(piece)
+                    self.sent += len(piece)
+                    await asyncio.sleep(answer.pause)
         return response

@@ -110,7 +110,8 @@ class Completion:
 
     ``finish_reason`` is ``"stop"``, ``"length"`` or another word of the engine; only ``"stop"`` is a
     finished reply. ``cached_tokens`` of the ``prompt_tokens`` came from the prefix cache.
-    ``latency_s`` is wall time in seconds from call to reply, queueing included.
+    ``latency_s`` is wall time in seconds from call to reply, queueing included. ``unread_cost`` is the price of
+    earlier replies to the same call that could not be read.
     """
 
     text: str
@@ -121,31 +122,42 @@ class Completion:
     logprobs: TokenLogprobs | None = None
     latency_s: float = 0.0
     from_log: bool = False
+    unread_cost: float = 0.0
 
 
 class EngineError(RuntimeError):
-    """One call failed. Its row gets a status and the shard continues."""
+    """One call failed. Its row gets a status and the shard continues.
+
+    Attributes:
+        rejection: words of the server or the chat template that rejected the call; "" if the call failed otherwise.
+        unread_cost: as of a :class:`Completion`.
+    """
+
+    rejection: str = ""
+    unread_cost: float = 0.0
 
 
 class PromptTooLong(EngineError):
     """Prompt and new tokens do not fit the model's context. Engines raise this and never truncate.
 
-    All three figures are tokens; the limit is 0 if the server does not report it.
+    All three figures are tokens; the limit is 0 if the server does not report it. `reason` has the server's own words.
     """
 
-    def __init__(self, prompt_tokens: int, max_tokens: int, limit: int) -> None:
+    def __init__(self, prompt_tokens: int, max_tokens: int, limit: int, reason: str = "") -> None:
         context = f"context of {limit} tokens" if limit else "server's context"
         super().__init__(
             f"prompt of {prompt_tokens} tokens + max_tokens {max_tokens} does not fit the {context}; "
             "raise max_model_len (if the model allows it), lower max_tokens, or drop the prompt"
+            + (f" ({reason})" if reason else "")
         )
         self.prompt_tokens = prompt_tokens
         self.max_tokens = max_tokens
         self.limit = limit
+        self.reason = reason
 
-    def __reduce__(self) -> tuple[type[PromptTooLong], tuple[int, int, int]]:
-        # Exceptions pickle by their args (the message); this one is built from its three figures.
-        return type(self), (self.prompt_tokens, self.max_tokens, self.limit)
+    def __reduce__(self) -> tuple[type[PromptTooLong], tuple[int, int, int, str]]:
+        # Exceptions pickle by their args (the message); this one is built from its figures and the reason.
+        return type(self), (self.prompt_tokens, self.max_tokens, self.limit, self.reason)
 
 
 class EngineDead(RuntimeError):

@@ -1,24 +1,46 @@
-"""HTTP requests to one endpoint, through the `openai` client.
+"""HTTP requests to one endpoint.
 
-The API key is read from the environment when the engine starts. It is in no setting, no identity and no message.
+- ``timeout_s`` bounds a whole request, from connecting to the last byte of the reply.
+- Bodies are read up to a limit.
+- Redirects are not followed: they would take prompts and the API key to another address.
+- The API key is read from the environment when the engine starts. It is in no setting, no identity and no message.
 """
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import json
+import math
 import os
 import re
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
+from ray_pipeline.engines.account import Used
 from ray_pipeline.engines.base import EngineError, EngineStartError, EngineStop, Sampling
 from ray_pipeline.engines.endpoint_errors import Again, Asked, clean, refusal
-from ray_pipeline.engines.endpoint_replies import ServedModels
+from ray_pipeline.engines.endpoint_replies import Charge, ServedModels, reported_usage
 from ray_pipeline.engines.endpoint_settings import STRUCTURED, OpenAISpec
 from ray_pipeline.engines.lifetime import Lifetime
 
+if TYPE_CHECKING:
+    import httpx
+
 _CONNECT_SECONDS = 15.0
+_REPLY_BYTES = 16 << 20  # limit of a body beside the reply's tokens, and of the list of models
+_TOKEN_BYTES = 1 << 10  # limit for each token and each of its alternatives
+_ERROR_BYTES = 1 << 20  # what is read of an error body
+
+#: Request header -> environment variable, as OpenAI's own client sends them.
+_ACCOUNT_HEADERS = {"OpenAI-Organization": "OPENAI_ORG_ID", "OpenAI-Project": "OPENAI_PROJECT_ID"}
+
+Refuse = Callable[[int, Mapping[str, str], str], Exception]
+"""The exception for a refused request, from status, headers and body."""
+
+
+class _TooLarge(Exception):
+    """A body exceeds its limit."""
 
 
 class Connection:
@@ -33,24 +55,25 @@ class Connection:
 
     def __init__(self, spec: OpenAISpec, lifetime: Lifetime) -> None:
         self._spec, self._settings, self._lifetime = spec, spec.endpoint, lifetime
-        self._client: Any = None  # openai.AsyncOpenAI
+        self._client: httpx.AsyncClient | None = None
         self.key: str | None = None
         self.requests = self.answered = 0
         self.models = ServedModels()
 
     def open(self) -> None:
-        """Read the key and load the client; no request is made. Raises EngineStartError."""
+        """Read the key and prepare the client; no request is made. Raises EngineStartError."""
+        import httpx
+
         self.key = self._read_key()
-        try:
-            from openai import AsyncOpenAI, Timeout
-        except ImportError as error:
-            raise EngineStartError(f"cannot import the openai client ({error}); run: pip install openai") from error
+        headers = {header: os.environ[name] for header, name in _ACCOUNT_HEADERS.items() if os.environ.get(name)}
+        if self.key is not None:
+            headers["Authorization"] = f"Bearer {self.key}"
         timeout = self._settings.timeout_s
-        self._client = AsyncOpenAI(
-            api_key=self.key or "none",  # the client requires one; a server without keys ignores it
-            base_url=self._settings.address,
-            max_retries=0,  # `endpoint_retry` retries, within limits, budget and patience
-            timeout=Timeout(timeout, connect=min(_CONNECT_SECONDS, timeout)),
+        self._client = httpx.AsyncClient(
+            headers=headers,
+            timeout=httpx.Timeout(timeout, connect=min(_CONNECT_SECONDS, timeout)),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=self._settings.concurrency),
+            follow_redirects=False,
         )
 
     def _read_key(self) -> str | None:
@@ -72,9 +95,11 @@ class Connection:
 
     async def close(self) -> None:
         if self._client is not None:
-            await self._client.close()
+            await self._client.aclose()
 
-    async def post(self, body: Mapping[str, Any], sampling: Sampling, prompt_tokens: int, *, starting: bool) -> Any:
+    async def post(
+        self, body: Mapping[str, Any], sampling: Sampling, prompt_tokens: int, charge: Charge, *, starting: bool
+    ) -> Any:
         """One request for a reply; `starting` marks the short call at the start."""
         parameters = body.keys() - {"messages"}
         asked = Asked(
@@ -87,46 +112,90 @@ class Connection:
         )
         refused = functools.partial(self._refusal, asked)
         self.requests += 1
-        completions = self._client.chat.completions.with_raw_response
-        # The short call at the start is limited by the patience, not by the time limit of a long reply.
-        timeout = {"timeout": min(self._settings.timeout_s, self._settings.patience_s)} if starting else {}
-        extra = {name: value for name, value in body.items() if name != "messages"}
-        send = completions.create(model=self._spec.model, messages=body["messages"], extra_body=extra, **timeout)
-        value = await self._received(send, refused)
-        if isinstance(value, Mapping) and not value.get("choices") and isinstance(value.get("error"), Mapping):
+        timeout, patience = self._settings.timeout_s, self._settings.patience_s
+        value = await self._exchange(
+            "POST",
+            "chat/completions",
+            {"model": self._spec.model, **body},
+            refused,
+            # The short call at the start is limited by the patience, not by the time limit of a long reply.
+            seconds=min(timeout, patience) if starting else timeout,
+            most_bytes=_REPLY_BYTES + _TOKEN_BYTES * sampling.max_tokens * (1 + (sampling.logprobs or 0)),
+            unread=lambda: charge(Used(1, prompt_tokens, 0, sampling.max_tokens)),
+        )
+        if isinstance(value, Mapping) and not value.get("choices") and value.get("error"):
             # Some gateways send upstream errors as replies.
-            code = value["error"].get("code")
-            raise refused(code if isinstance(code, int) else 500, {}, json.dumps(value))
+            used = reported_usage(value)
+            if used is not None:
+                charge(used)
+            error = value["error"]
+            code = error.get("code") if isinstance(error, Mapping) else None
+            raise refused(code if type(code) is int and 400 <= code < 600 else 500, {}, json.dumps(value))
         return value
 
     async def list_models(self) -> Any:
         """One request for the list of models. Raises EngineError if there is none."""
-        timeout = min(self._settings.timeout_s, self._settings.patience_s)
-        return await self._received(self._client.models.with_raw_response.list(timeout=timeout), self._no_list)
+        seconds = min(self._settings.timeout_s, self._settings.patience_s)
+        return await self._exchange("GET", "models", None, self._no_list, seconds=seconds, most_bytes=_REPLY_BYTES)
 
-    async def _received(self, send: Awaitable[Any], refused: Callable[[int, Mapping[str, str], str], Exception]) -> Any:
-        """The JSON reply to a request of the client; raises the matching exception otherwise."""
-        import openai
+    async def _exchange(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None,
+        refused: Refuse,
+        *,
+        seconds: float,
+        most_bytes: int,
+        unread: Callable[[], None] = lambda: None,
+    ) -> Any:
+        """The JSON reply to one request; raises the matching exception otherwise.
 
+        Args:
+            seconds: limit of the whole request.
+            unread: called if a reply was sent that cannot be read.
+        """
+        client = self._client
+        if client is None:
+            raise EngineError("the connection was not opened")
+        status, headers, content = 0, {}, b""
         try:
-            raw = await send
-        except openai.APIStatusError as error:
-            raise refused(error.status_code, error.response.headers, error.response.text) from None
-        except openai.APITimeoutError:
-            raise Again("no reply in time", "call" if self.answered else "endpoint") from None
-        except openai.APIConnectionError as error:
-            cause = error.__cause__
-            unreachable = type(cause).__name__ in ("ConnectError", "ConnectTimeout", "ProxyError", "PoolTimeout")
-            reason = clean(f"{type(cause).__name__}: {cause}" if cause else str(error), self.key)
-            raise Again(reason, "endpoint" if unreachable else "call") from None
-        except Exception as error:  # what the client cannot encode, decode or send
-            self._lifetime.check_open()
-            raise EngineError(clean(f"{type(error).__name__}: {error}", self.key)) from None
+            async with (
+                asyncio.timeout(seconds),
+                client.stream(method, f"{self._settings.address}/{path}", json=body) as response,
+            ):
+                status, headers = response.status_code, dict(response.headers)
+                content = await _read(response, most_bytes if response.is_success else _ERROR_BYTES)
+        except Exception as error:
+            if 200 <= status < 300:
+                unread()
+            if status < 300:  # an error body may end anywhere
+                raise self._failure(error) from None
+        if not 200 <= status < 300:
+            raise refused(status, headers, content.decode("utf-8", "replace"))
         try:
-            return json.loads(raw.content)
+            # A number of thousands of digits is none of ours, and must not make the whole reply unreadable.
+            return json.loads(content, parse_int=lambda digits: int(digits) if len(digits) < 40 else math.inf)
         except (ValueError, RecursionError):
-            start = clean(raw.content[:80].decode("utf-8", "replace"), self.key)
+            unread()
+            start = clean(content[:80].decode("utf-8", "replace"), self.key)
             raise Again(f"the reply is not JSON: {start!r}", "call") from None
+
+    def _failure(self, error: Exception) -> Exception:
+        """The exception for a request that ended without a whole reply."""
+        import httpx
+
+        if isinstance(error, _TooLarge):
+            return Again(str(error), "call")
+        if isinstance(error, TimeoutError | httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
+            return Again("no reply in time", "call" if self.answered else "endpoint")
+        reason = clean(f"{type(error).__name__}: {error}", self.key)
+        if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.ProxyError):
+            return Again(reason, "endpoint")
+        if isinstance(error, httpx.HTTPError):
+            return Again(reason, "call")
+        self._lifetime.check_open()
+        return EngineError(reason)  # what the client cannot encode or send
 
     def _no_list(self, status: int, headers: Mapping[str, str], body: str) -> Exception:
         """The exception for a failed request of the list: it may be missing, but a rejected key is an error."""
@@ -150,3 +219,15 @@ class Connection:
         if status in (400, 404, 422):
             return EngineStop(self.models.unknown(self._spec.model, address, str(error)))
         return EngineStop(f"{self._spec.model!r} at {address}: {error}")
+
+
+async def _read(response: httpx.Response, most: int) -> bytes:
+    """The body, decompressed. Of an error, the first `most` bytes; raises _TooLarge for a longer reply."""
+    content = bytearray()
+    async for chunk in response.aiter_bytes(1 << 16):
+        content += chunk
+        if len(content) > most:
+            if response.is_success:
+                raise _TooLarge(f"the reply is longer than {most} bytes")
+            return bytes(content[:most])
+    return bytes(content)

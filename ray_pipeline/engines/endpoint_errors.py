@@ -1,42 +1,63 @@
-"""What an endpoint's refusals mean. Servers agree on status codes, and hardly on anything behind them.
+"""The meaning of an endpoint's refusals. Servers agree on status codes, and on little else.
 
-Read from the messages of OpenAI, vLLM, llama.cpp, TGI, OpenRouter and Azure; where a message is not understood, the
-call failed and nothing else is said.
+Bodies are read by `endpoint_error_bodies`. A prompt that is too long is recognised by its figures where the server
+gives them, otherwise by the words of the servers below. A message that matches nothing means that the call failed.
 """
 
 from __future__ import annotations
 
 import datetime
 import email.utils
-import json
 import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from ray_pipeline.engines.base import EngineError, EngineStop, PromptTooLong
+from ray_pipeline.engines.endpoint_error_bodies import read_error
 from ray_pipeline.store.outside import shown
 
 _QUOTE = 300  # characters of a server's message that are shown
 
+#: OpenAI, vLLM, llama.cpp and TGI; Mistral; Anthropic; Gemini; Vertex; xAI; DashScope; Moonshot; Cohere; GLM.
 _TOO_LONG = re.compile(
-    r"context[_ ](?:length|size|window)|maximum context|exceeds? the (?:available )?context"
-    r"|(?:prompt|input)[^.]{0,40} too long|`inputs` tokens \+ `max_new_tokens` must be",
+    r"context[_ ](?:length|size|window)|maximum context|exceeds? the (?:available )?context|exceed context limit"
+    r"|(?:prompt|input)[^.]{0,40} too long|`inputs` tokens \+ `max_new_tokens` must be"
+    r"|too large for model with \d+ maximum"
+    r"|input token count.{0,40} exceeds|input token count is .{0,60} only supports"
+    r"|maximum prompt length|prompt exceeds (?:the )?max"
+    r"|range of input length"
+    r"|exceeded model token limit"
+    r"|too many tokens"
+    r"|(?:prompt|\u8f93\u5165|\u63d0\u793a\u8bcd).{0,20}(?:\u8d85\u957f|\u8fc7\u957f|\u8d85\u8fc7|\u8d85\u51fa)",
     re.IGNORECASE,
 )
+_TOO_LONG_CODES = frozenset({"context_length_exceeded", "exceed_context_size_error", "1261"})  # the last is GLM's
+#: A limit of a minute or a day, and not of the context.
+_QUOTA = re.compile(r"per[ _-](?:min|minute|hour|day)\b|\b[TR]P[MD]\b", re.IGNORECASE)
 #: In order of trust: "contains at least 9000 input tokens", "resulted in 9000 tokens", "(8000 in the messages",
 #: `"n_prompt_tokens": 9000`, "Given: 4000 `inputs` tokens", "request (9000 tokens)".
 _PROMPT_TOKENS = re.compile(
     r"contains (?:at least )?(\d+) input tokens|resulted in (\d+) tokens|\((\d+) in (?:the|your) (?:messages|prompt)"
-    r"|n_prompt_tokens\W+(\d+)|given: (\d+) `inputs`|request \((\d+) tokens",
+    r"|n_prompt_tokens\W+(\d+)|given: (\d+) `inputs`|request \((\d+) tokens|input token count (?:is )?\(?(\d+)"
+    r"|requested: (\d+)|received (\d+)|prompt contains (\d+) tokens|request contains (\d+) tokens"
+    r"|prompt is too long: (\d+) tokens",
     re.IGNORECASE,
 )
 _CONTEXT_TOKENS = re.compile(
-    r"(?:context length|context window|limit|maximum) (?:is|of) (\d+)|n_ctx\W+(\d+)|context size \((\d+)"
-    r"|must be <= (\d+)",
+    r"(?:context length|context window|limit|maximum|prompt length) (?:is|of) (\d+)|n_ctx\W+(\d+)"
+    r"|context size \((\d+)|must be <= (\d+)|tokens allowed \((\d+)|only supports up to (\d+)|> (\d+) maximum"
+    r"|token limit ?: ?(\d+)|cannot exceed (\d+)|length should be \[\d+, (\d+)\]|limit for this model is (\d+)"
+    r"|model with (\d+) maximum",
     re.IGNORECASE,
 )
+#: A sentence about tokens that compares two figures.
+_COMPARES = re.compile(
+    r"exceed|maximum|\blimit|larger|longer|greater|more than|at most|only supports|too (?:long|large|many)|up to|[<>]",
+    re.IGNORECASE,
+)
+_NUMBER = re.compile(r"(?<![\w.])\d+(?![\w.]*\w)")
 _NO_MODEL = re.compile(r"model\b.{0,160}?\b(?:not found|not exist|unknown|not available|not supported)", re.IGNORECASE)
 _STRUCTURE = re.compile(
     r"response_format|json_?schema|structured|guided_|grammar|\bschema\b|xgrammar|\bregex\b", re.IGNORECASE
@@ -100,16 +121,17 @@ def clean(text: str, key: str | None) -> str:
 
 def refusal(status: int, headers: Mapping[str, str], body: str, asked: Asked, key: str | None) -> Exception:
     """The exception for a rejected request: Again, Refused, PromptTooLong, EngineError or EngineStop."""
-    message, code, parameter = _error_of(body)
-    said = clean(message or body or "no reason given", key)
+    message, code, parameter = read_error(body)
+    said = clean(message or "no reason given", key)
     told = f"HTTP {status}: {said}"
     if status == 401:
         # The text is left out: here servers may repeat the key, or half of it.
         return EngineStop("the endpoint rejected the API key (HTTP 401)")
     if status == 402 or code == "insufficient_quota":
         return EngineStop(f"the account at the endpoint has no credit left ({told}); top it up, then rerun")
-    if status == 429 and "request too large" in message.lower():  # over the limit of a minute by itself
-        return EngineError(told)
+    too_large = status == 413 or "request too large" in message.lower()
+    if status in (413, 429) and too_large and _QUOTA.search(message):  # one request exceeds the limit of a minute
+        return _rejected(told)
     if status == 429:
         return Again(told, "limit", retry_after(headers))
     if status in _ENDPOINT_STATUSES:
@@ -117,39 +139,66 @@ def refusal(status: int, headers: Mapping[str, str], body: str, asked: Asked, ke
     if status in (408, 409, 425, 500):
         return Again(told, "call", retry_after(headers))
     if status == 403 and asked.answered:  # some moderate this way
-        return EngineError(told)
-    if status == 405 or 300 <= status < 400:
+        return _rejected(told)
+    if 300 <= status < 400:
+        target = clean(headers.get("location", ""), key)
+        return EngineStop(
+            f"the address redirects{f' to {target}' if target else ''} (HTTP {status}), and redirects are not "
+            "followed; set base_url to the address that it redirects to, if you trust that with the prompts"
+        )
+    if status == 405:
         return EngineStop(
             f"{told}. Check that base_url is the address of an OpenAI-compatible endpoint; it usually ends with /v1"
         )
     if status in (403, 404) or code == "model_not_found":
         return EngineStop(told)
-    if code == "context_length_exceeded" or _TOO_LONG.search(message or ""):
-        prompt = _figure(_PROMPT_TOKENS, body) or asked.prompt_tokens
-        return PromptTooLong(prompt, asked.max_tokens, _figure(_CONTEXT_TOKENS, body) or asked.limit)
+    figures = _too_long(status, message, code, body, asked)
+    if figures is not None:
+        return PromptTooLong(figures[0], asked.max_tokens, figures[1], told)
     if status in (400, 422, 501):
         name = _wrong_parameter(message, parameter, asked)
         if name is not None:
             return Refused(told, name)
-        if _NO_MODEL.search(message or ""):
+        if _NO_MODEL.search(message):
             return EngineStop(told)
-    return EngineError(told)
+    return _rejected(told)
 
 
-def _error_of(body: str) -> tuple[str, str, str]:
-    """(message, code, param) of an error body; empty if missing."""
-    try:
-        value: Any = json.loads(body)
-    except (ValueError, RecursionError):
-        return "", "", ""
-    if isinstance(value, Mapping):
-        error = value.get("error", value)
-        if isinstance(error, Mapping):
-            message = error.get("message") or error.get("detail") or error.get("msg") or json.dumps(error)
-            code = error.get("code") or error.get("type") or error.get("error_type") or ""
-            return str(message), str(code), str(error.get("param") or "")
-        return str(error), str(value.get("error_type") or ""), ""
-    return "", "", ""
+def _rejected(told: str) -> EngineError:
+    error = EngineError(told)
+    error.rejection = told
+    return error
+
+
+def _too_long(status: int, message: str, code: str, body: str, asked: Asked) -> tuple[int, int] | None:
+    """(prompt tokens, limit) if the prompt is too long; what the server does not report is the client's own figure."""
+    if status == 413 or code in _TOO_LONG_CODES or _TOO_LONG.search(message):
+        text = _without_commas(f"{message}\n{body}")
+        return _figure(_PROMPT_TOKENS, text) or asked.prompt_tokens, _figure(_CONTEXT_TOKENS, text) or asked.limit
+    return _compared(message, asked)
+
+
+def _compared(message: str, asked: Asked) -> tuple[int, int] | None:
+    """(prompt tokens, limit) of a message that compares them, in whatever words.
+
+    The larger figure must be plausible as the tokens of this prompt, with or without those of the reply: a limit of
+    `max_tokens` itself is about the setting and not about the prompt.
+    """
+    if not re.search("token", message, re.IGNORECASE) or not _COMPARES.search(message):
+        return None
+    figures = sorted({int(n) for n in _NUMBER.findall(_without_commas(message)) if len(n) < 10} - {asked.max_tokens})
+    # The estimate is high: at most three bytes are one token, at least a quarter of its tokens are real.
+    low, high = asked.prompt_tokens // 4, 3 * asked.prompt_tokens + asked.max_tokens
+    prompts = [n for n in figures if low <= n <= high]
+    if not prompts:
+        return None
+    prompt = prompts[-1]
+    limits = [n for n in figures if 16 <= n < prompt]
+    return (prompt, asked.limit if asked.limit in limits else limits[-1]) if limits else None
+
+
+def _without_commas(text: str) -> str:
+    return re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
 
 
 def _wrong_parameter(message: str, parameter: str, asked: Asked) -> str | None:

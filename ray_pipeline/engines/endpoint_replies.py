@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from ray_pipeline.engines.account import Used
 from ray_pipeline.engines.base import Completion, Sampling, TokenLogprobs
 from ray_pipeline.engines.endpoint_errors import Again
 
+logger = logging.getLogger("quorum.openai")
+
+Charge = Callable[[Used], None]
+"""Counts a reply that cannot be used and that the server charges."""
+
+Note = Callable[[str], None]
+"""Receives a message for the user about the endpoint."""
+
+_MOST_TOKENS = 10_000_000  # of a prompt or a reply; more is no figure of a server
 _SHOWN_MODELS = 12  # names of an endpoint's models that a message lists
 
 #: Finish reasons of several servers -> the common ones.
@@ -56,8 +67,12 @@ def served_models(reply: Any, model: str) -> ServedModels:
     return ServedModels(tuple(names), is_vllm, context)
 
 
-def read_completion(value: Any, sampling: Sampling, prompt_tokens: int) -> Completion:
-    """The completion in a server's reply. Raises Again if it has another form."""
+def read_completion(value: Any, sampling: Sampling, prompt_tokens: int, charge: Charge, note: Note) -> Completion:
+    """The completion in a server's reply. Raises Again if it has another form; it is charged all the same.
+
+    Args:
+        prompt_tokens: the estimate that replaces a missing or impossible figure of the server.
+    """
     try:
         choice = value["choices"][0]
         message = choice["message"]
@@ -69,22 +84,51 @@ def read_completion(value: Any, sampling: Sampling, prompt_tokens: int) -> Compl
             text, finish = said, "refusal"
         if not isinstance(text, str | None) or finish == "error":
             raise TypeError("no text")
-        usage = value.get("usage") or {}
-        details = usage.get("prompt_tokens_details") or {}
-        cached = details.get("cached_tokens") or usage.get("prompt_cache_hit_tokens") or 0
-        prompt = int(usage.get("prompt_tokens") or prompt_tokens)
-        new = usage.get("completion_tokens")
+        text = text or ""
+        used = _usage(value, prompt_tokens, len(text.encode("utf-8", "replace")) // 3 + 1, note)
         return Completion(
-            text=text or "",
+            text=text,
             finish_reason=_FINISHES.get(finish, finish),
-            prompt_tokens=prompt,
-            completion_tokens=len((text or "").encode("utf-8", "replace")) // 3 + 1 if new is None else int(new),
-            cached_tokens=min(int(cached), prompt),
+            prompt_tokens=used.prompt_tokens,
+            completion_tokens=used.completion_tokens,
+            cached_tokens=used.cached_tokens,
             logprobs=None if sampling.logprobs is None else _token_logprobs(choice.get("logprobs"), sampling.logprobs),
         )
-    except (TypeError, ValueError, LookupError, AttributeError):
+    except (TypeError, ValueError, LookupError, AttributeError, OverflowError):
+        charge(_usage(value, prompt_tokens, sampling.max_tokens, note))
         holds = ", ".join(sorted(map(str, value))[:8]) if isinstance(value, Mapping) else type(value).__name__
         raise Again(f"the reply is not a chat completion (it contains {holds})", "call") from None
+
+
+def reported_usage(value: Any) -> Used | None:
+    """The tokens that a server reports in a reply; None if there are none."""
+    reports = isinstance(value, Mapping) and isinstance(value.get("usage"), Mapping)
+    return _usage(value, 0, 0, lambda message: None) if reports else None
+
+
+def _usage(value: Any, prompt_tokens: int, new_tokens: int, note: Note) -> Used:
+    """The tokens of one reply, with estimates for what the server does not report."""
+    usage = value.get("usage") if isinstance(value, Mapping) else None
+    if not isinstance(usage, Mapping):
+        return Used(1, prompt_tokens, 0, new_tokens)
+
+    def figure(holder: Mapping[str, Any], name: str, estimate: int) -> int:
+        if name not in holder:
+            return estimate
+        tokens = holder[name]
+        if isinstance(tokens, int | float) and not isinstance(tokens, bool) and 0 <= tokens <= _MOST_TOKENS:
+            return int(tokens)
+        note(f"reports {name} that are no number of tokens; estimates replace them in counts and costs")
+        logger.debug("%s is %.80r", name, tokens)
+        return estimate
+
+    details = usage.get("prompt_tokens_details")
+    details = details if isinstance(details, Mapping) else {}
+    # Some servers send both fields, one of them null.
+    caches = [(details, "cached_tokens"), (usage, "prompt_cache_hit_tokens")]
+    cached = next((figure(holder, name, 0) for holder, name in caches if holder.get(name) is not None), 0)
+    prompt = figure(usage, "prompt_tokens", prompt_tokens) or prompt_tokens
+    return Used(1, prompt, min(cached, prompt), figure(usage, "completion_tokens", new_tokens))
 
 
 def _token_logprobs(logprobs: Any, most: int) -> TokenLogprobs | None:

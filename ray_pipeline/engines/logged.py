@@ -154,7 +154,7 @@ class LoggedEngine:
             self.stats.calls_log += 1
             return known
         if known is not None and self._replay_only:
-            raise PromptTooLong(known.prompt_tokens, sampling.max_tokens, known.cached_tokens)
+            raise PromptTooLong(known.prompt_tokens, sampling.max_tokens, known.cached_tokens, known.text)
         if self._replay_only:
             raise CallNotLogged(
                 f"the call log has no {role} call for prompt {prompt_id}; set calls.replay_only: false to make it"
@@ -176,13 +176,14 @@ class LoggedEngine:
         except PromptTooLong as error:
             # Used in replays only: with an engine the limit may differ next time.
             if known is None:
-                refused = Completion("", _TOO_LONG, error.prompt_tokens, 0, error.limit)
+                refused = Completion(error.reason, _TOO_LONG, error.prompt_tokens, 0, error.limit)
                 self._remember(key, prompt_id, role, messages, asked, refused)
             self._fail(future, error)
             raise
         except BaseException as error:
             if isinstance(error, EngineError):
                 self.stats.errors += 1
+                self.stats.cost += error.unread_cost
             self._fail(future, error)
             raise
         finally:
@@ -192,6 +193,7 @@ class LoggedEngine:
         self.stats.prompt_tokens += completion.prompt_tokens
         self.stats.completion_tokens += completion.completion_tokens
         self.stats.cached_tokens += completion.cached_tokens
+        self.stats.cost += completion.unread_cost
         self.stats.cost += self._metered.cost(completion) if self._metered is not None else 0.0
         self._remember(key, prompt_id, role, messages, asked, completion)
         return completion
@@ -267,7 +269,8 @@ class LoggedEngine:
         )
 
 
-#: finish_reason of a stored refusal; `cached_tokens` of such a row is the context length that it exceeded.
+#: finish_reason of a stored refusal; of such a row, `cached_tokens` is the context length that the prompt exceeds, and
+#: `text` has the server's words.
 _TOO_LONG = "too_long"
 
 

@@ -152,7 +152,7 @@ class OpenAIEngine:
 
     async def _start(self) -> None:
         try:
-            await asyncio.to_thread(self._connection.open)  # importing the client takes a second
+            self._connection.open()
             await self._read_models()
             if self.spec.canary:
                 await self._prove()
@@ -222,27 +222,35 @@ class OpenAIEngine:
     async def _ask(self, messages: Sequence[Message], sampling: Sampling) -> Completion:
         """One reply, by a form of the request that the server accepts."""
         prompt_tokens = prompt_token_estimate(messages)
-        async with self._budget.reserve(prompt_tokens, sampling.max_tokens):
+        most = prompt_tokens + sampling.max_tokens
+        async with self._budget.reserve(prompt_tokens, sampling.max_tokens) as reservation:
             if self._budget.in_progress == 1:  # time without requests does not count as silence
                 self._retries.silent_since = None
             while True:
                 body = self._requests.body(messages, sampling)
 
                 async def request(body: Mapping[str, Any] = body) -> Completion:
-                    value = await self._connection.post(body, sampling, prompt_tokens, starting=not self._ready)
-                    completion = read_completion(value, sampling, prompt_tokens)
+                    await reservation.renew()
+                    charge, starting = reservation.charge, not self._ready
+                    value = await self._connection.post(body, sampling, prompt_tokens, charge, starting=starting)
+                    completion = read_completion(value, sampling, prompt_tokens, charge, self._note)
                     self._connection.answered += 1
                     return completion
 
-                most = prompt_tokens + sampling.max_tokens
                 try:
                     completion = await self._retries.persist(request, tokens=most)
                 except Refused as refused:
                     self._requests.adapt(refused, body, sampling)
                     continue
+                except EngineError as error:
+                    error.unread_cost = self._budget.price(reservation.unread)
+                    raise
                 self._retries.token_pace.give_back(most - completion.prompt_tokens - completion.completion_tokens)
                 self._budget.account.own.count(completion)
-                return completion
+                return dataclasses.replace(completion, unread_cost=self._budget.price(reservation.unread))
+
+    def _note(self, message: str) -> None:
+        self._warn_once(f"{self._at} {message}")
 
     def _warn_once(self, message: str) -> None:
         if message not in self.notes:

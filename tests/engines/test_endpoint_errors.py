@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import datetime
 import email.utils
+import html
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ray_pipeline.engines.base import EngineError, EngineStop, PromptTooLong
 from ray_pipeline.engines.endpoint_errors import Again, Asked, Refused, clean, refusal, retry_after
 
+JSON = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+KEYS = st.sampled_from(["error", "message", "code", "param", "detail", "loc", "metadata", "raw"]) | st.text()
 ASKED = Asked({"temperature", "max_tokens", "response_format"}, True, 30, 20, 2048, True)
 
 
@@ -89,6 +94,111 @@ def test_a_server_that_does_not_say_its_limit() -> None:
     assert isinstance(found, PromptTooLong) and "does not fit the server's context" in str(found)
 
 
+PAGE = "<html><head><title>413</title></head><body><center><h1>413 Request Entity Too Large</h1></center></body></html>"
+
+
+@pytest.mark.parametrize(
+    ("message", "figures"),
+    [
+        ("The input token count (1200000) exceeds the maximum number of tokens allowed (1048576).", (1200000, 1048576)),
+        ("The input token count exceeds the maximum number of tokens allowed (1,048,576).", (40000, 1048576)),
+        (
+            "Unable to submit request because the input token count is 40123 but model only supports up to 32768. "
+            "Reduce the input token count and try again.",
+            (40123, 32768),
+        ),
+        (
+            "This model's maximum prompt length is 131072 but the request contains 140000 tokens.",
+            (140000, 131072),
+        ),
+        ("Prompt exceeds max length", (40000, 2048)),
+        ("Prompt \u8d85\u957f", (40000, 2048)),
+        ("<400> InternalError.Algo.InvalidParameter: Range of input length should be [1, 30720]", (40000, 30720)),
+        (
+            "Invalid request: Your request exceeded model token limit: 8192 (requested: 9001)",
+            (9001, 8192),
+        ),
+        ("Invalid request: Your request exceeded model token limit: 8192", (40000, 8192)),
+        (
+            "too many tokens: total number of tokens in the prompt cannot exceed 4081 - received 5200. Try using a "
+            "shorter prompt",
+            (5200, 4081),
+        ),
+        (
+            "too many tokens: size limit exceeded by 1234 tokens. Try using shorter or fewer inputs. The limit for "
+            "this model is 128000 tokens.",
+            (40000, 128000),
+        ),
+        ("prompt is too long: 208310 tokens > 200000 maximum", (208310, 200000)),
+        (
+            "Prompt contains 40000 tokens and 0 draft tokens, too large for model with 32768 maximum context length",
+            (40000, 32768),
+        ),
+        # In no server's words: two token counts, and the larger one can only be this prompt's.
+        ("Sorry, 41,000 tokens are more than the 32,768 that I can hold", (41000, 32768)),
+    ],
+)
+def test_a_prompt_that_does_not_fit_in_the_words_of_many_servers(message: str, figures: tuple[int, int]) -> None:
+    asked = Asked({"max_tokens"}, False, 40000, 20, 2048, True)
+    bodies = [
+        error(message, code=400, status="INVALID_ARGUMENT"),
+        f"[{error(message, code=400, status='INVALID_ARGUMENT')}]",
+        json.dumps({"code": "InvalidParameter", "message": message, "request_id": "7"}),
+        json.dumps({"detail": message}),
+        json.dumps({"detail": [{"loc": ["body", "messages"], "msg": message}]}),
+        json.dumps({"error": {"message": "Provider returned error", "metadata": {"raw": error(message)}}}),
+        message,
+        f"<html><body><p>{html.escape(message)}</p></body></html>",
+    ]
+    for body in bodies:
+        found = refusal(400, {}, body, asked, None)
+        assert isinstance(found, PromptTooLong), body
+        assert (found.prompt_tokens, found.limit) == figures and message[:30].replace(",", "") in str(found).replace(
+            ",", ""
+        )
+
+
+def test_a_limit_of_the_reply_is_not_the_prompts_fault() -> None:
+    said = (
+        "max_tokens is too large: 5000. This model supports at most 4096 completion tokens, whereas you provided 5000."
+    )
+    assert type(refusal(400, {}, error(said), Asked((), False, 30, 5000), None)) is EngineError
+    assert type(refusal(400, {}, error(said), Asked((), False, 3000, 5000), None)) is EngineError
+
+
+@pytest.mark.parametrize(
+    ("body", "read"),
+    [
+        ('[{"error": {"code": 400, "message": "no such field", "status": "INVALID_ARGUMENT"}}]', "no such field"),
+        ("upstream connect error", "upstream connect error"),
+        (PAGE, "413 Request Entity Too Large"),
+        ("<script>x()</script><b>Access &amp; denied</b>", "Access & denied"),
+        (json.dumps({"detail": [{"loc": ["body", "n"], "msg": "too big"}, {"msg": "bad"}]}), "too big; bad"),
+        (json.dumps({"errors": ["first", "second"]}), "first; second"),
+        (json.dumps({"error": "plain"}), "plain"),
+        (json.dumps({"Message": "of Bedrock"}), "of Bedrock"),
+        (json.dumps({"error": {"error": {"message": "inside"}}}), "inside"),
+        (json.dumps({"error": {"strange": 1}}), '{"error": {"strange": 1}}'),
+        ('{"error": {"message": ["a", {"b": 1}]}}', "a"),
+        ("", "no reason given"),
+        ("null", "no reason given"),
+        ("[" * 5000, "[[["),
+        ("a < b and <c", "a < b and <c"),
+    ],
+)
+def test_the_servers_own_words_are_the_reason(body: str, read: str) -> None:
+    found = refusal(400, {}, body, ASKED, None)
+    assert (
+        isinstance(found, EngineError) and str(found).startswith(f"HTTP 400: {read}") and found.rejection == str(found)
+    )
+
+
+@given(body=st.text() | st.recursive(JSON, lambda v: st.lists(v) | st.dictionaries(KEYS, v)).map(json.dumps))
+def test_any_body_is_read(body: str) -> None:
+    for status in (400, 401, 403, 404, 413, 422, 429, 500, 503):
+        assert isinstance(refusal(status, {}, body, ASKED, None), Exception)
+
+
 @pytest.mark.parametrize(
     ("status", "body", "kind"),
     [
@@ -104,7 +214,12 @@ def test_a_server_that_does_not_say_its_limit() -> None:
         (400, error("Conversation roles must alternate user/assistant"), EngineError),
         (422, json.dumps({"detail": [{"loc": ["body", "messages"], "msg": "field required"}]}), EngineError),
         (429, error("Request too large for gpt-4o on tokens per min (TPM): Limit 30000, Requested 90000"), EngineError),
-        (413, "too big", EngineError),
+        (413, "too big", PromptTooLong),
+        (
+            413,
+            error("Request too large for model `x` on tokens per minute (TPM): Limit 6000, Requested 9000"),
+            EngineError,
+        ),
         (501, "not implemented", EngineError),
         (400, "[1]", EngineError),
         (400, '"x"', EngineError),

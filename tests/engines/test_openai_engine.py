@@ -488,6 +488,23 @@ def test_a_prompt_that_is_too_long() -> None:
     assert (error.prompt_tokens, error.max_tokens, error.limit) == (70, 20, 64) and len(server.asked) == 1
 
 
+def test_a_refusal_of_gemini_keeps_its_words(tmp_path: Path) -> None:
+    words = "The input token count (90) exceeds the maximum number of tokens allowed (64)."
+    body = [{"error": {"code": 400, "message": words, "status": "INVALID_ARGUMENT"}}]
+
+    async def run(engine: OpenAIEngine) -> Any:
+        async with LoggedEngine(engine, Folder(str(tmp_path)), 0, 1) as log:
+            call = log.bound(prompt_id(user("a")), "judge").chat(user("a"), COLD)
+            return (await asyncio.gather(call, return_exceptions=True))[0]
+
+    with Endpoint(lambda *_: Answer(400, body)) as server:
+        error = using(engine_at(server.url), run)
+    assert isinstance(error, PromptTooLong) and (error.prompt_tokens, error.limit) == (90, 64) and words in str(error)
+    [row] = logged_calls(Folder(str(tmp_path))).to_pylist()
+    assert (row["finish_reason"], row["prompt_tokens"], row["cached_tokens"]) == ("too_long", 90, 64)
+    assert words in row["text"]
+
+
 # --- limits and money -------------------------------------------------------------------------------------------------
 
 
@@ -589,6 +606,108 @@ def test_the_first_short_call_is_paid_from_the_budget_too() -> None:
         engine = engine_at(server.url, canary=True, prices=PRICES, budget=1000.0)
         ask(engine)
     assert engine.stats().cost == 30 and engine.cost(Completion("", "stop", 10, 5, 4)) == 15
+
+
+UNREAD = {
+    "filtered": (Answer(body={"choices": [], "usage": {"prompt_tokens": 300, "completion_tokens": 73}}), 373),
+    "no choices": (Answer(body={"choices": []}), None),
+    "null choices": (Answer(body={"choices": None, "usage": {"prompt_tokens": 12, "completion_tokens": 0}}), 12),
+    "no JSON": (Answer(body=b"<html>hello</html>"), None),
+    "half JSON": (Answer(body=b'{"choices": [{"mess'), None),
+    "a list": (Answer(body=[1, 2]), None),
+    "cut": (Answer(**{**vars(said("x" * 500)), "cut": True}), None),
+    "an error as a reply": (Answer(body={"error": {"code": 500, "message": "upstream"}}), 0),
+    "an error with usage": (
+        Answer(body={"error": {"code": 500, "message": "up"}, "usage": {"prompt_tokens": 9, "completion_tokens": 1}}),
+        10,
+    ),
+    "500": (refused(500), 0),
+}
+MOST = 16 + 20  # what a call may cost: the estimate of a prompt of two letters, and max_tokens
+
+
+@pytest.mark.parametrize(("answer", "price"), UNREAD.values(), ids=UNREAD)
+def test_a_reply_that_cannot_be_read_is_charged(answer: Answer, price: int | None, tmp_path: Path) -> None:
+    """As the server says, or the most that it may have cost; also in what the stage and the run count."""
+    price = MOST if price is None else price
+
+    async def run(engine: OpenAIEngine) -> Any:
+        async with LoggedEngine(engine, Folder(str(tmp_path)), 0, 1) as log:
+            replies = []
+            for name in ("a", "b"):
+                call = log.bound(prompt_id(user(name)), "judge").chat(user(name), COLD)
+                replies += await asyncio.gather(call, return_exceptions=True)
+            return [*replies, log.stats.cost]
+
+    with Endpoint(lambda body, n: said("fine") if n == 2 else answer) as server:
+        engine = engine_at(server.url, prices=PRICES, retries=1)
+        reply, failed, cost = using(engine, run)
+    assert reply.text == "fine" and isinstance(failed, EngineError)
+    spent = engine.stats().cost
+    assert spent == cost == 15 + 3 * price
+    assert sum(PRICES.of(r["prompt_tokens"], 0, r["completion_tokens"]) for r in spent_files(tmp_path)) == spent
+
+
+def spent_files(root: Path) -> list[dict[str, Any]]:
+    return [json.loads(file.read_text()) for file in root.glob("spent-*/*.json")]
+
+
+@pytest.mark.parametrize("name", ["filtered", "no JSON", "cut"])
+def test_replies_that_cannot_be_read_stop_at_the_budget(name: str) -> None:
+    """The server charges each of its replies as if it were read, and never more than the budget."""
+    answer, price = UNREAD[name]
+    with Endpoint(lambda body, n: answer) as server:
+        engine = engine_at(server.url, prices=PRICES, budget=1000.0, retries=99, concurrency=4)
+        errors = ask(engine, *map(str, range(20)))
+        assert {type(e) for e in errors} == {BudgetSpent}
+        charged = engine.stats().cost
+        assert charged == len(server.asked) * (price or MOST)
+    assert 500 < charged <= 1000 + (price or 0) * 4  # a server that charges more than the request allows
+
+
+USAGES: list[Any] = [2**40, -(10**9), "1e400", "12", None, True, [], {}, 0.5e300, -0.5, "NaN"]
+
+
+@pytest.mark.parametrize("value", USAGES, ids=repr)
+@pytest.mark.parametrize("name", ["prompt_tokens", "completion_tokens", "cached_tokens"])
+def test_usage_that_no_server_can_mean_is_replaced_and_noted(value: Any, name: str, tmp_path: Path) -> None:
+    cached = {"prompt_tokens_details": {name: value}} if name == "cached_tokens" else {name: value}
+    usage = json.dumps({"prompt_tokens": 10, "completion_tokens": 5, **cached})
+    usage = usage.replace('"1e400"', "1e400").replace('"NaN"', "NaN")
+    body = f'{{"choices": [{{"message": {{"content": "abcdef"}}, "finish_reason": "stop"}}], "usage": {usage}}}'
+
+    async def run(engine: OpenAIEngine) -> list[Any]:
+        async with LoggedEngine(engine, Folder(str(tmp_path)), 0, 1) as log:
+            calls = (log.bound(prompt_id(user(t)), "judge").chat(user(t), COLD) for t in ("hello", "world"))
+            return await asyncio.gather(*calls, return_exceptions=True)
+
+    with Endpoint(lambda *_: Answer(body=body.encode())) as server:
+        engine = engine_at(server.url, prices=PRICES)
+        replies = using(engine, run)
+    for reply in replies:
+        assert isinstance(reply, Completion), reply
+        assert (reply.prompt_tokens, reply.completion_tokens, reply.cached_tokens) == (
+            17 if name == "prompt_tokens" else 10,
+            3 if name == "completion_tokens" else 5,
+            0,
+        )
+    assert logged_calls(Folder(str(tmp_path))).num_rows == 2 and engine.stats().cost > 0
+    noted = [note for note in engine.notes if name in note]
+    assert len(noted) == (0 if name == "cached_tokens" and value is None else 1)
+
+
+def test_figures_in_another_type_are_read() -> None:
+    usage = {
+        "prompt_tokens": 12.0,
+        "completion_tokens": 3,
+        "prompt_tokens_details": None,
+        "prompt_cache_hit_tokens": 99,
+    }
+    body = {"choices": [{"message": {"content": "abc"}}], "usage": usage}
+    with Endpoint(lambda *_: Answer(body=body)) as server:
+        engine = engine_at(server.url)
+        [reply] = ask(engine)
+    assert (reply.prompt_tokens, reply.completion_tokens, reply.cached_tokens) == (12, 3, 12) and engine.notes == []
 
 
 def test_cached_tokens_have_their_price() -> None:

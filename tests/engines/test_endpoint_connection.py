@@ -1,0 +1,141 @@
+"""Requests to servers that never finish, send too much, or send the client elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gzip
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from ray_pipeline.engines import endpoint_connection, endpoint_retry
+from ray_pipeline.engines.base import Completion, EngineError, EngineStop, Sampling
+from ray_pipeline.engines.openai import OpenAIEngine
+from tests.endpoint import KEY, Answer, Endpoint, said, using
+from tests.engines.test_openai_engine import COLD, ask, engine_at
+from tests.scripted import user
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOOPBACK_KEY", KEY)
+    monkeypatch.setattr(endpoint_retry, "_BACKOFF_SECONDS", 0.01)
+
+
+@pytest.mark.parametrize("status", [200, 500])
+def test_a_dripping_body_ends_at_the_time_limit(status: int) -> None:
+    drip = Answer(status, said("x" * 500).body, pause=0.05)
+    with Endpoint(lambda body, n: drip if "slow" in body["messages"][0]["content"] else said()) as server:
+        begin = time.monotonic()
+        slow, fast = ask(engine_at(server.url, timeout_s=0.6, retries=1), "slow", "fast")
+    assert time.monotonic() - begin < 10
+    assert isinstance(slow, EngineError) and "given up after 2 attempts" in str(slow)
+    assert isinstance(fast, Completion)
+
+
+@contextlib.asynccontextmanager
+async def raw_server(piece: bytes, first: bytes = b"") -> AsyncIterator[str]:
+    """The base URL of a server that answers every request with `first` and then `piece` for ever."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            writer.write(first)
+            while not writer.is_closing():
+                writer.write(piece)
+                await writer.drain()
+                await asyncio.sleep(0.01)
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize(
+    ("piece", "first"),
+    [
+        (b"X-Header: 1\r\n", b"HTTP/1.1 200 OK\r\n"),
+        (b"X", b"HTTP/1.1 200 OK\r\nX-Long: "),
+        (b"HTTP/1.1 102 Processing\r\n\r\n", b""),
+        (b"HTTP", b""),
+    ],
+    ids=["endless headers", "an endless header", "endless interim responses", "no HTTP"],
+)
+def test_endless_headers_end_at_the_time_limit(piece: bytes, first: bytes) -> None:
+    async def work() -> Any:
+        async with raw_server(piece, first) as url:
+            engine = engine_at(url, timeout_s=0.5, retries=1, patience_s=1.5)
+            try:
+                return (await asyncio.gather(engine.chat(user("a"), COLD), return_exceptions=True))[0]
+            finally:
+                await engine.close()
+
+    begin = time.monotonic()
+    error = asyncio.run(asyncio.wait_for(work(), 20))
+    assert isinstance(error, EngineError | EngineStop) and time.monotonic() - begin < 15
+
+
+def test_a_body_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint_connection, "_REPLY_BYTES", 1 << 20)
+    endless = Answer(body=b" " * (1 << 18), repeat=4000)
+    bomb = Answer(body=gzip.compress(b" " * (64 << 20)), headers={"Content-Encoding": "gzip"})
+    for answer in (endless, bomb):
+        with Endpoint(lambda body, n, answer=answer: answer) as server:
+            [error] = ask(engine_at(server.url, retries=0))
+        assert isinstance(error, EngineError) and "longer than" in str(error) and server.sent < 100 << 20
+    long = Answer(400, b"x" * (1 << 20), repeat=1000)
+    with Endpoint(lambda body, n: long) as server:
+        [error] = ask(engine_at(server.url))
+    assert type(error) is EngineError and str(error).startswith("HTTP 400: xxx") and server.sent < 100 << 20
+
+
+def test_a_reply_with_many_alternatives_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint_connection, "_REPLY_BYTES", 0)
+    other = [{"token": "x" * 20, "logprob": -1.0, "bytes": list(range(20))}] * 20
+    steps = [{"token": "y", "logprob": -0.1, "top_logprobs": other}] * 50
+    body = said("y" * 50).body
+    body["choices"][0]["logprobs"] = {"content": steps}
+    with Endpoint(lambda *_: Answer(body=body)) as server:
+        [reply] = ask(engine_at(server.url), sampling=Sampling(max_tokens=50, logprobs=20))
+    assert isinstance(reply, Completion) and reply.logprobs is not None and len(reply.logprobs) == 50
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("canary", [False, True])
+def test_no_prompt_follows_a_redirect(status: int, canary: bool) -> None:
+    with Endpoint(lambda body, n: said()) as elsewhere:
+        target = f"{elsewhere.url}/chat/completions"
+        there = Answer(status, headers={"Location": target})
+        with Endpoint(lambda body, n: there, models=Answer(status, headers={"Location": elsewhere.url})) as server:
+            [error] = ask(engine_at(server.url, canary=canary), "private")
+        assert elsewhere.asked == []
+    assert isinstance(error, EngineStop) and target in str(error) and "base_url" in str(error)
+
+
+def test_the_account_of_openai_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-1")
+    monkeypatch.setenv("OPENAI_PROJECT_ID", "")
+    with Endpoint(lambda body, n: said()) as server:
+        ask(engine_at(server.url))
+    assert server.headers[0]["OpenAI-Organization"] == "org-1" and "OpenAI-Project" not in server.headers[0]
+
+
+def test_a_server_without_keys_gets_none() -> None:
+    with Endpoint(lambda body, n: said()) as server:
+        ask(engine_at(server.url, api_key_env=None))
+    assert "Authorization" not in server.headers[0]
+
+
+def test_numbers_of_any_length_are_read() -> None:
+    body = json.dumps(said("fine").body)[:-1] + ', "created": ' + "9" * 5000 + "}"
+
+    async def work(engine: OpenAIEngine) -> Any:
+        return await engine.chat(user("a"), COLD)
+
+    with Endpoint(lambda *_: Answer(body=body.encode())) as server:
+        assert using(engine_at(server.url), work).text == "fine"
