@@ -78,14 +78,14 @@ def test_a_run_folder_below_a_file_is_refused_in_one_line(tmp_path: Path) -> Non
 
 
 def test_a_run_folder_on_a_full_disk_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.makedirs
+    real = os.mkdir
 
     def full(path: Any, *args: Any, **kwargs: Any) -> None:
         if str(path).startswith(str(tmp_path)) and str(path).endswith("logs"):
             no_room()
         real(path, *args, **kwargs)
 
-    monkeypatch.setattr(os, "makedirs", full)
+    monkeypatch.setattr(os, "mkdir", full)
     code, said = run("--run-dir", str(tmp_path / "run"))
     assert code == 2
     assert "logs: No space left on device; free disk space there, then rerun the same command to resume" in said
