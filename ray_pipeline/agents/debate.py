@@ -161,7 +161,8 @@ class DebateSettings(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Speech:
-    """One role's speech. `text` is None when the call failed; `finish_reason` is then `too_long` or `error`."""
+    """One role's speech. `text` is None when the call failed; `finish_reason` is then `too_long` or `error`, and
+    `error` the reason."""
 
     order: tuple[int, ...]
     round: int
@@ -169,6 +170,7 @@ class Speech:
     role: str
     text: str | None
     finish_reason: str
+    error: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,10 +266,10 @@ class _Table:
             sampling = dataclasses.replace(sampling, seed=seed)
         try:
             reply = await self.engines[role.name].chat(messages, sampling)
-        except PromptTooLong:
-            return Speech(order, number, place, role.name, None, "too_long")
-        except EngineError:
-            return Speech(order, number, place, role.name, None, "error")
+        except PromptTooLong as error:
+            return Speech(order, number, place, role.name, None, "too_long", str(error))
+        except EngineError as error:
+            return Speech(order, number, place, role.name, None, "error", f"{type(error).__name__}: {error}")
         return Speech(order, number, place, role.name, reply.text, reply.finish_reason)
 
     async def _score(self, order: tuple[int, ...], role: Role, said: Sequence[Speech]) -> Look:

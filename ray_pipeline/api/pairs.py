@@ -102,7 +102,7 @@ def debate(
 
     Returns:
         The columns of `compare`, and `speeches`: a list of structs (order, round, position, role, text,
-        finish_reason).
+        finish_reason, error).
 
     Raises:
         ColumnError, ValueError: as `judge`; a role without an engine.
@@ -125,7 +125,7 @@ def debate(
         return {**_ballot(row, held.judgement), "speeches": speeches}
 
     made = each([(row,) for row in _pairs(frame)], one, concurrency)
-    speech = {name: pa.string() for name in ("order", "role", "text", "finish_reason")}
+    speech = {name: pa.string() for name in ("order", "role", "text", "finish_reason", "error")}
     spoken = pa.list_(pa.struct({**speech, "round": pa.int32(), "position": pa.int32()}))
     table = _ballots(made).append_column("speeches", pa.array([row["speeches"] for row in made], spoken))
     return give(table, frame, same_rows=True)

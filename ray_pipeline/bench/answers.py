@@ -62,7 +62,7 @@ async def _answer(engine: ChatEngine, settings: _Answering, item: _Question) -> 
     turns = item.row["turns"]
     sampling = [settings.sampling(item.row, turn) for turn, _ in enumerate(turns, 1)]
     conversation = await answer_turns(engine, turns, sampling)
-    rows = _rows(item.row, settings.label, conversation.turns, conversation.finish_reasons)
+    rows = _rows(item.row, settings.label, conversation.turns, conversation.finish_reasons, conversation.errors)
     return Outcome(
         {"bench_answers": rows}, [(f"the model {settings.label}", "error" not in conversation.finish_reasons)]
     )
@@ -90,11 +90,13 @@ def answers(
     return ANSWER.stage(name, given, model, inputs, group="bench-answers", train=train)
 
 
-def _rows(question: Row, model: str, texts: Sequence[str | None], reasons: Sequence[str]) -> list[Row]:
+def _rows(
+    question: Row, model: str, texts: Sequence[str | None], reasons: Sequence[str], errors: Sequence[str | None]
+) -> list[Row]:
     key = question_key(question, model)
     return [
-        {**key, "turn": turn, "answer": text, "finish_reason": reason}
-        for turn, (text, reason) in enumerate(zip(texts, reasons, strict=True), 1)
+        {**key, "turn": turn, "answer": text, "finish_reason": reason, "error": error}
+        for turn, (text, reason, error) in enumerate(zip(texts, reasons, errors, strict=True), 1)
     ]
 
 
@@ -126,6 +128,6 @@ def floor_shard(given: ShardInput) -> ShardOutput:
                 messages.append({"role": "user", "content": turn})
                 texts.append(FLOORS[name](messages))
                 messages.append({"role": "assistant", "content": texts[-1]})
-            rows += _rows(question, FLOOR + name, texts, ["stop"] * len(texts))
+            rows += _rows(question, FLOOR + name, texts, ["stop"] * len(texts), [None] * len(texts))
         given.tick(1)
     return ShardOutput({"bench_answers": to_table(rows, BENCH_ANSWERS)})

@@ -11,13 +11,14 @@ from ray_pipeline.engines.base import ChatEngine, Message, Sampling
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """A model's answers by turn; None where there is none, with the finish reason.
+    """A model's answers by turn; None where there is none, with the finish reason and the error.
 
     A turn after one without an answer is not asked (`skipped`).
     """
 
     turns: tuple[str | None, ...]
     finish_reasons: tuple[str, ...]
+    errors: tuple[str | None, ...] = ()
 
 
 async def answer_turns(engine: ChatEngine, turns: Sequence[str], sampling: Sequence[Sampling]) -> Conversation:
@@ -29,14 +30,16 @@ async def answer_turns(engine: ChatEngine, turns: Sequence[str], sampling: Seque
     messages: list[Message] = []
     texts: list[str | None] = []
     reasons: list[str] = []
+    errors: list[str | None] = []
     for question, one in zip(turns, sampling, strict=True):
         if texts and texts[-1] is None:
-            text, reason = None, "skipped"
+            text, reason, error = None, "skipped", None
         else:
             messages = [*messages, {"role": "user", "content": question}]
             reply = await reply_columns(engine, messages, one)
-            text, reason = reply["response"], reply["finish_reason"]
+            text, reason, error = reply["response"], reply["finish_reason"], reply["error"]
             messages = [*messages, {"role": "assistant", "content": text or ""}]
         texts.append(text)
         reasons.append(reason)
-    return Conversation(tuple(texts), tuple(reasons))
+        errors.append(error)
+    return Conversation(tuple(texts), tuple(reasons), tuple(errors))

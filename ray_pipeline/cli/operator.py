@@ -62,7 +62,7 @@ def retry(
         str | None, typer.Option("--config", "-c", help="configuration of the run; default: the one in its manifest")
     ] = None,
 ) -> None:
-    """Retry the failed and quarantined shards of a run, and no others.
+    """Retry the failed and quarantined shards of a run, and no others; of shards with failed calls, only those calls.
 
     A failing shard is retried with back-off (`failure.retries`, `failure.backoff_s`). After it was given up in
     `failure.quarantine_after` sessions, `quorum run` skips it, with its error in the manifest, until this command.
@@ -88,7 +88,9 @@ def retry(
         else:
             settings = config_of(stored, overrides or [])
         for stage, shards in failed.items():
-            say(f"{stage}: {len(shards)} shards to retry: {', '.join(map(str, shards[:20]))}")
+            calls = sum(shard.calls for shard in shards.values())
+            rows = f" ({calls} calls that failed)" if calls else ""
+            say(f"{stage}: {len(shards)} shards to retry{rows}: {', '.join(map(str, list(shards)[:20]))}")
         problems = retry_shards(stored, workflow.wire(settings, folder), settings, failed, Console(soft_wrap=True))
     for problem in problems:
         complain(problem)

@@ -14,6 +14,7 @@ from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.asking import Asking, Outcome, Row, ShardTables, count_by
 from ray_pipeline.graph.stage import Stage
 from ray_pipeline.store.keys import candidate_id, derived_seed
+from ray_pipeline.store.outside import token_count
 from ray_pipeline.store.schemas import CANDIDATES
 
 _PUBLISHED = SamplingSettings(temperature=0.8, top_p=0.95, max_tokens=512)
@@ -64,19 +65,21 @@ async def candidate_row(
 
 
 async def reply_columns(engine: ChatEngine, messages: Sequence[Message], sampling: Sampling) -> Row:
-    """One answer as columns response, finish_reason, prompt_tokens and completion_tokens. A failed call gives
-    finish_reason too_long or error and no response."""
+    """One answer as columns response, finish_reason, prompt_tokens, completion_tokens and error. A failed call
+    gives finish_reason too_long or error, no response, and the reason as error."""
     try:
         reply = await engine.chat(messages, sampling)
     except PromptTooLong as error:
-        return {"response": None, "finish_reason": "too_long", "prompt_tokens": error.prompt_tokens}
-    except EngineError:
-        return {"response": None, "finish_reason": "error"}
+        tokens = token_count(error.prompt_tokens)
+        return {"response": None, "finish_reason": "too_long", "prompt_tokens": tokens, "error": str(error)}
+    except EngineError as error:
+        return {"response": None, "finish_reason": "error", "error": f"{type(error).__name__}: {error}"}
     return {
         "response": reply.text,
         "finish_reason": reply.finish_reason,
         "prompt_tokens": reply.prompt_tokens,
         "completion_tokens": reply.completion_tokens,
+        "error": None,
     }
 
 

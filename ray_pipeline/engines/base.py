@@ -137,6 +137,10 @@ class EngineError(RuntimeError):
     unread_cost: float = 0.0
 
 
+class CallFailed(EngineError):
+    """One call failed for now, and may be answered when it is made again: its shard is not finished."""
+
+
 class PromptTooLong(EngineError):
     """Prompt and new tokens do not fit the model's context. Engines raise this and never truncate.
 
@@ -202,7 +206,8 @@ class ChatEngine(Protocol):
 
         Raises:
             PromptTooLong: prompt + ``max_tokens`` exceeds the context.
-            EngineError: this call failed; others may still succeed.
+            CallFailed: this call failed for now.
+            EngineError: this call was rejected, and would be rejected again; others may still succeed.
             EngineDead: no later call can succeed.
             EngineStop: no further call should be made; the message is for the user.
         """

@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from ray_pipeline.engines.base import EngineError, EngineStop
+from ray_pipeline.engines.base import CallFailed, EngineStop
 from ray_pipeline.engines.endpoint_connection import Connection
 from ray_pipeline.engines.endpoint_errors import Again, clean
 from ray_pipeline.engines.endpoint_settings import OpenAISpec
@@ -63,7 +63,7 @@ class Retries:
                     failures += 1
                 own_fault = trouble.blame == "call" or self._connection.answered > answered
                 if (own_fault and failures > retries) or limited > _LIMITED_MOST:
-                    raise EngineError(f"given up after {failures + limited} attempts: {trouble}") from None
+                    raise CallFailed(f"given up after {failures + limited} attempts: {trouble}") from None
                 await self._wait(trouble, failures + limited)
             else:
                 self.silent_since = None

@@ -17,6 +17,7 @@ from typing import Any
 
 from ray_pipeline.engines.base import (
     BudgetSpent,
+    CallFailed,
     ChatEngine,
     Completion,
     EngineDead,
@@ -50,6 +51,10 @@ class LoggedEngine:
         root: folder of the call log; several runs may share it, also concurrently.
         limit: bounds the calls in flight on the engine, across all shards of an actor.
         replay_only: never call the engine; a call that is not in the log raises CallNotLogged.
+
+    Attributes:
+        failed: reasons of the calls that failed for now, by call key; a later reply to the same call removes it.
+        last_error: reason of the last call that failed or was rejected.
     """
 
     def __init__(
@@ -66,6 +71,8 @@ class LoggedEngine:
         self.engine = engine
         self.identity: Mapping[str, Any] = engine.identity
         self.stats = Usage()
+        self.failed: dict[str, str] = {}
+        self.last_error = ""
         self._root, self._folder = root, model_folder(root, self.identity)
         self._metered = engine if isinstance(engine, Metered) else None
         self._shard, self._num_shards = shard, num_shards
@@ -184,11 +191,15 @@ class LoggedEngine:
             if isinstance(error, EngineError):
                 self.stats.errors += 1
                 self.stats.cost += error.unread_cost
+                self.last_error = str(error)
+            if isinstance(error, CallFailed):
+                self.failed[key] = str(error)
             self._fail(future, error)
             raise
         finally:
             del self._in_flight[key]
         future.set_result(completion)
+        self.failed.pop(key, None)
         self.stats.calls_engine += 1
         self.stats.prompt_tokens += completion.prompt_tokens
         self.stats.completion_tokens += completion.completion_tokens

@@ -27,6 +27,7 @@ from typing import Any
 
 from ray_pipeline.engines.account import Used
 from ray_pipeline.engines.base import (
+    CallFailed,
     Completion,
     EngineDead,
     EngineError,
@@ -295,7 +296,8 @@ class VllmEngine:
         except Exception as error:
             if engine.errored or self._lifetime.closed:  # the error depends on what the call was doing at the time
                 raise EngineDead(f"the engine of {self.spec.model!r} has died; see its log") from error
-            raise EngineError(causes(error)) from error
+            rejected = isinstance(error, ValueError)  # vLLM raises one for what a request asks
+            raise (EngineError if rejected else CallFailed)(causes(error)) from error
         return read_completion(last, len(prompt), time.perf_counter() - begin)
 
     # -- ending ------------------------------------------------------------------------------------------------------

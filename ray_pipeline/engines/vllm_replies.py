@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ray_pipeline.engines.base import Completion, EngineError, Sampling, TokenLogprobs, causes
+from ray_pipeline.engines.base import CallFailed, Completion, EngineError, Sampling, TokenLogprobs, causes
 from ray_pipeline.engines.vllm_spec import sampling_problem
 
 
@@ -41,9 +41,9 @@ def sampling_params(sampling: Sampling) -> Any:
 
 
 def read_completion(output: Any, prompt_tokens: int, latency_s: float) -> Completion:
-    """The completion in the last output of a request (``vllm.RequestOutput``). Raises EngineError if there is none."""
+    """The completion in the last output of a request (``vllm.RequestOutput``). Raises CallFailed if there is none."""
     if output is None or not output.outputs:
-        raise EngineError("vLLM ended the request without a reply")
+        raise CallFailed("vLLM ended the request without a reply")
     reply = output.outputs[0]
     return Completion(
         text=reply.text,

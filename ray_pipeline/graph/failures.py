@@ -36,6 +36,11 @@ class FailureSettings(Settings):
     retries: int = Field(2, ge=0, description="further attempts at a failed shard before it is given up")
     backoff_s: float = Field(1.0, ge=0, description="seconds before the first retry; doubled each time")
     backoff_max_s: float = Field(60.0, ge=0, description="longest wait before a retry, in seconds")
+    give_up_calls_after: int = Field(
+        3,
+        ge=1,
+        description="sessions in which a call may fail; then its row keeps the status error, and is not asked again",
+    )
     quarantine_after: int = Field(
         3, ge=1, description="times given up, over all sessions, before a shard is skipped until `quorum retry`"
     )
@@ -57,12 +62,14 @@ class ShardFailure:
         failures: times that it was given up, over all sessions.
         error: of the last time, beginning with its kind ("StoreError: …").
         quarantined: it is left alone until `quorum retry`.
+        calls: calls that failed, if they are the only reason; such a shard is never quarantined.
     """
 
     shard: int
     failures: int
     error: str
     quarantined: bool = False
+    calls: int = 0
 
     @property
     def kind(self) -> str:
@@ -88,10 +95,12 @@ def write_failures(stage: Folder, failures: dict[int, ShardFailure]) -> None:
         stage.delete(_NAME)
 
 
-def failed_again(before: ShardFailure | None, shard: int, error: str, quarantine_after: int) -> ShardFailure:
+def failed_again(
+    before: ShardFailure | None, shard: int, error: str, quarantine_after: int, calls: int = 0
+) -> ShardFailure:
     """The record of a shard that was given up once more."""
     failures = (before.failures if before else 0) + 1
-    return ShardFailure(shard, failures, shown(error)[:_MOST], failures >= quarantine_after)
+    return ShardFailure(shard, failures, shown(error)[:_MOST], not calls and failures >= quarantine_after, calls)
 
 
 def lift_quarantine(stage: Folder) -> list[int]:
@@ -124,11 +133,17 @@ class FailureLedger:
         if self._known.pop(shard, None) is not None:
             write_failures(self._stage, self._known)
 
-    def failed(self, shard: int, error: str) -> str | None:
-        """Note a shard that was given up; returns why the stage should stop, if it should."""
-        self._known[shard] = failed_again(self._known.get(shard), shard, error, self._policy.quarantine_after)
+    def failed(self, shard: int, error: str, calls: int = 0) -> str | None:
+        """Note a shard that was given up; returns why the stage should stop, if it should.
+
+        Args:
+            calls: of a :class:`ShardFailure`; `max_error_rate` is for these.
+        """
+        self._known[shard] = failed_again(self._known.get(shard), shard, error, self._policy.quarantine_after, calls)
         write_failures(self._stage, self._known)
         self._now.add(shard)
+        if calls:
+            return None
         self._window.append(False)
         failed, seen = self._window.count(False), len(self._window)
         if seen < max(2, self._policy.shard_window // 2) or failed <= self._policy.max_failed_shards * seen:
@@ -143,6 +158,14 @@ class FailureLedger:
         """Raises StageStop when shards failed or are in quarantine."""
         if not self._known:
             return
+        if all(f.calls for f in self._known.values()):
+            calls, first = sum(f.calls for f in self._known.values()), self._known[min(self._known)]
+            raise StageStop(
+                f"{name}: {calls} calls failed, in {len(self._known)} of {num_shards} shards (shard {first.shard}: "
+                f"{first.error.removeprefix('CallsFailed: ')}). All replies are kept; the same command makes exactly "
+                "these calls again. A call that fails in "
+                f"{self._policy.give_up_calls_after} sessions (failure.give_up_calls_after) is given up"
+            )
         failed = {s: f for s, f in self._known.items() if s in self._now}
         held = {s: f for s, f in self._known.items() if s not in self._now}
         if failed:

@@ -22,6 +22,7 @@ import pyarrow as pa
 from ray_pipeline.engines.base import ChatEngine, EngineDead, EngineStop
 from ray_pipeline.engines.logged import CallNotLogged, LoggedEngine
 from ray_pipeline.engines.usage import Usage
+from ray_pipeline.graph.failures import read_failures
 from ray_pipeline.graph.session import StageTask
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, StageStop
 from ray_pipeline.store.files import Folder, StoreError
@@ -41,7 +42,8 @@ _STOPS = (StageStop, EngineStop, CallNotLogged)
 class Receipt:
     """The outcome of one shard. `usage` holds calls, tokens and seconds by name; `counts` is deterministic.
 
-    `status` is ok, failed, or stopped: `error` is then why its whole stage must stop, or was stopped.
+    `status` is ok, failed, or stopped: `error` is then why its whole stage must stop, or was stopped. `calls` is the
+    number of calls that failed, if the shard failed only because of them.
     """
 
     stage: str
@@ -51,6 +53,7 @@ class Receipt:
     counts: Mapping[str, int]
     usage: Mapping[str, float]
     error: str | None = None
+    calls: int = 0
 
 
 def receipt_name(shard: int) -> str:
@@ -123,7 +126,7 @@ class EngineHost:
         while True:
             if reason := await asyncio.to_thread(board.stopping, task.name):
                 return _stopped(task, shard, reason)
-            receipt = await self._try(task, shard)
+            receipt = await self._try(task, shard, last=tries == policy.retries)
             tries += 1
             if receipt.status != "failed" or tries > policy.retries:
                 return receipt
@@ -131,7 +134,12 @@ class EngineHost:
             board.say(f"{task.name}: shard {shard} failed ({receipt.error}); again in {pause:g} s", shard)
             await asyncio.sleep(pause)
 
-    async def _try(self, task: StageTask, shard: int) -> Receipt:
+    async def _try(self, task: StageTask, shard: int, last: bool) -> Receipt:
+        """Make the shard once.
+
+        Args:
+            last: no retry follows in this session.
+        """
         begin, session = time.monotonic(), task.session
         engine = LoggedEngine(
             self._engine,
@@ -146,12 +154,15 @@ class EngineHost:
         try:
             async with engine:
                 tables = await asyncio.to_thread(_read_inputs, task, shard)
-                given = _given(task, shard, tables, engine, report.tick, functools.partial(self._watch, task))
+                given = _given(task, shard, tables, engine, report.tick, functools.partial(self._watch, task, engine))
                 reporter = asyncio.create_task(report.forever())
                 try:
                     output = await sharded(task).function(given)  # type: ignore[misc]
                 finally:
                     reporter.cancel()
+            if engine.failed and not (last and await asyncio.to_thread(_give_up, task, shard, engine.failed)):
+                report.forget_rows()
+                return _calls_failed(task, shard, engine.failed)
             report.send()
             took = Usage(
                 seconds=time.monotonic() - begin,
@@ -205,7 +216,7 @@ class EngineHost:
         if replies := self._replies.pop(task.name, None):
             task.session.board.replies(task.name, dict(replies))
 
-    def _watch(self, task: StageTask, judge: str, read: bool) -> None:
+    def _watch(self, task: StageTask, engine: LoggedEngine, judge: str, read: bool) -> None:
         """Stop the stage when too many of a judge's last replies could not be read."""
         policy, replies = task.session.failure, self._replies.setdefault(task.name, collections.Counter())
         replies[judge, read] += 1
@@ -217,8 +228,13 @@ class EngineHost:
         if len(window) >= max(1, policy.error_window // 4) and unread > policy.max_error_rate * len(window):
             raise StageStop(
                 f"{unread} of the last {len(window)} replies of {judge} could not be read "
-                f"({unread / len(window):.0%}, allowed {policy.max_error_rate:.0%}). The call log holds the replies; "
-                "a wrong model, a wrong template or a grammar that is turned off are the usual reasons"
+                f"({unread / len(window):.0%}, allowed {policy.max_error_rate:.0%}). "
+                + (
+                    f"The last call failed: {engine.last_error}. Rerun the same command when the reason is gone"
+                    if engine.last_error
+                    else "The call log has the replies; a wrong model, a wrong template or a grammar that is turned "
+                    "off are the usual reasons"
+                )
             )
 
 
@@ -282,6 +298,10 @@ class _Report:
 
     def tick(self, rows: int) -> None:
         self._rows += rows
+
+    def forget_rows(self) -> None:
+        """The shard is made again, so its rows will be counted again."""
+        self._rows = 0
 
     async def forever(self) -> None:
         while True:
@@ -377,6 +397,25 @@ def failed(task: StageTask, shard: int, error: BaseException) -> Receipt:
 
 def _failed(task: StageTask, shard: int, error: str) -> Receipt:
     return Receipt(task.name, shard, "failed", {}, {}, {}, error)
+
+
+def _calls_failed(task: StageTask, shard: int, calls: Mapping[str, str]) -> Receipt:
+    error = f"CallsFailed: {len(calls)} calls, the last: {list(calls.values())[-1]}"
+    return Receipt(task.name, shard, "failed", {}, {}, {}, error, len(calls))
+
+
+def _give_up(task: StageTask, shard: int, calls: Mapping[str, str]) -> bool:
+    """Whether the shard is finished without the calls that failed, because they did so in enough sessions."""
+    before = read_failures(Folder(task.ref.folder)).get(shard)
+    sessions = (before.failures if before else 0) + 1
+    if sessions < task.session.failure.give_up_calls_after:
+        return False
+    task.session.board.say(
+        f"{task.name}: shard {shard}: {len(calls)} calls are given up after {sessions} sessions, their rows keep the "
+        f"status error; the last: {list(calls.values())[-1]}",
+        shard,
+    )
+    return True
 
 
 def _stopped(task: StageTask, shard: int, reason: str) -> Receipt:

@@ -173,7 +173,7 @@ class _Sharded:
         else:
             self._board.add(name, Usage(), shards_failed=1)
             self._board.say(f"{name}: shard {shard} failed: {receipt.error}", shard)
-            if too_many := self._ledger.failed(shard, reason):
+            if too_many := self._ledger.failed(shard, reason, receipt.calls):
                 self._board.stop(name, too_many)
 
     def finish(self, begin: float) -> StageResult:

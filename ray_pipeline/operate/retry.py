@@ -7,23 +7,20 @@ from typing import Any
 from rich.console import Console
 
 from ray_pipeline.graph.driver import execute
-from ray_pipeline.graph.failures import read_failures
+from ray_pipeline.graph.failures import ShardFailure, read_failures
 from ray_pipeline.graph.results import Run
 from ray_pipeline.graph.resume import stage_folder
 from ray_pipeline.graph.stage import Dag
 from ray_pipeline.operate.run_settings import executor_of, run_settings
 from ray_pipeline.store.files import StoreError
 
-Failed = dict[str, tuple[int, ...]]
+Failed = dict[str, dict[int, ShardFailure]]
 
 
 def failed_shards(run: Run) -> Failed:
-    """Stage → its failed and quarantined shards, for the stages in the manifest that are not done."""
-    failed: Failed = {}
-    for name, stage in run.stages.items():
-        if not stage.done and (shards := read_failures(run.folder / stage.path)):
-            failed[name] = tuple(sorted(shards))
-    return failed
+    """Stage → its failed and quarantined shards by number, for the stages in the manifest that are not done."""
+    failures = {name: read_failures(run.folder / stage.path) for name, stage in run.stages.items() if not stage.done}
+    return {name: shards for name, shards in failures.items() if shards}
 
 
 def retry_shards(run: Run, dag: Dag, settings: Any, failed: Failed, console: Console) -> list[str]:
@@ -44,7 +41,8 @@ def retry_shards(run: Run, dag: Dag, settings: Any, failed: Failed, console: Con
                 f"{run.folder.location}: this configuration changes the output of {name}, whose shards failed; remove "
                 "the changes that affect it, or use `quorum run`"
             )
-    how = run_settings(settings, run.folder.location, workflow=run.reference, only=failed, lift_quarantine=True)
+    only = {name: tuple(sorted(shards)) for name, shards in failed.items()}
+    how = run_settings(settings, run.folder.location, workflow=run.reference, only=only, lift_quarantine=True)
     groups = [g for g in dag.groups if any(stages[name].group_name == g for name in failed)]
     problems: list[str] = []
     for group in groups:

@@ -40,6 +40,7 @@ class StageState:
     shards_done: int = 0
     shards_failed: int = 0
     shards_quarantined: int = 0
+    calls_failed: int = 0
     rows: float = 0
     usage: Usage = dataclasses.field(default_factory=Usage)
     seconds: float = 0.0
@@ -241,6 +242,7 @@ class Watch:
         failures = read_failures(folder)
         state.shards_failed = len(failures)
         state.shards_quarantined = sum(f.quarantined for f in failures.values())
+        state.calls_failed = sum(f.calls for f in failures.values())
         return dict(sorted(collections.Counter(f"shards.{f.kind}" for f in failures.values()).items()))
 
 

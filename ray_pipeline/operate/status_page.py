@@ -30,7 +30,8 @@ def stage_line(stage: StageState) -> str:
         parts.append(f"shards {stage.shards_done}/{stage.shards}")
     if stage.shards_failed:
         quarantined = f", {stage.shards_quarantined} quarantined" if stage.shards_quarantined else ""
-        parts.append(f"{stage.shards_failed} failed{quarantined}")
+        calls = f", {stage.calls_failed} calls to make again" if stage.calls_failed else ""
+        parts.append(f"{stage.shards_failed} failed{quarantined}{calls}")
     if stage.rows:
         rate = f" ({stage.rows_per_second:.3g}/s)" if stage.rows_per_second is not None else ""
         parts.append(f"{stage.rows:.0f} rows{rate}")

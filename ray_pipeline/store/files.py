@@ -281,13 +281,18 @@ class Folder:
                 self._check_footer(name, file, fingerprint, kind)
             self._check_schema(name, file, schema)
             try:
-                table = file.read(columns=columns)
+                table = file.read(columns=columns)  # a name that the file does not have is passed over
             except (pa.ArrowException, OSError) as error:
                 raise TornFile(
                     f"{self.uri(name)} is truncated or corrupt ({error}); remove it and rerun the same command"
                 ) from error
         table = table.replace_schema_metadata(None)
-        return table.cast(schema) if schema is not None and columns is None else table
+        if schema is None:
+            return table
+        for field in schema:  # columns that were added since the file was written
+            if field.name not in table.column_names and (columns is None or field.name in columns):
+                table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+        return table.select(columns or schema.names).cast(pa.schema([schema.field(n) for n in columns or schema.names]))
 
     @contextlib.contextmanager
     def _parquet(self, name: str) -> Iterator[pq.ParquetFile]:
@@ -314,7 +319,12 @@ class Folder:
             )
 
     def _check_schema(self, name: str, file: pq.ParquetFile, schema: pa.Schema | None) -> None:
-        if schema is not None and not file.schema_arrow.equals(schema):
+        import pyarrow as pa
+
+        if schema is None:
+            return
+        found = file.schema_arrow
+        if not found.equals(pa.schema([f for f in schema if not f.nullable or f.name in found.names])):
             raise ForeignFile(f"{self.uri(name)} has unexpected columns; `quorum run` regenerates it")
 
 

@@ -39,6 +39,7 @@ PROMPTS = _schema(
     ("prompt_id", _S), ("messages", MESSAGES), ("source", _S), ("task_type", _S), ("split", _S), ("meta", _S)
 )
 
+#: `error` of this and other tables: why a call gave no reply, in the engine's or the server's words.
 CANDIDATES = _schema(
     ("candidate_id", _S),
     ("prompt_id", _S),
@@ -49,6 +50,7 @@ CANDIDATES = _schema(
     ("generator", _S),
     ("prompt_tokens", _I, True),
     ("completion_tokens", _I, True),
+    ("error", _S, True),
 )
 
 VERDICTS = _schema(
@@ -129,6 +131,7 @@ RESPONSES = _schema(
     ("finish_reason", _S),
     ("prompt_tokens", _I, True),
     ("completion_tokens", _I, True),
+    ("error", _S, True),
 )
 
 COMPARISONS = _schema(
@@ -186,6 +189,7 @@ SPEECHES = _schema(
     ("role", _S),
     ("text", _S, True),
     ("finish_reason", _S),
+    ("error", _S, True),
 )
 
 #: A reviewer's review of one response of a feedback loop; `iteration` is the response's k. Feedback is null if and
@@ -264,7 +268,7 @@ BENCH_QUESTIONS = _schema(
 _BENCH_KEY = (("benchmark", _S), ("question_id", _S), ("prompt_id", _S), ("model", _S))
 
 #: One row per turn; `answer` is null where there is none, with the finish reason.
-BENCH_ANSWERS = _schema(*_BENCH_KEY, ("turn", _I), ("answer", _S, True), ("finish_reason", _S))
+BENCH_ANSWERS = _schema(*_BENCH_KEY, ("turn", _I), ("answer", _S, True), ("finish_reason", _S), ("error", _S, True))
 
 #: MT-Bench, single grading: one row per turn.
 BENCH_RATINGS = _schema(

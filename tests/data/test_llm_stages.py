@@ -169,7 +169,9 @@ def test_a_dead_engine_and_a_stop_end_the_shard(tmp_path: Path) -> None:
 
 def test_replaying_makes_the_same_table_and_no_call(tmp_path: Path) -> None:
     def script(messages: Any, sampling: Any) -> Any:
-        return PromptTooLong(9, 9, 9) if messages[-1]["content"] == "long" else echo(messages, sampling)
+        return (
+            PromptTooLong(9, sampling.max_tokens, 9) if messages[-1]["content"] == "long" else echo(messages, sampling)
+        )
 
     shard = draw_shard("one", "long", "two")
     first = shard.run(DRAW, ScriptedEngine(script), tmp_path)

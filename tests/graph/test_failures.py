@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import re
 import time
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from ray_pipeline.engines.base import BudgetSpent, Completion, Sampling
+from ray_pipeline.engines.base import BudgetSpent, CallFailed, Completion, EngineError, Sampling
 from ray_pipeline.engines.logged import LoggedEngine
 from ray_pipeline.engines.usage import Usage
 from ray_pipeline.graph import shards
@@ -340,6 +341,79 @@ def test_every_llm_stage_stops_by_the_configured_error_rate(
     assert receipt.status == status
     if status == "stopped":
         assert "1 of the last 3 replies of judge could not be read (33%, allowed 25%)" in str(receipt.error)
+
+
+def asking(statuses: list[str]) -> Any:
+    """A shard function with three calls, which notes what became of them."""
+
+    async def function(given: ShardInput) -> ShardOutput:
+        assert given.engine is not None
+        statuses.clear()
+        for text in ("one", "two", "three"):
+            try:
+                await given.engine.bound("0" * 32, "r").chat(user(text), Sampling())
+            except EngineError as error:
+                statuses.append(type(error).__name__)
+            else:
+                statuses.append("ok")
+        return EMPTY
+
+    return function
+
+
+def test_only_calls_that_failed_are_made_again_until_they_are_given_up(
+    tmp_path: Path, actor: Callable[..., EngineHost]
+) -> None:
+    """A session has two tries, and the call is given up in the second session."""
+    policy, board = FailureSettings(retries=1, backoff_s=0.0, give_up_calls_after=2), Board()
+    engine = ScriptedEngine(lambda messages, _: CallFailed("HTTP 500: busy") if messages == user("two") else "fine")
+    statuses: list[str] = []
+    stage = job(tmp_path, asking(statuses), lambda: engine, policy, board)
+
+    ledger = FailureLedger(Folder(stage.ref.folder), policy, range(4))
+    receipt = make(actor(stage))
+    assert (receipt.status, receipt.calls, engine.calls) == ("failed", 1, 3 + 1)
+    assert receipt.error == "CallsFailed: 1 calls, the last: HTTP 500: busy" and board.traces == []
+    assert ledger.failed(0, receipt.error, receipt.calls) is None
+    with pytest.raises(StageStop, match=r"1 calls failed, in 1 of 4 shards .*HTTP 500: busy.*exactly these calls"):
+        ledger.check("stage", 4)
+    assert not stage.ref.table("decisions").state().rows
+
+    receipt = make(actor(stage))
+    assert (receipt.status, statuses) == ("ok", ["ok", "CallFailed", "ok"]) and engine.calls == 3 + 1 + 2
+    assert any(
+        "1 calls are given up after 2 sessions, their rows keep the status error" in line for line in board.lines
+    )
+
+
+def test_a_call_that_works_again_and_one_that_is_rejected_finish_their_shard(
+    tmp_path: Path, actor: Callable[..., EngineHost]
+) -> None:
+    def script(messages: Any, sampling: Any) -> Any:
+        if messages == user("one"):
+            return EngineError("HTTP 400: content policy")
+        return CallFailed("HTTP 500: busy") if messages == user("two") and engine.calls <= 3 else "fine"
+
+    engine = ScriptedEngine(script)
+    statuses: list[str] = []
+    receipt = make(actor(job(tmp_path, asking(statuses), lambda: engine)))
+    assert (receipt.status, receipt.calls, statuses) == ("ok", 0, ["EngineError", "ok", "ok"])
+
+
+def test_a_stage_that_stops_for_unread_replies_says_why_calls_failed(
+    tmp_path: Path, actor: Callable[..., EngineHost]
+) -> None:
+    async def function(given: ShardInput) -> ShardOutput:
+        assert given.engine is not None
+        for _ in range(3):
+            with contextlib.suppress(EngineError):
+                await given.engine.bound("0" * 32, "r").chat(user("x"), Sampling())
+            given.watch("judge", False)
+        return EMPTY
+
+    engine = ScriptedEngine(lambda *_: EngineError("HTTP 400: System role not supported"))
+    receipt = make(actor(job(tmp_path, function, lambda: engine, FailureSettings(error_window=8))))
+    assert receipt.status == "stopped" and "The last call failed: HTTP 400: System role not" in str(receipt.error)
 
 
 # --- the record of a stage --------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from ray_pipeline.store import files
 from ray_pipeline.store.files import Folder, ForeignFile, StoreError, TornFile, base_name, beside, point_at
-from ray_pipeline.store.schemas import CRITIQUES, PROMPTS, TABLES, to_table
+from ray_pipeline.store.schemas import CANDIDATES, CRITIQUES, PROMPTS, TABLES, to_table
 from ray_pipeline.store.tables import ShardedTable, shard_name
 
 
@@ -210,6 +210,18 @@ def test_the_state_of_a_sharded_table(tmp_path: Path) -> None:
     state = table.state()
     assert state.missing == [0, 2, 3] and state.rows == {1: 1} and set(state.bad) == {2, 3}
     assert shard_name(2) in state.bad[2] and shard_name(3) in state.bad[3]
+
+
+def test_a_shard_without_a_later_column_that_may_be_null_is_read(tmp_path: Path) -> None:
+    row = {"candidate_id": "c", "prompt_id": "p", "k": 0, "seed": 1, "response": "r", "finish_reason": "stop"}
+    now = to_table([{**row, "generator": "g"}], CANDIDATES)
+    table = ShardedTable(str(tmp_path), "candidates", 1, "f")
+    older = now.drop_columns(["error", "completion_tokens"])
+    Folder(str(tmp_path)).write_table(shard_name(0), older, fingerprint="f", kind="candidates")
+    assert table.state().done and table.read(0).equals(now)
+    assert table.read(0, ["error", "k"]).to_pylist() == [{"error": None, "k": 0}]
+    Folder(str(tmp_path)).write_table(shard_name(0), now.drop_columns(["k"]), fingerprint="f", kind="candidates")
+    assert "unexpected columns" in table.state().bad[0]  # a required column
 
 
 def test_a_shard_of_an_older_schema_is_to_be_made_again(tmp_path: Path) -> None:
