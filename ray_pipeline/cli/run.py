@@ -22,7 +22,12 @@ from ray_pipeline.cli.terminal import (
 )
 
 if TYPE_CHECKING:
-    from ray_pipeline.graph.stage import Dag
+    from collections.abc import Iterator
+
+    from ray_pipeline.graph.stage import Dag, StageResult
+
+#: Share of a stage's rows without a value from which the run's last lines say so.
+MAX_BAD = 0.05
 
 
 def run(
@@ -107,12 +112,26 @@ def run(
             complain(f"not run as a result: {', '.join(outcome.not_run)}")
         complain("finished work is kept; rerun the same command to resume")
         raise typer.Exit(BAD_INPUT if all(f.bad_input for f in outcome.failures.values()) else STAGE_FAILED)
+    for name, result in outcome.results.items():
+        for warning in _warnings(result):
+            complain(f"warning: {name}: {warning}")
     for stage in dag.stages:
         if stage.view == "report" and stage.name in outcome.results:
             page = Folder(outcome.results[stage.name].folder)
             if page.exists("report.md"):
                 say(f"report: {(Folder(folder) / 'report' if page.is_local else page).uri('report.md')}")
     say(f"run folder: {folder}")
+
+
+def _warnings(result: StageResult) -> Iterator[str]:
+    """What a user should see of a finished stage before spending more: rows without a value, datasets without rows."""
+    from ray_pipeline.operate.status import bad_rows
+
+    bad, rows = bad_rows(result.facts.get("counts", {})), sum(result.rows.values())
+    if sum(bad.values()) > MAX_BAD * rows:
+        kinds = ", ".join(f"{kind.removeprefix('rows.')} {count:,}" for kind, count in bad.items())
+        yield f"{sum(bad.values()) / rows:.0%} of {rows:,} rows have no value ({kinds})"
+    yield from result.facts.get("warnings", ())
 
 
 def _link_latest(folder: str, root: str) -> None:

@@ -19,7 +19,7 @@ from ray_pipeline.data.rows import add_counts, flat_counts
 from ray_pipeline.data.tokens import token_counter
 from ray_pipeline.engines.models import ModelSettings, TokenizerSettings
 from ray_pipeline.graph.asking import ShardTables
-from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage, WholeInput, WholeWork
+from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage, StageStop, WholeInput, WholeWork
 
 
 class _RowsGiven(Settings):
@@ -172,5 +172,26 @@ def write_files(given: WholeInput) -> dict[str, Any]:
         origin=settings.origin,
     )
     given.log(", ".join(f"{kind} {split} {n}" for kind, sizes in stats["rows"].items() for split, n in sizes.items()))
+    useless = untrainable(stats["rows"])
+    if len(useless) == len(settings.datasets.kinds):
+        raise StageStop(
+            f"nothing to train on: {'; '.join(useless)}. `quorum report` shows labels and unread replies; change "
+            "gate.tau, gate.desirable_at, gate.undesirable_at, the judges or the critic, then rerun the same command"
+        )
     guards = {f"{kind}: {why}": n for kind, found in counts.items() for why, n in found.get("dropped", {}).items()}
-    return {"rows": stats["rows"], "kto_weights": stats["kto_weights"], "dropped": guards, "counts": counts}
+    facts = {"rows": stats["rows"], "kto_weights": stats["kto_weights"], "dropped": guards, "counts": counts}
+    return facts | ({"warnings": useless} if useless else {})
+
+
+def untrainable(rows: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """Why there is nothing to train on, for each kind of dataset for which this is so.
+
+    Args:
+        rows: kind → rows of each split, as in `stats.json`.
+    """
+    found: list[str] = []
+    for kind, sizes in rows.items():
+        classes = [name for name in ("desirable", "undesirable") if kind == "kto" and not sizes[f"train_{name}"]]
+        if classes or not sizes["train"]:
+            found.append(f"{kind} has no {' and no '.join(classes) or 'training'} rows")
+    return found

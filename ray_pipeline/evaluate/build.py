@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ray_pipeline.evaluate.cautions import cautions
+from ray_pipeline.evaluate.cautions import cautions, unusable
 from ray_pipeline.evaluate.data import ReportData
 from ray_pipeline.evaluate.headline import headline
 from ray_pipeline.evaluate.metrics import collect_metrics
@@ -15,7 +15,7 @@ from ray_pipeline.report.write import write_page
 def build_report(data: ReportData, out_dir: Path) -> list[Path]:
     """Write the page of a run, metrics.json and summary.csv into `out_dir` (made if absent); returns all paths."""
     metrics = collect_metrics(data)
-    first_line = headline(metrics.evaluation, data.missing_stages())
+    first_line = headline(metrics.evaluation, data.missing_stages(), unusable(metrics))
     warnings = cautions(data, metrics)
     numbers = as_json(metrics) | {
         "run": data.run,

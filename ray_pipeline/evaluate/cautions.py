@@ -36,6 +36,19 @@ def cautions(data: ReportData, metrics: RunMetrics) -> list[str]:
     return found
 
 
+def unusable(metrics: RunMetrics) -> list[str]:
+    """Warnings about replies that could not be read, and about an empty class."""
+    classes = (
+        None if metrics.gate is None else [metrics.gate.labels[label].count for label in ("desirable", "undesirable")]
+    )
+    found = [line for line in _on_judging(metrics) if "could not be read" in line]
+    return found if classes is None or all(classes) else [_empty_class(*classes), *found]
+
+
+def _empty_class(desirable: int, undesirable: int) -> str:
+    return f"One class is empty: {desirable} desirable and {undesirable} undesirable rows."
+
+
 def _on_judging(metrics: RunMetrics) -> Iterator[str]:
     if metrics.judging is not None:
         for judge, stats in metrics.judging.judges.items():
@@ -62,7 +75,7 @@ def _on_labels(data: ReportData, metrics: RunMetrics) -> Iterator[str]:
     counts = {label: stats.count for label, stats in metrics.gate.labels.items()}
     desirable, undesirable = counts["desirable"], counts["undesirable"]
     if not desirable or not undesirable:
-        yield f"One class is empty: {desirable} desirable and {undesirable} undesirable rows."
+        yield _empty_class(desirable, undesirable)
     elif max(desirable, undesirable) / min(desirable, undesirable) > MAX_CLASS_RATIO:
         yield f"Class imbalance: {desirable} desirable to {undesirable} undesirable rows."
     if metrics.gate.acceptance is not None and metrics.gate.acceptance < MIN_ACCEPTANCE:

@@ -1,5 +1,6 @@
 """The first sentences of the report: whether the policy got better, by which measure, and how certain that is."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,16 +35,17 @@ class _Evidence:
     text: str
 
 
-def headline(evaluation: Evaluation | None, missing_stages: list[str]) -> Headline:
+def headline(evaluation: Evaluation | None, missing_stages: list[str], on_data: Sequence[str] = ()) -> Headline:
     """Weigh win rates and true accuracy, or rubric scores where there is neither.
 
     A measure counts only when its interval excludes "no change". It decides when no other measure contradicts it; true
-    accuracy comes first in the text since it is the only measure that does not depend on a judge.
+    accuracy comes first in the text since it is the only measure that does not depend on a judge. Without any, what is
+    wrong with the data (`on_data`, full sentences) comes first.
     """
     evidence = [] if evaluation is None else _evidence(evaluation)
     if not evidence:
         why = f"the run has no {', '.join(missing_stages)} yet." if missing_stages else "nothing could be measured."
-        return Headline("unknown", f"{_OPENINGS['unknown']} {why}")
+        return Headline("unknown", " ".join([*on_data, f"{_OPENINGS['unknown']} {why}"]))
     directions = {e.direction for e in evidence} - {"unclear"}
     verdict: Verdict = "unclear" if not directions else "mixed" if len(directions) > 1 else directions.pop()
     text = "; ".join(e.text for e in evidence)

@@ -173,7 +173,7 @@ class Watch:
         counts: collections.Counter[str] = collections.Counter()
         if now is not None or stage.status != "waiting" or stage.name not in self._untouched:
             self._unfinished(state, folder, stage.tables, counts, run.num_shards)
-            state.errors = _errors(counts) | self._shard_errors(state, folder)
+            state.errors = bad_rows(counts) | self._shard_errors(state, folder)
             if state.shards_done:
                 state.status = "partial" if state.status == "waiting" else state.status
             elif now is None:
@@ -189,7 +189,7 @@ class Watch:
             state.shards = state.shards_done = run.num_shards
         state.usage = stage.usage
         state.seconds = state.usage.wall_seconds
-        state.errors = _errors({k: n for k, n in counts.items() if isinstance(n, int)})
+        state.errors = bad_rows(counts)
         if state.seconds:
             state.rows_per_second = state.rows / state.seconds
             state.tokens_per_second = state.usage.tokens / state.seconds
@@ -246,11 +246,11 @@ class Watch:
         return dict(sorted(collections.Counter(f"shards.{f.kind}" for f in failures.values()).items()))
 
 
-def _errors(counts: Mapping[str, int]) -> dict[str, int]:
-    """Bad rows by kind, over all judges."""
+def bad_rows(counts: Mapping[str, Any]) -> dict[str, int]:
+    """Bad rows by kind, over all judges, from the counts of a stage."""
     errors: collections.Counter[str] = collections.Counter()
     for name, number in counts.items():
         kind = name.rsplit(".", 1)[-1]
-        if kind in ROW_ERRORS and number:
+        if kind in ROW_ERRORS and isinstance(number, int) and number:
             errors[f"rows.{kind}"] += number
     return dict(sorted(errors.items()))

@@ -26,6 +26,8 @@ class Moody(Endpoint):
     def __init__(self) -> None:
         super().__init__(self._reply)
         self.well = False
+        self.bad = False  # whether some answers get low scores
+        self.unread = 0.0  # share of the critiques that cannot be read
 
     def _reply(self, body: dict[str, Any], number: int) -> Answer:
         text = body["messages"][-1]["content"]
@@ -33,9 +35,13 @@ class Moody(Endpoint):
             return refused(400, "flagged by the content policy") if len(self.asked) == 7 else said(f"answer {number}")
         if body["response_format"]["json_schema"]["schema"]["properties"].get("verdict"):  # the short call of the start
             return said('{"verdict": "green"}')
+        chance = zlib.crc32(body["messages"][0]["content"].encode()) / 2**32
+        if "flawed" in body["response_format"]["json_schema"]["schema"]["properties"]:
+            flawless = '{"reason": "none", "failure_type": "none", "flawed": false}'
+            return said(flawless if chance > self.unread else "I cannot say")
         if not self.well and zlib.crc32(text.encode()) % 4 == 0:
             return refused(500, "the model is overloaded")
-        return said('{"reason": "nice \\ud83d", "score": 8}')
+        return said(f'{{"reason": "nice \\ud83d", "score": {2 if self.bad and "answer 1" in text else 8}}}')
 
 
 @pytest.fixture
@@ -96,3 +102,22 @@ def test_retry_counts_the_calls_and_a_limit_gives_them_up(
     before = len(endpoint.asked)
     here(*command(endpoint, tmp_path))
     assert len(endpoint.asked) == before
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_data_that_cannot_be_trained_on_or_was_not_read_is_said_at_the_end(
+    endpoint: Moody, tmp_path: Path, bad: bool
+) -> None:
+    endpoint.well, endpoint.bad, endpoint.unread = True, bad, 0.4
+    run = [*command(endpoint, tmp_path, "failure.max_error_rate=1.0", "candidates.k=4"), "--to", "datasets"]
+    ended = here(*run, expect=0 if bad else 1)
+    critiques = table(tmp_path, "critic").to_pylist()
+    unread = sum(row["parse_status"] == "unparsed" for row in critiques)
+    assert 0.1 < unread / len(critiques) < 0.9
+    if bad:
+        rejected = sum(row["parse_status"] == "error" for row in critiques)
+        share = f"{(unread + rejected) / len(critiques):.0%} of {len(critiques)} rows have no value"
+        assert f"warning: critic: {share} (error {rejected}, unparsed {unread})" in ended.output
+    else:
+        nothing = "nothing to train on: kto has no undesirable rows; dpo has no training rows"
+        assert f"quorum: datasets failed: {nothing}" in ended.output

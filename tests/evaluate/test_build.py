@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import json
 from pathlib import Path
 from xml.etree import ElementTree
@@ -56,6 +57,9 @@ def test_a_run_that_stopped_after_datasets(tmp_path: Path) -> None:
     assert metrics["missing_stages"] == ["train", "evaluate"] and row["missing_stages"] == "train evaluate"
     assert metrics["headline"]["verdict"] == "unknown" and metrics["evaluation"] is None
     assert "not known: the run has no train, evaluate yet" in page
+    labels = pa.array(["desirable"] * data.decisions.num_rows)  # type: ignore[union-attr]
+    useless = dataclasses.replace(data, decisions=data.decisions.set_column(1, "label", labels))  # type: ignore[union-attr]
+    assert build(useless, tmp_path)[1]["headline"]["text"].startswith("One class is empty: 240 desirable and 0 undes")
     assert "## Labels" in page and "## Evaluation" not in page and "## Training" not in page
     assert not list((tmp_path / "charts").glob("training-*.svg"))
 
