@@ -85,7 +85,7 @@ def _file_rows(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         if name.endswith(".parquet"):
             with file.open_seekable() as stream:
                 try:
-                    rows = pq.read_table(stream).to_pylist()
+                    rows = pq.read_table(stream, page_checksum_verification=True).to_pylist()
                 except (pa.ArrowException, OSError) as error:
                     raise InputError(f"{file.uri} is truncated or not a Parquet file ({error})") from error
         else:

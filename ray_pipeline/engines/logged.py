@@ -12,7 +12,7 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ray_pipeline.engines.base import (
@@ -51,6 +51,7 @@ class LoggedEngine:
         root: folder of the call log; several runs may share it, also concurrently.
         limit: bounds the calls in flight on the engine, across all shards of an actor.
         replay_only: never call the engine; a call that is not in the log raises CallNotLogged.
+        warn: called with a line for each part of the log that cannot be read.
 
     Attributes:
         failed: reasons of the calls that failed for now, by call key; a later reply to the same call removes it.
@@ -67,8 +68,9 @@ class LoggedEngine:
         limit: asyncio.Semaphore | None = None,
         replay_only: bool = False,
         flush_seconds: float = FLUSH_SECONDS,
+        warn: Callable[[str], None] = logger.warning,
     ) -> None:
-        self.engine = engine
+        self.engine, self._warn = engine, warn
         self.identity: Mapping[str, Any] = engine.identity
         self.stats = Usage()
         self.failed: dict[str, str] = {}
@@ -90,7 +92,7 @@ class LoggedEngine:
         self._writing = asyncio.Lock()  # CallWriter is not thread-safe: a periodic flush may overlap the last one.
 
     async def __aenter__(self) -> LoggedEngine:
-        table = await asyncio.to_thread(read_calls, self._folder, self._shard, self._num_shards)
+        table = await asyncio.to_thread(read_calls, self._folder, self._shard, self._num_shards, self._warn)
         for row in table.drop_columns(["messages", "sampling"]).to_pylist():
             known = self._known.get(row["call_key"])
             if known is None or known.finish_reason == _TOO_LONG:  # a reply takes precedence over a refusal

@@ -148,6 +148,7 @@ class EngineHost:
             session.num_shards,
             limit=self._limit,
             replay_only=session.replay_only,
+            warn=lambda line: session.board.say(f"{task.name}: {line}", shard),
         )
         report = _Report(task, engine.stats, self._bill, engine.stop)
         self._open[engine] = (task, shard)

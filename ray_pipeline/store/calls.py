@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
@@ -95,11 +96,14 @@ def _table(rows: list[dict[str, Any]]) -> pa.Table:
         return pa.concat_tables([_table([row]) for row in rows])
 
 
-def read_calls(folder: Folder, shard: int, num_shards: int) -> pa.Table:
+def read_calls(folder: Folder, shard: int, num_shards: int, warn: Callable[[str], None] = logger.warning) -> pa.Table:
     """All calls of a shard's prompts, whatever shard counts they were written under; keys may repeat.
 
-    A part that another writer merged away while we read is looked for again; a part that cannot be read is named in
-    a warning and left out (its calls are made again).
+    A part that another writer merged away while we read is looked for again; a part that cannot be read is left out
+    (its calls are made again), and a damaged one is set aside.
+
+    Args:
+        warn: called with a line for each such part.
     """
     tables: list[pa.Table] = []
     read: set[str] = set()
@@ -113,7 +117,7 @@ def read_calls(folder: Folder, shard: int, num_shards: int) -> pa.Table:
                 vanished = True
                 continue
             except StoreError as error:
-                logger.warning("call log: %s", error)
+                warn(f"call log: {error}; its calls are made again")
                 read.add(name)
                 continue
             read.add(name)

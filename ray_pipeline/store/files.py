@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import json
 import os
 import posixpath
 import stat
 import urllib.parse
 import uuid
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ray_pipeline.store.outside import storable
@@ -29,6 +27,13 @@ if TYPE_CHECKING:
 #: Footer key with the fingerprint of the stage that wrote a Parquet file.
 FINGERPRINT_KEY = b"quorum.fingerprint"
 TABLE_KEY = b"quorum.table"
+#: Written last into the folder of a stage: the stage is done.
+RESULT = "_result.json"
+
+#: Folders of a stage, one in the other, down to the deepest file: `kto/train/part-00000.parquet`.
+_LEVELS_OF_A_STAGE = 3
+#: Bytes at the end of a file that are read first for its footer.
+_TAIL = 2**16
 
 #: Object stores: folders are only parts of names there, and creating one costs two requests per write.
 _WITHOUT_FOLDERS = frozenset({"s3", "gcs", "abfs"})
@@ -38,8 +43,8 @@ class StoreError(ValueError):
     """A file of a run cannot be used; the message names the file and the fix."""
 
 
-class TornFile(StoreError):
-    """A Parquet file is truncated or not a Parquet file."""
+class DamagedFile(StoreError):
+    """A file is truncated, was changed by a fault of disk or network, or is not of its kind at all."""
 
 
 class ForeignFile(StoreError):
@@ -215,11 +220,11 @@ class Folder:
         _sync_folder(posixpath.dirname(target))
 
     def read_json(self, name: str) -> Any:
-        """The parsed file. Raises StoreError, naming the file, if it is not valid JSON."""
+        """The parsed file. Raises DamagedFile, naming the file, if it is not valid JSON."""
         try:
             return json.loads(self.read_bytes(name))
         except ValueError as error:
-            raise StoreError(
+            raise DamagedFile(
                 f"{self.uri(name)} is not valid JSON ({error}); remove it and rerun the same command"
             ) from error
 
@@ -240,29 +245,25 @@ class Folder:
         self, name: str, table: pa.Table, *, fingerprint: str = "", kind: str = "", row_group_size: int | None = None
     ) -> int:
         """Write a Parquet file atomically; equal tables give equal bytes. Returns the size in bytes."""
-        import pyarrow.parquet as pq
+        from ray_pipeline.store.parquet import encode
 
-        metadata = {FINGERPRINT_KEY: fingerprint.encode(), TABLE_KEY: kind.encode()} if fingerprint else None
-        buffer = io.BytesIO()
-        # Parquet pages end where chunks end, so the chunks of a table would change the bytes.
-        whole = _in_one_piece(table).replace_schema_metadata(metadata)
-        pq.write_table(whole, buffer, compression="zstd", row_group_size=row_group_size)
-        data = buffer.getvalue()
+        metadata = {FINGERPRINT_KEY: fingerprint.encode(), TABLE_KEY: kind.encode()} if fingerprint else {}
+        data = encode(table, metadata, row_group_size)
         self.write_bytes(name, data)
         return len(data)
 
     def check_table(self, name: str, *, fingerprint: str, kind: str = "", schema: pa.Schema | None = None) -> int:
-        """Number of rows of a Parquet file, from its footer alone.
+        """Number of rows of a Parquet file, from its footer alone: damage before it is found by `read_table`.
 
         Raises:
             FileNotFoundError: no such file.
-            TornFile: it has no readable footer.
+            DamagedFile: it has no whole footer.
             ForeignFile: its footer has another fingerprint or schema.
         """
-        with self._parquet(name) as file:
-            self._check_footer(name, file, fingerprint, kind)
-            self._check_schema(name, file, schema)
-            return int(file.metadata.num_rows)
+        file, _ = self._decoded(name, self._footer(name))
+        self._check_footer(name, file, fingerprint, kind)
+        self._check_schema(name, file, schema)
+        return int(file.metadata.num_rows)
 
     def read_table(
         self,
@@ -273,19 +274,31 @@ class Folder:
         schema: pa.Schema | None = None,
         columns: list[str] | None = None,
     ) -> pa.Table:
-        """Read a Parquet file. Raises TornFile, or ForeignFile for another fingerprint or schema, naming the file."""
+        """Read a Parquet file, after all of its checksums were verified. A damaged file is set aside.
+
+        Raises:
+            FileNotFoundError: no such file.
+            DamagedFile: some of its bytes changed since they were written.
+            ForeignFile: it has another fingerprint or schema.
+        """
         import pyarrow as pa
 
-        with self._parquet(name) as file:
+        data = self.read_bytes(name)
+        try:
+            file, verified = self._decoded(name, data)
             if fingerprint is not None:
                 self._check_footer(name, file, fingerprint, kind)
             self._check_schema(name, file, schema)
             try:
                 table = file.read(columns=columns)  # a name that the file does not have is passed over
             except (pa.ArrowException, OSError) as error:
-                raise TornFile(
-                    f"{self.uri(name)} is truncated or corrupt ({error}); remove it and rerun the same command"
-                ) from error
+                if verified:  # it is as it was written, by a newer version
+                    raise StoreError(
+                        f"{self.uri(name)} cannot be read by pyarrow {pa.__version__} ({error}); update pyarrow"
+                    ) from error
+                raise self._damaged(name, error) from error
+        except DamagedFile as error:
+            raise DamagedFile(self.set_aside(name, str(error))) from error
         table = table.replace_schema_metadata(None)
         if schema is None:
             return table
@@ -294,20 +307,55 @@ class Folder:
                 table = table.append_column(field, pa.nulls(table.num_rows, field.type))
         return table.select(columns or schema.names).cast(pa.schema([schema.field(n) for n in columns or schema.names]))
 
-    @contextlib.contextmanager
-    def _parquet(self, name: str) -> Iterator[pq.ParquetFile]:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+    def set_aside(self, name: str, reason: str) -> str:
+        """Rename a file that cannot be used, so that it is not read again and its stage makes it anew.
 
-        path = self.path(name)
-        with self.fs.open_input_file(path) as stream:
+        It becomes `NAME.damaged-1`, or the next free number. The stage whose folder it is in loses `_result.json`, and
+        with it the state of being done.
+
+        Returns:
+            The reason with the new name, for the user.
+        """
+        number = 1
+        while self.exists(new := f"{name}.damaged-{number}"):
+            number += 1
+        try:
+            self.fs.move(self.path(name), self.path(new))
+        except FileNotFoundError:  # another process was first
+            return reason
+        except OSError as error:
+            return f"{reason} (it cannot be set aside: {error}; remove it)"
+        folder = self
+        for _ in range(_LEVELS_OF_A_STAGE):
+            if folder.exists(RESULT):
+                folder.delete(RESULT)
+                break
+            folder = folder.parent
+        return f"{reason} (set aside as {new})"
+
+    def _footer(self, name: str) -> bytes:
+        """The end of a Parquet file, from the beginning of its footer, or from an earlier place."""
+        from ray_pipeline.store.parquet import Damaged, footer_size
+
+        with self.fs.open_input_file(self.path(name)) as stream:
+            size = stream.size()
+            tail: bytes = stream.read_at(min(size, _TAIL), max(0, size - _TAIL))
             try:
-                file = pq.ParquetFile(stream)
-            except (pa.ArrowException, OSError, ValueError) as error:
-                raise TornFile(
-                    f"{self.uri(name)} is truncated or not a Parquet file ({error}); `quorum run` regenerates it"
-                ) from error
-            yield file
+                length = footer_size(tail[-8:])
+            except Damaged as error:
+                raise self._damaged(name, error) from error
+            return tail[-length:] if length <= len(tail) else stream.read_at(length, max(0, size - length))
+
+    def _decoded(self, name: str, data: bytes) -> tuple[pq.ParquetFile, bool]:
+        from ray_pipeline.store.parquet import Damaged, decode
+
+        try:
+            return decode(data)
+        except Damaged as error:
+            raise self._damaged(name, error) from error
+
+    def _damaged(self, name: str, reason: object) -> DamagedFile:
+        return DamagedFile(f"{self.uri(name)} is damaged ({reason}); `quorum run` regenerates it")
 
     def _check_footer(self, name: str, file: pq.ParquetFile, fingerprint: str, kind: str) -> None:
         metadata = file.schema_arrow.metadata or {}
@@ -436,15 +484,6 @@ def _temporary(name: str) -> str:
 
 def _is_temporary(name: str) -> bool:
     return name.startswith(".") and name.endswith(".tmp")
-
-
-def _in_one_piece(table: pa.Table) -> pa.Table:
-    import pyarrow as pa
-
-    try:
-        return table.combine_chunks()
-    except pa.ArrowException:  # More than 2 GB of nested text in a column do not fit one chunk.
-        return table
 
 
 def _sync_folder(path: str) -> None:

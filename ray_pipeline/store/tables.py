@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pyarrow as pa
 
-from ray_pipeline.store.files import Folder, ForeignFile, TornFile
+from ray_pipeline.store.files import DamagedFile, Folder, ForeignFile
 from ray_pipeline.store.schemas import TABLES
 
 
@@ -47,7 +47,7 @@ class ShardedTable:
         return int(table.num_rows)
 
     def read(self, shard: int, columns: list[str] | None = None) -> pa.Table:
-        """One shard. Raises FileNotFoundError, TornFile or ForeignFile, each naming the file."""
+        """One shard. Raises FileNotFoundError, DamagedFile or ForeignFile, each naming the file."""
         return Folder(self.folder).read_table(
             shard_name(shard), fingerprint=self.fingerprint, kind=self.kind, schema=self.schema, columns=columns
         )
@@ -76,7 +76,7 @@ class ShardedTable:
                 )
             except FileNotFoundError:  # deleted since the folder was listed
                 continue
-            except (TornFile, ForeignFile) as error:
+            except (DamagedFile, ForeignFile) as error:
                 bad[shard] = str(error)
         missing = [s for s in range(self.num_shards) if s not in rows]
         return ShardState(rows=rows, bad=bad, missing=missing)

@@ -213,19 +213,22 @@ def _sequences(spec: TrainSpec, counts: _Counts, packing: bool | None = None) ->
 
 def _batches(files: Sequence[str], method: Method) -> Iterator[pa.RecordBatch]:
     for name in files:
-        try:
-            file = pq.ParquetFile(name)
-        except (pa.ArrowException, OSError) as error:
-            raise TrainingInputError(f"{name} is no readable Parquet file ({error})") from error
-        with file:
+        start = 0
+        for batch in _read(name, method):
+            for column, kind in method.columns.items():
+                _check_values(name, batch.column(column), column, kind, start)
+            yield batch
+            start += batch.num_rows
+
+
+def _read(name: str, method: Method) -> Iterator[pa.RecordBatch]:
+    try:
+        with pq.ParquetFile(name, page_checksum_verification=True) as file:
             for column, kind in method.columns.items():
                 _check_type(name, file.schema_arrow, column, kind)
-            start = 0
-            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=list(method.columns)):
-                for column, kind in method.columns.items():
-                    _check_values(name, batch.column(column), column, kind, start)
-                yield batch
-                start += batch.num_rows
+            yield from file.iter_batches(batch_size=_BATCH_ROWS, columns=list(method.columns))
+    except (pa.ArrowException, OSError) as error:
+        raise TrainingInputError(f"{name} is no readable Parquet file ({error})") from error
 
 
 def _check_type(name: str, schema: pa.Schema, column: str, kind: str) -> None:

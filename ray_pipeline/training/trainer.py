@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
+from pyarrow.dataset import ParquetFragmentScanOptions
 from transformers import AutoTokenizer, BitsAndBytesConfig, PrinterCallback, TrainerCallback
 from trl.trainer.utils import disable_dropout_in_model
 
@@ -192,7 +193,13 @@ def _lora_config(spec: TrainSpec) -> LoraConfig | None:
 def _rows(spec: TrainSpec, pattern: str, setting: str) -> Dataset:
     """The columns that the method needs and no others: TRL would interpret `images` or `tools`."""
     columns = list(method_of(spec.settings.method).columns)
-    rows = load_dataset("parquet", data_files=parquet_files(pattern, setting), columns=columns, split="train")
+    rows = load_dataset(
+        "parquet",
+        data_files=parquet_files(pattern, setting),
+        columns=columns,
+        fragment_scan_options=ParquetFragmentScanOptions(page_checksum_verification=True),
+        split="train",
+    )
     if spec.chat_template_args:
         # TRL reads them from a column of this name, row by row.
         rows = rows.add_column("chat_template_kwargs", [spec.chat_template_args] * len(rows))

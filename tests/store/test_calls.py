@@ -166,6 +166,10 @@ def test_a_torn_part_is_named_and_the_others_are_read(tmp_path: Path, caplog: py
     with caplog.at_level(logging.WARNING):
         assert read_calls(folder, 0, 1).num_rows == 2
     assert torn in caplog.text and "stranger" in caplog.text
+    assert f"(set aside as {torn}.damaged-1); its calls are made again" in caplog.text
+    caplog.clear()
+    assert read_calls(folder, 0, 1).num_rows == 2
+    assert torn not in caplog.text  # once is enough
 
 
 def test_two_writers_with_the_same_key(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ray_pipeline.store import files
-from ray_pipeline.store.files import Folder, ForeignFile, StoreError, TornFile, base_name, beside, point_at
+from ray_pipeline.store.files import DamagedFile, Folder, ForeignFile, StoreError, base_name, beside, point_at
 from ray_pipeline.store.schemas import CANDIDATES, CRITIQUES, PROMPTS, TABLES, to_table
 from ray_pipeline.store.tables import ShardedTable, shard_name
 
@@ -136,7 +136,7 @@ def test_a_torn_file_is_refused_by_name(tmp_path: Path, keep: float) -> None:
     data = folder.read_bytes("shard-00001.parquet")
     (tmp_path / "shard-00001.parquet").write_bytes(data[: int(len(data) * keep)])
     for act in (folder.check_table, folder.read_table):
-        with pytest.raises(TornFile, match=r"shard-00001\.parquet"):
+        with pytest.raises(DamagedFile, match=r"shard-00001\.parquet"):
             act("shard-00001.parquet", fingerprint="f")
 
 
@@ -146,7 +146,7 @@ def test_a_file_that_was_overwritten_inside_is_refused_by_name(tmp_path: Path) -
     data = bytearray(folder.read_bytes("s.parquet"))
     data[4 : len(data) // 2] = b"\0" * (len(data) // 2 - 4)
     (tmp_path / "s.parquet").write_bytes(data)
-    with pytest.raises(TornFile, match=r"s\.parquet"):
+    with pytest.raises(DamagedFile, match=r"s\.parquet"):
         folder.read_table("s.parquet", fingerprint="f")
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from ray_pipeline.graph.heartbeat import Heartbeat, RunBusy
 from ray_pipeline.store.calls import model_folder, read_calls
-from ray_pipeline.store.files import Folder, ForeignFile, StoreError, TornFile, point_at
+from ray_pipeline.store.files import DamagedFile, Folder, ForeignFile, StoreError, point_at
 from ray_pipeline.store.local import CACHE_VARIABLE, local_copy, written_here
 from ray_pipeline.store.schemas import TABLES
 from ray_pipeline.store.tables import ShardedTable, shard_name
@@ -110,9 +110,10 @@ def test_a_torn_upload_is_named_and_remade(folder: Folder) -> None:
     whole = folder.read_bytes(shard_name(1))
     folder.write_bytes(shard_name(1), whole[: len(whole) // 2])
     state = table.state()
-    assert state.missing == [1] and shard_name(1) in state.bad[1] and "is truncated" in state.bad[1]
-    with pytest.raises(TornFile, match="shard-00001"):
+    assert state.missing == [1] and shard_name(1) in state.bad[1] and "is damaged" in state.bad[1]
+    with pytest.raises(DamagedFile, match="shard-00001"):
         table.read(1)
+    assert folder.names(".damaged-1") == [f"{shard_name(1)}.damaged-1"] and not folder.exists(shard_name(1))
     table.write(1, prompts(5))
     assert table.state().done
     assert folder.read_bytes(shard_name(1)) == whole  # the same rows give the same bytes, here too

@@ -135,7 +135,7 @@ def open_parquet(file: File) -> Iterator[pq.ParquetFile]:
     """Raises InputError, naming the file, when it is none."""
     with file.open_seekable() as stream:
         try:
-            table = pq.ParquetFile(stream)
+            table = pq.ParquetFile(stream, page_checksum_verification=True)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise InputError(f"{file.uri} is truncated or not a Parquet file ({error}); check the file") from error
         yield table
