@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import json
 import math
 import os
 import re
@@ -21,8 +20,9 @@ import pyarrow.parquet as pq
 
 from ray_pipeline.agents.jury import pooled_vote
 from ray_pipeline.agreement.recorded import read_item
-from ray_pipeline.data.sources import InputError, find_files
+from ray_pipeline.data.sources import File, InputError, find_files, jsonl_records
 from ray_pipeline.store.keys import digest
+from ray_pipeline.store.outside import json_value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +89,7 @@ def _file_rows(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 except (pa.ArrowException, OSError) as error:
                     raise InputError(f"{file.uri} is truncated or not a Parquet file ({error})") from error
         else:
-            with file.open() as stream:
-                text = _decoded(file.uri, stream.read())
-            rows = _json_rows(file.uri, text, lines=name.endswith(".jsonl"))
+            rows = [row for _, row in jsonl_records(file)] if name.endswith(".jsonl") else _json_rows(file)
         for number, row in enumerate(rows, 1):
             where = f"{file.uri}: row {number}"
             if not isinstance(row, dict):
@@ -99,22 +97,21 @@ def _file_rows(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield where, row
 
 
-def _decoded(where: str, data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where} is not UTF-8 text ({error})") from error
+def _text(file: File) -> str:
+    with file.open() as stream:
+        try:
+            return stream.read().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{file.uri} is not UTF-8 text ({error})") from error
 
 
-def _json_rows(where: str, text: str, *, lines: bool) -> list[Any]:
+def _json_rows(file: File) -> list[Any]:
     try:
-        if lines:
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-        rows = json.loads(text)  # Python's JSON reads NaN, which PandaLM's file holds
+        rows = json_value(_text(file))  # Python's JSON reads NaN, which PandaLM's file holds
     except ValueError as error:
-        raise InputError(f"{where} is not JSON ({error}); mend the file") from error
+        raise InputError(f"{file.uri} is not JSON ({error}); fix the file") from error
     if not isinstance(rows, list):
-        raise InputError(f"{where} must be a list of rows, not {type(rows).__name__}")
+        raise InputError(f"{file.uri} must be a list of rows, not {type(rows).__name__}")
     return rows
 
 
@@ -161,8 +158,7 @@ def _fair_eval_rows(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         for name in ("question.jsonl", "answer/answer_vicuna-13b.jsonl", "answer/answer_gpt35.jsonl")
     )
     (review,) = find_files(f"{folder}/review/review_gpt35_vicuna-13b_human.txt")
-    with review.open() as stream:
-        labels = [line.strip() for line in io.StringIO(_decoded(review.uri, stream.read())) if line.strip()]
+    labels = [line.strip() for line in io.StringIO(_text(review)) if line.strip()]
     if len(labels) != len(questions):
         raise InputError(f"{review.uri} has {len(labels)} labels for {len(questions)} questions; there must be as many")
     # Answers are joined by id; the labels have none, and are in the order of the questions.

@@ -19,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -27,7 +26,7 @@ from typing import Any, Literal
 from ray_pipeline.agents.jury import MISSING, VOTES, compare_scores
 from ray_pipeline.agents.labelled_replies import Scale, last_reply, read_pick, read_rating, read_scores
 from ray_pipeline.agents.replies import Read
-from ray_pipeline.data.sources import InputError, find_files
+from ray_pipeline.data.sources import InputError, find_files, jsonl_records
 from ray_pipeline.engines.base import Completion
 from ray_pipeline.store.keys import digest, prompt_id
 
@@ -110,21 +109,8 @@ def _check_label(where: str, field: str, label: Any) -> None:
 
 def _lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for file in find_files(path):
-        with file.open() as stream:
-            try:
-                for number, line in enumerate(stream, 1):
-                    where = f"{file.uri}: line {number}"
-                    if not line.strip():
-                        continue
-                    try:
-                        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-                    except ValueError as error:
-                        raise InputError(f"{where} is not JSON ({error}); mend or remove the line") from error
-                    if not isinstance(row, dict):
-                        raise InputError(f"{where} is not a JSON object; each line must be one item")
-                    yield where, row
-            except OSError as error:
-                raise InputError(f"{file.uri} truncated or corrupt ({error}); regenerate it") from error
+        for number, row in jsonl_records(file):
+            yield f"{file.uri}: line {number}", row
 
 
 def _recordings(where: str, row: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

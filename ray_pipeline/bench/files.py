@@ -8,13 +8,13 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ray_pipeline.pocket.bench_files import is_pocket, pocket_rows
+from ray_pipeline.store.outside import json_value
 
 _HUB = re.compile(r"hf://(datasets|spaces|models)/([\w.-]+/[\w.-]+?)(?:@([\w.-]+))?/(.+)")
 
@@ -71,7 +71,7 @@ def read_rows(source: str) -> list[dict[str, Any]]:
     text = read_text(source)
     if text.lstrip().startswith("["):
         try:
-            lines = list(enumerate(json.loads(text), 1))
+            lines = list(enumerate(json_value(text), 1))
         except ValueError as error:
             raise BenchmarkFileError(f"{source} is not valid JSON: {error}") from error
     else:
@@ -88,7 +88,7 @@ def read_rows(source: str) -> list[dict[str, Any]]:
 
 def _line(source: str, number: int, line: str) -> Any:
     try:
-        return json.loads(line)
+        return json_value(line)
     except ValueError as error:
         raise BenchmarkFileError(f"{source}, line {number} is not valid JSON: {error}") from error
 

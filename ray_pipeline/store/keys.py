@@ -14,6 +14,8 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ray_pipeline.store.outside import storable
+
 #: Fixed number of buckets of the call log; every shard count divides it, so that a shard is a set of buckets.
 NUM_BUCKETS = 1024
 
@@ -42,7 +44,7 @@ def normalise_text(text: str) -> str:
     Indentation at the start of a line is content (code), so it is kept; no other invisible difference makes a new
     prompt.
     """
-    text = text.replace("\x00", "").replace("\r\n", "\n").replace("\r", "\n")
+    text = storable(text.replace("\x00", "")).replace("\r\n", "\n").replace("\r", "\n")
     text = unicodedata.normalize("NFC", text)
     lines = []
     for line in text.split("\n"):

@@ -6,6 +6,7 @@ text; terminals and logs act on control characters. Each kind is replaced here a
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from typing import Any
@@ -26,6 +27,12 @@ def storable(text: str) -> str:
 def storable_value(value: Any) -> Any:
     """A JSON value with every text in it storable, the names of its members included."""
     return map_texts(storable, value)
+
+
+def json_value(text: str) -> Any:
+    """The value of a JSON text, with every text in it storable. Raises ValueError if it is not JSON."""
+    value = json.loads(text)
+    return storable_value(value) if "\\u" in text else value  # only an escape can hold what UTF-8 cannot
 
 
 def token_count(value: Any) -> int:

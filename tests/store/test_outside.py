@@ -1,6 +1,7 @@
 """Whatever a model, a server or a user writes can be stored and shown, and takes nothing else with it."""
 
 import asyncio
+import contextlib
 import dataclasses
 import io
 import json
@@ -11,20 +12,30 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 from rich.console import Console
 
 from ray_pipeline.agents.judges import JudgeAsking, Rubric, SamplingSettings, critique, judge
 from ray_pipeline.agents.templates import load_templates
+from ray_pipeline.agreement.recorded import read_recorded
+from ray_pipeline.bench.files import read_rows
+from ray_pipeline.data.dataset_rows import DatasetsConfig
+from ray_pipeline.data.imported import read_preferences
+from ray_pipeline.data.preference_sources import PreferenceSource
+from ray_pipeline.data.prompts import PromptsConfig, load_prompts
+from ray_pipeline.data.sources import InputError, JsonlSource
 from ray_pipeline.engines.base import Completion
 from ray_pipeline.engines.logged import LoggedEngine
 from ray_pipeline.graph.failures import failed_again
 from ray_pipeline.graph.log import RunLog
 from ray_pipeline.store.calls import CallWriter, read_calls
 from ray_pipeline.store.files import Folder
+from ray_pipeline.store.keys import prompt_id
 from ray_pipeline.store.outside import storable, storable_value, token_count, visible
-from ray_pipeline.store.schemas import TABLES, to_table
+from ray_pipeline.store.schemas import ITEMS, TABLES, to_table
+from tests.planted import count_words
 from tests.scripted import ScriptedEngine, user
 from tests.store.test_calls import row
 
@@ -67,6 +78,43 @@ def test_text_changes_only_where_it_must(text: str, other: str) -> None:
     assert storable_value({text: [other, (1, text)]}) == {clean: [storable(other), [1, clean]]}
     visible(text).encode()
     assert "\x1b" not in visible(text) and "\0" not in visible(text)
+
+
+def lines(folder: str, *rows: dict[str, Any]) -> Path:
+    path = Path(folder) / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@settings(deadline=None, max_examples=60)
+@given(ANY, NUMBERS)
+@example(NASTY, 2**70)
+def test_every_reader_of_files_gives_rows_that_can_be_stored(text: str, number: Any) -> None:
+    """JSON escapes hold what UTF-8 cannot. Whatever a file says, it is read, or refused with its place."""
+    said = f"q {text}"
+    with tempfile.TemporaryDirectory() as folder:
+        path = lines(folder, {"prompt": said, "id": number, text: text})
+        from_file = JsonlSource(path=str(path), column="prompt", system=text or None)
+        (row,) = load_prompts(PromptsConfig(sources=[from_file])).table.to_pylist()
+        assert row["prompt_id"] == prompt_id(row["messages"])
+
+        item = {"item_id": "i", "question": said, "response_a": text, "response_b": "b", "human_label": "A"}
+        lines(folder, {**item, "model_a": text, "model_b": "m", "metric_10": {"reply_a": f"Score: 3\n{text}"}})
+        with contextlib.suppress(InputError):  # a recording of unknown form
+            to_table(read_recorded(str(path)).items, ITEMS)
+        lines(folder, {**item, "model_a": text, "model_b": "m"})
+        to_table(read_recorded(str(path)).items, ITEMS)
+
+        lines(folder, {"prompt": said, "completion": text, "label": True, "score": number})
+        source = TypeAdapter(PreferenceSource).validate_python(
+            {"type": "jsonl", "path": str(path), "format": "unpaired", "label": "label"}
+        )
+        with contextlib.suppress(InputError):  # no row is left where the completion is empty
+            read_preferences(source, DatasetsConfig(kinds=["kto"]), count_words, seed=0, val_fraction=0.0)
+
+        lines(folder, {"question_id": number, "turns": [said], text: [text]})
+        (question,) = read_rows(str(path))
+        assert json.dumps(question, ensure_ascii=False).encode()
 
 
 @given(ANY)

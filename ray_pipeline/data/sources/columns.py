@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -13,7 +12,6 @@ from pydantic import Field
 from ray_pipeline.data.sources.source import InputError, PromptSource, SourceRow
 
 #: JSON can hold "\\ud83d" without its second half; no UTF-8 file can.
-_UNPAIRED_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class TableSource(PromptSource):
@@ -48,19 +46,12 @@ class TableSource(PromptSource):
     def row(self, place: dict[str, Any], row: dict[str, Any], where: str) -> SourceRow:
         """Check one row's prompt; other columns are taken as text, whatever they are."""
         value = row[self.column]
-        if isinstance(value, str):
-            texts = [value]
-        elif value is not None:
+        if value is not None and not isinstance(value, str):
             value = _messages(value, f"{where}: column {self.column!r}")
-            texts = [text for message in value for text in message.values()]
-        else:
-            texts = []
         task_type, source = (
             None if name is None or row.get(name) is None else str(row[name])
             for name in (self.task_type_column, self.source_column)
         )
-        if any(_UNPAIRED_SURROGATE.search(text) for text in (*texts, task_type or "", source or "")):
-            raise InputError(f"{where} contains an unpaired surrogate (such as \\ud83d); fix or remove the row")
         return SourceRow(place, value, task_type, source, self.system)
 
     def need_columns(self, where: str, present: Iterable[str]) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import io
-import json
 import os
 import posixpath
 import re
@@ -19,6 +18,7 @@ import pyarrow.parquet as pq
 
 from ray_pipeline.data.sources.source import InputError
 from ray_pipeline.store.files import Folder, StoreError, normalise_location
+from ray_pipeline.store.outside import json_value
 
 BATCH_ROWS = 1024
 BLOCK_BYTES = 1 << 23
@@ -113,7 +113,7 @@ def jsonl_records(file: File) -> Iterator[tuple[int, dict[str, Any]]]:
                 continue
             try:
                 # A byte order mark is not JSON; editors on Windows write one.
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                row = json_value(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
                 raise InputError(f"{file.uri}: line {number} is not JSON ({error}); fix or remove the line") from error
             if not isinstance(row, dict):
