@@ -23,8 +23,8 @@ from ray_pipeline.store.keys import digest
 
 logger = logging.getLogger("quorum.account")
 
-#: Seconds between two reads of the other engines' files.
-_LOOK_SECONDS = 1.0
+#: Least seconds between two reads of the other engines' files.
+_LOOK_SECONDS = 0.5
 
 
 class Prices(Settings):
@@ -77,7 +77,7 @@ class Account:
         self._folder: Folder | None = None
         self._written = Used()
         self._looked = -_LOOK_SECONDS
-        self._turn = asyncio.Lock()
+        self._turn, self._turns = asyncio.Lock(), 0
 
     def total(self) -> Used:
         """The engine's current usage, plus that of the others at the last `settle`."""
@@ -86,11 +86,15 @@ class Account:
         return total
 
     async def settle(self, root: Folder) -> None:
-        """Write the engine's new usage and read that of the others; cheap to call often.
+        """Write the engine's new usage and read that of the others. Callers that wait for each other share one write.
 
         The first call log that is passed is used for the engine's lifetime.
         """
+        before = self._turns
         async with self._turn:
+            if self._turns > before:  # a turn that began after this call did its work
+                return
+            self._turns += 1
             if self._folder is None:
                 self._folder = root / f"spent-{digest(self._about, size=8)}"
             own = dataclasses.replace(self.own)

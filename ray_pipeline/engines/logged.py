@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import time
@@ -22,21 +23,28 @@ from ray_pipeline.engines.base import (
     Completion,
     EngineDead,
     EngineError,
+    EngineStop,
     Message,
     Metered,
     PromptTooLong,
     Sampling,
 )
+from ray_pipeline.engines.log_storage import LogStorage
 from ray_pipeline.engines.usage import Usage
-from ray_pipeline.store.calls import CallWriter, model_folder, read_calls
-from ray_pipeline.store.files import Folder, StoreError
+from ray_pipeline.store.calls import CallWriter, model_folder, put_back, read_calls, set_aside
+from ray_pipeline.store.files import Folder, NotWritten, StoreError
 from ray_pipeline.store.keys import bucket_of, call_key
 from ray_pipeline.store.outside import storable, token_count
 
 logger = logging.getLogger("quorum.calls")
 
-#: Seconds between two part files: the replies of this time can be lost when a process is killed.
-FLUSH_SECONDS = 2.0
+#: Age of a reply at which it is written, with all that came since: these can be lost when a process is killed. The
+#: write itself comes on top.
+FLUSH_SECONDS = 1.0
+#: Longest wait before a failed write is repeated, in seconds.
+_LONGEST_PAUSE = 5.0
+#: Seconds between two looks of a call that waits for the storage at whether its shard was stopped.
+_LOOK_SECONDS = 0.5
 
 
 class CallNotLogged(RuntimeError):
@@ -50,12 +58,14 @@ class LoggedEngine:
         engine: answers calls that are not in the log; its `identity` is part of every key.
         root: folder of the call log; several runs may share it, also concurrently.
         limit: bounds the calls in flight on the engine, across all shards of an actor.
+        storage: of the call log, shared by all shards of an actor.
         replay_only: never call the engine; a call that is not in the log raises CallNotLogged.
         warn: called with a line for each part of the log that cannot be read.
 
     Attributes:
         failed: reasons of the calls that failed for now, by call key; a later reply to the same call removes it.
         last_error: reason of the last call that failed or was rejected.
+        unwritten: what became of replies that could not be written; "" if there are none.
     """
 
     def __init__(
@@ -66,6 +76,7 @@ class LoggedEngine:
         num_shards: int,
         *,
         limit: asyncio.Semaphore | None = None,
+        storage: LogStorage | None = None,
         replay_only: bool = False,
         flush_seconds: float = FLUSH_SECONDS,
         warn: Callable[[str], None] = logger.warning,
@@ -75,7 +86,9 @@ class LoggedEngine:
         self.stats = Usage()
         self.failed: dict[str, str] = {}
         self.last_error = ""
-        self._root, self._folder = root, model_folder(root, self.identity)
+        self.unwritten = ""
+        self._folder = model_folder(root, self.identity)
+        self._storage = storage or LogStorage(engine, root)
         self._metered = engine if isinstance(engine, Metered) else None
         self._shard, self._num_shards = shard, num_shards
         self._writer = CallWriter(self._folder, shard, num_shards)
@@ -85,6 +98,7 @@ class LoggedEngine:
         self._known: dict[str, Completion] = {}
         self._in_flight: dict[str, asyncio.Future[Completion]] = {}
         self._pending: list[dict[str, Any]] = []
+        self._oldest, self._any_pending = 0.0, asyncio.Event()  # when the first pending reply came, if there is one
         self._flusher: asyncio.Task[None] | None = None
         self._stopped: str | None = None
         self._under_way, self._idle = 0, asyncio.Event()
@@ -92,28 +106,37 @@ class LoggedEngine:
         self._writing = asyncio.Lock()  # CallWriter is not thread-safe: a periodic flush may overlap the last one.
 
     async def __aenter__(self) -> LoggedEngine:
+        if not self._replay_only:
+            await self._put_back()
         table = await asyncio.to_thread(read_calls, self._folder, self._shard, self._num_shards, self._warn)
         for row in table.drop_columns(["messages", "sampling"]).to_pylist():
             known = self._known.get(row["call_key"])
             if known is None or known.finish_reason == _TOO_LONG:  # a reply takes precedence over a refusal
                 self._known[row["call_key"]] = _from_row(row)
-        await self._settle()
-        self._flusher = asyncio.create_task(self._flush_forever())
+        if not self._replay_only:
+            await self._storage.enter()
+            self._flusher = asyncio.create_task(self._flush_forever())
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        """Write pending replies, however the shard ended; merge the parts only after a success."""
-        if self._flusher is not None:
-            self._flusher.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._flusher
+        """Write pending replies, however the shard ended; merge the parts only after a success.
+
+        Raises:
+            EngineStop: replies could not be written; see `unwritten`. Not after another error, which this must not hide
+                (a dead engine, a stop).
+        """
+        if self._flusher is None:
+            return
+        self._flusher.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._flusher
         try:
-            await self.flush()
-        except Exception as unwritten:
+            await self._flush_at_last(patiently=kind is None)
+        except EngineStop:
             if kind is None:
                 raise
-            # This must not hide the error that ended the shard (a dead engine, a stop).
-            logger.warning("call log: %d calls were not written (%s)", len(self._pending), unwritten)
+        finally:
+            await self._storage.leave(self)
         if kind is None:
             async with self._writing:
                 try:
@@ -126,34 +149,82 @@ class LoggedEngine:
         return BoundEngine(self, prompt_id, role)
 
     async def flush(self) -> None:
-        """Write pending replies as one part; if that fails, they stay pending."""
-        await self._settle()
+        """Write pending replies as one part; if that fails, they stay pending and new calls wait."""
         async with self._writing:
             rows, self._pending = self._pending, []
+            self._any_pending.clear()
             if not rows:
                 return
+            oldest = self._oldest
             try:
-                await asyncio.to_thread(self._writer.flush, rows)
+                await self._storage.write(self, self._folder.location, functools.partial(self._writer.flush, rows))
             except BaseException:
-                self._pending = rows + self._pending
+                self._pending, self._oldest = rows + self._pending, oldest
+                self._any_pending.set()
                 raise
 
-    async def _settle(self) -> None:
-        """Write the cost of replies as often as the replies."""
-        if self._replay_only or self._metered is None:
-            return
-        try:
-            await self._metered.settle(self._root)
-        except (OSError, StoreError) as error:
-            logger.warning("cannot write spending under %s yet (%s)", self._root.location, error)
+    async def save(self) -> None:
+        """Keep pending replies before the process ends: in the call log, or else aside on this machine."""
+        with contextlib.suppress(EngineStop):
+            await self._flush_at_last()
 
     async def _flush_forever(self) -> None:
+        pause = 0.0
         while True:
-            await asyncio.sleep(self._flush_seconds)
+            await self._any_pending.wait()
+            await asyncio.sleep(max(self._oldest + self._flush_seconds - time.monotonic(), pause))
+            flush = asyncio.ensure_future(self.flush())
+            flush.add_done_callback(lambda done: done.cancelled() or done.exception())  # the shard may have ended
             try:
-                await asyncio.shield(asyncio.ensure_future(self.flush()))
-            except Exception as error:  # a full disk may have space again; only the last flush must succeed
+                await asyncio.shield(flush)
+                pause = 0.0
+            except Exception as error:
+                pause = self._longer(pause)
                 logger.warning("call log: cannot write under %s yet (%s)", self._folder.location, error)
+
+    def _longer(self, pause: float) -> float:
+        return min(max(2 * pause, self._flush_seconds), _LONGEST_PAUSE)
+
+    async def _flush_at_last(self, patiently: bool = False) -> None:
+        """Flush, or set the replies aside and give the storage up: another attempt would have to pay for them again.
+
+        Args:
+            patiently: repeat a failed write as long as the storage is not given up and the shard may go on.
+
+        Raises:
+            EngineStop: they could not be written.
+        """
+        pause = 0.0
+        while True:
+            try:
+                return await self.flush()
+            except Exception as error:
+                if not patiently or self._refusal() is not None:
+                    self._storage.give_up()
+                    await self._set_aside(error)
+                    raise EngineStop(self._storage.stopped or str(error)) from error
+            pause = self._longer(pause)
+            await self._storage.ready(pause)
+
+    async def _set_aside(self, why: Exception) -> None:
+        rows, self._pending = self._pending, []
+        self._any_pending.clear()
+        try:
+            place = await asyncio.to_thread(set_aside, self._folder, self._shard, self._num_shards, rows)
+            self.unwritten = (
+                f"{len(rows)} calls could not be written ({why}); they are kept in {place} on this machine, and the "
+                "next run on it adds them to the call log"
+            )
+        except Exception as error:
+            self.unwritten = f"{len(rows)} calls were not written ({why}), nor kept on this machine ({error})"
+        logger.warning("call log: %s", self.unwritten)
+
+    async def _put_back(self) -> None:
+        """Raises EngineStop where calls that were set aside still cannot be written: they would be paid for again."""
+        try:
+            await asyncio.to_thread(put_back, self._folder)
+        except NotWritten as error:
+            raise EngineStop(str(error)) from error
 
     async def call(self, prompt_id: str, role: str, messages: Sequence[Message], sampling: Sampling) -> Completion:
         asked = sampling.key()
@@ -214,11 +285,21 @@ class LoggedEngine:
     def stop(self, reason: str) -> None:
         """Make no further call: calls in progress are awaited and kept, every other call raises BudgetSpent."""
         self._stopped = self._stopped or reason
+        self._flush_seconds = min(self._flush_seconds, 0.1)  # the process may have to end soon
+
+    def _refusal(self) -> EngineStop | None:
+        """Why no further call is made, or None."""
+        if self._stopped is not None:
+            return BudgetSpent(self._stopped)
+        return None if self._storage.stopped is None else EngineStop(self._storage.stopped)
 
     async def _ask(self, messages: Sequence[Message], sampling: Sampling) -> Completion:
         async with self._limit:
+            while not self._storage.is_ready and self._refusal() is None:
+                await self._storage.ready(_LOOK_SECONDS)
             begin = time.monotonic()
-            if self._stopped is None:
+            refusal = self._refusal()
+            if refusal is None:
                 self._under_way += 1
                 self._idle.clear()
                 try:
@@ -227,12 +308,10 @@ class LoggedEngine:
                     self._under_way -= 1
                     if not self._under_way:
                         self._idle.set()
-            else:
-                completion = None
-        if completion is None:
+        if refusal is not None:
             # Raising immediately would cancel this shard's calls in progress.
             await self._idle.wait()
-            raise BudgetSpent(self._stopped or "stopped")
+            raise refusal
         # What is returned must be what the log returns after a resume, so it is made storable here.
         return dataclasses.replace(
             completion,
@@ -262,6 +341,9 @@ class LoggedEngine:
         completion: Completion,
     ) -> None:
         self._known[key] = dataclasses.replace(completion, from_log=True)
+        if not self._any_pending.is_set():
+            self._oldest = time.monotonic()
+            self._any_pending.set()
         self._pending.append(
             {
                 "call_key": key,

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 import pyarrow as pa
 
 from ray_pipeline.engines.base import ChatEngine, EngineDead, EngineStop
+from ray_pipeline.engines.log_storage import LogStorage
 from ray_pipeline.engines.logged import CallNotLogged, LoggedEngine
 from ray_pipeline.engines.usage import Usage
 from ray_pipeline.graph.failures import read_failures
@@ -86,6 +87,8 @@ class EngineHost:
         self._making_seconds = time.monotonic() - self._billed
         self._start_reported = 0.0
         self._limit = asyncio.Semaphore(first.placement.concurrency)
+        root = Folder(tasks[0].session.calls_root)
+        self._storage = LogStorage(self._engine, root, first.placement.shards_in_flight)
         self._open: dict[LoggedEngine, tuple[StageTask, int]] = {}
         self._watched: dict[tuple[str, str], collections.deque[bool]] = {}
         self._replies: dict[str, collections.Counter[tuple[str, bool]]] = {}
@@ -147,6 +150,7 @@ class EngineHost:
             shard,
             session.num_shards,
             limit=self._limit,
+            storage=self._storage,
             replay_only=session.replay_only,
             warn=lambda line: session.board.say(f"{task.name}: {line}", shard),
         )
@@ -176,9 +180,9 @@ class EngineHost:
             logger.error("%s, shard %d: %s; the engine is given up", task.name, shard, error)
             if not self.dead:
                 self.dead = True
-                for other, (its_task, its_shard) in list(self._open.items()):
+                for its_task, its_shard in self._open.values():
                     mark_death(its_task, its_shard)
-                    await other.flush()
+                await asyncio.gather(*(other.save() for other in self._open))
             raise
         except _STOPS as error:
             # The other shards come here one by one, find it on the board, or are answered by the log alone.
@@ -188,6 +192,8 @@ class EngineHost:
         finally:
             self._open.pop(engine, None)
             report.send()
+            if engine.unwritten:
+                session.board.say(f"{task.name}: {engine.unwritten}", shard)
             self._report_notes(task)
 
     def _bill(self) -> float:

@@ -20,7 +20,7 @@ from ray_pipeline.graph.failures import FailureLedger
 from ray_pipeline.graph.session import StageTask
 from ray_pipeline.graph.shards import Receipt, receipt_name
 from ray_pipeline.graph.stage import BadInput, ShardWork, StageResult, StageStop, WholeInput, WholeWork
-from ray_pipeline.store.files import Folder
+from ray_pipeline.store.files import Folder, NotWritten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +161,15 @@ class _Sharded:
         self._left = len(set(missing) - set(self.todo) - set(ledger.quarantined))
 
     def take(self, receipt: Receipt) -> None:
+        """Note how a shard ended. Storage that cannot be written stops the stage: raised here, the error would end the
+        workers at once, with replies that they have not written yet."""
+        try:
+            self._take(receipt)
+        except NotWritten as error:
+            self._stopped[receipt.shard] = str(error)
+            self._board.stop(self.task.name, str(error))
+
+    def _take(self, receipt: Receipt) -> None:
         name, shard = self.task.name, receipt.shard
         self.last = time.monotonic()
         reason = receipt.error or "no reason given"

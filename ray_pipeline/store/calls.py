@@ -5,12 +5,16 @@ shard, that is of the buckets b with b mod num_shards = shard. Both numbers stan
 any other shard count knows which parts can hold calls of its own buckets without opening them: shard i of n and
 shard j of m share a bucket exactly if i = j modulo min(n, m), because both counts are powers of two.
 
+Replies that cannot be written there when a process ends are set aside on its machine, in the folder of local copies,
+and put back by the next one.
+
 Parts are never changed. A writer merges only parts of its own, and puts the merged part in place before it removes
 them, so a reader sees each call at least once at any time; equal keys are read once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import uuid
 from collections.abc import Callable
@@ -21,6 +25,7 @@ import pyarrow.compute as pc
 
 from ray_pipeline.store.files import Folder, StoreError
 from ray_pipeline.store.keys import digest
+from ray_pipeline.store.local import cache_folder
 from ray_pipeline.store.schemas import CALLS, to_table
 
 logger = logging.getLogger("quorum.calls")
@@ -126,3 +131,31 @@ def read_calls(folder: Folder, shard: int, num_shards: int, warn: Callable[[str]
         if not vanished:
             break
     return pa.concat_tables(tables) if tables else CALLS.empty_table()
+
+
+def _aside(folder: Folder) -> Folder:
+    return Folder(str(cache_folder() / "unwritten-calls" / digest(folder.location)))
+
+
+def set_aside(folder: Folder, shard: int, num_shards: int, rows: list[dict[str, Any]]) -> str:
+    """Keep calls on this machine that cannot be written to a model's folder; returns where.
+
+    Raises:
+        NotWritten: they cannot be written here either.
+    """
+    aside = _aside(folder)
+    CallWriter(aside, shard, num_shards).flush(rows)
+    return aside.location
+
+
+def put_back(folder: Folder) -> None:
+    """Move calls that were set aside on this machine to their model's folder.
+
+    Raises:
+        NotWritten: it still cannot be written.
+    """
+    aside = _aside(folder)
+    for name in aside.names(".parquet"):
+        with contextlib.suppress(FileNotFoundError):  # another worker was faster
+            folder.write_bytes(name, aside.read_bytes(name))
+            aside.delete(name)

@@ -21,7 +21,8 @@ from ray_pipeline.store.keys import digest
 if TYPE_CHECKING:
     import pyarrow.fs as pafs
 
-#: Folder of the copies, for all processes of a node. It can be deleted when no run is active.
+#: Folder of the copies, for all processes of a node. It can be deleted when no run is active, but for calls that could
+#: not be written to their call log (see `calls.set_aside`).
 CACHE_VARIABLE = "QUORUM_CACHE"
 
 

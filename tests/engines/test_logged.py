@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from ray_pipeline.engines.base import Completion, EngineError, Grammar, PromptTooLong, Sampling
+from ray_pipeline.engines import log_storage
+from ray_pipeline.engines.base import Completion, EngineError, EngineStop, Grammar, PromptTooLong, Sampling
 from ray_pipeline.engines.logged import CallNotLogged, LoggedEngine
 from ray_pipeline.engines.usage import Usage
 from ray_pipeline.store.calls import CallWriter
@@ -343,9 +344,10 @@ def full(*_: Any) -> None:
     raise OSError("disk full")
 
 
-def test_a_disk_that_stays_full_fails_the_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_stays_full_stops_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CallWriter, "flush", full)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(log_storage, "PATIENCE_SECONDS", 0.1)
+    with pytest.raises(EngineStop, match="disk full; rerun the same command to resume"):
         run(session(ScriptedEngine(echo), tmp_path, texts=["x"]))
 
 

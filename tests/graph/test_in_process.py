@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 import json
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from ray_pipeline.engines import log_storage
 from ray_pipeline.engines.base import Completion, EngineDead, Message, Sampling
 from ray_pipeline.graph.driver import RunOutcome, RunSettings, execute
 from ray_pipeline.graph.failures import FailureSettings, read_failures
@@ -208,6 +210,29 @@ def test_a_replay_asks_no_engine(world: World, tmp_path: Path) -> None:
     (replayed.folder / "calls").symlink_to(world.folder / "calls")
     assert not replayed.run(replay_only=True).failures
     assert replayed.engines[0].calls == 0 and replayed.tables() == world.tables()
+
+
+@pytest.mark.parametrize("part", ["calls", "ask-"])
+def test_storage_that_cannot_be_written_stops_the_run_and_no_call_is_made_twice(
+    world: World, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call log, or the stage's own folder with its receipts and its record of failures."""
+    monkeypatch.setattr(log_storage, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setenv("QUORUM_CACHE", str(world.folder.parent / "cache"))
+    write, room = Folder._write_bytes, [False]
+
+    def full(folder: Folder, name: str, data: bytes) -> None:
+        if not room[0] and folder.location.startswith(f"{world.folder}/{part}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(folder, name, data)
+
+    monkeypatch.setattr(Folder, "_write_bytes", full)
+    reason = world.run().failures["ask"].reason
+    assert f"cannot write {world.folder}/{part}" in reason
+    assert "No space left on device; free disk space there, then rerun the same command to resume" in reason
+    room[0] = True
+    assert not world.run().failures
+    assert sum(engine.calls for engine in world.engines) == SHARDS
 
 
 def test_an_engine_that_dies_is_replaced(world: World) -> None:

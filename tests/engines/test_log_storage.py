@@ -1,0 +1,231 @@
+"""No call starts while its reply could not be kept: full disks, read-only and slow storage under the call log."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ray_pipeline.engines import log_storage
+from ray_pipeline.engines.base import EngineStop, Sampling
+from ray_pipeline.engines.log_storage import LogStorage
+from ray_pipeline.engines.logged import LoggedEngine
+from ray_pipeline.store.files import Folder
+from ray_pipeline.store.keys import prompt_id, shard_of
+from tests.scripted import ScriptedEngine, echo, logged_calls, user
+
+SHARDS = 4
+TEXTS = [f"prompt {i}" for i in range(60)]
+IN_FLIGHT = 6
+
+
+class Disk:
+    """The files below a folder: `number` of the error that a write there has, and seconds that it takes."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.number, self.seconds = 0, 0.0
+        write = Folder._write_bytes
+
+        def written(folder: Folder, name: str, data: bytes) -> None:
+            if folder.location.startswith(str(root)):
+                time.sleep(self.seconds)
+                if self.number:
+                    raise OSError(self.number, "No space left on device")
+            write(folder, name, data)
+
+        monkeypatch.setattr(Folder, "_write_bytes", written)
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("QUORUM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "calls"
+
+
+@pytest.fixture
+def disk(root: Path, monkeypatch: pytest.MonkeyPatch) -> Disk:
+    return Disk(root, monkeypatch)
+
+
+class Shards:
+    """All shards of a stage on one engine, as an actor has them."""
+
+    def __init__(self, root: Path, engine: ScriptedEngine, num_shards: int = SHARDS) -> None:
+        self.engine, self._num_shards = engine, num_shards
+        self.storage = LogStorage(engine, Folder(str(root)), num_shards)
+        limit = asyncio.Semaphore(IN_FLIGHT)
+        self.logs = [
+            LoggedEngine(
+                engine, Folder(str(root)), shard, num_shards, limit=limit, storage=self.storage, flush_seconds=0.05
+            )
+            for shard in range(num_shards)
+        ]
+
+    async def all(self, texts: Sequence[str] = TEXTS) -> list[BaseException | None]:
+        """How the shards end."""
+        return await asyncio.gather(
+            *(self._one(shard, texts) for shard in range(self._num_shards)), return_exceptions=True
+        )
+
+    async def _one(self, shard: int, texts: Sequence[str]) -> None:
+        async with self.logs[shard] as log:
+            mine = [t for t in texts if shard_of(prompt_id(user(t)), self._num_shards) == shard]
+            await asyncio.gather(*(log.bound(prompt_id(user(t)), "r").chat(user(t), Sampling()) for t in mine))
+
+
+def asked(*engines: ScriptedEngine) -> list[str]:
+    return [messages[0]["content"] for engine in engines for messages, _ in engine.asked]
+
+
+async def until(true: Callable[[], bool]) -> None:
+    while not true():
+        await asyncio.sleep(0.005)
+
+
+def run(coroutine: Any) -> Any:
+    return asyncio.run(asyncio.wait_for(coroutine, 60))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_no_call_starts_while_replies_cannot_be_written(root: Path, disk: Disk, number: int) -> None:
+    engine = ScriptedEngine(echo, delay=0.03)
+
+    async def go() -> None:
+        shards = Shards(root, engine)
+        work = asyncio.create_task(shards.all())
+        await until(lambda: engine.calls > 12)
+        disk.number = number
+        await until(lambda: not shards.storage.is_ready)
+        at_once = engine.calls
+        await until(lambda: engine.in_flight == 0)
+        await asyncio.sleep(0.3)
+        assert engine.calls == at_once < len(TEXTS) and not work.done()
+        disk.number = 0
+        assert await work == [None] * SHARDS
+
+    run(go())
+    assert sorted(asked(engine)) == sorted(TEXTS)
+    assert logged_calls(Folder(str(root))).num_rows == len(TEXTS)
+    assert [log.name for log in root.parent.glob("cache/*/*/*")] == []
+
+
+def broken_run(root: Path, disk: Disk, engine: ScriptedEngine) -> list[BaseException | None]:
+    """The disk is full after some calls and stays so."""
+
+    async def go() -> list[BaseException | None]:
+        work = asyncio.create_task(Shards(root, engine).all())
+        await until(lambda: engine.calls > 12)
+        disk.number = errno.ENOSPC
+        return await work
+
+    ends: list[BaseException | None] = run(go())
+    return ends
+
+
+def test_a_disk_that_stays_full_stops_the_stage_and_nothing_is_paid_twice(
+    root: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_storage, "PATIENCE_SECONDS", 0.3)
+    first, second, third = (ScriptedEngine(echo, delay=0.03) for _ in range(3))
+    ends = broken_run(root, disk, first)
+    assert {type(end) for end in ends} == {EngineStop}
+    for end in ends:
+        assert f"cannot write {root}/" in str(end)
+        assert "No space left on device; free disk space there, then rerun the same command to resume" in str(end)
+    assert first.calls < len(TEXTS)
+
+    # Still full: what this machine kept is not paid for again.
+    assert all("free disk space there" in str(end) for end in run(Shards(root, second).all())) and second.calls == 0
+
+    disk.number = 0
+    assert run(Shards(root, third, 2).all()) == [None] * 2
+    assert sorted(asked(first, third)) == sorted(TEXTS)
+    assert list(root.parent.glob("cache/*/*/*")) == []
+
+
+def test_replies_that_cannot_be_kept_anywhere_are_counted(
+    root: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(log_storage, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setenv("QUORUM_CACHE", str(root / "cache"))
+    first, again = ScriptedEngine(echo, delay=0.03), ScriptedEngine(echo)
+    broken_run(root, disk, first)
+    kept = logged_calls(Folder(str(root))).num_rows if list(root.rglob("*.parquet")) else 0
+    assert f"nor kept on this machine (cannot write {root}" in caplog.text
+    disk.number = 0
+    run(Shards(root, again).all())
+    twice = len(asked(first, again)) - len(TEXTS)
+    assert 0 < twice == first.calls - kept < len(TEXTS)
+
+
+def test_a_write_that_hangs_makes_new_calls_wait(root: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_storage, "LATE_SECONDS", 0.05)
+    engine = ScriptedEngine(echo, delay=0.03)
+
+    async def go() -> None:
+        shards = Shards(root, engine)
+        work = asyncio.create_task(shards.all())
+        await until(lambda: engine.calls > 12)
+        disk.seconds = 0.5
+        await until(lambda: not shards.storage.is_ready)
+        await until(lambda: engine.in_flight == 0)
+        assert engine.calls < len(TEXTS)
+        disk.seconds = 0.0
+        assert await work == [None] * SHARDS
+
+    run(go())
+    assert sorted(asked(engine)) == sorted(TEXTS)
+
+
+def test_a_stop_reaches_calls_that_wait_for_the_storage(root: Path, disk: Disk) -> None:
+    engine = ScriptedEngine(echo, delay=0.03)
+
+    async def go() -> list[BaseException | None]:
+        shards = Shards(root, engine)
+        work = asyncio.create_task(shards.all())
+        await until(lambda: engine.calls > 12)
+        disk.number = errno.ENOSPC
+        await until(lambda: not shards.storage.is_ready)
+        for log in shards.logs:
+            log.stop("enough")
+        return await work
+
+    ends = run(go())
+    assert all(isinstance(end, EngineStop) for end in ends) and "enough" in {str(end) for end in ends}
+    disk.number = 0
+    again = ScriptedEngine(echo)
+    run(Shards(root, again).all())
+    assert sorted(asked(engine, again)) == sorted(TEXTS)
+
+
+class Paid(ScriptedEngine):
+    """Its spending takes long to write."""
+
+    settled = 0
+
+    def cost(self, completion: object) -> float:
+        return 1.0
+
+    async def settle(self, root: Folder) -> None:
+        self.settled += 1
+        await asyncio.sleep(0.5 if self.calls else 0)
+
+
+def test_spending_that_is_slow_to_write_holds_no_reply_back(root: Path) -> None:
+    engine = Paid(echo)
+
+    async def go() -> None:
+        async with Shards(root, engine, 1).logs[0] as log:
+            for number in range(5):
+                before, begin = len(list(root.rglob("*.parquet"))), time.monotonic()
+                await log.bound(prompt_id(user(str(number))), "r").chat(user(str(number)), Sampling())
+                await until(lambda before=before: len(list(root.rglob("*.parquet"))) > before)
+                assert time.monotonic() - begin < 0.4
+
+    run(go())
+    assert 2 <= engine.settled <= 5
