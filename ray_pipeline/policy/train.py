@@ -13,7 +13,7 @@ from ray_pipeline.store.files import NotWritten, StoreError, join
 from ray_pipeline.store.schemas import TRAIN_METRICS
 from ray_pipeline.training.fit import fit
 from ray_pipeline.training.methods import TrainingInputError, method_label, method_of
-from ray_pipeline.training.spec import PROGRESS, STOP, TrainingStopped, TrainSettings, TrainSpec
+from ray_pipeline.training.spec import PROGRESS, STOP, ModelNotWritten, TrainingStopped, TrainSettings, TrainSpec
 
 KTO_WEIGHTS = ("desirable_weight", "undesirable_weight")
 METRICS = "train_metrics.parquet"
@@ -76,7 +76,8 @@ def train_policy(given: WholeInput) -> dict[str, Any]:
 
     Raises:
         BadInput: the data, the settings or the cluster cannot give a training run.
-        StageStop: the run was to end (`--max-cost`), and the training ended at a checkpoint.
+        StageStop: the run was to end (`--max-cost`), and the training ended at a checkpoint; or the trained model could
+            not be written.
     """
     from ray_pipeline.graph.cluster import connected
 
@@ -120,7 +121,7 @@ def _train_policy(given: WholeInput) -> dict[str, Any]:
         result = fit(spec, lambda warning: given.log(f"warning: {warning}"))
     except TrainingInputError as error:
         raise BadInput(str(error)) from error
-    except TrainingStopped as error:
+    except (TrainingStopped, ModelNotWritten) as error:
         raise StageStop(str(error)) from error
     finally:
         ended.set()

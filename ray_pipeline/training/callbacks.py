@@ -1,4 +1,4 @@
-"""Trainer callbacks: evaluation, checkpoints to Ray Train, progress lines."""
+"""Trainer callbacks: evaluation, checkpoints to Ray Train, the stop of a diverged training, progress lines."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import logging
 import shutil
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,52 @@ class StopWhenDone(TrainerCallback):
         if state.global_step >= state.max_steps:
             raise AllStepsDone
         logger.info("resuming from step %d/%d", state.global_step, state.max_steps)
+
+
+class Diverged(Exception):
+    """Loss, gradients or trained weights contain NaN or infinity."""
+
+
+class StopWhenDiverged(TrainerCallback):
+    """End a training at the first step whose loss, gradients or weights are not finite, before it is saved.
+
+    All ranks raise at the same step.
+
+    Args:
+        trainer: with `logging_nan_inf_filter` off; otherwise it replaces such losses.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._gradients = torch.tensor(True)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._gradients = all_finite(p.grad for p in self._trained() if p.grad is not None)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        loss = torch.isfinite(self._trainer._tr_loss)  # the sum since the last log
+        weights = all_finite(self._trained())
+        wrong = ~torch.stack([found.to(args.device) for found in (loss, self._gradients, weights)])
+        if torch.distributed.is_initialized():
+            flags = wrong.float()
+            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+            wrong = flags.bool()
+        if wrong.any():
+            names = ("the loss", "gradients", "trained weights")
+            which = [name for name, bad in zip(names, wrong.tolist(), strict=True) if bad]
+            raise Diverged(f"NaN or infinity in {', '.join(which)} at step {state.global_step} of {state.max_steps}")
+
+    def _trained(self) -> Iterator[torch.nn.Parameter]:
+        return (p for p in self._trainer.model.parameters() if p.requires_grad)
+
+
+def all_finite(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Whether tensors, or this rank's shards of them, are finite: one pass, and no wait for the device."""
+    local = [getattr(tensor, "to_local", lambda tensor=tensor: tensor)().detach() for tensor in tensors]
+    norms = torch._foreach_norm([tensor for tensor in local if tensor.numel()])
+    return torch.stack([norm.float() for norm in norms]).isfinite().all() if norms else torch.tensor(True)
 
 
 class EvaluateEachEpoch(TrainerCallback):

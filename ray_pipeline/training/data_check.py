@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from ray_pipeline.store.local import local_copy
 from ray_pipeline.training.methods import Method, TrainingInputError, method_of
 from ray_pipeline.training.spec import TrainSpec
+from ray_pipeline.training.tokenizer import load_tokenizer
 
 _BATCH_ROWS = 512
 
@@ -92,7 +93,7 @@ def check_data(spec: TrainSpec) -> DataReport:
             class, only identical pairs, or too few rows for one batch; the message names file, column and fix.
     """
     method = method_of(spec.settings.method)
-    tokenizer = _tokenizer(spec)
+    tokenizer = load_tokenizer(spec)
     train = _count(spec, method, tokenizer, "train_files", spec.train_files)
     if train.rows == 0:
         raise TrainingInputError(f"train_files: {spec.train_files} has no rows; check whether any row passed the gate")
@@ -134,20 +135,6 @@ def check_data(spec: TrainSpec) -> DataReport:
         val_rows_used=val_used,
         warnings=tuple(_warnings(spec, method, tokenizer, train, sequences, val, val_used)),
     )
-
-
-def _tokenizer(spec: TrainSpec) -> Any:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(
-        spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code
-    )
-    if not tokenizer.chat_template:
-        raise TrainingInputError(
-            f"model: the tokenizer of {spec.model} has no chat template, but the rows are chats; use an instruct "
-            "model or save a template with its tokenizer"
-        )
-    return tokenizer
 
 
 def _count(spec: TrainSpec, method: Method, tokenizer: Any, setting: str, pattern: str) -> _Counts:

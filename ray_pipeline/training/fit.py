@@ -15,10 +15,10 @@ import pyarrow as pa
 from ray_pipeline.store.files import Folder, join
 from ray_pipeline.store.schemas import TRAIN_METRICS
 from ray_pipeline.training.data_check import check_data
-from ray_pipeline.training.methods import validate_trainer_args
+from ray_pipeline.training.methods import TrainingInputError, validate_trainer_args
 from ray_pipeline.training.metrics import mean_train_loss
-from ray_pipeline.training.preflight import check_cluster, check_spec
-from ray_pipeline.training.spec import TrainingStopped, TrainResult, TrainSpec
+from ray_pipeline.training.preflight import check_cluster, check_model, check_spec
+from ray_pipeline.training.spec import ModelNotWritten, TrainingStopped, TrainResult, TrainSpec
 
 logger = logging.getLogger("quorum.train")
 
@@ -42,8 +42,10 @@ def fit(spec: TrainSpec, warn: Callable[[str], None] = logger.warning) -> TrainR
         warn: called with warnings about the data, as sentences, before the workers start.
 
     Raises:
-        TrainingInputError: invalid settings or data, or the cluster cannot place the workers; nothing was started.
+        TrainingInputError: invalid settings or data, or the cluster cannot place the workers (nothing was started), or
+            the training diverged (no model was written).
         TrainingStopped: `output_dir` contained the file `STOP`. Remove it and call again to resume.
+        ModelNotWritten: the training is finished, but merging or writing the model failed. Call again to do that only.
         ray.train.TrainingFailedError: workers failed more than `max_failures` times, or could not be placed within
             `schedule_timeout_s`. Call again to resume from the newest checkpoint.
     """
@@ -53,6 +55,7 @@ def fit(spec: TrainSpec, warn: Callable[[str], None] = logger.warning) -> TrainR
     started = time.monotonic()
     check_spec(spec)
     validate_trainer_args(spec.settings.method, spec.settings.trainer_args)
+    check_model(spec)
     check_cluster(spec)
     data = check_data(spec)
     for warning in data.warnings:
@@ -87,13 +90,25 @@ def fit(spec: TrainSpec, warn: Callable[[str], None] = logger.warning) -> TrainR
     done = trainer.fit().return_value  # type: ignore[attr-defined]
     if "stopped" in done:
         raise TrainingStopped(done["stopped"])
+    if "diverged" in done:
+        raise TrainingInputError(
+            f"the training diverged: {done['diverged']}; no model was written. Lower learning_rate "
+            f"({spec.settings.learning_rate:g}) or raise warmup_ratio ({spec.settings.warmup_ratio:g})"
+        )
+    adapter = None if spec.settings.lora is None else join(spec.output_dir, "adapter")
+    if "unwritten" in done:
+        kept = f"; the adapter is in {adapter}" if adapter and Folder(adapter).exists("adapter_config.json") else ""
+        raise ModelNotWritten(
+            f"the training is finished ({done['steps']} steps), but its model could not be written: "
+            f"{done['unwritten']}{kept}. Correct the cause and rerun the same command: it does not train again"
+        )
     metrics = pa.Table.from_pylist(done["metrics"], schema=TRAIN_METRICS)
     written = done["written"]
     return TrainResult(
         steps=done["steps"],
         epochs=done["epochs"],
         train_loss=mean_train_loss(metrics),
-        adapter=None if spec.settings.lora is None else join(spec.output_dir, "adapter"),
+        adapter=adapter,
         merged=join(spec.output_dir, "merged"),
         effective=done["effective"] | {k: v for k, v in written.items() if k == "adapter_effect"},
         data=dataclasses.asdict(data),

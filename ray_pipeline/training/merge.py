@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ray_pipeline.training.folders import clear, partial_folder, publish
+from ray_pipeline.training.tokenizer import complete_generation_config
 
 if TYPE_CHECKING:  # importing torch takes seconds
     import torch
@@ -44,6 +45,7 @@ def merge_adapter(
     revision: str | None = None,
     trust_remote_code: bool = False,
     prompts: Sequence[str] = _PROMPTS,
+    end_token: int | None = None,
     readme: str | None = None,
 ) -> MergeReport:
     """Write base + adapter as one model: safetensors, tokenizer with chat template, generation config.
@@ -57,6 +59,7 @@ def merge_adapter(
         out: final folder; written atomically, replacing an older one.
         dtype: "float32" or "bfloat16", for the written weights.
         prompts: texts to compare logits on; the first 64 tokens of each are used.
+        end_token: id of the token behind a reply; generation with the merged model stops at it.
         readme: text of README.md.
 
     Raises:
@@ -90,6 +93,7 @@ def merge_adapter(
     final = Path(out)
     partial = partial_folder(final)
     clear(partial)
+    complete_generation_config(merged.generation_config, tokenizer, end_token)
     merged.to(getattr(torch, dtype)).save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     if readme is not None:

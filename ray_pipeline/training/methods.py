@@ -228,6 +228,7 @@ FIXED: dict[str, str] = {
     "logging_strategy": "the metrics table has one row every logging_steps steps",
     "eval_strategy": "val_files are evaluated after each epoch and at the end",
     "eval_steps": "val_files are evaluated after each epoch and at the end",
+    "logging_nan_inf_filter": "a training stops at a loss of NaN or infinity",
     "load_best_model_at_end": "the policy is the one after the last step",
     "ignore_data_skip": "a resumed run must not see rows twice",
     "dataloader_drop_last": "only whole batches are trained on: KTO's KL pairs need them",

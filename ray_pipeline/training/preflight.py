@@ -48,6 +48,17 @@ def check_spec(spec: TrainSpec) -> None:
     _check_options(spec.settings)
 
 
+def check_model(spec: TrainSpec) -> None:
+    """Check that the trainer can be built on the base: see `build_check`. Takes seconds, for the imports.
+
+    Raises:
+        TrainingInputError: what a worker would raise.
+    """
+    from ray_pipeline.training.build_check import check_build
+
+    check_build(spec)
+
+
 def _check_names(train: TrainSettings) -> None:
     from transformers import SchedulerType
     from transformers.integrations import get_available_reporting_integrations

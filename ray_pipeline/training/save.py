@@ -12,6 +12,7 @@ import torch
 from ray_pipeline.training.folders import clear, partial_folder, publish
 from ray_pipeline.training.merge import merge_adapter
 from ray_pipeline.training.spec import TrainSpec
+from ray_pipeline.training.tokenizer import end_token
 
 logger = logging.getLogger("quorum.train")
 
@@ -50,6 +51,7 @@ def write_model(spec: TrainSpec, trainer: Any, card: Callable[[str], str]) -> di
         revision=spec.revision,
         trust_remote_code=spec.trust_remote_code,
         prompts=_texts(trainer),
+        end_token=end_token(trainer.processing_class, spec.chat_template_args),
         readme=card("merged"),
     )
     return {"max_logit_diff": report.max_logit_diff, "adapter_effect": report.adapter_effect}

@@ -26,6 +26,10 @@ class TrainingStopped(RuntimeError):
     """A training ended at a checkpoint on request; rerun the same call to resume."""
 
 
+class ModelNotWritten(RuntimeError):
+    """A training took all its steps, but its model could not be written; rerun the same call to write it."""
+
+
 class LoraSettings(Settings):
     """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) under PEFT's names; defaults as published."""
 
@@ -35,7 +39,9 @@ class LoraSettings(Settings):
         0.05, ge=0, lt=1, description="probability on the adapter's input; no effect with train.disable_dropout"
     )
     target_modules: str | tuple[str, ...] = Field(
-        "all-linear", description="all-linear (every linear layer but the output head) or names of modules"
+        "all-linear",
+        description="all-linear (every linear layer but the output head), a list of module names, or a regular "
+        "expression of whole names",
     )
 
 

@@ -10,13 +10,14 @@ import torch
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
 from pyarrow.dataset import ParquetFragmentScanOptions
-from transformers import AutoTokenizer, BitsAndBytesConfig, PrinterCallback, TrainerCallback
+from transformers import BitsAndBytesConfig, PrinterCallback, TrainerCallback
 from trl.trainer.utils import disable_dropout_in_model
 
 from ray_pipeline.training.data_check import parquet_files
 from ray_pipeline.training.methods import method_of
 from ray_pipeline.training.sharding import fsdp_on_cpus, sharding_settings
 from ray_pipeline.training.spec import TrainSpec
+from ray_pipeline.training.tokenizer import complete_generation_config, end_token, load_tokenizer
 
 
 def build_trainer(spec: TrainSpec, output_dir: str, callbacks: Sequence[TrainerCallback] = ()) -> Any:
@@ -29,9 +30,7 @@ def build_trainer(spec: TrainSpec, output_dir: str, callbacks: Sequence[TrainerC
     distributed twice, and half of them never used.
     """
     method = method_of(spec.settings.method)
-    tokenizer = AutoTokenizer.from_pretrained(
-        spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code
-    )
+    tokenizer = load_tokenizer(spec)
     with fsdp_on_cpus(spec):
         trainer = method.trainer_class()(
             model=spec.model,
@@ -39,11 +38,15 @@ def build_trainer(spec: TrainSpec, output_dir: str, callbacks: Sequence[TrainerC
             train_dataset=_rows(spec, spec.train_files, "train_files"),
             eval_dataset=_rows(spec, spec.val_files, "val_files") if spec.val_files else None,
             processing_class=tokenizer,
-            peft_config=_lora_config(spec),
+            peft_config=lora_config(spec),
             callbacks=list(callbacks),
         )
     if spec.settings.disable_dropout and "disable_dropout" not in method.fields:  # SFT's config has no such setting
         disable_dropout_in_model(trainer.model)
+    # Checkpoints of full fine-tuning contain it.
+    complete_generation_config(
+        trainer.model.generation_config, tokenizer, end_token(tokenizer, spec.chat_template_args)
+    )
     trainer.remove_callback(PrinterCallback)  # prints every log as a dict; `callbacks.LogProgress` replaces it
     if trainer.eval_dataset is not None:
         # An incomplete last batch would be padded with used rows, and a row in a batch of one is its own KL pair.
@@ -91,6 +94,7 @@ def trainer_config(spec: TrainSpec, output_dir: str) -> Any:
         gradient_checkpointing=settings.gradient_checkpointing,
         logging_strategy="steps",
         logging_steps=settings.logging_steps,
+        logging_nan_inf_filter=False,  # it would hide them from `callbacks.StopWhenDiverged`
         save_strategy="steps",
         save_steps=settings.save_steps,
         save_total_limit=2,
@@ -175,7 +179,8 @@ def _size(parameter: torch.nn.Parameter) -> int:
     return parameter.numel() if shape is None else math.prod(shape)
 
 
-def _lora_config(spec: TrainSpec) -> LoraConfig | None:
+def lora_config(spec: TrainSpec) -> LoraConfig | None:
+    """PEFT's config of the adapter; None if every weight is trained."""
     lora = spec.settings.lora
     if lora is None:
         return None
@@ -200,7 +205,11 @@ def _rows(spec: TrainSpec, pattern: str, setting: str) -> Dataset:
         fragment_scan_options=ParquetFragmentScanOptions(page_checksum_verification=True),
         split="train",
     )
+    return with_template_args(spec, rows)
+
+
+def with_template_args(spec: TrainSpec, rows: Dataset) -> Dataset:
+    """The rows with the variables of the chat template, which TRL reads from a column of every row."""
     if spec.chat_template_args:
-        # TRL reads them from a column of this name, row by row.
         rows = rows.add_column("chat_template_kwargs", [spec.chat_template_args] * len(rows))
     return rows

@@ -21,10 +21,12 @@ from ray_pipeline.store.keys import digest
 from ray_pipeline.store.local import upload
 from ray_pipeline.training.callbacks import (
     AllStepsDone,
+    Diverged,
     EvaluateEachEpoch,
     LogProgress,
     ReportCheckpoint,
     StopAtCheckpoint,
+    StopWhenDiverged,
     StopWhenDone,
 )
 from ray_pipeline.training.card import model_card
@@ -39,7 +41,7 @@ logger = logging.getLogger("quorum.train")
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
     """Train, or resume training, and write the trained model. Rank 0 returns the figures that `fit` reports, or the
-    reason of a stopped training.
+    reason why there is no model: the training was stopped, it diverged, or its model could not be written.
 
     Args:
         config: {"spec": `TrainSpec.to_dict()`}.
@@ -63,9 +65,13 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
         trainer = build_trainer(spec, str(scratch), callbacks=[ReportCheckpoint(), stop, progress])
         if trainer.eval_dataset is not None:
             trainer.add_callback(EvaluateEachEpoch())
+        trainer.add_callback(StopWhenDiverged(trainer))
         effective = effective_settings(spec, trainer)
         started = time.monotonic()
-        resumed_from = _train(trainer)
+        try:
+            resumed_from = _train(trainer)
+        except Diverged as error:  # a restart would diverge again
+            return {"diverged": str(error)}
         train_seconds = time.monotonic() - started
         if stop.reason is not None:
             if rank == 0 and not kept.is_local:  # keep the loggers' files
@@ -84,13 +90,21 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
         last = next((row for row in reversed(rows) if row["split"] == "train"), None)
         steps = trainer.state.global_step
 
-        written = write_model(
-            spec, trainer, functools.partial(model_card, spec, steps=steps, effective=effective, final=last)
-        )
+        card = functools.partial(model_card, spec, steps=steps, effective=effective, final=last)
+        unwritten = None
+        try:
+            written = write_model(spec, trainer, card)
+        except Exception as error:  # a restart would fail again
+            if spec.settings.shard != "none":
+                raise  # the other ranks may wait for this one
+            logger.exception("the trained model could not be written")
+            unwritten = f"{type(error).__name__}: {error}"
         if rank != 0:
             return None
         if not kept.is_local:
             upload(Path(spec.output_dir), kept)
+        if unwritten is not None:
+            return {"unwritten": unwritten, "steps": steps}
         return {
             "steps": steps,
             "epochs": float(trainer.state.epoch or 0.0),

@@ -22,8 +22,8 @@ import torch
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.schemas import TRAIN_METRICS
 from ray_pipeline.training.fit import fit
-from ray_pipeline.training.methods import METHODS
-from ray_pipeline.training.spec import PROGRESS, STOP, TrainingStopped, TrainResult, TrainSpec
+from ray_pipeline.training.methods import METHODS, TrainingInputError
+from ray_pipeline.training.spec import PROGRESS, STOP, ModelNotWritten, TrainingStopped, TrainResult, TrainSpec
 
 from .conftest import REPOSITORY, STEPS, MakeSpec, undisturbed_spec, with_validation
 
@@ -298,6 +298,31 @@ def test_a_finished_run_takes_no_more_steps(full: Finished) -> None:
     assert (again.steps, again.resumed_from) == (STEPS, STEPS)
     assert again.metrics.equals(result.metrics)
     assert_same_weights(again.merged, result.merged, "model")
+
+
+def test_a_finished_training_is_not_lost_when_its_model_cannot_be_written(make_spec: MakeSpec, local_ray: None) -> None:
+    spec = make_spec("kto", num_workers=1, epochs=0.5)
+    in_the_way = Path(spec.output_dir) / ".merged.partial"
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.write_text("")
+    words = rf"the training is finished \(6 steps\), .*; the adapter is in {spec.output_dir}/adapter.* not train again"
+    with pytest.raises(ModelNotWritten, match=words):
+        fit(spec)
+    adapter = weights(Path(spec.output_dir) / "adapter")
+    in_the_way.unlink()
+    result = fit(spec)
+    assert (result.steps, result.resumed_from) == (6, 6)
+    again = weights(result.adapter or "")
+    assert all(torch.equal(again[name], adapter[name]) for name in adapter | again)
+
+
+def test_a_diverged_training_leaves_no_policy(make_spec: MakeSpec, local_ray: None) -> None:
+    spec = make_spec("dpo", learning_rate=1e18)
+    with pytest.raises(
+        TrainingInputError, match=r"NaN or infinity in .* at step \d+ of 18; no model .* Lower learning_r"
+    ):
+        fit(spec)
+    assert names(spec.output_dir) == [PROGRESS]
 
 
 def test_a_sharded_model_trains_resumes_and_is_gathered(finished: Finished, make_spec: MakeSpec) -> None:

@@ -119,6 +119,7 @@ def test_a_spec_survives_the_way_to_the_workers(make_spec: MakeSpec) -> None:
         ("kto", {"dataset_num_proc": 4}, "breaks them"),
         ("kto", {"train_sampling_strategy": "random"}, "in file order"),
         ("dpo", {"sync_ref_model": True}, "the reference is always the base"),
+        ("kto", {"logging_nan_inf_filter": True}, "a training stops at a loss of NaN"),
         ("dpo", {"truncation_mode": "keep_end"}, "responses truncated at the end"),
         ("kto", {"loss_type": "ktoo"}, "must be one of kto, apo_zero_unpaired"),
         ("dpo", {"model_init_kwargs": {"dtype": "float16"}}, "model_init_kwargs.dtype .* 'dtype'"),

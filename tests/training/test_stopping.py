@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import TrainerCallback
 
 from ray_pipeline.store.files import Folder
 from ray_pipeline.training.spec import STOP
@@ -57,3 +59,48 @@ def test_a_last_checkpoint_is_no_place_to_stop(make_spec: MakeSpec, tmp_path: Pa
     )
     trainer.train()
     assert stop.reason is None and trainer.state.global_step == 6
+
+
+class Breaks(TrainerCallback):
+    """Put infinity into one place of the third step."""
+
+    def __init__(self, trainer: Any, place: str) -> None:
+        self._trainer, self._place, self._now = trainer, place, False
+        self._weight = next(p for p in trainer.model.parameters() if p.requires_grad)
+        self._weight.register_hook(lambda gradient: self._broken("gradients", gradient))
+        loss = trainer.compute_loss
+        trainer.compute_loss = lambda *args, **kwargs: self._broken("the loss", loss(*args, **kwargs))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._now = state.global_step == 2
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        with torch.no_grad():
+            self._weight.copy_(self._broken("trained weights", self._weight))
+
+    def _broken(self, place: str, value: torch.Tensor) -> torch.Tensor:
+        return value + torch.inf if self._now and self._place == place else value
+
+
+@pytest.mark.parametrize(
+    ("place", "found"),
+    [
+        ("the loss", "the loss"),  # its gradients are those of a finite loss
+        ("gradients", "gradients, trained weights"),
+        ("trained weights", "trained weights"),
+    ],
+)
+def test_a_diverged_training_ends_before_it_is_saved(
+    make_spec: MakeSpec, tmp_path: Path, place: str, found: str
+) -> None:
+    from ray_pipeline.training.callbacks import Diverged, StopWhenDiverged
+    from ray_pipeline.training.trainer import build_trainer
+
+    torch.set_num_threads(1)
+    spec = make_spec("simpo", num_workers=1, epochs=0.5, save_steps=1, logging_steps=10, gradient_accumulation=2)
+    trainer = build_trainer(spec, str(tmp_path / "scratch"))
+    trainer.add_callback(Breaks(trainer, place))
+    trainer.add_callback(StopWhenDiverged(trainer))
+    with pytest.raises(Diverged, match=f"NaN or infinity in {found} at step 3 of 3"):
+        trainer.train()
+    assert sorted(path.name for path in (tmp_path / "scratch").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
