@@ -22,7 +22,7 @@ def load_tokenizer(spec: TrainSpec) -> Any:
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(
+    tokenizer: Any = AutoTokenizer.from_pretrained(
         spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code
     )
     if not tokenizer.chat_template:
