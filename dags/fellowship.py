@@ -218,7 +218,14 @@ def _improvement(config: FellowshipConfig, prompts: Stage) -> list[Stage]:
         )
         name = f"datasets-{what}"
         files = dataset_files(
-            config.datasets, None, config.judges, rows, name=name, view=name, origin=config.origin(origin)
+            config.datasets,
+            None,
+            config.judges,
+            rows,
+            name=name,
+            view=name,
+            origin=config.origin(origin),
+            trained_on=False,
         )
         datasets.append(dataclasses.replace(files, group="improve", role="branch datasets"))
     return datasets

@@ -35,6 +35,7 @@ class _FilesGiven(Settings):
     judges: tuple[str, ...]
     lineage: dict[str, str]
     origin: str | None
+    trained_on: bool
 
 
 def dataset_rows(
@@ -94,12 +95,14 @@ def dataset_files(
     name: str = "datasets",
     view: str = "datasets",
     origin: str | None = None,
+    trained_on: bool = True,
 ) -> Stage:
     """Training files of all kinds, in the order of `settings.seed`.
 
     Args:
         rows: the stage with a table of each of `settings.row_kinds`.
         origin: origin of the preferences, for the dataset cards; default: the judges' consensus.
+        trained_on: whether the stage fails where it leaves nothing to train on.
     """
     lineage = {stage.name: stage.fingerprint for stage in [*rows.inputs.values(), rows]}
     return Stage(
@@ -110,7 +113,12 @@ def dataset_files(
         work=WholeWork(
             function=write_files,
             settings=_FilesGiven(
-                datasets=settings, gate=gate_settings, judges=tuple(judges), lineage=lineage, origin=origin
+                datasets=settings,
+                gate=gate_settings,
+                judges=tuple(judges),
+                lineage=lineage,
+                origin=origin,
+                trained_on=trained_on,
             ),
         ),
         config={**settings.decisive(), "origin": origin},
@@ -173,7 +181,7 @@ def write_files(given: WholeInput) -> dict[str, Any]:
     )
     given.log(", ".join(f"{kind} {split} {n}" for kind, sizes in stats["rows"].items() for split, n in sizes.items()))
     useless = untrainable(stats["rows"])
-    if len(useless) == len(settings.datasets.kinds):
+    if settings.trained_on and len(useless) == len(settings.datasets.kinds):
         raise StageStop(
             f"nothing to train on: {'; '.join(useless)}. `quorum report` shows labels and unread replies; change "
             "gate.tau, gate.desirable_at, gate.undesirable_at, the judges or the critic, then rerun the same command"
