@@ -45,7 +45,7 @@ def audit_loop(
         FileNotFoundError: the folder has no stats.json: the stage has not finished.
     """
     folder = Folder(datasets)
-    stats = folder.read_json("stats.json")
+    stats = folder.read_json("stats.json", set_aside=True)
     rows: dict[str, int] = {"prompts": 0, "candidates": 0}
     training: dict[str, dict[str, list[Row]]] = {}
     for kind in stats["rows"]:

@@ -36,7 +36,7 @@ def audit_run(run: RunTables, encode: Encode | None = None, max_problems: int = 
         FileNotFoundError: the folder has no stats.json: the datasets stage has not finished.
     """
     audit = Findings(run, encode, max_problems)
-    stats = Folder(run.datasets).read_json("stats.json")
+    stats = Folder(run.datasets).read_json("stats.json", set_aside=True)
     training = audit.training_rows(stats["fingerprint"])
     for shard in range(run.prompts.num_shards):
         _Shard(audit, shard, training).check()

@@ -15,7 +15,6 @@ from ray_pipeline.engines.base import ChatEngine, Message
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.asking import Asking, Outcome, ShardTables, count_by, reply_status
 from ray_pipeline.graph.stage import Stage, WholeInput, WholeWork
-from ray_pipeline.store.files import StoreError
 from ray_pipeline.store.keys import digest
 from ray_pipeline.store.schemas import VERDICTS
 
@@ -227,10 +226,8 @@ def choose_layout(given: WholeInput) -> dict[str, Any]:
     """
     settings: _Layout = given.settings
     name = f"layout-{digest([settings.template.model_dump(mode='json'), settings.weights], size=8)}.json"
-    try:
-        return {**given.calls_root.read_json(name), "chosen": "before"}
-    except (FileNotFoundError, StoreError):
-        pass
+    if before := given.calls_root.load(name, dict, given.log):
+        return {**before, "chosen": "before"}
     sample = []
     prompts = given.inputs["prompts"].table()
     for shard in range(given.num_shards):

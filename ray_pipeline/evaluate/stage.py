@@ -170,7 +170,7 @@ def store_protocols(folder: Folder, compared: Mapping[str, Protocol]) -> None:
 def stored_protocols(folder: Folder) -> dict[str, Protocol]:
     """Judge → protocol, as the last stage of a run left them; empty where it is not done, or was made without any."""
     try:
-        return {judge: Protocol(**fields) for judge, fields in folder.read_json(_PROTOCOLS).items()}
+        return {judge: Protocol(**fields) for judge, fields in folder.read_json(_PROTOCOLS, set_aside=True).items()}
     except FileNotFoundError:
         return {}
 
@@ -255,7 +255,7 @@ def _benchmark_scores(result: StageResult | None) -> list[dict[str, Any]]:
     """Scores of public benchmarks that the run has; none where it ran none."""
     if result is None or not Folder(result.folder).exists("benchmarks.json"):
         return []
-    scores: list[dict[str, Any]] = Folder(result.folder).read_json("benchmarks.json")["scores"]
+    scores: list[dict[str, Any]] = Folder(result.folder).read_json("benchmarks.json", set_aside=True)["scores"]
     return scores
 
 
@@ -299,7 +299,9 @@ def write_report(run: Run) -> Folder:
     measured, compared, name = {}, {}, run.page_folder("evaluate")
     if "evaluate" in run.results:
         done = run.folder / name
-        measured = {name: Perplexity(**values) for name, values in done.read_json("perplexity.json").items()}
+        measured = {
+            name: Perplexity(**values) for name, values in done.read_json("perplexity.json", set_aside=True).items()
+        }
         compared = stored_protocols(done)
     data = report_data(run.results, settings, measured, compared)
     planned = planned_use(run.folder, run.results)

@@ -20,7 +20,7 @@ from ray_pipeline.graph.heartbeat import BEAT_SECONDS, Heartbeat
 from ray_pipeline.graph.log import RunLog, logger
 from ray_pipeline.graph.manifest import Manifest
 from ray_pipeline.graph.progress import Display, ProgressBoard, StageProgress
-from ray_pipeline.graph.resume import drop_stale, finished
+from ray_pipeline.graph.resume import drop_stale, drop_undone, finished
 from ray_pipeline.graph.session import Session, TaskGraph
 from ray_pipeline.graph.spending import Budget, Spending
 from ray_pipeline.graph.stage import Dag, Stage, StageResult
@@ -100,7 +100,6 @@ def execute(
         folder.write_bytes("config.yaml", yaml.safe_dump(dict(settings.config), sort_keys=False).encode())
         results = finished(dag, wanted, session, from_group, log.say)
         again += [s for s in drop_stale(wanted, results) if s not in again]
-        todo = [s for s in wanted if s.name not in results]
         head = {
             "workflow": settings.workflow or dag.name,
             "given": dict(settings.given),
@@ -113,14 +112,22 @@ def execute(
         for stage in wanted:
             state = "done before" if stage.name in results else "to do"
             log.say(f"{stage.name:<{width}}  {state:<11}  {stage.folder_name}")
-        for stage in todo:
-            if settings.lift_quarantine and stage.name in (session.only or {}):
-                lift_quarantine(folder / stage.folder_name)
-            if stage in again:
-                folder.delete_folder(stage.folder_name)
-        if todo:
-            log.stages = [stage.name for stage in wanted]
-            _make(todo, settings, executor, books, console)
+        for last in (False, True):
+            todo = [s for s in wanted if s.name not in results]
+            for stage in todo:
+                if settings.lift_quarantine and stage.name in (session.only or {}):
+                    lift_quarantine(folder / stage.folder_name)
+                if stage in again:
+                    folder.delete_folder(stage.folder_name)
+            if todo:
+                log.stages = [stage.name for stage in wanted]
+                _make(todo, settings, executor, books, console)
+            if last or not books.failures or not (undone := drop_undone(wanted, folder, results)):
+                break
+            # A stage failed because a file that it read was damaged, and the file was set aside.
+            log.say(f"remaking what was damaged: {', '.join(stage.name for stage in undone)}")
+            again = drop_stale(wanted, results)
+            books.failures.clear()
         for stage in wanted:
             if stage.view and stage.name in results:
                 point_at(folder, stage.view, stage.folder_name)
@@ -137,7 +144,7 @@ def _lost(folder: Folder, log: RunLog) -> None:
 
 def _make(todo: Sequence[Stage], settings: RunSettings, executor: Executor, books: _Books, console: Console) -> None:
     by_name = {stage.name: stage for stage in todo}
-    spending = Spending(Folder(settings.session.folder), settings.budget)
+    spending = Spending(Folder(settings.session.folder), settings.budget, books.log.say)
     with executor.open(settings.session, books.log.say) as board:
         session = dataclasses.replace(settings.session, id=uuid.uuid4().hex[:8], board=board)
         if reason := spending.over():

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable, Iterable
 
 from pydantic import Field
 
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.graph.stage import StageStop
-from ray_pipeline.store.files import Folder, StoreError
+from ray_pipeline.store.files import Folder
 from ray_pipeline.store.outside import shown
+
+logger = logging.getLogger("quorum.shards")
 
 _NAME = "_failures.json"
 #: Characters of an error that are kept: a reader wants the reason, not a page of what a server said.
@@ -78,13 +81,9 @@ class ShardFailure:
         return word if word and " " not in word else "other"
 
 
-def read_failures(stage: Folder) -> dict[int, ShardFailure]:
-    """Failed shards of a stage by number; none where nothing was written or it cannot be read."""
-    try:
-        rows = stage.read_json(_NAME)
-        return {int(row["shard"]): ShardFailure(**row) for row in rows}
-    except (FileNotFoundError, NotADirectoryError, StoreError, TypeError, KeyError, ValueError):
-        return {}
+def read_failures(stage: Folder, warn: Callable[[str], None] | None = None) -> dict[int, ShardFailure]:
+    """Failed shards of a stage by number; none where nothing was written or it cannot be used (see `Folder.load`)."""
+    return stage.load(_NAME, lambda rows: {int(row["shard"]): ShardFailure(**row) for row in rows}, warn) or {}
 
 
 def write_failures(stage: Folder, failures: dict[int, ShardFailure]) -> None:
@@ -105,7 +104,7 @@ def failed_again(
 
 def lift_quarantine(stage: Folder) -> list[int]:
     """Count the failures of all shards from nought again, keeping their errors; returns the shards."""
-    failures = read_failures(stage)
+    failures = read_failures(stage, logger.warning)
     write_failures(stage, {s: dataclasses.replace(f, failures=0, quarantined=False) for s, f in failures.items()})
     return sorted(failures)
 
@@ -115,12 +114,19 @@ class FailureLedger:
 
     Args:
         missing: shards that are not there; records of others are out of date and go.
+        warn: called with a line if the record of earlier sessions cannot be used.
     """
 
-    def __init__(self, stage: Folder, policy: FailureSettings, missing: Iterable[int]) -> None:
+    def __init__(
+        self,
+        stage: Folder,
+        policy: FailureSettings,
+        missing: Iterable[int],
+        warn: Callable[[str], None] = logger.warning,
+    ) -> None:
         wanted = set(missing)
         self._stage, self._policy = stage, policy
-        before = read_failures(stage)
+        before = read_failures(stage, warn)
         self._known = {s: f for s, f in before.items() if s in wanted}
         if self._known != before:
             write_failures(stage, self._known)

@@ -8,10 +8,12 @@ of Parquet folders pass over them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from ray_pipeline.graph.session import Session
 from ray_pipeline.graph.stage import Dag, Stage, StageRef, StageResult
-from ray_pipeline.store.files import Folder, StoreError
+from ray_pipeline.store.files import RESULT, Folder
+from ray_pipeline.store.tables import shard_name
 
 
 def stage_folder(run: str, stage: Stage) -> Folder:
@@ -19,19 +21,31 @@ def stage_folder(run: str, stage: Stage) -> Folder:
 
 
 def load_result(ref: StageRef, say: Callable[[str], None] | None = None) -> StageResult | None:
-    """The result of a stage if it is whole, else None; `say` gets a line for each unusable shard file."""
-    try:
-        value = Folder(ref.folder).read_json("_result.json")
-    except (FileNotFoundError, StoreError):
-        value = None
-    whole = isinstance(value, dict) and value.get("fingerprint") == ref.fingerprint
+    """The result of a stage if it is whole, else None.
+
+    Args:
+        say: called with a line for each file that cannot be used, which is then set aside; None: nothing is renamed.
+    """
+    whole, rows = True, dict[str, int]()
     for kind in ref.tables:
-        state = ref.table(kind).state()
+        table = ref.table(kind)
+        state = table.state()
         if say is not None:
-            for reason in state.bad.values():
-                say(reason)
+            for shard, reason in state.bad.items():
+                say(Folder(table.folder).set_aside(shard_name(shard), reason))
         whole = whole and state.done
-    return StageResult.read(ref, value) if whole else None
+        rows[kind] = sum(state.rows.values())
+
+    def read(value: Any) -> StageResult:
+        if value["fingerprint"] != ref.fingerprint:
+            raise ValueError(f"it has the fingerprint {value['fingerprint']}")
+        result = StageResult.read(ref, value)
+        if whole and result.rows != rows:
+            raise ValueError(f"it counts {result.rows} rows, the shards hold {rows}")
+        return result
+
+    result = Folder(ref.folder).load(RESULT, read, say)
+    return result if whole else None
 
 
 def stored(stages: Sequence[Stage], run: str, num_shards: int) -> list[Stage]:
@@ -68,6 +82,14 @@ def finished(
                 f"--from {from_group} needs {stage.name}, which is not complete; run without --from to make it"
             )
     return results
+
+
+def drop_undone(wanted: Sequence[Stage], run: Folder, results: dict[str, StageResult]) -> list[Stage]:
+    """Take out of `results`, and return, the stages that are not done any more: a file of theirs was set aside."""
+    undone = [s for s in wanted if s.name in results and not (run / s.folder_name).exists(RESULT)]
+    for stage in undone:
+        del results[stage.name]
+    return undone
 
 
 def drop_stale(wanted: Sequence[Stage], results: dict[str, StageResult]) -> list[Stage]:

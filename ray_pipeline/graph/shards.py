@@ -16,6 +16,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import pyarrow as pa
 
@@ -26,7 +27,7 @@ from ray_pipeline.engines.usage import Usage
 from ray_pipeline.graph.failures import read_failures
 from ray_pipeline.graph.session import StageTask
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, StageStop
-from ray_pipeline.store.files import Folder, StoreError
+from ray_pipeline.store.files import DamagedFile, Folder, StoreError
 from ray_pipeline.store.tables import ShardedTable
 
 logger = logging.getLogger("quorum.shards")
@@ -59,6 +60,17 @@ class Receipt:
 
 def receipt_name(shard: int) -> str:
     return f"shard-{shard:05d}.json"
+
+
+def read_receipt(stage: Folder, shard: int, warn: Callable[[str], None]) -> Receipt | None:
+    """The receipt of a shard that is there; None where it is missing or cannot be used (see `Folder.load`)."""
+
+    def parse(value: Any) -> Receipt:
+        rows, counts, usage = (dict(value[name]) for name in ("rows", "counts", "usage"))
+        _ = Usage() + Usage.read(usage), sum(counts.values()), sum(rows.values())  # they are numbers
+        return Receipt(value["stage"], shard, value["status"], rows, counts, usage)
+
+    return (stage / "_receipts").load(receipt_name(shard), parse, warn)
 
 
 def sharded(task: StageTask) -> ShardWork:
@@ -365,10 +377,12 @@ def tables_by_role(task: StageTask) -> dict[str, ShardedTable]:
 
 
 def _read_inputs(task: StageTask, shard: int) -> dict[str, pa.Table]:
-    """Raises StageStop where an input is missing: a stage begins when all of it is written, so this node, which may
-    have joined after the run began, does not see the run folder."""
+    """Raises StageStop where an input is damaged, or missing: a stage begins when all of it is written, so this node,
+    which may have joined after the run began, does not see the run folder."""
     try:
         return {role: table.read(shard) for role, table in tables_by_role(task).items()}
+    except DamagedFile as error:
+        raise StageStop(str(error)) from error
     except FileNotFoundError as error:
         from ray.util import get_node_ip_address
 

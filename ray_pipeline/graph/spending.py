@@ -7,15 +7,22 @@ GPU that an actor holds, idle or not; an engine or a training worker without a G
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ray_pipeline.engines.usage import Usage
-from ray_pipeline.store.files import Folder, StoreError
+from ray_pipeline.store.files import Folder
+
+logger = logging.getLogger("quorum.spending")
 
 _NAME = "spent.json"
 _WRITE_SECONDS = 2.0
+
+
+def _stored(value: Any) -> Usage:
+    return Usage(device_seconds=float(value["device_seconds"]), cost=float(value["cost"]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,16 +42,16 @@ class Budget:
 
 
 class Spending:
-    """Counts what a session spends on top of what `spent.json` of the run folder says of earlier ones."""
+    """Counts what a session spends on top of what `spent.json` of the run folder says of earlier ones.
 
-    def __init__(self, folder: Folder, budget: Budget) -> None:
+    Args:
+        warn: called with a line if that file cannot be used; earlier sessions then count as free.
+    """
+
+    def __init__(self, folder: Folder, budget: Budget, warn: Callable[[str], None] = logger.warning) -> None:
         self._folder, self._budget = folder, budget
-        self._before = self._now = Usage()
-        try:
-            found = folder.read_json(_NAME)
-            self._before = Usage(device_seconds=float(found["device_seconds"]), cost=float(found["cost"]))
-        except (FileNotFoundError, StoreError, KeyError, TypeError, ValueError):
-            pass  # nothing was spent, or the record is unreadable
+        self._before = folder.load(_NAME, _stored, warn) or Usage()
+        self._now = Usage()
         self._written = 0.0
 
     @property

@@ -11,7 +11,7 @@ from ray_pipeline.config.settings import refuse_repeated
 from ray_pipeline.engines.models import EngineFactory, Placement
 from ray_pipeline.engines.usage import Usage
 from ray_pipeline.extensions import digests_in
-from ray_pipeline.store.files import Folder, join
+from ray_pipeline.store.files import RESULT, Folder, join
 from ray_pipeline.store.keys import fingerprint
 
 if TYPE_CHECKING:
@@ -215,10 +215,9 @@ class StageResult(StageRef):
 
     @classmethod
     def read(cls, ref: StageRef, stored: Mapping[str, Any]) -> StageResult:
-        """From what `plain` gave. Raises KeyError and TypeError when it is something else."""
-        return cls(
-            **vars(ref), rows=stored["rows"], facts=stored["facts"], usage=Usage.read(stored["usage"]), cached=True
-        )
+        """From what `plain` gave. Raises KeyError, TypeError and ValueError when it is something else."""
+        rows, facts, usage = (dict(stored[name]) for name in ("rows", "facts", "usage"))
+        return cls(**vars(ref), rows=rows, facts=facts, usage=Usage() + Usage.read(usage), cached=True)
 
     def plain(self) -> dict[str, Any]:
         """What is stored of it, here and in the manifest."""
@@ -227,7 +226,7 @@ class StageResult(StageRef):
     def save(self) -> StageResult:
         """Record that the stage is done: what a later run finds (`load_result`)."""
         value = {"stage": self.name, "fingerprint": self.fingerprint, **self.plain()}
-        Folder(self.folder).write_json("_result.json", value)
+        Folder(self.folder).write_json(RESULT, value)
         return self
 
 

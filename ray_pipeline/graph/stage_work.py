@@ -6,6 +6,7 @@ failed one is not run.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -18,7 +19,7 @@ from typing import Any
 from ray_pipeline.engines.usage import Usage
 from ray_pipeline.graph.failures import FailureLedger
 from ray_pipeline.graph.session import StageTask
-from ray_pipeline.graph.shards import Receipt, receipt_name
+from ray_pipeline.graph.shards import Receipt, read_receipt
 from ray_pipeline.graph.stage import BadInput, ShardWork, StageResult, StageStop, WholeInput, WholeWork
 from ray_pipeline.store.files import Folder, NotWritten
 
@@ -152,13 +153,29 @@ class _Sharded:
     def __init__(self, task: StageTask, waits: bool) -> None:
         self.task, self._board = task, task.session.board
         self._stopped: dict[int, str] = {}
+        self._receipts: dict[int, Receipt] = {}
         self.last = 0.0  # when its last receipt came
-        session, missing = task.session, task.ref.missing()
+        session, missing = task.session, self._missing()
         self._board.begin(task.name, session.num_shards, session.num_shards - len(missing), waits=waits)
         _check_stop(task)
-        self._ledger = ledger = FailureLedger(Folder(task.ref.folder), session.failure, missing)
+        self._ledger = ledger = FailureLedger(Folder(task.ref.folder), session.failure, missing, self._warn)
         self.todo = [s for s in missing if s not in ledger.quarantined and session.may_make(task.name, s)]
         self._left = len(set(missing) - set(self.todo) - set(ledger.quarantined))
+
+    def _missing(self) -> list[int]:
+        """Shards to be made: those without a table, and those whose receipt is lost, as its counts are nowhere else."""
+        missing = self.task.ref.missing()
+        for shard in sorted(set(range(self.task.session.num_shards)) - set(missing)):
+            receipt = read_receipt(Folder(self.task.ref.folder), shard, self._warn)
+            if receipt is None:
+                self._warn(f"shard {shard} has no receipt and is remade; its calls are in the call log")
+                missing.append(shard)
+            else:
+                self._receipts[shard] = receipt
+        return sorted(missing)
+
+    def _warn(self, line: str) -> None:
+        self._board.say(f"{self.task.name}: {line}")
 
     def take(self, receipt: Receipt) -> None:
         """Note how a shard ended. Storage that cannot be written stops the stage: raised here, the error would end the
@@ -176,6 +193,7 @@ class _Sharded:
         if receipt.status == "ok":
             self._board.add(name, Usage(), shards_done=1)
             self._ledger.done(shard)
+            self._receipts[shard] = receipt
         elif receipt.status == "stopped":
             self._stopped[shard] = reason
             self._board.stop(name, reason)
@@ -200,17 +218,9 @@ class _Sharded:
                 f"{self._left} of {task.session.num_shards} shards were left out of this session; "
                 "`quorum run` makes them"
             )
-        facts, usage = _receipts(task)
+        counts, usage = collections.Counter[str](), Usage()
+        for _, receipt in sorted(self._receipts.items()):
+            counts.update(receipt.counts)
+            usage += Usage.read(receipt.usage)
         seconds = max(0.0, self.last - begin) + time.monotonic() - end
-        return _finish(task, facts, usage + Usage(wall_seconds=seconds))
-
-
-def _receipts(task: StageTask) -> tuple[dict[str, Any], Usage]:
-    """Facts (counts that add up over shards) and usage of a stage whose shards are all there."""
-    folder, counts, usage = Folder(task.ref.folder) / "_receipts", dict[str, int](), Usage()
-    for shard in range(task.session.num_shards):
-        receipt = folder.read_json(receipt_name(shard))
-        for name, count in receipt["counts"].items():
-            counts[name] = counts.get(name, 0) + count
-        usage += Usage.read(receipt["usage"])
-    return {"counts": dict(sorted(counts.items()))}, usage
+        return _finish(task, {"counts": dict(sorted(counts.items()))}, usage + Usage(wall_seconds=seconds))

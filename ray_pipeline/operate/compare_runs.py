@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from ray_pipeline.graph.results import Run
-from ray_pipeline.store.files import StoreError
+from ray_pipeline.store.files import DamagedFile, StoreError
 from ray_pipeline.workflow.registry import find_workflow
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ def side_of(run: Run) -> Side:
     except FileNotFoundError as error:
         message = f"{run.folder.location} has no {name}; run `quorum report {run.folder.location}` to write it"
         raise StoreError(message) from error
-    except json.JSONDecodeError as error:
+    except DamagedFile as error:
         message = f"{run.folder.uri(name)} is not valid JSON; run `quorum report {run.folder.location}` to rebuild it"
         raise StoreError(message) from error
     return Side(

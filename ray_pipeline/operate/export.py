@@ -32,7 +32,7 @@ def export(run: Run, out: Path, kinds: Sequence[str] = (), stage: str = "dataset
         The files written.
 
     Raises:
-        StoreError: the stage is not done, has no such kind, a file is torn or foreign, or `out` is not an export.
+        StoreError: the stage is not done, has no such kind, a file is damaged or foreign, or `out` is not an export.
     """
     if stage not in run.results:
         others = ", ".join(other.name for other in of_role(run.results, "datasets", "branch datasets")) or "none"
@@ -52,7 +52,9 @@ def export(run: Run, out: Path, kinds: Sequence[str] = (), stage: str = "dataset
         for split in SPLITS:
             place = source / kind / split
             names = place.names(".parquet")
-            rows[kind][split] = sum(place.check_table(n, fingerprint=result.fingerprint, kind=kind) for n in names)
+            rows[kind][split] = sum(
+                place.read_table(n, fingerprint=result.fingerprint, kind=kind).num_rows for n in names
+            )
             for name in names:
                 (target / kind / split).write_bytes(name, place.read_bytes(name))
                 written.append(out / kind / split / name)

@@ -9,7 +9,7 @@ from typing import Any
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.stage import BadInput, Stage, StageStop, WholeInput, WholeWork
-from ray_pipeline.store.files import NotWritten, StoreError, join
+from ray_pipeline.store.files import Folder, NotWritten, StoreError, join
 from ray_pipeline.store.schemas import TRAIN_METRICS
 from ray_pipeline.training.fit import fit
 from ray_pipeline.training.methods import TrainingInputError, method_label, method_of
@@ -92,6 +92,10 @@ def _train_policy(given: WholeInput) -> dict[str, Any]:
     train, model = settings.train, settings.model
     data = given.inputs["datasets"]
     kind = method_of(train.method).data
+    rows = Folder(data.folder) / kind
+    for split in rows.folders():
+        for name in (rows / split).names(".parquet"):
+            (rows / split).read_table(name)  # verifies it, which TRL's reader does in part
     validation = data.facts.get("rows", {}).get(kind, {}).get("val", 0)
     resolved: dict[str, Any] = {}
     if train.use_gpu is None:

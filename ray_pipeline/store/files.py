@@ -14,7 +14,8 @@ import posixpath
 import stat
 import urllib.parse
 import uuid
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ray_pipeline.store.outside import storable
 from ray_pipeline.store.secrets import looks_like_key, redact
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.fs as pafs
     import pyarrow.parquet as pq
+
+T = TypeVar("T")
 
 #: Footer key with the fingerprint of the stage that wrote a Parquet file.
 FINGERPRINT_KEY = b"quorum.fingerprint"
@@ -219,14 +222,38 @@ class Folder:
             raise
         _sync_folder(posixpath.dirname(target))
 
-    def read_json(self, name: str) -> Any:
-        """The parsed file. Raises DamagedFile, naming the file, if it is not valid JSON."""
+    def read_json(self, name: str, *, set_aside: bool = False) -> Any:
+        """The parsed file.
+
+        Args:
+            set_aside: rename a damaged file, for one that a stage made; not for one that a process keeps writing.
+
+        Raises:
+            DamagedFile: it is not valid JSON.
+        """
         try:
             return json.loads(self.read_bytes(name))
         except ValueError as error:
-            raise DamagedFile(
-                f"{self.uri(name)} is not valid JSON ({error}); remove it and rerun the same command"
-            ) from error
+            reason, remedy = f"{self.uri(name)} is not valid JSON ({error})", "rerun the same command"
+            if set_aside:
+                raise DamagedFile(self.set_aside(name, f"{reason}; {remedy}")) from error
+            raise DamagedFile(f"{reason}; remove it and {remedy}") from error
+
+    def load(self, name: str, parse: Callable[[Any], T], warn: Callable[[str], None] | None) -> T | None:
+        """What `parse` makes of a JSON file; None where there is none, or it cannot be used.
+
+        Args:
+            warn: called with a line when the file cannot be used, which is then set aside; None: it stays, unnamed.
+        """
+        try:
+            return parse(json.loads(self.read_bytes(name)))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if warn is not None:
+                reason = f"no {error}" if isinstance(error, KeyError) else error
+                warn(self.set_aside(name, str(self._damaged(name, reason))))
+            return None
 
     def write_json(self, name: str, value: Any) -> None:
         text = json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False)
@@ -308,10 +335,10 @@ class Folder:
         return table.select(columns or schema.names).cast(pa.schema([schema.field(n) for n in columns or schema.names]))
 
     def set_aside(self, name: str, reason: str) -> str:
-        """Rename a file that cannot be used, so that it is not read again and its stage makes it anew.
+        """Rename a file that cannot be used, so that it is not read again and its stage remakes it.
 
-        It becomes `NAME.damaged-1`, or the next free number. The stage whose folder it is in loses `_result.json`, and
-        with it the state of being done.
+        It becomes `NAME.damaged-1`, or the next free number. The stage in whose folder it is loses `_result.json`:
+        it is not done any more.
 
         Returns:
             The reason with the new name, for the user.

@@ -15,6 +15,7 @@ import torch.distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ray_pipeline.store.files import Folder, NotWritten, StoreError
+from ray_pipeline.training.checkpoints import checkpoint_name, write_checksums
 from ray_pipeline.training.spec import PROGRESS, STOP
 
 logger = logging.getLogger("quorum.train")
@@ -108,15 +109,23 @@ class ReportCheckpoint(TrainerCallback):
 
     Rank 0 has the whole checkpoint, the other ranks only their random state (and shards, if the model is sharded).
     Each rank has its own folder, and Ray Train merges them. The report is a barrier: all ranks call it.
+
+    Args:
+        run: Ray Train's folder of the run.
     """
+
+    def __init__(self, run: Folder) -> None:
+        self._run = run
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         newest = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
+        if folder.is_dir():
+            write_checksums(folder, args.process_index)
         ray.train.report(
             {"step": state.global_step, **{k: v for k, v in newest.items() if isinstance(v, (int, float))}},
             checkpoint=ray.train.Checkpoint.from_directory(folder) if folder.is_dir() else None,
-            checkpoint_dir_name=f"step-{state.global_step:08d}",
+            checkpoint_dir_name=checkpoint_name(self._run, state.global_step),
         )
         if not state.is_world_process_zero:
             shutil.rmtree(folder, ignore_errors=True)  # Hugging Face rotates checkpoints on rank 0 only

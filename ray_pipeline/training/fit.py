@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from ray_pipeline.store.files import Folder, join
 from ray_pipeline.store.schemas import TRAIN_METRICS
+from ray_pipeline.training.checkpoints import check_checkpoints
 from ray_pipeline.training.data_check import check_data
 from ray_pipeline.training.methods import TrainingInputError, validate_trainer_args
 from ray_pipeline.training.metrics import mean_train_loss
@@ -39,7 +40,7 @@ def fit(spec: TrainSpec, warn: Callable[[str], None] = logger.warning) -> TrainR
     Needs a connected Ray; call it from a driver or from a task with `num_cpus=0`.
 
     Args:
-        warn: called with warnings about the data, as sentences, before the workers start.
+        warn: called with warnings about the data and the checkpoints, as sentences, before the workers start.
 
     Raises:
         TrainingInputError: invalid settings or data, or the cluster cannot place the workers (nothing was started), or
@@ -65,6 +66,7 @@ def fit(spec: TrainSpec, warn: Callable[[str], None] = logger.warning) -> TrainR
             os.makedirs(place, exist_ok=True)
 
     storage = Folder(spec.storage_path)
+    check_checkpoints(storage / spec.run_name, warn)
     trainer = TorchTrainer(
         _train,  # type: ignore[arg-type]  # Train V2 keeps the return value; the types are V1's
         train_loop_config={"spec": spec.to_dict()},

@@ -30,6 +30,7 @@ from ray_pipeline.training.callbacks import (
     StopWhenDone,
 )
 from ray_pipeline.training.card import model_card
+from ray_pipeline.training.checkpoints import newest_checkpoint
 from ray_pipeline.training.folders import clear
 from ray_pipeline.training.metrics import train_metrics
 from ray_pipeline.training.save import write_model
@@ -62,14 +63,15 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
     try:
         progress = LogProgress(spec.effective_batch, kept)
         stop = StopAtCheckpoint(kept)
-        trainer = build_trainer(spec, str(scratch), callbacks=[ReportCheckpoint(), stop, progress])
+        run = Folder(spec.storage_path) / spec.run_name
+        trainer = build_trainer(spec, str(scratch), callbacks=[ReportCheckpoint(run), stop, progress])
         if trainer.eval_dataset is not None:
             trainer.add_callback(EvaluateEachEpoch())
         trainer.add_callback(StopWhenDiverged(trainer))
         effective = effective_settings(spec, trainer)
         started = time.monotonic()
         try:
-            resumed_from = _train(trainer)
+            resumed_from = _train(trainer, run)
         except Diverged as error:  # a restart would diverge again
             return {"diverged": str(error)}
         train_seconds = time.monotonic() - started
@@ -118,15 +120,16 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _train(trainer: Any) -> int | None:
-    """Train from the newest checkpoint of this run, if there is one; returns its step."""
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
+def _train(trainer: Any, run: Folder) -> int | None:
+    """Train from the newest whole checkpoint of this run, if there is one; returns its step."""
+    recorded = ray.train.get_checkpoint()
+    name = newest_checkpoint(run, Path(recorded.path).name if recorded else None)
+    if name is None:
         trainer.train()
         return None
     begun = StopWhenDone()
     trainer.add_callback(begun)
-    with checkpoint.as_directory() as folder:
+    with ray.train.Checkpoint(run.path(name), run.fs).as_directory() as folder:
         try:
             trainer.train(resume_from_checkpoint=folder)
         except AllStepsDone:

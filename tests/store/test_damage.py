@@ -24,7 +24,7 @@ from ray_pipeline.store.files import RESULT, DamagedFile, Folder, StoreError
 from ray_pipeline.store.schemas import CALLS, VERDICTS, to_table
 from tests.store.test_calls import row as call
 
-DATA = {"fingerprint": "0123abcd", "kind": "t"}
+DATA: dict[str, Any] = {"fingerprint": "0123abcd", "kind": "t"}
 
 
 def verdicts(n: int) -> pa.Table:
@@ -97,7 +97,7 @@ def test_pages_have_checksums_that_other_readers_verify(tmp_path: Path) -> None:
     path.write_bytes(written)
     whole = TABLES["a shard"]
     options = pads.ParquetFragmentScanOptions(page_checksum_verification=True)
-    load = {"data_files": str(path), "split": "train", "cache_dir": str(tmp_path / "cache")}
+    load: dict[str, Any] = {"data_files": str(path), "split": "train", "cache_dir": str(tmp_path / "cache")}
     assert pq.read_table(path, page_checksum_verification=True).replace_schema_metadata(None).equals(whole)
     assert len(pd.read_parquet(path)) == pq.read_metadata(path).num_rows == 60
     assert datasets.load_dataset("parquet", **load).to_list() == whole.to_pylist()
@@ -127,8 +127,9 @@ def test_a_file_of_a_version_without_checksums_is_read(tmp_path: Path) -> None:
 
 
 def flip(path: Path) -> None:
+    """Change a bit in the pages of a Parquet file."""
     data = bytearray(path.read_bytes())
-    data[len(data) // 3] ^= 1
+    data[(len(data) - parquet.footer_size(bytes(data[-8:]))) // 2] ^= 1
     path.write_bytes(data)
 
 

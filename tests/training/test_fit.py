@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -323,6 +325,22 @@ def test_a_diverged_training_leaves_no_policy(make_spec: MakeSpec, local_ray: No
     ):
         fit(spec)
     assert names(spec.output_dir) == [PROGRESS]
+
+
+def test_from_a_newest_checkpoint_that_is_cut_in_half_training_goes_back_by_one(full: Finished, tmp_path: Path) -> None:
+    spec, result = full
+    shutil.copytree(spec.storage_path, tmp_path / "ray_train")
+    newest = tmp_path / "ray_train" / spec.run_name / f"step-{STEPS:08d}"
+    (weights,) = newest.glob("*.safetensors")
+    os.truncate(weights, weights.stat().st_size // 2)
+    told: list[str] = []
+    damaged = dataclasses.replace(spec, storage_path=str(tmp_path / "ray_train"), output_dir=str(tmp_path / "policy"))
+    again = fit(damaged, told.append)
+    assert (again.steps, again.resumed_from) == (STEPS, STEPS - spec.settings.save_steps)
+    assert f"{newest} is damaged ({weights.name} does not match its checksum)" in told[-1]
+    assert again.metrics.equals(result.metrics)
+    assert_same_weights(again.merged, result.merged, "model")
+    assert f"step-{STEPS:08d}-2" in names(newest.parent)
 
 
 def test_a_sharded_model_trains_resumes_and_is_gathered(finished: Finished, make_spec: MakeSpec) -> None:

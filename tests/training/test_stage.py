@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from pydantic import ValidationError
 
@@ -15,10 +16,11 @@ from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.stage import BadInput, Stage, StageResult, StageStop, WholeInput, WholeWork
 from ray_pipeline.policy import train as stage
 from ray_pipeline.policy.train import train, train_policy
-from ray_pipeline.store.files import Folder
+from ray_pipeline.store.files import RESULT, DamagedFile, Folder
 from ray_pipeline.store.schemas import TRAIN_METRICS
 from ray_pipeline.training.methods import METHODS, TrainingInputError
 from ray_pipeline.training.spec import STOP, TrainingStopped, TrainResult, TrainSettings, TrainSpec
+from tests.store.test_damage import flip
 
 
 def test_beta_is_the_methods_own_and_shown() -> None:
@@ -172,3 +174,16 @@ def test_options_reach_the_training(run_stage: RunStage) -> None:
 def test_data_that_cannot_be_trained_on_stop_the_stage(run_stage: RunStage) -> None:
     with pytest.raises(BadInput, match="no row fits"):
         run_stage(TrainSettings(), 15)
+
+
+def test_a_damaged_file_of_rows_is_found_before_the_training(run_stage: RunStage, tmp_path: Path) -> None:
+    data = Folder(str(tmp_path / "data"))
+    data.write_json(RESULT, {})
+    (data / "kto/train").write_table("part-00000.parquet", pa.table({"a": list(range(1000))}), fingerprint="d" * 16)
+    run_stage(TrainSettings())
+    flip(tmp_path / "data/kto/train/part-00000.parquet")
+    with pytest.raises(
+        DamagedFile, match=r"part-00000\.parquet is damaged .*set aside as part-00000\.parquet\.damaged-1"
+    ):
+        run_stage(TrainSettings())
+    assert not data.exists(RESULT)  # the datasets are made again before the next training
