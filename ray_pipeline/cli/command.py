@@ -20,7 +20,7 @@ app = typer.Typer(
     help=(
         "Preference data by consensus of LLM judges, and a policy aligned with it, on Ray.\n\n"
         "Try `quorum run dmapo --config configs/pocket.yaml`: the whole method on small real models, without a GPU.\n\n"
-        "Exit codes: 0 done, 1 a stage failed, 2 bad input or configuration."
+        "Exit codes: 0 done, 1 a stage failed, 2 bad input or configuration, 130 and 143 ended by SIGINT and SIGTERM."
     ),
 )
 

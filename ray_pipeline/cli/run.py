@@ -10,7 +10,6 @@ from rich.console import Console
 
 from ray_pipeline.cli.terminal import (
     BAD_INPUT,
-    INTERRUPTED,
     STAGE_FAILED,
     ConfigOption,
     OverridesArgument,
@@ -73,38 +72,34 @@ def run(
     from ray_pipeline.workflow.registry import find_workflow
 
     changes = [*(overrides or []), *(["evaluate.skip_generation=true"] if skip_generation else [])]
-    try:
-        with refused():
-            chosen = find_workflow(workflow)
-            settings = load_config(chosen.config, config, changes)
-            folder = settings.run_folder(run_dir)
-            dag = chosen.wire(settings, folder)
-            if dry_run:
-                _show_stages(dag, folder, settings.num_shards, from_stage, to_stage)
-                say(f"run folder: {folder}; call log: {settings.calls_root(folder)}; {settings.num_shards} shards")
-                return
-            if in_a_job():
-                check_location(run_dir or settings.run.root, "--run-dir" if run_dir else "run.root")
-                check_location(settings.calls.root or folder, "calls.root")
-            _link_latest(folder, settings.run.root)
-            outcome = execute(
-                dag,
-                run_settings(
-                    settings,
-                    folder,
-                    workflow=workflow,
-                    budget=budget_of(settings, max_cost, device_hour),
-                    log_json=log_json,
-                    debug=debug,
-                ),
-                executor_of(settings, executor),
-                from_group=from_stage,
-                to_group=to_stage,
-                console=Console(soft_wrap=True),
-            )
-    except KeyboardInterrupt:
-        complain("interrupted; rerun the same command to resume")
-        raise typer.Exit(INTERRUPTED) from None
+    with refused():
+        chosen = find_workflow(workflow)
+        settings = load_config(chosen.config, config, changes)
+        folder = settings.run_folder(run_dir)
+        dag = chosen.wire(settings, folder)
+        if dry_run:
+            _show_stages(dag, folder, settings.num_shards, from_stage, to_stage)
+            say(f"run folder: {folder}; call log: {settings.calls_root(folder)}; {settings.num_shards} shards")
+            return
+        if in_a_job():
+            check_location(run_dir or settings.run.root, "--run-dir" if run_dir else "run.root")
+            check_location(settings.calls.root or folder, "calls.root")
+        _link_latest(folder, settings.run.root)
+        outcome = execute(
+            dag,
+            run_settings(
+                settings,
+                folder,
+                workflow=workflow,
+                budget=budget_of(settings, max_cost, device_hour),
+                log_json=log_json,
+                debug=debug,
+            ),
+            executor_of(settings, executor),
+            from_group=from_stage,
+            to_group=to_stage,
+            console=Console(soft_wrap=True),
+        )
     if outcome.failures:
         for name, failure in outcome.failures.items():
             complain(f"{name} failed: {failure.reason}")

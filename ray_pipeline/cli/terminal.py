@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Iterator
 from typing import Annotated
 
@@ -13,7 +14,7 @@ from ray_pipeline.store.outside import shown
 from ray_pipeline.workflow.registry import workflow_names
 
 #: Exit codes.
-DONE, STAGE_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+DONE, STAGE_FAILED, BAD_INPUT = 0, 1, 2
 
 WorkflowArgument = Annotated[
     str,
@@ -45,7 +46,7 @@ def complain(message: object) -> None:
 
 @contextlib.contextmanager
 def refused() -> Iterator[None]:
-    """End the command on bad input with one line and exit code 2."""
+    """End the command on bad input with one line and exit code 2, and after SIGINT or SIGTERM with 130 or 143."""
     from ray_pipeline.graph.heartbeat import RunBusy
 
     try:
@@ -53,3 +54,6 @@ def refused() -> Iterator[None]:
     except (ValueError, FileNotFoundError, RunBusy) as error:  # configuration, input and storage errors are ValueErrors
         complain(error)
         raise typer.Exit(BAD_INPUT) from error
+    except KeyboardInterrupt as interrupt:  # `Interrupted` has the signal
+        complain("interrupted; finished work is kept; rerun the same command to resume")
+        raise typer.Exit(128 + getattr(interrupt, "number", signal.SIGINT)) from None

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-import signal
 import threading
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -16,7 +14,8 @@ from rich.console import Console
 
 from ray_pipeline.graph.executor import Executor
 from ray_pipeline.graph.failures import lift_quarantine
-from ray_pipeline.graph.heartbeat import BEAT_SECONDS, Heartbeat
+from ray_pipeline.graph.heartbeat import BEAT_SECONDS, Heartbeat, LogUse
+from ray_pipeline.graph.interrupts import Interrupted, Interrupts
 from ray_pipeline.graph.log import RunLog, logger
 from ray_pipeline.graph.manifest import Manifest
 from ray_pipeline.graph.progress import Display, ProgressBoard, StageProgress
@@ -25,7 +24,7 @@ from ray_pipeline.graph.session import Session, TaskGraph
 from ray_pipeline.graph.spending import Budget, Spending
 from ray_pipeline.graph.stage import Dag, Stage, StageResult
 from ray_pipeline.graph.stage_work import End, Failure
-from ray_pipeline.store.files import Folder, StoreError, point_at
+from ray_pipeline.store.files import Folder, NotWritten, StoreError, point_at
 
 #: Seconds between two looks at the board.
 _LOOK_SECONDS = 0.5
@@ -86,6 +85,7 @@ def execute(
     Raises:
         RunBusy: another living process holds the run folder.
         ValueError: `from_group` or `to_group` is no stage, or a stage before `from_group` is not complete.
+        Interrupted: SIGINT or SIGTERM came; the calls that were answered are in the call log.
     """
     console, session = console or Console(), settings.session
     folder = Folder(session.folder)
@@ -93,9 +93,12 @@ def execute(
     again = [s for s in dag.downstream(from_group) if s in wanted] if from_group else []
     for new in (folder, Folder(session.calls_root)):
         new.make(settings.shared)
+    interrupts = Interrupts()
     with (
         RunLog(folder, console, settings.log_json, settings.debug) as log,
-        Heartbeat(folder, beat_seconds=settings.beat_seconds, on_loss=lambda: _lost(folder, log), say=log.say),
+        Heartbeat(
+            folder, beat_seconds=settings.beat_seconds, on_loss=lambda: _lost(folder, log, interrupts), say=log.say
+        ),
     ):
         folder.write_bytes("config.yaml", yaml.safe_dump(dict(settings.config), sort_keys=False).encode())
         results = finished(dag, wanted, session, from_group, log.say)
@@ -121,7 +124,8 @@ def execute(
                     folder.delete_folder(stage.folder_name)
             if todo:
                 log.stages = [stage.name for stage in wanted]
-                _make(todo, settings, executor, books, console)
+                with _log_use(settings, log.say):
+                    _make(todo, settings, executor, books, console, interrupts)
             if last or not books.failures or not (undone := drop_undone(wanted, folder, results)):
                 break
             # A stage failed because a file that it read was damaged, and the file was set aside.
@@ -136,23 +140,49 @@ def execute(
         return RunOutcome(results, books.failures, not_run)
 
 
-def _lost(folder: Folder, log: RunLog) -> None:
-    """End this process as an interrupt would: two writers must not work in one run folder."""
+def _log_use(settings: RunSettings, say: Callable[[str], None]) -> contextlib.AbstractContextManager[object]:
+    session = settings.session
+    if session.replay_only:
+        return contextlib.nullcontext()
+    return LogUse(Folder(session.calls_root), session.folder, beat_seconds=settings.beat_seconds, say=say)
+
+
+def _lost(folder: Folder, log: RunLog, interrupts: Interrupts) -> None:
+    """End this process at once: two writers must not work in one run folder."""
     log.say(f"another process has taken over {folder.location}; this one stops")
-    os.kill(os.getpid(), signal.SIGINT)
+    interrupts.end_now()
 
 
-def _make(todo: Sequence[Stage], settings: RunSettings, executor: Executor, books: _Books, console: Console) -> None:
+def _make(
+    todo: Sequence[Stage],
+    settings: RunSettings,
+    executor: Executor,
+    books: _Books,
+    console: Console,
+    interrupts: Interrupts,
+) -> None:
+    """Make stages and keep the books. A book that cannot be written, or a signal, stops the stages gracefully."""
+    unwritten: NotWritten | None = None
     by_name = {stage.name: stage for stage in todo}
     spending = Spending(Folder(settings.session.folder), settings.budget, books.log.say)
-    with executor.open(settings.session, books.log.say) as board:
+    with executor.open(settings.session, books.log.say) as board, interrupts:  # Ray takes SIGTERM when it starts
         session = dataclasses.replace(settings.session, id=uuid.uuid4().hex[:8], board=board)
         if reason := spending.over():
             board.stop("*", reason)
-        with _shown(books, board, spending, Console(quiet=True) if settings.log_json else console, executor.live):
+        shown_on = Console(quiet=True) if settings.log_json else console
+        with _shown(books, board, spending, shown_on, executor.live, interrupts):
             graph = TaskGraph(tuple(session.task(stage) for stage in todo))
             for name, end in executor.run(graph, dict(books.results)):
-                books.take(by_name[name], end, board)
+                if isinstance(end, StageResult) or interrupts.number is None:
+                    try:
+                        books.take(by_name[name], end, board)
+                    except NotWritten as error:
+                        unwritten = unwritten or error
+                        board.stop("*", str(error))
+        if interrupts.number is not None and not by_name.keys() <= books.results.keys():
+            raise Interrupted(interrupts.number)
+        if unwritten is not None:
+            raise unwritten
 
 
 class _Books:
@@ -195,8 +225,11 @@ def _done_line(result: StageResult) -> str:
 
 
 @contextlib.contextmanager
-def _shown(books: _Books, board: ProgressBoard, spending: Spending, console: Console, live: bool) -> Iterator[None]:
-    """Look at the board twice a second, in a thread: show it, write it down, and stop the run at its limit."""
+def _shown(
+    books: _Books, board: ProgressBoard, spending: Spending, console: Console, live: bool, interrupts: Interrupts
+) -> Iterator[None]:
+    """Look at the board twice a second, in a thread: show it, write it down, and stop the run at its limit or after a
+    signal."""
     ended = threading.Event()
 
     def look(last: bool = False) -> None:
@@ -221,6 +254,7 @@ def _shown(books: _Books, board: ProgressBoard, spending: Spending, console: Con
 
     def forever() -> None:
         while not ended.wait(_LOOK_SECONDS):
+            interrupts.pass_on(board, books.log.say)
             look()
 
     with Display(console, books.log.stages, live) as display:

@@ -121,3 +121,71 @@ class Heartbeat:
     def _write(self) -> None:
         self._count += 1
         self._folder.write_json(_NAME, {"owner": self.owner, "beat": self._count})
+
+
+class LogUse:
+    """Marks a call log as used while the `with` block runs, and reports at its start that another run uses it.
+
+    Several runs may share a call log, but a shard reads it only when it begins: a call that two runs make at the same
+    time is made, and paid for, twice.
+
+    Args:
+        calls: folder of the call log.
+        run: location of the run folder. Nobody else is in it, so another mark of this run is that of a killed process.
+    """
+
+    def __init__(self, calls: Folder, run: str, *, beat_seconds: float, say: Callable[[str], None]) -> None:
+        self._calls, self._run, self._beat, self._say = calls, run, beat_seconds, say
+        self._name = f"running-{uuid.uuid4().hex[:12]}.json"
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat_forever, name="quorum-log-use", daemon=True)
+
+    def __enter__(self) -> LogUse:
+        others = self._others()
+        self._thread.start()
+        if living := self._living(others):
+            self._say(
+                f"{' and '.join(living)} is running on the same call log ({self._calls.location}): a call that both "
+                "make at the same time is paid for twice. To pay once, interrupt this run and rerun the same command "
+                "when the other has ended"
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join(timeout=10)
+        with contextlib.suppress(OSError):
+            self._calls.delete(self._name)
+
+    def _living(self, others: dict[str, dict[str, object]]) -> list[str]:
+        """The runs whose marks change within a few beats; marks that stand still are deleted."""
+        living: set[str] = set()
+        end = time.monotonic() + self._beat * BEATS_WAITED
+        while others and time.monotonic() < end:
+            time.sleep(self._beat / 4)
+            now = self._others()
+            living |= {str(mark["run"]) for name, mark in others.items() if name in now and now[name] != mark}
+            others = {name: mark for name, mark in others.items() if now.get(name) == mark}
+        for name in others:
+            with contextlib.suppress(OSError):
+                self._calls.delete(name)
+        return sorted(living)
+
+    def _others(self) -> dict[str, dict[str, object]]:
+        marks: dict[str, dict[str, object]] = {}
+        for name in self._calls.names(".json"):
+            if name.startswith("running-") and name != self._name:
+                with contextlib.suppress(FileNotFoundError, StoreError):
+                    mark = self._calls.read_json(name)
+                    if isinstance(mark, dict) and mark.get("run") != self._run:
+                        marks[name] = mark
+        return marks
+
+    def _beat_forever(self) -> None:
+        count = 0
+        while True:
+            count += 1
+            with contextlib.suppress(OSError):  # a log that cannot be written is reported where replies are written
+                self._calls.write_json(self._name, {"run": self._run, "beat": count})
+            if self._ended.wait(self._beat):
+                return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -35,6 +36,7 @@ class Quorum:
             stderr=subprocess.STDOUT,
             text=True,
             env={**os.environ, **(env or {})},
+            start_new_session=True,
         )
         self.engines: dict[int, psutil.Process] = {}
         self.actors: dict[int, psutil.Process] = {}
@@ -82,6 +84,10 @@ class Quorum:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait(30)
+
+    def interrupt(self) -> None:
+        """Ctrl-C: a terminal sends SIGINT to the whole process group."""
+        os.killpg(self.process.pid, signal.SIGINT)
 
     def living_engines(self, within: float = 20) -> list[int]:
         """Pids of engine processes that are still there after some seconds."""

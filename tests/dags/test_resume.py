@@ -27,6 +27,7 @@ from tests.dags.conftest import (
     wait_until,
 )  # fmt: skip
 from tests.dags.in_process import here
+from tests.endpoint import KEY, Answer, Endpoint, said
 
 pytestmark = pytest.mark.e2e
 
@@ -172,6 +173,31 @@ def test_the_driver_killed_in_the_judge_stage(log: Path, tmp_path: Path) -> None
     assert total > kept, "judging was over before it was killed"
     assert sum(engine_calls(folder).values()) > 0
     replay(folder, log, tmp_path / "replay", *slow)
+
+
+def test_a_signal_ends_the_command_and_every_answered_call_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls in progress when it comes, too. The endpoint is scripted; command, Ray and signals are real."""
+    monkeypatch.setenv("LOOPBACK_KEY", KEY)
+    folder, slow = tmp_path / "run", Answer(**{**vars(said("The answer is 7.")), "delay": 0.5})
+    with Endpoint(lambda body, n: slow) as server:
+        endpoint = f"{{base_url: '{server.url}', api_key_env: LOOPBACK_KEY, concurrency: 2}}"
+        model = f"models.judge={{engine: openai, model: m, canary: false, endpoint: {endpoint}}}"
+        command = ["run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), "--to", "candidates", *SMALL]
+        command += [model, "candidates.model=judge"]
+        for code, end in ((130, Quorum.interrupt), (143, lambda quorum: quorum.process.terminate())):
+            before = len(server.asked)
+            quorum = Quorum(*command)
+            wait_until(quorum, lambda least=before + 20: len(server.asked) > least)
+            end(quorum)
+            output = quorum.ends(code)
+            assert "quorum: interrupted; finished work is kept; rerun the same command to resume" in output
+            assert "no further call is made" in output and "FAILED" not in output
+            assert calls_of(folder / "calls", "candidate") == len(server.asked)
+        slow = said("The answer is 7.")
+        here(*command)
+        assert calls_of(folder / "calls", "candidate") == len(server.asked) == 4 * COUNT
 
 
 def test_killed_engines_and_actors_are_replaced_without_a_rerun(log: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ray_pipeline.graph.heartbeat import BEATS_WAITED, Heartbeat, RunBusy
+from ray_pipeline.graph.heartbeat import BEATS_WAITED, Heartbeat, LogUse, RunBusy
 from ray_pipeline.store.files import Folder
 
 BEAT = 0.05
@@ -174,3 +174,39 @@ def test_of_newcomers_at_the_same_moment_exactly_one_wins(folder: Folder, stale:
     for thread in threads:
         thread.join(20)
     assert not folder.exists(FILE)
+
+
+# --- a call log that several runs share -------------------------------------------------------------------------------
+
+
+def use(folder: Folder, run: str, said: list[str]) -> LogUse:
+    return LogUse(folder, run, beat_seconds=BEAT, say=said.append)
+
+
+def test_the_second_run_on_a_call_log_says_that_it_pays_again(folder: Folder) -> None:
+    first: list[str] = []
+    second: list[str] = []
+    with use(folder, "/runs/a", first):
+        assert until(lambda: bool(folder.names(".json")))
+        with use(folder, "/runs/b", second):
+            pass
+    assert first == [] and folder.names() == []
+    [line] = second
+    assert line.startswith(f"/runs/a is running on the same call log ({folder.location})") and "paid for twice" in line
+    with use(folder, "/runs/b", first):  # the other has ended
+        pass
+    assert first == []
+
+
+def test_the_mark_of_a_killed_run_is_removed(folder: Folder) -> None:
+    said: list[str] = []
+    folder.write_json("running-dead.json", {"run": "/runs/a", "beat": 7})
+    folder.write_bytes("running-torn.json", b"{")
+    with use(folder, "/runs/b", said):
+        assert "running-dead.json" not in folder.names()
+    assert said == []
+    folder.write_json("running-dead.json", {"run": "/runs/b", "beat": 7})
+    begin = time.monotonic()
+    with LogUse(folder, "/runs/b", beat_seconds=2.0, say=said.append):  # nobody else can be in its run folder
+        assert time.monotonic() - begin < 2.0 * BEATS_WAITED
+    assert said == []

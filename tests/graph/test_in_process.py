@@ -6,21 +6,29 @@ import errno
 import functools
 import io
 import json
+import os
+import signal
 import stat
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from rich.console import Console
 
+from ray_pipeline.cli.terminal import refused
 from ray_pipeline.engines import log_storage
 from ray_pipeline.engines.base import Completion, EngineDead, Message, Sampling
+from ray_pipeline.graph import interrupts
 from ray_pipeline.graph.driver import RunOutcome, RunSettings, execute
 from ray_pipeline.graph.failures import FailureSettings, read_failures
 from ray_pipeline.graph.in_process import InProcessExecutor
+from ray_pipeline.graph.interrupts import Interrupted
 from ray_pipeline.graph.session import Session, ShardTask, TaskGraph
 from ray_pipeline.graph.spending import Budget
 from ray_pipeline.graph.stage import Dag, ShardInput, ShardOutput, ShardWork, Stage, WholeInput, WholeWork
@@ -41,6 +49,7 @@ class World:
         self.asked: list[int] = []
         self.failing: dict[int, int] = {}  # shard → times to fail
         self.deaths = 0
+        self.delay = 0.0
         self.on_shard: Callable[[int], None] = lambda shard: None
         self.ask = Stage("ask", ShardWork(self._ask, ("critiques",), engine=self._engine), {})
         self.copy = Stage("copy", ShardWork(self._copy, ("critiques",)), {}, {"asked": self.ask})
@@ -97,7 +106,7 @@ class Engine(ScriptedEngine):
     """Dies with its first call as often as its world wants."""
 
     def __init__(self, world: World) -> None:
-        super().__init__(echo)
+        super().__init__(echo, delay=world.delay)
         self.world, self.closed = world, 0
 
     async def chat(self, messages: Sequence[Message], sampling: Sampling) -> Completion:
@@ -233,6 +242,50 @@ def test_storage_that_cannot_be_written_stops_the_run_and_no_call_is_made_twice(
     room[0] = True
     assert not world.run().failures
     assert sum(engine.calls for engine in world.engines) == SHARDS
+
+
+def send(number: int, when: Callable[[], bool]) -> threading.Thread:
+    """Send this process a signal at some moment."""
+
+    def wait() -> None:
+        while not when():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_gracefully_and_calls_in_progress_are_kept(world: World, number: int, code: int) -> None:
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    world.delay = 1.5
+    sender = send(number, lambda: bool(world.engines) and world.engines[0].in_flight == 3)
+    with pytest.raises(typer.Exit) as ended, refused():
+        world.run()
+    sender.join()
+    assert ended.value.exit_code == code
+    assert f"{signal.Signals(number).name}: no further call is made; waiting up to 10 s" in world.out.getvalue()
+    assert "FAILED" not in world.out.getvalue() and not (world.folder / "heartbeat.json").exists()
+    assert world.engines[0].calls == 3 and world.engines[0].closed == 1
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+    world.delay = 0.0
+    assert not world.run().failures and world.engines[1].calls == SHARDS - 3
+
+
+def test_a_call_that_takes_too_long_is_not_waited_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupts, "GRACE_SECONDS", 1.0)
+    world.delay = 60.0
+    sender = send(signal.SIGTERM, lambda: bool(world.engines) and world.engines[0].in_flight == 3)
+    begin = time.monotonic()
+    with pytest.raises(Interrupted) as ended:
+        world.run()
+    sender.join()
+    assert ended.value.number == signal.SIGTERM and time.monotonic() - begin < 30
+    world.delay = 0.0
+    assert not world.run().failures
 
 
 def test_an_engine_that_dies_is_replaced(world: World) -> None:
