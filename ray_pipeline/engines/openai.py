@@ -83,6 +83,7 @@ class OpenAIEngine:
 
     Attributes:
         notes: messages for the user, each once: the engine's log is not on the terminal.
+        concurrency: calls in progress; further ones wait.
     """
 
     def __init__(self, spec: OpenAISpec) -> None:
@@ -90,7 +91,8 @@ class OpenAIEngine:
         self.notes: list[str] = []
         self._settings = spec.endpoint
         self._at = f"{spec.model!r} at {spec.endpoint.address}"
-        self._slots = asyncio.Semaphore(spec.endpoint.concurrency)
+        self.concurrency = spec.endpoint.concurrency
+        self._slots = asyncio.Semaphore(self.concurrency)
         self._lifetime = Lifetime()
         self._ready = False
         self._requests = Requests(spec, self._warn_once)

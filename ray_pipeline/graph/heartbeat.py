@@ -137,10 +137,11 @@ class LogUse:
     def __init__(self, calls: Folder, run: str, *, beat_seconds: float, say: Callable[[str], None]) -> None:
         self._calls, self._run, self._beat, self._say = calls, run, beat_seconds, say
         self._name = f"running-{uuid.uuid4().hex[:12]}.json"
-        self._ended = threading.Event()
+        self._count, self._ended = 0, threading.Event()
         self._thread = threading.Thread(target=self._beat_forever, name="quorum-log-use", daemon=True)
 
     def __enter__(self) -> LogUse:
+        self._mark()  # before the look: of two runs that start together at least one sees the other
         others = self._others()
         self._thread.start()
         if living := self._living(others):
@@ -182,10 +183,10 @@ class LogUse:
         return marks
 
     def _beat_forever(self) -> None:
-        count = 0
-        while True:
-            count += 1
-            with contextlib.suppress(OSError):  # a log that cannot be written is reported where replies are written
-                self._calls.write_json(self._name, {"run": self._run, "beat": count})
-            if self._ended.wait(self._beat):
-                return
+        while not self._ended.wait(self._beat):
+            self._mark()
+
+    def _mark(self) -> None:
+        self._count += 1
+        with contextlib.suppress(OSError):  # a log that cannot be written is reported where replies are written
+            self._calls.write_json(self._name, {"run": self._run, "beat": self._count})

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 import os
 import time
 import traceback
@@ -98,7 +99,9 @@ class EngineHost:
         self._engine: ChatEngine = first.engine()
         self._making_seconds = time.monotonic() - self._billed
         self._start_reported = 0.0
-        self._limit = asyncio.Semaphore(first.placement.concurrency)
+        # A call that waits inside the engine could not be held back when the stage stops.
+        concurrency = min(first.placement.concurrency, getattr(self._engine, "concurrency", math.inf))
+        self._limit = asyncio.Semaphore(int(concurrency))
         root = Folder(tasks[0].session.calls_root)
         self._storage = LogStorage(self._engine, root, first.placement.shards_in_flight)
         self._open: dict[LoggedEngine, tuple[StageTask, int]] = {}

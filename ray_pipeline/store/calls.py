@@ -154,8 +154,12 @@ def put_back(folder: Folder) -> None:
     Raises:
         NotWritten: it still cannot be written.
     """
-    aside = _aside(folder)
-    for name in aside.names(".parquet"):
+    try:
+        aside = _aside(folder)
+        names = aside.names(".parquet")
+    except (OSError, RuntimeError):  # this user has no home, or must not read there: nothing can have been set aside
+        return
+    for name in names:
         with contextlib.suppress(FileNotFoundError):  # another worker was faster
             folder.write_bytes(name, aside.read_bytes(name))
             aside.delete(name)

@@ -194,7 +194,7 @@ def test_a_signal_ends_the_command_and_every_answered_call_is_kept(
             output = quorum.ends(code)
             assert "quorum: interrupted; finished work is kept; rerun the same command to resume" in output
             assert "no further call is made" in output and "FAILED" not in output
-            assert calls_of(folder / "calls", "candidate") == len(server.asked)
+            assert calls_of(folder / "calls", "candidate") == len(server.asked), output
         slow = said("The answer is 7.")
         here(*command)
         assert calls_of(folder / "calls", "candidate") == len(server.asked) == 4 * COUNT
@@ -240,6 +240,7 @@ def test_two_runs_at_once_share_a_call_log(tmp_path: Path) -> None:
     for quorum, folder in zip(both, folders, strict=True):
         quorum.ends(0)
         assert manifest(folder)["stages"]["candidates"]["rows"] == {"candidates": 4 * COUNT}
+    assert any(f"is running on the same call log ({log})" in quorum.output for quorum in both)
     # What both asked at the same moment lies there twice, and may differ: their engines had other batches.
     assert calls_of(log, "candidate") == 4 * COUNT
     again = tmp_path / "again"

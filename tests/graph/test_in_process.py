@@ -105,6 +105,8 @@ class World:
 class Engine(ScriptedEngine):
     """Dies with its first call as often as its world wants."""
 
+    concurrency = 2
+
     def __init__(self, world: World) -> None:
         super().__init__(echo, delay=world.delay)
         self.world, self.closed = world, 0
@@ -261,24 +263,24 @@ def send(number: int, when: Callable[[], bool]) -> threading.Thread:
 def test_a_signal_ends_a_run_gracefully_and_calls_in_progress_are_kept(world: World, number: int, code: int) -> None:
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     world.delay = 1.5
-    sender = send(number, lambda: bool(world.engines) and world.engines[0].in_flight == 3)
+    sender = send(number, lambda: bool(world.engines) and world.engines[0].in_flight == 2)
     with pytest.raises(typer.Exit) as ended, refused():
         world.run()
     sender.join()
     assert ended.value.exit_code == code
     assert f"{signal.Signals(number).name}: no further call is made; waiting up to 10 s" in world.out.getvalue()
     assert "FAILED" not in world.out.getvalue() and not (world.folder / "heartbeat.json").exists()
-    assert world.engines[0].calls == 3 and world.engines[0].closed == 1
+    assert world.engines[0].calls == 2 and world.engines[0].closed == 1
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
 
     world.delay = 0.0
-    assert not world.run().failures and world.engines[1].calls == SHARDS - 3
+    assert not world.run().failures and world.engines[1].calls == SHARDS - 2
 
 
 def test_a_call_that_takes_too_long_is_not_waited_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interrupts, "GRACE_SECONDS", 1.0)
     world.delay = 60.0
-    sender = send(signal.SIGTERM, lambda: bool(world.engines) and world.engines[0].in_flight == 3)
+    sender = send(signal.SIGTERM, lambda: bool(world.engines) and world.engines[0].in_flight == 2)
     begin = time.monotonic()
     with pytest.raises(Interrupted) as ended:
         world.run()
