@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import tempfile
 from collections.abc import Iterator
+from logging import getLogger
 from typing import Any
 
 import torch
@@ -178,11 +179,15 @@ def _words(error: Exception) -> str:
 def _quietly() -> Iterator[None]:
     """Without the warnings and progress bars of a training that does not happen."""
     verbosity, bars = logging.get_verbosity(), not are_progress_bars_disabled()
+    of_trl = getLogger("trl")
+    level_of_trl = of_trl.level
     logging.set_verbosity_error()
+    of_trl.setLevel("ERROR")
     disable_progress_bars()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
+        of_trl.setLevel(level_of_trl)
         if bars:
             enable_progress_bars()
