@@ -257,7 +257,7 @@ def test_files_that_cannot_be_read(tmp_path):
     report = audit_run(run)
     messages = [p.message for p in report.problems if p.kind == "unreadable"]
     assert report.found["unreadable"] == 3 == len(messages)
-    assert any("part-00000.parquet is truncated" in m for m in messages)
+    assert any("part-00000.parquet is damaged" in m for m in messages)
 
 
 def test_a_data_set_of_another_run(tmp_path):
