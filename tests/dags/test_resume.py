@@ -123,7 +123,7 @@ def test_a_shard_that_was_cut_in_half_is_named_and_remade(small_run: Path, tmp_p
     whole = shard.read_bytes()
     shard.write_bytes(whole[: len(whole) // 2])
     again = here(*to_datasets(folder))
-    assert str(shard) in again.output and "is truncated" in again.output
+    assert str(shard) in again.output and "is damaged" in again.output
     assert shard.read_bytes() == whole
     assert engine_calls(folder).get("judge") is not None  # what it took the first time is still told
 
