@@ -26,7 +26,7 @@ from ray_pipeline.engines.base import (
     PromptTooLong,
     Sampling,
 )
-from ray_pipeline.engines.usage import Usage
+from ray_pipeline.engines.usage import Usage, prompt_token_estimate, reply_token_estimate
 from ray_pipeline.store.calls import CallWriter, model_folder, read_calls
 from ray_pipeline.store.files import Folder, StoreError
 from ray_pipeline.store.keys import bucket_of, call_key
@@ -225,8 +225,8 @@ class LoggedEngine:
             completion,
             text=storable(completion.text),
             finish_reason=storable(completion.finish_reason),
-            prompt_tokens=token_count(completion.prompt_tokens),
-            completion_tokens=token_count(completion.completion_tokens),
+            prompt_tokens=token_count(completion.prompt_tokens, prompt_token_estimate(messages)),
+            completion_tokens=token_count(completion.completion_tokens, reply_token_estimate(completion.text)),
             cached_tokens=token_count(completion.cached_tokens),
             latency_s=completion.latency_s or time.monotonic() - begin,
         )
