@@ -264,7 +264,7 @@ def expected_score(text: str, logprobs: TokenLogprobs | None, low: int, high: in
             string = before + digits
             goes_on = len(digits) == len(piece) and any(o != string and o.startswith(string) for o in scale)
             if not goes_on and string in scale:
-                mass[scale[string]] += math.exp(log_before + value)
+                mass[scale[string]] += math.exp(min(0.0, log_before + value))
             if rank == 0:
                 sampled_goes_on, sampled, log_sampled = goes_on, string, value
         if not step:
@@ -274,9 +274,9 @@ def expected_score(text: str, logprobs: TokenLogprobs | None, low: int, high: in
         before, log_before, lead = sampled, log_before + log_sampled, None
     else:  # The reply ends with its score.
         if before in scale:
-            mass[scale[before]] += math.exp(log_before)
+            mass[scale[before]] += math.exp(min(0.0, log_before))
     total = sum(mass.values())
-    if total < MIN_SCORE_MASS:
+    if not total >= MIN_SCORE_MASS:  # NaN, too
         return None
     return sum(score * weight for score, weight in mass.items()) / total
 

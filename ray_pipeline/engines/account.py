@@ -113,9 +113,12 @@ class Account:
                 continue
             try:
                 record = folder.read_json(name)
-                total.add(Used(**{field.name: int(record[field.name]) for field in dataclasses.fields(Used)}))
+                used = Used(**{field.name: int(record[field.name]) for field in dataclasses.fields(Used)})
+                if min(vars(used).values()) < 0:
+                    raise ValueError("negative figures")
+                total.add(used)
             except FileNotFoundError:
                 continue
-            except (StoreError, KeyError, TypeError, ValueError) as error:
+            except (StoreError, KeyError, TypeError, ValueError, OverflowError) as error:
                 logger.warning("%s is not a usage file (%s) and is not counted", folder.uri(name), error)
         return total

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -125,9 +124,8 @@ class Connection:
         )
         if isinstance(value, Mapping) and not value.get("choices") and value.get("error"):
             # Some gateways send upstream errors as replies.
-            used = reported_usage(value)
-            if used is not None:
-                charge(used)
+            if value.get("usage") is not None:
+                charge(reported_usage(value, prompt_tokens, sampling.max_tokens, lambda _: None))
             error = value["error"]
             code = error.get("code") if isinstance(error, Mapping) else None
             raise refused(code if type(code) is int and 400 <= code < 600 else 500, {}, json.dumps(value))
@@ -170,25 +168,26 @@ class Connection:
             if 200 <= status < 300:
                 unread()
             if status < 300:  # an error body may end anywhere
-                raise self._failure(error) from None
+                raise self._failure(error, method) from None
         if not 200 <= status < 300:
             raise refused(status, headers, content.decode("utf-8", "replace"))
         try:
             # A number of thousands of digits is none of ours, and must not make the whole reply unreadable.
-            return json.loads(content, parse_int=lambda digits: int(digits) if len(digits) < 40 else math.inf)
+            return json.loads(content, parse_int=lambda digits: int(digits) if len(digits) < 40 else float(digits))
         except (ValueError, RecursionError):
             unread()
             start = clean(content[:80].decode("utf-8", "replace"), self.key)
             raise Again(f"the reply is not JSON: {start!r}", "call") from None
 
-    def _failure(self, error: Exception) -> Exception:
+    def _failure(self, error: Exception, method: str) -> Exception:
         """The exception for a request that ended without a whole reply."""
         import httpx
 
         if isinstance(error, _TooLarge):
             return Again(str(error), "call")
         if isinstance(error, TimeoutError | httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
-            return Again("no reply in time", "call" if self.answered else "endpoint")
+            # A list of models that never ends does not show that calls are not answered.
+            return Again("no reply in time", "call" if self.answered or method == "GET" else "endpoint")
         reason = clean(f"{type(error).__name__}: {error}", self.key)
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.ProxyError):
             return Again(reason, "endpoint")

@@ -11,6 +11,7 @@ from typing import Any
 from ray_pipeline.engines.account import Used
 from ray_pipeline.engines.base import Completion, Sampling, TokenLogprobs
 from ray_pipeline.engines.endpoint_errors import Again
+from ray_pipeline.engines.usage import reply_token_estimate
 
 logger = logging.getLogger("quorum.openai")
 
@@ -21,6 +22,8 @@ Note = Callable[[str], None]
 """Receives a message for the user about the endpoint."""
 
 _MOST_TOKENS = 10_000_000  # of a prompt or a reply; more is no figure of a server
+_LEAST_LOGPROB = -9999.0  # what OpenAI and vLLM send for probability 0
+_ROUNDING = 0.01
 _SHOWN_MODELS = 12  # names of an endpoint's models that a message lists
 
 #: Finish reasons of several servers -> the common ones.
@@ -85,31 +88,28 @@ def read_completion(value: Any, sampling: Sampling, prompt_tokens: int, charge: 
         if not isinstance(text, str | None) or finish == "error":
             raise TypeError("no text")
         text = text or ""
-        used = _usage(value, prompt_tokens, len(text.encode("utf-8", "replace")) // 3 + 1, note)
+        estimate = reply_token_estimate(text)
+        used = reported_usage(value, prompt_tokens, estimate, note)
         return Completion(
             text=text,
             finish_reason=_FINISHES.get(finish, finish),
             prompt_tokens=used.prompt_tokens,
-            completion_tokens=used.completion_tokens,
+            completion_tokens=used.completion_tokens or (estimate if text else 0),
             cached_tokens=used.cached_tokens,
-            logprobs=None if sampling.logprobs is None else _token_logprobs(choice.get("logprobs"), sampling.logprobs),
+            logprobs=_token_logprobs(choice.get("logprobs"), sampling.logprobs, note),
         )
     except (TypeError, ValueError, LookupError, AttributeError, OverflowError):
-        charge(_usage(value, prompt_tokens, sampling.max_tokens, note))
+        charge(reported_usage(value, prompt_tokens, sampling.max_tokens, note))
         holds = ", ".join(sorted(map(str, value))[:8]) if isinstance(value, Mapping) else type(value).__name__
         raise Again(f"the reply is not a chat completion (it contains {holds})", "call") from None
 
 
-def reported_usage(value: Any) -> Used | None:
-    """The tokens that a server reports in a reply; None if there are none."""
-    reports = isinstance(value, Mapping) and isinstance(value.get("usage"), Mapping)
-    return _usage(value, 0, 0, lambda message: None) if reports else None
-
-
-def _usage(value: Any, prompt_tokens: int, new_tokens: int, note: Note) -> Used:
-    """The tokens of one reply, with estimates for what the server does not report."""
+def reported_usage(value: Any, prompt_tokens: int, new_tokens: int, note: Note) -> Used:
+    """The tokens of one reply, with the estimates for what the server does not report, or reports impossibly."""
     usage = value.get("usage") if isinstance(value, Mapping) else None
     if not isinstance(usage, Mapping):
+        if usage is not None:
+            note("reports usage that is no object; estimates replace it in counts and costs")
         return Used(1, prompt_tokens, 0, new_tokens)
 
     def figure(holder: Mapping[str, Any], name: str, estimate: int) -> int:
@@ -131,17 +131,31 @@ def _usage(value: Any, prompt_tokens: int, new_tokens: int, note: Note) -> Used:
     return Used(1, prompt, min(cached, prompt), figure(usage, "completion_tokens", new_tokens))
 
 
-def _token_logprobs(logprobs: Any, most: int) -> TokenLogprobs | None:
-    """Per generated token the sampled one first, then up to `most` others by falling probability."""
-    if not logprobs or logprobs.get("content") is None:
+def _token_logprobs(logprobs: Any, most: int | None, note: Note) -> TokenLogprobs | None:
+    """Per generated token the sampled one first, then up to `most` others by falling probability. None if they were not
+    requested, are missing or cannot be read: that is no reason to pay for another reply."""
+    if most is None or not logprobs:
         return None
-    tokens: TokenLogprobs = []
-    for step in logprobs["content"]:
-        others = [
-            (str(other["token"]), float(other["logprob"]))
-            for other in step.get("top_logprobs") or []
-            if other["token"] != step["token"] or other["logprob"] != step["logprob"]
-        ]
-        others.sort(key=lambda pair: -pair[1])
-        tokens.append([(str(step["token"]), float(step["logprob"])), *others[:most]])
-    return tokens
+    try:
+        if logprobs.get("content") is None:
+            return None
+        tokens: TokenLogprobs = []
+        for step in logprobs["content"]:
+            others = [
+                (str(other["token"]), _log_probability(other["logprob"]))
+                for other in step.get("top_logprobs") or []
+                if other["token"] != step["token"] or other["logprob"] != step["logprob"]
+            ]
+            others.sort(key=lambda pair: -pair[1])
+            tokens.append([(str(step["token"]), _log_probability(step["logprob"])), *others[:most]])
+        return tokens
+    except (TypeError, ValueError, LookupError, AttributeError):
+        note("reports log-probabilities that cannot be read; they are left out")
+        return None
+
+
+def _log_probability(value: Any) -> float:
+    """A finite figure of at most 0, also for probability 0 and for a 1 that rounding made larger."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value < _ROUNDING:
+        raise ValueError(f"{value!r} is no log-probability")
+    return max(_LEAST_LOGPROB, min(0.0, float(value)))

@@ -159,11 +159,6 @@ def broken_control_strings(text: str) -> str:
     return _CONTROL_STRINGS.sub(lambda match: match.group() + _INVISIBLE, text)
 
 
-def prompt_token_estimate(messages: Sequence[Message]) -> int:
-    """A high estimate of the prompt's tokens: most tokenizers make less than one token of three bytes."""
-    return sum(len(m["content"].encode("utf-8", "replace")) // 3 + 8 for m in messages) + 8
-
-
 def _without_bounds(schema: Any) -> Any:
     if isinstance(schema, Mapping):
         properties = schema.get("properties")

@@ -30,7 +30,7 @@ from ray_pipeline.engines.base import (
     Sampling,
 )
 from ray_pipeline.engines.log_storage import LogStorage
-from ray_pipeline.engines.usage import Usage
+from ray_pipeline.engines.usage import Usage, prompt_token_estimate, reply_token_estimate
 from ray_pipeline.store.calls import CallWriter, model_folder, put_back, read_calls, set_aside
 from ray_pipeline.store.files import Folder, NotWritten, StoreError
 from ray_pipeline.store.keys import bucket_of, call_key
@@ -317,8 +317,8 @@ class LoggedEngine:
             completion,
             text=storable(completion.text),
             finish_reason=storable(completion.finish_reason),
-            prompt_tokens=token_count(completion.prompt_tokens),
-            completion_tokens=token_count(completion.completion_tokens),
+            prompt_tokens=token_count(completion.prompt_tokens, prompt_token_estimate(messages)),
+            completion_tokens=token_count(completion.completion_tokens, reply_token_estimate(completion.text)),
             cached_tokens=token_count(completion.cached_tokens),
             latency_s=completion.latency_s or time.monotonic() - begin,
         )

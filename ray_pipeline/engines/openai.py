@@ -39,11 +39,12 @@ from ray_pipeline.engines.endpoint_budget import Budget
 from ray_pipeline.engines.endpoint_connection import Connection
 from ray_pipeline.engines.endpoint_errors import Refused, clean
 from ray_pipeline.engines.endpoint_replies import read_completion, served_models
-from ray_pipeline.engines.endpoint_requests import AS_TEXT, AS_USER, Requests, prompt_token_estimate
+from ray_pipeline.engines.endpoint_requests import AS_TEXT, AS_USER, Requests
 from ray_pipeline.engines.endpoint_retry import Retries
 from ray_pipeline.engines.endpoint_settings import OpenAISpec, extra_problem
 from ray_pipeline.engines.lifetime import Lifetime
 from ray_pipeline.engines.refusals import Refusals
+from ray_pipeline.engines.usage import prompt_token_estimate
 from ray_pipeline.store.files import Folder
 
 logger = logging.getLogger("quorum.openai")

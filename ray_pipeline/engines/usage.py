@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from ray_pipeline.engines.base import Message
 
 
 @dataclasses.dataclass
@@ -69,3 +71,13 @@ class Usage:
     def prefix_hit_rate(self) -> float | None:
         """Share of the prompt tokens that came from the prefix cache; None without prompt tokens."""
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else None
+
+
+def prompt_token_estimate(messages: Sequence[Message]) -> int:
+    """A high estimate of the prompt's tokens: most tokenizers make less than one token of three bytes."""
+    return sum(reply_token_estimate(message["content"]) + 7 for message in messages) + 8
+
+
+def reply_token_estimate(text: str) -> int:
+    """An estimate of the tokens of a reply, as high."""
+    return len(text.encode("utf-8", "replace")) // 3 + 1

@@ -35,10 +35,10 @@ def json_value(text: str) -> Any:
     return storable_value(value) if "\\u" in text else value  # only an escape can hold what UTF-8 cannot
 
 
-def token_count(value: Any) -> int:
-    """A number of tokens that a table can hold; 0 for what is no such number."""
+def token_count(value: Any, otherwise: int = 0) -> int:
+    """A number of tokens that a table can hold; `otherwise` for what is no such number."""
     whole = isinstance(value, int) and not isinstance(value, bool)
-    return value if whole and 0 <= value < _MOST else 0
+    return value if whole and 0 <= value < _MOST else otherwise
 
 
 def visible(text: str) -> str:

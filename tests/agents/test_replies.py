@@ -360,6 +360,13 @@ def test_two_tokens_of_one_score_add_up() -> None:
     assert mean(tokens) == pytest.approx(7 * 0.6 + 8 * 0.4)
 
 
+@pytest.mark.parametrize("logprob", [float("nan"), float("inf"), 1000.0, -1000.0])
+def test_a_figure_that_is_no_probability_is_no_score(logprob: float) -> None:
+    """Call logs of earlier versions have such figures."""
+    score = expected_score("Score: 7", [[("Score: ", -0.1)], [("7", logprob), ("8", logprob)]], 1, 10)
+    assert score is None or 1 <= score <= 10
+
+
 def test_too_little_mass_is_no_expected_score() -> None:
     tokens = [*sure('{"score": '), step(("7", 0.3), ("8", 0.19), ("x", 0.5)), *sure("}")]
     assert mean(tokens) is None

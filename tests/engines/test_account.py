@@ -63,6 +63,8 @@ def test_a_file_that_says_nothing_is_named(tmp_path: Path, caplog: pytest.LogCap
             "other": '{"calls": 1}',
             "list": "[]",
             "words": '{"calls": "x"}',
+            "negative": '{"calls": 1, "prompt_tokens": -1000000, "cached_tokens": 0, "completion_tokens": 1}',
+            "endless": '{"calls": 1, "prompt_tokens": Infinity, "cached_tokens": 0, "completion_tokens": 1}',
         }.items():
             (folder / f"{name}.json").write_text(text)
         second = Account("https://a/v1", "m")
@@ -71,4 +73,4 @@ def test_a_file_that_says_nothing_is_named(tmp_path: Path, caplog: pytest.LogCap
 
     caplog.set_level(logging.WARNING)
     assert asyncio.run(go()) == Used(1, 10, 4, 5)
-    assert all(f"{name}.json" in caplog.text for name in ("torn", "other", "list", "words"))
+    assert all(f"{name}.json" in caplog.text for name in ("torn", "other", "list", "words", "negative", "endless"))

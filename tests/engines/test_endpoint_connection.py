@@ -37,6 +37,17 @@ def test_a_dripping_body_ends_at_the_time_limit(status: int) -> None:
     assert isinstance(fast, Completion)
 
 
+def test_a_list_of_models_that_never_ends_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint_connection, "_REPLY_BYTES", 1 << 20)
+    drip = Answer(body={"data": [{"id": "judge" * 50}]}, pause=0.05)
+    endless = Answer(body=b" " * (1 << 18), repeat=4000)
+    for models in (drip, endless):
+        with Endpoint(lambda body, n: said("fine"), models=models) as server:
+            begin = time.monotonic()
+            [reply] = ask(engine_at(server.url, timeout_s=0.6))
+        assert isinstance(reply, Completion) and time.monotonic() - begin < 20 and server.sent < 100 << 20
+
+
 @contextlib.asynccontextmanager
 async def raw_server(piece: bytes, first: bytes = b"") -> AsyncIterator[str]:
     """The base URL of a server that answers every request with `first` and then `piece` for ever."""

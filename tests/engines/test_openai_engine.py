@@ -504,6 +504,40 @@ def test_a_refusal_of_gemini_keeps_its_words(tmp_path: Path) -> None:
     assert words in row["text"]
 
 
+XAI = "This model's maximum prompt length is 64 but the request contains 90 tokens."
+VERTEX = "Unable to submit request because the input token count is 90 but model only supports up to 64."
+COHERE = "too many tokens: total number of tokens in the prompt cannot exceed 64 - received 90."
+LONG_WORDS = {
+    "xAI": (400, {"code": "invalid argument", "error": XAI}),
+    "Vertex": (400, [{"error": {"code": 400, "message": VERTEX}}]),
+    "GLM": (400, {"error": {"code": "1261", "message": "Prompt \u8d85\u957f"}}),
+    "DashScope": (400, {"code": "InvalidParameter", "message": "Range of input length should be [1, 64]"}),
+    "Moonshot": (400, {"error": {"message": "Your request exceeded model token limit: 64 (requested: 90)"}}),
+    "Cohere": (400, {"message": COHERE}),
+    "nginx": (413, b"<html><head><title>413</title></head><body><h1>413 Request Entity Too Large</h1></body></html>"),
+    "text": (413, b"payload too large"),
+    "other words": (400, b"your 90 tokens are more than the 64 that fit"),
+}
+
+
+@pytest.mark.parametrize("name", LONG_WORDS)
+def test_a_prompt_that_is_too_long_for_many_servers(name: str, tmp_path: Path) -> None:
+    status, body = LONG_WORDS[name]
+    asked = user("x" * 300)
+
+    async def run(engine: OpenAIEngine) -> Any:
+        async with LoggedEngine(engine, Folder(str(tmp_path)), 0, 1) as log:
+            call = log.bound(prompt_id(asked), "judge").chat(asked, COLD)
+            return (await asyncio.gather(call, return_exceptions=True))[0]
+
+    with Endpoint(lambda *_: Answer(status, body), models=[{"id": "judge", "max_model_len": 64}]) as server:
+        error = using(engine_at(server.url), run)
+        assert len(server.asked) == 1
+    assert isinstance(error, PromptTooLong) and error.limit == 64 and error.prompt_tokens >= 90
+    [row] = logged_calls(Folder(str(tmp_path))).to_pylist()
+    assert row["finish_reason"] == "too_long" and f"HTTP {status}" in row["text"]
+
+
 # --- limits and money -------------------------------------------------------------------------------------------------
 
 
@@ -693,6 +727,97 @@ def test_usage_that_no_server_can_mean_is_replaced_and_noted(value: Any, name: s
     assert logged_calls(Folder(str(tmp_path))).num_rows == 2 and engine.stats().cost > 0
     noted = [note for note in engine.notes if name in note]
     assert len(noted) == (0 if name == "cached_tokens" and value is None else 1)
+
+
+@pytest.mark.parametrize("usage", [[], "12", 7, [{"prompt_tokens": 1}]], ids=repr)
+def test_usage_in_another_form_is_replaced_and_noted_once(usage: Any) -> None:
+    body = {"choices": [{"message": {"content": "abcdef"}}], "usage": usage}
+    with Endpoint(lambda *_: Answer(body=body)) as server:
+        engine = engine_at(server.url, prices=PRICES)
+        replies = ask(engine, "hello", "world")
+    assert {(r.prompt_tokens, r.completion_tokens) for r in replies} == {(17, 3)} and engine.stats().cost == 40
+    assert len(engine.notes) == 1 and "usage" in engine.notes[0]
+
+
+def test_zero_tokens_of_a_reply_with_text_are_no_figure() -> None:
+    zero = {"prompt_tokens": 0, "completion_tokens": 0}
+    with Endpoint(lambda body, n: Answer(body={**said("abcdef" if n == 1 else "").body, "usage": zero})) as server:
+        engine = engine_at(server.url, concurrency=1)
+        replies = ask(engine, "hello", "world")
+    assert [(r.prompt_tokens, r.completion_tokens) for r in replies] == [(17, 3), (17, 0)]
+
+
+def test_an_error_with_impossible_usage_is_charged_the_most() -> None:
+    error = {"error": {"code": 400, "message": "no"}, "usage": {"prompt_tokens": -5, "completion_tokens": 2**40}}
+    with Endpoint(lambda *_: Answer(body=error)) as server:
+        engine = engine_at(server.url, prices=PRICES)
+        [failed] = ask(engine, "a")
+    assert type(failed) is EngineError and failed.unread_cost == engine.stats().cost == MOST
+
+
+@pytest.mark.parametrize("logprob", [float("nan"), 1e400, 1000.0, "x", None, True, [], {"a": 1}, 2**40, 0.5], ids=repr)
+@pytest.mark.parametrize("where", ["sampled", "other", "missing"])
+def test_log_probabilities_that_are_none_are_left_out_and_the_reply_is_kept(logprob: Any, where: str) -> None:
+    other = {"token": "8", "logprob": logprob if where == "other" else -1.0}
+    step = {"token": "7", "logprob": logprob if where == "sampled" else -0.1, "top_logprobs": [other]}
+    if where == "missing":
+        del step["token"]
+    body = said("7").body
+    body["choices"][0]["logprobs"] = {"content": [step]}
+    with Endpoint(lambda *_: Answer(body=json.dumps(body).replace("Infinity", "1e400").encode())) as server:
+        engine = engine_at(server.url)
+        replies = ask(engine, "a", "b", sampling=Sampling(max_tokens=20, logprobs=2))
+        assert len(server.asked) == 2
+    assert [(r.text, r.logprobs) for r in replies] == [("7", None)] * 2
+    assert len(engine.notes) == 1 and "log-probabilities" in engine.notes[0]
+
+
+def test_log_probabilities_at_the_ends_of_their_range() -> None:
+    steps = [
+        {"token": "7", "logprob": 1e-6, "top_logprobs": [{"token": "8", "logprob": -(10**400)}]},
+        {"token": "x", "logprob": -1e400, "top_logprobs": None},
+    ]
+    body = said("7").body
+    body["choices"][0]["logprobs"] = {"content": steps}
+    text = json.dumps(body).replace("-Infinity", "-1e400")
+    with Endpoint(lambda *_: Answer(body=text.encode())) as server:
+        [reply] = ask(engine_at(server.url), sampling=Sampling(max_tokens=20, logprobs=2))
+    assert reply.logprobs == [[("7", 0.0), ("8", -9999.0)], [("x", -9999.0)]]
+
+
+def test_the_bill_of_a_server_with_every_fault_is_exact(tmp_path: Path) -> None:
+    """What the server charges is what the engine, the stage and the account count, within the budget."""
+    faults = [
+        UNREAD["filtered"],
+        UNREAD["null choices"],
+        UNREAD["an error with usage"],
+        (refused(500), 0),
+        (refused(429, Retry_After="0.01"), 0),
+        (refused(400, "content management policy", "content_filter"), 0),
+        (refused(400, TOO_LONG), 0),
+        (said("fine"), 15),
+        (said("fine", prompt=30, new=1), 31),
+    ]
+    bill: list[int] = []
+
+    def script(body: dict[str, Any], n: int) -> Answer:
+        answer, price = faults[n % len(faults)]
+        bill.append(price)
+        return answer
+
+    async def run(engine: OpenAIEngine) -> Any:
+        async with LoggedEngine(engine, Folder(str(tmp_path)), 0, 1) as log:
+            calls = (log.bound(prompt_id(user(str(i))), "judge").chat(user(str(i)), COLD) for i in range(80))
+            return await asyncio.gather(*calls, return_exceptions=True), log.stats.cost
+
+    with Endpoint(script) as server:
+        engine = engine_at(server.url, prices=PRICES, budget=3000.0, retries=2, concurrency=4)
+        replies, cost = using(engine, run)
+    assert {type(r) for r in replies} == {Completion, EngineError, PromptTooLong, BudgetSpent}
+    spent = sum(PRICES.of(r["prompt_tokens"], 0, r["completion_tokens"]) for r in spent_files(tmp_path))
+    assert sum(bill) == engine.stats().cost == spent
+    # A call that the budget ended between two attempts has no row to carry its cost; the account has it.
+    assert cost <= spent <= 3000 + 4 * 373
 
 
 def test_figures_in_another_type_are_read() -> None:

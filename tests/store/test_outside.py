@@ -28,6 +28,7 @@ from ray_pipeline.data.prompts import PromptsConfig, load_prompts
 from ray_pipeline.data.sources import InputError, JsonlSource
 from ray_pipeline.engines.base import Completion
 from ray_pipeline.engines.logged import LoggedEngine
+from ray_pipeline.engines.usage import prompt_token_estimate, reply_token_estimate
 from ray_pipeline.graph.failures import failed_again
 from ray_pipeline.graph.log import RunLog
 from ray_pipeline.store.calls import CallWriter, read_calls
@@ -136,7 +137,8 @@ def test_json_files_take_every_text(text: str) -> None:
 def test_a_token_count_fits_its_column(value: Any) -> None:
     count = token_count(value)
     assert 0 <= count < 2**31
-    assert count == value if type(value) is int and 0 <= value < 2**31 else count == 0
+    fits = type(value) is int and 0 <= value < 2**31
+    assert count == (value if fits else 0) and token_count(value, 7) == (value if fits else 7)
 
 
 @given(ANY, NUMBERS, NUMBERS)
@@ -154,7 +156,10 @@ def test_a_reply_is_logged_whatever_it_says_about_itself(text: str, prompt: Any,
 
     with tempfile.TemporaryDirectory() as root:
         first, again = asyncio.run(ask(root))
-    assert (first.text, first.prompt_tokens) == (storable(text), token_count(prompt))
+    estimates = prompt_token_estimate(user("q")), reply_token_estimate(text)
+    assert first.text == storable(text)
+    assert first.prompt_tokens == token_count(prompt, estimates[0]) and estimates[0] > 0
+    assert first.completion_tokens == token_count(completion, estimates[1]) and estimates[1] > 0
     same = {"latency_s": 0.0, "from_log": False, "logprobs": None}
     assert dataclasses.replace(first, **same) == dataclasses.replace(again, **same)
 
