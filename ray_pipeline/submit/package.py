@@ -216,7 +216,9 @@ class _Choice:
                 raise PackageError(f"the configuration names {name}, which {_BY_LINK}")
             files = [f"{name}/{inner}" for inner in _walk(path, named=True)]
         for file in files:
-            if self._is_secret(file) or _excluded(file, self._exclude):
+            if _excluded(file, self._exclude):
+                continue
+            if self._is_secret(file):
                 self._secret.append(file)
             elif not self._is_inside(self._root / file) or not (self._root / file).is_file():
                 self._outside.append(file)

@@ -197,6 +197,8 @@ def test_ignored_files_that_the_configuration_names_go_and_are_said_with_their_s
     assert sorted(found.sizes) == [".gitignore", "code.py", "data/p.jsonl", "model/config.json", "model/w.safetensors"]
     told = "\n".join(found.contents())
     assert "data/p.jsonl (2.0 KiB), named by the configuration" in told and "model/w.safetensors" in told
+    fewer = package(tmp_path, exclude=["w.safetensors"], named=["data/p.jsonl", "model"])
+    assert "model/w.safetensors" not in fewer.sizes and "credentials" not in " ".join(fewer.contents())
 
 
 def test_submodules_go_and_one_that_is_not_checked_out_is_named(tmp_path: Path) -> None:
