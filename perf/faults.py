@@ -1,9 +1,9 @@
-"""Faults on a simulated cluster: a head and three worker nodes, each a raylet of its own with a fake GPU and, where
-network namespaces can be had, with an address of its own. A node, or the whole cluster, is killed in the middle of a
-stage; the table says what it cost.
+"""Faults in the middle of a stage, and what they cost: of nodes on a simulated cluster, and of processes and limits on one
+machine. The cluster is a head and three worker nodes, each a raylet of its own with a fake GPU and, where network
+namespaces can be had, with an address of its own.
 
     python perf/faults.py                    # all faults, about three minutes each
-    python perf/faults.py judge head         # some of them
+    python perf/faults.py judge gcs          # some of them
     python perf/faults.py --keep /tmp/faults # and keep the run folders
 
 Engines, training and processes are real (the pocket world on vLLM's CPU build). After a fault the run is replayed from
@@ -15,8 +15,10 @@ beyond those that the log holds.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import resource
 import sys
 import tempfile
 import time
@@ -24,32 +26,45 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+import pyarrow.parquet as pq
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from ray_pipeline.store.files import Folder, StoreError  # noqa: E402
-from tests.dags.conftest import Quorum, calls_by_role, manifest, tables, wait_until  # noqa: E402
+from tests.dags.conftest import Quorum, calls_by_role, descendants, manifest, tables, wait_until  # noqa: E402
 from tests.hosts import hosts_can_be_made  # noqa: E402
 from tests.ray_nodes import RayNodes  # noqa: E402
 
 REPLAYED = ("prompts", "candidates", "judge", "critic", "gate", "dataset-rows", "datasets")
 WORKER = {"quorum-role": "worker"}
 PROMPTS = 40
-#: Few calls at once and many shards, so that a stage lasts long enough to be hit in its middle.
-SLOW = [
-    f"prompts.sources.0.count={PROMPTS}",
-    "prompts.num_shards=16",
-    *(
-        f"models.{model}.placement.{setting}"
-        for model in ("policy", "judge")
-        for setting in ("concurrency=1", "shards_in_flight=2", "num_gpus=1", "max_actors=2")
-    ),
-    "ray.max_stages=1",
-    "train.num_workers=1",
-    "train.use_gpu=false",
-    "train.save_steps=2",
-    "train.label_selector.quorum-role=worker",
-]
+
+
+def slow(*settings: str) -> list[str]:
+    """Few calls at once and many shards, so that a stage lasts long enough to be hit in its middle.
+
+    Args:
+        settings: of the placement of both models.
+    """
+    return [
+        f"prompts.sources.0.count={PROMPTS}",
+        "prompts.num_shards=16",
+        *(
+            f"models.{model}.placement.{setting}"
+            for model in ("policy", "judge")
+            for setting in ("concurrency=1", "shards_in_flight=2", *settings)
+        ),
+        "ray.max_stages=1",
+        "train.num_workers=1",
+        "train.use_gpu=false",
+        "train.save_steps=2",
+    ]
+
+
+ON_CLUSTER = [*slow("num_gpus=1", "max_actors=2"), "train.label_selector.quorum-role=worker"]
+ON_ONE_MACHINE = slow("max_actors=1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,24 +85,24 @@ class Line:
         )
 
 
-class Cluster:
-    """A cluster and the run on it. The driver sits on the head: while it starts, there is no other node."""
+class Run:
+    """A run of the pocket world with its progress and its call log.
 
-    def __init__(self, nodes: RayNodes, folder: Path, to: str = "datasets") -> None:
-        self.nodes, self.folder, self._arguments = nodes, folder, [*SLOW, "--to", to]
+    Args:
+        env: of its commands.
+    """
 
-    def start(self, workers: int) -> Quorum:
-        run = self.command(self.folder, *self._arguments)
-        wait_until(run, lambda: "to do" in run.output and bool(self.progress()))
-        for _ in range(workers):
-            self.nodes.add(gpus=1, labels=WORKER)
-        return run
+    def __init__(self, folder: Path, settings: list[str], to: str, env: dict[str, str]) -> None:
+        self.folder, self._settings, self._to, self._env = folder, settings, to, env
 
     def command(self, folder: Path, *arguments: str) -> Quorum:
-        return Quorum(
-            *["run", "dmapo", "--config", "configs/pocket.yaml", "--run-dir", str(folder), *arguments],
-            env={**self.nodes.env, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": self.nodes.address},
-        )
+        given = ["run", "dmapo", "--config", "configs/pocket.yaml", "--run-dir", str(folder), *self._settings]
+        return Quorum(*given, *arguments, env={**self._env, "PYTHONPATH": str(ROOT)})
+
+    def begin(self) -> Quorum:
+        run = self.command(self.folder, "--to", self._to)
+        wait_until(run, lambda: "to do" in run.output and bool(self.progress()))
+        return run
 
     def progress(self) -> dict[str, dict[str, Any]]:
         try:
@@ -122,8 +137,8 @@ class Cluster:
     def rows_lost(self) -> int:
         """Rows that a replay of the log has and the run has not; where they differ otherwise, all of them."""
         replay = self.folder.with_name(f"{self.folder.name}-replay")
-        given = [*SLOW, "--to", "datasets", f"calls.root={self.folder / 'calls'}", "calls.replay_only=true"]
-        self.command(replay, *given).ends(0)
+        given = [f"calls.root={self.folder / 'calls'}", "calls.replay_only=true"]
+        self.command(replay, "--to", "datasets", *given).ends(0)
         if tables(replay, REPLAYED) == tables(self.folder, REPLAYED):
             return 0
         whole, here = (
@@ -131,6 +146,20 @@ class Cluster:
             for folder in (replay, self.folder)
         )
         return whole - here or whole
+
+
+class Cluster(Run):
+    """A run on a cluster. The driver sits on the head: while it starts, there is no other node."""
+
+    def __init__(self, nodes: RayNodes, folder: Path, to: str = "datasets") -> None:
+        super().__init__(folder, ON_CLUSTER, to, {**nodes.env, "RAY_ADDRESS": nodes.address})
+        self.nodes = nodes
+
+    def start(self, workers: int) -> Quorum:
+        run = self.begin()
+        for _ in range(workers):
+            self.nodes.add(gpus=1, labels=WORKER)
+        return run
 
 
 def node_killed(stage: str, nodes: RayNodes, folder: Path) -> Line:
@@ -204,13 +233,89 @@ def node_joins(nodes: RayNodes, folder: Path) -> Line:
     return Line("node joins in judge", happened, cluster.rows_lost(), *repeated(cluster), seconds)
 
 
+def on_one_machine(fault: str, stage: str, harm: Callable[[Quorum], None], folder: Path) -> Line:
+    """Do `harm` to a run on a local cluster in the middle of a stage, and rerun the command until it has succeeded.
+
+    `seconds` are from the harm until the last stage was done.
+    """
+    run = Run(folder, ON_ONE_MACHINE, "train" if stage == "train" else "datasets", {})
+    process = run.begin()
+    begun = (lambda: run.step() >= 4) if stage == "train" else (lambda: run.told(stage, "shards_done") >= 3)
+    wait_until(process, begun)
+    begin = time.monotonic()
+    harm(process)
+    codes, again = [process.wait(600)], 0
+    while codes[-1] != 0 and len(codes) < 4:
+        kept = run.logged()
+        again += max(0, run.answered() - kept)
+        codes.append(run.command(folder, "--to", "train" if stage == "train" else "datasets").wait(600))
+    seconds = time.monotonic() - begin
+    if codes[-1] != 0:
+        happened = f"NOT recovered: exit codes {', '.join(map(str, codes))}"
+    elif len(codes) == 1:
+        happened = "the run finished without intervention"
+    else:
+        happened = f"the command ended with exit code {', '.join(map(str, codes[:-1]))}; rerun, it resumed"
+    rows = calls(folder)
+    return Line(fault, happened, run.rows_lost(), again + len(rows) - len(set(rows)), len(set(rows)), seconds)
+
+
+def calls(folder: Path) -> list[str]:
+    """The keys of all calls in the log, once for each time that they were made."""
+    parts = [pq.read_table(part, columns=["call_key"]) for part in (folder / "calls").rglob("*.parquet")]
+    return [key for part in parts for key in part["call_key"].to_pylist()]
+
+
+def kill(*names: str) -> Callable[[Quorum], None]:
+    """Kill the first process of the run whose name has one of the words."""
+
+    def harm(run: Quorum) -> None:
+        for process in descendants(run.process.pid):
+            with contextlib.suppress(psutil.Error):
+                if any(name in " ".join(process.cmdline()[:1]) for name in names):
+                    process.kill()
+                    return
+        raise AssertionError(f"no process is named {' or '.join(names)}")
+
+    return harm
+
+
+def stop_all(run: Quorum) -> None:
+    """Stop every process of the run for a minute (SIGSTOP)."""
+    family = [psutil.Process(run.process.pid), *descendants(run.process.pid)]
+    for send in ("suspend", "resume"):
+        for process in family:
+            with contextlib.suppress(psutil.Error):
+                getattr(process, send)()
+        if send == "suspend":
+            time.sleep(60)
+
+
+def few_files(run: Quorum) -> None:
+    """Allow the driver 256 open files from now on, and whatever it starts as well."""
+    resource.prlimit(run.process.pid, resource.RLIMIT_NOFILE, (256, 256))
+
+
 def repeated(cluster: Cluster, before: int = 0) -> tuple[int, int]:
     """Calls answered in this session beyond those that are new in the log, and all calls in the log."""
     calls = cluster.logged()
     return max(0, cluster.answered() - (calls - before)), calls
 
 
-FAULTS: dict[str, Callable[[RayNodes, Path], Line]] = {
+#: Fault → (its words, the stage that it hits, what is done).
+PROCESSES: dict[str, tuple[str, str, Callable[[Quorum], None]]] = {
+    "core": ("vLLM's core killed", "judge", kill("VLLM::EngineCore")),
+    "actor": ("an engine's actor killed", "judge", kill("ShardActor")),
+    "pool": ("the task of a stage killed", "judge", kill("ray::judge")),
+    "board": ("the progress board killed", "judge", kill("ray::ProgressBoard")),
+    "gcs": ("Ray's control store (GCS) killed", "judge", kill("gcs_server")),
+    "raylet": ("the raylet killed", "judge", kill("raylet")),
+    "trainer": ("the training worker killed", "train", kill("RayTrainWorker")),
+    "stop": ("all processes stopped for 60 s", "judge", stop_all),
+    "files": ("256 open files (`ulimit -n`)", "judge", few_files),
+}
+
+NODES: dict[str, Callable[[RayNodes, Path], Line]] = {
     "candidates": lambda nodes, folder: node_killed("candidates", nodes, folder),
     "judge": lambda nodes, folder: node_killed("judge", nodes, folder),
     "dataset-rows": lambda nodes, folder: node_killed("dataset-rows", nodes, folder),
@@ -221,19 +326,25 @@ FAULTS: dict[str, Callable[[RayNodes, Path], Line]] = {
 
 
 def main() -> None:
+    known = [*NODES, *PROCESSES]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("faults", nargs="*", metavar="fault", help=f"of {', '.join(FAULTS)}; default: all")
+    parser.add_argument("faults", nargs="*", metavar="fault", help=f"of {', '.join(known)}; default: all")
     parser.add_argument("--keep", type=Path, help="folder for the run folders; default: one that is removed")
     given = parser.parse_args()
-    strangers = [fault for fault in given.faults if fault not in FAULTS]
+    strangers = [fault for fault in given.faults if fault not in known]
     if strangers:
-        parser.error(f"there is no fault {strangers[0]!r}; there is {', '.join(FAULTS)}")
+        parser.error(f"there is no fault {strangers[0]!r}; there is {', '.join(known)}")
     print("| fault | what happened | rows lost | calls repeated | seconds to recover |", flush=True)
     print("|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory(prefix="quorum-faults-") as temporary:
-        for fault in given.faults or FAULTS:
+        for fault in given.faults or known:
+            folder = (given.keep or Path(temporary)) / fault
+            if fault in PROCESSES:
+                words, stage, harm = PROCESSES[fault]
+                print(on_one_machine(f"{words} in {stage}", stage, harm, folder), flush=True)
+                continue
             with RayNodes(cpus=2, dashboard=False, own_addresses=hosts_can_be_made()) as nodes:
-                print(FAULTS[fault](nodes, (given.keep or Path(temporary)) / fault), flush=True)
+                print(NODES[fault](nodes, folder), flush=True)
 
 
 if __name__ == "__main__":
