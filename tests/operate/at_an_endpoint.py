@@ -22,7 +22,7 @@ def reply(body: dict[str, Any], number: int) -> Answer:
         return said("An answer.")
     fields = body["response_format"]["json_schema"]["schema"]["properties"]
     kinds = {"string": "because", "boolean": False, "integer": 8}
-    return said(json.dumps({name: field.get("enum", [kinds.get(field["type"])])[0] for name, field in fields.items()}))
+    return said(json.dumps({name: field.get("enum", [kinds.get(field["type"])])[-1] for name, field in fields.items()}))
 
 
 def config(url: str = "http://127.0.0.1:9/v1", **changes: Any) -> dict[str, Any]:

@@ -61,6 +61,6 @@ def test_a_preview_that_fails_says_why(
         return reply(body, number)
 
     server.script = script
-    limits = {"max_error_rate": 0.1, "error_window": 2}
+    limits = {"max_error_rate": 0.1, "error_window": 4}
     values = config(server.url, failure=limits, judge={"rubrics": RUBRICS, "asking": {"retries": 0}})
     assert told in quorum(*command("preview", tmp_path, values, *HOW), code=code)
