@@ -1,5 +1,5 @@
-"""Faults in the middle of a stage, and what they cost: of nodes on a simulated cluster, and of processes and limits on one
-machine. The cluster is a head and three worker nodes, each a raylet of its own with a fake GPU and, where network
+"""Faults in the middle of a stage, and what they cost: of nodes on a simulated cluster, and of processes and limits on
+one machine. The cluster is a head and three worker nodes, each a raylet of its own with a fake GPU and, where network
 namespaces can be had, with an address of its own.
 
     python perf/faults.py                    # all faults, about three minutes each
