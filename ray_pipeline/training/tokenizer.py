@@ -18,13 +18,17 @@ def load_tokenizer(spec: TrainSpec) -> Any:
     every trainer masks padding by position, so that the EOS of an answer is still learned.
 
     Raises:
-        TrainingInputError: no chat template, or one from which a policy cannot learn where a reply starts and ends.
+        TrainingInputError: no tokenizer, no chat template, or one from which a policy cannot learn where a reply starts
+            and ends.
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(
-        spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code
-    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise TrainingInputError(f"model: cannot load the tokenizer of {spec.model}: {error}") from error
     if not tokenizer.chat_template:
         raise TrainingInputError(
             f"model: the tokenizer of {spec.model} has no chat template, but the rows are chats; use an instruct "
