@@ -129,12 +129,20 @@ class EngineError(RuntimeError):
     """One call failed. Its row gets a status and the shard continues.
 
     Attributes:
-        rejection: words of the server or the chat template that rejected the call; "" if the call failed otherwise.
+        rejection: words of the server or the chat template that rejected the call, which may concern every call; "" if
+            the call failed otherwise, or was rejected for its text.
         unread_cost: as of a :class:`Completion`.
     """
 
     rejection: str = ""
     unread_cost: float = 0.0
+
+
+def rejected(words: str) -> EngineError:
+    """The error for a call that was rejected in these words, which may concern every call."""
+    error = EngineError(words)
+    error.rejection = words
+    return error
 
 
 class PromptTooLong(EngineError):

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ray_pipeline.engines.base import Message
+from ray_pipeline.engines.system_role import renders_system, without_system
 
 _PRIVATE_USE = range(0xE000, 0xF8FF)  # code points that no standard assigns: candidates for the mark
 
@@ -32,6 +33,9 @@ class ChatTemplate:
         template: Jinja source instead of the tokenizer's own.
         arguments: extra variables of the template, for example ``{"enable_thinking": False}``; a template that does
             not know one ignores it.
+
+    Attributes:
+        has_system: whether the template has a system role; without one, system text is put into the user turn.
 
     Raises:
         ValueError: neither ``template`` nor a template of the tokenizer's own.
@@ -50,9 +54,13 @@ class ChatTemplate:
         self._control = _any_of(special | written)
         # Templates themselves look for <think> in earlier replies, to leave thoughts out of the history.
         self._control_in_replies = _any_of(special)
+        self.has_system = renders_system(self._render)
 
     def text(self, messages: Sequence[Message]) -> str:
         """The prompt as text, with the header of the reply at its end; control strings in it are as written."""
+        return self._render(messages if self.has_system else without_system(messages))
+
+    def _render(self, messages: Sequence[Message]) -> str:
         rendered = self._tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             chat_template=self._template,
@@ -64,6 +72,8 @@ class ChatTemplate:
 
     def token_ids(self, messages: Sequence[Message]) -> list[int]:
         """The prompt as token ids. Raises whatever the template raises for messages that it does not take."""
+        if not self.has_system:
+            messages = without_system(messages)
         broken = [self._pattern(m).search(m["content"]) is not None for m in messages]
         if not any(broken):
             return self._encode(self.text(messages))

@@ -108,7 +108,7 @@ class Connection:
             prompt_tokens=prompt_tokens,
             max_tokens=sampling.max_tokens,
             limit=self.models.context,
-            answered=self.answered > 0,
+            roles=[message["role"] for message in body["messages"]],
         )
         refused = functools.partial(self._refusal, asked)
         self.requests += 1

@@ -10,12 +10,13 @@ import datetime
 import email.utils
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ray_pipeline.engines.base import EngineError, EngineStop, PromptTooLong
+from ray_pipeline.engines.base import EngineError, EngineStop, PromptTooLong, rejected
 from ray_pipeline.engines.endpoint_error_bodies import read_error
+from ray_pipeline.engines.system_role import refuses_system
 from ray_pipeline.store.outside import shown
 
 _QUOTE = 300  # characters of a server's message that are shown
@@ -64,7 +65,20 @@ _STRUCTURE = re.compile(
 )
 _QUOTED_WORD = re.compile(r"['\"`](\w+)['\"`]")
 _DISLIKE = re.compile(r"unsupported|not support|unrecognized|unknown|unexpected|not permitted|forbidden|invalid", re.I)
+#: A refusal of what the messages say.
+_MODERATED = re.compile(
+    r"content[ _-]?(?:policy|policies|filter|management)|moderation|responsible ?ai|data_inspection|guardrail"
+    r"|(?:safety|usage|acceptable use)[ _-](?:filter|system|polic)"
+    r"|\b(?:prompt|input|output|content|text|messages?|response)\b.{0,60}"
+    r"\b(?:flagged|blocked|harmful|inappropriate|sensitive|unsafe|prohibited|violat\w*)"
+    r"|\u654f\u611f|\u4e0d\u5b89\u5168|\u8fdd\u89c4|\u5ba1\u6838",
+    re.IGNORECASE,
+)
+#: A chat template that raises, which llama.cpp answers with status 500.
+_TEMPLATE = re.compile(r"\bjinja|chat[ _]template|template error", re.IGNORECASE)
 _KEY = re.compile(r"\b(?:sk|pk|rk|gsk|xai|hf)[-_][\w*.-]{6,}|Bearer\s+\S+", re.IGNORECASE)
+
+SYSTEM_ROLE = "system role"  # in the place of a parameter's name
 
 #: Statuses of gateways and overloaded servers, which are not the call's fault.
 _ENDPOINT_STATUSES = frozenset({502, 503, 504, 520, 521, 522, 523, 524, 529})
@@ -84,7 +98,11 @@ class Again(Exception):
 
 
 class Refused(Exception):
-    """The server rejects a parameter of the request (`response_format` stands for all structured output)."""
+    """The server rejects a parameter of the request.
+
+    Args:
+        parameter: its name; `response_format` stands for all structured output, and `SYSTEM_ROLE` for system messages.
+    """
 
     def __init__(self, reason: str, parameter: str) -> None:
         super().__init__(reason)
@@ -100,7 +118,7 @@ class Asked:
         structured: whether structured output was requested.
         prompt_tokens: an estimate.
         limit: context of the model in tokens; 0: unknown.
-        answered: whether the endpoint has answered any request.
+        roles: of the messages.
     """
 
     parameters: Collection[str]
@@ -108,7 +126,7 @@ class Asked:
     prompt_tokens: int
     max_tokens: int
     limit: int = 0
-    answered: bool = False
+    roles: Sequence[str] = ()
 
 
 def clean(text: str, key: str | None) -> str:
@@ -131,15 +149,17 @@ def refusal(status: int, headers: Mapping[str, str], body: str, asked: Asked, ke
         return EngineStop(f"the account at the endpoint has no credit left ({told}); top it up, then rerun")
     too_large = status == 413 or "request too large" in message.lower()
     if status in (413, 429) and too_large and _QUOTA.search(message):  # one request exceeds the limit of a minute
-        return _rejected(told)
+        return EngineError(told)
     if status == 429:
         return Again(told, "limit", retry_after(headers))
     if status in _ENDPOINT_STATUSES:
         return Again(told, "endpoint", retry_after(headers))
-    if status in (408, 409, 425, 500):
+    moderated = _MODERATED.search(f"{code} {message}") is not None
+    figures = _too_long(status, message, code, body, asked)
+    if status in (400, 422, 500, 501) and not moderated and figures is None and refuses_system(message, asked.roles):
+        return Refused(told, SYSTEM_ROLE)
+    if status in (408, 409, 425, 500) and not _TEMPLATE.search(message):
         return Again(told, "call", retry_after(headers))
-    if status == 403 and asked.answered:  # some moderate this way
-        return _rejected(told)
     if 300 <= status < 400:
         target = clean(headers.get("location", ""), key)
         return EngineStop(
@@ -150,24 +170,17 @@ def refusal(status: int, headers: Mapping[str, str], body: str, asked: Asked, ke
         return EngineStop(
             f"{told}. Check that base_url is the address of an OpenAI-compatible endpoint; it usually ends with /v1"
         )
-    if status in (403, 404) or code == "model_not_found":
+    if status == 404 or code == "model_not_found":
         return EngineStop(told)
-    figures = _too_long(status, message, code, body, asked)
-    if figures is not None:
+    if figures is not None and status != 403:
         return PromptTooLong(figures[0], asked.max_tokens, figures[1], told)
-    if status in (400, 422, 501):
-        name = _wrong_parameter(message, parameter, asked)
-        if name is not None:
-            return Refused(told, name)
-        if _NO_MODEL.search(message):
-            return EngineStop(told)
-    return _rejected(told)
-
-
-def _rejected(told: str) -> EngineError:
-    error = EngineError(told)
-    error.rejection = told
-    return error
+    understood = status in (400, 422, 501)
+    name = _wrong_parameter(message, parameter, asked) if understood else None
+    if name is not None:
+        return Refused(told, name)
+    if moderated:
+        return EngineError(told)
+    return EngineStop(told) if understood and _NO_MODEL.search(message) else rejected(told)
 
 
 def _too_long(status: int, message: str, code: str, body: str, asked: Asked) -> tuple[int, int] | None:

@@ -14,11 +14,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ray_pipeline.engines.base import EngineStop, Grammar, Message, Sampling
-from ray_pipeline.engines.endpoint_errors import Refused
+from ray_pipeline.engines.endpoint_errors import SYSTEM_ROLE, Refused
 from ray_pipeline.engines.endpoint_settings import OpenAISpec
+from ray_pipeline.engines.system_role import without_system
 
 #: Ends a warning about structured output that a server does not support.
 AS_TEXT = "such replies are requested as text and read by the parsers"
+
+#: Ends a warning about system messages that a server does not take.
+AS_USER = "their text is put at the head of the user turn"
 
 #: Control strings in the templates of common open models (ChatML, Llama, Gemma, Mistral, Phi, DeepSeek).
 _CONTROL_STRINGS = re.compile(
@@ -49,6 +53,7 @@ class Requests:
         openai_itself = urllib.parse.urlsplit(settings.base_url).hostname == "api.openai.com"
         self._max_tokens = name if name != "auto" else "max_completion_tokens" if openai_itself else "max_tokens"
         self._renamed = False
+        self.no_system = False  # put system messages into the user turn
 
     @property
     def uses_vllm_fields(self) -> bool:
@@ -81,6 +86,8 @@ class Requests:
         return self._relaxed.get(grammar, 0) >= len(self._forms(grammar))
 
     def _sent(self, messages: Sequence[Message]) -> list[dict[str, str]]:
+        if self.no_system:
+            messages = without_system(messages)
         if not self._settings.break_control_strings:
             return [dict(m) for m in messages]
         return [{**m, "content": broken_control_strings(m["content"])} for m in messages]
@@ -112,6 +119,11 @@ class Requests:
         name = refused.parameter
         if name == "response_format":
             self._loosen(refused, body, sampling)
+            return
+        if name == SYSTEM_ROLE:
+            if not self.no_system:  # otherwise another call has adapted it meanwhile
+                self.no_system = True
+                self._warn(f"{self._at} rejects system messages ({refused}); {AS_USER}")
             return
         if name in ("max_tokens", "max_completion_tokens") and self._settings.max_tokens_name == "auto":
             if name != self._max_tokens:  # another call has adapted it meanwhile

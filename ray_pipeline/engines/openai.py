@@ -7,12 +7,15 @@ Errors and their handling:
 - **Errors of the endpoint** (unreachable, 502, 503, 504, 429) are waited out, honouring ``Retry-After``. After
   ``patience_s`` seconds without any reply the engine stops, so that a wrong address does not cost a night.
 - **Errors for the user** (rejected key, unknown model, no credit, unsupported parameter, spent budget) stop the engine
-  immediately. A stopped engine refuses every later call with the same message.
+  immediately, and refusals in other words once they turn out to concern every call (see ``refusals``). A stopped engine
+  refuses every later call with the same message.
+- **A server without the system role** gets the system text in the user turn (see ``system_role``).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import logging
@@ -36,10 +39,11 @@ from ray_pipeline.engines.endpoint_budget import Budget
 from ray_pipeline.engines.endpoint_connection import Connection
 from ray_pipeline.engines.endpoint_errors import Refused, clean
 from ray_pipeline.engines.endpoint_replies import read_completion, served_models
-from ray_pipeline.engines.endpoint_requests import AS_TEXT, Requests, prompt_token_estimate
+from ray_pipeline.engines.endpoint_requests import AS_TEXT, AS_USER, Requests, prompt_token_estimate
 from ray_pipeline.engines.endpoint_retry import Retries
 from ray_pipeline.engines.endpoint_settings import OpenAISpec, extra_problem
 from ray_pipeline.engines.lifetime import Lifetime
+from ray_pipeline.engines.refusals import Refusals
 from ray_pipeline.store.files import Folder
 
 logger = logging.getLogger("quorum.openai")
@@ -53,9 +57,14 @@ _PROBE = Grammar.json(
     }
 )
 _PROBE_MESSAGES: list[Message] = [
-    {"role": "user", "content": 'Name a colour. Answer with one JSON object and nothing else: {"verdict": "green"}'}
+    {"role": "system", "content": "Answer with one JSON object and nothing else."},
+    {"role": "user", "content": 'Name a colour: {"verdict": "green"}'},
 ]
 _PROBE_TOKENS = 64
+_REMEDY = (
+    "Change what these words name: the key's rights, the sampling's parameters, endpoint.extra_body, endpoint.omit, or "
+    "the server's chat template; then rerun the same command to resume"
+)
 
 
 @dataclasses.dataclass
@@ -88,6 +97,7 @@ class OpenAIEngine:
         self._connection = Connection(spec, self._lifetime)
         self._retries = Retries(spec, self._lifetime, self._connection)
         self._budget = Budget(spec, self._lifetime)
+        self._refusals = Refusals(self._at, _REMEDY, self._lifetime)
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -121,7 +131,8 @@ class OpenAIEngine:
                     # The start makes a call, which a spent budget must prevent.
                     self._budget.check(prompt_token_estimate(messages), sampling.max_tokens)
                     await self.start()
-                reply = await self._ask(messages, sampling)
+                with self._refusals.watch(messages, sampling):
+                    reply = await self._ask(messages, sampling)
             except EngineStop as error:
                 raise self._lifetime.stop(error) from None
         return dataclasses.replace(reply, latency_s=time.monotonic() - begin)
@@ -186,23 +197,14 @@ class OpenAIEngine:
     async def _prove(self) -> None:
         """Make one short call to check address, key, model and structured output."""
         requests, at = self._requests, self._at
-        plain = Sampling(max_tokens=_PROBE_TOKENS)
         try:
-            try:
-                reply = await self._ask(_PROBE_MESSAGES, dataclasses.replace(plain, grammar=_PROBE))
-            except EngineError as error:
-                if requests.text_only or self._settings.structured != "auto" or not str(error).startswith("HTTP 4"):
-                    raise
-                # Rejected with an unknown message: structured output is the most likely reason.
-                requests.text_only = True
-                reply = await self._ask(_PROBE_MESSAGES, plain)
-                self._warn_once(f"{at} rejects structured output ({error}); {AS_TEXT}")
+            reply = await self._probe()
         except PromptTooLong as error:
             raise EngineStartError(f"even a short prompt does not fit {at}: {error}") from None
         except EngineError as error:
+            address = "Check that base_url is the address of an OpenAI-compatible endpoint; it usually ends with /v1"
             raise EngineStartError(
-                f"the first call to {at} failed: {error}. Check that base_url is the address of an OpenAI-compatible "
-                "endpoint; it usually ends with /v1"
+                f"the first call to {at} failed: {error}. {_REMEDY if error.rejection else address}"
             ) from None
         if requests.text_only:
             return
@@ -216,6 +218,31 @@ class OpenAIEngine:
                 raise EngineStartError(f"{problem}; set endpoint.structured: text to read replies without it")
             requests.text_only = True
             self._warn_once(f"{problem}; {AS_TEXT}")
+
+    async def _probe(self) -> Completion:
+        """The reply to the short call. What a server rejects in words that are not understood is found by trying."""
+        requests = self._requests
+        sampling = Sampling(max_tokens=_PROBE_TOKENS, grammar=_PROBE)
+        try:
+            return await self._ask(_PROBE_MESSAGES, sampling)
+        except EngineError as error:
+            if not error.rejection.startswith("HTTP 4") or error.rejection.startswith("HTTP 403"):
+                raise
+            reason = error
+        was = requests.text_only, requests.no_system
+        # The most likely reason first.
+        for text_only, no_system in ((True, False), (False, True), (True, True)):
+            if (text_only and (was[0] or self._settings.structured != "auto")) or (no_system and was[1]):
+                continue
+            requests.text_only, requests.no_system = text_only or was[0], no_system or was[1]
+            with contextlib.suppress(EngineError):
+                reply = await self._ask(_PROBE_MESSAGES, sampling)
+                if text_only:
+                    self._warn_once(f"{self._at} rejects structured output ({reason}); {AS_TEXT}")
+                if no_system:
+                    self._warn_once(f"{self._at} rejects system messages ({reason}); {AS_USER}")
+                return reply
+        raise reason
 
     # -- answering ---------------------------------------------------------------------------------------------------
 

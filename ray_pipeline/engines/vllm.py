@@ -36,12 +36,14 @@ from ray_pipeline.engines.base import (
     PromptTooLong,
     Sampling,
     causes,
+    rejected,
 )
 from ray_pipeline.engines.chat_template import ChatTemplate
 from ray_pipeline.engines.core_server import CoreServer, is_cpu_build
 from ray_pipeline.engines.engine_meters import EngineMeters
 from ray_pipeline.engines.identity import ModelNotFound, model_identity, text_digest
 from ray_pipeline.engines.lifetime import Lifetime
+from ray_pipeline.engines.refusals import Refusals
 from ray_pipeline.engines.vllm_arguments import engine_args, local_adapter
 from ray_pipeline.engines.vllm_processes import Reaper, child_environment, end_processes, prepare_environment
 from ray_pipeline.engines.vllm_replies import read_completion, sampling_params
@@ -51,6 +53,11 @@ from ray_pipeline.store.local import local_copy
 logger = logging.getLogger("quorum.vllm")
 
 _STARTS = 2  # attempts to start the engine
+_BEGIN_SECONDS = 0.1  # in which the other calls of a shard begin
+_REMEDY = (
+    "Change what these words name: the sampling's parameters, or the template (set the model's key chat_template to a "
+    "Jinja file); then rerun the same command to resume"
+)
 
 
 class VllmEngine:
@@ -66,13 +73,16 @@ class VllmEngine:
 
     Attributes:
         start_seconds: duration of the start.
+        notes: messages for the user, each once: the engine's log is not on the terminal.
     """
 
     def __init__(self, spec: VllmSpec, *, model: Mapping[str, str] | None = None) -> None:
         self.spec = spec
         self.start_seconds = 0.0
+        self.notes: list[str] = []
         self._model = None if model is None else dict(model)
         self._lifetime = Lifetime()
+        self._refusals = Refusals(repr(spec.model), _REMEDY, self._lifetime)
         self._engine: Any = None  # vllm.v1.engine.async_llm.AsyncLLM
         self._template: ChatTemplate | None = None
         self._lora: Any = None
@@ -128,7 +138,8 @@ class VllmEngine:
         self._lifetime.check_open()
         if self._engine is None or not self._ready:
             await self.start()
-        completion = await self._ask(messages, sampling)
+        with self._refusals.watch(messages, sampling):
+            completion = await self._ask(messages, sampling)
         self._used.count(completion)
         return completion
 
@@ -275,8 +286,15 @@ class VllmEngine:
         begin = time.perf_counter()
         try:
             prompt = self._template.token_ids(messages)
-        except Exception as error:  # templates raise their own errors: "roles must alternate", no system role, …
-            raise EngineError(f"the chat template rejected the messages: {causes(error)}") from error
+        except Exception as error:  # templates raise their own errors: "roles must alternate", …
+            await asyncio.sleep(_BEGIN_SECONDS)  # else the first rows would be refused before others could be answered
+            raise rejected(f"the chat template rejected the messages: {causes(error)}") from error
+        if not self._template.has_system and not self.notes and any(m["role"] == "system" for m in messages):
+            self.notes.append(
+                f"the chat template of {self.spec.model!r} has no system role; system text is put at the head of the "
+                "user turn"
+            )
+            logger.warning("%s", self.notes[-1])
         if len(prompt) + sampling.max_tokens > self._limit:
             raise PromptTooLong(len(prompt), sampling.max_tokens, self._limit)
         params = sampling_params(sampling)
@@ -295,7 +313,7 @@ class VllmEngine:
         except Exception as error:
             if engine.errored or self._lifetime.closed:  # the error depends on what the call was doing at the time
                 raise EngineDead(f"the engine of {self.spec.model!r} has died; see its log") from error
-            raise EngineError(causes(error)) from error
+            raise (rejected if isinstance(error, ValueError) else EngineError)(causes(error)) from error
         return read_completion(last, len(prompt), time.perf_counter() - begin)
 
     # -- ending ------------------------------------------------------------------------------------------------------

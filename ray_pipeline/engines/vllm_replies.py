@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ray_pipeline.engines.base import Completion, EngineError, Sampling, TokenLogprobs, causes
+from ray_pipeline.engines.base import Completion, EngineError, Sampling, TokenLogprobs, causes, rejected
 from ray_pipeline.engines.vllm_spec import sampling_problem
 
 
@@ -17,7 +17,7 @@ def sampling_params(sampling: Sampling) -> Any:
     for name in extra:
         problem = sampling_problem(name, frozenset(SamplingParams.__struct_fields__))
         if problem:
-            raise EngineError(problem)
+            raise rejected(problem)
     grammar = sampling.grammar
     structured: dict[str, Any] = {}
     if grammar is not None:
@@ -37,7 +37,7 @@ def sampling_params(sampling: Sampling) -> Any:
             **extra,
         )
     except Exception as error:
-        raise EngineError(f"vLLM rejected the sampling parameters: {causes(error)}") from error
+        raise rejected(f"vLLM rejected the sampling parameters: {causes(error)}") from error
 
 
 def read_completion(output: Any, prompt_tokens: int, latency_s: float) -> Completion:

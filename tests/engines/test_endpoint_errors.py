@@ -16,7 +16,7 @@ from ray_pipeline.engines.endpoint_errors import Again, Asked, Refused, clean, r
 
 JSON = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
 KEYS = st.sampled_from(["error", "message", "code", "param", "detail", "loc", "metadata", "raw"]) | st.text()
-ASKED = Asked({"temperature", "max_tokens", "response_format"}, True, 30, 20, 2048, True)
+ASKED = Asked({"temperature", "max_tokens", "response_format"}, True, 30, 20, 2048)
 
 
 def error(message: str, **more: object) -> str:
@@ -139,7 +139,7 @@ PAGE = "<html><head><title>413</title></head><body><center><h1>413 Request Entit
     ],
 )
 def test_a_prompt_that_does_not_fit_in_the_words_of_many_servers(message: str, figures: tuple[int, int]) -> None:
-    asked = Asked({"max_tokens"}, False, 40000, 20, 2048, True)
+    asked = Asked({"max_tokens"}, False, 40000, 20, 2048)
     bodies = [
         error(message, code=400, status="INVALID_ARGUMENT"),
         f"[{error(message, code=400, status='INVALID_ARGUMENT')}]",

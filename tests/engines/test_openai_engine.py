@@ -297,7 +297,6 @@ def test_a_key_that_is_not_taken_stops_at_once(caplog: pytest.LogCaptureFixture)
         (Answer(404, b"404 page not found"), "404 page not found"),
         (refused(402, "Insufficient Balance"), "no credit left.*top it up"),
         (refused(429, "You exceeded your current quota", "insufficient_quota"), "no credit left"),
-        (refused(403, "Country not supported"), "Country not supported"),
         (refused(405), "Check that base_url is the address"),
         (
             refused(400, "Unsupported value: 'temperature' does not support 0 with this model.", param="temperature"),

@@ -13,7 +13,16 @@ from typing import Any
 
 import pytest
 
-from ray_pipeline.engines.base import ChatEngine, Completion, EngineDead, EngineError, Grammar, PromptTooLong, Sampling
+from ray_pipeline.engines.base import (
+    ChatEngine,
+    Completion,
+    EngineDead,
+    EngineError,
+    EngineStop,
+    Grammar,
+    PromptTooLong,
+    Sampling,
+)
 from ray_pipeline.engines.vllm import VllmEngine
 from ray_pipeline.engines.vllm_spec import VllmSpec
 
@@ -215,6 +224,43 @@ def test_text_in_a_message_cannot_open_a_turn(served: Served) -> None:
     assert served.loop.run(served.engine.chat(attack, Sampling(max_tokens=2))).prompt_tokens == len(
         template.token_ids(attack)
     )
+
+
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% elif m['role'] == 'assistant' %}{{ raise_exception('One turn only, please') }}{% endif %}"
+    "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+)
+
+
+def test_a_template_without_a_system_role_and_one_that_rejects_every_chat(qwen3: Path, tmp_path: Path) -> None:
+    (tmp_path / "template.jinja").write_text(NO_SYSTEM)
+    spec = VllmSpec(str(qwen3), dtype="float32", max_model_len=CONTEXT, chat_template=str(tmp_path / "template.jinja"))
+    served, short = Served(spec), Sampling(max_tokens=2)
+
+    def chat(system: str, *turns: str) -> list[dict[str, str]]:
+        roles = ["user", "assistant"] * len(turns)
+        system_turn = [{"role": "system", "content": system}] if system else []
+        return system_turn + [{"role": role, "content": turn} for role, turn in zip(roles, turns, strict=False)]
+
+    async def together(*chats: list[dict[str, str]], sampling: Sampling = short) -> list[Any]:
+        return await asyncio.gather(*(served.engine.chat(c, sampling) for c in chats), return_exceptions=True)
+
+    try:
+        with_system, folded = served.loop.run(together(chat("Be brief.", "Count"), chat("", "Be brief.\n\nCount")))
+        assert with_system.prompt_tokens == folded.prompt_tokens and with_system.text == folded.text
+        assert len(served.engine.notes) == 1 and "has no system role" in served.engine.notes[0]
+        # Chats that the template rejects are single rows while others are answered, and the template's fault if not.
+        bad = [chat("", str(i), "1", "Go on") for i in range(9)]
+        replies = served.loop.run(together(*bad, chat("", "Count"), sampling=Sampling(max_tokens=3)))
+        assert {type(r) for r in replies[:-1]} == {EngineError} and replies[-1].completion_tokens == 3
+        replies = served.loop.run(together(*bad, sampling=Sampling(max_tokens=4)))
+        assert EngineStop in {type(r) for r in replies} and "One turn only, please" in str(replies[-1])
+        assert "chat_template" in str(replies[-1])
+        with pytest.raises(EngineStop, match="One turn only"):
+            served.chat("Count", short)
+    finally:
+        served.loop.run(served.engine.close())
 
 
 def test_an_adapter_changes_the_replies(served: Served, qwen3: Path, lora: Path) -> None:
