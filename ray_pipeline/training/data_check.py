@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from ray_pipeline.store.local import local_copy
 from ray_pipeline.training.methods import Method, TrainingInputError, method_of
 from ray_pipeline.training.spec import TrainSpec
-from ray_pipeline.training.tokenizer import load_tokenizer
+from ray_pipeline.training.tokenizer import folding, load_tokenizer
 
 _BATCH_ROWS = 512
 
@@ -141,8 +141,11 @@ def _count(spec: TrainSpec, method: Method, tokenizer: Any, setting: str, patter
     counts = _Counts()
     render = functools.partial(_token_ids, tokenizer, spec.chat_template_args)
     completions = [c for c, kind in method.columns.items() if kind == "messages" and c != "prompt"]
+    fold = folding(tokenizer, spec.chat_template_args)
     for batch in _batches(parquet_files(pattern, setting), method):
         rows = batch.to_pylist()
+        if fold is not None:
+            rows = [{**row, "prompt": fold(row["prompt"])} for row in rows]
         prompts = render([row["prompt"] for row in rows], add_generation_prompt=True)
         answers = [
             render([row["prompt"] + row[column] for row in rows], add_generation_prompt=False) for column in completions

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ray_pipeline.engines.base import Message
+from ray_pipeline.engines.system_role import renders_system, without_system
 from ray_pipeline.training.methods import TrainingInputError, method_of
 from ray_pipeline.training.spec import TrainSpec
 
@@ -18,13 +20,17 @@ def load_tokenizer(spec: TrainSpec) -> Any:
     every trainer masks padding by position, so that the EOS of an answer is still learned.
 
     Raises:
-        TrainingInputError: no chat template, or one from which a policy cannot learn where a reply starts and ends.
+        TrainingInputError: no tokenizer, no chat template, or one from which a policy cannot learn where a reply starts
+            and ends.
     """
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(
-        spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code
-    )
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise TrainingInputError(f"model: cannot load the tokenizer of {spec.model}: {error}") from error
     if not tokenizer.chat_template:
         raise TrainingInputError(
             f"model: the tokenizer of {spec.model} has no chat template, but the rows are chats; use an instruct "
@@ -44,6 +50,13 @@ def end_token(tokenizer: Any, template_args: Mapping[str, Any]) -> int | None:
     special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
     after = tokenizer(whole.rpartition(_ANSWER)[2], add_special_tokens=False)["input_ids"]
     return next((token for token in after if token in special), None)
+
+
+def folding(tokenizer: Any, template_args: Mapping[str, Any]) -> Callable[[Sequence[Message]], list[Message]] | None:
+    """What an engine does to prompts before rendering them: where the chat template has no system role, system text
+    goes into the user turn; None: nothing."""
+    has_system = renders_system(lambda chat: _render(tokenizer, template_args, chat, True))
+    return None if has_system else without_system
 
 
 def complete_generation_config(config: Any, tokenizer: Any, end: int | None) -> None:
@@ -96,10 +109,10 @@ def _check_template(spec: TrainSpec, tokenizer: Any) -> int | None:
 
 
 def _render(
-    tokenizer: Any, template_args: Mapping[str, Any], chat: list[dict[str, str]], add_generation_prompt: bool
+    tokenizer: Any, template_args: Mapping[str, Any], chat: Sequence[Message], add_generation_prompt: bool
 ) -> str:
     return str(
         tokenizer.apply_chat_template(
-            chat, tokenize=False, add_generation_prompt=add_generation_prompt, **template_args
+            list(chat), tokenize=False, add_generation_prompt=add_generation_prompt, **template_args
         )
     )

@@ -17,7 +17,7 @@ from ray_pipeline.training.data_check import parquet_files
 from ray_pipeline.training.methods import method_of
 from ray_pipeline.training.sharding import fsdp_on_cpus, sharding_settings
 from ray_pipeline.training.spec import TrainSpec
-from ray_pipeline.training.tokenizer import complete_generation_config, end_token, load_tokenizer
+from ray_pipeline.training.tokenizer import complete_generation_config, end_token, folding, load_tokenizer
 
 
 def build_trainer(spec: TrainSpec, output_dir: str, callbacks: Sequence[TrainerCallback] = ()) -> Any:
@@ -35,8 +35,8 @@ def build_trainer(spec: TrainSpec, output_dir: str, callbacks: Sequence[TrainerC
         trainer = method.trainer_class()(
             model=spec.model,
             args=trainer_config(spec, output_dir),
-            train_dataset=_rows(spec, spec.train_files, "train_files"),
-            eval_dataset=_rows(spec, spec.val_files, "val_files") if spec.val_files else None,
+            train_dataset=_rows(spec, tokenizer, spec.train_files, "train_files"),
+            eval_dataset=_rows(spec, tokenizer, spec.val_files, "val_files") if spec.val_files else None,
             processing_class=tokenizer,
             peft_config=lora_config(spec),
             callbacks=list(callbacks),
@@ -195,7 +195,7 @@ def lora_config(spec: TrainSpec) -> LoraConfig | None:
     )
 
 
-def _rows(spec: TrainSpec, pattern: str, setting: str) -> Dataset:
+def _rows(spec: TrainSpec, tokenizer: Any, pattern: str, setting: str) -> Dataset:
     """The columns that the method needs and no others: TRL would interpret `images` or `tools`."""
     columns = list(method_of(spec.settings.method).columns)
     rows = load_dataset(
@@ -205,6 +205,9 @@ def _rows(spec: TrainSpec, pattern: str, setting: str) -> Dataset:
         fragment_scan_options=ParquetFragmentScanOptions(page_checksum_verification=True),
         split="train",
     )
+    fold = folding(tokenizer, spec.chat_template_args)
+    if fold is not None:
+        rows = rows.map(lambda prompt: {"prompt": fold(prompt)}, input_columns="prompt")
     return with_template_args(spec, rows)
 
 

@@ -118,6 +118,14 @@ def test_architectures_that_are_no_policy(make_spec: MakeSpec, edited: Edit, val
         check_build(make_spec("dpo", model=edited("config.json", **values)))
 
 
+def test_a_model_without_its_tokenizer(make_spec: MakeSpec, edited: Edit) -> None:
+    model = Path(edited("config.json"))
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(TrainingInputError, match="model: cannot load the tokenizer of"):
+        check_build(make_spec("kto", model=str(model)))
+
+
 @pytest.mark.parametrize("values", [{"temperature": 0.6, "top_p": 0.9}, {"pad_token_id": -1}])
 def test_a_generation_config_that_can_be_repaired_passes(make_spec: MakeSpec, edited: Edit, values: Any) -> None:
     check_build(make_spec("kto", model=edited("generation_config.json", **values)))

@@ -31,6 +31,7 @@ from .conftest import (
     user,
     write_rows,
 )
+from .shapes import make_model
 
 
 @pytest.mark.parametrize(
@@ -291,6 +292,24 @@ def test_chats_are_rendered_for_the_training_as_for_the_engine(
     answer = next(row[name] for name in ("completion_ids", "chosen_ids", "labels", "chosen_labels") if name in row)
     learnt = tokenizer.decode([token for token in answer if token != -100])
     assert "no thought" not in learnt and learnt.strip()
+
+
+@pytest.mark.parametrize("method", ["sft", "kto", "simpo"])
+def test_system_text_goes_where_the_engine_puts_it(make_spec: MakeSpec, tmp_path: Path, method: str) -> None:
+    from transformers import AutoTokenizer
+
+    from ray_pipeline.training.trainer import build_trainer
+
+    model = make_model(tmp_path / "model", "gemma", ["no system role"])
+    make, schema = ROWS[METHODS[method].data]
+    system = {"role": "system", "content": "please sort them"}
+    rows = [{**row, "prompt": [system, *row["prompt"]]} for row in make(12)]
+    spec = make_spec(method, num_workers=1, model=model, train_files=write_rows(tmp_path / "a.parquet", rows, schema))
+    assert check_data(spec).rows == 12
+    row = build_trainer(spec, str(tmp_path / "scratch")).train_dataset[0]
+    whole = next(row[name] for name in ("input_ids", "chosen_input_ids", "prompt_ids") if name in row)
+    asked = ChatTemplate(AutoTokenizer.from_pretrained(model)).token_ids(rows[0]["prompt"])
+    assert whole[: len(asked)] == asked
 
 
 def test_packed_rows_are_counted_as_sequences(make_spec: MakeSpec, tmp_path: Path) -> None:
