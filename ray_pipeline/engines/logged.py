@@ -40,7 +40,7 @@ logger = logging.getLogger("quorum.calls")
 
 #: Age of a reply at which it is written, with all that came since: these can be lost when a process is killed. The
 #: write itself comes on top.
-FLUSH_SECONDS = 1.0
+FLUSH_SECONDS = 0.75
 #: Longest wait before a failed write is repeated, in seconds.
 _LONGEST_PAUSE = 5.0
 #: Seconds between two looks of a call that waits for the storage at whether its shard was stopped.
