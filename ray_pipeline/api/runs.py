@@ -89,16 +89,19 @@ def run(
 
     Raises:
         ConfigError: as `load_config`.
+        CheckFailed: a check before the first stage found a problem; nothing was started.
         RuntimeError: a stage failed; the message names it and the reason. Finished work is kept.
     """
     from ray_pipeline.graph.driver import execute
+    from ray_pipeline.operate.check import before_first_stage, engines_elsewhere
     from ray_pipeline.operate.run_settings import executor_of, run_settings
 
     settings = load_config(workflow, config, overrides)
     folder = settings.run_folder(run_dir)
     graph = find_workflow(workflow).wire(settings, folder)
     how, executor = run_settings(settings, folder, workflow=workflow), executor_of(settings)
-    outcome = execute(graph, how, executor, from_group=from_stage, to_group=to_stage)
+    before = before_first_stage(settings, how.session, engines_elsewhere(settings))
+    outcome = execute(graph, how, executor, from_group=from_stage, to_group=to_stage, before=before)
     if outcome.failures:
         failed = "; ".join(f"{name}: {failure.reason}" for name, failure in outcome.failures.items())
         raise RuntimeError(f"{failed}. Finished work is kept; the same call resumes the run in {folder}")

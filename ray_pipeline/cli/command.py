@@ -32,6 +32,8 @@ for command in (
     results.audit,
     operator.status,
     planning.plan,
+    planning.check,
+    planning.preview,
     planning.regate,
     operator.retry,
     operator.export,

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from ray_pipeline.cli.terminal import (
+    BAD_INPUT,
     STAGE_FAILED,
     ConfigOption,
     OverridesArgument,
@@ -17,6 +18,7 @@ from ray_pipeline.cli.terminal import (
     complain,
     refused,
     say,
+    show_findings,
 )
 
 
@@ -86,6 +88,86 @@ def plan(
             Folder(folder).write_json("plan.json", found.plain())
     for line in planning.plan_lines(found):
         say(line)
+
+
+def check(
+    workflow: WorkflowArgument,
+    overrides: OverridesArgument = None,
+    config: ConfigOption = "pocket",
+    run_dir: RunDirOption = None,
+    from_stage: Annotated[str | None, typer.Option("--from", help="as of `quorum run`")] = None,
+    to_stage: Annotated[str | None, typer.Option("--to", help="as of `quorum run`")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="contact no endpoint, Hub or object store")] = False,
+) -> None:
+    """Check all that can be known before a run pays for anything; `quorum run` checks the same before its first stage.
+
+    Checked are input files and their columns, rubrics and thresholds, model files, training settings and packages,
+    disk space, API keys, and every endpoint with a few short calls in the forms that the stages will use (a few tokens
+    each, counted in the model's budget). Only stages that are still to do count: a finished run contacts no endpoint.
+
+    Prints a line per check: ok, warning, problem with its remedy, or not checked with the reason. Exit code 2 if there
+    is a problem.
+
+    Example: `quorum check dmapo -c configs/endpoint.yaml`, or with --offline before the key is at hand.
+    """
+    from ray_pipeline.config.loading import load_config
+    from ray_pipeline.operate import check as checks
+    from ray_pipeline.operate.pending import Pending
+    from ray_pipeline.operate.run_settings import run_settings
+    from ray_pipeline.workflow.registry import find_workflow
+
+    with refused():
+        chosen = find_workflow(workflow)
+        settings = load_config(chosen.config, config, overrides or [])
+        folder = settings.run_folder(run_dir)
+        dag, session = chosen.wire(settings, folder), run_settings(settings, folder).session
+        pending = Pending.of(
+            settings,
+            dag,
+            session,
+            from_stage,
+            to_stage,
+            scope="offline" if offline else "all",
+            on_cluster=checks.engines_elsewhere(settings),
+        )
+        show_findings(checks.findings(pending))
+        say("no problem found" if pending.todo else "all stages are done: a run starts nothing")
+
+
+def preview(
+    workflow: WorkflowArgument,
+    overrides: OverridesArgument = None,
+    config: ConfigOption = "pocket",
+    count: Annotated[int, typer.Option("-n", "--count", help="number of prompts", min=1)] = 5,
+    run_dir: RunDirOption = None,
+    executor: Annotated[str, typer.Option(help="as of `quorum run`")] = "ray",
+) -> None:
+    """Run the first prompts through to their decisions and print them, to read before the big run.
+
+    Shows each prompt with its candidates, their scores with the judges' reasons, critiques and decisions, and what it
+    cost. The preview has a folder of its own (RUN-preview) and the run's call log, so the run does not pay for these
+    calls again. For workflows that judge candidates (dmapo, fellowship, baselines).
+
+    Example: `quorum preview dmapo -c configs/endpoint.yaml -n 3`.
+    """
+    from ray_pipeline.config.loading import load_config
+    from ray_pipeline.config.messages import ConfigError
+    from ray_pipeline.operate.preview import run_preview, show
+    from ray_pipeline.workflow.registry import find_workflow
+    from ray_pipeline.workflow.training import TrainingConfig
+
+    console = Console(soft_wrap=True)
+    with refused():
+        chosen = find_workflow(workflow)
+        settings = load_config(chosen.config, config, overrides or [])
+        if not isinstance(settings, TrainingConfig):
+            raise ConfigError(f"{chosen.name} judges no candidates, so there is nothing to preview")
+        outcome = run_preview(settings, settings.run_folder(run_dir), count, chosen.wire, executor, console)
+    for name, failure in outcome.failures.items():
+        complain(f"{name} failed: {failure.reason}")
+    if outcome.failures:
+        raise typer.Exit(BAD_INPUT if all(f.bad_input for f in outcome.failures.values()) else STAGE_FAILED)
+    show(outcome, settings.currency(), console)
 
 
 def regate(

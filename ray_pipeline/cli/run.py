@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -19,10 +19,8 @@ from ray_pipeline.cli.terminal import (
     complain,
     refused,
     say,
+    show_findings,
 )
-
-if TYPE_CHECKING:
-    from ray_pipeline.graph.stage import Dag
 
 
 def run(
@@ -32,7 +30,9 @@ def run(
     run_dir: RunDirOption = None,
     from_stage: Annotated[str | None, typer.Option("--from", help="rerun this stage and everything downstream")] = None,
     to_stage: Annotated[str | None, typer.Option("--to", help="stop after this stage")] = None,
-    dry_run: Annotated[bool, typer.Option(help="show the stages and which of them are done; start nothing")] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="show the stages, which of them are done, and the checks that take no time")
+    ] = False,
     skip_generation: Annotated[bool, typer.Option(help="evaluate stored responses, generate no new ones")] = False,
     max_cost: Annotated[
         float | None, typer.Option(help="stop gracefully once total spend across sessions reaches this amount")
@@ -57,11 +57,13 @@ def run(
     configurations; benchmarks runs MT-Bench, AlpacaEval and IFEval.
 
     Finished stages are kept, unfinished ones make only their missing shards, and an LLM call with a stored reply is
-    never repeated.
+    never repeated. All that can be known is checked before the first stage, as `quorum check` does.
     """
     from ray_pipeline.config.loading import load_config
     from ray_pipeline.graph.driver import execute
     from ray_pipeline.graph.reach import check_location, in_a_job
+    from ray_pipeline.operate import check as checks
+    from ray_pipeline.operate.pending import Pending
     from ray_pipeline.operate.prices import budget_of
     from ray_pipeline.operate.run_settings import executor_of, run_settings
     from ray_pipeline.store.files import Folder
@@ -74,9 +76,25 @@ def run(
             settings = load_config(chosen.config, config, changes)
             folder = settings.run_folder(run_dir)
             dag = chosen.wire(settings, folder)
+            how = run_settings(
+                settings,
+                folder,
+                workflow=workflow,
+                budget=budget_of(settings, max_cost, device_hour),
+                log_json=log_json,
+                debug=debug,
+            )
+            elsewhere = checks.engines_elsewhere(settings, executor)
             if dry_run:
-                _show_stages(dag, folder, settings.num_shards, from_stage, to_stage)
+                pending = Pending.of(
+                    settings, dag, how.session, from_stage, to_stage, scope="light", on_cluster=elsewhere
+                )
+                for stage in dag.upto(to_stage):
+                    state = "done" if stage.name in pending.results else "to do"
+                    reads = ", ".join(parent.name for parent in stage.inputs.values()) or "-"
+                    say(f"{stage.name:<28} {state:<6} {stage.folder_name:<48} reads {reads}")
                 say(f"run folder: {folder}; call log: {settings.calls_root(folder)}; {settings.num_shards} shards")
+                show_findings(checks.findings(pending))
                 return
             if in_a_job():
                 check_location(run_dir or settings.run.root, "--run-dir" if run_dir else "run.root")
@@ -84,18 +102,12 @@ def run(
             _link_latest(folder, settings.run.root)
             outcome = execute(
                 dag,
-                run_settings(
-                    settings,
-                    folder,
-                    workflow=workflow,
-                    budget=budget_of(settings, max_cost, device_hour),
-                    log_json=log_json,
-                    debug=debug,
-                ),
+                how,
                 executor_of(settings, executor),
                 from_group=from_stage,
                 to_group=to_stage,
                 console=Console(soft_wrap=True),
+                before=checks.before_first_stage(settings, how.session, elsewhere),
             )
     except KeyboardInterrupt:
         complain("interrupted; rerun the same command to resume")
@@ -127,14 +139,3 @@ def _link_latest(folder: str, root: str) -> None:
             point_at(Folder(root), "latest", os.path.relpath(folder, root))
         except StoreError as error:
             complain(f"could not link to this run: {error}")
-
-
-def _show_stages(dag: Dag, folder: str, num_shards: int, from_stage: str | None, to_stage: str | None) -> None:
-    from ray_pipeline.graph.resume import load_result
-    from ray_pipeline.graph.stage import StageRef
-
-    rerun = dag.downstream(from_stage) if from_stage else []
-    for stage in dag.upto(to_stage):
-        done = stage not in rerun and load_result(StageRef.of(stage, folder, num_shards)) is not None
-        reads = ", ".join(parent.name for parent in stage.inputs.values()) or "-"
-        say(f"{stage.name:<28} {'done' if done else 'to do':<6} {stage.folder_name:<48} reads {reads}")

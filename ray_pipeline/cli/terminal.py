@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Annotated
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from ray_pipeline.store.outside import shown
 from ray_pipeline.workflow.registry import workflow_names
+
+if TYPE_CHECKING:
+    from ray_pipeline.operate.pending import Finding
 
 #: Exit codes.
 DONE, STAGE_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -36,6 +39,17 @@ _err = Console(stderr=True, soft_wrap=True)
 def say(text: str) -> None:
     """Print a line of plain text: output of models and servers is never markup, and keys are removed."""
     Console(soft_wrap=True).print(shown(text), markup=False, highlight=False)
+
+
+def show_findings(findings: Iterable[Finding]) -> None:
+    """Print a line for each finding of the checks. Ends the command with exit code 2 if one is a problem."""
+    problems = 0
+    for finding in findings:
+        say(finding.line)
+        problems += finding.state == "problem"
+    if problems:
+        complain(f"{problems} problem{'s' * (problems > 1)} found")
+        raise typer.Exit(BAD_INPUT)
 
 
 def complain(message: object) -> None:

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -26,6 +26,9 @@ from ray_pipeline.graph.spending import Budget, Spending
 from ray_pipeline.graph.stage import Dag, Stage, StageResult
 from ray_pipeline.graph.stage_work import End, Failure
 from ray_pipeline.store.files import Folder, StoreError, point_at
+
+Before = Callable[[Sequence[Stage], Mapping[str, StageResult], Callable[[str], None]], None]
+"""Gets the stages to do, the results of the others, and what writes a line to log and terminal."""
 
 #: Seconds between two looks at the board.
 _LOOK_SECONDS = 0.5
@@ -80,8 +83,12 @@ def execute(
     from_group: str | None = None,
     to_group: str | None = None,
     console: Console | None = None,
+    before: Before | None = None,
 ) -> RunOutcome:
     """Run the stages that are not done. A failure ends only what needs it.
+
+    Args:
+        before: called if there is anything to do, before the first stage; what it raises ends the run.
 
     Raises:
         RunBusy: another living process holds the run folder.
@@ -101,6 +108,8 @@ def execute(
         results = finished(dag, wanted, session, from_group, log.say)
         again += [s for s in drop_stale(wanted, results) if s not in again]
         todo = [s for s in wanted if s.name not in results]
+        if todo and before is not None:
+            before(todo, results, log.say)
         head = {
             "workflow": settings.workflow or dag.name,
             "given": dict(settings.given),

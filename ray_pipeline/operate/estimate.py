@@ -14,7 +14,7 @@ import dataclasses
 import inspect
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -26,7 +26,7 @@ from ray_pipeline.engines.base import Completion, Message, Sampling
 from ray_pipeline.engines.logged import LoggedEngine
 from ray_pipeline.graph.stage import BadInput, Dag, ShardInput, ShardWork, Stage, StageRef, StageResult, WholeInput
 from ray_pipeline.store.files import Folder
-from ray_pipeline.store.keys import call_key, digest
+from ray_pipeline.store.keys import call_key, canonical_json, digest
 
 #: Prompts of each split (questions of each benchmark) that are counted; more change a mean by less than rates are off.
 _SAMPLE = 64
@@ -35,6 +35,9 @@ _WORD = "word "
 Count = Callable[[Sequence[Message]], int]
 """Tokens of a chat."""
 
+Form = tuple[tuple[str, ...], Sampling]
+"""What a server may refuse about a call, whatever its texts: the roles of its messages, and its sampling."""
+
 
 @dataclasses.dataclass
 class Estimate:
@@ -42,12 +45,14 @@ class Estimate:
 
     Attributes:
         bound: tokens are an upper bound, because some replies are taken to be as long as max_tokens allows.
+        forms: of its calls, each once, in the order in which they came.
     """
 
     calls: float = 0.0
     prompt_tokens: float = 0.0
     completion_tokens: float = 0.0
     bound: bool = False
+    forms: dict[str, Form] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +79,9 @@ def estimate(dag: Dag, count: Callable[[Stage], Count], reply: Callable[[Stage],
         ConfigError: the prompts, items or questions cannot be read.
     """
     with tempfile.TemporaryDirectory(prefix="quorum-plan-") as folder:
-        run = _DryRun(folder)
-        for stage in _needed(dag):
-            run.make(stage, count, reply)
+        run = StandIns(folder, count, reply)
+        for stage in needed(filter(calls_model, dag.stages)):
+            run.make(stage)
     return Estimates(run.estimates, run.candidates)
 
 
@@ -84,26 +89,38 @@ def calls_model(stage: Stage) -> bool:
     return isinstance(stage.work, ShardWork) and stage.work.engine is not None
 
 
-def _needed(dag: Dag) -> list[Stage]:
-    """Stages that call a model and what they read, without training and what it reads."""
-    needed: list[Stage] = []
+def needed(stages: Iterable[Stage]) -> list[Stage]:
+    """Some stages and what they read, without training and what it reads."""
+    found: list[Stage] = []
 
     def need(stage: Stage) -> None:
-        if stage not in needed:
+        if stage not in found:
             for parent in stage.inputs.values():
                 if parent.role_name != "policy":
                     need(parent)
-            needed.append(stage)
+            found.append(stage)
 
-    for stage in dag.stages:
-        if calls_model(stage):
-            need(stage)
-    return needed
+    for stage in stages:
+        need(stage)
+    return found
 
 
-class _DryRun:
-    def __init__(self, folder: str) -> None:
-        self._folder = folder
+class StandIns:
+    """Makes stages in a folder of its own, parents first, with stand-in replies.
+
+    Args:
+        count, reply: see `estimate`.
+        sample: prompts of each split (questions of each benchmark) that are kept.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        count: Callable[[Stage], Count],
+        reply: Callable[[Stage], float | None],
+        sample: int = _SAMPLE,
+    ) -> None:
+        self._folder, self._count, self._reply, self._sample = folder, count, reply, sample
         self._results: dict[str, StageResult] = {}
         #: By stage and prompt_id, how many prompts a sampled one stands for.
         self._weights: dict[str, Mapping[str, float]] = {}
@@ -112,7 +129,26 @@ class _DryRun:
         self.estimates: dict[str, Estimate] = {}
         self.candidates: dict[str, float] = {}
 
-    def make(self, stage: Stage, count: Callable[[Stage], Count], reply: Callable[[Stage], float | None]) -> None:
+    def __contains__(self, stage: Stage) -> bool:
+        return stage.name in self._results
+
+    def prompts(self, stage: Stage) -> float:
+        """Prompts (or questions) that the stage's rows belong to, before sampling."""
+        return sum(self._weights[stage.name].values())
+
+    def take(self, stage: Stage, result: StageResult) -> None:
+        """Use the stored rows of a stage that reads no other: those of its first shard with any."""
+        ref = StageRef.of(stage, self._folder, 1)
+        for shard in range(result.num_shards):
+            tables = {kind: result.table(kind).read(shard) for kind in result.tables}
+            if any(table.num_rows for table in tables.values()):
+                break
+        for kind, table in tables.items():
+            ref.table(kind).write(0, table)
+        self._put(stage, ref, result.facts, _cut(ref, self._sample) if ref.tables else {})
+
+    def make(self, stage: Stage) -> None:
+        """Make a stage. Raises ConfigError for rows of the user's that cannot be read."""
         ref, work = StageRef.of(stage, self._folder, 1), stage.work
         inputs = {role: self._results[p.name] for role, p in stage.inputs.items() if p.name in self._results}
         weights = {prompt: n for result in inputs.values() for prompt, n in self._weights[result.name].items()}
@@ -127,7 +163,7 @@ class _DryRun:
             if calls_model(stage):
                 bound = any(self.estimates[name].bound for name in self._ancestors(stage))
                 estimate = self.estimates[stage.name] = Estimate(bound=bound)
-                engine = _StandIns(stage, estimate, weights, count(stage), reply(stage), self._log)
+                engine = _StandInEngine(stage, estimate, weights, self._count(stage), self._reply(stage), self._log)
             found = {role: result.facts for role, result in inputs.items()}
             given = ShardInput(0, 1, tables, found, engine, _asked_once(work.settings), _nothing, _nothing)
             made = work.function(given)
@@ -143,7 +179,10 @@ class _DryRun:
             except BadInput as error:
                 raise ConfigError(str(error)) from error
             if not inputs and ref.tables:
-                weights = _cut(ref)
+                weights = _cut(ref, self._sample)
+        self._put(stage, ref, facts, weights)
+
+    def _put(self, stage: Stage, ref: StageRef, facts: Mapping[str, Any], weights: Mapping[str, float]) -> None:
         self._results[stage.name] = StageResult(**vars(ref), rows={}, facts=facts)
         self._weights[stage.name] = weights
         if stage.role_name == "candidates" and ref.tables == ("candidates",):
@@ -174,7 +213,15 @@ def _asked_once(settings: Any) -> Any:
     return settings.model_copy(update=changes)
 
 
-def _cut(source: StageRef) -> dict[str, float]:
+def _has_free_replies(settings: Any) -> bool:
+    """Whether a key `grammar` is off, which `_asked_once` turns on."""
+    if not isinstance(settings, Settings):
+        return False
+    parts = [(name, getattr(settings, name)) for name in type(settings).model_fields]
+    return any((name == "grammar" and value is False) or _has_free_replies(value) for name, value in parts)
+
+
+def _cut(source: StageRef, sample: int) -> dict[str, float]:
     """Keep some prompts of every split or benchmark, spread evenly over their lengths; returns by prompt_id how many
     each stands for."""
     tables = {kind: source.table(kind).read(0) for kind in source.tables}
@@ -186,8 +233,8 @@ def _cut(source: StageRef) -> dict[str, float]:
     weights: dict[str, float] = {}
     for lengths in parts.values():
         ordered = sorted(lengths, key=lambda prompt: (sum(lengths[prompt]), prompt))
-        for n in range(_SAMPLE):
-            alike = ordered[n * len(ordered) // _SAMPLE : (n + 1) * len(ordered) // _SAMPLE]
+        for n in range(sample):
+            alike = ordered[n * len(ordered) // sample : (n + 1) * len(ordered) // sample]
             if alike:
                 kept = min(alike)  # of the smallest hash
                 weights[kept] = sum(len(lengths[prompt]) for prompt in alike) / len(lengths[kept])
@@ -204,7 +251,7 @@ def _row_tokens(candidates: pa.Table, weights: Mapping[str, float]) -> float:
     return float(sum(tokens))
 
 
-class _StandIns(LoggedEngine):
+class _StandInEngine(LoggedEngine):
     """Counts calls, and replies with filler in the form that a call asks for; no two replies are equal."""
 
     def __init__(
@@ -220,7 +267,7 @@ class _StandIns(LoggedEngine):
         engine = stage.config.get("engine") if isinstance(stage.config, dict) else None
         self.identity = {"model": digest([dict(stage.external), engine, policy and policy.fingerprint])}
         self._estimate, self._weights, self._count, self._reply = estimate, weights, count, reply
-        self._log = log
+        self._log, self._forced = log, not _has_free_replies(stage.work.settings)
         empty, number, words = (self._tokens(text) for text in ("", f"{0:05d} ", 100 * _WORD))
         self._word, self._number = max((words - empty) / 100, 0.01), number - empty
 
@@ -237,6 +284,9 @@ class _StandIns(LoggedEngine):
         self._estimate.prompt_tokens += weight * prompt
         self._estimate.completion_tokens += weight * tokens
         self._estimate.bound |= self._reply is None
+        roles = tuple(message["role"] for message in messages)
+        asked = dataclasses.replace(sampling, seed=None, grammar=sampling.grammar if self._forced else None)
+        self._estimate.forms.setdefault(canonical_json([roles, asked.key()]), (roles, asked))
         self._log[key] = Completion(self._text(sampling, tokens), "stop", prompt, round(tokens), 0)
         return self._log[key]
 

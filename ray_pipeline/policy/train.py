@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 from typing import Any
 
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.stage import BadInput, Stage, StageStop, WholeInput, WholeWork
-from ray_pipeline.store.files import NotWritten, StoreError, join
+from ray_pipeline.store.files import Folder, NotWritten, StoreError, join
 from ray_pipeline.store.schemas import TRAIN_METRICS
 from ray_pipeline.training.fit import fit
 from ray_pipeline.training.methods import TrainingInputError, method_label, method_of
@@ -71,6 +72,34 @@ def train(
     )
 
 
+def training_spec(stage: Stage, run_folder: str) -> TrainSpec:
+    """The training of a stage as far as it is known before its data and the cluster, for the checks before a run.
+
+    A cluster that decides about GPUs (`use_gpu` is not set) is taken to have them.
+    """
+    settings: _Given = stage.work.settings
+    train = settings.train
+    known = train.model_copy(update={"use_gpu": True}) if train.use_gpu is None else train
+    data, out = (join(run_folder, of.folder_name) for of in (stage.inputs["datasets"], stage))
+    return _spec(settings, known, data, Folder(out), stage.fingerprint)
+
+
+def _spec(settings: _Given, train: TrainSettings, data: str, out: Folder, fingerprint: str) -> TrainSpec:
+    model = settings.model
+    return TrainSpec(
+        settings=train,
+        model=model.model,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        chat_template_args=model.chat_template_args,
+        train_files=join(data, f"{method_of(train.method).data}/train/*.parquet"),
+        output_dir=out.location,
+        storage_path=out.uri("ray_train"),
+        run_name=f"{method_label(train.method)}-{fingerprint}",
+        max_length=settings.max_length,
+    )
+
+
 def train_policy(given: WholeInput) -> dict[str, Any]:
     """Train on the files of the `datasets` stage.
 
@@ -88,8 +117,7 @@ def _train_policy(given: WholeInput) -> dict[str, Any]:
     import ray
 
     settings: _Given = given.settings
-    train, model = settings.train, settings.model
-    data = given.inputs["datasets"]
+    train, data = settings.train, given.inputs["datasets"]
     kind = method_of(train.method).data
     validation = data.facts.get("rows", {}).get(kind, {}).get("val", 0)
     resolved: dict[str, Any] = {}
@@ -98,18 +126,9 @@ def _train_policy(given: WholeInput) -> dict[str, Any]:
     if kind == "kto":
         weights = data.facts.get("kto_weights") or {}
         resolved |= {name: getattr(train, name) or weights.get(name, 1.0) for name in KTO_WEIGHTS}
-    spec = TrainSpec(
-        settings=train.model_copy(update=resolved),
-        model=model.model,
-        revision=model.revision,
-        trust_remote_code=model.trust_remote_code,
-        chat_template_args=model.chat_template_args,
-        train_files=join(data.folder, f"{kind}/train/*.parquet"),
+    spec = dataclasses.replace(
+        _spec(settings, train.model_copy(update=resolved), data.folder, given.folder, given.fingerprint),
         val_files=join(data.folder, f"{kind}/val/*.parquet") if validation else None,
-        output_dir=given.folder.location,
-        storage_path=given.folder.uri("ray_train"),
-        run_name=f"{method_label(train.method)}-{given.fingerprint}",
-        max_length=settings.max_length,
         card={"dataset": data.fingerprint, "kind of rows": kind, "training": given.fingerprint},
     )
     given.folder.delete(STOP)  # of an earlier attempt
