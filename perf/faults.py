@@ -32,7 +32,8 @@ import pyarrow.parquet as pq
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ray_pipeline.store.files import Folder, StoreError  # noqa: E402
+from ray_pipeline.store.errors import StoreError  # noqa: E402
+from ray_pipeline.store.files import Folder  # noqa: E402
 from tests.dags.conftest import Quorum, calls_by_role, descendants, manifest, tables, wait_until  # noqa: E402
 from tests.hosts import hosts_can_be_made  # noqa: E402
 from tests.ray_nodes import RayNodes  # noqa: E402

@@ -33,8 +33,8 @@ from ray_pipeline.engines.vllm_spec import VllmSpec
 from ray_pipeline.graph.cluster import start_ray
 from ray_pipeline.graph.failures import FailureSettings
 from ray_pipeline.graph.ray_shards import map_shards
+from ray_pipeline.graph.receipts import Receipt
 from ray_pipeline.graph.session import Session, StageTask
-from ray_pipeline.graph.shards import Receipt
 from ray_pipeline.graph.stage import ShardWork, Stage, StageRef, StageResult, WholeWork
 from ray_pipeline.pocket.responses import policy_response
 from ray_pipeline.pocket.tasks import make_prompts

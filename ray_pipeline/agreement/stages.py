@@ -19,7 +19,8 @@ from ray_pipeline.data.sources import HuggingFaceSource, InputError, JsonlSource
 from ray_pipeline.graph.results import Run
 from ray_pipeline.graph.stage import BadInput, Stage, StageRef, StageResult, WholeInput, WholeWork
 from ray_pipeline.stats.protocol import Protocol
-from ray_pipeline.store.files import Folder, StoreError
+from ray_pipeline.store.errors import StoreError
+from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import check_num_shards, digest, shard_of, unit_hash
 from ray_pipeline.store.local import written_here
 from ray_pipeline.store.schemas import BALLOTS, ITEMS, to_table

@@ -15,7 +15,8 @@ from ray_pipeline.engines.base import ChatEngine, Completion, EngineStartError, 
 from ray_pipeline.engines.logged import LoggedEngine
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.pocket import model_path
-from ray_pipeline.store.files import Folder, normalise_location
+from ray_pipeline.store.files import Folder
+from ray_pipeline.store.locations import normalise_location
 
 
 class _Startable(ChatEngine, Protocol):

@@ -13,7 +13,8 @@ from ray_pipeline.data.dataset_rows import DatasetsConfig
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.data.tokens import Encode
 from ray_pipeline.store import keys
-from ray_pipeline.store.files import Folder, StoreError
+from ray_pipeline.store.errors import StoreError
+from ray_pipeline.store.files import Folder
 from ray_pipeline.store.schemas import TABLES
 from ray_pipeline.store.tables import ShardedTable
 

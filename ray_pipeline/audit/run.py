@@ -12,7 +12,7 @@ from ray_pipeline.audit.rows import audit_run
 from ray_pipeline.data.scored import ScoredDataset
 from ray_pipeline.data.tokens import TokenCounter
 from ray_pipeline.graph.results import Run, of_role
-from ray_pipeline.store.files import StoreError
+from ray_pipeline.store.errors import StoreError
 
 _NEEDED = ("prompts", "candidates")
 

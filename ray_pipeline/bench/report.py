@@ -23,7 +23,8 @@ from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.results import Run
 from ray_pipeline.graph.stage import BadInput, Stage, StageResult, WholeInput, WholeWork
 from ray_pipeline.stats.protocol import short_name
-from ray_pipeline.store.files import Folder, StoreError
+from ray_pipeline.store.errors import StoreError
+from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import canonical_json
 from ray_pipeline.store.local import written_here
 from ray_pipeline.store.schemas import READ_STATUSES

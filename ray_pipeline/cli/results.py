@@ -21,7 +21,7 @@ def report(
 ) -> None:
     """Rebuild report.md, report.html and their numbers from the tables of a run, finished or not."""
     from ray_pipeline.graph.results import read_run
-    from ray_pipeline.store.files import StoreError
+    from ray_pipeline.store.errors import StoreError
     from ray_pipeline.store.local import local_copy
     from ray_pipeline.workflow.registry import find_workflow
 
@@ -87,7 +87,7 @@ def audit(run: RunArgument = "runs/latest") -> None:
     Exit code 1 when a row is an orphan, a duplicate, chosen equal to rejected, or at odds with the formulas.
     """
     from ray_pipeline.graph.results import read_run
-    from ray_pipeline.store.files import StoreError
+    from ray_pipeline.store.errors import StoreError
     from ray_pipeline.workflow.registry import find_workflow
     from ray_pipeline.workflow.stored import config_of
 

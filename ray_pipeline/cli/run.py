@@ -144,7 +144,8 @@ def _warnings(result: StageResult) -> Iterator[str]:
 
 def _link_latest(folder: str, root: str) -> None:
     """Point `latest` in the folder of runs at this run, the default of the other commands. Failures only warn."""
-    from ray_pipeline.store.files import Folder, StoreError, point_at
+    from ray_pipeline.store.errors import StoreError
+    from ray_pipeline.store.files import Folder, point_at
 
     root = os.path.abspath(os.path.expanduser(root))
     if "://" in folder or os.path.basename(folder) == "latest":

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from ray_pipeline.config.settings import Settings
-from ray_pipeline.store.files import join, normalise_location
+from ray_pipeline.store.locations import join, normalise_location
 
 
 class Room(Settings):

@@ -18,7 +18,8 @@ from pydantic import Field
 
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.base import Completion
-from ray_pipeline.store.files import Folder, StoreError
+from ray_pipeline.store.errors import StoreError
+from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import digest
 
 logger = logging.getLogger("quorum.account")

@@ -132,14 +132,18 @@ class EngineError(RuntimeError):
         rejection: words of the server or the chat template that rejected the call, which may concern every call; "" if
             the call failed otherwise, or was rejected for its text.
         unread_cost: as of a :class:`Completion`.
+        final: whether the call would fail again; if not, its shard is not finished, and the call is made again.
     """
 
     rejection: str = ""
+    final: bool = True
     unread_cost: float = 0.0
 
 
 class CallFailed(EngineError):
-    """One call failed for now, and may be answered when it is made again: its shard is not finished."""
+    """One call failed for now, and may be answered when it is made again."""
+
+    final = False
 
 
 def rejected(words: str) -> EngineError:

@@ -14,7 +14,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ray_pipeline.store.files import StoreError
+from ray_pipeline.store.errors import StoreError
 from ray_pipeline.store.local import local_copy
 
 #: Files that affect a model's replies, besides its weights.

@@ -13,7 +13,8 @@ import logging
 from collections.abc import Callable
 
 from ray_pipeline.engines.base import ChatEngine, Metered
-from ray_pipeline.store.files import Folder, NotWritten, StoreError, not_written
+from ray_pipeline.store.errors import NotWritten, StoreError, not_written
+from ray_pipeline.store.files import Folder
 
 logger = logging.getLogger("quorum.calls")
 

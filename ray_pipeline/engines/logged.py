@@ -18,7 +18,6 @@ from typing import Any
 
 from ray_pipeline.engines.base import (
     BudgetSpent,
-    CallFailed,
     ChatEngine,
     Completion,
     EngineDead,
@@ -32,7 +31,8 @@ from ray_pipeline.engines.base import (
 from ray_pipeline.engines.log_storage import LogStorage
 from ray_pipeline.engines.usage import Usage, prompt_token_estimate, reply_token_estimate
 from ray_pipeline.store.calls import CallWriter, model_folder, put_back, read_calls, set_aside
-from ray_pipeline.store.files import Folder, NotWritten, StoreError
+from ray_pipeline.store.errors import NotWritten, StoreError
+from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import bucket_of, call_key
 from ray_pipeline.store.outside import storable, token_count
 
@@ -63,7 +63,7 @@ class LoggedEngine:
         warn: called with a line for each part of the log that cannot be read.
 
     Attributes:
-        failed: reasons of the calls that failed for now, by call key; a later reply to the same call removes it.
+        failed: reasons of the calls that failed, and not finally, by call key; a later reply removes its call.
         last_error: reason of the last call that failed or was rejected.
         unwritten: what became of replies that could not be written; "" if there are none.
     """
@@ -265,8 +265,8 @@ class LoggedEngine:
                 self.stats.errors += 1
                 self.stats.cost += error.unread_cost
                 self.last_error = str(error)
-            if isinstance(error, CallFailed):
-                self.failed[key] = str(error)
+                if not error.final:
+                    self.failed[key] = str(error)
             self._fail(future, error)
             raise
         finally:

@@ -55,7 +55,8 @@ class Refusals:
 
     @contextlib.contextmanager
     def watch(self, messages: Sequence[Message], sampling: Sampling) -> Iterator[None]:
-        """Around one call. Raises EngineStop in place of a refusal that shows that every such call is refused."""
+        """Around one call. Raises EngineStop in place of a refusal that shows that every such call is refused; one that
+        may be the first of these is not final."""
         kind = self._kinds.setdefault(_kind(sampling), _Kind())
         number = next(self._numbers)
         kind.open.add(number)
@@ -65,6 +66,7 @@ class Refusals:
         except EngineError as error:
             if error.rejection and not kind.answered:
                 self._count(kind, number, messages, error.rejection)
+                error.final = False  # it may concern every call
             raise
         finally:
             kind.open.discard(number)

@@ -24,7 +24,8 @@ from ray_pipeline.graph.stage import Stage, StageResult, WholeInput, WholeWork
 from ray_pipeline.policy.comparisons import win_rate_protocol
 from ray_pipeline.stats.protocol import Protocol, fixed_fields, measured_by
 from ray_pipeline.stats.winrate import completed_protocol
-from ray_pipeline.store.files import Folder, StoreError
+from ray_pipeline.store.errors import StoreError
+from ray_pipeline.store.files import Folder
 from ray_pipeline.store.local import written_here
 from ray_pipeline.training.methods import MethodName
 

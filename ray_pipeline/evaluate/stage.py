@@ -20,8 +20,10 @@ from ray_pipeline.graph.stage import Stage, StageResult, WholeInput, WholeWork
 from ray_pipeline.policy.comparisons import EvaluateSettings, win_rate_protocol
 from ray_pipeline.policy.train import METRICS
 from ray_pipeline.stats.protocol import Protocol
-from ray_pipeline.store.files import Folder, StoreError, join
+from ray_pipeline.store.errors import StoreError
+from ray_pipeline.store.files import Folder
 from ray_pipeline.store.local import written_here
+from ray_pipeline.store.locations import join
 from ray_pipeline.store.schemas import TRAIN_METRICS
 
 if TYPE_CHECKING:  # Torch, transformers and scikit-learn take seconds to import, and a DAG is wired without them.

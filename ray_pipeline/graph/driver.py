@@ -24,7 +24,8 @@ from ray_pipeline.graph.session import Session, TaskGraph
 from ray_pipeline.graph.spending import Budget, Spending
 from ray_pipeline.graph.stage import Dag, Stage, StageResult
 from ray_pipeline.graph.stage_work import End, Failure
-from ray_pipeline.store.files import Folder, NotWritten, StoreError, point_at
+from ray_pipeline.store.errors import NotWritten, StoreError
+from ray_pipeline.store.files import Folder, point_at
 
 Before = Callable[[Sequence[Stage], Mapping[str, StageResult], Callable[[str], None]], None]
 """Gets the stages to do, the results of the others, and what writes a line to log and terminal."""

@@ -13,7 +13,8 @@ import time
 import uuid
 from collections.abc import Callable
 
-from ray_pipeline.store.files import Folder, StoreError
+from ray_pipeline.store.errors import StoreError
+from ray_pipeline.store.files import Folder
 
 #: Seconds between two beats, and how many of them a newcomer waits for a sign of life.
 BEAT_SECONDS = 2.0

@@ -11,9 +11,10 @@ from ray_pipeline.engines.base import EngineDead
 from ray_pipeline.graph.gather import all_of
 from ray_pipeline.graph.pools import share_pools
 from ray_pipeline.graph.progress import ProgressBoard
+from ray_pipeline.graph.receipts import Receipt
 from ray_pipeline.graph.resume import load_result
 from ray_pipeline.graph.session import Session, StageTask, TaskGraph
-from ray_pipeline.graph.shards import EngineHost, Receipt, make_columnar, sharded
+from ray_pipeline.graph.shards import EngineHost, make_columnar, sharded
 from ray_pipeline.graph.stage import Stage, StageResult, StageStop
 from ray_pipeline.graph.stage_work import End, Failure, run_stages
 

@@ -12,7 +12,9 @@ from rich.console import Console
 
 from ray_pipeline.graph.json_log import JsonLines, stage_of
 from ray_pipeline.graph.progress import LINE_SECONDS, Display, StageProgress
-from ray_pipeline.store.files import Folder, base_name, make_folder, not_written, set_mode
+from ray_pipeline.store.errors import not_written
+from ray_pipeline.store.files import Folder
+from ray_pipeline.store.locations import base_name, make_folder, set_mode
 from ray_pipeline.store.outside import shown
 
 logger = logging.getLogger("quorum")

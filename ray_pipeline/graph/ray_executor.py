@@ -19,7 +19,7 @@ from ray_pipeline.graph.reach import WantedKey, check_nodes
 from ray_pipeline.graph.session import Session, StageTask, TaskGraph
 from ray_pipeline.graph.stage import StageResult
 from ray_pipeline.graph.stage_work import End, explain, run_stages
-from ray_pipeline.store.files import base_name
+from ray_pipeline.store.locations import base_name
 
 #: Seconds between two moments at which the driver may be interrupted while it waits for stages.
 _WAIT_SECONDS = 0.5

@@ -18,8 +18,9 @@ from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from ray_pipeline.engines.base import EngineDead
 from ray_pipeline.engines.models import Placement
+from ray_pipeline.graph.receipts import Receipt
 from ray_pipeline.graph.session import StageTask
-from ray_pipeline.graph.shards import EngineHost, Receipt, make_columnar, sharded
+from ray_pipeline.graph.shards import EngineHost, make_columnar, sharded
 from ray_pipeline.graph.stage import ShardWork, StageStop
 
 #: Shares of the shards that a pool can have in flight: from the first on it grows, at the second it may shrink.

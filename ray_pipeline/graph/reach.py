@@ -13,7 +13,8 @@ import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ray_pipeline.store.files import Folder, StoreError
+from ray_pipeline.store.errors import StoreError
+from ray_pipeline.store.files import Folder
 from ray_pipeline.store.node_labels import may_run
 
 #: Seconds that a node has for its answer: it may have to unpack the job's package first.

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ray_pipeline.engines.usage import Usage
 from ray_pipeline.graph.stage import Stage, StageRef, StageResult, StageStop, WholeInput, WholeWork
-from ray_pipeline.store.files import Folder, StoreError, point_at
+from ray_pipeline.store.errors import StoreError
+from ray_pipeline.store.files import Folder, point_at
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -7,17 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import contextlib
 import dataclasses
 import functools
 import logging
 import math
-import os
 import time
-import traceback
-import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import pyarrow as pa
 
@@ -25,10 +20,21 @@ from ray_pipeline.engines.base import ChatEngine, EngineDead, EngineStop
 from ray_pipeline.engines.log_storage import LogStorage
 from ray_pipeline.engines.logged import CallNotLogged, LoggedEngine
 from ray_pipeline.engines.usage import Usage
-from ray_pipeline.graph.failures import read_failures
+from ray_pipeline.graph.receipts import (
+    Receipt,
+    begin_attempt,
+    calls_failed,
+    failed,
+    failed_shard,
+    give_up,
+    mark_death,
+    receipt_name,
+    stopped_shard,
+)
 from ray_pipeline.graph.session import StageTask
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, StageStop
-from ray_pipeline.store.files import DamagedFile, Folder, StoreError
+from ray_pipeline.store.errors import DamagedFile
+from ray_pipeline.store.files import Folder
 from ray_pipeline.store.tables import ShardedTable
 
 logger = logging.getLogger("quorum.shards")
@@ -39,39 +45,6 @@ REPORT_SECONDS = 0.5
 _REPLIES_AT_ONCE = 100
 #: What ends the whole stage; any other error is of one shard.
 _STOPS = (StageStop, EngineStop, CallNotLogged)
-
-
-@dataclasses.dataclass(frozen=True)
-class Receipt:
-    """The outcome of one shard. `usage` holds calls, tokens and seconds by name; `counts` is deterministic.
-
-    `status` is ok, failed, or stopped: `error` is then why its whole stage must stop, or was stopped. `calls` is the
-    number of calls that failed, if the shard failed only because of them.
-    """
-
-    stage: str
-    shard: int
-    status: str
-    rows: Mapping[str, int]
-    counts: Mapping[str, int]
-    usage: Mapping[str, float]
-    error: str | None = None
-    calls: int = 0
-
-
-def receipt_name(shard: int) -> str:
-    return f"shard-{shard:05d}.json"
-
-
-def read_receipt(stage: Folder, shard: int, warn: Callable[[str], None]) -> Receipt | None:
-    """The receipt of a shard that is there; None where it is missing or cannot be used (see `Folder.load`)."""
-
-    def parse(value: Any) -> Receipt:
-        rows, counts, usage = (dict(value[name]) for name in ("rows", "counts", "usage"))
-        _ = Usage() + Usage.read(usage), sum(counts.values()), sum(rows.values())  # they are numbers
-        return Receipt(value["stage"], shard, value["status"], rows, counts, usage)
-
-    return (stage / "_receipts").load(receipt_name(shard), parse, warn)
 
 
 def sharded(task: StageTask) -> ShardWork:
@@ -134,16 +107,16 @@ class EngineHost:
         policy, board = task.session.failure, task.session.board
         begun, deaths = await asyncio.to_thread(begin_attempt, task, shard)
         if deaths >= policy.engine_deaths:
-            return _failed(task, shard, f"EngineDead: given up, the engine died {deaths} times on this shard")
+            return failed_shard(task, shard, f"EngineDead: given up, the engine died {deaths} times on this shard")
         lost = begun - deaths - 1
         if lost > policy.preemptions:
-            return _failed(task, shard, f"Preempted: given up, its actor or node was lost {lost} times")
+            return failed_shard(task, shard, f"Preempted: given up, its actor or node was lost {lost} times")
         if lost > 0:
             board.say(f"{task.name}: shard {shard} restarts: its actor or node was lost", shard)
         tries = 0
         while True:
             if reason := await asyncio.to_thread(board.stopping, task.name):
-                return _stopped(task, shard, reason)
+                return stopped_shard(task, shard, reason)
             receipt = await self._try(task, shard, last=tries == policy.retries)
             tries += 1
             if receipt.status != "failed" or tries > policy.retries:
@@ -180,9 +153,9 @@ class EngineHost:
                     output = await sharded(task).function(given)  # type: ignore[misc]
                 finally:
                     reporter.cancel()
-            if engine.failed and not (last and await asyncio.to_thread(_give_up, task, shard, engine.failed)):
+            if engine.failed and not (last and await asyncio.to_thread(give_up, task, shard, engine.failed)):
                 report.forget_rows()
-                return _calls_failed(task, shard, engine.failed)
+                return calls_failed(task, shard, engine.failed)
             report.send()
             took = Usage(
                 seconds=time.monotonic() - begin,
@@ -201,7 +174,7 @@ class EngineHost:
             raise
         except _STOPS as error:
             # The other shards come here one by one, find it on the board, or are answered by the log alone.
-            return _stopped(task, shard, str(error))
+            return stopped_shard(task, shard, str(error))
         except Exception as error:
             return failed(task, shard, error)
         finally:
@@ -269,7 +242,7 @@ def make_columnar(task: StageTask, shard: int) -> Receipt:
     try:
         while True:
             if reason := task.session.board.stopping(task.name):
-                return _stopped(task, shard, reason)
+                return stopped_shard(task, shard, reason)
             receipt = _try_columnar(task, shard)
             tries += 1
             if receipt.status != "failed" or tries > policy.retries:
@@ -289,7 +262,7 @@ def _try_columnar(task: StageTask, shard: int) -> Receipt:
         report.send()
         return receipt
     except StageStop as error:
-        return _stopped(task, shard, str(error))
+        return stopped_shard(task, shard, str(error))
     except Exception as error:
         return failed(task, shard, error)
 
@@ -353,23 +326,6 @@ def _given(
     return ShardInput(shard, task.session.num_shards, tables, task.facts, engine, sharded(task).settings, tick, watch)
 
 
-def begin_attempt(task: StageTask, shard: int) -> tuple[int, int]:
-    """Leave a mark that this session began the shard; returns how often it has, and how many engines died under it."""
-    folder = Folder(task.ref.folder) / "_attempts"
-    names = folder.names()
-    prefix = f"shard-{shard:05d}-{task.session.id}-"
-    number = sum(name.startswith(prefix) for name in names) + 1
-    folder.write_bytes(f"{prefix}{number}", b"")
-    return number, sum(name.startswith(f"died-{prefix}") for name in names)
-
-
-def mark_death(task: StageTask, shard: int) -> None:
-    """Leave a mark that the engine died while this shard was at work; without it, the actor or its node was lost."""
-    name = f"died-shard-{shard:05d}-{task.session.id}-{uuid.uuid4().hex[:8]}"
-    with contextlib.suppress(OSError, StoreError):
-        (Folder(task.ref.folder) / "_attempts").write_bytes(name, b"")
-
-
 def tables_by_role(task: StageTask) -> dict[str, ShardedTable]:
     """The tables that a stage reads: by role, or `role.kind` where a stage writes several."""
     return {
@@ -405,42 +361,3 @@ def _commit(task: StageTask, shard: int, output: ShardOutput, usage: Usage) -> R
     for kind, table in output.tables.items():
         task.ref.table(kind).write(shard, table)
     return receipt
-
-
-def failed(task: StageTask, shard: int, error: BaseException) -> Receipt:
-    """The receipt of a shard that an error ended; the traceback goes to the run's log."""
-    text = f"{task.name}: shard {shard}: {''.join(traceback.format_exception(error))}"
-    try:
-        task.session.board.trace(text, shard)
-    except Exception:  # the board may be what is gone
-        logger.error(text)
-    where = traceback.extract_tb(error.__traceback__)[-1:] if error.__traceback__ else []
-    place = f" ({os.path.basename(where[0].filename)}:{where[0].lineno})" if where else ""
-    return _failed(task, shard, f"{type(error).__name__}: {error}{place}")
-
-
-def _failed(task: StageTask, shard: int, error: str) -> Receipt:
-    return Receipt(task.name, shard, "failed", {}, {}, {}, error)
-
-
-def _calls_failed(task: StageTask, shard: int, calls: Mapping[str, str]) -> Receipt:
-    error = f"CallsFailed: {len(calls)} calls, the last: {list(calls.values())[-1]}"
-    return Receipt(task.name, shard, "failed", {}, {}, {}, error, len(calls))
-
-
-def _give_up(task: StageTask, shard: int, calls: Mapping[str, str]) -> bool:
-    """Whether the shard is finished without the calls that failed, because they did so in enough sessions."""
-    before = read_failures(Folder(task.ref.folder)).get(shard)
-    sessions = (before.failures if before else 0) + 1
-    if sessions < task.session.failure.give_up_calls_after:
-        return False
-    task.session.board.say(
-        f"{task.name}: shard {shard}: {len(calls)} calls are given up after {sessions} sessions, their rows keep the "
-        f"status error; the last: {list(calls.values())[-1]}",
-        shard,
-    )
-    return True
-
-
-def _stopped(task: StageTask, shard: int, reason: str) -> Receipt:
-    return Receipt(task.name, shard, "stopped", {}, {}, {}, reason)

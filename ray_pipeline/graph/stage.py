@@ -11,8 +11,9 @@ from ray_pipeline.config.settings import refuse_repeated
 from ray_pipeline.engines.models import EngineFactory, Placement
 from ray_pipeline.engines.usage import Usage
 from ray_pipeline.extensions import digests_in
-from ray_pipeline.store.files import RESULT, Folder, join
+from ray_pipeline.store.files import RESULT, Folder
 from ray_pipeline.store.keys import fingerprint
+from ray_pipeline.store.locations import join
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -18,10 +18,11 @@ from typing import Any
 
 from ray_pipeline.engines.usage import Usage
 from ray_pipeline.graph.failures import FailureLedger
+from ray_pipeline.graph.receipts import Receipt, read_receipt
 from ray_pipeline.graph.session import StageTask
-from ray_pipeline.graph.shards import Receipt, read_receipt
 from ray_pipeline.graph.stage import BadInput, ShardWork, StageResult, StageStop, WholeInput, WholeWork
-from ray_pipeline.store.files import Folder, NotWritten
+from ray_pipeline.store.errors import NotWritten
+from ray_pipeline.store.files import Folder
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,8 @@ from ray_pipeline.engines.openai import OpenAIEngine
 from ray_pipeline.graph.stage import Stage
 from ray_pipeline.operate.estimate import Form
 from ray_pipeline.operate.pending import Finding, Pending, names
-from ray_pipeline.store.files import Folder, StoreError
+from ray_pipeline.store.errors import StoreError
+from ray_pipeline.store.files import Folder
 
 #: Forms that are tried at one endpoint; more differ in little.
 _MOST = 8

@@ -16,7 +16,7 @@ import pyarrow.fs as pafs
 
 from ray_pipeline.graph.heartbeat import BEAT_SECONDS, Heartbeat
 from ray_pipeline.graph.results import Run, read_run
-from ray_pipeline.store.files import StoreError
+from ray_pipeline.store.errors import StoreError
 
 #: A stage folder ends with its fingerprint (16 hexadecimal digits), the report of an unfinished run with a digest.
 _MADE = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*-([0-9a-f]{16}|[0-9a-f]{32})$")

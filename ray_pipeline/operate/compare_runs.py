@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ray_pipeline.graph.results import Run
-from ray_pipeline.store.files import DamagedFile, StoreError
+from ray_pipeline.store.errors import DamagedFile, StoreError
 from ray_pipeline.workflow.registry import find_workflow
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ import yaml
 
 from ray_pipeline.data.dataset_rows import SPLITS
 from ray_pipeline.graph.results import Run, of_role
-from ray_pipeline.store.files import Folder, StoreError
+from ray_pipeline.store.errors import StoreError
+from ray_pipeline.store.files import Folder
 
 #: This file marks a folder as an export, which may be overwritten.
 _MARK = "quorum.json"

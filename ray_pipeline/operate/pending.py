@@ -13,7 +13,8 @@ from ray_pipeline.graph.resume import drop_stale, finished
 from ray_pipeline.graph.session import Session
 from ray_pipeline.graph.stage import Dag, ShardWork, Stage, StageResult, WholeWork
 from ray_pipeline.operate.estimate import StandIns, calls_model, needed
-from ray_pipeline.store.files import Folder, StoreError
+from ray_pipeline.store.errors import StoreError
+from ray_pipeline.store.files import Folder
 from ray_pipeline.workflow.config import RunConfig
 
 Scope = Literal["light", "offline", "all"]

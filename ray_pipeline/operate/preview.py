@@ -24,7 +24,7 @@ from ray_pipeline.graph.results import table_of
 from ray_pipeline.graph.stage import Dag
 from ray_pipeline.operate.check import before_first_stage, engines_elsewhere
 from ray_pipeline.operate.run_settings import executor_of, run_settings
-from ray_pipeline.store.files import beside
+from ray_pipeline.store.locations import beside
 from ray_pipeline.store.outside import shown
 from ray_pipeline.workflow.training import TrainingConfig
 

@@ -17,13 +17,15 @@ from rich.console import Console
 from ray_pipeline.data.prompts import load_prompts
 from ray_pipeline.engines.usage import Usage
 from ray_pipeline.graph.driver import execute
+from ray_pipeline.graph.receipts import receipt_name
 from ray_pipeline.graph.results import of_role
-from ray_pipeline.graph.shards import receipt_name
 from ray_pipeline.graph.stage import Dag, StageResult, StageStop
 from ray_pipeline.operate.prices import CallTime, KeptShare, Rates, ReplyTokens
 from ray_pipeline.operate.run_settings import executor_of, run_settings
 from ray_pipeline.stats.bootstrap import drawn_ratio, percentiles, sample_counts
-from ray_pipeline.store.files import Folder, StoreError, beside
+from ray_pipeline.store.errors import StoreError
+from ray_pipeline.store.files import Folder
+from ray_pipeline.store.locations import beside
 
 #: Fewer prompts say nothing about a mean.
 _LEAST = 16

@@ -28,7 +28,7 @@ from ray_pipeline.graph.in_process import InProcessExecutor
 from ray_pipeline.graph.results import Run, of_role, stored_stages
 from ray_pipeline.graph.stage import Dag, ShardInput, ShardWork, Stage, StageStop
 from ray_pipeline.operate.run_settings import run_settings
-from ray_pipeline.store.files import StoreError
+from ray_pipeline.store.errors import StoreError
 from ray_pipeline.store.schemas import LABELS
 from ray_pipeline.workflow.config import RunConfig
 from ray_pipeline.workflow.registry import find_workflow

@@ -12,7 +12,7 @@ from ray_pipeline.graph.results import Run
 from ray_pipeline.graph.resume import stage_folder
 from ray_pipeline.graph.stage import Dag
 from ray_pipeline.operate.run_settings import executor_of, run_settings
-from ray_pipeline.store.files import StoreError
+from ray_pipeline.store.errors import StoreError
 
 Failed = dict[str, dict[int, ShardFailure]]
 

@@ -18,7 +18,8 @@ from ray_pipeline.graph.failures import read_failures
 from ray_pipeline.graph.heartbeat import BEAT_SECONDS
 from ray_pipeline.graph.progress import StageProgress
 from ray_pipeline.graph.results import Run, StageRecord, read_run
-from ray_pipeline.store.files import Folder, StoreError
+from ray_pipeline.store.errors import StoreError
+from ray_pipeline.store.files import Folder
 
 #: Last parts of a count's name that mark bad rows (`helpfulness.unparsed`, `error`).
 ROW_ERRORS = ("unparsed", "truncated", "too_long", "error")

@@ -10,7 +10,9 @@ from typing import Any
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.stage import BadInput, Stage, StageStop, WholeInput, WholeWork
-from ray_pipeline.store.files import Folder, NotWritten, StoreError, join
+from ray_pipeline.store.errors import NotWritten, StoreError
+from ray_pipeline.store.files import Folder
+from ray_pipeline.store.locations import join
 from ray_pipeline.store.schemas import TRAIN_METRICS
 from ray_pipeline.training.fit import fit
 from ray_pipeline.training.methods import TrainingInputError, method_label, method_of

@@ -11,7 +11,7 @@ from ray_pipeline.report.documents import json_text
 from ray_pipeline.report.html import render_html
 from ray_pipeline.report.markdown import render_markdown
 from ray_pipeline.report.page import Page, charts_of
-from ray_pipeline.store.files import make_folder, set_mode
+from ray_pipeline.store.locations import make_folder, set_mode
 
 
 def write_page(page: Page, numbers: Mapping[str, Any], folder: Path) -> list[Path]:

@@ -23,7 +23,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ray_pipeline.store.files import Folder, StoreError
+from ray_pipeline.store.errors import StoreError
+from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import digest
 from ray_pipeline.store.local import cache_folder
 from ray_pipeline.store.schemas import CALLS, to_table

@@ -1,24 +1,21 @@
 """Files on any pyarrow filesystem, written atomically: a reader sees a whole file or none.
 
-A *location* is a local path, a `file://` URI or the URI of any pyarrow filesystem (`s3://…`, `gs://…`).
 Reading a configuration, or the JSON files of a local run, does not import pyarrow: only tables and URIs need it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import posixpath
-import stat
-import urllib.parse
 import uuid
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ray_pipeline.store.errors import DamagedFile, ForeignFile, StoreError, not_written
+from ray_pipeline.store.locations import join, make_folder, normalise_location, parent_of, set_mode, sync_folder
 from ray_pipeline.store.outside import storable
-from ray_pipeline.store.secrets import looks_like_key, redact
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -40,42 +37,6 @@ _TAIL = 2**16
 
 #: Object stores: folders are only parts of names there, and creating one costs two requests per write.
 _WITHOUT_FOLDERS = frozenset({"s3", "gcs", "abfs"})
-
-
-class StoreError(ValueError):
-    """A file of a run cannot be used; the message names the file and the fix."""
-
-
-class DamagedFile(StoreError):
-    """A file is truncated, was changed by a fault of disk or network, or is not of its kind at all."""
-
-
-class ForeignFile(StoreError):
-    """A complete Parquet file written by another stage, configuration or program."""
-
-
-class NotWritten(StoreError, OSError):
-    """A file cannot be written; its previous version is kept. The message gives the reason and the fix."""
-
-
-#: Errors of a write with a known fix; others are shown without one.
-_REMEDIES = {
-    errno.ENOSPC: "free disk space there",
-    errno.EDQUOT: "free space within the quota",
-    errno.EROFS: "mount it writable, or choose another folder",
-    errno.EACCES: "give this process's user write permission there, or choose another folder",
-    errno.EPERM: "give this process's user write permission there, or choose another folder",
-    errno.ENOTDIR: "a file is in the place of a folder: move it, or choose another folder",
-}
-
-
-def not_written(location: str, error: OSError) -> NotWritten:
-    """The error of a failed write, with the location and the fix."""
-    remedy = _REMEDIES.get(error.errno or 0)
-    reason = error.strerror if remedy and error.strerror else str(error)
-    return NotWritten(
-        f"cannot write {location}: {reason}; {remedy + ', then ' if remedy else ''}rerun the same command to resume"
-    )
 
 
 class Folder:
@@ -108,8 +69,7 @@ class Folder:
     @property
     def parent(self) -> Folder:
         """The folder that contains this one."""
-        path, query = _cut_query(self.location)
-        return Folder(path.rpartition("/")[0] + query)
+        return Folder(parent_of(self.location))
 
     @property
     def is_local(self) -> bool:
@@ -220,7 +180,7 @@ class Folder:
             with contextlib.suppress(OSError):
                 os.unlink(beside)
             raise
-        _sync_folder(posixpath.dirname(target))
+        sync_folder(posixpath.dirname(target))
 
     def read_json(self, name: str, *, set_aside: bool = False) -> Any:
         """The parsed file.
@@ -403,83 +363,6 @@ class Folder:
             raise ForeignFile(f"{self.uri(name)} has unexpected columns; `quorum run` regenerates it")
 
 
-def make_folder(path: str) -> None:
-    """Create a local folder and its parents for this user alone; inside a folder that a group may write in, for the
-    group."""
-    if os.path.isdir(path):
-        return
-    parent = os.path.dirname(path.rstrip("/")) or "."
-    make_folder(parent)
-    try:
-        os.mkdir(path, 0o700)
-    except FileExistsError:
-        if not os.path.isdir(path):
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from None
-        return
-    mode = os.stat(parent).st_mode
-    if mode & stat.S_IWGRP and not mode & stat.S_ISVTX:  # not /tmp, which is everybody's
-        os.chmod(path, 0o700 | mode & 0o2070)
-
-
-def set_mode(path: str) -> None:
-    """Give a new local file the reading and writing permissions of its folder: 0600 in a folder of mode 0700."""
-    mode, folder = os.stat(path).st_mode & 0o666, os.stat(os.path.dirname(path) or ".").st_mode
-    group = folder & 0o060 if folder & stat.S_IWGRP and not folder & stat.S_ISVTX else 0
-    os.chmod(path, mode & folder | group | 0o600 & mode)
-
-
-def normalise_location(location: str) -> str:
-    """Absolute local path, or a URI without a trailing slash. `file://` URIs become local paths."""
-    if location.startswith("file://"):
-        location = urllib.parse.unquote(location[len("file://") :])
-        if not location.startswith("/"):
-            raise StoreError(f"a file URI must have an absolute path (file:///…), not file://{location}")
-    if "://" in location:
-        path, query = _cut_query(location)
-        if looks_like_key(path + query):
-            raise _with_key(path, query)
-        return path.rstrip("/") + query
-    return os.path.abspath(os.path.expanduser(location))
-
-
-def join(location: str, name: str) -> str:
-    """Location of a member. The query of a URI (endpoint, region) belongs to the filesystem and stays last."""
-    if not name:
-        return location
-    path, query = _cut_query(location)
-    return f"{path.rstrip('/')}/{name}{query}"
-
-
-def base_name(location: str) -> str:
-    """Last part of a location: the name of a run folder."""
-    return _cut_query(location)[0].rstrip("/").rpartition("/")[2]
-
-
-def beside(location: str, suffix: str) -> str:
-    """Location of the sibling folder with a suffix appended to the name."""
-    path, query = _cut_query(location)
-    return f"{path.rstrip('/')}{suffix}{query}"
-
-
-def _cut_query(location: str) -> tuple[str, str]:
-    """A URI's path, and its query with the `?`; a local path has no query."""
-    if "://" not in location:
-        return location, ""
-    path, sign, query = location.partition("?")
-    return path, sign + query
-
-
-def _with_key(path: str, query: str) -> StoreError:
-    """Why a location with a key in it is refused: manifests and logs contain locations."""
-    host = path.partition("://")[2].rpartition("@")[2].partition("/")[0]
-    named = [name for name in urllib.parse.parse_qs(query[1:]) if looks_like_key(f"?{name}=x")]
-    what = f"the parameter {named[0]}" if named else "a key before the @" if "@" in path else "a key"
-    return StoreError(
-        f"the location of {redact(host)} contains {what}, which manifests and logs would show; set keys in the "
-        "environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile or role)"
-    )
-
-
 def point_at(folder: Folder, name: str, target: str) -> None:
     """Make `folder/name` a view of the sibling `target`, swapped atomically (a relative symbolic link).
 
@@ -511,13 +394,3 @@ def _temporary(name: str) -> str:
 
 def _is_temporary(name: str) -> bool:
     return name.startswith(".") and name.endswith(".tmp")
-
-
-def _sync_folder(path: str) -> None:
-    """Make a rename survive a power cut, if the filesystem can sync a folder."""
-    with contextlib.suppress(OSError):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
-from ray_pipeline.store.files import Folder, NotWritten, make_folder, not_written
+from ray_pipeline.store.errors import NotWritten, not_written
+from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import digest
+from ray_pipeline.store.locations import make_folder
 
 if TYPE_CHECKING:
     import pyarrow.fs as pafs

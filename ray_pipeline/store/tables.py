@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pyarrow as pa
 
-from ray_pipeline.store.files import DamagedFile, Folder, ForeignFile
+from ray_pipeline.store.errors import DamagedFile, ForeignFile
+from ray_pipeline.store.files import Folder
 from ray_pipeline.store.schemas import TABLES
 
 

@@ -68,7 +68,8 @@ def submit(
     environments, caches and weights.
     """
     from ray_pipeline.graph.reach import UnreachableFolder, check_location
-    from ray_pipeline.store.files import StoreError, base_name
+    from ray_pipeline.store.errors import StoreError
+    from ray_pipeline.store.locations import base_name
 
     try:
         if run_dir is not None:

@@ -14,7 +14,8 @@ import ray.train
 import torch.distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ray_pipeline.store.files import Folder, NotWritten, StoreError
+from ray_pipeline.store.errors import NotWritten, StoreError
+from ray_pipeline.store.files import Folder
 from ray_pipeline.training.checkpoints import checkpoint_name, write_checksums
 from ray_pipeline.training.spec import PROGRESS, STOP
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from ray_pipeline.store.files import Folder, join
+from ray_pipeline.store.files import Folder
+from ray_pipeline.store.locations import join
 from ray_pipeline.store.schemas import TRAIN_METRICS
 from ray_pipeline.training.checkpoints import check_checkpoints
 from ray_pipeline.training.data_check import check_data

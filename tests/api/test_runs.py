@@ -6,7 +6,7 @@ import pytest
 
 import ray_pipeline as quorum
 from ray_pipeline.config.messages import ConfigError
-from ray_pipeline.store.files import StoreError
+from ray_pipeline.store.errors import StoreError
 from tests.operate.planted_run import plant
 
 

@@ -17,6 +17,7 @@ from ray_pipeline.engines import endpoint_retry
 from ray_pipeline.engines.account import Prices
 from ray_pipeline.engines.base import (
     BudgetSpent,
+    CallFailed,
     ChatEngine,
     Completion,
     EngineDead,
@@ -813,7 +814,7 @@ def test_the_bill_of_a_server_with_every_fault_is_exact(tmp_path: Path) -> None:
     with Endpoint(script) as server:
         engine = engine_at(server.url, prices=PRICES, budget=3000.0, retries=2, concurrency=4)
         replies, cost = using(engine, run)
-    assert {type(r) for r in replies} == {Completion, EngineError, PromptTooLong, BudgetSpent}
+    assert {type(r) for r in replies} == {Completion, CallFailed, EngineError, PromptTooLong, BudgetSpent}
     spent = sum(PRICES.of(r["prompt_tokens"], 0, r["completion_tokens"]) for r in spent_files(tmp_path))
     assert sum(bill) == engine.stats().cost == spent
     # A call that the budget ended between two attempts has no row to carry its cost; the account has it.

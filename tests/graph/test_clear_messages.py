@@ -15,7 +15,8 @@ from ray_pipeline.cli import app
 from ray_pipeline.graph.heartbeat import Heartbeat
 from ray_pipeline.graph.results import read_run
 from ray_pipeline.graph.stage_work import explain
-from ray_pipeline.store.files import Folder, NotWritten, StoreError, point_at
+from ray_pipeline.store.errors import NotWritten, StoreError
+from ray_pipeline.store.files import Folder, point_at
 
 
 def no_room(*_: Any) -> None:

@@ -20,8 +20,9 @@ from ray_pipeline.graph import shards
 from ray_pipeline.graph.failures import FailureLedger, FailureSettings, read_failures
 from ray_pipeline.graph.in_process import make_here
 from ray_pipeline.graph.progress import ProgressBoard
+from ray_pipeline.graph.receipts import Receipt
 from ray_pipeline.graph.session import Session, StageTask
-from ray_pipeline.graph.shards import EngineHost, Receipt, make_columnar
+from ray_pipeline.graph.shards import EngineHost, make_columnar
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage, StageRef, StageStop
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.schemas import DECISIONS

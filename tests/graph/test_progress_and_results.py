@@ -14,7 +14,7 @@ from ray_pipeline.engines.usage import Usage
 from ray_pipeline.graph import progress
 from ray_pipeline.graph.progress import Display, Note, ProgressBoard, StageProgress
 from ray_pipeline.graph.results import read_run
-from ray_pipeline.store.files import StoreError
+from ray_pipeline.store.errors import StoreError
 
 
 @pytest.fixture

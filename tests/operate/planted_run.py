@@ -12,8 +12,8 @@ from dags.dmapo import DmapoConfig, dmapo
 from ray_pipeline.config.loading import read_config
 from ray_pipeline.data.gate import GateConfig, decide, label_counts
 from ray_pipeline.graph.manifest import stage_entry
+from ray_pipeline.graph.receipts import receipt_name
 from ray_pipeline.graph.results import read_run
-from ray_pipeline.graph.shards import receipt_name
 from ray_pipeline.graph.stage import Dag, Stage, StageRef
 from tests.planted import JUDGES, World, by_shard, random_world
 

@@ -18,7 +18,7 @@ from ray_pipeline.operate.check import findings
 from ray_pipeline.operate.pending import Finding, Pending
 from ray_pipeline.operate.run_settings import run_settings
 from ray_pipeline.pocket import model_path
-from ray_pipeline.store.files import StoreError
+from ray_pipeline.store.errors import StoreError
 from ray_pipeline.workflow.registry import find_workflow
 from tests.endpoint import KEY, Answer, Endpoint, refused, said
 from tests.operate.at_an_endpoint import COUNT, RUBRICS, K, command, config, quorum, reply

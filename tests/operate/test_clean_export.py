@@ -17,7 +17,8 @@ from ray_pipeline.graph.results import read_run
 from ray_pipeline.operate import regate as gating
 from ray_pipeline.operate.clean import clean, leftovers, size_text
 from ray_pipeline.operate.export import export, push
-from ray_pipeline.store.files import Folder, StoreError
+from ray_pipeline.store.errors import StoreError
+from ray_pipeline.store.files import Folder
 from tests.operate.planted_run import plant
 
 OLD = "0123456789abcdef"

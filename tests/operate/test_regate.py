@@ -23,7 +23,7 @@ from ray_pipeline.graph.results import read_run
 from ray_pipeline.graph.resume import load_result
 from ray_pipeline.graph.stage import Dag, StageRef, StageStop
 from ray_pipeline.operate import regate as gating
-from ray_pipeline.store.files import StoreError
+from ray_pipeline.store.errors import StoreError
 from tests.operate.planted_run import SHARDS, plant, planted_dag
 from tests.planted import JUDGES, count_words, random_world
 

@@ -15,7 +15,8 @@ from ray_pipeline.graph.failures import failed_again, lift_quarantine, read_fail
 from ray_pipeline.graph.progress import StageProgress
 from ray_pipeline.operate.status import Watch
 from ray_pipeline.operate.status_page import lines, picture, stage_line
-from ray_pipeline.store.files import Folder, StoreError
+from ray_pipeline.store.errors import StoreError
+from ray_pipeline.store.files import Folder
 from tests.operate.planted_run import plant
 
 

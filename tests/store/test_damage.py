@@ -20,7 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_pipeline.store import parquet
-from ray_pipeline.store.files import RESULT, DamagedFile, Folder, StoreError
+from ray_pipeline.store.errors import DamagedFile, StoreError
+from ray_pipeline.store.files import RESULT, Folder
 from ray_pipeline.store.schemas import CALLS, VERDICTS, to_table
 from tests.store.test_calls import row as call
 

@@ -18,7 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ray_pipeline.store import files
-from ray_pipeline.store.files import DamagedFile, Folder, ForeignFile, StoreError, base_name, beside, point_at
+from ray_pipeline.store.errors import DamagedFile, ForeignFile, StoreError
+from ray_pipeline.store.files import Folder, point_at
+from ray_pipeline.store.locations import base_name, beside
 from ray_pipeline.store.schemas import CANDIDATES, CRITIQUES, PROMPTS, TABLES, to_table
 from ray_pipeline.store.tables import ShardedTable, shard_name
 

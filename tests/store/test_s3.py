@@ -13,7 +13,8 @@ import pytest
 
 from ray_pipeline.graph.heartbeat import Heartbeat, RunBusy
 from ray_pipeline.store.calls import model_folder, read_calls
-from ray_pipeline.store.files import DamagedFile, Folder, ForeignFile, StoreError, point_at
+from ray_pipeline.store.errors import DamagedFile, ForeignFile, StoreError
+from ray_pipeline.store.files import Folder, point_at
 from ray_pipeline.store.local import CACHE_VARIABLE, local_copy, written_here
 from ray_pipeline.store.schemas import TABLES
 from ray_pipeline.store.tables import ShardedTable, shard_name

@@ -21,7 +21,8 @@ from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.failures import failed_again
 from ray_pipeline.graph.json_log import JsonLines
 from ray_pipeline.graph.log import _Lines
-from ray_pipeline.store.files import Folder, StoreError
+from ray_pipeline.store.errors import StoreError
+from ray_pipeline.store.files import Folder
 from ray_pipeline.store.secrets import REMOVED, looks_like_key, names_key, redact, redacted, secret_in
 from ray_pipeline.training.spec import TrainSettings
 from ray_pipeline.workflow.registry import find_workflow

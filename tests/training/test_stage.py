@@ -16,7 +16,8 @@ from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.stage import BadInput, Stage, StageResult, StageStop, WholeInput, WholeWork
 from ray_pipeline.policy import train as stage
 from ray_pipeline.policy.train import train, train_policy
-from ray_pipeline.store.files import RESULT, DamagedFile, Folder
+from ray_pipeline.store.errors import DamagedFile
+from ray_pipeline.store.files import RESULT, Folder
 from ray_pipeline.store.schemas import TRAIN_METRICS
 from ray_pipeline.training.methods import METHODS, TrainingInputError
 from ray_pipeline.training.spec import STOP, TrainingStopped, TrainResult, TrainSettings, TrainSpec

@@ -17,7 +17,9 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from ray_pipeline.data.sources.source import InputError
-from ray_pipeline.store.files import Folder, StoreError, normalise_location
+from ray_pipeline.store.errors import StoreError
+from ray_pipeline.store.files import Folder
+from ray_pipeline.store.locations import normalise_location
 from ray_pipeline.store.outside import json_value
 
 BATCH_ROWS = 1024
