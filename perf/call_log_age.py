@@ -65,7 +65,8 @@ class Replies:
         moments = np.arange(times[0], times[-1], 0.01)
         unwritten = (times[None, :] <= moments[:, None]) & (written[None, :] > moments[:, None])
         first = np.where(unwritten, times[None, :], np.inf).min(axis=1)
-        return np.maximum(moments - first, 0.0)
+        ages: np.ndarray = np.maximum(moments - first, 0.0)
+        return ages
 
 
 def make_slow(engine: Replies, seconds: float) -> None:
@@ -81,8 +82,8 @@ def make_slow(engine: Replies, seconds: float) -> None:
         now = time.monotonic()
         engine.written |= {row["messages"][0]["content"]: now for row in rows}
 
-    Folder._write_bytes = slow_write  # type: ignore[method-assign]
-    CallWriter.flush = noted  # type: ignore[method-assign]
+    setattr(Folder, "_write_bytes", slow_write)  # noqa: B010
+    setattr(CallWriter, "flush", noted)  # noqa: B010
 
 
 async def ask(engine: Replies, root: Folder, shards: int, seconds: float) -> None:
