@@ -102,8 +102,8 @@ def _candidate(candidate: Row, own: Mapping[str, Sequence[Row]]) -> Iterator[Ren
         score = verdict["parse_status"] if verdict["score"] is None else f"{verdict['score']:g}"
         yield _said(f"{verdict['judge']} {score}", verdict["reason"])
     for critique in own.get("critiques", []):
-        verdict = {True: f"flawed ({critique['failure_type']})", False: "sound"}.get(critique["flawed"])
-        yield _said(f"critic: {verdict or critique['parse_status']}", critique["reason"])
+        found = {True: f"flawed ({critique['failure_type']})", False: "sound"}.get(critique["flawed"])
+        yield _said(f"critic: {found or critique['parse_status']}", critique["reason"])
 
 
 def _said(head: str, reason: str | None) -> RenderableType:
