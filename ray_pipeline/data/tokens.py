@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from ray_pipeline.engines.models import TokenizerSettings
+from ray_pipeline.engines.system_role import renders_system, without_system
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -34,6 +35,7 @@ class TokenCounter:
             raise ValueError(f"the tokenizer {name} has no chat template; use an instruct model or add a template")
         self._tokenizer, self._args = tokenizer, dict(chat_template_args or {})
         self._size = cache_size
+        self._has_system = renders_system(lambda chat: self._text(chat, True))
         self._cache: collections.OrderedDict[tuple[Any, ...], array[int]] = collections.OrderedDict()
 
     @classmethod
@@ -47,19 +49,23 @@ class TokenCounter:
         return cls(tokenizer, chat_template_args=given.chat_template_args)
 
     def __call__(self, messages: Messages, completion: Messages | None = None) -> list[int]:
-        chat = [*messages, *(completion or ())]
+        chat = [dict(m) for m in (*messages, *(completion or ()))]
         key = (completion is None, *((m["role"], m["content"]) for m in chat))
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key].tolist()
-        text = self._tokenizer.apply_chat_template(
-            [dict(m) for m in chat], tokenize=False, add_generation_prompt=completion is None, **self._args
-        )
+        text = self._text(chat if self._has_system else without_system(chat), completion is None)
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         self._cache[key] = array("i", ids)
         if len(self._cache) > self._size:
             self._cache.popitem(last=False)
         return ids
+
+    def _text(self, chat: Messages, prompt: bool) -> str:
+        text: str = self._tokenizer.apply_chat_template(
+            [dict(m) for m in chat], tokenize=False, add_generation_prompt=prompt, **self._args
+        )
+        return text
 
 
 def token_counter(tokenizer: TokenizerSettings) -> TokenCounter:

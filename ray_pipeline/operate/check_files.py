@@ -112,17 +112,17 @@ def disk(pending: Pending) -> Iterator[Finding]:
         if pending.todo and Folder(location).is_local:
             place = _existing(location)
             known = needs.get(device := os.stat(place).st_dev, (place, 0, 0))
-            needs[device] = (known[0], known[1] + large, known[2] + texts)
-    for place, large, small in needs.values():
+            needs[device] = known[0], known[1] + large, known[2] + texts
+    for place, heavy, small in needs.values():
         free = shutil.disk_usage(place).free
-        parts = [f"about {_bytes(large)} of weights"] if large else []
+        parts = [f"about {_bytes(heavy)} of weights"] if heavy else []
         parts += [f"weights of {', '.join(unknown)} (size unknown)"] if unknown else []
         parts += [f"up to {_bytes(small)} of text"] if small else []
         what, figures = f"disk space at {place}", f"{_bytes(free)} free; to be written: {', '.join(parts) or 'text'}"
-        if free < large or free < small / 100:
+        if free < heavy or free < small / 100:
             yield Finding(what, "problem", f"{figures}; free some space there, or choose another run folder")
         else:
-            yield Finding(what, "warning" if free < large + small else "ok", figures)
+            yield Finding(what, "warning" if free < heavy + small else "ok", figures)
 
 
 def _text(stage: Estimate) -> float:

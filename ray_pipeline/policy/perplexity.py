@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ray_pipeline.engines.system_role import renders_system, without_system
 from ray_pipeline.store.local import local_copy
 
 if TYPE_CHECKING:  # A report reads stored perplexities, and would wait seconds for torch and transformers.
@@ -89,6 +90,10 @@ def encode_row(
     """
     extra = dict(chat_template_kwargs or {})
     messages = [dict(m) for m in prompt]
+    if any(m["role"] == "system" for m in messages) and not renders_system(
+        lambda chat: tokenizer.apply_chat_template(list(chat), tokenize=False, **extra)
+    ):
+        messages = without_system(messages)
     before = _template_ids(tokenizer, messages, add_generation_prompt=True, **extra)
     answered = [*messages, {"role": "assistant", "content": completion}]
     whole = _template_ids(tokenizer, answered, add_generation_prompt=False, **extra)

@@ -15,6 +15,7 @@ from ray_pipeline.data.datasets import dataset_rows
 from ray_pipeline.data.gate import GateConfig, decide
 from ray_pipeline.data.rows import KeyMismatch, gather
 from ray_pipeline.data.tokens import TokenCounter
+from ray_pipeline.policy.perplexity import encode_row
 from ray_pipeline.engines.models import ModelSettings, TokenizerSettings
 from ray_pipeline.graph.stage import Stage, WholeWork
 from ray_pipeline.pocket import model_path
@@ -324,6 +325,19 @@ def test_token_counter_counts_as_trl_does(tokenizer):
     assert counter(prompt, answer)[: len(expected)] == list(expected)
     counter([{"role": "user", "content": "another"}], None)
     assert len(counter._cache) == 2
+
+
+def test_system_text_without_a_system_role_is_counted_in_the_user_turn(tokenizer):
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    )
+    system, user = {"role": "system", "content": "sort"}, {"role": "user", "content": "7 2 9"}
+    answer = {"role": "assistant", "content": "2 7 9"}
+    folded = [{"role": "user", "content": "sort\n\n7 2 9"}]
+    assert TokenCounter(tokenizer)([system, user], None) == TokenCounter(tokenizer)(folded, None)
+    assert encode_row(tokenizer, [system, user], "2 7 9").ids == encode_row(tokenizer, folded, "2 7 9").ids
+    assert TokenCounter(tokenizer)([system, user], [answer]) == TokenCounter(tokenizer)(folded, [answer])
 
 
 def test_token_counter_loads_and_refuses(tokenizer, tmp_path):
