@@ -78,9 +78,7 @@ def _model(spec: TrainSpec, config: Any) -> Any:
         )
     with contextlib.suppress(OSError):  # without the file, it is made from config.json
         model.generation_config = GenerationConfig.from_pretrained(
-            spec.model,
-            revision=spec.revision,  # type: ignore[arg-type] # None is the newest, as elsewhere
-            trust_remote_code=spec.trust_remote_code,
+            spec.model, revision=spec.revision or "main", trust_remote_code=spec.trust_remote_code
         )
     return model
 
@@ -98,20 +96,20 @@ def _check_saving(spec: TrainSpec, model: Any, tokenizer: Any, scratch: str) -> 
 
 
 def _check_adapter(spec: TrainSpec, config: Any) -> None:
-    lora, adapter = spec.settings.lora, lora_config(spec)
-    if lora is None or adapter is None:
+    adapter = lora_config(spec)
+    if adapter is None or spec.settings.lora is None:
         return
     model = _model(spec, config)
     linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    names = lora.target_modules
+    names = spec.settings.lora.target_modules
     key = f"lora.target_modules: {names if isinstance(names, str) else list(names)!r}"
     layers = f"the linear layers of {spec.model} are {', '.join(sorted(linear))}"
     try:
-        adapted = get_peft_model(model, adapter)
+        adapted: Any = get_peft_model(model, adapter)
     except ValueError as error:
         hint = "; a single text is a regular expression: write names as a list" if isinstance(names, str) else ""
         raise TrainingInputError(f"{key} cannot be adapted: {_words(error)}{hint}; {layers}") from error
-    base: Any = adapted.get_base_model()
+    base = adapted.get_base_model()
     ends = base.get_input_embeddings(), base.get_output_embeddings()
     if config.get_text_config().tie_word_embeddings and any(isinstance(end, BaseTunerLayer) for end in ends):
         raise TrainingInputError(

@@ -15,10 +15,10 @@ from ray_pipeline.data.datasets import dataset_rows
 from ray_pipeline.data.gate import GateConfig, decide
 from ray_pipeline.data.rows import KeyMismatch, gather
 from ray_pipeline.data.tokens import TokenCounter
-from ray_pipeline.policy.perplexity import encode_row
 from ray_pipeline.engines.models import ModelSettings, TokenizerSettings
 from ray_pipeline.graph.stage import Stage, WholeWork
 from ray_pipeline.pocket import model_path
+from ray_pipeline.policy.perplexity import encode_row
 from ray_pipeline.store.schemas import DPO, KTO
 from tests.planted import JUDGES, Planted, World, candidate_name, count_words, make_world, random_world
 

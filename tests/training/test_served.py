@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from ray_pipeline.engines.vllm import VllmEngine
 from ray_pipeline.engines.vllm_spec import VllmSpec
 from ray_pipeline.training.spec import TrainResult, TrainSpec
 
-from .conftest import WORDS, user
+from .conftest import SFT_SCHEMA, WORDS, MakeSpec, assistant, user, write_rows
+from .shapes import FAMILIES, make_model
+from .test_shapes import train
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = pytest.mark.e2e
@@ -63,3 +66,16 @@ def test_a_wholly_trained_model_is_served(full: tuple[TrainSpec, TrainResult]) -
     spec, result = full
     replies = vllm_replies(result.merged)
     assert replies == transformers_replies(result.merged) != transformers_replies(spec.model)
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_a_policy_of_every_family_stops(make_spec: MakeSpec, tmp_path: Path, name: str) -> None:
+    """On a base whose EOS is not the token that its template puts behind a reply."""
+    base = make_model(tmp_path / "base", name, ["base EOS", "no pad"])
+    row = {"prompt": user(PROMPTS[0]), "completion": assistant("seven nine"), "final_score": 8.0}
+    files = write_rows(tmp_path / "rows.parquet", [row] * 80, SFT_SCHEMA)
+    written = train(make_spec, base, "sft", tmp_path, train_files=files, epochs=1)
+    assert written["max_logit_diff"] < 1e-3
+    merged = str(tmp_path / "merged")
+    replies = vllm_replies(merged)
+    assert replies == transformers_replies(merged) and replies[0].strip() == "seven nine"

@@ -25,13 +25,13 @@ PAIRS = [
 PROMPT = "add two numbers"
 
 
-def train(make_spec: MakeSpec, model: str, method: str, scratch: Path) -> Any:
+def train(make_spec: MakeSpec, model: str, method: str, scratch: Path, **changes: Any) -> Any:
     """Train on a base, write the policy below `scratch`, and return the figures of its merge."""
     from ray_pipeline.training.save import write_model
     from ray_pipeline.training.trainer import build_trainer
 
     torch.set_num_threads(1)  # matrices this small only wait for each other
-    spec = make_spec(method, model=model, num_workers=1, epochs=0.25, learning_rate=0.02)
+    spec = make_spec(method, model=model, num_workers=1, learning_rate=0.02, **{"epochs": 0.25, **changes})
     spec = dataclasses.replace(spec, output_dir=str(scratch))
     trainer = build_trainer(spec, str(scratch / "scratch"))
     trainer.train()
