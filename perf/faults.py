@@ -19,10 +19,11 @@ import contextlib
 import dataclasses
 import json
 import resource
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,34 +39,50 @@ from tests.dags.conftest import Quorum, calls_by_role, descendants, manifest, ta
 from tests.hosts import hosts_can_be_made  # noqa: E402
 from tests.ray_nodes import RayNodes  # noqa: E402
 
-REPLAYED = ("prompts", "candidates", "judge", "critic", "gate", "dataset-rows", "datasets")
 WORKER = {"quorum-role": "worker"}
 PROMPTS = 40
 
 
-def slow(*settings: str) -> list[str]:
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A workflow, its settings, and the last stage whose tables follow from the call log alone (`--to`)."""
+
+    workflow: str
+    config: str
+    settings: tuple[str, ...]
+    to: str
+
+
+def slow(models: Sequence[str], *settings: str) -> tuple[str, ...]:
     """Few calls at once and many shards, so that a stage lasts long enough to be hit in its middle.
 
     Args:
-        settings: of the placement of both models.
+        models: keys of the models in the configuration.
+        settings: of the placement of all models.
     """
-    return [
+    given = ("concurrency=1", "shards_in_flight=2", *settings)
+    return (
         f"prompts.sources.0.count={PROMPTS}",
         "prompts.num_shards=16",
-        *(
-            f"models.{model}.placement.{setting}"
-            for model in ("policy", "judge")
-            for setting in ("concurrency=1", "shards_in_flight=2", *settings)
-        ),
+        *(f"models.{model}.placement.{setting}" for model in models for setting in given),
         "ray.max_stages=1",
         "train.num_workers=1",
         "train.use_gpu=false",
         "train.save_steps=2",
-    ]
+    )
 
 
-ON_CLUSTER = [*slow("num_gpus=1", "max_actors=2"), "train.label_selector.quorum-role=worker"]
-ON_ONE_MACHINE = slow("max_actors=1")
+DMAPO = Work("dmapo", "pocket", slow(("policy", "judge"), "max_actors=1"), "datasets")
+FELLOWSHIP = Work(
+    "fellowship", "pocket_fellowship", slow(("generator", "reviewer", "judge"), "max_actors=1"), "datasets"
+)
+ON_CLUSTER = dataclasses.replace(
+    DMAPO,
+    settings=(
+        *slow(("policy", "judge"), "num_gpus=1", "max_actors=2"),
+        "train.label_selector.quorum-role=worker",
+    ),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,18 +107,23 @@ class Run:
     """A run of the pocket world with its progress and its call log.
 
     Args:
+        train: go on to training, beyond the last stage of `work`.
         env: of its commands.
     """
 
-    def __init__(self, folder: Path, settings: list[str], to: str, env: dict[str, str]) -> None:
-        self.folder, self._settings, self._to, self._env = folder, settings, to, env
+    def __init__(self, folder: Path, work: Work, train: bool, env: dict[str, str]) -> None:
+        self.folder, self._work, self._env = folder, work, env
+        self._to = "train" if train else work.to
 
-    def command(self, folder: Path, *arguments: str) -> Quorum:
-        given = ["run", "dmapo", "--config", "configs/pocket.yaml", "--run-dir", str(folder), *self._settings]
-        return Quorum(*given, *arguments, env={**self._env, "PYTHONPATH": str(ROOT)})
+    def command(self, folder: Path, to: str, *arguments: str) -> Quorum:
+        given = ["run", self._work.workflow, "--config", self._work.config, "--run-dir", str(folder), "--to", to]
+        return Quorum(*given, *self._work.settings, *arguments, env={**self._env, "PYTHONPATH": str(ROOT)})
+
+    def again(self) -> Quorum:
+        return self.command(self.folder, self._to)
 
     def begin(self) -> Quorum:
-        run = self.command(self.folder, "--to", self._to)
+        run = self.again()
         wait_until(run, lambda: "to do" in run.output and bool(self.progress()))
         return run
 
@@ -138,9 +160,9 @@ class Run:
     def rows_lost(self) -> int:
         """Rows that a replay of the log has and the run has not; where they differ otherwise, all of them."""
         replay = self.folder.with_name(f"{self.folder.name}-replay")
-        given = [f"calls.root={self.folder / 'calls'}", "calls.replay_only=true"]
-        self.command(replay, "--to", "datasets", *given).ends(0)
-        if tables(replay, REPLAYED) == tables(self.folder, REPLAYED):
+        self.command(replay, self._work.to, f"calls.root={self.folder / 'calls'}", "calls.replay_only=true").ends(0)
+        stages = [name for name, stage in manifest(replay)["stages"].items() if stage["status"] == "done"]
+        if tables(replay, stages) == tables(self.folder, stages):
             return 0
         whole, here = (
             sum(sum(stage["rows"].values()) for stage in manifest(folder)["stages"].values() if "rows" in stage)
@@ -152,8 +174,8 @@ class Run:
 class Cluster(Run):
     """A run on a cluster. The driver sits on the head: while it starts, there is no other node."""
 
-    def __init__(self, nodes: RayNodes, folder: Path, to: str = "datasets") -> None:
-        super().__init__(folder, ON_CLUSTER, to, {**nodes.env, "RAY_ADDRESS": nodes.address})
+    def __init__(self, nodes: RayNodes, folder: Path, train: bool = False) -> None:
+        super().__init__(folder, ON_CLUSTER, train, {**nodes.env, "RAY_ADDRESS": nodes.address})
         self.nodes = nodes
 
     def start(self, workers: int) -> Quorum:
@@ -168,7 +190,7 @@ def node_killed(stage: str, nodes: RayNodes, folder: Path) -> Line:
 
     It is made good when all shards that were under way are there, when a columnar stage is done, or when a training has
     taken a new step."""
-    cluster = Cluster(nodes, folder, "train" if stage == "train" else "datasets")
+    cluster = Cluster(nodes, folder, train=stage == "train")
     run = cluster.start(workers=3)
     if stage == "train":
         wait_until(run, lambda: cluster.step() >= 4)
@@ -234,31 +256,60 @@ def node_joins(nodes: RayNodes, folder: Path) -> Line:
     return Line("node joins in judge", happened, cluster.rows_lost(), *repeated(cluster), seconds)
 
 
-def on_one_machine(fault: str, stage: str, harm: Callable[[Quorum], None], folder: Path) -> Line:
-    """Do `harm` to a run on a local cluster in the middle of a stage, and rerun the command until it has succeeded.
+def on_one_machine(fault: str, folder: Path) -> Line:
+    """Do harm to a run on a local cluster in the middle of a stage, and rerun the command until it has succeeded.
 
     `seconds` are from the harm until the last stage was done.
     """
-    run = Run(folder, ON_ONE_MACHINE, "train" if stage == "train" else "datasets", {})
-    process = run.begin()
-    begun = (lambda: run.step() >= 4) if stage == "train" else (lambda: run.told(stage, "shards_done") >= 3)
-    wait_until(process, begun)
-    begin = time.monotonic()
-    harm(process)
-    codes, again = [process.wait(600)], 0
-    while codes[-1] != 0 and len(codes) < 4:
-        kept = run.logged()
-        again += max(0, run.answered() - kept)
-        codes.append(run.command(folder, "--to", "train" if stage == "train" else "datasets").wait(600))
-    seconds = time.monotonic() - begin
-    if codes[-1] != 0:
-        happened = f"NOT recovered: exit codes {', '.join(map(str, codes))}"
-    elif len(codes) == 1:
-        happened = "the run finished without intervention"
-    else:
-        happened = f"the command ended with exit code {', '.join(map(str, codes[:-1]))}; rerun, it resumed"
-    rows = calls(folder)
-    return Line(fault, happened, run.rows_lost(), again + len(rows) - len(set(rows)), len(set(rows)), seconds)
+    words, work, stage, harm = PROCESSES[fault]
+    with contextlib.ExitStack() as stack:
+        env = stack.enter_context(small_temporary_folder()) if harm is fill_temporary_folder else {}
+        run = Run(folder, work, stage == "train", env)
+        process = run.begin()
+        begun = (lambda: run.step() >= 4) if stage == "train" else (lambda: run.told(stage, "shards_done") >= 3)
+        wait_until(process, begun)
+        begin = time.monotonic()
+        harm(process)
+        codes, again = [process.wait(600)], 0
+        if env:  # the user has made room
+            Path(env["RAY_TMPDIR"], FILLER).unlink()
+        while codes[-1] != 0 and len(codes) < 4:
+            again += max(0, run.answered() - run.logged())
+            codes.append(run.again().wait(600))
+        seconds = time.monotonic() - begin
+        if codes[-1] != 0:
+            happened = f"NOT recovered: exit codes {', '.join(map(str, codes))}"
+        elif len(codes) == 1:
+            happened = "the run finished without intervention"
+        else:
+            happened = f"the command ended with exit code {', '.join(map(str, codes[:-1]))}; rerun, it resumed"
+        made = calls(folder)
+        repeated = again + len(made) - len(set(made))
+        where = stage if work is DMAPO else f"{stage} of {work.workflow}"
+        return Line(f"{words} in {where}", happened, run.rows_lost(), repeated, len(set(made)), seconds)
+
+
+@contextlib.contextmanager
+def small_temporary_folder() -> Iterator[dict[str, str]]:
+    """A disk of its own for Ray's temporary files, as its environment; needs the right to mount."""
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400m", "none", folder], check=True)
+        try:
+            yield {"RAY_TMPDIR": folder}
+        finally:
+            subprocess.run(["umount", "-l", folder], check=True)
+
+
+FILLER = "filler"
+
+
+def fill_temporary_folder(run: Quorum) -> None:
+    """Leave no byte on the disk of Ray's temporary files."""
+    folder = Path(psutil.Process(run.process.pid).environ()["RAY_TMPDIR"])
+    with (folder / FILLER).open("wb") as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(1 << 20))
+            file.flush()
 
 
 def calls(folder: Path) -> list[str]:
@@ -303,17 +354,20 @@ def repeated(cluster: Cluster, before: int = 0) -> tuple[int, int]:
     return max(0, cluster.answered() - (calls - before)), calls
 
 
-#: Fault → (its words, the stage that it hits, what is done).
-PROCESSES: dict[str, tuple[str, str, Callable[[Quorum], None]]] = {
-    "core": ("vLLM's core killed", "judge", kill("VLLM::EngineCore")),
-    "actor": ("an engine's actor killed", "judge", kill("ShardActor")),
-    "pool": ("the task of a stage killed", "judge", kill("ray::judge")),
-    "board": ("the progress board killed", "judge", kill("ray::ProgressBoard")),
-    "gcs": ("Ray's control store (GCS) killed", "judge", kill("gcs_server")),
-    "raylet": ("the raylet killed", "judge", kill("raylet")),
-    "trainer": ("the training worker killed", "train", kill("RayTrainWorker")),
-    "stop": ("all processes stopped for 60 s", "judge", stop_all),
-    "files": ("256 open files (`ulimit -n`)", "judge", few_files),
+#: Fault → (its words, the workflow, the stage that it hits, what is done).
+PROCESSES: dict[str, tuple[str, Work, str, Callable[[Quorum], None]]] = {
+    "core": ("vLLM's core killed", DMAPO, "judge", kill("VLLM::EngineCore")),
+    "actor": ("an engine's actor killed", DMAPO, "judge", kill("ShardActor")),
+    "pool": ("the task of a stage killed", DMAPO, "judge", kill("ray::judge")),
+    "board": ("the progress board killed", DMAPO, "judge", kill("ray::ProgressBoard")),
+    "gcs": ("Ray's control store (GCS) killed", DMAPO, "judge", kill("gcs_server")),
+    "raylet": ("the raylet killed", DMAPO, "judge", kill("raylet")),
+    "trainer": ("the training worker killed", DMAPO, "train", kill("RayTrainWorker")),
+    "stop": ("all processes stopped for 60 s", DMAPO, "judge", stop_all),
+    "files": ("256 open files (`ulimit -n`)", DMAPO, "judge", few_files),
+    "temp": ("the disk of Ray's temporary files full", DMAPO, "judge", fill_temporary_folder),
+    "loop-core": ("vLLM's core killed", FELLOWSHIP, "review-1", kill("VLLM::EngineCore")),
+    "loop-raylet": ("the raylet killed", FELLOWSHIP, "review-1", kill("raylet")),
 }
 
 NODES: dict[str, Callable[[RayNodes, Path], Line]] = {
@@ -341,8 +395,7 @@ def main() -> None:
         for fault in given.faults or known:
             folder = (given.keep or Path(temporary)) / fault
             if fault in PROCESSES:
-                words, stage, harm = PROCESSES[fault]
-                print(on_one_machine(f"{words} in {stage}", stage, harm, folder), flush=True)
+                print(on_one_machine(fault, folder), flush=True)
                 continue
             with RayNodes(cpus=2, dashboard=False, own_addresses=hosts_can_be_made()) as nodes:
                 print(NODES[fault](nodes, folder), flush=True)
