@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -126,10 +127,7 @@ def test_with_flipped_labels_it_is_right_less_often_than_the_base(demo: Path, tm
         table = pq.read_table(file)
         flipped = [not label for label in table["label"].to_pylist()]
         at = table.schema.get_field_index("label")
-        changed = table.set_column(at, table.schema.field("label"), [flipped])
-        # Without its checksum, the file is one of an older version; with it, it would be damaged and made again.
-        metadata = {k: v for k, v in table.schema.metadata.items() if k != b"quorum.checksum"}
-        pq.write_table(changed.replace_schema_metadata(metadata), file)
+        write_changed(table.set_column(at, table.schema.field("label"), [flipped]), file)
     result = folder / manifest(folder)["stages"]["datasets"]["path"] / "_result.json"
     facts = json.loads(result.read_text())
     weights = facts["facts"]["kto_weights"]
@@ -143,6 +141,12 @@ def test_with_flipped_labels_it_is_right_less_often_than_the_base(demo: Path, tm
     found = greedy_accuracy(folder / "policy" / "merged", instructions)
     print(f"\nflipped: {found}")
     assert found < accuracy(demo)["base", "greedy"]
+
+
+def write_changed(table: pa.Table, file: Path) -> None:
+    """Write a file as an older version did, without a checksum: with the one it had, it would count as damaged."""
+    metadata = {k: v for k, v in table.schema.metadata.items() if k != b"quorum.checksum"}
+    pq.write_table(table.replace_schema_metadata(metadata), file)
 
 
 def greedy_accuracy(model: Path, instructions: list[str]) -> float:
@@ -172,8 +176,9 @@ def test_the_audit_finds_nothing_and_then_what_is_planted(demo: Path, tmp_path: 
     labels = table["label"].to_pylist()
     labels[0] = not labels[0]
     at = table.schema.get_field_index("label")
-    pq.write_table(table.set_column(at, table.schema.field("label"), [labels]), file)
-    assert "label" in here("audit", str(folder), expect=1).output
+    write_changed(table.set_column(at, table.schema.field("label"), [labels]), file)
+    output = here("audit", str(folder), expect=1).output
+    assert "label" in output and "damaged" not in output
 
 
 def test_the_report_says_what_happened(demo: Path) -> None:
