@@ -20,7 +20,6 @@ from ray_pipeline.engines.base import (
     BudgetSpent,
     ChatEngine,
     Completion,
-    EngineDead,
     EngineError,
     EngineStop,
     Message,
@@ -399,6 +398,3 @@ def _from_row(row: dict[str, Any]) -> Completion:
         latency_s=row["latency_s"],
         from_log=True,
     )
-
-
-__all__ = ["FLUSH_SECONDS", "BoundEngine", "CallNotLogged", "EngineDead", "LoggedEngine"]

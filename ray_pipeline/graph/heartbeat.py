@@ -132,7 +132,8 @@ class LogUse:
 
     Args:
         calls: folder of the call log.
-        run: location of the run folder. Nobody else is in it, so another mark of this run is that of a killed process.
+        run: location of the run folder. Only this process uses it, so another mark of the same run was left by a
+            process that was killed.
     """
 
     def __init__(self, calls: Folder, run: str, *, beat_seconds: float, say: Callable[[str], None]) -> None:
