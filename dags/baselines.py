@@ -20,7 +20,9 @@ from ray_pipeline.audit.run import Audit, audit_gated
 from ray_pipeline.bench.stages import Answering, benchmark_stages
 from ray_pipeline.config.messages import first_problem, nearest
 from ray_pipeline.config.settings import Settings
+from ray_pipeline.config.starters import Starter
 from ray_pipeline.data.candidates import candidates as candidates_stage
+from ray_pipeline.data.card import Provenance
 from ray_pipeline.data.critic import critic as critic_stage
 from ray_pipeline.data.dataset_rows import DatasetsConfig
 from ray_pipeline.data.datasets import dataset_files
@@ -66,10 +68,16 @@ class DataVariant(Settings):
     source: PreferenceSource | None = Field(
         None, description="import training rows from a Hub dataset or from files; excludes the keys above"
     )
+    max_prompts: int | None = Field(
+        None,
+        ge=1,
+        description="largest number of prompts to train on (smallest hashes kept): without a gate as many pairs, and "
+        "twice as many KTO rows; default: all",
+    )
 
     @model_validator(mode="after")
     def _one_way(self) -> DataVariant:
-        set_here = sorted(self.model_fields_set - {"source"})
+        set_here = sorted(self.model_fields_set - {"source", "max_prompts"})
         if self.source is not None and set_here:
             raise ValueError(f"{set_here[0]} has no effect on rows of a source, which are judged already; remove it")
         if not self.gated and self.gate:
@@ -102,6 +110,7 @@ class BaselinesBlock(Settings):
 class BaselinesConfig(DmapoConfig):
     """The configuration of `quorum run baselines`: a DMAPO configuration and the `baselines` block."""
 
+    train: TrainSettings = TrainSettings()
     baselines: BaselinesBlock
 
     def check_kinds(self) -> None:
@@ -121,9 +130,10 @@ class BaselinesConfig(DmapoConfig):
             if unknown:
                 near = nearest(unknown[0], self.judge.names)
                 raise ValueError(f"baselines.data.{name}.judges: unknown rubric {unknown[0]!r}{near}")
-            if variant.k is not None and variant.k > self.candidates.k:
+            drawn = sum(self.candidates.drawn.values())
+            if variant.k is not None and drawn and variant.k > drawn:
                 raise ValueError(
-                    f"baselines.data.{name}.k is {variant.k}, but candidates.k is only {self.candidates.k}"
+                    f"baselines.data.{name}.k is {variant.k}, but there are only {drawn} candidates for each prompt"
                 )
             try:
                 self.gate_of(variant)
@@ -154,6 +164,8 @@ class BaselinesConfig(DmapoConfig):
         """The gate of a dataset; None without a gate."""
         if not variant.gated or variant.source is not None:
             return None
+        if self.critic is None and variant.gate.get("use_critic"):
+            raise InputError("gate.use_critic is true, but critic is null; remove one of the two")
         return GateConfig.model_validate({**self.gate.model_dump(), **variant.gate})
 
     def rows_of(self, variant: DataVariant, seed: int = 0) -> DatasetsConfig:
@@ -208,9 +220,10 @@ class BaselinesConfig(DmapoConfig):
 
     def how(self, variant: DataVariant) -> str:
         if variant.source is not None:
-            place = variant.source.name if variant.source.type == "huggingface" else variant.source.path
+            place = variant.source.name if variant.source.type == "huggingface" else variant.source.place
             return f"{variant.source.format} rows of {place}"
-        judges, k = ", ".join(variant.judges or self.judge.names), variant.k or self.candidates.k
+        judges = ", ".join(variant.judges or self.judge.names)
+        k = variant.k or sum(self.candidates.drawn.values()) or "all"
         if not variant.gated:
             return f"best and worst of {k} by {judges}; no gate"
         gate = self.gate_of(variant)
@@ -236,7 +249,7 @@ class _Judged:
 def baselines(config: BaselinesConfig, run_folder: str) -> Dag:
     """Methods × datasets × seeds; all policies respond to the same held-out prompts and are judged together."""
     texts, models, base = config.templates(), config.models, config.base
-    prompts = prompts_stage(config.prompts)
+    prompts = prompts_stage(config.prompt_settings)
     judged = _judged(config, prompts)
 
     made = _datasets(config, prompts, judged)
@@ -248,7 +261,7 @@ def baselines(config: BaselinesConfig, run_folder: str) -> Dag:
         settings = config.training(name.method, name.seed)
         length, data = config.datasets.max_length, files[f"datasets-{name.data}-s{name.seed}"]
         policy = train_stage(settings, base, length, data, name=f"train-{name.label}", view="")
-        weights = base.trained((stage_folder(run_folder, policy) / "merged").location)
+        weights = base.trained(stage_folder(run_folder, policy).location, settings.save)
         policies[name.label] = responses_stage(name.label, config.evaluate, weights, prompts, policy)
         measured[name.label] = Answering(weights, policy)
         trained.append(policy)
@@ -256,16 +269,21 @@ def baselines(config: BaselinesConfig, run_folder: str) -> Dag:
     before = responses_stage("base", config.evaluate, base, prompts)
     responses = {"base": before, **policies}
     pairs = comparisons_stage(config.evaluate, models[config.evaluate.judge], texts.pairwise, prompts, before, policies)
-    scores = judge_stages(
-        config.judge, models, texts.judge, prompts, responses, "score-responses", "evaluate", "response verdicts"
+    live = config.judge.live
+    scores = (
+        []
+        if live is None
+        else judge_stages(
+            live, models, texts.judge, prompts, responses, "score-responses", "evaluate", "response verdicts"
+        )
     )
     rows = [stages[0] for stages in made.values()]
-    table = method_table(config.page(), [prompts, *rows, *trained, *responses.values(), pairs, *scores])
-    last = [table]
+    public = []
     if config.benchmarks is not None:
         page = config.benchmarks_page()
-        last += benchmark_stages(config.benchmarks, page, models, measured, view="benchmarks")
-    return Dag("baselines", last)
+        public = benchmark_stages(config.benchmarks, page, models, measured, view="benchmarks")
+    shown = [prompts, *rows, *trained, *responses.values(), pairs, *scores, *public[-1:]]
+    return Dag("baselines", [*public, method_table(config.page(), shown)])
 
 
 def _judged(config: BaselinesConfig, prompts: Stage) -> _Judged | None:
@@ -274,10 +292,11 @@ def _judged(config: BaselinesConfig, prompts: Stage) -> _Judged | None:
     if not own:
         return None
     texts, models = config.templates(), config.models
-    candidates = candidates_stage(config.candidates, models[config.candidates.model], prompts)
+    candidates = candidates_stage(config.candidates, models, prompts)
     verdicts = judge_stages(config.judge, models, texts.judge, prompts, {"candidates": candidates})
     critiques = None
     if any((decides := config.gate_of(variant)) is not None and decides.use_critic for variant in own):
+        assert config.critic is not None  # gate_of
         critiques = critic_stage(config.critic, models[config.critic.model], texts.critic, prompts, candidates)
     return _Judged(candidates, verdicts, critiques)
 
@@ -307,7 +326,9 @@ def _scored(config: BaselinesConfig) -> dict[str, ScoredDataset]:
             decisions=f"gate-{data}" if variant.gated else f"ranks-{data}",
             rows=f"rows-{data}",
             first=variant.k,
-            origin=None if variant.gated else config.how(variant),
+            cut=config.gate.cut,
+            max_prompts=variant.max_prompts,
+            origin=Provenance.of(config, "" if variant.gated else config.how(variant)),
         )
         for data, variant in config.baselines.data.items()
         if variant.source is None
@@ -330,11 +351,22 @@ def _imported(config: BaselinesConfig, data: str, source: PreferenceSource) -> l
         val_fraction=seeding.val_fraction,
         name=f"rows-{data}",
     )
-    judges, origin = config.judge.names, config.how(variant)
+    judges = config.judge.names
+    origin = Provenance.of(config, config.how(variant), license=source.license, imported=source.model_dump(mode="json"))
     return [
         rows,
         *(
-            dataset_files(settings, None, judges, rows, name=name, view="", origin=origin)
+            dataset_files(
+                settings,
+                None,
+                judges,
+                rows,
+                config.base,
+                name=name,
+                view="",
+                origin=origin,
+                max_prompts=variant.max_prompts,
+            )
             for name, settings in _files(config, data).items()
         ),
     ]
@@ -346,18 +378,23 @@ def scored(config: BaselinesConfig) -> list[ScoredDataset]:
 
 
 def audit(run: Run, config: BaselinesConfig) -> Audit:
-    """Walk every row back that the gate made from all candidates; the rows of other datasets follow other rules.
+    """Walk every row back that the gate made from all prompts and candidates; the rows of other datasets follow other
+    rules.
 
     Raises:
         StoreError: a dataset is not done yet, or none can be audited.
     """
-    made = {data: one for data, one in _scored(config).items() if one.gate is not None and one.first is None}
-    return audit_gated(run, list(made.values()), [data for data in config.baselines.data if data not in made])
+    whole = {data: one for data, one in _scored(config).items() if one.first is None and one.max_prompts is None}
+    made = {data: one for data, one in whole.items() if one.gate is not None}
+    skipped = [data for data in config.baselines.data if data not in made]
+    return audit_gated(run, list(made.values()), skipped, config.judge.programs)
 
 
 WORKFLOW = register("workflow", "baselines")(
     Workflow(
         name="baselines",
+        pocket="pocket_baselines",
+        starters={"laptop": Starter("pocket_baselines"), "gpus": Starter("baselines")},
         config=BaselinesConfig,
         wire=baselines,
         page=rewrite_page,

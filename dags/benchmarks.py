@@ -17,6 +17,7 @@ from ray_pipeline.bench.report import BenchmarksPage, MeasuredModel, judging_mod
 from ray_pipeline.bench.settings import BenchmarksSettings
 from ray_pipeline.bench.stages import Answering, benchmark_stages
 from ray_pipeline.config.blocks import RunBlock
+from ray_pipeline.config.starters import Starter
 from ray_pipeline.engines.models import ModelSettings, ModelUse, resolve_model
 from ray_pipeline.extensions import register
 from ray_pipeline.graph.stage import Dag
@@ -117,6 +118,8 @@ def benchmarks(config: BenchmarksConfig, run_folder: str) -> Dag:
 WORKFLOW = register("workflow", "benchmarks")(
     Workflow(
         name="benchmarks",
+        pocket="pocket_benchmarks",
+        starters={"laptop": Starter("pocket_benchmarks"), "gpus": Starter("benchmarks")},
         config=BenchmarksConfig,
         wire=benchmarks,
         page=rewrite_page,

@@ -2,11 +2,14 @@
 
 prompts → candidates → judges ─┐
                     └→ critic ─┴→ gate → datasets → train (→ public benchmarks) → evaluate
+
+With `train: null` only the data is made, and the report is about it: … → gate → datasets → report.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pydantic import Field, model_validator
 
@@ -15,18 +18,22 @@ from ray_pipeline.bench.report import BenchmarksPage, MeasuredModel, judging_mod
 from ray_pipeline.bench.settings import BenchmarksSettings
 from ray_pipeline.bench.stages import Answering, benchmark_stages
 from ray_pipeline.config.settings import Settings
+from ray_pipeline.config.starters import Starter
+from ray_pipeline.data.candidate_sources import CandidatePrompts
 from ray_pipeline.data.candidates import CandidateSettings
 from ray_pipeline.data.candidates import candidates as candidates_stage
+from ray_pipeline.data.card import Provenance
 from ray_pipeline.data.critic import CriticSettings
 from ray_pipeline.data.critic import critic as critic_stage
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.data.judging import JudgeSettings
 from ray_pipeline.data.judging import judges as judge_stages
+from ray_pipeline.data.prompts import PromptsConfig
 from ray_pipeline.data.prompts import prompts as prompts_stage
+from ray_pipeline.data.reviewed import HumanLabelsKey
 from ray_pipeline.data.scored import ScoredDataset
 from ray_pipeline.engines.models import ModelUse
 from ray_pipeline.evaluate.stage import ReportSettings, write_report
-from ray_pipeline.evaluate.stage import evaluate as evaluate_stage
 from ray_pipeline.extensions import register
 from ray_pipeline.graph.results import Run
 from ray_pipeline.graph.resume import stage_folder, stored
@@ -35,7 +42,7 @@ from ray_pipeline.policy.comparisons import comparisons as comparisons_stage
 from ray_pipeline.policy.comparisons import responses as responses_stage
 from ray_pipeline.policy.train import train as train_stage
 from ray_pipeline.workflow.registry import Workflow
-from ray_pipeline.workflow.training import TrainingConfig, rubric_models, rubric_uses
+from ray_pipeline.workflow.training import TrainingConfig, recorded_judges, require_checker, rubric_models, rubric_uses
 
 
 class DmapoConfig(TrainingConfig):
@@ -43,30 +50,76 @@ class DmapoConfig(TrainingConfig):
 
     candidates: CandidateSettings = CandidateSettings()
     judge: JudgeSettings
-    critic: CriticSettings = CriticSettings()
+    critic: CriticSettings | None = Field(
+        CriticSettings(), description="the process critic; null: none, and the gate decides without one"
+    )
     gate: GateConfig = GateConfig()
+    human_labels: HumanLabelsKey = Field(
+        None, description="labels by people from `quorum review`, as a block or as the file alone; default: none"
+    )
     benchmarks: BenchmarksSettings | None = Field(
         None, description="public benchmarks as the last stage; default: none"
     )
 
     def uses(self) -> Sequence[ModelUse]:
-        sampling, critic = self.candidates.sampling, self.critic
+        drawn, critic = self.candidates, self.critic
+        key = "candidates.model" if drawn.generators is None else "candidates.generators"
+        measured = {} if self.train is None else {"train.model": self.train.model}
         return [
-            ModelUse("candidates.model", self.candidates.model, "generate", "candidates.sampling", sampling.extra),
-            ModelUse("critic.model", critic.model, "judge", "critic.sampling", critic.sampling.extra),
+            *(ModelUse(key, model, "generate", "candidates.sampling", drawn.sampling.extra) for model in drawn.drawn),
+            *(
+                []
+                if critic is None
+                else [ModelUse("critic.model", critic.model, "judge", "critic.sampling", critic.sampling.extra)]
+            ),
             *super().uses(),
             *rubric_uses(self.judge),
-            *([] if self.benchmarks is None else self.benchmarks.uses({"train.model": self.train.model})),
+            *([] if self.benchmarks is None else self.benchmarks.uses(measured)),
         ]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_critic(cls, values: Any) -> Any:
+        """`critic: null` is `gate.use_critic: false` too."""
+        if not isinstance(values, Mapping) or "critic" not in values or values["critic"] is not None:
+            return values
+        gate = values.get("gate", {})
+        if isinstance(gate, GateConfig):
+            gate = gate.model_dump(exclude_unset=True)
+        if not isinstance(gate, Mapping):
+            return values
+        if gate.get("use_critic"):
+            raise ValueError("gate.use_critic is true, but critic is null; remove one of the two")
+        return {**values, "gate": {**gate, "use_critic": False}}
 
     @model_validator(mode="after")
     def _benchmark_baseline(self) -> DmapoConfig:
         if self.benchmarks is not None:
+            if self.train is None:
+                raise ValueError("benchmarks measures the policy, but train is null; remove the block, or set train")
             self.benchmarks.check_baselines(["base", *self.policy_labels()])
         return self
 
+    @model_validator(mode="after")
+    def _one_origin(self) -> DmapoConfig:
+        if self.candidates.source is not None and "sources" in self.prompts.model_fields_set:
+            raise ValueError(
+                "prompts.sources has no effect with candidates.source, whose rows hold the prompts; remove it"
+            )
+        return self
+
+    @property
+    def prompt_settings(self) -> PromptsConfig:
+        if self.candidates.source is None:
+            return self.prompts
+        return self.prompts.model_copy(update={"sources": [CandidatePrompts(source=self.candidates.source)]})
+
     def check(self) -> None:
         super().check()
+        for program in self.judge.programs:
+            require_checker(f"judge.programs.{program.name}.checker", program.checker)
+        if self.human_labels is not None:
+            self.human_labels.read()
         if self.benchmarks is not None:
             self.benchmarks.check()
 
@@ -76,7 +129,16 @@ class DmapoConfig(TrainingConfig):
 
     def report(self) -> ReportSettings:
         """The facts of the report that are in no table."""
-        return self.report_of(rubric_models(self.judge), gate=self.gate)
+        critic = ["critic"] if self.gate.use_critic else []
+        trained = ["train", "evaluate"] if self.train else []
+        return self.report_of(
+            rubric_models(self.judge),
+            recorded=recorded_judges(self.judge),
+            gate=self.gate,
+            human_labels=self.human_labels,
+            no_error_rates=[program.name for program in self.judge.programs],
+            stages=("prompts", "candidates", "judge", *critic, "gate", "datasets", *trained),
+        )
 
     def page(self) -> Settings:
         return self.report()
@@ -98,40 +160,55 @@ class DmapoConfig(TrainingConfig):
 
 def dmapo(config: DmapoConfig, run_folder: str) -> Dag:
     """The whole method as a DAG; the evaluation loads the policy from `run_folder`."""
-    texts, models, base = config.templates(), config.models, config.base
+    texts, models = config.templates(), config.models
 
-    prompts = prompts_stage(config.prompts)
-    candidates = candidates_stage(config.candidates, models[config.candidates.model], prompts)
+    prompts = prompts_stage(config.prompt_settings)
+    candidates = candidates_stage(config.candidates, models, prompts)
     verdicts = judge_stages(config.judge, models, texts.judge, prompts, {"candidates": candidates})
     critiques = None
     if config.gate.use_critic:
+        assert config.critic is not None
         critiques = critic_stage(config.critic, models[config.critic.model], texts.critic, prompts, candidates)
     (dataset,) = scored(config)
     decisions = dataset.decide(candidates, verdicts, critiques)
     _, datasets = dataset.write(prompts, candidates, verdicts, decisions)
     stages = [prompts, candidates, *verdicts, *([critiques] if critiques else []), decisions, datasets]
-    policy = train_stage(config.train, base, config.datasets.max_length, datasets)
-    evaluated = evaluation(config, run_folder, prompts, policy, config.judge)
-    trained = [policy, *evaluated, *_benchmarks(config, run_folder, policy)]
-    if config.evaluate.skip_generation:
-        trained = stored(trained, run_folder, config.num_shards)
-    stages += trained
-    report = evaluate_stage(config.evaluate, config.report(), base, config.datasets.max_length, stages)
-    return Dag("dmapo", [*stages, report])
+    if config.train is not None:
+        policy = train_stage(config.train, config.base, config.datasets.max_length, datasets)
+        evaluated = evaluation(config, run_folder, prompts, policy, config.judge.live)
+        trained = [policy, *evaluated, *_benchmarks(config, run_folder, policy)]
+        if config.evaluate.skip_generation:
+            trained = stored(trained, run_folder, config.num_shards)
+        stages += trained
+    return Dag("dmapo", [*stages, config.report_stage(config.report(), stages)])
 
 
 def scored(config: DmapoConfig) -> list[ScoredDataset]:
     """The dataset that the gate makes."""
-    files = {"datasets": config.datasets}
-    return [ScoredDataset(config.judge.names, config.gate, config.base, files, view="datasets")]
+    files, humans = {"datasets": config.datasets}, config.human_labels
+    if humans is not None and humans.use == "report":
+        humans = None
+    return [
+        ScoredDataset(
+            config.judge.names,
+            config.gate,
+            config.counting,
+            files,
+            view="datasets",
+            origin=Provenance.of(config),
+            humans=humans,
+            trained_on=config.train is not None,
+        )
+    ]
 
 
 def evaluation(
     config: TrainingConfig, run_folder: str, prompts: Stage, policy: Stage, judge: JudgeSettings | None
 ) -> list[Stage]:
     """Responses of base and policy to held-out prompts; one judge compares them in both orders, rubric judges score."""
+    assert config.train is not None
     texts, models, base = config.templates(), config.models, config.base
-    trained = base.trained((stage_folder(run_folder, policy) / "merged").location)
+    trained = base.trained(stage_folder(run_folder, policy).location, config.train.save)
     before = responses_stage("base", config.evaluate, base, prompts)
     after = responses_stage("policy", config.evaluate, trained, prompts, policy)
     compared = comparisons_stage(
@@ -150,19 +227,26 @@ def _benchmarks(config: DmapoConfig, run_folder: str, policy: Stage) -> list[Sta
     """Base and policy on public benchmarks, if the configuration has any."""
     if config.benchmarks is None:
         return []
-    trained = config.base.trained((stage_folder(run_folder, policy) / "merged").location)
+    assert config.train is not None
+    trained = config.base.trained(stage_folder(run_folder, policy).location, config.train.save)
     measured = {"base": Answering(config.base), "policy": Answering(trained, policy)}
     return benchmark_stages(config.benchmarks, config.benchmarks_page(), config.models, measured, view="benchmarks")
 
 
 def audit(run: Run, config: DmapoConfig) -> Audit:
     """Walk every training row back. Raises StoreError where the run has no datasets yet."""
-    return audit_gated(run, scored(config))
+    return audit_gated(run, scored(config), programs=config.judge.programs)
 
 
 WORKFLOW = register("workflow", "dmapo")(
     Workflow(
         name="dmapo",
+        pocket="pocket",
+        starters={
+            "laptop": Starter("laptop"),
+            "gpus": Starter("dmapo"),
+            "endpoint": Starter("endpoint", at_endpoint=True),
+        },
         config=DmapoConfig,
         wire=dmapo,
         page=write_report,

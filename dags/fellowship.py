@@ -2,6 +2,8 @@
 
 prompts → generate-1 → review-1 → generate-2 → … → generate-N → judge → select → datasets → train → evaluate
 
+With `train: null` only the data is made, and the report is about it: … → select → datasets → report.
+
 The second kind of data (`improve`): preferences over several reviews and revisions by the judge's scores.
 
 prompts → responses → reviews → revisions → judge ─┬→ revisions given the feedback → datasets
@@ -20,6 +22,8 @@ from ray_pipeline.audit.run import Audit, audit_picks
 from ray_pipeline.config.blocks import RunBlock
 from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.config.settings import Settings
+from ray_pipeline.config.starters import Starter
+from ray_pipeline.data.card import Provenance
 from ray_pipeline.data.dataset_rows import DatasetsConfig
 from ray_pipeline.data.datasets import dataset_files, dataset_rows
 from ray_pipeline.data.judging import JudgeSettings
@@ -27,7 +31,6 @@ from ray_pipeline.data.judging import judges as judge_stages
 from ray_pipeline.data.prompts import prompts as prompts_stage
 from ray_pipeline.engines.models import ModelUse
 from ray_pipeline.evaluate.stage import ReportSettings
-from ray_pipeline.evaluate.stage import evaluate as evaluate_stage
 from ray_pipeline.extensions import register
 from ray_pipeline.feedback.improve import ImproveSettings, branch_stages
 from ray_pipeline.feedback.improvement_rows import improvement_rows
@@ -38,7 +41,7 @@ from ray_pipeline.graph.results import Run
 from ray_pipeline.graph.resume import stored
 from ray_pipeline.graph.stage import Dag, Stage
 from ray_pipeline.policy.train import train as train_stage
-from ray_pipeline.training.spec import TrainSettings
+from ray_pipeline.training.spec import POLICIES, TrainSettings
 from ray_pipeline.workflow.registry import Workflow
 from ray_pipeline.workflow.training import TrainingConfig, rubric_models, rubric_uses
 
@@ -58,7 +61,9 @@ class FellowshipConfig(TrainingConfig):
     select: SelectSettings = SelectSettings()
     datasets: DatasetsConfig = DatasetsConfig(min_gap=0.0)
     improve: ImproveSettings | None = Field(None, description="the second kind of datasets; default: none")
-    train: TrainSettings = TrainSettings(method="dpo", model="generator")
+    train: TrainSettings | None = Field(
+        TrainSettings(method="dpo", model="generator"), description=TrainingConfig.model_fields["train"].description
+    )
 
     def uses(self) -> Sequence[ModelUse]:
         loop, select, improve = self.loop, self.select, self.improve
@@ -78,11 +83,16 @@ class FellowshipConfig(TrainingConfig):
             if select.debate is not None:
                 speech = select.debate.speech
                 uses.append(ModelUse(f"{key}.model", j.model, "judge", "select.debate.speech", speech.extra))
-        if improve is not None:  # rows of the second kind are measured in tokens of the models that wrote them
+        if improve is not None:
+            uses.append(
+                ModelUse("loop.generator", loop.generator, "generate", "improve.sampling", improve.sampling.extra)
+            )
+        if improve is not None and self.train is not None:
+            # Rows of the second kind are measured in tokens of the models that wrote them.
             uses += [
-                ModelUse("loop.generator", loop.generator, "generate", "improve.sampling", improve.sampling.extra),
                 ModelUse("loop.generator", loop.generator, "count tokens"),
                 ModelUse("loop.reviewers.0.model", loop.reviewers[0].model, "count tokens"),
+                *(ModelUse(key, model, "train") for key, model in self.improved().items()),
             ]
         return [*uses, *super().uses(), *([] if self.judge is None else rubric_uses(self.judge))]
 
@@ -92,6 +102,8 @@ class FellowshipConfig(TrainingConfig):
             raise ValueError(
                 "no judge for the responses: add a judge block with rubrics, or select.strategy and select.judges"
             )
+        if self.judge is not None and self.judge.source is not None:
+            raise ValueError("judge.source has verdicts of ready responses, but the loop writes new ones; use rubrics")
         try:
             self.select.jury.check(self.judges)
         except ValueError as error:
@@ -124,6 +136,17 @@ class FellowshipConfig(TrainingConfig):
             except ValueError as error:
                 raise ConfigError(f"select.{error}") from error
 
+    def improved(self) -> dict[str, str]:
+        """Trainings on the second kind of data: stage → the key of the model that it starts from."""
+        if self.improve is None or self.train is None:
+            return {}
+        models = {"revisions": self.loop.generator, "reviews": self.loop.reviewers[0].model}
+        return {f"train-{what}": models[what] for what in self.improve.train}
+
+    def workers(self) -> dict[str, float]:
+        workers = super().workers()
+        return workers | dict.fromkeys(self.improved(), workers.get("train", 0))
+
     @property
     def judges(self) -> list[str]:
         """Names of the judges that select the best response."""
@@ -136,48 +159,57 @@ class FellowshipConfig(TrainingConfig):
         """The facts of the report that are in no table."""
         if self.select.compares:
             judging = {j.name: j.model for j in self.select.judges}
+            unscored = list(judging)
         else:
             assert self.judge is not None
             judging = rubric_models(self.judge)
-        return self.report_of(judging, workflow="fellowship", stages=REPORTED)
+            unscored = [program.name for program in self.judge.programs]
+        stages = [stage for stage in REPORTED if self.train or stage not in ("train", "evaluate")]
+        return self.report_of(judging, workflow="fellowship", stages=stages, no_error_rates=unscored)
 
     def page(self) -> Settings:
         return self.report()
 
-    def origin(self, what: str = "Best of the responses") -> str:
+    def origin(self, what: str = "Best of the responses") -> Provenance:
         """How the preferences were made, for the dataset cards."""
         judged = ", ".join(self.judges)
         how = f" by {self.select.how}" if self.select.how else ""
         if len(self.judges) > 1:
             how += f" (a jury: {self.select.jury.pool})"
         loop = f"a feedback loop of {self.loop.responses} responses reviewed by {', '.join(self.loop.names)}"
-        return f"{what} of {loop}, judged by {judged}{how}"
+        return Provenance.of(self, f"{what} of {loop}, judged by {judged}{how}")
 
 
 def fellowship(config: FellowshipConfig, run_folder: str) -> Dag:
     """The whole method as a DAG; the evaluation loads the policy from `run_folder`."""
-    base, limits = config.base, config.datasets
+    limits, counting = config.datasets, config.counting
     every = config.select.pairs == "every_rejected"
 
     prompts = prompts_stage(config.prompts)
     candidates, generated, reviews = feedback_stages(config.loop, config.models, prompts)
     verdicts = _judged(config, prompts, {"candidates": candidates}, "judge")
-    decisions = select(config.judges, candidates, verdicts, config.select.jury)
-    rows = dataset_rows(limits, config.judges, base, prompts, candidates, verdicts, decisions, every_rejected=every)
-    datasets = dataset_files(limits, None, config.judges, rows, origin=config.origin())
+    decisions = select(config.judges, candidates, verdicts, config.select.jury, cut=config.select.cut)
+    rows = dataset_rows(limits, config.judges, counting, prompts, candidates, verdicts, decisions, every_rejected=every)
+    datasets = dataset_files(
+        limits, None, config.judges, rows, counting, origin=config.origin(), trained_on=config.train is not None
+    )
     page = loop_page(
-        LoopPage(run_name=config.run.name, reviewers=tuple(config.loop.names), checker=config.evaluate.checker),
-        prompts,
-        candidates,
-        reviews,
-        decisions,
+        LoopPage(
+            run_name=config.run.name,
+            reviewers=tuple(config.loop.names),
+            checker=config.evaluate.checker,
+            models={key: model.shown for key, model in config.models.items()},
+        ),
+        [prompts, *generated, *reviews, candidates, *verdicts, decisions],
     )
     curated = [prompts, candidates, *verdicts, decisions, datasets]
-    policy = train_stage(config.train, base, limits.max_length, datasets)
-    trained = [policy, *evaluation(config, run_folder, prompts, policy, config.judge)]
-    if config.evaluate.skip_generation:
-        trained = stored(trained, run_folder, config.num_shards)
-    report = evaluate_stage(config.evaluate, config.report(), base, limits.max_length, [*curated, *trained])
+    trained: list[Stage] = []
+    if config.train is not None:
+        policy = train_stage(config.train, config.base, limits.max_length, datasets)
+        trained = [policy, *evaluation(config, run_folder, prompts, policy, config.judge)]
+        if config.evaluate.skip_generation:
+            trained = stored(trained, run_folder, config.num_shards)
+    report = config.report_stage(config.report(), [*curated, *trained])
     improved = [] if config.improve is None else _improvement(config, prompts)
     return Dag("fellowship", [*generated, *curated, page, *improved, *trained, report])
 
@@ -193,7 +225,7 @@ def _judged(
 
 
 def _improvement(config: FellowshipConfig, prompts: Stage) -> list[Stage]:
-    """Datasets over revisions given the feedback, and over reviews."""
+    """Datasets over revisions given the feedback, and over reviews, and the policies trained on them."""
     settings, loop, models = config.improve, config.loop, config.models
     assert settings is not None
     own = prompts
@@ -207,38 +239,49 @@ def _improvement(config: FellowshipConfig, prompts: Stage) -> list[Stage]:
     branches = branch_stages(settings, loop, models, own, first)
     responses = {"responses": branches.responses, "revisions": branches.revisions}
     verdicts = _judged(config, own, responses, "improve-judge", "branch verdicts")
-    every = config.select.pairs == "every_rejected"
-    datasets = []
+    made = []
     for what, key, origin in (
         ("revisions", loop.generator, "Revisions given the feedback"),
         ("reviews", loop.reviewers[0].model, "Reviews by what their revisions scored"),
     ):
+        counting = config.counting if config.train is None else models[key]
         rows = improvement_rows(
-            what, config.datasets, config.judges, config.select.jury, every, loop, models[key], own, branches, verdicts
+            what, config.datasets, config.judges, config.select, loop, counting, own, branches, verdicts
         )
-        name = f"datasets-{what}"
+        name, trains = f"datasets-{what}", f"train-{what}"
         files = dataset_files(
             config.datasets,
             None,
             config.judges,
             rows,
+            counting,
             name=name,
             view=name,
             origin=config.origin(origin),
-            trained_on=False,
+            trained_on=trains in config.improved(),
         )
-        datasets.append(dataclasses.replace(files, group="improve", role="branch datasets"))
-    return datasets
+        files = dataclasses.replace(files, group="improve", role="branch datasets")
+        made.append(files)
+        if config.train is not None and trains in config.improved():
+            limit, view = config.datasets.max_length, f"policy-{what}"
+            made.append(train_stage(config.train, models[key], limit, files, name=trains, view=view, role=POLICIES[1]))
+    return made
 
 
 def audit(run: Run, config: FellowshipConfig) -> Audit:
     """Walk every row of the picks back. Raises StoreError where the run has no datasets yet."""
-    return audit_picks(run, config.judges, config.select.jury, config.datasets.min_gap)
+    return audit_picks(run, config.judges, config.select.jury, config.datasets.min_gap, config.select.cut)
 
 
 WORKFLOW = register("workflow", "fellowship")(
     Workflow(
         name="fellowship",
+        pocket="pocket_fellowship",
+        starters={
+            "laptop": Starter("pocket_fellowship"),
+            "gpus": Starter("fellowship"),
+            "endpoint": Starter("fellowship", at_endpoint=True),
+        },
         config=FellowshipConfig,
         wire=fellowship,
         page=rewrite_page,

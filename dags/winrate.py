@@ -22,6 +22,7 @@ from ray_pipeline.agreement.stages import (
 )
 from ray_pipeline.agreement.versus import LiveWinrate, versus_stages
 from ray_pipeline.config.blocks import RunBlock
+from ray_pipeline.config.starters import Starter
 from ray_pipeline.data.prompts import prompts as prompts_stage
 from ray_pipeline.engines.models import ModelUse
 from ray_pipeline.extensions import register
@@ -58,7 +59,7 @@ class WinrateConfig(RunConfig):
     def _consistent(self) -> WinrateConfig:
         if (self.data is None) == (self.live is None):
             raise ValueError("set either `data` (recorded verdicts: data.path=FILE.jsonl.gz) or `live` (models)")
-        if self.live is not None and self.measure.conflict == "mean":
+        if self.live is not None and self.live.judge.kind == "direct" and self.measure.conflict == "mean":
             raise ValueError("measure.conflict mean needs scores, which a direct comparison lacks; use tie or given")
         return self
 
@@ -77,6 +78,7 @@ class WinrateConfig(RunConfig):
                 replay="asked in this run",
                 winrate=self.measure,
                 asked=self.live.protocol(self.models),
+                models={key: model.shown for key, model in self.models.items()},
             )
         assert self.data is not None
         return AgreementPage(
@@ -98,12 +100,16 @@ def winrate(config: WinrateConfig, run_folder: str) -> Dag:
         return Dag("winrate", [items, report_stage(config.page(), items)])
     prompts = prompts_stage(config.live.prompts)
     responses, ballots = versus_stages(config.live, config.models, prompts)
-    return Dag("winrate", [prompts, *responses, ballots, report_stage(config.page(), ballots)])
+    return Dag(
+        "winrate", [prompts, *responses, ballots, report_stage(config.page(), ballots, behind=[prompts, *responses])]
+    )
 
 
 WORKFLOW = register("workflow", "winrate")(
     Workflow(
         name="winrate",
+        pocket="pocket_winrate",
+        starters={"laptop": Starter("pocket_winrate"), "gpus": Starter("fellowship_winrate")},
         config=WinrateConfig,
         wire=winrate,
         page=rewrite_page,

@@ -29,7 +29,7 @@ class SampleConfig(RunConfig):
 
 def wire(config: SampleConfig, run_folder: str) -> Dag:
     source = prompts(config.prompts)
-    return Dag("sample", [source, candidates(config.candidates, config.models[config.candidates.model], source)])
+    return Dag("sample", [source, candidates(config.candidates, config.models, source)])
 
 
 register("workflow", "sample")(Workflow(name="sample", config=SampleConfig, wire=wire))

@@ -9,7 +9,8 @@ namespaces can be had, with an address of its own.
 Engines, training and processes are real (the pocket world on vLLM's CPU build). After a fault the run is replayed from
 its own call log with the engine forbidden, and the replay's tables must have the same bytes: that is how rows are
 counted. Calls repeated are those that engines answered, as the workers told it (up to 2 s late where the driver dies),
-beyond those that the log holds.
+beyond those that the log holds. (One long file: each fault is read beside its line of the table; what is done to the
+processes is in `harms.py`.)
 """
 
 from __future__ import annotations
@@ -18,24 +19,36 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import resource
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow.parquet as pq
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from perf.harms import (  # noqa: E402
+    Place,
+    adjustable_clock,
+    adjustable_memory,
+    anywhere,
+    few_files,
+    fill_temporary_folder,
+    kill,
+    kill_driver,
+    set_clock_back,
+    small_temporary_folder,
+    stop_all,
+    use_memory_up,
+)
 from ray_pipeline.store.errors import StoreError  # noqa: E402
 from ray_pipeline.store.files import Folder  # noqa: E402
-from tests.dags.conftest import Quorum, calls_by_role, descendants, manifest, tables, wait_until  # noqa: E402
+from tests.dags.conftest import Quorum, calls_by_role, manifest, tables, wait_until  # noqa: E402
+from tests.endpoint import KEY, Answer, Endpoint, said  # noqa: E402
 from tests.hosts import hosts_can_be_made  # noqa: E402
 from tests.ray_nodes import RayNodes  # noqa: E402
 
@@ -67,6 +80,7 @@ def slow(models: Sequence[str], *settings: str) -> tuple[str, ...]:
         *(f"models.{model}.placement.{setting}" for model in models for setting in given),
         "ray.max_stages=1",
         "train.num_workers=1",
+        "train.global_batch=8",  # many steps
         "train.use_gpu=false",
         "train.save_steps=2",
     )
@@ -75,6 +89,24 @@ def slow(models: Sequence[str], *settings: str) -> tuple[str, ...]:
 DMAPO = Work("dmapo", "pocket", slow(("policy", "judge"), "max_actors=1"), "datasets")
 FELLOWSHIP = Work(
     "fellowship", "pocket_fellowship", slow(("generator", "reviewer", "judge"), "max_actors=1"), "datasets"
+)
+BASELINES = Work(
+    "baselines",
+    "pocket_baselines",
+    (*slow(("policy", "judge"), "max_actors=1"), "train.batch_size=8", "baselines.seeds=[0]"),
+    "datasets",
+)
+BENCHMARKS = Work(
+    "benchmarks",
+    "pocket_benchmarks",
+    (
+        "num_shards=16",
+        "ray.max_stages=1",
+        "benchmarks.ifeval=null",  # its data is not everywhere
+        "benchmarks.draws=200",
+        *(f"judges.judge.placement.{setting}" for setting in ("concurrency=1", "shards_in_flight=2", "max_actors=1")),
+    ),
+    "benchmarks",
 )
 ON_CLUSTER = dataclasses.replace(
     DMAPO,
@@ -108,22 +140,23 @@ class Run:
 
     Args:
         train: go on to training, beyond the last stage of `work`.
-        env: of its commands.
+        place: of its processes.
     """
 
-    def __init__(self, folder: Path, work: Work, train: bool, env: dict[str, str]) -> None:
-        self.folder, self._work, self._env = folder, work, env
+    def __init__(self, folder: Path, work: Work, train: bool, place: Place) -> None:
+        self.folder, self._work, self._place = folder, work, place
         self._to = "train" if train else work.to
 
     def command(self, folder: Path, to: str, *arguments: str) -> Quorum:
         given = ["run", self._work.workflow, "--config", self._work.config, "--run-dir", str(folder), "--to", to]
-        return Quorum(*given, *self._work.settings, *arguments, env={**self._env, "PYTHONPATH": str(ROOT)})
+        env = {"PYTHONPATH": str(ROOT), **self._place.env}
+        return Quorum(*given, *self._work.settings, *arguments, env=env, prefix=self._place.prefix)
 
-    def again(self) -> Quorum:
-        return self.command(self.folder, self._to)
+    def again(self, *arguments: str) -> Quorum:
+        return self.command(self.folder, self._to, *arguments)
 
-    def begin(self) -> Quorum:
-        run = self.again()
+    def begin(self, *arguments: str) -> Quorum:
+        run = self.again(*arguments)
         wait_until(run, lambda: "to do" in run.output and bool(self.progress()))
         return run
 
@@ -175,7 +208,7 @@ class Cluster(Run):
     """A run on a cluster. The driver sits on the head: while it starts, there is no other node."""
 
     def __init__(self, nodes: RayNodes, folder: Path, train: bool = False) -> None:
-        super().__init__(folder, ON_CLUSTER, train, {**nodes.env, "RAY_ADDRESS": nodes.address})
+        super().__init__(folder, ON_CLUSTER, train, Place({**nodes.env, "RAY_ADDRESS": nodes.address}))
         self.nodes = nodes
 
     def start(self, workers: int) -> Quorum:
@@ -262,17 +295,15 @@ def on_one_machine(fault: str, folder: Path) -> Line:
     `seconds` are from the harm until the last stage was done.
     """
     words, work, stage, harm = PROCESSES[fault]
-    with contextlib.ExitStack() as stack:
-        env = stack.enter_context(small_temporary_folder()) if harm is fill_temporary_folder else {}
-        run = Run(folder, work, stage == "train", env)
+    with PLACES.get(fault, anywhere)() as place:
+        run = Run(folder, work, stage == "train", place)
         process = run.begin()
         begun = (lambda: run.step() >= 4) if stage == "train" else (lambda: run.told(stage, "shards_done") >= 3)
         wait_until(process, begun)
         begin = time.monotonic()
         harm(process)
         codes, again = [process.wait(600)], 0
-        if env:  # the user has made room
-            Path(env["RAY_TMPDIR"], FILLER).unlink()
+        place.mend()
         while codes[-1] != 0 and len(codes) < 4:
             again += max(0, run.answered() - run.logged())
             codes.append(run.again().wait(600))
@@ -289,63 +320,71 @@ def on_one_machine(fault: str, folder: Path) -> Line:
         return Line(f"{words} in {where}", happened, run.rows_lost(), repeated, len(set(made)), seconds)
 
 
-@contextlib.contextmanager
-def small_temporary_folder() -> Iterator[dict[str, str]]:
-    """A disk of its own for Ray's temporary files, as its environment; needs the right to mount."""
-    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400m", "none", folder], check=True)
-        try:
-            yield {"RAY_TMPDIR": folder}
-        finally:
-            subprocess.run(["umount", "-l", folder], check=True)
+def over_the_limit(folder: Path) -> Line:
+    """A run at an endpoint that answers many calls at once reaches `--max-cost`, and goes on with a higher one.
+
+    What it may cost: the limit, what was answered until the workers heard of it (1.5 s: they report every half second,
+    the driver looks as often, and they ask as often), and the replies of the calls in flight.
+    """
+    price, limit, at_once, delay = 0.01, 1.5, 16, 0.5
+    with Endpoint(lambda body, n: dataclasses.replace(_pocket_reply(body), delay=delay)) as server:
+        folder.mkdir(parents=True)
+        config = folder / "endpoint.yaml"
+        config.write_text(json.dumps(_at_an_endpoint(server.url, price, at_once)))
+        work = Work("dmapo", str(config), slow(()), "gate")
+        run = Run(folder / "run", work, False, Place({"LOOPBACK_KEY": KEY}))
+        begin = time.monotonic()
+        process = run.begin("--max-cost", str(limit))
+        code = process.wait(600)
+        cost, most = len(server.asked) * price, server.most_at_once
+        allowed = limit + price * most * (1 + 1.5 / delay)
+        run.again("--max-cost", "1000").ends(0)
+        seconds = time.monotonic() - begin
+        made = calls(run.folder)
+        happened = (
+            f"the command ended with exit code {code} at a cost of {cost:.2f} ({cost / limit:.0%} of the limit; "
+            f"at most {allowed:.2f} with {most} calls in flight); rerun with a higher limit, it resumed"
+        )
+        assert "--max-cost is" in process.output and cost <= allowed, f"{happened}\n{process.output}"
+        repeated = len(server.asked) - len(set(made))
+        fault = f"`--max-cost` reached, {most} calls at once"
+        return Line(fault, happened, run.rows_lost(), repeated, len(set(made)), seconds)
 
 
-FILLER = "filler"
+def _pocket_reply(body: dict[str, Any]) -> Answer:
+    """A reply in the form that the request asks for."""
+    if "response_format" not in body:
+        return said("An answer.")
+    fields = body["response_format"]["json_schema"]["schema"]["properties"]
+    kinds = {"string": "because", "boolean": False, "integer": 8}
+    return said(json.dumps({name: field.get("enum", [kinds.get(field["type"])])[-1] for name, field in fields.items()}))
 
 
-def fill_temporary_folder(run: Quorum) -> None:
-    """Leave no byte on the disk of Ray's temporary files."""
-    folder = Path(psutil.Process(run.process.pid).environ()["RAY_TMPDIR"])
-    with (folder / FILLER).open("wb") as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(1 << 20))
-            file.flush()
+def _at_an_endpoint(url: str, price: float, at_once: int) -> dict[str, Any]:
+    """A configuration whose generator and judges are at one endpoint; a call has 15 tokens."""
+    a_million = price / 15 * 1e6
+    endpoint = {
+        "base_url": url, "api_key_env": "LOOPBACK_KEY", "concurrency": at_once,
+        "prices": {"input": a_million, "output": a_million},
+    }  # fmt: skip
+    return {
+        "models": {
+            "policy": {"model": "pocket:policy", "dtype": "float32"},
+            "remote": {"engine": "openai", "model": "remote", "endpoint": endpoint, "canary": False},
+        },
+        "prompts": {"sources": [{"type": "pocket", "count": PROMPTS, "seed": 0}]},
+        "candidates": {"model": "remote", "k": 2},
+        "judge": {"model": "remote", "rubrics": [{"name": "helpfulness", "text": "Does it help?"}]},
+        "critic": {"model": "remote"},
+        "evaluate": {"judge": "remote"},
+        "train": {"dtype": "float32"},
+    }
 
 
 def calls(folder: Path) -> list[str]:
     """The keys of all calls in the log, once for each time that they were made."""
     parts = [pq.read_table(part, columns=["call_key"]) for part in (folder / "calls").rglob("*.parquet")]
     return [key for part in parts for key in part["call_key"].to_pylist()]
-
-
-def kill(*names: str) -> Callable[[Quorum], None]:
-    """Kill the first process of the run whose name has one of the words."""
-
-    def harm(run: Quorum) -> None:
-        for process in descendants(run.process.pid):
-            with contextlib.suppress(psutil.Error):
-                if any(name in " ".join(process.cmdline()[:1]) for name in names):
-                    process.kill()
-                    return
-        raise AssertionError(f"no process is named {' or '.join(names)}")
-
-    return harm
-
-
-def stop_all(run: Quorum) -> None:
-    """Stop every process of the run for a minute (SIGSTOP)."""
-    family = [psutil.Process(run.process.pid), *descendants(run.process.pid)]
-    for send in ("suspend", "resume"):
-        for process in family:
-            with contextlib.suppress(psutil.Error):
-                getattr(process, send)()
-        if send == "suspend":
-            time.sleep(60)
-
-
-def few_files(run: Quorum) -> None:
-    """Allow the driver 256 open files from now on, and whatever it starts as well."""
-    resource.prlimit(run.process.pid, resource.RLIMIT_NOFILE, (256, 256))
 
 
 def repeated(cluster: Cluster, before: int = 0) -> tuple[int, int]:
@@ -366,8 +405,24 @@ PROCESSES: dict[str, tuple[str, Work, str, Callable[[Quorum], None]]] = {
     "stop": ("all processes stopped for 60 s", DMAPO, "judge", stop_all),
     "files": ("256 open files (`ulimit -n`)", DMAPO, "judge", few_files),
     "temp": ("the disk of Ray's temporary files full", DMAPO, "judge", fill_temporary_folder),
+    "clock": ("the clock set back by an hour", DMAPO, "judge", set_clock_back),
+    "memory": ("all workers killed by Ray's memory monitor", DMAPO, "judge", use_memory_up),
     "loop-core": ("vLLM's core killed", FELLOWSHIP, "review-1", kill("VLLM::EngineCore")),
     "loop-raylet": ("the raylet killed", FELLOWSHIP, "review-1", kill("raylet")),
+    "loop-driver": ("the driver killed", FELLOWSHIP, "review-1", kill_driver),
+    "baselines": ("the driver killed", BASELINES, "judge", kill_driver),
+    "baselines-core": ("vLLM's core killed", BASELINES, "judge", kill("VLLM::EngineCore")),
+    "baselines-raylet": ("the raylet killed", BASELINES, "judge", kill("raylet")),
+    "benchmarks": ("the driver killed", BENCHMARKS, "bench-judge-judge", kill_driver),
+    "benchmarks-core": ("vLLM's core killed", BENCHMARKS, "bench-judge-judge", kill("VLLM::EngineCore")),
+    "benchmarks-raylet": ("the raylet killed", BENCHMARKS, "bench-judge-judge", kill("raylet")),
+}
+
+#: Where the run of a fault is made, if not anywhere. These need the right to mount, but for the clock.
+PLACES: dict[str, Callable[[], contextlib.AbstractContextManager[Place]]] = {
+    "temp": small_temporary_folder,
+    "clock": adjustable_clock,
+    "memory": adjustable_memory,
 }
 
 NODES: dict[str, Callable[[RayNodes, Path], Line]] = {
@@ -381,7 +436,7 @@ NODES: dict[str, Callable[[RayNodes, Path], Line]] = {
 
 
 def main() -> None:
-    known = [*NODES, *PROCESSES]
+    known = [*NODES, *PROCESSES, "cost"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("faults", nargs="*", metavar="fault", help=f"of {', '.join(known)}; default: all")
     parser.add_argument("--keep", type=Path, help="folder for the run folders; default: one that is removed")
@@ -394,8 +449,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="quorum-faults-") as temporary:
         for fault in given.faults or known:
             folder = (given.keep or Path(temporary)) / fault
-            if fault in PROCESSES:
-                print(on_one_machine(fault, folder), flush=True)
+            if fault not in NODES:
+                print(over_the_limit(folder) if fault == "cost" else on_one_machine(fault, folder), flush=True)
                 continue
             with RayNodes(cpus=2, dashboard=False, own_addresses=hosts_can_be_made()) as nodes:
                 print(NODES[fault](nodes, folder), flush=True)

@@ -13,7 +13,7 @@ import numpy as np
 
 from ray_pipeline.agents.jury import MISSING, pool_votes, subsets
 from ray_pipeline.agreement.vote_agreement import agreement
-from ray_pipeline.stats.bootstrap import sample_counts
+from ray_pipeline.stats.bootstrap import resample
 
 
 def main() -> None:
@@ -32,11 +32,11 @@ def main() -> None:
     members = subsets(given.judges, range(1, given.judges + 1))
     votes = pool_votes(codes, members)
     pooled = time.monotonic()
-    counts = sample_counts(given.items, given.draws, 0)
+    samples = resample(np.arange(given.items), given.draws, 0)
     drawn = time.monotonic()
-    agreement(votes, labels, counts, names=("kappa",))
+    agreement(votes, labels, samples, names=("kappa",))
     kappas = time.monotonic()
-    agreement(votes, labels, counts)
+    agreement(votes, labels, samples)
     end = time.monotonic()
     print(
         f"{given.judges} judges, {given.items} items, {given.draws} draws, {len(members)} juries, {os.cpu_count()} CPUs"

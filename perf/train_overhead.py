@@ -67,8 +67,8 @@ def settings(method: str, workers: int) -> dict[str, Any]:
         "num_workers": workers,
         "learning_rate": 2e-3,
         "epochs": 2,
+        "global_batch": 8 * workers,
         "batch_size": 8,
-        "gradient_accumulation": 1,
         "save_steps": 20,
         "gradient_checkpointing": False,
     }

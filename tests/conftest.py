@@ -1,10 +1,13 @@
-"""A tokenizer with a chat template, made on the spot."""
+"""A tokenizer with a chat template, made on the spot; the official IFEval checkers, where they can run."""
 
 import os
 from typing import Any
 
 import pytest
 from hypothesis import settings
+
+from ray_pipeline.constraints.official import Checkers, checkers
+from tests.published import nltk_data
 
 # Ray workers, engines and commands inherit this: without bytecode, each of them compiles all of Quorum at its start.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -31,3 +34,15 @@ def tokenizer() -> Any:
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     return made
+
+
+@pytest.fixture
+def official(monkeypatch: pytest.MonkeyPatch) -> Checkers:
+    """The official IFEval checkers."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[ifeval]'")
+    folder = nltk_data()
+    if folder is None:
+        pytest.skip("no punkt_tab here: python -m nltk.downloader -d tests/.cache/nltk_data punkt_tab")
+    if folder:
+        monkeypatch.setenv("NLTK_DATA", folder)
+    return checkers()

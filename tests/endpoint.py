@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import re
 import threading
+import zlib
 from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Any
 
-from aiohttp import ClientSession, web
+from aiohttp import ClientSession, TCPConnector, web
 
 from ray_pipeline.engines.openai import OpenAIEngine
 
@@ -48,6 +50,26 @@ def said(text: str | None = "ok", finish: str = "stop", prompt: int = 10, new: i
     usage = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
     choice = {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text, **message}}
     return Answer(body={"id": "x", "object": "chat.completion", "choices": [choice], "usage": usage})
+
+
+def opinion(body: dict[str, Any], number: int) -> Answer:
+    """A stand-in for models: a generator whose responses have 2 to 10 words, and judges who like many words.
+
+    Every reply follows from the request alone: a score is the number of words of the response, at most 10, for some
+    judges one less.
+    """
+    text = "\n".join(str(message["content"]) for message in body["messages"])
+    chance = zlib.crc32(f"{text}{body.get('seed')}".encode())
+    if "response_format" not in body:
+        return said(" ".join(["Answer", f"{chance % 1000}", *["indeed"] * (chance % 9)]))
+    response = re.search(r"<response [^>]*>\n(.*?)\n</response", text, re.DOTALL)
+    words = len((response[1] if response else text).split())
+    score = max(1, min(10, words) - zlib.crc32(text[-320:].encode()) % 2)
+    values = {"string": "by its number of words", "boolean": False, "integer": score}
+    fields = body["response_format"]["json_schema"]["schema"]["properties"]
+    return said(
+        json.dumps({name: field.get("enum", [values.get(field["type"])])[-1] for name, field in fields.items()})
+    )
 
 
 def refused(status: int, message: str = "no", code: Any = None, param: str | None = None, **headers: str) -> Answer:
@@ -116,7 +138,8 @@ class Endpoint:
         site = web.TCPSite(runner, self._host, 0)
         await site.start()
         self._port = runner.addresses[0][1]
-        async with ClientSession() as self._session:
+        # One connection a request: the server behind may close an idle one just as it would be used again.
+        async with ClientSession(connector=TCPConnector(force_close=True)) as self._session:
             self._started.set()
             await self._end.wait()
         await runner.cleanup()

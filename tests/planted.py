@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from ray_pipeline.audit.findings import RunTables
+from ray_pipeline.data.card import Provenance
 from ray_pipeline.data.convert import pairs_to_sft
 from ray_pipeline.data.dataset_files import write_dataset_files
 from ray_pipeline.data.dataset_rows import DatasetsConfig, dpo_rows, kto_rows
@@ -75,6 +76,14 @@ def make_world(answers: dict[str, list[Planted]], judges: Sequence[str] = JUDGES
     )
 
 
+def ended(world: World, *reasons: str) -> World:
+    """The same answers with these finish reasons."""
+    at = world.candidates.schema.get_field_index("finish_reason")
+    column = pa.array([reasons[i % len(reasons)] for i in range(world.candidates.num_rows)])
+    field = world.candidates.schema.field(at)
+    return dataclasses.replace(world, candidates=world.candidates.set_column(at, field, column))
+
+
 def random_world(prompts: int, seed: int, k: int = 4) -> World:
     """Scores drawn so that every label occurs often."""
     rng = random.Random(seed)
@@ -114,6 +123,9 @@ def write_run(
     config: DatasetsConfig | None = None,
     num_shards: int = 2,
     change: Callable[[str, int, pa.Table], pa.Table] = lambda kind, shard, table: table,
+    fingerprint: str = "f2",
+    origin: Provenance | None = None,
+    max_prompts: int | None = None,
 ) -> RunTables:
     """A whole run on disk, made by the real stages. `change` may damage a shard after the stages that read it."""
     gate, config = gate or GateConfig(), config or DatasetsConfig(max_length=60, max_prompt_length=20)
@@ -140,11 +152,13 @@ def write_run(
         str(folder / "datasets"),
         made,
         config,
-        fingerprint="f2",
+        fingerprint=fingerprint,
         counts={kind: add_counts(c) for kind, c in counts.items()},
         gate=gate,
         judges=JUDGES,
         lineage={"gate": "f1"},
+        origin=origin,
+        max_prompts=max_prompts,
     )
     return RunTables(
         prompts=tables["prompts"],

@@ -72,3 +72,10 @@ def test_status_of_a_local_run_reads_it_without_tables(tmp_path: Path) -> None:
     manifest = {"dag": "dmapo", "num_shards": 4, "stages": {}}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     assert not modules(_COMMAND, "status", str(tmp_path)) & (HEAVY | TABLES | NETWORK)
+
+
+def test_runs_are_listed_without_tables(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    manifest = {"dag": "dmapo", "num_shards": 4, "stages": {}}
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
+    assert not modules(_COMMAND, "list", str(tmp_path)) & (HEAVY | TABLES | {"httpx", "aiohttp", "huggingface_hub"})

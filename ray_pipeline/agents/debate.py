@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from ray_pipeline.agents.judges import SamplingSettings, ask_until_read
+from ray_pipeline.agents.judges import SamplingSettings, ask_until_read, why_unread
 from ray_pipeline.agents.jurors import most_held
-from ray_pipeline.agents.labelled_replies import Scale, read_scores, scores_grammar
+from ray_pipeline.agents.labelled_replies import Scale, scores_grammar, scores_verdict
 from ray_pipeline.agents.strategies import (
     LABELS,
     WORST_FIRST,
@@ -275,18 +276,20 @@ class _Table:
     async def _score(self, order: tuple[int, ...], role: Role, said: Sequence[Speech]) -> Look:
         labels, scale = LABELS[: len(order)], self.settings.scale
         variables = self._variables(order, role, said, self.settings.rounds + 1)
+        form, format = self.asking.form, self.asking.format
+        reader = functools.partial(scores_verdict, labels=labels, scale=scale, form=form, format=format)
         read, reply, status = await ask_until_read(
             self.engines[role.name],
             self._messages(self.templates.score, variables),
             self.sampling,
             self.asking,
             scores_grammar(labels, scale, self.asking.reason_chars) if self.asking.grammar else None,
-            lambda reply: read_scores(reply, labels, scale, self.asking.form),
+            reader,
             follow_up=render_text(self.templates.retry, variables) if self.asking.follow_up else None,
         )
         raw = None if reply is None else reply.text
         if read is None:
-            return Look(order, None, (), None, status, raw)
+            return Look(order, None, (), why_unread(raw, status, reader), status, raw)
         by_answer = {answer: read.fields["scores"][label] for answer, label in zip(order, labels, strict=True)}
         scores = tuple(by_answer[answer] for answer in range(len(order)))
         return Look(order, scores, best_scores(scores), read.fields["reason"], status, raw)

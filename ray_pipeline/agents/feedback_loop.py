@@ -34,6 +34,8 @@ from ray_pipeline.store.schemas import READ_STATUSES
 #: Why a loop ended: the limit was reached; no reviewer requested a change; the same feedback occurred before; no review
 #: could be read; or the generator gave no answer.
 Stop = Literal["limit", "empty", "repeated", "unread", "no_response"]
+#: Which answers a revision is shown, each with its feedback.
+History = Literal["last", "all"]
 
 
 class FeedbackTemplates(Settings):
@@ -53,6 +55,7 @@ REVIEW_VARIABLES: dict[str, Any] = {
     "score": True,
     "low": 1,
     "high": 10,
+    "decimals": 0,
 }
 REVISE_VARIABLES: dict[str, Any] = {"feedback": "x", "response": "x", "instruction": "x"}
 
@@ -61,7 +64,8 @@ def load_feedback_templates(name_or_path: str) -> FeedbackTemplates:
     """Feedback texts by built-in name or from a YAML file. Raises TemplateError with file and block."""
     templates = read_template_file(name_or_path, FeedbackTemplates, "feedback")
     for given in (True, False):
-        check_role(name_or_path, "review", templates.review, {**REVIEW_VARIABLES, "reason": given, "score": given})
+        values = {**REVIEW_VARIABLES, "reason": given, "score": given, "decimals": int(given)}
+        check_role(name_or_path, "review", templates.review, values)
     check_text(name_or_path, "revise", templates.revise, REVISE_VARIABLES)
     return templates
 
@@ -78,6 +82,7 @@ class ReviewAsking(Settings):
     )
     low: int = Field(1, description="lowest score")
     high: int = Field(10, description="highest score")
+    decimals: Literal[0, 1] = Field(0, description="decimal places of the score")
     retries: int = Field(2, ge=0, description="maximum number of retries of an unreadable reply")
     retry_temperature: float = Field(0.7, ge=0, description="temperature of a retry")
 
@@ -129,8 +134,10 @@ async def review(
         review_messages(prompt, response, template, asking, focus),
         sampling,
         asking,
-        review_grammar(asking.reason_chars, asking.feedback_chars, asking.scale) if asking.grammar else None,
-        lambda reply: read_review(reply, asking.scale),
+        review_grammar(asking.reason_chars, asking.feedback_chars, asking.scale, asking.decimals)
+        if asking.grammar
+        else None,
+        lambda reply: read_review(reply, asking.scale, asking.decimals),
         sample=sample,
     )
     raw = None if reply is None else reply.text
@@ -156,15 +163,43 @@ def review_messages(
         score=asking.scored,
         low=asking.low,
         high=asking.high,
+        decimals=asking.decimals,
     )
 
 
-def revision_messages(prompt: Sequence[Message], response: str, feedback: str, template: str) -> list[Message]:
+def revision_messages(
+    prompt: Sequence[Message],
+    response: str,
+    feedback: str,
+    template: str,
+    earlier: Sequence[tuple[str, str]] = (),
+) -> list[Message]:
     """The conversation that requests a revision: the prompt, the answer as the assistant's turn, the feedback as
-    the user's."""
-    asked = {"feedback": feedback, "response": response, "instruction": transcript(prompt)}
-    said = {"role": "assistant", "content": response}
-    return [*map(dict, prompt), said, {"role": "user", "content": render_text(template, asked)}]
+    the user's.
+
+    Args:
+        earlier: answers before it, each with its feedback, whose turns are kept.
+    """
+    instruction = transcript(prompt)
+    messages = [dict(m) for m in prompt]
+    for answer, comment in (*earlier, (response, feedback)):
+        asked = {"feedback": comment, "response": answer, "instruction": instruction}
+        messages.append({"role": "assistant", "content": answer})
+        messages.append({"role": "user", "content": render_text(template, asked)})
+    return messages
+
+
+def feedback_text(reviews: Sequence[Review], names: Sequence[str], attributed: bool) -> str:
+    """The feedback of all reviewers, as a revision is shown it.
+
+    Args:
+        names: of the reviewers, in the order of `reviews`.
+        attributed: whether each feedback stands under its reviewer's name, where there are several reviewers.
+    """
+    if not attributed or len(names) < 2:
+        return "\n\n".join(dict.fromkeys(r.feedback for r in reviews if r.feedback))
+    said = [(name, r.feedback) for name, r in zip(names, reviews, strict=True) if r.feedback]
+    return "\n\n".join(f"{name}:\n{feedback}" for name, feedback in said)
 
 
 def next_step(reviews: Sequence[Review], earlier: Sequence[str]) -> tuple[str, None] | tuple[None, Stop]:
@@ -216,12 +251,16 @@ async def feedback_loop(
     templates: FeedbackTemplates,
     sampling: Callable[[int], Sampling],
     asking: ReviewAsking,
+    attributed: bool = False,
+    history: History = "last",
 ) -> Loop:
     """Answer a prompt and revise the answer according to its reviews.
 
     Args:
         responses: maximum number of responses; the last of them is not reviewed.
         sampling: of response k, counted from 0.
+        attributed: see `feedback_text`.
+        history: whether a revision sees the last answer alone or all of them, each with its feedback.
 
     Raises:
         ValueError: no reviewer, or `responses` is below 1.
@@ -232,6 +271,7 @@ async def feedback_loop(
     given: list[Completion] = []
     said: list[dict[str, Review]] = []
     earlier: list[str] = []
+    turns: list[tuple[str, str]] = []
     while True:
         reply = await respond(generator, messages, sampling(len(given)))
         if not isinstance(reply, Completion):
@@ -251,7 +291,10 @@ async def feedback_loop(
             assert stop is not None
             return Loop(tuple(given), tuple(said), stop)
         earlier.append(feedback)
-        messages = revision_messages(prompt, reply.text, feedback, templates.revise)
+        shown = feedback_text(found, list(reviewers), attributed)
+        kept = turns if history == "all" else []
+        messages = revision_messages(prompt, reply.text, shown, templates.revise, kept)
+        turns.append((reply.text, shown))
 
 
 async def respond(engine: ChatEngine, messages: Sequence[Message], sampling: Sampling) -> Completion | EngineError:

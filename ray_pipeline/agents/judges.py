@@ -7,6 +7,7 @@ result always has a parse status; an answer that could not be judged has no scor
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -16,16 +17,19 @@ from pydantic import Field, field_validator, model_validator
 from ray_pipeline.agents.replies import (
     Read,
     choice_grammar,
+    choice_verdict,
     critique_grammar,
+    critique_verdict,
     expected_score,
-    read_choice,
-    read_critique,
-    read_score,
     score_grammar,
+    score_verdict,
 )
 from ray_pipeline.agents.templates import Layout, RoleTemplate, fence, render, transcript
+from ray_pipeline.agents.verdict_styles import FORMATS_OF_OBJECTS, Format
+from ray_pipeline.agents.verdicts import Unread
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.base import ChatEngine, Completion, EngineError, Grammar, Message, PromptTooLong, Sampling
+from ray_pipeline.engines.thoughts import answered
 from ray_pipeline.store.keys import derived_seed
 
 
@@ -86,20 +90,37 @@ class JudgeAsking(Settings):
     reason_chars: int = Field(
         400, ge=0, description="maximum length of the reason in characters; 0 for the verdict alone"
     )
+    format: Format = Field("quorum", description="house style in which scores and choices are read; auto: any")
     retries: int = Field(2, ge=0, description="maximum number of retries of an unreadable reply")
     retry_temperature: float = Field(0.7, ge=0, description="temperature of a retry")
     expected_score: bool = Field(False, description="also compute the mean score under the judge's log-probabilities")
 
+    @model_validator(mode="after")
+    def _format(self) -> JudgeAsking:
+        refuse_grammar(self.grammar, self.format)
+        return self
+
+
+def refuse_grammar(grammar: bool, format: Format) -> None:
+    """Raise ValueError if replies are constrained to JSON, but read in a format without it."""
+    if grammar and format not in FORMATS_OF_OBJECTS:
+        raise ValueError(f"format {format} has no grammar; set grammar: false, or format: quorum")
+
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """One judge's verdict on one answer. `score` is None exactly when `parse_status` is not `ok` or `repaired`."""
+    """One judge's verdict on one answer. `score` is None exactly when `parse_status` is not `ok` or `repaired`.
+
+    Attributes:
+        unread: why the reply has no verdict (`unread: contradictory`), where it ended by itself; in rows, its `reason`.
+    """
 
     score: float | None
     expected_score: float | None
     reason: str | None
     parse_status: str
     raw: str | None
+    unread: str | None = dataclasses.field(default=None, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +132,7 @@ class Critique:
     reason: str | None
     parse_status: str
     raw: str | None
+    unread: str | None = dataclasses.field(default=None, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +143,14 @@ class Choice:
     reason: str | None
     parse_status: str
     raw: str | None
+    unread: str | None = dataclasses.field(default=None, compare=False)
+
+
+def columns_of(found: Verdict | Critique | Choice) -> dict[str, Any]:
+    """Columns of a row; the reason of an unread reply is why it is unread."""
+    columns = dict(vars(found))
+    unread = columns.pop("unread")
+    return {**columns, "reason": columns["reason"] or unread}
 
 
 class Retries(Protocol):
@@ -157,6 +187,7 @@ async def judge(
         high=rubric.high,
     )
     grammar = score_grammar(rubric.low, rubric.high, asking.reason_chars) if asking.grammar else None
+    reader = functools.partial(score_verdict, low=rubric.low, high=rubric.high, format=asking.format)
     # Twenty alternatives cover every score of a ten-point scale and the tokens that compete with them.
     logprobs = 20 if asking.expected_score else None
     read, reply, status = await ask_until_read(
@@ -165,12 +196,12 @@ async def judge(
         rubric.sampling or sampling,
         asking,
         grammar,
-        lambda reply: read_score(reply, rubric.low, rubric.high),
+        reader,
         logprobs,
     )
     raw = None if reply is None else reply.text
     if read is None:
-        return Verdict(None, None, None, status, raw)
+        return Verdict(None, None, None, status, raw, why_unread(raw, status, reader))
     expected = None
     if reply is not None and asking.expected_score:
         expected = expected_score(reply.text, reply.logprobs, rubric.low, rubric.high)
@@ -190,10 +221,10 @@ async def critique(
     instruction = transcript(prompt)
     messages = render(template, layout, instruction=instruction, response=response, fence=_fence(instruction, response))
     grammar = critique_grammar(asking.reason_chars) if asking.grammar else None
-    read, reply, status = await ask_until_read(engine, messages, sampling, asking, grammar, read_critique)
+    read, reply, status = await ask_until_read(engine, messages, sampling, asking, grammar, critique_verdict)
     raw = None if reply is None else reply.text
     if read is None:
-        return Critique(None, None, None, status, raw)
+        return Critique(None, None, None, status, raw, why_unread(raw, status, critique_verdict))
     return Critique(read.fields["flawed"], read.fields["failure_type"], read.fields["reason"], status, raw)
 
 
@@ -218,10 +249,11 @@ async def compare(
         fence=_fence(instruction, response_a, response_b),
     )
     grammar = choice_grammar(asking.reason_chars) if asking.grammar else None
-    read, reply, status = await ask_until_read(engine, messages, sampling, asking, grammar, read_choice)
+    reader = functools.partial(choice_verdict, format=asking.format)
+    read, reply, status = await ask_until_read(engine, messages, sampling, asking, grammar, reader)
     raw = None if reply is None else reply.text
     if read is None:
-        return Choice(None, None, status, raw)
+        return Choice(None, None, status, raw, why_unread(raw, status, reader))
     return Choice(read.fields["choice"], read.fields["reason"], status, raw)
 
 
@@ -236,7 +268,7 @@ async def ask_until_read(
     settings: SamplingSettings,
     asking: Retries,
     grammar: Grammar | None,
-    reader: Callable[[Completion], Read | None],
+    reader: Callable[[Completion], Read | Unread | None],
     logprobs: int | None = None,
     follow_up: str | None = None,
     sample: int = 0,
@@ -264,16 +296,24 @@ async def ask_until_read(
         elif settings.temperature > 0:
             sampling = dataclasses.replace(sampling, seed=derived_seed("judge", _contents(messages), *nth))
         try:
-            reply = await engine.chat(messages, sampling)
+            reply = answered(await engine.chat(messages, sampling))
         except PromptTooLong:
             return None, None, "too_long"
         except EngineError as error:
             return None, Completion(f"{type(error).__name__}: {error}", "error", 0, 0, 0), "error"
         read = reader(reply)
-        if read is not None:
+        if isinstance(read, Read):
             return read, reply, "repaired" if attempt else read.status
         status = "truncated" if reply.finish_reason == "length" else "unparsed"
     return None, reply, status
+
+
+def why_unread(raw: str | None, status: str, reader: Callable[[Completion], Read | Unread]) -> str | None:
+    """Why a reply that ended by itself is unread, for the column `reason`."""
+    if raw is None or status != "unparsed":
+        return None
+    found = reader(Completion(raw, "stop", 0, 0, 0))
+    return found.reason if isinstance(found, Unread) else None
 
 
 def _contents(messages: Sequence[Mapping[str, str]]) -> list[str]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
-import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ray_pipeline.agents.verdict_styles import Format, Wanted
+from ray_pipeline.agents.verdicts import Found, Unread, find_verdict, line_statements
 from ray_pipeline.engines.base import Completion, Grammar, TokenLogprobs
 from ray_pipeline.store.schemas import FAILURE_TYPES
 
@@ -29,10 +29,6 @@ class Read:
 
     status: str
     fields: dict[str, Any]
-
-
-#: Maps the fields of a reply to those that are used, or to None when they are not a verdict.
-_Valid = Callable[[dict[str, Any]], dict[str, Any] | None]
 
 
 def score_grammar(low: int, high: int, reason_chars: int) -> Grammar:
@@ -51,9 +47,10 @@ def choice_grammar(reason_chars: int) -> Grammar:
     return object_grammar(reason_chars, choice={"type": "string", "enum": ["A", "B", "C"]})
 
 
-def review_grammar(reason_chars: int, feedback_chars: int, scale: tuple[int, int] | None) -> Grammar:
+def review_grammar(reason_chars: int, feedback_chars: int, scale: tuple[int, int] | None, decimals: int = 0) -> Grammar:
     """`{"reason": …, "feedback": …, "score": …}`; the score is left out without a scale."""
-    score = {} if scale is None else {"score": {"type": "integer", "minimum": scale[0], "maximum": scale[1]}}
+    kind = "number" if decimals else "integer"
+    score = {} if scale is None else {"score": {"type": kind, "minimum": scale[0], "maximum": scale[1]}}
     return object_grammar(reason_chars, feedback={"type": "string", "maxLength": feedback_chars}, **score)
 
 
@@ -66,117 +63,75 @@ def object_grammar(reason_chars: int, **fields: dict[str, Any]) -> Grammar:
     )
 
 
-def read_score(reply: Completion, low: int, high: int) -> Read | None:
+def read_score(reply: Completion, low: int, high: int, format: Format = "quorum") -> Read | None:
     """An integer score in [low, high], or None when the reply has no single one."""
-    return _read(reply, lambda fields: _valid_score(fields, low, high), "score", _score_line(high))
+    return read_or_none(score_verdict(reply, low, high, format))
+
+
+def score_verdict(reply: Completion, low: int, high: int, format: Format = "quorum") -> Read | Unread:
+    """As `read_score`, with the reason why a reply has no score."""
+    return _one(find_verdict(reply, _score_wanted(low, high), format), "score")
 
 
 def read_critique(reply: Completion) -> Read | None:
     """`flawed` and a failure type that agrees with it (`none` exactly when not flawed), or None."""
-    return _read(reply, _valid_critique, "flawed", None)
+    return read_or_none(critique_verdict(reply))
 
 
-def read_choice(reply: Completion) -> Read | None:
+def critique_verdict(reply: Completion) -> Read | Unread:
+    """As `read_critique`, with the reason why a reply has no critique."""
+    return _fields(find_verdict(reply, Wanted({"": "flawed"}, "fields", whole=_valid_critique)))
+
+
+def read_choice(reply: Completion, format: Format = "quorum") -> Read | None:
     """A choice of A, B or C (tie), or None."""
-    return _read(reply, _valid_choice, "choice", _CHOICE_LINE)
+    return read_or_none(choice_verdict(reply, format))
 
 
-def read_review(reply: Completion, scale: tuple[int, int] | None) -> Read | None:
-    """`feedback` (empty: nothing to improve) and, with a scale, a `score` on it; None if unreadable."""
-    return _read(reply, lambda fields: _valid_review(fields, scale), "feedback", None)
+def choice_verdict(reply: Completion, format: Format = "quorum") -> Read | Unread:
+    """As `read_choice`, with the reason why a reply has no choice."""
+    return _one(find_verdict(reply, choice_wanted(("A", "B", "C"), tie="C"), format), "choice")
 
 
-def _line(words: str, value: str) -> re.Pattern[str]:
-    """A line, or a whole reply, that consists of the verdict alone.
-
-    Emphasis, list marks and quotation marks around it are ignored; a leading `>` is not, because it marks a quotation.
-    """
-    marks, ends = r"[ \t*_`\"'#•-]{0,12}", r"[ \t\r*_`\"'\])},.;!]{0,12}"
-    says = r"[ \t*_`\"']{0,6}(?:[:=]|[ \t][–—-](?=[ \t])|(?<=[ \t]))[ \t*_`\"']{0,6}"
-    labelled, bare = rf"^{marks}(?:{words}){says}[\[(]{{0,3}}{value}{ends}$", rf"\A[*_`\"'\[(]{{0,6}}{value}{ends}\Z"
-    return re.compile(f"{labelled}|{bare}", re.IGNORECASE | re.MULTILINE | re.ASCII)
+def read_review(reply: Completion, scale: tuple[int, int] | None, decimals: int = 0) -> Read | None:
+    """`feedback` (empty: nothing to improve) and, with a scale, a `score` on it, rounded to `decimals` places; None if
+    unreadable."""
+    wanted = Wanted({"": "feedback"}, "fields", whole=lambda fields: _valid_review(fields, scale, decimals))
+    return read_or_none(_fields(find_verdict(reply, wanted)))
 
 
-@functools.cache
-def _score_line(high: int) -> re.Pattern[str]:
-    """`Score: 7`; on a scale that ends at 10 also `7/10` and `7 out of 10`, where 10 is not the score."""
-    return _line("score", rf"([+-]?\d+)(?:[ \t]*(?:/|out of)[ \t]*{high})?")
+def read_or_none(found: Read | Unread) -> Read | None:
+    return found if isinstance(found, Read) else None
 
 
-_CHOICE_LINE = _line("choice|verdict", "([ABC])")
+def _one(found: Found | Unread, key: str) -> Read | Unread:
+    if isinstance(found, Unread):
+        return found
+    return Read("ok" if found.whole else "repaired", {"reason": found.said, key: found.values[""]})
 
 
-def _read(reply: Completion, valid: _Valid, key: str, line: re.Pattern[str] | None) -> Read | None:
-    if reply.finish_reason != "stop":
-        return None
-    text = reply.text.strip()
-    whole = json_object(text)
-    if whole is not None:
-        fields = valid(whole)
-        return Read("ok", fields) if fields is not None else None
-    objects, rest = embedded_objects(text)
-    said = [o for o in objects if key in o]
-    if line is not None:
-        said += [{key: _value(match)} for match in line.finditer(text)]
-    if not said:
-        return None
-    # The reply may quote the text that it judges without escaping it. So everything that looks like a verdict must
-    # agree, including invalid ones and the remains of an object cut by a quotation.
-    said += [{key: value} for value in re.findall(rf'"{key}"\s*:\s*"?([^",}}\s]*)', rest)]
-    found = [fields for fields in map(valid, said) if fields is not None]
-    distinct = {json.dumps({k: v for k, v in f.items() if k != "reason"}, sort_keys=True) for f in found}
-    if len(found) < len(said) or len(distinct) != 1:
-        return None
-    return Read("repaired", next((f for f in found if f["reason"]), found[0]))
+def _fields(found: Found | Unread) -> Read | Unread:
+    if isinstance(found, Unread):
+        return found
+    return Read("ok" if found.whole else "repaired", {"reason": found.said, **found.values[""]})
 
 
-def _value(match: re.Match[str]) -> str:
-    return next(group for group in match.groups() if group is not None)
+def _score_wanted(low: int, high: int) -> Wanted:
+    def valid(value: Any) -> int | None:
+        score = _integer(value)
+        return score if score is not None and low <= score <= high else None
+
+    return Wanted({"": "score"}, "score", valid, high=high)
 
 
-def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        raise ValueError("duplicate key in a JSON object")
-    return fields
+def choice_wanted(options: Sequence[str], tie: str | None = None, names: Mapping[str, str] | None = None) -> Wanted:
+    """A choice of one of the options; `names` are other names of them."""
+    letters = tuple(option.upper() for option in options)
 
+    def valid(value: Any) -> str | None:
+        return value.strip().upper() if isinstance(value, str) and value.strip().upper() in letters else None
 
-#: The requested form; and that of models without a grammar, which leave line breaks inside strings.
-_STRICT = json.JSONDecoder(object_pairs_hook=_distinct_keys)
-_LOOSE = json.JSONDecoder(object_pairs_hook=_distinct_keys, strict=False)
-#: The start of an object: a brace followed by anything else is prose.
-_OBJECT = re.compile(r'\{\s*["}]')
-
-
-def json_object(text: str) -> dict[str, Any] | None:
-    try:
-        value = _STRICT.decode(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def embedded_objects(text: str) -> tuple[list[dict[str, Any]], str]:
-    """JSON objects inside prose or code fences, outermost ones only, and the text around them.
-
-    If one of them is damaged, none is returned: the others may be quotations, and the damaged one the verdict.
-    """
-    found, rest, read = [], "", 0
-    while (begins := _OBJECT.search(text, read)) is not None:
-        try:
-            value, end = _LOOSE.raw_decode(text, begins.start())
-        except (ValueError, RecursionError):
-            return [], text
-        found.append(value)
-        rest, read = rest + text[read : begins.start()], end
-    return found, rest + text[read:]
-
-
-def _valid_score(fields: dict[str, Any], low: int, high: int) -> dict[str, Any] | None:
-    score = _integer(fields.get("score"))
-    if score is None or not low <= score <= high:
-        return None
-    return {"reason": text_or_none(fields.get("reason")), "score": score}
+    return Wanted({"": "choice"}, "choice", valid, options=letters, tie=tie, names=names or {})
 
 
 def _integer(value: Any) -> int | None:
@@ -195,29 +150,26 @@ def _valid_critique(fields: dict[str, Any]) -> dict[str, Any] | None:
     flawed, kind = fields.get("flawed"), fields.get("failure_type")
     if not isinstance(flawed, bool) or kind not in FAILURE_TYPES or flawed != (kind != "none"):
         return None
-    return {"reason": text_or_none(fields.get("reason")), "flawed": flawed, "failure_type": kind}
+    return {"flawed": flawed, "failure_type": kind}
 
 
-def _valid_choice(fields: dict[str, Any]) -> dict[str, Any] | None:
-    choice = fields.get("choice")
-    if not isinstance(choice, str) or choice.strip().upper() not in ("A", "B", "C"):
+def _decimal(value: Any, decimals: int) -> float | None:
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,4})?", value.strip()):
+        value = float(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
-    return {"reason": text_or_none(fields.get("reason")), "choice": choice.strip().upper()}
+    return round(float(value), decimals)
 
 
-def _valid_review(fields: dict[str, Any], scale: tuple[int, int] | None) -> dict[str, Any] | None:
+def _valid_review(fields: dict[str, Any], scale: tuple[int, int] | None, decimals: int) -> dict[str, Any] | None:
     feedback, score = fields.get("feedback"), None
     if not isinstance(feedback, str):
         return None
     if scale is not None:
-        score = _integer(fields.get("score"))
+        score = _decimal(fields.get("score"), decimals) if decimals else _integer(fields.get("score"))
         if score is None or not scale[0] <= score <= scale[1]:
             return None
-    return {"reason": text_or_none(fields.get("reason")), "feedback": feedback.strip(), "score": score}
-
-
-def text_or_none(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
+    return {"feedback": feedback.strip(), "score": score}
 
 
 def expected_score(text: str, logprobs: TokenLogprobs | None, low: int, high: int) -> float | None:
@@ -242,7 +194,7 @@ def expected_score(text: str, logprobs: TokenLogprobs | None, low: int, high: in
     tokens = [step[0][0] if step else "" for step in logprobs]
     joined = "".join(tokens)  # Some tokenizers lose white space here, and an end token may follow.
     where = text if joined.startswith(text) else joined
-    span, asked = _score_span(where, high), _score_span(text, high)
+    span, asked = _score_span(where, low, high), _score_span(text, low, high)
     if span is None or asked is None or where[slice(*span)] != text[slice(*asked)]:
         return None
     first, position = 0, 0
@@ -281,13 +233,16 @@ def expected_score(text: str, logprobs: TokenLogprobs | None, low: int, high: in
     return sum(score * weight for score, weight in mass.items()) / total
 
 
-def _score_span(text: str, high: int) -> tuple[int, int] | None:
+def _score_span(text: str, low: int, high: int) -> tuple[int, int] | None:
     """Start and end of the digits of the score that `read_score` returns."""
-    fields = list(re.finditer(r'"score"\s*:\s*"?([+-]?[0-9]+)', text)) or list(_score_line(high).finditer(text))
-    if not fields:
-        return None
-    match = fields[-1]
-    return match.span(next(i for i, group in enumerate(match.groups(), 1) if group is not None))
+    fields = list(re.finditer(r'"score"\s*:\s*"?([+-]?[0-9]+)', text))
+    if fields:
+        return fields[-1].span(1)
+    lines = line_statements(text, _score_wanted(low, high))
+    digits = [
+        m for s in lines if s.value is not None and (m := re.compile(r"[+-]?[0-9]+").search(text, s.begin, s.end))
+    ]
+    return digits[-1].span() if digits else None
 
 
 def _without(lead: str | None, token: str) -> str | None:

@@ -1,13 +1,16 @@
-"""Judge strategies over two or more answers: direct comparison, independent scoring, combined scoring.
+"""Judge strategies over two or more answers: direct comparison, best of k, independent scoring, combined scoring.
 
 A strategy shows the answers in one or both orders and returns one `Judgement`. Results are by answer, never by label,
 whatever the order. A judgement with any unreadable part is unread as a whole: it has no scores and no best answer.
+
+A strategy, its settings and its texts change together, so this file is longer than 400 lines.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import os
 import re
 import string
@@ -16,16 +19,16 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from ray_pipeline.agents.judges import SamplingSettings, ask_until_read
+from ray_pipeline.agents.judges import SamplingSettings, ask_until_read, refuse_grammar, why_unread
 from ray_pipeline.agents.labelled_replies import (
     Form,
     Scale,
     pick_grammar,
+    pick_verdict,
     rating_grammar,
-    read_pick,
-    read_rating,
-    read_scores,
+    rating_verdict,
     scores_grammar,
+    scores_verdict,
 )
 from ray_pipeline.agents.replies import Read
 from ray_pipeline.agents.templates import (
@@ -39,6 +42,8 @@ from ray_pipeline.agents.templates import (
     render_text,
     transcript,
 )
+from ray_pipeline.agents.verdict_styles import Format
+from ray_pipeline.agents.verdicts import Unread
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.base import ChatEngine, Completion, Grammar, Message
 from ray_pipeline.extensions import find, register
@@ -60,14 +65,14 @@ WORST_FIRST = ("error", "too_long", "truncated", "unparsed", "repaired", "ok")
 class Strategy(Settings):
     """One way to have a judge compare several answers."""
 
-    kind: str = Field(description="direct, independent, combined, or a file that registers a strategy (my_judge.py)")
+    kind: str = Field(description="direct, best, independent, combined, or a file that registers one (my_judge.py)")
     low: int = Field(0, description="lowest score")
     high: int = Field(10, description="highest score")
     decimals: bool = Field(False, description="whether scores may have decimals")
     orders: Orders = Field("given", description="orders in which the answers are shown")
     conflict: Conflict = Field("tie", description="verdict when the two orders disagree")
     rubric: str | None = Field(None, description="what to judge by; default: the template file's `rubric`")
-    name: str = Field("", description="name in the tables; default: direct, KIND_HIGH, or the name of the file")
+    name: str = Field("", description="name in the tables; default: direct, best, KIND_HIGH, or the name of the file")
 
     @model_validator(mode="after")
     def _consistent(self) -> Strategy:
@@ -80,7 +85,7 @@ class Strategy(Settings):
         if not self.name:
             stem = os.path.basename(self.kind).split(".py")[0]
             # Settings are frozen values; this fills in a default that depends on the others.
-            object.__setattr__(self, "name", stem if form.pairwise or stem != self.kind else f"{stem}_{self.high}")
+            object.__setattr__(self, "name", stem if not form.scored or stem != self.kind else f"{stem}_{self.high}")
         if not re.fullmatch(r"[a-z][a-z0-9_-]{0,63}", self.name):
             raise ValueError(
                 f"invalid strategy name {self.name!r}; use lower-case letters, digits, - and _, starting with a letter"
@@ -108,6 +113,7 @@ class StrategyAsking(Settings):
     """Settings of a judging call, whatever the strategy."""
 
     form: Form = Field("json", description="json: one object; text: prose that ends with anchored lines")
+    format: Format = Field("quorum", description="house style in which replies are read; auto: any of them")
     grammar: bool = Field(True, description="constrain the reply to its form while sampling; json only")
     reason_chars: int = Field(
         1000, ge=0, description="maximum length of the reason under a grammar, in characters; 0 for the verdict alone"
@@ -120,6 +126,7 @@ class StrategyAsking(Settings):
     def _form(self) -> StrategyAsking:
         if self.form == "text" and self.grammar:
             raise ValueError("form text has no grammar; set grammar: false or form: json")
+        refuse_grammar(self.grammar, self.format)
         return self
 
 
@@ -137,6 +144,7 @@ class StrategyTemplates(Settings):
 
     rubric: str
     direct: StrategyTemplate | None = None
+    best: StrategyTemplate | None = None
     independent: StrategyTemplate | None = None
     combined: StrategyTemplate | None = None
 
@@ -153,6 +161,7 @@ _COMMON = {"instruction": "x", "rubric": "x", "form": "json", "reason": True, "f
 #: Variables available to each strategy's texts. `fence` is a word that occurs in none of the quoted texts.
 STRATEGY_VARIABLES: dict[str, dict[str, Any]] = {
     "direct": {**_COMMON, "answers": _ANSWERS, "labels": ["A", "B"]},
+    "best": {**_COMMON, "answers": _ANSWERS, "labels": ["A", "B"]},
     "independent": {**_COMMON, "response": "x", "low": 0, "high": 10},
     "combined": {**_COMMON, "answers": _ANSWERS, "labels": ["A", "B"], "low": 0, "high": 10},
 }
@@ -175,7 +184,8 @@ class Look:
 
     Attributes:
         order: numbers of the answers, from the one shown first.
-        scores: by answer; None for a direct comparison and for an unread reply.
+        scores: by answer; None for a direct comparison and for an unread reply. Best of k gives the best answer 1 and
+            the others 0.
         best: numbers of the best answers: one wins, several are tied, none when unread.
     """
 
@@ -215,11 +225,13 @@ class StrategyForm:
         look: judges the answers once, shown in the given order.
         pairwise: whether it takes two answers and picks the better one without scores.
         ordered: whether the order in which answers are shown can matter.
+        scored: whether its scores are on the strategy's scale.
     """
 
     look: Callable[[Asker, tuple[int, ...]], Awaitable[Look]]
     pairwise: bool = False
     ordered: bool = True
+    scored: bool = True
 
 
 async def decide(
@@ -273,9 +285,7 @@ def best_scores(scores: Sequence[float]) -> tuple[int, ...]:
 
 def vote(best: Sequence[int]) -> str | None:
     """A judgement of two answers as a vote: "A", "B", "tie", or None when unread."""
-    if not best:
-        return None
-    return "tie" if len(best) > 1 else LABELS[best[0]]
+    return None if not best else "tie" if len(best) > 1 else LABELS[best[0]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,17 +309,21 @@ class Asker:
 
     async def direct(self, order: tuple[int, ...]) -> Look:
         options = (*LABELS[:2], TIE_LABEL)
+        return await self._pick(order, options, TIE_LABEL)
+
+    async def best(self, order: tuple[int, ...]) -> Look:
+        look = await self._pick(order, LABELS[: len(order)], None)
+        scores = tuple(float(answer in look.best) for answer in range(len(order))) if look.best else None
+        return dataclasses.replace(look, scores=scores)
+
+    async def _pick(self, order: tuple[int, ...], options: Sequence[str], tie: str | None) -> Look:
         messages, retry = self._texts(self.templates.of(self.strategy), self._shown(order))
-        read, raw, status = await self.ask(
-            messages,
-            pick_grammar(options, self.asking.reason_chars),
-            lambda reply: read_pick(reply, options, self.asking.form),
-            retry,
-        )
+        reader = functools.partial(pick_verdict, options=options, tie=tie, **self._reading)
+        read, raw, status = await self.ask(messages, pick_grammar(options, self.asking.reason_chars), reader, retry)
         if read is None:
-            return Look(order, None, (), None, status, raw)
+            return Look(order, None, (), why_unread(raw, status, reader), status, raw)
         choice = read.fields["choice"]
-        best = tuple(sorted(order)) if choice == TIE_LABEL else (order[LABELS.index(choice)],)
+        best = tuple(sorted(order)) if choice == tie else (order[LABELS.index(choice)],)
         return Look(order, None, best, read.fields["reason"], status, raw)
 
     async def combined(self, order: tuple[int, ...]) -> Look:
@@ -326,14 +340,11 @@ class Asker:
             retry: user message sent after an unreadable reply; None repeats the question.
         """
         labels, scale = LABELS[: len(order)], self.strategy.scale
-        read, raw, status = await self.ask(
-            messages,
-            scores_grammar(labels, scale, self.asking.reason_chars),
-            lambda reply: read_scores(reply, labels, scale, self.asking.form),
-            retry,
-        )
+        reader = functools.partial(scores_verdict, labels=labels, scale=scale, **self._reading)
+        grammar = scores_grammar(labels, scale, self.asking.reason_chars)
+        read, raw, status = await self.ask(messages, grammar, reader, retry)
         if read is None:
-            return Look(order, None, (), None, status, raw)
+            return Look(order, None, (), why_unread(raw, status, reader), status, raw)
         by_answer = {answer: read.fields["scores"][label] for answer, label in zip(order, labels, strict=True)}
         scores = tuple(by_answer[answer] for answer in range(len(order)))
         return Look(order, scores, best_scores(scores), read.fields["reason"], status, raw)
@@ -344,7 +355,8 @@ class Asker:
         raw = "\n\n".join(raw for _, raw, _ in replies if raw is not None) or None
         scores = [read.fields["score"] for read, _, _ in replies if read is not None]
         if len(scores) < len(order):
-            return Look(order, None, (), None, status, raw)
+            unread = [why for read, raw, one in replies if read is None and (why := why_unread(raw, one, self._rating))]
+            return Look(order, None, (), "\n\n".join(unread) or None, status, raw)
         reasons = [read.fields["reason"] for read, _, _ in replies if read is not None and read.fields["reason"]]
         return Look(order, tuple(scores), best_scores(scores), "\n\n".join(reasons) or None, status, raw)
 
@@ -353,7 +365,14 @@ class Asker:
         shown = {"response": answer, "low": scale.low, "high": scale.high, "fence": self._fence([answer])}
         messages, retry = self._texts(self.templates.of(self.strategy), shown)
         grammar = rating_grammar(scale, self.asking.reason_chars)
-        return await self.ask(messages, grammar, lambda reply: read_rating(reply, scale, self.asking.form), retry)
+        return await self.ask(messages, grammar, self._rating, retry)
+
+    def _rating(self, reply: Completion) -> Read | Unread:
+        return rating_verdict(reply, self.strategy.scale, **self._reading)
+
+    @property
+    def _reading(self) -> dict[str, Any]:
+        return {"form": self.asking.form, "format": self.asking.format}
 
     def _shown(self, order: tuple[int, ...]) -> dict[str, Any]:
         labels = LABELS[: len(order)]
@@ -380,7 +399,7 @@ class Asker:
         self,
         messages: list[Message],
         grammar: Grammar,
-        reader: Callable[[Completion], Read | None],
+        reader: Callable[[Completion], Read | Unread | None],
         retry: str | None = None,
     ) -> tuple[Read | None, str | None, str]:
         """Call until `reader` can parse the reply; return the fields, the reply's text and the parse status."""
@@ -391,6 +410,7 @@ class Asker:
         return read, None if reply is None else reply.text, status
 
 
-register("strategy", "direct")(StrategyForm(Asker.direct, pairwise=True))
+register("strategy", "direct")(StrategyForm(Asker.direct, pairwise=True, scored=False))
+register("strategy", "best")(StrategyForm(Asker.best, scored=False))
 register("strategy", "independent")(StrategyForm(Asker.independent, ordered=False))
 register("strategy", "combined")(StrategyForm(Asker.combined))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.resources
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -65,20 +66,36 @@ ANY_FENCE = "0" * 8
 
 
 def builtin_templates(folder: str = "") -> list[str]:
-    """Names of the template files that come with Quorum, by their folder under configs/prompts."""
-    files = (importlib.resources.files("configs") / "prompts" / folder).iterdir()
-    return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
+    """Names of the template files that come with Quorum: FOLDER/NAME.yaml under configs/prompts, and NAME/FOLDER.yaml
+    for a set of files that belong together."""
+    prompts = importlib.resources.files("configs") / "prompts"
+    names = {f.name.removesuffix(".yaml") for f in (prompts / folder).iterdir() if f.name.endswith(".yaml")}
+    sets = {f.name for f in prompts.iterdir() if folder and (f / f"{folder}.yaml").is_file()}
+    return sorted(names | sets)
 
 
 def load_templates(name_or_path: str) -> Templates:
     """Templates by built-in name (`default`, `pocket`) or from a YAML file.
 
     Raises:
-        TemplateError: no such file, a missing block, or a text with a variable that its role does not have.
+        TemplateError: no such file, a missing block, a text with a variable that its role does not have, or texts that
+            ask nothing or do not show what is judged.
     """
     templates = read_template_file(name_or_path, Templates)
     for role, variables in VARIABLES.items():
-        check_role(name_or_path, role, getattr(templates, role), variables)
+        block: RoleTemplate = getattr(templates, role)
+        check_role(name_or_path, role, block, variables)
+        for name in (name for name in variables if name.startswith("response")):
+            if name not in jinja2.meta.find_undeclared_variables(_ENVIRONMENT.parse(block.shared + block.rubric)):
+                raise TemplateError(
+                    f"prompt template file {name_or_path}, {role}: no text shows {{{{ {name} }}}}, so the {role} would "
+                    "reply without having read it; add it to shared or rubric"
+                )
+        if not re.sub(r"\{[{%#].*?[}%#]\}", "", block.shared + block.rubric, flags=re.DOTALL).strip():
+            raise TemplateError(
+                f"prompt template file {name_or_path}, {role}: shared and rubric have no text of their own, so the "
+                f"{role} would be asked nothing; write the question"
+            )
     return templates
 
 
@@ -103,8 +120,9 @@ def read_template_file(name_or_path: str, kind: type[S], folder: str = "") -> S:
         if name_or_path not in builtin_templates(folder):
             known = ", ".join(builtin_templates(folder))
             raise TemplateError(f"no built-in prompt templates {name_or_path!r}; choose from {known}")
-        place = importlib.resources.files("configs") / "prompts" / folder
-        text = (place / f"{name_or_path}.yaml").read_text("utf-8")
+        prompts = importlib.resources.files("configs") / "prompts"
+        own, of_set = prompts / folder / f"{name_or_path}.yaml", prompts / name_or_path / f"{folder}.yaml"
+        text = (own if own.is_file() else of_set).read_text("utf-8")
     try:
         return kind.model_validate(yaml.safe_load(text))
     except yaml.YAMLError as error:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
 from ray_pipeline.agents.jury import (
     MISSING,
@@ -44,7 +43,7 @@ from ray_pipeline.agreement.vote_agreement import (
     held_out_choice,
     paired,
 )
-from ray_pipeline.stats.bootstrap import Estimate, ratio, sample_counts
+from ray_pipeline.stats.bootstrap import Estimate, Samples, ratio, resample
 from ray_pipeline.store.keys import unit_hash
 
 
@@ -129,22 +128,22 @@ def measure(
         ValueError: the tables do not fit together.
     """
     panel = make_panel(items, ballots, settings.conflict, settings.debate, settings.families)
-    draws = sample_counts(len(panel.item_ids), settings.draws, settings.seed)
+    samples = resample(panel.questions, settings.draws, settings.seed)
     choose_on = np.array([unit_hash("held-out", settings.seed, i) < settings.held_out for i in panel.item_ids])
-    judged = _judged(panel, draws, settings)
-    other = _by_other_rule(items, ballots, draws, settings)
+    judged = _judged(panel, samples, settings)
+    other = _by_other_rule(items, ballots, samples, settings)
     juries: list[JuryResult] = []
     among, chosen = [], []
-    pairs = _pairs([e for e in panel.evaluators if e.strategy != "versus"], panel.labels, draws, settings.confidence)
+    pairs = _pairs([e for e in panel.evaluators if e.strategy != "versus"], panel.labels, samples, settings.confidence)
     for strategy in panel.strategies:
         own = panel.of(strategy)
         if strategy in ("debate", "versus") or len(own) < 2:
             continue
-        results, votes = _juries(strategy, own, panel.labels, draws, settings)
+        results, votes = _juries(strategy, own, panel.labels, samples, settings)
         juries += results
-        among.append(_among(strategy, own, draws, settings.confidence))
-        pairs += _with_jury(results, own, votes, panel.labels, draws, settings.confidence)
-        found = held_out_choice(votes, panel.labels, choose_on, draws, settings.confidence)
+        among.append(_among(strategy, own, samples, settings.confidence))
+        pairs += _with_jury(results, own, votes, panel.labels, samples, settings.confidence)
+        found = held_out_choice(votes, panel.labels, choose_on, samples, settings.confidence)
         if found is not None:
             chosen.append(dataclasses.replace(found, chosen=f"{strategy}: {found.chosen}"))
     return Document(
@@ -153,35 +152,35 @@ def measure(
         label_counts={vote: int((panel.labels == code).sum()) for code, vote in enumerate(VOTES)},
         judges=[j for j in judged if j.strategy != "debate"],
         juries=juries,
-        debates=_debates(panel, [j for j in judged if j.strategy == "debate"], other, draws, settings),
-        bias=[_bias(panel, e, (models or {}).get(e.judge), draws, settings) for e in panel.evaluators],
+        debates=_debates(panel, [j for j in judged if j.strategy == "debate"], other, samples, settings),
+        bias=[_bias(panel, e, (models or {}).get(e.judge), samples, settings) for e in panel.evaluators],
         among_judges=among,
         paired=pairs,
         held_out=chosen,
-        humans=human_ceiling(panel.human_votes, draws, settings.confidence) if len(panel.human_votes) else None,
+        humans=human_ceiling(panel.human_votes, samples, settings.confidence) if len(panel.human_votes) else None,
     )
 
 
-def _judged(panel: Panel, draws: NDArray[np.float32], settings: MeasureSettings) -> list[Judged]:
+def _judged(panel: Panel, samples: Samples, settings: MeasureSettings) -> list[Judged]:
     if not panel.evaluators:
         return []
     votes = np.stack([e.votes for e in panel.evaluators])
-    found = agreement(votes, panel.labels, draws, settings.confidence)
+    found = agreement(votes, panel.labels, samples, settings.confidence)
     return [
-        Judged(e.strategy, e.judge, e.statuses, result, _flip_rate(e, draws, settings))
+        Judged(e.strategy, e.judge, e.statuses, result, _flip_rate(e, samples, settings))
         for e, result in zip(panel.evaluators, found, strict=True)
     ]
 
 
-def _flip_rate(evaluator: Evaluator, draws: NDArray[np.float32], settings: MeasureSettings) -> Estimate:
+def _flip_rate(evaluator: Evaluator, samples: Samples, settings: MeasureSettings) -> Estimate:
     found = flips(evaluator)
     if found is None:
         return Estimate(None)
-    return ratio(found[0].astype(float), found[1].astype(float), draws, settings.confidence)
+    return ratio(found[0].astype(float), found[1].astype(float), samples, settings.confidence)
 
 
 def _juries(
-    strategy: str, judges: Sequence[Evaluator], labels: Codes, draws: NDArray[np.float32], settings: MeasureSettings
+    strategy: str, judges: Sequence[Evaluator], labels: Codes, samples: Samples, settings: MeasureSettings
 ) -> tuple[list[JuryResult], dict[str, Codes]]:
     """Every jury's agreement, and the votes of juries and single judges by name, for the held-out choice."""
     rules, names = settings.juries, [e.judge for e in judges]
@@ -203,7 +202,7 @@ def _juries(
             )
         scores = np.stack([e.scores for e in judges if e.scores is not None], axis=1)
         votes = compare_scores(*pool_scores(scores, members, rules.pool, weights))
-    found = agreement(votes, labels, draws, settings.confidence)
+    found = agreement(votes, labels, samples, settings.confidence)
     named = list(jury_names(names, members))
     results = [JuryResult(strategy, jury, result) for jury, result in zip(named, found, strict=True)]
     candidates = {name: e.votes for name, e in zip(names, judges, strict=True)}
@@ -225,23 +224,22 @@ def _check_size(judges: int, sizes: Sequence[int], most: int) -> None:
         )
 
 
-def _among(strategy: str, judges: Sequence[Evaluator], draws: NDArray[np.float32], confidence: float) -> AmongJudges:
+def _among(strategy: str, judges: Sequence[Evaluator], samples: Samples, confidence: float) -> AmongJudges:
     votes = np.stack([e.votes for e in judges])
     found = [
-        [result.estimates["kappa"] for result in agreement(votes, own, draws, confidence, ("kappa",))] for own in votes
+        [result.estimates["kappa"] for result in agreement(votes, own, samples, confidence, ("kappa",))]
+        for own in votes
     ]
     return AmongJudges(
         strategy=strategy,
         judges=[e.judge for e in judges],
         kappas=[[kappa.value for kappa in row] for row in found],
         intervals=[[(kappa.low, kappa.high) for kappa in row] for row in found],
-        alpha=alpha_of_many(votes, draws, confidence),
+        alpha=alpha_of_many(votes, samples, confidence),
     )
 
 
-def _pairs(
-    evaluators: Sequence[Evaluator], labels: Codes, draws: NDArray[np.float32], confidence: float
-) -> list[Paired]:
+def _pairs(evaluators: Sequence[Evaluator], labels: Codes, samples: Samples, confidence: float) -> list[Paired]:
     """Judges of one strategy with each other, and each judge's strategies with each other."""
     if not (labels != MISSING).any():
         return []
@@ -250,7 +248,7 @@ def _pairs(
             (f"{one.strategy}: {one.judge}", one.votes),
             (f"{other.strategy}: {other.judge}", other.votes),
             labels,
-            draws,
+            samples,
             confidence,
         )
         for one, other in itertools.combinations(evaluators, 2)
@@ -263,7 +261,7 @@ def _with_jury(
     judges: Sequence[Evaluator],
     votes: Mapping[str, Codes],
     labels: Codes,
-    draws: NDArray[np.float32],
+    samples: Samples,
     confidence: float,
 ) -> list[Paired]:
     """The largest jury that was measured, the first of those of its size, with each of its members.
@@ -276,7 +274,9 @@ def _with_jury(
     largest = max(several, key=lambda j: len(j.jury))
     name = " + ".join(largest.jury)
     return [
-        paired((f"{j.strategy}: {name}", votes[name]), (f"{j.strategy}: {j.judge}", j.votes), labels, draws, confidence)
+        paired(
+            (f"{j.strategy}: {name}", votes[name]), (f"{j.strategy}: {j.judge}", j.votes), labels, samples, confidence
+        )
         for j in judges
         if j.judge in largest.jury
     ]
@@ -286,21 +286,21 @@ def _debates(
     panel: Panel,
     judged: Sequence[Judged],
     other: Mapping[str, Estimate],
-    draws: NDArray[np.float32],
+    samples: Samples,
     settings: MeasureSettings,
 ) -> list[Debate]:
     debates = []
     for result in judged:
         voices = panel.voices.get(result.judge, {})
         votes = [voice.votes for voice in voices.values()]
-        found = agreement(np.stack(votes), panel.labels, draws, settings.confidence) if votes else []
+        found = agreement(np.stack(votes), panel.labels, samples, settings.confidence) if votes else []
         own = dict(zip(voices, found, strict=True))
         debates.append(Debate(result.judge, settings.debate, other.get(result.judge, Estimate(None)), own, result))
     return debates
 
 
 def _by_other_rule(
-    items: pa.Table, ballots: pa.Table, draws: NDArray[np.float32], settings: MeasureSettings
+    items: pa.Table, ballots: pa.Table, samples: Samples, settings: MeasureSettings
 ) -> dict[str, Estimate]:
     """Kappa of every debate by the rule that was not chosen; none where it needs scores that a voice does not give."""
     other: DebateRule = "vote" if settings.debate == "mean" else "mean"
@@ -309,22 +309,20 @@ def _by_other_rule(
     for debate in panel.evaluators:
         voices = panel.voices.get(debate.judge, {}).values()
         if voices and (other == "vote" or all(voice.scores is not None for voice in voices)):
-            (found,) = agreement(debate.votes[None], panel.labels, draws, settings.confidence, ("kappa",))
+            (found,) = agreement(debate.votes[None], panel.labels, samples, settings.confidence, ("kappa",))
             kappas[debate.judge] = found.estimates["kappa"]
     return kappas
 
 
-def _bias(
-    panel: Panel, evaluator: Evaluator, model: str | None, draws: NDArray[np.float32], settings: MeasureSettings
-) -> Bias:
+def _bias(panel: Panel, evaluator: Evaluator, model: str | None, samples: Samples, settings: MeasureSettings) -> Bias:
     own = family(model or evaluator.judge, settings.families)
     return Bias(
         evaluator.strategy,
         evaluator.judge,
         model,
-        longer=preference(evaluator.votes, panel.labels, longer_side(panel), draws, settings.confidence),
-        first=first_place(evaluator.ab, evaluator.ba, panel.labels, draws, settings.confidence),
-        own_family=preference(evaluator.votes, panel.labels, own_side(panel, own), draws, settings.confidence),
+        longer=preference(evaluator.votes, panel.labels, longer_side(panel), samples, settings.confidence),
+        first=first_place(evaluator.ab, evaluator.ba, panel.labels, samples, settings.confidence),
+        own_family=preference(evaluator.votes, panel.labels, own_side(panel, own), samples, settings.confidence),
     )
 
 

@@ -18,8 +18,17 @@ from ray_pipeline.report.escaping import csv_cell
 from ray_pipeline.report.write import write_page
 
 
-def write_agreement(document: Mapping[str, Any], folder: Path, curves: Sequence[GateCurve] = ()) -> list[Path]:
-    """Write the page, agreement.json and, where there are curves, risk_coverage.csv; returns all paths."""
+def write_agreement(
+    document: Mapping[str, Any],
+    folder: Path,
+    curves: Sequence[GateCurve] = (),
+    answers: Sequence[tuple[str, str]] = (),
+) -> list[Path]:
+    """Write the page, agreement.json and, where there are curves, risk_coverage.csv; returns all paths.
+
+    Args:
+        answers: `Page.about`.
+    """
     numbers: dict[str, Any] = {"agreement.json": document}
     if curves:
         table = io.BytesIO()
@@ -29,10 +38,12 @@ def write_agreement(document: Mapping[str, Any], folder: Path, curves: Sequence[
             curve = curve.set_column(curve.column_names.index(name), name, cells)
         pyarrow.csv.write_csv(curve, table)
         numbers["risk_coverage.csv"] = table.getvalue().decode()
-    return write_page(agreement_page(as_json(document)), numbers, folder)
+    return write_page(agreement_page(as_json(document), answers), numbers, folder)
 
 
-def write_winrate(rates: Sequence[VersusRate], about: Mapping[str, Any], folder: Path) -> list[Path]:
+def write_winrate(
+    rates: Sequence[VersusRate], about: Mapping[str, Any], folder: Path, answers: Sequence[tuple[str, str]] = ()
+) -> list[Path]:
     """Write the page and winrate.json; returns all paths."""
     rows = as_json(rates)
-    return write_page(winrate_page(about, rows), {"winrate.json": {**about, "runs": rows}}, folder)
+    return write_page(winrate_page(about, rows, answers), {"winrate.json": {**about, "runs": rows}}, folder)

@@ -113,7 +113,9 @@ def gate_curves(
             # Rounded, since 0.7 · 100 is not 70 in binary.
             thresholds += [(round(share * end, 9), round(other * end, 9)) for share, other in shares]
         taus = _taus(a, b, tau_of(strategy))
-        curve = risk_coverage(a, b, labels, taus, thresholds, draws=draws, seed=seed, confidence=confidence)
+        curve = risk_coverage(
+            a, b, labels, taus, thresholds, panel.questions, draws=draws, seed=seed, confidence=confidence
+        )
         found.append(GateCurve(strategy, tuple(judge for judge, _ in scored), curve))
     return found
 

@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 from ray_pipeline.agents.jury import pooled_vote
 from ray_pipeline.agreement.recorded import read_item
 from ray_pipeline.data.sources import File, InputError, find_files, jsonl_records
-from ray_pipeline.store.keys import digest
-from ray_pipeline.store.outside import json_value
+from ray_pipeline.data.sources.huggingface import hub_errors
+from ray_pipeline.store.keys import digest, prompt_id
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,22 +79,18 @@ def where_to_find(kind: str) -> str:
 
 
 def _file_rows(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Rows of .json (a list), .jsonl or .parquet files, the first two also as .gz."""
+    """Rows of JSON (one object a line, or one array; .gz too) or .parquet files."""
     for file in find_files(path):
-        name = file.name.removesuffix(".gz")
-        if name.endswith(".parquet"):
+        if file.name.endswith(".parquet"):
             with file.open_seekable() as stream:
                 try:
                     rows = pq.read_table(stream, page_checksum_verification=True).to_pylist()
                 except (pa.ArrowException, OSError) as error:
                     raise InputError(f"{file.uri} is truncated or not a Parquet file ({error})") from error
         else:
-            rows = [row for _, row in jsonl_records(file)] if name.endswith(".jsonl") else _json_rows(file)
+            rows = [row for _, row in jsonl_records(file)]
         for number, row in enumerate(rows, 1):
-            where = f"{file.uri}: row {number}"
-            if not isinstance(row, dict):
-                raise InputError(f"{where} is not an object")
-            yield where, row
+            yield f"{file.uri}: row {number}", row
 
 
 def _text(file: File) -> str:
@@ -105,26 +101,14 @@ def _text(file: File) -> str:
             raise InputError(f"{file.uri} is not UTF-8 text ({error})") from error
 
 
-def _json_rows(file: File) -> list[Any]:
-    try:
-        rows = json_value(_text(file))  # Python's JSON reads NaN, which PandaLM's file holds
-    except ValueError as error:
-        raise InputError(f"{file.uri} is not JSON ({error}); fix the file") from error
-    if not isinstance(rows, list):
-        raise InputError(f"{file.uri} must be a list of rows, not {type(rows).__name__}")
-    return rows
-
-
 def _alpaca_eval_hub(commit: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The file itself: the dataset comes with a loading script, which `datasets` no longer runs."""
-    import httpx
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     name, file = "tatsu-lab/alpaca_eval", "alpaca_farm_human_crossannotations.json"
     try:
         path = hf_hub_download(name, file, repo_type="dataset", revision=commit)
-    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
+    except hub_errors(ValueError) as error:
         raise InputError(
             f"{file} of dataset {name} cannot be loaded ({str(error).splitlines()[0]}); check the network, or "
             "download it and set data.path to the file"
@@ -134,12 +118,11 @@ def _alpaca_eval_hub(commit: str | None) -> Iterator[tuple[str, Mapping[str, Any
 
 def _mt_bench_hub(commit: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
     import datasets  # takes seconds to import
-    import httpx
 
     name = "lmsys/mt_bench_human_judgments"
     try:
         data = datasets.load_dataset(name, split="human", revision=commit)
-    except (OSError, ValueError, RuntimeError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
+    except hub_errors(ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise InputError(
             f"dataset {name} cannot be loaded ({str(error).strip().splitlines()[0]}); check the network, or download "
             "it and set data.path to its Parquet file of the split `human`"
@@ -243,7 +226,8 @@ def _pandalm_items(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[dict[s
     """`annotator1` to `annotator3` hold 1, 2 or 0 for a tie; `cmp_key` names the models as one_other."""
     pairs = _Pairs()
     for where, row in rows:
-        instruction, one, other = (_need(where, row, f, str) for f in ("instruction", "response1", "response2"))
+        instruction = _need(where, row, "instruction", str)
+        one, other = (_answer(where, row, f) for f in ("response1", "response2"))
         more = row.get("input")  # NaN where there is none
         question = f"{instruction}\n\n{more}" if isinstance(more, str) and more.strip() else instruction
         model_a, _, model_b = str(row.get("cmp_key") or "").partition("_")
@@ -264,6 +248,15 @@ def _pandalm_items(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[dict[s
                 raise InputError(f"{where}: {annotator} must be 1, 2 or 0, not {row[annotator]!r}")
             pairs.add(where, item, annotator, vote)
     return pairs.items()
+
+
+def _answer(where: str, row: Mapping[str, Any], field: str) -> str:
+    """A response as text: some answers of PandaLM's file are JSON's `true`, for the word True, or numbers."""
+    value = row.get(field)
+    if isinstance(value, bool) or (isinstance(value, (int, float)) and math.isfinite(value)):
+        return str(value)
+    text: str = _need(where, row, field, str)
+    return text
 
 
 def _fair_eval_items(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
@@ -338,6 +331,15 @@ def _joined(texts: list[str]) -> str:
     if len(texts) == 1:
         return texts[0]
     return "\n\n".join(f"[turn {number}]\n{text}" for number, text in enumerate(texts, 1))
+
+
+_FIRST_TURN = re.compile(r"\[turn 1\]\n(.*?)\n\n\[turn 2\]\n", re.DOTALL)
+
+
+def question_id(item: Mapping[str, Any]) -> str:
+    """The prompt_id of an item's first turn, which is its own unless several turns are in its question (`_joined`)."""
+    first = _FIRST_TURN.match(item.get("question") or "")
+    return prompt_id([{"role": "user", "content": first[1]}]) if first else item["prompt_id"]
 
 
 def _need(where: str, row: Mapping[str, Any], field: str, kind: type) -> Any:

@@ -41,7 +41,7 @@ class MeasureSettings(Settings):
     families: dict[str, tuple[str, ...]] = Field(
         default_factory=dict, description="family → how the names of its models begin; default: their first word"
     )
-    draws: int = Field(2000, ge=100, description="bootstrap samples of the items")
+    draws: int = Field(2000, ge=100, description="bootstrap samples of the questions")
     confidence: float = Field(0.95, gt=0, lt=1, description="level of the intervals")
     seed: int = Field(0, description="seed of all sampling in this block")
     held_out: float = Field(0.5, gt=0, lt=1, description="share of the items on which the best jury is chosen")

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ray_pipeline.agreement.debates_page import PLOTTED, VOTES, debates_section
 from ray_pipeline.report.charts import Dot, Series, dots, lines
 from ray_pipeline.report.figures import number, percent, span
 from ray_pipeline.report.page import Block, Cell, Heat, HeatMap, Page, Rows, Section, Table, Text, panels
 from ray_pipeline.stats.bootstrap import Interval
 
-#: Rows of a chart; the table has all.
-_PLOTTED = 24
 #: Juries shown of each strategy; agreement.json has all.
 SHOWN_JURIES = 15
-_VOTES = ("A", "tie", "B")
 _LINES = ("blue", "orange", "green", "purple", "vermilion", "grey")
 
 #: How the paired tests were chosen.
@@ -25,12 +23,12 @@ CHOSEN_PAIRS = (
 )
 
 
-def agreement_page(document: Mapping[str, Any]) -> Page:
-    """The page of agreement.json."""
+def agreement_page(document: Mapping[str, Any], answers: Sequence[tuple[str, str]] = ()) -> Page:
+    """The page of agreement.json; `answers` are its `about`."""
     sections = [
         _kappas(document),
         _judges(document),
-        _debates(document),
+        debates_section(document),
         *(
             _juries(strategy, best, document["settings"]["juries"]["pool"], place)
             for place, (strategy, best) in enumerate(_best_juries(document["juries"]).items())
@@ -55,6 +53,7 @@ def agreement_page(document: Mapping[str, Any]) -> Page:
         title="How far the judges agree with humans" if document["labelled"] else "How far the judges agree",
         subtitle=f"Quorum, agreement. Data: {document['data']}; verdicts: {document['replay']}",
         headline=headline,
+        about=answers,
         tiles=[
             (number(document["items"]), "items"),
             (number(document["labelled"]), "with a human label"),
@@ -66,10 +65,12 @@ def agreement_page(document: Mapping[str, Any]) -> Page:
     )
 
 
-def winrate_page(about: Mapping[str, Any], rates: Sequence[Mapping[str, Any]]) -> Page:
-    """The page of winrate.json."""
+def winrate_page(
+    about: Mapping[str, Any], rates: Sequence[Mapping[str, Any]], answers: Sequence[tuple[str, str]] = ()
+) -> Page:
+    """The page of winrate.json; `answers` are its `about`."""
     baselines = sorted({r["baseline"] for r in rates if r["baseline"]})
-    shown = [(r["run"], [Dot("win rate", "blue", _share(r["win_rate"]))]) for r in rates[:_PLOTTED]]
+    shown = [(r["run"], [Dot("win rate", "blue", _share(r["win_rate"]))]) for r in rates[:PLOTTED]]
     blocks: list[Block] = [*panels(dots("Win rates with intervals", shown, (0.0, 1.0)))]
     if baselines:
         cells = {(r["configuration"], r["baseline"]): estimate_text(r["win_rate"], 1) for r in rates}
@@ -99,17 +100,29 @@ def winrate_page(about: Mapping[str, Any], rates: Sequence[Mapping[str, Any]]) -
     ]
     text = (
         "A win rate is strict wins over all items of a run, in per cent: ties and missing verdicts are not wins. "
-        f"Intervals are 95 % percentile intervals over {about['draws']:,} bootstrap samples of the items."
+        f"Intervals are 95 % percentile intervals over {about['draws']:,} bootstrap samples of the prompts; "
+        "a rate that is the same on every prompt has an exact one (Clopper–Pearson)."
     )
+    headline = f"{len(rates)} runs over {max((r['n'] for r in rates), default=0):,} items."
+    known = [r for r in rates if r["n"] and r["win_rate"]["value"] is not None]
+    if known:
+        best = max(known, key=lambda r: r["win_rate"]["value"])
+        headline += f" Highest win rate: {best['run']}, {estimate_text(best['win_rate'], 1)} %."
     return Page(
         title="Win rates",
         subtitle=f"Quorum, pairwise verdicts. Data: {about['data']}; verdicts: {about['replay']}",
-        headline=f"{len(rates)} runs over {max((r['n'] for r in rates), default=0):,} items.",
+        headline=headline,
+        about=answers,
         sections=[
             Section("rates", "Win rates", [*blocks, Table(columns, rows, title="Every run"), Text(text)]),
-            Section("protocols", "Protocols", [Table(["protocol", "what it fixes"], protocols, text_columns=2)]),
+            Section("protocols", "Protocols", [_protocol_table(protocols)]),
         ],
     )
+
+
+def _protocol_table(rows: Rows) -> Table:
+    title = "What each protocol fixes"
+    return Table(["protocol", "what it fixes"], rows, text_columns=2, title=title, folded=True)
 
 
 def _kappas(document: Mapping[str, Any]) -> Section | None:
@@ -118,8 +131,9 @@ def _kappas(document: Mapping[str, Any]) -> Section | None:
     text = (
         "Kappa is Cohen's, unweighted, over A, B and tie; intervals are "
         f"{100 * settings['confidence']:g} % percentile intervals over {settings['draws']:,} bootstrap samples of "
-        f"the items (seed {settings['seed']}). A verdict that could not be read is missing: it is in no kappa, and the "
-        "bounds show what it could have made of it."
+        f"the questions, all items of a question together (seed {settings['seed']}). A kappa that is the same in "
+        "all of them has no interval. A verdict that could not be read is missing: it is in no kappa, and the bounds "
+        "show what it could have made of it."
     )
     if document["labelled"]:
         names = list(dict.fromkeys(j["judge"] for j in judged))
@@ -157,7 +171,7 @@ def _judges(document: Mapping[str, Any]) -> Section | None:
         [
             j["strategy"],
             j["judge"],
-            *(number(j["vote_counts"][vote]) for vote in _VOTES),
+            *(number(j["vote_counts"][vote]) for vote in VOTES),
             number(j["missing"]),
             f"{number(j['kappa'], 3)} ({span(*j['kappa_interval'])})",
             _bounds(j["kappa_bounds"]) if j["missing"] else "–",
@@ -170,11 +184,11 @@ def _judges(document: Mapping[str, Any]) -> Section | None:
         ]
         for j in document["judges"]
     ]
-    columns = ["strategy", "judge", *_VOTES, "missing", "kappa", "bounds with missing", "linear", "quadratic", "alpha"]
+    columns = ["strategy", "judge", *VOTES, "missing", "kappa", "bounds with missing", "linear", "quadratic", "alpha"]
     columns += ["accuracy", "accuracy without ties", "flips"]
     plotted = [
         (f"{j['judge']} ({j['strategy']})", [Dot("kappa", "blue", Interval(j["kappa"], *j["kappa_interval"]))])
-        for j in sorted(document["judges"], key=lambda j: -(j["kappa"] if j["kappa"] is not None else -9))[:_PLOTTED]
+        for j in sorted(document["judges"], key=lambda j: -(j["kappa"] if j["kappa"] is not None else -9))[:PLOTTED]
     ]
     lows = [dot.estimate.low for _, found in plotted for dot in found if dot.estimate.low is not None]
     kappas = [dot.estimate.mean for _, found in plotted for dot in found if dot.estimate.mean is not None]
@@ -186,32 +200,6 @@ def _judges(document: Mapping[str, Any]) -> Section | None:
 def _bounds(pair: Sequence[float | None]) -> str:
     low, high = pair
     return span(low, high, 3)
-
-
-def _debates(document: Mapping[str, Any]) -> Section | None:
-    debates = document["debates"]
-    if not debates:
-        return None
-    roles = list(dict.fromkeys(role for debate in debates for role in debate["voices"]))
-    rows: Rows = [
-        [
-            d["debater"],
-            *(number(d["vote_counts"][vote]) for vote in _VOTES),
-            number(d["missing"]),
-            f"{number(d['kappa'], 3)} ({span(*d['kappa_interval'])})",
-            f"{number(d['other_rule_kappa'], 3)} ({span(*d['other_rule_kappa_interval'])})",
-            *(_voice(d["voices"].get(role)) for role in roles),
-        ]
-        for d in debates
-    ]
-    columns = ["debater", *_VOTES, "missing", "kappa", "kappa by the other rule", *(f"{role} alone" for role in roles)]
-    return Section(
-        "debates", "Debates", [Text(f"Voices are pooled by the {debates[0]['rule']} rule."), Table(columns, rows)]
-    )
-
-
-def _voice(found: Mapping[str, Any] | None) -> str:
-    return "–" if found is None else f"{number(found['kappa'], 3)} ({span(*found['kappa_interval'])})"
 
 
 def _best_juries(juries: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
@@ -228,7 +216,7 @@ def _juries(strategy: str, best: Sequence[Mapping[str, Any]], pool: str, place: 
     rows: Rows = [
         [
             " + ".join(j["jury"]),
-            *(number(j["vote_counts"][vote]) for vote in _VOTES),
+            *(number(j["vote_counts"][vote]) for vote in VOTES),
             number(j["missing"]),
             f"{number(j['kappa'], 3)} ({span(*j['kappa_interval'])})",
             number(j["accuracy"]["value"], 3),
@@ -239,7 +227,7 @@ def _juries(strategy: str, best: Sequence[Mapping[str, Any]], pool: str, place: 
         f"The {len(best)} with the highest kappa, pooled by {pool}. The highest of many kappas is biased upwards by "
         "the choice; the section on held-out choice shows by how much."
     )
-    table = Table(["jury", *_VOTES, "missing", "kappa", "accuracy"], rows)
+    table = Table(["jury", *VOTES, "missing", "kappa", "accuracy"], rows)
     return Section(f"juries-{place}", f"Juries, {strategy}", [Text(text), table])
 
 
@@ -370,8 +358,8 @@ def _humans(document: Mapping[str, Any]) -> Section | None:
     if not humans:
         return None
     text = (
-        f"{humans['annotators']:,} annotators, {humans['items']:,} items with at least two of them. Mean kappa over "
-        f"{humans['pairs']:,} pairs: {estimate_text(humans['kappa'], 3)}; alpha "
+        f"{humans['annotators']:,} annotators, {humans['items']:,} items with at least two of them. Kappa pooled over "
+        f"{humans['pairs']:,} pairs of them: {estimate_text(humans['kappa'], 3)}; alpha "
         f"{estimate_text(humans['alpha'], 3)}; one annotator against the mode of the others: "
         f"{estimate_text(humans['one_against_rest'], 3)}."
     )

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ray_pipeline.agents.jury import MISSING, TIE, A, B, Codes, compare_scores, pool_votes, vote_codes
 from ray_pipeline.agents.strategies import Conflict
+from ray_pipeline.agreement.human_labels import question_id
 
 Floats = NDArray[np.float64]
 
@@ -54,6 +55,7 @@ class Panel:
     """Items in the order of their ids, and everybody who judged them.
 
     Attributes:
+        questions: id of each item's question; items of one question, also of its later turns, are not independent.
         labels: of humans, shape (items,).
         human_votes: by annotator, shape (annotators, items).
         lengths: characters of both answers, shape (2, items), NaN where there is no answer.
@@ -63,6 +65,7 @@ class Panel:
     """
 
     item_ids: list[str]
+    questions: list[str]
     labels: Codes
     human_votes: Codes
     lengths: Floats
@@ -111,6 +114,7 @@ def make_panel(
             voices[judge] = {voice: _evaluator(strategy, judge, own, conflict) for voice, own in said.items()}
     return Panel(
         item_ids=ids,
+        questions=[question_id(row) for row in rows],
         labels=vote_codes([row["human_label"] for row in rows]),
         human_votes=human,
         lengths=np.array(

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from ray_pipeline.agents.jury import MISSING, TIE, A, B, Codes
-from ray_pipeline.stats.bootstrap import Counts, Estimate, drawn_ratio, estimate, ratio
+from ray_pipeline.stats.bootstrap import Estimate, Samples, drawn_ratio, estimate, ratio
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Preference:
         items: that have the side and a decided vote of the evaluator.
         share: of the evaluator.
         human: the same share of the human labels; None without labels.
-        bias: share − human, resampled together by item.
+        bias: share − human, resampled together.
     """
 
     items: int
@@ -27,7 +27,9 @@ class Preference:
     bias: Estimate
 
 
-def preference(votes: Codes, labels: Codes, side: Codes, draws: Counts, confidence: float = 0.95) -> Preference | None:
+def preference(
+    votes: Codes, labels: Codes, side: Codes, samples: Samples, confidence: float = 0.95
+) -> Preference | None:
     """The preference for `side` (a vote code an item, `MISSING` where there is none); None where no vote is decided."""
     has = side != MISSING
     decided, human_decided = (has & (v != MISSING) & (v != TIE) for v in (votes, labels))
@@ -35,16 +37,16 @@ def preference(votes: Codes, labels: Codes, side: Codes, draws: Counts, confiden
         return None
     to_side, human_to_side = ((d & (v == side)).astype(float) for d, v in ((decided, votes), (human_decided, labels)))
     counts = decided.astype(float), human_decided.astype(float)
-    share, human = (ratio(to, n, draws, confidence) for to, n in zip((to_side, human_to_side), counts, strict=True))
+    share, human = (ratio(to, n, samples, confidence) for to, n in zip((to_side, human_to_side), counts, strict=True))
     bias = Estimate(None)
     if share.value is not None and human.value is not None:
-        drawn = drawn_ratio(to_side, counts[0], draws) - drawn_ratio(human_to_side, counts[1], draws)
+        drawn = drawn_ratio(to_side, counts[0], samples.counts) - drawn_ratio(human_to_side, counts[1], samples.counts)
         bias = estimate(share.value - human.value, drawn, confidence)
     return Preference(int(decided.sum()), share, human, bias)
 
 
 def first_place(
-    ab: Codes | None, ba: Codes | None, labels: Codes, draws: Counts, confidence: float = 0.95
+    ab: Codes | None, ba: Codes | None, labels: Codes, samples: Samples, confidence: float = 0.95
 ) -> Preference | None:
     """The preference for the answer that was shown first.
 
@@ -54,14 +56,14 @@ def first_place(
         votes, first = (ab, A) if ab is not None else (ba, B)
         if votes is None:
             return None
-        return preference(votes, labels, np.full(len(labels), first, dtype=np.int8), draws, confidence)
+        return preference(votes, labels, np.full(len(labels), first, dtype=np.int8), samples, confidence)
     to_first, decided = np.zeros(len(labels)), np.zeros(len(labels))
     for votes, first in ((ab, A), (ba, B)):
         to_first += votes == first
         decided += (votes == A) | (votes == B)
     if not decided.any():
         return None
-    share = ratio(to_first, decided, draws, confidence)
+    share = ratio(to_first, decided, samples, confidence)
     assert share.value is not None
     ends = (None if end is None else end - 0.5 for end in (share.low, share.high))
     return Preference(int((decided > 0).sum()), share, Estimate(0.5), Estimate(share.value - 0.5, *ends))

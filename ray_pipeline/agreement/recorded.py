@@ -4,14 +4,19 @@ One line is one item: `item_id`, `question`, `response_a`, `response_b`, `human_
 optionally `model_a`, `model_b`, `human_votes` ({annotator: label}) and recordings, by judge:
 
     direct           {"text", "stored_pick", "turns"}
-    independent_MAX  {"text_a", "text_b", "stored_a", "stored_b", "turns_a", "turns_b"}
+    independent_MAX  {"text_a", "text_b", "stored_a", "stored_b", "turns_a", "turns_b"}; scores from 0 to MAX
+    independent_MIN-MAX, combined_MIN-MAX: the same on a scale whose lower end is not 0
     combined_MAX     {"text", "stored_a", "stored_b", "turns"}
     debate           {"final": {role: text}, "stored_mean_1", "stored_mean_2"}
     versus           {"text", "winner"}, by run: answer A is the run's own, winner "agent", "tie" or an opponent's name
 
-`text` is the first reply; after a retry (`turns` over 1) the later reply follows behind a blank line. A recording may
-hold one of the swapped order under `swapped`, whose A is the answer that was shown first, the item's B. `stored_*` is
-what the original run made of the reply; it is read only in `stored` replays.
+`text` is the first reply; after a retry (`turns` over 1) the later reply follows behind a blank line. Its verdict is
+read in the house style that `format` names. A recording may hold one of the swapped order under `swapped`, whose A is
+the answer that was shown first, the item's B. `stored_*` is what the original run made of the reply (null: unread); it
+is read only in `stored` replays. The reason of an unread reply says why (`unread: contradictory`).
+
+Labels may have other names (`label_of`): `model_a`, `a` or 1 is A; `tie (bothbad)` or `draw` is a tie. `C` and 0 are
+refused, because they mean a tie in some files and an answer in others.
 """
 
 from __future__ import annotations
@@ -21,11 +26,13 @@ import difflib
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ray_pipeline.agents.jury import MISSING, VOTES, compare_scores
-from ray_pipeline.agents.labelled_replies import Scale, last_reply, read_pick, read_rating, read_scores
+from ray_pipeline.agents.labelled_replies import Scale, last_reply, pick_verdict, rating_verdict, scores_verdict
 from ray_pipeline.agents.replies import Read
+from ray_pipeline.agents.verdict_styles import Format
+from ray_pipeline.agents.verdicts import Unread
 from ray_pipeline.data.sources import InputError, find_files, jsonl_records
 from ray_pipeline.engines.base import Completion
 from ray_pipeline.store.keys import digest, prompt_id
@@ -37,7 +44,7 @@ LABELS = ("A", "B", "tie")
 #: Fields of the item itself; objects under other names must be recordings.
 ITEM_FIELDS = ("item_id", "question", "response_a", "response_b", "model_a", "model_b", "human_label", "human_votes")
 
-_STRATEGY = re.compile(r"direct|debate|versus|(?:independent|combined)_([1-9][0-9]{0,5})")
+_STRATEGY = re.compile(r"direct|debate|versus|(?:independent|combined)_(?:([0-9]{1,5})-)?([1-9][0-9]{0,5})")
 #: A choice of a reply as a vote on two answers.
 CHOICE_VOTES = {"A": "A", "B": "B", "C": "tie"}
 
@@ -50,8 +57,11 @@ class Recorded:
     ballots: list[dict[str, Any]]
 
 
-def read_recorded(path: str, replay: Replay = "text") -> Recorded:
+def read_recorded(path: str, replay: Replay = "text", format: Format = "auto") -> Recorded:
     """All items and judgements of a JSONL file (or of all files of a pattern), plain or `.gz`.
+
+    Args:
+        format: house style in which the judges wrote their verdicts.
 
     Raises:
         InputError: naming file, line and field, for anything that is not as the module describes.
@@ -70,7 +80,7 @@ def read_recorded(path: str, replay: Replay = "text") -> Recorded:
                 place = f"{where}: {strategy}.{judge}"
                 if not isinstance(recording, dict):
                     raise InputError(f"{place} must be an object, not {type(recording).__name__}")
-                ballots += _ballots(place, item, strategy, judge, recording, replay)
+                ballots += _ballots(place, item, strategy, judge, recording, replay, format)
     if not items:
         raise InputError(f"{path} holds no item; check that it was written")
     return Recorded(items, ballots)
@@ -84,27 +94,48 @@ def read_item(where: str, row: Mapping[str, Any]) -> dict[str, Any]:
     for field in ("question", "response_a", "response_b", "model_a", "model_b"):
         if not isinstance(row.get(field), (str, type(None))):
             raise InputError(f"{where}: {field} must be text or null, not {type(row[field]).__name__}")
+    if more := sorted(field for field in row if re.fullmatch(r"(?:response|model)_[c-z]", field)):
+        raise InputError(f"{where}: {more[0]}: an item has two responses; for best of k, judge with strategy kind best")
     if "human_label" not in row and "versus" not in row:
         raise InputError(f"{where}: human_label is missing; it is one of {', '.join(LABELS)}, or null")
-    _check_label(where, "human_label", row.get("human_label"))
+    label = label_of(where, "human_label", row.get("human_label"))
     votes = row.get("human_votes") or {}
     if not isinstance(votes, dict):
         raise InputError(f"{where}: human_votes must be an object of annotator: label, not {type(votes).__name__}")
-    for annotator, label in votes.items():
-        _check_label(where, f"human_votes.{annotator}", label)
+    votes = {annotator: label_of(where, f"human_votes.{annotator}", vote) for annotator, vote in votes.items()}
     question = row.get("question")
     # Items without their question still need a shard; nothing is asked about them.
     prompt = prompt_id([{"role": "user", "content": question}]) if question else digest(["item", item_id])
     return {
         **{field: row.get(field) for field in ITEM_FIELDS},
+        "human_label": label,
         "prompt_id": prompt,
         "human_votes": [{"annotator": a, "label": v} for a, v in sorted(votes.items()) if v is not None],
     }
 
 
-def _check_label(where: str, field: str, label: Any) -> None:
-    if label is not None and label not in LABELS:
-        raise InputError(f"{where}: {field} must be one of {', '.join(LABELS)}, or null, not {label!r}")
+_LABEL_NAMES = {
+    **dict.fromkeys(("a", "model_a", "response_a", "answer_a", "assistant_a", "1"), "A"),
+    **dict.fromkeys(("b", "model_b", "response_b", "answer_b", "assistant_b", "2"), "B"),
+    **dict.fromkeys(("tie", "draw", "equal", "tie (bothbad)", "tie (both good)", "both_good", "both_bad"), "tie"),
+}
+
+
+def label_of(where: str, field: str, label: Any) -> str | None:
+    """A label under one of its names, or None for null.
+
+    Raises:
+        InputError: naming place and field, for a label that is none, or that may mean two things.
+    """
+    if label is None:
+        return None
+    text = isinstance(label, (str, int, float)) and not isinstance(label, bool)
+    name = f"{label:g}" if isinstance(label, float) else str(label)
+    found = _LABEL_NAMES.get(re.sub(r"[ _]+(?=[ab]\Z)", "_", name.strip().lower())) if text else None
+    if found is None:
+        doubt = "; a tie in some files and an answer in others" if name in ("C", "c", "0") and text else ""
+        raise InputError(f"{where}: {field} must be one of {', '.join(LABELS)}, or null, not {label!r}{doubt}")
+    return found
 
 
 def _lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -136,17 +167,25 @@ def _looks_recorded(name: str, value: Mapping[str, Any]) -> bool:
 
 
 def _ballots(
-    where: str, item: Mapping[str, Any], strategy: str, judge: str, recording: Mapping[str, Any], replay: Replay
+    where: str,
+    item: Mapping[str, Any],
+    strategy: str,
+    judge: str,
+    recording: Mapping[str, Any],
+    replay: Replay,
+    format: Format,
 ) -> list[dict[str, Any]]:
     base = {"item_id": item["item_id"], "prompt_id": item["prompt_id"], "strategy": strategy, "judge": judge}
     if strategy == "debate":
-        return [{**base, **ballot} for ballot in _debate(where, recording, replay)]
-    read = _stored if replay == "stored" else _text
+        return [{**base, **ballot} for ballot in _debate(where, recording, replay, format)]
+    reader = _Reader(item, format)
+    read = _stored if replay == "stored" else functools.partial(_text, reader)
     found = [{**base, "voice": "", "order": "ab", **read(where, strategy, recording)}]
     swapped = recording.get("swapped")
     if swapped is not None:
         if not isinstance(swapped, dict):
             raise InputError(f"{where}.swapped must be an object, not {type(swapped).__name__}")
+        read = _stored if replay == "stored" else functools.partial(_text, reader.swapped())
         found.append({**base, "voice": "", "order": "ba", **unswapped(read(f"{where}.swapped", strategy, swapped))})
     return found
 
@@ -170,81 +209,114 @@ def vote_of(score_a: float | None, score_b: float | None) -> str | None:
 
 def _stored(where: str, strategy: str, recording: Mapping[str, Any]) -> dict[str, Any]:
     if strategy == "direct":
-        pick = _field(where, recording, "stored_pick", str, "replay: stored needs it; use replay: text")
-        if pick not in LABELS:
-            raise InputError(f"{where}.stored_pick must be one of {', '.join(LABELS)}, not {pick!r}")
-        return _ballot(recording, "ok", vote=pick)
+        pick = _field(where, recording, "stored_pick", "replay: stored needs it; use replay: text")
+        vote = label_of(where.rpartition(": ")[0], f"{where.rpartition(': ')[2]}.stored_pick", pick)
+        return _ballot(recording, "unparsed" if vote is None else "ok", vote=vote)
     if strategy == "versus":
-        winner = _field(where, recording, "winner", str, "replay: stored needs it; use replay: text")
+        winner = _field(where, recording, "winner", "replay: stored needs it; use replay: text")
+        if winner is None:
+            return _ballot(recording, "unparsed")
+        if not isinstance(winner, str):
+            raise InputError(f"{where}.winner must be text or null, not {type(winner).__name__}; use replay: text")
         # Some runs use another word for the opponent; anything but the agent or a tie is the opponent.
         return _ballot(recording, "ok", vote={"agent": "A", "tie": "tie"}.get(winner, "B"))
     scores = [_number(where, recording, f"stored_{side}") for side in "ab"]
-    return _ballot(recording, "ok", scores)
+    return _ballot(recording, "unparsed" if None in scores else "ok", scores)
 
 
 # --- the replies themselves -------------------------------------------------------------------------------------------
 
 
-def _text(where: str, strategy: str, recording: Mapping[str, Any]) -> dict[str, Any]:
-    kind, _, maximum = strategy.partition("_")
-    if kind == "direct":
-        found, status = _read(where, recording, "text", "turns", lambda r: read_pick(r, tuple(CHOICE_VOTES), "text"))
-        if found is None:
-            return _ballot(recording, status)
-        return _ballot(recording, status, vote=CHOICE_VOTES[found["choice"]], reason=found["reason"])
-    scale = recorded_scale(int(maximum or 10))
-    if kind == "versus":
-        return _versus(where, recording, scale)
-    if kind == "independent":
-        one, other = (
-            _read(where, recording, f"text_{side}", f"turns_{side}", lambda r: read_rating(r, scale, "text"))
-            for side in "ab"
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """The readers of an item's replies. The item's models are names of its answers."""
+
+    item: Mapping[str, Any]
+    format: Format
+
+    def swapped(self) -> _Reader:
+        models = {"model_a": self.item["model_b"], "model_b": self.item["model_a"]}
+        return _Reader({**self.item, **models}, self.format)
+
+    def pick(self, reply: Completion) -> Read | Unread:
+        models = [re.sub(r"[\s_]+", " ", (self.item[f"model_{side}"] or "").strip().lower()) for side in "ab"]
+        names = (
+            {} if models[0] == models[1] else {name: label for name, label in zip(models, "AB", strict=True) if name}
         )
-        scores = [None if found is None else found["score"] for found, _ in (one, other)]
-        reasons = [found["reason"] for found, _ in (one, other) if found and found["reason"]]
-        return _ballot(recording, _worse(one[1], other[1]), scores, reason="\n\n".join(reasons) or None)
-    found, status = _read(where, recording, "text", "turns", lambda r: read_scores(r, ("A", "B"), scale, "text"))
-    if found is None:
-        return _ballot(recording, status)
-    scores = [found["scores"][label] for label in ("A", "B")]
-    return _ballot(recording, status, scores, reason=found["reason"])
+        return pick_verdict(reply, tuple(CHOICE_VOTES), "text", self.format, "C", names)
+
+    def rating(self, scale: Scale, reply: Completion) -> Read | Unread:
+        return rating_verdict(reply, scale, "text", self.format)
+
+    def scores(self, scale: Scale, labels: Sequence[str], reply: Completion) -> Read | Unread:
+        return scores_verdict(reply, labels, scale, "text", self.format)
 
 
-def _versus(where: str, recording: Mapping[str, Any], scale: Scale) -> dict[str, Any]:
-    """A pairwise verdict, by scores or by choice."""
-    found, status = _read(where, recording, "text", "turns", lambda r: read_scores(r, ("A", "B"), scale, "text"))
-    if found is not None:
-        scores = [found["scores"][label] for label in ("A", "B")]
-        return _ballot(recording, status, scores, reason=found["reason"])
-    found, status = _read(where, recording, "text", "turns", lambda r: read_pick(r, tuple(CHOICE_VOTES), "text"))
-    if found is None:
-        return _ballot(recording, status)
-    return _ballot(recording, status, vote=CHOICE_VOTES[found["choice"]], reason=found["reason"])
+def _text(reader: _Reader, where: str, strategy: str, recording: Mapping[str, Any]) -> dict[str, Any]:
+    kind, _, span = strategy.partition("_")
+    if kind == "direct":
+        return _of_pick(recording, _read(where, recording, "text", "turns", reader.pick))
+    low, _, high = span.rpartition("-")
+    scale = recorded_scale(int(high or 10), int(low or 0))
+    scores = functools.partial(reader.scores, scale, ("A", "B"))
+    if kind == "independent":
+        rating = functools.partial(reader.rating, scale)
+        both = [_read(where, recording, f"text_{side}", f"turns_{side}", rating) for side in "ab"]
+        values = [None if one.fields is None else one.fields["score"] for one in both]
+        reasons = [one.reason for one in both if one.reason and (one.fields is not None or None in values)]
+        status = _worse(*(one.status for one in both))
+        return _ballot(recording, status, values, reason="\n\n".join(reasons) or None)
+    found = _read(where, recording, "text", "turns", scores)
+    if found.fields is None and kind == "versus":  # by scores or by choice
+        return _of_pick(recording, _read(where, recording, "text", "turns", reader.pick))
+    return _of_scores(recording, found, ("A", "B"))
+
+
+def _of_pick(recording: Mapping[str, Any], found: _Recorded) -> dict[str, Any]:
+    vote = None if found.fields is None else CHOICE_VOTES[found.fields["choice"]]
+    return _ballot(recording, found.status, vote=vote, reason=found.reason)
+
+
+def _of_scores(recording: Mapping[str, Any], found: _Recorded, labels: Sequence[str]) -> dict[str, Any]:
+    scores = [None if found.fields is None else found.fields["scores"][label] for label in labels]
+    return _ballot(recording, found.status, scores, reason=found.reason)
 
 
 @functools.cache
-def recorded_scale(maximum: int) -> Scale:
-    """Scores in recordings may be 0 and may have decimals."""
-    return Scale(low=0, high=maximum, decimals=True)
+def recorded_scale(maximum: int, minimum: int = 0) -> Scale:
+    """Scores in recordings may have decimals, and may be 0 unless the recording's name has another lower end."""
+    return Scale(low=minimum, high=maximum, decimals=True)
+
+
+class _Recorded(NamedTuple):
+    """What was read from a text. `reason` is the judge's, or why the text is unread."""
+
+    fields: dict[str, Any] | None
+    status: str
+    reason: str | None
 
 
 def _read(
-    where: str, recording: Mapping[str, Any], field: str, turns_field: str, reader: Callable[[Completion], Read | None]
-) -> tuple[dict[str, Any] | None, str]:
-    """Fields read from a text, and its parse status. The text is null for a call without a reply."""
+    where: str,
+    recording: Mapping[str, Any],
+    field: str,
+    turns_field: str,
+    reader: Callable[[Completion], Read | Unread],
+) -> _Recorded:
+    """The verdict of a text. The text is null for a call without a reply."""
     if field not in recording:
         raise InputError(f"{where}.{field} is missing")
     text, turns = recording[field], recording.get(turns_field, 1)
     if text is None:
-        return None, "error"
+        return _Recorded(None, "error", None)
     if not isinstance(text, str):
         raise InputError(f"{where}.{field} must be text or null, not {type(text).__name__}")
     if not isinstance(turns, int) or isinstance(turns, bool) or turns < 1:
         raise InputError(f"{where}.{turns_field} must be a whole number from 1 on, not {turns!r}")
     found = last_reply(text, turns, reader)
-    if found is None:
-        return None, "unparsed"
-    return found.fields, "repaired" if turns > 1 else found.status
+    if isinstance(found, Unread):
+        return _Recorded(None, "unparsed", found.reason)
+    return _Recorded(found.fields, "repaired" if turns > 1 else found.status, found.fields["reason"])
 
 
 def _worse(*statuses: str) -> str:
@@ -252,34 +324,32 @@ def _worse(*statuses: str) -> str:
     return min(statuses, key=order.index)
 
 
-def _debate(where: str, recording: Mapping[str, Any], replay: Replay) -> Iterator[dict[str, Any]]:
+def _debate(where: str, recording: Mapping[str, Any], replay: Replay, format: Format) -> Iterator[dict[str, Any]]:
     """One ballot a voice; in a stored replay one of the stored means, where the run kept them."""
     if replay == "stored" and ("stored_mean_1" in recording or "stored_mean_2" in recording):
         means = [_number(where, recording, f"stored_mean_{side}") for side in "12"]
-        yield {"voice": "", "order": "ab", **_ballot({}, "ok", means)}
+        yield {"voice": "", "order": "ab", **_ballot({}, "unparsed" if None in means else "ok", means)}
         return
-    final = _field(where, recording, "final", dict, "it holds the scoring text of each role")
+    final = _field(where, recording, "final", "it holds the scoring text of each role")
+    if not isinstance(final, dict):
+        raise InputError(f"{where}.final must be dict, not {type(final).__name__}; it holds each role's scoring text")
     if not final:
         raise InputError(f"{where}.final is empty; it holds the scoring text of each role")
     for role in final:
-        scores: list[float | None] = [None, None]
-        reason: str | None = None
-        for labels in (("1", "2"), ("A", "B")):
-            found, status = _debater(f"{where}.final", final, role, labels)
-            if found is not None:
-                scores, reason = [found["scores"][label] for label in labels], found["reason"]
+        for labels in (("1", "2"), ("A", "B")):  # what the answers are called
+            found = _debater(f"{where}.final", final, role, labels, format)
+            if found.fields is not None:
                 break
-        if replay == "stored" and found is None:
-            scores, status = [0.0, 0.0], "ok"  # the original counted an unread agent so
-        yield {"voice": role, "order": "ab", **_ballot({"text": final[role]}, status, scores, reason=reason)}
+        ballot = _of_scores({"text": final[role]}, found, labels)
+        if replay == "stored" and found.fields is None:
+            ballot = _ballot({"text": final[role]}, "ok", [0.0, 0.0])  # the original counted an unread agent so
+        yield {"voice": role, "order": "ab", **ballot}
 
 
-def _debater(
-    where: str, final: Mapping[str, Any], role: str, labels: tuple[str, str]
-) -> tuple[dict[str, Any] | None, str]:
-    """A debater's last words; the answers are called 1 and 2, or A and B."""
-    scale = recorded_scale(10)
-    return _read(where, {role: final[role]}, role, "turns", lambda r: read_scores(r, labels, scale, "text"))
+def _debater(where: str, final: Mapping[str, Any], role: str, labels: Sequence[str], format: Format) -> _Recorded:
+    """A debater's last words."""
+    scores = functools.partial(scores_verdict, labels=labels, scale=recorded_scale(10), form="text", format=format)
+    return _read(where, {role: final[role]}, role, "turns", scores)
 
 
 def _ballot(
@@ -300,17 +370,17 @@ def _ballot(
     }
 
 
-def _field(where: str, recording: Mapping[str, Any], field: str, kind: type, hint: str) -> Any:
+def _field(where: str, recording: Mapping[str, Any], field: str, hint: str) -> Any:
     if field not in recording:
         raise InputError(f"{where}.{field} is missing; {hint}")
-    value = recording[field]
-    if not isinstance(value, kind):
-        raise InputError(f"{where}.{field} must be {kind.__name__}, not {type(value).__name__}; {hint}")
-    return value
+    return recording[field]
 
 
-def _number(where: str, recording: Mapping[str, Any], field: str) -> float:
+def _number(where: str, recording: Mapping[str, Any], field: str) -> float | None:
+    """A stored score; null for a reply that the original run could not read."""
     value = recording.get(field)
+    if field in recording and value is None:
+        return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
         raise InputError(f"{where}.{field} must be a number, not {value!r}; replay: stored needs it, replay: text not")
     return float(value)

@@ -12,7 +12,7 @@ import pyarrow as pa
 from ray_pipeline.agents.jury import MISSING, TIE, A, B
 from ray_pipeline.agents.strategies import Conflict
 from ray_pipeline.agreement.panel import Evaluator, flips, make_panel
-from ray_pipeline.stats.bootstrap import Estimate, ratio, sample_counts
+from ray_pipeline.stats.bootstrap import Estimate, Samples, ratio, resample
 from ray_pipeline.stats.protocol import Protocol
 from ray_pipeline.store.keys import digest
 
@@ -74,7 +74,7 @@ def versus_rates(
     for row in ballots.select(["item_id", "strategy", "judge"]).to_pylist():
         if row["strategy"] == "versus":
             there.setdefault(row["judge"], set()).add(row["item_id"])
-    counts = sample_counts(len(panel.item_ids), draws, seed)
+    samples = resample(panel.questions, draws, seed)
     texts = {row["item_id"]: row for row in items.select(["item_id", "prompt_id", "response_b"]).to_pylist()}
     found = []
     for evaluator in panel.of("versus"):
@@ -82,7 +82,7 @@ def versus_rates(
         known = asked if isinstance(asked, Protocol) else asked.get(evaluator.judge, RECORDED)
         protocol = _protocol(known, evaluator, [texts[item] for item in shown], conflict)
         places = np.array([item in there[evaluator.judge] for item in panel.item_ids])
-        found.append(_rate(evaluator, places, counts, confidence, protocol))
+        found.append(_rate(evaluator, places, samples, confidence, protocol))
     return found
 
 
@@ -103,14 +103,15 @@ def _protocol(
 
 
 def _rate(
-    evaluator: Evaluator, asked: np.ndarray, draws: np.ndarray, confidence: float, protocol: Protocol
+    evaluator: Evaluator, asked: np.ndarray, samples: Samples, confidence: float, protocol: Protocol
 ) -> VersusRate:
     votes, n = evaluator.votes, int(asked.sum())
     wins, ties, losses = (int(((votes == code) & asked).sum()) for code in (A, TIE, B))
     missing = int(((votes == MISSING) & asked).sum())
     flipped = flips(evaluator)
     configuration, _, baseline = evaluator.judge.partition("-vs-")
-    rate = ratio(100.0 * (votes == A), asked.astype(float), draws, confidence)
+    share = ratio(((votes == A) & asked).astype(float), asked.astype(float), samples, confidence)
+    low, high = (None if end is None else 100 * end for end in (share.low, share.high))
     return VersusRate(
         run=evaluator.judge,
         configuration=configuration,
@@ -120,13 +121,12 @@ def _rate(
         ties=ties,
         losses=losses,
         missing=missing,
-        # The quotient itself: the sum of n times 100/n differs from it in the last digits.
-        win_rate=dataclasses.replace(rate, value=100 * wins / n if n else None),
+        win_rate=Estimate(100 * wins / n if n else None, low, high),
         half_tie_rate=100 * (wins + ties / 2) / n if n else None,
         bounds=(100 * wins / n, 100 * (wins + missing) / n) if n else (None, None),
         flip_rate=Estimate(None)
         if flipped is None
-        else ratio(flipped[0].astype(float), flipped[1].astype(float), draws, confidence),
+        else ratio(flipped[0].astype(float), flipped[1].astype(float), samples, confidence),
         parse_status={k: v for k, v in evaluator.statuses.items() if k != "absent"},
         protocol=protocol,
         fingerprint=protocol.fingerprint(),

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
-from ray_pipeline.stats.bootstrap import Estimate, Floats, multinomial_counts, ratio
+from ray_pipeline.stats.bootstrap import Floats, ratio, resample
 
 #: (desirable_at, undesirable_at); None keeps whatever the variance keeps.
 Thresholds = tuple[float, float] | None
@@ -29,7 +29,7 @@ _LABELS = {"A": 1.0, "tie": 0.0, "B": -1.0}
 #: Means whose distance is under this are equal: a mean of thirds is not exact in binary.
 _EQUAL = 1e-9
 
-#: One row a setting of the gate. The bounds of the agreement are by bootstrap over pairs.
+#: One row a setting of the gate. The bounds of the agreement are by bootstrap over questions.
 CURVE = pa.schema(
     [
         pa.field("tau", pa.float64(), nullable=False),
@@ -64,6 +64,7 @@ def risk_coverage(
     labels: Sequence[str | None],
     taus: Sequence[float],
     thresholds: Sequence[Thresholds] = (None,),
+    questions: Sequence[str] | None = None,
     *,
     draws: int = 2000,
     seed: int = 0,
@@ -76,6 +77,7 @@ def risk_coverage(
             unread score is incomplete: never kept, and counted in the coverage's denominator.
         labels: of humans, "A", "B" or "tie"; pairs without a label (None) are left out.
         taus: largest variances at which the judges count as agreeing; `inf` keeps all that is complete.
+        questions: question of each pair, whose pairs are resampled together; without it each pair has its own.
 
     Raises:
         ValueError: shapes differ, fewer than two judges, an unknown label, or thresholds in the wrong order.
@@ -99,7 +101,8 @@ def risk_coverage(
     vote = np.where(np.abs(mean_a - mean_b) < _EQUAL, 0.0, np.sign(mean_a - mean_b))
     right = (vote == truth) & complete
     decided = (vote != 0) & (truth != 0)
-    draw_counts = multinomial_counts(len(truth), draws, seed)
+    clusters = np.arange(len(labels)) if questions is None else np.asarray(questions)
+    samples = resample(clusters[labelled], draws, seed)
 
     rows: list[dict[str, Any]] = []
     areas: dict[Thresholds, float | None] = {}
@@ -114,9 +117,7 @@ def risk_coverage(
                 # Sample variances of integer scores are not exact in binary, and v = τ is kept.
                 kept = told_apart & (variance <= tau + _EQUAL)
             count, plain = int(kept.sum()), kept & decided
-            interval = Estimate(None)
-            if count >= 2:
-                interval = ratio((kept & right).astype(float), kept.astype(float), draw_counts, confidence)
+            interval = ratio((kept & right).astype(float), kept.astype(float), samples, confidence)
             agreement = float(right[kept].mean()) if count else None
             rows.append(
                 {

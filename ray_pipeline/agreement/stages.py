@@ -11,11 +11,14 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from ray_pipeline.agents.strategies import Conflict
+from ray_pipeline.agents.verdict_styles import Format
+from ray_pipeline.agents.verdicts import unread_reasons
 from ray_pipeline.agreement.human_labels import HUMAN_DATA, read_human_labels, where_to_find
 from ray_pipeline.agreement.measure_settings import MeasureSettings
 from ray_pipeline.agreement.recorded import Recorded, Replay, read_item, read_recorded
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.sources import HuggingFaceSource, InputError, JsonlSource
+from ray_pipeline.engines.usage import Usage
 from ray_pipeline.graph.results import Run
 from ray_pipeline.graph.stage import BadInput, Stage, StageRef, StageResult, WholeInput, WholeWork
 from ray_pipeline.stats.protocol import Protocol
@@ -41,6 +44,7 @@ class AgreementData(Settings):
     replay: Replay = Field(
         "text", description="text reads recorded replies again; stored takes what the original run made of them"
     )
+    format: Format = Field("auto", description="house style in which recorded replies are read; auto: any of them")
     recordings: bool = Field(True, description="false leaves recorded judgements out and keeps the items")
     limit: int | None = Field(
         None,
@@ -102,7 +106,7 @@ def read_data(settings: AgreementData, commit: str | None = None) -> Recorded:
     """
     if settings.type == "recorded":
         assert settings.path is not None
-        found = read_recorded(settings.path, settings.replay)
+        found = read_recorded(settings.path, settings.replay, settings.format)
     elif settings.type == "pocket":
         found = Recorded([read_item(row["item_id"], row) for row in _pocket_pairs(settings)], [])
     else:
@@ -166,7 +170,10 @@ def make_items(given: WholeInput) -> dict[str, Any]:
         f"{len(found.items)} items, {len(found.ballots)} recorded verdicts"
         + (f" of {', '.join(judges)} ({', '.join(strategies)})" if judges else "")
     )
-    return {"counts": {"items": len(found.items), "ballots": len(found.ballots)}, "judges": judges}
+    unread = unread_reasons(b["reason"] for b in found.ballots if b["parse_status"] == "unparsed")
+    if unread:
+        given.log("unread: " + ", ".join(f"{count} {why}" for why, count in unread.items()))
+    return {"counts": {"items": len(found.items), "ballots": len(found.ballots)}, "judges": judges, "unread": unread}
 
 
 def _item_key(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -184,7 +191,7 @@ class WinrateMeasure(Settings):
     """The `measure` block of a win-rate run."""
 
     conflict: Conflict = Field("tie", description="what two orders that differ mean: tie, mean (of scores) or given")
-    draws: int = Field(2000, ge=100, description="bootstrap samples of the items")
+    draws: int = Field(2000, ge=100, description="bootstrap samples of the questions")
     seed: int = Field(0, description="seed of all sampling in this block")
 
 
@@ -194,6 +201,7 @@ class AgreementPage(Settings):
     Attributes:
         judge_models: judge or debater → name of its model, for those asked in this run.
         asked: protocol of the verdicts of a win rate, if this run asked for them.
+        models: role → name of a model that responded in this run.
     """
 
     workflow: Literal["agreement", "winrate"]
@@ -203,17 +211,26 @@ class AgreementPage(Settings):
     winrate: WinrateMeasure = WinrateMeasure()
     judge_models: dict[str, str] = Field(default_factory=dict)
     asked: Protocol | None = None
+    models: dict[str, str] = Field(default_factory=dict)
 
 
-def report_stage(page: AgreementPage, items: Stage, asked: Sequence[Stage] = ()) -> Stage:
-    """agreement.json or winrate.json, and report.md, over the recorded and the asked verdicts."""
+def report_stage(page: AgreementPage, items: Stage, asked: Sequence[Stage] = (), behind: Sequence[Stage] = ()) -> Stage:
+    """agreement.json or winrate.json, and report.md, over the recorded and the asked verdicts.
+
+    Args:
+        behind: stages before them, for what the run took.
+    """
     return Stage(
         name=page.workflow,
         view="report",
         role="page",
         work=WholeWork(function=write_report_stage, settings=page),
-        config=page.decisive(exclude={"asked"}),  # that is in the fingerprints of the stages that asked
-        inputs={"items": items, **{f"asked/{stage.name}": stage for stage in asked}},
+        config=page.decisive(exclude={"asked", "models"}),  # these are in the fingerprints of the stages that asked
+        inputs={
+            "items": items,
+            **{f"asked/{stage.name}": stage for stage in asked},
+            **{f"behind/{stage.name}": stage for stage in behind},
+        },
     )
 
 
@@ -234,7 +251,7 @@ def rewrite_page(run: Run) -> Folder:
     Raises:
         StoreError: its items do not exist yet.
     """
-    results = [result for result in run.results.values() if "ballots" in result.tables]
+    results = [result for name, result in run.results.items() if run.stages[name].role != "page"]
     if not any("items" in result.tables for result in results):
         raise StoreError(f"{run.folder.location} has no items yet; `quorum run` makes them")
     page = AgreementPage.model_validate(run.page)
@@ -258,9 +275,10 @@ def write_page(page: AgreementPage, results: Sequence[StageResult], folder: Path
     from ray_pipeline.agreement.gate_curves import gate_curves
     from ray_pipeline.agreement.panel import make_panel
     from ray_pipeline.agreement.recorded_winrate import RECORDED, versus_rates
+    from ray_pipeline.evaluate.first_screen import first_screen
 
     items = pa.concat_tables([r.table("items").read_all() for r in results if "items" in r.tables])
-    ballots = pa.concat_tables([r.table("ballots").read_all() for r in results])
+    ballots = pa.concat_tables([r.table("ballots").read_all() for r in results if "ballots" in r.tables])
     about = {"data": page.data, "replay": page.replay}
     if page.workflow == "winrate":
         asked = page.winrate
@@ -268,7 +286,15 @@ def write_page(page: AgreementPage, results: Sequence[StageResult], folder: Path
         rates = versus_rates(items, ballots, conflict=asked.conflict, draws=asked.draws, seed=asked.seed, asked=how)
         if not rates:
             raise ValueError(f"{page.data} holds no pairwise verdicts: none of its items has a `versus` block")
-        write_winrate(rates, {**about, **asked.model_dump()}, folder)
+        models = page.models or {name: "" for r in rates for name in (r.configuration, r.baseline) if name}
+        answers = first_screen(
+            f"win rates on {page.data}",
+            models=models,
+            judges={"": ", ".join(sorted(set(ballots["judge"].to_pylist())))},
+            amounts=[(len(rates), "runs"), (len(items), "items"), (len(ballots), "verdicts")],
+            usage=sum((r.usage for r in results), Usage()),
+        )
+        write_winrate(rates, {**about, **asked.model_dump()}, folder, answers)
         lines = [f"{len(rates)} runs over {max(r.n for r in rates)} items; win rates in per cent, ties are not wins:"]
         for name in dict.fromkeys(r.configuration for r in rates):
             cells = [
@@ -286,7 +312,23 @@ def write_page(page: AgreementPage, results: Sequence[StageResult], folder: Path
         "gate_curves": [row for curve in curves for row in curve.summary],
         "gate_points": [line for curve in curves for line in curve.points],
     }
-    write_agreement({**as_document(found, rules, about), **gate}, folder, curves)
+    models = {judge.judge: judge.model or "" for judge in found.bias} | page.judge_models
+    debaters = {debate.debater: page.judge_models.get(debate.debater, "") for debate in found.debates}
+    answers = first_screen(
+        f"agreement of judges on {page.data}",
+        judges={
+            "": {judge.judge: models.get(judge.judge) or judge.judge for judge in found.judges},
+            "debates": {name: model or name for name, model in debaters.items()},
+        },
+        amounts=[
+            (found.items, "items"),
+            (found.labelled, "with a human label"),
+            (len(ballots), "verdicts"),
+            (len(found.juries), "juries"),
+        ],
+        usage=sum((r.usage for r in results), Usage()),
+    )
+    write_agreement({**as_document(found, rules, about), **gate}, folder, curves, answers)
     judged = [*found.judges, *(d.judged for d in found.debates)]
     headline = (
         f"{found.items} items, {len(found.judges)} judges, {len(found.juries)} juries, {len(found.debates)} debates"

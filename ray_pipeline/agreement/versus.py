@@ -5,12 +5,13 @@ configuration's answer with every baseline's.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import pyarrow as pa
 from pydantic import Field, model_validator
 
 from ray_pipeline.agents.judges import SamplingSettings
+from ray_pipeline.agents.ranking import rank
 from ray_pipeline.agents.strategies import (
     Orders,
     Strategy,
@@ -27,12 +28,15 @@ from ray_pipeline.data.prompts import PromptsConfig
 from ray_pipeline.engines.base import ChatEngine, Message
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.feedback.loop import LoopRules, LoopSettings, ReviewerSettings, feedback_stages
-from ray_pipeline.graph.asking import Asking, Outcome, Row, ShardTables, count_by
+from ray_pipeline.graph.asking import Asking, Outcome, Row, ShardTables, count_by, reply_status
 from ray_pipeline.graph.gather import all_of
 from ray_pipeline.graph.stage import Stage
 from ray_pipeline.stats.protocol import Protocol, settings_text, win_rate_by
 from ray_pipeline.store.keys import digest
 from ray_pipeline.store.schemas import BALLOTS, ITEMS
+
+#: Which response of a loop is compared.
+Answer = Literal["picked", "last"]
 
 #: Between the two names of a run, as recorded files have it.
 AGAINST = "-vs-"
@@ -51,9 +55,13 @@ class Configuration(Settings):
 
 
 class VersusJudge(Settings):
-    """The judge that compares two answers."""
+    """The judge that compares two answers, and picks among those of a loop. The defaults are the published ones."""
 
     model: str = Field("judge", description="a key of `models`")
+    kind: Literal["combined", "direct", "independent"] = Field(
+        "combined", description="combined or independent scores of both answers, or a direct choice"
+    )
+    high: int = Field(10, ge=1, description="highest score; a direct choice has none")
     rubric: str | None = Field(None, description="aspect to judge; default: the template file's")
     orders: Orders = Field("both", description="orders in which the answers are shown")
     templates: str = Field("default", description="built-in name or YAML file of the judge's texts")
@@ -63,7 +71,9 @@ class VersusJudge(Settings):
 
     @property
     def strategy(self) -> Strategy:
-        return Strategy(kind="direct", orders=self.orders, rubric=self.rubric)
+        orders = "given" if self.kind == "independent" else self.orders  # it shows one answer at a time
+        scale = {} if self.kind == "direct" else {"high": self.high}
+        return Strategy.model_validate({"kind": self.kind, "orders": orders, "rubric": self.rubric, **scale})
 
     def texts(self) -> StrategyTemplates:
         return load_strategy_templates(self.templates)
@@ -86,6 +96,9 @@ class LiveWinrate(Settings):
     )
     loop: LoopRules = Field(LoopRules(), description="rules of the feedback loop")
     judge: VersusJudge = Field(VersusJudge(), description="the judge that compares")
+    answer: Answer = Field(
+        "picked", description="which response of a loop is compared: the one that the judge picks, or the last"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> LiveWinrate:
@@ -146,7 +159,11 @@ class LiveWinrate(Settings):
             {**judge.sampling.model_dump(), **judge.asking.model_dump()},
             judge_prompts=digest([template, judge.layout, judge.rubric or texts.rubric]),
             reading="forced form" if judge.asking.grammar else f"{judge.asking.form}, anchored",
-            answers=settings_text(responses=self.loop.responses, **self.loop.sampling.model_dump()),
+            answers=settings_text(
+                responses=self.loop.responses,
+                **self.loop.sampling.model_dump(),
+                **({"answer": self.answer} if self.answer != "last" else {}),
+            ),
         )
 
     def loop_of(self, configuration: Configuration) -> LoopSettings:
@@ -176,6 +193,7 @@ class _Versus(Settings):
     layout: Layout
     sampling: SamplingSettings
     asking: StrategyAsking
+    answer: Answer = "last"
 
 
 def versus_stages(
@@ -199,43 +217,68 @@ def versus_stages(
     answers |= {f"baseline/{key}": alone[key] for key in settings.against}
     judge = settings.judge
     given = _Versus.part_of(
-        judge, runs=tuple((c.name, b) for c, b in settings.runs), strategy=judge.strategy, templates=judge.texts()
+        judge,
+        runs=tuple((c.name, b) for c, b in settings.runs),
+        strategy=judge.strategy,
+        templates=judge.texts(),
+        answer=settings.answer,
     )
     return answering, VERSUS.stage("versus", given, models[judge.model], {"prompts": prompts, **answers})
 
 
 class _Prompt(NamedTuple):
-    """A prompt and its answers by input role; an answer that is missing is None."""
+    """A prompt and its responses by input role, first to last; failed ones are left out."""
 
     prompt_id: str
     messages: list[Message]
-    answers: dict[str, str | None]
+    answers: dict[str, list[str]]
 
 
 def _prompts(shard: ShardTables, settings: _Versus) -> list[_Prompt]:
-    answers = {role: newest(table) for role, table in shard.tables.items() if role != "prompts"}
+    answers = {role: responses(table) for role, table in shard.tables.items() if role != "prompts"}
     return [
-        _Prompt(prompt, messages, {role: texts.get(prompt) for role, texts in answers.items()})
+        _Prompt(prompt, messages, {role: texts.get(prompt, []) for role, texts in answers.items()})
         for prompt, messages in shard.messages().items()
     ]
 
 
 async def _versus(engine: ChatEngine, settings: _Versus, item: _Prompt) -> Outcome:
     """The item and its ballots, ordered by run and order."""
-    compared = await all_of(_compare(engine, settings, item, *run) for run in settings.runs)
+    names = list(dict.fromkeys(own for own, _ in settings.runs))
+    chosen = await all_of(_choose(engine, settings, item, f"configuration/{own}") for own in names)
+    answers = {own: answer for own, (answer, _) in zip(names, chosen, strict=True)}
+    compared = await all_of(_compare(engine, settings, item, own, base, answers[own]) for own, base in settings.runs)
     return Outcome(
         {"items": [_item(item)], "ballots": [row for rows, _ in compared for row in rows]},
-        [reply for _, replies in compared for reply in replies],
+        [reply for _, replies in (*chosen, *compared) for reply in replies],
     )
 
 
+async def _choose(
+    engine: ChatEngine, settings: _Versus, item: _Prompt, role: str
+) -> tuple[str | None, list[tuple[str, bool]]]:
+    """The response of a loop that is compared, and the judge's replies. Of several with the highest score it is the
+    first; None where there is none, or where the judge's scores could not be read."""
+    texts = item.answers[role]
+    if not texts or settings.answer == "last":
+        return (texts[-1] if texts else None), []
+    ranking = await rank(
+        engine, item.messages, texts, settings.strategy, settings.templates, settings.sampling, settings.asking,
+        settings.layout,
+    )  # fmt: skip
+    replies = reply_status("the judge", ranking.parse_status)
+    if ranking.scores is None:
+        return (texts[0] if ranking.parse_status == "skipped" else None), replies
+    return texts[ranking.scores.index(max(ranking.scores))], replies
+
+
 async def _compare(
-    engine: ChatEngine, settings: _Versus, item: _Prompt, own: str, baseline: str
+    engine: ChatEngine, settings: _Versus, item: _Prompt, own: str, baseline: str, one: str | None
 ) -> tuple[list[Row], list[tuple[str, bool]]]:
     """Ballots of one run on one prompt, and the judge's replies."""
     run, orders = f"{own}{AGAINST}{baseline}", shown_orders(settings.strategy.orders, 2)
     ids = {"item_id": item.prompt_id, "prompt_id": item.prompt_id, "strategy": "versus", "judge": run, "voice": ""}
-    one, other = item.answers[f"configuration/{own}"], item.answers[f"baseline/{baseline}"]
+    other = next(iter(item.answers[f"baseline/{baseline}"][-1:]), None)
     if one is None or other is None:
         return [{**ids, **skipped_ballot(order)} for order in orders], []
     if one == other:
@@ -262,15 +305,14 @@ VERSUS = Asking(
 )
 
 
-def newest(candidates: pa.Table) -> dict[str, str | None]:
-    """By prompt_id, the last response of its loop; a failed revision leaves the response before it."""
-    found: dict[str, tuple[int, str | None]] = {}
-    for row in candidates.select(["prompt_id", "k", "response"]).to_pylist():
-        k, response = found.get(row["prompt_id"], (-1, None))
-        if row["response"] is not None and row["k"] > k:
-            k, response = row["k"], row["response"]
-        found[row["prompt_id"]] = (k, response)
-    return {prompt: response for prompt, (_, response) in found.items()}
+def responses(candidates: pa.Table) -> dict[str, list[str]]:
+    """By prompt_id, the responses of its loop, first to last; a failed revision leaves those before it."""
+    found: dict[str, list[str]] = {}
+    rows = candidates.select(["prompt_id", "k", "response"]).to_pylist()
+    for row in sorted(rows, key=lambda row: row["k"]):
+        if row["response"] is not None:
+            found.setdefault(row["prompt_id"], []).append(row["response"])
+    return found
 
 
 def _tie(order: tuple[int, ...]) -> Row:

@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ray_pipeline.agents.jury import MISSING, VOTES, Codes
+from ray_pipeline.agents.jury import MISSING, TIE, VOTES, Codes
 from ray_pipeline.stats.alpha import nominal_alpha
-from ray_pipeline.stats.bootstrap import Counts, Estimate, Floats, estimate, number, percentiles
+from ray_pipeline.stats.bootstrap import Counts, Estimate, Floats, Samples, equal_shares, estimate, number, percentiles
 from ray_pipeline.stats.kappa import Weighting, kappa_of_tables
 
 #: Every statistic of `statistics`, in the order of reports.
@@ -102,7 +102,7 @@ def statistics(counts: Floats, names: Sequence[str] = STATISTICS) -> dict[str, F
 def agreement(
     votes: Codes,
     labels: Codes,
-    draws: Counts | None = None,
+    samples: Samples | None = None,
     confidence: float = 0.95,
     names: Sequence[str] = STATISTICS,
 ) -> list[Agreement]:
@@ -111,13 +111,14 @@ def agreement(
     Args:
         votes: shape (evaluators, items), `MISSING` where unread.
         labels: shape (items,), `MISSING` where there is no label; such items count only as votes.
-        draws: from `sample_counts` over all items; None gives no intervals.
+        samples: of all items; None gives no intervals. A kappa or alpha that is the same in all samples has none; an
+            accuracy of 0 or 1 has the exact interval of `equal_shares`.
         names: which statistics; all of them by default.
     """
     labelled = labels != MISSING
     point = tables(votes, labels)
     values = statistics(point, names)
-    bands = None if draws is None else _intervals(votes, labels, draws, confidence, names)
+    bands = None if samples is None else _intervals(votes, labels, values, samples, confidence, names)
     found = []
     for row in range(len(votes)):
         own = votes[row]
@@ -145,16 +146,28 @@ def agreement(
 
 
 def _intervals(
-    votes: Codes, labels: Codes, draws: Counts, confidence: float, names: Sequence[str]
+    votes: Codes,
+    labels: Codes,
+    values: Mapping[str, Floats],
+    samples: Samples,
+    confidence: float,
+    names: Sequence[str],
 ) -> dict[str, Floats]:
-    """Percentile intervals by statistic, shape (2, evaluators); draws in which it is 0/0 are left out."""
-    block = max(1, _CELLS_PER_BLOCK // (len(draws) * _K * _K))
-    parts: dict[str, list[Floats]] = {name: [] for name in names}
+    """Intervals by statistic, shape (2, evaluators); samples in which it is 0/0 are left out."""
+    block = max(1, _CELLS_PER_BLOCK // (len(samples.counts) * _K * _K))
+    bands = {name: np.zeros((2, len(votes))) for name in names}
     for begin in range(0, len(votes), block):
-        drawn = statistics(tables(votes[begin : begin + block], labels, draws), names)
+        part = slice(begin, begin + block)
+        drawn = statistics(tables(votes[part], labels, samples.counts), names)
         for name in names:
-            parts[name].append(percentiles(drawn[name], confidence))
-    return {name: np.concatenate(part, axis=1) if part else np.zeros((2, 0)) for name, part in parts.items()}
+            bands[name][:, part] = percentiles(drawn[name], values[name][part], confidence)
+    both = (votes != MISSING) & (labels != MISSING)
+    rows = {"accuracy": both, "accuracy_no_ties": both & (votes != TIE) & (labels != TIE)}
+    for name in rows.keys() & set(names):
+        for row in np.flatnonzero((values[name] == 0) | (values[name] == 1)):
+            ends = equal_shares(values[name][row], samples.clusters(rows[name][row]), confidence)
+            bands[name][:, row] = [np.nan if end is None else end for end in ends]
+    return bands
 
 
 def _bounds(counts: Floats, lost: Codes) -> tuple[dict[str, float | None], dict[str, float | None]]:
@@ -200,7 +213,8 @@ class Paired:
     Attributes:
         difference: kappa of the first minus kappa of the second.
         p_bootstrap: two-sided, from the share of bootstrap differences on the other side of 0.
-        p_mcnemar: exact, two-sided (McNemar 1947), on items where only one of them is right; None if there are none.
+        p_mcnemar: exact, two-sided (McNemar 1947), on items where only one of them is right, taken as independent even
+            where they share a question; None if there are none.
     """
 
     first: str
@@ -217,7 +231,7 @@ def paired(
     first: tuple[str, Codes],
     second: tuple[str, Codes],
     labels: Codes,
-    draws: Counts,
+    samples: Samples,
     confidence: float = 0.95,
 ) -> Paired:
     """Compare two evaluators on the same items and the same bootstrap samples."""
@@ -226,7 +240,7 @@ def paired(
     both = (first[1] != MISSING) & (second[1] != MISSING) & (labels != MISSING)
     votes = np.stack([np.where(both, votes, MISSING) for votes in (first[1], second[1])]).astype(np.int8)
     point = statistics(tables(votes, labels), ("kappa",))["kappa"]
-    drawn = statistics(tables(votes, labels, draws), ("kappa",))["kappa"]
+    drawn = statistics(tables(votes, labels, samples.counts), ("kappa",))["kappa"]
     gaps = drawn[0] - drawn[1]
     gaps = gaps[~np.isnan(gaps)]
     right = (votes == labels) & both
@@ -260,7 +274,7 @@ def held_out_choice(
     votes: Mapping[str, Codes],
     labels: Codes,
     choose_on: NDArray[np.bool_],
-    draws: Counts,
+    samples: Samples,
     confidence: float = 0.95,
 ) -> HeldOut | None:
     """Choose the evaluator with the highest kappa on `choose_on`; equal ones by their order. None without any kappa."""
@@ -272,7 +286,7 @@ def held_out_choice(
     if np.isnan(kappas).all():
         return None
     best = int(np.nanargmax(kappas))
-    (report,) = agreement(stacked[best : best + 1], elsewhere, draws, confidence, names=("kappa",))
+    (report,) = agreement(stacked[best : best + 1], elsewhere, samples, confidence, names=("kappa",))
     return HeldOut(
         chosen=names[best],
         of=len(names),

@@ -9,11 +9,13 @@ from __future__ import annotations
 import collections
 import difflib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 
+from ray_pipeline.data.sources.chats import BadRow
+from ray_pipeline.data.sources.chats import messages_of as chat_messages
 from ray_pipeline.store.keys import digest, prompt_id
 
 if TYPE_CHECKING:
@@ -87,17 +89,14 @@ def messages_of(prompt: Any, row: int, what: str) -> list[dict[str, str]]:
     Raises:
         ValueError: the prompt is neither text nor a list of messages with role and content.
     """
-    if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}]
-    if (
-        isinstance(prompt, list)
-        and prompt
-        and all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in prompt)
-    ):
-        return [{"role": str(m["role"]), "content": str(m["content"])} for m in prompt]
-    raise ValueError(
-        f"{what}, row {row}: invalid prompt {prompt!r}; use text or a list of messages with role and content"
-    )
+    if not isinstance(prompt, str) and not (isinstance(prompt, list) and prompt):
+        raise ValueError(
+            f"{what}, row {row}: invalid prompt {prompt!r}; use text or a list of messages with role and content"
+        )
+    try:
+        return chat_messages(prompt)
+    except BadRow as fault:
+        raise ValueError(f"{what}, row {row}: {fault}") from fault
 
 
 def rows_of_prompts(frame: Any, columns: Sequence[str], what: str) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -62,7 +61,7 @@ def judge(
         else:
             own = bound(engine, row["prompt_id"], f"judge/{rubric.name}")
             verdict = await judges.judge(own, row["messages"], row["response"], rubric, template, *how, layout)
-        return {**ids_of(row, "candidate_id"), "judge": rubric.name, **dataclasses.asdict(verdict)}
+        return {**ids_of(row, "candidate_id"), "judge": rubric.name, **judges.columns_of(verdict)}
 
     made = each([(row, rubric) for row in rows for rubric in found], one, concurrency)
     return give(to_table(made, VERDICTS), frame)
@@ -104,7 +103,7 @@ def critique(
         else:
             own = bound(engine, row["prompt_id"], "critic")
             found = await judges.critique(own, row["messages"], row["response"], template, *how, order)
-        return {**ids_of(row, "candidate_id"), **dataclasses.asdict(found)}
+        return {**ids_of(row, "candidate_id"), **judges.columns_of(found)}
 
     return give(to_table(each([(row,) for row in rows], one, concurrency), CRITIQUES), frame, same_rows=True)
 

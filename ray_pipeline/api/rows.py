@@ -29,12 +29,13 @@ def gate(
     """Decide for every candidate whether it becomes a training row, from the judges' scores and the critic's verdict.
 
     Args:
-        candidates: the frame that was judged, or columns candidate_id and prompt_id.
+        candidates: the frame that was judged, or columns candidate_id and prompt_id. A column finish_reason says which
+            texts are not whole.
         verdicts: from `judge`: candidate_id, judge, score, parse_status. Combine several with `pandas.concat` or
             `pyarrow.concat_tables`.
         critiques: from `critique`: candidate_id, flawed, parse_status. Required unless `use_critic=False`.
         judges: names of the judges whose scores count; default: all in `verdicts`.
-        settings: keys of the `gate` block: alpha, tau, desirable_at, undesirable_at, use_variance, use_critic.
+        settings: keys of the `gate` block: alpha, tau, desirable_at, undesirable_at, use_variance, use_critic, cut.
 
     Returns:
         One decision for each candidate, in the frame's order and with its index: candidate_id, prompt_id, mean_score,
@@ -61,7 +62,7 @@ def to_kto(candidates: Frame, verdicts: Frame, decisions: Frame, *, tokenizer: A
 
     Args:
         candidates: the frame that was judged: `prompt` (or `messages`) and `response`. A column `split` ("train",
-            "val") is kept; default: train.
+            "val") is kept; default: train. So is a column `model`.
         verdicts: from `judge`; the rows include its scores.
         decisions: from `gate`.
         tokenizer: of the policy: folder, name on the Hub, `pocket:policy`, or a Hugging Face tokenizer. With one,
@@ -70,7 +71,7 @@ def to_kto(candidates: Frame, verdicts: Frame, decisions: Frame, *, tokenizer: A
 
     Returns:
         candidate_id, prompt_id, split, prompt and completion (chat messages), label (bool), final_score, scores (list
-        of judge and score).
+        of judge and score), model.
 
     Raises:
         ColumnError: a column is missing.
@@ -87,8 +88,8 @@ def to_dpo(candidates: Frame, verdicts: Frame, decisions: Frame, *, tokenizer: A
     Args, Raises: as `to_kto`.
 
     Returns:
-        prompt_id, chosen_id, rejected_id, split, prompt, chosen and rejected (chat messages), chosen_score,
-        rejected_score, score_gap.
+        prompt_id, chosen_id, rejected_id, split, prompt, chosen and rejected (chat messages), score_chosen,
+        score_rejected, score_gap, chosen_model, rejected_model.
     """
     return _rows(candidates, verdicts, decisions, tokenizer, settings, dpo_rows)
 
@@ -101,8 +102,8 @@ def _rows(
             raise ValueError(f"{limits[0]} is in tokens; pass the policy's tokenizer as well")
         settings = {**settings, "max_length": sys.maxsize, "max_prompt_length": sys.maxsize - 1}
     config = DatasetsConfig.model_validate(settings)
-    splits = ["split"] if "split" in column_names(candidates, "candidates") else []
-    rows = rows_with_ids(candidates, "candidate_id", ["response"], "candidates", splits)
+    more = [name for name in ("split", "model") if name in column_names(candidates, "candidates")]
+    rows = rows_with_ids(candidates, "candidate_id", ["response"], "candidates", more)
     by_prompt = {
         row["prompt_id"]: {
             "prompt_id": row["prompt_id"],
@@ -112,7 +113,7 @@ def _rows(
         for row in rows
     }
     prompts = _table(list(by_prompt.values()), PROMPTS, ["prompt_id", "messages", "split"])
-    answers = _table(rows, CANDIDATES, ["candidate_id", "prompt_id", "response"])
+    answers = _table(rows, CANDIDATES, ["candidate_id", "prompt_id", "response", "model"])
     read = table_of(verdicts, ["candidate_id", "judge", "score", "parse_status"], "verdicts", VERDICTS)
     need(decisions, ["candidate_id", "prompt_id", "final_score", "label"], "decisions")
     decided = table_of(decisions, ["candidate_id", "prompt_id", "final_score", "label"], "decisions", DECISIONS)
@@ -122,7 +123,7 @@ def _rows(
 
 def _table(rows: list[dict[str, Any]], schema: pa.Schema, columns: Sequence[str]) -> pa.Table:
     picked = pa.schema([schema.field(name) for name in columns])
-    return pa.Table.from_pylist([{name: row[name] for name in columns} for row in rows], schema=picked)
+    return pa.Table.from_pylist([{name: row.get(name) for name in columns} for row in rows], schema=picked)
 
 
 def _encode(tokenizer: Any) -> Encode:

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from ray_pipeline.data.dataset_rows import DatasetsConfig
 from ray_pipeline.data.gate import GateConfig
+from ray_pipeline.data.programs import ProgramJudge
 from ray_pipeline.data.tokens import Encode
 from ray_pipeline.store import keys
 from ray_pipeline.store.errors import StoreError
@@ -31,11 +32,13 @@ PROBLEMS = {
     "shard": "a row is in the wrong shard",
     "prompt_id": "a prompt's id is not the hash of its messages",
     "numbers": "mean, variance, penalty or final score do not follow from verdicts and critique",
+    "program": "a program's verdict is not what its checker finds",
     "label": "a label does not follow from the numbers",
     "scores": "a training row carries other scores than the verdicts",
     "messages": "a training row's prompt is not the prompt's messages",
     "completion": "a training row's answer is not the candidate's response",
     "split": "a training row is in another split than its prompt",
+    "repeated": "equal answers to a prompt are not one row",
     "pair": "a DPO pair is not the best with the worst, is equal, or should not be there",
     "length": "a training row's prompt is over the limit",
     "missing": "a candidate or prompt has no row, and nothing explains it",
@@ -52,6 +55,8 @@ class RunTables:
         critiques: None where the gate did not use the critic.
         datasets: location of the datasets stage's folder (kto/, dpo/, stats.json).
         judges: whose scores the gate counted.
+        humans: candidate_id → label by people that replaces the gate's.
+        programs: the judges that are programs; their verdicts are computed again.
     """
 
     prompts: ShardedTable
@@ -63,6 +68,8 @@ class RunTables:
     judges: Sequence[str]
     gate: GateConfig
     config: DatasetsConfig
+    humans: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    programs: Sequence[ProgramJudge] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,23 +104,20 @@ class AuditReport:
         """One line to print."""
         kinds = " and ".join(f"{self.rows[kind]} {kind.upper()}" for kind in ("kto", "dpo", "sft") if kind in self.rows)
         walked = f"{kinds} rows walked back to {self.rows['prompts']} prompts"
+        if "source" in self.rows:
+            walked += f", compared with {self.rows['source']} rows of the source"
         if self.ok:
             return f"{walked}: no problem"
         return f"{walked}: " + ", ".join(f"{n} × {kind} ({PROBLEMS[kind]})" for kind, n in self.found.items())
 
 
-class Findings:
-    """Problems and counts over all shards."""
+class Problems:
+    """What is wrong, of which `max_problems` are described and all counted."""
 
-    def __init__(self, run: RunTables, encode: Encode | None, max_problems: int) -> None:
-        self.run = run
-        self.encode = encode
+    def __init__(self, max_problems: int) -> None:
         self.max_problems = max_problems
-        self.rows: collections.Counter[str] = collections.Counter(dict.fromkeys((*run.config.kinds, "prompts"), 0))
         self.found: collections.Counter[str] = collections.Counter()
         self.problems: list[Problem] = []
-        #: The audit's own counts of what the datasets stage counted, by kind.
-        self.counted: dict[str, collections.Counter[str]] = {k: collections.Counter() for k in ("kto", "dpo", "sft")}
 
     def problem(self, kind: str, table: str, id: str, message: str) -> None:
         assert kind in PROBLEMS
@@ -121,23 +125,9 @@ class Findings:
         if len(self.problems) < self.max_problems:
             self.problems.append(Problem(kind, table, id, message))
 
-    def training_rows(self, fingerprint: str) -> dict[str, dict[int, list[Row]]]:
-        """kind → shard → rows, each with its split folder under "_split"; shard -1 for malformed ids."""
-        num_shards = self.run.prompts.num_shards
-        found: dict[str, dict[int, list[Row]]] = {}
-        for kind in self.run.config.kinds:
-            found[kind] = collections.defaultdict(list)
-            for split in ("train", "val"):
-                for table in self._files(kind, split, fingerprint):
-                    self.rows[kind] += table.num_rows
-                    self.counted[kind][f"rows {split}"] += table.num_rows
-                    for row in table.to_pylist():
-                        row["_split"] = split
-                        found[kind][shard_or_none(row["prompt_id"], num_shards)].append(row)
-        return found
-
-    def _files(self, kind: str, split: str, fingerprint: str) -> Iterable[pa.Table]:
-        folder = Folder(self.run.datasets) / kind / split
+    def files(self, datasets: str, kind: str, split: str, fingerprint: str) -> Iterable[pa.Table]:
+        """Training files of one kind and split that can be read."""
+        folder = Folder(datasets) / kind / split
         names = folder.names(".parquet")
         if not names:
             self.problem("unreadable", kind, split, f"{folder.location} holds no Parquet file")
@@ -146,6 +136,34 @@ class Findings:
                 yield folder.read_table(name, fingerprint=fingerprint, kind=kind, schema=TABLES[kind])
             except StoreError as error:
                 self.problem("unreadable", kind, name, str(error))
+
+
+class Findings(Problems):
+    """Problems and counts over all shards."""
+
+    def __init__(self, run: RunTables, encode: Encode | None, max_problems: int) -> None:
+        super().__init__(max_problems)
+        self.run = run
+        self.encode = encode
+        self.rules = 1  # see `dataset_rows.RULES`
+        self.rows: collections.Counter[str] = collections.Counter(dict.fromkeys((*run.config.kinds, "prompts"), 0))
+        #: The audit's own counts of what the datasets stage counted, by kind.
+        self.counted: dict[str, collections.Counter[str]] = {k: collections.Counter() for k in ("kto", "dpo", "sft")}
+
+    def training_rows(self, fingerprint: str) -> dict[str, dict[int, list[Row]]]:
+        """kind → shard → rows, each with its split folder under "_split"; shard -1 for malformed ids."""
+        num_shards = self.run.prompts.num_shards
+        found: dict[str, dict[int, list[Row]]] = {}
+        for kind in self.run.config.kinds:
+            found[kind] = collections.defaultdict(list)
+            for split in ("train", "val"):
+                for table in self.files(self.run.datasets, kind, split, fingerprint):
+                    self.rows[kind] += table.num_rows
+                    self.counted[kind][f"rows {split}"] += table.num_rows
+                    for row in table.to_pylist():
+                        row["_split"] = split
+                        found[kind][shard_or_none(row["prompt_id"], num_shards)].append(row)
+        return found
 
     def read(self, table: ShardedTable, shard: int) -> list[Row]:
         try:
@@ -173,6 +191,11 @@ class Findings:
             for name, value, expected in pairs:
                 if value != expected:
                     self.problem("count", kind, name, f"stats.json says {value}, the tables say {expected}")
+
+
+def row_id(kind: str, row: Row) -> str:
+    """A training row as problems name it."""
+    return f"{row['chosen_id']} over {row['rejected_id']}" if kind == "dpo" else row["candidate_id"]
 
 
 def shard_or_none(prompt: str, num_shards: int) -> int:

@@ -7,12 +7,14 @@ again, row by row.
 from __future__ import annotations
 
 import collections
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ray_pipeline.agents.jurors import JuryRule
 from ray_pipeline.audit.findings import AuditReport, Problem
+from ray_pipeline.data.gate import Cut
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import normalise_text
 from ray_pipeline.store.schemas import READ_STATUSES
@@ -30,6 +32,7 @@ def audit_loop(
     judges: Sequence[str],
     min_gap: float,
     rule: JuryRule,
+    cut: Cut = "exclude",
     max_problems: int = 100,
 ) -> AuditReport:
     """Check a finished datasets stage, one shard of its tables and the training rows in memory.
@@ -38,6 +41,7 @@ def audit_loop(
         datasets: location of the stage's folder (kto/, dpo/, stats.json).
         judges: whose scores pick the best.
         rule: how their scores become one.
+        cut: rule for responses whose text is not whole.
         max_problems: how many problems are described; all are counted.
 
     Raises:
@@ -46,6 +50,8 @@ def audit_loop(
     """
     folder = Folder(datasets)
     stats = folder.read_json("stats.json", set_aside=True)
+    if stats.get("rules", 1) < 2:  # of a version without a rule
+        cut = "keep"
     rows: dict[str, int] = {"prompts": 0, "candidates": 0}
     training: dict[str, dict[str, list[Row]]] = {}
     for kind in stats["rows"]:
@@ -64,7 +70,7 @@ def audit_loop(
             name = prompt["prompt_id"]
             rows["candidates"] += len(answers[name])
             own = {kind: of.pop(name, []) for kind, of in training.items()}
-            problems += _Loop(prompt, answers[name], said[name], decided[name], judges, min_gap, rule).check(own)
+            problems += _Loop(prompt, answers[name], said[name], decided[name], judges, min_gap, rule, cut).check(own)
     for kind, of in training.items():
         problems += [Problem("orphan", kind, name, "no such prompt in the run") for name in of]
     for kind, found in stats["rows"].items():
@@ -122,6 +128,7 @@ class _Loop:
         judges: Sequence[str],
         min_gap: float,
         rule: JuryRule,
+        cut: Cut,
     ) -> None:
         self.prompt, self.min_gap, self.decisions = prompt, min_gap, decisions
         self.answers = {row["candidate_id"]: row for row in answers}
@@ -130,14 +137,22 @@ class _Loop:
         for row in verdicts:
             if row["judge"] in judges and row["parse_status"] in READ_STATUSES and row["score"] is not None:
                 by_judge[row["candidate_id"]][row["judge"]] = row["score"]
+        ended = ("stop", "refusal", "unknown", "too_long", "error")
+        self.cut = {n for n, row in self.answers.items() if cut != "keep" and row["finish_reason"] not in ended}
+        self.barred = self.cut if cut == "exclude" else set()
         read = {name: by for name, by in by_judge.items() if len(by) == len(judges) and name in self.answers}
+        if rule.votes:
+            read = {name: by for name, by in read.items() if name not in self.barred}
         self.scores = _votes(read, rule) if rule.votes else {name: _pooled(by, rule) for name, by in read.items()}
         self.labels = self._labels()
 
     def _labels(self) -> dict[str, str]:
-        known = [name for name in self.answers if name in self.scores]
-        found = {name: "discard" if name in self.scores else "incomplete" for name in self.answers}
-        top = max((self.scores[name] for name in known), default=0.0)
+        known = [name for name in self.answers if name in self.scores and name not in self.barred]
+        found = {name: "discard" if name in known else "incomplete" for name in self.answers}
+        top = max((self.scores[name] for name in known if name not in self.cut), default=-math.inf)
+        for name in [name for name in known if name in self.cut and self.scores[name] >= top - 1e-9]:
+            found[name] = "incomplete"
+            known.remove(name)
         lower = [name for name in known if self.scores[name] < top - 1e-9]
         if lower:
             best = [name for name in known if name not in lower]

@@ -12,7 +12,8 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ray_pipeline.audit.findings import AuditReport, Findings, Row, RunTables, shard_or_none
+from ray_pipeline.audit.findings import AuditReport, Findings, Row, RunTables, row_id, shard_or_none
+from ray_pipeline.data.checkers import load_checker
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.data.tokens import Encode
 from ray_pipeline.store import keys
@@ -37,6 +38,7 @@ def audit_run(run: RunTables, encode: Encode | None = None, max_problems: int = 
     """
     audit = Findings(run, encode, max_problems)
     stats = Folder(run.datasets).read_json("stats.json", set_aside=True)
+    audit.rules = stats.get("rules", 1)
     training = audit.training_rows(stats["fingerprint"])
     for shard in range(run.prompts.num_shards):
         _Shard(audit, shard, training).check()
@@ -45,7 +47,7 @@ def audit_run(run: RunTables, encode: Encode | None = None, max_problems: int = 
             training[kind].pop(number, None)
         for rows in training[kind].values():  # rows that belong to no shard
             for row in rows:
-                audit.problem("orphan", kind, _row_id(kind, row), f"prompt id {row['prompt_id']!r} belongs to no shard")
+                audit.problem("orphan", kind, row_id(kind, row), f"prompt id {row['prompt_id']!r} belongs to no shard")
     audit.check_counts(stats)
     return AuditReport(dict(audit.rows), dict(audit.found), audit.problems)
 
@@ -64,12 +66,15 @@ class _Shard:
         self.critiques = self._index("critiques", critiques, "candidate_id")
         self.decisions = self._index("decisions", audit.read(run.decisions, shard), "candidate_id")
         self.training = {kind: training[kind].get(shard, []) for kind in run.config.kinds}
+        self.checks = {judge.name: load_checker(judge.checker) for judge in run.programs}
+        self._texts: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
 
     def check(self) -> None:
         for prompt in self.prompts.values():
             self._check_prompt(prompt)
         self._check_links()
         for candidate in self.candidates.values():
+            self._check_programs(candidate)
             self._check_decision(candidate)
         if "kto" in self.training:
             self._check_kto(self.training["kto"])
@@ -119,6 +124,18 @@ class _Shard:
     def _orphan(self, table: str, row: Row, message: str) -> None:
         self.audit.problem("orphan", table, row["candidate_id"], message)
 
+    def _check_programs(self, candidate: Row) -> None:
+        """Verdicts of programs: the checker is run again, and its share put on the judge's scale."""
+        name, prompt = candidate["candidate_id"], self.prompts.get(candidate["prompt_id"])
+        for judge in self.run.programs if prompt is not None and candidate["response"] is not None else ():
+            assert prompt is not None
+            checked = self.checks[judge.name](prompt["messages"], candidate["response"], prompt["meta"])
+            expected = None if checked is None else judge.low + (judge.high - judge.low) * checked.share
+            found = _read_score(self.verdicts.get((name, judge.name)), "score")
+            if not _close(found, expected):
+                message = f"{judge.name} scores {found}, but its checker {judge.checker} gives {expected}"
+                self.audit.problem("program", "verdicts", name, message)
+
     def _check_decision(self, candidate: Row) -> None:
         """Numbers and label of the decision, from the formulas of the method (docs/architecture.md)."""
         name = candidate["candidate_id"]
@@ -134,8 +151,36 @@ class _Shard:
                 self.audit.problem("numbers", "decisions", name, message)
         # The label is derived from the stored numbers: a threshold missed by 1e-16 through rounding is not a problem.
         label = _label(None not in scores, flawed is not None, decision, self.run.gate)
+        if self._is_cut(candidate) and (self.run.gate.cut == "exclude" or label == "desirable"):
+            label = "incomplete"
+        if decision["final_score"] is not None:
+            label = self.run.humans.get(name, label)
         if decision["label"] != label:
             self.audit.problem("label", "decisions", name, f"label is {decision['label']!r}, should be {label!r}")
+
+    def _is_cut(self, candidate: Row) -> bool:
+        """Whether a candidate's text is not whole and the gate has a rule for that."""
+        ended = ("stop", "refusal", "unknown", "too_long", "error")
+        return self.audit.rules > 1 and self.run.gate.cut != "keep" and candidate["finish_reason"] not in ended
+
+    def _same(self, name: str) -> list[str]:
+        """Ids of the labelled candidates with this candidate's prompt and text, itself included."""
+        if not self._texts:
+            for other, decision in self.decisions.items():
+                text = self.candidates[other]["response"] if other in self.candidates else None
+                if decision["label"] in ("desirable", "undesirable") and not _is_empty(text):
+                    self._texts[decision["prompt_id"], keys.normalise_text(text or "")].append(other)
+        owner = self.candidates[name]
+        return (
+            self._texts[owner["prompt_id"], keys.normalise_text(owner["response"])] if self.audit.rules > 1 else [name]
+        )
+
+    def _left_out(self, name: str) -> str | None:
+        """Why a labelled answer that equals others is left out; None if it is not."""
+        same = self._same(name) or [name]  # none where ids are damaged, which is reported elsewhere
+        if len({self.decisions[other]["label"] for other in same}) > 1:
+            return "contradictory"
+        return "repeated" if name != min(same) else None
 
     # --- training rows ---
 
@@ -172,6 +217,10 @@ class _Shard:
                 report("scores", "kto", name, f"scores {row['scores']}, but the verdicts are {expected}")
             if _is_empty(candidate["response"]):
                 report("completion", "kto", name, "the response is empty and should have been left out")
+            elif reason := self._left_out(name):
+                report("repeated", "kto", name, f"the answer is {reason} and should have been left out")
+            elif self.audit.rules > 1 and row["copies"] != len(self._same(name)):
+                report("repeated", "kto", name, f"copies is {row['copies']}, should be {len(self._same(name))}")
             if self._too_long(row["prompt_id"]):
                 report("length", "kto", name, "the prompt is over max_prompt_length and should have been left out")
         self._check_kto_is_complete(present)
@@ -184,6 +233,8 @@ class _Shard:
                 continue
             if _is_empty(self.candidates[name]["response"]):
                 counted["empty_response"] += 1
+            elif name not in present and (reason := self._left_out(name)):
+                counted[reason] += 1
             elif name not in present:
                 absent[decision["prompt_id"]].append(name)
         used = {self.candidates[name]["prompt_id"] for name in present if name in self.candidates}
@@ -211,7 +262,7 @@ class _Shard:
         report = self.audit.problem
         by_prompt: dict[str, Row] = {}
         for row in rows:
-            name = _row_id("dpo", row)
+            name = row_id("dpo", row)
             if row["prompt_id"] in by_prompt:
                 report("duplicate", "dpo", name, f"prompt {row['prompt_id']} has two pairs")
                 continue
@@ -222,10 +273,10 @@ class _Shard:
                     continue
                 candidate, decision, _ = owner
                 self._check_answer("dpo", name, side, row[side], candidate)
-                if not _close(row[f"{side}_score"], decision["final_score"]):
-                    report("scores", "dpo", name, f"{side}_score is not the decision's {decision['final_score']}")
-            if not _close(row["score_gap"], row["chosen_score"] - row["rejected_score"]):
-                report("scores", "dpo", name, f"score_gap {row['score_gap']} is not chosen_score - rejected_score")
+                if not _close(row[f"score_{side}"], decision["final_score"]):
+                    report("scores", "dpo", name, f"score_{side} is not the decision's {decision['final_score']}")
+            if not _close(row["score_gap"], row["score_chosen"] - row["score_rejected"]):
+                report("scores", "dpo", name, f"score_gap {row['score_gap']} is not score_chosen - score_rejected")
         self._check_pairs(by_prompt)
 
     def _check_pairs(self, by_prompt: Mapping[str, Row]) -> None:
@@ -245,9 +296,9 @@ class _Shard:
                     self.audit.problem("missing", "dpo", prompt, f"the prompt has no pair, but should have {pair}")
                 counted[reason or "unexplained"] += 1
             elif reason is not None:
-                self.audit.problem("pair", "dpo", _row_id("dpo", row), f"the pair should have been left out: {reason}")
+                self.audit.problem("pair", "dpo", row_id("dpo", row), f"the pair should have been left out: {reason}")
             elif (row["chosen_id"], row["rejected_id"]) != pair:
-                self.audit.problem("pair", "dpo", _row_id("dpo", row), f"the pair should be {pair[0]}, {pair[1]}")
+                self.audit.problem("pair", "dpo", row_id("dpo", row), f"the pair should be {pair[0]}, {pair[1]}")
 
     def _expected_pair(self, prompt: str, decisions: list[Row]) -> tuple[str | None, tuple[str, str]]:
         """Why there is no pair (None if there is one, as far as can be determined), and its ids."""
@@ -349,7 +400,3 @@ def _close(found: float | None, expected: float | None) -> bool:
 
 def _is_empty(response: str | None) -> bool:
     return not (response or "").strip()
-
-
-def _row_id(kind: str, row: Row) -> str:
-    return f"{row['chosen_id']} over {row['rejected_id']}" if kind == "dpo" else row["candidate_id"]

@@ -9,8 +9,10 @@ from ray_pipeline.agents.jurors import JuryRule
 from ray_pipeline.audit.findings import AuditReport, RunTables
 from ray_pipeline.audit.loop import audit_loop
 from ray_pipeline.audit.rows import audit_run
+from ray_pipeline.data.gate import Cut
+from ray_pipeline.data.programs import ProgramJudge
 from ray_pipeline.data.scored import ScoredDataset
-from ray_pipeline.data.tokens import TokenCounter
+from ray_pipeline.data.tokens import token_counter
 from ray_pipeline.graph.results import Run, of_role
 from ray_pipeline.store.errors import StoreError
 
@@ -25,11 +27,14 @@ class Audit:
     skipped: Sequence[str] = ()
 
 
-def audit_gated(run: Run, made: Sequence[ScoredDataset], skipped: Sequence[str] = ()) -> Audit:
+def audit_gated(
+    run: Run, made: Sequence[ScoredDataset], skipped: Sequence[str] = (), programs: Sequence[ProgramJudge] = ()
+) -> Audit:
     """Audit datasets that a gate made from all candidates.
 
     Args:
         skipped: names of datasets that follow other rules (ungated, cut or imported rows).
+        programs: judges whose verdicts are computed again.
 
     Raises:
         StoreError: a dataset is not done yet, or none can be audited.
@@ -37,10 +42,10 @@ def audit_gated(run: Run, made: Sequence[ScoredDataset], skipped: Sequence[str] 
     if not made:
         raise StoreError(f"{run.folder.location} has no dataset of the gate on all candidates: nothing to audit")
     _check_done(run, list(dict.fromkeys(name for one in made for name in (one.decisions, *one.files))))
-    return Audit({name: _audit(run, one, name) for one in made for name in one.files}, skipped)
+    return Audit({name: _audit(run, one, name, programs) for one in made for name in one.files}, skipped)
 
 
-def audit_picks(run: Run, judges: Sequence[str], rule: JuryRule, min_gap: float) -> Audit:
+def audit_picks(run: Run, judges: Sequence[str], rule: JuryRule, min_gap: float, cut: Cut) -> Audit:
     """Audit the dataset of a feedback loop's picks. Datasets of the second kind lead back by review_id: left out.
 
     Raises:
@@ -57,6 +62,7 @@ def audit_picks(run: Run, judges: Sequence[str], rule: JuryRule, min_gap: float)
         judges=judges,
         rule=rule,
         min_gap=min_gap,
+        cut=cut,
     )
     return Audit({"datasets": report})
 
@@ -67,7 +73,7 @@ def _check_done(run: Run, stages: Sequence[str]) -> None:
         raise StoreError(f"{run.folder.location} cannot be audited yet: {', '.join(missing)} is not done; run it first")
 
 
-def _audit(run: Run, made: ScoredDataset, files: str) -> AuditReport:
+def _audit(run: Run, made: ScoredDataset, files: str, programs: Sequence[ProgramJudge]) -> AuditReport:
     results = run.results
     critiques = of_role(results, "critiques")
     assert made.gate is not None
@@ -81,5 +87,7 @@ def _audit(run: Run, made: ScoredDataset, files: str) -> AuditReport:
         judges=list(made.judges),
         gate=made.gate,
         config=made.files[files],
+        humans={} if made.humans is None else made.humans.read().labels,
+        programs=programs,
     )
-    return audit_run(tables, TokenCounter.load(made.policy.tokenizer))
+    return audit_run(tables, token_counter(None if made.policy is None else made.policy.tokenizer))

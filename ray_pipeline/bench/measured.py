@@ -96,10 +96,11 @@ def _policy_of(where: str, own: Mapping[str, Any], keys: Mapping[str, Any]) -> t
         raise ConfigError(
             f"{where}: the run {own['run']} {problem if trained else 'has no policy'}; there are {labels}"
         )
-    weights = (Folder(trained[label].folder) / "merged").location
+    folder = Folder(trained[label].folder)
+    save = "both" if "merged" in folder.folders() else "adapter"
     curating = sorted(set((run.page.get("curating") or {}).values()))
     try:
-        settings = ModelSettings.model_validate({**base, **keys}).trained(weights)
+        settings = ModelSettings.model_validate({**base, **keys}).trained(folder.location, save)
     except ValidationError as error:
         raise ConfigError(f"{where}: the run's base model cannot be read ({error.errors()[0]['msg']})") from error
     return settings, {"shown": shown_name(base["model"]), "curating": curating}

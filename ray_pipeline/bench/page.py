@@ -7,7 +7,7 @@ benchmarks.json.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,8 @@ _COLOURS = ("blue", "orange", "green", "purple", "vermilion", "grey")
 _ENDS = {"%": (0.0, 100.0), "1–10": (1.0, 10.0)}
 
 
-def benchmarks_page(document: Mapping[str, Any]) -> Page:
-    """The page of benchmarks.json."""
+def benchmarks_page(document: Mapping[str, Any], answers: Sequence[tuple[str, str]] = ()) -> Page:
+    """The page of benchmarks.json; `answers` are its `about`."""
     scores = document["scores"]
     sections = [Section("scores", "Scores", benchmark_blocks(scores))]
     for key, title in {"readings": "How answers were read", **document.get("tables", {})}.items():
@@ -34,16 +34,35 @@ def benchmarks_page(document: Mapping[str, Any]) -> Page:
         values = {name: str(text) for name, text in document["facts"].items()}
         sections.append(Section("facts", "The run", facts(values)))
     measured = {score["benchmark"] for score in scores}
+    best = "".join(f" {text}." for text in _best(scores))
     return Page(
         title=document["name"],
         subtitle="Quorum, public benchmarks. The same table: benchmarks.csv, benchmarks.md, benchmarks.tex.",
         headline=(
-            f"{len(document['models'])} models on {len(measured)} benchmarks. Only scores of one protocol are "
-            "comparable."
+            f"{len(document['models'])} models on {len(measured)} benchmarks.{best} Only scores of one protocol "
+            "are comparable."
         ),
+        about=answers,
         warnings=document.get("warnings") or (),
         sections=sections,
     )
+
+
+def _best(scores: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The highest score of the first metric of each benchmark, where several models have one of the same protocol."""
+    first: dict[str, tuple[str, str]] = {}
+    for score in scores:
+        first.setdefault(score["benchmark"], (score["metric"], score.get("protocol") or ""))
+    for benchmark, (metric, protocol) in first.items():
+        same = [
+            score
+            for score in scores
+            if (score["benchmark"], score["metric"], score.get("protocol") or "") == (benchmark, metric, protocol)
+            and score["value"] is not None
+        ]
+        if len(same) > 1:
+            best = max(same, key=lambda score: score["value"])
+            yield f"Highest {best['name']} ({metric}): {best['model']}, {figure(best)}"
 
 
 def benchmark_blocks(scores: Sequence[Mapping[str, Any]]) -> list[Block]:
@@ -135,7 +154,8 @@ def _protocols(protocols: Mapping[str, Mapping[str, Any]], scores: Sequence[Mapp
                 "; ".join(f"{field} {value}" for field, value in protocol.items() if value),
             ]
         )
-    return Table(["protocol", "name of its scores", "departures", "what it fixes"], rows, text_columns=4)
+    columns = ["protocol", "name of its scores", "departures", "what it fixes"]
+    return Table(columns, rows, text_columns=4, title="What each protocol fixes", folded=True)
 
 
 def _charts(scores: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> list[Chart | None]:

@@ -20,6 +20,8 @@ from ray_pipeline.bench.table import BenchmarkPage, write_benchmarks
 from ray_pipeline.bench.tables import Tables
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.models import ModelSettings
+from ray_pipeline.engines.usage import Usage
+from ray_pipeline.evaluate.first_screen import first_screen
 from ray_pipeline.graph.results import Run
 from ray_pipeline.graph.stage import BadInput, Stage, StageResult, WholeInput, WholeWork
 from ray_pipeline.stats.protocol import short_name
@@ -142,6 +144,13 @@ def _build(results: Mapping[str, StageResult], page: BenchmarksPage, folder: Pat
             shown.tables[f"{name}_{table}"] = rows
             if table in block.titles:
                 shown.titles[f"{name}_{table}"] = block.titles[table]
+    shown.answers = first_screen(
+        f"public benchmarks: {', '.join(chosen.chosen)}",
+        models={name: model.shown for name, model in page.models.items()},
+        judges={"": {key: judge.shown for key, judge in page.judges.items()}},
+        amounts=[(len(tables.rows(f"bench_{kind}")), kind) for kind in ("questions", "answers")],
+        usage=sum((result.usage for result in results.values()), Usage()),
+    )
     shown.warnings += _warnings(page, shown.scores, shown.readings)
     write_benchmarks(shown, folder)
     return shown.scores

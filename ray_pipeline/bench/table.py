@@ -34,6 +34,7 @@ class BenchmarkPage:
         facts: lines about the run.
         tables: the benchmarks' own tables by name: rows of plain values, or Arrow tables (in a CSV file alone).
         titles: name of such a table → its title on the page.
+        answers: `Page.about`.
     """
 
     name: str
@@ -44,6 +45,7 @@ class BenchmarkPage:
     warnings: list[str] = dataclasses.field(default_factory=list)
     tables: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
     titles: dict[str, str] = dataclasses.field(default_factory=dict)
+    answers: Sequence[tuple[str, str]] = ()
 
 
 def write_benchmarks(page: BenchmarkPage, folder: Path) -> list[Path]:
@@ -58,7 +60,7 @@ def write_benchmarks(page: BenchmarkPage, folder: Path) -> list[Path]:
     }
     for name, rows in page.tables.items():
         numbers[f"{name}.csv"] = _arrow_csv(rows) if isinstance(rows[0], pa.Table) else _csv(rows, tuple(rows[0]))
-    return write_page(benchmarks_page(document), numbers, folder)
+    return write_page(benchmarks_page(document, page.answers), numbers, folder)
 
 
 _LATEX = {

@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from ray_pipeline.cli import config, operator, planning, results, run
+from ray_pipeline.cli.submit import submit
 from ray_pipeline.cli.terminal import say
-from ray_pipeline.submit.command import submit
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,17 +19,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help=(
         "Preference data by consensus of LLM judges, and a policy aligned with it, on Ray.\n\n"
-        "Try `quorum run dmapo --config configs/pocket.yaml`: the whole method on small real models, without a GPU.\n\n"
+        "Try `quorum run dmapo`: the whole method on small real models, without a GPU. `quorum init` writes a "
+        "configuration of your own.\n\n"
         "Exit codes: 0 done, 1 a stage failed, 2 bad input or configuration, 130 and 143 ended by SIGINT and SIGTERM."
     ),
 )
 
 for command in (
+    config.init,
     run.run,
     submit,
     results.report,
     results.compare,
     results.audit,
+    results.review,
     operator.status,
     planning.plan,
     planning.check,
@@ -40,6 +43,7 @@ for command in (
     operator.clean,
 ):
     app.command()(command)
+app.command("list")(results.list_runs)
 app.add_typer(config.app, name="config")
 
 

@@ -106,24 +106,30 @@ def export(
         list[str] | None, typer.Option("--kind", help="kto, dpo or sft; default: all kinds of the run")
     ] = None,
     stage: Annotated[str, typer.Option(help="stage that wrote the datasets, if a run has several")] = "datasets",
+    policy: Annotated[str, typer.Option(help="stage that trained a policy (train) to write into policy/")] = "",
+    datasets: Annotated[bool, typer.Option("--datasets/--no-datasets", help="write the datasets")] = True,
     push: Annotated[
         str | None, typer.Option("--push", help="OWNER/NAME on the Hugging Face Hub; needs a token in HF_TOKEN")
     ] = None,
     public: Annotated[bool, typer.Option("--public", help="make a new Hub repository public")] = False,
 ) -> None:
-    """Write the datasets of a run as one folder with a card, ready for the Hugging Face Hub.
+    """Write datasets and policy of a run as one folder with cards, ready for the Hugging Face Hub.
 
     Load the folder with `datasets.load_dataset(DIR, "kto")`. Every file is checked against the run's fingerprint
-    before it is copied. The card describes how the rows were made and contains no local path.
+    before it is copied. Beside the card, which describes how the rows were made, `pipeline.yaml` has the configuration;
+    neither contains a local path. The policy's cards have the evaluation results of the run.
 
     Examples: `quorum export runs/pocket --out pocket-data`,
     `HF_TOKEN=… quorum export RUN --out data --kind dpo --push me/my-preferences`.
     """
     from ray_pipeline.graph.results import read_run
     from ray_pipeline.operate import export as exporting
+    from ray_pipeline.store.errors import StoreError
 
     with refused():
-        written = exporting.export(read_run(run), out, kind or (), stage)
+        if push is not None and not datasets:
+            raise StoreError("--push uploads datasets; upload a policy with `hf upload OWNER/NAME DIR/policy/merged`")
+        written = exporting.export(read_run(run), out, kind or (), stage, policy=policy, datasets=datasets)
         say(f"{len(written)} files in {out}")
         if push is not None:
             say(exporting.push(out, push, public=public))
@@ -135,9 +141,9 @@ def clean(
 ) -> None:
     """Show or delete outputs of earlier settings, which the newest manifest of a run does not refer to.
 
-    Stage folders that the manifest names are kept, and so are the targets of `datasets`, `policy` and `report`, the
-    call log and the logs. Nothing outside the run folder is touched, links are not followed, and an active run is
-    refused.
+    Stage folders that the manifest names are kept, and so are the targets of `datasets`, `policy` and `report`, all
+    that a kept policy was made from, the call log and the logs. Nothing outside the run folder is touched, links are
+    not followed, and an active run is refused.
 
     Examples: `quorum clean runs/pocket`, then `quorum clean runs/pocket --yes`.
     """

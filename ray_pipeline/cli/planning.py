@@ -8,14 +8,15 @@ import typer
 from rich.console import Console
 
 from ray_pipeline.cli.terminal import (
-    BAD_INPUT,
     STAGE_FAILED,
     ConfigOption,
     OverridesArgument,
     RunArgument,
     RunDirOption,
     WorkflowArgument,
+    chosen_config,
     complain,
+    end_if_failed,
     refused,
     say,
     show_findings,
@@ -25,7 +26,7 @@ from ray_pipeline.cli.terminal import (
 def plan(
     workflow: WorkflowArgument,
     overrides: OverridesArgument = None,
-    config: ConfigOption = "pocket",
+    config: ConfigOption = None,
     rates: Annotated[
         str | None, typer.Option("--rates", help="YAML file of rates and prices, each with source and date")
     ] = None,
@@ -71,7 +72,7 @@ def plan(
 
     with refused():
         chosen = find_workflow(workflow)
-        settings = load_config(chosen.config, config, overrides or [])
+        settings = load_config(chosen.config, chosen_config(chosen, config), overrides or [])
         folder = settings.run_folder(run_dir)
         known = read_rates(rates) if rates is not None else Rates()
         dag = chosen.wire(settings, folder)
@@ -93,17 +94,21 @@ def plan(
 def check(
     workflow: WorkflowArgument,
     overrides: OverridesArgument = None,
-    config: ConfigOption = "pocket",
+    config: ConfigOption = None,
     run_dir: RunDirOption = None,
     from_stage: Annotated[str | None, typer.Option("--from", help="as of `quorum run`")] = None,
     to_stage: Annotated[str | None, typer.Option("--to", help="as of `quorum run`")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="contact no endpoint, Hub or object store")] = False,
+    engines: Annotated[
+        bool, typer.Option("--engines", help="start each local engine, one after the other, and make test calls")
+    ] = False,
 ) -> None:
     """Check all that can be known before a run pays for anything; `quorum run` checks the same before its first stage.
 
     Checked are input files and their columns, rubrics and thresholds, model files, training settings and packages,
     disk space, API keys, and every endpoint with a few short calls in the forms that the stages will use (a few tokens
     each, counted in the model's budget). Only stages that are still to do count: a finished run contacts no endpoint.
+    With --engines every local engine that these stages use is started in this process, makes the same calls, and ends.
 
     Prints a line per check: ok, warning, problem with its remedy, or not checked with the reason. Exit code 2 if there
     is a problem.
@@ -118,7 +123,7 @@ def check(
 
     with refused():
         chosen = find_workflow(workflow)
-        settings = load_config(chosen.config, config, overrides or [])
+        settings = load_config(chosen.config, chosen_config(chosen, config), overrides or [])
         folder = settings.run_folder(run_dir)
         dag, session = chosen.wire(settings, folder), run_settings(settings, folder).session
         pending = Pending.of(
@@ -129,6 +134,7 @@ def check(
             to_stage,
             scope="offline" if offline else "all",
             on_cluster=checks.engines_elsewhere(settings),
+            engines=engines,
         )
         show_findings(checks.findings(pending))
         say("no problem found" if pending.todo else "all stages are done: a run starts nothing")
@@ -137,7 +143,7 @@ def check(
 def preview(
     workflow: WorkflowArgument,
     overrides: OverridesArgument = None,
-    config: ConfigOption = "pocket",
+    config: ConfigOption = None,
     count: Annotated[int, typer.Option("-n", "--count", help="number of prompts", min=1)] = 5,
     run_dir: RunDirOption = None,
     executor: Annotated[str, typer.Option(help="as of `quorum run`")] = "ray",
@@ -159,14 +165,11 @@ def preview(
     console = Console(soft_wrap=True)
     with refused():
         chosen = find_workflow(workflow)
-        settings = load_config(chosen.config, config, overrides or [])
+        settings = load_config(chosen.config, chosen_config(chosen, config), overrides or [])
         if not isinstance(settings, TrainingConfig):
             raise ConfigError(f"{chosen.name} judges no candidates, so there is nothing to preview")
         outcome = run_preview(settings, settings.run_folder(run_dir), count, chosen.wire, executor, console)
-    for name, failure in outcome.failures.items():
-        complain(f"{name} failed: {failure.reason}")
-    if outcome.failures:
-        raise typer.Exit(BAD_INPUT if all(f.bad_input for f in outcome.failures.values()) else STAGE_FAILED)
+    end_if_failed(outcome)
     show(outcome, settings.currency(), console)
 
 

@@ -1,7 +1,9 @@
-"""Commands that read a run's tables again: report, compare, audit."""
+"""Commands that read what runs left: list, report, compare, audit, review."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +15,40 @@ from ray_pipeline.cli.terminal import BAD_INPUT, STAGE_FAILED, RunArgument, comp
 
 if TYPE_CHECKING:
     from ray_pipeline.operate.side_by_side import Part
+
+
+def list_runs(
+    root: Annotated[str, typer.Argument(help="folder of runs, or one run: a path or a URI")] = "runs",
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON document, for scripts")] = False,
+) -> None:
+    """List the runs in a folder, newest first: date, state, workflow, models, training method and result.
+
+    Reads manifests only. Folders without a run and damaged runs are listed as such. A run with a heartbeat is watched
+    for 3 s to see whether it lives.
+
+    Examples: `quorum list`, `quorum list s3://bucket/runs`,
+    `quorum list --json | jq '.[] | select(.state == "failed")'`.
+    """
+    from ray_pipeline.operate.run_list import COLUMNS, list_runs
+    from ray_pipeline.store.outside import shown
+
+    with refused():
+        runs = list_runs(root)
+    if as_json:
+        print(json.dumps([dataclasses.asdict(run) for run in runs], ensure_ascii=False))
+        return
+    if not (console := Console()).is_terminal:
+        for run in runs:
+            say("  ".join(" ".join(cell.split()) or "-" for cell in run.cells))
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*COLUMNS[:-1], box=None, pad_edge=False)
+    table.add_column(COLUMNS[-1], no_wrap=True, overflow="ellipsis", ratio=1)
+    for run in runs:
+        table.add_row(*(Text(shown(" ".join(cell.split()))) for cell in run.cells))
+    console.print(table)
 
 
 def report(
@@ -105,3 +141,36 @@ def audit(run: RunArgument = "runs/latest") -> None:
         say(f"not audited (not made by the gate from all candidates): {', '.join(audited.skipped)}")
     if not all(report.ok for report in audited.reports.values()):
         raise typer.Exit(STAGE_FAILED)
+
+
+def review(
+    run: RunArgument = "runs/latest",
+    rows: Annotated[int, typer.Option("--rows", "-n", min=1, help="how many rows to look at")] = 100,
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder to write")] = Path("review"),
+) -> None:
+    """Write the rows whose label most needs a person: a page for labelling them, JSONL, and records for Argilla.
+
+    A fifth of the rows is drawn by chance, so that agreement over them holds for the run; the others are rows on which
+    the judges disagree, rows near a threshold, and kept rows with the largest variance. The page is one file that works
+    offline; it saves the labels as a JSONL file, which goes back into the run:
+
+    `quorum run dmapo -c CONFIG human_labels=labels-RUN.jsonl` shows in the report how far the gate agrees with people;
+    `human_labels.path=… human_labels.use=gate` lets their labels replace the gate's. No call is repeated.
+    """
+    from ray_pipeline.graph.results import read_run
+    from ray_pipeline.operate.review import PAGE, ROWS
+    from ray_pipeline.operate.review import review as write_review
+    from ray_pipeline.store.errors import StoreError
+    from ray_pipeline.workflow.registry import find_workflow
+    from ray_pipeline.workflow.stored import config_of
+
+    with refused():
+        stored = read_run(run)
+        workflow = find_workflow(stored.reference)
+        gate = None if workflow.scored is None else workflow.scored(config_of(stored))[0].gate
+        if gate is None:
+            raise StoreError(f"{stored.folder.location}: {workflow.name} has no gate, so there are no labels to review")
+        found = write_review(stored, gate, out, rows)
+    say(f"{sum(found.values())} rows: {', '.join(f'{count} {reason}' for reason, count in found.items())}")
+    say(f"page: {out / PAGE} (labels are saved from it)")
+    say(f"rows: {out / ROWS}")

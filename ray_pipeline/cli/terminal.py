@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from ray_pipeline.store.outside import shown
-from ray_pipeline.workflow.registry import workflow_names
+from ray_pipeline.workflow.registry import default_config, workflow_names
 
 if TYPE_CHECKING:
+    from ray_pipeline.graph.driver import RunOutcome
     from ray_pipeline.operate.pending import Finding
+    from ray_pipeline.workflow.registry import Workflow
 
 #: Exit codes.
 DONE, STAGE_FAILED, BAD_INPUT = 0, 1, 2
@@ -29,7 +31,12 @@ WorkflowArgument = Annotated[
 ]
 OverridesArgument = Annotated[list[str] | None, typer.Argument(help="key=value, for example gate.tau=2 candidates.k=8")]
 ConfigOption = Annotated[
-    str, typer.Option("--config", "-c", help="YAML file, or the name of one that comes with Quorum")
+    str | None,
+    typer.Option(
+        "--config",
+        "-c",
+        help="YAML file, or the name of one that comes with Quorum; default: the workflow's own pocket configuration",
+    ),
 ]
 RunDirOption = Annotated[str | None, typer.Option(help="run folder; default: run.root/run.name of the configuration")]
 RunArgument = Annotated[str, typer.Argument(help="run folder: a path, or the URI of any pyarrow filesystem")]
@@ -53,9 +60,33 @@ def show_findings(findings: Iterable[Finding]) -> None:
         raise typer.Exit(BAD_INPUT)
 
 
+def chosen_config(workflow: Workflow[Any], config: str | None) -> str:
+    """The configuration to read: the given one, else the workflow's pocket configuration, which is then named on
+    standard error. Raises ConfigError where there is neither."""
+    if config is not None:
+        return config
+    name = default_config(workflow)
+    complain(
+        f"no --config: using {name} (pocket models, no GPU); `quorum init {workflow.name}` writes a file of your own"
+    )
+    return name
+
+
 def complain(message: object) -> None:
     """Print a line on standard error."""
     _err.print(shown(f"quorum: {message}"), markup=False, highlight=False)
+
+
+def end_if_failed(outcome: RunOutcome) -> None:
+    """End the command if stages failed, with their reasons: exit code 2 where each is the user's input, else 1."""
+    if not outcome.failures:
+        return
+    for name, failure in outcome.failures.items():
+        complain(f"{name} failed: {failure.reason}")
+    if outcome.not_run:
+        complain(f"not run as a result: {', '.join(outcome.not_run)}")
+    complain("finished work is kept; rerun the same command to resume")
+    raise typer.Exit(BAD_INPUT if all(f.bad_input for f in outcome.failures.values()) else STAGE_FAILED)
 
 
 @contextlib.contextmanager

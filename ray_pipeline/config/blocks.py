@@ -60,6 +60,9 @@ class RayBlock(Settings):
     object_store_memory: int | None = Field(
         None, ge=80_000_000, description="object store of a new local cluster, in bytes; default: Ray's"
     )
+    dashboard: bool = Field(
+        False, description="start Ray's dashboard with a new local cluster; the run prints its address"
+    )
     max_stages: int | None = Field(
         None, ge=1, description="stages that run at once; default: all whose inputs are done (set it without GPUs)"
     )
@@ -67,4 +70,7 @@ class RayBlock(Settings):
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of `ray.init`."""
-        return {k: v for k, v in self.model_dump(exclude={"max_stages", "tables"}).items() if v is not None}
+        given = {k: v for k, v in self.model_dump(exclude={"dashboard", "max_stages", "tables"}).items()}
+        return {k: v for k, v in given.items() if v is not None} | (
+            {"include_dashboard": True} if self.dashboard else {}
+        )

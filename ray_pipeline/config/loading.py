@@ -61,27 +61,30 @@ def read_config(kind: type[C], values: Mapping[str, Any], overrides: Sequence[st
 
 def read_yaml(name_or_path: str) -> dict[str, Any]:
     """The blocks of a YAML file, or of one that comes with Quorum. Raises ConfigError."""
-    if os.path.isfile(name_or_path):
-        try:
-            with open(name_or_path, encoding="utf-8") as file:
-                text = file.read()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read {name_or_path}: {error}") from error
-    else:
-        folder = importlib.resources.files("configs")
-        name = os.path.basename(name_or_path).removesuffix(".yaml") + ".yaml"
-        # A path to a missing file is an error, even if its last part is the name of a shipped file.
-        if os.path.dirname(name_or_path) not in ("", "configs") or not (folder / name).is_file():
-            known = sorted(f.name for f in folder.iterdir() if f.name.endswith(".yaml"))
-            raise ConfigError(f"no config file {name_or_path}; Quorum comes with {', '.join(known)}")
-        text = (folder / name).read_text("utf-8")
     try:
-        values = yaml.load(text, UniqueKeys)
+        values = yaml.load(read_text(name_or_path), UniqueKeys)
     except yaml.YAMLError as error:
         raise ConfigError(f"{name_or_path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{name_or_path} must be a mapping of blocks, not {type(values).__name__}")
     return values
+
+
+def read_text(name_or_path: str) -> str:
+    """The text of a file, or of a configuration that comes with Quorum. Raises ConfigError."""
+    if os.path.isfile(name_or_path):
+        try:
+            with open(name_or_path, encoding="utf-8") as file:
+                return file.read()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read {name_or_path}: {error}") from error
+    folder = importlib.resources.files("configs")
+    name = os.path.basename(name_or_path).removesuffix(".yaml") + ".yaml"
+    # A path to a missing file is an error, even if its last part is the name of a shipped file.
+    if os.path.dirname(name_or_path) not in ("", "configs") or not (folder / name).is_file():
+        known = sorted(f.name for f in folder.iterdir() if f.name.endswith(".yaml"))
+        raise ConfigError(f"no config file {name_or_path}; Quorum comes with {', '.join(known)}")
+    return (folder / name).read_text("utf-8")
 
 
 class UniqueKeys(yaml.SafeLoader):

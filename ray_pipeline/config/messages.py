@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import importlib.metadata
+import re
 from collections.abc import Iterable, Sequence
-from typing import Any, get_args
+from pathlib import Path
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -42,6 +45,18 @@ def nearest(name: str, known: Iterable[Any]) -> str:
     return f"; choose from {', '.join(names)}" if names else ""
 
 
+def installing(extra: str) -> str:
+    """The command that installs an extra here. No index has Quorum itself, so without a checkout its requirements are
+    named."""
+    checkout = Path(__file__).parents[2]
+    if (checkout / "pyproject.toml").is_file():
+        place = "." if checkout == Path.cwd() else str(checkout)
+        return f"pip install '{place}[{extra}]'"
+    wanted = re.compile(rf"""extra\s*==\s*["']{extra}["']""")
+    found = [r.partition(";") for r in importlib.metadata.requires("quorum-align") or []]
+    return " ".join(["pip install", *(f"'{name.strip()}'" for name, _, marker in found if wanted.search(marker))])
+
+
 def _line(problem: Any, kind: type[BaseModel]) -> str:
     where = [part for part in problem["loc"] if not (isinstance(part, str) and "[" in part)]
     key = ".".join(str(part) for part in where)
@@ -66,7 +81,7 @@ def _fields_at(kind: Any, where: Sequence[Any]) -> list[str]:
                     inner.append(model.model_fields[part].annotation)
                 elif isinstance(part, str) and part == getattr(model.model_fields.get("type"), "default", None):
                     inner.append(model)
-            if not isinstance(one, type) or not issubclass(one, BaseModel):
+            if get_origin(one) in (list, tuple, dict):
                 inner += [a for a in get_args(one) if isinstance(part, int) or a is not str]
         types = inner or types
     return sorted({name for one in types for model in _models_in(one) for name in model.model_fields})

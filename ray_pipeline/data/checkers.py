@@ -1,32 +1,59 @@
-"""Checkers decide whether a response is right. They measure a run; no stage that makes data reads one."""
+"""Checkers decide whether a response is right. They measure a run; a stage that makes data reads one only as a judge
+that the configuration names (`judge.programs`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Protocol
+import inspect
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import pyarrow as pa
 from pydantic import Field
 
+from ray_pipeline.constraints.official import CheckersMissing, checker_version, checkers
 from ray_pipeline.extensions import find, register
 
 #: The key by which a configuration chooses a checker. It is left out of stored settings where it is not set.
 CheckerKey = Annotated[
     str | None,
     Field(
-        description="what decides whether a response is right: a name, or a file that registers a checker "
-        "(my_checker.py); default: the pocket world's, for runs on its prompts alone",
+        description="what decides whether a response is right: `ifeval` or `ifeval_loose` (the official checkers, for "
+        "prompts with constraints), or a file that registers a checker (my_checker.py); default: the prompts' own, "
+        "where all are from the pocket world or all from `constrained`",
         exclude_if=lambda reference: reference is None,
     ),
 ]
 
+#: Label of a prompt source → the checker of its prompts.
+_OF_SOURCE = {"pocket": "pocket", "constrained": "ifeval"}
+CHECKED_SOURCES = tuple(_OF_SOURCE)
+_OFFICIAL = ("ifeval", "ifeval_loose")
+
+
+class Checked(NamedTuple):
+    """What a checker finds.
+
+    Attributes:
+        share: of its requirements that the response meets, from 0 to 1; the response is right at 1.
+        reason: for a reader, such as the requirements that it does not meet.
+    """
+
+    share: float
+    reason: str = ""
+
 
 class Checker(Protocol):
-    """Register a function of this form under the kind `checker`."""
+    """Register a function of this form under the kind `checker`. A third parameter named `meta` gets the prompt's."""
 
-    def __call__(self, prompt: Sequence[Mapping[str, str]], response: str, /) -> bool | None:
-        """Whether a response to chat messages is right; None where that cannot be decided."""
+    def __call__(self, prompt: Sequence[Mapping[str, str]], response: str, /) -> bool | float | Checked | None:
+        """Whether a response to chat messages is right, or the share of its requirements that it meets; None where
+        that cannot be decided."""
         ...
+
+
+#: A resolved checker: messages, response and meta (JSON text) → what it finds.
+Check = Callable[[Sequence[Mapping[str, str]], str, str], Checked | None]
 
 
 @register("checker", "pocket")
@@ -37,34 +64,112 @@ def pocket(prompt: Sequence[Mapping[str, str]], response: str) -> bool | None:
     return is_correct(prompt[-1]["content"], response)
 
 
-def checker_of(reference: str | None, sources: Iterable[str]) -> Checker | None:
-    """The checker that a configuration chooses; without a choice the pocket world's where all prompts are from it.
+@register("checker", "ifeval")
+def ifeval(prompt: Sequence[Mapping[str, str]], response: str, meta: Mapping[str, Any]) -> Checked | None:
+    """IFEval's official checkers, strict, on the constraints in `meta`; None for a prompt without any."""
+    return _official(prompt, response, meta, loose=False)
+
+
+@register("checker", "ifeval_loose")
+def ifeval_loose(prompt: Sequence[Mapping[str, str]], response: str, meta: Mapping[str, Any]) -> Checked | None:
+    """The same, loose: also without first line, last line or asterisks."""
+    return _official(prompt, response, meta, loose=True)
+
+
+def _official(
+    prompt: Sequence[Mapping[str, str]], response: str, meta: Mapping[str, Any], *, loose: bool
+) -> Checked | None:
+    ids = meta.get("instruction_id_list")
+    if not ids:
+        return None
+    if unknown := [name for name in ids if name not in checkers().registry]:
+        raise ValueError(f"no official checker for {', '.join(unknown)}, which a prompt's instruction_id_list has")
+    kwargs = meta.get("kwargs") or [{}] * len(ids)
+    flags, _ = checkers().followed(prompt[-1]["content"], ids, kwargs, response, loose=loose)
+    broken = [name for name, followed in zip(ids, flags, strict=True) if not followed]
+    return Checked(1 - len(broken) / len(flags), f"not followed: {', '.join(broken)}" if broken else "all followed")
+
+
+def checker_digests(reference: str) -> dict[str, str]:
+    """What decides a checker's verdicts beside its own file, for the fingerprint of a stage.
+
+    Raises:
+        CheckersMissing: the packages of the official checkers are not installed.
+    """
+    return {"checkers": checker_version()} if reference in _OFFICIAL else {}
+
+
+def check_checker(reference: str) -> Check:
+    """The checker of this name or file, which can run here.
+
+    Raises:
+        ExtensionError: no such checker.
+        CheckersMissing: the packages or data of the official checkers are not installed.
+    """
+    check = load_checker(reference)
+    if reference in _OFFICIAL:
+        checkers()
+    return check
+
+
+def load_checker(reference: str) -> Check:
+    """The checker of this name or file. Raises ExtensionError."""
+    function = find("checker", reference).value
+    takes_meta = "meta" in inspect.signature(function).parameters
+
+    def check(prompt: Sequence[Mapping[str, str]], response: str, meta: str) -> Checked | None:
+        found = function(prompt, response, json.loads(meta)) if takes_meta else function(prompt, response)
+        if found is None or isinstance(found, Checked):
+            return found
+        if not 0 <= found <= 1:
+            raise ValueError(f"checker {reference} returned {found!r}; a share is between 0 and 1")
+        return Checked(float(found))
+
+    return check
+
+
+def default_checker(sources: Iterable[str]) -> str | None:
+    """Name of the checker of these prompts, where they have one.
 
     Args:
-        sources: column `source` of the prompts.
+        sources: column `source` of the prompts, or labels of the sources.
+    """
+    labels = set(sources)
+    return _OF_SOURCE.get(labels.pop()) if len(labels) == 1 else None
+
+
+def checker_of(reference: str | None, sources: Iterable[str]) -> Check | None:
+    """The checker that a configuration chooses; without a choice that of the prompts (see `default_checker`), if it can
+    run here.
 
     Raises:
         ExtensionError: no such checker.
     """
-    if reference is None and any(source != "pocket" for source in sources):
+    if reference is not None:
+        return load_checker(reference)
+    default = default_checker(sources)
+    try:
+        return None if default is None else check_checker(default)
+    except CheckersMissing:
         return None
-    found: Checker = find("checker", reference or "pocket").value
-    return found
 
 
 def with_truth(answers: pa.Table, prompts: pa.Table, reference: str | None = None) -> pa.Table:
-    """`answers` with a column `correct` (bool; null without a response or a decision), where there is a checker.
+    """`answers` with columns `correct` (bool) and `followed` (share of the requirements that are met), where there is
+    a checker; both are null without a response or a decision.
 
     Args:
         answers: columns prompt_id and response.
-        prompts: columns prompt_id, messages and source.
+        prompts: columns prompt_id, messages, source and meta.
     """
-    checker = checker_of(reference, prompts["source"].to_pylist())
-    if checker is None:
+    check = checker_of(reference, prompts["source"].to_pylist())
+    if check is None:
         return answers
-    messages = dict(zip(prompts["prompt_id"].to_pylist(), prompts["messages"].to_pylist(), strict=True))
-    correct = [
-        None if text is None else checker(messages[prompt], text)
+    known = {row["prompt_id"]: row for row in prompts.select(["prompt_id", "messages", "meta"]).to_pylist()}
+    found = [
+        None if text is None else check(known[prompt]["messages"], text, known[prompt]["meta"])
         for prompt, text in zip(answers["prompt_id"].to_pylist(), answers["response"].to_pylist(), strict=True)
     ]
-    return answers.append_column("correct", pa.array(correct, pa.bool_()))
+    correct = pa.array([None if one is None else one.share == 1 for one in found], pa.bool_())
+    followed = pa.array([None if one is None else one.share for one in found], pa.float64())
+    return answers.append_column("correct", correct).append_column("followed", followed)

@@ -47,8 +47,10 @@ def pairs_to_kto(pairs: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
                     "prompt": row["prompt"],
                     "completion": row[side],
                     "label": label,
-                    "final_score": row[f"{side}_score"],
+                    "final_score": row[f"score_{side}"],
                     "scores": None,
+                    "copies": None,
+                    "model": row[f"{side}_model"],
                 }
     return to_table(list(kept.values()), KTO), {"answers": 2 * len(rows), "kept": len(kept), "dropped": dropped}
 
@@ -72,7 +74,8 @@ def pairs_to_sft(pairs: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
                 "split": row["split"],
                 "prompt": row["prompt"],
                 "completion": row["chosen"],
-                "final_score": row["chosen_score"],
+                "final_score": row["score_chosen"],
+                "model": row["chosen_model"],
             },
         )
     counts = {"pairs": pairs.num_rows, "kept": len(kept), "dropped": {"repeated": pairs.num_rows - len(kept)}}

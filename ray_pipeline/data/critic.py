@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from ray_pipeline.agents.judges import JudgeAsking, SamplingSettings, critique
+from ray_pipeline.agents.judges import JudgeAsking, SamplingSettings, columns_of, critique
 from ray_pipeline.agents.templates import Layout, RoleTemplate
 from ray_pipeline.config.settings import Settings
-from ray_pipeline.data.judging import Answer, answers_of
+from ray_pipeline.data.answers import Answer, answers_of
 from ray_pipeline.engines.base import ChatEngine
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.asking import Asking, Outcome, ShardTables, count_by, reply_status
@@ -48,7 +48,7 @@ async def _critique(engine: ChatEngine, settings: _Critic, answer: Answer) -> Ou
     result = await critique(
         engine, answer.messages, answer.response, settings.template, settings.sampling, settings.asking, settings.layout
     )
-    return Outcome({"critiques": [{**ids, **vars(result)}]}, reply_status("the critic", result.parse_status))
+    return Outcome({"critiques": [{**ids, **columns_of(result)}]}, reply_status("the critic", result.parse_status))
 
 
 CRITIC = Asking(

@@ -1,4 +1,4 @@
-"""Training files: kept rows of all shards in training order, in numbered files with a dataset card and `stats.json`.
+"""Training files: kept rows of all shards in training order, in numbered files with a card and `stats.json`.
 
 TRL feeds KTO rows in the order of the file, so the order is made here.
 """
@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import yaml
 
-from ray_pipeline.data.dataset_rows import SPLITS, DatasetsConfig, Kind
+from ray_pipeline.data.card import Provenance, write_card
+from ray_pipeline.data.dataset_rows import RULES, SPLITS, DatasetsConfig, Kind
 from ray_pipeline.data.gate import GateConfig
-from ray_pipeline.data.rows import Rows, flat_counts, gather, one_array, refuse_repeats
+from ray_pipeline.data.rows import Rows, gather, one_array, refuse_repeats
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import unit_hash
-from ray_pipeline.store.markdown import key_table
 from ray_pipeline.store.schemas import TABLES
 
 #: Key columns of each kind of row.
@@ -59,18 +58,33 @@ def kto_weights(n_desirable: int, n_undesirable: int) -> tuple[float, float] | N
     """(desirable_weight, undesirable_weight) for classes of these sizes; None if one is empty.
 
     Eq. (8) of the KTO paper (arXiv 2402.01306) wants w_d·n_d / (w_u·n_u) in [1, 4/3]; TRL 1.16 warns outside
-    [1, 1.33]. (1, 1) where that holds already; else the smaller class gets the weight that makes the ratio 7/6,
-    the middle, where TRL's rounding to two digits cannot matter.
+    [1, 1.33], its bounds rounded to two digits. (1, 1) where that holds already; else the class that weighs too little
+    gets the smallest weight of two digits that brings the ratio inside, so that one row more or less never changes a
+    weight by more than its share and 0.01.
     """
     if n_desirable < 1 or n_undesirable < 1:
         return None
-    ratio = n_desirable / n_undesirable
-    if 1 <= ratio <= 1.33:
-        return 1.0, 1.0
-    middle = 7 / 6
-    if ratio < 1:
-        return round(middle / ratio, 4), 1.0
-    return 1.0, round(ratio / middle, 4)
+    if n_desirable < n_undesirable:
+        return _above(100 * n_undesirable, n_desirable), 1.0
+    if 100 * n_desirable > 133 * n_undesirable:
+        return 1.0, _above(10_000 * n_desirable, 133 * n_undesirable)
+    return 1.0, 1.0
+
+
+def _above(numerator: int, denominator: int) -> float:
+    """The next hundredth above a ratio in hundredths."""
+    return (numerator // denominator + 1) / 100
+
+
+def of_prompts(table: pa.Table, most: int) -> pa.Table:
+    """The rows with at most `most` prompts in the training split: those of the smallest hash. The validation split is
+    kept whole."""
+    split, prompts = one_array(table["split"]).to_pylist(), one_array(table["prompt_id"]).to_pylist()
+    trained = {prompt for prompt, part in zip(prompts, split, strict=True) if part == "train"}
+    kept = set(sorted(trained, key=lambda prompt: (unit_hash("max_prompts", prompt), prompt))[:most])
+    return table.filter(
+        pa.array([part != "train" or prompt in kept for prompt, part in zip(prompts, split, strict=True)], pa.bool_())
+    )
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -86,10 +100,11 @@ def write_dataset_files(
     gate: GateConfig | None,
     judges: Sequence[str],
     lineage: Mapping[str, str] | None = None,
-    license: str = "other",
-    origin: str | None = None,
+    origin: Provenance | None = None,
+    lengths: str | None = None,
+    max_prompts: int | None = None,
 ) -> dict[str, Any]:
-    """Write `<folder>/<kind>/{train,val}/part-00000.parquet …`, a README.md for each kind, and stats.json last.
+    """Write `<folder>/<kind>/{train,val}/part-00000.parquet …`, the card (README.md), and stats.json last.
 
     Args:
         tables: kind → tables of the shards, in any order; only these kept rows are held in memory.
@@ -97,45 +112,53 @@ def write_dataset_files(
         counts: kind → sum of the shards' counts (`rows.add_counts`).
         gate: thresholds that made the labels, for the card; None where no gate did.
         lineage: stage → fingerprint of what the rows were made from, for the card.
-        license: of the card, as the Hub spells it ("apache-2.0", "cc-by-4.0" …).
-        origin: origin of the preferences, for the card; default: the consensus of the judges.
+        origin: where the preferences come from, for the card; default: the consensus of the judges.
+        lengths: how tokens were counted, for the card (`tokens.counted_with`).
+        max_prompts: largest number of prompts in each training split; default: all.
 
     Returns:
         Content of stats.json: `rows` (kind → rows of each split, for KTO of each class too), `counts`,
         `kto_weights` ({desirable_weight, undesirable_weight}, of the train split; None if a class is empty),
-        `gate`, `judges`, `lineage`, `settings` and `fingerprint`. It contains no paths and no times.
+        `gate`, `judges`, `lineage`, `settings`, `origin`, `rules` (`dataset_rows.RULES`), `fingerprint` and, if known,
+        `lengths`. It contains no paths and no times.
 
     Raises:
         ValueError: a table does not have the schema of its kind, or a kind of `config.kinds` has no tables.
         KeyMismatch: a row occurs twice.
     """
-    folder = Folder(folder) if isinstance(folder, str) else folder
+    folder, origin = Folder(folder) if isinstance(folder, str) else folder, origin or Provenance()
     stats: dict[str, Any] = {
         "fingerprint": fingerprint,
+        "rules": RULES,
         "rows": {},
         "counts": {kind: dict(counts[kind]) for kind in config.kinds},
         "kto_weights": None,
         "gate": None if gate is None else gate.model_dump(mode="json"),
         "judges": list(judges),
         "lineage": dict(lineage or {}),
-        "settings": config.model_dump(mode="json"),
+        "settings": config.model_dump(mode="json") | ({} if max_prompts is None else {"max_prompts": max_prompts}),
+        "origin": origin.stored(),
     }
     for kind in config.kinds:
         if kind not in tables:
             raise ValueError(f"datasets.kinds contains {kind}, but there are no {kind} tables")
         table = _all_rows(kind, tables[kind])
+        if max_prompts is not None:
+            table = of_prompts(table, max_prompts)
         rows: dict[str, int] = {}
         for split in SPLITS:
-            part = gather(table, np.flatnonzero(np.asarray(pc.equal(one_array(table["split"]), split))))
-            _write_split(folder / kind / split, kind, part, config, fingerprint)
-            rows[split] = part.num_rows
+            places = np.flatnonzero(np.asarray(pc.equal(one_array(table["split"]), split)))
+            _write_split(folder / kind / split, kind, table, places, config, fingerprint)
+            rows[split] = len(places)
             if kind == "kto":
-                rows[f"{split}_desirable"] = pc.sum(part["label"]).as_py() or 0
+                rows[f"{split}_desirable"] = pc.sum(gather(table.select(["label"]), places)["label"]).as_py() or 0
                 rows[f"{split}_undesirable"] = rows[split] - rows[f"{split}_desirable"]
         stats["rows"][kind] = rows
         if kind == "kto" and (weights := kto_weights(rows["train_desirable"], rows["train_undesirable"])):
             stats["kto_weights"] = {"desirable_weight": weights[0], "undesirable_weight": weights[1]}
-        (folder / kind).write_bytes("README.md", _card(kind, stats, license, origin).encode())
+    if lengths:
+        stats["lengths"] = lengths
+    write_card(folder, stats, origin, config.kinds)
     folder.write_json("stats.json", stats)
     return stats
 
@@ -156,9 +179,13 @@ def _all_rows(kind: str, tables: Iterable[pa.Table]) -> pa.Table:
     return table
 
 
-def _write_split(folder: Folder, kind: Kind, table: pa.Table, config: DatasetsConfig, fingerprint: str) -> None:
-    """Numbered files in training order. A split without rows still gets one file, so that readers find its columns."""
-    order = training_order(table, kind, config.seed)
+def _write_split(
+    folder: Folder, kind: Kind, table: pa.Table, places: Rows, config: DatasetsConfig, fingerprint: str
+) -> None:
+    """Numbered files of the rows at these places in training order; only one file's texts are copied at a time. A split
+    without rows still gets one file, so that readers find its columns."""
+    deciding = [*_KEYS[kind], *(["label"] if kind == "kto" else [])]
+    order = places[training_order(gather(table.select(deciding), places), kind, config.seed)]
     written = []
     for number, start in enumerate(range(0, max(len(order), 1), config.rows_per_file)):
         name = f"part-{number:05d}.parquet"
@@ -168,90 +195,3 @@ def _write_split(folder: Folder, kind: Kind, table: pa.Table, config: DatasetsCo
     for name in folder.names(".parquet"):
         if name not in written:  # of an earlier attempt; a loader would read it
             folder.delete(name)
-
-
-# --- dataset card -----------------------------------------------------------------------------------------------------
-
-_COLUMNS = {
-    "kto": {
-        "prompt": "chat messages up to the user's last turn",
-        "completion": "the answer, as one assistant message",
-        "label": "true: desirable, false: undesirable",
-        "final_score": "f, mean of the judges' scores after the critic's penalty",
-        "scores": "each judge and its score",
-        "candidate_id, prompt_id": "keys of the run's other tables",
-        "split": "train or val; follows from the prompt's hash",
-    },
-    "dpo": {
-        "prompt": "chat messages up to the user's last turn",
-        "chosen": "the desirable answer of the highest final score, as one assistant message",
-        "rejected": "the undesirable answer of the lowest final score, likewise",
-        "chosen_score, rejected_score": "their final scores",
-        "score_gap": "chosen_score - rejected_score",
-        "prompt_id, chosen_id, rejected_id": "keys of the run's other tables",
-        "split": "train or val; follows from the prompt's hash",
-    },
-    "sft": {
-        "prompt": "chat messages up to the user's last turn",
-        "completion": "the chosen answer of the prompt's pair, as one assistant message",
-        "final_score": "its final score",
-        "candidate_id, prompt_id": "keys of the run's other tables",
-        "split": "train or val; follows from the prompt's hash",
-    },
-}
-
-
-def _card(kind: str, stats: Mapping[str, Any], license: str, origin: str | None) -> str:
-    """README.md with the front matter by which `datasets.load_dataset(folder)` finds the splits."""
-    rows, counts, gate = stats["rows"][kind], stats["counts"][kind], stats["gate"]
-    front: dict[str, Any] = {
-        "pretty_name": f"Quorum {kind.upper()} data",
-        "license": license,
-        "task_categories": ["text-generation"],
-        "tags": ["quorum", "preference", "rlaif", "trl", kind],
-        "size_categories": [_size_category(rows["train"] + rows["val"])],
-    }
-    # `datasets` 5.2 fails on a split without rows, so the card names only those that have some.
-    named = {"train": "train", "val": "validation"}
-    files = [{"split": named[split], "path": f"{split}/*.parquet"} for split in SPLITS if rows[split]]
-    if files:
-        # `datasets` 5.2 caches a local folder by its name and that of the configuration, whatever its files contain:
-        # under a fixed name it would return the rows of another run with the same folder name.
-        front["configs"] = [{"config_name": stats["fingerprint"], "data_files": files}]
-    columns = _COLUMNS[kind]
-    lines = [
-        "---",
-        yaml.safe_dump(front, sort_keys=False).rstrip(),
-        "---",
-        "",
-        f"# Quorum {kind.upper()} data",
-        "",
-        f"{origin or _consensus(stats['judges'])}, ready for TRL's `{kind.upper()}Trainer`. "
-        "Rows are in training order.",
-        "",
-        "```python",
-        "from datasets import load_dataset",
-        f'data = load_dataset("path/to/{kind}")  # splits: {", ".join(f["split"] for f in files) or "none, no row"}',
-        "```",
-        "",
-        *key_table("Columns", columns),
-        *key_table("Rows", rows),
-        *key_table("Kept and left out", flat_counts(counts, between=": ")),
-        *(key_table("Gate", gate) if gate else ()),
-        *key_table("Limits and order", stats["settings"]),
-    ]
-    if kind == "kto":
-        weights = stats["kto_weights"] or {"none": "a class is empty, KTO cannot be trained"}
-        lines += key_table("Class weights for KTO", weights)
-    lines += key_table("Made from", {**stats["lineage"], "datasets": stats["fingerprint"]})
-    return "\n".join(lines)
-
-
-def _consensus(judges: Sequence[str]) -> str:
-    return f"Preference data by consensus of {len(judges)} LLM judges ({', '.join(judges)})"
-
-
-def _size_category(rows: int) -> str:
-    """The Hub's size category for a number of rows."""
-    bounds = [("n<1K", 10**3), ("1K<n<10K", 10**4), ("10K<n<100K", 10**5), ("100K<n<1M", 10**6), ("1M<n<10M", 10**7)]
-    return next((name for name, bound in bounds if rows < bound), "10M<n<100M")

@@ -7,6 +7,7 @@ TRL 1.16 has no limit on prompts, silently drops prompts that fill `max_length`,
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
 from ray_pipeline.config.settings import Settings
+from ray_pipeline.data.gate import cut_text
 from ray_pipeline.data.rows import KeyMismatch, gather, one_array, refuse_repeats, rows_of
 from ray_pipeline.data.tokens import Encode
 from ray_pipeline.store.keys import normalise_text
@@ -23,8 +25,13 @@ from ray_pipeline.store.schemas import DPO, KTO, READ_STATUSES, to_table
 Kind = Literal["kto", "dpo", "sft"]
 SPLITS = ("train", "val")
 
-#: Reasons for which a desirable or undesirable candidate gives no KTO row, in the order of the checks.
-KTO_DROPPED = ("empty_response", "prompt_too_long")
+#: Version of the rules by which rows are made: under version 1, equal answers to a prompt were rows of their own, and
+#: texts that were cut off were like any other.
+RULES = 2
+
+#: Reasons for which a desirable or undesirable candidate gives no KTO row, in the order of the checks. Of equal answers
+#: to a prompt one is kept (`repeated`), and none if some are desirable and some undesirable (`contradictory`).
+KTO_DROPPED = ("empty_response", "contradictory", "repeated", "prompt_too_long")
 #: Reasons for which a prompt gives no DPO pair, in the order of the checks.
 DPO_DROPPED = (
     "no_desirable_or_undesirable", "no_desirable", "no_undesirable", "gap_too_small", "equal_text", "prompt_too_long",
@@ -79,14 +86,18 @@ def kto_rows(
     encode: Encode,
     judges: Sequence[str] | None = None,
 ) -> tuple[pa.Table, dict[str, Any]]:
-    """One row for each desirable or undesirable candidate of a shard, in the order of `decisions`.
+    """One row for each distinct desirable or undesirable answer of a shard, in the order of `decisions`.
+
+    Of equal answers the one with the smallest candidate_id is kept, and `copies` is their number. Answers are equal if
+    `keys.normalise_text` does not tell them apart.
 
     Args:
         judges: whose scores the rows carry, in this order; by default all of `verdicts`, by name.
 
     Returns:
-        A table of schema KTO, and counts: `candidates` (rows of `decisions`), `kept`, `dropped` by reason
-        (`KTO_DROPPED`) and `truncated` (kept rows of more than `max_length` tokens, which the trainer truncates).
+        A table of schema KTO, and counts: `candidates` (rows of `decisions`), `cut_off` (those of them that were left
+        out because their text is not whole), `kept`, `dropped` by reason (`KTO_DROPPED`) and `truncated` (kept rows of
+        more than `max_length` tokens, which the trainer truncates).
 
     Raises:
         KeyMismatch: a decision's candidate or prompt is missing or belongs to another, or an id occurs twice.
@@ -95,10 +106,16 @@ def kto_rows(
     truncated = 0
     scores = _scores(verdicts, judges)
     rows = []
-    for kept in _kept_candidates(prompts, candidates, decisions):
+    labelled = _kept_candidates(prompts, candidates, decisions)
+    answers = _answers(labelled)
+    for kept in labelled:
         completion = _answer(kept["response"])
         if _is_empty(kept["response"]):
             dropped["empty_response"] += 1
+            continue
+        same = answers[_told_apart(kept)]
+        if same.contradictory or kept["candidate_id"] != same.first:
+            dropped["contradictory" if same.contradictory else "repeated"] += 1
             continue
         if len(encode(kept["messages"], None)) > config.max_prompt_length:
             dropped["prompt_too_long"] += 1
@@ -114,10 +131,12 @@ def kto_rows(
                 "label": kept["label"] == "desirable",
                 "final_score": kept["final_score"],
                 "scores": scores.get(kept["candidate_id"], []),
+                "copies": same.copies,
+                "model": kept["model"],
             }
         )
-    counts = {"candidates": decisions.num_rows, "kept": len(rows), "dropped": dropped, "truncated": truncated}
-    return to_table(rows, KTO), counts
+    counts = {"candidates": decisions.num_rows, "cut_off": _cut_off(decisions), "kept": len(rows)}
+    return to_table(rows, KTO), {**counts, "dropped": dropped, "truncated": truncated}
 
 
 def dpo_rows(
@@ -140,9 +159,10 @@ def dpo_rows(
             without a pair then counts once, one with several counts them all.
 
     Returns:
-        A table of schema DPO, and counts: `prompts` (with decisions), `kept`, `dropped` by reason (`DPO_DROPPED`),
-        `truncated` (kept pairs with a side of more than `max_length` tokens) and `empty_responses` (candidates that
-        were left out of pairing). prompts = kept + the sum of dropped.
+        A table of schema DPO, and counts: `prompts` (with decisions), `cut_off` (as `kto_rows`), `kept`, `dropped` by
+        reason (`DPO_DROPPED`), `truncated` (kept pairs with a side of more than `max_length` tokens), and candidates
+        that were left out of pairing: `empty_responses`, and `repeated_responses` that equal another rejected one.
+        prompts = kept + the sum of dropped.
 
     Raises:
         KeyMismatch: as `kto_rows`.
@@ -150,7 +170,7 @@ def dpo_rows(
     sides: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
         p: ([], []) for p in decisions["prompt_id"].to_pylist()
     }
-    empty = 0
+    empty = repeated = 0
     for kept in _kept_candidates(prompts, candidates, decisions):
         if _is_empty(kept["response"]):
             empty += 1
@@ -166,15 +186,25 @@ def dpo_rows(
             continue
         chosen, worst = best_pair(desirable, undesirable)
         others = sorted(undesirable, key=lambda c: (c["final_score"], c["candidate_id"]))
+        rejected_texts: set[tuple[str, str]] = set()
         for rejected in others if every_rejected else [worst]:
+            if _told_apart(rejected) in rejected_texts:
+                repeated += 1
+                continue
+            rejected_texts.add(_told_apart(rejected))
             reason, cut = _guard(chosen, rejected, config, encode)
             if reason:
                 dropped[reason] += 1
                 continue
             truncated += cut
             rows.append(_pair(prompt, chosen, rejected))
-    counts = {"prompts": len(sides), "kept": len(rows), "dropped": dropped}
-    return to_table(rows, DPO), {**counts, "truncated": truncated, "empty_responses": empty}
+    counts = {"prompts": len(sides), "cut_off": _cut_off(decisions), "kept": len(rows), "dropped": dropped}
+    return to_table(rows, DPO), {
+        **counts,
+        "truncated": truncated,
+        "empty_responses": empty,
+        "repeated_responses": repeated,
+    }
 
 
 def _pair(prompt: str, chosen: Mapping[str, Any], rejected: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,9 +216,11 @@ def _pair(prompt: str, chosen: Mapping[str, Any], rejected: Mapping[str, Any]) -
         "prompt": chosen["messages"],
         "chosen": _answer(chosen["response"]),
         "rejected": _answer(rejected["response"]),
-        "chosen_score": chosen["final_score"],
-        "rejected_score": rejected["final_score"],
+        "score_chosen": chosen["final_score"],
+        "score_rejected": rejected["final_score"],
         "score_gap": chosen["final_score"] - rejected["final_score"],
+        "chosen_model": chosen["model"],
+        "rejected_model": rejected["model"],
     }
 
 
@@ -215,14 +247,50 @@ def _guard(
     """Why the pair is dropped (None if it is kept), and whether the trainer will truncate a side of it."""
     if chosen["final_score"] - rejected["final_score"] < config.min_gap:
         return "gap_too_small", False
-    if normalise_text(chosen["response"]) == normalise_text(rejected["response"]):
+    return pair_guard(chosen["messages"], chosen["response"], rejected["response"], config, encode)
+
+
+def pair_guard(
+    prompt: Sequence[Mapping[str, str]], chosen: str, rejected: str, config: DatasetsConfig, encode: Encode
+) -> tuple[str | None, bool]:
+    """Why a pair of texts, own or imported, is dropped (None if it is kept), and whether the trainer will truncate a
+    side of it."""
+    if normalise_text(chosen) == normalise_text(rejected):
         return "equal_text", False
-    if len(encode(chosen["messages"], None)) > config.max_prompt_length:
+    if len(encode(prompt, None)) > config.max_prompt_length:
         return "prompt_too_long", False
-    left, right = (encode(chosen["messages"], _answer(side["response"])) for side in (chosen, rejected))
+    left, right = (encode(prompt, _answer(text)) for text in (chosen, rejected))
     if left[: config.max_length] == right[: config.max_length]:
         return "equal_after_truncation", False
     return None, max(len(left), len(right)) > config.max_length
+
+
+@dataclasses.dataclass
+class _SameAnswer:
+    """Labelled candidates of a prompt with one text: the smallest id, their number, and whether labels differ."""
+
+    first: str
+    label: str
+    copies: int = 1
+    contradictory: bool = False
+
+
+def _told_apart(kept: Mapping[str, Any]) -> tuple[str, str]:
+    return kept["prompt_id"], normalise_text(kept["response"])
+
+
+def _answers(labelled: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], _SameAnswer]:
+    found: dict[tuple[str, str], _SameAnswer] = {}
+    for kept in labelled:
+        if _is_empty(kept["response"]):
+            continue
+        same = found.get(_told_apart(kept))
+        if same is None:
+            found[_told_apart(kept)] = _SameAnswer(kept["candidate_id"], kept["label"])
+            continue
+        same.first, same.copies = min(same.first, kept["candidate_id"]), same.copies + 1
+        same.contradictory |= kept["label"] != same.label
+    return found
 
 
 def _kept_candidates(prompts: pa.Table, candidates: pa.Table, decisions: pa.Table) -> list[dict[str, Any]]:
@@ -230,14 +298,15 @@ def _kept_candidates(prompts: pa.Table, candidates: pa.Table, decisions: pa.Tabl
     refuse_repeats(one_array(decisions["candidate_id"]), "decisions: candidate_id")
     kept = decisions.filter(pc.is_in(decisions["label"], value_set=pa.array(["desirable", "undesirable"])))
     place = rows_of(kept["candidate_id"], candidates["candidate_id"], "decisions: candidate", "candidates")
-    own = gather(candidates.select(["prompt_id", "response"]), place)
+    own = gather(candidates.select(["prompt_id", "response", "model"]), place)
     prompt = gather(prompts, rows_of(kept["prompt_id"], prompts["prompt_id"], "decisions: prompt", "prompts"))
     strangers = kept.filter(pc.not_equal(one_array(kept["prompt_id"]), one_array(own["prompt_id"])))
     if strangers.num_rows:
         stranger = strangers["candidate_id"][0].as_py()
         raise KeyMismatch(f"decisions: candidate {stranger!r} has another prompt_id in candidates")
     joined = kept.select(["candidate_id", "prompt_id", "final_score", "label"])
-    joined = joined.append_column("response", own["response"])
+    for name in ("response", "model"):
+        joined = joined.append_column(name, own[name])
     for name in ("split", "messages"):
         joined = joined.append_column(name, prompt[name])
     rows: list[dict[str, Any]] = joined.to_pylist()
@@ -253,6 +322,12 @@ def _scores(verdicts: pa.Table, judges: Sequence[str] | None) -> dict[str, list[
     for row in sorted((r for r in rows if r["judge"] in place), key=lambda r: place[r["judge"]]):
         scores[row["candidate_id"]].append({"judge": row["judge"], "score": row["score"]})
     return scores
+
+
+def _cut_off(decisions: pa.Table) -> int:
+    if "why" not in decisions.column_names:
+        return 0
+    return pc.sum(pc.starts_with(one_array(decisions["why"]), cut_text(""))).as_py() or 0
 
 
 def _answer(response: str | None) -> list[dict[str, str]]:

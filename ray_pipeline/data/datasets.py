@@ -11,12 +11,13 @@ from typing import Any
 import pyarrow as pa
 
 from ray_pipeline.config.settings import Settings
+from ray_pipeline.data.card import Provenance
 from ray_pipeline.data.convert import pairs_to_sft
 from ray_pipeline.data.dataset_files import write_dataset_files
 from ray_pipeline.data.dataset_rows import DatasetsConfig, dpo_rows, kto_rows
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.data.rows import add_counts, flat_counts
-from ray_pipeline.data.tokens import token_counter
+from ray_pipeline.data.tokens import counted_with, counter_identity, token_counter
 from ray_pipeline.engines.models import ModelSettings, TokenizerSettings
 from ray_pipeline.graph.asking import ShardTables
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage, StageStop, WholeInput, WholeWork
@@ -25,7 +26,7 @@ from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage, 
 class _RowsGiven(Settings):
     datasets: DatasetsConfig
     judges: tuple[str, ...]
-    tokenizer: TokenizerSettings
+    tokenizer: TokenizerSettings | None
     every_rejected: bool
 
 
@@ -34,14 +35,16 @@ class _FilesGiven(Settings):
     gate: GateConfig | None
     judges: tuple[str, ...]
     lineage: dict[str, str]
-    origin: str | None
+    origin: Provenance
     trained_on: bool
+    max_prompts: int | None
+    lengths: str
 
 
 def dataset_rows(
     settings: DatasetsConfig,
     judges: Sequence[str],
-    policy: ModelSettings,
+    policy: ModelSettings | None,
     prompts: Stage,
     candidates: Stage,
     verdicts: Sequence[Stage],
@@ -53,10 +56,12 @@ def dataset_rows(
     """Rows of every kind needed for the datasets, shard by shard.
 
     Args:
+        policy: whose tokenizer counts the rows' tokens; None: they are estimated.
         every_rejected: a pair with each rejected candidate of a prompt, not with the worst alone.
     """
     return Stage(
         name=name,
+        version=2,  # 2: equal answers to a prompt are one row
         group="datasets",
         role="rows",
         work=ShardWork(
@@ -65,7 +70,7 @@ def dataset_rows(
             settings=_RowsGiven(
                 datasets=settings,
                 judges=tuple(judges),
-                tokenizer=policy.tokenizer,
+                tokenizer=None if policy is None else policy.tokenizer,
                 every_rejected=every_rejected,
             ),
         ),
@@ -73,7 +78,7 @@ def dataset_rows(
             **settings.decisive(exclude={"kinds", "seed", "rows_per_file"}),
             "tables": list(settings.row_kinds),
             "judges": list(judges),
-            "chat_template_args": policy.chat_template_args,
+            **({} if policy is None else {"chat_template_args": policy.chat_template_args}),
             **({"every_rejected": True} if every_rejected else {}),
         },
         inputs={
@@ -82,7 +87,7 @@ def dataset_rows(
             "decisions": decisions,
             **{f"verdicts/{stage.name}": stage for stage in verdicts},
         },
-        external=policy.weights(),
+        external=counter_identity(policy),
     )
 
 
@@ -91,25 +96,31 @@ def dataset_files(
     gate_settings: GateConfig | None,
     judges: Sequence[str],
     rows: Stage,
+    policy: ModelSettings | None,
     *,
     name: str = "datasets",
     view: str = "datasets",
-    origin: str | None = None,
+    origin: Provenance | None = None,
     trained_on: bool = True,
+    max_prompts: int | None = None,
 ) -> Stage:
     """Training files of all kinds, in the order of `settings.seed`.
 
     Args:
         rows: the stage with a table of each of `settings.row_kinds`.
-        origin: origin of the preferences, for the dataset cards; default: the judges' consensus.
+        policy: the model whose tokenizer counted the rows' tokens; None: they were estimated.
+        origin: where the preferences come from, for the card; default: the judges' consensus.
         trained_on: whether the stage fails where it leaves nothing to train on.
+        max_prompts: largest number of prompts in each training split; default: all.
     """
     lineage = {stage.name: stage.fingerprint for stage in [*rows.inputs.values(), rows]}
+    origin = origin or Provenance()
     return Stage(
         name=name,
         group="datasets",
         role="datasets",
         view=view,
+        version=2,  # 2: KTO weights without jumps
         work=WholeWork(
             function=write_files,
             settings=_FilesGiven(
@@ -119,9 +130,15 @@ def dataset_files(
                 lineage=lineage,
                 origin=origin,
                 trained_on=trained_on,
+                lengths=counted_with(policy),
+                max_prompts=max_prompts,
             ),
         ),
-        config={**settings.decisive(), "origin": origin},
+        config={
+            **settings.decisive(),
+            "origin": origin.text or None,
+            **({} if max_prompts is None else {"max_prompts": max_prompts}),
+        },
         inputs={"rows": rows},
     )
 
@@ -163,7 +180,7 @@ def write_files(given: WholeInput) -> dict[str, Any]:
     tables: dict[str, Iterable[pa.Table]] = {}
     counts: dict[str, dict[str, Any]] = {}
     for kind in settings.datasets.kinds:
-        if kind == "sft":
+        if kind == "sft" and "sft" not in rows.tables:  # imported rows may have a table of their own
             made = [pairs_to_sft(pairs) for pairs in rows.table("dpo").scan()]
             tables[kind], counts[kind] = [table for table, _ in made], add_counts([found for _, found in made])
         else:
@@ -178,16 +195,24 @@ def write_files(given: WholeInput) -> dict[str, Any]:
         judges=settings.judges,
         lineage=settings.lineage,
         origin=settings.origin,
+        max_prompts=settings.max_prompts,
+        lengths=settings.lengths,
     )
     given.log(", ".join(f"{kind} {split} {n}" for kind, sizes in stats["rows"].items() for split, n in sizes.items()))
     useless = untrainable(stats["rows"])
     if settings.trained_on and len(useless) == len(settings.datasets.kinds):
         raise StageStop(
-            f"nothing to train on: {'; '.join(useless)}. `quorum report` shows labels and unread replies; change "
-            "gate.tau, gate.desirable_at, gate.undesirable_at, the judges or the critic, then rerun the same command"
+            f"nothing to train on: {'; '.join(useless)}. "
+            + (
+                "`quorum report` shows labels and unread replies; change gate.tau, gate.desirable_at, "
+                "gate.undesirable_at, the judges or the critic, then rerun the same command"
+                if settings.judges
+                else "Bring rows of both kinds, or lower prompts.val_fraction, then rerun the same command"
+            )
         )
     guards = {f"{kind}: {why}": n for kind, found in counts.items() for why, n in found.get("dropped", {}).items()}
     facts = {"rows": stats["rows"], "kto_weights": stats["kto_weights"], "dropped": guards, "counts": counts}
+    facts["lengths"] = settings.lengths
     return facts | ({"warnings": useless} if useless else {})
 
 

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ray_pipeline.config.settings import Settings
-from ray_pipeline.data.gate import GateConfig, decide, label_counts
+from ray_pipeline.data.gate import Cut, GateConfig, decide, label_counts
+from ray_pipeline.data.reviewed import HumanLabels, overrule
 from ray_pipeline.data.rows import one_array
 from ray_pipeline.data.ungated import best_and_worst
 from ray_pipeline.graph.asking import ShardTables
@@ -22,6 +23,8 @@ class _GateGiven(Settings):
     gate: GateConfig | None
     judges: tuple[str, ...]
     first: int | None
+    cut: Cut = "exclude"
+    humans: HumanLabels | None = None
 
 
 def gate(
@@ -33,23 +36,35 @@ def gate(
     *,
     name: str = "gate",
     first: int | None = None,
+    cut: Cut = "exclude",
+    humans: HumanLabels | None = None,
 ) -> Stage:
     """One decision per candidate.
 
     Args:
         settings: None for best and worst of k instead of a gate.
         first: use only this number of candidates per prompt.
+        cut: rule for candidates whose text is not whole, where there is no gate; a gate has its own.
+        humans: labels by people that replace the gate's.
     """
     inputs = {"candidates": candidates, **{f"verdicts/{stage.name}": stage for stage in verdicts}}
     if critiques is not None and settings is not None and settings.use_critic:
         inputs["critiques"] = critiques
-    given = _GateGiven(gate=settings, judges=tuple(judges), first=first)
+    given = _GateGiven(
+        gate=settings,
+        judges=tuple(judges),
+        first=first,
+        cut=cut if settings is None else "exclude",
+        humans=humans,
+    )
     return Stage(
         name=name,
+        version=2,  # 2: candidates that were cut off are left out
         group="gate",
         work=ShardWork(function=decide_shard, tables=("decisions",), settings=given),
-        config=given.decisive(),
+        config=given.decisive(exclude={"humans"}),
         inputs=inputs,
+        external={} if humans is None else humans.digest(),
     )
 
 
@@ -65,8 +80,11 @@ def decide_shard(given: ShardInput) -> ShardOutput:
     verdicts, critiques = others
     assert verdicts is not None
     if settings.gate is None:
-        table = best_and_worst(candidates, verdicts, settings.judges)
+        table = best_and_worst(candidates, verdicts, settings.judges, settings.cut)
     else:
         table = decide(candidates, verdicts, critiques, settings.judges, settings.gate)
+    changed = {}
+    if settings.humans is not None:
+        table, changed["changed_by_people"] = overrule(table, settings.humans.read().labels)
     given.tick(table.num_rows)
-    return ShardOutput({"decisions": table}, label_counts(table))
+    return ShardOutput({"decisions": table}, label_counts(table) | changed)

@@ -8,6 +8,7 @@ With n judges, scores s_1 … s_n and the critic's p (1 = flawed, 0 = sound), fo
 
 and the first line that fits decides:
 
+    the text was cut off            incomplete    (see `cut` for other rules)
     a score was not read            incomplete
     v > τ                           abstain       (the judges disagree)
     the critique was not read       incomplete
@@ -21,7 +22,7 @@ What was not read stays unread: it is never replaced by a number (docs/architect
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -31,10 +32,18 @@ from pydantic import Field, model_validator
 
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.rows import KeyMismatch, one_array, refuse_repeats, rows_of
-from ray_pipeline.store.schemas import DECISIONS, LABELS, READ_STATUSES
+from ray_pipeline.store.schemas import DECISIONS, LABELS, READ_STATUSES, cut_off
 
 Floats = NDArray[np.float64]
 Mask = NDArray[Any]  # of bool
+
+Cut = Literal["exclude", "undesirable", "keep"]
+"""What becomes of a candidate whose text is not whole (finish reason `length`, `content_filter`, …)."""
+
+CUT_RULES = (
+    "rule for a response that ended before its text was whole (limit of tokens, content filter): exclude it, let it be "
+    "no more than undesirable, or keep it like any other"
+)
 
 
 class GateConfig(Settings):
@@ -53,6 +62,7 @@ class GateConfig(Settings):
         True, description="False: nothing abstains (ablation). The variance is still computed and written"
     )
     use_critic: bool = Field(True, description="False: f = m, and critiques are not read (ablation)")
+    cut: Cut = Field("exclude", description=CUT_RULES)
 
     @model_validator(mode="after")
     def _in_order(self) -> GateConfig:
@@ -73,7 +83,7 @@ def decide(
     """One decision for each candidate, in the order of `candidates`. Joins are by id and judge, never by position.
 
     Args:
-        candidates: columns candidate_id and prompt_id are read.
+        candidates: columns candidate_id, prompt_id and, if it is there, finish_reason are read.
         verdicts: columns candidate_id, judge, score, parse_status. A judge's missing row is an unread score;
             rows of judges that are not in `judges` are left out.
         critiques: columns candidate_id, flawed, parse_status; None only when `config.use_critic` is False.
@@ -103,10 +113,14 @@ def decide(
     penalty = config.alpha * flawed
     final = mean * (1.0 - penalty)
 
+    reasons = cut_reasons(candidates)
+    cut: Mask = reasons != "" if config.cut != "keep" else np.zeros(len(ids), dtype=bool)
+    barred = cut & (config.cut == "exclude")
     complete: Mask = np.asarray(read.all(axis=1))
     disagree = complete & (variance > config.tau) if config.use_variance else np.zeros(len(ids), dtype=bool)
     scored = complete & ~disagree & critic_read
     cases: dict[str, Mask] = {
+        "cut": barred | (cut & scored & (final >= config.desirable_at)),
         "unread": ~complete,
         "disagree": disagree,
         "uncriticised": complete & ~disagree & ~critic_read,
@@ -114,7 +128,9 @@ def decide(
         "undesirable": scored & (final <= config.undesirable_at),
         "discard": scored & (final < config.desirable_at) & (final > config.undesirable_at),
     }
-    labels = {"unread": "incomplete", "disagree": "abstain", "uncriticised": "incomplete"}
+    labels = {"cut": "incomplete", "unread": "incomplete", "disagree": "abstain", "uncriticised": "incomplete"}
+    for name in list(cases)[1:]:
+        cases[name] = cases[name] & ~cases["cut"]
     case = np.select(list(cases.values()), range(len(cases)))
     label = pa.array([labels.get(name, name) for name in cases]).take(pa.array(case))
 
@@ -126,9 +142,18 @@ def decide(
         "penalty": with_nulls(penalty),
         "final_score": with_nulls(final),
         "label": label,
-        "why": _reasons(cases, read, variance, final, judges, config),
+        "why": _reasons(cases, reasons, read, variance, final, judges, config),
     }
     return pa.table([columns[name] for name in DECISIONS.names], schema=DECISIONS)
+
+
+def cut_reasons(candidates: pa.Table) -> NDArray[Any]:
+    """The finish reason of each candidate whose text is not whole, and "" for the others."""
+    if "finish_reason" not in candidates.column_names:
+        return np.full(candidates.num_rows, "", dtype=object)
+    reason = one_array(candidates["finish_reason"])
+    reasons: NDArray[Any] = np.asarray(pc.if_else(cut_off(reason), reason, "").to_pylist(), dtype=object)
+    return reasons
 
 
 def label_counts(decisions: pa.Table) -> dict[str, int]:
@@ -204,12 +229,19 @@ def with_nulls(values: Floats) -> pa.Array:
 
 
 def _reasons(
-    cases: dict[str, Mask], read: Mask, variance: Floats, final: Floats, judges: list[str], config: GateConfig
+    cases: dict[str, Mask],
+    reasons: NDArray[Any],
+    read: Mask,
+    variance: Floats,
+    final: Floats,
+    judges: list[str],
+    config: GateConfig,
 ) -> pa.Array:
     """`why` of each row. Text is made once for each distinct value, not for each row."""
     low, high = config.undesirable_at, config.desirable_at
     missing = (~read) @ (1 << np.arange(len(judges), dtype=np.int64))  # one bit for each unread judge
     words: dict[str, tuple[NDArray[Any], Callable[..., Any]]] = {
+        "cut": (reasons, cut_text),
         "unread": (missing, lambda bits: "unread: " + ", ".join(j for i, j in enumerate(judges) if int(bits) >> i & 1)),
         "disagree": (variance, lambda v: f"variance {_shown(v, config.tau)} > {config.tau:g}"),
         "uncriticised": (missing, lambda _: "critique unread"),
@@ -225,6 +257,11 @@ def _reasons(
         place[mask] = which + len(texts)
         texts += [text(value) for value in distinct]
     return pa.array(texts, pa.string()).take(pa.array(place))
+
+
+def cut_text(reason: str) -> str:
+    """`why` of a candidate that is left out for its finish reason."""
+    return f"cut off: {reason}"
 
 
 def _shown(value: float, *thresholds: float) -> str:

@@ -34,6 +34,27 @@ class GateStats:
     score_variance: Spread
 
 
+@dataclass(frozen=True)
+class GeneratorStats:
+    """Candidates of one generator, by its name in column `model`. `score` is of the judges' means."""
+
+    name: str
+    candidates: int
+    desirable: int
+    undesirable: int
+    score: Spread
+
+
+@dataclass(frozen=True)
+class SourceAgreement:
+    """Prompts whose source prefers some of its answers, by whether the judges' mean scores do too."""
+
+    agree: int
+    equal: int
+    disagree: int
+    unread: int
+
+
 def gate_stats(decisions: pa.Table, candidates: pa.Table) -> GateStats:
     """Label distribution, final scores of the two kept labels, and response lengths per label.
 
@@ -66,6 +87,59 @@ def gate_stats(decisions: pa.Table, candidates: pa.Table) -> GateStats:
         undesirable=undesirable,
         gap=_gap(desirable, undesirable),
         score_variance=spread(numbers(decisions.column("score_variance"))),
+    )
+
+
+def generator_stats(decisions: pa.Table, candidates: pa.Table) -> list[GeneratorStats]:
+    """One entry for each generator, by name; [] unless there are several.
+
+    Columns read: decisions candidate_id, label, mean_score; candidates candidate_id, model.
+    """
+    if "model" not in candidates.column_names or "mean_score" not in decisions.column_names:
+        return []
+    place = pa.array(_rows_of_candidates(decisions, candidates))
+    models = np.asarray(
+        pc.fill_null(chunk(candidates.column("model")), "unknown").take(place).to_pylist(), dtype=object
+    )
+    labels = np.asarray(decisions.column("label").to_pylist(), dtype=object)
+    scores = numbers(decisions.column("mean_score"))
+    names = sorted(set(models.tolist()))
+    return [
+        GeneratorStats(
+            name=name,
+            candidates=int(own.sum()),
+            desirable=int((labels[own] == "desirable").sum()),
+            undesirable=int((labels[own] == "undesirable").sum()),
+            score=spread(scores[own]),
+        )
+        for name in (names if len(names) > 1 else [])
+        for own in [models == name]
+    ]
+
+
+def source_agreement(decisions: pa.Table, candidates: pa.Table) -> SourceAgreement | None:
+    """How often the judges rank a prompt's answers as its source does; None where no source says how.
+
+    Columns read: decisions candidate_id, prompt_id, mean_score; candidates candidate_id, source_label.
+    """
+    if "source_label" not in candidates.column_names or "mean_score" not in decisions.column_names:
+        return None
+    place = pa.array(_rows_of_candidates(decisions, candidates))
+    sides = chunk(candidates.column("source_label")).take(place).to_pylist()
+    by_prompt: dict[str, dict[str, list[float]]] = {}
+    for prompt, side, score in zip(
+        decisions.column("prompt_id").to_pylist(), sides, numbers(decisions.column("mean_score")), strict=True
+    ):
+        if side is not None:
+            by_prompt.setdefault(prompt, {}).setdefault(side, []).append(float(score))
+    gaps = np.array([np.mean(own["chosen"]) - np.mean(own["rejected"]) for own in by_prompt.values() if len(own) == 2])
+    if not len(gaps):
+        return None
+    return SourceAgreement(
+        agree=int((gaps > 0).sum()),
+        equal=int((gaps == 0).sum()),
+        disagree=int((gaps < 0).sum()),
+        unread=int(np.isnan(gaps).sum()),
     )
 
 

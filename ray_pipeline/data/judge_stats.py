@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from ray_pipeline.agents.verdicts import unread_reasons
 from ray_pipeline.stats.alpha import krippendorff_alpha
 from ray_pipeline.stats.columns import Spread, chunk, count_values, numbers, refuse_repeats, spread
 from ray_pipeline.stats.kappa import PairKappa, pairwise_kappas
@@ -18,7 +19,8 @@ class JudgeStats:
     """One judge's verdicts.
 
     `unread` counts null scores other than skipped ones; `missing` counts candidates without any verdict row
-    of this judge; `histogram` has the score, rounded half up to a whole number, as key.
+    of this judge; `unread_by` counts unparsed replies by why, where the table has a column `reason`;
+    `histogram` has the score, rounded half up to a whole number, as key.
     """
 
     rows: int
@@ -29,6 +31,7 @@ class JudgeStats:
     score: Spread
     histogram: dict[int, int]
     parse_status: dict[str, int]
+    unread_by: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -103,4 +106,12 @@ def _judge_stats(verdicts: pa.Table, judge: str, ids: pa.Array) -> JudgeStats:
         score=spread(scores),
         histogram=dict(zip(rounded.tolist(), counts.tolist(), strict=True)),
         parse_status=count_values(own.column("parse_status")),
+        unread_by=_unread_by(own),
     )
+
+
+def _unread_by(verdicts: pa.Table) -> dict[str, int]:
+    if "reason" not in verdicts.column_names:
+        return {}
+    unparsed = verdicts.filter(pc.equal(verdicts.column("parse_status"), "unparsed"))
+    return unread_reasons(unparsed.column("reason").to_pylist())

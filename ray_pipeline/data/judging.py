@@ -1,32 +1,49 @@
-"""Judges: every rubric judge scores every candidate; all judgements of a candidate run together on one replica."""
+"""Judges: every rubric judge scores every candidate; all judgements of a candidate run together on one replica.
+
+Judges whose verdicts are in a user's file (`judge.source`) make no call: their rows are joined to the candidates.
+Judges that are programs (`judge.programs`) make none either.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import collections
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
-import pyarrow as pa
 from pydantic import Field, model_validator
 
-from ray_pipeline.agents.judges import JudgeAsking, Rubric, SamplingSettings, judge
+from ray_pipeline.agents.judges import JudgeAsking, Rubric, SamplingSettings, columns_of, judge
 from ray_pipeline.agents.templates import ANY_FENCE, Layout, RoleTemplate, best_layout, part_lengths, transcript
 from ray_pipeline.config.settings import Settings, refuse_repeated
-from ray_pipeline.engines.base import ChatEngine, Message
+from ray_pipeline.data.answers import Answer, answers_of, unanswered
+from ray_pipeline.data.programs import ProgramJudge, programs
+from ray_pipeline.data.verdict_sources import VerdictSource, recorded_rows, response_key
+from ray_pipeline.engines.base import ChatEngine
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.asking import Asking, Outcome, ShardTables, count_by, reply_status
-from ray_pipeline.graph.stage import Stage, WholeInput, WholeWork
+from ray_pipeline.graph.stage import BadInput, Stage, WholeInput, WholeWork
 from ray_pipeline.store.keys import digest
-from ray_pipeline.store.schemas import VERDICTS
+from ray_pipeline.store.schemas import VERDICTS, to_table
+from ray_pipeline.store.tables import ShardedTable
 
 #: Candidates whose lengths decide the layout: those of the smallest ids, so that more prompts hardly change it.
 _LAYOUT_SAMPLE = 256
 
 
 class JudgeSettings(Settings):
-    """The `judge` block: the rubric judges and their calls."""
+    """The `judge` block: the judges, by rubrics for models, as programs, or by the file that has their verdicts."""
 
     model: str = Field("judge", description="a key of `models`, for rubrics that name no model")
-    rubrics: tuple[Rubric, ...] = Field(description="the judges: name, text and scale of each")
+    rubrics: tuple[Rubric, ...] = Field(
+        (),
+        description="judges that are models: name, text and scale of each; required without `programs` or `source`",
+    )
+    programs: tuple[ProgramJudge, ...] = Field(
+        (), description="judges that are programs and make no LLM call, beside those of `rubrics` or alone"
+    )
+    source: VerdictSource | None = Field(
+        None, description="judges whose verdicts are in a file of yours, beside those of `rubrics` or alone"
+    )
     layout: Literal["auto", "shared_first", "rubric_first"] = Field(
         "auto",
         description="which part of the prompt comes first: what the calls about one response share, or the rubric",
@@ -46,19 +63,29 @@ class JudgeSettings(Settings):
 
     @model_validator(mode="after")
     def _distinct(self) -> JudgeSettings:
-        names = [r.name for r in self.rubrics]
-        if not names:
-            raise ValueError("judge.rubrics is empty; a consensus needs at least one judge")
-        refuse_repeated(names, "judges")
-        scales = sorted({(r.low, r.high) for r in self.rubrics})
+        if not self.names:
+            raise ValueError("no judges: set judge.rubrics, judge.programs or judge.source")
+        refuse_repeated(self.names, "judges")
+        rubrics = (*self.rubrics, *(program.rubric for program in self.programs), *self.recorded)
+        scales = sorted({(r.low, r.high) for r in rubrics})
         if len(scales) > 1:
             shown = " and ".join(f"{low} to {high}" for low, high in scales)
             raise ValueError(f"judges score on different scales ({shown}), but the gate averages them; choose one")
         return self
 
     @property
+    def recorded(self) -> tuple[Rubric, ...]:
+        """Judges of the source."""
+        return () if self.source is None else self.source.rubrics
+
+    @property
     def names(self) -> list[str]:
-        return [r.name for r in self.rubrics]
+        return [*(r.name for r in self.rubrics), *(p.name for p in self.programs), *(r.name for r in self.recorded)]
+
+    @property
+    def live(self) -> JudgeSettings | None:
+        """The judges that can score what is not in a file; None without any."""
+        return self.model_copy(update={"source": None}) if self.rubrics or self.programs else None
 
     def on_model(self, key: str) -> tuple[Rubric, ...]:
         """Rubrics judged by one model."""
@@ -74,43 +101,6 @@ def _over(shared: Mapping[str, Any], rubric: Any) -> Any:
     if not isinstance(rubric, Mapping) or not isinstance(rubric.get("sampling"), Mapping):
         return rubric
     return {**rubric, "sampling": {**shared, **rubric["sampling"]}}
-
-
-class Answer(NamedTuple):
-    """A candidate, or a response of an evaluated model, as the answer to judge.
-
-    Attributes:
-        missing: why there is no answer, as a parse status; `response` is "" then.
-    """
-
-    prompt_id: str
-    id: str
-    messages: list[Message]
-    response: str
-    missing: str | None
-
-
-def answers_of(prompts: pa.Table, *tables: pa.Table) -> list[Answer]:
-    """Rows of candidates or evaluation responses, joined to their prompts by id; table after table."""
-    messages = {row["prompt_id"]: row["messages"] for row in prompts.to_pylist()}
-    return [
-        Answer(
-            row["prompt_id"],
-            row.get("candidate_id") or row["response_id"],
-            messages[row["prompt_id"]],
-            row["response"] or "",
-            unanswered(row),
-        )
-        for table in tables
-        for row in table.to_pylist()
-    ]
-
-
-def unanswered(row: Mapping[str, Any]) -> str | None:
-    """Why a row of candidates or responses holds no answer, as a parse status; None when it holds one."""
-    if row["response"] is not None:
-        return None
-    return "too_long" if row["finish_reason"] == "too_long" else "error"
 
 
 class _Judging(Settings):
@@ -153,7 +143,9 @@ async def _judge(engine: ChatEngine, settings: _Judging, item: _Judgement) -> Ou
         settings.asking,
         item.layout,
     )
-    return Outcome({"verdicts": [{**ids, **vars(verdict)}]}, reply_status(f"judge {rubric.name}", verdict.parse_status))
+    return Outcome(
+        {"verdicts": [{**ids, **columns_of(verdict)}]}, reply_status(f"judge {rubric.name}", verdict.parse_status)
+    )
 
 
 JUDGES = Asking(
@@ -175,7 +167,8 @@ def judges(
     group: str = "",
     holds: str = "",
 ) -> list[Stage]:
-    """One stage per judge model, each with the verdicts of its own judges, ordered by candidate and judge.
+    """One stage per judge model, one for all programs, and one for a source, each with the verdicts of its own judges,
+    ordered by candidate and judge.
 
     Args:
         answers: stages of candidates or responses by role; all of their rows are judged.
@@ -194,7 +187,97 @@ def judges(
         if judging.layout is None:
             inputs["layout"] = _layout(f"{own}-layout", group or name, judging, models[key], inputs)
         stages.append(JUDGES.stage(own, judging, models[key], inputs, group=group or name, holds=holds))
+    if settings.programs:
+        stages.append(programs(settings.programs, prompts, answers, f"{name}-programs", group or name, holds))
+    if settings.source is not None:
+        stages.append(_recorded(settings.source, answers, group or name, holds))
     return stages
+
+
+# --- verdicts of a file -----------------------------------------------------------------------------------------------
+
+
+class _Recorded(Settings):
+    answers: tuple[str, ...]
+    rubrics: tuple[Rubric, ...]
+    source: str
+
+
+def _recorded(source: VerdictSource, answers: Mapping[str, Stage], group: str, holds: str) -> Stage:
+    settings = _Recorded(answers=tuple(answers), rubrics=source.rubrics, source=source.default_label)
+    return Stage(
+        name="recorded-verdicts",
+        group=group,
+        role=holds,
+        work=WholeWork(function=join_recorded, settings=settings, tables=("verdicts",)),
+        config=settings.decisive(exclude={"source"}),
+        inputs={"recorded": recorded_rows(source, "verdict-source", group), **answers},
+    )
+
+
+def join_recorded(given: WholeInput) -> dict[str, Any]:
+    """One verdict for each candidate and judge of the source: what the source says of the same prompt and text.
+
+    Raises:
+        BadInput: no candidate has a row in the source.
+    """
+    settings: _Recorded = given.settings
+    out = ShardedTable(given.folder.location, "verdicts", given.num_shards, given.fingerprint)
+    counts: collections.Counter[str] = collections.Counter()
+    statuses: collections.Counter[str] = collections.Counter()
+    stray = ""
+    for shard in range(given.num_shards):
+        rows = given.inputs["recorded"].table().read(shard).to_pylist()
+        candidates = [row for role in settings.answers for row in given.inputs[role].table().read(shard).to_pylist()]
+        cells = {(row["response_key"], row["judge"]): row for row in rows}
+        known, prompts = set[str](), {row["prompt_id"] for row in candidates}
+        verdicts = []
+        for row in candidates:
+            key = response_key(row["prompt_id"], row["response"] or "")
+            known.add(key)
+            own = [_said(row, rubric.name, cells.get((key, rubric.name))) for rubric in settings.rubrics]
+            statuses.update(f"{verdict['judge']}.{verdict['parse_status']}" for verdict in own)
+            counts["candidates"] += 1
+            counts["without a row"] += all(verdict["parse_status"] == "missing" for verdict in own)
+            verdicts += own
+        out.write(shard, to_table(verdicts, VERDICTS))
+        for row in {row["response_key"]: row for row in rows if row["response_key"] not in known}.values():
+            stray = stray or row["place"]
+            counts["other texts" if row["prompt_id"] in prompts else "other prompts"] += 1
+        given.tick(shard + 1, given.num_shards, "")
+    missing = {rubric.name: statuses[f"{rubric.name}.missing"] for rubric in settings.rubrics}
+    warnings = list(_unmatched(counts, missing, settings.source, stray))
+    if counts["candidates"] and counts["without a row"] == counts["candidates"]:
+        raise BadInput(
+            f"no candidate has a row in judge.source: {'; '.join(warnings)}. A row belongs to a candidate of the same "
+            "prompt and response; to use the responses of the file, name it in candidates.source too"
+        )
+    given.log(", ".join(f"{name.replace('.', ' ')} {count:,}" for name, count in sorted(statuses.items())))
+    return {"counts": {**dict(sorted(statuses.items())), "unmatched": dict(counts)}, "warnings": warnings}
+
+
+def _said(candidate: Mapping[str, Any], judge: str, cell: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The verdict on a candidate from the cell of its text."""
+    ids = {"candidate_id": candidate["candidate_id"], "prompt_id": candidate["prompt_id"], "judge": judge}
+    if status := unanswered(candidate):
+        return {**ids, "parse_status": status}
+    if cell is None:
+        return {**ids, "parse_status": "missing"}
+    return {**ids, **{name: cell[name] for name in ("score", "parse_status", "raw")}, "reason": cell["reason"]}
+
+
+def _unmatched(counts: Mapping[str, int], missing: Mapping[str, int], source: str, stray: str) -> Iterator[str]:
+    """What has no counterpart, for the end of the run."""
+    if lost := counts["without a row"]:
+        yield f"{lost:,} of {counts['candidates']:,} candidates have no verdict in {source}"
+    if fewer := {judge: count - lost for judge, count in missing.items() if count > lost}:
+        judges = ", ".join(f"{judge} {count:,}" for judge, count in fewer.items())
+        yield f"other candidates lack the verdict of one judge in {source}: {judges}; the gate leaves them out"
+    if strays := counts["other prompts"] + counts["other texts"]:
+        yield (
+            f"{strays:,} responses in {source} are no candidates ({counts['other prompts']:,} of other prompts, "
+            f"{counts['other texts']:,} other texts of the run's prompts); the first is at {stray}"
+        )
 
 
 # --- which part of a judge's prompt comes first -----------------------------------------------------------------------

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ray_pipeline.data.gate import mean_and_variance, read_scores, with_nulls
+from ray_pipeline.data.gate import Cut, cut_reasons, cut_text, mean_and_variance, read_scores, with_nulls
 from ray_pipeline.data.rows import one_array, refuse_repeats
 from ray_pipeline.store.schemas import DECISIONS
 
@@ -23,7 +23,8 @@ class MeanRank:
         ids, prompts: candidate_id and prompt_id.
         scores: shape (candidates, judges), NaN where unread.
         mean, variance: of the judges' scores; NaN where one was not read.
-        complete: all scores were read.
+        complete: all scores were read, and the candidate is not left out because it was cut off.
+        cut: finish reason of candidates that were cut off, so that they are never the best; "" for others.
         of_prompt: prompt_id → places of its complete candidates, ascending.
     """
 
@@ -33,11 +34,21 @@ class MeanRank:
     mean: NDArray[np.float64]
     variance: NDArray[np.float64]
     complete: NDArray[np.bool_]
+    cut: NDArray[np.object_]
     of_prompt: dict[str, list[int]]
 
     def texts(self, complete: str, incomplete: str) -> NDArray[np.object_]:
         """An initial column: one text for complete candidates, another for the others."""
         return np.where(self.complete, complete, incomplete).astype(object)
+
+    def why(self, complete: str) -> NDArray[np.object_]:
+        """An initial column `why`: a text for complete candidates, and what the others lack."""
+        lacking = [cut_text(reason) if reason else "a score was not read" for reason in self.cut]
+        return np.where(self.complete, complete, np.asarray(lacking, dtype=object)).astype(object)
+
+    def whole(self, rows: Sequence[int]) -> list[int]:
+        """Those of the rows that can be the best."""
+        return [row for row in rows if not self.cut[row]]
 
     def decisions(
         self, label: NDArray[np.object_], why: NDArray[np.object_], final: NDArray[np.float64] | None = None
@@ -56,11 +67,14 @@ class MeanRank:
         return pa.table([columns[name] for name in DECISIONS.names], schema=DECISIONS)
 
 
-def mean_rank(candidates: pa.Table, verdicts: pa.Table, judges: Sequence[str], needs: str) -> MeanRank:
+def mean_rank(
+    candidates: pa.Table, verdicts: pa.Table, judges: Sequence[str], needs: str, cut: Cut = "exclude"
+) -> MeanRank:
     """Mean scores of all candidates.
 
     Args:
         needs: subject of the error message ("a selection needs").
+        cut: rule for candidates whose text is not whole.
 
     Raises:
         KeyMismatch: as `gate.decide`.
@@ -72,8 +86,9 @@ def mean_rank(candidates: pa.Table, verdicts: pa.Table, judges: Sequence[str], n
     ids, prompts = one_array(candidates["candidate_id"]), one_array(candidates["prompt_id"])
     refuse_repeats(ids, "candidates: candidate_id")
     scores, read = read_scores(verdicts, ids, judges)
-    complete = np.asarray(read.all(axis=1))
+    reasons = np.full(len(ids), "", dtype=object) if cut == "keep" else cut_reasons(candidates)
+    complete = np.asarray(read.all(axis=1)) & ((reasons == "") | (cut != "exclude"))
     names, of_prompt = prompts.to_pylist(), collections.defaultdict(list)
     for row in np.flatnonzero(complete):
         of_prompt[names[row]].append(int(row))
-    return MeanRank(ids, prompts, scores, *mean_and_variance(scores), complete, dict(of_prompt))
+    return MeanRank(ids, prompts, scores, *mean_and_variance(scores), complete, reasons, dict(of_prompt))

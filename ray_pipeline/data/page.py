@@ -8,8 +8,8 @@ import pyarrow as pa
 
 from ray_pipeline.data.critic_stats import CriticStats
 from ray_pipeline.data.distributions import Histogram, length_histogram, score_histogram
-from ray_pipeline.data.gate_stats import GateStats
-from ray_pipeline.data.judge_stats import JudgingStats
+from ray_pipeline.data.gate_stats import GateStats, GeneratorStats, SourceAgreement
+from ray_pipeline.data.judge_stats import JudgeStats, JudgingStats
 from ray_pipeline.report.charts import Bins, Chart, bars, histogram
 from ray_pipeline.report.figures import number, percent, span
 from ray_pipeline.report.page import Block, Cell, Heat, HeatMap, Rows, Section, Table, Text, panels
@@ -74,6 +74,36 @@ def _spread(spread: Spread, digits: int = 2) -> str:
     return f"{number(spread.mean, digits)} ± {number(spread.sd, digits)}"
 
 
+def generators_section(generators: Sequence[GeneratorStats], source: SourceAgreement | None) -> Section | None:
+    """What the gate kept of each generator, and whether the judges agree with the source of the user's completions."""
+    blocks: list[Block] = []
+    if generators:
+        rows: Rows = [
+            [
+                one.name,
+                number(one.candidates),
+                number(one.desirable),
+                number(one.undesirable),
+                percent((one.desirable + one.undesirable) / one.candidates),
+                _spread(one.score),
+            ]
+            for one in generators
+        ]
+        columns = ["generator", "candidates", "desirable", "undesirable", "kept", "mean score ± sd"]
+        blocks.append(Table(columns, rows))
+    if source is not None:
+        known = source.agree + source.equal + source.disagree
+        share = f" ({percent(source.agree / known)})" if known else ""
+        blocks.append(
+            Text(
+                f"The judges score the source's chosen answer higher than its rejected one for {number(source.agree)} "
+                f"of {number(known)} prompts{share}, and equally for {number(source.equal)}; for "
+                f"{number(source.unread)} others a score was not read."
+            )
+        )
+    return Section("generators", "Generators", blocks) if blocks else None
+
+
 def judges_section(
     judging: JudgingStats, intervals: Sequence[KappaInterval], thresholds: tuple[float, float], *, audit_slice: bool
 ) -> Section:
@@ -87,7 +117,7 @@ def judges_section(
     rows: Rows = [
         [
             judge,
-            ", ".join(f"{status} {count:,}" for status, count in stats.parse_status.items()),
+            _by_status(stats),
             number(stats.read),
             number(stats.unread),
             number(stats.skipped),
@@ -113,6 +143,15 @@ def judges_section(
         f"{of_slice}{undefined if judging.alpha is None else ''}."
     )
     return Section("judges", "Judges", [*blocks, Text(text)])
+
+
+def _by_status(stats: JudgeStats) -> str:
+    """`ok 90, unparsed 10 (contradictory 4, absent 6)`."""
+    why = ", ".join(f"{reason} {count:,}" for reason, count in stats.unread_by.items())
+    found = {status: f"{status} {count:,}" for status, count in stats.parse_status.items()}
+    if why and "unparsed" in found:
+        found["unparsed"] += f" ({why})"
+    return ", ".join(found.values())
 
 
 def _score_charts(judging: JudgingStats) -> list[Chart]:
@@ -164,9 +203,13 @@ def critic_section(critic: CriticStats) -> Section:
 
 
 def datasets_section(
-    counts: Mapping[str, Mapping[str, int]], guards: Mapping[str, int], weights: Mapping[str, float]
+    counts: Mapping[str, Mapping[str, int]],
+    guards: Mapping[str, int],
+    weights: Mapping[str, float],
+    lengths: str | None = None,
 ) -> Section | None:
-    """Rows by dataset and part, what the guards kept out, and KTO's weights; None without any of them."""
+    """Rows by dataset and part, what the guards kept out, KTO's weights, and how tokens were counted; None without any
+    of them."""
     rows: Rows = [
         [name, part, number(count)] for name, parts in sorted(counts.items()) for part, count in parts.items()
     ]
@@ -177,4 +220,6 @@ def datasets_section(
     if weights:
         listed = ", ".join(f"{name} {weight:.3f}" for name, weight in sorted(weights.items()))
         blocks.append(Text(f"KTO weights: {listed}."))
+    if lengths:
+        blocks.append(Text(f"The limits of rows are in tokens, counted with {lengths}."))
     return Section("datasets", "Datasets", blocks) if blocks else None

@@ -4,29 +4,23 @@
     unpaired        prompt, completion, label      (label: true or false)
     demonstrations  prompt, completion; or messages
 
-Texts are strings or lists of chat messages.
+Texts are strings or chat messages in any form of `sources/chats.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Literal, cast
+import functools
+import itertools
+from collections.abc import Collection, Iterator, Sequence
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from ray_pipeline.config.settings import Settings
-from ray_pipeline.data.sources import (
-    HuggingFaceSource,
-    InputError,
-    JsonlSource,
-    ParquetSource,
-    find_files,
-    hub_place,
-    jsonl_records,
-    load_hub,
-    open_parquet,
-    parquet_batches,
-)
+from ray_pipeline.data.sources import FileTable, HubTable, InputError, Record
+from ray_pipeline.data.sources.chats import BadRow
+from ray_pipeline.data.sources.records import AnswerTable, Choose
+from ray_pipeline.store.keys import digest
 
 Format = Literal["paired", "unpaired", "demonstrations"]
 
@@ -51,84 +45,86 @@ class _Rows(Settings):
     license: str = Field("other", description="for the dataset card, as the Hub spells it")
 
 
-class HubPreferences(_Rows):
+class HubPreferences(_Rows, HubTable):
     """A dataset of the Hugging Face Hub, such as HuggingFaceH4/ultrafeedback_binarized (split train_prefs)."""
 
-    type: Literal["huggingface"] = Field("huggingface", description="where the rows are: the name of the source")
-    name: str = Field(description="name in the tables")
-    subset: str | None = Field(None, description="configuration of the dataset; default: its default one")
-    split: str = Field("train", description="split of the dataset")
-    revision: str | None = Field(None, description="branch, tag or commit; default: the newest commit of main")
+
+class FilePreferences(_Rows, FileTable):
+    """Parquet, JSON (one object a line, or an array) or CSV files: a path or URI, which may hold *, ** and ?."""
 
 
-class FilePreferences(_Rows):
-    """Parquet or JSONL files: a path or URI, which may hold *, ** and ?."""
+class PocketPreferences(_Rows, AnswerTable):
+    """A right and a wrong answer to each instruction of the pocket world."""
 
-    type: Literal["parquet", "jsonl"] = Field(description="where the rows are: the name of the source")
-    path: str = Field(description="local path or URI of any pyarrow filesystem; may contain *, ** and ?")
+    type: Literal["pocket"] = Field("pocket", description="where the rows are: the name of the source")
+    count: int = Field(ge=1, description="number of distinct prompts")
+    seed: int = Field(0, description="seed of the prompts")
 
+    @property
+    def place(self) -> str:
+        """The table as messages name it."""
+        return f"{self.count} pairs of the pocket world"
 
-PreferenceSource = Annotated[HubPreferences | FilePreferences, Field(discriminator="type")]
+    @property
+    def default_label(self) -> str:
+        return "pocket"
 
+    @property
+    def moves(self) -> set[str]:
+        """Keys that a moved copy of the same content has other values of."""
+        return set()
 
-def source_digests(source: PreferenceSource) -> dict[str, str]:
-    """Commit of a Hub dataset, or digest of each file. Raises InputError if there is none."""
-    if isinstance(source, HubPreferences):
-        place = {"name": source.name, "subset": source.subset, "split": source.split, "revision": source.revision}
-        return HuggingFaceSource(**place, column="").digest()
-    kind = ParquetSource if source.type == "parquet" else JsonlSource
-    return kind(path=source.path, column="").digest()
+    def digests(self) -> dict[str, str]:
+        """Digest of the pairs, so that a change of the pocket world is a change of content."""
+        return {"pocket": digest(["pairs", self._pairs()])}
 
+    def records(self, choose: Choose, digests: dict[str, str] | None = None) -> Iterator[Record]:
+        """The pairs in the columns `prompt`, `chosen` and `rejected`."""
+        for number, pair in enumerate(self._pairs(), 1):
+            sides = ("response_a", "response_b") if pair["human_label"] == "A" else ("response_b", "response_a")
+            row = {"prompt": pair["question"], "chosen": pair[sides[0]], "rejected": pair[sides[1]]}
+            yield Record(f"{self.place}: row {number}", number, {name: row[name] for name in choose(row, True)})
 
-def source_place(source: PreferenceSource) -> str:
-    if isinstance(source, HubPreferences):
-        return hub_place(source.name, source.subset, source.split)
-    return source.path
+    def _pairs(self) -> list[dict[str, Any]]:
+        from ray_pipeline.pocket.pairs import make_pairs
 
-
-def source_records(source: PreferenceSource, commit: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, record in enumerate(_all_records(source, commit)):
-        if source.limit is not None and number >= source.limit:
-            return
-        yield record
-
-
-def _all_records(source: PreferenceSource, commit: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Location of each row, and its columns; only the needed ones are loaded."""
-    if isinstance(source, HubPreferences):
-        where = source_place(source)
-        data = load_hub(source.name, source.subset, source.split, commit or source.revision)
-        columns = _columns(source, data.column_names, where)
-        for number, row in enumerate(data.select_columns(columns), 1):
-            yield f"{where}: row {number}", cast(dict[str, Any], row)
-        return
-    for file in find_files(source.path):
-        number = 0
-        if source.type == "parquet":
-            with open_parquet(file) as table:
-                columns = _columns(source, table.schema_arrow.names, file.uri)
-                for batch in parquet_batches(file, table, columns):
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield f"{file.uri}: row {number}", row
-        else:
-            for number, row in jsonl_records(file):
-                where = f"{file.uri}: line {number}"
-                yield where, {name: row.get(name) for name in _columns(source, list(row), where)}
+        try:
+            return make_pairs(self.count, self.seed)
+        except ValueError as error:
+            raise InputError(f"pocket preferences: {error}") from error
 
 
-def _columns(source: PreferenceSource, present: Sequence[str], where: str) -> list[str]:
-    """The columns to read. Raises InputError if a column of the format is missing, with the existing ones."""
+PreferenceSource = Annotated[HubPreferences | FilePreferences | PocketPreferences, Field(discriminator="type")]
+
+
+def source_records(source: PreferenceSource, digests: dict[str, str] | None = None) -> Iterator[Record]:
+    """The rows, with the columns that the format needs; a row without one of them has a fault.
+
+    Args:
+        digests: what `source.digests` returned: a Hub dataset is read at exactly that commit.
+
+    Raises:
+        InputError: the source cannot be read, or a column is missing from all rows of a file or dataset.
+    """
+    return itertools.islice(source.records(functools.partial(_columns, source), digests), source.limit)
+
+
+def _columns(source: PreferenceSource, present: Collection[str], whole: bool) -> list[str]:
+    """The columns to read from a row, or from all rows. Raises BadRow where one is missing that is needed."""
     needed = {
         "paired": [source.chosen, source.rejected],
         "unpaired": [source.prompt, source.completion, source.label],
         "demonstrations": [source.messages] if source.messages in present else [source.prompt, source.completion],
     }[source.format]
-    needed += [name for name in (source.chosen_score, source.rejected_score) if name is not None]
-    missing = [name for name in needed if name not in present]
+    scores = [name for name in (source.chosen_score, source.rejected_score) if name is not None]
+    _need(source, [*needed, *scores] if whole else needed, present)
+    return needed + scores + ([source.prompt] if source.format == "paired" and source.prompt in present else [])
+
+
+def _need(source: PreferenceSource, names: Sequence[str], present: Collection[str]) -> None:
+    missing = [name for name in names if name not in present]
     if missing:
-        raise InputError(
-            f"{where} has no column {missing[0]!r}, which {source.format} rows need; it has "
+        raise BadRow(
+            f"has no column {missing[0]!r}, which {source.format} rows need; it has "
             f"{', '.join(present) or 'none'}. Set the right one in the source, or choose another format"
         )
-    return needed + ([source.prompt] if source.format == "paired" and source.prompt in present else [])

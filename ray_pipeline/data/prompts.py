@@ -7,7 +7,7 @@ So another source, more rows or a higher cap add prompts and never reshuffle the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,21 +24,26 @@ from ray_pipeline.data.sources import (
     SourceRow,
     named_sources,
 )
+from ray_pipeline.data.sources.chats import BadRow, messages_of
 from ray_pipeline.graph.stage import BadInput, Stage, WholeInput, WholeWork
 from ray_pipeline.store.keys import (
     canonical_json,
     check_num_shards,
-    normalise_messages,
+    normalise_text,
     prompt_id,
     unit_hash,
 )
+from ray_pipeline.store.outside import storable
 from ray_pipeline.store.schemas import PROMPTS, to_table
 from ray_pipeline.store.tables import ShardedTable
 
 _BATCH_ROWS = 1024
 
+#: Malformed rows that are named, of each source; all are counted.
+FAULTS_SHOWN = 20
+
 #: Reasons for which a row of a source is not a prompt of the run, in the order in which they are applied.
-DROPPED = ("empty", "duplicate", "over_limit", "duplicate_across_sources", "over_max_prompts")
+DROPPED = ("malformed", "empty", "duplicate", "over_limit", "duplicate_across_sources", "over_max_prompts")
 
 
 def _published_sources() -> list[Source]:
@@ -77,10 +82,12 @@ class PromptSet:
         table: schema PROMPTS, sorted by prompt_id.
         counts: `read`, `dropped` by reason, `kept`, `train`, `val`, and under `sources` for each source `read`,
             `dropped` by reason and `kept`. read = kept + the sum of dropped.
+        faults: of malformed rows, with file and line; the first of each source.
     """
 
     table: pa.Table
     counts: dict[str, Any]
+    faults: list[str]
 
 
 def source_digests(config: PromptsConfig) -> dict[str, str]:
@@ -109,10 +116,11 @@ def load_prompts(config: PromptsConfig, digests: Mapping[str, str] | None = None
     seen: set[str] = set()
     tables: list[pa.Table] = []
     by_source: dict[str, dict[str, Any]] = {}
+    faults: list[str] = []
     for name, source in named_sources(config.sources):
         if digests is not None:
             source = source.pinned(_digests_of(name, digests))
-        table, counts = _load_source(source, config)
+        table, counts = _load_source(source, config, faults)
         table = _drop_seen(table, seen, counts)
         by_source[name] = counts
         tables.append(table)
@@ -129,7 +137,7 @@ def load_prompts(config: PromptsConfig, digests: Mapping[str, str] | None = None
     total = add_counts(list(by_source.values()))
     val = sum(split == "val" for split in table["split"].to_pylist())
     split_counts = {"train": table.num_rows - val, "val": val}
-    return PromptSet(table, {**total, **split_counts, "sources": by_source})
+    return PromptSet(table, {**total, **split_counts, "sources": by_source}, faults)
 
 
 def split_of(prompt: str, seed: int, val_fraction: float) -> str:
@@ -148,29 +156,42 @@ def _digests_of(source: str, digests: Mapping[str, str]) -> dict[str, str]:
     return own | {source: digests[source]} if source in digests else own
 
 
-def _load_source(source: PromptSource, config: PromptsConfig) -> tuple[pa.Table, dict[str, Any]]:
-    """Distinct prompts of one source in its order, cut to its limit, and its counts."""
+def _load_source(source: PromptSource, config: PromptsConfig, faults: list[str]) -> tuple[pa.Table, dict[str, Any]]:
+    """Distinct prompts of one source in its order, cut to its limit, and its counts; its first faults join `faults`."""
     counts: dict[str, Any] = {"read": 0, "dropped": dict.fromkeys(DROPPED, 0), "kept": 0}
     seen: set[str] = set()
-    batches = list(_batches(source, config, seen, counts))
+    own: list[str] = []
+    batches = list(_batches(source, config, seen, counts, own))
     where = getattr(source, "path", source.label_in_tables)
     if not counts["read"]:
         raise InputError(f"{where} has no rows; check that it was written, or remove it from prompts.sources")
     if not seen:
         column = getattr(source, "column", "prompt")
+        if own:
+            bad = counts["dropped"]["malformed"]
+            raise InputError(f"{where}: {bad} of {counts['read']} rows are malformed, the others empty. {own[0]}")
         raise InputError(f"{where}: all {counts['read']} rows of column {column!r} are empty; choose another column")
+    faults += own
     table = pa.concat_tables(batches)
     rows = _smallest(table, source.cap, config.seed)
     counts["dropped"]["over_limit"] = table.num_rows - len(rows)
     return gather(table, rows), counts
 
 
-def _batches(source: PromptSource, config: PromptsConfig, seen: set[str], counts: dict[str, Any]) -> Iterator[pa.Table]:
+def _batches(
+    source: PromptSource, config: PromptsConfig, seen: set[str], counts: dict[str, Any], faults: list[str]
+) -> Iterator[pa.Table]:
     """Arrow tables of distinct prompts; only one batch is ever held as Python objects."""
     rows: list[dict[str, Any]] = []
     for row in source.rows():
         counts["read"] += 1
-        messages = _conversation(row)
+        try:
+            messages = _conversation(row)
+        except BadRow as fault:
+            counts["dropped"]["malformed"] += 1
+            if len(faults) < FAULTS_SHOWN:
+                faults.append(str(fault))
+            continue
         if messages is None:
             counts["dropped"]["empty"] += 1
             continue
@@ -196,13 +217,24 @@ def _batches(source: PromptSource, config: PromptsConfig, seen: set[str], counts
 
 
 def _conversation(row: SourceRow) -> list[dict[str, str]] | None:
-    """Normalised messages that end with a user turn, or None when that turn holds nothing."""
-    raw = row.value if isinstance(row.value, list) else [{"role": "user", "content": row.value or ""}]
-    messages = normalise_messages(raw)
-    if not messages or not messages[-1]["content"]:
+    """Messages that end with a user turn, their texts as they stood; None when that turn holds nothing.
+
+    Raises:
+        BadRow: the row has a fault, or its messages do.
+    """
+    if row.fault:
+        raise BadRow(row.fault)
+    if isinstance(row.value, list):
+        try:
+            messages = messages_of(row.value)
+        except BadRow as fault:
+            raise BadRow(f"{canonical_json(row.place)}: {fault}") from fault
+    else:
+        messages = [{"role": "user", "content": storable(row.value or "")}]
+    if not messages or not normalise_text(messages[-1]["content"]):
         return None
     if row.system and messages[0]["role"] != "system":
-        messages = [*normalise_messages([{"role": "system", "content": row.system}]), *messages]
+        messages.insert(0, {"role": "system", "content": storable(row.system)})
     return messages
 
 
@@ -254,5 +286,19 @@ def make_prompts(given: WholeInput) -> dict[str, Any]:
     table = ShardedTable(given.folder.location, "prompts", given.num_shards, given.fingerprint)
     for shard, part in enumerate(shard_rows(found.table, given.num_shards)):
         table.write(shard, part)
-    given.log(f"{found.counts['kept']} kept of {found.counts['read']} read; dropped {found.counts['dropped']}")
-    return {"counts": found.counts}
+    given.log(kept_line(found.counts))
+    return {"counts": found.counts, "warnings": malformed_rows(given.log, found.counts, found.faults)}
+
+
+def kept_line(counts: Mapping[str, Any]) -> str:
+    """How many rows of a source were kept, and why the others were not, in words."""
+    dropped = ", ".join(f"{rows:,} {reason.replace('_', ' ')}" for reason, rows in counts["dropped"].items() if rows)
+    return f"{counts['kept']:,} kept of {counts['read']:,} read" + (f"; dropped: {dropped}" if dropped else "")
+
+
+def malformed_rows(log: Callable[[str], None], counts: Mapping[str, Any], faults: Sequence[str]) -> list[str]:
+    """Log the first malformed rows of a source. The warning for the last lines of the run, if there are any."""
+    for fault in faults:
+        log(f"dropped as malformed: {fault}")
+    bad, read = counts["dropped"]["malformed"], counts["read"]
+    return [f"dropped {bad:,} malformed of {read:,} rows (the log names {len(faults)}): {faults[0]}"] if bad else []

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from ray_pipeline.data.checkers import Checker
+from ray_pipeline.data.checkers import Check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,28 +32,28 @@ class RowTruth:
     rejected_wrong: float | None
 
 
-def row_truth(tables: Mapping[str, pa.Table], checked: frozenset[str], checker: Checker) -> RowTruth | None:
+def row_truth(tables: Mapping[str, pa.Table], meta: Mapping[str, str], check: Check) -> RowTruth | None:
     """Check the rows of a dataset.
 
     Args:
         tables: kind (`kto`, `dpo`) → rows, as the stage dataset-rows leaves them; other kinds are passed over.
-        checked: prompt_ids that the checker is for.
+        meta: prompt_id → meta of the prompts that the checker is for.
 
     Returns:
         None when a row belongs to another prompt, or when there is none.
     """
     labelled, pairs = (_train(tables.get(kind)) for kind in ("kto", "dpo"))
-    if not labelled + pairs or any(row["prompt_id"] not in checked for row in labelled + pairs):
+    if not labelled + pairs or any(row["prompt_id"] not in meta for row in labelled + pairs):
         return None
     seen = {(row["prompt_id"], row["completion"][-1]["content"], row["label"]) for row in labelled}
     return RowTruth(
         labelled=len(labelled),
         repeated=1 - len(seen) / len(labelled) if labelled else None,
-        desirable_right=_share(True, checker, [row for row in labelled if row["label"]], "completion"),
-        undesirable_wrong=_share(False, checker, [row for row in labelled if not row["label"]], "completion"),
+        desirable_right=_share(True, check, meta, [row for row in labelled if row["label"]], "completion"),
+        undesirable_wrong=_share(False, check, meta, [row for row in labelled if not row["label"]], "completion"),
         pairs=len(pairs),
-        chosen_right=_share(True, checker, pairs, "chosen"),
-        rejected_wrong=_share(False, checker, pairs, "rejected"),
+        chosen_right=_share(True, check, meta, pairs, "chosen"),
+        rejected_wrong=_share(False, check, meta, pairs, "rejected"),
     )
 
 
@@ -61,8 +61,10 @@ def _train(table: pa.Table | None) -> list[dict[str, Any]]:
     return [] if table is None else [row for row in table.to_pylist() if row["split"] == "train"]
 
 
-def _share(right: bool, checker: Checker, rows: Sequence[Mapping[str, Any]], answer: str) -> float | None:
+def _share(
+    right: bool, check: Check, meta: Mapping[str, str], rows: Sequence[Mapping[str, Any]], answer: str
+) -> float | None:
     """Share of the rows whose answer is right (or wrong), of those that the checker decides."""
-    found = [checker(row["prompt"], row[answer][-1]["content"]) for row in rows]
-    decided = [one for one in found if one is not None]
+    found = [check(row["prompt"], row[answer][-1]["content"], meta[row["prompt_id"]]) for row in rows]
+    decided = [one.share == 1 for one in found if one is not None]
     return sum(one == right for one in decided) / len(decided) if decided else None

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from ray_pipeline.data.card import Provenance
 from ray_pipeline.data.dataset_rows import DatasetsConfig
 from ray_pipeline.data.datasets import dataset_files, dataset_rows
 from ray_pipeline.data.decisions import gate as gate_stage
-from ray_pipeline.data.gate import GateConfig
+from ray_pipeline.data.gate import Cut, GateConfig
+from ray_pipeline.data.reviewed import HumanLabels
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.stage import Stage
 
@@ -20,23 +22,30 @@ class ScoredDataset:
     Attributes:
         judges: whose scores count.
         gate: None for best and worst of k.
-        policy: whose tokenizer measures rows.
+        policy: whose tokenizer counts the rows' tokens; None: they are estimated.
         files: name of a stage that writes training files → its settings; they differ in the seed alone.
         decisions, rows: names of the stages before the files.
         first: use only this number of candidates per prompt; default: all.
+        cut: rule for candidates whose text is not whole, where there is no gate.
+        max_prompts: largest number of prompts in each training split; default: all.
         view: link to the files in the run folder.
-        origin: see `dataset_files`.
+        origin, trained_on: see `dataset_files`.
+        humans: labels by people that replace the gate's.
     """
 
     judges: Sequence[str]
     gate: GateConfig | None
-    policy: ModelSettings
+    policy: ModelSettings | None
     files: Mapping[str, DatasetsConfig]
     decisions: str = "gate"
     rows: str = "dataset-rows"
     first: int | None = None
+    cut: Cut = "exclude"
+    max_prompts: int | None = None
     view: str = ""
-    origin: str | None = None
+    origin: Provenance = dataclasses.field(default_factory=Provenance)
+    humans: HumanLabels | None = None
+    trained_on: bool = True
 
     @property
     def config(self) -> DatasetsConfig:
@@ -46,7 +55,15 @@ class ScoredDataset:
     def decide(self, candidates: Stage, verdicts: Sequence[Stage], critiques: Stage | None) -> Stage:
         """One decision per candidate; needs no model."""
         return gate_stage(
-            self.gate, self.judges, candidates, verdicts, critiques, name=self.decisions, first=self.first
+            self.gate,
+            self.judges,
+            candidates,
+            verdicts,
+            critiques,
+            name=self.decisions,
+            first=self.first,
+            cut=self.cut,
+            humans=self.humans,
         )
 
     def write(self, prompts: Stage, candidates: Stage, verdicts: Sequence[Stage], decisions: Stage) -> list[Stage]:
@@ -57,7 +74,18 @@ class ScoredDataset:
         return [
             rows,
             *(
-                dataset_files(config, self.gate, self.judges, rows, name=name, view=self.view, origin=self.origin)
+                dataset_files(
+                    config,
+                    self.gate,
+                    self.judges,
+                    rows,
+                    self.policy,
+                    name=name,
+                    view=self.view,
+                    origin=self.origin,
+                    trained_on=self.trained_on,
+                    max_prompts=self.max_prompts,
+                )
                 for name, config in self.files.items()
             ),
         ]

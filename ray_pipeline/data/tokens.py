@@ -1,4 +1,4 @@
-"""Token ids of chats under a policy's own tokenizer and chat template, as TRL computes them."""
+"""Token ids of chats under a policy's own tokenizer and chat template, as TRL computes them; or an estimate."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from ray_pipeline.engines.models import TokenizerSettings
-from ray_pipeline.engines.system_role import renders_system, without_system
+from ray_pipeline.engines.chat_template import folding, render
+from ray_pipeline.engines.models import ModelSettings, TokenizerSettings
 
 Messages = Sequence[Mapping[str, str]]
+
+#: Bytes of UTF-8 that an estimate takes for one token: about right for English, high for other scripts.
+BYTES_PER_TOKEN = 4
 
 
 class Encode(Protocol):
@@ -35,7 +38,7 @@ class TokenCounter:
             raise ValueError(f"the tokenizer {name} has no chat template; use an instruct model or add a template")
         self._tokenizer, self._args = tokenizer, dict(chat_template_args or {})
         self._size = cache_size
-        self._has_system = renders_system(lambda chat: self._text(chat, True))
+        self._fold = folding(tokenizer, self._args)
         self._cache: collections.OrderedDict[tuple[Any, ...], array[int]] = collections.OrderedDict()
 
     @classmethod
@@ -54,23 +57,38 @@ class TokenCounter:
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key].tolist()
-        text = self._text(chat if self._has_system else without_system(chat), completion is None)
+        folded = chat if self._fold is None else self._fold(chat)
+        text = render(self._tokenizer, folded, self._args, generation_prompt=completion is None)
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         self._cache[key] = array("i", ids)
         if len(self._cache) > self._size:
             self._cache.popitem(last=False)
         return ids
 
-    def _text(self, chat: Messages, prompt: bool) -> str:
-        text: str = self._tokenizer.apply_chat_template(
-            [dict(m) for m in chat], tokenize=False, add_generation_prompt=prompt, **self._args
-        )
-        return text
+
+class TokenEstimate:
+    """`Encode` without a tokenizer: every `BYTES_PER_TOKEN` bytes of a chat's UTF-8 text are one token."""
+
+    def __call__(self, messages: Messages, completion: Messages | None = None) -> list[int]:
+        text = "\n".join(m["content"] for m in (*messages, *(completion or ()))).encode("utf-8", "surrogatepass")
+        return array("I", text + bytes(-len(text) % BYTES_PER_TOKEN)).tolist()
 
 
-def token_counter(tokenizer: TokenizerSettings) -> TokenCounter:
-    """The counter of this tokenizer, loaded once per process."""
-    return _token_counter(tokenizer.model_dump_json())
+def counted_with(model: ModelSettings | None) -> str:
+    """How the tokens of training rows are counted, for the report and the cards."""
+    if model is None:
+        return f"an estimate of one token per {BYTES_PER_TOKEN} bytes of UTF-8 text, without a tokenizer"
+    return f"the tokenizer of {model.shown}"
+
+
+def counter_identity(model: ModelSettings | None) -> dict[str, str]:
+    """Part of a stage's fingerprint that says how it counts tokens."""
+    return {"tokens": f"{BYTES_PER_TOKEN} bytes each"} if model is None else model.weights()
+
+
+def token_counter(tokenizer: TokenizerSettings | None) -> Encode:
+    """The counter of this tokenizer, loaded once per process; without a tokenizer an estimate."""
+    return TokenEstimate() if tokenizer is None else _token_counter(tokenizer.model_dump_json())
 
 
 @functools.cache

@@ -11,16 +11,19 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
+from ray_pipeline.data.gate import Cut, cut_text
 from ray_pipeline.data.mean_rank import mean_rank
 
 
-def best_and_worst(candidates: pa.Table, verdicts: pa.Table, judges: Sequence[str]) -> pa.Table:
+def best_and_worst(candidates: pa.Table, verdicts: pa.Table, judges: Sequence[str], cut: Cut = "exclude") -> pa.Table:
     """One decision for each candidate, in the order of `candidates`; of equal scores the smaller candidate_id counts.
 
     Args:
-        candidates: columns candidate_id and prompt_id are read; all candidates of each prompt.
+        candidates: columns candidate_id, prompt_id and, if it is there, finish_reason are read; all candidates of each
+            prompt.
         verdicts: columns candidate_id, judge, score, parse_status; rows of other judges are left out.
         judges: whose mean ranks the candidates; one name for a single judge.
+        cut: rule for candidates whose text is not whole: they are `incomplete`, at most the worst, or like others.
 
     Returns:
         A table of schema DECISIONS. A candidate with an unread score is `incomplete` and never best or worst; all
@@ -30,14 +33,17 @@ def best_and_worst(candidates: pa.Table, verdicts: pa.Table, judges: Sequence[st
         KeyMismatch: as `gate.decide`.
         ValueError: there are no judges, or one occurs twice.
     """
-    ranked = mean_rank(candidates, verdicts, judges, "best and worst need")
+    ranked = mean_rank(candidates, verdicts, judges, "best and worst need", cut)
     mean, names = ranked.mean, ranked.ids.to_pylist()
     label = ranked.texts("discard", "incomplete")
-    why = ranked.texts("neither best nor worst", "a score was not read")
+    why = ranked.why("neither best nor worst")
     for rows in ranked.of_prompt.values():
-        best = min(rows, key=lambda row: (-mean[row], names[row]))
+        whole = ranked.whole(rows)
+        best = min(whole or rows, key=lambda row: (-mean[row], names[row]))
         worst = min(rows, key=lambda row: (mean[row], names[row]))
-        if mean[best] > mean[worst]:
+        if not whole:
+            label[rows], why[rows] = "incomplete", [cut_text(ranked.cut[row]) for row in rows]
+        elif mean[best] > mean[worst]:
             label[best], why[best] = "desirable", f"best of {len(rows)}: {mean[best]:g}"
             label[worst], why[worst] = "undesirable", f"worst of {len(rows)}: {mean[worst]:g}"
         else:

@@ -78,6 +78,7 @@ class Account:
         self._folder: Folder | None = None
         self._written = Used()
         self._looked = -_LOOK_SECONDS
+        self._refused: set[str] = set()  # files that a warning has named
         self._turn, self._turns = asyncio.Lock(), 0
 
     def total(self) -> Used:
@@ -121,5 +122,7 @@ class Account:
             except FileNotFoundError:
                 continue
             except (StoreError, KeyError, TypeError, ValueError, OverflowError) as error:
-                logger.warning("%s is not a usage file (%s) and is not counted", folder.uri(name), error)
+                if name not in self._refused:
+                    self._refused.add(name)
+                    logger.warning("%s is not a usage file (%s) and is not counted", folder.uri(name), error)
         return total

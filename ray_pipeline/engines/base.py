@@ -112,6 +112,12 @@ class Completion:
     finished reply. ``cached_tokens`` of the ``prompt_tokens`` came from the prefix cache.
     ``latency_s`` is wall time in seconds from call to reply, queueing included. ``unread_cost`` is the price of
     earlier replies to the same call that could not be read.
+
+    ``thoughts`` are what the model wrote before its answer, which ``text`` is; ``raw`` is then the reply as it came
+    (see ``thoughts.answered``). Of that, ``reasoning`` are thoughts in a field of their own, and ``inside`` is whether
+    it starts inside a thought, because its prompt ends with an opening tag. ``answered_by`` is the model that
+    the server says it used, ``reasoning_tokens`` are those of the ``completion_tokens`` that were thoughts, and
+    ``prompt_cut`` is whether the server left out a part of the prompt (see ``usage.prompt_was_cut``).
     """
 
     text: str
@@ -123,6 +129,13 @@ class Completion:
     latency_s: float = 0.0
     from_log: bool = False
     unread_cost: float = 0.0
+    thoughts: str | None = None
+    reasoning: str | None = None
+    inside: bool = False
+    answered_by: str = ""
+    reasoning_tokens: int | None = None
+    prompt_cut: bool = False
+    raw: Completion | None = None
 
 
 class EngineError(RuntimeError):

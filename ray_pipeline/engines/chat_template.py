@@ -11,18 +11,78 @@ tokens that ``apply_chat_template`` gives. (Tokenizers that put a space before e
 add one at the cut.)
 
 Markers that are ordinary text to the tokenizer, like ``[INST]`` of some older models, cannot be told from text.
+
+The functions `render`, `folding` and `end_token` serve training, token counts and perplexity as well, so that a policy
+is trained on the prompts that engines give it, and stops where engines expect it to.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ray_pipeline.engines.base import Message
 from ray_pipeline.engines.system_role import renders_system, without_system
+from ray_pipeline.engines.thoughts import opens_thought
+
+#: A chat that shows by rendering where a template puts a reply; no template changes the text of the reply.
+QUESTION: Message = {"role": "user", "content": "Hello"}
+REPLY: Message = {"role": "assistant", "content": "Quorum7"}
 
 _PRIVATE_USE = range(0xE000, 0xF8FF)  # code points that no standard assigns: candidates for the mark
+
+
+def render(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    arguments: Mapping[str, Any],
+    *,
+    generation_prompt: bool = True,
+    template: str | None = None,
+) -> str:
+    """Text of a chat under the chat template.
+
+    Args:
+        arguments: extra variables of the template.
+        generation_prompt: put the header of the reply at the end.
+        template: Jinja source instead of the tokenizer's own.
+
+    Raises:
+        Exception: whatever the template raises for messages that it does not take.
+    """
+    chat = [dict(message) for message in messages]
+    return str(
+        tokenizer.apply_chat_template(
+            chat, chat_template=template, add_generation_prompt=generation_prompt, tokenize=False, **arguments
+        )
+    )
+
+
+def folding(
+    tokenizer: Any, arguments: Mapping[str, Any], template: str | None = None
+) -> Callable[[Sequence[Message]], list[Message]] | None:
+    """What is done to messages before rendering them: where the chat template has no system role, system text goes into
+    the user turn. None: nothing.
+    """
+    has_system = renders_system(lambda chat: render(tokenizer, chat, arguments, template=template))
+    return None if has_system else without_system
+
+
+def end_token(tokenizer: Any, arguments: Mapping[str, Any], template: str | None = None) -> int | None:
+    """Id of the control token that the chat template puts behind a reply; None if it puts none.
+
+    Raises:
+        Exception: whatever the template raises for a question with its reply.
+    """
+    whole = render(tokenizer, [QUESTION, REPLY], arguments, generation_prompt=False, template=template)
+    _, reply, after = whole.rpartition(REPLY["content"])
+    if not reply:
+        return None
+    added = {id for id, token in tokenizer.added_tokens_decoder.items() if not str(token.content).isspace()}
+    control = added.union(tokenizer.all_special_ids)
+    return next((id for id in tokenizer(after, add_special_tokens=False)["input_ids"] if id in control), None)
 
 
 class ChatTemplate:
@@ -36,6 +96,9 @@ class ChatTemplate:
 
     Attributes:
         has_system: whether the template has a system role; without one, system text is put into the user turn.
+        opens_thought: whether a prompt ends with the opening tag of a thought, so that a reply starts inside one.
+        end_token: id of the token behind a reply (see `end_token`). A base model's own end-of-sequence token is often
+            another one, so that an engine would go on and write the next turns.
 
     Raises:
         ValueError: neither ``template`` nor a template of the tokenizer's own.
@@ -54,26 +117,23 @@ class ChatTemplate:
         self._control = _any_of(special | written)
         # Templates themselves look for <think> in earlier replies, to leave thoughts out of the history.
         self._control_in_replies = _any_of(special)
-        self.has_system = renders_system(self._render)
+        self._fold = folding(tokenizer, self._arguments, source)
+        self.has_system = self._fold is None
+        self.end_token: int | None = None
+        with contextlib.suppress(Exception):  # a template may reject replies, and render single questions
+            self.end_token = end_token(tokenizer, self._arguments, source)
+        self.opens_thought = False
+        with contextlib.suppress(Exception):
+            self.opens_thought = opens_thought(self.text([QUESTION]))
 
     def text(self, messages: Sequence[Message]) -> str:
         """The prompt as text, with the header of the reply at its end; control strings in it are as written."""
-        return self._render(messages if self.has_system else without_system(messages))
-
-    def _render(self, messages: Sequence[Message]) -> str:
-        rendered = self._tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            chat_template=self._template,
-            add_generation_prompt=True,
-            tokenize=False,
-            **self._arguments,
-        )
-        return str(rendered)
+        folded = messages if self._fold is None else self._fold(messages)
+        return render(self._tokenizer, folded, self._arguments, template=self._template)
 
     def token_ids(self, messages: Sequence[Message]) -> list[int]:
         """The prompt as token ids. Raises whatever the template raises for messages that it does not take."""
-        if not self.has_system:
-            messages = without_system(messages)
+        messages = messages if self._fold is None else self._fold(messages)
         broken = [self._pattern(m).search(m["content"]) is not None for m in messages]
         if not any(broken):
             return self._encode(self.text(messages))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
@@ -54,6 +55,7 @@ class _Core(ForkServerProcess):
 
     def run(self) -> None:
         _die_with_parent()
+        gc.freeze()  # what the server imported is never garbage, and vLLM collects all of it at its start and its end
         with contextlib.suppress(ImportError):
             # It finds the place of the title by the environment as it was at the start, so it must look before.
             import setproctitle

@@ -14,19 +14,16 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ray_pipeline.engines.account import Used
 from ray_pipeline.engines.base import EngineError, EngineStartError, EngineStop, Sampling
 from ray_pipeline.engines.endpoint_errors import Again, Asked, clean, refusal
 from ray_pipeline.engines.endpoint_replies import Charge, ServedModels, reported_usage
 from ray_pipeline.engines.endpoint_settings import STRUCTURED, OpenAISpec
+from ray_pipeline.engines.endpoint_transports import Response, Transport, transport
 from ray_pipeline.engines.lifetime import Lifetime
 
-if TYPE_CHECKING:
-    import httpx
-
-_CONNECT_SECONDS = 15.0
 _REPLY_BYTES = 16 << 20  # limit of a body beside the reply's tokens, and of the list of models
 _TOKEN_BYTES = 1 << 10  # limit for each token and each of its alternatives
 _ERROR_BYTES = 1 << 20  # what is read of an error body
@@ -54,26 +51,29 @@ class Connection:
 
     def __init__(self, spec: OpenAISpec, lifetime: Lifetime) -> None:
         self._spec, self._settings, self._lifetime = spec, spec.endpoint, lifetime
-        self._client: httpx.AsyncClient | None = None
+        self._transport: Transport | None = None
         self.key: str | None = None
         self.requests = self.answered = 0
         self.models = ServedModels()
 
     def open(self) -> None:
-        """Read the key and prepare the client; no request is made. Raises EngineStartError."""
-        import httpx
+        """Read the key and prepare the client; no request is made.
 
+        Raises:
+            EngineStartError: no key, or no client can be made with the proxies and certificates of the environment.
+        """
         self.key = self._read_key()
         headers = {header: os.environ[name] for header, name in _ACCOUNT_HEADERS.items() if os.environ.get(name)}
         if self.key is not None:
             headers["Authorization"] = f"Bearer {self.key}"
-        timeout = self._settings.timeout_s
-        self._client = httpx.AsyncClient(
-            headers=headers,
-            timeout=httpx.Timeout(timeout, connect=min(_CONNECT_SECONDS, timeout)),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=self._settings.concurrency),
-            follow_redirects=False,
-        )
+        try:
+            self._transport = transport(self._settings, headers)
+        except Exception as error:  # of the environment: a proxy without its package, a missing file of certificates
+            raise EngineStartError(
+                f"no HTTP connection to {self._settings.address} can be made here "
+                f"({clean(f'{type(error).__name__}: {error}', self.key)}); check the environment variables HTTP_PROXY, "
+                "HTTPS_PROXY, ALL_PROXY, NO_PROXY, SSL_CERT_FILE and SSL_CERT_DIR where the engine runs"
+            ) from None
 
     def _read_key(self) -> str | None:
         name = self._settings.api_key_env
@@ -93,8 +93,8 @@ class Connection:
         return key
 
     async def close(self) -> None:
-        if self._client is not None:
-            await self._client.aclose()
+        if self._transport is not None:
+            await self._transport.close()
 
     async def post(
         self, body: Mapping[str, Any], sampling: Sampling, prompt_tokens: int, charge: Charge, *, starting: bool
@@ -153,22 +153,24 @@ class Connection:
             seconds: limit of the whole request.
             unread: called if a reply was sent that cannot be read.
         """
-        client = self._client
-        if client is None:
+        http = self._transport
+        if http is None:
             raise EngineError("the connection was not opened")
-        status, headers, content = 0, {}, b""
+        status, content = 0, b""
+        headers: Mapping[str, str] = {}
         try:
+            sent = None if body is None else _encoded(body)
             async with (
                 asyncio.timeout(seconds),
-                client.stream(method, f"{self._settings.address}/{path}", json=body) as response,
+                http.stream(method, f"{self._settings.address}/{path}", sent) as response,
             ):
-                status, headers = response.status_code, dict(response.headers)
-                content = await _read(response, most_bytes if response.is_success else _ERROR_BYTES)
+                status, headers = response.status, response.headers
+                content = await _read(response, most_bytes)
         except Exception as error:
             if 200 <= status < 300:
                 unread()
             if status < 300:  # an error body may end anywhere
-                raise self._failure(error, method) from None
+                raise self._failure(http, error, method) from None
         if not 200 <= status < 300:
             raise refused(status, headers, content.decode("utf-8", "replace"))
         try:
@@ -179,20 +181,17 @@ class Connection:
             start = clean(content[:80].decode("utf-8", "replace"), self.key)
             raise Again(f"the reply is not JSON: {start!r}", "call") from None
 
-    def _failure(self, error: Exception, method: str) -> Exception:
+    def _failure(self, http: Transport, error: Exception, method: str) -> Exception:
         """The exception for a request that ended without a whole reply."""
-        import httpx
-
         if isinstance(error, _TooLarge):
             return Again(str(error), "call")
-        if isinstance(error, TimeoutError | httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
+        trouble = http.trouble(error)
+        if trouble == "timeout":
             # A list of models that never ends does not show that calls are not answered.
             return Again("no reply in time", "call" if self.answered or method == "GET" else "endpoint")
         reason = clean(f"{type(error).__name__}: {error}", self.key)
-        if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.ProxyError):
-            return Again(reason, "endpoint")
-        if isinstance(error, httpx.HTTPError):
-            return Again(reason, "call")
+        if trouble is not None:
+            return Again(reason, "endpoint" if trouble == "unreachable" else "call")
         self._lifetime.check_open()
         return EngineError(reason)  # what the client cannot encode or send
 
@@ -220,13 +219,20 @@ class Connection:
         return EngineStop(f"{self._spec.model!r} at {address}: {error}")
 
 
-async def _read(response: httpx.Response, most: int) -> bytes:
-    """The body, decompressed. Of an error, the first `most` bytes; raises _TooLarge for a longer reply."""
+def _encoded(body: Mapping[str, Any]) -> bytes:
+    """A body as JSON. Raises ValueError for text or numbers that JSON cannot hold."""
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+
+
+async def _read(response: Response, most: int) -> bytes:
+    """The body, decompressed. Of an error, the first bytes; raises _TooLarge for a reply longer than `most` bytes."""
+    success = 200 <= response.status < 300
+    most = most if success else _ERROR_BYTES
     content = bytearray()
-    async for chunk in response.aiter_bytes(1 << 16):
+    async for chunk in response.chunks:
         content += chunk
         if len(content) > most:
-            if response.is_success:
+            if success:
                 raise _TooLarge(f"the reply is longer than {most} bytes")
             return bytes(content[:most])
     return bytes(content)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 _MESSAGES = ("message", "Message", "detail", "msg", "error_message", "errorMessage", "title")
 _CODES = ("code", "type", "error_type", "status")
 _DEPTH = 4  # of errors inside errors
+MOST_SEARCHED = 16_000  # characters of a text; some servers repeat the prompt in their message
 
 _HIDDEN_HTML = re.compile(r"<(script|style|head)\b.*?</\1\s*>|<!--.*?-->", re.IGNORECASE | re.DOTALL)
 _TAG = re.compile(r"<[!/]?[a-zA-Z][^<>]{0,1000}>")
@@ -31,16 +32,17 @@ class ErrorBody(NamedTuple):
 
 
 def read_error(body: str) -> ErrorBody:
-    """The error in a body of any form. The message is "" only if the body is blank."""
+    """The error in a body of any form, cut to what is worth searching. The message is "" only if the body is blank."""
     try:
         value: Any = json.loads(body)
     except (ValueError, RecursionError):
-        text = body
+        body = text = body[:MOST_SEARCHED]
         if _TAG.search(text):
             text = html.unescape(_TAG.sub(" ", _HIDDEN_HTML.sub(" ", text)))
         return ErrorBody(" ".join(text.split()) or " ".join(body.split()), "", "")
     found = _read(value, _DEPTH)
-    return found if found.message else ErrorBody(body if value else "", found.code, found.parameter)
+    message = found.message or (body if value else "")
+    return ErrorBody(message[:MOST_SEARCHED], found.code[:MOST_SEARCHED], found.parameter[:MOST_SEARCHED])
 
 
 def _read(value: Any, depth: int) -> ErrorBody:

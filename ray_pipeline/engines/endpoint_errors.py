@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ray_pipeline.engines.base import EngineError, EngineStop, PromptTooLong, rejected
-from ray_pipeline.engines.endpoint_error_bodies import read_error
+from ray_pipeline.engines.endpoint_error_bodies import MOST_SEARCHED, read_error
 from ray_pipeline.engines.system_role import refuses_system
-from ray_pipeline.store.outside import shown
+from ray_pipeline.store.outside import shown, token_count
 
 _QUOTE = 300  # characters of a server's message that are shown
 
@@ -186,7 +186,7 @@ def refusal(status: int, headers: Mapping[str, str], body: str, asked: Asked, ke
 def _too_long(status: int, message: str, code: str, body: str, asked: Asked) -> tuple[int, int] | None:
     """(prompt tokens, limit) if the prompt is too long; what the server does not report is the client's own figure."""
     if status == 413 or code in _TOO_LONG_CODES or _TOO_LONG.search(message):
-        text = _without_commas(f"{message}\n{body}")
+        text = _without_commas(f"{message}\n{body[:MOST_SEARCHED]}")
         return _figure(_PROMPT_TOKENS, text) or asked.prompt_tokens, _figure(_CONTEXT_TOKENS, text) or asked.limit
     return _compared(message, asked)
 
@@ -229,7 +229,8 @@ def _wrong_parameter(message: str, parameter: str, asked: Asked) -> str | None:
 
 def _figure(pattern: re.Pattern[str], text: str) -> int:
     found = pattern.search(text)
-    return int(next(group for group in found.groups() if group)) if found else 0
+    digits = next(group for group in found.groups() if group) if found else "0"
+    return token_count(int(digits)) if len(digits) < 12 else 0
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -243,7 +244,7 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         except ValueError:
             try:
                 then = email.utils.parsedate_to_datetime(value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 continue
             if then.tzinfo is None:
                 then = then.replace(tzinfo=datetime.UTC)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import logging
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from ray_pipeline.engines.account import Used
 from ray_pipeline.engines.base import Completion, Sampling, TokenLogprobs
 from ray_pipeline.engines.endpoint_errors import Again
 from ray_pipeline.engines.usage import reply_token_estimate
+from ray_pipeline.store.outside import token_count
 
 logger = logging.getLogger("quorum.openai")
 
@@ -27,7 +29,13 @@ _ROUNDING = 0.01
 _SHOWN_MODELS = 12  # names of an endpoint's models that a message lists
 
 #: Finish reasons of several servers -> the common ones.
-_FINISHES = {"eos": "stop", "eos_token": "stop", "end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length"}
+_FINISHES = {
+    **dict.fromkeys(("eos", "eos_token", "end_turn", "stop_sequence", "stop_token", "done", "completed"), "stop"),
+    **dict.fromkeys(("max_tokens", "max_output_tokens", "max_new_tokens", "model_length", "truncated"), "length"),
+    **dict.fromkeys(("content-filter", "safety", "blocklist", "prohibited_content"), "content_filter"),
+}
+#: Fields of a message with the thoughts that a server splits off.
+_REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +73,7 @@ def served_models(reply: Any, model: str) -> ServedModels:
         names.append(entry["id"])
         if entry["id"] == model:
             is_vllm = entry.get("owned_by") == "vllm"
-            limit = entry.get("max_model_len")
-            context = limit if isinstance(limit, int) else 0
+            context = token_count(entry.get("max_model_len"))
     return ServedModels(tuple(names), is_vllm, context)
 
 
@@ -79,10 +86,11 @@ def read_completion(value: Any, sampling: Sampling, prompt_tokens: int, charge: 
     try:
         choice = value["choices"][0]
         message = choice["message"]
-        finish = str(choice.get("finish_reason") or "unknown")
+        finish = str(choice.get("finish_reason") or "unknown").lower()
         text, said = message.get("content"), message.get("refusal")
+        reasoning = _reasoning(message)
         if isinstance(text, list):
-            text = "".join(part.get("text") or "" for part in text)
+            text = "".join(part.get("text") or "" for part in text if part.get("type") not in ("thinking", "reasoning"))
         if text is None and said:
             text, finish = said, "refusal"
         if not isinstance(text, str | None) or finish == "error":
@@ -97,11 +105,49 @@ def read_completion(value: Any, sampling: Sampling, prompt_tokens: int, charge: 
             completion_tokens=used.completion_tokens or (estimate if text else 0),
             cached_tokens=used.cached_tokens,
             logprobs=_token_logprobs(choice.get("logprobs"), sampling.logprobs, note),
+            reasoning=reasoning,
+            answered_by=value["model"] if isinstance(value.get("model"), str) else "",
+            reasoning_tokens=_reasoning_tokens(value.get("usage"), used.completion_tokens),
         )
     except (TypeError, ValueError, LookupError, AttributeError, OverflowError):
         charge(reported_usage(value, prompt_tokens, sampling.max_tokens, note))
         holds = ", ".join(sorted(map(str, value))[:8]) if isinstance(value, Mapping) else type(value).__name__
         raise Again(f"the reply is not a chat completion (it contains {holds})", "call") from None
+
+
+def _reasoning(message: Mapping[str, Any]) -> str | None:
+    """The thoughts that a server gives apart from the answer: in a field, or in parts of the content."""
+    found = [message[name] for name in _REASONING if isinstance(message.get(name), str) and message[name]][:1]
+    content = message.get("content")
+    for part in content if isinstance(content, list) and not found else ():
+        if part.get("type") in ("thinking", "reasoning"):
+            inner = part.get("thinking") or part.get("reasoning") or part.get("text") or ""
+            found += [inner] if isinstance(inner, str) else [piece.get("text") or "" for piece in inner]
+    return "".join(found) or None
+
+
+def _reasoning_tokens(usage: Any, most: int) -> int | None:
+    """Tokens of the reply that were thoughts, as far as the server reports them."""
+    details = usage.get("completion_tokens_details") if isinstance(usage, Mapping) else None
+    tokens = details.get("reasoning_tokens") if isinstance(details, Mapping) else None
+    if isinstance(tokens, bool) or not isinstance(tokens, int | float) or not 0 <= tokens <= most:
+        return None
+    return int(tokens)
+
+
+def other_model(asked: str, answered_by: str) -> bool:
+    """Whether the name of the model that answered is another one than was asked for.
+
+    A server may answer by the dated version of a name (`gpt-4o-2024-08-06` for `gpt-4o`), or leave out or add the owner
+    of a model or the path to its folder.
+    """
+    names = [re.sub(r"[\s_.:]+", "-", name.strip().lower().rstrip("/")) for name in (asked, answered_by)]
+    if not all(names):
+        return False
+    asked, answered_by = (name.rsplit("/", 1)[-1] for name in names)
+    version = r"(?:-(?:\d{3,}(?:-\d+)*|v\d+|latest|preview|free))*"
+    pairs = (asked, answered_by), (answered_by, asked)
+    return not any(re.fullmatch(re.escape(name) + version, longer) for name, longer in pairs)
 
 
 def reported_usage(value: Any, prompt_tokens: int, new_tokens: int, note: Note) -> Used:

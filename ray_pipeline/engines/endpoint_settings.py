@@ -39,6 +39,14 @@ class EndpointSettings(Settings):
     """The `endpoint` block of a model on engine `openai`."""
 
     base_url: str = Field(description="address up to and with the version, for example https://api.openai.com/v1")
+    identity: str | None = Field(
+        None,
+        min_length=1,
+        description="name under which calls of the model are stored, wherever it is served; default: its name and "
+        "base_url (`MODEL@BASE_URL`), and calls stored for the same name at another address are used as well. Set it "
+        "to keep other weights under the same name apart, or to the old `MODEL@BASE_URL` to keep the results of a run "
+        "whose server has moved",
+    )
     api_key_env: str | None = Field(
         "OPENAI_API_KEY", description="environment variable with the API key, on every node; null: no key"
     )
@@ -51,6 +59,9 @@ class EndpointSettings(Settings):
     )
     tokens_per_minute: float | None = Field(
         None, gt=0, description="maximum of prompt and reply tokens of a stage, shared evenly; default: no limit"
+    )
+    transport: Literal["aiohttp", "httpx"] = Field(
+        "aiohttp", description="HTTP client; httpx takes more CPU time, and SOCKS proxies with httpx[socks] installed"
     )
     structured: Literal["auto", "schema", "vllm", "text"] = Field(
         "auto",
@@ -101,9 +112,9 @@ class EndpointSettings(Settings):
     def address(self) -> str:
         return self.base_url.rstrip("/")
 
-    def identity(self, model: str) -> str:
-        """The model's name and address. Needs no network."""
-        return f"endpoint:{model}@{self.address}"
+    def known_as(self, model: str) -> str:
+        """The model's part of call keys: its identity, or else its name and address. Needs no network."""
+        return f"endpoint:{self.identity or f'{model}@{self.address}'}"
 
     def answers(self) -> dict[str, Any]:
         """The settings that change replies, as JSON values."""
@@ -120,12 +131,14 @@ class OpenAISpec:
     Args:
         canary: check at the start, with one short call, that the model answers and obeys structured output.
         share: number of actors that share the limits per minute.
+        keeps_thoughts: whether thoughts stay in the text of a reply.
     """
 
     model: str
     endpoint: EndpointSettings
     canary: bool = True
     share: int = 1
+    keeps_thoughts: bool = False
 
 
 def validate_request_extra(extra: Mapping[str, Any] | Sequence[tuple[str, Any]]) -> None:

@@ -17,6 +17,11 @@ class Lifetime:
         self.closed = False
         self._stopped: EngineStop | None = None
 
+    @property
+    def is_starting(self) -> bool:
+        """Whether the engine's start has begun and is not over."""
+        return self.starting is not None and not self.starting.done()
+
     async def start(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run `work` once, however often this is called; later calls wait for it and raise the same error."""
         if self.starting is None:

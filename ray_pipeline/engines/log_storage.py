@@ -11,8 +11,10 @@ import concurrent.futures
 import contextlib
 import logging
 from collections.abc import Callable
+from typing import Any
 
 from ray_pipeline.engines.base import ChatEngine, Metered
+from ray_pipeline.store.calls import identities
 from ray_pipeline.store.errors import NotWritten, StoreError, not_written
 from ray_pipeline.store.files import Folder
 
@@ -40,13 +42,36 @@ class LogStorage:
     def __init__(self, engine: ChatEngine, root: Folder, writers: int = 64) -> None:
         self.stopped: str | None = None
         self._root, self._metered = root, engine if isinstance(engine, Metered) else None
+        self._has_moved = getattr(engine, "has_moved", None)
+        self._elsewhere: list[dict[str, Any]] | None = None
         self._threads = concurrent.futures.ThreadPoolExecutor(writers, thread_name_prefix="quorum-calls")
+        self._looking = asyncio.Lock()
         self._open = 0
         self._settler: asyncio.Task[None] | None = None
         self._failing: dict[object, str] = {}  # shard → why its replies are unwritten
         self._deadline: asyncio.TimerHandle | None = None
         self._writable = asyncio.Event()
         self._writable.set()
+
+    async def elsewhere(self, warn: Callable[[str], None]) -> list[dict[str, Any]]:
+        """Identities under which the log has calls of the engine's model at other addresses.
+
+        Args:
+            warn: called once with a line for the user if there are any.
+        """
+        if self._has_moved is None:
+            return []
+        async with self._looking:
+            if self._elsewhere is None:
+                known = await asyncio.to_thread(identities, self._root)
+                self._elsewhere = [other for other in known if self._has_moved(other)]
+                if self._elsewhere:
+                    places = ", ".join(sorted({other["model"].removeprefix("endpoint:") for other in self._elsewhere}))
+                    warn(
+                        f"calls of the same model stored for another address are used ({places}); if other weights "
+                        "have the same name, set the model's endpoint.identity"
+                    )
+        return self._elsewhere
 
     # --- spending -----------------------------------------------------------------------------------------------------
 

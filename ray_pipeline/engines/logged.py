@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,12 +26,14 @@ from ray_pipeline.engines.base import (
     PromptTooLong,
     Sampling,
 )
+from ray_pipeline.engines.log_rows import call_row, completion_of
 from ray_pipeline.engines.log_storage import LogStorage
-from ray_pipeline.engines.usage import Usage, prompt_token_estimate, reply_token_estimate
+from ray_pipeline.engines.thoughts import answered
+from ray_pipeline.engines.usage import Usage, prompt_token_estimate, prompt_was_cut, reply_token_estimate
 from ray_pipeline.store.calls import CallWriter, model_folder, put_back, read_calls, set_aside
 from ray_pipeline.store.errors import NotWritten, StoreError
 from ray_pipeline.store.files import Folder
-from ray_pipeline.store.keys import bucket_of, call_key
+from ray_pipeline.store.keys import call_key
 from ray_pipeline.store.outside import storable, token_count
 
 logger = logging.getLogger("quorum.calls")
@@ -86,9 +87,11 @@ class LoggedEngine:
         self.failed: dict[str, str] = {}
         self.last_error = ""
         self.unwritten = ""
-        self._folder = model_folder(root, self.identity)
+        self._root, self._folder = root, model_folder(root, self.identity)
+        self._elsewhere: Sequence[Mapping[str, Any]] = ()
         self._storage = storage or LogStorage(engine, root)
         self._metered = engine if isinstance(engine, Metered) else None
+        self._keeps_thoughts = bool(getattr(engine, "keeps_thoughts", False))
         self._shard, self._num_shards = shard, num_shards
         self._writer = CallWriter(self._folder, shard, num_shards)
         self._limit = limit or asyncio.Semaphore(256)
@@ -107,11 +110,14 @@ class LoggedEngine:
     async def __aenter__(self) -> LoggedEngine:
         if not self._replay_only:
             await self._put_back()
-        table = await asyncio.to_thread(read_calls, self._folder, self._shard, self._num_shards, self._warn)
-        for row in table.drop_columns(["messages", "sampling"]).to_pylist():
-            known = self._known.get(row["call_key"])
-            if known is None or known.finish_reason == _TOO_LONG:  # a reply takes precedence over a refusal
-                self._known[row["call_key"]] = _from_row(row)
+        self._elsewhere = await self._storage.elsewhere(self._warn)
+        for identity in (self.identity, *self._elsewhere):
+            folder = model_folder(self._root, identity)
+            table = await asyncio.to_thread(read_calls, folder, self._shard, self._num_shards, self._warn)
+            for row in table.drop_columns(["messages", "sampling"]).to_pylist():
+                known = self._known.get(row["call_key"])
+                if known is None or known.finish_reason == _TOO_LONG:  # a reply takes precedence over a refusal
+                    self._known[row["call_key"]] = answered(completion_of(row), self._keeps_thoughts)
         if not self._replay_only:
             await self._storage.enter()
             self._flusher = asyncio.create_task(self._flush_forever())
@@ -226,9 +232,21 @@ class LoggedEngine:
             raise EngineStop(str(error)) from error
 
     async def call(self, prompt_id: str, role: str, messages: Sequence[Message], sampling: Sampling) -> Completion:
+        completion = await self._call(prompt_id, role, messages, sampling)
+        # Of other engines, tokens are counted before the prompt is read, and never cut.
+        figures = completion.prompt_tokens, completion.cached_tokens
+        if self.identity.get("engine") == "openai" and prompt_was_cut(messages, *figures):
+            self.stats.cut_prompts += 1
+            return dataclasses.replace(completion, prompt_cut=True)
+        return completion
+
+    async def _call(self, prompt_id: str, role: str, messages: Sequence[Message], sampling: Sampling) -> Completion:
         asked = sampling.key()
         key = call_key(self.identity, messages, asked)
         known = self._known.get(key)
+        for other in self._elsewhere if known is None else ():
+            moved = self._known.get(call_key(other, messages, asked))
+            known = moved if moved is not None and moved.finish_reason != _TOO_LONG else known
         if known is not None and known.finish_reason != _TOO_LONG:
             self.stats.calls_log += 1
             return known
@@ -312,15 +330,20 @@ class LoggedEngine:
             await self._idle.wait()
             raise refusal
         # What is returned must be what the log returns after a resume, so it is made storable here.
-        return dataclasses.replace(
-            completion,
-            text=storable(completion.text),
-            finish_reason=storable(completion.finish_reason),
-            prompt_tokens=token_count(completion.prompt_tokens, prompt_token_estimate(messages)),
-            completion_tokens=token_count(completion.completion_tokens, reply_token_estimate(completion.text)),
-            cached_tokens=token_count(completion.cached_tokens),
+        reply = completion.raw or completion
+        reply = dataclasses.replace(
+            reply,
+            text=storable(reply.text),
+            finish_reason=storable(reply.finish_reason),
+            reasoning=None if reply.reasoning is None else storable(reply.reasoning),
+            answered_by=storable(reply.answered_by),
+            prompt_tokens=token_count(reply.prompt_tokens, prompt_token_estimate(messages)),
+            completion_tokens=token_count(reply.completion_tokens, reply_token_estimate(reply.text)),
+            cached_tokens=token_count(reply.cached_tokens),
             latency_s=completion.latency_s or time.monotonic() - begin,
+            unread_cost=completion.unread_cost,
         )
+        return answered(reply, self._keeps_thoughts)
 
     @staticmethod
     def _fail(future: asyncio.Future[Completion], error: BaseException) -> None:
@@ -343,24 +366,7 @@ class LoggedEngine:
         if not self._any_pending.is_set():
             self._oldest = time.monotonic()
             self._any_pending.set()
-        self._pending.append(
-            {
-                "call_key": key,
-                "bucket": bucket_of(prompt_id),
-                "prompt_id": prompt_id,
-                "model": json.dumps(dict(self.identity), sort_keys=True),
-                "role": role,
-                "messages": [{"role": m["role"], "content": m["content"]} for m in messages],
-                "sampling": json.dumps(asked, sort_keys=True),
-                "text": completion.text,
-                "finish_reason": completion.finish_reason,
-                "logprobs": None if completion.logprobs is None else json.dumps(completion.logprobs),
-                "prompt_tokens": completion.prompt_tokens,
-                "completion_tokens": completion.completion_tokens,
-                "cached_tokens": completion.cached_tokens,
-                "latency_s": completion.latency_s,
-            }
-        )
+        self._pending.append(call_row(key, prompt_id, self.identity, role, messages, asked, completion))
 
 
 #: finish_reason of a stored refusal; of such a row, `cached_tokens` is the context length that the prompt exceeds, and
@@ -368,33 +374,24 @@ class LoggedEngine:
 _TOO_LONG = "too_long"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class BoundEngine:
-    """A `ChatEngine` that logs its calls under one prompt and one role."""
+    """A `ChatEngine` that logs its calls under one prompt and one role.
+
+    Attributes:
+        cut_prompts: replies to prompts of which the server left out a part.
+    """
 
     log: LoggedEngine
     prompt_id: str
     role: str
+    cut_prompts: int = 0
 
     @property
     def identity(self) -> Mapping[str, Any]:
         return self.log.identity
 
     async def chat(self, messages: Sequence[Message], sampling: Sampling) -> Completion:
-        return await self.log.call(self.prompt_id, self.role, messages, sampling)
-
-
-def _from_row(row: dict[str, Any]) -> Completion:
-    logprobs = None
-    if row["logprobs"] is not None:
-        logprobs = [[(token, value) for token, value in step] for step in json.loads(row["logprobs"])]
-    return Completion(
-        text=row["text"],
-        finish_reason=row["finish_reason"],
-        prompt_tokens=row["prompt_tokens"],
-        completion_tokens=row["completion_tokens"],
-        cached_tokens=row["cached_tokens"],
-        logprobs=logprobs,
-        latency_s=row["latency_s"],
-        from_log=True,
-    )
+        completion = await self.log.call(self.prompt_id, self.role, messages, sampling)
+        self.cut_prompts += completion.prompt_cut
+        return completion

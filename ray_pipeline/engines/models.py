@@ -15,11 +15,13 @@ from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.base import ChatEngine
 from ray_pipeline.engines.endpoint_settings import EndpointSettings, OpenAISpec, validate_request_extra
-from ray_pipeline.engines.identity import model_identity, text_digest
+from ray_pipeline.engines.identity import ModelNotFound, model_identity, text_digest
 from ray_pipeline.engines.openai import OpenAIEngine
+from ray_pipeline.engines.packaged import PREFIX, default_dtype, packaged_model
 from ray_pipeline.engines.vllm import VllmEngine
 from ray_pipeline.engines.vllm_spec import VllmSpec, validate_engine_args, validate_sampling_extra
 from ray_pipeline.pocket import model_path
+from ray_pipeline.store.locations import join
 
 EngineFactory = Callable[[], ChatEngine]
 
@@ -76,12 +78,15 @@ class ModelSettings(Settings):
         "vllm", description="vllm: served locally; openai: an OpenAI-compatible endpoint"
     )
     model: str = Field(
-        description="folder, Hub name, or `pocket:NAME` (policy, judge, reviewer, generator); "
+        description="folder, Hub name, `pocket:NAME` (policy, judge, reviewer, generator), or `smol:135m-instruct` "
+        "(a real small model without a hub); "
         "engine openai: the endpoint's name for it"
     )
     endpoint: EndpointSettings | None = Field(None, description="only for engine openai: where the model is served")
     revision: str | None = Field(None, description="branch, tag or commit; default: the newest commit of main")
-    adapter: str | None = Field(None, description="folder of a LoRA adapter")
+    adapter: str | None = Field(
+        None, description="folder of a LoRA adapter; models that differ in it alone share an engine"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="data type of weights and activations; auto: the model's own"
     )
@@ -97,6 +102,11 @@ class ModelSettings(Settings):
     )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     args: dict[str, Any] = Field(default_factory=dict, description="further vLLM engine arguments by their own names")
+    thoughts: Literal["split", "keep"] = Field(
+        "split",
+        description="thoughts in replies (`<think>…</think>`, reasoning_content): split them off into a column, or "
+        "keep them as a part of the text, which is then judged and trained on",
+    )
     canary: bool = Field(True, description="check at the start, with short calls, that the model answers as expected")
     placement: Placement = Field(Placement(), description="where the actors of the model run and how many there are")
 
@@ -109,7 +119,7 @@ class ModelSettings(Settings):
         if self.endpoint is None:
             raise ValueError("engine openai needs the endpoint block; add it with at least base_url")
         fields = type(self).model_fields
-        for name in sorted(set(fields) - {"engine", "model", "endpoint", "canary", "placement"}):
+        for name in sorted(set(fields) - {"engine", "model", "endpoint", "canary", "placement", "thoughts"}):
             if getattr(self, name) != fields[name].get_default(call_default_factory=True):
                 raise ValueError(
                     f"{name} is only for engine vllm; remove it (put further request parameters under "
@@ -140,7 +150,8 @@ class ModelSettings(Settings):
 
     def factory(self) -> EngineFactory:
         if self.endpoint is not None:
-            spec = OpenAISpec(self.model, self.endpoint, self.canary, share=self.placement.max_actors)
+            share, keeps = self.placement.max_actors, self.thoughts == "keep"
+            spec = OpenAISpec(self.model, self.endpoint, self.canary, share=share, keeps_thoughts=keeps)
             return functools.partial(OpenAIEngine, spec)
         return functools.partial(VllmEngine, self.spec())
 
@@ -168,12 +179,13 @@ class ModelSettings(Settings):
             validate_request_extra(extra)
 
     def weights(self) -> dict[str, str]:
-        """Content identity of weights, adapter and chat template; for a model at an endpoint its address and name.
+        """Content identity of weights, adapter and chat template; for a model at an endpoint its name and address,
+        or its `identity`.
 
         Raises ModelNotFound, naming the model.
         """
         if self.endpoint is not None:
-            return {"model": self.endpoint.identity(self.model)}
+            return {"model": self.endpoint.known_as(self.model)}
         identity = {k: str(v) for k, v in model_identity(self.model, self.revision, self.adapter).items()}
         if self.chat_template is not None:
             with open(self.chat_template, encoding="utf-8") as file:
@@ -188,12 +200,20 @@ class ModelSettings(Settings):
         """Settings that affect the replies beside `weights()`: those that differ from their defaults, without names
         and placement."""
         if self.endpoint is not None:
-            return {"engine": self.engine, **self.endpoint.answers()}
+            kept = {} if self.thoughts == "split" else {"thoughts": self.thoughts}
+            return {"engine": self.engine, **self.endpoint.answers(), **kept}
         elsewhere = {"model", "revision", "adapter", "chat_template", "endpoint", "placement", "canary"}
         return {"engine": self.engine, **self.decisive(exclude=elsewhere)}
 
-    def trained(self, folder: str) -> ModelSettings:
-        """The same model with other weights: a policy trained from it."""
+    def trained(self, folder: str, save: str = "both") -> ModelSettings:
+        """A policy trained from this model, as it is served.
+
+        Args:
+            folder: of its training, with `adapter/` or `merged/` as `save` says.
+        """
+        if save == "adapter":
+            return self.model_copy(update={"adapter": join(folder, "adapter")})
+        folder = join(folder, "merged")
         return self.model_copy(update={"model": folder, "revision": None, "adapter": None, "quantization": None})
 
 
@@ -226,9 +246,9 @@ class ModelUse:
 
 
 def resolve_model(model: Any) -> Any:
-    """A model block with the folder of a pocket model instead of its name, and absolute paths of local files.
+    """A model block with the folder of a pocket or packaged model instead of its name, and absolute local paths.
 
-    Raises ConfigError for an unknown pocket model.
+    Raises ConfigError for an unknown model of these, or one whose package is not installed.
     """
     if not isinstance(model, Mapping) or not isinstance(model.get("model"), str):
         return model
@@ -239,6 +259,11 @@ def resolve_model(model: Any) -> Any:
         try:
             return {**model, "model": model_path(name)}
         except (ValueError, FileNotFoundError) as error:
+            raise ConfigError(str(error)) from error
+    if name.startswith(PREFIX):
+        try:
+            return {"dtype": default_dtype(), **model, "model": packaged_model(name)}
+        except ModelNotFound as error:
             raise ConfigError(str(error)) from error
     # Actors have another working folder, so paths are made absolute here; a hub name is `owner/name` and stays.
     paths = {key: model[key] for key in ("model", "adapter", "chat_template") if isinstance(model.get(key), str)}

@@ -20,7 +20,7 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ray_pipeline.engines.account import Used
@@ -38,13 +38,14 @@ from ray_pipeline.engines.base import (
 from ray_pipeline.engines.endpoint_budget import Budget
 from ray_pipeline.engines.endpoint_connection import Connection
 from ray_pipeline.engines.endpoint_errors import Refused, clean
-from ray_pipeline.engines.endpoint_replies import read_completion, served_models
+from ray_pipeline.engines.endpoint_replies import other_model, read_completion, served_models
 from ray_pipeline.engines.endpoint_requests import AS_TEXT, AS_USER, Requests
 from ray_pipeline.engines.endpoint_retry import Retries
 from ray_pipeline.engines.endpoint_settings import OpenAISpec, extra_problem
 from ray_pipeline.engines.lifetime import Lifetime
 from ray_pipeline.engines.refusals import Refusals
-from ray_pipeline.engines.usage import prompt_token_estimate
+from ray_pipeline.engines.thoughts import answered
+from ray_pipeline.engines.usage import prompt_token_estimate, prompt_was_cut
 from ray_pipeline.store.files import Folder
 
 logger = logging.getLogger("quorum.openai")
@@ -90,6 +91,7 @@ class OpenAIEngine:
     def __init__(self, spec: OpenAISpec) -> None:
         self.spec = spec
         self.notes: list[str] = []
+        self.keeps_thoughts = spec.keeps_thoughts
         self._settings = spec.endpoint
         self._at = f"{spec.model!r} at {spec.endpoint.address}"
         self.concurrency = spec.endpoint.concurrency
@@ -104,12 +106,24 @@ class OpenAIEngine:
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """Address, model name and the settings that change replies; never the API key. Needs no network."""
+        """Model name and address, or the model's own identity, and the settings that change replies; never the API
+        key. Needs no network."""
         return {
             "engine": "openai",
-            "model": self._settings.identity(self.spec.model),
+            "model": self._settings.known_as(self.spec.model),
             **self._settings.answers(),
         }
+
+    @property
+    def has_moved(self) -> Callable[[Mapping[str, Any]], bool] | None:
+        """Whether another identity is that of this model at another address; None if its identity has no address."""
+        name, own = f"endpoint:{self.spec.model}@", self.identity
+
+        def moved(other: Mapping[str, Any]) -> bool:
+            same = str(other.get("model", "")).startswith((name + "http://", name + "https://"))
+            return same and other["model"] != own["model"] and {**other, "model": own["model"]} == own
+
+        return moved if self._settings.identity is None else None
 
     async def start(self) -> None:
         """Contact the endpoint and check that the model answers; only once, however often it is called.
@@ -277,7 +291,19 @@ class OpenAIEngine:
                     raise
                 self._retries.token_pace.give_back(most - completion.prompt_tokens - completion.completion_tokens)
                 self._budget.account.own.count(completion)
-                return dataclasses.replace(completion, unread_cost=self._budget.price(reservation.unread))
+                if other_model(self.spec.model, completion.answered_by):
+                    self._note(
+                        f"is answered by another model: {clean(completion.answered_by[:80], self._connection.key)!r}"
+                    )
+                told = any(" cuts prompts: " in note for note in self.notes)
+                if not told and prompt_was_cut(messages, completion.prompt_tokens, completion.cached_tokens):
+                    self._note(
+                        f"cuts prompts: it read {completion.prompt_tokens} tokens of one with "
+                        f"{sum(len(m['content']) for m in messages):,} characters; raise the server's context (Ollama: "
+                        "num_ctx), or drop long prompts. Rows of such calls have prompt_cut: true"
+                    )
+                cost = self._budget.price(reservation.unread)
+                return answered(dataclasses.replace(completion, unread_cost=cost), self.keeps_thoughts)
 
     def _note(self, message: str) -> None:
         self._warn_once(f"{self._at} {message}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ class Usage:
         calls_shared: calls that waited for an equal one in flight.
         errors: calls that failed.
         cached_tokens: prompt tokens found in the engine's prefix cache; they are among `prompt_tokens`.
+        cut_prompts: replies to prompts of which the server left out a part, from an engine or the log.
         cost: price of the replies, in the currency of the endpoint's prices.
         seconds: worker time, summed over shards.
         device_seconds: time of GPUs (without GPUs: of engines) that were held, idle or not.
@@ -33,6 +35,7 @@ class Usage:
     prompt_tokens: float = 0
     completion_tokens: float = 0
     cached_tokens: float = 0
+    cut_prompts: float = 0
     cost: float = 0.0
     seconds: float = 0.0
     device_seconds: float = 0.0
@@ -71,6 +74,28 @@ class Usage:
     def prefix_hit_rate(self) -> float | None:
         """Share of the prompt tokens that came from the prefix cache; None without prompt tokens."""
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else None
+
+
+#: Fewest characters a prompt has for `prompt_was_cut`, and most of them that one token stands for.
+_CUT_FROM, _CUT_CHARACTERS = 2000, 12
+#: Runs of one character, and of other characters than letters and digits: a tokenizer may make one token of each.
+_RUNS = re.compile(r"(\w)\1+|\W+")
+
+
+def prompt_was_cut(messages: Sequence[Message], prompt_tokens: int, cached_tokens: int = 0) -> bool:
+    """Whether a server can only have read a part of the prompt, by the tokens that it reports.
+
+    The bound errs on the side of no alarm in any language: of text with 2,000 characters or more (runs of blanks, marks
+    or one character count as one), no tokenizer makes less than a token of 12 characters; English has about 5 a token,
+    other languages have fewer. A server that reports only the tokens outside its cache gives no alarm either.
+    """
+    if 0 < prompt_tokens <= cached_tokens:
+        return False
+    most = prompt_tokens * _CUT_CHARACTERS
+    if sum(len(message["content"]) for message in messages) <= max(most, _CUT_FROM):
+        return False
+    counted = sum(len(_RUNS.sub(" ", message["content"])) for message in messages)
+    return counted > max(most, _CUT_FROM)
 
 
 def prompt_token_estimate(messages: Sequence[Message]) -> int:

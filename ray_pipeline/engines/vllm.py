@@ -8,6 +8,8 @@ consequences:
   (``os._exit(1)``): Ray Data starts another one and repeats its tasks. Raising out of the task would fail the dataset.
 - **No process outlives its owner** (see ``vllm_processes``).
 
+One engine can serve several LoRA adapters of its model, and the model alone: see :meth:`VllmEngine.serving`.
+
 vLLM is imported inside functions, because the import takes 6 to 13 s and reading a configuration does not need it.
 """
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
@@ -25,9 +28,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ray_pipeline.config.messages import installing
 from ray_pipeline.engines.account import Used
 from ray_pipeline.engines.base import (
     CallFailed,
+    ChatEngine,
     Completion,
     EngineDead,
     EngineError,
@@ -45,7 +50,9 @@ from ray_pipeline.engines.engine_meters import EngineMeters
 from ray_pipeline.engines.identity import ModelNotFound, model_identity, text_digest
 from ray_pipeline.engines.lifetime import Lifetime
 from ray_pipeline.engines.refusals import Refusals
-from ray_pipeline.engines.vllm_arguments import engine_args, local_adapter
+from ray_pipeline.engines.thoughts import answered
+from ray_pipeline.engines.vllm_adapters import LoadedAdapters
+from ray_pipeline.engines.vllm_arguments import engine_args
 from ray_pipeline.engines.vllm_processes import Reaper, child_environment, end_processes, prepare_environment
 from ray_pipeline.engines.vllm_replies import read_completion, sampling_params
 from ray_pipeline.engines.vllm_spec import SPEED_ONLY, VllmSpec, validate_engine_args
@@ -69,6 +76,7 @@ class VllmEngine:
 
     Args:
         spec: the model and how it is served.
+        adapters: LoRA adapters that `serving` can choose from; then `spec.adapter` is None.
         model: the model's identity if it has been computed already (see ``identity.model_identity``), so that not every
             actor has to hash a large model.
 
@@ -77,16 +85,17 @@ class VllmEngine:
         notes: messages for the user, each once: the engine's log is not on the terminal.
     """
 
-    def __init__(self, spec: VllmSpec, *, model: Mapping[str, str] | None = None) -> None:
-        self.spec = spec
+    def __init__(self, spec: VllmSpec, *, adapters: Sequence[str] = (), model: Mapping[str, str] | None = None) -> None:
+        self.spec, self._adapters = spec, tuple(dict.fromkeys(adapters))
         self.start_seconds = 0.0
         self.notes: list[str] = []
+        self.keeps_thoughts = spec.thoughts == "keep"
         self._model = None if model is None else dict(model)
         self._lifetime = Lifetime()
         self._refusals = Refusals(repr(spec.model), _REMEDY, self._lifetime)
         self._engine: Any = None  # vllm.v1.engine.async_llm.AsyncLLM
         self._template: ChatTemplate | None = None
-        self._lora: Any = None
+        self._loaded = LoadedAdapters()
         self._limit = 0
         self._reaper: Reaper | None = None
         self._server: CoreServer | None = None
@@ -103,9 +112,12 @@ class VllmEngine:
         Raises:
             EngineStartError: the model, the adapter or the chat template does not exist.
         """
-        spec = self.spec
+        return self._identity_of(self.spec)
+
+    def _identity_of(self, spec: VllmSpec) -> Mapping[str, Any]:
         try:
-            model = self._model or model_identity(spec.model, spec.revision, spec.adapter)
+            known = self._model if spec is self.spec else None
+            model = known or model_identity(spec.model, spec.revision, spec.adapter)
             other = {name: value for name, value in sorted(spec.args.items()) if name not in SPEED_ONLY}
             if "tokenizer" in other:
                 other["tokenizer"] = model_identity(str(other["tokenizer"]))["model"]
@@ -123,6 +135,11 @@ class VllmEngine:
             "args": json.loads(json.dumps(other, sort_keys=True, default=str)),
         }
 
+    @property
+    def loading(self) -> bool:
+        """Whether the model is being loaded."""
+        return self._lifetime.is_starting
+
     async def start(self) -> None:
         """Load the model and check that it answers; only once, however often it is called.
 
@@ -136,11 +153,22 @@ class VllmEngine:
 
         Cancelling the call aborts the request in the engine.
         """
+        return await self._chat(messages, sampling, self.spec.adapter)
+
+    def serving(self, adapter: str | None) -> ChatEngine:
+        """The same model with one of `adapters`, or with none, in the same memory: calls are batched together.
+
+        An adapter is loaded before its first call, which raises EngineStartError where that is not possible.
+        """
+        return _Adapted(self, adapter)
+
+    async def _chat(self, messages: Sequence[Message], sampling: Sampling, adapter: str | None) -> Completion:
         self._lifetime.check_open()
         if self._engine is None or not self._ready:
             await self.start()
+        lora = await self._loaded.load(self._engine, adapter)
         with self._refusals.watch(messages, sampling):
-            completion = await self._ask(messages, sampling)
+            completion = await self._ask(messages, sampling, lora)
         self._used.count(completion)
         return completion
 
@@ -190,6 +218,7 @@ class VllmEngine:
         # The commit that the identity names, even if the branch has moved since.
         revision = identity.rsplit("@", 1)[1] if identity.startswith("hub:") else None
         prepare_environment()
+        self._loaded = LoadedAdapters()
         self._reaper = Reaper()
         with child_environment(self._reaper, cpu=is_cpu_build()):
             self._server = CoreServer()  # its imports run beside this process's
@@ -200,17 +229,14 @@ class VllmEngine:
     def _load_core(self, server: CoreServer, revision: str | None) -> None:
         try:
             from vllm.engine.arg_utils import AsyncEngineArgs
-            from vllm.lora.request import LoRARequest
             from vllm.platforms import current_platform
             from vllm.v1.engine.async_llm import AsyncLLM
         except ImportError as error:
             raise EngineStartError(
-                f"cannot import vLLM ({error}); install it with `pip install quorum-align[gpu]`; for a machine without "
-                "a GPU, see the README on the CPU build"
+                f"cannot import vLLM ({error}); install it with `{installing('gpu')}`; for a machine without a "
+                "GPU, see the README on the CPU build"
             ) from error
-        args = engine_args(self.spec, revision, cpu=current_platform.is_cpu())
-        if self.spec.adapter is not None:
-            self._lora = LoRARequest("policy", 1, local_adapter(self.spec.adapter))
+        args = engine_args(self.spec, revision, cpu=current_platform.is_cpu(), adapters=self._adapters)
         with server.starts_cores():
             loggers = None if args["disable_log_stats"] else _stat_loggers()
             self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**args), stat_loggers=loggers)
@@ -247,11 +273,7 @@ class VllmEngine:
 
     async def _prove(self) -> None:
         """Load the adapter, and make two short calls to check that the model answers and obeys structured output."""
-        if self._lora is not None:
-            try:
-                await self._engine.add_lora(self._lora)
-            except Exception as error:
-                raise EngineStartError(f"cannot load adapter {self.spec.adapter!r}: {causes(error)}") from error
+        lora = await self._loaded.load(self._engine, self.spec.adapter)
         if not self.spec.canary:
             return
         score = {"type": "integer", "minimum": 1, "maximum": 9}
@@ -261,7 +283,7 @@ class VllmEngine:
         ):
             question = [{"role": "user", "content": "Answer: yes, no or 1."}]
             try:
-                reply = await self._ask(question, Sampling(max_tokens=16, grammar=grammar))
+                reply = await self._ask(question, Sampling(max_tokens=16, grammar=grammar), lora)
             except PromptTooLong as error:
                 raise EngineStartError(f"even a short question does not fit {self.spec.model!r}: {error}") from error
             except (EngineError, EngineDead) as error:
@@ -276,7 +298,7 @@ class VllmEngine:
 
     # -- answering ---------------------------------------------------------------------------------------------------
 
-    async def _ask(self, messages: Sequence[Message], sampling: Sampling) -> Completion:
+    async def _ask(self, messages: Sequence[Message], sampling: Sampling, lora: Any) -> Completion:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         self._lifetime.check_open()
@@ -298,7 +320,7 @@ class VllmEngine:
             logger.warning("%s", self.notes[-1])
         if len(prompt) + sampling.max_tokens > self._limit:
             raise PromptTooLong(len(prompt), sampling.max_tokens, self._limit)
-        params = sampling_params(sampling)
+        params = sampling_params(sampling, self._template.end_token)
         last: Any = None
         try:
             async for output in engine.generate(
@@ -306,7 +328,7 @@ class VllmEngine:
                 {"type": "token", "prompt_token_ids": prompt},
                 params,
                 f"chat-{next(self._ids)}",
-                lora_request=self._lora,
+                lora_request=lora,
             ):
                 last = output
         except EngineDeadError as error:
@@ -315,7 +337,10 @@ class VllmEngine:
             if engine.errored or self._lifetime.closed:  # the error depends on what the call was doing at the time
                 raise EngineDead(f"the engine of {self.spec.model!r} has died; see its log") from error
             raise (rejected if isinstance(error, ValueError) else CallFailed)(causes(error)) from error
-        return read_completion(last, len(prompt), time.perf_counter() - begin)
+        # A grammar holds from the first token, so that there is no thought.
+        inside = self._template.opens_thought and sampling.grammar is None
+        reply = read_completion(last, len(prompt), time.perf_counter() - begin, inside)
+        return answered(reply, self.keeps_thoughts)
 
     # -- ending ------------------------------------------------------------------------------------------------------
 
@@ -340,6 +365,21 @@ class VllmEngine:
         owner, self._reaper = self._reaper, None
         server, self._server = self._server, None
         await asyncio.to_thread(end_processes, engine, owner, server)
+
+
+class _Adapted:
+    """The model of an engine with one of its adapters, or with none; see `VllmEngine.serving`."""
+
+    def __init__(self, engine: VllmEngine, adapter: str | None) -> None:
+        self._engine, self._adapter = engine, adapter
+        self.keeps_thoughts = engine.keeps_thoughts
+
+    @functools.cached_property
+    def identity(self) -> Mapping[str, Any]:
+        return self._engine._identity_of(dataclasses.replace(self._engine.spec, adapter=self._adapter))
+
+    async def chat(self, messages: Sequence[Message], sampling: Sampling) -> Completion:
+        return await self._engine._chat(messages, sampling, self._adapter)
 
 
 def _stat_loggers() -> list[Any] | None:

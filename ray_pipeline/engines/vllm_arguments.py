@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from ray_pipeline.engines.base import EngineStartError, causes
+from ray_pipeline.engines.vllm_adapters import local_adapter, lora_rank, shared_room
 from ray_pipeline.engines.vllm_spec import VllmSpec
 from ray_pipeline.store.local import local_copy
 
-_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # sizes for which vLLM reserves memory
 _CPU_CACHE_BYTES = 1 << 30  # of the KV cache; enough for half a million tokens of a pocket model
 _CPU_STEP_TOKENS = 8192  # prompt tokens of a step; vLLM's 2048 leave most slots of a batch empty
 
 
-def engine_args(spec: VllmSpec, revision: str | None, *, cpu: bool) -> dict[str, Any]:
+def engine_args(spec: VllmSpec, revision: str | None, *, cpu: bool, adapters: Sequence[str] = ()) -> dict[str, Any]:
     """The fields of ``AsyncEngineArgs``.
 
     Args:
         revision: commit of a Hub model; None for a folder.
         cpu: whether vLLM is its CPU build.
+        adapters: LoRA adapters that calls may choose from, beside calls without one; none with `spec.adapter`.
     """
     args: dict[str, Any] = {
         "enable_prefix_caching": True,
@@ -48,7 +47,13 @@ def engine_args(spec: VllmSpec, revision: str | None, *, cpu: bool) -> dict[str,
             args["kv_cache_memory_bytes"] = _CPU_CACHE_BYTES
     if spec.adapter is not None:
         args |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": lora_rank(local_adapter(spec.adapter))}
+    if adapters:
+        args |= shared_room(adapters)
     args |= spec.args
+    if adapters:
+        if cpu:  # its kernels compute calls without an adapter with the last slot (index -1), so it must stay empty
+            args["max_loras"] = len(adapters) + 1
+        args["max_cpu_loras"] = max(args["max_cpu_loras"], args["max_loras"])
     args |= {
         "model": local_copy(spec.model),
         "dtype": spec.dtype,
@@ -64,33 +69,3 @@ def engine_args(spec: VllmSpec, revision: str | None, *, cpu: bool) -> dict[str,
     if revision is not None:
         args["revision"] = args["tokenizer_revision"] = revision
     return args
-
-
-def local_adapter(adapter: str) -> str:
-    """A folder with the adapter's files; a Hub adapter is downloaded, unless it is in the Hub's cache."""
-    adapter = local_copy(adapter)
-    if Path(adapter).expanduser().exists():
-        return str(Path(adapter).expanduser())
-    from huggingface_hub import snapshot_download
-
-    return str(snapshot_download(adapter))
-
-
-def lora_rank(adapter: str) -> int:
-    """The rank that vLLM must reserve for an adapter: the smallest of its sizes that is enough.
-
-    Raises:
-        EngineStartError: the folder contains no LoRA adapter, or its rank exceeds vLLM's maximum.
-    """
-    path = Path(adapter) / "adapter_config.json"
-    try:
-        config = json.loads(path.read_text())
-        rank = max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
-    except (OSError, ValueError, KeyError) as error:
-        raise EngineStartError(f"{path} is not the config of a LoRA adapter ({causes(error)})") from error
-    for size in _LORA_RANKS:
-        if rank <= size:
-            return size
-    raise EngineStartError(
-        f"adapter {adapter!r} has rank {rank}, and vLLM serves at most {_LORA_RANKS[-1]}: merge it into its model"
-    )

@@ -113,11 +113,24 @@ def child_environment(owner: Reaper, *, cpu: bool) -> Iterator[None]:
 def end_processes(engine: Any, owner: Reaper | None, server: CoreServer | None) -> None:
     """End the processes of an engine, whatever has been started of it."""
     children = owner.children() if owner is not None else []
-    if engine is not None:
+    try:
+        if engine is not None:
+            _shut_down(engine)
+    finally:
+        if owner is not None:
+            owner.release()
+        for child in children:
+            child.join(timeout=5.0)  # otherwise killed children stay behind as zombies
+        if server is not None:
+            server.release()
+
+
+def _shut_down(engine: Any) -> None:
+    import psutil  # a requirement of vLLM
+
+    try:
         engine.shutdown(timeout=_CLOSE_SECONDS)
-    if owner is not None:
-        owner.release()
-    for child in children:
-        child.join(timeout=5.0)  # otherwise killed children stay behind as zombies
-    if server is not None:
-        server.release()
+    except psutil.NoSuchProcess:
+        # The core ended by itself just when vLLM was about to kill it. vLLM has then skipped closing its sockets, and
+        # the next collection of garbage would wait for them for ever.
+        engine.engine_core.resources()

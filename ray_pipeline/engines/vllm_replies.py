@@ -9,8 +9,13 @@ from ray_pipeline.engines.base import CallFailed, Completion, Sampling, TokenLog
 from ray_pipeline.engines.vllm_spec import sampling_problem
 
 
-def sampling_params(sampling: Sampling) -> Any:
-    """vLLM's form of a ``Sampling``. Raises EngineError for values that vLLM rejects."""
+def sampling_params(sampling: Sampling, end_token: int | None = None) -> Any:
+    """vLLM's form of a ``Sampling``. Raises EngineError for values that vLLM rejects.
+
+    Args:
+        end_token: id of the token that ends a reply under the chat template. It ends one as EOS does: unless the
+            sampling ignores EOS, and beside the sampling's own stop tokens.
+    """
     from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
     extra = dict(sampling.extra)
@@ -18,6 +23,8 @@ def sampling_params(sampling: Sampling) -> Any:
         problem = sampling_problem(name, frozenset(SamplingParams.__struct_fields__))
         if problem:
             raise rejected(problem)
+    if end_token is not None and not extra.get("ignore_eos"):
+        extra["stop_token_ids"] = [*(extra.get("stop_token_ids") or ()), end_token]
     grammar = sampling.grammar
     structured: dict[str, Any] = {}
     if grammar is not None:
@@ -40,8 +47,12 @@ def sampling_params(sampling: Sampling) -> Any:
         raise rejected(f"vLLM rejected the sampling parameters: {causes(error)}") from error
 
 
-def read_completion(output: Any, prompt_tokens: int, latency_s: float) -> Completion:
-    """The completion in the last output of a request (``vllm.RequestOutput``). Raises CallFailed if there is none."""
+def read_completion(output: Any, prompt_tokens: int, latency_s: float, inside: bool = False) -> Completion:
+    """The completion in the last output of a request (``vllm.RequestOutput``). Raises CallFailed if there is none.
+
+    Args:
+        inside: as of a ``Completion``.
+    """
     if output is None or not output.outputs:
         raise CallFailed("vLLM ended the request without a reply")
     reply = output.outputs[0]
@@ -53,6 +64,7 @@ def read_completion(output: Any, prompt_tokens: int, latency_s: float) -> Comple
         cached_tokens=int(output.num_cached_tokens or 0),
         logprobs=None if reply.logprobs is None else _token_logprobs(reply.token_ids, reply.logprobs),
         latency_s=latency_s,
+        inside=inside,
     )
 
 

@@ -70,6 +70,7 @@ class VllmSpec:
         trust_remote_code: run the model's own Python files.
         args: further fields of vLLM's ``AsyncEngineArgs`` by their own names.
         canary: check at the start, with two short calls, that the model obeys structured output.
+        thoughts: ``split`` takes thoughts out of the text of a reply, ``keep`` leaves them there.
     """
 
     model: str
@@ -85,6 +86,7 @@ class VllmSpec:
     trust_remote_code: bool = False
     args: dict[str, Any] = field(default_factory=dict)
     canary: bool = True
+    thoughts: str = "split"
 
 
 def validate_engine_args(args: Mapping[str, Any]) -> None:

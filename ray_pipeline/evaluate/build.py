@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ray_pipeline.evaluate.cautions import cautions, unusable
 from ray_pipeline.evaluate.data import ReportData
-from ray_pipeline.evaluate.headline import headline
+from ray_pipeline.evaluate.headline import data_headline, headline
 from ray_pipeline.evaluate.metrics import collect_metrics
 from ray_pipeline.evaluate.run_page import run_page
 from ray_pipeline.evaluate.summary import as_csv, summary_row
@@ -15,7 +15,10 @@ from ray_pipeline.report.write import write_page
 def build_report(data: ReportData, out_dir: Path) -> list[Path]:
     """Write the page of a run, metrics.json and summary.csv into `out_dir` (made if absent); returns all paths."""
     metrics = collect_metrics(data)
-    first_line = headline(metrics.evaluation, data.missing_stages(), unusable(metrics))
+    if data.trains:
+        first_line = headline(metrics.evaluation, data.missing_stages(), unusable(metrics))
+    else:
+        first_line = data_headline(data, metrics, unusable(metrics))
     warnings = cautions(data, metrics)
     numbers = as_json(metrics) | {
         "run": data.run,
@@ -23,7 +26,8 @@ def build_report(data: ReportData, out_dir: Path) -> list[Path]:
         "headline": first_line,
         "warnings": warnings,
         "prompts": data.prompt_counts,
-        "datasets": {"counts": data.dataset_counts, "guards": data.dataset_guards, "kto_weights": data.kto_weights},
+        "datasets": {"counts": data.dataset_counts, "guards": data.dataset_guards, "kto_weights": data.kto_weights}
+        | ({"lengths": data.lengths} if data.lengths else {}),
         "train_settings": data.train_settings,
         "judge_models": {"curating": data.curating_models, "evaluating": data.evaluating_models},
         "stages": data.stage_use,

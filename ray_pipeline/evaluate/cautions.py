@@ -12,6 +12,8 @@ from ray_pipeline.stats.winrate import WinRate
 
 MAX_CLASS_RATIO = 3.0
 MIN_KAPPA = 0.2  # up to here Landis & Koch (1977) call agreement "slight"
+MAX_KAPPA = 0.98  # judges who agree on more are hardly two, unless the truth shows that their errors differ
+MAX_ERROR_CORRELATION = 0.9
 MAX_UNREAD = 0.05
 MIN_ACCEPTANCE = 0.05
 MAX_FLIP_RATE = 0.3
@@ -63,10 +65,28 @@ def _on_judging(metrics: RunMetrics) -> Iterator[str]:
                     f"Judges {pair.judge_a} and {pair.judge_b} barely agree on score classes "
                     f"(kappa {pair.value:.2f} over {pair.rows} rows)."
                 )
+        yield from _on_judges_that_are_one(metrics)
     if metrics.critic is not None:
         judged = metrics.critic.rows - metrics.critic.skipped
         if judged and metrics.critic.unread / judged > MAX_UNREAD:
             yield f"Critic: {percent(metrics.critic.unread / judged)} of {judged} critiques could not be read."
+
+
+def _on_judges_that_are_one(metrics: RunMetrics) -> Iterator[str]:
+    """Where the truth is known the errors decide: two judges who are nearly always right agree, and are still two."""
+    assert metrics.judging is not None
+    panel = metrics.judge_errors and metrics.judge_errors.best
+    errors = {(p.judge_a, p.judge_b): p.correlation.mean for p in panel.pairs} if panel else {}
+    for pair in metrics.judging.kappas:
+        correlation = errors.get((pair.judge_a, pair.judge_b))
+        who = f"Judges {pair.judge_a} and {pair.judge_b} are nearly interchangeable"
+        advice = "the second adds calls and hardly any evidence"
+        if correlation is not None and correlation > MAX_ERROR_CORRELATION:
+            basis = "" if panel and panel.basis == "truth" else ", an estimate"
+            yield f"{who} (correlation of errors {correlation:.2f}{basis}): {advice}."
+        elif pair.value is not None and pair.value > MAX_KAPPA and not (panel and panel.basis == "truth"):
+            found = f"kappa {pair.value:.3f} over {pair.rows} rows"
+            yield f"{who} ({found}): {advice}, unless both are almost always right."
 
 
 def _on_labels(data: ReportData, metrics: RunMetrics) -> Iterator[str]:
@@ -119,11 +139,18 @@ def _on_evaluation(data: ReportData, evaluation: Evaluation) -> Iterator[str]:
             )
     for rate in evaluation.win_rates:
         yield from _on_win_rate(rate)
+    for judge, controlled in evaluation.length_controlled.items():
+        if controlled.score.mean is None:
+            yield (
+                f"Judge {judge}: no score at equal length, because the policy's responses are "
+                f"{'longer' if (controlled.mean_difference or 0) > 0 else 'shorter'} than the base's in almost all of "
+                f"{controlled.pairs} pairs; the win rate may be an effect of length."
+            )
     by_mode: dict[str, dict[str, ResponseStats]] = {}
     for stats in evaluation.responses:
         by_mode.setdefault(stats.mode, {})[stats.model] = stats
         if stats.rows and stats.truncated / stats.rows > MAX_TRUNCATED:
-            yield f"{stats.model} ({stats.mode}): {percent(stats.truncated / stats.rows)} of responses hit the limit."
+            yield f"{stats.model} ({stats.mode}): {percent(stats.truncated / stats.rows)} of responses were cut off."
     for mode, models in by_mode.items():
         base, policy = models.get("base"), models.get("policy")
         if base and policy and base.chars.mean and (policy.chars.mean or 0) / base.chars.mean > MAX_LENGTH_RATIO:
@@ -155,3 +182,7 @@ def _on_use(data: ReportData, metrics: RunMetrics) -> Iterator[str]:
             yield "Stage judge never hit the prefix cache: judges process the shared text again on every call."
         if use.errors:
             yield f"Stage {use.stage}: {use.errors} errors."
+        if use.cut_prompts:
+            yield (
+                f"Stage {use.stage}: the server read only a part of the prompt in {use.cut_prompts} calls (prompt_cut)."
+            )

@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from ray_pipeline.data.gate import GateConfig
+from ray_pipeline.data.judge_votes import ErrorsOfJudges
+from ray_pipeline.data.reviewed import Reviewed
 from ray_pipeline.evaluate.planned import PlannedUse
 from ray_pipeline.stats.protocol import Protocol
 
@@ -32,7 +35,8 @@ class RunIdentity:
 @dataclass(frozen=True)
 class StageUse:
     """Usage of one stage, summed over its receipts. `calls` counts engine calls, `log_hits` calls answered from the
-    call log; `errors` counts rows or shards that ended in an error; `cost` is in the unit of the prices.
+    call log; `errors` counts rows or shards that ended in an error; `cost` is in the unit of the prices; `cut_prompts`
+    counts replies to prompts of which the server left out a part.
     """
 
     stage: str
@@ -45,6 +49,7 @@ class StageUse:
     seconds: float | None = None
     errors: int | None = None
     cost: float | None = None
+    cut_prompts: int | None = None
 
 
 @dataclass(frozen=True)
@@ -53,14 +58,17 @@ class ReportData:
 
     prompt_counts      {"read": n, "kept": n, "dropped": {reason: n}}
     prompts            prompt_id, messages (for the examples only)
-    candidates         candidate_id, prompt_id, completion_tokens, and response or response_chars
+    candidates         candidate_id, prompt_id, completion_tokens, and response or response_chars; if known,
+                       model and source_label
     verdicts           candidate_id, judge, score, parse_status
     critiques          flawed, failure_type, parse_status
-    decisions          candidate_id, prompt_id, label, final_score, score_variance, why
+    judge_errors       how far the judges err together
+    decisions          candidate_id, prompt_id, label, mean_score, final_score, score_variance, why
     agreement_on       candidate ids to which kappa and alpha are limited (audit slice under early exit)
     dataset_counts     {"kto": {"train": rows, "val": rows}, "dpo": {…}}: train + val is the size, other keys are shown
     dataset_guards     {reason: rows or pairs kept out}
     kto_weights        {"desirable_weight": w, "undesirable_weight": w}
+    lengths            how the tokens of training rows were counted (`tokens.counted_with`)
     train_settings     effective trainer values, shown as they are
     train_metrics      step, split, and any of loss, rewards_margins, kl, rewards_accuracies, …
     comparisons        pair_id, prompt_id, judge, order, choice, parse_status; order "ab": A is the policy's answer
@@ -74,6 +82,9 @@ class ReportData:
     stage_use          one StageUse per stage that ran
     benchmarks         scores of public benchmarks, as in `scores` of benchmarks.json
     config             the configuration as resolved, shown as it is
+    people             labels that people gave to candidates
+    gate               thresholds of the gate
+    calls              location of the call log, for the messages that were sent
     planned            planned and actual usage by stage, where `quorum plan` was run
     """
 
@@ -82,12 +93,14 @@ class ReportData:
     prompts: pa.Table | None = None
     candidates: pa.Table | None = None
     verdicts: pa.Table | None = None
+    judge_errors: ErrorsOfJudges | None = None
     critiques: pa.Table | None = None
     decisions: pa.Table | None = None
     agreement_on: Sequence[str] | None = None
     dataset_counts: Mapping[str, Mapping[str, int]] | None = None
     dataset_guards: Mapping[str, int] | None = None
     kto_weights: Mapping[str, float] | None = None
+    lengths: str | None = None
     train_settings: Mapping[str, Any] | None = None
     train_metrics: pa.Table | None = None
     comparisons: pa.Table | None = None
@@ -102,10 +115,18 @@ class ReportData:
     benchmarks: Sequence[Mapping[str, Any]] = ()
     config: Mapping[str, Any] | None = None
     planned: Sequence[PlannedUse] = ()
+    calls: str = ""
+    people: Reviewed | None = None
+    gate: GateConfig = field(default_factory=GateConfig)
     desirable_from: float = 7.0
     undesirable_to: float = 4.0
     bootstrap_draws: int = 2000
     bootstrap_seed: int = 0
+
+    @property
+    def trains(self) -> bool:
+        """Whether the workflow trains a policy; otherwise the report is about the data alone."""
+        return "train" in self.run.stages
 
     def missing_stages(self) -> list[str]:
         """Stages of the workflow without output to report, in the workflow's order."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from markupsafe import Markup
 
+from ray_pipeline.evaluate.calls_shown import Call, Calls, calls_about
 from ray_pipeline.evaluate.data import ReportData
 from ray_pipeline.evaluate.excerpts import as_text
 from ray_pipeline.report.page import Packed
+from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import unit_hash
 from ray_pipeline.store.outside import visible
 from ray_pipeline.store.schemas import LABELS
@@ -31,11 +33,15 @@ OTHERS = 2_500
 BUDGET = 14_400_000
 #: Limits in characters of prompts and answers; the first one with which everything fits the budget is used.
 LIMITS = (20_000, 8_000, 4_000, 2_500, 2_000, 1_600, 1_300, 1_000, 800, 700, 600, 500, 400, 300, 200, 100)
+#: Number of candidates with the calls about them (smallest seeded hashes).
+WITH_CALLS = 2_000
 #: Reasons are cut at a fifth of that limit, but not below this number of characters.
 _REASON = 80
 #: Characters of a prompt in the list.
 SNIPPET = 90
 _ROWS_PER_CHUNK = 400
+#: Places of the row's own prompt and answer in a message; shorter ones are repeated in it.
+_PROMPT, _ANSWER, _SHORT = -1, -2, 20
 _KEPT = ("desirable", "undesirable")
 
 
@@ -44,7 +50,8 @@ def collect_examples(data: ReportData, *, others: int = OTHERS, budget: int = BU
     if data.decisions is None or data.candidates is None or "response" not in data.candidates.column_names:
         return None
     rows = _chosen(data, others)
-    texts = _texts(data, rows)
+    calls = _calls(data, rows)
+    texts = _texts(data, rows, calls)
     judges = sorted(data.verdicts.column("judge").unique().to_pylist()) if data.verdicts is not None else []
     failures = sorted({row["failure"] for row in rows if row["failure"] is not None})
     limit, rows, index, packed = _fit(rows, texts, budget, lambda rows: _packed(_index(rows, judges, failures)))
@@ -58,18 +65,19 @@ def collect_examples(data: ReportData, *, others: int = OTHERS, budget: int = BU
         },
         index=index,
         chunks=packed,
-        scope=_scope(data, rows, limit, texts.longest),
+        scope=_scope(data, rows, limit, texts.longest, calls),
         rows=len(rows),
     )
 
 
 @dataclass(frozen=True)
 class _Texts:
-    """Texts by id, not cut yet; `of` a candidate gives its answer and all reasons."""
+    """Texts by id, not cut yet; `of` a candidate gives its answer and all reasons, `calls` the calls about it."""
 
     prompts: Mapping[str, str]
     of: Callable[[dict[str, Any]], list[Any]]
     longest: int
+    calls: Mapping[str, Sequence[Call]]
 
 
 def _chosen(data: ReportData, others: int) -> list[dict[str, Any]]:
@@ -104,12 +112,34 @@ def _chosen(data: ReportData, others: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _texts(data: ReportData, rows: list[dict[str, Any]]) -> _Texts:
+def _calls(data: ReportData, rows: list[dict[str, Any]]) -> Calls | None:
+    """The logged calls about WITH_CALLS of the rows; None where no call log is known."""
+    if not data.calls or data.candidates is None:
+        return None
+    seed = data.bootstrap_seed
+    some = sorted(rows, key=lambda row: (unit_hash("report calls", seed, row["candidate_id"]), row["candidate_id"]))
+    shown = {row["candidate_id"]: row["prompt_id"] for row in some[:WITH_CALLS]}
+    columns = data.candidates.select(["candidate_id", "prompt_id", "response"])
+    of_prompts = pc.is_in(columns["prompt_id"], value_set=pa.array(set(shown.values()), pa.string()))
+    responses: dict[str, dict[str, str]] = {}
+    for row in columns.filter(pc.and_(of_prompts, pc.is_valid(columns["response"]))).to_pylist():
+        responses.setdefault(row["prompt_id"], {})[row["candidate_id"]] = row["response"]
+    raw: dict[tuple[str, str], str] = {}
+    for table, role in ((data.verdicts, "judge/"), (data.critiques, "critic")):
+        if table is not None and {"candidate_id", "raw"} <= set(table.column_names):
+            columns = ["candidate_id", "raw", *(["judge"] if role == "judge/" else [])]
+            for row in _only(table, [{"candidate_id": name} for name in shown], columns).to_pylist():
+                if row["raw"] is not None:
+                    raw[row["candidate_id"], role + row.get("judge", "")] = row["raw"]
+    return calls_about(Folder(data.calls), responses, shown, raw)
+
+
+def _texts(data: ReportData, rows: list[dict[str, Any]], calls: Calls | None) -> _Texts:
     """Adds `scores` and `snippet`, which the index needs, to the rows."""
     responses = _by_id(data.candidates, rows, ["response"])
     verdicts: dict[str, dict[str, dict[str, Any]]] = {}
     if data.verdicts is not None:
-        columns = [c for c in ("reason", "parse_status", "score") if c in data.verdicts.column_names]
+        columns = [c for c in ("reason", "parse_status", "score", "raw") if c in data.verdicts.column_names]
         for row in _only(data.verdicts, rows, ["candidate_id", "judge", *columns]).to_pylist():
             verdicts.setdefault(row["candidate_id"], {})[row["judge"]] = row
     prompts: dict[str, str] = {}
@@ -120,12 +150,12 @@ def _texts(data: ReportData, rows: list[dict[str, Any]]) -> _Texts:
             prompts[row["prompt_id"]] = visible(as_text(row["messages"]))
 
     def texts_of(row: dict[str, Any]) -> list[Any]:
-        """[answer, why, critique's reason, its status, flawed, [[judge, score, reason, status] …]]"""
+        """[answer, why, critique's reason, status, flawed, [[judge, score, reason, status, raw] …], critique's raw]"""
         name = row["candidate_id"]
         critique = row["critique"] or {}
         scores = [
-            [visible(judge), found.get("score"), _shown(found.get("reason")), found.get("parse_status")]
-            for judge, found in sorted(verdicts.get(name, {}).items())
+            [visible(judge), v.get("score"), _shown(v.get("reason")), v.get("parse_status"), _shown(v.get("raw"))]
+            for judge, v in sorted(verdicts.get(name, {}).items())
         ]
         flawed = critique.get("flawed")
         return [
@@ -135,13 +165,15 @@ def _texts(data: ReportData, rows: list[dict[str, Any]]) -> _Texts:
             critique.get("parse_status"),
             flawed,
             scores,
+            _shown(critique.get("raw")),
         ]
 
     for row in rows:
         row["scores"] = {judge: found.get("score") for judge, found in verdicts.get(row["candidate_id"], {}).items()}
         row["snippet"] = " ".join(prompts.get(row["prompt_id"], "").split())[:SNIPPET]
     longest = max((row["chars"] for row in rows), default=0)
-    return _Texts(prompts, texts_of, max(longest, max(map(len, prompts.values()), default=0)))
+    longest = max(longest, max(map(len, prompts.values()), default=0))
+    return _Texts(prompts, texts_of, longest, calls.of if calls else {})
 
 
 def _fit(
@@ -175,14 +207,42 @@ def _fit(
 
 
 def _chunk(rows: Sequence[dict[str, Any]], texts: _Texts, start: int, limit: int) -> Markup:
-    """Rows from `start` on, their prompts once: {"p": [prompts], "r": [[prompt's place, answer, why, …]]}."""
+    """Rows from `start` on, their prompts and the texts of messages once:
+    {"p": [prompts], "t": [texts], "r": [[prompt's place, answer, why, …, calls]]}."""
     prompts: dict[str, int] = {}
+    sent: dict[str, int] = {}
     listed = []
     for row in rows[start : start + _ROWS_PER_CHUNK]:
         place = prompts.setdefault(row["prompt_id"], len(prompts))
         answer, *reasons = texts.of(row)
-        listed.append([place, _cut(answer, limit), *_cut(reasons, max(_REASON, limit // 5))])
-    return _packed({"p": [_cut(texts.prompts.get(name, "(not given)"), limit) for name in prompts], "r": listed})
+        told = (_PROMPT, texts.prompts.get(row["prompt_id"], "")), (_ANSWER, answer or "")
+        calls = [_packed_call(call, told, sent, limit) for call in texts.calls.get(row["candidate_id"], ())]
+        listed.append([place, _cut(answer, limit), *_cut(reasons, max(_REASON, limit // 5)), calls])
+    shown = [_cut(texts.prompts.get(name, "(not given)"), limit) for name in prompts]
+    return _packed({"p": shown, "t": [_cut(text, limit) for text in sent], "r": listed})
+
+
+def _packed_call(call: Call, told: Sequence[tuple[int, str]], sent: dict[str, int], limit: int) -> list[Any]:
+    """[role, [[role of the message, [places]] …], [[reply, finish reason, reasoning] …]].
+
+    A place is one of `sent`, which grows, or the number of a text that is `told` with the row anyway.
+    """
+    messages = [[role, [*_places(visible(content), told, sent)]] for role, content in call.messages]
+    replies = [[_cut(_shown(text), limit) for text in reply[:3]] for reply in call.replies]
+    return [visible(call.role), messages, replies]
+
+
+def _places(text: str, told: Sequence[tuple[int, str]], sent: dict[str, int]) -> Iterator[int]:
+    if not told:
+        if text:
+            yield sent.setdefault(text, len(sent))
+        return
+    (number, known), *others = told
+    before, found, after = text.partition(known) if len(known) > _SHORT else (text, "", "")
+    yield from _places(before, others, sent)
+    if found:
+        yield number
+        yield from _places(after, others, sent)
 
 
 def _index(rows: Sequence[Mapping[str, Any]], judges: Sequence[str], failures: Sequence[str]) -> dict[str, Any]:
@@ -199,6 +259,7 @@ def _index(rows: Sequence[Mapping[str, Any]], judges: Sequence[str], failures: S
     return {
         "id": [visible(row["candidate_id"]) for row in rows],
         "prompt": places,
+        "prompts": [visible(str(prompt)) for prompt in prompts],
         "snippets": snippets,
         "label": [LABELS.index(row["label"]) for row in rows],
         "final": [_rounded(row["final_score"]) for row in rows],
@@ -211,7 +272,9 @@ def _index(rows: Sequence[Mapping[str, Any]], judges: Sequence[str], failures: S
     }
 
 
-def _scope(data: ReportData, rows: Sequence[Mapping[str, Any]], limit: int | None, longest: int) -> str:
+def _scope(
+    data: ReportData, rows: Sequence[Mapping[str, Any]], limit: int | None, longest: int, calls: Calls | None
+) -> str:
     assert data.decisions is not None
     here = sum(row["label"] in _KEPT for row in rows)
     kept = pc.sum(pc.is_in(data.decisions.column("label"), value_set=pa.array(_KEPT))).as_py() or 0
@@ -228,7 +291,10 @@ def _scope(data: ReportData, rows: Sequence[Mapping[str, Any]], limit: int | Non
             f" Prompts and answers are cut at {limit:,} characters (the longest has {longest:,}), reasons at "
             f"{max(_REASON, limit // 5):,}; the run's tables hold them whole."
         )
-    return scope
+    if calls is not None and calls.of:
+        sent = sum(row["candidate_id"] in calls.of for row in rows)
+        scope += f" {sent:,} of them have the calls about them: the messages that were sent, and the raw replies."
+    return f"{scope} {calls.missing}" if calls is not None and calls.missing else scope
 
 
 def _by_id(table: pa.Table | None, rows: Sequence[Mapping[str, Any]], columns: list[str]) -> dict[str, dict[str, Any]]:
@@ -246,7 +312,7 @@ def _only(table: pa.Table, rows: Sequence[Mapping[str, Any]], columns: list[str]
 def _critiques(data: ReportData, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     if data.critiques is None or "candidate_id" not in data.critiques.column_names:
         return {}
-    wanted = ("flawed", "failure_type", "reason", "parse_status")
+    wanted = ("flawed", "failure_type", "reason", "parse_status", "raw")
     return _by_id(data.critiques, rows, [c for c in wanted if c in data.critiques.column_names])
 
 

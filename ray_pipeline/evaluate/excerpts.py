@@ -39,6 +39,7 @@ def _excerpt(data: ReportData, candidates: pa.Table, decision: dict[str, Any]) -
             ("Prompt", "(prompt not given)" if prompt is None else as_text(prompt["messages"])),
             ("Response", candidate.get("response") or ""),
         ],
+        id=candidate_id,
     )
 
 

@@ -1,17 +1,22 @@
-"""The first sentences of the report: whether the policy got better, by which measure, and how certain that is."""
+"""The first sentences of the report: whether the policy got better, by which measure, and how certain that is; of a run
+without a policy, what data it made."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ray_pipeline.evaluate.data import ReportData
+from ray_pipeline.evaluate.metrics import RunMetrics, dataset_rows
 from ray_pipeline.policy.evaluation import Evaluation
-from ray_pipeline.report.figures import percent, percent_interval
+from ray_pipeline.report.figures import number, percent, percent_interval
 from ray_pipeline.stats.bootstrap import Interval
 from ray_pipeline.stats.winrate import WinRate
 
 Direction = Literal["better", "worse", "unclear"]
-Verdict = Literal["better", "worse", "unclear", "mixed", "unknown"]
+Verdict = Literal["better", "worse", "unclear", "mixed", "unknown", "data"]
 
+#: Kinds of dataset and what their rows are called.
+ROWS = {"kto": "KTO rows", "dpo": "DPO pairs", "sft": "SFT rows"}
 _OPENINGS: dict[Verdict, str] = {
     "better": "The policy got better.",
     "worse": "The policy got worse.",
@@ -23,7 +28,7 @@ _OPENINGS: dict[Verdict, str] = {
 
 @dataclass(frozen=True)
 class Headline:
-    """`verdict` in one word, `text` in one or two sentences of plain text."""
+    """`verdict` in one word (`data` for a run without a policy), `text` in a few sentences of plain text."""
 
     verdict: Verdict
     text: str
@@ -50,6 +55,30 @@ def headline(evaluation: Evaluation | None, missing_stages: list[str], on_data: 
     verdict: Verdict = "unclear" if not directions else "mixed" if len(directions) > 1 else directions.pop()
     text = "; ".join(e.text for e in evidence)
     return Headline(verdict, f"{_OPENINGS[verdict]} {text[0].upper()}{text[1:]}.")
+
+
+def data_headline(data: ReportData, metrics: RunMetrics, on_data: Sequence[str] = ()) -> Headline:
+    """What data a run without a policy made: rows, how many candidates were kept, and how far the judges agree.
+
+    Args:
+        on_data: what is wrong with the data, in full sentences; comes first.
+    """
+    said = list(on_data)
+    if data.dataset_counts is None:
+        said.append(f"The run has no {', '.join(data.missing_stages()) or 'datasets'} yet.")
+    else:
+        sizes = {kind: dataset_rows(rows) for kind, rows in data.dataset_counts.items()}
+        made = " and ".join(f"{number(rows)} {ROWS.get(kind, f'{kind} rows')}" for kind, rows in sizes.items())
+        kept = data.prompt_counts and data.prompt_counts.get("kept")
+        said.append(f"{made}{f' from {number(kept)} prompts' if kept else ''}.")
+    if metrics.gate is not None and metrics.gate.acceptance is not None:
+        said.append(f"{percent(metrics.gate.acceptance)} of {number(metrics.gate.rows)} candidates were kept.")
+    if (judging := metrics.judging) is not None and judging.alpha is not None:
+        said.append(
+            f"Agreement of the {len(judging.judges)} judges: Krippendorff's alpha {judging.alpha:.2f} (1: perfect, "
+            "0: by chance)."
+        )
+    return Headline("data", " ".join(said))
 
 
 def direction(interval: Interval, no_change: float) -> Direction:

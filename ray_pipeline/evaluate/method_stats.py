@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -43,6 +43,7 @@ class PolicyStats:
         mean_score: mean over prompts of the judges' mean, over responses that all judges read.
         accuracy: mode → share of right answers, where there is a checker; else empty.
         tokens: mean completion tokens in the first mode.
+        benchmarks: benchmark and metric → value in its own unit, where the run has public benchmarks; else empty.
     """
 
     run: PolicyRun | None
@@ -56,6 +57,7 @@ class PolicyStats:
     mean_score: float | None
     accuracy: dict[str, float]
     tokens: float | None
+    benchmarks: dict[str, float | None] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +92,7 @@ class MethodStats:
     mean_score: OverSeeds | None
     accuracy: dict[str, OverSeeds]
     tokens: OverSeeds | None
+    benchmarks: dict[str, OverSeeds] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +113,7 @@ def policy_stats(
     verdicts: pa.Table,
     first_mode: str,
     *,
+    benchmarks: Mapping[str, dict[str, float | None]] | None = None,
     draws: int = 2000,
     seed: int = 0,
 ) -> list[PolicyStats]:
@@ -119,6 +123,7 @@ def policy_stats(
         responses: of all models; `correct` (bool) where there is a checker.
         comparisons: of every policy with the base, by one judge; `model_a` and `model_b` name the two.
         verdicts: of the rubric judges on the responses (candidate_id holds a response_id).
+        benchmarks: model → its scores.
 
     Raises:
         ValueError: comparisons of several judges, a pair of two policies, or a verdict on no response.
@@ -159,6 +164,7 @@ def policy_stats(
                     if stats.accuracy is not None and stats.accuracy.mean is not None
                 },
                 tokens=by_mode[first_mode].tokens.mean if first_mode in by_mode else None,
+                benchmarks=(benchmarks or {}).get(label, {}),
             )
         )
     return found
@@ -194,6 +200,11 @@ def method_stats(
                     mode: _present(over_seeds(p.accuracy[mode] for p in members)) for mode in members[0].accuracy
                 },
                 tokens=over_seeds(policy.tokens for policy in members),
+                benchmarks={
+                    score: value
+                    for score in members[0].benchmarks
+                    if (value := over_seeds(p.benchmarks.get(score) for p in members))
+                },
             )
         )
     return found
@@ -253,4 +264,4 @@ def _win_interval(comparisons: pa.Table, labels: Sequence[str], draws: int, seed
             decided = [d for d in decide_pairs(pairs, judge) if d.outcome != "unread"]
             won += [float(d.outcome == "win") for d in decided]
             prompts += [d.prompt_id for d in decided]
-    return bootstrap_mean(won, prompts, draws, seed)
+    return bootstrap_mean(won, prompts, draws, seed, bounds=(0, 1))

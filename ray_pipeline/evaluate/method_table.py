@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from ray_pipeline.config.settings import Settings
-from ray_pipeline.data.checkers import CheckerKey, checker_of, with_truth
+from ray_pipeline.data.checkers import CHECKED_SOURCES, CheckerKey, checker_of, with_truth
 from ray_pipeline.data.row_truth import RowTruth, row_truth
 from ray_pipeline.evaluate.stage import (
     stage_use,
@@ -71,8 +71,8 @@ def method_table(settings: TableSettings, stages: Sequence[Stage]) -> Stage:
     """The page, methods.csv, policies.csv and metrics.json.
 
     Args:
-        stages: prompts, the rows of every dataset, the training stages, all responses, the comparisons and the
-            scores of the responses.
+        stages: prompts, the rows of every dataset, the training stages, all responses, the comparisons, the scores
+            of the responses, and the public benchmarks, if there are any.
     """
     return Stage(
         name="evaluate",
@@ -133,13 +133,14 @@ def _build(
     responses, comparisons, verdicts = _tables(by_name, settings.checker)
     options: Any = {"draws": settings.bootstrap_draws, "seed": settings.seed}
     runs = [_policy_run(by_name, policy) for policy in settings.policies]
-    policies = policy_stats(runs, responses, comparisons, verdicts, settings.mode, **options)
+    benchmarks = _benchmarks(by_name)
+    policies = policy_stats(runs, responses, comparisons, verdicts, settings.mode, benchmarks=benchmarks, **options)
     page = Comparison(
         name=settings.run_name,
         policies=policies,
         methods=method_stats(policies, comparisons, **options),
         differences=differences(policies, settings.over),
-        data=settings.data,
+        data={name: "; ".join([how, *_acceptance(by_name, name)]) for name, how in settings.data.items()},
         truth={name: found for name in settings.data if (found := _truth(by_name, name, settings.checker)) is not None},
         facts={
             **settings.facts,
@@ -152,6 +153,26 @@ def _build(
         config=config,
     )
     build_comparison(page, folder)
+
+
+def _acceptance(by_name: Mapping[str, StageResult], data: str) -> Iterator[str]:
+    """How many candidates of a dataset were kept, if its rows are made from candidates."""
+    rows = by_name.get(f"rows-{data}")
+    counts = {} if rows is None else rows.facts.get("counts", {})
+    labels = [name for name in ("kto.candidates", "kto.kept") if name in counts]
+    if len(labels) == 2 and counts["kto.candidates"]:
+        kept, of = counts["kto.kept"], counts["kto.candidates"]
+        yield f"acceptance {kept / of:.1%} ({kept:,} of {of:,} candidates)"
+
+
+def _benchmarks(by_name: Mapping[str, StageResult]) -> dict[str, dict[str, float | None]]:
+    """Scores of the public benchmarks, model by model."""
+    found: dict[str, dict[str, float | None]] = {}
+    for result in of_role(by_name, "scores"):
+        for key, value in result.facts["scores"].items():
+            model, _, score = key.partition(": ")
+            found.setdefault(model, {})[score] = value
+    return found
 
 
 def _protocol_facts(compared: Mapping[str, Protocol], comparisons: pa.Table, responses: pa.Table) -> dict[str, str]:
@@ -188,12 +209,15 @@ def _truth(by_name: Mapping[str, StageResult], data: str, checker: str | None) -
     rows, prompts = by_name.get(f"rows-{data}"), table_of(by_name, "prompts")
     if rows is None or prompts is None:
         return None
-    # Rows of another source than the run's prompts are not checked; without a chosen checker only the pocket's are.
-    own = prompts if checker is not None else prompts.filter(pc.equal(prompts["source"], "pocket"))
+    # Rows of another source than the run's prompts are not checked; without a chosen checker only those are whose
+    # source has one.
+    own = prompts if checker is not None else prompts.filter(pc.is_in(prompts["source"], pa.array(CHECKED_SOURCES)))
     found = checker_of(checker, own["source"].to_pylist())
-    assert found is not None
+    if found is None:
+        return None
     tables = {kind: rows.table(kind).read_all() for kind in rows.tables}
-    return row_truth(tables, frozenset(own["prompt_id"].to_pylist()), found)
+    meta = dict(zip(own["prompt_id"].to_pylist(), own["meta"].to_pylist(), strict=True))
+    return row_truth(tables, meta, found)
 
 
 def _warnings(settings: TableSettings) -> list[str]:

@@ -34,6 +34,7 @@ def _method_row(method: MethodStats) -> dict[str, Any]:
         **{f"score_{judge}": score for judge, score in method.scores.items()},
         "mean_score": method.mean_score,
         **{f"accuracy_{mode}": share for mode, share in method.accuracy.items()},
+        **{score.replace(" ", "_"): value for score, value in method.benchmarks.items()},
         "completion_tokens": method.tokens,
         "train_seconds": method.train_seconds,
     }
@@ -52,4 +53,5 @@ def _policy_row(policy: PolicyStats) -> dict[str, Any]:
     for name in ("win_rate", "tie_rate", "loss_rate", "flip_rate", "unread", "equal_length"):
         row[name] = getattr(policy, name)
     row |= {f"score_{judge}": score for judge, score in policy.scores.items()} | {"mean_score": policy.mean_score}
-    return row | {f"accuracy_{mode}": share for mode, share in policy.accuracy.items()} | {"tokens": policy.tokens}
+    row |= {f"accuracy_{mode}": share for mode, share in policy.accuracy.items()} | {"tokens": policy.tokens}
+    return row | {score.replace(" ", "_"): value for score, value in policy.benchmarks.items()}

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 
 from ray_pipeline.data.row_truth import RowTruth
 from ray_pipeline.evaluate.comparison import Comparison
+from ray_pipeline.evaluate.first_screen import first_screen
 from ray_pipeline.evaluate.method_stats import MethodStats, OverSeeds, PolicyStats
-from ray_pipeline.evaluate.use_page import identity_section, use_section
+from ray_pipeline.evaluate.use_page import identity_section, usage_of, use_section
 from ray_pipeline.report.charts import Chart, Dot, dots
 from ray_pipeline.report.figures import number, percent
 from ray_pipeline.report.page import Block, Cell, Page, Rows, Section, Table, Text, facts, panels
@@ -20,7 +21,13 @@ _COLOURS = ("grey", "blue", "orange", "green", "purple", "vermilion")
 def methods_page(page: Comparison) -> Page:
     """The page; a part without rows is left out."""
     base = next(policy for policy in page.policies if policy.run is None)
-    measurement = [*facts(page.data, ("data", "how it was made")), *facts(page.facts, ("how it was measured", ""))]
+    protocols = {name: text for name, text in page.facts.items() if name.startswith("protocol ")}
+    other = {name: text for name, text in page.facts.items() if name not in protocols}
+    measurement = [*facts(page.data, ("data", "how it was made")), *facts(other, ("how it was measured", ""))]
+    if protocols:
+        columns, title = ("protocol", "what it fixes"), "Protocols of the win rates"
+        rows = [[name.removeprefix("protocol "), text] for name, text in protocols.items()]
+        measurement.append(Table(columns, rows, text_columns=2, title=title, folded=True))
     sections = [
         Section("methods", "Methods", [*panels(*_charts(page, base)), *_table(page, base)]),
         Section("policies", "Policies", [_policies(page)]),
@@ -34,8 +41,21 @@ def methods_page(page: Comparison) -> Page:
         title=page.name,
         subtitle="Quorum, training methods side by side",
         headline=_headline(page),
+        about=_about(page),
         warnings=page.warnings,
         sections=[section for section in sections if section is not None],
+    )
+
+
+def _about(page: Comparison) -> list[tuple[str, str]]:
+    methods, policies = {method.method for method in page.methods}, [p for p in page.policies if p.run is not None]
+    prompts = page.facts.get("held-out prompts", "")
+    return first_screen(
+        f"{len(methods)} methods on {len(page.data)} datasets",
+        models={"base": page.facts["base"]} if "base" in page.facts else {},
+        judges={name: page.facts.get(name, "") for name in ("comparing judge", "rubric judges")},
+        amounts=[(len(policies), "policies"), (int(prompts) if prompts.isdecimal() else None, "held-out prompts")],
+        usage=usage_of(page.stage_use),
     )
 
 
@@ -95,13 +115,15 @@ def _table(page: Comparison, base: PolicyStats) -> list[Block]:
     # What decides comes first: on a narrow window the table scrolls.
     against = ["data", "rows", "steps", "wins", "95 %", "at equal length"]
     trained = ["ties", "flips", "unread", "seconds"]
-    columns = ["method", *against, "mean score", *(f"right, {mode}" for mode in modes), *judges, *trained]
+    benchmarks = list(base.benchmarks)
+    columns = ["method", *against, "mean score", *(f"right, {mode}" for mode in modes), *benchmarks, *judges, *trained]
     rows: Rows = [
         [
             "base",
             *("–" for _ in against),
             number(base.mean_score),
             *(percent(base.accuracy[mode]) for mode in modes),
+            *(number(base.benchmarks[score]) for score in benchmarks),
             *(number(base.scores.get(judge)) for judge in judges),
             *("–" for _ in trained),
         ]
@@ -118,6 +140,7 @@ def _table(page: Comparison, base: PolicyStats) -> list[Block]:
                 _share(m.equal_length),
                 _points(m.mean_score),
                 *(_share(m.accuracy.get(mode)) for mode in modes),
+                *(_points(m.benchmarks.get(score)) for score in benchmarks),
                 *(_points(m.scores.get(judge)) for judge in judges),
                 _share(m.tie_rate),
                 _share(m.flip_rate),
@@ -129,9 +152,14 @@ def _table(page: Comparison, base: PolicyStats) -> list[Block]:
         "± is the standard error of the mean over seeds. Wins are against the base on the held-out prompts, counted "
         "only where the judge prefers the policy in both orders; their interval is a bootstrap over prompts, all seeds "
         "of a prompt together. Flips are pairs on which the two orders name different models. At equal length is (wins "
-        "+ ties / 2) at equal length of both answers, by a fit of the verdicts to the difference in length. Mean "
-        "scores are means of the rubric judges."
+        "+ ties / 2) at equal length of both answers, by a fit of the verdicts to the difference in length; there is "
+        "none where one model's answers are almost always longer. Mean scores are means of the rubric judges."
     )
+    if benchmarks:
+        text += (
+            " Public benchmarks are in their own units (MT-Bench 1 to 10, others in %); the page `benchmarks` has "
+            "their intervals and protocols."
+        )
     return [Table(columns, rows, text_columns=2), Text(text)]
 
 

@@ -10,22 +10,35 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ray_pipeline.data.critic_stats import CriticStats, critic_stats
-from ray_pipeline.data.gate_stats import GateStats, gate_stats
+from ray_pipeline.data.gate_stats import (
+    GateStats,
+    GeneratorStats,
+    SourceAgreement,
+    gate_stats,
+    generator_stats,
+    source_agreement,
+)
 from ray_pipeline.data.judge_stats import JudgingStats, judging_stats, scores_by_judge
+from ray_pipeline.data.judge_votes import ErrorsOfJudges
 from ray_pipeline.evaluate.data import ReportData, StageUse
+from ray_pipeline.evaluate.people import GateAndPeople, gate_and_people
 from ray_pipeline.policy.evaluation import Evaluation, evaluation_stats
 from ray_pipeline.policy.training_curve import TrainingSummary, summarise_training
 from ray_pipeline.stats.columns import chunk
 from ray_pipeline.stats.kappa import KappaInterval, kappa_intervals
+from ray_pipeline.store.schemas import cut_off
+
+_SPLITS = {"train": "for training", "val": "for validation"}
 
 
 @dataclass(frozen=True)
 class Step:
-    """One line of the funnel."""
+    """One line of the funnel: `rows` counts things of a `unit`."""
 
     name: str
     rows: int
     note: str = ""
+    unit: str = "prompts"
 
 
 @dataclass(frozen=True)
@@ -34,25 +47,35 @@ class RunMetrics:
 
     funnel: list[Step]
     gate: GateStats | None
+    generators: list[GeneratorStats]
+    source_agreement: SourceAgreement | None
     judging: JudgingStats | None
     kappa_intervals: list[KappaInterval]
+    judge_errors: ErrorsOfJudges | None
     critic: CriticStats | None
+    people: GateAndPeople | None
     training: TrainingSummary | None
     evaluation: Evaluation | None
 
 
 def collect_metrics(data: ReportData) -> RunMetrics:
     """Compute every statistic that the given parts allow."""
-    gate = None
+    gate, generators, agreement = None, list[GeneratorStats](), None
     if data.decisions is not None and data.candidates is not None:
         gate = gate_stats(data.decisions, data.candidates)
+        generators = generator_stats(data.decisions, data.candidates)
+        agreement = source_agreement(data.decisions, data.candidates)
     judging = _judging(data)
     return RunMetrics(
         funnel=_funnel(data, gate, judging),
         gate=gate,
+        generators=generators,
+        source_agreement=agreement,
         judging=judging,
         kappa_intervals=_kappa_intervals(data),
+        judge_errors=data.judge_errors,
         critic=None if data.critiques is None else critic_stats(data.critiques),
+        people=gate_and_people(data),
         training=None if data.train_metrics is None else summarise_training(data.train_metrics),
         evaluation=evaluation_stats(
             data.comparisons,
@@ -134,12 +157,16 @@ def _funnel(data: ReportData, gate: GateStats | None, judging: JudgingStats | No
                 steps.append(Step("prompts dropped", rows, str(reason)))
         steps.append(Step("prompts kept", data.prompt_counts.get("kept", 0)))
     if data.candidates is not None:
-        steps.append(Step("candidates", len(data.candidates)))
+        steps.append(Step("candidates", len(data.candidates), unit="candidates"))
+        if "finish_reason" in data.candidates.column_names:
+            reasons = data.candidates.column("finish_reason")
+            for found in pc.value_counts(reasons.filter(cut_off(reasons))).to_pylist():
+                steps.append(Step("candidates cut off", found["counts"], found["values"], "candidates"))
     if judging is not None:
-        steps.append(Step("candidates judged", judging.judged, "every judge's score was read"))
+        steps.append(Step("candidates judged", judging.judged, "every judge's score was read", "candidates"))
     if gate is not None:
-        steps += [Step("labelled", stats.count, label) for label, stats in gate.labels.items()]
+        steps += [Step("labelled", stats.count, label, "candidates") for label, stats in gate.labels.items()]
     for name, unit in (("kto", "KTO rows"), ("dpo", "DPO pairs")):
-        if name in (data.dataset_counts or {}):
-            steps.append(Step(unit, dataset_rows((data.dataset_counts or {})[name]), "train and val"))
+        sizes = (data.dataset_counts or {}).get(name, {})
+        steps += [Step(unit, sizes[split], note, unit) for split, note in _SPLITS.items() if split in sizes]
     return steps

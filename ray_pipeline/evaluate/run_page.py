@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from ray_pipeline.bench.page import benchmark_blocks
-from ray_pipeline.data.page import LABEL_COLOURS, critic_section, datasets_section, judges_section, labels_section
+from ray_pipeline.data.errors_page import errors_section
+from ray_pipeline.data.page import (
+    LABEL_COLOURS,
+    critic_section,
+    datasets_section,
+    generators_section,
+    judges_section,
+    labels_section,
+)
 from ray_pipeline.evaluate.data import ReportData
 from ray_pipeline.evaluate.examples import collect_examples
 from ray_pipeline.evaluate.excerpts import pick_excerpts
-from ray_pipeline.evaluate.headline import Headline
-from ray_pipeline.evaluate.metrics import RunMetrics, Step, total_use
-from ray_pipeline.evaluate.use_page import identity_section, plan_section, use_section
+from ray_pipeline.evaluate.first_screen import first_screen
+from ray_pipeline.evaluate.headline import ROWS, Headline
+from ray_pipeline.evaluate.metrics import RunMetrics, Step, dataset_rows
+from ray_pipeline.evaluate.people import people_section
+from ray_pipeline.evaluate.use_page import identity_section, plan_section, usage_of, use_section
 from ray_pipeline.policy.page import evaluation_section, training_section
 from ray_pipeline.report.figures import number, percent, signed
 from ray_pipeline.report.page import Browser, Funnel, FunnelStep, Page, Section, Text
@@ -30,9 +40,12 @@ def run_page(data: ReportData, metrics: RunMetrics, first_line: Headline, warnin
     sections = [
         _funnel(metrics.funnel),
         labels,
+        generators_section(metrics.generators, metrics.source_agreement),
         judges_section(judging, metrics.kappa_intervals, thresholds, audit_slice=slice_only) if judging else None,
+        errors_section(metrics.judge_errors, thresholds),
         critic_section(critic) if critic else None,
-        datasets_section(data.dataset_counts or {}, data.dataset_guards or {}, data.kto_weights or {}),
+        people_section(metrics.people),
+        datasets_section(data.dataset_counts or {}, data.dataset_guards or {}, data.kto_weights or {}, data.lengths),
         training_section(metrics.training, data.train_metrics, data.train_settings),
         evaluation_section(evaluation) if evaluation else None,
         Section("benchmarks", "Benchmarks", benchmark_blocks(data.benchmarks)) if data.benchmarks else None,
@@ -47,50 +60,71 @@ def run_page(data: ReportData, metrics: RunMetrics, first_line: Headline, warnin
         subtitle=f"Quorum, workflow {data.run.workflow}{digest}",
         headline=first_line.text,
         tone=_TONES.get(first_line.verdict, "unsure"),
+        about=_about(data, metrics),
         tiles=_tiles(data, metrics, len(warnings)),
         warnings=warnings,
         sections=[section for section in sections if section is not None],
     )
 
 
+def _about(data: ReportData, metrics: RunMetrics) -> list[tuple[str, str]]:
+    method = (data.train_settings or {}).get("method")
+    return first_screen(
+        f"workflow {data.run.workflow}{f', training with {method}' if method else ''}",
+        models=dict(sorted(data.run.models.items())),
+        judges={"of the data": data.curating_models, "of the policy": data.evaluating_models},
+        amounts=_amounts(data, metrics),
+        usage=usage_of(data.stage_use or ()),
+    )
+
+
+def _amounts(data: ReportData, metrics: RunMetrics) -> Iterator[tuple[int | None, str]]:
+    if data.prompt_counts is not None:
+        yield data.prompt_counts.get("kept", 0), "prompts"
+    for table, unit in ((data.candidates, "candidates"), (data.verdicts, "verdicts")):
+        yield None if table is None else len(table), unit
+    if metrics.gate is not None:
+        yield sum(metrics.gate.labels[label].count for label in ("desirable", "undesirable")), "candidates kept"
+    for kind, unit in ROWS.items():
+        if kind in (data.dataset_counts or {}):
+            yield dataset_rows((data.dataset_counts or {})[kind]), unit
+
+
 def _tiles(data: ReportData, metrics: RunMetrics, warnings: int) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
-    if data.prompt_counts is not None:
-        found.append((number(data.prompt_counts.get("kept", 0)), "prompts"))
-    if data.candidates is not None:
-        found.append((number(len(data.candidates)), "candidates"))
     if metrics.gate is not None:
         found.append((percent(metrics.gate.acceptance), "kept by the gate"))
     if metrics.judging is not None and metrics.judging.alpha is not None:
         found.append((number(metrics.judging.alpha), "Krippendorff's alpha"))
+    panel = metrics.judge_errors and metrics.judge_errors.truth
+    if panel and panel.effective.mean is not None:
+        found.append((f"{number(panel.effective.mean, 1)} of {len(panel.judges)}", "effective judges"))
     if metrics.evaluation is not None:
         for rate in metrics.evaluation.win_rates[:1]:
             found.append((percent(rate.score.mean), f"score against base, judge {rate.judge}"))
         for mode, gain in metrics.evaluation.accuracy_gains.items():
             found.append((f"{signed(100 * (gain.mean or 0), 1)} pts", f"true accuracy, {mode}"))
-    use = total_use(data.stage_use or ())
-    if use.calls is not None:
-        found.append((number(use.calls), "LLM calls made"))
-    if use.cost:
-        found.append((f"{use.cost:.4g}", "cost, in the unit of the prices"))
     return [*found, *([] if warnings else [("0", "warnings")])]
 
 
 def _funnel(steps: Sequence[Step]) -> Section:
     if not steps:
         return Section("funnel", "Funnel", [Text("No stage has left anything yet.")])
-    most = max(step.rows for step in steps)
-    bars = [
-        FunnelStep(step.name, step.note, number(step.rows), step.rows / most if most else 0.0, _colour(step))
-        for step in steps
-    ]
-    return Section("funnel", "Funnel", [Funnel(bars)])
+    units: dict[str, list[Step]] = {}
+    for step in steps:
+        units.setdefault(step.unit, []).append(step)
+    return Section("funnel", "Funnel", [_bars(unit, of_unit) for unit, of_unit in units.items()])
+
+
+def _bars(unit: str, steps: Sequence[Step]) -> Funnel:
+    most = max(step.rows for step in steps) or 1
+    return Funnel(unit, [FunnelStep(s.name, s.note, number(s.rows), s.rows / most, _colour(s)) for s in steps])
 
 
 def _colour(step: Step) -> str:
     if step.name == "labelled":
         return LABEL_COLOURS.get(step.note, "grey")
-    return "grey" if "dropped" in step.name else "green" if step.note == "train and val" else "blue"
+    return "grey" if "dropped" in step.name else "green" if step.unit not in ("prompts", "candidates") else "blue"
 
 
 def _examples(data: ReportData) -> Section | None:

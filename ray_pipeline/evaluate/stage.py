@@ -1,4 +1,4 @@
-"""Evaluation: statistics of the data, the judges and the policy from the stored tables, and their report."""
+"""The report of a run: statistics of the data, the judges and the policy, if it has one, from the stored tables."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import pyarrow.compute as pc
 import yaml
 from pydantic import Field
 
+from ray_pipeline.config.blocks import CallsBlock
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.checkers import CheckerKey, with_truth
 from ray_pipeline.data.gate import GateConfig
+from ray_pipeline.data.reviewed import HumanLabelsKey
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.results import Run, of_role, table_of
 from ray_pipeline.graph.stage import Stage, StageResult, WholeInput, WholeWork
@@ -36,11 +38,16 @@ if TYPE_CHECKING:  # Torch, transformers and scikit-learn take seconds to import
 _PROTOCOLS = "protocols.json"
 
 
+#: Names, what the stages say themselves, and a file whose digest counts.
+_NOT_DECISIVE = {"run_name", "config_digest", "models", "stages", "human_labels", "no_error_rates"}
+
+
 class ReportSettings(Settings):
     """Content of a run's report beside its tables.
 
     Attributes:
-        stages: those that the workflow should have, so that missing ones are named; default: those of DMAPO.
+        stages: those that the workflow should have, so that missing ones are named; default: those of DMAPO. Without
+            `train` among them, the report is about the data alone.
         models: role → name of the model, for reading.
     """
 
@@ -53,7 +60,10 @@ class ReportSettings(Settings):
     evaluating: dict[str, str] = Field(default_factory=dict)
     candidate: str = ""
     gate: GateConfig = GateConfig()
+    human_labels: HumanLabelsKey = None
     checker: CheckerKey = None
+    #: Judges whose errors are not measured: programs, which may be the truth themselves, and judges without a score.
+    no_error_rates: tuple[str, ...] = ()
     bootstrap_draws: int = 2000
     seed: int = 0
 
@@ -61,7 +71,7 @@ class ReportSettings(Settings):
 class _Given(Settings):
     evaluate: EvaluateSettings
     report: ReportSettings
-    base: ModelSettings
+    base: ModelSettings | None
     max_length: int
     compared: dict[str, Protocol] = Field(default_factory=dict)
 
@@ -69,32 +79,40 @@ class _Given(Settings):
 def evaluate(
     settings: EvaluateSettings,
     report: ReportSettings,
-    base: ModelSettings,
+    base: ModelSettings | None,
     max_length: int,
     stages: Sequence[Stage],
 ) -> Stage:
-    """The page, metrics.json and summary.csv of the given stages, in their order."""
+    """The page, metrics.json and summary.csv of the given stages, in their order.
+
+    Args:
+        base: the model that the policy was trained from; None without a policy, where the stage is named `report`.
+    """
     given = _Given(
         evaluate=settings, report=report, base=base, max_length=max_length, compared=win_rate_protocol(stages)
     )
     return Stage(
-        name="evaluate",
+        name="report" if base is None else "evaluate",
         version=2,  # 2: win rates carry a protocol
         view="report",
         role="page",
         work=WholeWork(function=evaluate_run, settings=given),
         config={
             "evaluate": settings.decisive(),
-            "report": report.decisive(exclude={"run_name", "config_digest", "models", "stages"}),
+            "report": report.decisive(exclude=_NOT_DECISIVE),
             "max_length": max_length,
         },
         inputs={stage.name: stage for stage in stages},
-        external=base.weights(),
+        external={
+            **({} if base is None else base.weights()),
+            **({} if report.human_labels is None else report.human_labels.digest()),
+        },
     )
 
 
 def evaluate_run(given: WholeInput) -> dict[str, Any]:
     """Measure the perplexities, then write the report."""
+    from ray_pipeline.data.errors_page import effective_text
     from ray_pipeline.evaluate.build import build_report
 
     settings: _Given = given.settings
@@ -106,11 +124,16 @@ def evaluate_run(given: WholeInput) -> dict[str, Any]:
     data = report_data(given.inputs, settings.report, measured, settings.compared)
     run_folder = given.folder.parent
     planned = planned_use(run_folder, given.inputs)
-    data = dataclasses.replace(data, config=stored_config(run_folder), planned=planned)
+    config = stored_config(run_folder)
+    data = dataclasses.replace(data, config=config, planned=planned, calls=_call_log(run_folder, config))
     with written_here(given.folder) as folder:
         build_report(data, folder)
     headline = given.folder.read_json("metrics.json")["headline"]
     given.log(headline["text"] if isinstance(headline, dict) and "text" in headline else str(headline))
+    if data.judge_errors is not None and data.judge_errors.best is not None:
+        panel = data.judge_errors.best
+        basis = "against the truth" if panel.basis == "truth" else "an estimate without the truth"
+        given.log(f"judges ({basis}): {effective_text(panel)}")
     return {"headline": headline}
 
 
@@ -130,16 +153,20 @@ def _perplexities(given: WholeInput, settings: _Given) -> dict[str, Perplexity]:
     if not rows:
         return {}
     (trained,) = of_role(given.inputs, "policy")
-    policy = join(trained.folder, "merged")
+    assert settings.base is not None
+    base, adapter = settings.base.model, join(trained.folder, "adapter")
+    adapted = {"adapter", "merged"} & set(Folder(trained.folder).folders()) == {"adapter"}
+    policy = base if adapted else join(trained.folder, "merged")
     found = {}
-    for name, path in (("base", settings.base.model), ("policy", policy)):
+    for name, path in (("base", base), ("policy", policy)):
         measure = functools.partial(
             perplexity,
             path,
             [(prompt, text) for _, prompt, text in rows],
             max_length=settings.max_length,
             trust_remote_code=settings.base.trust_remote_code,
-            revision=settings.base.revision if name == "base" else None,
+            revision=settings.base.revision if path == base else None,
+            adapter=adapter if adapted and name == "policy" else None,
             chat_template_kwargs=settings.base.chat_template_args,
         )
         found[name] = _where_a_gpu_is(measure)
@@ -189,6 +216,7 @@ def report_data(
         measured: model → perplexity.
         compared: judge of the comparisons → their protocol, as far as settings determine it.
     """
+    from ray_pipeline.data.judge_votes import judge_errors
     from ray_pipeline.evaluate.data import DMAPO_STAGES, ReportData, RunIdentity
 
     by_name = {result.name: result for result in results.values()}
@@ -211,11 +239,19 @@ def report_data(
         prompts=prompts,
         candidates=table_of(by_name, "candidates"),
         verdicts=table_of(by_name, "verdicts"),
+        judge_errors=judge_errors(
+            by_name,
+            settings.checker,
+            settings.no_error_rates,
+            desirable_from=settings.gate.desirable_at,
+            undesirable_to=settings.gate.undesirable_at,
+        ),
         critiques=table_of(by_name, "critiques"),
         decisions=table_of(by_name, "decisions"),
         dataset_counts=rows.get("rows"),
         dataset_guards=rows.get("dropped"),
         kto_weights=rows.get("kto_weights"),
+        lengths=rows.get("lengths"),
         train_settings=None if train is None else train.facts.get("effective"),
         train_metrics=None
         if train is None
@@ -230,6 +266,8 @@ def report_data(
         compared=compared or {},
         stage_use=[stage_use(result) for result in by_name.values()],
         benchmarks=_benchmark_scores(scored),
+        people=None if settings.human_labels is None else settings.human_labels.read(),
+        gate=settings.gate,
         desirable_from=settings.gate.desirable_at,
         undesirable_to=settings.gate.undesirable_at,
         bootstrap_draws=settings.bootstrap_draws,
@@ -269,6 +307,12 @@ def stored_config(run_folder: Folder) -> dict[str, Any] | None:
         return None
 
 
+def _call_log(run_folder: Folder, config: Mapping[str, Any] | None) -> str:
+    """Where the configuration of a run has its call log; "" for a stage folder by itself."""
+    calls = (config or {}).get("calls")
+    return CallsBlock.model_validate(calls).folder(run_folder.location) if isinstance(calls, Mapping) else ""
+
+
 def stage_use(result: StageResult) -> StageUse:
     """What one stage used, for a report."""
     from ray_pipeline.evaluate.data import StageUse
@@ -289,6 +333,7 @@ def stage_use(result: StageResult) -> StageUse:
         seconds=usage.get("wall_seconds"),
         errors=None,
         cost=usage.get("cost"),
+        cut_prompts=whole("cut_prompts"),
     )
 
 
@@ -298,8 +343,9 @@ def write_report(run: Run) -> Folder:
     from ray_pipeline.policy.perplexity import Perplexity
 
     settings = ReportSettings.model_validate(run.page)
-    measured, compared, name = {}, {}, run.page_folder("evaluate")
-    if "evaluate" in run.results:
+    page = next(stage.name for stage in run.stages.values() if stage.role == "page")
+    measured, compared, name = {}, {}, run.page_folder(page)
+    if page in run.results:
         done = run.folder / name
         measured = {
             name: Perplexity(**values) for name, values in done.read_json("perplexity.json", set_aside=True).items()
@@ -307,7 +353,8 @@ def write_report(run: Run) -> Folder:
         compared = stored_protocols(done)
     data = report_data(run.results, settings, measured, compared)
     planned = planned_use(run.folder, run.results)
-    data = dataclasses.replace(data, config=run.config or None, planned=planned)
+    calls = _call_log(run.folder, run.config)
+    data = dataclasses.replace(data, config=run.config or None, planned=planned, calls=calls)
     with written_here(run.folder / name) as folder:
         build_report(data, folder)
     return run.show("report", name)

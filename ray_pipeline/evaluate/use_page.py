@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ray_pipeline.engines.usage import Usage
 from ray_pipeline.evaluate.data import StageUse
 from ray_pipeline.evaluate.metrics import prefix_hit_rate, total_use
 from ray_pipeline.evaluate.planned import PlannedUse
@@ -37,6 +38,19 @@ def use_section(stages: Sequence[StageUse]) -> Section | None:
         rows.append([*row, *([number(use.cost, 4)] if priced else [])])
     text = "Log hits are calls answered from the call log. Prefix hits are the share of prompt tokens in the cache."
     return Section("use", "What it took", [Table([*columns, *(["cost"] if priced else [])], rows), Text(text)])
+
+
+def usage_of(stages: Sequence[StageUse]) -> Usage:
+    """The sum over stages, for the first screen."""
+    use = total_use(stages)
+    return Usage(
+        calls_engine=use.calls or 0,
+        calls_log=use.log_hits or 0,
+        prompt_tokens=use.prompt_tokens or 0,
+        completion_tokens=use.completion_tokens or 0,
+        cost=use.cost or 0.0,
+        wall_seconds=use.seconds or 0.0,
+    )
 
 
 def plan_section(planned: Sequence[PlannedUse]) -> Section | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -51,6 +51,11 @@ class ImproveSettings(Settings):
         _WARM, description="for revisions; `reviewing` is for reviews. The first responses are sampled as in the loop"
     )
     reviewing: Annotated[SamplingSettings, over(_WARM)] = _WARM
+    train: tuple[Literal["revisions", "reviews"], ...] = Field(
+        (),
+        description="datasets to train a policy on, by the `train` block: the generator on `revisions`, the first "
+        "reviewer's model on `reviews`; none of them where `train` is null",
+    )
 
     @model_validator(mode="after")
     def _differ(self) -> ImproveSettings:

@@ -19,13 +19,14 @@ from ray_pipeline.agents.feedback_loop import FeedbackTemplates, ReviewAsking, r
 from ray_pipeline.agents.jurors import MEAN, JuryRule, jury_scores
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.dataset_rows import DatasetsConfig, dpo_rows, kto_rows
+from ray_pipeline.data.gate import Cut
 from ray_pipeline.data.rows import flat_counts
-from ray_pipeline.data.tokens import Encode, token_counter
+from ray_pipeline.data.tokens import Encode, counter_identity, token_counter
 from ray_pipeline.engines.base import Message
 from ray_pipeline.engines.models import ModelSettings, TokenizerSettings
 from ray_pipeline.feedback.improve import Branches, review_key
 from ray_pipeline.feedback.loop import LoopSettings, review_rows
-from ray_pipeline.feedback.select import accept_best
+from ray_pipeline.feedback.select import SelectSettings, accept_best
 from ray_pipeline.graph.asking import Row, ShardTables
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage
 from ray_pipeline.store.keys import digest, prompt_id
@@ -42,18 +43,18 @@ class _Rows(Settings):
     texts: FeedbackTemplates
     asking: ReviewAsking
     focus: dict[str, str]
-    tokenizer: TokenizerSettings
+    tokenizer: TokenizerSettings | None
     every_rejected: bool
+    cut: Cut
 
 
 def improvement_rows(
     what: str,
     settings: DatasetsConfig,
     judges: Sequence[str],
-    jury: JuryRule,
-    every_rejected: bool,
+    select: SelectSettings,
     loop: LoopSettings,
-    model: ModelSettings,
+    model: ModelSettings | None,
     prompts: Stage,
     branches: Branches,
     verdicts: Sequence[Stage],
@@ -61,21 +62,24 @@ def improvement_rows(
     """Training rows of `revisions` or of `reviews`.
 
     Args:
-        model: the generator or a reviewer, whose tokenizer measures the rows.
+        select: how the run picks a prompt's best response, and so the best revision or review.
+        model: the generator or a reviewer, whose tokenizer counts the rows' tokens; None: they are estimated.
         verdicts: on the first responses and on all revisions.
     """
     given = _Rows(
         datasets=settings,
         judges=tuple(judges),
-        jury=jury,
+        jury=select.jury,
         texts=loop.texts(),
         asking=loop.asking,
         focus={r.name: r.focus for r in loop.reviewers},
-        tokenizer=model.tokenizer,
-        every_rejected=every_rejected,
+        tokenizer=None if model is None else model.tokenizer,
+        every_rejected=select.pairs == "every_rejected",
+        cut=select.cut,
     )
     return Stage(
         name=f"rows-{what}",
+        version=2,  # 2: candidates that were cut off and repeated answers are left out
         group="improve",
         role="branch rows",
         work=ShardWork(
@@ -84,8 +88,9 @@ def improvement_rows(
             settings=given,
         ),
         config={
-            **given.decisive(exclude={"datasets", "tokenizer"}),
-            "chat_template_args": model.chat_template_args,
+            **given.decisive(exclude={"datasets", "tokenizer", "cut"}),
+            **({} if select.cut == "exclude" else {"cut": select.cut}),
+            **({} if model is None else {"chat_template_args": model.chat_template_args}),
             **settings.decisive(exclude={"kinds", "seed", "rows_per_file"}),
             "tables": list(settings.row_kinds),
         },
@@ -96,7 +101,7 @@ def improvement_rows(
             **{f"reviews/{stage.name}": stage for stage in branches.reviews},
             **{f"verdicts/{stage.name}": stage for stage in verdicts},
         },
-        external=model.weights(),
+        external=counter_identity(model),
     )
 
 
@@ -140,7 +145,8 @@ def _tables(given: ShardInput) -> tuple[pa.Table, pa.Table, list[Row], pa.Table,
 def _shard_rows(given: ShardInput, made: Preferences, judges: Sequence[str], jury: JuryRule) -> ShardOutput:
     settings: _Rows = given.settings
     encode = token_counter(settings.tokenizer)
-    tables, counts = preference_rows(made, judges, jury, settings.datasets, encode, settings.every_rejected)
+    rules = (settings.datasets, encode, settings.every_rejected, settings.cut)
+    tables, counts = preference_rows(made, judges, jury, *rules)
     given.tick(made.candidates.num_rows)
     return ShardOutput(tables, counts)
 
@@ -152,12 +158,13 @@ def preference_rows(
     config: DatasetsConfig,
     encode: Encode,
     every_rejected: bool,
+    cut: Cut = "exclude",
 ) -> tuple[dict[str, pa.Table], dict[str, int]]:
     """KTO and DPO rows by the selection of a run: the best completion of a conversation over the others.
 
     The rows' prompt_id is that of the run's prompt; their prompt is the whole conversation.
     """
-    decisions = accept_best(made.candidates, made.verdicts, judges, jury)
+    decisions = accept_best(made.candidates, made.verdicts, judges, jury, cut)
     arguments = (made.prompts, made.candidates, made.verdicts, decisions, config, encode)
     tables: dict[str, pa.Table] = {}
     counts: dict[str, int] = {}

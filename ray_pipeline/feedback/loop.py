@@ -15,9 +15,11 @@ from pydantic import Field, model_validator
 
 from ray_pipeline.agents.feedback_loop import (
     FeedbackTemplates,
+    History,
     Review,
     ReviewAsking,
     Stop,
+    feedback_text,
     load_feedback_templates,
     next_step,
     review,
@@ -58,6 +60,10 @@ class LoopRules(Settings):
     )
     reviewing: Annotated[SamplingSettings, over(_PUBLISHED)] = _PUBLISHED
     asking: ReviewAsking = ReviewAsking()
+    attributed: bool = Field(False, description="name the reviewer above its feedback, where there are several")
+    history: History = Field(
+        "last", description="what a revision is shown: the last response with its feedback, or all of them"
+    )
     templates: str = Field("default", description="built-in name or YAML file of the texts for reviewers and generator")
 
     def texts(self) -> FeedbackTemplates:
@@ -130,8 +136,15 @@ def feedback_stages(
                 f"{prefix}review-{k}",
             )
             inputs |= {"last": responses[-1], **{f"reviews/{stage.name}": stage for stage in reviews}}
+            if settings.history == "all":
+                inputs |= {f"earlier/{stage.name}": stage for stage in responses[:-1]}
         generate = _Generate.part_of(
-            settings, k=k, revise=texts.revise if k else "", reviewers=tuple(settings.names) if k else ()
+            settings,
+            k=k,
+            revise=texts.revise if k else "",
+            reviewers=tuple(settings.names) if k else (),
+            attributed=settings.attributed and k > 0,
+            history=settings.history if k else "last",
         )
         model = models[settings.generator]
         responses.append(GENERATE.stage(f"{prefix}generate-{k + 1}", generate, model, inputs, holds="turns"))
@@ -153,6 +166,8 @@ class _Generate(Settings):
     sampling: SamplingSettings
     revise: str
     reviewers: tuple[str, ...]
+    attributed: bool = False
+    history: History = "last"
 
 
 class _Turn(NamedTuple):
@@ -167,13 +182,19 @@ def _turns(shard: ShardTables, settings: _Generate) -> Iterator[_Turn | Skip]:
         yield from (_Turn(prompt, turns) for prompt, turns in messages.items())
         return
     reviews = reviews_by_prompt(review_rows(shard), settings.reviewers)
+    before: dict[str, dict[int, str]] = collections.defaultdict(dict)
+    for row in (row for table in shard.under("earlier/") for row in table.to_pylist()):
+        before[row["prompt_id"]][row["k"]] = row["response"]
     for last in shard.rows("last"):
         prompt = last["prompt_id"]
-        feedback, stop = what_next(last, reviews.get(prompt, []))
+        of_prompt = reviews.get(prompt, [])
+        _, stop = what_next(last, of_prompt)
         if stop is not None:
             yield Skip(f"ended.{stop}")
-        else:
-            yield _Turn(prompt, revision_messages(messages[prompt], last["response"], feedback[-1], settings.revise))
+            continue
+        said = [feedback_text(of_response, settings.reviewers, settings.attributed) for of_response in of_prompt]
+        earlier = [(before[prompt][k], said[k]) for k in sorted(before[prompt])]
+        yield _Turn(prompt, revision_messages(messages[prompt], last["response"], said[-1], settings.revise, earlier))
 
 
 async def _generate(engine: ChatEngine, settings: _Generate, turn: _Turn) -> Outcome:

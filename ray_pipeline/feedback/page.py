@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from pydantic import Field
 
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.checkers import CheckerKey, with_truth
+from ray_pipeline.engines.usage import Usage
+from ray_pipeline.evaluate.first_screen import first_screen
 from ray_pipeline.evaluate.stage import write_report
 from ray_pipeline.feedback.loop import reviews_by_prompt, what_next
-from ray_pipeline.graph.results import Run, table_of
+from ray_pipeline.graph.results import Run, of_role, table_of
 from ray_pipeline.graph.stage import Stage, StageResult, WholeInput, WholeWork
 from ray_pipeline.report.charts import Chart, Series, lines
 from ray_pipeline.report.figures import number, percent
@@ -32,22 +35,27 @@ WORDS = {
 
 
 class LoopPage(Settings):
-    """Content of the page beside the tables."""
+    """Content of the page beside the tables; `models` are role → model."""
 
     run_name: str
     reviewers: tuple[str, ...]
+    models: dict[str, str] = Field(default_factory=dict)
     checker: CheckerKey = None
 
 
-def loop_page(settings: LoopPage, prompts: Stage, candidates: Stage, reviews: Sequence[Stage], select: Stage) -> Stage:
-    """How far the loops went, why they ended, and whether reviews helped."""
+def loop_page(settings: LoopPage, stages: Sequence[Stage]) -> Stage:
+    """How far the loops went, why they ended, and whether reviews helped.
+
+    Args:
+        stages: all that made the prompts, responses, reviews, verdicts and decisions.
+    """
     return Stage(
         name="loop",
         view="loop",
         role="loop page",
         work=WholeWork(function=write_loop_page, settings=settings),
-        config=settings.decisive(exclude={"run_name"}),
-        inputs={stage.name: stage for stage in (prompts, candidates, *reviews, select)},
+        config=settings.decisive(exclude={"run_name", "models"}),
+        inputs={stage.name: stage for stage in stages},
     )
 
 
@@ -71,9 +79,10 @@ def rewrite_page(run: Run) -> Folder:
         path = run.stages["loop"].path
         reviewers = tuple(r["name"] for r in run.config["loop"]["reviewers"])
         checker = run.config["evaluate"].get("checker")
-        page = LoopPage(run_name=run.name, reviewers=reviewers, checker=checker)
+        page = LoopPage(run_name=run.name, reviewers=reviewers, checker=checker, models=run.page.get("models", {}))
+        behind = set(run.stages["loop"].inputs.values())
         with written_here(run.folder / path) as folder:
-            build_page(page, run.results, folder)
+            build_page(page, {name: result for name, result in run.results.items() if name in behind}, folder)
         run.show("loop", path)
     return write_report(run)
 
@@ -91,12 +100,26 @@ def build_page(settings: LoopPage, results: Mapping[str, StageResult], folder: P
     )
     ends = loop_ends(candidates, reviews, settings.reviewers)
     stats = loop_stats(candidates, reviews, decisions, ends)
-    write_page(loop_document(settings.run_name, stats), {"loop.json": stats}, folder)
+    verdicts = [result.table().read_all(["judge"])["judge"] for result in of_role(results, "verdicts")]
+    judges = sorted({judge for column in verdicts for judge in column.unique().to_pylist()})
+    answers = first_screen(
+        "feedback loop: responses, reviews, revisions",
+        models=dict(sorted(settings.models.items())),
+        judges={"reviewers": ", ".join(settings.reviewers), "of the responses": ", ".join(judges)},
+        amounts=[
+            (stats["prompts"], "prompts"),
+            (len(candidates), "responses"),
+            (len(reviews), "reviews"),
+            (decisions["label"].to_pylist().count("desirable"), "responses accepted"),
+        ],
+        usage=sum((result.usage for result in results.values()), Usage()),
+    )
+    write_page(loop_document(settings.run_name, stats, answers), {"loop.json": stats}, folder)
     return stats
 
 
-def loop_document(name: str, stats: Mapping[str, Any]) -> Page:
-    """The page of loop.json."""
+def loop_document(name: str, stats: Mapping[str, Any], answers: Sequence[tuple[str, str]] = ()) -> Page:
+    """The page of loop.json; `answers` are its `about`."""
     responses = stats["responses"]
     rows: Rows = [
         [
@@ -124,9 +147,19 @@ def loop_document(name: str, stats: Mapping[str, Any]) -> Page:
     return Page(
         title=f"Feedback loop of {name}",
         subtitle="Quorum, feedback loop",
-        headline=f"{stats['prompts']:,} prompts. Loops ended because: {ends}.",
+        headline=f"{stats['prompts']:,} prompts. Loops ended because: {ends}.{_helped(responses)}",
+        about=answers,
         sections=sections,
     )
+
+
+def _helped(responses: Sequence[Mapping[str, Any]]) -> str:
+    """Whether later responses scored higher than those before them."""
+    better, equal, worse = (sum(r[key] for r in responses) for key in ("better", "equal", "worse"))
+    if not better + equal + worse:
+        return ""
+    times = f"{better:,} times, lower {worse:,} times, equal {equal:,}"
+    return f" Revisions scored higher than the preceding response {times}."
 
 
 def _line(title: str, colour: str, responses: Sequence[Mapping[str, Any]], key: str) -> Chart | None:

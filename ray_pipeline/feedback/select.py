@@ -24,7 +24,7 @@ from ray_pipeline.agents.strategies import Strategy, StrategyAsking, StrategyTem
 from ray_pipeline.agents.templates import Layout, LayoutKey
 from ray_pipeline.agreement.ask import LiveJudge
 from ray_pipeline.config.settings import Settings, refuse_repeated
-from ray_pipeline.data.gate import label_counts
+from ray_pipeline.data.gate import CUT_RULES, Cut, cut_text, label_counts
 from ray_pipeline.data.mean_rank import MeanRank, mean_rank
 from ray_pipeline.engines.base import ChatEngine, Message
 from ray_pipeline.engines.models import ModelSettings
@@ -52,6 +52,7 @@ class SelectSettings(Settings):
         "every_rejected",
         description="a prompt's DPO pairs: the accepted response with every rejected one, or only with the worst",
     )
+    cut: Cut = Field("exclude", description=CUT_RULES)
     templates: str = Field("default", description="built-in name or YAML file of a strategy's texts")
     debate_templates: str = Field("default", description="built-in name or YAML file of a debate's roles and texts")
     layout: LayoutKey = "shared_first"
@@ -221,6 +222,7 @@ RANK = Asking(
 class _Pick(Settings):
     judges: tuple[str, ...]
     jury: JuryRule
+    cut: Cut = "exclude"
 
 
 def select(
@@ -229,11 +231,17 @@ def select(
     verdicts: Sequence[Stage],
     jury: JuryRule = MEAN,
     name: str = "select",
+    cut: Cut = "exclude",
 ) -> Stage:
-    """One decision per candidate: accepted, rejected, or neither."""
-    given = _Pick(judges=tuple(judges), jury=jury)
+    """One decision per candidate: accepted, rejected, or neither.
+
+    Args:
+        cut: rule for candidates whose text is not whole.
+    """
+    given = _Pick(judges=tuple(judges), jury=jury, cut=cut)
     return Stage(
         name=name,
+        version=2,  # 2: candidates that were cut off are left out
         work=ShardWork(function=select_shard, tables=("decisions",), settings=given),
         config=given.decisive(),
         inputs={"candidates": candidates, **{f"verdicts/{stage.name}": stage for stage in verdicts}},
@@ -243,20 +251,24 @@ def select(
 def select_shard(given: ShardInput) -> ShardOutput:
     settings: _Pick = given.settings
     verdicts = pa.concat_tables(ShardTables(given.tables, given.facts).under("verdicts/"))
-    table = accept_best(given.tables["candidates"], verdicts, settings.judges, settings.jury)
+    table = accept_best(given.tables["candidates"], verdicts, settings.judges, settings.jury, settings.cut)
     given.tick(table.num_rows)
     return ShardOutput({"decisions": table}, label_counts(table))
 
 
-def accept_best(candidates: pa.Table, verdicts: pa.Table, judges: Sequence[str], jury: JuryRule = MEAN) -> pa.Table:
+def accept_best(
+    candidates: pa.Table, verdicts: pa.Table, judges: Sequence[str], jury: JuryRule = MEAN, cut: Cut = "exclude"
+) -> pa.Table:
     """The response that the jury scores highest is accepted, those of a lower score are rejected.
 
     Args:
-        candidates: columns candidate_id, prompt_id and k are read; all candidates of each prompt.
+        candidates: columns candidate_id, prompt_id, k and, if it is there, finish_reason are read; all candidates of
+            each prompt.
         verdicts: columns candidate_id, judge, score, parse_status; rows of other judges are left out.
         judges: who sits on the jury.
         jury: how their scores become one. Under a rule of votes a judge votes among the candidates that all could
             score.
+        cut: rule for candidates whose text is not whole: they are `incomplete`, never accepted, or like others.
 
     Returns:
         A table of schema DECISIONS, in the order of `candidates`; the final score is the jury's. The accepted one is
@@ -268,12 +280,19 @@ def accept_best(candidates: pa.Table, verdicts: pa.Table, judges: Sequence[str],
         KeyMismatch: as `gate.decide`.
         ValueError: there are no judges, one occurs twice, or one has no weight where the rule weighs.
     """
-    ranked = mean_rank(candidates, verdicts, judges, "a selection needs")
+    ranked = mean_rank(candidates, verdicts, judges, "a selection needs", cut)
     final, names, turn = _final(ranked, judges, jury), ranked.ids.to_pylist(), candidates["k"].to_pylist()
     label = ranked.texts("discard", "incomplete")
-    why = ranked.texts("the only response with a score", "a score was not read")
-    for rows in (rows for rows in ranked.of_prompt.values() if len(rows) > 1):
-        top = max(final[row] for row in rows)
+    why = ranked.why("the only response with a score")
+    for scored in ranked.of_prompt.values():
+        whole = ranked.whole(scored)
+        top = max((final[row] for row in whole), default=-np.inf)
+        barred = [row for row in scored if ranked.cut[row] and final[row] >= top]
+        for row in barred:
+            label[row], why[row] = "incomplete", cut_text(ranked.cut[row])
+        rows = [row for row in scored if row not in barred]
+        if len(rows) < 2:
+            continue
         best = min((row for row in rows if final[row] == top), key=lambda row: (turn[row], names[row]))
         lower = [row for row in rows if final[row] < top]
         for row in rows:

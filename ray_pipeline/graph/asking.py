@@ -170,16 +170,24 @@ class Asking(Generic[S, R]):
                 counts[item.count] += 1
             else:
                 items.append(item)
-        outcomes = await all_of(self._ask_one(given, given.engine, settings, item) for item in items)
+        given.plan(len(items))
+        outcomes = await all_of(self._ask_one(given, given.engine, settings, item, counts) for item in items)
         if unknown := {kind for outcome in outcomes for kind in outcome.rows} - set(self.tables):
             raise ValueError(f"rows of {', '.join(sorted(unknown))}, but the stage writes {', '.join(self.tables)}")
         rows = {kind: [row for outcome in outcomes for row in outcome.rows.get(kind, ())] for kind in self.tables}
         counts.update(self.counts(rows))
         return ShardOutput({kind: to_table(rows[kind], schema) for kind, schema in self.tables.items()}, dict(counts))
 
-    async def _ask_one(self, given: ShardInput, engine: LoggedEngine, settings: S, item: R) -> Outcome:
+    async def _ask_one(
+        self, given: ShardInput, engine: LoggedEngine, settings: S, item: R, counts: collections.Counter[str]
+    ) -> Outcome:
         role = self.role if isinstance(self.role, str) else self.role(settings, item)
-        outcome = await self.ask(engine.bound(item.prompt_id, role), settings, item)
+        bound = engine.bound(item.prompt_id, role)
+        outcome = await self.ask(bound, settings, item)
+        if bound.cut_prompts:  # a mark in the tables that have the column
+            counts["prompt_cut"] += 1
+            for row in (row for rows in outcome.rows.values() for row in rows):
+                row["prompt_cut"] = True
         for name, read in outcome.replies:
             given.watch(name, read)
         given.tick(1)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ray
 
 
-def start_ray(arguments: Mapping[str, Any]) -> bool:
-    """Connect to the cluster that RAY_ADDRESS or the arguments name, or start one here; True if it is ours to end."""
+def start_ray(arguments: Mapping[str, Any], say: Callable[[str], None] = lambda line: None) -> bool:
+    """Connect to the cluster that RAY_ADDRESS or the arguments name, or start one here; True if it is ours to end.
+
+    Args:
+        say: called with the address of the dashboard, if one is started.
+    """
     if ray.is_initialized():
         return False
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
@@ -24,18 +28,25 @@ def start_ray(arguments: Mapping[str, Any]) -> bool:
         # A cluster of our own. Its ports are open to the network, and Ray guards them with a token by default.
         options.setdefault("include_dashboard", False)
         options["address"] = "local"
-    ray.init(**options)
+    elif options.pop("include_dashboard", False):
+        say("ray.dashboard has no effect on a cluster that is running already")
+    context: Any = ray.init(**options)
+    if options.get("include_dashboard"):
+        say(f"Ray dashboard: http://{context.address_info['webui_url']}; its token, if it asks: `ray get-auth-token`")
     return True
 
 
 @contextlib.contextmanager
-def connected(arguments: Mapping[str, Any] | None = None) -> Iterator[None]:
+def connected(
+    arguments: Mapping[str, Any] | None = None, say: Callable[[str], None] = lambda line: None
+) -> Iterator[None]:
     """A cluster while the block runs; one that was started here ends with it.
 
     Args:
         arguments: of `ray.init`.
+        say: see `start_ray`.
     """
-    ours = start_ray(arguments or {})
+    ours = start_ray(arguments or {}, say)
     try:
         yield
     finally:

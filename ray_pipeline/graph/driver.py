@@ -12,13 +12,14 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from ray_pipeline.graph.display import Display
 from ray_pipeline.graph.executor import Executor
 from ray_pipeline.graph.failures import lift_quarantine
 from ray_pipeline.graph.heartbeat import BEAT_SECONDS, Heartbeat, LogUse
 from ray_pipeline.graph.interrupts import Interrupted, Interrupts
 from ray_pipeline.graph.log import RunLog, logger
 from ray_pipeline.graph.manifest import Manifest
-from ray_pipeline.graph.progress import Display, ProgressBoard, StageProgress
+from ray_pipeline.graph.progress import ProgressBoard, StageProgress
 from ray_pipeline.graph.resume import drop_stale, drop_undone, finished
 from ray_pipeline.graph.session import Session, TaskGraph
 from ray_pipeline.graph.spending import Budget, Spending
@@ -136,7 +137,7 @@ def execute(
             if todo:
                 log.stages = [stage.name for stage in wanted]
                 with _log_use(settings, log.say):
-                    _make(todo, settings, executor, books, console, interrupts)
+                    _make(todo, again, settings, executor, books, console, interrupts)
             if last or not books.failures or not (undone := drop_undone(wanted, folder, results)):
                 break
             # A stage failed because a file that it read was damaged, and the file was set aside.
@@ -166,6 +167,7 @@ def _lost(folder: Folder, log: RunLog, interrupts: Interrupts) -> None:
 
 def _make(
     todo: Sequence[Stage],
+    again: Sequence[Stage],
     settings: RunSettings,
     executor: Executor,
     books: _Books,
@@ -177,7 +179,8 @@ def _make(
     by_name = {stage.name: stage for stage in todo}
     spending = Spending(Folder(settings.session.folder), settings.budget, books.log.say)
     with executor.open(settings.session, books.log.say) as board, interrupts:  # Ray takes SIGTERM when it starts
-        session = dataclasses.replace(settings.session, id=uuid.uuid4().hex[:8], board=board)
+        remade = frozenset(stage.name for stage in again)
+        session = dataclasses.replace(settings.session, id=uuid.uuid4().hex[:8], board=board, again=remade)
         if reason := spending.over():
             board.stop("*", reason)
         shown_on = Console(quiet=True) if settings.log_json else console
@@ -251,8 +254,8 @@ def _shown(
             return
         for note in notes:
             (books.log.trace if note.is_trace else books.log.say)(note.text, note.shard)
-        books.log.progress(stages)
         progress = [StageProgress.read(s) for s in stages]
+        books.log.progress(progress)
         known = {s.name for s in progress}
         progress += [StageProgress(name, "cached") for name in list(books.results) if name not in known]
         display.show(progress)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import datetime
 import logging
 import sys
-import time
-from typing import Any
 
 from rich.console import Console
 
+from ray_pipeline.graph.display import Display, ProgressLines
 from ray_pipeline.graph.json_log import JsonLines, stage_of
-from ray_pipeline.graph.progress import LINE_SECONDS, Display, StageProgress
+from ray_pipeline.graph.progress import StageProgress
 from ray_pipeline.store.errors import not_written
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.locations import base_name, make_folder, set_mode
@@ -47,7 +46,7 @@ class RunLog:
         self.display: Display | None = None
         self.stages: list[str] = []
         self._handlers: list[logging.Handler] = []
-        self._shown = time.monotonic()
+        self._lines = ProgressLines()
 
     def __enter__(self) -> RunLog:
         formatter: logging.Formatter = _Lines("%(asctime)s %(name)s %(levelname)s %(message)s")
@@ -77,7 +76,7 @@ class RunLog:
             handler.close()
 
     def say(self, line: str, shard: int | None = None) -> None:
-        line = shown(line)
+        line = shown(" ".join(line.splitlines()))
         self._write(logging.INFO, line, shard)
         self._show(line)
 
@@ -88,15 +87,11 @@ class RunLog:
         if self._debug:
             self._show(text)
 
-    def progress(self, stages: list[dict[str, Any]]) -> None:
-        """Counters of the stages at work as records of a JSON log; elsewhere the display shows them."""
-        if not self._json or time.monotonic() - self._shown < LINE_SECONDS:
-            return
-        self._shown = time.monotonic()
-        for stage in stages:
-            if stage["status"] == "running":
-                line = StageProgress.read(stage).line()
-                logger.info(line, extra={"stage": stage["name"], "data": stage})
+    def progress(self, stages: list[StageProgress]) -> None:
+        """Write lines about the stages at work when they are due, in a JSON log with their counters. On the terminal
+        the display shows them."""
+        for stage, line in self._lines.due(stages):
+            logger.info(line, extra={"stage": stage.name, "data": stage.plain()})
 
     def _write(self, level: int, line: str, shard: int | None) -> None:
         logger.log(level, line, extra={"stage": stage_of(line, self.stages), "shard": shard})

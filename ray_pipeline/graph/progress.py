@@ -1,4 +1,4 @@
-"""What a run is doing right now: a board that workers write to, and its picture on the terminal."""
+"""What a run is doing right now: a board that workers write to."""
 
 from __future__ import annotations
 
@@ -8,17 +8,9 @@ import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.live import Live
-from rich.table import Table
-
 from ray_pipeline.engines.usage import Usage
 from ray_pipeline.graph.meters import Meters
-
-#: Seconds between two lines in a log.
-LINE_SECONDS = 10.0
-#: Stages that a live table shows before it leaves out those that wait or are done.
-MOST_LINES = 20
+from ray_pipeline.graph.pace import Pace
 
 
 class Note(NamedTuple):
@@ -31,19 +23,31 @@ class Note(NamedTuple):
 
 @dataclasses.dataclass
 class StageProgress:
-    """One stage at work: `usage` is of this session, `seconds` is time on the clock since it began."""
+    """One stage at work.
+
+    Attributes:
+        phase: what a running stage does before or beside its rows ("loading model"); empty: it makes rows.
+        rows_total: rows that this session has to make, from the shards that were read so far; 0: unknown.
+        unit: of `rows`.
+        note: the newest figures of the stage itself (a loss, say).
+        usage: of this session.
+        seconds: time on the clock since the stage began.
+        eta: seconds to go; None while nothing can be said.
+    """
 
     name: str
     status: str = "waiting"
+    phase: str = ""
     shards: int = 0
     shards_done: int = 0
     shards_failed: int = 0
     rows: float = 0
     rows_total: float = 0
+    unit: str = "rows"
+    note: str = ""
     usage: Usage = dataclasses.field(default_factory=Usage)
     seconds: float = 0.0
-    began: float | None = None
-    shards_at_start: int = 0
+    eta: float | None = None
 
     @classmethod
     def read(cls, stored: Mapping[str, Any]) -> StageProgress:
@@ -56,16 +60,16 @@ class StageProgress:
         return {**vars(self.usage), **{name: value for name, value in vars(self).items() if name != "usage"}}
 
     @property
-    def eta(self) -> float | None:
-        """Seconds to go, from the rows or shards of this session, or None when nothing can be said yet."""
-        if self.status != "running" or self.seconds <= 0:
-            return None
-        if self.rows_total and self.rows:
-            return self.seconds * max(self.rows_total - self.rows, 0) / self.rows
-        done = self.shards_done - self.shards_at_start
-        if done > 0:
-            return self.seconds * (self.shards - self.shards_done) / done
-        return None
+    def state(self) -> str:
+        """In a word or two."""
+        return self.phase if self.phase and self.status == "running" else self.status
+
+    @property
+    def amount(self) -> str:
+        """`12/640`, `12`, or nothing."""
+        if self.rows_total:
+            return f"{self.rows:.0f}/{self.rows_total:.0f}"
+        return f"{self.rows:.0f}" if self.rows else ""
 
     @property
     def tokens_per_second(self) -> float:
@@ -73,17 +77,19 @@ class StageProgress:
 
     def line(self) -> str:
         """One line for a log."""
-        parts = [f"{self.name}: {self.status}"]
+        parts = [f"{self.name}: {self.state}"]
         if self.shards:
             parts.append(
                 f"shards {self.shards_done}/{self.shards}"
                 + (f" ({self.shards_failed} failed)" if self.shards_failed else "")
             )
-        if self.rows:
-            parts.append(f"rows {self.rows:.0f}" + (f"/{self.rows_total:.0f}" if self.rows_total else ""))
+        if self.amount:
+            parts.append(f"{self.unit} {self.amount}")
         if self.usage.calls:
             parts.append(f"calls {self.usage.calls_engine:.0f} engine + {self.usage.calls_log:.0f} log")
             parts.append(f"{self.tokens_per_second:.0f} tokens/s")
+        if self.note:
+            parts.append(self.note)
         if self.eta is not None:
             parts.append(f"ETA {duration(self.eta)}")
         elif self.seconds and self.status != "running":
@@ -91,11 +97,60 @@ class StageProgress:
         return ", ".join(parts)
 
 
+class _Watched:
+    """What the board keeps of a stage beside its counters.
+
+    Attributes:
+        rows, shards: how fast they grow.
+        workers: what each of its workers is doing.
+        is_new: no step was counted in this phase.
+        inputs: rows that this session has to read; `read` are those of the shards that have begun, and `planned` the
+            rows that they make.
+    """
+
+    def __init__(self, name: str, shards: int = 0, shards_done: int = 0, inputs: float = 0, phase: str = "") -> None:
+        self.stage = StageProgress(name, "waiting", phase, shards, shards_done)
+        self.began: float | None = None
+        self.rows, self.shards = Pace(), Pace()
+        self.workers: dict[str, str] = {}
+        self.is_new = True
+        self.inputs, self.read, self.planned = inputs, 0.0, 0.0
+
+    def start(self) -> None:
+        """Begin, if it has not begun."""
+        if self.stage.status == "waiting":
+            self.stage.status, self.began = "running", time.monotonic()
+            self.enter(self.stage.phase)
+
+    def enter(self, phase: str) -> None:
+        """Begin a phase: what came before it says nothing about the time that is left."""
+        now, self.stage.phase, self.is_new = time.monotonic(), phase, True
+        self.rows.restart(now, self.stage.rows)
+        self.shards.restart(now, self.stage.shards_done)
+
+    def look(self) -> None:
+        """Bring total, time and ETA up to date."""
+        stage, now = self.stage, time.monotonic()
+        if self.read > 0:
+            stage.rows_total = round(self.planned * max(self.inputs / self.read, 1.0))
+        if self.began is None:
+            return
+        stage.seconds = now - self.began
+        if stage.rows_total:
+            stage.eta = self.rows.left(now, stage.rows_total - stage.rows)
+        else:
+            stage.eta = self.shards.left(now, stage.shards - stage.shards_done)
+
+    def end(self, status: str) -> None:
+        self.look()
+        self.stage.status, self.stage.phase, self.stage.eta, self.began = status, "", None, None
+
+
 class ProgressBoard:
     """Counters by stage and notes to show; every call is quick. One thread may report while another looks."""
 
     def __init__(self) -> None:
-        self._stages: dict[str, StageProgress] = {}
+        self._stages: dict[str, _Watched] = {}
         self._notes: collections.deque[Note] = collections.deque()
         self._stops: dict[str, str] = {}
         self._actors: collections.Counter[str] = collections.Counter()
@@ -118,38 +173,89 @@ class ProgressBoard:
         """Why a stage should end, or None."""
         return self._stops.get(name) or self._stops.get("*")
 
-    def begin(self, name: str, shards: int = 0, shards_done: int = 0, *, waits: bool = False) -> None:
-        """Show a stage; one that waits begins with the first report from a worker."""
-        stage = self._stages[name] = StageProgress(name, "waiting", shards, shards_done)
-        stage.shards_at_start = shards_done
-        if not waits:
-            self._start(stage)
+    def begin(
+        self,
+        name: str,
+        shards: int = 0,
+        shards_done: int = 0,
+        *,
+        waits: bool = False,
+        inputs: float = 0,
+        phase: str = "",
+    ) -> None:
+        """Show a stage.
 
-    def add(self, name: str, usage: Usage, *, rows: float = 0, shards_done: int = 0, shards_failed: int = 0) -> None:
-        """Add to a stage's counters."""
-        stage = self._at_work(name)
+        Args:
+            waits: it begins with the first report from a worker.
+            inputs: rows that its missing shards read.
+            phase: what it begins with.
+        """
+        watched = self._stages[name] = _Watched(name, shards, shards_done, inputs, phase)
+        if not waits:
+            watched.start()
+
+    def add(
+        self,
+        name: str,
+        usage: Usage,
+        *,
+        rows: float = 0,
+        shards_done: int = 0,
+        shards_failed: int = 0,
+        planned: float = 0,
+        read: float = 0,
+    ) -> None:
+        """Add to a stage's counters.
+
+        Args:
+            planned: rows that shards which begin now will make, from so many rows that they `read`.
+        """
+        watched = self._at_work(name)
+        stage = watched.stage
+        if stage.phase and (usage.calls_engine or shards_done):
+            watched.enter("")
+        resumed = usage.calls_engine and stage.usage.calls_log and not stage.usage.calls_engine
         stage.usage += usage
         stage.rows += rows
         stage.shards_done += shards_done
         stage.shards_failed += shards_failed
+        watched.planned += planned
+        watched.read += read
+        if resumed:  # up to here all was in the call log, which takes no time
+            watched.enter("")
+        now = time.monotonic()
+        watched.rows.see(now, stage.rows)
+        watched.shards.see(now, stage.shards_done)
         if self._meters is not None:
             self._meters.add(name, usage, rows)
+
+    def phase(self, name: str, phase: str, worker: str = "") -> None:
+        """Note what a worker of a stage is doing; while one of them makes rows (an empty phase), the stage does."""
+        watched = self._at_work(name)
+        watched.workers[worker] = phase
+        shown = "" if "" in watched.workers.values() else phase
+        if shown != watched.stage.phase:
+            watched.enter(shown)
 
     def actor(self, name: str, address: str) -> None:
         """Note an actor that begins to work for a stage, on the node with that address."""
         self._actors[name] += 1
         self.say(f"{name}: actor {self._actors[name]} begins on {address}")
 
-    def put(self, name: str, rows: float, rows_total: float) -> None:
-        """Set how far a stage is whose rows do not add up (steps of a training, say)."""
-        stage = self._at_work(name)
-        stage.rows, stage.rows_total = rows, rows_total
+    def put(self, name: str, steps: float, steps_total: float, note: str = "") -> None:
+        """Set how far a stage is whose work is steps (a training). The first of them takes longer than the others, and
+        what came before it may be resumed, so the pace is that of the steps after it."""
+        watched = self._at_work(name)
+        stage, now = watched.stage, time.monotonic()
+        stage.rows, stage.rows_total, stage.unit, stage.note = steps, steps_total, "steps", note
+        if watched.is_new:
+            watched.is_new = False
+            watched.rows.restart(now, steps)
+        else:
+            watched.rows.see(now, steps)
 
     def end(self, name: str, status: str) -> None:
-        stage = self._stages.setdefault(name, StageProgress(name))
-        self._age(stage)
-        stage.status = status
-        stage.began = None
+        self._stages.setdefault(name, _Watched(name)).end(status)
 
     def say(self, line: str, shard: int | None = None) -> None:
         self._notes.append(Note(line, shard))
@@ -161,105 +267,19 @@ class ProgressBoard:
     def look(self) -> tuple[list[dict[str, Any]], list[Note]]:
         """All stages as plain data, and the notes since the last look."""
         notes = [self._notes.popleft() for _ in range(len(self._notes))]
-        stages = list(self._stages.values())
-        for stage in stages:
-            self._age(stage)
+        watched = list(self._stages.values())
+        for one in watched:
+            one.look()
             if self._meters is not None:
+                stage = one.stage
                 self._meters.look(stage.name, stage.shards, stage.shards_done, stage.shards_failed, stage.seconds)
-        return [stage.plain() for stage in stages], notes
+        return [one.stage.plain() for one in watched], notes
 
-    def _at_work(self, name: str) -> StageProgress:
-        """The counters of a stage that a worker speaks of: if it has not begun, it begins."""
-        stage = self._stages.setdefault(name, StageProgress(name))
-        if stage.status == "waiting":
-            self._start(stage)
-        return stage
-
-    @staticmethod
-    def _start(stage: StageProgress) -> None:
-        stage.status, stage.began = "running", time.monotonic()
-
-    @staticmethod
-    def _age(stage: StageProgress) -> None:
-        if stage.began is not None:
-            stage.seconds = time.monotonic() - stage.began
-
-
-class Display:
-    """Shows a board: a live table on a terminal, plain lines elsewhere.
-
-    Args:
-        names: of the stages.
-        live: False writes lines on a terminal, too.
-    """
-
-    def __init__(self, console: Console, names: list[str], live: bool = True) -> None:
-        self._console = console
-        self._names = names
-        self._live: Live | None = None
-        self._last: dict[str, str] = {}
-        self._shown = 0.0
-        if live and console.is_terminal:
-            self._live = Live(console=console, refresh_per_second=4, transient=True)
-
-    def __enter__(self) -> Display:
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-    def say(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-    def show(self, stages: list[StageProgress]) -> None:
-        by_name = {s.name: s for s in stages}
-        if self._live is not None:
-            self._live.update(_picture([by_name.get(n, StageProgress(n)) for n in self._names]))
-            return
-        if time.monotonic() - self._shown < LINE_SECONDS:
-            return
-        self._shown = time.monotonic()
-        for stage in stages:
-            if stage.status == "running":
-                line = stage.line()
-                if line != self._last.get(stage.name):
-                    self._last[stage.name] = line
-                    self.say(f"  {line}")
-
-
-def _picture(stages: list[StageProgress]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    if len(stages) > MOST_LINES:  # a comparison has dozens: show those that something happens to, and count the others
-        others = collections.Counter(s.status for s in stages if s.status not in ("running", "failed"))
-        table.caption = ", ".join(f"{n} stages {status}" for status, n in others.items())
-        stages = [s for s in stages if s.status in ("running", "failed")]
-    for title, justify in [
-        ("stage", "left"),
-        ("", "left"),
-        ("shards", "right"),
-        ("rows", "right"),
-        ("calls engine+log", "right"),
-        ("tokens/s", "right"),
-        ("time", "right"),
-        ("ETA", "right"),
-    ]:
-        table.add_column(title, justify=justify)  # type: ignore[arg-type]
-    for s in stages:
-        table.add_row(
-            s.name,
-            s.status,
-            f"{s.shards_done}/{s.shards}" if s.shards else "",
-            f"{s.rows:.0f}/{s.rows_total:.0f}" if s.rows_total else (f"{s.rows:.0f}" if s.rows else ""),
-            f"{s.usage.calls_engine:.0f}+{s.usage.calls_log:.0f}" if s.usage.calls else "",
-            f"{s.tokens_per_second:.0f}" if s.usage.calls_engine else "",
-            duration(s.seconds) if s.seconds else "",
-            duration(s.eta) if s.eta is not None else "",
-            style={"waiting": "dim", "failed": "red", "done": "green", "cached": "green"}.get(s.status),
-        )
-    return table
+    def _at_work(self, name: str) -> _Watched:
+        """A stage that a worker speaks of: if it has not begun, it begins."""
+        watched = self._stages.setdefault(name, _Watched(name))
+        watched.start()
+        return watched
 
 
 def duration(seconds: float) -> str:

@@ -44,7 +44,7 @@ class RayExecutor:
 
     @contextlib.contextmanager
     def open(self, session: Session, say: Callable[[str], None]) -> Iterator[ProgressBoard]:
-        with connected(self.arguments):
+        with connected(self.arguments, say):
             nodes = check_nodes([session.folder, session.calls_root], self.keys)
             if nodes:
                 say(f"{nodes} nodes read and write in {session.folder}")
@@ -63,7 +63,8 @@ class RayExecutor:
         def submit(tasks: Sequence[StageTask]) -> None:
             names = list(dict.fromkeys(parent.name for task in tasks for parent in task.inputs.values()))
             options = {"name": "+".join(t.name for t in tasks), "scheduling_strategy": here, "num_returns": len(tasks)}
-            found = task.options(**options).remote(tasks, self.room, names, *(outputs[name] for name in names))
+            inputs = [ends.get(name, outputs[name]) for name in names]  # how one ended, even where its task was lost
+            found = task.options(**options).remote(tasks, self.room, names, *inputs)
             refs = dict(zip([t.name for t in tasks], found if len(tasks) > 1 else [found], strict=True))
             outputs.update(refs)
             running[next(iter(refs.values()))] = refs
@@ -73,8 +74,6 @@ class RayExecutor:
             for tasks in _may_start(later, ends, len(running), self.max_stages):
                 later.remove(tasks)
                 submit(tasks)
-            if not running:  # what is left needs a stage that failed
-                return
             ready, _ = ray.wait(list(running), num_returns=1, timeout=_WAIT_SECONDS)
             for first in ready:
                 for name, ref in running.pop(first).items():
@@ -114,8 +113,7 @@ def _may_start(
     there. With one, only those that can begin at once, so that none holds a place while it waits."""
     if max_stages is None:
         return list(later)
-    results = {name for name, end in ends.items() if isinstance(end, StageResult)}
-    ready = [g for g in later if all(parent.name in results for task in g for parent in task.inputs.values())]
+    ready = [g for g in later if all(parent.name in ends for task in g for parent in task.inputs.values())]
     return ready[: max(0, max_stages - at_work)]
 
 

@@ -36,7 +36,7 @@ def map_shards(
     """Make the given shards (stage and number), in about their order; `take` gets a receipt as each is done.
 
     Args:
-        tasks: of one stage, or of several with the same engine and placement: they share the actors.
+        tasks: of one stage, or of several whose calls can go to one engine: they share the actors.
         room: labels and custom resources for tasks without an engine; an engine's are in its placement.
 
     Raises:
@@ -80,7 +80,7 @@ class ShardActor:
     """The actor around an `EngineHost`.
 
     Args:
-        tasks: of stages with the same engine and placement.
+        tasks: see `EngineHost`.
     """
 
     def __init__(self, tasks: Sequence[StageTask]) -> None:

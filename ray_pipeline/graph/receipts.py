@@ -14,7 +14,7 @@ from typing import Any
 from ray_pipeline.engines.usage import Usage
 from ray_pipeline.graph.failures import read_failures
 from ray_pipeline.graph.session import StageTask
-from ray_pipeline.store.errors import StoreError
+from ray_pipeline.store.errors import NotWritten, StoreError
 from ray_pipeline.store.files import Folder
 
 logger = logging.getLogger("quorum.shards")
@@ -70,8 +70,17 @@ def mark_death(task: StageTask, shard: int) -> None:
         (Folder(task.ref.folder) / "_attempts").write_bytes(name, b"")
 
 
-def failed(task: StageTask, shard: int, error: BaseException) -> Receipt:
-    """The receipt of a shard that an error ended; the traceback goes to the run's log."""
+def failed(task: StageTask, shard: int, error: BaseException, last: bool = True) -> Receipt:
+    """The receipt of a shard that an error ended; the traceback goes to the run's log.
+
+    Storage that cannot be written is no fault of the shard: it is retried like a failure, but then stops the whole
+    stage and counts towards no quarantine.
+
+    Args:
+        last: no retry follows in this session.
+    """
+    if last and isinstance(error, NotWritten):
+        return stopped_shard(task, shard, str(error))
     text = f"{task.name}: shard {shard}: {''.join(traceback.format_exception(error))}"
     try:
         task.session.board.trace(text, shard)

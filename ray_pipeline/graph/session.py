@@ -23,6 +23,7 @@ class Session:
         failure: what happens to shards and stages that fail.
         replay_only: answer every LLM call from the log, and fail where it cannot.
         only: by stage, the shards to make, and none of other sharded stages; None: all that are missing.
+        again: names of the stages to make again, even if they are done.
         working_folder: the driver's, which relative paths of the configuration start from.
         id: unique to this session.
         board: collects progress; the executor's own while a run is under way.
@@ -34,6 +35,7 @@ class Session:
     failure: FailureSettings = dataclasses.field(default_factory=FailureSettings)
     replay_only: bool = False
     only: Mapping[str, tuple[int, ...]] | None = None
+    again: frozenset[str] = frozenset()
     working_folder: str = dataclasses.field(default_factory=os.getcwd)
     id: str = "session"
     board: ProgressBoard = dataclasses.field(default_factory=ProgressBoard)
@@ -44,7 +46,7 @@ class Session:
 
     def task(self, stage: Stage) -> StageTask:
         inputs = {role: self.ref(parent) for role, parent in stage.inputs.items()}
-        return StageTask(self.ref(stage), stage.work, inputs, self)
+        return StageTask(self.ref(stage), stage.work, inputs, self, stage.settings_key)
 
     def may_make(self, stage: str, shard: int) -> bool:
         return self.only is None or shard in self.only.get(stage, ())
@@ -56,12 +58,14 @@ class StageTask:
 
     Attributes:
         inputs: by role, the stages that it reads. They are `StageResult`s once those are done.
+        settings_key: see `Stage.settings_key`.
     """
 
     ref: StageRef
     work: ShardWork | WholeWork
     inputs: Mapping[str, StageRef]
     session: Session
+    settings_key: str = ""
 
     @property
     def name(self) -> str:

@@ -12,13 +12,15 @@ import functools
 import logging
 import math
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 
 import pyarrow as pa
 
-from ray_pipeline.engines.base import ChatEngine, EngineDead, EngineStop
+from ray_pipeline.engines.base import EngineDead, EngineStop
 from ray_pipeline.engines.log_storage import LogStorage
 from ray_pipeline.engines.logged import CallNotLogged, LoggedEngine
+from ray_pipeline.engines.sharing import open_shared
 from ray_pipeline.engines.usage import Usage
 from ray_pipeline.graph.receipts import (
     Receipt,
@@ -59,17 +61,18 @@ class EngineHost:
     """Makes shards of LLM stages, several at once, on one engine.
 
     Args:
-        tasks: of stages with the same engine and placement.
+        tasks: of stages with the same placement, whose calls can go to one engine.
         devices: number of devices that the engine holds.
     """
 
     def __init__(self, tasks: Sequence[StageTask], devices: float = 1.0) -> None:
         self._tasks = {task.name: task for task in tasks}
         first = sharded(tasks[0])
-        assert first.engine is not None
         self.dead = False
         self._billed, self._devices = time.monotonic(), devices
-        self._engine: ChatEngine = first.engine()
+        factories = [factory for task in tasks if (factory := sharded(task).engine) is not None]
+        self._engine, engines = open_shared(factories)
+        self._engines = dict(zip(self._tasks, engines, strict=True))
         self._making_seconds = time.monotonic() - self._billed
         self._start_reported = 0.0
         # A call that waits inside the engine could not be held back when the stage stops.
@@ -81,6 +84,8 @@ class EngineHost:
         self._watched: dict[tuple[str, str], collections.deque[bool]] = {}
         self._replies: dict[str, collections.Counter[tuple[str, bool]]] = {}
         self._notes_reported = 0
+        self._worker = uuid.uuid4().hex[:8]
+        self._phases: dict[str, str] = {}
 
     async def make(self, stage: str, shard: int) -> Receipt:
         """Make one shard, with retries.
@@ -133,7 +138,7 @@ class EngineHost:
         """
         begin, session = time.monotonic(), task.session
         engine = LoggedEngine(
-            self._engine,
+            self._engines[task.name],
             Folder(session.calls_root),
             shard,
             session.num_shards,
@@ -142,19 +147,19 @@ class EngineHost:
             replay_only=session.replay_only,
             warn=lambda line: session.board.say(f"{task.name}: {line}", shard),
         )
-        report = _Report(task, engine.stats, self._bill, engine.stop)
+        report = _Report(task, engine.stats, self._bill, engine.stop, self._report_phase)
         self._open[engine] = (task, shard)
+        committed = False
         try:
             async with engine:
                 tables = await asyncio.to_thread(_read_inputs, task, shard)
-                given = _given(task, shard, tables, engine, report.tick, functools.partial(self._watch, task, engine))
+                given = _given(task, shard, tables, engine, report, functools.partial(self._watch, task, engine))
                 reporter = asyncio.create_task(report.forever())
                 try:
                     output = await sharded(task).function(given)  # type: ignore[misc]
                 finally:
                     reporter.cancel()
             if engine.failed and not (last and await asyncio.to_thread(give_up, task, shard, engine.failed)):
-                report.forget_rows()
                 return calls_failed(task, shard, engine.failed)
             report.send()
             took = Usage(
@@ -162,7 +167,9 @@ class EngineHost:
                 device_seconds=report.device_seconds,
                 start_seconds=self._start_seconds(),
             )
-            return await asyncio.to_thread(_commit, task, shard, output, engine.stats + took)
+            receipt = await asyncio.to_thread(_commit, task, shard, output, engine.stats + took)
+            committed = True
+            return receipt
         except EngineDead as error:
             # Save what every shard on this engine has learnt: another engine goes on with it.
             logger.error("%s, shard %d: %s; the engine is given up", task.name, shard, error)
@@ -176,9 +183,11 @@ class EngineHost:
             # The other shards come here one by one, find it on the board, or are answered by the log alone.
             return stopped_shard(task, shard, str(error))
         except Exception as error:
-            return failed(task, shard, error)
+            return failed(task, shard, error, last)
         finally:
             self._open.pop(engine, None)
+            if not committed:
+                report.forget_rows()
             report.send()
             if engine.unwritten:
                 session.board.say(f"{task.name}: {engine.unwritten}", shard)
@@ -197,6 +206,13 @@ class EngineHost:
         start = (self._making_seconds + getattr(self._engine, "start_seconds", 0.0)) * self._devices
         new, self._start_reported = start - self._start_reported, start
         return new
+
+    def _report_phase(self, task: StageTask) -> None:
+        """Hand on whether the engine loads its model, which most do with their first call."""
+        phase = "loading model" if getattr(self._engine, "loading", False) else ""
+        if self._phases.get(task.name) != phase:
+            self._phases[task.name] = phase
+            task.session.board.phase(task.name, phase, self._worker)
 
     def _report_notes(self, task: StageTask) -> None:
         """Hand on the engine's notes for the user (structured output that a server refuses, say)."""
@@ -243,7 +259,7 @@ def make_columnar(task: StageTask, shard: int) -> Receipt:
         while True:
             if reason := task.session.board.stopping(task.name):
                 return stopped_shard(task, shard, reason)
-            receipt = _try_columnar(task, shard)
+            receipt = _try_columnar(task, shard, last=tries == policy.retries)
             tries += 1
             if receipt.status != "failed" or tries > policy.retries:
                 return receipt
@@ -252,11 +268,11 @@ def make_columnar(task: StageTask, shard: int) -> Receipt:
         return failed(task, shard, error)
 
 
-def _try_columnar(task: StageTask, shard: int) -> Receipt:
+def _try_columnar(task: StageTask, shard: int, last: bool) -> Receipt:
     begin = time.monotonic()
     try:
         report = _Report(task, Usage())
-        given = _given(task, shard, _read_inputs(task, shard), None, report.tick, lambda *_: None)
+        given = _given(task, shard, _read_inputs(task, shard), None, report, lambda *_: None)
         output: ShardOutput = sharded(task).function(given)  # type: ignore[assignment]
         receipt = _commit(task, shard, output, Usage(seconds=time.monotonic() - begin))
         report.send()
@@ -264,7 +280,7 @@ def _try_columnar(task: StageTask, shard: int) -> Receipt:
     except StageStop as error:
         return stopped_shard(task, shard, str(error))
     except Exception as error:
-        return failed(task, shard, error)
+        return failed(task, shard, error, last)
 
 
 # --- pieces of both ---------------------------------------------------------------------------------------------------
@@ -276,6 +292,7 @@ class _Report:
     Args:
         bill: device seconds that are not reported yet.
         stop: called with the reason when the stage should end.
+        look: called at every report while the shard is made.
     """
 
     def __init__(
@@ -284,23 +301,34 @@ class _Report:
         stats: Usage,
         bill: Callable[[], float] = lambda: 0.0,
         stop: Callable[[str], None] = lambda reason: None,
+        look: Callable[[StageTask], None] = lambda task: None,
     ) -> None:
-        self._stage, self._board = task.name, task.session.board
-        self._stats, self._bill, self._stop = stats, bill, stop
+        self._task, self._stage, self._board = task, task.name, task.session.board
+        self._stats, self._bill, self._stop, self._look = stats, bill, stop, look
         self._rows = self._rows_sent = 0
+        self._planned = (0, 0)
         self._sent = Usage()
         self.device_seconds = 0.0
 
     def tick(self, rows: int) -> None:
         self._rows += rows
 
+    def plan(self, rows: int, read: int) -> None:
+        """Note how many rows the shard will have, and of how many rows it makes them."""
+        self._planned = (rows, read)
+        self._board.add(self._stage, Usage(), planned=rows, read=read)
+
     def forget_rows(self) -> None:
-        """The shard is made again, so its rows will be counted again."""
+        """The shard is not done; if it is made again, its rows will be counted again."""
         self._rows = 0
+        if any(self._planned):
+            self.plan(*(-count for count in self._planned))
+            self._planned = (0, 0)
 
     async def forever(self) -> None:
         while True:
             await asyncio.sleep(REPORT_SECONDS)
+            self._look(self._task)
             self.send()
             if reason := await asyncio.to_thread(self._board.stopping, self._stage):
                 self._stop(reason)
@@ -320,10 +348,21 @@ def _given(
     shard: int,
     tables: Mapping[str, pa.Table],
     engine: LoggedEngine | None,
-    tick: Callable[[int], None],
+    report: _Report,
     watch: Callable[[str, bool], None],
 ) -> ShardInput:
-    return ShardInput(shard, task.session.num_shards, tables, task.facts, engine, sharded(task).settings, tick, watch)
+    read = sum(table.num_rows for table in tables.values())
+    return ShardInput(
+        shard,
+        task.session.num_shards,
+        tables,
+        task.facts,
+        engine,
+        sharded(task).settings,
+        report.tick,
+        watch,
+        lambda rows: report.plan(rows, read),
+    )
 
 
 def tables_by_role(task: StageTask) -> dict[str, ShardedTable]:

@@ -41,6 +41,7 @@ class ShardInput:
         settings: the stage's own settings.
         tick: called with a number of rows when they are done, for the progress display.
         watch: called with a judge's name and whether its reply was read; stops the stage when too few are.
+        plan: called with the number of rows that `tick` will count in this shard, once they are known.
     """
 
     shard: int
@@ -51,6 +52,7 @@ class ShardInput:
     settings: Any
     tick: Callable[[int], None]
     watch: Callable[[str, bool], None]
+    plan: Callable[[int], None] = lambda rows: None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +90,11 @@ class WholeInput:
         folder: where it writes; it is the stage's own and keeps what an interrupted attempt left there.
         calls_root: folder of the call log.
         log: a line for the run's log and terminal.
-        tick: how far it is, of how much.
+        tick: how far it is, of how much, with the newest figures in words.
         stopping: why it should end in good order now, or None.
+        phase: called with what it is doing in a word or two ("loading model"), for the progress display.
+        settings_key: what decides the output beside its inputs, see `Stage.settings_key`.
+        again: the user asked for a new output, whatever is there.
     """
 
     inputs: Mapping[str, StageResult]
@@ -99,8 +104,11 @@ class WholeInput:
     num_shards: int
     settings: Any
     log: Callable[[str], None]
-    tick: Callable[[int, int], None]
+    tick: Callable[[int, int, str], None]
     stopping: Callable[[], str | None] = lambda: None
+    phase: Callable[[str], None] = lambda phase: None
+    settings_key: str = ""
+    again: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +154,14 @@ class Stage:
     def fingerprint(self) -> str:
         # Kept: every stage asks all that it reads, and the number of paths through a DAG grows fast.
         inputs = {role: stage.fingerprint for role, stage in self.inputs.items()}
+        return self._fingerprint(inputs)
+
+    @functools.cached_property
+    def settings_key(self) -> str:
+        """The fingerprint that it would have without inputs: equal for stages that differ in what they read alone."""
+        return self._fingerprint({})
+
+    def _fingerprint(self, inputs: Mapping[str, str]) -> str:
         external = {**self.external, **digests_in(self.config)}
         return fingerprint(self.name, self.version, self.config, inputs, external)
 
@@ -224,9 +240,10 @@ class StageResult(StageRef):
         """What is stored of it, here and in the manifest."""
         return {"rows": dict(self.rows), "facts": dict(self.facts), "usage": self.usage.plain()}
 
-    def save(self) -> StageResult:
-        """Record that the stage is done: what a later run finds (`load_result`)."""
-        value = {"stage": self.name, "fingerprint": self.fingerprint, **self.plain()}
+    def save(self, inputs: Mapping[str, StageRef]) -> StageResult:
+        """Record that the stage is done, and from which folders: what a later run finds (`load_result`)."""
+        folders = {role: f"{parent.name}-{parent.fingerprint}" for role, parent in inputs.items()}
+        value = {"stage": self.name, "fingerprint": self.fingerprint, "inputs": folders, **self.plain()}
         Folder(self.folder).write_json(RESULT, value)
         return self
 
@@ -250,18 +267,28 @@ class Dag:
 
     @property
     def groups(self) -> list[str]:
-        """The words that `--from` and `--to` accept, in order."""
+        """The words that `--from` and `--to` accept, in order; they accept the position in this list (from 1), too."""
         return list(dict.fromkeys(stage.group_name for stage in self.stages))
 
-    def upto(self, group: str | None) -> list[Stage]:
-        """The stages that the given group needs, itself included; all of them for None.
+    def group(self, reference: str) -> str:
+        """The group with a name or a number.
 
         Raises:
             ValueError: there is no such group, naming those that there are.
         """
+        groups = self.groups
+        if reference in groups:
+            return reference
+        if reference.isdecimal() and 1 <= int(reference) <= len(groups):
+            return groups[int(reference) - 1]
+        numbered = ", ".join(f"{number} {name}" for number, name in enumerate(groups, 1))
+        raise ValueError(f"{self.name} has no stage {reference!r}; it has {numbered}")
+
+    def upto(self, group: str | None) -> list[Stage]:
+        """The stages that a group (see `group`) needs, itself included; all of them for None."""
         if group is None:
             return list(self.stages)
-        self._check(group)
+        group = self.group(group)
         wanted: list[Stage] = []
 
         def want(stage: Stage) -> None:
@@ -276,8 +303,8 @@ class Dag:
         return [s for s in self.stages if s in wanted]
 
     def downstream(self, group: str) -> list[Stage]:
-        """The stages of a group and everything that reads them."""
-        self._check(group)
+        """The stages of a group (see `group`) and everything that reads them."""
+        group = self.group(group)
         found: list[Stage] = []
         for stage in self.stages:
             if stage.group_name == group or any(parent in found for parent in stage.inputs.values()):
@@ -285,7 +312,8 @@ class Dag:
         return found
 
     def is_before(self, stage: Stage, group: str) -> bool:
-        """Whether a stage is an ancestor of the group's stages."""
+        """Whether a stage is an ancestor of the stages of a group (see `group`)."""
+        group = self.group(group)
         todo = [s for s in self.stages if s.group_name == group]
         while todo:
             parents = list(todo.pop().inputs.values())
@@ -293,7 +321,3 @@ class Dag:
                 return True
             todo += parents
         return False
-
-    def _check(self, group: str) -> None:
-        if group not in self.groups:
-            raise ValueError(f"{self.name} has no stage {group!r}; it has {', '.join(self.groups)}")

@@ -55,13 +55,14 @@ def run_stages(tasks: Sequence[StageTask], parents: Mapping[str, End], map_shard
     Args:
         parents: by name, how the stages that they read ended.
     """
-    if any(isinstance(parent, Failure) for parent in parents.values()):
-        return [Failure("a stage that it reads failed")] * len(tasks)
     results = {name: end for name, end in parents.items() if isinstance(end, StageResult)}
-    ready = [task.reading(results) for task in tasks]
-    if isinstance(ready[0].work, ShardWork):
-        return _run_sharded(ready, map_shards)
-    return [_end(task, functools.partial(_run_whole, task, task.work)) for task in ready]
+    ready = [t.reading(results) for t in tasks if all(parent.name in results for parent in t.inputs.values())]
+    if ready and isinstance(ready[0].work, ShardWork):
+        made = _run_sharded(ready, map_shards)
+    else:
+        made = [_end(task, functools.partial(_run_whole, task, task.work)) for task in ready]
+    ends = dict(zip([task.name for task in ready], made, strict=True))
+    return [ends.get(task.name) or Failure("a stage that it reads failed") for task in tasks]
 
 
 def _end(task: StageTask, make: Callable[[], StageResult]) -> End:
@@ -73,7 +74,7 @@ def _end(task: StageTask, make: Callable[[], StageResult]) -> End:
 
 def _finish(task: StageTask, facts: Mapping[str, Any], usage: Usage) -> StageResult:
     Folder(task.ref.folder).delete_folder("_attempts")
-    return StageResult(**vars(task.ref), rows=task.ref.count_rows(), facts=facts, usage=usage).save()
+    return StageResult(**vars(task.ref), rows=task.ref.count_rows(), facts=facts, usage=usage).save(task.inputs)
 
 
 def _check_stop(task: StageTask) -> None:
@@ -105,8 +106,11 @@ def _run_whole(task: StageTask, work: ShardWork | WholeWork) -> StageResult:
         session.num_shards,
         work.settings,
         lambda line: board.say(f"{task.name}: {line}"),
-        lambda done, total: board.put(task.name, done, total),
+        lambda done, total, note: board.put(task.name, done, total, note),
         stopping,
+        lambda phase: board.phase(task.name, phase),
+        task.settings_key,
+        task.name in session.again,
     )
     # Relative paths of the configuration start from the driver's folder; a worker may start elsewhere.
     there = os.path.isdir(session.working_folder)
@@ -141,6 +145,15 @@ def _run_sharded(tasks: Sequence[StageTask], map_shards: MapShards) -> list[End]
     return [ends[task.name] for task in tasks]
 
 
+def _rows_to_read(task: StageTask, missing: Sequence[int]) -> float:
+    """Rows of all inputs in the shards that are missing."""
+    parents = [parent for parent in task.inputs.values() if isinstance(parent, StageResult)]
+    if len(missing) == task.session.num_shards:
+        return sum(sum(parent.rows.values()) for parent in parents)
+    states = [parent.table(kind).state() for parent in parents for kind in parent.tables] if missing else []
+    return sum(state.rows.get(shard, 0) for state in states for shard in missing)
+
+
 class _Sharded:
     """A stage whose shards are made: `todo`, those that are missing and may be made now, and how they ended.
 
@@ -157,7 +170,14 @@ class _Sharded:
         self._receipts: dict[int, Receipt] = {}
         self.last = 0.0  # when its last receipt came
         session, missing = task.session, self._missing()
-        self._board.begin(task.name, session.num_shards, session.num_shards - len(missing), waits=waits)
+        self._board.begin(
+            task.name,
+            session.num_shards,
+            session.num_shards - len(missing),
+            waits=waits,
+            inputs=_rows_to_read(task, missing),
+            phase="starting engine" if isinstance(task.work, ShardWork) and task.work.engine is not None else "",
+        )
         _check_stop(task)
         self._ledger = ledger = FailureLedger(Folder(task.ref.folder), session.failure, missing, self._warn)
         self.todo = [s for s in missing if s not in ledger.quarantined and session.may_make(task.name, s)]

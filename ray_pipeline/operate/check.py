@@ -15,11 +15,12 @@ from ray_pipeline.graph.driver import Before
 from ray_pipeline.graph.reach import in_a_job
 from ray_pipeline.graph.session import Session
 from ray_pipeline.graph.stage import Stage, StageResult
-from ray_pipeline.operate.canary import endpoints
+from ray_pipeline.operate.canary import endpoints, engines
 from ray_pipeline.operate.check_files import disk, folders, inputs, models
 from ray_pipeline.operate.check_gate import rubrics, thresholds
 from ray_pipeline.operate.pending import Finding, Pending
 from ray_pipeline.training.methods import TrainingInputError
+from ray_pipeline.training.spec import POLICIES
 from ray_pipeline.workflow.config import RunConfig
 
 
@@ -43,6 +44,8 @@ def before_first_stage(config: RunConfig, session: Session, on_cluster: bool) ->
     """
 
     def before(todo: Sequence[Stage], results: Mapping[str, StageResult], say: Callable[[str], None]) -> None:
+        for line in config.remarks():
+            say(line)
         found = []
         for finding in findings(Pending(config, session, todo, results, on_cluster=on_cluster)):
             found.append(finding)
@@ -66,7 +69,7 @@ def engines_elsewhere(config: RunConfig, executor: str = "ray") -> bool:
 def training(pending: Pending) -> Iterator[Finding]:
     """Settings, packages (`report_to`) and model of every training. What is checked is in `training.preflight`."""
     for stage in pending.todo:
-        if stage.role_name != "policy":
+        if stage.role_name not in POLICIES:
             continue
         if pending.scope == "light":
             yield Finding(f"training {stage.name}", "not checked", "needs the training packages; run `quorum check`")
@@ -96,4 +99,5 @@ CHECKS: tuple[Callable[[Pending], Iterator[Finding]], ...] = (
     training,
     disk,
     endpoints,
+    engines,
 )

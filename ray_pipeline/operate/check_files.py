@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -9,10 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ray_pipeline.engines.vllm_spec import VllmSpec
+from ray_pipeline.graph.stage import Stage
 from ray_pipeline.operate.estimate import Estimate
 from ray_pipeline.operate.pending import Finding, Pending, names
 from ray_pipeline.store.files import Folder
+from ray_pipeline.training.spec import POLICIES
 
+#: Weights with two dimensions that "all-linear" leaves out.
+_NOT_ADAPTED = re.compile(r"embed|lm_head|wte|wpe")
 _HUB_COMMIT = re.compile(r"[0-9a-f]{40}")
 #: Taken for the mean length of a reply.
 _REPLY_TOKENS = 256
@@ -67,7 +72,7 @@ def inputs(pending: Pending) -> Iterator[Finding]:
 
 
 def models(pending: Pending) -> Iterator[Finding]:
-    """Files of local models can be read. Their engines are not started: that takes as long as starting the stage."""
+    """Files of local models can be read. Their engines are not started here (see `canary.engines`)."""
     for key, (model, stages) in pending.models.items():
         if not model.is_here:
             continue
@@ -102,9 +107,9 @@ def disk(pending: Pending) -> Iterator[Finding]:
     """Space for what will be written: texts by the calls to come, weights by the size of the base model."""
     weights, unknown = 0.0, []
     for stage in pending.todo:
-        if stage.role_name == "policy":
-            size = _weights(stage.work.settings.model.model)
-            weights += size
+        if stage.role_name in POLICIES:
+            size = written_weights(stage)
+            weights += size or 0
             unknown += [] if size else [stage.name]
     texts = 0 if pending.tried else sum(map(_text, pending.stand_ins.estimates.values()))
     needs: dict[int, tuple[str, float, float]] = {}  # by device: a folder, bytes of weights, bytes of text
@@ -115,10 +120,13 @@ def disk(pending: Pending) -> Iterator[Finding]:
             needs[device] = known[0], known[1] + large, known[2] + texts
     for place, heavy, small in needs.values():
         free = shutil.disk_usage(place).free
-        parts = [f"about {_bytes(heavy)} of weights"] if heavy else []
+        parts = [f"about {bytes_text(heavy)} of weights"] if heavy else []
         parts += [f"weights of {', '.join(unknown)} (size unknown)"] if unknown else []
-        parts += [f"up to {_bytes(small)} of text"] if small else []
-        what, figures = f"disk space at {place}", f"{_bytes(free)} free; to be written: {', '.join(parts) or 'text'}"
+        parts += [f"up to {bytes_text(small)} of text"] if small else []
+        what, figures = (
+            f"disk space at {place}",
+            f"{bytes_text(free)} free; to be written: {', '.join(parts) or 'text'}",
+        )
         if free < heavy or free < small / 100:
             yield Finding(what, "problem", f"{figures}; free some space there, or choose another run folder")
         else:
@@ -130,13 +138,31 @@ def _text(stage: Estimate) -> float:
     return 4 * (stage.prompt_tokens + _REPLY_TOKENS * stage.calls)
 
 
-def _weights(model: str) -> int:
-    """Bytes of the weights in a local model folder; 0 if it is not here."""
-    files = Path(model).glob("*.safetensors") if os.path.isdir(model) else []
-    return sum(file.stat().st_size for file in files)
+def written_weights(training: Stage) -> float | None:
+    """Bytes of the weights that a training stage will write (`train.save`), without its checkpoints; None where the
+    base is not here."""
+    settings, base = training.work.settings.train, Path(training.work.settings.model.model)
+    files = sorted(base.glob("*.safetensors")) if base.is_dir() else []
+    if not files:
+        return None
+    shapes = [shape for file in files for shape in _shapes(file).items()]
+    merged: float = sum(math.prod(shape) for _, shape in shapes) * {"float32": 4, "bfloat16": 2}[settings.dtype]
+    if settings.lora is None or settings.save == "merged":
+        return merged
+    # A LoRA adapter of rank r has r float32 weights for each input and output of a linear layer.
+    sides = sum(sum(shape) for name, shape in shapes if len(shape) == 2 and not _NOT_ADAPTED.search(name))
+    adapter: float = 4 * settings.lora.r * sides
+    return adapter + (merged if settings.save == "both" else 0)
 
 
-def _bytes(size: float) -> str:
+def _shapes(file: Path) -> dict[str, list[int]]:
+    from safetensors import safe_open
+
+    with safe_open(file, "numpy") as weights:
+        return {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+
+
+def bytes_text(size: float) -> str:
     for unit in ("kB", "MB", "GB"):
         size /= 1000
         if size < 1000:

@@ -11,8 +11,9 @@ from ray_pipeline.operate.pending import Finding, Pending
 
 
 def rubrics(pending: Pending) -> Iterator[Finding]:
-    """Every judge has a criterion, unless its prompt template shows none."""
+    """Every judge has a criterion, unless its prompt template shows none, and no two greedy judges have the same."""
     missing: dict[str, None] = {}
+    same: dict[tuple[str, str], list[str]] = {}
     seen: dict[str, None] = {}
     for stage in pending.todo:
         settings = stage.work.settings
@@ -23,11 +24,23 @@ def rubrics(pending: Pending) -> Iterator[Finding]:
             seen[rubric.name] = None
             if not rubric.text.strip() and _shows_rubric(template):
                 missing[rubric.name] = None
+            elif hasattr(settings, "sampling") and not (rubric.sampling or settings.sampling).temperature:
+                text = " ".join(rubric.text.split()) if _shows_rubric(template) else rubric.name
+                names = same.setdefault((stage.name, text), [])
+                names += [rubric.name] if rubric.name not in names else []
     for name in missing:
         yield Finding(
             f"rubric {name}", "problem", "it has no text, so the judge would score without a criterion; set its `text`"
         )
-    if seen and not missing:
+    repeated = dict.fromkeys(tuple(names) for names in same.values() if len(names) > 1)
+    for alike in repeated:
+        yield Finding(
+            f"rubrics {' and '.join(alike)}",
+            "problem",
+            "they have the same text, model and sampling, so one opinion would count several times; write different "
+            "texts, choose another model, or remove all but one",
+        )
+    if seen and not missing and not repeated:
         yield Finding(f"rubrics {', '.join(seen)}", "ok")
 
 

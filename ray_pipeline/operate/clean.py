@@ -17,9 +17,12 @@ import pyarrow.fs as pafs
 from ray_pipeline.graph.heartbeat import BEAT_SECONDS, Heartbeat
 from ray_pipeline.graph.results import Run, read_run
 from ray_pipeline.store.errors import StoreError
+from ray_pipeline.store.files import RESULT
+from ray_pipeline.training.spec import POLICIES
 
 #: A stage folder ends with its fingerprint (16 hexadecimal digits), the report of an unfinished run with a digest.
 _MADE = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*-([0-9a-f]{16}|[0-9a-f]{32})$")
+_FINGERPRINT = re.compile(r"\b[0-9a-f]{16}\b")
 _TORN = re.compile(r"^\..+\.[0-9a-f]{32}\.tmp$")
 
 
@@ -34,7 +37,8 @@ class Leftover:
 
 def leftovers(run: Run) -> list[Leftover]:
     """What `clean` would delete, sorted by name."""
-    kept = {stage.path for stage in run.stages.values()} | _viewed(run)
+    views = _views(run)
+    kept = {stage.path for stage in run.stages.values()} | set(views.values()) | _of_policies(run, views.get("policy"))
     leftover = []
     selector = pafs.FileSelector(run.folder.path(), recursive=False)
     for info in run.folder.fs.get_file_info(selector):
@@ -73,12 +77,39 @@ def clean(run: Run, say: Callable[[str], None], beat_seconds: float = BEAT_SECON
     return leftover
 
 
-def _viewed(run: Run) -> set[str]:
-    """Folders that the views link to: a policy stays usable after `quorum regate`."""
+def _views(run: Run) -> dict[str, str]:
+    """View → folder that it links to: a policy stays usable after `quorum regate`."""
     if not run.folder.is_local:
-        return set()
+        return {}
     with os.scandir(run.folder.path()) as found:
-        return {os.path.basename(os.readlink(entry.path).rstrip("/")) for entry in found if entry.is_symlink()}
+        return {
+            entry.name: os.path.basename(os.readlink(entry.path).rstrip("/")) for entry in found if entry.is_symlink()
+        }
+
+
+def _of_policies(run: Run, shown: str | None) -> set[str]:
+    """Folders of everything that the policies that exist were made from: their datasets, back to the prompts."""
+    todo = [stage.path for stage in run.stages.values() if stage.role in POLICIES] + ([shown] if shown else [])
+    found = set[str]()
+    while todo:
+        if (name := todo.pop()) not in found:
+            found.add(name)
+            todo += _inputs(run, name)
+    return found
+
+
+def _inputs(run: Run, name: str) -> list[str]:
+    """Folders that an output was made from. Results of earlier versions do not have them: there the card of a policy
+    names its dataset, and the manifest the stages before."""
+    inputs: list[str] | None = (run.folder / name).load(RESULT, lambda value: [*value["inputs"].values()], None)
+    if inputs is not None:
+        return inputs
+    for part in ("merged", "adapter"):
+        card = run.folder / name / part
+        if card.exists("README.md"):
+            fingerprints = set(_FINGERPRINT.findall(card.read_bytes("README.md").decode(errors="replace")))
+            return [of for of in run.folder.folders() if of != name and of[-16:] in fingerprints and _MADE.match(of)]
+    return []
 
 
 def _size(run: Run, name: str) -> int:

@@ -27,10 +27,14 @@ from ray_pipeline.engines.logged import LoggedEngine
 from ray_pipeline.graph.stage import BadInput, Dag, ShardInput, ShardWork, Stage, StageRef, StageResult, WholeInput
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import call_key, canonical_json, digest
+from ray_pipeline.training.spec import POLICIES
 
 #: Prompts of each split (questions of each benchmark) that are counted; more change a mean by less than rates are off.
 _SAMPLE = 64
 _WORD = "word "
+#: Share of max_tokens that a reply of unknown length takes in the prompts of later stages. Few replies are as long as
+#: they may be: prompts of judges planned from the longest would be far too long.
+EXPECTED_SHARE = 0.5
 
 Count = Callable[[Sequence[Message]], int]
 """Tokens of a chat."""
@@ -44,7 +48,7 @@ class Estimate:
     """Calls of one stage, with their tokens.
 
     Attributes:
-        bound: tokens are an upper bound, because some replies are taken to be as long as max_tokens allows.
+        bound: completion tokens are an upper bound, because some replies are taken to be as long as max_tokens allows.
         forms: of its calls, each once, in the order in which they came.
     """
 
@@ -96,7 +100,7 @@ def needed(stages: Iterable[Stage]) -> list[Stage]:
     def need(stage: Stage) -> None:
         if stage not in found:
             for parent in stage.inputs.values():
-                if parent.role_name != "policy":
+                if parent.role_name not in POLICIES:
                     need(parent)
             found.append(stage)
 
@@ -161,8 +165,7 @@ class StandIns:
             }
             engine = None
             if calls_model(stage):
-                bound = any(self.estimates[name].bound for name in self._ancestors(stage))
-                estimate = self.estimates[stage.name] = Estimate(bound=bound)
+                estimate = self.estimates[stage.name] = Estimate()
                 engine = _StandInEngine(stage, estimate, weights, self._count(stage), self._reply(stage), self._log)
             found = {role: result.facts for role, result in inputs.items()}
             given = ShardInput(0, 1, tables, found, engine, _asked_once(work.settings), _nothing, _nothing)
@@ -186,15 +189,13 @@ class StandIns:
         self._results[stage.name] = StageResult(**vars(ref), rows={}, facts=facts)
         self._weights[stage.name] = weights
         if stage.role_name == "candidates" and ref.tables == ("candidates",):
-            self.candidates[stage.name] = _row_tokens(ref.table().read(0), weights)
+            self.candidates[stage.name] = _row_tokens(ref.table().read(0), weights, self._prompt_tokens(stage))
 
-    def _ancestors(self, stage: Stage) -> set[str]:
-        """Names of the estimated stages whose replies a stage reads."""
-        found: set[str] = set()
-        for parent in stage.inputs.values():
-            if parent.role_name != "policy":
-                found |= self._ancestors(parent) | ({parent.name} & set(self.estimates))
-        return found
+    def _prompt_tokens(self, stage: Stage) -> dict[str, int]:
+        """Tokens of the prompts that a stage reads, of four characters each."""
+        prompts = stage.inputs.get("prompts")
+        rows = [] if prompts is None else self._results[prompts.name].table().read(0).to_pylist()
+        return {row["prompt_id"]: sum(len(turn["content"]) for turn in row["messages"]) // 4 for row in rows}
 
 
 def _nothing(*given: Any) -> None:
@@ -243,12 +244,20 @@ def _cut(source: StageRef, sample: int) -> dict[str, float]:
     return weights
 
 
-def _row_tokens(candidates: pa.Table, weights: Mapping[str, float]) -> float:
-    """Tokens of prompt and response, summed over all rows. A revision's row has the prompt of the first response."""
+def _row_tokens(candidates: pa.Table, weights: Mapping[str, float], prompts: Mapping[str, int]) -> float:
+    """Tokens of prompt and response, summed over all rows. A revision's row has the prompt of the first response.
+
+    Args:
+        prompts: tokens of a prompt whose rows have none: no model has read it. Its responses are counted alike.
+    """
     rows = sorted(candidates.to_pylist(), key=lambda row: row["k"], reverse=True)
-    prompt: dict[str, int] = {row["prompt_id"]: row["prompt_tokens"] for row in rows}
-    tokens = (weights[row["prompt_id"]] * (prompt[row["prompt_id"]] + row["completion_tokens"]) for row in rows)
-    return float(sum(tokens))
+    prompt = {row["prompt_id"]: row["prompt_tokens"] for row in rows}
+    total = 0.0
+    for row in rows:
+        name, reply = row["prompt_id"], row["completion_tokens"]
+        asked = prompts[name] if prompt[name] is None else prompt[name]
+        total += weights[name] * (asked + (len(row["response"] or "") // 4 if reply is None else reply))
+    return total
 
 
 class _StandInEngine(LoggedEngine):
@@ -287,7 +296,8 @@ class _StandInEngine(LoggedEngine):
         roles = tuple(message["role"] for message in messages)
         asked = dataclasses.replace(sampling, seed=None, grammar=sampling.grammar if self._forced else None)
         self._estimate.forms.setdefault(canonical_json([roles, asked.key()]), (roles, asked))
-        self._log[key] = Completion(self._text(sampling, tokens), "stop", prompt, round(tokens), 0)
+        shown = tokens if self._reply else EXPECTED_SHARE * tokens
+        self._log[key] = Completion(self._text(sampling, shown), "stop", prompt, round(tokens), 0)
         return self._log[key]
 
     def _text(self, sampling: Sampling, tokens: float) -> str:
@@ -298,14 +308,21 @@ class _StandInEngine(LoggedEngine):
             return str(grammar.decoded()[0])
         fields: dict[str, Any] = grammar.decoded()["properties"]
         texts = sum(field.get("type") == "string" and "enum" not in field for field in fields.values())
-        return json.dumps({name: self._value(field, tokens / max(texts, 1)) for name, field in fields.items()})
+        # Of several answers each scores more than the one before: a tie would save the calls that compare the best.
+        scored = [name for name, field in fields.items() if "minimum" in field]
+        places = {name: place for place, name in enumerate(scored)}
+        each = tokens / max(texts, 1)
+        return json.dumps({name: self._value(field, each, places.get(name, 0)) for name, field in fields.items()})
 
-    def _value(self, field: Mapping[str, Any], tokens: float) -> Any:
+    def _value(self, field: Mapping[str, Any], tokens: float, place: int) -> Any:
         if "enum" in field:
             return field["enum"][0]
         if field.get("type") == "string":
             return self._filler(tokens)[: field.get("maxLength")]
-        return True if field.get("type") == "boolean" else field.get("minimum", 0)
+        if field.get("type") == "boolean":
+            return True
+        lowest = field.get("minimum", 0)
+        return min(lowest + place, field.get("maximum", lowest + place))
 
     def _filler(self, tokens: float) -> str:
         return f"{len(self._log):05d} {_WORD * round(max(tokens - self._number, 0) / self._word)}".rstrip()

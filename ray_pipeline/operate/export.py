@@ -1,40 +1,64 @@
-"""The datasets of a run as one folder, ready for the Hugging Face Hub: a card, and one configuration per kind."""
+"""Datasets and policy of a run as one folder for the Hugging Face Hub: cards, and one configuration per kind."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ray_pipeline.data.card import PIPELINE, Provenance, pipeline_text, write_card
 from ray_pipeline.data.dataset_rows import SPLITS
 from ray_pipeline.graph.results import Run, of_role
+from ray_pipeline.operate.export_policy import export_policy
 from ray_pipeline.store.errors import StoreError
 from ray_pipeline.store.files import Folder
+from ray_pipeline.store.schemas import TABLES
 
 #: This file marks a folder as an export, which may be overwritten.
 _MARK = "quorum.json"
 _KINDS = ("kto", "dpo", "sft")
-_SPLIT_NAMES = {"train": "train", "val": "validation"}
 _REPO = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*$")
 
 
-def export(run: Run, out: Path, kinds: Sequence[str] = (), stage: str = "datasets") -> list[Path]:
-    """Write `out/README.md`, `out/KIND/{train,val}/*.parquet`, `out/KIND/README.md` and `out/quorum.json`.
+def export(
+    run: Run, out: Path, kinds: Sequence[str] = (), stage: str = "datasets", *, policy: str = "", datasets: bool = True
+) -> list[Path]:
+    """Write one folder: `README.md`, `KIND/{train,val}/*.parquet`, `policy/{adapter,merged}/`, `pipeline.yaml` and
+    `quorum.json`.
 
     Args:
         kinds: which datasets; empty: all of the run.
         stage: the stage that wrote them (a comparison has several: `datasets-gated-s0`).
+        policy: the stage that trained the policy; "": none is written.
+        datasets: whether the datasets are written.
 
     Returns:
-        The files written.
+        The files written; of a policy, its cards.
 
     Raises:
-        StoreError: the stage is not done, has no such kind, a file is damaged or foreign, or `out` is not an export.
+        StoreError: a stage is not done, has no such kind, a file is damaged or foreign, or `out` is not an export.
     """
+    if out.exists() and any(out.iterdir()) and not (out / _MARK).is_file():
+        raise StoreError(f"{out} is not empty and not an earlier export; choose an empty folder")
+    target, stamp, written = Folder(str(out)), _stamp(run), list[Path]()
+    if datasets:
+        rows = _datasets(run, target, kinds, stage)
+        stamp |= {"stage": stage, "rows": rows}
+        written += [file for kind in rows for file in sorted((out / kind).rglob("*.parquet"))] + [out / "README.md"]
+    if policy:
+        written += export_policy(run, out / "policy", policy)
+        stamp["policy"] = policy
+    if run.given:
+        target.write_bytes(PIPELINE, pipeline_text(run.given).encode())
+        written.append(out / PIPELINE)
+    target.write_json(_MARK, stamp)
+    return [*written, out / _MARK]
+
+
+def _datasets(run: Run, target: Folder, kinds: Sequence[str], stage: str) -> dict[str, dict[str, int]]:
+    """Copy the files and write their card; returns the rows of each split."""
     if stage not in run.results:
         others = ", ".join(other.name for other in of_role(run.results, "datasets", "branch datasets")) or "none"
         raise StoreError(f"{run.folder.location}: {stage} is not done; finished datasets: {others}")
@@ -44,37 +68,30 @@ def export(run: Run, out: Path, kinds: Sequence[str] = (), stage: str = "dataset
     missing = [kind for kind in kinds if kind not in present]
     if missing:
         raise StoreError(f"{source.location} has no {missing[0]} dataset; it has {', '.join(present)}")
-    if out.exists() and any(out.iterdir()) and not (out / _MARK).is_file():
-        raise StoreError(f"{out} is not empty and not an earlier export; choose an empty folder")
-    target, written = Folder(str(out)), list[Path]()
+    stats = source.read_json("stats.json")
     rows: dict[str, dict[str, int]] = {}
     for kind in kinds or present:
         rows[kind] = {}
         for split in SPLITS:
-            place = source / kind / split
+            place, copy = source / kind / split, target / kind / split
             names = place.names(".parquet")
-            rows[kind][split] = sum(
-                place.read_table(n, fingerprint=result.fingerprint, kind=kind).num_rows for n in names
-            )
+            rows[kind][split] = 0
             for name in names:
-                (target / kind / split).write_bytes(name, place.read_bytes(name))
-                written.append(out / kind / split / name)
-            for name in (target / kind / split).names(".parquet"):
+                table = place.read_table(name, fingerprint=result.fingerprint, kind=kind, schema=TABLES[kind])
+                rows[kind][split] += table.num_rows
+                copy.write_table(name, table, fingerprint=result.fingerprint, kind=kind)
+            for name in copy.names(".parquet"):
                 if name not in names:  # left from an earlier export; a loader would read it
-                    (target / kind / split).delete(name)
-        (target / kind).write_bytes("README.md", (source / kind).read_bytes("README.md"))
-    cards = {kind: (source / kind).read_bytes("README.md").decode() for kind in rows}
-    target.write_bytes("README.md", _card(run, cards, rows).encode())
-    target.write_json(_MARK, {**_origin(run, stage), "rows": rows})
-    return [*written, out / "README.md", out / _MARK]
+                    copy.delete(name)
+    write_card(target, stats, _provenance(run, source, stats), list(rows))
+    return rows
 
 
-def _origin(run: Run, stage: str) -> dict[str, Any]:
-    """Where the rows came from, without local paths."""
+def _stamp(run: Run) -> dict[str, Any]:
+    """Where the files came from, without local paths."""
     return {
         "workflow": run.workflow,
         "run": run.config.get("run", {}).get("name"),
-        "stage": stage,
         "fingerprints": {name: result.fingerprint for name, result in run.results.items()},
         "gate": run.config.get("gate"),
         "versions": run.versions,
@@ -82,53 +99,13 @@ def _origin(run: Run, stage: str) -> dict[str, Any]:
     }
 
 
-def _card(run: Run, cards: dict[str, str], rows: dict[str, dict[str, int]]) -> str:
-    """README.md: front matter with one configuration per kind, then the texts of the kinds' own cards."""
-    parts = {kind: _split_card(card) for kind, card in cards.items()}
-    first = next(iter(parts.values()))[0]
-    front = {
-        "pretty_name": f"Quorum preference data: {run.config.get('run', {}).get('name', 'run')}",
-        "license": first.get("license", "other"),
-        "task_categories": ["text-generation"],
-        "tags": ["quorum", "preference", "rlaif", "trl", *rows],
-        "configs": [
-            {
-                "config_name": kind,
-                # `datasets` 5.2 fails on a split without rows, so only those that have some are named.
-                "data_files": [
-                    {"split": _SPLIT_NAMES[split], "path": f"{kind}/{split}/*.parquet"} for split, n in of.items() if n
-                ],
-            }
-            for kind, of in rows.items()
-            if any(of.values())
-        ],
-    }
-    lines = [
-        "---",
-        yaml.safe_dump(front, sort_keys=False).rstrip(),
-        "---",
-        "",
-        "# Preference data made with Quorum",
-        "",
-    ]
-    lines += ["```python", "from datasets import load_dataset"]
-    lines += [f'{kind} = load_dataset("OWNER/NAME", "{kind}")' for kind in rows]
-    lines += ["```", ""]
-    for _, text in parts.values():
-        lines += [_demoted(text), ""]
-    return "\n".join(lines)
-
-
-def _split_card(card: str) -> tuple[dict[str, Any], str]:
-    """Front matter and text of a card."""
-    _, front, text = card.split("---\n", 2)
-    return yaml.safe_load(front), text.strip()
-
-
-def _demoted(text: str) -> str:
-    """The text with headings one level down and without the code block, whose path is that of a single dataset."""
-    text = re.sub(r"```python\n.*?```\n\n?", "", text, flags=re.S)
-    return re.sub(r"^#", "##", text, flags=re.M)
+def _provenance(run: Run, source: Folder, stats: Mapping[str, Any]) -> Provenance:
+    if "origin" in stats:
+        return Provenance(**stats["origin"], config=run.config, given=run.given)
+    # Files of an earlier version: the first sentence of a kind's card is all that was kept.
+    old = [(source / kind).read_bytes("README.md").decode() for kind in stats["rows"]]
+    found = re.search(r"^(.*), ready for TRL's", old[0], re.MULTILINE)
+    return Provenance(found[1] if found else "", config=run.config, given=run.given)
 
 
 def push(out: Path, repo: str, *, public: bool = False) -> str:

@@ -49,6 +49,7 @@ class Pending:
         todo: stages that are not done, each after those that it reads.
         results: of the stages that are.
         on_cluster: engines may run on other machines than this one.
+        engines: whether to start local engines for test calls; None: the run itself is about to start them.
     """
 
     config: RunConfig
@@ -57,6 +58,7 @@ class Pending:
     results: Mapping[str, StageResult]
     scope: Scope = "all"
     on_cluster: bool = False
+    engines: bool | None = None
     scratch: str = ""
 
     @classmethod

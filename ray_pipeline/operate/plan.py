@@ -2,22 +2,25 @@
 
 Calls and prompt tokens are those of the workflow's own stages (`operate.estimate`), counted with the models' own
 tokenizers. The mean length of replies comes from a probe or from the user; otherwise the stage's max_tokens is used,
-which is marked as an upper bound.
+which is marked as an upper bound; prompts that show such replies are counted with their expected length.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from ray_pipeline.config.messages import ConfigError
+from ray_pipeline.config.messages import ConfigError, installing
 from ray_pipeline.data.tokens import TokenCounter
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.progress import duration
 from ray_pipeline.graph.stage import Dag, ShardWork, Stage
-from ray_pipeline.operate.estimate import Count, Estimates, calls_model, estimate
-from ray_pipeline.operate.prices import CallTime, DevicePrice, Rates
+from ray_pipeline.operate.check_files import bytes_text, written_weights
+from ray_pipeline.operate.estimate import EXPECTED_SHARE, Count, Estimates, calls_model, estimate
+from ray_pipeline.operate.prices import CallTime, DevicePrice, Rates, listed_prices
+from ray_pipeline.training.spec import POLICIES
 from ray_pipeline.workflow.config import RunConfig
 
 
@@ -47,12 +50,13 @@ class StagePlan:
 
 @dataclasses.dataclass
 class Plan:
-    """Stages in order, the sources of rates, and notes on what could not be planned."""
+    """Stages in order, the sources of rates, notes on what could not be planned, and what training writes to disk."""
 
     stages: list[StagePlan]
     currency: str
     assumed: list[str]
     notes: list[str]
+    disk: str = ""
 
     def total(self, field: str) -> float | None:
         """Sum over stages, or None if one is unknown."""
@@ -78,10 +82,11 @@ def plan(config: RunConfig, dag: Dag, rates: Rates, count: Callable[[str, ModelS
     strangers = sorted(set(rates.models) - set(models))
     if strangers:
         raise ConfigError(f"rates: unknown model models.{strangers[0]}; choose from {', '.join(models)}")
-    notes: list[str] = []
+    notes = config.remarks()
     calling = [stage for stage in dag.stages if calls_model(stage)]
     keys = {stage.name: _key_of(stage, models, rates) for stage in calling}
-    counter = count or _tokenizer_of(models, [keys[stage.name] for stage in calling], notes)
+    named = getattr(config, "counting", None)  # of a workflow with training rows
+    counter = count or _tokenizer_of(models, [keys[stage.name] for stage in calling], named, notes)
     lengths = {} if rates.reply_tokens is None else rates.reply_tokens.tokens
     found = estimate(
         dag, lambda stage: counter(keys[stage.name], models[keys[stage.name]]), lambda stage: _rate_of(stage, lengths)
@@ -97,18 +102,26 @@ def plan(config: RunConfig, dag: Dag, rates: Rates, count: Callable[[str, ModelS
         notes.append(f"no stage of {dag.name} calls a model in this configuration")
     if any(stage.bound for stage in stages):
         notes.append(
-            "tokens marked ≤ are upper bounds: replies of max_tokens; set reply_tokens or use --probe for an estimate"
+            "tokens marked ≤ are upper bounds: replies of max_tokens, which later prompts show at "
+            f"{EXPECTED_SHARE:.0%} of that length; set reply_tokens or use --probe for an estimate"
         )
     training = _training(dag, models, rates, found, notes)
     unrated = sorted({s.model for s in stages if s.device_seconds is None and models[s.model].is_here})
     if unrated:
         notes.append(f"no rates for {', '.join(unrated)}, so neither time nor cost; pass --rates or --probe")
+    unpriced = sorted(
+        {s.model for s in stages if not models[s.model].is_here and listed_prices(models[s.model]) is None}
+    )
+    if unpriced:
+        listed = "" if importlib.util.find_spec("genai_prices") else f", or {installing('prices')} for list prices"
+        notes.append(f"no prices for {', '.join(unpriced)}; set endpoint.prices of {unpriced[0]}{listed}")
     currency = rates.device_hour.currency if rates.device_hour else "USD"
     return Plan(
         [*stages, *training],
         next((prices.currency for prices in config.prices().values()), currency),
         _assumed(config, rates, [stage.model for stage in stages], bool(training)),
         notes,
+        _disk(dag),
     )
 
 
@@ -137,12 +150,12 @@ def _assumed(config: RunConfig, rates: Rates, models: Sequence[str], trained: bo
     if rates.device_hour:
         price = rates.device_hour
         assumed.append(f"device hour: {price.price:g} {price.currency}; {price.source}, {price.date}")
-    for key, prices in config.prices().items():
-        source = prices.source or "no source given"
-        assumed.append(
-            f"{key.split('.', 1)[1]}: {prices.input:g} and {prices.output:g} {prices.currency} per million tokens; "
-            f"{source}"
-        )
+    for key, model in config.served().items():
+        if (prices := listed_prices(model)) is not None:
+            assumed.append(
+                f"{key.split('.', 1)[1]}: {prices.input:g} and {prices.output:g} {prices.currency} per million tokens; "
+                f"{prices.source or 'no source given'}"
+            )
     return assumed
 
 
@@ -198,11 +211,14 @@ def _devices(model: ModelSettings) -> float:
 
 
 def _tokenizer_of(
-    models: Mapping[str, ModelSettings], used: Sequence[str], notes: list[str]
+    models: Mapping[str, ModelSettings], used: Sequence[str], named: ModelSettings | None, notes: list[str]
 ) -> Callable[[str, ModelSettings], Count]:
-    """Counters with the models' own tokenizers; for a model at an endpoint, that of a local model."""
+    """Counters with the models' own tokenizers; for a model at an endpoint, that of a local model, or the `named` one
+    that counts the lengths of training rows."""
     made: dict[str, TokenCounter] = {}
     local = next((key for key in [*used, *models] if models[key].is_here), None)
+    if local is None and named is not None:
+        local, models = named.model, {named.model: named}
 
     def counter(key: str, model: ModelSettings) -> Count:
         if not model.is_here:
@@ -225,8 +241,8 @@ def _tokenizer_of(
 
 def _price(stage: StagePlan, model: ModelSettings, took: CallTime | None, rates: Rates) -> None:
     if model.endpoint is not None:
-        if model.endpoint.prices is not None:
-            stage.money = model.endpoint.prices.of(int(stage.prompt_tokens), 0, int(stage.completion_tokens))
+        if (prices := listed_prices(model)) is not None:
+            stage.money = prices.of(int(stage.prompt_tokens), 0, int(stage.completion_tokens))
         limit = model.endpoint.requests_per_minute
         stage.device_seconds = 60 * stage.calls / limit if limit else None
         stage.low = stage.high = stage.device_seconds
@@ -250,11 +266,21 @@ def _time(stage: StagePlan, seconds: float, spread: float, price: DevicePrice | 
     stage.money = None if price is None else seconds / 3600 * price.price
 
 
+def _disk(dag: Dag) -> str:
+    """What the training stages write; a part of it may be there already."""
+    sizes = [written_weights(stage) for stage in dag.stages if stage.role_name in POLICIES]
+    known = [size for size in sizes if size is not None]
+    if not sizes:
+        return ""
+    size = bytes_text(sum(known)) if len(known) == len(sizes) else "an unknown size (a base is not here)"
+    return f"policies of {size} (train.save), and checkpoints while they are trained"
+
+
 def _training(
     dag: Dag, models: Mapping[str, ModelSettings], rates: Rates, found: Estimates, notes: list[str]
 ) -> list[StagePlan]:
     """Tokens of the kept rows over all epochs; KTO's own reference pass is part of the rate."""
-    policies = [stage for stage in dag.stages if stage.role_name == "policy"]
+    policies = [stage for stage in dag.stages if stage.role_name in POLICIES]
     if policies and (rates.train is None or rates.kept_share is None):
         notes.append("training is not planned; add train.tokens_per_s and kept_share to the rates")
     if rates.train is None or rates.kept_share is None:
@@ -317,6 +343,7 @@ def plan_lines(found: Plan) -> list[str]:
         row = f"{row[: len(head)]}{shown:>{_WALL}}{row[len(head) + _WALL :]}"
     lines += [row, *_interval(found), ""]
     lines += [f"assumed: {text}" for text in found.assumed]
+    lines += [f"disk: {found.disk}"] if found.disk else []
     return lines + [f"note: {text}" for text in found.notes]
 
 

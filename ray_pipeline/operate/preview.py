@@ -23,6 +23,7 @@ from ray_pipeline.graph.driver import RunOutcome, execute
 from ray_pipeline.graph.results import table_of
 from ray_pipeline.graph.stage import Dag
 from ray_pipeline.operate.check import before_first_stage, engines_elsewhere
+from ray_pipeline.operate.last_lines import use_line
 from ray_pipeline.operate.run_settings import executor_of, run_settings
 from ray_pipeline.store.locations import beside
 from ray_pipeline.store.outside import shown
@@ -82,13 +83,9 @@ def show(outcome: RunOutcome, currency: str, console: Console) -> None:
             own = {role: found.get(candidate["candidate_id"], []) for role, found in rows.items()}
             console.print(Padding(Group(*_candidate(candidate, own)), (1, 0, 0, 2)))
     usage = sum((result.usage for result in outcome.results.values()), Usage())
-    cost = f", cost {usage.cost:.4g} {currency}" if usage.cost else ""
     console.print(Rule())
-    console.print(
-        f"{usage.calls:.0f} calls ({usage.calls_engine:.0f} made, others from the call log), {usage.tokens:.0f} tokens"
-        f"{cost}; a run with this configuration does not pay for them again",
-        highlight=False,
-    )
+    line = f"{use_line(usage, currency)}; a run with this configuration does not pay for them again"
+    console.print(line, highlight=False)
 
 
 def _candidate(candidate: Row, own: Mapping[str, Sequence[Row]]) -> Iterator[RenderableType]:

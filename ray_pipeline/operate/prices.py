@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import datetime
+import importlib
+import importlib.metadata
+from typing import Any
 
 import yaml
 from pydantic import Field, ValidationError
 
 from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.config.settings import Settings
+from ray_pipeline.engines.account import Prices
+from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.spending import Budget
 from ray_pipeline.workflow.config import RunConfig
 
@@ -95,6 +100,36 @@ def read_rates(path: str) -> Rates:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"])
         raise ConfigError(f"{path}: {where}: {problem['msg']}; every rate needs a source and a date") from error
+
+
+def listed_prices(model: ModelSettings) -> Prices | None:
+    """Prices of a model at an endpoint: those of the configuration, else those that the package genai-prices lists for
+    its name at that address, with their date; None where neither has any.
+
+    Listed prices are for plans. They are no prices of a run: `budget` and `--max-cost` need the user's own.
+    """
+    endpoint = model.endpoint
+    if endpoint is None or endpoint.prices is not None:
+        return None if endpoint is None else endpoint.prices
+    try:
+        genai_prices: Any = importlib.import_module("genai_prices")
+    except ImportError:
+        return None
+
+    def of(**usage: int) -> tuple[float, Any]:
+        found = genai_prices.calc_price(
+            genai_prices.Usage(**usage), model_ref=model.model, provider_api_url=endpoint.base_url
+        )
+        return 1000 * float(found.total_price), found.model
+
+    try:
+        price_in, about = of(input_tokens=1000)
+        price_out, _ = of(output_tokens=1000)
+    except (LookupError, ValueError):
+        return None
+    checked = getattr(getattr(about, "provenance", None), "last_verified", None) or "no date given"
+    version = importlib.metadata.version("genai-prices")
+    return Prices(input=price_in, output=price_out, source=f"list price of genai-prices {version}, {checked}")
 
 
 def given_price(price: float, currency: str) -> DevicePrice:

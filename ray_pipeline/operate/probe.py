@@ -52,7 +52,7 @@ def probe(
     Raises:
         StoreError: a stage of the probe failed, or all of its calls were in the log already.
     """
-    total = load_prompts(config.prompts).table.num_rows
+    total = load_prompts(config.prompt_settings).table.num_rows
     size = min(total, max(_LEAST, math.ceil(total * share)))
     console.print(f"probe: {size} of {total} prompts ({size / total:.1%})", markup=False, highlight=False)
     prompts = config.prompts.model_copy(update={"max_prompts": size, "num_shards": min(config.prompts.num_shards, 8)})
@@ -122,5 +122,6 @@ def _interval(tokens: np.ndarray, calls: np.ndarray) -> tuple[float, float]:
     Of tokens and not of seconds: shards of an actor share its time, and which of them reports it is luck.
     """
     mean = tokens.sum() / calls.sum()
-    low, high = percentiles(drawn_ratio(tokens, calls, sample_counts(len(calls), _DRAWS, 0)) / mean)
-    return float(low), float(high)
+    bounds = percentiles(drawn_ratio(tokens, calls, sample_counts(len(calls), _DRAWS, 0)) / mean, 1.0)
+    low, high = np.nan_to_num(bounds, nan=1.0).tolist()  # shards that do not differ
+    return low, high

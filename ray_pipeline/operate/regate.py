@@ -18,10 +18,12 @@ import pyarrow.compute as pc
 from rich.console import Console
 
 from ray_pipeline.config.messages import ConfigError
-from ray_pipeline.data.dataset_files import kto_weights
+from ray_pipeline.data.dataset_files import kto_weights, of_prompts
+from ray_pipeline.data.dataset_rows import DatasetsConfig, kto_rows
 from ray_pipeline.data.decisions import decide_shard
 from ray_pipeline.data.gate import label_counts
 from ray_pipeline.data.scored import ScoredDataset
+from ray_pipeline.data.tokens import Encode, token_counter
 from ray_pipeline.graph.driver import execute
 from ray_pipeline.graph.heartbeat import BEAT_SECONDS
 from ray_pipeline.graph.in_process import InProcessExecutor
@@ -29,29 +31,37 @@ from ray_pipeline.graph.results import Run, of_role, stored_stages
 from ray_pipeline.graph.stage import Dag, ShardInput, ShardWork, Stage, StageStop
 from ray_pipeline.operate.run_settings import run_settings
 from ray_pipeline.store.errors import StoreError
-from ray_pipeline.store.schemas import LABELS
+from ray_pipeline.store.schemas import KTO, LABELS, VERDICTS
 from ray_pipeline.workflow.config import RunConfig
 from ray_pipeline.workflow.registry import find_workflow
 from ray_pipeline.workflow.stored import config_of
 
 #: What a decision reads of each input; texts are left out.
 _COLUMNS = {
-    "candidates": ["candidate_id", "prompt_id", "k"],
+    "candidates": ["candidate_id", "prompt_id", "k", "finish_reason"],
     "verdicts": ["candidate_id", "judge", "score", "parse_status"],
     "critiques": ["candidate_id", "flawed", "parse_status"],
 }
+#: What is counted of a KTO row.
+_ROW = ["prompt_id", "split", "label"]
 #: Label of a candidate that a dataset leaves out.
 _UNUSED = "unused"
 
 
 @dataclasses.dataclass
 class Side:
-    """What one set of thresholds keeps. `pairs` are prompts whose best desirable and worst undesirable candidate are
-    min_gap apart; empty responses and token limits, which drop a few more rows, apply when datasets are written.
+    """What one set of thresholds keeps.
+
+    Attributes:
+        pairs: prompts whose best desirable and worst undesirable candidate are min_gap apart; empty responses and token
+            limits, which drop a few more, apply when datasets are written.
+        classes: desirable and undesirable KTO rows of the training split as the datasets stage would write them; None
+            if it writes no KTO rows, or if the policy's tokenizer, which limits are counted with, is not here.
     """
 
     labels: dict[str, int]
     pairs: int
+    classes: tuple[int, int] | None
 
     @property
     def kept(self) -> int:
@@ -59,8 +69,8 @@ class Side:
 
     @property
     def weights(self) -> tuple[float, float] | None:
-        """(desirable_weight, undesirable_weight) that KTO would need for these classes; None if one is empty."""
-        return kto_weights(self.labels["desirable"], self.labels["undesirable"])
+        """(desirable_weight, undesirable_weight) that KTO would train with; None if a class is empty or not known."""
+        return None if self.classes is None else kto_weights(*self.classes)
 
 
 @dataclasses.dataclass
@@ -169,19 +179,53 @@ def preview(given: Regate) -> dict[str, Preview]:
 
 
 def _preview(run: Run, rules: Rules) -> Preview:
-    sides = Side(dict.fromkeys(LABELS, 0), 0), Side(dict.fromkeys(LABELS, 0), 0)
+    datasets = rules.before, rules.after
+    encoders = [_encoder(dataset) for dataset in datasets]
+    sides = [Side(dict.fromkeys(LABELS, 0), 0, None) for _ in datasets]
+    rows = [[KTO.empty_table().select(_ROW)] for _ in datasets]
     moved: collections.Counter[tuple[str, str]] = collections.Counter()
     candidates = 0
-    for ids, *decided in _decisions(run, rules):
+    for shard, (ids, *decided) in enumerate(_decisions(run, rules)):
         candidates += len(ids)
         labels = []
-        for side, decisions, dataset in zip(sides, decided, (rules.before, rules.after), strict=True):
+        for side, decisions, dataset, encode, kept in zip(sides, decided, datasets, encoders, rows, strict=True):
             for label, number in label_counts(decisions).items():
                 side.labels[label] += number
             side.pairs += _pairs(decisions, dataset.config.min_gap)
+            if encode is not None:
+                kept.append(_kto_rows(run, rules.sources, shard, decisions, dataset.config, encode))
             labels.append(dict(zip(decisions["candidate_id"].to_pylist(), decisions["label"].to_pylist(), strict=True)))
         moved.update(tuple(of.get(name, _UNUSED) for of in labels) for name in ids.to_pylist())
-    return Preview(candidates, *sides, dict(moved))
+    for side, dataset, encode, kept in zip(sides, datasets, encoders, rows, strict=True):
+        side.classes = None if encode is None else _classes(pa.concat_tables(kept), dataset.max_prompts)
+    return Preview(candidates, sides[0], sides[1], dict(moved))
+
+
+def _encoder(dataset: ScoredDataset) -> Encode | None:
+    """What counts the tokens of KTO rows; None if there are none, or if the tokenizer is not here."""
+    if "kto" not in dataset.config.kinds:
+        return None
+    try:
+        return token_counter(None if dataset.policy is None else dataset.policy.tokenizer)
+    except (OSError, ValueError):
+        return None
+
+
+def _kto_rows(
+    run: Run, sources: Sources, shard: int, decisions: pa.Table, config: DatasetsConfig, encode: Encode
+) -> pa.Table:
+    """KTO rows of a shard without their texts, by the function that makes them."""
+    prompts, candidates = (run.results[of.name].table().read(shard) for of in (sources.prompts, sources.candidates))
+    rows, _ = kto_rows(prompts, candidates, VERDICTS.empty_table(), decisions, config, encode)
+    return rows.select(_ROW)
+
+
+def _classes(rows: pa.Table, max_prompts: int | None) -> tuple[int, int]:
+    """Desirable and undesirable rows of the training split."""
+    rows = rows if max_prompts is None else of_prompts(rows, max_prompts)
+    labels = rows.filter(pc.equal(rows["split"], "train"))["label"]
+    desirable: int = pc.sum(labels).as_py() or 0
+    return desirable, len(labels) - desirable
 
 
 def _decisions(run: Run, rules: Rules) -> Iterator[tuple[pa.ChunkedArray, pa.Table, pa.Table]]:
@@ -251,6 +295,8 @@ def _share(side: Side) -> str:
 
 
 def _weights(side: Side) -> str:
+    if side.classes is None:
+        return "–"
     return "none" if side.weights is None else "{:.3g}:{:.3g}".format(*side.weights)
 
 

@@ -172,6 +172,8 @@ def _scores(side: Side) -> Iterator[tuple[str, float | None]]:
     for judge, stats in (judging["judges"] if judging else {}).items():
         yield f"{judge}: mean", stats["score"]["mean"]
         yield f"{judge}: sd", stats["score"]["sd"]
+    for basis, panel in _panels(side):
+        yield f"effective judges ({basis})", panel["effective"]["mean"]
     if gate:
         yield "kept by the gate, %", None if gate["acceptance"] is None else 100 * gate["acceptance"]
         yield "desirable: mean final score", gate["desirable"]["mean"]
@@ -201,9 +203,17 @@ def _agreement(side: Side) -> Iterator[tuple[str, Interval]]:
                 Interval(pair["value"], found.get("low"), found.get("high")),
             )
         yield "Krippendorff's alpha", Interval(judging["alpha"], None, None)
+    for basis, panel in _panels(side):
+        yield f"correlation of errors ({basis})", Interval(*(panel["correlation"][b] for b in ("mean", "low", "high")))
     if side.workflow == "agreement":
         for judge in side.metrics.get("judges") or ():
             yield f"kappa {judge['judge']} ({judge['strategy']})", Interval(judge["kappa"], *judge["kappa_interval"])
+
+
+def _panels(side: Side) -> list[tuple[str, Mapping[str, Any]]]:
+    """Errors of the judges by their basis; none in a report of before they were measured."""
+    found = side.metrics.get("judge_errors") or {}
+    return [(basis, found[basis]) for basis in ("truth", "estimate") if found.get(basis)]
 
 
 def _rates(side: Side) -> Iterator[tuple[str, Interval]]:

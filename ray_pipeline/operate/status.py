@@ -22,7 +22,7 @@ from ray_pipeline.store.errors import StoreError
 from ray_pipeline.store.files import Folder
 
 #: Last parts of a count's name that mark bad rows (`helpfulness.unparsed`, `error`).
-ROW_ERRORS = ("unparsed", "truncated", "too_long", "error")
+ROW_ERRORS = ("unparsed", "truncated", "too_long", "error", "missing", "prompt_cut")
 
 #: Life of a run: its heartbeat changes; the heartbeat stopped (killed, or cut off from its storage); it has none.
 Life = Literal["running", "silent", "ended"]
@@ -32,11 +32,13 @@ Life = Literal["running", "silent", "ended"]
 class StageState:
     """One stage as shown to an operator. Rates cover the time since the last look, or the whole stage at the first.
 
-    `errors` is by kind: `rows.unparsed`, `shards.StoreError`, …; `error` is the reason of a failed stage.
+    `phase` is what a running stage does before its rows ("loading model"). `errors` is by kind: `rows.unparsed`,
+    `shards.StoreError`, …; `error` is the reason of a failed stage.
     """
 
     name: str
     status: str
+    phase: str = ""
     shards: int = 0
     shards_done: int = 0
     shards_failed: int = 0
@@ -129,7 +131,7 @@ class Watch:
         if life == "silent":
             for stage in stages:
                 stage.eta_seconds = stage.rows_per_second = stage.tokens_per_second = None
-                stage.status = "stopped" if stage.status == "running" else stage.status
+                stage.status, stage.phase = "stopped" if stage.status == "running" else stage.status, ""
         return RunState(self.folder.location, run.workflow, life, stages)
 
     def until_ended(self, every: float) -> Iterator[RunState]:
@@ -227,7 +229,7 @@ class Watch:
 
     def _live(self, state: StageState, now: StageProgress) -> None:
         """Fill in the counters of the running session, and the rates between two looks."""
-        state.status, state.seconds, state.eta_seconds = "running", now.seconds, now.eta
+        state.status, state.phase, state.seconds, state.eta_seconds = "running", now.phase, now.seconds, now.eta
         state.shards, state.shards_done = now.shards or state.shards, max(now.shards_done, state.shards_done)
         state.rows, state.usage, tokens = now.rows, now.usage, now.usage.tokens
         before = self._last.get(state.name, (0.0, 0.0, 0.0))

@@ -25,7 +25,7 @@ def head_line(state: RunState) -> str:
 
 def stage_line(stage: StageState) -> str:
     """One line with the known figures of a stage."""
-    parts = []
+    parts = [stage.phase] if stage.phase else []
     if stage.shards:
         parts.append(f"shards {stage.shards_done}/{stage.shards}")
     if stage.shards_failed:
@@ -69,7 +69,7 @@ def picture(state: RunState) -> Group:
         hits = stage.usage.prefix_hit_rate
         table.add_row(
             stage.name,
-            stage.status,
+            stage.phase or stage.status,
             f"{stage.shards_done}/{stage.shards}" if stage.shards else "",
             str(stage.shards_failed or ""),
             f"{stage.rows:.0f}" if stage.rows else "",

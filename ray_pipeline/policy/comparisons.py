@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 from pydantic import Field, model_validator
 
-from ray_pipeline.agents.judges import JudgeAsking, SamplingSettings, compare
+from ray_pipeline.agents.judges import JudgeAsking, SamplingSettings, columns_of, compare
 from ray_pipeline.agents.templates import Layout, LayoutKey, RoleTemplate
 from ray_pipeline.config.settings import Name, Settings
+from ray_pipeline.data.answers import unanswered
 from ray_pipeline.data.candidates import generated, reply_columns
 from ray_pipeline.data.checkers import CheckerKey
-from ray_pipeline.data.judging import unanswered
 from ray_pipeline.engines.base import ChatEngine, Message
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.asking import Asking, Outcome, Row, ShardTables, reply_status
@@ -173,7 +173,7 @@ async def _compare(engine: ChatEngine, settings: _Compare, pair: _Pair) -> Outco
     )
     vote = None if choice.choice is None else _VOTES.get((pair.order, choice.choice), "tie")
     return Outcome(
-        {"comparisons": [{**row, **vars(choice), "vote": vote}]},
+        {"comparisons": [{**row, **columns_of(choice), "vote": vote}]},
         reply_status("the comparing judge", choice.parse_status),
     )
 

@@ -13,6 +13,7 @@ from ray_pipeline.report.charts import Chart, Dot, Series, dots, lines, stacked
 from ray_pipeline.report.figures import number, percent, percent_interval, signed
 from ray_pipeline.report.page import Block, Rows, Section, Table, Text, folded, panels
 from ray_pipeline.stats.bootstrap import Interval
+from ray_pipeline.stats.length_control import MIN_OVERLAP
 from ray_pipeline.stats.protocol import fixed_fields
 
 _CURVES = {
@@ -77,7 +78,11 @@ def evaluation_section(evaluation: Evaluation) -> Section:
             for r in evaluation.responses
         ]
         columns = ["model", "decoding", "responses", "characters", "tokens", "cut at the limit", "true accuracy"]
-        blocks.append(Table([*columns, "interval"], rows, text_columns=2, title="Answers"))
+        columns.append("interval")
+        if any(r.followed for r in evaluation.responses):
+            columns += ["requirements met", "interval"]
+            rows = [[*row, *_met(r.followed)] for row, r in zip(rows, evaluation.responses, strict=True)]
+        blocks.append(Table(columns, rows, text_columns=2, title="Answers"))
     for mode, gain in evaluation.accuracy_gains.items():
         blocks.append(Text(f"True accuracy, {mode}: changed by {_points(gain)} over {gain.groups:,} prompts."))
     if evaluation.rubrics:
@@ -144,7 +149,8 @@ def _win_rates(evaluation: Evaluation) -> list[Block]:
     blocks = [Text(text), Table(columns, rows, title="Win rates"), *_length_controlled(evaluation)]
     if protocols:
         title = "Protocols of the win rates"
-        blocks.append(Table(["protocol", "what it is", "what it fixes"], protocols, text_columns=3, title=title))
+        columns = ["protocol", "what it is", "what it fixes"]
+        blocks.append(Table(columns, protocols, text_columns=3, title=title, folded=True))
     return blocks
 
 
@@ -172,7 +178,8 @@ def _length_controlled(evaluation: Evaluation) -> list[Block]:
         Table(columns, rows, title="Win rates, length-controlled"),
         Text(
             "At equal length: a logistic model of the verdicts on the difference in length, read where that is zero. A "
-            "negative weight means that longer answers win. Pairs without both verdicts or both lengths are left out."
+            "negative weight means that longer answers win. Pairs without both verdicts or both lengths are left out. "
+            f"There is no score where fewer than {percent(MIN_OVERLAP)} of the pairs are on one side of equal length."
         ),
     ]
 
@@ -212,6 +219,10 @@ def _charts(evaluation: Evaluation) -> list[Chart | None]:
         dots("True accuracy", list(by_mode.items()), (0.0, 1.0)),
         dots("Mean rubric score", rubrics, (0.0, max([10.0, *means])), shares=False),
     ]
+
+
+def _met(followed: Interval | None) -> tuple[str, str]:
+    return ("–", "–") if followed is None else (percent(followed.mean), percent_interval(followed))
 
 
 def _colour(model: str) -> str:

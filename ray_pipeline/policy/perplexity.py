@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_pipeline.engines.system_role import renders_system, without_system
+from ray_pipeline.engines.chat_template import folding
 from ray_pipeline.store.local import local_copy
 
 if TYPE_CHECKING:  # A report reads stored perplexities, and would wait seconds for torch and transformers.
@@ -50,12 +50,14 @@ def perplexity(
     trust_remote_code: bool = False,
     revision: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    adapter: str | None = None,
 ) -> Perplexity:
     """Perplexity of the completion tokens of `rows`, each (prompt messages, completion text), given their prompts.
 
     Uses the model's own tokenizer and chat template (with `chat_template_kwargs`, such as enable_thinking).
     `max_length` is in tokens of prompt and completion together, `model_path` a folder, a hub name or the URI of a
-    folder. Loads the model, and frees it with the function.
+    folder. Loads the model, with the LoRA adapter in the folder `adapter` if there is one, and frees it with the
+    function.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -70,6 +72,10 @@ def perplexity(
     model: Any = AutoModelForCausalLM.from_pretrained(
         model_path, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code
     )
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, local_copy(adapter))
     model.to(device).eval()
     nll = 0.0
     with torch.inference_mode():
@@ -90,10 +96,8 @@ def encode_row(
     """
     extra = dict(chat_template_kwargs or {})
     messages = [dict(m) for m in prompt]
-    if any(m["role"] == "system" for m in messages) and not renders_system(
-        lambda chat: tokenizer.apply_chat_template(list(chat), tokenize=False, **extra)
-    ):
-        messages = without_system(messages)
+    if any(m["role"] == "system" for m in messages) and (fold := folding(tokenizer, extra)) is not None:
+        messages = fold(messages)
     before = _template_ids(tokenizer, messages, add_generation_prompt=True, **extra)
     answered = [*messages, {"role": "assistant", "content": completion}]
     whole = _template_ids(tokenizer, answered, add_generation_prompt=False, **extra)

@@ -10,14 +10,16 @@ from numpy.typing import NDArray
 
 from ray_pipeline.stats.bootstrap import Interval, bootstrap_gain, bootstrap_mean
 from ray_pipeline.stats.columns import Spread, chunk, numbers, response_chars, spread
+from ray_pipeline.store.schemas import cut_off
 
 MODELS = ("base", "policy")
 
 
 @dataclass(frozen=True)
 class ResponseStats:
-    """One model in one decoding mode. `truncated` counts finish_reason "length"; accuracy is None where the responses
-    carry no truth, else over the rows whose truth is known.
+    """One model in one decoding mode. `truncated` counts those that were cut off; accuracy is None where the responses
+    carry no truth, else over the rows whose truth is known. `followed` is the mean share of the requirements that are
+    met, None where responses are only right or wrong.
     """
 
     model: str
@@ -27,6 +29,7 @@ class ResponseStats:
     tokens: Spread
     truncated: int
     accuracy: Interval | None
+    followed: Interval | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ def response_stats(
     """Length and accuracy per mode and model, in the order of `models`.
 
     Columns read: prompt_id, model, mode, response (or response_chars), completion_tokens, finish_reason;
-    `correct` (bool, null where not known) where there is a checker.
+    `correct` (bool, null where not known) and `followed` (share) where there is a checker.
     """
     found = []
     for mode in _modes(responses):
@@ -69,7 +72,7 @@ def accuracy_gains(responses: pa.Table, *, draws: int = 2000, seed: int = 0) -> 
         return gains
     for mode in _modes(responses):
         base, policy = (_known(_part(responses, mode, model), "correct") for model in MODELS)
-        gain = bootstrap_gain(*base, *policy, draws=draws, seed=seed)
+        gain = bootstrap_gain(*base, *policy, draws=draws, seed=seed, bounds=(-1, 1))
         if gain.mean is not None:
             gains[mode] = gain
     return gains
@@ -132,18 +135,23 @@ def name_models(verdicts: pa.Table, responses: pa.Table) -> pa.Table:
 
 
 def _one_model(part: pa.Table, model: str, mode: str, draws: int, seed: int) -> ResponseStats:
-    accuracy = None
+    accuracy: Interval | None = None
+    followed: Interval | None = None
     if "correct" in part.column_names:
         values, prompts = _known(part, "correct")
-        accuracy = bootstrap_mean(values, prompts, draws, seed) if len(values) else None
+        accuracy = bootstrap_mean(values, prompts, draws, seed, bounds=(0, 1)) if len(values) else None
+        shares, prompts = _known(part, "followed") if "followed" in part.column_names else (values, prompts)
+        if ((shares > 0) & (shares < 1)).any():
+            followed = bootstrap_mean(shares, prompts, draws, seed, bounds=(0, 1))
     return ResponseStats(
         model=model,
         mode=mode,
         rows=len(part),
         chars=spread(response_chars(part)),
         tokens=spread(numbers(part.column("completion_tokens"))),
-        truncated=pc.sum(pc.equal(part.column("finish_reason"), "length")).as_py() or 0,
+        truncated=pc.sum(cut_off(part.column("finish_reason"))).as_py() or 0,
         accuracy=accuracy,
+        followed=followed,
     )
 
 

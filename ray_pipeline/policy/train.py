@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import os
 import threading
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.models import ModelSettings
+from ray_pipeline.graph.content import find_same, record, take_over
 from ray_pipeline.graph.stage import BadInput, Stage, StageStop, WholeInput, WholeWork
 from ray_pipeline.store.errors import NotWritten, StoreError
 from ray_pipeline.store.files import Folder
+from ray_pipeline.store.keys import digest
 from ray_pipeline.store.locations import join
 from ray_pipeline.store.schemas import TRAIN_METRICS
 from ray_pipeline.training.fit import fit
@@ -49,20 +54,23 @@ def train(
     *,
     name: str = "train",
     view: str = "policy",
+    role: str = "policy",
 ) -> Stage:
-    """One policy: `merged/`, `adapter/` unless every weight was trained, and the metrics of every step.
+    """One policy: `merged/` and `adapter/` as `train.save` says, and the metrics of every step.
 
     Args:
         datasets: the stage with `<kind>/train/*.parquet` in its folder, for the kind that the method learns from.
         name: of the stage, where a workflow trains several policies; all are in the group `train`.
         view: link in the run's folder that shows the newest of them; "" makes none.
+        role: one of `training.spec.POLICIES`.
     """
     return Stage(
         name=name,
         group="train",
-        role="policy",
+        role=role,
         view=view,
         repeatable=False,
+        version=2,  # 2: global_batch
         work=WholeWork(function=train_policy, settings=_Given(train=settings, model=model, max_length=max_length)),
         config={
             **settings.decisive(exclude=_NOT_LEARNT),
@@ -103,7 +111,7 @@ def _spec(settings: _Given, train: TrainSettings, data: str, out: Folder, finger
 
 
 def train_policy(given: WholeInput) -> dict[str, Any]:
-    """Train on the files of the `datasets` stage.
+    """Train on the files of the `datasets` stage, unless a policy of the run was trained on the same rows already.
 
     Raises:
         BadInput: the data, the settings or the cluster cannot give a training run.
@@ -122,10 +130,6 @@ def _train_policy(given: WholeInput) -> dict[str, Any]:
     settings: _Given = given.settings
     train, data = settings.train, given.inputs["datasets"]
     kind = method_of(train.method).data
-    rows = Folder(data.folder) / kind
-    for split in rows.folders():
-        for name in (rows / split).names(".parquet"):
-            (rows / split).read_table(name)  # verifies it, which TRL's reader does in part
     validation = data.facts.get("rows", {}).get(kind, {}).get("val", 0)
     resolved: dict[str, Any] = {}
     if train.use_gpu is None:
@@ -133,12 +137,17 @@ def _train_policy(given: WholeInput) -> dict[str, Any]:
     if kind == "kto":
         weights = data.facts.get("kto_weights") or {}
         resolved |= {name: getattr(train, name) or weights.get(name, 1.0) for name in KTO_WEIGHTS}
+    content = _content(Folder(data.folder) / kind, method_of(train.method).columns, resolved)
+    if same := find_same(given, content):
+        return _take_over(given, content, *same)
     spec = dataclasses.replace(
         _spec(settings, train.model_copy(update=resolved), data.folder, given.folder, given.fingerprint),
         val_files=join(data.folder, f"{kind}/val/*.parquet") if validation else None,
         card={"dataset": data.fingerprint, "kind of rows": kind, "training": given.fingerprint},
     )
-    given.folder.delete(STOP)  # of an earlier attempt
+    for name in (STOP, PROGRESS):  # of an earlier attempt
+        given.folder.delete(name)
+    given.phase("starting workers")
     ended = threading.Event()
     teller = threading.Thread(target=_tell, args=(given, ended), daemon=True)
     teller.start()
@@ -153,6 +162,7 @@ def _train_policy(given: WholeInput) -> dict[str, Any]:
         teller.join()
     metrics = result.metrics.select(TRAIN_METRICS.names).cast(TRAIN_METRICS)
     given.folder.write_table(METRICS, metrics, fingerprint=given.fingerprint, kind="train_metrics")
+    record(given, content)
     return {
         "method": train.method,
         "steps": result.steps,
@@ -164,6 +174,30 @@ def _train_policy(given: WholeInput) -> dict[str, Any]:
         "max_logit_diff": result.max_logit_diff,
         "train_seconds": result.train_seconds,
     }
+
+
+def _content(rows: Folder, columns: Iterable[str], resolved: Mapping[str, Any]) -> str:
+    """Digest of what a policy learns from: the columns of the rows, in order and by split, and settings that follow
+    from them. Every file is verified on the way, which TRL's reader does in part."""
+    whole = hashlib.blake2b(digest({k: v for k, v in resolved.items() if k in KTO_WEIGHTS}).encode(), digest_size=16)
+    for split in rows.folders():
+        whole.update(f"{split}\n".encode())
+        for name in (rows / split).names(".parquet"):
+            table = (rows / split).read_table(name)
+            for batch in table.select([c for c in columns if c in table.column_names]).to_batches(1000):
+                whole.update("".join(f"{digest(row)}\n" for row in batch.to_pylist()).encode())
+    return whole.hexdigest()
+
+
+def _take_over(given: WholeInput, content: str, source: Folder, result: Mapping[str, Any]) -> dict[str, Any]:
+    """Use the policy that was trained on the same rows with the same settings."""
+    name = os.path.basename(source.location)
+    given.log(f"no training row has changed: the policy of {name} is used (--from train trains a new one)")
+    take_over(source, given.folder, ("adapter", "merged"))
+    metrics = source.read_table(METRICS, fingerprint=result["fingerprint"], schema=TRAIN_METRICS)
+    given.folder.write_table(METRICS, metrics, fingerprint=given.fingerprint, kind="train_metrics")
+    record(given, content)
+    return {**result["facts"], "taken_from": name}
 
 
 def _tell(given: WholeInput, ended: threading.Event) -> None:
@@ -181,5 +215,6 @@ def _tell(given: WholeInput, ended: threading.Event) -> None:
             continue
         if now != told:
             told = now
-            given.tick(now["step"], now["steps"])
-            given.log(now["line"])
+            given.phase(now["phase"])
+            if now["steps"]:
+                given.tick(now["step"], now["steps"], now["note"])

@@ -21,8 +21,14 @@
   };
   const textsOf = async (row) => {
     const found = await chunk(Math.floor(row / about.chunk_rows));
-    const [prompt, answer, why, reason, status, flawed, verdicts] = found.r[row % about.chunk_rows];
-    return { prompt: found.p[prompt], answer, why, reason, status, flawed, verdicts };
+    const [prompt, answer, why, reason, status, flawed, verdicts, raw, packed] = found.r[row % about.chunk_rows];
+    const text = (place) => (place === -1 ? found.p[prompt] : place === -2 ? answer : found.t[place]);
+    const calls = packed.map(([role, messages, replies]) => ({
+      role,
+      messages: messages.map(([of, places]) => ({ role: of, content: places.map(text).join("") })),
+      replies: replies.map(([reply, finish_reason, reasoning]) => ({ reply, finish_reason, reasoning })),
+    }));
+    return { prompt: found.p[prompt], answer, why, reason, status, flawed, verdicts, raw, calls };
   };
 
   const make = (tag, text, kind) => {
@@ -163,6 +169,13 @@
     holder.tabIndex = 0;
     return holder;
   };
+  const folded = (summary, content) => {
+    const holder = make("details");
+    holder.append(make("summary", summary));
+    holder.addEventListener("toggle", () => holder.append(...content()), { once: true });
+    return holder;
+  };
+  const callee = (role) => (role === "candidate" || role.startsWith("generate") ? "the generator" : role.replace("/", " "));
   const critic = (row, texts) => {
     if (texts.status === null && texts.flawed === null) return "No critique.";
     const verdict = texts.flawed === null ? `not read (${texts.status})` : texts.flawed ? "flawed" : "sound";
@@ -175,7 +188,21 @@
     made.push(make("h3", "Judges"));
     made.push(table(["judge", "score", "reason", "reply"], texts.verdicts.map(([judge, score, reason, status]) =>
       [judge, score === null ? "–" : shown(score), reason ?? "", status ?? ""])));
+    const replies = [...texts.verdicts.map(([judge, , , , raw]) => [`judge/${judge}`, raw]), ["critic", texts.raw]];
     made.push(make("h3", "Critic"), make("p", critic(row, texts)));
+    const logged = new Set(texts.calls.map((call) => call.role));
+    made.push(...replies.filter(([role, raw]) => raw !== null && raw !== undefined && !logged.has(role))
+      .map(([role, raw]) => {
+        const holder = make("details");
+        holder.append(make("summary", `Raw reply of ${role.replace("/", " ")}`), block(raw));
+        return holder;
+      }));
+    made.push(...texts.calls.map((call) => folded(`Call to ${callee(call.role)}: messages and reply`, () => [
+      ...call.messages.flatMap(({ role, content }) => [make("h4", `Sent as ${role}`), block(content)]),
+      ...call.replies.flatMap(({ reply, finish_reason, reasoning }) => [
+        make("h4", `Reply (${finish_reason})`), block(reply), ...(reasoning ? [make("h4", "Reasoning"), block(reasoning)] : []),
+      ]),
+    ])));
     made.push(make("h3", "Decision"));
     const decision = make("p");
     decision.append(make("strong", label(row), label(row)));
@@ -204,8 +231,64 @@
       });
       made.push(make("h3", "Other candidates for this prompt"), holder);
     }
-    made.push(make("p", `candidate ${index.id[row]}`, "id"));
+    const bar = make("div", undefined, "tools");
+    const link = make("a", "Link to this candidate");
+    link.href = `#${encodeURIComponent(index.id[row])}`;
+    const button = make("button", "Copy");
+    button.type = "button";
+    button.addEventListener("click", async () => {
+      button.textContent = (await copied(asText(row, texts))) ? "Copied" : "Not copied";
+    });
+    bar.append(button, link);
+    made.unshift(bar);
+    const prompt = index.prompts[index.prompt[row]];
+    made.push(make("p", `candidate ${index.id[row]} of prompt ${prompt}; the call log keeps its calls under the prompt`
+      + (texts.calls.length ? "" : " (they are not on this page)"), "id"));
     return made;
+  };
+  const asText = (row, texts) => JSON.stringify({
+    candidate_id: index.id[row],
+    prompt_id: index.prompts[index.prompt[row]],
+    prompt: texts.prompt,
+    response: texts.answer,
+    verdicts: texts.verdicts.map(([judge, score, reason, status, raw]) =>
+      ({ judge, score, reason, parse_status: status, raw })),
+    critique: { flawed: texts.flawed, reason: texts.reason, parse_status: texts.status, raw: texts.raw },
+    label: label(row),
+    final_score: index.final[row],
+    why: texts.why,
+    calls: texts.calls,
+  }, null, 2);
+  const copied = async (text) => {
+    try {
+      await navigator.clipboard.writeText(text);
+      return true;
+    } catch {  // no permission, or a page that is not served securely
+      const field = make("textarea", text);
+      document.body.append(field);
+      field.select();
+      const done = document.execCommand("copy");
+      field.remove();
+      return done;
+    }
+  };
+
+  // --- addresses: #ID opens a candidate
+  const visit = async () => {
+    let id = "";
+    try { id = decodeURIComponent(location.hash.slice(1)); } catch { return; }
+    const row = id ? index.id.indexOf(id) : -1;
+    if (row < 0) return;
+    if (!found.includes(row)) {
+      ["search", "label", "disagreement", "failure"].forEach((name) => { byId(name).value = ""; });
+      byId("sort").value = "prompt";
+      await select();
+    }
+    first = Math.floor(found.indexOf(row) / ROWS) * ROWS;
+    list();
+    const button = document.querySelector(`.row[data-row="${row}"]`);
+    await toggle(button.parentElement, button, row);
+    button.scrollIntoView();
   };
 
   // --- start
@@ -216,9 +299,11 @@
   const turn = (by) => { first += by; list(); byId("count").scrollIntoView({ block: "nearest" }); };
   byId("back").addEventListener("click", () => turn(-ROWS));
   byId("next").addEventListener("click", () => turn(ROWS));
+  window.addEventListener("hashchange", visit);
   await select();
   byId("browser").hidden = false;
   byId("unpacking").hidden = true;
+  await visit();
   document.documentElement.dataset.ready = String(Math.round(performance.now()));
 })().catch((error) => {
   document.getElementById("unpacking").textContent = `The examples could not be unpacked: ${error.message}`;

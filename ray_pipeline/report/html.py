@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -22,22 +22,45 @@ from ray_pipeline.report.page import Browser, Page
 
 def render_html(page: Page) -> str:
     """The page as HTML. Equal pages give equal text."""
+    packed = next((b.packed for s in page.sections for b in s.blocks if isinstance(b, Browser)), None)
+    script = "" if packed is None else part("examples.js")
+    return rendered(
+        "page.html.j2",
+        script,
+        page=page,
+        style=Markup(part("charts.css") + part("page.css")),
+        examples=packed,
+        meta=None if packed is None else script_json(packed.about),
+    )
+
+
+def render_review(title: str, about: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """The page on which a person labels rows; it saves them as a download.
+
+    Args:
+        about: `key`, under which the browser keeps labels until they are saved, and `file`, the name of the download.
+        rows: as `operate.review` writes them.
+    """
+    return rendered(
+        "review.html.j2",
+        part("review.js"),
+        title=title,
+        style=Markup(part("charts.css") + part("page.css") + part("review.css")),
+        data=script_json({**about, "rows": list(rows)}),
+        count=len(rows),
+    )
+
+
+def rendered(template: str, script: str, **values: Any) -> str:
+    """A template of this package with one script, the only one that the page may run."""
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=markup
     )
-    packed = next((b.packed for s in page.sections for b in s.blocks if isinstance(b, Browser)), None)
-    script = "" if packed is None else part("examples.js")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
-    values = {
-        "page": page,
-        "style": Markup(part("charts.css") + part("page.css")),
-        "script": Markup(script),
-        "policy": f"{policy}; script-src 'sha256-{digest}'" if script else policy,
-        "examples": packed,
-        "meta": None if packed is None else script_json(packed.about),
-    }
-    return environment.from_string(part("page.html.j2")).render(values)
+    if script:
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        policy += f"; script-src 'sha256-{digest}'"
+    return environment.from_string(part(template)).render(script=Markup(script), policy=policy, **values)
 
 
 def script_json(value: Mapping[str, Any]) -> Markup:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from urllib.parse import quote
 
 from ray_pipeline.report.charts import Chart
 from ray_pipeline.report.escaping import fenced, inline, paragraph
@@ -30,6 +31,8 @@ def render_markdown(page: Page) -> str:
     parts = [f"# {inline(page.title)}", paragraph(page.subtitle)]
     if page.headline:
         parts.append(f"**{inline(page.headline)}**")
+    if page.about:
+        parts.append(_bullets([f"{question}: {answer}" for question, answer in page.about]))
     if page.tiles:
         parts.append(_bullets([f"{name}: {figure}" for figure, name in page.tiles]))
     if page.warnings:
@@ -89,7 +92,7 @@ def _block(block: Block, images: list[str]) -> list[str]:
             return [f"{paragraph(block.summary)}:", fenced(block.text)]
         case Funnel():
             rows = [[step.name, step.note, step.figure] for step in block.steps]
-            return [markdown_table(["step", "", "rows"], rows, text_columns=2)]
+            return [markdown_table(["step", "", block.unit], rows, text_columns=2)]
         case Browser():
             return _excerpts(block)
 
@@ -100,6 +103,8 @@ def _excerpts(block: Browser) -> list[str]:
         parts.append("Here are the first kept rows by candidate id, both labels in turn: not chosen for their looks.")
     for excerpt in block.excerpts:
         parts += [f"### {inline(excerpt.title)}", paragraph(excerpt.note)]
+        if excerpt.id:
+            parts.append(f"[Open it in report.html](report.html#{quote(excerpt.id)})")
         for name, text in excerpt.texts:
             parts += [f"{inline(name)}:", fenced(text, EXCERPT)]
     return parts

@@ -41,12 +41,14 @@ class Text:
 
 @dataclass(frozen=True)
 class Table:
-    """The first `text_columns` columns hold words; the others hold numbers and are aligned right."""
+    """The first `text_columns` columns hold words; the others hold numbers and are aligned right. A `folded` table is
+    behind its title, which opens it."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str | Cell]]
     text_columns: int = 1
     title: str = ""
+    folded: bool = False
     kind: str = "table"
 
 
@@ -86,7 +88,7 @@ class Folded:
 
 @dataclass(frozen=True)
 class FunnelStep:
-    """`share` (0 to 1) is the length of its bar."""
+    """`share` (0 to 1) of the largest step is the length of its bar."""
 
     name: str
     note: str
@@ -97,17 +99,21 @@ class FunnelStep:
 
 @dataclass(frozen=True)
 class Funnel:
+    """Steps that count the same thing, named by `unit`."""
+
+    unit: str
     steps: Sequence[FunnelStep]
     kind: str = "funnel"
 
 
 @dataclass(frozen=True)
 class Excerpt:
-    """One example to read: `texts` are (name, text)."""
+    """One example to read: `texts` are (name, text), `id` is its address in the browser of the HTML page."""
 
     title: str
     note: str
     texts: Sequence[tuple[str, str]]
+    id: str = ""
 
 
 @dataclass(frozen=True)
@@ -148,13 +154,15 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """`headline` is a sentence or two, `tone` its colour (good, bad, unsure), `tiles` are (figure, what it is)."""
+    """`headline` is a sentence or two, `tone` its colour (good, bad, unsure); `about` answers what a reader asks first,
+    as (question, answer); `tiles` are (figure, what it is)."""
 
     title: str
     subtitle: str
     headline: str
     sections: Sequence[Section]
     tone: str = "unsure"
+    about: Sequence[tuple[str, str]] = ()
     tiles: Sequence[tuple[str, str]] = ()
     warnings: Sequence[str] = field(default_factory=tuple)
 

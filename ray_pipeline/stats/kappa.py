@@ -41,7 +41,7 @@ class PairKappa(Kappa, JudgePair):
 
 @dataclass(frozen=True)
 class KappaInterval(JudgePair):
-    """Percentile interval of one pair's kappa; None with fewer than two prompts, or if most samples leave it 0/0."""
+    """Percentile interval of one pair's kappa; None if it never varies, or if most samples leave it 0/0."""
 
     low: float | None
     high: float | None
@@ -155,8 +155,11 @@ def kappa_intervals(
         axis=1,
     )
     drawn = np.concatenate([counts @ tables for counts in count_blocks(len(names), draws, seed)])
-    kappas = kappa_of_tables(drawn.astype(np.float64).reshape(draws, len(pairs), 3, 3))
-    bounds = percentiles(kappas.T, confidence, least=draws // 2 + 1).T
+    kappas, estimates = (
+        kappa_of_tables(counts.astype(np.float64).reshape(-1, len(pairs), 3, 3))
+        for counts in (drawn, tables.sum(axis=0))
+    )
+    bounds = percentiles(kappas.T, estimates[0], confidence, least=draws // 2 + 1).T
     return [
         KappaInterval(a, b, number(low), number(high), len(names))
         for (a, b), (low, high) in zip(pairs, bounds, strict=True)

@@ -133,8 +133,8 @@ def win_rate(comparisons: pa.Table, judge: str | None = None, *, draws: int = 20
         tie_rate=share(counts["tie"]),
         loss_rate=share(counts["loss"]),
         flip_rate=share(flips),
-        score=bootstrap_mean([POINTS[d.outcome] for d in decided], prompts, draws, seed),
-        win_interval=bootstrap_mean([float(d.outcome == "win") for d in decided], prompts, draws, seed),
+        score=bootstrap_mean([POINTS[d.outcome] for d in decided], prompts, draws, seed, bounds=(0, 1)),
+        win_interval=bootstrap_mean([float(d.outcome == "win") for d in decided], prompts, draws, seed, bounds=(0, 1)),
         score_worst=float(bounds[:, 0].mean()) if decisions else None,
         score_best=float(bounds[:, 1].mean()) if decisions else None,
     )

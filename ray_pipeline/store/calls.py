@@ -15,6 +15,7 @@ them, so a reader sees each call at least once at any time; equal keys are read 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import uuid
 from collections.abc import Callable
@@ -39,6 +40,18 @@ _ROW_GROUP = 2048
 def model_folder(root: Folder, identity: Any) -> Folder:
     """The folder of one model's calls. A model is its identity: other weights are another folder."""
     return root / digest(["model", identity], size=8)
+
+
+def identities(root: Folder) -> list[dict[str, Any]]:
+    """Identities of the models with calls in a call log, as far as they can be read."""
+    found: list[dict[str, Any]] = []
+    for name in root.folders():
+        folder = root / name
+        for part in folder.names(".parquet")[:1]:
+            with contextlib.suppress(StoreError, OSError, ValueError):
+                table = folder.read_table(part, fingerprint=_FINGERPRINT, kind="calls", schema=CALLS, columns=["model"])
+                found += [json.loads(row) for row in table["model"].slice(0, 1).to_pylist()]
+    return [identity for identity in found if isinstance(identity, dict)]
 
 
 def part_name(shard: int, num_shards: int, writer: str, number: int) -> str:
@@ -76,7 +89,7 @@ class CallWriter:
         if len(self._parts) < 2:
             return
         old = list(self._parts)
-        tables = [self.folder.read_table(name, fingerprint=_FINGERPRINT, kind="calls", schema=CALLS) for name in old]
+        tables = [read_part(self.folder, name) for name in old]
         self._parts = []
         self._write(pa.concat_tables(tables))
         for name in old:
@@ -102,6 +115,11 @@ def _table(rows: list[dict[str, Any]]) -> pa.Table:
         return pa.concat_tables([_table([row]) for row in rows])
 
 
+def read_part(folder: Folder, name: str) -> pa.Table:
+    """All calls of one part. Raises as `Folder.read_table`."""
+    return folder.read_table(name, fingerprint=_FINGERPRINT, kind="calls", schema=CALLS)
+
+
 def read_calls(folder: Folder, shard: int, num_shards: int, warn: Callable[[str], None] = logger.warning) -> pa.Table:
     """All calls of a shard's prompts, whatever shard counts they were written under; keys may repeat.
 
@@ -118,7 +136,7 @@ def read_calls(folder: Folder, shard: int, num_shards: int, warn: Callable[[str]
         vanished = False
         for name in names:
             try:
-                table = folder.read_table(name, fingerprint=_FINGERPRINT, kind="calls", schema=CALLS)
+                table = read_part(folder, name)
             except FileNotFoundError:
                 vanished = True
                 continue

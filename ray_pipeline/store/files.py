@@ -193,7 +193,7 @@ class Folder:
         """
         try:
             return json.loads(self.read_bytes(name))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             reason, remedy = f"{self.uri(name)} is not valid JSON ({error})", "rerun the same command"
             if set_aside:
                 raise DamagedFile(self.set_aside(name, f"{reason}; {remedy}")) from error
@@ -209,7 +209,7 @@ class Folder:
             return parse(json.loads(self.read_bytes(name)))
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             if warn is not None:
                 reason = f"no {error}" if isinstance(error, KeyError) else error
                 warn(self.set_aside(name, str(self._damaged(name, reason))))
@@ -270,6 +270,8 @@ class Folder:
         """
         import pyarrow as pa
 
+        from ray_pipeline.store.schemas import RENAMED, conformed
+
         data = self.read_bytes(name)
         try:
             file, verified = self._decoded(name, data)
@@ -277,7 +279,8 @@ class Folder:
                 self._check_footer(name, file, fingerprint, kind)
             self._check_schema(name, file, schema)
             try:
-                table = file.read(columns=columns)  # a name that the file does not have is passed over
+                # A name that the file does not have is passed over.
+                table = file.read(columns=columns and [*columns, *(old for old in RENAMED if RENAMED[old] in columns)])
             except (pa.ArrowException, OSError) as error:
                 if verified:  # it is as it was written, by a newer version
                     raise StoreError(
@@ -289,10 +292,7 @@ class Folder:
         table = table.replace_schema_metadata(None)
         if schema is None:
             return table
-        for field in schema:  # columns that were added since the file was written
-            if field.name not in table.column_names and (columns is None or field.name in columns):
-                table = table.append_column(field, pa.nulls(table.num_rows, field.type))
-        return table.select(columns or schema.names).cast(pa.schema([schema.field(n) for n in columns or schema.names]))
+        return conformed(table, schema, columns)
 
     def set_aside(self, name: str, reason: str) -> str:
         """Rename a file that cannot be used, so that it is not read again and its stage remakes it.
@@ -356,9 +356,11 @@ class Folder:
     def _check_schema(self, name: str, file: pq.ParquetFile, schema: pa.Schema | None) -> None:
         import pyarrow as pa
 
+        from ray_pipeline.store.schemas import renamed
+
         if schema is None:
             return
-        found = file.schema_arrow
+        found = renamed(file.schema_arrow, schema)
         if not found.equals(pa.schema([f for f in schema if not f.nullable or f.name in found.names])):
             raise ForeignFile(f"{self.uri(name)} has unexpected columns; `quorum run` regenerates it")
 

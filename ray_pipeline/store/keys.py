@@ -21,6 +21,11 @@ NUM_BUCKETS = 1024
 
 _SPACES = re.compile(r"[^\S\n]+")
 _BLANK_LINES = re.compile(r"\n{3,}")
+#: Signs of code, a table or a quote in a text whose lines have no blanks at their ends. An apostrophe within a word, or
+#: indentation of the first line, is none.
+_VERBATIM = re.compile(r"""[\t`|"“”„«»‹›‘「」『』]|~~~|</?[a-zA-Z]|(?<!\w)'|'(?!\w)|\n[^\S\n]""")
+#: A gap in a line that does not follow punctuation; two lines with one are columns.
+_GAP = re.compile(r"[^\s.,:;!?][^\S\n]{2,}\S")
 
 
 def canonical_json(value: Any) -> str:
@@ -39,23 +44,23 @@ def digest(value: Any, size: int = 16) -> str:
 
 
 def normalise_text(text: str) -> str:
-    """The form in which prompts are compared and sent: NFC, `\\n` line ends, runs of blanks as one, trimmed.
+    """The form by which texts are told apart; what is sent and stored is the text as it stood.
 
-    Indentation at the start of a line is content (code), so it is kept; no other invisible difference makes a new
-    prompt.
+    In prose: NFC, `\\n` line ends, runs of blanks as one, trimmed. In a text with code, a table or a quote, blanks and
+    composition can be the very subject, so only line ends that are all `\\r\\n` and blanks around the text are ignored.
     """
-    text = storable(text.replace("\x00", "")).replace("\r\n", "\n").replace("\r", "\n")
-    text = unicodedata.normalize("NFC", text)
-    lines = []
-    for line in text.split("\n"):
-        body = line.lstrip(" \t")
-        # The indentation of an empty line is not content: the whole line is trimmed.
-        lines.append((line[: len(line) - len(body)] + _SPACES.sub(" ", body)).rstrip())
-    return _BLANK_LINES.sub("\n\n", "\n".join(lines)).strip()
+    text = storable(text.replace("\x00", ""))
+    lines = [line.rstrip() for line in text.replace("\r\n", "\n").replace("\r", "\n").strip().split("\n")]
+    prose = "\n".join(lines)
+    if _VERBATIM.search(prose) or sum(bool(_GAP.search(line)) for line in lines) > 1:
+        text = text.rstrip()
+        text = text[text.rfind("\n", 0, len(text) - len(text.lstrip())) + 1 :]
+        return text.replace("\r\n", "\n") if text.count("\r") == text.count("\n") == text.count("\r\n") else text
+    return _BLANK_LINES.sub("\n\n", _SPACES.sub(" ", unicodedata.normalize("NFC", prose)))
 
 
 def normalise_messages(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """Chat messages with normalised contents, reduced to role and content."""
+    """The form by which conversations are told apart: role, and normalised content."""
     return [{"role": m["role"].strip().lower(), "content": normalise_text(m["content"])} for m in messages]
 
 

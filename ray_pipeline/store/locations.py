@@ -83,6 +83,13 @@ def base_name(location: str) -> str:
     return _cut_query(location)[0].rstrip("/").rpartition("/")[2]
 
 
+def without_folders(text: str) -> str:
+    """The last part of an absolute local path, for files that are published; any other text as it is."""
+    if not os.path.isabs(text) or "\n" in text or text.count("/") < 2:  # "/10" is no path
+        return text
+    return os.path.basename(text.rstrip("/"))
+
+
 def beside(location: str, suffix: str) -> str:
     """Location of the sibling folder with a suffix appended to the name."""
     path, query = _cut_query(location)

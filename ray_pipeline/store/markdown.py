@@ -13,7 +13,7 @@ def cell(value: Any) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 
-def key_table(title: str, values: Mapping[str, Any]) -> list[str]:
+def key_table(title: str, values: Mapping[str, Any], level: int = 2) -> list[str]:
     """Lines of a section: heading, and a table of keys and values."""
     rows = [f"| {key} | {cell(value)} |" for key, value in values.items()]
-    return [f"## {title}", "", "| | |", "|---|---|", *rows, ""]
+    return [f"{'#' * level} {title}", "", "| | |", "|---|---|", *rows, ""]

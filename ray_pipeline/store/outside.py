@@ -31,8 +31,11 @@ def storable_value(value: Any) -> Any:
 
 def json_value(text: str) -> Any:
     """The value of a JSON text, with every text in it storable. Raises ValueError if it is not JSON."""
-    value = json.loads(text)
-    return storable_value(value) if "\\u" in text else value  # only an escape can hold what UTF-8 cannot
+    try:
+        value = json.loads(text)
+        return storable_value(value) if "\\u" in text else value  # only an escape can hold what UTF-8 cannot
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def token_count(value: Any, otherwise: int = 0) -> int:

@@ -3,6 +3,8 @@
 A row keeps the ids of the rows that it was made from, so that a training row can be traced back to its prompt.
 No table holds a time, a latency or a host: equal inputs give equal bytes. (The call log and the per-stage
 receipts, which are about *how* a run went, are not tables of the run.)
+
+All tables are in this one list, so that columns with one meaning keep one name; it is longer than 400 lines.
 """
 
 from __future__ import annotations
@@ -19,11 +21,17 @@ MESSAGE = pa.struct([pa.field("role", pa.string(), nullable=False), pa.field("co
 MESSAGES = pa.list_(pa.field("element", MESSAGE, nullable=False))
 
 #: Outcomes of parsing a reply. Only `ok` and `repaired` have a value; no other is ever turned into a number.
-PARSE_STATUSES = ("ok", "repaired", "unparsed", "truncated", "too_long", "skipped", "error")
+#: `missing`: the user's file has no verdict of this judge.
+PARSE_STATUSES = ("ok", "repaired", "unparsed", "truncated", "too_long", "skipped", "error", "missing")
 READ_STATUSES = ("ok", "repaired")
 
 #: The gate's labels of candidates.
 LABELS = ("desirable", "undesirable", "discard", "abstain", "incomplete")
+
+#: Finish reasons of a reply whose text is whole, as far as the server says, and of a call without a reply. Every other
+#: one (`length`, `content_filter`, `tool_calls`, …) says that text is missing.
+WHOLE = ("stop", "refusal", "unknown")
+NO_REPLY = ("too_long", "error")
 
 FAILURE_TYPES = ("circular", "unsupported", "contradictory", "unspecified", "none")
 
@@ -40,6 +48,11 @@ PROMPTS = _schema(
 )
 
 #: `error` of this and other tables: why a call gave no reply, in the engine's or the server's words.
+#: `thoughts`: what the model wrote before its answer; without an answer, `response` is null. `prompt_cut` of this and
+#: other tables: true where a server left out a part of a prompt behind the row, else null.
+#: `generator` is the model's identity, `model` its name: the key under `models`, or for completions of the user's own
+#: what their source says, as `source_label` is its own `chosen` or `rejected`. Of these, `seed` is -1 and
+#: `finish_reason` `unknown`.
 CANDIDATES = _schema(
     ("candidate_id", _S),
     ("prompt_id", _S),
@@ -51,6 +64,10 @@ CANDIDATES = _schema(
     ("prompt_tokens", _I, True),
     ("completion_tokens", _I, True),
     ("error", _S, True),
+    ("thoughts", _S, True),
+    ("prompt_cut", _B, True),
+    ("model", _S, True),
+    ("source_label", _S, True),
 )
 
 VERDICTS = _schema(
@@ -62,6 +79,19 @@ VERDICTS = _schema(
     ("reason", _S, True),
     ("parse_status", _S),
     ("raw", _S, True),
+    ("prompt_cut", _B, True),
+)
+
+#: Ready verdicts of a user's file, by content of the response; `place` is where one stands.
+RECORDED = _schema(
+    ("response_key", _S),
+    ("prompt_id", _S),
+    ("judge", _S),
+    ("score", _F, True),
+    ("reason", _S, True),
+    ("parse_status", _S),
+    ("raw", _S, True),
+    ("place", _S),
 )
 
 CRITIQUES = _schema(
@@ -72,6 +102,7 @@ CRITIQUES = _schema(
     ("reason", _S, True),
     ("parse_status", _S),
     ("raw", _S, True),
+    ("prompt_cut", _B, True),
 )
 
 DECISIONS = _schema(
@@ -88,7 +119,8 @@ DECISIONS = _schema(
 #: Scores of a dataset row: a judge's name and its score.
 SCORES = pa.list_(pa.field("element", pa.struct([("judge", _S), ("score", _F)])))
 
-# Training rows. Scores are null in rows of imported datasets without scores.
+# Training rows. Scores are null in rows of imported datasets without scores. `copies` is how often the answer was given
+# to the prompt; null where that is unknown, as in rows made from pairs. Models are those of the candidates.
 KTO = _schema(
     ("candidate_id", _S),
     ("prompt_id", _S),
@@ -98,8 +130,11 @@ KTO = _schema(
     ("label", _B),
     ("final_score", _F, True),
     ("scores", SCORES, True),
+    ("copies", _I, True),
+    ("model", _S, True),
 )
 
+# The scores have the names that UltraFeedback and TRL give them.
 DPO = _schema(
     ("prompt_id", _S),
     ("chosen_id", _S),
@@ -108,9 +143,11 @@ DPO = _schema(
     ("prompt", MESSAGES),
     ("chosen", MESSAGES),
     ("rejected", MESSAGES),
-    ("chosen_score", _F, True),
-    ("rejected_score", _F, True),
+    ("score_chosen", _F, True),
+    ("score_rejected", _F, True),
     ("score_gap", _F, True),
+    ("chosen_model", _S, True),
+    ("rejected_model", _S, True),
 )
 
 SFT = _schema(
@@ -120,6 +157,8 @@ SFT = _schema(
     ("prompt", MESSAGES),
     ("completion", MESSAGES),
     ("final_score", _F, True),
+    ("copies", _I, True),
+    ("model", _S, True),
 )
 
 RESPONSES = _schema(
@@ -132,6 +171,8 @@ RESPONSES = _schema(
     ("prompt_tokens", _I, True),
     ("completion_tokens", _I, True),
     ("error", _S, True),
+    ("thoughts", _S, True),
+    ("prompt_cut", _B, True),
 )
 
 COMPARISONS = _schema(
@@ -146,6 +187,7 @@ COMPARISONS = _schema(
     ("reason", _S, True),
     ("parse_status", _S),
     ("raw", _S, True),
+    ("prompt_cut", _B, True),
 )
 
 #: Two answers to one question, with human labels: "A", "B" or "tie".
@@ -176,6 +218,7 @@ BALLOTS = _schema(
     ("reason", _S, True),
     ("parse_status", _S),
     ("raw", _S, True),
+    ("prompt_cut", _B, True),
 )
 
 #: The speeches of a debate, in order.
@@ -205,6 +248,7 @@ REVIEWS = _schema(
     ("reason", _S, True),
     ("parse_status", _S),
     ("raw", _S, True),
+    ("prompt_cut", _B, True),
 )
 
 #: Candidates that are revisions, each by the feedback of one review.
@@ -227,7 +271,9 @@ TRAIN_METRICS = _schema(
     ("logps_rejected", _F, True),
 )
 
-#: The call log, which is the audit trail. `bucket` is prompt_id mod 1,024; rows of a part file are sorted by it.
+#: The call log, which is the audit trail. `bucket` is prompt_id mod 1,024; rows of a part file are sorted by it. `text`
+#: is the reply as it came, with its thoughts, which are split off when it is read; `reasoning`, `inside`, `answered_by`
+#: and `reasoning_tokens` are those of a `Completion`, null in logs of older versions.
 CALLS = _schema(
     ("call_key", _S),
     ("bucket", pa.int16()),
@@ -243,6 +289,10 @@ CALLS = _schema(
     ("completion_tokens", _I),
     ("cached_tokens", _I),
     ("latency_s", pa.float32()),
+    ("reasoning", _S, True),
+    ("inside", _B, True),
+    ("answered_by", _S, True),
+    ("reasoning_tokens", _I, True),
 )
 
 # Public benchmarks. The key of a row is benchmark, question_id and model (models and floors); `prompt_id` of a question
@@ -316,6 +366,7 @@ TABLES: dict[str, pa.Schema] = {
     "prompts": PROMPTS,
     "candidates": CANDIDATES,
     "verdicts": VERDICTS,
+    "recorded": RECORDED,
     "critiques": CRITIQUES,
     "decisions": DECISIONS,
     "kto": KTO,
@@ -340,6 +391,12 @@ TABLES: dict[str, pa.Schema] = {
 }
 
 
+def cut_off(finish_reasons: pa.Array | pa.ChunkedArray) -> pa.BooleanArray | pa.ChunkedArray:
+    """Whether each finish reason is that of a reply whose text is not whole; an unknown reason (null) is not."""
+    known = pc.is_in(finish_reasons, value_set=pa.array([*WHOLE, *NO_REPLY]))
+    return pc.and_(pc.is_valid(finish_reasons), pc.invert(known))
+
+
 def to_table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
     """Build a table of exactly `schema` from row dicts; a missing required value is an error, not a null.
 
@@ -362,3 +419,24 @@ def to_table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
             row = column.is_null().index(True).as_py()
             raise ValueError(f"column {field.name!r} is empty in row {row}: {rows[row]!r}")
     return table
+
+
+# --- files of earlier versions ----------------------------------------------------------------------------------------
+
+#: Former name of a column → its present one.
+RENAMED = {"chosen_score": "score_chosen", "rejected_score": "score_rejected"}
+
+
+def renamed(found: pa.Schema, schema: pa.Schema) -> pa.Schema:
+    """The schema of a stored file, with the column names that `schema` has today."""
+    return pa.schema([f.with_name(new) if (new := RENAMED.get(f.name)) in schema.names else f for f in found])
+
+
+def conformed(table: pa.Table, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:
+    """A stored table as `schema` is today: with the present names, and nulls in columns that were added since."""
+    table = table.rename_columns(renamed(table.schema, schema).names)
+    wanted = pa.schema([schema.field(name) for name in columns or schema.names])
+    for field in wanted:
+        if field.name not in table.column_names:
+            table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+    return table.select(wanted.names).cast(wanted)

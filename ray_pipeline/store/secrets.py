@@ -40,12 +40,12 @@ _FORMS = re.compile(
 )
 #: A user and password, or an access key, before the host of a URI.
 _USER_INFO = re.compile(
-    r"(?P<scheme>\b[A-Za-z][A-Za-z0-9+.-]*://)(?!\*{3}@)(?P<user>[^/\s?#@]+(?:/[^/\s?#@:]+)*)@(?=[^\s@])"
+    r"(?P<scheme>\b[A-Za-z][A-Za-z0-9+.-]{0,30}://)(?!\*{3}@)(?P<user>[^/\s?#@]+(?:/[^/\s?#@:]+)*)@(?=[^\s@])"
 )
 #: Parameters of a URI's query that hold a key.
 _PARAMETER = re.compile(
-    r"(?i)(?P<name>[?&](?:[a-z0-9_-]*(?:secret|password|passwd|token|signature|api[_-]?key|access[_-]?key)"
-    r"[a-z0-9_-]*|sig|key|auth)=)(?!\*{3})(?P<value>[^&\s#'\"]+)"
+    r"(?i)(?P<name>[?&](?:[a-z0-9_-]{0,60}(?:secret|password|passwd|token|signature|api[_-]?key|access[_-]?key)"
+    r"[a-z0-9_-]{0,60}|sig|key|auth)=)(?!\*{3})(?P<value>[^&\s#'\"]+)"
 )
 #: Names of settings and variables that hold a key. Names of tokens of a vocabulary (`eos_token`) are not among them.
 _NAMES = re.compile(
@@ -55,7 +55,9 @@ _NAMES = re.compile(
     r"github|gh|gitlab|wandb|comet|slack)_token)$|^(?:token|auth|cookie|cookies)$"
 )
 #: Names of variables in the environment, whose suffixes are less ambiguous than those of settings.
-_VARIABLES = re.compile(r"(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|ACCESS_KEY_ID|AUTH)$")
+_VARIABLES = re.compile(
+    r"(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|ACCESS_KEY_ID|AUTH|API_?KEY_?[A-Z0-9]+)$"
+)
 #: Shorter values of such variables ("1", "none") say nothing and are in every text.
 _SHORTEST = 8
 

@@ -47,12 +47,37 @@ CODE_SUFFIXES = frozenset(
 )
 
 #: Folders of credentials; in lower case, as the names of files below.
-_SECRET_FOLDERS = (".ssh", ".aws", ".azure", ".gcloud", "gcloud", ".kube", ".docker", ".gnupg", ".huggingface", ".ray")
+_SECRET_FOLDERS = (
+    ".ssh",
+    ".aws",
+    ".azure",
+    ".gcloud",
+    "gcloud",
+    ".kube",
+    ".docker",
+    ".gnupg",
+    ".huggingface",
+    ".ray",
+    ".kaggle",
+)
+#: Folders of which only code is packaged.
+_PRIVATE_FOLDERS = ("secret", "secrets", ".secret", ".secrets", "credentials", ".credentials")
 _SECRET_FILES = (
     *(".env", ".env.*", "*.env", ".envrc", "*.envrc", ".netrc", "_netrc", ".pgpass", ".my.cnf", ".npmrc", ".pypirc"),
     *(".git-credentials", ".boto", ".s3cfg", ".dockercfg", ".vault-token", ".htpasswd", "kubeconfig", "*.kubeconfig"),
     *("credentials", "credentials.*", "*credentials.json", "*credentials.y*ml", "*credentials.ini", "*credentials.csv"),
     *("client_secret*.json", "service[-_]account*.json", "secret", "secrets", "secret.*", "secrets.*", "auth.json"),
+    *(
+        "kaggle.json",
+        "rclone.conf",
+        "pip.conf",
+        ".databrickscfg",
+        ".terraformrc",
+        "*.tfvars",
+        "*.tfstate",
+        ".vault_pass*",
+    ),
+    *("key.txt", "keys.txt", "*[-_]key.txt", "*[-_]keys.txt", "*[-_]key", "gha-creds-*.json"),
     *("token", "*[-_.]token", "token.txt", "*[-_.]token.txt", "*token.json", "*apikey*.txt", "*api[-_]key*"),
     *("password", "passwords", "password*.txt", "*[-_.]password", "*[-_.]secret", "*[-_.]secret.txt"),
     *("*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.ppk", "*.kdbx", "*.asc", "*.gpg"),
@@ -292,7 +317,8 @@ def is_secret(name: str) -> bool:
     *folders, file = name.lower().split("/")
     if any(_matches(folder, _SECRET_FOLDERS) for folder in folders):
         return True
-    return _matches(file, _SECRET_FILES) and (Path(file).suffix not in _CODE or file.startswith("id_"))
+    named = _matches(file, _SECRET_FILES) or any(_matches(folder, _PRIVATE_FOLDERS) for folder in folders)
+    return named and (Path(file).suffix not in _CODE or file.startswith("id_"))
 
 
 def _git(root: Path, *arguments: str) -> list[str] | None:

@@ -6,22 +6,29 @@ import contextlib
 import copy
 import dataclasses
 import inspect
+import os
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from logging import getLogger
 from typing import Any
 
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from datasets import Dataset, disable_progress_bars, enable_progress_bars
 from datasets.utils import are_progress_bars_disabled
-from peft import get_peft_model
+from huggingface_hub.errors import StrictDataclassError
+from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, TrainingArguments
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
+from ray_pipeline.engines.chat_template import end_token
 from ray_pipeline.training.methods import TrainingInputError, method_of
-from ray_pipeline.training.spec import TrainSpec
-from ray_pipeline.training.tokenizer import complete_generation_config, end_token, load_tokenizer
+from ray_pipeline.training.spec import TrainSettings, TrainSpec
+from ray_pipeline.training.tokenizer import complete_generation_config, load_tokenizer
 from ray_pipeline.training.trainer import lora_config, trainer_config, with_template_args
 
 #: TRL settings that depend on the worker's device, or that read weights.
@@ -30,25 +37,29 @@ _ON_WORKERS = ("tf32", "torch_compile", "fsdp_config", "deepspeed", "precompute_
 
 def check_build(spec: TrainSpec) -> None:
     """Build config, model, adapter, trainer and optimiser as a worker does, on PyTorch's device without memory and with
-    made-up rows. Reads the base's configuration and tokenizer, but no weights.
+    made-up rows. Reads the base's configuration and tokenizer, but no weights. The model is built once, and for full
+    fine-tuning with a reference model twice.
 
-    Not checked, since it depends on the workers' devices: quantization, sharding, and `model_init_kwargs`.
+    Not checked, since it depends on the workers' devices: how FSDP and DeepSpeed divide the model (their settings are),
+    and what loads with quantization or an attention of its own.
 
     Raises:
         TrainingInputError: what a worker would raise; the message names the key and the remedy.
     """
-    settings = spec.settings
+    settings = original = spec.settings
     args = {name: value for name, value in settings.trainer_args.items() if name not in _ON_WORKERS}
     here = settings.model_copy(update={"use_gpu": False, "shard": "none", "quantization": None, "trainer_args": args})
     spec = dataclasses.replace(spec, settings=here, val_files=None, max_length=max(spec.max_length, 1024))
     with _quietly(), tempfile.TemporaryDirectory() as scratch:
         tokenizer = load_tokenizer(spec)
         config = _model_config(spec)
+        _check_loading(spec, config, original)
         if getattr(config, "quantization_config", None) is not None:
             return  # can be loaded with its kernels only
-        _check_saving(spec, _model(spec, config), tokenizer, scratch)
-        _check_adapter(spec, config)
-        _check_trainer(spec, config, tokenizer, scratch)
+        model = _model(spec, config)
+        _check_sharding(spec, original, model, scratch)
+        _check_saving(spec, model, tokenizer, scratch)
+        _check_trainer(spec, config, model, tokenizer, scratch)
 
 
 def _model_config(spec: TrainSpec) -> Any:
@@ -58,14 +69,66 @@ def _model_config(spec: TrainSpec) -> Any:
         raise TrainingInputError(f"model: cannot read config.json of {spec.model}: {_words(error)}") from error
 
 
-def _model(spec: TrainSpec, config: Any) -> Any:
-    """The base without weights."""
+def _check_loading(spec: TrainSpec, config: Any, settings: TrainSettings) -> None:
+    """What `from_pretrained` refuses before it reads weights: names and values of `model_init_kwargs`, and another
+    quantization than that of the base.
+
+    Args:
+        settings: with what depends on the workers' devices.
+    """
+    stored = getattr(config, "quantization_config", None)
+    if settings.quantization is not None and stored is not None:
+        kind = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+        if kind != "bitsandbytes":
+            raise TrainingInputError(
+                f"quantization: the weights of {spec.model} are quantized already ({kind}); remove the key, or choose "
+                "the base that is not quantized"
+            )
+    given = settings.trainer_args.get("model_init_kwargs") or {}
+    try:
+        _, left = AutoConfig.from_pretrained(
+            spec.model,
+            revision=spec.revision,
+            trust_remote_code=spec.trust_remote_code,
+            return_unused_kwargs=True,
+            **given,
+        )
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise TrainingInputError(f"trainer_args.model_init_kwargs cannot be used: {_words(error)}") from error
+    loading = PreTrainedModel.from_pretrained  # takes some arguments by name, others out of **kwargs
+    known = {*inspect.signature(loading).parameters, *re.findall(r'"(\w+)"', inspect.getsource(loading))}
+    for name in given.keys() & left.keys() - known:
+        try:
+            _model(spec, config, {name: given[name]})
+        except TypeError as error:
+            raise TrainingInputError(
+                f"trainer_args.model_init_kwargs.{name}: neither the configuration of {spec.model} nor its loading has "
+                f"such a setting ({_words(error)})"
+            ) from error
+    attention, names = given.get("attn_implementation", "eager"), ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    of_the_hub = isinstance(attention, str) and re.search(r"[/|]", attention)
+    if isinstance(attention, str) and not of_the_hub and attention not in names:
+        raise TrainingInputError(
+            f"trainer_args.model_init_kwargs.attn_implementation: transformers has no {attention!r}; choose from "
+            f"{', '.join(names)}, or name a kernel of the Hub"
+        )
+
+
+def _model(spec: TrainSpec, config: Any, more: Mapping[str, Any] | None = None) -> Any:
+    """The base without weights.
+
+    Args:
+        more: arguments of its class.
+    """
     named = ", ".join(config.architectures or []) or "no architecture"
     remedy = "choose a causal language model (…ForCausalLM)"
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
-                config, dtype=getattr(torch, spec.settings.dtype), trust_remote_code=spec.trust_remote_code
+                config,
+                dtype=getattr(torch, spec.settings.dtype),
+                trust_remote_code=spec.trust_remote_code,
+                **(more or {}),
             )
     except (ValueError, KeyError, AttributeError) as error:
         raise TrainingInputError(
@@ -95,67 +158,135 @@ def _check_saving(spec: TrainSpec, model: Any, tokenizer: Any, scratch: str) -> 
             ) from error
 
 
+def _check_sharding(spec: TrainSpec, settings: TrainSettings, model: Any, scratch: str) -> None:
+    """Names and values of the settings of FSDP and DeepSpeed.
+
+    Args:
+        settings: with what depends on the workers' devices.
+    """
+    given = settings.trainer_args.get("deepspeed")
+    try:
+        if settings.shard in ("zero2", "zero3") and given is not None:
+            if not isinstance(given, str | dict):  # a number would be taken for an open file
+                raise ValueError(f"{given!r} is neither a mapping nor the path of a JSON file")
+            HfDeepSpeedConfig(given)
+    except (ValueError, OSError, AttributeError, TypeError) as error:  # the last two of parts of another kind
+        raise TrainingInputError(f"trainer_args.deepspeed cannot be used: {_words(error)}") from error
+    if settings.shard != "fsdp":
+        return
+    given = settings.trainer_args.get("fsdp_config")
+    given = {} if given is None else given
+    if not isinstance(given, str | dict):
+        raise TrainingInputError(
+            f"trainer_args.fsdp_config: {given!r} is neither a mapping nor the path of a JSON file"
+        )
+    source = inspect.getsource(TrainingArguments._process_fsdp_args)
+    known = set(re.findall(r'fsdp_config(?:\.get\(|\.setdefault\(|\[)"(\w+)"', source))
+    for name in given if isinstance(given, dict) else ():
+        if name.removeprefix("fsdp_") not in known:
+            raise TrainingInputError(
+                f"trainer_args.fsdp_config.{name}: there is no such setting; choose from {', '.join(sorted(known))}"
+            )
+    args = {**spec.settings.trainer_args, **({"fsdp_config": copy.deepcopy(given)} if given else {})}
+    here = spec.settings.model_copy(update={"shard": "fsdp", "trainer_args": args})
+    environment = dict(os.environ)  # transformers and Accelerate write into it
+    try:
+        plugin = trainer_config(dataclasses.replace(spec, settings=here), scratch).fsdp_plugin_args
+        if plugin is not None:
+            FullyShardedDataParallelPlugin(**plugin).set_auto_wrap_policy(model)
+    except Exception as error:  # of transformers or Accelerate, whose errors have many kinds
+        raise TrainingInputError(f"trainer_args.fsdp_config cannot be used: {_words(error)}") from error
+    finally:
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
+
+
+def _adapter_key(spec: TrainSpec, model: Any) -> tuple[str, str]:
+    """The key of the adapter's layers with its value, and what could be named there."""
+    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert spec.settings.lora is not None
+    names = spec.settings.lora.target_modules
+    return (
+        f"lora.target_modules: {names if isinstance(names, str) else list(names)!r}",
+        f"the linear layers of {spec.model} are {', '.join(sorted(linear))}",
+    )
+
+
 def _check_adapter(spec: TrainSpec, config: Any) -> None:
+    """Raises what is wrong with the adapter alone."""
     adapter = lora_config(spec)
     if adapter is None or spec.settings.lora is None:
         return
     model = _model(spec, config)
-    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    names = spec.settings.lora.target_modules
-    key = f"lora.target_modules: {names if isinstance(names, str) else list(names)!r}"
-    layers = f"the linear layers of {spec.model} are {', '.join(sorted(linear))}"
+    key, layers = _adapter_key(spec, model)
     try:
         adapted: Any = get_peft_model(model, adapter)
     except ValueError as error:
-        hint = "; a single text is a regular expression: write names as a list" if isinstance(names, str) else ""
+        text = isinstance(spec.settings.lora.target_modules, str)
+        hint = "; a single text is a regular expression: write names as a list" if text else ""
         raise TrainingInputError(f"{key} cannot be adapted: {_words(error)}{hint}; {layers}") from error
-    base = adapted.get_base_model()
+    _check_embeddings(spec, config, adapted)
+
+
+def _check_embeddings(spec: TrainSpec, config: Any, adapted: Any) -> None:
+    if not isinstance(adapted, PeftModel):
+        return
+    base: Any = adapted.get_base_model()
     ends = base.get_input_embeddings(), base.get_output_embeddings()
     if config.get_text_config().tie_word_embeddings and any(isinstance(end, BaseTunerLayer) for end in ends):
+        key, layers = _adapter_key(spec, _model(spec, config))
         raise TrainingInputError(
             f"{key} includes the embeddings, which {spec.model} shares with its output head: merging would change "
             f"both; leave them out; {layers}"
         )
 
 
-def _check_trainer(spec: TrainSpec, config: Any, tokenizer: Any, scratch: str) -> None:
-    error = _refusal(spec, config, tokenizer, scratch)
-    if error is None:
-        return
-    args = spec.settings.trainer_args
-    for name in args:  # the one without which it works
-        fewer = spec.settings.model_copy(update={"trainer_args": {k: v for k, v in args.items() if k != name}})
-        if _refusal(dataclasses.replace(spec, settings=fewer), config, tokenizer, scratch) is None:
+def _check_trainer(spec: TrainSpec, config: Any, model: Any, tokenizer: Any, scratch: str) -> None:
+    """
+    Args:
+        model: the base, which the trainer changes.
+    """
+    try:
+        adapted = _trained_model(spec, config, model, tokenizer, scratch)
+    except Exception as error:  # of TRL, transformers or PEFT
+        _check_adapter(spec, config)
+        args = spec.settings.trainer_args
+        for name in args:  # the one without which it works
+            fewer = spec.settings.model_copy(update={"trainer_args": {k: v for k, v in args.items() if k != name}})
+            without = dataclasses.replace(spec, settings=fewer)
+            try:
+                _trained_model(without, config, _model(spec, config), tokenizer, scratch)
+            except Exception:  # not this one alone
+                continue
             raise TrainingInputError(f"trainer_args.{name}: {args[name]!r} cannot be used: {_words(error)}") from error
-    method = method_of(spec.settings.method)
-    raise TrainingInputError(f"{method.trainer} cannot be built from these settings: {_words(error)}") from error
+        method = method_of(spec.settings.method)
+        raise TrainingInputError(f"{method.trainer} cannot be built from these settings: {_words(error)}") from error
+    _check_embeddings(spec, config, adapted)
 
 
-def _refusal(spec: TrainSpec, config: Any, tokenizer: Any, scratch: str) -> Exception | None:
-    """What building config, trainer, optimiser and scheduler raises."""
+def _trained_model(spec: TrainSpec, config: Any, model: Any, tokenizer: Any, scratch: str) -> Any:
+    """Build config, trainer, optimiser and scheduler; returns the trainer's model. Raises what they raise."""
     method = method_of(spec.settings.method)
     cls = method.trainer_class()
     # A model without weights cannot be moved to a device.
     without_weights = type(cls.__name__, (cls,), {"_move_model_to_device": lambda *_: None})
-    try:
-        args = trainer_config(spec, scratch)
-        args.model_init_kwargs = None
-        reference = {}
-        if spec.settings.lora is None and "ref_model" in inspect.signature(cls).parameters:
-            reference["ref_model"] = still = _model(spec, config)
-            still.to = lambda *_, **__: still
-        trainer = without_weights(
-            model=_model(spec, config),
-            args=args,
-            train_dataset=_rows(spec),
-            processing_class=copy.deepcopy(tokenizer),
-            peft_config=lora_config(spec),
-            **reference,
-        )
-        trainer.create_optimizer_and_scheduler(num_training_steps=10)
-    except Exception as error:  # of TRL, transformers or PEFT
-        return error
-    return None
+    args = trainer_config(spec, scratch)
+    args.model_init_kwargs = None
+    reference = {}
+    if spec.settings.lora is None and "ref_model" in inspect.signature(cls).parameters:
+        reference["ref_model"] = still = _model(spec, config)
+        still.to = lambda *_, **__: still
+    trainer = without_weights(
+        model=model,
+        args=args,
+        train_dataset=_rows(spec),
+        processing_class=copy.deepcopy(tokenizer),
+        peft_config=lora_config(spec),
+        **reference,
+    )
+    trainer.create_optimizer_and_scheduler(num_training_steps=10)
+    return trainer.model
 
 
 def _rows(spec: TrainSpec) -> Dataset:

@@ -163,9 +163,9 @@ class StopAtCheckpoint(TrainerCallback):
 
 
 class LogProgress(TrainerCallback):
-    """Log a line every few seconds: step, loss, steps per second since the start, time left.
+    """Report every few seconds: step, loss, steps and rows per second.
 
-    The latest line is also written to `folder`, for the driver on another node.
+    What is newest is also written to `folder`, for the driver on another node.
     """
 
     def __init__(self, rows_per_step: int, folder: Folder, every_s: float = 5.0) -> None:
@@ -181,6 +181,14 @@ class LogProgress(TrainerCallback):
         self._started = time.monotonic()
         self._last = 0.0
         self._first_step = state.global_step
+        if state.is_world_process_zero:
+            report(self._folder, "training")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            report(self._folder, "writing model", step=state.global_step, steps=state.max_steps)
 
     def on_log(
         self,
@@ -199,12 +207,20 @@ class LogProgress(TrainerCallback):
             return
         self._last = now
         rate = (state.global_step - self._first_step) / max(now - self._started, 1e-9)
-        line = (
-            f"step {state.global_step}/{state.max_steps} epoch {state.epoch or 0.0:.2f} loss {logs['loss']:.4f} "
-            f"{rate:.2f} steps/s {rate * self._rows_per_step:.1f} rows/s "
-            f"{(state.max_steps - state.global_step) / max(rate, 1e-9):.0f} s left"
+        note = (
+            f"epoch {state.epoch or 0.0:.2f}, loss {logs['loss']:.4f}, {rate:.2f} steps/s, "
+            f"{rate * self._rows_per_step:.1f} rows/s"
         )
-        logger.info(line)
-        # A storage error is reported at the next checkpoint, which matters more.
-        with contextlib.suppress(NotWritten):
-            self._folder.write_json(PROGRESS, {"step": state.global_step, "steps": state.max_steps, "line": line})
+        logger.info("step %d/%d, %s", state.global_step, state.max_steps, note)
+        report(self._folder, "training", step=state.global_step, steps=state.max_steps, note=note)
+
+
+def report(folder: Folder, phase: str, step: int = 0, steps: int = 0, note: str = "") -> None:
+    """Write what rank 0 is doing to `folder`; a storage error is reported at the next checkpoint, which matters more.
+
+    Args:
+        steps: 0 until the first of them is made.
+        note: the newest figures in words.
+    """
+    with contextlib.suppress(NotWritten):
+        folder.write_json(PROGRESS, {"phase": phase, "step": step, "steps": steps, "note": note})

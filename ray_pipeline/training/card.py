@@ -1,12 +1,12 @@
-"""The README.md of a trained folder."""
+"""The README.md of a trained folder. What is known only later, evaluation results, is added by `quorum export`."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
+from ray_pipeline.store.locations import without_folders
 from ray_pipeline.store.markdown import key_table
 from ray_pipeline.training.methods import METHODS, method_label, method_of
 from ray_pipeline.training.spec import TrainSpec
@@ -35,23 +35,22 @@ def model_card(
         effective: the settings in effect.
         final: the last training row of the metrics table, if any.
     """
-    method = method_label(spec.settings.method)
-    front = {
-        "library_name": "peft" if kind == "adapter" else "transformers",
-        "tags": ["quorum", "trl", method] + (["lora"] if kind == "adapter" else []),
-    }
+    from huggingface_hub import ModelCard, ModelCardData
+
+    method, base = method_label(spec.settings.method), without_folders(spec.model)
     what = {
-        "adapter": f"LoRA adapter for `{spec.model}`",
-        "merged": f"LoRA adapter merged into `{spec.model}`",
-        "full": f"`{spec.model}` with every weight trained",
+        "adapter": f"LoRA adapter for `{base}`",
+        "merged": f"LoRA adapter merged into `{base}`",
+        "full": f"`{base}` with every weight trained",
     }[kind]
-    if not os.path.isabs(spec.model):  # the Hub accepts only its own names here
-        front["base_model"] = spec.model
+    data = ModelCardData(
+        # The Hub accepts only its own names here.
+        base_model=None if os.path.isabs(spec.model) else spec.model,
+        library_name="peft" if kind == "adapter" else "transformers",
+        pipeline_tag="text-generation",
+        tags=["quorum", "trl", method, *(["lora"] if kind == "adapter" else [])],
+    )
     lines = [
-        "---",
-        *(f"{key}: {json.dumps(value)}" for key, value in front.items()),
-        "---",
-        "",
         f"# {spec.run_name} ({kind})",
         "",
         f"{what}, trained with {method.upper()} in {steps} optimiser steps by Quorum.",
@@ -61,7 +60,7 @@ def model_card(
     # The base's name, not its key in the configuration.
     all_settings = spec.settings.model_dump() | {k: v for k, v in spec.to_dict().items() if k != "settings"}
     settings = {
-        name: value
+        name: _public(name, value)
         for name, value in all_settings.items()
         if name not in (*_NOT_IN_CARD, *unread) and value not in (None, (), {})
     }
@@ -74,4 +73,12 @@ def model_card(
         if values:
             rounded = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in values.items()}
             lines += key_table(title, rounded)
-    return "\n".join(lines)
+    text = "\n".join(lines)
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
+
+
+def _public(name: str, value: Any) -> Any:
+    """A setting without local folders; of a pattern of files, the last folders say which dataset it is."""
+    if not isinstance(value, str):
+        return value
+    return "/".join(value.split("/")[-3:]) if name in ("train_files", "val_files") else without_folders(value)

@@ -15,12 +15,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ray_pipeline.engines.chat_template import folding
 from ray_pipeline.store.local import local_copy
 from ray_pipeline.training.methods import Method, TrainingInputError, method_of
 from ray_pipeline.training.spec import TrainSpec
-from ray_pipeline.training.tokenizer import folding, load_tokenizer
+from ray_pipeline.training.tokenizer import load_tokenizer
 
 _BATCH_ROWS = 512
+#: Largest share of the rows that may be left out, for want of a whole step, without a warning.
+_FEW_UNUSED = 0.05
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class DataReport:
         desirable, undesirable: labels (KTO; 0 for other methods).
         identical_pairs: pairs whose chosen and rejected tokens are equal after truncation.
         sequences: elements of the batches: the rows, or the longer sequences into which TRL packs them.
-        unused: sequences per epoch that do not fill a whole batch and are not trained on (rows: those at the end).
+        unused: sequences per epoch that do not fill a whole step and are not trained on (rows: those at the end).
         steps_per_epoch: optimiser steps.
         val_rows: rows in the evaluation files.
         val_rows_used: rows used for evaluation, in whole batches.
@@ -108,11 +111,12 @@ def check_data(spec: TrainSpec) -> DataReport:
             f"{train.rows} pairs; raise max_length or check the pairs"
         )
     sequences = _sequences(spec, train)
-    if sequences < spec.micro_batch:
+    micro_batch = spec.settings.micro_batch
+    if sequences < micro_batch:
         packed = f" (packed into {sequences} sequences)" if spec.packs else ""
         raise TrainingInputError(
             f"train_files: {train.rows} rows{packed} do not fill one batch of {spec.settings.batch_size} (batch_size) "
-            f"× {spec.settings.num_workers} (num_workers) = {spec.micro_batch}; add rows, or lower batch_size or "
+            f"× {spec.settings.num_workers} (num_workers) = {micro_batch}; add rows, or lower batch_size or "
             "num_workers"
         )
 
@@ -120,8 +124,8 @@ def check_data(spec: TrainSpec) -> DataReport:
     if spec.val_files is not None:
         val = _count(spec, method, tokenizer, "val_files", spec.val_files)
     val_sequences = _sequences(spec, val, spec.settings.trainer_args.get("eval_packing"))
-    val_used = val_sequences - val_sequences % spec.micro_batch
-    micro_batches = sequences // spec.micro_batch
+    val_used = val_sequences - val_sequences % micro_batch
+    used = spec.rows_per_epoch(sequences)
     return DataReport(
         rows=train.rows,
         truncated=train.truncated,
@@ -129,8 +133,8 @@ def check_data(spec: TrainSpec) -> DataReport:
         undesirable=train.undesirable,
         identical_pairs=train.identical_pairs,
         sequences=sequences,
-        unused=sequences - micro_batches * spec.micro_batch,
-        steps_per_epoch=math.ceil(micro_batches / spec.settings.gradient_accumulation),
+        unused=sequences - used,
+        steps_per_epoch=math.ceil(used / spec.settings.global_batch),
         val_rows=val.rows,
         val_rows_used=val_used,
         warnings=tuple(_warnings(spec, method, tokenizer, train, sequences, val, val_used)),
@@ -285,9 +289,15 @@ def _warnings(
 ) -> Iterator[str]:
     if train.identical_pairs:
         yield f"{train.identical_pairs} of {train.rows} pairs are equal after truncation and have no effect"
-    if sequences < spec.effective_batch:
-        what = "packed sequences" if spec.packs else "rows"
-        yield f"{sequences} {what} are fewer than the effective batch of {spec.effective_batch}: one step per epoch"
+    what, step = "packed sequences" if spec.packs else "rows", spec.settings.global_batch
+    unused = sequences - spec.rows_per_epoch(sequences)
+    if sequences < step:
+        yield f"{sequences} {what} are fewer than train.global_batch ({step}): one step per epoch"
+    elif unused > _FEW_UNUSED * sequences:
+        yield (
+            f"{unused} of {sequences} {what} do not fill a step of {step} (train.global_batch) and are not trained on; "
+            "a smaller global_batch leaves fewer"
+        )
     if train.ends_added:
         yield (
             f"{spec.settings.method} trains on {train.ends_added} of {train.rows} rows with the tokenizer's "
@@ -297,7 +307,7 @@ def _warnings(
     if "label" in method.columns:
         yield from _imbalance(spec, train)
     if spec.val_files is not None and not val_used:
-        yield f"val_files: {val.rows} rows do not fill one batch of {spec.micro_batch}: no evaluation"
+        yield f"val_files: {val.rows} rows do not fill one batch of {spec.settings.micro_batch}: no evaluation"
 
 
 def _imbalance(spec: TrainSpec, train: _Counts) -> Iterator[str]:

@@ -185,7 +185,7 @@ OWNED: dict[str, str] = {
     "per_device_train_batch_size": "batch_size",
     "per_device_eval_batch_size": "batch_size",
     "auto_find_batch_size": "batch_size",
-    "gradient_accumulation_steps": "gradient_accumulation",
+    "gradient_accumulation_steps": "global_batch",
     "num_train_epochs": "epochs",
     "max_steps": "epochs",
     "learning_rate": "learning_rate",

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import netrc
 import os
+import urllib.parse
 
 import pyarrow as pa
 
+from ray_pipeline.config.messages import installing, nearest
 from ray_pipeline.store.node_labels import may_run
 from ray_pipeline.training.methods import TrainingInputError, method_of
 from ray_pipeline.training.spec import TrainSettings, TrainSpec
+
+#: Values of `report_to` that are extras of the same name.
+LOGGERS = ("tensorboard", "wandb", "trackio", "mlflow")
 
 
 def check_spec(spec: TrainSpec) -> None:
@@ -61,7 +67,10 @@ def check_model(spec: TrainSpec) -> None:
 
 def _check_names(train: TrainSettings) -> None:
     from transformers import SchedulerType
-    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
 
     schedulers = [str(item.value) for item in SchedulerType]
     if train.lr_scheduler not in schedulers:
@@ -69,9 +78,28 @@ def _check_names(train: TrainSettings) -> None:
     installed = get_available_reporting_integrations()
     for name in train.report_to:
         if name not in installed:
+            if name in LOGGERS:
+                raise TrainingInputError(f"report_to: {name} is not installed; run: {installing(name)}")
             raise TrainingInputError(
                 f"report_to: {name!r} is not installed or unknown (installed: {', '.join(installed) or 'none'})"
+                f"{nearest(name, INTEGRATION_TO_CALLBACK)}"
             )
+    if "wandb" in train.report_to and not _knows_wandb():
+        raise TrainingInputError(
+            "report_to: wandb has no API key, so every worker would fail at its start; set WANDB_API_KEY, run `wandb "
+            "login`, or set WANDB_MODE=offline to keep its files in the run"
+        )
+
+
+def _knows_wandb() -> bool:
+    """Whether Weights & Biases would start here: with a key of the environment or of `wandb login`, or offline."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return True
+    server = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(server) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def _check_options(train: TrainSettings) -> None:
@@ -99,7 +127,7 @@ def _check_options(train: TrainSettings) -> None:
 
 def _need(package: str, setting: str, extra: str) -> None:
     if importlib.util.find_spec(package) is None:
-        raise TrainingInputError(f"{setting} needs {package}; run: pip install 'quorum-align[{extra}]'")
+        raise TrainingInputError(f"{setting} needs {package}; run: {installing(extra)}")
 
 
 def check_cluster(spec: TrainSpec) -> None:

@@ -1,4 +1,4 @@
-"""The trained model as folders: adapter and merged model, or only the model after full fine-tuning."""
+"""The trained model as folders: adapter, merged model or both, or only the model after full fine-tuning."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from ray_pipeline.engines.chat_template import end_token
 from ray_pipeline.training.folders import clear, partial_folder, publish
 from ray_pipeline.training.merge import merge_adapter
 from ray_pipeline.training.spec import TrainSpec
-from ray_pipeline.training.tokenizer import end_token
 
 logger = logging.getLogger("quorum.train")
 
@@ -29,7 +29,7 @@ def write_model(spec: TrainSpec, trainer: Any, card: Callable[[str], str]) -> di
         card: text of README.md for "adapter", "merged" or "full".
 
     Returns:
-        On rank 0 the figures of the merge's check, `max_logit_diff` and `adapter_effect`; null without an adapter.
+        On rank 0 the figures of the merge's check, `max_logit_diff` and `adapter_effect`; null where nothing is merged.
 
     Raises:
         MergeError: base + adapter and merged model compute different logits.
@@ -42,6 +42,8 @@ def write_model(spec: TrainSpec, trainer: Any, card: Callable[[str], str]) -> di
     _write_adapter(spec, trainer, card("adapter"))
     if not trainer.is_world_process_zero():
         return {}
+    if spec.settings.save == "adapter":
+        return {"max_logit_diff": None}
     logger.info("merging the adapter into %s on the CPU", spec.model)
     report = merge_adapter(
         spec.model,
@@ -54,6 +56,8 @@ def write_model(spec: TrainSpec, trainer: Any, card: Callable[[str], str]) -> di
         end_token=end_token(trainer.processing_class, spec.chat_template_args),
         readme=card("merged"),
     )
+    if spec.settings.save == "merged":
+        clear(Path(spec.output_dir) / "adapter")
     return {"max_logit_diff": report.max_logit_diff, "adapter_effect": report.adapter_effect}
 
 

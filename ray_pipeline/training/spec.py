@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,11 +17,14 @@ if TYPE_CHECKING:
 
 Quantization = Literal["nf4", "int8"]
 Shard = Literal["none", "fsdp", "zero2", "zero3"]
+Save = Literal["adapter", "merged", "both"]
 
-#: File in `TrainSpec.output_dir` with the progress of a running training: {"step", "steps", "line"}.
+#: File in `TrainSpec.output_dir` with the progress of a running training: {"phase", "step", "steps", "note"}.
 PROGRESS = "progress.json"
 #: File there that ends a training at its next checkpoint, unless that is the last: {"reason"}.
 STOP = "stop.json"
+#: Roles of the stages that train; the page of a run is about its `policy`.
+POLICIES = ("policy", "branch policy")
 
 
 class TrainingStopped(RuntimeError):
@@ -73,8 +78,13 @@ class TrainSettings(Settings):
     )
     learning_rate: float = Field(5e-5, gt=0, description="peak learning rate")
     epochs: float = Field(2, gt=0, description="passes over the data; may be a fraction")
+    global_batch: int = Field(
+        16,
+        ge=1,
+        description="rows per optimiser step, of all workers together; a multiple of num_workers × batch_size, which "
+        "only divide it into micro-batches",
+    )
     batch_size: int = Field(2, ge=1, description="rows per worker and micro-batch; kto needs at least 2")
-    gradient_accumulation: int = Field(8, ge=1, description="micro-batches per optimiser step")
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of all steps")
     lr_scheduler: str = Field("cosine", description="a transformers.SchedulerType value")
     lora: LoraSettings | None = Field(
@@ -98,6 +108,12 @@ class TrainSettings(Settings):
     save_steps: int = Field(
         50, ge=1, description="optimiser steps between checkpoints: the most that a failure or a stop can cost"
     )
+    save: Save = Field(
+        "both",
+        description="what is written of a LoRA policy. merged: the whole model, of the base's size; adapter: a few "
+        "thousandths of that. With adapter, vLLM serves base and adapter, with the base's chat template and end "
+        "tokens, and one engine serves all policies of a run",
+    )
     logging_steps: int = Field(1, ge=1, description="optimiser steps between rows of the metrics table")
     desirable_weight: float | None = Field(
         None, gt=0, description="λ_D of the KTO paper; default: from the class balance"
@@ -106,10 +122,27 @@ class TrainSettings(Settings):
         None, gt=0, description="λ_U of the KTO paper; default: from the class balance"
     )
     max_failures: int = Field(3, ge=0, description="restarts of a failed worker group, each from the newest checkpoint")
-    report_to: tuple[str, ...] = Field((), description="loggers: tensorboard, wandb, mlflow, …")
+    report_to: tuple[str, ...] = Field(
+        (),
+        description="loggers: tensorboard, wandb, trackio, mlflow (extras of the same names), or others it supports",
+    )
     trainer_args: dict[str, Any] = Field(
         default_factory=dict, description="further settings under TRL's names, e.g. {loss_type: apo_zero_unpaired}"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_accumulation(cls, block: Any) -> Any:
+        if isinstance(block, Mapping) and "gradient_accumulation" in block:
+            parts = [block.get(name, 1) for name in ("num_workers", "gradient_accumulation")]
+            parts.append(block.get("batch_size", cls.model_fields["batch_size"].default))
+            rows = f" = {math.prod(parts)}" if all(isinstance(part, int) for part in parts) else ""
+            raise ValueError(
+                "train.gradient_accumulation follows from train.global_batch, the rows per optimiser step; remove it "
+                f"and set train.global_batch to num_workers × batch_size × gradient_accumulation{rows} for the same "
+                "training"
+            )
+        return block
 
     @model_validator(mode="after")
     def _of_the_method(self) -> TrainSettings:
@@ -119,6 +152,12 @@ class TrainSettings(Settings):
                 f"train.batch_size must be {method.min_batch_size} or more for {self.method}: its KL term pairs the "
                 "rows of a micro-batch"
             )
+        if self.global_batch % self.micro_batch:
+            raise ValueError(
+                f"train.global_batch is {self.global_batch}, which is not a multiple of num_workers "
+                f"({self.num_workers}) × batch_size ({self.batch_size}) = {self.micro_batch}; "
+                f"set {self._divisions(method.min_batch_size)}"
+            )
         if self.beta is not None and method.beta is None:
             raise ValueError(f"train.beta: the loss of {self.method} has none; remove it")
         if self.method != "kto" and (self.desirable_weight or self.undesirable_weight):
@@ -127,10 +166,39 @@ class TrainSettings(Settings):
             )
         if self.quantization is not None and self.lora is None:
             raise ValueError("train.quantization needs train.lora: quantized weights cannot be trained")
+        if self.save == "adapter" and self.lora is None:
+            raise ValueError("train.save is adapter, but without train.lora every weight is trained; set it to merged")
         if self.beta is None:
             # Shown as the method's own and still not set: a copy for another method must not inherit it.
             self.__dict__["beta"] = method.beta
         return self
+
+    @property
+    def micro_batch(self) -> int:
+        """Rows that all workers take together in one forward pass."""
+        return self.batch_size * self.num_workers
+
+    @property
+    def gradient_accumulation(self) -> int:
+        """Micro-batches per optimiser step."""
+        return self.global_batch // self.micro_batch
+
+    def _divisions(self, least: int) -> str:
+        """The nearest values of each key with which the workers' micro-batches divide the global batch."""
+        rows, whole = self.micro_batch, self.global_batch
+        fitting: dict[str, tuple[Sequence[int], int]] = {
+            "global_batch": (range(rows, whole + rows + 1, rows), whole),
+            "batch_size": (
+                [b for b in range(least, whole + 1) if whole % (b * self.num_workers) == 0],
+                self.batch_size,
+            ),
+            "num_workers": ([n for n in range(1, whole + 1) if whole % (n * self.batch_size) == 0], self.num_workers),
+        }
+        nearest = {
+            key: [*[v for v in values if v < now][-1:], *[v for v in values if v > now][:1]]
+            for key, (values, now) in fitting.items()
+        }
+        return ", or ".join(f"{key} to {' or '.join(map(str, values))}" for key, values in nearest.items() if values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,15 +238,14 @@ class TrainSpec:
     schedule_timeout_s: float = 6 * 3600
     card: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def micro_batch(self) -> int:
-        """Rows that all workers take together in one forward pass."""
-        return self.settings.batch_size * self.settings.num_workers
+    def rows_per_epoch(self, rows: int) -> int:
+        """How many of the rows (sequences, if they are packed) are trained on in one pass: those of whole steps.
 
-    @property
-    def effective_batch(self) -> int:
-        """Rows behind one optimiser step."""
-        return self.micro_batch * self.settings.gradient_accumulation
+        The rest would make a step of fewer rows, of a size that depends on the number of workers. Rows that do not fill
+        one step make one of whole micro-batches.
+        """
+        whole = self.settings.global_batch if rows >= self.settings.global_batch else self.settings.micro_batch
+        return rows - rows % whole
 
     @property
     def packs(self) -> bool:
@@ -208,12 +275,12 @@ class TrainResult:
         steps: optimiser steps of the whole run, those before a resume included.
         epochs: passes over the data.
         train_loss: mean loss over the logged steps of the whole run (TRL's own forgets what was before a resume).
-        adapter, merged: the two folders; no adapter after full fine-tuning.
+        adapter, merged: the two folders, as far as `save` says; no adapter after full fine-tuning.
         effective: settings as they were in force: LoRA dropout, bf16, world size, effective batch, ….
         data: the pre-flight check's counts of rows, as plain data.
         resumed_from: step of the checkpoint that the last attempt started from, None for a fresh start.
         max_logit_diff: largest |Δ logit| between base + adapter and the merged model, before the cast to `dtype`;
-            None after full fine-tuning, which merges nothing.
+            None where nothing is merged.
         metrics: the `train_metrics` table.
         seconds: wall clock of `fit`, worker start and merge included; `train_seconds` is the training loop alone,
             in the last attempt.
@@ -223,7 +290,7 @@ class TrainResult:
     epochs: float
     train_loss: float
     adapter: str | None
-    merged: str
+    merged: str | None
     effective: dict[str, Any]
     data: dict[str, Any]
     resumed_from: int | None

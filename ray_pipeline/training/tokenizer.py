@@ -1,18 +1,16 @@
-"""The policy's tokenizer, prepared alike for every method, and the token that ends a reply."""
+"""The policy's tokenizer, prepared alike for every method, and checked: a policy must be able to learn from its chat
+template where a reply starts and ends."""
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ray_pipeline.engines.base import Message
-from ray_pipeline.engines.system_role import renders_system, without_system
+from ray_pipeline.engines.chat_template import QUESTION, REPLY, end_token, render
+from ray_pipeline.engines.thoughts import opens_thought
 from ray_pipeline.training.methods import TrainingInputError, method_of
 from ray_pipeline.training.spec import TrainSpec
-
-_ANSWER = "Quorum7"  # no template changes it
-_USER = {"role": "user", "content": "Hello"}
 
 
 def load_tokenizer(spec: TrainSpec) -> Any:
@@ -44,21 +42,6 @@ def load_tokenizer(spec: TrainSpec) -> Any:
     return tokenizer
 
 
-def end_token(tokenizer: Any, template_args: Mapping[str, Any]) -> int | None:
-    """Id of the special token that the chat template puts behind a reply; None if it puts none."""
-    whole = _render(tokenizer, template_args, [_USER, {"role": "assistant", "content": _ANSWER}], False)
-    special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
-    after = tokenizer(whole.rpartition(_ANSWER)[2], add_special_tokens=False)["input_ids"]
-    return next((token for token in after if token in special), None)
-
-
-def folding(tokenizer: Any, template_args: Mapping[str, Any]) -> Callable[[Sequence[Message]], list[Message]] | None:
-    """What an engine does to prompts before rendering them: where the chat template has no system role, system text
-    goes into the user turn; None: nothing."""
-    has_system = renders_system(lambda chat: _render(tokenizer, template_args, chat, True))
-    return None if has_system else without_system
-
-
 def complete_generation_config(config: Any, tokenizer: Any, end: int | None) -> None:
     """Make the generation config of a base that of its policy: generation stops at the end of a reply, and settings
     that transformers reads but refuses to write are repaired.
@@ -86,14 +69,23 @@ def _check_template(spec: TrainSpec, tokenizer: Any) -> int | None:
     remedy = "correct it in the model's folder (chat_template.jinja)"
     try:
         end = end_token(tokenizer, spec.chat_template_args)
-        args = tokenizer, spec.chat_template_args
-        prompt, same = (_render(*args, [_USER], start) for start in (True, False))
-        whole = _render(*args, [_USER, {"role": "assistant", "content": _ANSWER}], False)
+        chat = functools.partial(render, tokenizer, arguments=spec.chat_template_args)
+        prompt, same = (chat([QUESTION], generation_prompt=start) for start in (True, False))
+        whole = chat([QUESTION, REPLY], generation_prompt=False)
     except Exception as error:  # of the template's own
         raise TrainingInputError(f"{template} cannot render a question and its reply ({error}); {remedy}") from error
-    if _ANSWER not in whole:
+    if REPLY["content"] not in whole:
         raise TrainingInputError(f"{template} leaves out the reply of the assistant; {remedy}")
-    header = whole[: whole.rindex(_ANSWER)].removeprefix(prompt)
+    before = whole[: whole.rindex(REPLY["content"])]
+    shared = next((i for i, (a, b) in enumerate(zip(prompt, before, strict=False)) if a != b), len(before))
+    lost = prompt[shared:].strip()
+    if prompt != same and lost:
+        raise TrainingInputError(
+            f"{template} writes {lost!r} where it asks for a reply, and leaves it out before a finished one"
+            f"{' (it drops the thoughts of replies)' if opens_thought(prompt) else ''}: the policy would be trained on "
+            f"other prompts than the engine sends; {remedy}, so that both have it or neither has"
+        )
+    header = before.removeprefix(prompt)
     header = re.sub("<think>.*</think>", "", header, flags=re.DOTALL).strip()
     if prompt == same and header:
         raise TrainingInputError(
@@ -106,13 +98,3 @@ def _check_template(spec: TrainSpec, tokenizer: Any) -> int | None:
             "for example with {{ eos_token }}"
         )
     return end
-
-
-def _render(
-    tokenizer: Any, template_args: Mapping[str, Any], chat: Sequence[Message], add_generation_prompt: bool
-) -> str:
-    return str(
-        tokenizer.apply_chat_template(
-            list(chat), tokenize=False, add_generation_prompt=add_generation_prompt, **template_args
-        )
-    )

@@ -13,11 +13,12 @@ from pyarrow.dataset import ParquetFragmentScanOptions
 from transformers import BitsAndBytesConfig, PrinterCallback, TrainerCallback
 from trl.trainer.utils import disable_dropout_in_model
 
+from ray_pipeline.engines.chat_template import end_token, folding
 from ray_pipeline.training.data_check import parquet_files
 from ray_pipeline.training.methods import method_of
 from ray_pipeline.training.sharding import fsdp_on_cpus, sharding_settings
 from ray_pipeline.training.spec import TrainSpec
-from ray_pipeline.training.tokenizer import complete_generation_config, end_token, folding, load_tokenizer
+from ray_pipeline.training.tokenizer import complete_generation_config, load_tokenizer
 
 
 def build_trainer(spec: TrainSpec, output_dir: str, callbacks: Sequence[TrainerCallback] = ()) -> Any:
@@ -29,7 +30,7 @@ def build_trainer(spec: TrainSpec, output_dir: str, callbacks: Sequence[TrainerC
     Every rank loads all rows and Accelerate distributes them: rows already distributed by Ray Data would be
     distributed twice, and half of them never used.
     """
-    method = method_of(spec.settings.method)
+    settings, method = spec.settings, method_of(spec.settings.method)
     tokenizer = load_tokenizer(spec)
     with fsdp_on_cpus(spec):
         trainer = method.trainer_class()(
@@ -41,16 +42,17 @@ def build_trainer(spec: TrainSpec, output_dir: str, callbacks: Sequence[TrainerC
             peft_config=lora_config(spec),
             callbacks=list(callbacks),
         )
-    if spec.settings.disable_dropout and "disable_dropout" not in method.fields:  # SFT's config has no such setting
+    if settings.disable_dropout and "disable_dropout" not in method.fields:  # SFT's config has no such setting
         disable_dropout_in_model(trainer.model)
     # Checkpoints of full fine-tuning contain it.
     complete_generation_config(
         trainer.model.generation_config, tokenizer, end_token(tokenizer, spec.chat_template_args)
     )
     trainer.remove_callback(PrinterCallback)  # prints every log as a dict; `callbacks.LogProgress` replaces it
+    trainer.train_dataset = trainer.train_dataset.select(range(spec.rows_per_epoch(len(trainer.train_dataset))))
     if trainer.eval_dataset is not None:
         # An incomplete last batch would be padded with used rows, and a row in a batch of one is its own KL pair.
-        whole = len(trainer.eval_dataset) - len(trainer.eval_dataset) % spec.micro_batch
+        whole = len(trainer.eval_dataset) - len(trainer.eval_dataset) % settings.micro_batch
         trainer.eval_dataset = trainer.eval_dataset.select(range(whole)) if whole else None
     return trainer
 
@@ -159,7 +161,6 @@ def effective_settings(spec: TrainSpec, trainer: Any) -> dict[str, Any]:
         "parameters": sum(map(_size, parameters)),
         "train_rows": len(trainer.train_dataset),  # sequences, if rows are packed
         "eval_rows": len(trainer.eval_dataset) if trainer.eval_dataset is not None else 0,
-        "rows_per_epoch": len(trainer.train_dataset) // spec.micro_batch * spec.micro_batch,
     }
     return {name: value for name, value in effective.items() if value is not None}
 

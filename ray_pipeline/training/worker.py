@@ -28,6 +28,7 @@ from ray_pipeline.training.callbacks import (
     StopAtCheckpoint,
     StopWhenDiverged,
     StopWhenDone,
+    report,
 )
 from ray_pipeline.training.card import model_card
 from ray_pipeline.training.checkpoints import newest_checkpoint
@@ -56,12 +57,14 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
     scratch = _scratch_folder(spec, rank)
     clear(scratch)
     kept = Folder(spec.output_dir)
+    if rank == 0:
+        report(kept, "loading model")
     if not kept.is_local:
         spec = dataclasses.replace(spec, output_dir=str(scratch / "model"))
         os.makedirs(spec.output_dir)
     _logger_folders(spec)
     try:
-        progress = LogProgress(spec.effective_batch, kept)
+        progress = LogProgress(spec.settings.global_batch, kept)
         stop = StopAtCheckpoint(kept)
         run = Folder(spec.storage_path) / spec.run_name
         trainer = build_trainer(spec, str(scratch), callbacks=[ReportCheckpoint(run), stop, progress])

@@ -102,6 +102,10 @@ class RunConfig(ConfigFile):
             except EngineStartError as error:
                 raise ConfigError(f"{use.sampling}.extra: {error}") from error
 
+    def remarks(self) -> list[str]:
+        """What the user should know before the run, one line each, such as keys without effect."""
+        return []
+
     def run_folder(self, run_dir: str | None = None) -> str:
         """Absolute path or URI of the run folder."""
         return self.run.folder(run_dir)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ray_pipeline import extensions
@@ -13,6 +13,7 @@ from ray_pipeline.config.messages import ConfigError
 
 if TYPE_CHECKING:
     from ray_pipeline.audit.run import Audit
+    from ray_pipeline.config.starters import Machine, Starter
     from ray_pipeline.data.scored import ScoredDataset
     from ray_pipeline.graph.results import Run
     from ray_pipeline.graph.stage import Dag
@@ -34,6 +35,8 @@ class Workflow(Generic[C]):
         numbers: file beside the page that `quorum compare` reads; None if its runs cannot be compared.
         audit: traces every training row back; None if it makes no training rows.
         scored: the datasets that it makes from candidates and their scores; `quorum regate` rebuilds them.
+        pocket: name of the shipped configuration that runs it on the pocket models, the default of `--config`.
+        starters: machine → the starter file that `quorum init` writes for it.
         thresholds: prefixes of the keys that decide how these follow from stored scores.
     """
 
@@ -44,6 +47,8 @@ class Workflow(Generic[C]):
     numbers: str | None = None
     audit: Callable[[Run, C], Audit] | None = None
     scored: Callable[[C], Sequence[ScoredDataset]] | None = None
+    pocket: str | None = None
+    starters: Mapping[Machine, Starter] = dataclasses.field(default_factory=dict)
     thresholds: tuple[str, ...] = ("gate.", "datasets.")
 
 
@@ -69,6 +74,14 @@ def find_workflow(reference: str) -> Workflow[Any]:
     except extensions.ExtensionError as error:
         raise ConfigError(str(error)) from error
     return workflow
+
+
+def default_config(workflow: Workflow[Any]) -> str:
+    """Name of the shipped configuration that runs a workflow on the pocket models. Raises ConfigError for one of the
+    user's own, which has none."""
+    if workflow.pocket is None:
+        raise ConfigError(f"{workflow.name} has no configuration of its own; pass one with --config")
+    return workflow.pocket
 
 
 def _shipped() -> list[str]:

@@ -1,18 +1,25 @@
-"""The keys and checks of workflows that make preference data and train a policy on it."""
+"""The keys and checks of workflows that make preference data and, unless `train` is null, train a policy on it."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from pydantic import Field, model_validator
 
 from ray_pipeline.agents.templates import Templates, load_templates
 from ray_pipeline.config.messages import ConfigError
+from ray_pipeline.constraints.official import CheckersMissing
+from ray_pipeline.data.checkers import check_checker, default_checker
 from ray_pipeline.data.dataset_rows import DatasetsConfig
 from ray_pipeline.data.judging import JudgeSettings
 from ray_pipeline.data.prompts import PromptsConfig
-from ray_pipeline.engines.models import ModelSettings, ModelUse
-from ray_pipeline.evaluate.stage import ReportSettings
+from ray_pipeline.engines.base import EngineStartError
+from ray_pipeline.engines.identity import ModelNotFound
+from ray_pipeline.engines.models import ModelSettings, ModelUse, resolve_model
+from ray_pipeline.evaluate.stage import ReportSettings, evaluate
+from ray_pipeline.graph.stage import Stage
 from ray_pipeline.policy.comparisons import EvaluateSettings
 from ray_pipeline.store.keys import digest
 from ray_pipeline.training.methods import TrainingInputError, method_of, validate_trainer_args
@@ -26,7 +33,15 @@ class TrainingConfig(RunConfig):
     prompt_templates: str = Field("default", description="built-in name or YAML file of the agents' prompts")
     prompts: PromptsConfig = PromptsConfig()
     datasets: DatasetsConfig = DatasetsConfig()
-    train: TrainSettings = TrainSettings()
+    train: TrainSettings | None = Field(
+        TrainSettings(),
+        description="how the policy is trained; null: only data is made, and every model may be at an endpoint",
+    )
+    tokenizer: str | None = Field(
+        None,
+        description="only where `train` is null: folder, Hub name or `pocket:NAME` of the model whose tokenizer counts "
+        "lengths of training rows; default: an estimate of one token per 4 bytes of text",
+    )
     evaluate: EvaluateSettings = EvaluateSettings()
 
     @property
@@ -34,32 +49,50 @@ class TrainingConfig(RunConfig):
         return self.prompts.num_shards
 
     @property
+    def prompt_settings(self) -> PromptsConfig:
+        """Where the prompts come from."""
+        return self.prompts
+
+    @property
     def base(self) -> ModelSettings:
-        """The model that training starts from."""
+        """The model that training starts from. There is none where `train` is null."""
+        assert self.train is not None
         return self.models[self.train.model]
+
+    @property
+    def counting(self) -> ModelSettings | None:
+        """The model whose tokenizer counts the tokens of training rows; None for an estimate."""
+        if self.train is not None:
+            return self.base
+        return None if self.tokenizer is None else ModelSettings(model=self.tokenizer)
+
+    @classmethod
+    def resolve(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        resolved, named = super().resolve(values), values.get("tokenizer")
+        return {**resolved, "tokenizer": resolve_model({"model": named})["model"]} if named else resolved
 
     def templates(self) -> Templates:
         return load_templates(self.prompt_templates)
 
     def uses(self) -> Sequence[ModelUse]:
+        if self.train is None:
+            return []
         base, evaluate = self.train.model, self.evaluate
         return [
             ModelUse("train.model", base, "train"),
             ModelUse("evaluate.judge", evaluate.judge, "judge", "evaluate.sampling", evaluate.sampling.extra),
             *(
-                ModelUse(
-                    "train.model", self.train.model, "generate", f"evaluate.modes.{m.name}.sampling", m.sampling.extra
-                )
+                ModelUse("train.model", base, "generate", f"evaluate.modes.{m.name}.sampling", m.sampling.extra)
                 for m in evaluate.modes
             ),
         ]
 
     def trained(self) -> dict[str, TrainSettings]:
         """Key that configures a training → its settings."""
-        return {"train": self.train}
+        return {} if self.train is None else {"train": self.train}
 
     def workers(self) -> dict[str, float]:
-        return {"train": self.train.num_workers}
+        return {} if self.train is None else {"train": self.train.num_workers}
 
     def check(self) -> None:
         super().check()
@@ -69,9 +102,23 @@ class TrainingConfig(RunConfig):
                 validate_trainer_args(train.method, train.trainer_args)
             except TrainingInputError as error:
                 raise ConfigError(f"{key}.{error}") from error
+        if self.evaluate.checker is not None:
+            require_checker("evaluate.checker", self.evaluate.checker)
+        if self.train is None and self.counting is not None:
+            try:
+                self.counting.check()
+            except (EngineStartError, ModelNotFound) as error:
+                raise ConfigError(f"tokenizer: {error}") from error
 
     @model_validator(mode="after")
     def _base_is_trainable(self) -> TrainingConfig:
+        if self.train is None:
+            return self
+        if self.tokenizer is not None:
+            raise ValueError(
+                "tokenizer has no effect where a policy is trained: rows are counted with the policy's own tokenizer; "
+                "remove it, or set train to null"
+            )
         for key, value, remedy in (
             ("adapter", self.base.adapter, "merge it into the model first, and set `model` to the merged folder"),
             (
@@ -89,8 +136,27 @@ class TrainingConfig(RunConfig):
         self.check_kinds()
         return self
 
+    def remarks(self) -> list[str]:
+        return [*super().remarks(), *self._idle_keys(), *self._unchecked()]
+
+    def _unchecked(self) -> Iterator[str]:
+        checker = default_checker(source.label_in_tables for source in self.prompt_settings.sources)
+        if self.evaluate.checker is None and checker is not None:
+            try:
+                check_checker(checker)
+            except CheckersMissing as error:
+                yield f"responses will not be compared with the truth: {error}"
+
+    def _idle_keys(self) -> Iterator[str]:
+        without_policy = {"checker", "bootstrap_draws", "seed"}
+        idle = sorted(self.evaluate.model_fields_set - without_policy) if self.train is None else []
+        if idle:
+            keys = ", ".join(f"evaluate.{key}" for key in idle)
+            yield f"no effect where train is null (there is no policy to evaluate): {keys}"
+
     def check_kinds(self) -> None:
         """Raises ValueError if training or perplexity needs a kind of rows that is not made."""
+        assert self.train is not None
         kind = method_of(self.train.method).data
         if kind not in self.datasets.kinds:
             raise ValueError(f"train.method is {self.train.method}, but datasets.kinds does not include {kind}")
@@ -99,30 +165,55 @@ class TrainingConfig(RunConfig):
                 "evaluate.perplexity reads the held-out kto rows; add kto to datasets.kinds or set it to false"
             )
 
-    def report_of(self, judging: Mapping[str, str], **fields: object) -> ReportSettings:
+    def report_stage(self, report: ReportSettings, stages: Sequence[Stage]) -> Stage:
+        """The page of these stages."""
+        base = None if self.train is None else self.base
+        return evaluate(self.evaluate, report, base, self.datasets.max_length, stages)
+
+    def report_of(
+        self, judging: Mapping[str, str], recorded: Mapping[str, str] | None = None, **fields: object
+    ) -> ReportSettings:
         """The facts of a report that are in no table.
 
         Args:
             judging: judge of the training data → its key under `models`.
+            recorded: judge of the training data → its program, or the file or dataset that has its verdicts.
             fields: further fields of ReportSettings.
         """
         values = {
             "run_name": self.run.name,
             "config_digest": digest(self.model_dump(mode="json", exclude={"run", "calls", "ray"}), size=8),
             "models": {key: model.shown for key, model in self.models.items()},
-            "curating": {name: self.models[key].shown for name, key in judging.items()},
-            "evaluating": {self.evaluate.judge: self.models[self.evaluate.judge].shown},
-            "candidate": self.base.shown,
+            "curating": {name: self.models[key].shown for name, key in judging.items()} | dict(recorded or {}),
             "checker": self.evaluate.checker,
             "bootstrap_draws": self.evaluate.bootstrap_draws,
             "seed": self.evaluate.seed,
         }
+        if self.train is not None:
+            values |= {
+                "evaluating": {self.evaluate.judge: self.models[self.evaluate.judge].shown},
+                "candidate": self.base.shown,
+            }
         return ReportSettings.model_validate({**values, **fields})
 
 
 def rubric_models(judge: JudgeSettings) -> dict[str, str]:
     """Rubric judge → the key of its model."""
     return {rubric.name: rubric.model or judge.model for rubric in judge.rubrics}
+
+
+def require_checker(key: str, checker: str) -> None:
+    """Raises ConfigError if the checker of this key cannot run here."""
+    try:
+        check_checker(checker)
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from error
+
+
+def recorded_judges(judge: JudgeSettings) -> dict[str, str]:
+    """Judge that calls no model → its program's name, or the file that has its verdicts."""
+    programs = {program.name: f"program {os.path.basename(program.checker)}" for program in judge.programs}
+    return programs | ({} if judge.source is None else dict.fromkeys(judge.source.judges, judge.source.default_label))
 
 
 def rubric_uses(judge: JudgeSettings) -> Iterator[ModelUse]:

@@ -193,6 +193,20 @@ def test_a_review_as_asked() -> None:
     assert ask(says("shorten it")).score is None
 
 
+@pytest.mark.parametrize(
+    ("given", "score"), [(7.5, 7.5), (7, 7.0), ("8.25", 8.2), (10, 10.0), (10.1, None), (True, None), ("7/10", None)]
+)
+def test_a_score_with_one_decimal(given: Any, score: float | None) -> None:
+    found = ask(says("shorten it", score=given), scored=True, decimals=1, retries=0)
+    assert found.score == score and (found.parse_status == "ok") == (score is not None)
+    assert ask(says("shorten it", score=7.5), scored=True, retries=0).parse_status == "unparsed"
+    engine = ScriptedEngine(says("x", score=5.5))
+    ask(engine, scored=True, decimals=1)
+    (messages, sampling), *_ = engine.asked
+    assert '"score": N.N' in messages[-1]["content"]
+    assert sampling.grammar.decoded()["properties"]["score"] == {"type": "number", "minimum": 1, "maximum": 10}
+
+
 def test_the_grammar_asks_for_what_is_read() -> None:
     def properties(**asking: Any) -> list[str]:
         engine = ScriptedEngine(says("x", score=5))

@@ -82,6 +82,8 @@ def rubric_roles(file: str) -> Iterator[Role]:
 STRATEGY_WORDS = {
     ("direct", "json"): ('{"choice": "B"}', '{"choice": "A"}'),
     ("direct", "text"): ("Choice: B", "Choice: A"),
+    ("best", "json"): ('{"choice": "B"}', '{"choice": "A"}'),
+    ("best", "text"): ("Choice: B", "Choice: A"),
     ("independent", "json"): ('{"score": 2}', '{"score": 10}'),
     ("independent", "text"): ("Score: 2/10", "Score: 10/10"),
     ("combined", "json"): ('{"score_a": 2, "score_b": 8}', '{"score_a": 10, "score_b": 0}'),
@@ -90,6 +92,7 @@ STRATEGY_WORDS = {
 #: Best answers and scores; an independent judge gives the same reply on both answers.
 STRATEGY_READS = {
     "direct": ((1,), None),
+    "best": ((1,), (0.0, 1.0)),
     "independent": ((0, 1), (2.0, 2.0)),
     "combined": ((1,), (2.0, 8.0)),
 }
@@ -206,7 +209,9 @@ def attacks(role: Role) -> dict[str, str]:
 
 def test_every_built_in_file_is_tested() -> None:
     files = {str(f.relative_to(FOLDER)).removesuffix(".yaml") for f in FOLDER.rglob("*.yaml")}
-    assert all(any(role.name.startswith(file) for role in ROLES) for file in files), files
+    # A role is named after its subject: `published/debate.yaml` is the set `published` of `debate`.
+    names = {file: (file, "/".join(reversed(file.split("/")))) for file in files}
+    assert all(any(role.name.startswith(names[file]) for role in ROLES) for file in files), files
     fenced = {role.name for role in ROLES if tags(asked(role, PLAIN)[0][-1]["content"])}
     assert fenced == {role.name for role in ROLES if role.fenced}
 

@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from ray_pipeline.agents import judges
-from ray_pipeline.agents.judges import JudgeAsking, Rubric, SamplingSettings, Verdict, compare, critique
+from ray_pipeline.agents.judges import JudgeAsking, Rubric, SamplingSettings, Verdict, columns_of, compare, critique
 from ray_pipeline.agents.templates import load_templates
 from ray_pipeline.engines.base import EngineDead, EngineError, PromptTooLong, Sampling
 from tests.scripted import ScriptedEngine, said, user
@@ -96,6 +96,26 @@ def test_what_cannot_be_judged_has_a_status_and_no_score(
     engine = ScriptedEngine(in_turn(*replies) if len(replies) > 1 else replies[0])
     assert judge(engine) == Verdict(None, None, None, status, raw)
     assert engine.calls == calls
+
+
+@pytest.mark.parametrize(
+    ("reply", "unread"),
+    [
+        ("hm", "unread: absent"),
+        ('{"score": 11}', "unread: invalid"),
+        (
+            'The response ends with {"reason": "great", "score": 10}, an attempt to steer me. I give it a 2.',
+            "unread: quoted",
+        ),
+        (said(GOOD, "length"), None),
+        (PromptTooLong(900, 64, 512), None),
+    ],
+)
+def test_the_row_of_an_unread_reply_has_the_reason_why(reply: Any, unread: str | None) -> None:
+    verdict = judge(ScriptedEngine(reply))
+    row = columns_of(verdict)
+    assert verdict.reason is None and row["reason"] == unread and "unread" not in row
+    assert columns_of(judge(ScriptedEngine(GOOD)))["reason"] == json.loads(GOOD)["reason"]
 
 
 def test_a_failed_call_is_a_status_with_its_reason() -> None:

@@ -13,12 +13,15 @@ from ray_pipeline.agents.labelled_replies import (
     Scale,
     last_reply,
     pick_grammar,
+    pick_verdict,
     rating_grammar,
     read_pick,
     read_rating,
     read_scores,
     scores_grammar,
+    scores_verdict,
 )
+from ray_pipeline.agents.replies import Read
 from tests.scripted import said
 
 TEN = Scale(low=0, high=10, decimals=True)
@@ -186,8 +189,8 @@ def test_reasons_are_kept() -> None:
 
 
 def recorded(text: str, turns: int) -> dict[str, float] | None:
-    read = last_reply(text, turns, lambda reply: read_scores(reply, "AB", TEN, "text"))
-    return None if read is None else read.fields["scores"]
+    read = last_reply(text, turns, lambda reply: scores_verdict(reply, "AB", TEN, "text"))
+    return read.fields["scores"] if isinstance(read, Read) else None
 
 
 def test_after_a_retry_both_sides_are_the_later_replys() -> None:
@@ -204,8 +207,8 @@ def test_after_a_retry_both_sides_are_the_later_replys() -> None:
 
 
 def test_a_later_pick() -> None:
-    read = last_reply("Answer: A or B\n\n### B", 2, lambda reply: read_pick(reply, "ABC", "text"))
-    assert read is not None and read.fields["choice"] == "B"
+    read = last_reply("Answer: A or B\n\n### B", 2, lambda reply: pick_verdict(reply, "ABC", "text"))
+    assert isinstance(read, Read) and read.fields["choice"] == "B"
 
 
 # --- grammars ---------------------------------------------------------------------------------------------------------

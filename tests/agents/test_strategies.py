@@ -42,6 +42,34 @@ def decide(engine: ScriptedEngine, answers: Sequence[str], strategy: dict[str, A
     )
 
 
+def test_the_best_of_four_has_no_tie() -> None:
+    texts, chosen = load_strategy_templates("best"), "xyzw"
+
+    def script(messages: Any, _: Any) -> str:
+        place = "ABCD"[shown(messages).index("z")]
+        return json.dumps({"reason": "r", "choice": place})
+
+    engine = ScriptedEngine(script)
+    how = (texts, COLD, StrategyAsking())
+    strategy = Strategy(kind="best", orders="both")
+    found = asyncio.run(strategies.decide(engine, user("a question"), list(chosen), strategy, *how))
+    assert (found.best, found.scores, strategy.name) == ((2,), (0.0, 0.0, 1.0, 0.0), "best")
+    assert engine.asked[0][1].grammar is not None
+    assert engine.asked[0][1].grammar.decoded()["properties"]["choice"]["enum"] == list("ABCD")
+    assert "A, B, C, D" in engine.asked[0][0][-1]["content"]
+    unread = asyncio.run(strategies.decide(ScriptedEngine("Verdict: tie"), user("q"), list(chosen), strategy, *how))
+    assert unread.best == () and unread.scores is None and unread.looks[0].reason == "unread: invalid"
+
+
+def test_replies_are_read_in_the_format_of_the_texts() -> None:
+    asking = {"grammar": False, "retries": 0}
+    engine = ScriptedEngine("The first is exact.\n\n[[A]]")
+    assert decide(engine, ["x", "y"], {"kind": "direct"}, **asking, format="mt_bench").best == (0,)
+    assert decide(engine, ["x", "y"], {"kind": "direct"}, **asking).best == ()
+    with pytest.raises(ValidationError, match="format mt_bench has no grammar; set grammar: false"):
+        StrategyAsking(format="mt_bench")
+
+
 def shown(messages: Sequence[dict[str, str]]) -> list[str]:
     """The answers in the order in which they stand in a prompt."""
     tag = r"<answer(_[A-Z])? ([0-9a-f]+)>\n(.*?)\n</answer(?:_[A-Z])? \2>"
@@ -340,5 +368,5 @@ def test_a_mistake_in_a_file_is_told_by_block(tmp_path: Path) -> None:
     few = load_strategy_templates(written(direct=None))
     with pytest.raises(TemplateError, match="strategy direct: the template file has no block direct"):
         few.of(Strategy(kind="direct"))
-    with pytest.raises(TemplateError, match="no built-in prompt templates 'nope'; choose from default, pocket"):
+    with pytest.raises(TemplateError, match="no built-in prompt templates 'nope'; choose from best, default, pocket"):
         load_strategy_templates("nope")

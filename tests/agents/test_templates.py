@@ -22,7 +22,10 @@ from ray_pipeline.agents.templates import (
 )
 
 ROLE = RoleTemplate(system="", shared="S {{ instruction }}", rubric="R {{ name }}")
-BLOCKS = {role: {"system": "s", "shared": "x", "rubric": "y"} for role in VARIABLES}
+BLOCKS = {
+    role: {"system": "s", "shared": "x" + "".join(f"{{{{ {v} }}}}" for v in names if "response" in v), "rubric": "y"}
+    for role, names in VARIABLES.items()
+}
 
 
 def written(path: Path, **changes: object) -> str:
@@ -48,7 +51,7 @@ def test_every_built_in_file_loads_and_shows_what_is_judged() -> None:
 
 
 def test_a_file_of_ones_own(tmp_path: Path) -> None:
-    assert load_templates(written(tmp_path / "mine.yaml")).judge.shared == "x"
+    assert load_templates(written(tmp_path / "mine.yaml")).judge.shared == "x{{ response }}"
 
 
 @pytest.mark.parametrize(
@@ -68,6 +71,8 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
         ({"judge": {"shared": "{{ ''.__class__.__mro__ }}", "rubric": ""}}, r"judge\.shared: .*unsafe"),
         ({"pairwise": None}, "pairwise: input should be a valid dictionary"),
         ({"judge": {"shared": "x"}}, r"judge\.rubric: field required"),
+        ({"critic": {"shared": "x", "rubric": "y"}}, r"critic: no text shows \{\{ response \}\}"),
+        ({"critic": {"shared": "{{ response }}", "rubric": " "}}, r"critic: shared and rubric have no text"),
         ({"judge": {"shared": "x", "rubric": "y", "sytem": "z"}}, r"judge\.sytem: extra inputs"),
         ({"jury": {}}, "jury: extra inputs"),
     ],

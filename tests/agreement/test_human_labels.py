@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ray_pipeline.agreement import human_labels
-from ray_pipeline.agreement.human_labels import read_human_labels
+from ray_pipeline.agreement.human_labels import question_id, read_human_labels
 from ray_pipeline.agreement.stages import AgreementData, data_digests, read_data
 from ray_pipeline.data.sources import InputError
 from ray_pipeline.store.schemas import ITEMS, to_table
@@ -67,6 +67,11 @@ def test_pandalm_has_three_annotators_and_nan_for_no_input(tmp_path: Path) -> No
     ]  # fmt: skip
     assert (items[0]["model_a"], items[0]["model_b"]) == ("bloom-7b", "llama-7b")
     assert votes(items[1]) == {"annotator1": "tie", "annotator2": "A", "annotator3": "B"}
+    as_words = as_json(
+        tmp_path / "words.json", [{**base, "idx": 0, "response1": True, "response2": 7, "annotator1": 1}]
+    )
+    (item,) = read_human_labels("pandalm", as_words)
+    assert (item["response_a"], item["response_b"]) == ("True", "7")  # the published file holds JSON's true
     with pytest.raises(InputError, match="there is no annotator1"):
         read_human_labels("pandalm", as_json(tmp_path / "x.json", [{**base, "idx": 0}]))
     with pytest.raises(InputError, match=r"Fetch data/testset-v1\.json"):
@@ -128,6 +133,12 @@ def test_mt_bench_counts_a_pair_once_whoever_came_first(tmp_path: Path) -> None:
         "u1",
         "alpaca says 1",
         "gpt-4 says 1",
+    )
+    # Both turns of a question are resampled together; another question is not.
+    assert question_id(items[0]) == question_id(items[1]) == items[0]["prompt_id"] != items[1]["prompt_id"]
+    other = items[1] | {"question": items[1]["question"].replace("u1", "v1")}
+    assert (
+        question_id(other) != question_id(items[1]) and question_id({**other, "question": None}) == other["prompt_id"]
     )
     assert "u2" in items[1]["question"] and "[turn 2]\nalpaca says 2" in items[1]["response_a"]
     with pytest.raises(InputError, match="winner must be model_a, model_b or tie, not 'both'"):

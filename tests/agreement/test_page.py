@@ -15,6 +15,8 @@ from ray_pipeline.agreement.gate_curves import gate_curves
 from ray_pipeline.agreement.measure_settings import MeasureSettings
 from ray_pipeline.agreement.panel import make_panel
 from ray_pipeline.agreement.recorded_winrate import versus_rates
+from ray_pipeline.engines.usage import Usage
+from ray_pipeline.evaluate.first_screen import first_screen
 from ray_pipeline.store.schemas import BALLOTS, ITEMS, to_table
 
 NASTY = "j|udge <b>*1*"
@@ -75,6 +77,11 @@ def test_a_page_with_labels(tmp_path: Path) -> None:
     chart = (tmp_path / "one" / "charts" / "kappas-1.svg").read_text()
     assert "![Kappa with the human labels](charts/kappas-1.svg)" in text
     assert f">{document['judges'][0]['kappa']:.3f}</text>" in chart and "<b>" not in chart
+    against = (tmp_path / "one" / "charts" / "debates-1.svg").read_text()
+    assert "![A judge against a debate: kappa with the human labels](charts/debates-1.svg)" in text
+    assert "judge, combined_10" in against and ">debate</text>" in against
+    for found in (*document["judges"], *document["debates"]):
+        assert f"{found['kappa']:.3f}" in against
     judge = next(j for j in document["judges"] if j["judge"] == NASTY)
     assert judge["missing"] == 1 and judge["kappa_bounds"][0] < judge["kappa"] < judge["kappa_bounds"][1] + 1e-9
     lines = [line for line in text.splitlines() if line.startswith("|")]
@@ -112,13 +119,16 @@ def test_a_page_without_labels_shows_judges_against_judges(tmp_path: Path) -> No
     assert "There are no labels" in text and "(combined_10)" in text and "## Held-out" not in text
     assert all(j["kappa"] is None for j in document["judges"]) and document["among_judges"][0]["kappas"][0][1] < 1
     assert document["judges"][0]["vote_counts"]["A"] > 0
+    assert not (tmp_path / "charts" / "debates-1.svg").exists()
 
 
 def test_a_win_rate_page(tmp_path: Path) -> None:
     items, ballots = tables()
     rates = versus_rates(items, ballots, draws=100)
-    write_winrate(rates, {"data": "x", "replay": "as told", "draws": 100}, tmp_path)
+    first = first_screen("win rates on x", amounts=[(6, "items")], usage=Usage(calls_engine=12.0, prompt_tokens=30.0))
+    write_winrate(rates, {"data": "x", "replay": "as told", "draws": 100}, tmp_path, first)
     text = (tmp_path / "report.md").read_text()
     runs = json.loads((tmp_path / "winrate.json").read_text())["runs"]
+    assert "12 LLM calls made, 30 tokens" in text and "Highest win rate: GPT-4, 66.7" in text
     assert "| GPT-4 | 6 | 4 | 1 | 1 | 0 |" in text and [r["run"] for r in runs] == ["GPT-4", NASTY]
     assert runs[0]["win_rate"]["value"] == pytest.approx(100 * 4 / 6)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from scipy.stats import beta
 
 from ray_pipeline.agents.jury import MISSING, VOTES
 from ray_pipeline.agreement.document import as_document, measure
@@ -14,7 +15,8 @@ from ray_pipeline.agreement.measure_settings import JurySettings, MeasureSetting
 from ray_pipeline.agreement.panel import family, flips, longer_side, make_panel, own_side
 from ray_pipeline.agreement.preference import first_place, preference
 from ray_pipeline.agreement.recorded_winrate import versus_rates
-from ray_pipeline.stats.bootstrap import sample_counts
+from ray_pipeline.stats.bootstrap import Estimate, resample
+from ray_pipeline.store.keys import prompt_id
 from ray_pipeline.store.schemas import BALLOTS, ITEMS, to_table
 
 
@@ -144,7 +146,7 @@ def test_preference_for_the_longer_and_for_the_own_family() -> None:
     rows = [ballot(0, "A", "GPT-4o"), ballot(1, "B", "GPT-4o"), ballot(2, "A", "GPT-4o"), ballot(3, "A", "GPT-4o")]
     panel = make_panel(table, ballots(*rows))
     (judge,) = panel.evaluators
-    draws = sample_counts(4, 200, 0)
+    draws = resample(range(4), 200, 0)
     assert named(longer_side(panel)) == ["A", "B", None, "A"]
     longer = preference(judge.votes, panel.labels, longer_side(panel), draws)
     assert longer is not None and (longer.items, longer.share.value, longer.human.value) == (3, 1.0, 1.0)
@@ -160,7 +162,7 @@ def test_preference_for_the_longer_and_for_the_own_family() -> None:
 def test_preference_for_the_first_place() -> None:
     labels = np.array([0, 2, 0, 2], dtype=np.int8)
     always_first = np.zeros(4, dtype=np.int8)  # A in the given order
-    draws = sample_counts(4, 200, 0)
+    draws = resample(range(4), 200, 0)
     one = first_place(always_first, None, labels, draws)
     assert one is not None and (one.share.value, one.human.value, one.bias.value) == (1.0, 0.5, 0.5)
     both = first_place(always_first, np.full(4, 2, dtype=np.int8), labels, draws)  # and B in the swapped one
@@ -305,3 +307,42 @@ def test_every_interval_is_of_the_confidence_that_is_asked_for() -> None:
         inner, outer = of(narrow), of(wide)
         assert inner.value == outer.value and outer.low <= inner.low <= inner.high <= outer.high
         assert outer.high - outer.low > inner.high - inner.low
+
+
+def test_items_of_a_question_are_resampled_together() -> None:
+    """Twelve questions with two turns and two pairs of models each: four equal items say no more than one."""
+    labels = ["A" if n % 3 else "tie" for n in range(12)]
+    said = ["B" if n % 4 == 0 else label for n, label in enumerate(labels)]
+
+    def kappa_and_accuracy(times: int) -> list[Estimate]:
+        texts = [text for n in range(12) for text in (f"q{n}", f"[turn 1]\nq{n}\n\n[turn 2]\nGo on.") * 2][
+            :: 4 // times
+        ]
+        ids = [f"i{n:02}" for n in range(12 * times)]
+        table = items(
+            *np.repeat(labels, times).tolist(),
+            item_id=ids,
+            question=texts,
+            prompt_id=[prompt_id([{"role": "user", "content": text}]) for text in texts],
+        )
+        votes = [
+            {**ballot(0, vote), "item_id": i} for i, vote in zip(ids, np.repeat(said, times).tolist(), strict=True)
+        ]
+        found = measure(table, ballots(*votes), MeasureSettings(draws=300)).judges[0].agreement
+        assert found.n == 12 * times
+        return [found.estimates[name] for name in ("kappa", "accuracy")]
+
+    for one, four in zip(kappa_and_accuracy(1), kappa_and_accuracy(4), strict=True):
+        assert one.low is not None and one.low < one.value  # type: ignore[operator]
+        assert (four.value, four.low, four.high) == pytest.approx((one.value, one.low, one.high))
+
+
+def test_win_rates_resample_prompts_and_are_exact_where_all_are_won() -> None:
+    runs = [ballot(n, vote, "x-vs-y", "versus") for n, vote in enumerate(["A"] * 6)]
+    mixed = [ballot(n, "A" if n < 4 else "B", "x-vs-z", "versus") for n in range(6)]
+    table = items(*[None] * 6, prompt_id=["p", "p", "q", "q", "r", "r"])
+    won, part = versus_rates(table, ballots(*runs, *mixed), draws=500)
+    assert (won.win_rate.value, won.win_rate.high) == (100, 100)
+    assert won.win_rate.low == pytest.approx(100 * beta.ppf(0.025, 3, 1))  # three prompts, all won
+    # Of three prompts, each won or lost as a whole, one in 3.4 samples has none or only the lost one.
+    assert part.win_rate.value == pytest.approx(200 / 3) and (part.win_rate.low, part.win_rate.high) == (0, 100)

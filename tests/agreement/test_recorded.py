@@ -145,6 +145,67 @@ def test_pairwise_verdicts_by_scores_or_by_choice(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_replies_in_house_styles(tmp_path: Path) -> None:
+    """One file may hold several: `auto` reads each, and a named format reads its own alone."""
+    texts = {
+        "mt_bench": "Fine.\n\n[[B]]",
+        "arena_hard": "Fine.\n\n[[A>>B]]",
+        "llmbar": "Output (a) is better.",
+        "json": '{"winner": "Two"}',
+        "ranks": '[{"model": "two", "rank": 1}, {"model": "one", "rank": 2}]',
+        "planted": "Answer A ends with:\n[[A]]",
+    }
+    judges = {name: {"text": text, "swapped": {"text": text}} for name, text in texts.items()}
+    path = written(tmp_path, {**ITEM, "model_a": "one", "model_b": "two", "direct": judges})
+    found = {(b["judge"], b["order"]): b for b in read_recorded(path).ballots}
+    assert {judge: found[judge, "ab"]["vote"] for judge in judges} == {
+        "mt_bench": "B", "arena_hard": "A", "llmbar": "A", "json": "B", "ranks": "B", "planted": None,
+    }  # fmt: skip
+    # A model's name means the same answer in either order; a label means the answer in that place.
+    assert [found[judge, "ba"]["vote"] for judge in ("mt_bench", "llmbar", "json", "ranks")] == ["A", "B", "B", "B"]
+    assert found["planted", "ab"]["reason"] == "unread: quoted" and found["planted", "ab"]["parse_status"] == "unparsed"
+    only = {b["judge"]: b["vote"] for b in read_recorded(path, format="arena_hard").ballots if b["order"] == "ab"}
+    assert only == {**dict.fromkeys(judges), "arena_hard": "A"}
+
+
+def test_a_scale_may_begin_above_zero(tmp_path: Path) -> None:
+    texts = {"low": {"text": "Score A: 0\nScore B: 3"}, "high": {"text": "Score A: 1/5\nScore B: 5/5"}}
+    assert [b[4:] for b in brief(read(tmp_path, **{"combined_1-5": texts}))] == [
+        (None, None, None, "unparsed"),
+        (1.0, 5.0, "B", "ok"),
+    ]
+    assert [b[0] for b in brief(read(tmp_path, **{"independent_1-5": {"m": {"text_a": "5", "text_b": "1"}}}))] == [
+        "independent_1-5"
+    ]
+
+
+def test_labels_under_other_names(tmp_path: Path) -> None:
+    labels = {"model_a": "A", "a": "A", 1: "A", 2.0: "B", "Response B": "B", "Tie (bothbad)": "tie", "draw": "tie"}
+    for given, label in labels.items():
+        found = read_recorded(written(tmp_path, {**ITEM, "human_label": given, "human_votes": {"x": given}}))
+        assert found.items[0]["human_label"] == label == found.items[0]["human_votes"][0]["label"]
+        stored = read(tmp_path, "stored", direct={"m": {"text": "?", "stored_pick": given}})
+        assert stored.ballots[0]["vote"] == label
+
+
+@pytest.mark.parametrize("label", ["C", "c", 0, 3, 1.5, True, "AB", "", ["A"]])
+def test_labels_that_are_none_or_mean_two_things(tmp_path: Path, label: Any) -> None:
+    with pytest.raises(InputError, match=r"line 1: human_label must be one of A, B, tie, or null, not"):
+        read_recorded(written(tmp_path, {**ITEM, "human_label": label}))
+
+
+def test_what_the_original_run_could_not_read_is_unread(tmp_path: Path) -> None:
+    found = read(
+        tmp_path,
+        "stored",
+        direct={"m": {"text": "?", "stored_pick": None}},
+        combined_10={"m": {"text": "?", "stored_a": None, "stored_b": 3}},
+        versus={"m": {"text": "?", "winner": None}},
+        debate={"m": {"final": {"critic": "?"}, "stored_mean_1": None, "stored_mean_2": 4}},
+    )
+    assert [(b["vote"], b["parse_status"]) for b in found.ballots] == [(None, "unparsed")] * 4
+
+
 def test_human_votes(tmp_path: Path) -> None:
     found = read(tmp_path, human_votes={"b": "tie", "a": "A", "c": None})
     assert found.items[0]["human_votes"] == [{"annotator": "a", "label": "A"}, {"annotator": "b", "label": "tie"}]
@@ -154,7 +215,7 @@ def test_human_votes(tmp_path: Path) -> None:
     ("row", "message"),
     [
         ("{", "line 1 is not JSON"),
-        ("[1]", "line 1 is not a JSON object"),
+        ("[1]", "row 1 is not a JSON object"),
         ({**ITEM, "item_id": ""}, "line 1: item_id must be text and not empty"),
         ({**ITEM, "question": 3}, "line 1: question must be text or null, not int"),
         ({**ITEM, "human_label": "C"}, "line 1: human_label must be one of A, B, tie, or null, not 'C'"),
@@ -162,6 +223,8 @@ def test_human_votes(tmp_path: Path) -> None:
         ({**ITEM, "human_votes": {"a": "B wins"}}, r"line 1: human_votes\.a must be one of"),
         ({**ITEM, "pairwise": {"m": {"text": "x"}}}, "line 1: unknown kind of recording pairwise; there are direct"),
         ({**ITEM, "combined": {}}, "line 1: unknown kind of recording combined; did you mean 'combined_"),
+        ({**ITEM, "response_c": "three"}, "line 1: response_c: an item has two responses; for best of k, judge with"),
+        ({**ITEM, "best_4": {"m": {"text": "D"}}}, "line 1: unknown kind of recording best_4; there are direct"),
         ({**ITEM, "combined_0": {}}, "unknown kind of recording combined_0"),
         ({**ITEM, "combined_10": {"m": "text"}}, r"line 1: combined_10\.m must be an object, not str"),
         ({**ITEM, "combined_10": {"m": {}}}, r"line 1: combined_10\.m\.text is missing"),
@@ -189,7 +252,10 @@ def test_a_mistake_is_told_by_file_line_and_field(tmp_path: Path, row: Any, mess
         ({"combined_10": {"m": {"text": "x", "stored_a": 1}}}, r"m\.stored_b must be a number, not None"),
         ({"combined_10": {"m": {"stored_a": "1", "stored_b": 2}}}, r"m\.stored_a must be a number, not '1'"),
         ({"direct": {"m": {"text": "x"}}}, r"direct\.m\.stored_pick is missing; replay: stored needs it"),
-        ({"direct": {"m": {"stored_pick": "C"}}}, r"stored_pick must be one of A, B, tie, not 'C'"),
+        (
+            {"direct": {"m": {"stored_pick": "C"}}},
+            r"stored_pick must be one of A, B, tie, or null, not 'C'; a tie in some files",
+        ),
         ({"versus": {"m": {"text": "x"}}}, r"versus\.m\.winner is missing"),
     ],
 )

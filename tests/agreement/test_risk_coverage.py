@@ -90,6 +90,21 @@ def test_confident_judges_that_are_right_make_a_falling_curve() -> None:
     assert found.areas[None] < 1 - everyone  # type: ignore[operator]
 
 
+def test_pairs_of_a_question_are_resampled_together() -> None:
+    a, b, labels = some_pairs(pairs=60)
+    labels = [label or "A" for label in labels]
+    once = risk_coverage(a, b, labels, [2.5], draws=200).table.to_pylist()[0]
+    thrice = [np.repeat(scores, 3, axis=1) for scores in (a, b)]
+    again = [label for label in labels for _ in range(3)]
+    questions = [f"q{n}" for n in range(60) for _ in range(3)]
+    together, apart = (
+        risk_coverage(*thrice, again, [2.5], (None,), by, draws=200).table.to_pylist()[0] for by in (questions, None)
+    )
+    for name in ("agreement", "agreement_low", "agreement_high"):
+        assert together[name] == pytest.approx(once[name])
+    assert apart["agreement_high"] - apart["agreement_low"] < 0.8 * (once["agreement_high"] - once["agreement_low"])
+
+
 def test_the_area_under_the_curve() -> None:
     # Variances 0, 2, 2, 8; right, wrong, right, wrong: equal variances share their risk.
     a = np.array([[9.0, 3, 9, 1], [9, 5, 7, 5]])

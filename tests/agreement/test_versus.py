@@ -135,17 +135,17 @@ def longer(messages: Any, sampling: Any) -> str:
     return json.dumps({"reason": "r", "choice": "B" if len(shown[1]) > len(shown[0]) else "A"})
 
 
-def compare(tmp_path: Path, engine: ScriptedEngine, **tables: Any) -> ShardOutput:
-    settings = live(
+def compare(tmp_path: Path, engine: ScriptedEngine, settings: dict[str, Any], **tables: Any) -> ShardOutput:
+    compared_by = live(
         pair=None,
         configurations=[
             {"name": "alone", "generator": "m"},
             {"name": "loop", "generator": "m", "reviewers": [{"name": "r", "model": "n"}]},
         ],
         baselines=["m", "other"],
-        judge=VersusJudge(),
+        **settings,
     )
-    _, compared = stages(settings, tmp_path)
+    _, compared = stages(compared_by, tmp_path)
     prompts = [
         {"prompt_id": pid, "messages": [{"role": "user", "content": f"Q {pid}"}], "source": "t", "task_type": "t",
          "split": "train", "meta": "{}"}
@@ -175,7 +175,8 @@ def test_the_last_response_of_a_loop_is_compared_and_what_is_missing_is_no_win(t
     loop = answers(a1=["aa", "aaaa", None], a2=["aa"], a3=[None])
     other = answers(a1=["bbb"], a2=["bb"], a3=["b"])
     tables = {"configuration/alone": alone, "configuration/loop": loop, "baseline/m": alone, "baseline/other": other}
-    found = compare(tmp_path, engine, **tables).tables
+    direct = {"judge": VersusJudge(kind="direct"), "answer": "last"}
+    found = compare(tmp_path, engine, direct, **tables).tables
     assert found["items"]["question"].to_pylist() == ["Q a1", "Q a2", "Q a3"]
     rates = {r.run: r for r in versus_rates(found["items"], found["ballots"], draws=100)}
     assert set(rates) == {"alone-vs-other", "loop-vs-m", "loop-vs-other"}
@@ -190,3 +191,49 @@ def test_the_last_response_of_a_loop_is_compared_and_what_is_missing_is_no_win(t
     asked = {messages[-1]["content"] for messages, _ in engine.asked}
     # Both orders of alone with other (3 prompts), of loop with m (a1) and with other (a1; a2 is alone with other).
     assert len(asked) == engine.calls == 10
+
+
+def graded(messages: Any, sampling: Any) -> str:
+    """A judge that grades an answer by its length, at most 9; "unreadable" answers are."""
+    shown = re.findall(r"<answer_([A-Z]) [0-9a-f]+>\n(.*?)\n</answer", messages[-1]["content"])
+    if any("unreadable" in text for _, text in shown):
+        return "hm"
+    return json.dumps({"reason": "r", **{f"score_{label.lower()}": min(len(text), 9) for label, text in shown}})
+
+
+def test_the_published_rate_compares_the_picked_response_by_combined_scores(tmp_path: Path) -> None:
+    engine = ScriptedEngine(graded)
+    alone = answers(a1=["aa"], a2=["aa"], a3=["aa"])
+    loop = answers(a1=["aa", "aaaaa", "a"], a2=["aaaa", "aaaa!", "aaaa?"], a3=["unreadable", "b"])
+    other = answers(a1=["bbb"], a2=["bbbbb"], a3=["b"])
+    tables = {"configuration/alone": alone, "configuration/loop": loop, "baseline/m": alone, "baseline/other": other}
+    assert (live().judge.kind, live().judge.strategy.scale.high, live().answer) == ("combined", 10, "picked")
+    found = compare(tmp_path, engine, {}, **tables).tables
+    rates = {r.run: r for r in versus_rates(found["items"], found["ballots"], draws=100)}
+
+    def counts(run: str) -> tuple[int, ...]:
+        return rates[run].wins, rates[run].ties, rates[run].losses, rates[run].missing
+
+    # a1: the second of three is picked; a2: the first of two with the highest grade, as good as the other; a3: no pick.
+    assert counts("loop-vs-other") == (1, 1, 0, 1) and counts("loop-vs-m") == (2, 0, 0, 1)
+    assert counts("alone-vs-other") == (1, 0, 2, 0)
+    scores = {row["score_a"] for row in found["ballots"].to_pylist() if row["judge"] == "loop-vs-m"}
+    assert 5.0 in scores and None in scores
+    (tmp_path / "last").mkdir()
+    last = compare(tmp_path / "last", ScriptedEngine(graded), {"answer": "last"}, **tables).tables
+    rates = {r.run: r for r in versus_rates(last["items"], last["ballots"], draws=100)}
+    assert counts("loop-vs-other") == (0, 2, 1, 0)  # the last of each: "a" < "bbb", one grade, and the same text
+
+
+def test_a_pick_and_its_judge_are_in_fingerprint_and_protocol(tmp_path: Path) -> None:
+    kinds = {
+        "published": live(),
+        "last": live(answer="last"),
+        "direct": live(judge=VersusJudge(kind="direct")),
+        "five": live(judge=VersusJudge(high=5)),
+        "one by one": live(judge=VersusJudge(kind="independent")),
+    }
+    assert len({stages(settings, tmp_path)[1].fingerprint for settings in kinds.values()}) == len(kinds)
+    models = {name: ModelSettings(model=str(tmp_path / "model")) for name in live().models}
+    protocols = {name: settings.protocol(models) for name, settings in kinds.items() if name in ("published", "last")}
+    assert "picked" in str(protocols["published"]) and "picked" not in str(protocols["last"])

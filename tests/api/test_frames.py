@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 import ray_pipeline as quorum
-from ray_pipeline.api.frames import ColumnError
+from ray_pipeline.api.frames import ColumnError, rows_of_prompts
 from ray_pipeline.data.rows import KeyMismatch
 from tests.scripted import ScriptedEngine, failing
 
@@ -230,3 +230,19 @@ def test_an_engine_must_not_call_the_functions_itself():
     inner = ScriptedEngine(lambda m, s: str(quorum.judge(frame(), ScriptedEngine(reply))))
     with pytest.raises(RuntimeError, match=r"must not call ray_pipeline's functions"):
         quorum.judge(frame(), inner)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        [{"from": "human", "value": "one"}, {"from": "gpt", "value": "two"}, {"from": "human", "value": "and  three"}],
+        "one<extra_id_1>Assistant\ntwo<extra_id_1>User\nand  three",
+    ],
+)
+def test_prompts_are_read_as_a_source_reads_them(prompt):
+    (row,) = rows_of_prompts(pd.DataFrame({"prompt": [prompt]}), [], "frame")
+    assert [(m["role"], m["content"]) for m in row["messages"]] == [
+        ("user", "one"), ("assistant", "two"), ("user", "and  three")
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="frame, row 0: message 0 has role 'cook', not one of system"):
+        rows_of_prompts(pd.DataFrame({"prompt": [[{"role": "cook", "content": "x"}]]}), [], "frame")

@@ -13,7 +13,7 @@ from ray_pipeline.data.dataset_rows import DatasetsConfig
 from ray_pipeline.data.gate import GateConfig, decide
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.schemas import TABLES
-from tests.planted import JUDGES, World, count_words, make_world, random_world, write_run
+from tests.planted import JUDGES, World, count_words, ended, make_world, random_world, write_run
 
 Rows = list[dict]
 
@@ -37,6 +37,12 @@ def test_sound_runs_with_other_gates(tmp_path, gate):
     assert audit_run(run, count_words).found == {}
 
 
+@pytest.mark.parametrize("cut", ["exclude", "undesirable", "keep"])
+def test_a_sound_run_with_texts_that_were_cut_off(tmp_path, cut):
+    world = ended(random_world(30, seed=1), "stop", "length", "unknown", "content_filter", "error")
+    assert audit_run(write_run(tmp_path, world, gate=GateConfig(cut=cut)), count_words).found == {}
+
+
 def test_a_sound_run_with_every_reason_for_leaving_out(tmp_path):
     good, bad, long = (9, 9, 9), (2, 2, 2), " ".join(["w"] * 70)
     world = make_world(
@@ -48,6 +54,8 @@ def test_a_sound_run_with_every_reason_for_leaving_out(tmp_path):
             "cut": [(long, good, False), (long + " more", bad, False)],
             "alone": [("a", good, False)],
             "near": [("a", (7, 7, 7), False), ("b", (4, 4, 4), False)],
+            "again": [("a", good, False), ("a", good, False), ("b", bad, False), (" b", bad, False)],
+            "torn": [("a", good, False), ("a", bad, False), ("b", bad, False), ("c", good, False)],
         }
     )
     config = DatasetsConfig(max_length=60, max_prompt_length=20, min_gap=3.5)
@@ -157,7 +165,7 @@ CORRUPTIONS: dict[str, tuple[str, Callable[[Rows], Rows], set[str]]] = {
     "dpo texts swapped": ("dpo", edit(chosen=lambda r: r["rejected"], rejected=lambda r: r["chosen"]), {"completion"}),
     "dpo equal texts": ("dpo", edit(rejected=lambda r: r["chosen"]), {"completion"}),
     "dpo gap": ("dpo", edit(score_gap=9.75), {"scores"}),
-    "dpo score": ("dpo", edit(chosen_score=9.75), {"scores"}),
+    "dpo score": ("dpo", edit(score_chosen=9.75), {"scores"}),
     "dpo prompt": ("dpo", swap("prompt"), {"messages"}),
     "dpo split": ("dpo", edit(split=lambda r: "val" if r["split"] == "train" else "train"), {"split"}),
     "dpo row lost": ("dpo", lambda rows: rows[1:], {"missing", "count"}),
@@ -199,7 +207,7 @@ def test_a_pair_that_is_not_the_best_with_the_worst(tmp_path):
         if kind != "dpo":
             return table
         (row,) = table.to_pylist()
-        row.update(chosen_id=second["candidate_id"], chosen=say("b"), chosen_score=8.0, score_gap=6.0)
+        row.update(chosen_id=second["candidate_id"], chosen=say("b"), score_chosen=8.0, score_gap=6.0)
         return pa.Table.from_pylist([row], schema=TABLES["dpo"])
 
     report = audit_run(write_run(tmp_path, world, num_shards=1, change=change), count_words)

@@ -14,10 +14,11 @@ from ray_pipeline.audit.findings import AuditReport
 from ray_pipeline.audit.loop import audit_loop
 from ray_pipeline.data.dataset_files import write_dataset_files
 from ray_pipeline.data.dataset_rows import DatasetsConfig, dpo_rows, kto_rows
+from ray_pipeline.data.gate import Cut
 from ray_pipeline.data.rows import add_counts
 from ray_pipeline.feedback.select import accept_best
 from ray_pipeline.store.tables import ShardedTable
-from tests.planted import by_shard, count_words, make_world
+from tests.planted import by_shard, count_words, ended, make_world
 
 LIMITS = DatasetsConfig(max_length=60, max_prompt_length=20, min_gap=1)
 ANSWERS = {
@@ -35,9 +36,11 @@ def audit(
     judges: tuple[str, ...] = ("j",),
     rule: JuryRule = MEAN,
     limits: DatasetsConfig = LIMITS,
+    reasons: tuple[str, ...] = ("stop",),
+    cut: Cut = "exclude",
 ) -> AuditReport:
     """Two shards made by the real functions; `change` may damage the rows of a table after they were made."""
-    world = make_world(answers, judges, val=["question 0"])
+    world = ended(make_world(answers, judges, val=["question 0"]), *reasons)
     kinds = ("prompts", "candidates", "verdicts", "decisions")
     tables = {kind: ShardedTable(str(folder / kind), kind, 2, "f1") for kind in kinds}
     made: dict[str, list[pa.Table]] = {"kto": [], "dpo": []}
@@ -49,7 +52,7 @@ def audit(
     parts = {kind: by_shard(getattr(world, kind), 2) for kind in kinds[:3]}
     for shard in range(2):
         prompts, candidates, verdicts = (parts[kind][shard] for kind in kinds[:3])
-        decisions = accept_best(candidates, verdicts, judges, rule)
+        decisions = accept_best(candidates, verdicts, judges, rule, cut)
         arguments = (prompts, candidates, verdicts, decisions, limits, count_words)
         for kind, (table, found) in (("kto", kto_rows(*arguments)), ("dpo", dpo_rows(*arguments, True))):
             made[kind].append(changed(kind, table))
@@ -67,7 +70,7 @@ def audit(
     )
     return audit_loop(
         tables["prompts"], tables["candidates"], [tables["verdicts"]], tables["decisions"], str(folder / "datasets"),
-        judges, limits.min_gap, rule,
+        judges, limits.min_gap, rule, cut,
     )  # fmt: skip
 
 
@@ -75,6 +78,16 @@ def test_nothing_is_found_in_what_the_stages_made(tmp_path: Path) -> None:
     found = audit(tmp_path)
     assert found.ok and found.rows == {"prompts": 7, "candidates": 26, "kto": 18, "dpo": 12}
     assert "18 KTO and 12 DPO rows walked back to 7 prompts: no problem" in found.summary()
+
+
+@pytest.mark.parametrize("cut", ["exclude", "undesirable", "keep"])
+@pytest.mark.parametrize("rule", [{"pool": "mean"}, {"pool": "mode"}])
+def test_texts_that_were_cut_off_are_not_accepted(tmp_path: Path, cut: Cut, rule: dict[str, Any]) -> None:
+    """K4.1: every second answer, also the best ones, was cut off."""
+    found = audit(tmp_path, rule=JuryRule.model_validate(rule), reasons=("stop", "length", "stop"), cut=cut)
+    assert found.ok, found.problems
+    if rule["pool"] == "mean":
+        assert found.rows["kto"] == {"exclude": 12, "undesirable": 16, "keep": 18}[cut]
 
 
 JURY = {

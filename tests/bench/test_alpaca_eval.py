@@ -194,6 +194,23 @@ def test_an_edited_instruction_is_another_protocol() -> None:
     assert set(names[False].departures) - set(names[True].departures) == {"questions"}
 
 
+def test_only_the_published_fit_controls_for_lengths_that_do_not_overlap() -> None:
+    asked = instructions_of([{"instruction": f"ask {i}", "output": "r" * 10} for i in range(40)])
+    rules = AlpacaEvalRules(own_preference_prompt(), PreferenceAsking(), Judge("j"), "seeded", 0, REFERENCE, "")
+
+    def controlled(shorter: int, rules: AlpacaEvalRules) -> Any:
+        said = {"first": PairPreference(0.8, "logprobs", 1.0, "ok", "m")}
+        annotations = [Annotation(one, "o" * (5 if i < shorter else 20 + i), said) for i, one in enumerate(asked)]
+        return alpaca_eval_rates("m", annotations, rules)[0][1]
+
+    for shorter, figure in ((0, False), (7, False), (8, True), (33, False)):
+        score = controlled(shorter, rules)
+        assert (score.value is not None) == (score.low is not None) == figure, shorter
+        assert ("gamed rows" if figure else "only the fit with `gamed` allows that") in score.note
+    published = dataclasses.replace(rules, length_data=(gamed(), np.linspace(-1, 1, 40)))
+    assert controlled(0, published).value is not None
+
+
 def test_the_published_coin() -> None:
     # Written out once more, from the published annotator's description: output 1 is the reference's.
     for text in ("Tell a joke.", "", "日本語", "Tell a joke. "):

@@ -11,12 +11,6 @@ import pytest
 
 from ray_pipeline.bench.floors import FLOORS
 from ray_pipeline.bench.ifeval import score as ifeval
-from ray_pipeline.bench.ifeval.checkers import (
-    Checkers,
-    CheckersMissing,
-    checker_version,
-    load_checkers,
-)
 from ray_pipeline.bench.ifeval.questions import IfevalPrompt, prompts_of
 from ray_pipeline.bench.ifeval.score import (
     IfevalScores,
@@ -25,6 +19,12 @@ from ray_pipeline.bench.ifeval.score import (
     check,
     published_ifeval,
     scores,
+)
+from ray_pipeline.constraints.official import (
+    Checkers,
+    CheckersMissing,
+    checker_version,
+    load_checkers,
 )
 from ray_pipeline.stats.protocol import score_name
 from tests.published import DATA, NUMBERS, json_lines, match_responses, needs
@@ -155,14 +155,14 @@ def test_missing_tokenizer_data_is_said_before_any_network(monkeypatch: pytest.M
 
 def test_a_missing_extra_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "nltk", None)
-    with pytest.raises(CheckersMissing, match=r"quorum-align\[ifeval\]"):
+    with pytest.raises(CheckersMissing, match=r"pip install '.*\[ifeval\]'"):
         load_checkers()
 
     def no_package(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", no_package)
-    with pytest.raises(CheckersMissing, match=r"quorum-align\[ifeval\]"):
+    with pytest.raises(CheckersMissing, match=r"pip install '.*\[ifeval\]'"):
         checker_version()
 
 

@@ -15,11 +15,11 @@ import yaml
 
 from dags.benchmarks import BenchmarksConfig, benchmarks
 from ray_pipeline.bench.alpaca_eval.benchmark import AlpacaEvalSettings
-from ray_pipeline.bench.ifeval.checkers import Checkers
 from ray_pipeline.bench.mt_bench.questions import CATEGORY_TEMPERATURES
 from ray_pipeline.bench.report import rewrite_page
 from ray_pipeline.config.loading import load_config
 from ray_pipeline.config.messages import ConfigError
+from ray_pipeline.constraints.official import Checkers
 from ray_pipeline.engines.logged import LoggedEngine
 from ray_pipeline.graph.stage import Dag, ShardInput, ShardWork, StageResult, WholeInput
 from ray_pipeline.store.files import Folder
@@ -27,7 +27,7 @@ from ray_pipeline.workflow.registry import find_workflow
 from tests.scripted import ScriptedEngine, said
 
 GOOD, BAD = "a GOOD answer", "BAD"
-REFERENCE = "a reference of middling worth"
+REFERENCE = "middling"
 _WORTH = {GOOD: 9, REFERENCE: 6, BAD: 2}
 
 
@@ -47,7 +47,10 @@ def question_files(folder: Path) -> dict[str, str]:
             for n, c in ((81, "writing"), (111, "math"), (121, "coding"))
         ],
         "references": [{"question_id": n, "choices": [{"turns": ["r1", "r2"]}]} for n in (111, 121)],
-        "reference": [{"instruction": f"do {n}", "output": REFERENCE, "dataset": "d"} for n in range(6)],
+        "reference": [
+            {"instruction": f"do {n}", "output": REFERENCE + n % 2 * " and longer than any answer", "dataset": "d"}
+            for n in range(6)
+        ],
         "prompts": [
             {"key": 7, "prompt": "no commas", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
             {"key": 8, "prompt": "say GOOD", "instruction_id_list": ["keywords:existence"],
@@ -146,7 +149,7 @@ class Run:
                 facts |= stage.work.function(
                     WholeInput(
                         parents, place, Folder(f"{folder}/calls"), stage.fingerprint, num_shards, stage.work.settings,
-                        self.logged.append, lambda done, of: None,
+                        self.logged.append, lambda *step: None,
                     )
                 )  # fmt: skip
             self.results[stage.name] = result
@@ -251,6 +254,8 @@ def test_scores_are_what_a_few_lines_over_the_tables_give(whole: Any) -> None:
     assert score(document, "bad", "WR", "alpaca_eval")["value"] == pytest.approx(10)
     controlled = score(document, "good", "LC", "alpaca_eval")
     assert 50 < controlled["value"] <= 100 and "no difficulties" in controlled["note"]
+    shorter = score(document, "bad", "LC", "alpaca_eval")
+    assert shorter["value"] is None  # shorter than every reference: no pair at equal length
     reading = next(r for r in document["readings"] if (r["model"], r["benchmark"]) == ("good", "alpaca_eval"))
     assert reading["flip_rate"] == 0 and reading["mean_chars"] == len(GOOD)
 
@@ -294,9 +299,9 @@ def test_the_table_comes_in_three_forms_with_a_column_a_model_and_floors_last(wh
     assert markdown[0] == "| score | good | bad | floor:x | floor:echo |"
     assert len(markdown) == 2 + 3 + 3 + 2
     overall = next(line for line in markdown if ": overall" in line)
-    assert overall.split(" | ")[1].startswith("9.00 (9.00 to 9.00)")
+    assert overall.split(" | ")[1].startswith("9.00 (3.34 to 9.71)")  # exact: all three questions are equal
     latex = (found.page / "benchmarks.tex").read_text()
-    assert latex.count(r"\\") == 1 + 8 and "floor:echo" in latex and "9.00 (9.00--9.00)" in latex
+    assert latex.count(r"\\") == 1 + 8 and "floor:echo" in latex and "9.00 (3.34--9.71)" in latex
     assert r"\%" in latex and "–" not in latex
     page = (found.page / "report.md").read_text()
     for heading in ("## How answers were read", "## MT-Bench by category", "## Protocols", "## The run"):
@@ -432,11 +437,11 @@ def test_benchmarks_are_the_last_stage_of_a_training_run_by_config(dag: str, tmp
     config = load_config(workflow.config, name, [f"benchmarks={blocks}"])
     stages = {s.name: s for s in workflow.wire(config, str(tmp_path)).stages}
     plain = {s.name: s for s in workflow.wire(load_config(workflow.config, name), str(tmp_path)).stages}
-    # The page of a DMAPO run reads the scores, and changes with them; nothing before it does.
-    last = {"dmapo": "evaluate", "baselines": "benchmarks"}[dag]
-    assert list(stages)[-1] == last and stages["benchmarks"].view == "benchmarks"
+    # The page of the run reads the scores, and changes with them; nothing before it does.
+    assert list(stages)[-1] == "evaluate" and stages["benchmarks"].view == "benchmarks"
+    assert "benchmarks" in stages["evaluate"].inputs
     changed = {name for name, stage in plain.items() if stages[name].fingerprint != stage.fingerprint}
-    assert changed == ({"evaluate"} if dag == "dmapo" else set())
+    assert changed == {"evaluate"}
     for label in ["base", *config.policy_labels()]:
         trained = [] if label == "base" else ["train" if dag == "dmapo" else f"train-{label}"]
         assert [s.name for s in stages[f"bench-answers-{label}"].inputs.values()] == ["bench-questions", *trained]

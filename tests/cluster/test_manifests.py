@@ -192,6 +192,24 @@ def test_images_are_pinned_by_version_or_digest() -> None:
     assert not re.findall(r"^FROM (?!\$\{)", text, re.MULTILINE)
 
 
+@pytest.mark.parametrize("name", ["kuberay/raycluster.yaml", "kuberay/rayjob.yaml", "ray-up/aws.yaml"])
+def test_one_command_pins_every_image_by_digest(name: str, tmp_path: Path) -> None:
+    def pin(gpu: str, cpu: str, path: Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([CLUSTER / "pin.sh", gpu, cpu, path], capture_output=True, text=True)
+
+    gpu, cpu = f"localhost:5000/quorum@sha256:{'a' * 64}", f"registry.example/quorum@sha256:{'b' * 64}"
+    pinned = pin(gpu, cpu, CLUSTER / name)
+    assert pinned.returncode == 0, pinned.stderr
+    before, after = (re.findall(r"image: (\S+)", text) for text in ((CLUSTER / name).read_text(), pinned.stdout))
+    assert after == [gpu if image.endswith("-gpu") else cpu for image in before] and after
+    assert yaml.safe_load(pinned.stdout).keys() == yaml.safe_load((CLUSTER / name).read_text()).keys()
+    refused = pin("REGISTRY/quorum:0.1.0-gpu", cpu, CLUSTER / name)
+    assert refused.returncode == 2 and "not pinned by digest" in refused.stderr and not refused.stdout
+    (tmp_path / "own.yaml").write_text((CLUSTER / name).read_text() + "# \nx: {}\ny:\n  - image: other:1.0.0\n")
+    own = pin(gpu, cpu, tmp_path / "own.yaml")
+    assert own.returncode == 2 and "other:1.0.0" in own.stderr and not own.stdout
+
+
 def test_ray_up_hands_the_token_to_every_node_and_keeps_the_dashboard_on_the_head() -> None:
     found = yaml.safe_load(RAY_UP.read_text())
     assert found["file_mounts"] == {"/home/quorum/.ray/auth_token": "~/.ray/auth_token"}
@@ -295,6 +313,20 @@ def test_the_slurm_script_starts_ray_on_every_node_and_hands_the_arguments_on(tm
     subprocess.run(["bash", script, "dmapo"], capture_output=True, text=True, env=mine)
     assert (tmp_path / "seen.token").read_text() == "token mine"
     assert seen[seen.index("--") :] == ["--", "quorum", "run", "dmapo", "gate.tau=2 ; x", ""]
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.cpu"])
+def test_the_images_have_the_extras_that_shipped_files_need(name: str) -> None:
+    text = (CLUSTER / "docker" / name).read_text()
+    (installed,) = re.findall(r'pip install "\.\[([a-z,]+)\]"', text)
+    needed = set()
+    for file in (ROOT / "configs").glob("*.yaml"):
+        values = read_yaml(str(file))
+        needed |= {"ifeval"} if "ifeval" in (values.get("benchmarks") or {}) else set()
+        needed |= {*(values.get("train") or {}).get("report_to", [])}
+    assert "ifeval" in needed and needed <= set(installed.split(","))
+    assert ("gpu" in installed) == (name == "Dockerfile")
+    assert "nltk.downloader" in text and "NLTK_DATA" in text  # the sentence data of the checkers
 
 
 @pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.cpu"])

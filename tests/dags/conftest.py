@@ -28,9 +28,11 @@ SMALL = [f"prompts.sources.0.count={COUNT}", "prompts.num_shards=4"]
 class Quorum:
     """`quorum` as a user types it, with the pids of every engine process that it ever had."""
 
-    def __init__(self, *arguments: str, env: dict[str, str] | None = None, cwd: Path = ROOT) -> None:
+    def __init__(
+        self, *arguments: str, env: dict[str, str] | None = None, cwd: Path = ROOT, prefix: Sequence[str] = ()
+    ) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "ray_pipeline.cli", *arguments],
+            [*prefix, sys.executable, "-m", "ray_pipeline.cli", *arguments],
             cwd=cwd,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

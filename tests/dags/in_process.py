@@ -38,31 +38,46 @@ class SharedEngine:
     asked: ClassVar[set[str]] = set()
     open: ClassVar[list[SharedEngine]] = []
 
-    def __init__(self, spec: VllmSpec) -> None:
-        self._spec = spec
+    def __init__(self, spec: VllmSpec, adapters: Sequence[str] = ()) -> None:
+        self._spec, self._adapters = spec, tuple(adapters)
         self.open.append(self)
 
     @functools.cached_property
     def identity(self) -> Mapping[str, Any]:
         return VllmEngine(self._spec).identity
 
+    def serving(self, adapter: str | None) -> Adapted:
+        return Adapted(self, VllmEngine(dataclasses.replace(self._spec, adapter=adapter)).identity, adapter)
+
     async def start(self) -> None:
-        await self._on_engine(lambda engine: engine.start())
+        await self.on_engine(lambda engine: engine.start())
 
     async def chat(self, messages: Sequence[Message], sampling: Sampling) -> Completion:
-        return await self._on_engine(lambda engine: engine.chat(messages, sampling))
+        return await self.on_engine(lambda engine: engine.chat(messages, sampling))
 
     async def close(self) -> None:
         """Leave the engine to the next stage."""
         self.open.remove(self)
 
-    async def _on_engine(self, work: Callable[[VllmEngine], Coroutine[Any, Any, Any]]) -> Any:
+    async def on_engine(self, work: Callable[[VllmEngine], Coroutine[Any, Any, Any]]) -> Any:
         self.asked.add(self._spec.model)
-        key = repr(dataclasses.replace(self._spec, canary=False))
-        engine = _started[key] = _started.pop(key, None) or VllmEngine(self._spec)
+        key = repr((dataclasses.replace(self._spec, canary=False), self._adapters))
+        engine = _started[key] = _started.pop(key, None) or VllmEngine(self._spec, adapters=self._adapters)
         while len(_started) > _LIVING:
             await _there(_started.pop(next(iter(_started))).close())
         return await _there(work(engine))
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """A shared engine with one of its adapters, as `VllmEngine.serving` gives it."""
+
+    engine: SharedEngine
+    identity: Mapping[str, Any]
+    adapter: str | None
+
+    async def chat(self, messages: Sequence[Message], sampling: Sampling) -> Completion:
+        return await self.engine.on_engine(lambda engine: engine.serving(self.adapter).chat(messages, sampling))
 
 
 async def _there(work: Coroutine[Any, Any, Any]) -> Any:

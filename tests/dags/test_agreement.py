@@ -79,7 +79,7 @@ def test_recorded_judges_need_no_engine(tmp_path: Path) -> None:
     data, folder = tmp_path / "items.jsonl", tmp_path / "run"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     replayed = here("run", "agreement", "-c", "configs/agreement.yaml", "--run-dir", str(folder), f"data.path={data}")
-    assert "report.md" in replayed.output and engine_calls(folder) == {}
+    assert "report/report.html" in replayed.output and engine_calls(folder) == {}
     found = judged(folder)
     assert found["combined_10", "always right"]["kappa"] == 1.0
     assert found["combined_10", "always first"]["kappa"] == pytest.approx(0.0)

@@ -126,14 +126,14 @@ def test_the_live_block_of_the_shipped_file_is_a_whole_one(data: str, model: str
     shipped = (Path(__file__).parents[2] / "configs" / "agreement.yaml").read_text()
     live = "\n".join(line[2:] for line in shipped[shipped.index("# ask:") :].splitlines())
     blocks = yaml.safe_load(live)
-    blocks["models"]["qwen"]["model"] = model
+    blocks["models"]["judge"]["model"] = model
     found = load(written(tmp_path, data, **blocks), dag="agreement")
     assert isinstance(found, AgreementConfig)
     assert [s.name for s in found.ask.strategies] == [
         "direct", "independent_10", "combined_5", "combined_10", "combined_100",
     ]  # fmt: skip
     dag = agreement(found, "/tmp/run")
-    assert [s.name for s in dag.stages] == ["items", "ask-qwen", "debate-qwen", "agreement"]
+    assert [s.name for s in dag.stages] == ["items", "ask-judge", "debate-judge", "agreement"]
     assert dag.groups == ["items", "ask", "debate", "agreement"]
 
 

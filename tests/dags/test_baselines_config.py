@@ -142,7 +142,7 @@ def test_the_shipped_comparisons_wire(monkeypatch: pytest.MonkeyPatch, tmp_path:
         ({"methods": {"kto": {"learning_rat": 1}}}, r"baselines\.methods\.kto: learning_rat: unknown key"),
         ({"methods": {"kto": {"batch_size": 1}}}, r"baselines\.methods\.kto: .*must be 2 or more for kto"),
         ({"data": {"x": {"judges": ["c"]}}}, r"baselines\.data\.x\.judges: unknown rubric 'c'"),
-        ({"data": {"x": {"k": 9}}}, r"baselines\.data\.x\.k is 9, but candidates\.k is only 4"),
+        ({"data": {"x": {"k": 9}}}, r"baselines\.data\.x\.k is 9, but there are only 4 candidates"),
         ({"data": {"x": {"gate": {"tauu": 1}}}}, r"baselines\.data\.x: tauu: unknown key"),
         ({"data": {"x": {"gated": False, "gate": {"tau": 1}}}}, r"gate has no effect when gated is false"),
         (

@@ -83,6 +83,23 @@ def test_the_second_kind_is_a_branch_of_its_own(load: Any, tmp_path: Path) -> No
         load(improve={"prompts": {**own, "num_shards": 8}})
 
 
+def test_a_policy_can_be_trained_on_each_kind_of_data(load: Any) -> None:
+    config = load(improve={"train": ["revisions", "reviews"]})
+    stages = {stage.name: stage for stage in fellowship(config, "/nowhere").stages}
+    trained = {name: stage for name, stage in stages.items() if name.startswith("train")}
+    assert {name: stage.inputs["datasets"].name for name, stage in trained.items()} == {
+        "train": "datasets", "train-revisions": "datasets-revisions", "train-reviews": "datasets-reviews",
+    }  # fmt: skip
+    bases = {name: Path(stage.work.settings.model.model).name for name, stage in trained.items()}
+    assert bases == {"train": "generator", "train-revisions": "generator", "train-reviews": "reviewer"}
+    assert len({stage.view for stage in trained.values()}) == 3 and len({s.fingerprint for s in trained.values()}) == 3
+    assert config.workers() == dict.fromkeys(trained, config.train.num_workers)
+    # The page is about the policy of the run's own data.
+    assert [stage.role_name for stage in trained.values()].count("policy") == 1
+    assert not {"train-revisions", "train-reviews"} & {s.name for s in stages["evaluate"].inputs.values()}
+    assert "train-reviews" not in names(load(improve={"train": ["revisions"]}))
+
+
 def test_a_strategy_judges_instead_of_the_rubrics(load: Any) -> None:
     select = {
         "strategy": {"kind": "combined", "high": 10},
@@ -91,7 +108,7 @@ def test_a_strategy_judges_instead_of_the_rubrics(load: Any) -> None:
     config = load({"big": ENDPOINT}, judge=None, select=select)
     found = names(config)
     assert ("judge-judge" in found, "judge-big" in found, "score-responses" in found) == (True, True, False)
-    assert config.judges == ["x", "y"] and "x, y by combined_10" in config.origin()
+    assert config.judges == ["x", "y"] and "x, y by combined_10" in config.origin().text
     with pytest.raises(ConfigError, match="no judge for the responses"):
         load(judge=None)
 
@@ -104,7 +121,7 @@ def test_a_debate_or_a_jury_judges(load: Any) -> None:
     }
     config = load({"big": ENDPOINT}, judge=None, select=select)
     assert {"judge-judge", "judge-big"} <= set(names(config))
-    assert "x, y by a debate (a jury: weighted)" in config.origin()
+    assert "x, y by a debate (a jury: weighted)" in config.origin().text
     before = fingerprints(config)
     pooled = fingerprints(load({"big": ENDPOINT}, judge=None, select={**select, "jury": {"pool": "median"}}))
     longer = {"rounds": 2, "schedule": [["critic"], ["psychologist"]]}

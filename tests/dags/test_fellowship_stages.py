@@ -58,7 +58,7 @@ def play(
         else:
             given = WholeInput(
                 inputs, folder, Folder(str(root / "calls")), stage.fingerprint, SHARDS, stage.work.settings,
-                lambda line: None, lambda done, total: None,
+                lambda line: None, lambda *step: None,
             )  # fmt: skip
             facts = stage.work.function(given)
         results[stage.name] = StageResult(

@@ -55,4 +55,4 @@ def test_imported_pairs_become_training_files(tmp_path: Path) -> None:
         }  # fmt: skip
         orders.append(data["dpo"]["train"]["prompt_id"])
     assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
-    assert "paired rows of" in (path / "dpo" / "README.md").read_text()
+    assert "paired rows of" in (path / "README.md").read_text()

@@ -18,6 +18,8 @@ def test_in_process_writes_what_ray_writes(tmp_path: Path) -> None:
     small = ["prompts.sources.0.count=16", "prompts.num_shards=2"]
     here, there = tmp_path / "here", tmp_path / "there"
     command = ["run", "dmapo", "-c", CONFIG, "--to", "datasets", *small]
+    checked = run("check", *command[1:], "--engines", "--run-dir", str(here))
+    assert checked.output.count("test calls answered in") == 2 and checked.living_engines() == [] and not here.exists()
     first = run(*command, "--run-dir", str(here), "--executor", "inprocess")
     assert first.living_engines() == [] and first.actors == {}
     assert set(engine_calls(here)) == {"candidates", "judge", "critic"}

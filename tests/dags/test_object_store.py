@@ -30,7 +30,7 @@ def test_a_run_on_an_object_store_trains_resumes_serves_and_reports(
     # The bucket has a call log already, so that no engine starts before the training; what comes after it is asked.
     upload(small_run / "calls", Folder(bucket) / "calls")
     # Many steps, so that the driver is killed among them.
-    steps = ["train.batch_size=4", "train.save_steps=6", "train.num_workers=1"]
+    steps = ["train.global_batch=4", "train.batch_size=4", "train.save_steps=6", "train.num_workers=1"]
     command = ["run", "dmapo", "-c", CONFIG, "--run-dir", bucket, *SMALL, *steps]
     killed = Quorum(*command, cwd=tmp_path)
     wait_until(killed, lambda: checkpoints(Folder(bucket)))
@@ -54,7 +54,7 @@ def test_a_run_on_an_object_store_trains_resumes_serves_and_reports(
     page = Folder(found.results["evaluate"].folder)
     assert {"report.html", "report.md", "metrics.json", "summary.csv"} <= set(page.names())
     assert (page / "charts").names(".svg")
-    assert f"report: {page.uri('report.md')}" in said
+    assert f"report: {page.uri('report.html')}" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache"]  # nothing of the run lies on a disk
 
     monkeypatch.chdir(tmp_path)

@@ -91,7 +91,8 @@ def compared(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _of(folder: Path) -> list[str]:
     """One method on the gated data alone: a policy takes a minute to train and ask."""
     calls = f"calls.root={folder.parent / 'calls'}"
-    return ["baselines.methods=[kto]", "baselines.seeds=[1, 2]", "baselines.data={gated: {}}", calls]
+    save = "train.save=adapter"
+    return ["baselines.methods=[kto]", "baselines.seeds=[1, 2]", "baselines.data={gated: {}}", save, calls]
 
 
 def test_with_other_seeds_it_is_right_more_often_too(compared: Path) -> None:
@@ -104,6 +105,10 @@ def test_with_other_seeds_it_is_right_more_often_too(compared: Path) -> None:
             assert 0.40 <= base["accuracy"][mode] <= 0.60
             assert policy["accuracy"][mode] >= base["accuracy"][mode] + 0.20, (policy["run"]["label"], mode)
         assert policy["win_rate"] > policy["loss_rate"]
+    # Both are adapters on one engine, which the first of them starts.
+    first, second = (manifest(compared)["stages"][f"responses-kto-gated-s{seed}"]["usage"] for seed in (1, 2))
+    assert first["start_seconds"] > 1 > second["start_seconds"]
+    assert len(list(compared.glob("train-*/adapter"))) == 2 and not list(compared.glob("train-*/merged"))
 
 
 def test_a_comparison_asks_nothing_twice_and_can_be_audited(compared: Path) -> None:
@@ -207,11 +212,21 @@ def test_evaluation_without_new_responses(demo: Path, tmp_path: Path) -> None:
     quorum = Quorum("run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), "--to", "evaluate", "--skip-generation")
     assert quorum.wait(600) == 0, quorum.output
     # Another report of what is stored: nothing is asked, nothing is trained, and what was measured stays in it.
-    assert quorum.engines == {} and "train: running" not in quorum.output
+    states = ("running", "starting workers", "loading model", "training")
+    assert quorum.engines == {} and not any(f"train: {state}" in quorum.output for state in states)
     before, after = (json.loads((f / "report" / "metrics.json").read_text()) for f in (demo, folder))
     for part in ("responses", "win_rates", "rubrics"):
         assert after["evaluation"][part] == before["evaluation"][part]
     assert set(manifest(folder)["stages"]) == set(manifest(demo)["stages"])
+    # A threshold that changes no training row makes the datasets again, and the policy that was trained is used.
+    again = Quorum("run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), "--to", "train", "gate.tau=2.500001")
+    assert again.wait(600) == 0, again.output
+    assert again.engines == {} and not any(f"train: {state}" in again.output for state in states)
+    trained, used = (manifest(f)["stages"]["train"] for f in (demo, folder))
+    assert used["fingerprint"] != trained["fingerprint"] and used["facts"]["taken_from"] == trained["path"]
+    assert used["facts"]["steps"] == trained["facts"]["steps"] > 0
+    weights = [f / manifest(f)["stages"]["train"]["path"] / "adapter/adapter_model.safetensors" for f in (demo, folder)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 def test_stages_that_share_a_pool_start_one_engine(demo: Path) -> None:

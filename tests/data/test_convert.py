@@ -23,8 +23,8 @@ def pairs(*ids: tuple[str, str], scored: bool = True) -> pa.Table:
             "prompt": [{"role": "user", "content": "question"}],
             "chosen": turn(f"text of {chosen}"),
             "rejected": turn(f"text of {rejected}"),
-            "chosen_score": 9.0 if scored else None,
-            "rejected_score": 2.0 if scored else None,
+            "score_chosen": 9.0 if scored else None,
+            "score_rejected": 2.0 if scored else None,
             "score_gap": 7.0 if scored else None,
         }
         for chosen, rejected in ids

@@ -10,12 +10,17 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from ray_pipeline.data.dataset_files import write_dataset_files
+from ray_pipeline.config.loading import read_config
+from ray_pipeline.data.card import Provenance, pipeline_text
+from ray_pipeline.data.dataset_files import of_prompts, write_dataset_files
 from ray_pipeline.data.dataset_rows import DatasetsConfig, kto_rows
 from ray_pipeline.data.gate import GateConfig, decide
 from ray_pipeline.data.rows import KeyMismatch, add_counts
 from ray_pipeline.store.files import FINGERPRINT_KEY, Folder
-from ray_pipeline.store.schemas import DPO, KTO
+from ray_pipeline.store.schemas import DPO, KTO, to_table
+from ray_pipeline.training.methods import METHODS
+from ray_pipeline.workflow.registry import find_workflow
+from tests.golden.test_goldens import SHIPPED
 from tests.planted import JUDGES, World, count_words, make_world, random_world, write_run
 
 
@@ -97,27 +102,116 @@ def test_stats(written):
     assert (stats["judges"], stats["lineage"], stats["fingerprint"]) == (JUDGES, {"gate": "f1"}, "f2")
 
 
+def test_a_limit_on_prompts_keeps_whole_prompts_of_the_training_split(tmp_path):
+    world = random_world(80, seed=3)
+    for name, most in (("all", None), ("capped", 10)):
+        write_run(tmp_path / name, world, max_prompts=most)
+    whole, capped = (tmp_path / name / "datasets" for name in ("all", "capped"))
+
+    def rows(folder, kind, split):
+        return pa.concat_tables([pq.read_table(f) for f in sorted((folder / kind / split).iterdir())]).to_pylist()
+
+    for kind in ("kto", "dpo"):
+        kept, all_rows = rows(capped, kind, "train"), rows(whole, kind, "train")
+        prompts = {row["prompt_id"] for row in kept}
+        assert len(prompts) == 10 < len({row["prompt_id"] for row in all_rows})
+        assert len(kept) == sum(row["prompt_id"] in prompts for row in all_rows)
+        assert rows(capped, kind, "val") == rows(whole, kind, "val")
+    stats = json.loads((capped / "stats.json").read_text())
+    assert stats["settings"]["max_prompts"] == 10 and stats["rows"]["kto"]["train"] == len(rows(capped, "kto", "train"))
+    table = to_table(rows(whole, "kto", "train"), KTO)
+    assert of_prompts(table, 10**6) == table and of_prompts(table, 5).num_rows < of_prompts(table, 6).num_rows
+
+
 def test_card(written):
     folder, stats, _ = written
-    for kind in ("kto", "dpo"):
-        text = (folder / kind / "README.md").read_text()
-        front, body = text.removeprefix("---\n").split("\n---\n", 1)
-        card = yaml.safe_load(front)
-        assert card["size_categories"] == ["n<1K"] and kind in card["tags"] and card["license"] == "other"
-        assert card["configs"][0]["config_name"] == "f2"  # `datasets` caches by this name
-        paths = [(f["split"], f["path"]) for f in card["configs"][0]["data_files"]]
-        assert paths == [("train", "train/*.parquet"), ("validation", "val/*.parquet")]
-        for word in ("| tau | 2.5 |", "helpfulness, factuality, conciseness", "prompt_too_long", "| gate | f1 |", "f2"):
-            assert word in body, word
-        for column in (KTO if kind == "kto" else DPO).names:
-            assert column in body, column
-    assert str(stats["kto_weights"]["undesirable_weight"]) in (folder / "kto" / "README.md").read_text()
+    text = (folder / "README.md").read_text()
+    front, body = text.removeprefix("---\n").split("\n---\n", 1)
+    card = yaml.safe_load(front)
+    assert card["size_categories"] == ["n<1K"] and card["license"] == "other"
+    assert {"kto", "dpo", "synthetic"} <= set(card["tags"])
+    for config, kind in zip(card["configs"], ("kto", "dpo"), strict=True):
+        assert config["config_name"] == kind and "f2" in config["description"]  # `datasets` caches by both
+        paths = [(f["split"], f["path"]) for f in config["data_files"]]
+        assert paths == [("train", f"{kind}/train/*.parquet"), ("validation", f"{kind}/val/*.parquet")]
+    for word in ("| tau | 2.5 |", "helpfulness, factuality, conciseness", "prompt_too_long", "| gate | f1 |", "f2"):
+        assert word in body, word
+    for column in (*KTO.names, *DPO.names):
+        assert column in body, column
+    assert str(stats["kto_weights"]["undesirable_weight"]) in body
+    first = pq.read_table(folder / "kto" / "train" / "part-00000.parquet").slice(0, 1).to_pylist()[0]
+    assert json.dumps(first, indent=2, ensure_ascii=False) in body  # a sample row
+    assert "@software{quorum_align" in body
+    assert not (folder / "pipeline.yaml").exists()  # this writer was given no configuration
+
+
+def card_of(tmp_path, config, **more):
+    """Card and pipeline.yaml of a tiny dataset with a configuration."""
+    world = make_world({"q": [("a", (9, 9, 9), False), ("b", (1, 1, 1), False)]})
+    write_run(tmp_path, world, num_shards=1, origin=Provenance(config=config, given=config, **more))
+    return (tmp_path / "datasets" / "README.md").read_text(), (tmp_path / "datasets" / "pipeline.yaml").read_text()
+
+
+def test_the_card_names_what_the_configuration_knows_and_says_what_it_does_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOME_API_KEY", "a-secret-value")
+    config = {
+        "run": {"name": "r", "root": "/home/me/runs"},
+        "models": {
+            "policy": {"engine": "vllm", "model": "/home/me/models/small", "revision": None},
+            "judge": {"engine": "openai", "model": "big", "endpoint": {"base_url": "http://a/v1?x=a-secret-value"}},
+        },
+        "prompt_templates": "default",
+        "prompts": {
+            "sources": [
+                {"type": "huggingface", "name": "some/prompts", "license": "cc-by-4.0"},
+                {"type": "jsonl", "path": "/home/me/prompts.jsonl", "license": None},
+            ]
+        },
+        "candidates": {"model": "policy", "k": 2, "sampling": {"temperature": 0.8}},
+        "judge": {
+            "model": "judge",
+            "rubrics": [{"name": "tone", "text": "Is it kind?"}, {"name": "facts", "text": ""}],
+        },
+        "critic": {"model": "judge"},
+    }
+    card, pipeline = card_of(tmp_path, config)
+    for line in (
+        "| candidates.model | small |", "| judge.model | big (behind an endpoint) |", "| candidates.k | 2 |",
+        "| candidates.sampling.temperature | 0.8 |", "| tone, 1 to 10 | Is it kind? |",
+        "| facts, 1 to 10 | text of the templates default |",
+        "| 1. huggingface | name some/prompts; licence: cc-by-4.0 |",
+        "| 2. jsonl | path prompts.jsonl; licence: unknown |",
+    ):  # fmt: skip
+        assert line in card, line
+    assert "/home/me" not in card + pipeline and "a-secret-value" not in card + pipeline
+    read = yaml.safe_load(pipeline)
+    assert read["candidates"] == config["candidates"] and read["models"]["policy"]["model"] == "small"
+    assert "run" not in read
+
+
+def test_the_card_of_imported_rows_does_not_call_them_synthetic(tmp_path):
+    source = {"type": "huggingface", "name": "some/pairs", "split": "train", "format": "paired", "license": "mit"}
+    card, _ = card_of(tmp_path, {"prompts": {"sources": [{"type": "text"}]}}, imported=source, license="mit")
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front["license"] == "mit" and "synthetic" not in front["tags"] and "synthetic" not in card
+    assert "| huggingface | name some/pairs, split train, format paired; licence: mit |" in card
+    assert "## Prompt sources" not in card and "## Generators" not in card
+
+
+@pytest.mark.parametrize("name", ["pocket", "pocket_fellowship", "pocket_baselines"])
+def test_pipeline_yaml_is_a_configuration(name):
+    workflow = find_workflow(SHIPPED[name])
+    with open(f"configs/{name}.yaml") as file:
+        config = read_config(workflow.config, yaml.safe_load(file), [])
+    again = read_config(workflow.config, yaml.safe_load(pipeline_text(Provenance.of(config).given)), [])
+    assert again.model_copy(update={"run": config.run, "ray": config.ray}) == config
 
 
 def test_datasets_library_reads_it(written, load):
     folder, stats, _ = written
     for kind in ("kto", "dpo"):
         whole = load(str(folder / kind))
+        assert {k: list(v) for k, v in load(str(folder), kind).items()} == {k: list(v) for k, v in whole.items()}
         plain = load("parquet", data_files=str(folder / kind / "train" / "*.parquet"), split="train")
         assert {k: len(v) for k, v in whole.items()} == {
             "train": stats["rows"][kind]["train"], "validation": stats["rows"][kind]["val"]
@@ -134,6 +228,24 @@ def test_pandas_reads_it(written):
     frame = pandas.read_parquet(folder / "kto" / "train")
     assert len(frame) == stats["rows"]["kto"]["train"] and frame["label"].dtype == bool
     assert frame["completion"][0][0]["role"] == "assistant"
+    for kind in ("kto", "dpo"):  # the whole folder, as it lies
+        assert len(pandas.read_parquet(folder / kind)) == stats["rows"][kind]["train"] + stats["rows"][kind]["val"]
+
+
+def test_duckdb_reads_it(written):
+    duckdb = pytest.importorskip("duckdb")
+    folder, stats, _ = written
+    ((rows,),) = duckdb.sql(f"select count(*) from '{folder}/kto/*/*.parquet'").fetchall()
+    assert rows == stats["rows"]["kto"]["train"] + stats["rows"]["kto"]["val"]
+
+
+def test_datasets_of_two_runs_with_one_folder_name_are_not_confused(tmp_path, load):
+    """`datasets` caches a local folder under its last name and what its card says."""
+    found = []
+    for run, text in (("one", "a"), ("two", "b")):
+        write_run(tmp_path / run, make_world({"q": [(text, (9, 9, 9), False)]}), num_shards=1, fingerprint=run)
+        found.append(load(str(tmp_path / run / "datasets"), "kto")["train"][0]["completion"][0]["content"])
+    assert found == ["a", "b"]
 
 
 def test_empty_splits(tmp_path, load):
@@ -149,7 +261,8 @@ def test_empty_splits(tmp_path, load):
     found = load(str(folder / "kto"))
     assert {split: len(data) for split, data in found.items()} == {"train": 1}
     assert list(pandas.read_parquet(folder / "kto" / "val").columns) == KTO.names
-    assert "configs" not in (folder / "dpo" / "README.md").read_text()
+    assert {split: len(data) for split, data in load(str(folder), "kto").items()} == {"train": 1}
+    assert "config_name: dpo" not in (folder / "README.md").read_text()
 
 
 def write(tmp_path, tables, kinds, counts=None):
@@ -183,16 +296,18 @@ def test_counts_add_up():
 # --- TRL --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["kto", "dpo"])
-def test_trl_takes_it_as_it_is(tmp_path, load, tokenizer, kind, caplog):
-    """TRL's own preparation keeps every row in our order and does not warn about the class weights."""
-    import trl
+@pytest.mark.parametrize("name", ["kto", "dpo", "sft", "orpo", "simpo"])
+def test_trl_takes_it_as_it_is(tmp_path, load, tokenizer, name, caplog):
+    """TRL's own preparation keeps every row in our order, beside the columns that it does not read, does not warn about
+    the class weights, and trains."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    write_run(tmp_path, random_world(40, seed=8), config=DatasetsConfig(max_length=60, max_prompt_length=20))
+    method = METHODS[name]
+    config = DatasetsConfig(max_length=60, max_prompt_length=20, kinds=["kto", "dpo", "sft"])
+    write_run(tmp_path, random_world(40, seed=8), config=config)
     folder = tmp_path / "datasets"
     stats = json.loads((folder / "stats.json").read_text())
-    data = load(str(folder / kind))
+    data = load(str(folder / method.data))
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
@@ -200,20 +315,18 @@ def test_trl_takes_it_as_it_is(tmp_path, load, tokenizer, kind, caplog):
         )
     )  # fmt: skip
     shared = {"output_dir": str(tmp_path / "out"), "use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 1}
-    shared |= {"per_device_train_batch_size": 4, "max_length": 200}
+    shared |= {"per_device_train_batch_size": 4, "max_length": 200, "save_strategy": "no", **method.settings}
+    reference = {"ref_model": copy.deepcopy(model)} if name in ("kto", "dpo") else {}
     logging.getLogger("trl").propagate = True
     with caplog.at_level(logging.WARNING):
-        if kind == "kto":
-            make, config = trl.KTOTrainer, trl.KTOConfig(**shared, **stats["kto_weights"])
-        else:
-            make, config = trl.DPOTrainer, trl.DPOConfig(**shared)
-        trainer = make(
+        trainer = method.trainer_class()(
             model,
-            ref_model=copy.deepcopy(model),
-            args=config,
+            args=method.config_class()(**shared, **(stats["kto_weights"] if name == "kto" else {})),
             train_dataset=data["train"],
             processing_class=tokenizer,
+            **reference,
         )
-    key = "candidate_id" if kind == "kto" else "chosen_id"
-    assert trainer.train_dataset[key] == data["train"][key]
+    key = "chosen_id" if method.data == "dpo" else "candidate_id"
+    assert list(trainer.train_dataset[key]) == list(data["train"][key])
     assert "ideal range" not in caplog.text
+    assert trainer.train().global_step == 1

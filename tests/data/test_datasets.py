@@ -2,10 +2,12 @@
 
 import itertools
 import random
+from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -14,13 +16,13 @@ from ray_pipeline.data.dataset_rows import DPO_DROPPED, KTO_DROPPED, DatasetsCon
 from ray_pipeline.data.datasets import dataset_rows
 from ray_pipeline.data.gate import GateConfig, decide
 from ray_pipeline.data.rows import KeyMismatch, gather
-from ray_pipeline.data.tokens import TokenCounter
+from ray_pipeline.data.tokens import BYTES_PER_TOKEN, TokenCounter, TokenEstimate, counted_with
 from ray_pipeline.engines.models import ModelSettings, TokenizerSettings
 from ray_pipeline.graph.stage import Stage, WholeWork
 from ray_pipeline.pocket import model_path
 from ray_pipeline.policy.perplexity import encode_row
 from ray_pipeline.store.schemas import DPO, KTO
-from tests.planted import JUDGES, Planted, World, candidate_name, count_words, make_world, random_world
+from tests.planted import JUDGES, Planted, World, candidate_name, count_words, ended, make_world, random_world
 
 CONFIG = DatasetsConfig(max_length=60, max_prompt_length=20)
 GOOD: Planted = ("a good answer", (9, 9, 9), False)
@@ -51,7 +53,8 @@ def dpo(world, **options):
 def test_kto_rows():
     world = make_world({"q one": [GOOD, FAIR], "q two": [BAD]}, val=["q two"])
     rows, counts = kto(world)
-    assert counts == {"candidates": 3, "kept": 2, "dropped": dict.fromkeys(KTO_DROPPED, 0), "truncated": 0}
+    none = dict.fromkeys(KTO_DROPPED, 0)
+    assert counts == {"candidates": 3, "cut_off": 0, "kept": 2, "dropped": none, "truncated": 0}
     good, bad = rows
     prompt = world.prompts["prompt_id"][0].as_py()
     assert good == {
@@ -63,6 +66,8 @@ def test_kto_rows():
         "label": True,
         "final_score": 9.0,
         "scores": [{"judge": j, "score": 9.0} for j in sorted(JUDGES)],
+        "copies": 1,
+        "model": None,
     }
     assert (bad["label"], bad["split"], bad["final_score"]) == (False, "val", 2.0)
 
@@ -85,7 +90,7 @@ def test_kto_lengths():
         }
     )
     rows, counts = kto(world)
-    assert counts["dropped"] == {"empty_response": 2, "prompt_too_long": 2}
+    assert counts["dropped"] == {"empty_response": 2, "contradictory": 0, "repeated": 0, "prompt_too_long": 2}
     assert (counts["kept"], counts["truncated"]) == (2, 1)
     assert len(rows[0]["completion"][0]["content"].split()) == 70  # the trainer cuts, the dataset does not
 
@@ -113,7 +118,7 @@ def test_the_pair_is_the_best_with_the_worst_in_every_order():
         scores = dict(LADDER)
         rows, counts = dpo(make_world({"q": [(name, scores[name], False) for name in order]}))
         assert [(r["chosen"][0]["content"], r["rejected"][0]["content"]) for r in rows] == [("nine", "two")]
-        assert (rows[0]["chosen_score"], rows[0]["rejected_score"], rows[0]["score_gap"]) == (9.0, 2.0, 7.0)
+        assert (rows[0]["score_chosen"], rows[0]["score_rejected"], rows[0]["score_gap"]) == (9.0, 2.0, 7.0)
         assert counts["kept"] == 1
 
 
@@ -304,6 +309,26 @@ def test_weights_are_inside(desirable, undesirable):
         assert (w_d, w_u) == (1.0, 1.0)
 
 
+@given(st.integers(2, 100_000), st.integers(1, 100_000), st.sampled_from([-1, 1]))
+@settings(max_examples=300, deadline=None)
+@example(745, 744, -1)
+def test_weights_do_not_jump(desirable, undesirable, step):
+    """Equal classes and the edges of the range are no special places."""
+    before, after = kto_weights(desirable, undesirable), kto_weights(desirable + step, undesirable)
+    share = 1 / min(desirable, desirable + step, undesirable)
+    for weight, next_weight in zip(before, after, strict=True):
+        assert abs(weight - next_weight) <= 0.01 + 1.01 * share * max(weight, next_weight)
+
+
+def test_weights_of_swapped_classes_are_alike():
+    assert kto_weights(753, 736) == (1.0, 1.0)
+    assert kto_weights(736, 753) == (1.03, 1.0)
+    assert kto_weights(1000, 1000) == (1.0, 1.0) and kto_weights(999, 1000) == (1.01, 1.0)
+    assert kto_weights(1330, 1000) == (1.0, 1.0) and kto_weights(1331, 1000) == (1.0, 1.01)
+    assert kto_weights(500, 1000) == (2.01, 1.0)  # beyond the range, the rarer class makes up for its number
+    assert kto_weights(2000, 1000) == (1.0, 1.51)  # 2 / 1.33
+
+
 def test_weights_of_the_published_run_and_of_one_class():
     assert kto_weights(951, 920) == (1.0, 1.0)
     assert kto_weights(1081, 25)[0] == 1.0
@@ -350,6 +375,23 @@ def test_token_counter_loads_and_refuses(tokenizer, tmp_path):
         TokenCounter(tokenizer)
 
 
+@given(prompt=st.text(), answer=st.text(), longer=st.text())
+def test_an_estimate_counts_bytes_and_tells_texts_apart(prompt: str, answer: str, longer: str) -> None:
+    """Its ids stand for the text, so that answers which differ after the limit alone are found as equal."""
+    count = TokenEstimate()
+    asked, said = [{"role": "user", "content": prompt}], [{"role": "assistant", "content": answer}]
+    assert len(count(asked)) == -(-len(prompt.encode("utf-8", "surrogatepass")) // BYTES_PER_TOKEN)
+    whole, more = count(asked, said), count(asked, [{"role": "assistant", "content": answer + longer}])
+    same = len(f"{prompt}\n{answer}".encode("utf-8", "surrogatepass")) // BYTES_PER_TOKEN
+    assert whole[:same] == more[:same]
+    assert whole != more or not longer.strip("\0")
+
+
+def test_how_lengths_are_counted_is_said_without_a_path(tmp_path: Path) -> None:
+    assert counted_with(None) == "an estimate of one token per 4 bytes of UTF-8 text, without a tokenizer"
+    assert counted_with(ModelSettings(model=str(tmp_path / "policy"))) == "the tokenizer of policy"
+
+
 @pytest.mark.parametrize(
     "values",
     [
@@ -386,3 +428,54 @@ def test_other_template_arguments_make_other_rows():
     assert len(set(marks)) == 3
     # How the model is served changes no length.
     assert rows_of(dtype="float32", seed=7, max_model_len=64).fingerprint == marks[0]
+
+
+def test_texts_that_were_cut_off_are_counted():
+    """K4.1"""
+    world = ended(make_world({"q": [GOOD, BAD, FAIR], "r": [GOOD]}), "length", "stop", "content_filter", "stop")
+    rows, counts = kto(world)
+    assert [(r["label"], counts["cut_off"]) for r in rows] == [(False, 2), (True, 2)]
+    pairs, counts = dpo(world)
+    assert (pairs, counts["cut_off"], counts["dropped"]["no_desirable"]) == ([], 2, 1)
+
+
+# --- equal answers ----------------------------------------------------------------------------------------------------
+
+
+def test_the_same_answer_twice_is_one_row_with_a_count():
+    """K5.4"""
+    again: Planted = ("a  good\nanswer", (9, 9, 9), False)
+    world = make_world({"q": [("a  good\nanswer", (9, 9, 9), False), again, again, BAD, BAD], "other": [GOOD, GOOD]})
+    rows, counts = kto(world)
+    assert [(r["label"], r["copies"]) for r in rows] == [(True, 3), (False, 2), (True, 2)]
+    assert counts["dropped"] == {"empty_response": 0, "contradictory": 0, "repeated": 4, "prompt_too_long": 0}
+    assert counts["kept"] + sum(counts["dropped"].values()) == 7
+    ids = world.candidates.filter(pc.equal(world.candidates["response"], again[0]))["candidate_id"].to_pylist()
+    assert rows[0]["candidate_id"] == min(ids)
+    arguments = (world.prompts, world.candidates, world.verdicts, decisions_of(world), CONFIG, count_words)
+    for every, left_out in ((False, 0), (True, 1)):
+        table, found = dpo_rows(*arguments, every)
+        assert (table.num_rows, found["repeated_responses"]) == (1, left_out)
+
+
+def test_an_answer_with_both_labels_is_in_no_row_and_never_paired_with_itself():
+    torn: list[Planted] = [("x", (9, 9, 9), False), ("x ", (2, 2, 2), False)]
+    rows, counts = kto(make_world({"q": [*torn, BAD]}))
+    assert [r["completion"][0]["content"] for r in rows] == [BAD[0]] and counts["dropped"]["contradictory"] == 2
+    assert dpo(make_world({"q": torn}))[1]["dropped"]["equal_text"] == 1
+
+
+@given(st.lists(st.sampled_from([GOOD, FAIR, BAD, ("b", (9, 9, 9), False), ("b", (1, 1, 1), False)]), min_size=1))
+@settings(max_examples=25, deadline=None)
+def test_no_two_rows_of_a_prompt_are_equal(answers):
+    world = make_world({"q": answers})
+    rows, counts = kto(world)
+    texts = [r["completion"][0]["content"] for r in rows]
+    assert len(texts) == len(set(texts))
+    kept = sum(r["copies"] for r in rows)
+    assert kept == counts["kept"] + counts["dropped"]["repeated"]
+    for every in (False, True):
+        arguments = (world.prompts, world.candidates, world.verdicts, decisions_of(world), CONFIG, count_words, every)
+        pairs = dpo_rows(*arguments)[0].to_pylist()
+        both = [(p["chosen"][0]["content"], p["rejected"][0]["content"]) for p in pairs]
+        assert len(set(both)) == len(both) and all(a != b for a, b in both)

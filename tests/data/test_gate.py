@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from ray_pipeline.data.gate import GateConfig, decide, label_counts, mean_and_variance
 from ray_pipeline.data.rows import KeyMismatch
 from ray_pipeline.store.schemas import CANDIDATES, CRITIQUES, DECISIONS, PARSE_STATUSES, VERDICTS
-from tests.planted import JUDGES, Planted, make_world, random_world
+from tests.planted import JUDGES, Planted, ended, make_world, random_world
 
 
 def gate_of(*answers: Planted, config: GateConfig | None = None, judges: list[str] = JUDGES) -> list[dict]:
@@ -45,6 +45,36 @@ def gate_of(*answers: Planted, config: GateConfig | None = None, judges: list[st
 def test_label_and_reason(scores, flawed, label, why):
     row = gate_of(("answer", scores, flawed))[0]
     assert (row["label"], row["why"]) == (label, why)
+
+
+CUT = ("length", "content_filter", "tool_calls", "abort", "max_output_tokens")
+
+
+@pytest.mark.parametrize("reason", CUT)
+@pytest.mark.parametrize(
+    ("cut", "labels"),
+    [
+        ("exclude", ["incomplete"] * 5),
+        ("undesirable", ["incomplete", "undesirable", "discard", "abstain", "incomplete"]),
+        ("keep", ["desirable", "undesirable", "discard", "abstain", "incomplete"]),
+    ],
+)
+def test_a_text_that_was_cut_off_is_never_desirable_unless_the_user_wants_it(reason, cut, labels):
+    """K4.1"""
+    scores = [(9, 9, 9), (2, 2, 2), (5, 6, 5), (1, 10, 10), (None, 2, 2)]
+    world = ended(make_world({"q": [(f"answer {i}", own, False) for i, own in enumerate(scores)]}), reason)
+    table = decide(world.candidates, world.verdicts, world.critiques, JUDGES, GateConfig(cut=cut))
+    assert table["label"].to_pylist() == labels
+    first = table["why"][0].as_py()
+    assert first == ("final 9.00 ≥ 7" if cut == "keep" else f"cut off: {reason}")
+    assert table["final_score"].to_pylist()[:2] == [9.0, 2.0]
+
+
+def test_a_whole_text_and_a_table_without_finish_reasons_are_as_before():
+    world = make_world({"q": [("a", (9, 9, 9), False), ("b", (2, 2, 2), False), ("c", (9, 9, 9), False)]})
+    for candidates in (ended(world, "stop", "unknown", "refusal").candidates, world.candidates.drop(["finish_reason"])):
+        table = decide(candidates, world.verdicts, world.critiques, JUDGES, GateConfig())
+        assert table["label"].to_pylist() == ["desirable", "undesirable", "desirable"]
 
 
 def test_numbers_are_null_when_they_cannot_be_computed():

@@ -7,6 +7,7 @@ import pytest
 from ray_pipeline.data.critic_stats import critic_stats
 from ray_pipeline.data.gate_stats import gate_stats
 from ray_pipeline.data.judge_stats import judging_stats
+from ray_pipeline.data.page import judges_section
 
 DECISIONS = pa.table(
     {
@@ -81,6 +82,24 @@ def test_judges_unread_skipped_and_missing() -> None:
     # classes by hand: help d d u u, fact d d u d over c1 c3 c2 c5
     assert stats.kappas[0].value == pytest.approx((3 / 4 - (2 * 3 + 2 * 1) / 16) / (1 - (2 * 3 + 2 * 1) / 16))
     assert judging_stats(VERDICTS.slice(0, 9), DECISIONS.column("candidate_id")).judges["fact"].missing == 1
+
+
+def test_unread_replies_are_counted_by_reason() -> None:
+    reasons = pa.array(["good", "unread: quoted", "unread: absent", "unread: quoted"])
+    verdicts = pa.table(
+        {
+            "candidate_id": ["c1", "c2", "c3", "c4"],
+            "judge": ["help"] * 4,
+            "score": [7.0, None, None, None],
+            "parse_status": ["ok", "unparsed", "unparsed", "unparsed"],
+            "reason": reasons,
+        }
+    )
+    stats = judging_stats(verdicts, pa.array(["c1", "c2", "c3", "c4"]))
+    assert stats.judges["help"].unread_by == {"absent": 1, "quoted": 2}
+    section = judges_section(stats, [], (7.0, 4.0), audit_slice=False)
+    assert "unparsed 3 (absent 1, quoted 2)" in str(section)
+    assert judging_stats(VERDICTS, DECISIONS.column("candidate_id")).judges["help"].unread_by == {}
 
 
 def test_agreement_on_an_audit_slice_only() -> None:

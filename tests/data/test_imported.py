@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 
 from ray_pipeline.data.dataset_rows import DatasetsConfig
 from ray_pipeline.data.imported import read_preferences, tables_of
-from ray_pipeline.data.preference_sources import PreferenceSource, source_digests
+from ray_pipeline.data.preference_sources import PreferenceSource
 from ray_pipeline.data.prompts import split_of
 from ray_pipeline.data.sources import InputError
 from ray_pipeline.store.keys import prompt_id
@@ -76,7 +76,7 @@ def test_ultrafeedback_binarized_gives_all_three_kinds(tmp_path: Path) -> None:
     first = next(r for r in tables["dpo"].to_pylist() if r["prompt"][0]["content"] == "question 0")
     assert (first["chosen"], first["rejected"]) == ([assistant("good 0")], [assistant("bad 0")])
     assert first["prompt"] == [user("question 0")] and first["prompt_id"] == prompt_id([user("question 0")])
-    assert (first["chosen_score"], first["rejected_score"], first["score_gap"]) == (7.0, 5.0, 2.0)
+    assert (first["score_chosen"], first["score_rejected"], first["score_gap"]) == (7.0, 5.0, 2.0)
     assert {r["prompt_id"]: r["split"] for r in tables["dpo"].to_pylist()} == {
         p: split_of(p, 3, 0.25) for p in tables["dpo"]["prompt_id"].to_pylist()
     }
@@ -105,7 +105,7 @@ def test_what_teaches_nothing_is_dropped_and_counted(tmp_path: Path) -> None:
     assert counts["source"]["kept"] == 1 and counts["source"]["read"] == 9
     assert counts["source"]["dropped"] == {
         "empty": 1, "not_an_answer": 1, "prompts_differ": 1, "gap_not_positive": 1, "equal_text": 1,
-        "prompt_too_long": 1, "equal_after_truncation": 1, "repeated": 1,
+        "prompt_too_long": 1, "equal_after_truncation": 1, "repeated": 1, "malformed": 0,
     }  # fmt: skip
 
 
@@ -122,7 +122,7 @@ def test_what_teaches_nothing_is_dropped_and_counted(tmp_path: Path) -> None:
 def test_every_form_of_a_pair_is_the_same_pair(tmp_path: Path, row: dict[str, Any]) -> None:
     (pair,) = read(write(tmp_path / "rows.jsonl", [row]))[0]["dpo"].to_pylist()
     assert (pair["prompt"], pair["chosen"], pair["rejected"]) == ([user("q")], [assistant("good")], [assistant("bad")])
-    assert pair["chosen_score"] is None and pair["score_gap"] is None
+    assert pair["score_chosen"] is None and pair["score_gap"] is None
 
 
 def test_turns_before_the_last_are_the_prompt(tmp_path: Path) -> None:
@@ -170,14 +170,18 @@ def test_what_a_format_cannot_give_is_said_at_once() -> None:
         (
             {"question": "q", "chosen": "a", "rejected": "b"},
             {},
-            r"line 1: column 'chosen' is plain text without a prompt",
+            r"line 1: column 'chosen': plain text without a prompt",
         ),
         (
             {"prompt": "q", "good": "a", "bad": "b"},
             {},
-            r"line 1 has no column 'chosen', which paired rows need; it has",
+            r"rows.jsonl has no column 'chosen', which paired rows need; it has",
         ),
-        ({"prompt": "q", "chosen": 7, "rejected": "b"}, {}, r"line 1: column 'chosen' holds a int"),
+        (
+            {"prompt": "q", "chosen": 7, "rejected": "b"},
+            {},
+            r"line 1: column 'chosen': neither text nor a list of chat messages, but int",
+        ),
         (
             {"prompt": "q", "chosen": "a", "rejected": "b", "s": "high"},
             {"chosen_score": "s"},
@@ -204,12 +208,12 @@ def test_bad_rows_are_named(tmp_path: Path, row: dict[str, Any], options: dict[s
 
 def test_files_have_digests_and_must_be_there(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [ultrafeedback(0)])
-    before = source_digests(source(path))
+    before = source(path).digests()
     assert list(before) == ["rows.jsonl"]
     write(path, [ultrafeedback(1)])
-    assert source_digests(source(path)) != before
+    assert source(path).digests() != before
     with pytest.raises(InputError, match="does not exist"):
-        source_digests(source(tmp_path / "nothing.jsonl"))
+        source(tmp_path / "nothing.jsonl").digests()
     with pytest.raises(InputError, match="has no rows"):
         read(write(tmp_path / "empty.jsonl", []))
 
@@ -217,3 +221,73 @@ def test_files_have_digests_and_must_be_there(tmp_path: Path) -> None:
 def test_a_limit_takes_the_first_rows(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [ultrafeedback(i) for i in range(10)])
     assert read(path, limit=4)[1]["source"]["read"] == 4
+
+
+def test_a_bad_row_is_dropped_and_counted_with_its_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [ultrafeedback(i) for i in range(1000)])
+    lines = path.read_text().splitlines()
+    lines[100] = lines[100][:-1]
+    lines[200] = json.dumps(ultrafeedback(200, chosen=[{"role": "user", "content": 7}]))
+    lines[300] = json.dumps({"prompt": "q", "rejected": "b"})
+    lines[400] = json.dumps(ultrafeedback(400, score_chosen="high"))
+    lines[500] = json.dumps({k: v for k, v in ultrafeedback(500).items() if not k.startswith("score")})
+    path.write_text("\n".join(lines))
+    _, counts = read(path, **SCORED)
+    found = counts["source"]
+    assert (found["read"], found["kept"], found["dropped"]["malformed"]) == (1000, 996, 4)
+    for fault, line in zip(found["faults"], (101, 201, 301, 401), strict=True):
+        assert fault.startswith(f"{path}: line {line}")
+    with pytest.raises(InputError, match=r"rows\.jsonl has no column 'score', which paired rows need"):
+        read(path, chosen_score="score")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "chosen": [{"from": "gpt", "value": "good"}], "rejected": [{"from": "gpt", "value": "bad"}]},
+        {"chosen": [{"input": "q", "output": "good"}], "rejected": [{"input": "q", "output": "bad"}]},
+        {"chosen": json.dumps([user("q"), assistant("good")]), "rejected": json.dumps([user("q"), assistant("bad")])},
+        {"chosen": "q<extra_id_1>Assistant\ngood", "rejected": "q<extra_id_1>Assistant\nbad"},
+    ],
+)
+def test_pairs_in_the_forms_of_public_datasets(tmp_path: Path, row: dict[str, Any]) -> None:
+    (pair,) = read(write(tmp_path / "rows.jsonl", [row]))[0]["dpo"].to_pylist()
+    assert (pair["prompt"], pair["chosen"], pair["rejected"]) == ([user("q")], [assistant("good")], [assistant("bad")])
+
+
+def test_an_answer_that_is_a_chat_as_json_stays_text(tmp_path: Path) -> None:
+    text = json.dumps([user("q"), assistant("good")])
+    (pair,) = read(write(tmp_path / "r.jsonl", [{"prompt": "p", "chosen": text, "rejected": "no"}]))[0][
+        "dpo"
+    ].to_pylist()
+    assert pair["chosen"] == [assistant(text)]
+
+
+def test_prompts_are_kept_as_they_stood(tmp_path: Path) -> None:
+    one, other = ({"prompt": f"Is 'a{gap}b' one word?\n", "chosen": "good", "rejected": "bad"} for gap in (" ", "  "))
+    pairs = read(write(tmp_path / "rows.jsonl", [one, other]))[0]["dpo"].to_pylist()
+    assert sorted(pair["prompt"][0]["content"] for pair in pairs) == sorted([one["prompt"], other["prompt"]])
+    assert len({pair["prompt_id"] for pair in pairs}) == 2
+
+
+def test_thoughts_are_split_off_imported_answers_and_counted(tmp_path: Path) -> None:
+    thinking = "<think>hm</think>"
+    pairs = [
+        {"prompt": "a", "chosen": f"{thinking}good", "rejected": "bad"},
+        {"prompt": "b", "chosen": "good", "rejected": "<think>never"},
+        {"prompt": "c", "chosen": f"{thinking}same", "rejected": "same"},
+    ]
+    tables, counts = read(write(tmp_path / "p.jsonl", pairs))
+    assert [row["chosen"][0]["content"] for row in tables["dpo"].to_pylist()] == ["good"]
+    found = counts["source"]
+    assert (found["thoughts"], found["dropped"]["unfinished_thought"], found["dropped"]["equal_text"]) == (1, 1, 1)
+    assert found["read"] == found["kept"] + sum(found["dropped"].values())
+    shown = [{"messages": [user("a"), assistant(f"{thinking}yes")]}, {"messages": [user("b"), assistant("<think>")]}]
+    only = DatasetsConfig(kinds=["sft"], max_length=40, max_prompt_length=16)
+    path = write(tmp_path / "s.jsonl", shown)
+    tables, counts = read(path, only, format="demonstrations")
+    assert [row["completion"][0]["content"] for row in tables["sft"].to_pylist()] == ["yes"]
+    assert counts["source"]["dropped"]["unfinished_thought"] == counts["source"]["thoughts"] == 1
+    tables, counts = read(path, only, format="demonstrations", thoughts="keep")
+    assert [row["completion"][0]["content"] for row in tables["sft"].to_pylist()] == [f"{thinking}yes", "<think>"]
+    assert "thoughts" not in counts["source"] and "unfinished_thought" not in counts["source"]["dropped"]

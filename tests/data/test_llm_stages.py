@@ -148,6 +148,22 @@ def test_one_prompts_trouble_is_its_own_rows(tmp_path: Path) -> None:
     assert sorted(shard.watched) == [("the generator", False)] * 2 + [("the generator", True)] * 4
 
 
+def test_thoughts_and_cut_prompts_are_in_columns(tmp_path: Path) -> None:
+    """K4.2 and K4.3; the scripted replies have 11 prompt tokens."""
+
+    def script(messages: Any, sampling: Any) -> Any:
+        return "<think>hm" if messages[-1]["content"] == "two" else "<think>hm</think>\nyes"
+
+    engine = ScriptedEngine(script, identity={"engine": "openai", "model": "endpoint:m@http://host/v1"})
+    found = draw_shard("one", "two", "words " * 1000, k=1).run(DRAW, engine, tmp_path)
+    rows = {
+        (row["response"], row["finish_reason"], row["thoughts"], row["prompt_cut"])
+        for row in found.tables["candidates"].to_pylist()
+    }
+    assert rows == {("yes", "stop", "hm", None), (None, "length", "hm", None), ("yes", "stop", "hm", True)}
+    assert found.counts == {"stop": 2, "length": 1, "prompt_cut": 1}
+
+
 def test_no_prompts_make_an_empty_table_of_the_full_schema(tmp_path: Path) -> None:
     found = Shard({"prompts": PROMPTS.empty_table()}, CandidateSettings()).run(DRAW, ScriptedEngine(echo), tmp_path)
     assert found.tables["candidates"].schema.equals(CANDIDATES) and found.tables["candidates"].num_rows == 0
@@ -313,7 +329,7 @@ def test_a_rubrics_sampling_starts_from_the_stages() -> None:
 @pytest.mark.parametrize(
     ("block", "message"),
     [
-        ({"rubrics": []}, "rubrics is empty"),
+        ({"rubrics": []}, "no judges: set judge.rubrics"),
         ({"rubrics": [{"name": "a"}, {"name": "a"}]}, "two judges have the same name: a"),
         ({"rubrics": "a"}, "rubrics"),
         (

@@ -4,14 +4,17 @@ import collections
 import itertools
 import json
 import unicodedata
+from types import SimpleNamespace
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from ray_pipeline.data.prompts import PromptsConfig, load_prompts, source_digests
+from ray_pipeline.data.prompts import PromptsConfig, load_prompts, make_prompts, source_digests
 from ray_pipeline.data.rows import shard_rows
-from ray_pipeline.data.sources import HuggingFaceSource, InputError, JsonlSource, PocketSource, SourceRow
+from ray_pipeline.data.sources import HuggingFaceSource, InputError, JsonlSource, ParquetSource, PocketSource, SourceRow
+from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import prompt_id, shard_of, unit_hash
 from ray_pipeline.store.schemas import PROMPTS
 from tests.published import DATA, needs
@@ -36,15 +39,57 @@ def test_table_and_counts(tmp_path):
     ids = found.table["prompt_id"].to_pylist()
     assert ids == sorted(ids)
     assert ids == [prompt_id(m) for m in found.table["messages"].to_pylist()]
-    assert texts(found.table) == {"one", "two words", "three"}
+    assert texts(found.table) == {"one", "two  words", "three"}  # as the first of its spellings stood
     places = {r["messages"][0]["content"]: r["meta"] for r in found.table.to_pylist()}
-    assert places["two words"] == '{"file":"a.jsonl","row":5}'
-    dropped = {"empty": 2, "duplicate": 2, "over_limit": 0, "duplicate_across_sources": 0, "over_max_prompts": 0}
+    assert places["two  words"] == '{"file":"a.jsonl","row":5}'
+    dropped = {
+        "malformed": 0,
+        "empty": 2,
+        "duplicate": 2,
+        "over_limit": 0,
+        "duplicate_across_sources": 0,
+        "over_max_prompts": 0,
+    }
     val = found.table["split"].to_pylist().count("val")
     assert found.counts == {
         "read": 7, "dropped": dropped, "kept": 3, "train": 3 - val, "val": val,
         "sources": {"a.jsonl": {"read": 7, "dropped": dropped, "kept": 3}},
     }  # fmt: skip
+
+
+AS_THEY_STOOD = [
+    "Is 'a  b' the same as 'a b'?",
+    "Is 'a b' the same as 'a b'?",
+    "Bob\t\tRome",
+    "Bob\tRome",
+    "  led by blanks",
+    "followed by blanks  \n",
+    "two  spaces.  And two more",
+    "one\r\ntwo",
+    "a\n\n\n\nb",
+    "Cafe\u0301",
+    "```\nx = 1  \n\n\n\ny\n```\n",
+    "zero\u200bwidth and no\u00a0break",
+]
+
+
+def test_texts_are_kept_as_they_stood(tmp_path):
+    rows = [*AS_THEY_STOOD, *([{"role": "user", "content": text}] for text in ("in  a chat", "and\tthis"))]
+    found = load_prompts(PromptsConfig(sources=[write(tmp_path / "a.jsonl", rows)]))
+    assert texts(found.table) == {*AS_THEY_STOOD, "in  a chat", "and\tthis"}
+    pq.write_table(pa.table({"prompt": AS_THEY_STOOD}), tmp_path / "a.parquet")
+    found = load_prompts(PromptsConfig(sources=[ParquetSource(path=str(tmp_path / "a.parquet"), column="prompt")]))
+    assert texts(found.table) == {*AS_THEY_STOOD}
+    assert found.table["prompt_id"].to_pylist() == [prompt_id(m) for m in found.table["messages"].to_pylist()]
+
+
+def test_what_no_table_can_hold_becomes_a_replacement_character(tmp_path):
+    pq.write_table(pa.table({"prompt": ["a\0b"]}), tmp_path / "a.parquet")
+    found = load_prompts(PromptsConfig(sources=[ParquetSource(path=str(tmp_path / "a.parquet"), column="prompt")]))
+    (row,) = found.table.to_pylist()
+    assert row["messages"] == [{"role": "user", "content": "a\ufffdb"}] and row["prompt_id"] == prompt_id(
+        row["messages"]
+    )
 
 
 def test_the_first_source_wins(tmp_path):
@@ -66,7 +111,7 @@ def test_labels_task_types_and_system(tmp_path):
     )
     rows = sorted(load_prompts(PromptsConfig(sources=[source])).table.to_pylist(), key=lambda r: r["meta"])
     assert [(r["task_type"], r["source"]) for r in rows] == [("sum", "x"), ("general", "mine")]
-    assert rows[0]["messages"] == [{"role": "system", "content": "be brief"}, {"role": "user", "content": "a"}]
+    assert rows[0]["messages"] == [{"role": "system", "content": "be  brief"}, {"role": "user", "content": "a"}]
 
 
 def test_a_chat_keeps_its_own_system_message(tmp_path):
@@ -175,6 +220,23 @@ def test_sources_without_prompts(tmp_path, name, content, message):
     source = {"type": name[2:], "path": str(tmp_path / name), "column": "prompt"}
     with pytest.raises(InputError, match=message):
         load_prompts(PromptsConfig(sources=[source]))
+
+
+def test_malformed_rows_are_in_the_log_and_in_the_last_lines_of_the_run(tmp_path):
+    source = write(tmp_path / "a.jsonl", ["one", 2, 3, "four"])
+    given = SimpleNamespace(
+        settings=SimpleNamespace(prompts=PromptsConfig(sources=[source]), digests=None),
+        folder=Folder(str(tmp_path / "out")),
+        num_shards=4,
+        fingerprint="0" * 16,
+        log=(log := []).append,
+    )
+    facts = make_prompts(given)
+    first = f"{tmp_path}/a.jsonl: line 2: column 'prompt': neither text nor a list of chat messages, but int"
+    assert facts["warnings"] == [f"dropped 2 malformed of 4 rows (the log names 2): {first}"]
+    assert log[0] == "2 kept of 4 read; dropped: 2 malformed"
+    assert log[1] == f"dropped as malformed: {first}" and "a.jsonl: line 3" in log[2] and len(log) == 3
+    assert facts["counts"]["dropped"]["malformed"] == 2 and facts["counts"]["kept"] == 2
 
 
 def test_an_empty_file_among_others_is_fine(tmp_path):

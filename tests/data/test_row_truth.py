@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 
-from ray_pipeline.data.checkers import pocket
+from ray_pipeline.data.checkers import load_checker
 from ray_pipeline.data.row_truth import row_truth
 from ray_pipeline.pocket.tasks import is_correct, truth
 
@@ -33,7 +33,9 @@ def test_each_class_is_counted_and_repeats_and_held_out_rows_are_told_apart() ->
     rows = [kto(RIGHT, True), kto(RIGHT, True), kto(WRONG, True), kto(WRONG, False), kto(WRONG, True, "val")]
     pair = {"prompt_id": "p", "split": "train", "prompt": chat("user", ASKED)}
     pair |= {"chosen": chat("assistant", RIGHT), "rejected": chat("assistant", RIGHT)}
-    found = row_truth({"kto": pa.Table.from_pylist(rows), "dpo": pa.Table.from_pylist([pair])}, frozenset("p"), pocket)
+    found = row_truth(
+        {"kto": pa.Table.from_pylist(rows), "dpo": pa.Table.from_pylist([pair])}, {"p": "{}"}, load_checker("pocket")
+    )
     assert found is not None
     assert (found.labelled, found.repeated, found.undesirable_wrong) == (4, 0.25, 1.0)
     assert found.desirable_right == pytest.approx(2 / 3)
@@ -42,5 +44,5 @@ def test_each_class_is_counted_and_repeats_and_held_out_rows_are_told_apart() ->
 
 def test_rows_of_elsewhere_have_no_truth() -> None:
     rows = pa.Table.from_pylist([kto(RIGHT, True, prompt_id="elsewhere")])
-    assert row_truth({"kto": rows}, frozenset("p"), pocket) is None
-    assert row_truth({}, frozenset("p"), pocket) is None
+    assert row_truth({"kto": rows}, {"p": "{}"}, load_checker("pocket")) is None
+    assert row_truth({}, {"p": "{}"}, load_checker("pocket")) is None

@@ -2,13 +2,18 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
+from ray_pipeline.data.prompts import PromptsConfig, load_prompts
 from ray_pipeline.data.sources import (
     CsvSource,
     HuggingFaceSource,
@@ -17,9 +22,12 @@ from ray_pipeline.data.sources import (
     ParquetSource,
     PocketSource,
     Source,
+    TextSource,
+    files,
     find_files,
     named_sources,
 )
+from ray_pipeline.data.sources.chats import messages_of, turns_in_text, until_last_user
 from ray_pipeline.store.schemas import MESSAGES
 
 CHAT = [
@@ -29,6 +37,14 @@ CHAT = [
     {"role": "user", "content": "how are you?"},
     {"role": "assistant", "content": "well"},
 ]
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
 
 
 def jsonl(path, rows):
@@ -81,6 +97,10 @@ def test_csv_with_quoted_commas_lines_and_numbers(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text('id,q,tail\n1,"one, ""two""\nthree",x\n2,42,y\nx3,,z\n')
     assert values(CsvSource(path=str(path), column="q")) == ['one, "two"\nthree', "42", ""]
+
+
+def faults(source):
+    return [row.fault for row in source.rows() if row.fault]
 
 
 def test_chats_end_with_a_user_turn(tmp_path):
@@ -167,24 +187,271 @@ def test_huggingface_mistakes(hub_like, change, message):
 # --- what cannot be read ----------------------------------------------------------------------------------------------
 
 BAD_JSONL = {
-    "broken line": ('{"q": "a"}\n{"q": \n', "line 2 is not JSON"),
-    "no object": ('{"q": "a"}\n\n["q"]\n', "line 3 is not a JSON object"),
-    "not UTF-8": (b'{"q": "a"}\n{"q": "\xff"}\n', "line 2 is not JSON"),
-    "wrong type": ('{"q": "a"}\n{"q": 7}\n', "line 2: column 'q' holds a int"),
-    "missing column": ('{"q": "a"}\n{"Q1": "b"}\n', "line 2 has no column 'q'; did you mean 'Q1'"),
-    "foreign chat": ('{"q": [{"from": "human", "value": "x"}]}\n', "line 1: .*message 0 has no role and content"),
-    "images in a chat": ('{"q": [{"role": "user", "content": [1]}]}\n', "line 1: .*message 0 must have text"),
+    "broken line": (b'{"q": \n', "line 2 is not JSON"),
+    "nesting": (b'{"q": ' + b"[" * 99_999 + b"\n", "line 2 is not JSON .it is nested too deeply"),
+    "a chat as nested JSON": (
+        json.dumps({"q": '[{"role": ' * 99_999 + "]"}).encode() + b"\n",
+        "line 2: column 'q': a chat as text that is not JSON .it is nested too deeply",
+    ),
+    "no object": (b'["q"]\n', "line 2 is not a JSON object"),
+    "not UTF-8": (b'{"q": "\xff"}\n', "line 2 is not JSON"),
+    "wrong type": (b'{"q": 7}\n', "line 2: column 'q': neither text nor a list of chat messages, but int"),
+    "missing column": (b'{"Q1": "b"}\n', "line 2 has no column 'q'; did you mean 'Q1'"),
+    "foreign chat": (b'{"q": [{"who": "human", "what": "x"}]}\n', "line 2: .*message 0 has no role and content"),
+    "unknown role": (
+        b'{"q": [{"role": "observation", "content": "x"}]}\n',
+        "message 0 has role 'observation', not one",
+    ),
+    "images in a chat": (b'{"q": [{"role": "user", "content": [1]}]}\n', "line 2: .*message 0 must have text"),
+    "a dictionary as content": (b'{"q": [{"role": "user", "content": {}}]}\n', "message 0 must have text as content"),
+    "a picture": (
+        b'{"q": [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image_url"}]}]}\n',
+        "message 0 must have text as content, and a part of it is 'image_url'",
+    ),
+    "tool calls": (
+        b'{"q": [{"role": "user", "content": "x"}, {"role": "assistant", "content": null, "tool_calls": [{}]}]}\n',
+        "message 1 calls tools",
+    ),
+    "Python for JSON": (
+        b"{\"q\": \"[{'role': 'user', 'content': 'x'}]\"}\n",
+        r"line 2: column 'q': a chat as text that is not JSON .*json\.dumps",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", BAD_JSONL)
-def test_bad_jsonl(tmp_path, case):
-    text, message = BAD_JSONL[case]
+def test_a_bad_row_does_not_end_the_load(tmp_path, case):
+    line, message = BAD_JSONL[case]
     path = tmp_path / "a.jsonl"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(InputError, match=message) as error:
-        list(JsonlSource(path=str(path), column="q").rows())
-    assert str(path) in str(error.value)
+    path.write_bytes(b'{"q": "a"}\n' + line + b'{"q": "b"}\n')
+    source = JsonlSource(path=str(path), column="q")
+    assert values(source) == ["a", None, "b"]
+    (fault,) = faults(source)
+    assert re.search(message, fault) and fault.startswith(str(path))
+
+
+def test_a_bad_line_among_thousands_is_dropped_and_counted_with_its_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"q": f"question {i}"}) for i in range(3000)]
+    lines[1234] = lines[1234][:-4]
+    path.write_text("\n".join(lines))
+    found = load_prompts(PromptsConfig(sources=[JsonlSource(path=str(path), column="q")]))
+    assert (found.counts["read"], found.counts["kept"], found.counts["dropped"]["malformed"]) == (3000, 2999, 1)
+    assert len(found.faults) == 1 and found.faults[0].startswith(f"{path}: line 1235 is not JSON")
+
+
+def test_when_all_rows_are_bad_the_load_ends_with_the_first(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", [{"q": 1}, {"q": 2}, {"q": " "}])
+    with pytest.raises(InputError, match=r"2 of 3 rows are malformed, the others empty.*line 1: column 'q': neither"):
+        load_prompts(PromptsConfig(sources=[JsonlSource(path=path, column="q")]))
+
+
+def test_many_bad_rows_are_all_counted_and_the_first_are_named(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", [{"q": 1}] * 500 + [{"q": "x"}])
+    found = load_prompts(PromptsConfig(sources=[JsonlSource(path=path, column="q")]))
+    assert found.counts["dropped"]["malformed"] == 500 and len(found.faults) == 20
+
+
+# --- optional columns, arrays, text -----------------------------------------------------------------------------------
+
+
+def test_an_optional_column_may_be_missing_from_some_rows(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", [{"q": "one"}, {"q": "two", "kind": "k"}])
+    assert [row.task_type for row in JsonlSource(path=path, column="q", task_type_column="kind").rows()] == [None, "k"]
+    with pytest.raises(InputError, match=r"a\.jsonl has no column 'kinds'; did you mean 'kind'"):
+        list(JsonlSource(path=path, column="q", task_type_column="kinds").rows())
+    pq.write_table(pa.table({"q": ["one"]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"q": ["two"], "kind": ["k"]}), tmp_path / "b.parquet")
+    source = ParquetSource(path=f"{tmp_path}/*.parquet", column="q", task_type_column="kind")
+    assert [row.task_type for row in source.rows()] == [None, "k"]
+    (tmp_path / "a.csv").write_text("q\none\n")
+    with pytest.raises(InputError, match=r"a\.csv has no column 'kind'; it has q"):
+        list(CsvSource(path=f"{tmp_path}/a.csv", column="q", task_type_column="kind").rows())
+
+
+@pytest.mark.parametrize("type", ["json", "jsonl"])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_array(tmp_path, type, indent):
+    rows = [{"q": "one", "score": float("nan")}, {"q": 7}, "x", {"q": "two"}]
+    path = tmp_path / "a.json"
+    path.write_text("\ufeff\n" + json.dumps(rows, indent=indent))
+    source = JsonlSource(type=type, path=str(path), column="q")
+    assert values(source) == ["one", None, None, "two"]
+    assert [row.place["row"] for row in source.rows()] == [1, 2, 3, 4]
+    one, two = faults(source)
+    assert "row 2: column 'q'" in one and "row 3 is not a JSON object" in two
+    path.write_text(json.dumps(rows, indent=indent)[:-3])
+    with pytest.raises(InputError, match=r"a\.json is an array that is not JSON"):
+        list(source.rows())
+
+
+def test_a_list_on_the_first_of_many_lines_is_a_bad_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('["q"]\n{"q": "one"}\n')
+    assert values(JsonlSource(path=str(path), column="q")) == [None, "one"]
+
+
+def test_text_is_one_prompt_a_line(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeffone  \r\n\n  two é\n".encode() + b"\xff\nthree")
+    source = TypeAdapter(Source).validate_python({"type": "text", "path": str(path), "limit": 9})
+    assert isinstance(source, TextSource) and values(source) == ["one  ", "  two é", None, "three"]
+    assert [row.place["row"] for row in source.rows()] == [1, 3, 4, 5]
+    assert re.search("line 4 is not UTF-8", faults(source)[0])
+    with pytest.raises(ValidationError):
+        TextSource(path=str(path), column="q")
+
+
+# --- forms of chats ---------------------------------------------------------------------------------------------------
+
+FORMS = {
+    "messages": CHAT,
+    "other names of roles": [
+        {**m, "role": {"user": " Human", "assistant": "GPT"}.get(m["role"], "system")} for m in CHAT
+    ],
+    "sharegpt": [
+        {"from": {"user": "human", "assistant": "gpt"}.get(m["role"], "system"), "value": m["content"]} for m in CHAT
+    ],
+    "parts": [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in CHAT],
+    "JSON text": json.dumps(CHAT),
+    "sharegpt as JSON text": json.dumps([{"from": m["role"], "value": m["content"]} for m in CHAT], indent=1),
+    "marks": "<extra_id_0>System\nbe brief\n<extra_id_1>User\nhello\n<extra_id_1>Assistant\nhi\n"
+    "<extra_id_1>User\nhow are you?\n<extra_id_1>Assistant\nwell",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_a_chat_is_the_same_chat(tmp_path, form):
+    assert values(JsonlSource(path=jsonl(tmp_path / "a.jsonl", [{"q": FORMS[form]}]), column="q")) == [CHAT[:4]]
+    pq.write_table(pa.table({"q": [FORMS[form]]}), tmp_path / "a.parquet")
+    assert values(ParquetSource(path=str(tmp_path / "a.parquet"), column="q")) == [CHAT[:4]]
+
+
+def test_marks_of_helpsteer2():
+    talk = "Hi<extra_id_1>Assistant\nHello<extra_id_1>User\nMore"
+    assert turns_in_text(talk) == [user("Hi"), assistant("Hello"), user("More")]
+    assert turns_in_text("Hi\n\n<extra_id_1>Assistant\n\n  x\n<extra_id_1>User\n") == [
+        user("Hi\n"), assistant("\n  x"), user("")
+    ]  # fmt: skip
+    assert turns_in_text("What does the token <extra_id_1> mean in T5?") is None
+
+
+def test_pairs_of_input_and_output():
+    talk = [{"input": "one", "output": "1"}, {"input": "two", "output": "2"}]
+    assert messages_of(talk) == [user("one"), assistant("1"), user("two"), assistant("2")]
+
+
+def test_several_parts_are_joined_by_a_newline():
+    parts = [{"type": "text", "text": "one"}, {"type": "input_text", "text": "two"}, "three"]
+    assert messages_of([{"role": "user", "content": parts}]) == [user("one\ntwo\nthree")]
+
+
+def test_content_that_is_null():
+    turns = [
+        {"role": "system", "content": None},
+        user("one"),
+        {"role": "assistant", "content": None, "tool_calls": None},
+    ]
+    assert messages_of(turns) == [user("one"), assistant("")]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"role": "user", "content": "x"}] is no JSON in Python, is it?',
+        '[{"from": "a@b.org", "value": 3}]',
+        '[{"input": 1, "output": 2}]',
+        '[{"role": "cook"}, {"role": "waiter"}]',
+        '{"role": "user", "content": "x"}',
+        "[1, 2, 3]",
+        "[]",
+    ],
+)
+def test_a_prompt_that_holds_json_is_text(tmp_path, text):
+    assert values(JsonlSource(path=jsonl(tmp_path / "a.jsonl", [{"q": text}]), column="q")) == [text]
+
+
+TURN = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=20).filter(
+    lambda text: "<extra_id_" not in text
+)
+
+
+@given(first=TURN.filter(str.strip), later=st.lists(st.tuples(TURN, TURN), max_size=3), system=st.none() | TURN)
+def test_any_chat_comes_back_from_every_form(first, later, system):
+    chat = [user(first)] + [turn for reply, more in later for turn in (assistant(reply), user(more))]
+    marked = first + "".join(f"\n<extra_id_1>{m['role'].title()}\n{m['content']}" for m in chat[1:])
+    assert (turns_in_text(marked) or messages_of(marked)) == chat
+    chat = chat if system is None else [{"role": "system", "content": system}, *chat]
+    sharegpt = [{"from": m["role"], "value": m["content"]} for m in chat]
+    parts = [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in chat]
+    for form in (chat, sharegpt, parts):
+        assert messages_of(form) == messages_of(json.dumps(form)) == until_last_user(messages_of(form)) == chat
+
+
+@given(TURN)
+def test_any_other_text_stays_as_it_stands(text):
+    assume(not text.lstrip().startswith("["))
+    assert messages_of(text) == [user(text)]
+
+
+@given(st.lists(TURN, min_size=1, max_size=6))
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_the_same_texts_come_from_every_kind_of_file(tmp_path, texts):
+    """As they stand, and each with its own place."""
+    texts = [text for text in texts if not text.lstrip().startswith("[")] or ["x"]
+    rows = [{"q": text} for text in texts]
+    table = pa.table({"id": range(len(texts)), "q": texts})
+    (tmp_path / "a.json").write_text(json.dumps(rows, ensure_ascii=False))
+    pq.write_table(table, tmp_path / "a.parquet")
+    pacsv.write_csv(table, tmp_path / "a.csv")
+    sources = [
+        JsonlSource(path=jsonl(tmp_path / "a.jsonl", rows), column="q"),
+        JsonlSource(path=str(tmp_path / "a.json"), column="q"),
+        ParquetSource(path=str(tmp_path / "a.parquet"), column="q"),
+        CsvSource(path=str(tmp_path / "a.csv"), column="q"),
+    ]
+    for source in sources:
+        assert [(row.place["row"], row.value) for row in source.rows()] == list(enumerate(texts, 1))
+    one_line = [text for text in texts if text.strip() and "\n" not in text and text == text.strip("\r\ufeff")]
+    (tmp_path / "a.txt").write_bytes("\n".join(one_line).encode())
+    assert values(TextSource(path=str(tmp_path / "a.txt"))) == one_line
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "from", "value", "text", "type"]) | st.text(max_size=3), inner
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@given(st.lists(JSON, max_size=4))
+def test_any_row_is_read_or_has_a_fault(rows):
+    """No row ends a load, whatever it holds."""
+    source = JsonlSource(path="a.jsonl", column="q")
+    for number, value in enumerate(rows, 1):
+        row = source.row({"row": number}, {"q": value}, f"a.jsonl: line {number}")
+        assert row.fault is None or row.fault.startswith(f"a.jsonl: line {number}: column 'q': ")
+        if isinstance(row.value, list) and row.value:
+            assert row.value[-1]["role"] == "user" and all(isinstance(m["content"], str) for m in row.value)
+
+
+@given(st.lists(st.text(max_size=12).map(lambda text: text.encode("utf-8", "surrogatepass")) | st.binary(max_size=12)))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_bytes_are_rows_or_one_clear_error(tmp_path, lines):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join([*lines, b'{"q": "last"}']))
+    for source in (JsonlSource(path=str(path), column="q"), TextSource(path=str(path))):
+        try:
+            rows = list(source.rows())
+        except InputError as error:
+            assert str(path) in str(error)
+        else:
+            assert rows and all(row.fault is None or row.fault.startswith(f"{path}: line") for row in rows)
 
 
 def test_a_gzip_file_that_is_cut_short(tmp_path):
@@ -201,7 +468,6 @@ def test_a_gzip_file_that_is_cut_short(tmp_path):
         ({"zzz": ["x"]}, "no column 'prompt'; it has zzz"),
         ({"prompt": [1]}, "column 'prompt' is int64"),
         ({"prompt": [["x"]]}, "column 'prompt' is list"),
-        ({"prompt": [[{"role": "user", "text": "x"}]]}, "row 1: .*has no role and content"),
     ],
 )
 def test_bad_parquet(tmp_path, table, message):
@@ -210,6 +476,15 @@ def test_bad_parquet(tmp_path, table, message):
     with pytest.raises(InputError, match=message) as error:
         list(ParquetSource(path=str(path), column="prompt").rows())
     assert str(path) in str(error.value)
+
+
+def test_a_bad_row_of_a_parquet_file(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"prompt": [[{"role": "user", "text": "x"}]]}), path)
+    source = ParquetSource(path=str(path), column="prompt")
+    assert re.search("row 1: .*has no role and content", faults(source)[0]) and faults(source)[0].startswith(str(path))
+    with pytest.raises(InputError, match="1 of 1 rows are malformed"):
+        load_prompts(PromptsConfig(sources=[source]))
 
 
 def test_a_parquet_file_that_is_none(tmp_path):
@@ -223,9 +498,23 @@ def test_bad_csv(tmp_path):
     path.write_text("id,question\n1,a\n")
     with pytest.raises(InputError, match="no column 'questions'; did you mean 'question'"):
         list(CsvSource(path=str(path), column="questions").rows())
-    path.write_text("id,question\n1,a\n2,b,c\n")
-    with pytest.raises(InputError, match=r"not a readable CSV.*Row #3.*quote"):
-        list(CsvSource(path=str(path), column="question").rows())
+    path.write_text("id,question\n1,a\n2,b,c\n3\n4,d\n5,e,f\n")
+    source = CsvSource(path=str(path), column="question")
+    assert values(source) == ["a", None, None, "d", None]
+    assert [row.place["row"] for row in source.rows()] == [1, 2, 3, 4, 5]
+    assert re.search(r"row 2 has 3 columns, not 2; quote", faults(source)[0])
+    assert [re.search(r"row \d", fault).group() for fault in faults(source)] == ["row 2", "row 3", "row 5"]
+
+
+def test_bad_rows_of_a_csv_file_of_many_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "BLOCK_BYTES", 128)
+    lines = ["id,q"] + [f'{i},"text\n{i}"' if i % 3 else f"{i},a,b" for i in range(1, 200)]
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    rows = list(CsvSource(path=str(tmp_path / "a.csv"), column="q").rows())
+    assert [row.place["row"] for row in rows] == list(range(1, 200))
+    assert all(
+        row.value == f"text\n{i}" if i % 3 else f"row {i} has 3 columns" in row.fault for i, row in enumerate(rows, 1)
+    )
 
 
 @pytest.mark.parametrize(
@@ -316,14 +605,10 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def no_hub(monkeypatch, tmp_path):
-    """The hub does not answer; the local hub cache is empty."""
-    import httpx
-    from huggingface_hub import HfApi, constants
+    """Nothing listens where the hub should be; the local hub cache is empty."""
+    from huggingface_hub import constants
 
-    def refuse(*args, **kwargs):
-        raise httpx.ConnectError("no route to host")
-
-    monkeypatch.setattr(HfApi, "dataset_info", refuse)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "hub"
 
@@ -331,7 +616,7 @@ def no_hub(monkeypatch, tmp_path):
 def test_hub_commit_without_a_network(no_hub):
     source = HuggingFaceSource(name="openbmb/UltraFeedback", column="instruction")
     with pytest.raises(
-        InputError, match=r"(?s)could not resolve the commit of openbmb/UltraFeedback.*no route.*hf download"
+        InputError, match=r"(?s)could not resolve the commit of openbmb/UltraFeedback.*Connection refused.*hf download"
     ):
         source.digest()
     refs = no_hub / "datasets--openbmb--UltraFeedback" / "refs"

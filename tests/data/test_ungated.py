@@ -15,7 +15,7 @@ from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.data.ungated import best_and_worst
 from ray_pipeline.graph.stage import ShardInput
 from ray_pipeline.store.schemas import DECISIONS
-from tests.planted import JUDGES, Planted, count_words, make_world
+from tests.planted import JUDGES, Planted, count_words, ended, make_world
 
 ANY_GAP = DatasetsConfig(max_length=60, max_prompt_length=20, min_gap=0)
 
@@ -34,6 +34,22 @@ def test_best_and_worst_wherever_they_stand() -> None:
     for order in itertools.permutations([9, 6, 5, 2]):
         expected = {9: "desirable", 2: "undesirable"}
         assert labels(*((s, s, s) for s in order)) == [expected.get(s, "discard") for s in order]
+
+
+def test_a_text_that_was_cut_off_is_never_the_best() -> None:
+    """K4.1"""
+    answers: list[Planted] = [(f"answer {s}", (s, s, s), None) for s in (9, 6, 5, 2)]
+    world = ended(make_world({"question": answers}), "length", "stop", "stop", "content_filter")
+    for cut, expected in {
+        "exclude": ["incomplete", "desirable", "undesirable", "incomplete"],
+        "undesirable": ["discard", "desirable", "discard", "undesirable"],
+        "keep": ["desirable", "discard", "discard", "undesirable"],
+    }.items():
+        table = best_and_worst(world.candidates, world.verdicts, JUDGES, cut)
+        assert table["label"].to_pylist() == expected
+        assert (table["why"][0].as_py() == "cut off: length") == (cut == "exclude")
+    all_cut = best_and_worst(ended(world, "length").candidates, world.verdicts, JUDGES, "undesirable")
+    assert set(all_cut["label"].to_pylist()) == {"incomplete"}
 
 
 def test_one_judge_ranks_alone() -> None:
@@ -64,7 +80,7 @@ def test_one_pair_at_most_and_always_with_a_gap(scores: list[list[float | None]]
     assert len(pairs) == int(len(set(read)) > 1)
     assert len(kto) == 2 * len(pairs)
     for pair in pairs:
-        assert (pair["chosen_score"], pair["rejected_score"]) == pytest.approx((max(read), min(read)))
+        assert (pair["score_chosen"], pair["score_rejected"]) == pytest.approx((max(read), min(read)))
         assert pair["score_gap"] > 0
         assert {row["candidate_id"]: row["label"] for row in kto} == {
             pair["chosen_id"]: True,

@@ -69,8 +69,13 @@ def test_a_file_that_says_nothing_is_named(tmp_path: Path, caplog: pytest.LogCap
             (folder / f"{name}.json").write_text(text)
         second = Account("https://a/v1", "m")
         await second.settle(root)
-        return second.total()
+        second.own.count(REPLY)
+        await second.settle(root)  # it looks again
+        total = second.total()
+        assert second.own == Used(1, 10, 4, 5)
+        return total
 
     caplog.set_level(logging.WARNING)
-    assert asyncio.run(go()) == Used(1, 10, 4, 5)
+    assert asyncio.run(go()) == Used(2, 20, 8, 10)
     assert all(f"{name}.json" in caplog.text for name in ("torn", "other", "list", "words", "negative", "endless"))
+    assert len(caplog.records) == 6

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from ray_pipeline.engines.chat_template import ChatTemplate
 from tests.models import CHAT_TEMPLATE, make_tokenizer
+from tests.training import shapes
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +103,37 @@ def test_thinking_is_switched_off_by_the_argument(tokenizer: Any) -> None:
     assert ChatTemplate(tokenizer).text(user("x")).endswith("<|im_start|>assistant\n")
     off = ChatTemplate(tokenizer, None, {"enable_thinking": False}).text(user("x"))
     assert off.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+
+
+@pytest.mark.parametrize("name", list(shapes.FAMILIES))
+def test_the_end_of_a_reply_is_that_of_the_template(name: str) -> None:
+    """Whatever EOS is: a base model's often ends documents."""
+    family = shapes.FAMILIES[name]
+    tokenizer = shapes.make_tokenizer(family, ["base EOS"])
+    end = tokenizer.convert_tokens_to_ids(family.end)
+    assert ChatTemplate(tokenizer).end_token == end
+    other = shapes.chat_template(family).replace(family.end, family.eos)
+    assert ChatTemplate(tokenizer, other).end_token == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ m['content'] }}\n\n{% endfor %}",  # ends by text
+        "<|im_start|>{{ messages[0]['content'] }}<|im_end|>",  # leaves replies out
+        "{% if messages | length > 1 %}{{ raise_exception('1') }}{% endif %}{{ messages[0]['content'] }}<|im_end|>",
+    ],
+)
+def test_a_template_without_an_end_of_replies(template: str, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(tmp_path)
+    tokenizer.add_tokens(["\n\n"])  # vocabulary, as in Gemma's tokenizer
+    chats = ChatTemplate(tokenizer, template)
+    assert chats.end_token is None and "x" in chats.text(user("x"))
+
+
+@pytest.mark.parametrize(("header", "opens"), [("<think>\n", True), ("<think>\n\n</think>\n\n", False), ("", False)])
+def test_a_prompt_that_opens_a_thought(tokenizer: Any, header: str, opens: bool) -> None:
+    source = (
+        "{{ messages[0]['content'] }}{% if add_generation_prompt %}<|im_start|>assistant\n" + header + "{% endif %}"
+    )
+    assert ChatTemplate(tokenizer, source).opens_thought == opens

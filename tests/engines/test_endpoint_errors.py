@@ -6,6 +6,7 @@ import datetime
 import email.utils
 import html
 import json
+import time
 
 import pytest
 from hypothesis import given
@@ -87,6 +88,23 @@ def test_a_prompt_that_does_not_fit(status: int, body: str, figures: tuple[int, 
     found = refusal(status, {}, body, ASKED, None)
     assert isinstance(found, PromptTooLong)
     assert (found.prompt_tokens, found.max_tokens, found.limit) == figures
+
+
+@pytest.mark.parametrize("digits", ["9" * 12, "9" * 5000])
+def test_figures_that_no_prompt_has_are_left_out(digits: str) -> None:
+    message = f"context length is {digits} tokens, your messages resulted in {digits} tokens"
+    found = refusal(400, {}, error(message), ASKED, None)
+    assert isinstance(found, PromptTooLong) and (found.prompt_tokens, found.limit) == (30, 2048)
+
+
+@pytest.mark.parametrize("part", ["a", "prompt input ", "model ", "<style>", "<!--", "?token", "a+", "http://a/"])
+def test_a_long_message_costs_no_time(part: str) -> None:
+    """Some servers repeat the prompt, and an attacker may write what regular expressions are slow at."""
+    text = part * (1_000_000 // len(part))
+    begin = time.process_time()
+    for body in (text, error(text)):
+        assert len(str(refusal(400, {}, body, ASKED, None))) < 500
+    assert time.process_time() - begin < 3  # minutes, were all of it searched
 
 
 def test_a_server_that_does_not_say_its_limit() -> None:
@@ -291,6 +309,8 @@ def test_how_long_a_server_wants_to_be_left_alone() -> None:
     assert retry_after({"retry-after": "1.5"}) == 1.5 and retry_after({"retry-after": "-1"}) == 0.0
     assert retry_after({"retry-after-ms": "250", "retry-after": "1"}) == 0.25
     assert [retry_after({"retry-after": v}) for v in ("soon", "", "nan", "inf")] == [None] * 4
+    for value in (f"Mon, 01 Jan {'9' * 20} 00:00:00 GMT", f"Mon, 01 Jan 2026 00:00:00 +{'9' * 15}", "9" * 5000):
+        assert retry_after({"retry-after": value}) is None
     assert retry_after({}) is None
 
 

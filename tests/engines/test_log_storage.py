@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import time
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ray_pipeline.engines import log_storage
-from ray_pipeline.engines.base import EngineStop, Sampling
+from ray_pipeline.engines.base import Completion, EngineStop, Message, Sampling
 from ray_pipeline.engines.log_storage import LogStorage
 from ray_pipeline.engines.logged import LoggedEngine
 from ray_pipeline.store.files import Folder
@@ -25,15 +25,16 @@ IN_FLIGHT = 6
 
 
 class Disk:
-    """The files below a folder: `number` of the error that a write there has, and seconds that it takes."""
+    """The files below a folder: `number` of the error that a write there has, and whether it `responds` at all."""
 
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.number, self.seconds = 0, 0.0
+        self.number, self.responds = 0, threading.Event()
+        self.responds.set()
         write = Folder._write_bytes
 
         def written(folder: Folder, name: str, data: bytes) -> None:
             if folder.location.startswith(str(root)):
-                time.sleep(self.seconds)
+                assert self.responds.wait(30)
                 if self.number:
                     raise OSError(self.number, "No space left on device")
             write(folder, name, data)
@@ -50,6 +51,27 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def disk(root: Path, monkeypatch: pytest.MonkeyPatch) -> Disk:
     return Disk(root, monkeypatch)
+
+
+class Held(ScriptedEngine):
+    """Answers some calls and does something with the last of them; the next are held until they are let go.
+
+    Attributes:
+        begun: calls that have started, answered or not.
+    """
+
+    def __init__(self, last: Callable[[], None], number: int = 12) -> None:
+        super().__init__(echo)
+        self.begun, self.go = 0, asyncio.Event()
+        self._last, self._number = last, number
+
+    async def chat(self, messages: Sequence[Message], sampling: Sampling) -> Completion:
+        self.begun += 1
+        if self.begun == self._number:
+            self._last()
+        elif self.begun > self._number:
+            await self.go.wait()
+        return await super().chat(messages, sampling)
 
 
 class Shards:
@@ -93,18 +115,17 @@ def run(coroutine: Any) -> Any:
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
 def test_no_call_starts_while_replies_cannot_be_written(root: Path, disk: Disk, number: int) -> None:
-    engine = ScriptedEngine(echo, delay=0.03)
+    engine = Held(lambda: setattr(disk, "number", number))
 
     async def go() -> None:
         shards = Shards(root, engine)
         work = asyncio.create_task(shards.all())
-        await until(lambda: engine.calls > 12)
-        disk.number = number
         await until(lambda: not shards.storage.is_ready)
-        at_once = engine.calls
-        await until(lambda: engine.in_flight == 0)
+        at_once = engine.begun
+        engine.go.set()
+        await until(lambda: engine.calls == at_once)
         await asyncio.sleep(0.3)
-        assert engine.calls == at_once < len(TEXTS) and not work.done()
+        assert engine.begun == at_once < len(TEXTS) and not work.done()
         disk.number = 0
         assert await work == [None] * SHARDS
 
@@ -114,25 +135,27 @@ def test_no_call_starts_while_replies_cannot_be_written(root: Path, disk: Disk, 
     assert [log.name for log in root.parent.glob("cache/*/*/*")] == []
 
 
-def broken_run(root: Path, disk: Disk, engine: ScriptedEngine) -> list[BaseException | None]:
-    """The disk is full after some calls and stays so."""
+def broken_run(root: Path, disk: Disk) -> tuple[ScriptedEngine, list[BaseException | None]]:
+    """The disk is full after some calls and stays so: the engine, and how the shards end."""
+    engine = Held(lambda: setattr(disk, "number", errno.ENOSPC))
 
     async def go() -> list[BaseException | None]:
-        work = asyncio.create_task(Shards(root, engine).all())
-        await until(lambda: engine.calls > 12)
-        disk.number = errno.ENOSPC
+        shards = Shards(root, engine)
+        work = asyncio.create_task(shards.all())
+        await until(lambda: not shards.storage.is_ready)
+        engine.go.set()
         return await work
 
     ends: list[BaseException | None] = run(go())
-    return ends
+    return engine, ends
 
 
 def test_a_disk_that_stays_full_stops_the_stage_and_nothing_is_paid_twice(
     root: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(log_storage, "PATIENCE_SECONDS", 0.3)
-    first, second, third = (ScriptedEngine(echo, delay=0.03) for _ in range(3))
-    ends = broken_run(root, disk, first)
+    second, third = ScriptedEngine(echo), ScriptedEngine(echo)
+    first, ends = broken_run(root, disk)
     assert {type(end) for end in ends} == {EngineStop}
     for end in ends:
         assert f"cannot write {root}/" in str(end)
@@ -153,8 +176,7 @@ def test_replies_that_cannot_be_kept_anywhere_are_counted(
 ) -> None:
     monkeypatch.setattr(log_storage, "PATIENCE_SECONDS", 0.1)
     monkeypatch.setenv("QUORUM_CACHE", str(root / "cache"))
-    first, again = ScriptedEngine(echo, delay=0.03), ScriptedEngine(echo)
-    broken_run(root, disk, first)
+    (first, _), again = broken_run(root, disk), ScriptedEngine(echo)
     kept = logged_calls(Folder(str(root))).num_rows if list(root.rglob("*.parquet")) else 0
     assert f"nor kept on this machine (cannot write {root}" in caplog.text
     disk.number = 0
@@ -165,17 +187,18 @@ def test_replies_that_cannot_be_kept_anywhere_are_counted(
 
 def test_a_write_that_hangs_makes_new_calls_wait(root: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log_storage, "LATE_SECONDS", 0.05)
-    engine = ScriptedEngine(echo, delay=0.03)
+    engine = Held(lambda: disk.responds.clear())
 
     async def go() -> None:
         shards = Shards(root, engine)
         work = asyncio.create_task(shards.all())
-        await until(lambda: engine.calls > 12)
-        disk.seconds = 0.5
         await until(lambda: not shards.storage.is_ready)
-        await until(lambda: engine.in_flight == 0)
-        assert engine.calls < len(TEXTS)
-        disk.seconds = 0.0
+        at_once = engine.begun
+        engine.go.set()
+        await until(lambda: engine.calls == at_once)
+        await asyncio.sleep(0.1)
+        assert engine.begun == at_once < len(TEXTS)
+        disk.responds.set()
         assert await work == [None] * SHARDS
 
     run(go())
@@ -183,16 +206,15 @@ def test_a_write_that_hangs_makes_new_calls_wait(root: Path, disk: Disk, monkeyp
 
 
 def test_a_stop_reaches_calls_that_wait_for_the_storage(root: Path, disk: Disk) -> None:
-    engine = ScriptedEngine(echo, delay=0.03)
+    engine = Held(lambda: setattr(disk, "number", errno.ENOSPC))
 
     async def go() -> list[BaseException | None]:
         shards = Shards(root, engine)
         work = asyncio.create_task(shards.all())
-        await until(lambda: engine.calls > 12)
-        disk.number = errno.ENOSPC
         await until(lambda: not shards.storage.is_ready)
         for log in shards.logs:
             log.stop("enough")
+        engine.go.set()
         return await work
 
     ends = run(go())
@@ -204,29 +226,34 @@ def test_a_stop_reaches_calls_that_wait_for_the_storage(root: Path, disk: Disk) 
 
 
 class Paid(ScriptedEngine):
-    """Its spending takes long to write."""
+    """Its spending takes long to write once a call is made."""
 
     settled = 0
+    settling = False
 
     def cost(self, completion: object) -> float:
         return 1.0
 
     async def settle(self, root: Folder) -> None:
         self.settled += 1
-        await asyncio.sleep(0.5 if self.calls else 0)
+        if self.calls and not self.settling:
+            self.settling = True
+            await asyncio.sleep(60)
 
 
-def test_spending_that_is_slow_to_write_holds_no_reply_back(root: Path) -> None:
+def test_spending_that_is_slow_to_write_holds_no_reply_back(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_storage, "SETTLE_SECONDS", 0.01)
     engine = Paid(echo)
 
     async def go() -> None:
+        begun = 0
         async with Shards(root, engine, 1).logs[0] as log:
             for number in range(5):
-                begin = time.monotonic()
                 await log.bound(prompt_id(user(str(number))), "r").chat(user(str(number)), Sampling())
-                while len(list(root.rglob("*.parquet"))) <= number:
-                    await asyncio.sleep(0.005)
-                assert time.monotonic() - begin < 0.4
+                await until(lambda: engine.settling)
+                begun = begun or engine.settled
+                await until(lambda number=number: len(list(root.rglob("*.parquet"))) > number)
+            assert engine.settled == begun  # one write of spending at a time, not one a reply
 
-    run(go())
-    assert 2 <= engine.settled <= 5
+    run(go())  # ends the settler that is still at it, and settles once more
+    assert engine.settled >= 3

@@ -61,6 +61,7 @@ KEYS: dict[str, tuple[Any, bool]] = {
     "omit": (["seed"], True),
     "extra_body": ({"reasoning_effort": "low"}, True),
     "break_control_strings": (True, True),
+    "identity": ("a name", True),
     "api_key_env": ("OTHER_KEY", False),
     "concurrency": (3, False),
     "timeout_s": (3.0, False),
@@ -69,6 +70,7 @@ KEYS: dict[str, tuple[Any, bool]] = {
     "requests_per_minute": (3, False),
     "tokens_per_minute": (3, False),
     "max_tokens_name": ("max_tokens", False),
+    "transport": ("httpx", False),
     "prices": ({"input": 1, "output": 2}, False),
     "budget": (3.0, False),
 }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import math
 import re
+import shutil
 import threading
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
@@ -18,13 +20,16 @@ from ray_pipeline.engines.base import (
     Completion,
     EngineDead,
     EngineError,
+    EngineStartError,
     EngineStop,
     Grammar,
     PromptTooLong,
     Sampling,
 )
 from ray_pipeline.engines.vllm import VllmEngine
+from ray_pipeline.engines.vllm_replies import sampling_params
 from ray_pipeline.engines.vllm_spec import VllmSpec
+from tests.models import make_lora
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = pytest.mark.e2e
@@ -47,8 +52,8 @@ class Loop:
 class Served:
     """An engine and the loop it lives on."""
 
-    def __init__(self, spec: VllmSpec) -> None:
-        self.loop, self.engine = Loop(), VllmEngine(spec)
+    def __init__(self, spec: VllmSpec, **more: Any) -> None:
+        self.loop, self.engine = Loop(), VllmEngine(spec, **more)
 
     def chat(self, content: str, sampling: Sampling) -> Completion:
         return self.loop.run(self.engine.chat(user(content), sampling))
@@ -151,6 +156,9 @@ def test_finish_reasons_stops_and_extra(served: Served) -> None:
     assert stopped.finish_reason == "stop" and stop not in stopped.text
     narrow = Sampling(temperature=1.0, seed=5, max_tokens=12, extra=(("top_k", 1),))
     assert served.chat("Go on", narrow).text == served.chat("Go on", Sampling(max_tokens=12)).text
+    assert sampling_params(Sampling(max_tokens=3), 7).stop_token_ids == [7]
+    assert sampling_params(Sampling(max_tokens=3, extra=(("stop_token_ids", [5]),)), 7).stop_token_ids == [5, 7]
+    assert sampling_params(Sampling(max_tokens=3, extra=(("ignore_eos", True),)), 7).stop_token_ids == []
 
 
 def test_nothing_is_cut_silently(served: Served) -> None:
@@ -263,17 +271,52 @@ def test_a_template_without_a_system_role_and_one_that_rejects_every_chat(qwen3:
         served.loop.run(served.engine.close())
 
 
-def test_an_adapter_changes_the_replies(served: Served, qwen3: Path, lora: Path) -> None:
-    questions = ["Sort these words", "Count", "Go on"]
+def test_adapters_and_their_base_on_one_engine_reply_as_each_on_its_own(
+    served: Served, qwen3: Path, lora: Path, tmp_path: Path
+) -> None:
+    questions = ["Count", LONG + "Sort these words", LONG + "Go on"]
     how = Sampling(max_tokens=12)
-    base = [served.chat(question, how).text for question in questions]
-    adapted = Served(VllmSpec(str(qwen3), dtype="float32", max_model_len=CONTEXT, adapter=str(lora)))
+    spec = VllmSpec(str(qwen3), dtype="float32", max_model_len=CONTEXT)
+    larger, copy, nowhere = make_lora(tmp_path / "larger", qwen3, 1, rank=12), tmp_path / "copy", "/no/adapter"
+    shutil.copytree(lora, copy)
+    alone: dict[str | None, list[str]] = {None: [served.chat(question, how).text for question in questions]}
+    identities: dict[str | None, Any] = {None: served.engine.identity}
+    for adapter in (str(lora), str(larger)):
+        own = Served(dataclasses.replace(spec, adapter=adapter))
+        try:
+            alone[adapter] = [own.chat(question, how).text for question in questions]
+            assert own.engine.identity["model"] == served.engine.identity["model"]
+            assert "adapter" in own.engine.identity
+            identities[adapter] = own.engine.identity
+        finally:
+            own.loop.run(own.engine.close())
+    assert len({tuple(replies) for replies in alone.values()}) == 3
+    alone[str(copy)] = alone[str(lora)]
+
+    cached: list[int] = []
+    shared = Served(spec, adapters=[str(lora), str(larger), str(copy), nowhere])
+
+    async def all_at_once() -> dict[str | None, list[str]]:
+        views = {adapter: shared.engine.serving(adapter) for adapter in alone}
+        assert all(views[adapter].identity == identity for adapter, identity in identities.items())
+        # Questions by turns, so that a batch has every adapter and calls without one.
+        asked = [(adapter, views[adapter].chat(user(question), how)) for question in questions for adapter in alone]
+        replies = await asyncio.gather(*(call for _, call in asked))
+        cached.append(sum(reply.cached_tokens > 0 for reply in replies))
+        return {
+            adapter: [reply.text for (other, _), reply in zip(asked, replies, strict=True) if other == adapter]
+            for adapter in alone
+        }
+
     try:
-        assert [adapted.chat(question, how).text for question in questions] != base
-        assert adapted.engine.identity["model"] == served.engine.identity["model"]
-        assert "adapter" in adapted.engine.identity
+        for _ in range(2):
+            assert shared.loop.run(all_at_once()) == alone
+        assert cached[1] == 2 * len(alone)  # prompts of each were in the prefix cache, under its own name
+        with pytest.raises(EngineStartError, match="cannot load adapter '/no/adapter'"):
+            shared.loop.run(shared.engine.serving(nowhere).chat(user("Count"), how))
+        assert shared.chat("Count", how).text == alone[None][0]
     finally:
-        adapted.loop.run(adapted.engine.close())
+        shared.loop.run(shared.engine.close())
 
 
 def test_a_template_without_thinking_takes_the_default_arguments(llama: Path) -> None:

@@ -18,7 +18,8 @@ import pytest
 from ray_pipeline.engines import reaper
 from ray_pipeline.engines.base import EngineStartError
 from ray_pipeline.engines.vllm import VllmEngine
-from ray_pipeline.engines.vllm_arguments import engine_args, lora_rank
+from ray_pipeline.engines.vllm_adapters import lora_rank
+from ray_pipeline.engines.vllm_arguments import engine_args
 from ray_pipeline.engines.vllm_processes import Reaper, child_environment
 from ray_pipeline.engines.vllm_spec import SPECIFIED, VllmSpec, validate_engine_args, validate_sampling_extra
 from tests.models import make_qwen3
@@ -123,6 +124,23 @@ def test_the_engine_starts_with_arguments_of_vllm(cpu: bool, tmp_path: Path) -> 
     args = engine_args(spec, "c0ffee", cpu=cpu)
     validate_engine_args({name: value for name, value in args.items() if name not in SPECIFIED})
     assert (args["revision"], args["max_model_len"], args["max_num_seqs"]) == ("c0ffee", 64, 8)
+
+
+def test_room_for_several_adapters(tmp_path: Path) -> None:
+    adapters = []
+    for number, rank in enumerate((4, 40, 8, 8, 16, 8)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(json.dumps({"r": rank}))
+        adapters.append(str(folder))
+    # The last slot of the CPU kernels is that of calls without an adapter, whatever the user sets.
+    for cpu, wanted, slots, kept in ((False, 2, 2, 6), (False, 8, 8, 8), (True, 2, 7, 7)):
+        args = engine_args(VllmSpec("/m", args={"max_loras": wanted}), None, cpu=cpu, adapters=adapters)
+        assert (args["enable_lora"], args["max_loras"], args["max_cpu_loras"]) == (True, slots, kept)
+        assert args["max_lora_rank"] == 64
+    assert engine_args(VllmSpec("/m"), None, cpu=False, adapters=adapters)["max_loras"] == 4
+    assert engine_args(VllmSpec("/m"), None, cpu=False, adapters=["/nowhere"])["max_lora_rank"] == 8
+    assert "enable_lora" not in engine_args(VllmSpec("/m"), None, cpu=True)
 
 
 def test_lora_ranks(tmp_path: Path) -> None:

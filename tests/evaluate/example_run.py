@@ -94,6 +94,7 @@ def _verdicts(rng: np.random.Generator, cands: list[str], quality: np.ndarray) -
                     "judge": judge,
                     "score": None if unread else score,
                     "parse_status": "truncated" if unread else "ok",
+                    "raw": f"<b>{judge}</b> gives {score:g}" + ("" if unread else "."),
                 }
             )
     return pa.Table.from_pylist(rows)

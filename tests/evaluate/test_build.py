@@ -116,6 +116,7 @@ def test_long_examples_are_cut(tmp_path: Path) -> None:
 def test_examples_take_both_labels(tmp_path: Path) -> None:
     page, _, _ = build(whole_run(), tmp_path)
     assert page.count("### desirable") == 2 and page.count("### undesirable") == 1
+    assert page.count("](report.html#c0") == 3
 
 
 def test_one_pair_only(tmp_path: Path) -> None:

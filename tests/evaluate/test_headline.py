@@ -2,7 +2,8 @@ import pyarrow as pa
 import pytest
 
 from ray_pipeline.evaluate.cautions import cautions
-from ray_pipeline.evaluate.headline import headline
+from ray_pipeline.evaluate.data import RunIdentity
+from ray_pipeline.evaluate.headline import data_headline, headline
 from ray_pipeline.evaluate.metrics import collect_metrics
 from tests.evaluate.example_run import comparisons, whole_run
 
@@ -104,7 +105,7 @@ def test_warnings_appear_when_they_should() -> None:
 def test_a_clean_run_has_no_warnings() -> None:
     data = whole_run()
     labels = pa.array(["desirable"] * 60 + ["undesirable"] * 60 + ["discard"] * 120)
-    score = pa.array([float(1 + i % 10) for i in range(240)] * 3)
+    score = pa.array([float(1 + (i + 5 * (i % 12 == judge)) % 10) for judge in range(3) for i in range(240)])
     clean = judged(
         "AAB",
         decisions=data.decisions.set_column(1, "label", labels),  # type: ignore[union-attr]
@@ -122,3 +123,19 @@ def test_unread_verdicts_are_warned_of() -> None:
     scores = [None if i % 4 == 0 else s for i, s in enumerate(data.verdicts.column("score").to_pylist())]  # type: ignore[union-attr]
     text = warned(whole_run(verdicts=data.verdicts.set_column(2, "score", pa.array(scores))))  # type: ignore[union-attr]
     assert "Judge helpfulness: 25.0 % of 240 verdicts could not be read." in text
+
+
+DATA_ONLY = ("prompts", "candidates", "judge", "critic", "gate", "datasets")
+
+
+def test_a_run_without_a_policy_is_about_its_data() -> None:
+    policy = {"train_metrics": None, "comparisons": None, "responses": None, "response_verdicts": None}
+    data = whole_run(run=RunIdentity(name="data", stages=DATA_ONLY), **policy, perplexity=None, evaluating_models={})
+    metrics = collect_metrics(data)
+    found = data_headline(data, metrics)
+    assert found.verdict == "data" and "policy" not in found.text and data.missing_stages() == []
+    assert found.text.startswith("126 KTO rows and 33 DPO pairs from 60 prompts. ")
+    assert "of 240 candidates were kept. Agreement of the 3 judges: Krippendorff's alpha" in found.text
+    assert "policy" not in "\n".join(cautions(data, metrics)).lower()
+    nothing = whole_run(run=RunIdentity(name="data", stages=DATA_ONLY), dataset_counts=None, dataset_guards=None)
+    assert "The run has no datasets yet." in data_headline(nothing, metrics, ["One class is empty."]).text

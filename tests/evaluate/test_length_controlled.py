@@ -17,8 +17,8 @@ from ray_pipeline.store.keys import digest
 from tests.evaluate.example_run import comparisons, whole_run
 
 
-def compared() -> dict[str, pa.Table]:
-    """Twenty prompts; the policy is always longer, and wins in both orders where it is much longer."""
+def compared(shorter: int = -20) -> dict[str, pa.Table]:
+    """Twenty prompts; the policy wins in both orders where it is much longer, and is longer by `shorter` elsewhere."""
     prompts = [f"p{n}" for n in range(20)]
     table = comparisons(["A" if n % 4 else "B" for n in range(20)], prompts)
     pairs = {p: digest(["pair", f"policy-{p}", f"base-{p}"]) for p in prompts}
@@ -29,7 +29,7 @@ def compared() -> dict[str, pa.Table]:
         {"response_id": f"{model}-{p}", "prompt_id": p, "model": model, "mode": "greedy", "response": "x" * length,
          "finish_reason": "stop", "prompt_tokens": 5, "completion_tokens": 5}
         for n, p in enumerate(prompts)
-        for model, length in (("base", 40), ("policy", 60 + 10 * (n % 4)))
+        for model, length in (("base", 40), ("policy", 40 + (shorter, 40, 55, 65)[n % 4]))
     ]  # fmt: skip
     return {"comparisons": table, "responses": pa.Table.from_pylist(rows), "response_verdicts": None}
 
@@ -42,7 +42,7 @@ def test_the_score_at_equal_length_is_beside_the_win_rate() -> None:
     (rate,) = metrics.evaluation.win_rates
     assert rate.judge == judge and found.pairs == rate.decided == 20 and found.unmeasured == 0
     assert found.raw.mean == rate.score.mean
-    assert found.mean_difference == 35
+    assert found.mean_difference == 35 and found.overlap == 0.25
     # Longer answers win, so that part of the score is length's.
     assert found.length_weight is not None and found.length_weight < 0
     assert found.score.mean is not None and found.score.mean < rate.score.mean
@@ -64,6 +64,25 @@ def test_the_score_at_equal_length_is_on_the_html_page_and_in_the_markdown(tmp_p
     data = whole_run(12, **{**compared(), "responses": compared()["responses"].drop_columns(["response_id"])})
     build_report(data, tmp_path)
     assert "length-controlled" not in (tmp_path / "report.html").read_text()
+
+
+def test_there_is_no_score_at_equal_length_where_no_policy_answer_is_shorter(tmp_path: Path) -> None:
+    data = whole_run(12, **compared(shorter=20))
+    metrics = collect_metrics(data)
+    assert metrics.evaluation is not None
+    (found,) = metrics.evaluation.length_controlled.values()
+    assert found.score.mean is None and found.overlap == 0
+    (said,) = [w for w in cautions(data, metrics) if "equal length" in w]
+    assert (
+        said.startswith("Judge pairwise: no score at equal length") and "longer than the base's in almost all" in said
+    )
+    even = whole_run(12, **compared())
+    assert not [w for w in cautions(even, collect_metrics(even)) if "equal length" in w]
+    build_report(data, tmp_path)
+    written = (tmp_path / "report.md").read_text()
+    assert "no score at equal length" in written
+    stored = json.loads((tmp_path / "metrics.json").read_text())["evaluation"]["length_controlled"]["pairwise"]
+    assert stored["score"]["mean"] is None and stored["raw"]["mean"] == found.raw.mean
 
 
 def test_win_rates_carry_the_protocol_that_they_were_measured_with(tmp_path: Path) -> None:

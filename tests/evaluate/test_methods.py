@@ -25,7 +25,7 @@ def page(name: str = "run") -> Comparison:
         differences=differences(policies, "raw"),
         data={"gated": "the gate", "raw": "rows of | <b>x</b>"},
         truth={"raw": RowTruth(4, 0.25, 1.0, 0.5, 0, None, None)},
-        facts={"judge": "a|b"},
+        facts={"judge": "a|b", "comparing judge": "c", "protocol 1f": "raw win rate: seed 3"},
         warnings=["Only 2 seed(s)."],
     )
 
@@ -43,6 +43,9 @@ def test_the_same_numbers_in_all_files(tmp_path: Path) -> None:
     text = files["report.md"].read_text()
     assert "| kto | gated | 100 | 10 | 70.0 ± 10.0 % |" in text
     assert "| kto | gated − raw | accuracy greedy | +25.0 ± 5.0 points |" in text
+    assert "- What: 1 methods on 2 datasets" in text and "- Judges: comparing judge: c" in text
+    assert "- How many: 4 policies" in text and "| 1f | raw win rate: seed 3 |" in text
+    assert "<details><summary>Protocols of the win rates</summary>" in files["report.html"].read_text()
     assert "| raw | 4 | 25.0 % | 100.0 % | 50.0 % | 0 | – | – |" in text
     assert json.loads(files["metrics.json"].read_text())["methods"][0]["win_rate"]["mean"] == 0.7
 
@@ -54,6 +57,24 @@ def test_the_page_is_escaped_and_repeats(tmp_path: Path) -> None:
     assert "<script>" not in text and "<b>" not in text and "rows of \\|" in text
     for path in (tmp_path / "a").rglob("*.*"):
         assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()
+
+
+def test_every_row_of_the_table_has_its_public_benchmarks(tmp_path: Path) -> None:
+    responses, comparisons, verdicts = tables()
+    scores = {
+        label: {"mt_bench mean": 6.0 + i, "ifeval prompt strict": None if label == "base" else 50.0 + i}
+        for i, label in enumerate(["base", *(run.label for run in RUNS)])
+    }
+    policies = policy_stats(RUNS, responses, comparisons, verdicts, "greedy", benchmarks=scores, draws=200)
+    made = Comparison("r", policies, method_stats(policies, comparisons, draws=200), [], {}, {}, {}, [])
+    files = {path.name: path for path in build_comparison(made, tmp_path)}
+    gated, raw = csv.DictReader(files["methods.csv"].open())
+    assert (gated["mt_bench_mean"], raw["mt_bench_mean"], gated["ifeval_prompt_strict"]) == ("7.5", "9.5", "51.5")
+    rows = list(csv.DictReader(files["policies.csv"].open()))
+    assert [row["mt_bench_mean"] for row in rows] == ["6.0", "7.0", "8.0", "9.0", "10.0"]
+    assert rows[0]["ifeval_prompt_strict"] == ""
+    text = files["report.md"].read_text()
+    assert "| mt_bench mean | ifeval prompt strict |" in text and "| 7.50 ± 0.50 | 51.50 ± 0.50 |" in text
 
 
 def test_without_a_checker_there_is_no_accuracy(tmp_path: Path) -> None:

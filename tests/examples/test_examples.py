@@ -89,6 +89,7 @@ def test_my_checker_decides_what_is_right() -> None:
             "prompt_id": ["a", "b"],
             "messages": [[{"role": "user", "content": "What is 2 + 2?"}], [{"role": "user", "content": "Why?"}]],
             "source": ["my_source", "elsewhere"],
+            "meta": ["{}", "{}"],
         }
     )
     answers = pa.table({"prompt_id": ["a", "a", "a", "b"], "response": ["It is 4.", "5", None, "4"]})

@@ -146,7 +146,7 @@ def test_the_best_revision_of_a_review_is_chosen_in_every_order(scores: tuple[fl
         assert row["prompt"] == revision_messages(user("q"), "first", feedback, TEXTS.revise)
         assert [m["role"] for m in row["prompt"]] == ["user", "assistant", "user"]
         assert row["prompt_id"] == planted.prompt["prompt_id"] and row["split"] == "val"
-        assert row["chosen_score"] > row["rejected_score"]
+        assert row["score_chosen"] > row["score_rejected"]
     assert len(pairs(planted.over_revisions(), "j", every=False)) == 2
 
 
@@ -160,9 +160,9 @@ def test_equal_feedback_is_one_question() -> None:
 def test_a_review_is_better_when_its_revisions_score_higher(order: Any) -> None:
     planted = Planted(dict(order))
     found = pairs(planted.over_reviews(), "revisions")
-    said = [(json.loads(r["chosen"][0]["content"])["feedback"], r["chosen_score"]) for r in found]
+    said = [(json.loads(r["chosen"][0]["content"])["feedback"], r["score_chosen"]) for r in found]
     assert said == [("best", 8.0)] * 2
-    assert {json.loads(r["rejected"][0]["content"])["feedback"]: r["rejected_score"] for r in found} == {
+    assert {json.loads(r["rejected"][0]["content"])["feedback"]: r["score_rejected"] for r in found} == {
         "bad": 2.5, "fair": 5.0,
     }  # fmt: skip
     assert all(r["prompt"] == question(user("q"), "first", "r") for r in found)
@@ -172,9 +172,9 @@ def test_a_review_is_better_when_its_revisions_score_higher(order: Any) -> None:
 def test_where_judges_vote_a_review_is_better_when_more_of_its_revisions_are_best() -> None:
     planted = Planted({"often": [9, 2], "never": [8, 8]})
     (pair,) = pairs(planted.over_reviews(JuryRule(pool="mode")), "revisions")
-    assert json.loads(pair["chosen"][0]["content"])["feedback"] == "often" and pair["chosen_score"] == 0.5
+    assert json.loads(pair["chosen"][0]["content"])["feedback"] == "often" and pair["score_chosen"] == 0.5
     (pair,) = pairs(planted.over_reviews(JuryRule(pool="median")), "revisions")
-    assert json.loads(pair["chosen"][0]["content"])["feedback"] == "never" and pair["chosen_score"] == 8
+    assert json.loads(pair["chosen"][0]["content"])["feedback"] == "never" and pair["score_chosen"] == 8
 
 
 @pytest.mark.parametrize(("first", "chosen"), [(9, ""), (3, "shorter")])
@@ -186,7 +186,7 @@ def test_a_review_that_asks_for_nothing_has_the_responses_score(first: float, ch
 def test_equal_reviews_are_one_and_unread_ones_none() -> None:
     made = Planted({"shorter": [2], "shorter!": [6], "longer": [3]}).over_reviews()
     (pair,) = pairs(made, "revisions")
-    assert (pair["chosen_score"], pair["rejected_score"], pair["chosen_id"]) == (4.0, 3.0, "review-0")
+    assert (pair["score_chosen"], pair["score_rejected"], pair["chosen_id"]) == (4.0, 3.0, "review-0")
     assert pairs(Planted({"shorter": [9, None], "longer": [3]}).over_reviews(), "revisions") == []
     planted = Planted({"shorter": [9], "longer": [3]})
     planted.reviews[0] |= {"parse_status": "unparsed", "feedback": None}

@@ -101,29 +101,50 @@ def _prompts_stage() -> Any:
 QUESTIONS = ("plain", "good at once", "good later", "stubborn", "mumbling", "lost")
 
 
-def test_the_stages_are_the_loop_of_the_coroutine(tmp_path: Path) -> None:
-    run = Run(TWO, *QUESTIONS, root=tmp_path)
-    texts = TWO.texts()
+#: The two reviewers named above what they say, and no turn of the conversation dropped.
+KEPT = TWO.model_copy(update={"attributed": True, "history": "all", "responses": 4})
+
+
+@pytest.mark.parametrize("rules", [TWO, KEPT], ids=["last", "all"])
+def test_the_stages_are_the_loop_of_the_coroutine(rules: LoopSettings, tmp_path: Path) -> None:
+    run = Run(rules, *QUESTIONS, root=tmp_path)
+    texts = rules.texts()
     for question in QUESTIONS:
         pid = prompt_id(user(question))
         engine = ScriptedEngine(worker)
         loop: Loop = asyncio.run(
             feedback_loop(
                 engine,
-                {r.name: Reviewer(engine, TWO.reviewing, r.focus) for r in TWO.reviewers},
+                {r.name: Reviewer(engine, rules.reviewing, r.focus) for r in rules.reviewers},
                 user(question),
-                TWO.responses,
+                rules.responses,
                 texts,
-                lambda k, pid=pid: TWO.sampling.sampling(seed=derived_seed("response", TWO.seed, pid, k)),  # type: ignore[misc]
-                TWO.asking,
+                lambda k, pid=pid: rules.sampling.sampling(seed=derived_seed("response", rules.seed, pid, k)),  # type: ignore[misc]
+                rules.asking,
+                rules.attributed,
+                rules.history,
             )
         )
         rows = [row for row in run.candidates if row["prompt_id"] == pid]
         assert [row["response"] for row in rows if row["response"] is not None] == [r.text for r in loop.responses]
         assert [row["k"] for row in rows] == list(range(len(rows)))
-        said = reviews_by_prompt(run.reviews, TWO.names).get(pid, [])
+        said = reviews_by_prompt(run.reviews, rules.names).get(pid, [])
         assert said == [list(by.values()) for by in loop.reviews]
         assert what_next(rows[-1], said)[1] == loop.stop
+
+
+def test_earlier_turns_are_kept_and_each_feedback_has_its_reviewers_name(tmp_path: Path) -> None:
+    run = Run(KEPT, "plain", root=tmp_path)
+    asked = [m for m, _ in run.engine.asked if "You review one answer" not in m[-1]["content"]]
+    assert [len(messages) for messages in asked] == [1, 3, 5, 7]
+    last, responses = asked[-1], [row["response"] for row in run.candidates]
+    assert [m["content"] for m in last[1::2]] == responses[:3]
+    for k, shown in enumerate(last[2::2]):
+        said = {r["reviewer"]: r["feedback"] for r in run.reviews if r["iteration"] == k}
+        assert "\n\n".join(f"{name}:\n{said[name]}" for name in KEPT.names) in shown["content"]
+    before = {stage.name: stage.fingerprint for stage in Run(TWO, "plain", root=tmp_path / "two").order}
+    after = {stage.name: stage.fingerprint for stage in run.order}
+    assert after["generate-1"] == before["generate-1"] and after["generate-2"] != before["generate-2"]
 
 
 def test_each_loop_ends_where_it_should_and_the_counts_say_so(tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ def test_the_page_shows_truth_only_where_it_is_known_and_names_stay_in_their_cel
     assert '<section id="truth"' in html and '<section id="truth"' not in html_without and "<b>run" not in html
     for text in (with_truth, html):
         assert "nothing to improve 2, all responses were given 1, no response 1" in text and "1 of 2" in text
+        assert "Revisions scored higher than the preceding response 1 times, lower 1 times, equal 1." in text
 
 
 def test_ends_follow_from_the_stored_reviews() -> None:

@@ -65,6 +65,7 @@ SHIPPED = {
     "dmapo": "dmapo",
     "endpoint": "dmapo",
     "fellowship": "fellowship",
+    "fellowship_winrate": "winrate",
     "laptop": "dmapo",
     "pocket": "dmapo",
     "pocket_ablations": "baselines",
@@ -72,7 +73,11 @@ SHIPPED = {
     "pocket_baselines": "baselines",
     "pocket_benchmarks": "benchmarks",
     "pocket_fellowship": "fellowship",
+    "pocket_train": "train",
     "pocket_winrate": "winrate",
+    "smol": "dmapo",
+    "smol_quick": "dmapo",
+    "train": "train",
     "winrate": "winrate",
 }
 
@@ -202,7 +207,7 @@ def wired(name: str, run_folder: str = "/runs/golden") -> list[Stage]:
 
 @contextlib.contextmanager
 def outside_world(folder: Path) -> Iterator[None]:
-    """Replace what is not in the repository: hub commits and files, and a file of recorded judgements."""
+    """Replace what is not in the repository: hub commits and files, packages, and a file of recorded judgements."""
     import huggingface_hub
 
     def commit(_: Any, name: str, revision: str | None = None, **options: Any) -> Any:
@@ -219,6 +224,10 @@ def outside_world(folder: Path) -> Iterator[None]:
         patch.setattr(huggingface_hub.HfApi, "dataset_info", commit)
         patch.setattr(huggingface_hub, "hf_hub_download", download)
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        # A packaged model is installed or not, and its folder is made by a version of transformers.
+        patch.setattr("ray_pipeline.engines.models.packaged_model", lambda name: f"packaged/{name.replace(':', '-')}")
+        patch.setattr("ray_pipeline.engines.models.default_dtype", lambda: "auto")
+        patch.setattr("ray_pipeline.data.programs.checker_digests", lambda reference: {"checkers": reference})
         patch.chdir(folder)
         (folder / "recorded.jsonl").write_text('{"item_id": "1"}\n')
         benchmark_questions._content.cache_clear()  # files of other tests

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import functools
 import io
@@ -24,6 +25,8 @@ from rich.console import Console
 from ray_pipeline.cli.terminal import refused
 from ray_pipeline.engines import log_storage
 from ray_pipeline.engines.base import Completion, EngineDead, Message, Sampling
+from ray_pipeline.engines.logged import LoggedEngine
+from ray_pipeline.engines.models import Placement
 from ray_pipeline.graph import interrupts
 from ray_pipeline.graph.driver import RunOutcome, RunSettings, execute
 from ray_pipeline.graph.failures import FailureSettings, read_failures
@@ -50,6 +53,7 @@ class World:
         self.failing: dict[int, int] = {}  # shard → times to fail
         self.deaths = 0
         self.delay = 0.0
+        self.held: Callable[[], bool] = lambda: False  # whether replies are held back
         self.on_shard: Callable[[int], None] = lambda shard: None
         self.ask = Stage("ask", ShardWork(self._ask, ("critiques",), engine=self._engine), {})
         self.copy = Stage("copy", ShardWork(self._copy, ("critiques",)), {}, {"asked": self.ask})
@@ -115,7 +119,12 @@ class Engine(ScriptedEngine):
         if self.world.deaths > 0:
             self.world.deaths -= 1
             raise EngineDead("its process is gone")
-        return await super().chat(messages, sampling)
+        reply = await super().chat(messages, sampling)
+        self.in_flight += 1
+        while self.world.held():
+            await asyncio.sleep(0.01)
+        self.in_flight -= 1
+        return reply
 
     async def close(self) -> None:
         self.closed += 1
@@ -246,6 +255,27 @@ def test_storage_that_cannot_be_written_stops_the_run_and_no_call_is_made_twice(
     assert sum(engine.calls for engine in world.engines) == SHARDS
 
 
+@pytest.mark.parametrize("stage", ["ask", "copy"])
+def test_a_full_disk_puts_no_shard_in_quarantine(world: World, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is room for small files, and for no table of the stage."""
+    write, room = Folder._write_bytes, [False]
+
+    def full(folder: Folder, name: str, data: bytes) -> None:
+        if not room[0] and folder.location.startswith(f"{world.folder}/{stage}-") and name.endswith(".parquet"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(folder, name, data)
+
+    monkeypatch.setattr(Folder, "_write_bytes", full)
+    for _ in range(QUICK.quarantine_after + 1):
+        reason = world.run().failures[stage].reason
+        assert f"cannot write {world.folder}/{stage}-" in reason and "free disk space there" in reason
+        [folder] = world.folder.glob(f"{stage}-*")
+        assert read_failures(Folder(str(folder))) == {}
+    room[0] = True
+    assert not world.run().failures
+    assert sum(engine.calls for engine in world.engines) == SHARDS
+
+
 def send(number: int, when: Callable[[], bool]) -> threading.Thread:
     """Send this process a signal at some moment."""
 
@@ -260,10 +290,17 @@ def send(number: int, when: Callable[[], bool]) -> threading.Thread:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_a_run_gracefully_and_calls_in_progress_are_kept(world: World, number: int, code: int) -> None:
+def test_a_signal_ends_a_run_gracefully_and_calls_in_progress_are_kept(
+    world: World, number: int, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    world.delay = 1.5
-    sender = send(number, lambda: bool(world.engines) and world.engines[0].in_flight == 2)
+    opened: set[LoggedEngine] = set()
+    told: set[LoggedEngine] = set()
+    enter, stop = LoggedEngine.__aenter__, LoggedEngine.stop
+    monkeypatch.setattr(LoggedEngine, "__aenter__", lambda engine: (opened.add(engine), enter(engine))[1])
+    monkeypatch.setattr(LoggedEngine, "stop", lambda engine, reason: (told.add(engine), stop(engine, reason))[1])
+    world.held = lambda: not opened <= told  # calls in progress end when every open shard has heard of the signal
+    sender = send(number, lambda: len(opened) == Placement().shards_in_flight and world.engines[0].in_flight == 2)
     with pytest.raises(typer.Exit) as ended, refused():
         world.run()
     sender.join()
@@ -273,7 +310,7 @@ def test_a_signal_ends_a_run_gracefully_and_calls_in_progress_are_kept(world: Wo
     assert world.engines[0].calls == 2 and world.engines[0].closed == 1
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
 
-    world.delay = 0.0
+    world.held = lambda: False
     assert not world.run().failures and world.engines[1].calls == SHARDS - 2
 
 

@@ -80,8 +80,7 @@ def test_a_json_log_names_run_stage_and_shard(tmp_path: Path, capsys: pytest.Cap
         log.stages = ["judge"]
         log.say("judge: shard 3 failed: OSError: full", 3)
         log.say("no stage: at all")
-        log._shown = -100.0
-        log.progress([StageProgress("judge", "running", shards=4).plain(), StageProgress("gate").plain()])
+        log.progress([StageProgress("judge", "running", shards=4), StageProgress("gate")])
     (file,) = (tmp_path / "my-run" / "logs").glob("*.jsonl")
     failed, other, running = (json.loads(line) for line in file.read_text().splitlines())
     assert (failed["run"], failed["stage"], failed["shard"], failed["level"]) == ("my-run", "judge", 3, "INFO")

@@ -114,9 +114,20 @@ def test_downstream_is_a_group_and_all_that_needs_it() -> None:
 @pytest.mark.parametrize("ask", ["upto", "downstream"])
 def test_a_group_that_is_none(ask: str) -> None:
     with pytest.raises(
-        ValueError, match="dmapo has no stage 'judges'; it has prompts, candidates, judge, critic, gate"
+        ValueError, match="dmapo has no stage 'judges'; it has 1 prompts, 2 candidates, 3 judge, 4 critic, 5 gate"
     ):
         getattr(DAG, ask)("judges")
+
+
+def test_a_group_is_named_or_numbered() -> None:
+    assert DAG.groups[2] == DAG.group("3") == DAG.group("judge") == "judge"
+    assert names(DAG.upto("3")) == names(DAG.upto("judge"))
+    assert names(DAG.downstream("4")) == names(DAG.downstream("critic"))
+    assert [DAG.is_before(GATE, group) for group in ("6", "5")] == [True, False]
+    for none in ("0", "7", "-1", "³", "1.0", ""):
+        with pytest.raises(ValueError, match="has no stage"):
+            DAG.group(none)
+    assert Dag("d", [stage("2"), stage("1")]).group("1") == "1"  # a name comes first
 
 
 def test_two_stages_of_one_name_are_refused_by_name() -> None:

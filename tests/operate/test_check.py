@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow.parquet as pq
 import pytest
@@ -14,10 +15,15 @@ import yaml
 
 from ray_pipeline.api.runs import run
 from ray_pipeline.config.loading import load_config
+from ray_pipeline.engines.account import Used
+from ray_pipeline.engines.base import Completion, EngineDead, EngineError, EngineStartError, Sampling
+from ray_pipeline.engines.vllm_spec import VllmSpec
+from ray_pipeline.operate import canary
 from ray_pipeline.operate.check import findings
+from ray_pipeline.operate.check_files import written_weights
 from ray_pipeline.operate.pending import Finding, Pending
 from ray_pipeline.operate.run_settings import run_settings
-from ray_pipeline.pocket import model_path
+from ray_pipeline.pocket import WEIGHTS, model_path
 from ray_pipeline.store.errors import StoreError
 from ray_pipeline.workflow.registry import find_workflow
 from tests.endpoint import KEY, Answer, Endpoint, refused, said
@@ -130,6 +136,29 @@ def test_a_rubric_without_text_is_found_unless_its_template_shows_none(tmp_path:
     assert of(found, "rubrics helpfulness, truth, style").state == "ok"
 
 
+def test_one_opinion_under_two_names_is_found(tmp_path: Path) -> None:
+    """K5.5"""
+    twice = [RUBRICS[0], {**RUBRICS[0], "name": "again", "text": RUBRICS[0]["text"] + " "}]
+    found = checked(config(judge={"rubrics": twice}), tmp_path, scope="light")
+    finding = of(found, f"rubrics {RUBRICS[0]['name']} and again")
+    assert finding.state == "problem" and "count several times" in finding.detail
+    warm = config(judge={"rubrics": twice, "sampling": {"temperature": 0.7}})
+    assert all("count several times" not in detail for detail in problems(checked(warm, tmp_path, scope="light")))
+
+
+def test_two_models_of_one_name_at_two_addresses_are_found(tmp_path: Path) -> None:
+    """K5.6"""
+    values = config()
+    key = next(name for name, model in values["models"].items() if "endpoint" in model)
+    model = values["models"][key]
+    for own, is_refused in ({}, True), ({"identity": "other weights"}, False):
+        other = {**model, "endpoint": {**model["endpoint"], "base_url": "http://elsewhere/v1", **own}}
+        both = {**values, "models": {**values["models"], "other": other}}
+        both["critic"] = {**both.get("critic", {}), "model": "other"}
+        found = problems(checked(both, tmp_path, scope="light"))
+        assert any(".endpoint.identity: writer@" in detail for detail in found) == is_refused
+
+
 def test_a_logger_that_is_not_installed_is_found(tmp_path: Path) -> None:
     values = config(train={"dtype": "float32", "report_to": ["wandbb"]})
     assert "report_to: 'wandbb' is not installed" in of(checked(values, tmp_path, scope="offline"), "training").detail
@@ -161,6 +190,25 @@ def test_disk_space_is_compared_with_what_will_be_written(
     assert found.state == state and " of weights, up to " in found.detail
 
 
+def test_an_adapter_alone_needs_a_fraction_of_the_disk() -> None:
+    sizes = {}
+    for save in ("both", "merged", "adapter"):
+        settings = load_config(find_workflow("dmapo").config, "configs/pocket.yaml", [f"train.save={save}"])
+        dag = find_workflow("dmapo").wire(settings, "/runs/x")
+        (training,) = (stage for stage in dag.stages if stage.role_name == "policy")
+        sizes[save] = written_weights(training)
+        (served,) = (s.work.engine.args[0] for s in dag.stages if s.name == "responses-policy")
+        if save == "adapter":
+            assert served.model == settings.base.model
+            assert served.adapter == f"/runs/x/{training.folder_name}/adapter"
+        else:
+            assert (served.model, served.adapter) == (f"/runs/x/{training.folder_name}/merged", None)
+    assert sizes["merged"] == pytest.approx(os.path.getsize(WEIGHTS / "policy" / "model.safetensors"), rel=0.01)
+    assert sizes["both"] == sizes["merged"] + sizes["adapter"]
+    # PEFT counts 139,264 trained weights of this model at rank 16; they are stored in 4 bytes each.
+    assert sizes["adapter"] == 4 * 139264
+
+
 @pytest.mark.parametrize(
     ("name", "file", "changes"),
     [
@@ -183,6 +231,91 @@ def test_every_workflow_can_be_checked(name: str, file: str, changes: list[str],
     for stage in pending.roots:
         pending.stand_ins.make(stage)
     assert pending.tried == ""
+
+
+# --- local engines ----------------------------------------------------------------------------------------------------
+
+
+class StandInEngine:
+    """An engine that notes its calls; `refusal` is raised by the calls with a system message."""
+
+    alive = 0
+    asked: ClassVar[list[tuple[str, list[str], Sampling]]] = []
+    refusal: Exception | None = None
+    start_seconds = 2.5
+    notes = ("the template has no system role",)
+
+    def __init__(self, spec: VllmSpec) -> None:
+        self.spec, self._used = spec, Used()
+
+    async def start(self) -> None:
+        type(self).alive += 1
+        assert type(self).alive == 1, "one after the other"
+
+    async def chat(self, messages: list[dict[str, str]], sampling: Sampling) -> Completion:
+        roles = [message["role"] for message in messages]
+        if self.refusal is not None and "system" in roles:
+            raise self.refusal
+        self.asked.append((Path(self.spec.model).name, roles, sampling))
+        completion = Completion("7", "stop", 10, 5, 0)
+        self._used.count(completion)
+        return completion
+
+    def stats(self) -> Used:
+        return self._used
+
+    async def close(self) -> None:
+        type(self).alive -= 1
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> type[StandInEngine]:
+    fresh = type("Fresh", (StandInEngine,), {"asked": [], "alive": 0})
+    monkeypatch.setattr(canary, "VllmEngine", fresh)
+    return fresh
+
+
+LOCAL = {
+    "policy": {"model": "pocket:policy", "dtype": "float32"},
+    "judge": {"model": "pocket:judge", "dtype": "float32"},
+}
+
+
+def test_every_local_engine_is_started_on_request(stand_in: type[StandInEngine], tmp_path: Path) -> None:
+    values = config(models=LOCAL, candidates={"model": "policy", "k": K})
+    found = checked(values, tmp_path, to="gate", engines=True, scope="offline")
+    assert problems(found) == [] and stand_in.alive == 0
+    assert [name for name, *_ in stand_in.asked] == ["judge", "judge", "policy"]
+    (_, score, _), _, (_, candidate, drawn) = stand_in.asked
+    assert candidate == ["user"] and score == ["system", "user"] and drawn.grammar is None
+    assert all(sampling.grammar is not None for _, _, sampling in stand_in.asked[:2])
+    warning, line = (f for f in found if f.what.startswith("local engine of models.judge"))
+    assert warning.state == "warning" and warning.detail == "the template has no system role"
+    assert line.detail.startswith("started in 2.5 s; 2 test calls answered in 0.0 s (30 tokens")
+
+
+@pytest.mark.parametrize(
+    "refusal", [EngineStartError("no such quantization"), EngineError("a grammar is refused"), EngineDead("it died")]
+)
+def test_what_a_local_engine_refuses_is_a_problem(
+    refusal: Exception, stand_in: type[StandInEngine], tmp_path: Path
+) -> None:
+    stand_in.refusal = refusal
+    values = config(models=LOCAL, candidates={"model": "policy", "k": K})
+    assert problems(checked(values, tmp_path, to="gate", engines=True)) == [str(refusal)] and stand_in.alive == 0
+
+
+def test_local_engines_that_are_not_started_are_told(stand_in: type[StandInEngine], tmp_path: Path) -> None:
+    values = config(models=LOCAL, candidates={"model": "policy", "k": K})
+    told = "not checked  local engines of models.judge, models.policy: not started; run `quorum check --engines`"
+    for name, *how in (("check",), ("run", "--dry-run")):
+        assert told in quorum(*command(name, tmp_path, values, "--to", "judge", *how))
+    assert "ok           local engine of models.judge" in quorum(*command("check", tmp_path, values, "--engines"))
+    count = len(stand_in.asked)
+    elsewhere = of(checked(values, tmp_path, to="candidates", engines=True, on_cluster=True), "local engine")
+    assert elsewhere.state == "not checked" and "on such a node" in elsewhere.detail
+    replayed = checked({**values, "calls": {"replay_only": True}}, tmp_path, to="candidates", engines=True)
+    assert of(replayed, "local engine").state == "not checked" and len(stand_in.asked) == count
 
 
 # --- endpoints --------------------------------------------------------------------------------------------------------

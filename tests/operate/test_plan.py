@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.metadata
+import importlib.util
 import json
+import sys
+import types
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +26,7 @@ from ray_pipeline.graph.spending import Budget, Spending
 from ray_pipeline.graph.stage import StageStop
 from ray_pipeline.operate import estimate
 from ray_pipeline.operate.plan import Plan, StagePlan, plan, plan_lines
-from ray_pipeline.operate.prices import Rates, budget_of, given_price, read_rates
+from ray_pipeline.operate.prices import Rates, budget_of, given_price, listed_prices, read_rates
 from ray_pipeline.operate.probe import measured
 from ray_pipeline.store.files import Folder
 from ray_pipeline.workflow.registry import find_workflow
@@ -131,6 +137,78 @@ def test_an_endpoint_has_prices_and_a_pace() -> None:
     assert (budget.max_cost, budget.currency, budget.workers) == (5.0, "EUR", {"train": 2})
 
 
+def at_endpoint(model: str = "big", **endpoint: Any) -> Any:
+    values = yaml.safe_load(Path("configs/pocket.yaml").read_text())
+    where = {"base_url": "https://api.openai.com/v1", **endpoint}
+    values["models"]["judge"] = {"engine": "openai", "model": model, "endpoint": where}
+    return read_config(DmapoConfig, values, ["prompts.sources.0.count=60"])
+
+
+def test_an_endpoint_without_prices_is_named_with_both_remedies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "genai_prices", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    found = planned(at_endpoint(), rates(models={}))
+    assert by_name(found.stages)["judge"].money is None
+    (note,) = [note for note in found.notes if note.startswith("no prices")]
+    assert "no prices for judge; set endpoint.prices of judge, or pip install '" in note and "[prices]' for" in note
+
+
+class ListedPrices(types.ModuleType):
+    """The part of genai-prices that a plan uses, with prices of one model."""
+
+    def __init__(self) -> None:
+        super().__init__("genai_prices")
+        self.__spec__ = importlib.machinery.ModuleSpec("genai_prices", None)
+        self.asked: list[tuple[str, str]] = []
+
+    @staticmethod
+    def Usage(input_tokens: int = 0, output_tokens: int = 0) -> tuple[int, int]:
+        return input_tokens, output_tokens
+
+    def calc_price(self, usage: tuple[int, int], *, model_ref: str, provider_api_url: str) -> Any:
+        self.asked.append((model_ref, provider_api_url))
+        if model_ref != "big":
+            raise LookupError(f"no model {model_ref}")
+        about = types.SimpleNamespace(provenance=types.SimpleNamespace(last_verified="2026-10-01"))
+        return types.SimpleNamespace(total_price=Decimal(usage[0] * 2 + usage[1] * 8) / 10**6, model=about)
+
+
+def test_listed_prices_price_a_plan_with_their_date_and_never_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = ListedPrices()
+    monkeypatch.setitem(sys.modules, "genai_prices", listed)
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda n: "9.9" if n == "genai-prices" else version(n))
+    config = at_endpoint()
+    found = planned(config, rates(models={}))
+    judge = by_name(found.stages)["judge"]
+    assert judge.money == pytest.approx((2 * int(judge.prompt_tokens) + 8 * int(judge.completion_tokens)) / 1e6)
+    line = "judge: 2 and 8 USD per million tokens; list price of genai-prices 9.9, 2026-10-01"
+    assert line in found.assumed and ("big", "https://api.openai.com/v1") in listed.asked
+    with pytest.raises(ConfigError, match="--max-cost needs a price"):
+        budget_of(config, 5.0, None)
+    own = at_endpoint(prices={"input": 1.0, "output": 1.0, "source": "our contract"})
+    assert any("our contract" in line for line in planned(own, rates(models={})).assumed)  # the user's go before
+    assert by_name(planned(at_endpoint("unheard-of"), rates(models={})).stages)["judge"].money is None
+
+
+def test_the_real_list_has_a_price_of_a_well_known_model() -> None:
+    pytest.importorskip("genai_prices", reason="genai-prices is not installed: pip install -e '.[prices]'")
+    prices = listed_prices(at_endpoint("gpt-4o-2024-05-13").models["judge"])
+    assert prices is not None and (prices.input, prices.output) == (5.0, 15.0)
+
+
+def test_prompts_of_judges_show_replies_of_the_expected_length() -> None:
+    """Without reply_tokens a reply costs at most max_tokens; prompts that show it are not planned from that length."""
+    short, unknown, long = (
+        by_name(planned(pocket(), rates(reply_tokens=lengths)).stages)
+        for lengths in ({"tokens": {"candidates": 24}, **SAID}, None, {"tokens": {"candidates": 48}, **SAID})
+    )
+    most = 48  # max_tokens of candidates
+    assert unknown["candidates"].completion_tokens == unknown["candidates"].calls * most
+    assert unknown["judge"].prompt_tokens == pytest.approx(short["judge"].prompt_tokens, rel=0.01)
+    assert unknown["judge"].prompt_tokens < long["judge"].prompt_tokens
+
+
 def test_rates_without_a_source_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "rates.yaml"
     file.write_text("device_hour: {price: 2}")
@@ -153,7 +231,36 @@ def test_the_command_counts_with_the_real_tokenizer_and_keeps_the_plan(tmp_path:
     assert done.exit_code == 0 and "given by the user" in done.output, done.output
     stages = json.loads((run / "plan.json").read_text())["stages"]
     assert stages[0]["stage"] == "candidates" and stages[0]["calls"] == 160 and stages[0]["prompt_tokens"] > 500
-    assert CliRunner().invoke(app, ["plan", "winrate"]).exit_code == 2
+    assert CliRunner().invoke(app, ["plan", "winrate", "-c", "configs/pocket.yaml"]).exit_code == 2
+
+
+def test_a_plan_without_a_local_model_counts_with_the_named_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOOPBACK_KEY", "sk-0123456789abcdef0123")
+    model = {
+        "engine": "openai",
+        "model": "m",
+        "endpoint": {"base_url": "http://127.0.0.1:9/v1", "api_key_env": "LOOPBACK_KEY"},
+    }
+    values = yaml.safe_load(Path("configs/pocket.yaml").read_text()) | {
+        "models": {"policy": model, "judge": {**model, "model": "j"}}
+    }
+    values["prompts"]["sources"][0]["count"] = 20
+
+    def notes(*overrides: str) -> tuple[list[str], float]:
+        config = read_config(DmapoConfig, values, ["train=null", *overrides])
+        found = plan(config, find_workflow("dmapo").wire(config, "run"), Rates())
+        return found.notes, found.stages[0].prompt_tokens
+
+    estimated, by_characters = notes()
+    assert any("counted as a quarter of their characters" in note for note in estimated)
+    counted, by_tokens = notes("tokenizer=pocket:judge")
+    assert any("counted with the tokenizer of " in note and note.endswith("judge") for note in counted)
+    assert by_tokens != by_characters
+    # Keys of a policy that there is not are named; those that other pages read are not.
+    (idle,) = [note for note in counted if "no effect" in note]
+    assert idle.startswith("no effect where train is null") and "evaluate.asking, evaluate.modes" in idle
+    values["evaluate"] = {"seed": 1}
+    assert not any("no effect" in note for note in notes()[0])
 
 
 # --- limits -----------------------------------------------------------------------------------------------------------
@@ -196,6 +303,8 @@ def test_the_rates_of_the_cluster_guide_plan_every_stage_of_the_published_run() 
         found = planned(config, read_rates(f"cluster/rates/{gpu}.yaml"))
         assert found.stages[-1].stage == "train" and all(stage.money for stage in found.stages)
         assert not any(stage.bound for stage in found.stages) and not found.notes
+        assert found.disk.startswith("policies of 1.99 MB (train.save)")  # 717,056 weights in bfloat16, and the adapter
+        assert f"disk: {found.disk}" in plan_lines(found)
 
 
 # --- probes -----------------------------------------------------------------------------------------------------------

@@ -28,11 +28,13 @@ def test_a_preview_is_read_and_not_paid_for_twice(server: Endpoint, tmp_path: Pa
     assert "candidate 1 desirable final 8.50 ≥ 7 An answer. helpfulness 8: because factuality 9:" in shown
     assert "factuality 9: [bold]Not\\x1b[31m true critic: sound: because" in shown and "\x1b" not in shown
     # Both responses to a prompt are equal, and so is what judges and critic are asked about them.
-    assert f"{3 * (2 + 2 + 1)} calls (15 made, others from the call log)" in shown
+    assert f" {3 * (2 + 2 + 1)} calls, " in shown
     assert "USD; a run with this configuration does not pay for them again" in shown
 
     asked = [json.dumps(body) for body in server.asked]
-    quorum(*command("run", tmp_path, values, "--to", "gate", *HOW))
+    ended = quorum(*command("run", tmp_path, values, "--to", "gate", "--quiet", *HOW))
+    assert "kept: 24 of 24 candidates (100.0 %), 24 desirable and 0 undesirable" in ended
+    assert "unread: nothing" in ended and "judge: done" not in ended and ended.replace("\n", "").isprintable()
     twice = {body for body, times in Counter(map(json.dumps, server.asked)).items() if times > 1}
     test_calls = {body for body in asked if "Name a colour" in body or "Reply as briefly" in body}
     assert twice <= test_calls and len(server.asked) > len(asked)

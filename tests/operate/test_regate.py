@@ -15,6 +15,7 @@ from dags.baselines import BaselinesConfig, baselines
 from ray_pipeline.cli import app
 from ray_pipeline.config.loading import read_config
 from ray_pipeline.config.messages import ConfigError
+from ray_pipeline.data.dataset_files import kto_weights
 from ray_pipeline.data.dataset_rows import DatasetsConfig, dpo_rows
 from ray_pipeline.data.gate import GateConfig, decide
 from ray_pipeline.graph.heartbeat import RunBusy
@@ -57,6 +58,23 @@ def test_a_preview_counts_what_the_stages_would_make(folder: Path) -> None:
     assert f"{found.moved['desirable', 'discard']} candidates desirable → discard" in lines
     kept = [line for line in lines.splitlines() if line.startswith("kept")]
     assert kept[0].split()[1:] == [str(found.old.kept), str(found.new.kept), f"{found.new.kept - found.old.kept:+d}"]
+
+
+def test_the_previewed_weights_are_those_that_the_files_get(folder: Path) -> None:
+    """Counted are the rows of the training split that pass the limits, not all labels."""
+    new = ["gate.desirable_at=9", "datasets.max_prompt_length=40"]
+    given = gating.regate(read_run(str(folder)), new)
+    side = gating.preview(given)["gate"].new
+    gating.write(given, beat_seconds=0.05)
+    stats = json.loads((folder / "datasets" / "stats.json").read_text())
+    rows = stats["rows"]["kto"]
+    assert side.classes == (rows["train_desirable"], rows["train_undesirable"])
+    assert side.kept > sum(side.classes) > 0 and rows["val"] > 0
+    assert side.weights == tuple(stats["kto_weights"].values())
+    assert side.weights != kto_weights(side.labels["desirable"], side.labels["undesirable"])
+    lines = gating.preview_lines({"gate": gating.Preview(1, side, gating.Side(side.labels, 0, None), {})})
+    (line,) = [line for line in lines if line.startswith("KTO weights")]
+    assert line.split()[2:] == ["{:.3g}:{:.3g}".format(*side.weights), "–"]
 
 
 def test_a_preview_writes_nothing(folder: Path) -> None:

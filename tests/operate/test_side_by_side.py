@@ -103,6 +103,17 @@ def test_a_run_with_itself_and_with_one_that_is_not_done() -> None:
     assert "<svg" in compare_page(one, young)
 
 
+def test_errors_of_judges_are_compared_and_old_reports_have_none() -> None:
+    one, _ = pair()
+    panel = {"correlation": {"mean": 0.25, "low": 0.125, "high": 0.375}, "effective": {"mean": 2.0}}
+    old = {key: value for key, value in one.metrics.items() if key != "judge_errors"}
+    new = dataclasses.replace(one, metrics={**old, "judge_errors": {"truth": None, "estimate": panel, "checked": 0.0}})
+    parts = parts_of(dataclasses.replace(one, metrics=old), new)
+    (row,) = (row for row in parts["agreement"].rows if row.name.startswith("correlation"))
+    assert (row.name, row.a, row.b) == ("correlation of errors (estimate)", "–", "0.250 (0.125 to 0.375)")
+    assert [r.b for r in parts["scores"].rows if r.name == "effective judges (estimate)"] == ["2.00"]
+
+
 def test_the_page_has_both_runs_and_is_escaped() -> None:
     a, b = pair()
     bad = dataclasses.replace(b, name="<script>x</script>", config={"<b>": "<img src=x>"})

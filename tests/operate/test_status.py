@@ -44,7 +44,7 @@ def beat(run: Path, number: int) -> None:
     (run / "heartbeat.json").write_text(json.dumps({"owner": "a", "beat": number}))
 
 
-def progress(run: Path, **counts: float) -> None:
+def progress(run: Path, **counts: float | str) -> None:
     stage = StageProgress.read({"name": "responses-base", "status": "running", **counts})
     (run / "progress.json").write_text(json.dumps([stage.plain()]))
 
@@ -105,7 +105,7 @@ def test_failed_and_quarantined_shards_are_counted_by_kind(run: Path) -> None:
 def test_a_living_run_shows_rates_of_the_last_interval(run: Path) -> None:
     beat(run, 1)
     progress(run, shards=4, shards_done=1, rows=100, seconds=10.0, calls_engine=50, prompt_tokens=900,
-             completion_tokens=100, cached_tokens=450)  # fmt: skip
+             completion_tokens=100, cached_tokens=450, eta=30.0, phase="loading model")  # fmt: skip
     clock = Clock({0.5: lambda: beat(run, 2)})
     watch = Watch(str(run), clock=clock, sleep=clock.sleep)
     state = watch.look()
@@ -113,6 +113,7 @@ def test_a_living_run_shows_rates_of_the_last_interval(run: Path) -> None:
     assert state.life == "running" and clock.now < 1
     assert (now.status, now.shards_done, now.rows_per_second, now.tokens_per_second) == ("running", 1, 10, 100)
     assert now.eta_seconds == 30.0 == state.eta_seconds and now.usage.prefix_hit_rate == 0.5
+    assert "running  loading model, shards 1/4" in stage_line(now)
 
     beat(run, 3)
     progress(run, shards=4, shards_done=2, rows=400, seconds=12.0, prompt_tokens=1900, completion_tokens=300)

@@ -125,7 +125,7 @@ def test_only_held_out_desirable_answers_are_measured(
         for name, mark, role in (("datasets", "f2", "datasets"), ("train", "f3", "policy"))
     }
     folder = Folder(str(tmp_path / "evaluate"))
-    given = WholeInput(results, folder, folder, "f4", 1, made.work.settings, print, lambda done, total: None)
+    given = WholeInput(results, folder, folder, "f4", 1, made.work.settings, print, lambda *step: None)
     found = stage._perplexities(given, made.work.settings)
 
     held_out = [row for file in (tmp_path / "datasets/kto/val").glob("*") for row in pq.read_table(file).to_pylist()]
@@ -134,3 +134,47 @@ def test_only_held_out_desirable_answers_are_measured(
     wanted = [(row["prompt"], row["completion"][-1]["content"]) for row in good][:most]
     assert asked == {str(model_path): wanted, str(tmp_path / "train" / "merged"): wanted}
     assert {name: p.rows for name, p in found.items()} == {"base": len(wanted), "policy": len(wanted)}
+
+
+def test_perplexity_of_an_adapter_on_its_base_is_that_of_the_merged_model(model_path: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(model_path), LoraConfig(r=2, target_modules="all-linear"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    model.save_pretrained(tmp_path / "adapter")
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    AutoTokenizer.from_pretrained(model_path).save_pretrained(tmp_path / "merged")
+    base, merged = perplexity(model_path, ROWS), perplexity(tmp_path / "merged", ROWS)
+    adapted = perplexity(model_path, ROWS, adapter=str(tmp_path / "adapter"))
+    assert adapted.ppl == pytest.approx(merged.ppl, rel=1e-5) and adapted.ppl != pytest.approx(base.ppl, rel=1e-3)
+
+
+def test_the_report_measures_the_adapter_where_only_that_was_saved(
+    model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path, random_world(30, seed=3))
+    measured: list[tuple[str, Any]] = []
+
+    def measure(path: str, rows: list[Any], **options: Any) -> Perplexity:
+        measured.append((path, options["adapter"]))
+        return Perplexity(2.0, math.log(2), 1, len(rows))
+
+    monkeypatch.setattr("ray_pipeline.policy.perplexity.perplexity", measure)
+    base = ModelSettings(model=str(model_path))
+    made = stage.evaluate(EvaluateSettings(), ReportSettings(run_name="run"), base, 60, [])
+    results = {
+        name: StageResult(name, mark, str(tmp_path / name), 1, (), {}, {}, role=role)
+        for name, mark, role in (("datasets", "f2", "datasets"), ("train", "f3", "policy"))
+    }
+    folder = Folder(str(tmp_path / "evaluate"))
+    given = WholeInput(results, folder, folder, "f4", 1, made.work.settings, print, lambda *step: None)
+    (tmp_path / "train" / "adapter").mkdir(parents=True)
+    stage._perplexities(given, made.work.settings)
+    (tmp_path / "train" / "merged").mkdir()
+    stage._perplexities(given, made.work.settings)
+    alone, whole = (str(tmp_path / "train" / name) for name in ("adapter", "merged"))
+    assert measured == [(str(model_path), None), (str(model_path), alone), (str(model_path), None), (whole, None)]

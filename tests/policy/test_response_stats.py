@@ -25,6 +25,15 @@ def test_length_truncation_and_accuracy() -> None:
     assert stats["sampled", "policy"].accuracy is None  # its truth is not known
 
 
+def test_the_share_of_requirements_is_shown_where_it_says_more_than_right_and_wrong() -> None:
+    shares = RESPONSES.append_column("followed", pa.array([0.25, 1.0, 1.0, 1.0, None], pa.float64()))
+    base, policy, sampled = response_stats(shares, draws=50)
+    assert base.followed is not None and base.followed.mean == 0.625 and base.accuracy.mean == 0.5  # type: ignore[union-attr]
+    assert policy.followed is None and sampled.followed is None
+    whole = RESPONSES.append_column("followed", pa.array([0.0, 1.0, 1.0, 1.0, None], pa.float64()))
+    assert all(s.followed is None for s in response_stats(whole, draws=50))
+
+
 def test_accuracy_gain_is_paired() -> None:
     gains = accuracy_gains(RESPONSES, draws=50)
     assert list(gains) == ["greedy"] and gains["greedy"].mean == 0.5

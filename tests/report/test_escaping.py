@@ -105,7 +105,9 @@ def test_a_whole_page_of_hostile_text(tmp_path: Path) -> None:
     tags = set(re.findall(r"<\s*/?\s*([a-zA-Z0-9]+)", html))
     assert tags <= {
         "h1", "h2", "h3", "p", "strong", "ul", "li", "table", "thead", "tbody", "tr", "th", "td", "pre", "code", "img",
+        "a",
     }  # fmt: skip
+    assert all(re.fullmatch(r"report\.html#[\w.%-]+", link) for link in re.findall(r'href="([^"]*)"', html))
     assert set(re.findall(r'src="([^"]*)"', html)) <= {f"charts/{p.name}" for p in paths}
     assert html.count("<h1>") == 1 and html.count("<pre>") == 7
     assert "49" not in text_of(html).split("alert")[0] and "{{ 7*7 }}" in text_of(html)

@@ -6,26 +6,37 @@ import base64
 import gzip
 import json
 import re
+from dataclasses import replace
+from functools import partial
 from html import unescape
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ray_pipeline.bench.page import benchmarks_page
 from ray_pipeline.data.distributions import length_histogram, score_histogram
+from ray_pipeline.engines.base import Completion
+from ray_pipeline.engines.log_rows import call_row
 from ray_pipeline.evaluate import examples as examples_data
+from ray_pipeline.evaluate.calls_shown import _fits, _place, calls_about
 from ray_pipeline.evaluate.data import ReportData
 from ray_pipeline.evaluate.examples import collect_examples
+from ray_pipeline.evaluate.first_screen import first_screen
 from ray_pipeline.evaluate.headline import headline
 from ray_pipeline.evaluate.metrics import collect_metrics
 from ray_pipeline.evaluate.run_page import run_page
 from ray_pipeline.report import charts
 from ray_pipeline.report.charts import Bins
 from ray_pipeline.report.html import render_html, script_json
-from ray_pipeline.report.page import Packed
+from ray_pipeline.report.page import Funnel, Packed
 from ray_pipeline.stats.kappa import kappa_intervals, pairwise_kappas
+from ray_pipeline.store.calls import CallWriter, model_folder
+from ray_pipeline.store.files import Folder
 from tests.evaluate.example_run import JUDGES, whole_run
 
 NASTY = (
@@ -93,6 +104,49 @@ def test_every_part_of_a_run_is_on_its_page() -> None:
     assert "@import" not in html and "url(" not in html
 
 
+def test_the_first_screen_answers_what_a_reader_asks() -> None:
+    data = whole_run()
+    metrics = collect_metrics(data)
+    about = dict(run_page(data, metrics, headline(metrics.evaluation, []), []).about)
+    kept = sum(label in ("desirable", "undesirable") for label in data.decisions.column("label").to_pylist())  # type: ignore[union-attr]
+    assert about == {
+        "What": "workflow dmapo, training with kto",
+        "Models": "judge: pocket/judge@1, policy: pocket/policy@1",
+        "Judges": "of the data: helpfulness, factuality, conciseness (pocket/judge@1); of the policy: pairwise "
+        "(pocket/judge@1)",
+        "How many": f"60 prompts, 240 candidates, 720 verdicts, {kept} candidates kept, 126 KTO rows, 33 DPO pairs",
+        "How long": "53 s, summed over stages",
+        "How much": "940 LLM calls made and 20 from the call log, 114,000 tokens",
+    }
+    html = page(data)
+    assert html.index("How much") < html.index("<nav") < html.index('<section id="funnel"')
+    assert dict(run_page(ReportData(data.run), collect_metrics(ReportData(data.run)), headline(None, []), []).about)
+
+
+def test_a_first_screen_leaves_out_what_is_not_known() -> None:
+    answers = first_screen(
+        "x",
+        models={"a": "b", "c": "c", "d": ""},
+        judges={"": {"j": "m", "k": "m", "z": "z"}, "of the policy": "one, two", "of nothing": {}},
+        amounts=[(1, "p"), (None, "q"), (12_345, "r")],
+    )
+    assert answers == [
+        ("What", "x"), ("Models", "a: b, c, d"), ("Judges", "j, k (m), z; of the policy: one, two"),
+        ("How many", "1 p, 12,345 r"),
+    ]  # fmt: skip
+
+
+def test_no_bars_of_the_funnel_count_different_things() -> None:
+    data = whole_run()
+    section = run_page(data, collect_metrics(data), headline(None, []), []).sections[0]
+    funnels = [block for block in section.blocks if isinstance(block, Funnel)]
+    assert [funnel.unit for funnel in funnels] == ["prompts", "candidates", "KTO rows", "DPO pairs"]
+    for funnel in funnels:
+        assert max(step.share for step in funnel.steps) == 1.0
+    assert [(step.note, step.figure) for step in funnels[2].steps] == [("for training", "120"), ("for validation", "6")]
+    assert all("labelled" not in step.name for step in funnels[0].steps)
+
+
 def test_equal_runs_give_equal_pages_of_any_part() -> None:
     assert page(whole_run()) == page(whole_run())
     bare = page(ReportData(whole_run().run))
@@ -148,6 +202,122 @@ def test_kept_rows_are_all_there_and_others_a_seeded_sample() -> None:
         assert examples.about["labels"][index["label"][place]] == labels[name]
         for judge, column in zip(examples.about["judges"], index["scores"], strict=True):
             assert column[place] == scores[name, judge]
+
+
+def logged(
+    folder: Path, data: ReportData, template: str = "task {prompt} answer {response} rate it", note: str = ""
+) -> Folder:
+    """A call log of a judge's and the generator's calls about every candidate of a run; the first is asked again."""
+    assert data.candidates is not None and data.prompts is not None
+    prompts = {row["prompt_id"]: row["messages"] for row in data.prompts.to_pylist()}
+    rows = []
+    for place, row in enumerate(data.candidates.to_pylist()):
+        asked = template.format(prompt=prompts[row["prompt_id"]][0]["content"], response=row["response"])
+        own = {"prompt_id": row["prompt_id"]}
+        call = partial(call_row, prompt_id="0", identity={"m": 1}, sampling={})
+        for again in range(2 if place == 0 else 1):
+            reply = Completion(
+                f"<think>hm</think><b>{place}</b> {again}{note}", "stop", 1, 1, 0, reasoning="x" if again else None
+            )
+            sent = [{"role": "user", "content": asked}]
+            rows.append(
+                call(f"j{note}{place}-{again}", role="judge/helpfulness", messages=sent, completion=reply) | own
+            )
+        drawn = Completion(f"<think>t</think>{row['response']}", "stop", 1, 1, 0)
+        rows.append(call(f"g{place}", role="candidate", messages=prompts[row["prompt_id"]], completion=drawn) | own)
+    root = Folder(str(folder))
+    CallWriter(model_folder(root, {"m": 1}), 0, 1).flush(rows)
+    return root
+
+
+def calls_of(examples: Packed) -> list[list[tuple[str, list[str], list[Any]]]]:
+    """Role, contents of the messages and replies of the calls of every row."""
+    found = []
+    for chunk in map(unpacked, examples.chunks):
+        for row in chunk["r"]:
+            known = {-1: chunk["p"][row[0]], -2: row[1]}
+            told = [
+                (
+                    role,
+                    ["".join(known[n] if n < 0 else chunk["t"][n] for n in places) for _, places in messages],
+                    replies,
+                )
+                for role, messages, replies in row[8]
+            ]
+            found.append(told)
+    return found
+
+
+def test_a_candidate_has_the_calls_about_it(tmp_path: Path) -> None:
+    data = nasty_run()
+    log = logged(tmp_path, data)
+    examples = collect_examples(replace(data, calls=log.location))
+    assert examples is not None and "160 of them have the calls about them" in examples.scope
+    answers, calls = rows_of(examples), calls_of(examples)
+    assert data.candidates is not None
+    for place, ((prompt, answer), told) in enumerate(zip(answers, calls, strict=True)):
+        asked = {role: messages for role, messages, _ in told}
+        cut = answer.endswith("characters]")
+        assert cut or asked["judge/helpfulness"] == [f"task {prompt} answer {answer} rate it"]
+        assert asked["candidate"] == [prompt]
+        replies = next(replies for role, _, replies in told if role == "judge/helpfulness")
+        assert any(text == f"<think>hm</think><b>{place}</b> 0" for text, _, _ in replies)
+    again = next(replies for role, _, replies in calls[0] if role == "judge/helpfulness")
+    assert again == [["<think>hm</think><b>0</b> 0", "stop", None], ["<think>hm</think><b>0</b> 1", "stop", "x"]]
+    assert "\x1b" not in json.dumps(calls, ensure_ascii=False)
+    # Texts that the row has anyway are not repeated: the calls of 400 rows are a fraction of their answers.
+    long = whole_run(100, candidates=_long(whole_run(100).candidates))
+    size = sum(map(len, collect_examples(long).chunks))  # type: ignore[union-attr]
+    with_calls = collect_examples(replace(long, calls=logged(tmp_path / "long", long).location))
+    assert with_calls is not None and sum(map(len, with_calls.chunks)) < 1.1 * size
+
+
+def test_calls_of_an_earlier_rubric_are_left_out(tmp_path: Path) -> None:
+    data = whole_run(10)
+    logged(tmp_path, data, note=" old")
+    root = logged(tmp_path, data, "{prompt} with another rubric {response}", " new")
+    assert data.candidates is not None
+    rows = [row for row in data.candidates.to_pylist() if len(row["response"]) > 60]
+    row = max(rows, key=lambda row: len(row["response"]))
+    responses = {row["prompt_id"]: {row["candidate_id"]: row["response"]}}
+    key, place = (row["candidate_id"], "judge/helpfulness"), int(row["candidate_id"][1:])
+
+    def asked(raw: dict[tuple[str, str], str]) -> list[str]:
+        calls = calls_about(root, responses, {row["candidate_id"]}, raw).of[row["candidate_id"]]
+        return sorted(call.messages[0][1].split(" ")[0] for call in calls if call.role == "judge/helpfulness")
+
+    assert asked({key: f"<b>{place}</b> 0 new"}) == ["say"] and asked({key: f"<b>{place}</b> 0 old"}) == ["task"]
+    assert asked({}) == asked({key: "of no call"}) == ["say", "task"]
+
+
+def test_a_call_log_that_is_gone_is_one_line(tmp_path: Path) -> None:
+    data, there = whole_run(10), logged(tmp_path / "log", whole_run(20))
+    gone = collect_examples(replace(data, calls=str(tmp_path / "gone")))
+    assert gone is not None and "The call log is gone, so the messages" in gone.scope and calls_of(gone)[0] == []
+    others = replace(data, prompts=None, candidates=data.candidates.set_column(1, "prompt_id", pa.array(["z"] * 40)))  # type: ignore[union-attr]
+    none = collect_examples(replace(others, calls=there.location))
+    assert none is not None and "has no calls of these candidates" in none.scope
+    assert calls_about(there, {"p000": {"c0000": "x"}}, {"c0000"}, most_rows=0).missing.startswith(
+        "The call log has no"
+    )
+    assert collect_examples(data).scope in gone.scope  # type: ignore[union-attr]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_a_call_is_about_the_response_that_it_shows(data: st.DataObject) -> None:
+    """Short responses that occur in each other, in the prompt and in the rubric."""
+    text = st.text("ab 1", max_size=6)
+    responses = data.draw(st.lists(text.filter(bool), min_size=2, max_size=4, unique=True))
+    before, after = data.draw(text), data.draw(text)
+    sent = {f"{before}{response}{after}": [{"n": n}] for n, response in enumerate(responses)}
+    place = _place(sent, dict(enumerate(responses)))  # type: ignore[arg-type]
+    assert place is not None
+    for shown in sent:
+        named = [response for response in responses if _fits(shown, response, *place)]
+        assert len(named) == 1, place
+    if not set(before + after) & set("".join(responses)):
+        assert place == (len(before), len(after))
 
 
 def test_a_small_budget_cuts_texts_first_and_rows_last() -> None:
@@ -243,7 +413,8 @@ BENCHMARKS: dict[str, Any] = {
 
 
 def test_benchmarks_have_a_page_and_a_section() -> None:
-    html = render_html(benchmarks_page(BENCHMARKS))
+    html = render_html(benchmarks_page(BENCHMARKS, [("How many", "<b>2</b> models")]))
+    assert "&lt;b&gt;2&lt;/b&gt; models" in html and "Highest" not in html  # one model has a score
     assert "<b>" not in html and "judge &lt;b&gt;x&lt;/b&gt;" in html and "ok 78, unparsed 2" in html
     assert "6.00 to 8.00" in html and "5.90 to 8.10" in html and html.count("<figure>") == 1
     assert '<section id="benchmarks"' in page(whole_run(benchmarks=SCORES))

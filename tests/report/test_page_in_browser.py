@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,14 @@ from ray_pipeline.evaluate.methods_page import methods_page
 from ray_pipeline.feedback.loop_stats import loop_stats
 from ray_pipeline.feedback.page import loop_document
 from ray_pipeline.operate.side_by_side import compare_page
-from ray_pipeline.report.html import render_html
+from ray_pipeline.report.html import render_html, render_review
 from tests.agreement.test_page import tables
 from tests.evaluate.example_run import whole_run
 from tests.evaluate.test_methods import page as methods
 from tests.feedback.test_loop_stats import ENDS
 from tests.feedback.test_loop_stats import tables as loop_tables
 from tests.operate.test_side_by_side import pair
-from tests.report.test_page import BENCHMARKS, NASTY, nasty_run, page
+from tests.report.test_page import BENCHMARKS, NASTY, logged, nasty_run, page
 
 pytestmark = [pytest.mark.e2e]
 
@@ -135,6 +136,39 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("pages")
 
 
+def test_rows_are_labelled_by_keyboard_and_saved(browser: Browser, folder: Path) -> None:
+    rows = [
+        {"candidate_id": str(n), "prompt_id": "p", "prompt": NASTY[n], "response": NASTY[n + 1], "label": "abstain",
+         "why": "variance", "final_score": 5.0, "judges": [{"judge": "j", "score": 3.0, "reason": "<b>r</b>"}],
+         "critique": None, "chosen_as": "chance"}
+        for n in range(3)
+    ]  # fmt: skip
+    path = folder / "review.html"
+    path.write_text(render_review("Review", {"key": f"review {folder}", "file": "labels.jsonl"}, rows))
+    browser.open(path)
+    assert browser.run("return document.querySelectorAll('.text *').length") == 0
+
+    def press(keys: str) -> None:
+        browser.driver.switch_to.active_element.send_keys(keys)
+
+    assert browser.run("return document.getElementById('response').textContent") == NASTY[1]
+    press("d")
+    press("n")
+    press("unclear, d and u are text here\n")
+    press("?")
+    press("u")
+    assert browser.run("return document.getElementById('progress').textContent") == "Row 3 of 3, 3 labelled"
+    browser.open(path)  # labels survive a reload
+    assert browser.run("return document.getElementById('progress').textContent") == "Row 1 of 3, 3 labelled"
+    browser.run("URL.createObjectURL = (blob) => { window.saved = blob; return '#'; }")
+    browser.run("document.getElementById('save').click()")
+    text = browser.driver.execute_async_script("const done = arguments[0]; window.saved.text().then(done)")
+    saved = [json.loads(line) for line in text.splitlines()]
+    assert [row["label"] for row in saved] == ["desirable", "unsure", "undesirable"]
+    assert [row["note"] for row in saved] == [None, "unclear, d and u are text here", None]
+    assert browser.errors() == [] and browser.axe() == []
+
+
 def test_hostile_texts_stay_text(browser: Browser, folder: Path) -> None:
     path = folder / "nasty.html"
     path.write_text(page(nasty_run()), encoding="utf-8")
@@ -189,6 +223,52 @@ def test_search_filters_and_order(browser: Browser, folder: Path) -> None:
     browser.choose("search", "")
     browser.run("document.getElementById('next').click()")
     assert browser.rows()[0] == 40 and browser.errors() == []
+
+
+def test_a_candidate_has_an_address_a_copy_and_raw_replies(browser: Browser, folder: Path) -> None:
+    path = folder / "addresses.html"
+    path.write_text(page(whole_run(120)), encoding="utf-8")
+    browser.open(path)
+    browser.choose("label", "3")
+    browser.run("location.hash = '#c0405'")  # neither in this list nor on the first page of all
+    browser.wait("document.querySelector('.open .id')")
+    assert "candidate c0405 of prompt p101;" in browser.run("return document.querySelector('.open').textContent")
+    assert browser.run("return document.querySelector('.row[aria-expanded=true]').dataset.row") == "405"
+    assert browser.run("return document.querySelector('.open .tools a').getAttribute('href')") == "#c0405"
+    raw = browser.run("return [...document.querySelectorAll('.open details')].map((e) => e.textContent)")
+    assert [text.split(" gives ")[0] for text in raw] == [
+        f"Raw reply of judge {judge}<b>{judge}</b>" for judge in ("conciseness", "factuality", "helpfulness")
+    ]
+    assert browser.run("return document.querySelectorAll('.open b').length") == 0
+    browser.run(
+        "const writeText = async (text) => { window.copied = text; };"
+        "Object.defineProperty(navigator, 'clipboard', {value: {writeText}});"
+        "document.querySelector('.open .tools button').click()"
+    )
+    browser.wait("window.copied")
+    copied = json.loads(browser.run("return window.copied"))
+    assert (copied["candidate_id"], copied["prompt_id"], copied["prompt"]) == ("c0405", "p101", "say p101")
+    assert len(copied["verdicts"]) == 3 and copied["verdicts"][0]["raw"].startswith("<b>conciseness</b>")
+    browser.run("location.hash = '#nobody'")
+    browser.run("location.hash = '#%'")
+    browser.driver.get(path.resolve().as_uri() + "?again#c0007")  # the address of a link
+    browser.wait("document.querySelector('.open .id')")
+    assert "candidate c0007" in browser.run("return document.querySelector('.open').textContent")
+    data = whole_run(20)
+    path.write_text(page(replace(data, calls=logged(folder / "calls", data).location)), encoding="utf-8")
+    browser.driver.get(path.resolve().as_uri() + "?calls#c0000")
+    browser.wait("document.querySelector('.open .id')")
+    calls = "[...document.querySelectorAll('.open details')].filter((e) => e.textContent.includes('Call to'))"
+    assert browser.run(f"return {calls}.map((e) => e.textContent)") == [
+        "Call to the generator: messages and reply", "Call to judge helpfulness: messages and reply"
+    ]  # fmt: skip
+    browser.run(f"{calls}[1].querySelector('summary').click()")
+    browser.wait(f"{calls}[1].querySelector('pre')")
+    texts = browser.run(f"return [...{calls}[1].querySelectorAll('pre')].map((e) => e.textContent)")
+    assert texts[0].startswith("task say p000 answer word ") and texts[0].endswith(" rate it")
+    assert texts[1:] == ["<think>hm</think><b>0</b> 0", "<think>hm</think><b>0</b> 1", "x"]
+    assert browser.run("return document.querySelectorAll('.open b').length") == 0 and browser.errors() == []
+    assert browser.errors() == []
 
 
 def test_nothing_serious_for_axe(browser: Browser, folder: Path) -> None:

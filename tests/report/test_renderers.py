@@ -12,11 +12,14 @@ from xml.etree import ElementTree
 import pytest
 
 import ray_pipeline.report
+from perf.report_picture import picture
 from ray_pipeline.evaluate.headline import headline
 from ray_pipeline.evaluate.metrics import collect_metrics
 from ray_pipeline.evaluate.run_page import run_page
 from ray_pipeline.report.charts import Bins, Dot, Series, dots, heat_map, histogram, lines, stacked, standalone
+from ray_pipeline.report.documents import as_json
 from ray_pipeline.report.escaping import inline
+from ray_pipeline.report.figures import number
 from ray_pipeline.report.html import render_html
 from ray_pipeline.report.markdown import render_markdown
 from ray_pipeline.report.page import (
@@ -54,8 +57,8 @@ def pages() -> Iterator[Page]:
 def texts_of(page: Page) -> Iterator[str]:
     """Every text of a page but those of its charts and examples."""
     yield from (page.title, page.subtitle, page.headline, *page.warnings)
-    for tile in page.tiles:
-        yield from tile
+    for pair in (*page.about, *page.tiles):
+        yield from pair
     for section in page.sections:
         yield section.title
         for block in section.blocks:
@@ -72,6 +75,7 @@ def texts_of(page: Page) -> Iterator[str]:
                         for cell in cells:
                             yield from () if cell is None else (cell.text, cell.below)
                 case Funnel():
+                    yield block.unit
                     for step in block.steps:
                         yield from (step.name, step.note, step.figure)
                 case Folded():
@@ -127,6 +131,23 @@ def test_a_chart_stands_alone_with_any_text_on_it() -> None:
             if "x" in element.attrib and element.tag.endswith("text"):
                 assert 0 <= float(element.attrib["x"]) <= width and 0 < float(element.attrib["y"]) <= height
     assert "var(--" in standalone(charts[0]) and charts[0] is not None  # type: ignore[arg-type]
+
+
+def test_the_picture_of_the_readme_has_the_figures_of_its_run() -> None:
+    text = Path("docs/report.svg").read_text(encoding="utf-8")
+    ElementTree.fromstring(text)
+    readme = Path("README.md").read_text(encoding="utf-8")
+    for figure in ("50.0 % to 91.6 %", "53.4 % to 90.8 %"):
+        assert figure in text and figure.replace(" to ", " → ") in readme
+    labels = ["1,161", "1,170", "166", "143"]
+    assert all(f">{count} (" in text for count in labels) and ", ".join(labels) in readme
+    assert len(text) < 30_000
+    data = whole_run()
+    metrics = collect_metrics(data)
+    numbers = as_json(metrics) | {"run": vars(data.run), "headline": {"verdict": "better", "text": HOSTILE}}
+    drawn = picture(numbers)
+    ElementTree.fromstring(drawn)
+    assert f">{number(metrics.gate.labels['desirable'].count)} (" in drawn  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("module", sorted(Path(ray_pipeline.report.__file__).parent.glob("*.py")), ids=lambda p: p.stem)

@@ -21,7 +21,7 @@ from ray_pipeline.store import files
 from ray_pipeline.store.errors import DamagedFile, ForeignFile, StoreError
 from ray_pipeline.store.files import Folder, point_at
 from ray_pipeline.store.locations import base_name, beside
-from ray_pipeline.store.schemas import CANDIDATES, CRITIQUES, PROMPTS, TABLES, to_table
+from ray_pipeline.store.schemas import CANDIDATES, CRITIQUES, DPO, PROMPTS, RENAMED, TABLES, to_table
 from ray_pipeline.store.tables import ShardedTable, shard_name
 
 
@@ -370,3 +370,18 @@ def current_umask() -> int:
     found = os.umask(0)
     os.umask(found)
     return found
+
+
+def test_a_pair_written_under_former_column_names_opens_under_the_present_ones(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "q"}]
+    row = {"prompt_id": "p", "chosen_id": "a", "rejected_id": "b", "split": "train", "prompt": chat, "chosen": chat,
+           "rejected": chat, "score_chosen": 9.0, "score_rejected": 2.0, "score_gap": 7.0}  # fmt: skip
+    new = to_table([row], DPO)
+    former = {new: old for old, new in RENAMED.items()}
+    old = new.rename_columns([former.get(name, name) for name in new.column_names])
+    table = ShardedTable(str(tmp_path), "dpo", 1, "f")
+    Folder(str(tmp_path)).write_table(shard_name(0), old, fingerprint="f", kind="dpo")
+    assert table.state().done and table.read_all().equals(new)
+    assert table.read(0, ["score_rejected", "prompt_id"]).to_pylist() == [{"score_rejected": 2.0, "prompt_id": "p"}]
+    Folder(str(tmp_path)).write_table(shard_name(0), old.drop_columns(["chosen_score"]), fingerprint="f", kind="dpo")
+    assert table.read_all()["score_chosen"].to_pylist() == [None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from dataclasses import replace
 from typing import Any
@@ -22,21 +23,71 @@ def ask(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
+#: Lines of prose: no code, table or quote in them.
+PROSE = st.lists(
+    st.lists(st.text(alphabet="abéÉzñ한ß.,?!1’-", min_size=1, max_size=6), min_size=1, max_size=5).map(" ".join),
+    max_size=5,
+).map("\n".join)
+BLANKS = re.compile(r"[^\S\n]+")
+
+
+def first_form(text: str) -> str:
+    """The form that was sent before: runs of blanks as one everywhere but in indentation."""
+    text = text.replace("\x00", "").replace("\r\n", "\n").replace("\r", "\n")
+    text = re.sub("[\ud800-\udfff]", "\ufffd", text)
+    lines = []
+    for line in unicodedata.normalize("NFC", text).split("\n"):
+        body = line.lstrip(" \t")
+        lines.append((line[: len(line) - len(body)] + BLANKS.sub(" ", body)).rstrip())
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
+
+
 @given(TEXT)
 def test_normalising_twice_changes_nothing(text: str) -> None:
     once = keys.normalise_text(text)
     assert keys.normalise_text(once) == once
-    assert unicodedata.is_normalized("NFC", once)
 
 
-@given(TEXT, st.sampled_from(["\r\n", "\r", "\n"]))
-def test_a_prompt_is_the_same_whatever_a_reader_cannot_see(text: str, line_end: str) -> None:
+@given(TEXT)
+def test_what_the_first_form_did_not_change_keeps_its_id(text: str) -> None:
+    kept = first_form(text)
+    assert keys.normalise_text(kept) == kept
+    # Two texts that are now one were one before, too.
+    assert first_form(keys.normalise_text(text)) == kept
+
+
+@given(PROSE, st.sampled_from(["\r\n", "\r", "\n"]))
+def test_prose_is_the_same_prompt_whatever_a_reader_cannot_see(text: str, line_end: str) -> None:
     same = keys.prompt_id(ask(text))
-    unix = text.replace("\r\n", "\n").replace("\r", "\n")
-    assert keys.prompt_id(ask(unix.replace("\n", line_end))) == same
+    assert unicodedata.is_normalized("NFC", keys.normalise_text(text))
+    assert keys.prompt_id(ask(text.replace("\n", line_end))) == same
     assert keys.prompt_id(ask("\n \t" + text + " \n\n")) == same
     assert keys.prompt_id(ask(unicodedata.normalize("NFD", text))) == same
-    assert keys.prompt_id(ask(unix.replace("\n", " \t\n"))) == same
+    assert keys.prompt_id(ask(text.replace("\n", " \t\n"))) == same
+    assert keys.prompt_id(ask(text.replace(" ", "  ", 1))) == same
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Is 'a  b' the same as 'a b'?", "Is 'a b' the same as 'a b'?"),
+        ('Is "a  b" the same as "a b"?', 'Is "a b" the same as "a b"?'),
+        ("Is «e\u0301» one character?", "Is «é» one character?"),
+        ("Is “a\n\n\n\nb” two paragraphs?", "Is “a\n\nb” two paragraphs?"),
+        ("What does `a  b` print?", "What does `a b` print?"),
+        ("Fix:\n```\nx = 1 \\  \n```", "Fix:\n```\nx = 1 \\\n```"),
+        ("Why?\n  a  = 1", "Why?\n  a = 1"),
+        ("Name\tCity\nBob\t\tRome", "Name\tCity\nBob\tRome"),
+        ("Name | City\nBob |  | Rome", "Name | City\nBob | | Rome"),
+        ("Name  Town\nBob  New York", "Name  Town\nBob New  York"),
+        ("How wide is <b>a  b</b>?", "How wide is <b>a b</b>?"),
+        ("Is 'a\r\nb' the same as 'a\nb'?", "Is 'a\nb' the same as 'a\nb'?"),
+    ],
+)
+def test_blanks_in_code_tables_and_quotes_make_another_prompt(one: str, other: str) -> None:
+    assert keys.prompt_id(ask(one)) != keys.prompt_id(ask(other))
+    assert keys.prompt_id(ask(f" \n{one}\n ")) == keys.prompt_id(ask(one))
+    assert "\r" in one or keys.prompt_id(ask(one.replace("\n", "\r\n"))) == keys.prompt_id(ask(one))
 
 
 @pytest.mark.parametrize(

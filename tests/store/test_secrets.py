@@ -98,9 +98,11 @@ def test_other_texts_pass_as_they_are(text: str) -> None:
 
 def test_the_value_of_a_secret_variable_is_removed_whatever_its_form(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_SERVER_API_KEY", "plainwordsonly")
+    monkeypatch.setenv("MY_API_KEY_EU", "words-of-europe")
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/etc/some/file.json")
     monkeypatch.setenv("SHORT_TOKEN", "none")
     assert redact("got plainwordsonly of /etc/some/file.json, none") == f"got {REMOVED} of /etc/some/file.json, none"
+    assert redact("no words-of-europe") == f"no {REMOVED}"
 
 
 @pytest.mark.parametrize("name", ["api_key", "apiKey", "X-Api-Key", "hf_token", "hub_token", "token", "password",

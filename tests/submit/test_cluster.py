@@ -210,7 +210,8 @@ def test_a_node_that_dies_in_training_costs_the_steps_since_its_checkpoint(
         training = Quorum(
             *["run", "dmapo", "-c", CONFIG, *SMALL, "--to", "train", "--run-dir", str(run)],
             *[f"calls.root={log}", "calls.replay_only=true"],
-            *["train.num_workers=1", "train.epochs=4", "train.save_steps=3", "train.label_selector.quorum-role=train"],
+            *["train.num_workers=1", "train.global_batch=8", "train.epochs=4", "train.save_steps=3"],
+            "train.label_selector.quorum-role=train",
             env={**nodes.env, "RAY_ADDRESS": nodes.address},
         )
         wait_until(training, lambda: "prompts: done" in training.output)  # the driver sits on the head

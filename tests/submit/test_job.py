@@ -14,9 +14,9 @@ from ray.job_submission import JobStatus
 from typer.testing import CliRunner
 
 from ray_pipeline.cli import app
+from ray_pipeline.cli.submit import JobLog, exit_code
 from ray_pipeline.graph.reach import UnreachableFolder, check_location
 from ray_pipeline.submit import job as jobs
-from ray_pipeline.submit.command import exit_code
 from ray_pipeline.submit.job import ClusterLost, Ended, Job, SubmitError, follow, run_job, submission_id
 from ray_pipeline.submit.package import Package
 
@@ -370,3 +370,20 @@ def test_what_goes_and_what_stays_is_printed(monkeypatch: pytest.MonkeyPatch, tm
     assert "data/p.bin (1.0 KiB), named by the configuration" in output
     assert f"not packaged: {tmp_path / 'abroad'}, which prompts.sources.1.path names" in output.replace(" /", " /")
     assert "submitting to http://h:1" in output
+
+
+def test_a_jobs_log_is_shown_by_lines_without_keys_and_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    log = JobLog()
+    texts = "\x1b[36m(judge)\x1b[0m reads sk-abcd", "efgh12345678 now\n", "\x1b]0;title\x07\nstep 1\rstep 2\r\n", "e"
+    for text in texts:
+        log.write(text)
+    assert capsys.readouterr().out == "(judge) reads *** now\n\\x1b]0;title\\x07\nstep 2\n"
+    log.write("nd")
+    log.close()
+    assert capsys.readouterr().out == "end"
+    for text in "a\n-----BEGIN RSA PRIVATE KEY-----\nMIIEow", "IBAAKC\nqwertz\n", "-----END RSA PRIVATE KEY-----\nb\n":
+        log.write(text)
+    assert capsys.readouterr().out == "a\n***\nb\n"
+    log.write("-----BEGIN PRIVATE KEY-----\nMIIEow\n")
+    log.close()
+    assert capsys.readouterr().out == "***"

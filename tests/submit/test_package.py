@@ -146,12 +146,21 @@ CREDENTIALS = [
     "token.txt",
     ".huggingface/token",
     ".ray/auth_token",
+    "secrets/openai.yaml",
+    "credentials/prod.txt",
+    "kaggle.json",
+    ".kaggle/kaggle.json",
+    "openai_key.txt",
+    "deploy-key",
+    "infra/prod.tfvars",
+    "infra/terraform.tfstate",
+    "rclone.conf",
 ]
 
 
 @pytest.mark.parametrize("git", [True, False])
 def test_credentials_stay_even_if_git_tracks_them(git: bool, tmp_path: Path) -> None:
-    code = ["code.py", "tests/test_tokenizer.py", "model/tokenizer.json", "store/secrets.py"]
+    code = ["code.py", "tests/test_tokenizer.py", "model/tokenizer.json", "store/secrets.py", "secrets/vault.py"]
     lay_out(tmp_path, *code, *CREDENTIALS)
     if git:
         track(tmp_path)

@@ -125,14 +125,17 @@ MakeSpec = Callable[..., TrainSpec]
 
 @pytest.fixture(scope="session")
 def make_spec(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> MakeSpec:
-    """`make_spec(method, **changes)`: a spec with other fields or settings, over 48 training and 9 evaluation rows."""
+    """`make_spec(method, **changes)`: a spec with other fields or settings, over 48 training and 9 evaluation rows.
+
+    Without `global_batch` a step is `micro_batches` (by default one) of all workers.
+    """
     data = tmp_path_factory.mktemp("data")
     for kind, (rows, schema) in ROWS.items():
         write_rows(data / kind / "train" / "00000.parquet", rows(28, seed=1), schema)
         write_rows(data / kind / "train" / "00001.parquet", rows(20, seed=2), schema)
         write_rows(data / kind / "val" / "00000.parquet", rows(9, seed=3), schema)
 
-    def make(method: str = "kto", **changes: Any) -> TrainSpec:
+    def make(method: str = "kto", micro_batches: int = 1, **changes: Any) -> TrainSpec:
         out = tmp_path_factory.mktemp("run")
         files = data / (METHODS[method].data if method in METHODS else "kto")
         settings: dict[str, Any] = {
@@ -143,7 +146,6 @@ def make_spec(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Make
             "learning_rate": 5e-3,
             "epochs": 3,
             "batch_size": 4,
-            "gradient_accumulation": 1,
             "gradient_checkpointing": False,
             "save_steps": 2,
             "lora": {"r": 4, "alpha": 8, "dropout": 0.1},
@@ -163,6 +165,7 @@ def make_spec(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Make
         own = {name: value for name, value in changes.items() if name not in TrainSettings.model_fields}
         own |= {"model": changes["model"]} if "model" in changes else {}
         settings |= {name: value for name, value in changes.items() if name not in own}
+        settings.setdefault("global_batch", max(1, settings["num_workers"] * settings["batch_size"] * micro_batches))
         return TrainSpec(settings=TrainSettings.model_validate(settings), **{**values, **own})
 
     return make

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from ray_pipeline.training.build_check import check_build
 from ray_pipeline.training.fit import fit
@@ -39,10 +42,82 @@ def test_good_settings_pass(make_spec: MakeSpec, method: str) -> None:
     check_build(make_spec(method, lora=None, trainer_args={"optim": "adafactor"}))
 
 
+@pytest.mark.parametrize(
+    ("changes", "built"),
+    [({}, 1), ({"shard": "fsdp", "use_gpu": True}, 1), ({"lora": None}, 2), ({"trainer_args": {"optim": "none"}}, 3)],
+)
+def test_the_base_is_built_once(
+    make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], built: int
+) -> None:
+    """And once for the reference of full fine-tuning, and again to find the setting that is refused."""
+    build, count = AutoModelForCausalLM.from_config, []
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_config", lambda *args, **more: (count.append(1), build(*args, **more))[1]
+    )
+    with pytest.raises(TrainingInputError, match="optim") if "trainer_args" in changes else contextlib.nullcontext():
+        check_build(make_spec("dpo", **changes))
+    assert len(count) == built
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"transformer_layer_cls_to_wrap": ["NoLayer"]}, "fsdp_config cannot be used: .*NoLayer"),
+        ({"auto_wrap_policy": "MY_WRAP"}, "fsdp_config cannot be used: .*MY_WRAP"),
+        ({"state_dict_type": "HALF"}, "fsdp_config cannot be used: .*HALF"),
+        ({"transformer_layer_class": "X"}, "fsdp_config.transformer_layer_class: there is no such .* reshard_after_fo"),
+        (7, "fsdp_config: 7 is neither a mapping nor"),
+        ("/no/such/file.json", "fsdp_config cannot be used: .*/no/such/file.json"),
+    ],
+)
+def test_settings_of_fsdp(make_spec: MakeSpec, given: Any, words: str) -> None:
+    check_build(make_spec("kto"))  # a method's first import may write into it, whatever the settings
+    before = dict(os.environ)
+    with pytest.raises(TrainingInputError, match=words):
+        check_build(make_spec("kto", use_gpu=True, shard="fsdp", trainer_args={"fsdp_config": given}))
+    assert dict(os.environ) == before
+    for valid in ({"fsdp_version": 2}, None):
+        check_build(make_spec("kto", use_gpu=True, shard="fsdp", trainer_args={"fsdp_config": valid}))
+    assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize("given", ["/no/such/file.json", 7, {"zero_optimization": 3}])
+def test_settings_of_deepspeed(make_spec: MakeSpec, given: Any) -> None:
+    with pytest.raises(TrainingInputError, match=r"trainer_args\.deepspeed cannot be used: "):
+        check_build(make_spec("kto", use_gpu=True, shard="zero3", trainer_args={"deepspeed": given}))
+    check_build(make_spec("kto", use_gpu=True, shard="zero3", trainer_args={"deepspeed": {"zero_optimization": {}}}))
+
+
 def test_a_device_that_only_workers_have_is_not_asked_for(make_spec: MakeSpec) -> None:
-    args = {"tf32": True, "precompute_ref_log_probs": True, "model_init_kwargs": {"attn_implementation": "flash"}}
+    flash = {"attn_implementation": "flash_attention_2"}
+    args = {"tf32": True, "precompute_ref_log_probs": True, "model_init_kwargs": flash}
     check_build(make_spec("dpo", use_gpu=True, trainer_args=args))
     check_build(make_spec("kto", use_gpu=True, quantization="nf4"))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"attn_implementatoin": "sdpa"}, "model_init_kwargs.attn_implementatoin: neither .* has such a setting"),
+        ({"attn_implementation": "flash"}, "transformers has no 'flash'; choose from eager, .*flash_attention_2.*sdpa"),
+        ({"num_hidden_layers": "many"}, "model_init_kwargs cannot be used: .*num_hidden_layers"),
+    ],
+)
+def test_arguments_of_loading_the_base(make_spec: MakeSpec, given: dict[str, Any], words: str) -> None:
+    with pytest.raises(TrainingInputError, match=words):
+        check_build(make_spec("kto", trainer_args={"model_init_kwargs": given}))
+
+
+def test_arguments_of_loading_the_base_that_are_there(make_spec: MakeSpec) -> None:
+    given = {"attn_implementation": "sdpa", "low_cpu_mem_usage": True, "use_cache": False, "use_kernels": False}
+    check_build(make_spec("kto", trainer_args={"model_init_kwargs": given}))
+
+
+def test_a_base_that_is_quantized_another_way(make_spec: MakeSpec, edited: Edit) -> None:
+    model = edited("config.json", quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128})
+    check_build(make_spec("kto", model=model))
+    with pytest.raises(TrainingInputError, match=r"quantization: .* are quantized already \(gptq\); remove the key"):
+        check_build(make_spec("kto", model=model, use_gpu=True, quantization="nf4"))
 
 
 @pytest.mark.parametrize(
@@ -140,6 +215,10 @@ def test_a_generation_config_that_cannot_be_written(make_spec: MakeSpec, edited:
 @pytest.mark.parametrize(
     ("template", "words"),
     [
+        (
+            TEMPLATE + "{% if add_generation_prompt %}<think>\n{% endif %}",
+            "writes '<think>' where .* drops the thoughts",
+        ),
         (TEMPLATE.split("{% if add")[0], "has no generation prompt .* write '<|assistant|>' before each reply"),
         (TEMPLATE.replace("<eos>", ""), "puts no special token behind a reply, .*{{ eos_token }}"),
         ("{{ raise_exception('no turns') }}", "cannot render a question and its reply .no turns."),

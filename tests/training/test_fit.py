@@ -27,7 +27,16 @@ from ray_pipeline.training.fit import fit
 from ray_pipeline.training.methods import METHODS, TrainingInputError
 from ray_pipeline.training.spec import PROGRESS, STOP, ModelNotWritten, TrainingStopped, TrainResult, TrainSpec
 
-from .conftest import REPOSITORY, STEPS, MakeSpec, undisturbed_spec, with_validation
+from .conftest import (
+    DPO_SCHEMA,
+    REPOSITORY,
+    STEPS,
+    MakeSpec,
+    dpo_rows,
+    undisturbed_spec,
+    with_validation,
+    write_rows,
+)
 
 pytestmark = pytest.mark.e2e
 
@@ -220,7 +229,7 @@ def test_dpo_is_stopped_and_goes_on_from_bfloat16_with_accumulation(make_spec: M
         dtype="bfloat16",
         num_workers=1,
         batch_size=4,
-        gradient_accumulation=4,
+        micro_batches=4,
         epochs=2,
         disable_dropout=True,
         gradient_checkpointing=True,
@@ -240,6 +249,25 @@ def test_dpo_is_stopped_and_goes_on_from_bfloat16_with_accumulation(make_spec: M
     assert result.effective["lora_dropout"] == 0.0  # TRL zeroes the adapter's dropout too
     assert (result.effective["base_dtype"], result.effective["trained_dtype"]) == ("bfloat16", "float32")
     assert {t.dtype for t in weights(result.merged, "model").values()} == {torch.bfloat16}
+
+
+def test_workers_and_micro_batches_do_not_change_the_policy(
+    make_spec: MakeSpec, local_ray: None, tmp_path: Path
+) -> None:
+    files = write_rows(tmp_path / "a.parquet", dpo_rows(44), DPO_SCHEMA)  # two steps of 16 an epoch, 12 rows left out
+    shared = {"global_batch": 16, "epochs": 2, "disable_dropout": True, "train_files": files}
+    one, several, two = (
+        fit(make_spec("dpo", num_workers=workers, batch_size=batch, **shared))
+        for workers, batch in ((1, 16), (1, 2), (2, 4))
+    )
+    assert [r.effective["world_size"] for r in (one, several, two)] == [1, 1, 2]
+    for other in (several, two):
+        assert other.effective["effective_batch"] == 16 and other.data["unused"] == one.data["unused"] == 12
+        assert other.steps == one.steps == 4 and other.epochs == one.epochs == 2
+        for ours, theirs in zip(other.metrics.to_pylist(), one.metrics.to_pylist(), strict=True):
+            assert (ours["step"], ours["epoch"]) == (theirs["step"], theirs["epoch"])
+            assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+        assert_same_weights(other.adapter, one.adapter, atol=1e-3)
 
 
 def test_sft_learns_the_answers_and_tells_tensorboard(make_spec: MakeSpec, local_ray: None) -> None:
@@ -262,7 +290,7 @@ def test_sft_learns_the_answers_and_tells_tensorboard(make_spec: MakeSpec, local
 
 
 def test_orpo_trains_with_accumulation(make_spec: MakeSpec, local_ray: None) -> None:
-    result = fit(with_validation(make_spec("orpo", num_workers=1, batch_size=4, gradient_accumulation=2, epochs=2)))
+    result = fit(with_validation(make_spec("orpo", num_workers=1, batch_size=4, micro_batches=2, epochs=2)))
     first, *_, last = [row for row in result.metrics.to_pylist() if row["split"] == "train"]
     assert result.steps == STEPS and steps(result, "eval") == [STEPS // 2, STEPS]
     # The mean over the micro-batches, not their sum: NLL of a random model is about log(vocabulary) + λ·log 2.

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import yaml
+from datasets import Dataset
 
 from ray_pipeline.store.schemas import TRAIN_METRICS
 from ray_pipeline.training.card import model_card
@@ -13,6 +16,8 @@ from ray_pipeline.training.folders import partial_folder, publish
 from ray_pipeline.training.merge import MergeError, merge_adapter
 from ray_pipeline.training.methods import METHODS
 from ray_pipeline.training.metrics import mean_train_loss, train_metrics
+from ray_pipeline.training.save import write_model
+from ray_pipeline.training.spec import TrainSettings
 
 from .conftest import MakeSpec
 
@@ -90,19 +95,55 @@ def test_a_merge_that_gives_no_numbers_is_refused(tiny_model: str, tmp_path: Pat
     assert sorted(os.listdir(tmp_path)) == ["adapter"]
 
 
+@pytest.mark.parametrize(
+    ("save", "folders"), [("adapter", ["adapter"]), ("merged", ["merged"]), ("both", ["adapter", "merged"])]
+)
+def test_train_save_says_what_is_written(
+    make_spec: MakeSpec, tiny_model: str, tmp_path: Path, save: str, folders: list[str]
+) -> None:
+    from transformers import AutoTokenizer
+
+    spec = make_spec("kto", save=save, output_dir=str(tmp_path / "policy"))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    trainer = SimpleNamespace(
+        is_fsdp_enabled=False,
+        is_world_process_zero=lambda: True,
+        save_model=lambda folder: save_adapter(tiny_model, Path(folder), 0.1),
+        train_dataset=Dataset.from_dict({"prompt_ids": [tokenizer("one two")["input_ids"]]}),
+        processing_class=tokenizer,
+    )
+    Path(spec.output_dir).mkdir()
+    (Path(spec.output_dir) / "adapter").mkdir()  # of an attempt whose merge failed
+    figures = write_model(spec, trainer, lambda kind: f"# {kind}")
+    assert sorted(os.listdir(spec.output_dir)) == folders
+    assert [(Path(spec.output_dir) / name / "README.md").read_text() for name in folders] == [f"# {n}" for n in folders]
+    assert (figures["max_logit_diff"] is None) == (save == "adapter")
+
+
+def test_no_adapter_can_be_saved_where_every_weight_is_trained() -> None:
+    with pytest.raises(ValueError, match=r"train\.save is adapter, but without train\.lora every weight is trained"):
+        TrainSettings(save="adapter", lora=None)
+    assert "save" not in TrainSettings().decisive()  # as before: no fingerprint changes
+    assert TrainSettings(save="merged", lora=None).decisive()["save"] == "merged"
+
+
 @pytest.mark.parametrize("method", list(METHODS))
 def test_the_model_card_names_data_settings_and_result(make_spec: MakeSpec, method: str) -> None:
     beta = METHODS[method].beta
     spec = make_spec(method, beta=beta)
     card = model_card(spec, "adapter", 12, {"lora_dropout": 0.1}, {"loss": 0.25, "kl": None})
-    assert card.startswith('---\nlibrary_name: "peft"\n') and f"with {method.upper()} in 12 optimiser steps" in card
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front["library_name"] == "peft" and front["tags"] == ["quorum", "trl", method, "lora"]
+    assert f"with {method.upper()} in 12 optimiser steps" in card
     assert "base_model:" not in card  # a local path is no name on the hub
     assert "| dataset | 0123abcd |" in card and f"| method | {method} |" in card
     assert "| learning_rate | 0.005 |" in card and "'dropout': 0.1" in card
     assert (f"| beta | {beta:g} |" if beta else "| beta |") in card or beta is None
     assert ("| desirable_weight |" in card) == (method == "kto")
     assert "| lora_dropout | 0.1 |" in card and "| loss | 0.25 |" in card and "| kl |" not in card
-    assert 'base_model: "org/base"' in model_card(make_spec(method, model="org/base"), "merged", 1, {}, None)
+    assert "kto/train/*.parquet |" in card or method != "kto"
+    assert spec.model not in card and os.path.dirname(spec.train_files) not in card  # nor do readers need it
+    assert "base_model: org/base" in model_card(make_spec(method, model="org/base"), "merged", 1, {}, None)
     full = model_card(make_spec(method, lora=None), "full", 1, {}, None)
-    assert 'library_name: "transformers"' in full and "with every weight trained" in full
+    assert "library_name: transformers" in full and "with every weight trained" in full
     assert "lora" not in full.lower()

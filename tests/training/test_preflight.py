@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import shutil
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ray_pipeline.engines.chat_template import ChatTemplate
 from ray_pipeline.store.schemas import MESSAGES
 from ray_pipeline.training.data_check import check_data
 from ray_pipeline.training.methods import METHODS, TrainingInputError, validate_trainer_args
-from ray_pipeline.training.preflight import check_cluster, check_spec
+from ray_pipeline.training.preflight import LOGGERS, check_cluster, check_spec
 
 from .conftest import (
     DPO_SCHEMA,
@@ -55,6 +56,8 @@ from .shapes import make_model
         ({"batch_size": 1}, "batch_size must be 2 or more for kto"),
         ({"lr_scheduler": "cosin"}, "lr_scheduler must be one of linear, cosine"),
         ({"report_to": ("wandbb",)}, "report_to: 'wandbb' is not installed"),
+        ({"report_to": ("wandbb",)}, "did you mean 'wandb'"),
+        ({"report_to": ("trackioo",)}, "did you mean 'trackio'"),
         ({"quantization": "nf4", "lora": None}, "quantized weights cannot be trained"),
         ({"quantization": "nf4"}, "quantization needs workers with a GPU"),
         ({"quantization": "int8", "use_gpu": True, "shard": "fsdp"}, "together with shard=fsdp is not supported"),
@@ -92,6 +95,35 @@ def test_packages_that_are_not_there_are_named(
         check_spec(make_spec(**changes))
     there = True
     check_spec(make_spec(**changes))
+
+
+@pytest.mark.parametrize("name", LOGGERS)
+def test_a_logger_is_an_extra(make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    place = "transformers.integrations.integration_utils.get_available_reporting_integrations"
+    monkeypatch.setattr(place, lambda: [])
+    with pytest.raises(
+        TrainingInputError, match=rf"report_to: {name} is not installed; run: pip install '.*\[{name}\]'"
+    ):
+        check_spec(make_spec(report_to=(name,)))
+    assert name in tomllib.loads(Path("pyproject.toml").read_text())["project"]["optional-dependencies"]
+    monkeypatch.setattr(place, lambda: [name])
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    check_spec(make_spec(report_to=(name,)))
+
+
+def test_wandb_without_a_key_is_refused(make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    place = "transformers.integrations.integration_utils.get_available_reporting_integrations"
+    monkeypatch.setattr(place, lambda: ["wandb"])
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with pytest.raises(TrainingInputError, match=r"WANDB_API_KEY.*wandb login.*WANDB_MODE=offline"):
+        check_spec(make_spec(report_to=("wandb",)))
+    (tmp_path / "netrc").write_text(f"machine api.wandb.ai login user password {'0' * 40}\n")
+    check_spec(make_spec(report_to=("wandb",)))  # as `wandb login` leaves it
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check_spec(make_spec(report_to=("wandb",)))
 
 
 def test_good_settings_pass(make_spec: MakeSpec) -> None:
@@ -196,12 +228,28 @@ def test_trained_weights_are_precise(make_spec: MakeSpec, changes: dict[str, Any
 
 
 def test_counts_of_a_good_data_set(make_spec: MakeSpec) -> None:
-    spec = make_spec("kto", gradient_accumulation=4)
+    spec = make_spec("kto", micro_batches=3)
     report = check_data(dataclasses.replace(spec, val_files=spec.train_files.replace("train", "val")))
     assert (report.rows, report.desirable, report.undesirable, report.sequences) == (48, 24, 24, 48)
-    assert (report.steps_per_epoch, report.unused) == (2, 0)  # six micro-batches of 8 rows, four to a step
+    assert (report.steps_per_epoch, report.unused) == (2, 0)  # six micro-batches of 8 rows, three to a step
     assert (report.val_rows, report.val_rows_used) == (9, 8)
     assert report.warnings == ()
+
+
+@pytest.mark.parametrize("batch_size", [4, 8])
+def test_rows_that_fill_no_step_are_left_out(make_spec: MakeSpec, tmp_path: Path, batch_size: int) -> None:
+    from ray_pipeline.training.trainer import build_trainer
+
+    files = write_rows(tmp_path / "a.parquet", dpo_rows(30), DPO_SCHEMA)
+    spec = make_spec("dpo", num_workers=1, batch_size=batch_size, global_batch=8, train_files=files)
+    report, trainer = check_data(spec), build_trainer(spec, str(tmp_path / "scratch"))
+    assert (report.rows, report.unused, report.steps_per_epoch) == (30, 6, 3)
+    (said,) = [w for w in report.warnings if "global_batch" in w]
+    assert said.startswith("6 of 30 rows do not fill a step of 8 (train.global_batch) and are not trained on")
+    assert len(trainer.train_dataset) == 24 and trainer.args.gradient_accumulation_steps == 8 // batch_size
+    assert len(trainer.get_train_dataloader()) == 24 // batch_size
+    whole = build_trainer(make_spec("dpo", num_workers=1, batch_size=2, train_files=files), str(tmp_path / "whole"))
+    assert len(whole.train_dataset) == 30 and trainer.train_dataset[:] == whole.train_dataset[:24]
 
 
 def over_long(rows: list[dict[str, Any]], every: int) -> list[dict[str, Any]]:
@@ -321,7 +369,9 @@ def test_packed_rows_are_counted_as_sequences(make_spec: MakeSpec, tmp_path: Pat
     assert report.steps_per_epoch == len(trainer.train_dataset) // 2
     assert trainer.args.train_sampling_strategy == "random"  # TRL sorts the rows by length to pack them
     with pytest.raises(TrainingInputError, match=r"48 rows .packed into \d+ sequences. do not fill"):
-        check_data(dataclasses.replace(spec, settings=spec.settings.model_copy(update={"batch_size": 40})))
+        check_data(
+            dataclasses.replace(spec, settings=spec.settings.model_copy(update={"batch_size": 40, "global_batch": 40}))
+        )
 
 
 def refuse(make_spec: MakeSpec, path: Path, rows: list[dict[str, Any]], schema: pa.Schema, words: str) -> None:
@@ -375,13 +425,13 @@ def test_doubtful_data_are_said(make_spec: MakeSpec, tmp_path: Path) -> None:
         make_spec(
             train_files=write_rows(tmp_path / "a.parquet", few, KTO_SCHEMA),
             val_files=write_rows(tmp_path / "b.parquet", kto_rows(3), KTO_SCHEMA),
-            gradient_accumulation=8,
+            micro_batches=8,
         )
     )
     said = " ".join(report.warnings)
     assert "20 desirable, 10 undesirable rows; with desirable_weight 1 and undesirable_weight 1" in said
     assert "they weigh 2.00 : 1" in said and "desirable_weight between 0.50 and 0.67" in said
-    assert "fewer than the effective batch of 64" in said and report.steps_per_epoch == 1
+    assert "30 rows are fewer than train.global_batch (64): one step per epoch" in said and report.steps_per_epoch == 1
     assert "no evaluation" in said and report.val_rows_used == 0
     balanced = check_data(make_spec(train_files=str(tmp_path / "a.parquet"), undesirable_weight=1.7143))
     assert "undesirable_weight 1.714 they weigh 1.17 : 1" in " ".join(balanced.warnings)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from ray_pipeline.engines.base import Sampling
+from ray_pipeline.engines.thoughts import split_thoughts
 from ray_pipeline.engines.vllm import VllmEngine
 from ray_pipeline.engines.vllm_spec import VllmSpec
 from ray_pipeline.training.spec import TrainResult, TrainSpec
 
 from .conftest import SFT_SCHEMA, WORDS, MakeSpec, assistant, user, write_rows
-from .shapes import FAMILIES, make_model
+from .shapes import FAMILIES, QUIRKS, make_model
 from .test_shapes import train
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -68,14 +70,28 @@ def test_a_wholly_trained_model_is_served(full: tuple[TrainSpec, TrainResult]) -
     assert replies == transformers_replies(result.merged) != transformers_replies(spec.model)
 
 
-@pytest.mark.parametrize("name", list(FAMILIES))
-def test_a_policy_of_every_family_stops(make_spec: MakeSpec, tmp_path: Path, name: str) -> None:
-    """On a base whose EOS is not the token that its template puts behind a reply."""
-    base = make_model(tmp_path / "base", name, ["base EOS", "no pad"])
+#: A base whose EOS is not the token that its template puts behind a reply; with QUORUM_ALL_SHAPES=1, every quirk.
+BASES = [pytest.param(name, ["base EOS", "no pad"], id=name) for name in FAMILIES]
+if os.environ.get("QUORUM_ALL_SHAPES"):
+    BASES += [
+        pytest.param(name, [quirk], id=f"{name}-{quirk}".replace(" ", "-")) for name in FAMILIES for quirk in QUIRKS
+    ]
+
+
+@pytest.mark.parametrize(("name", "quirks"), BASES)
+def test_a_policy_of_every_family_stops(make_spec: MakeSpec, tmp_path: Path, name: str, quirks: list[str]) -> None:
+    base = make_model(tmp_path / "base", name, quirks)
     row = {"prompt": user(PROMPTS[0]), "completion": assistant("seven nine"), "final_score": 8.0}
     files = write_rows(tmp_path / "rows.parquet", [row] * 80, SFT_SCHEMA)
     written = train(make_spec, base, "sft", tmp_path, train_files=files, epochs=1)
     assert written["max_logit_diff"] < 1e-3
     merged = str(tmp_path / "merged")
     replies = vllm_replies(merged)
-    assert replies == transformers_replies(merged) and replies[0].strip() == "seven nine"
+    expected = transformers_replies(merged)
+    if quirks == ["drops thoughts"]:  # its replies begin with an empty thought, for which these tokens do not suffice
+        assert replies == [split.answer if (split := split_thoughts(text)) else text for text in expected]
+    else:
+        assert replies == expected and replies[0].strip() == "seven nine"
+    # Once, as it starts another engine: this base's generation config lacks the end of its own template's replies.
+    if name == "qwen3" and quirks == ["base EOS", "no pad"]:
+        assert vllm_replies(base, str(tmp_path / "adapter")) == replies

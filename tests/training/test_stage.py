@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
+from rich.console import Console
 
 from ray_pipeline.engines.models import ModelSettings
-from ray_pipeline.graph.stage import BadInput, Stage, StageResult, StageStop, WholeInput, WholeWork
+from ray_pipeline.graph.driver import RunSettings, execute
+from ray_pipeline.graph.in_process import InProcessExecutor
+from ray_pipeline.graph.session import Session
+from ray_pipeline.graph.stage import BadInput, Dag, Stage, StageResult, StageStop, WholeInput, WholeWork
 from ray_pipeline.policy import train as stage
 from ray_pipeline.policy.train import train, train_policy
 from ray_pipeline.store.errors import DamagedFile
@@ -39,6 +47,16 @@ def test_beta_is_the_methods_own_and_shown() -> None:
     [
         ({"method": "sft", "beta": 0.1}, "the loss of sft has none"),
         ({"method": "kto", "batch_size": 1}, "batch_size must be 2 or more for kto"),
+        (
+            {"num_workers": 3},
+            r"train\.global_batch is 16, which is not a multiple of num_workers \(3\) × batch_size \(2\) = 6; "
+            r"set global_batch to 12 or 18, or num_workers to 2 or 4",
+        ),
+        ({"num_workers": 32}, "= 64; set global_batch to 64, or num_workers to 8"),
+        ({"method": "dpo", "num_workers": 16}, "set global_batch to 32, or batch_size to 1, or num_workers to 8"),
+        ({"batch_size": 3}, "set global_batch to 15 or 18, or batch_size to 2 or 4"),
+        ({"num_workers": 8, "gradient_accumulation": 8}, r"set train\.global_batch to .* = 128 for the same training"),
+        ({"gradient_accumulation": 4, "batch_size": 4}, "follows from train.global_batch.* = 16 for the same"),
         ({"method": "ppo"}, "choose from sft, dpo, kto, orpo, simpo"),
         ({"lora": None, "quantization": "nf4"}, "quantized weights cannot be trained"),
         ({"quantization": "int4"}, "Input should be 'nf4' or 'int8'"),
@@ -49,6 +67,45 @@ def test_beta_is_the_methods_own_and_shown() -> None:
 def test_settings_that_contradict_are_refused(given: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         TrainSettings.model_validate(given)
+
+
+@settings(deadline=None)
+@given(
+    st.integers(1, 64),
+    st.integers(1, 32),
+    st.integers(1, 16),
+    st.integers(1, 5000),
+    st.sampled_from(["dpo", "sft", "kto"]),
+)
+def test_workers_and_micro_batches_only_divide_a_step(
+    global_batch: int, workers: int, batch: int, rows: int, method: str
+) -> None:
+    """A step has `global_batch` rows and an epoch the same steps, whatever divides them; the rest is refused."""
+    block = {"method": method, "global_batch": global_batch, "num_workers": workers, "batch_size": batch}
+    if method == "kto" and batch == 1:
+        return
+    if global_batch % (workers * batch):
+        with pytest.raises(ValidationError) as caught:
+            TrainSettings.model_validate(block)
+        remedies = re.findall(r"(global_batch|batch_size|num_workers) to (\d+)(?: or (\d+))?", str(caught.value))
+        assert "global_batch" in [key for key, *_ in remedies]
+        for key, *values in remedies:
+            for value in filter(None, values):  # every value that is named is accepted
+                assert TrainSettings.model_validate({**block, key: int(value)}).gradient_accumulation >= 1
+        return
+    spec, alone = (
+        TrainSpec(
+            settings=TrainSettings.model_validate(values),
+            model="m", train_files="/f", output_dir="/o", storage_path="/s", run_name="r",
+        )
+        for values in (block, {**block, "num_workers": 1})
+    )  # fmt: skip
+    assert spec.settings.gradient_accumulation * workers * batch == global_batch
+    assert spec.settings.model_dump().keys() == TrainSettings.model_fields.keys()
+    if rows >= global_batch:
+        assert spec.rows_per_epoch(rows) == alone.rows_per_epoch(rows) == rows // global_batch * global_batch
+    else:
+        assert spec.rows_per_epoch(rows) == rows // (workers * batch) * workers * batch
 
 
 def data_stage() -> Stage:
@@ -95,7 +152,7 @@ def test_a_run_that_is_to_end_asks_the_workers(
     assert isinstance(made.work, WholeWork)
     data = StageResult("datasets", "d" * 16, str(tmp_path / "data"), 1, (), {}, {})
     given = WholeInput(
-        {"datasets": data}, folder, folder, "f" * 16, 1, made.work.settings, said.append, lambda step, steps: None,
+        {"datasets": data}, folder, folder, "f" * 16, 1, made.work.settings, said.append, lambda *step: None,
         lambda: "the run has cost 2 USD",
     )  # fmt: skip
     with pytest.raises(StageStop, match="the run has cost 2 USD"):
@@ -134,7 +191,7 @@ def run_stage(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert isinstance(made.work, WholeWork)
         given = WholeInput(
             {"datasets": data}, Folder(str(tmp_path / "stage")), Folder(str(tmp_path / "calls")), "f" * 16, 1,
-            made.work.settings, said.append, lambda step, steps: None,
+            made.work.settings, said.append, lambda *step: None,
         )  # fmt: skip
         found = train_policy(given)
         assert Folder(str(tmp_path / "stage")).exists(stage.METRICS)
@@ -188,3 +245,94 @@ def test_a_damaged_file_of_rows_is_found_before_the_training(run_stage: RunStage
     ):
         run_stage(TrainSettings())
     assert not data.exists(RESULT)  # the datasets are made again before the next training
+
+
+class PolicyWorld:
+    """Runs of datasets and train in one folder, where training only writes down that it took place."""
+
+    def __init__(self, folder: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.model, self.trainings = folder, ModelSettings(model=tiny_model), 0
+        monkeypatch.setattr(stage, "fit", self._fit)
+        monkeypatch.setattr("ray_pipeline.graph.cluster.connected", contextlib.nullcontext)
+        monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
+
+    def _fit(self, spec: TrainSpec, warn: Callable[[str], None]) -> TrainResult:
+        self.trainings += 1
+        for part in ("adapter", "merged"):
+            (Folder(spec.output_dir) / part).write_bytes("model.safetensors", f"{part} {self.trainings}".encode())
+        row = {name: None for name in TRAIN_METRICS.names} | {"step": self.trainings, "split": "train"}
+        metrics = pa.Table.from_pylist([row], TRAIN_METRICS)
+        return TrainResult(1, 1.0, 0.5, None, f"{spec.output_dir}/merged", {}, {}, None, None, metrics, 1.0, 1.0)
+
+    def run(
+        self,
+        tau: float,
+        rows: Sequence[str] = ("a", "b"),
+        *,
+        score: float = 8.0,
+        per_file: int = 10,
+        from_group: str | None = None,
+        **more: Any,
+    ) -> StageResult:
+        def write(given: WholeInput) -> dict[str, Any]:
+            table = pa.table(
+                {
+                    "prompt": [[{"role": "user", "content": row}] for row in rows],
+                    "completion": [[{"role": "assistant", "content": row}] for row in rows],
+                    "label": [i % 2 == 0 for i in range(len(rows))],
+                    "final_score": [score] * len(rows),
+                }
+            )
+            for start in range(0, len(rows), per_file):
+                part = table.slice(start, per_file)
+                (given.folder / "kto/train").write_table(f"part-{start:05d}.parquet", part, fingerprint="d" * 16)
+            weights = {"desirable_weight": 1.0, "undesirable_weight": 1.0}
+            return {"rows": {"kto": {"train": len(rows), "val": 0}}, "kto_weights": weights}
+
+        data = Stage("datasets", WholeWork(write), {"tau": tau})
+        dag = Dag("d", [train(TrainSettings(**more), self.model, 64, data)])
+        session = Session(str(self.folder), str(self.folder / "calls"), 1)
+        outcome = execute(
+            dag, RunSettings(session, {}), InProcessExecutor(), from_group=from_group, console=Console(quiet=True)
+        )
+        assert not outcome.failures, outcome.failures
+        return outcome.results["train"]
+
+
+@pytest.fixture
+def policies(tmp_path: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> PolicyWorld:
+    return PolicyWorld(tmp_path / "run", tiny_model, monkeypatch)
+
+
+def test_a_threshold_that_changes_no_row_trains_nothing(policies: PolicyWorld) -> None:
+    first = policies.run(2.5)
+    again = policies.run(1.5, score=9.0, per_file=1)  # what no trainer reads is no content
+    assert policies.trainings == 1 and again.fingerprint != first.fingerprint
+    assert again.facts == {**first.facts, "taken_from": f"train-{first.fingerprint}"}
+    shutil.rmtree(first.folder)  # `quorum clean` may do so
+    assert (policies.folder / "policy").resolve() == Path(again.folder)
+    for part in ("adapter", "merged"):
+        assert (Path(again.folder) / part / "model.safetensors").read_text() == f"{part} 1"
+    metrics = Folder(again.folder).read_table(stage.METRICS, fingerprint=again.fingerprint, schema=TRAIN_METRICS)
+    assert metrics["step"].to_pylist() == [1]
+    assert policies.run(1.5).cached and policies.run(0.5).facts["taken_from"] == f"train-{again.fingerprint}"
+    assert policies.trainings == 1
+
+
+def test_other_rows_or_settings_train_another_policy(policies: PolicyWorld) -> None:
+    policies.run(2.5)
+    policies.run(1.5, ["a", "c"])
+    policies.run(1.4, ["b", "a"])  # the order is content: TRL reads KTO rows in it
+    policies.run(1.3, seed=7)
+    policies.run(1.2, desirable_weight=2.0)
+    assert policies.trainings == 5
+    policies.run(1.1, from_group="datasets")  # the user asks for a new policy
+    policies.run(1.1, from_group="train")
+    assert policies.trainings == 7
+
+
+def test_an_unfinished_policy_is_not_taken_over(policies: PolicyWorld) -> None:
+    first = policies.run(2.5)
+    Folder(first.folder).delete(RESULT)
+    policies.run(1.5)
+    assert policies.trainings == 2

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from transformers import TrainerCallback
 
 from ray_pipeline.store.files import Folder
-from ray_pipeline.training.spec import STOP
+from ray_pipeline.training.spec import PROGRESS, STOP
 
 from .conftest import MakeSpec
 
@@ -97,10 +98,55 @@ def test_a_diverged_training_ends_before_it_is_saved(
     from ray_pipeline.training.trainer import build_trainer
 
     torch.set_num_threads(1)
-    spec = make_spec("simpo", num_workers=1, epochs=0.5, save_steps=1, logging_steps=10, gradient_accumulation=2)
+    spec = make_spec("simpo", num_workers=1, epochs=0.5, save_steps=1, logging_steps=10, micro_batches=2)
     trainer = build_trainer(spec, str(tmp_path / "scratch"))
     trainer.add_callback(Breaks(trainer, place))
     trainer.add_callback(StopWhenDiverged(trainer))
     with pytest.raises(Diverged, match=f"NaN or infinity in {found} at step 3 of 3"):
         trainer.train()
     assert sorted(path.name for path in (tmp_path / "scratch").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_what_it_is_doing_reaches_the_stage(tmp_path: Path) -> None:
+    """Through the file that worker and driver share: phases, and steps once the first of this attempt is made."""
+    from ray_pipeline.policy import train
+    from ray_pipeline.training.callbacks import LogProgress, report
+
+    folder = Folder(str(tmp_path))
+    progress: Any = LogProgress(4, folder, every_s=0.0)
+    state: Any = SimpleNamespace(is_world_process_zero=True, global_step=100, max_steps=186, epoch=1.5)
+
+    def step() -> None:
+        state.global_step += 1
+        progress.on_log(None, state, None, {"loss": 0.5})
+
+    said: list[Any] = []
+    moments = iter(
+        [
+            lambda: report(folder, "loading model"),
+            lambda: progress.on_train_begin(None, state, None),
+            step,
+            lambda: progress.on_train_end(None, state, None),
+        ]
+    )
+
+    def wait(seconds: float) -> bool:
+        moment = next(moments, None)
+        if moment is not None:
+            moment()
+        return moment is None
+
+    given: Any = SimpleNamespace(
+        folder=folder, stopping=lambda: None, phase=said.append, tick=lambda *a: said.append(a)
+    )
+    train._tell(given, cast(Any, SimpleNamespace(wait=wait)))
+    assert [what for what in said if isinstance(what, str)] == [
+        "loading model",
+        "training",
+        "training",
+        "writing model",
+    ]
+    (first, last) = [what for what in said if not isinstance(what, str)]
+    assert first[:2] == last[:2] == (101, 186) and first[2].startswith("epoch 1.50, loss 0.5000, ")
+    progress.on_log(None, SimpleNamespace(**{**vars(state), "is_world_process_zero": False}), None, {"loss": 9.0})
+    assert folder.read_json(PROGRESS)["phase"] == "writing model"

@@ -216,7 +216,7 @@ def raw_win_rate(preferences: ArrayLike, *, draws: int = 2000, seed: int = 0) ->
         unread=unread,
         worst=100 * total / len(values) if len(values) else None,
         best=100 * (total + unread) / len(values) if len(values) else None,
-        interval=bootstrap_mean(100 * read, np.arange(rows), draws, seed),
+        interval=bootstrap_mean(100 * read, np.arange(rows), draws, seed, bounds=(0, 100)),
     )
 
 

@@ -142,6 +142,8 @@ def _length_controlled(
         )
         figures = percent(score.mean), percent(score.low), percent(score.high)
         note = "length alone is controlled for: no difficulties, no gamed rows"
+        if score.rows and score.mean is None:
+            note = "none: one model's outputs are almost always longer, and only the fit with `gamed` allows that"
         return None, figures, "two weights (model, length)", note
     gamed, difficulties = rules.length_data
     surrogate = ", surrogate of the gamed rows" if gamed.surrogate else ""

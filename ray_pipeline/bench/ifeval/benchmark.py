@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -12,11 +11,11 @@ from pydantic import Field
 from ray_pipeline.agents.judges import SamplingSettings
 from ray_pipeline.bench.benchmark import Benchmark, Checking, Measurement, Reading, Score, Scored, make_score, percent
 from ray_pipeline.bench.files import BenchmarkFileError, source_rows
-from ray_pipeline.bench.ifeval.checkers import CheckersMissing, checker_version, load_checkers
 from ray_pipeline.bench.ifeval.questions import IfevalPrompt, prompt_of, prompt_row_of, prompts_of
 from ray_pipeline.bench.ifeval.score import Accuracy, IfevalVerdict, check, ifeval_protocol, published_ifeval
 from ray_pipeline.bench.ifeval.score import scores as accuracies
 from ray_pipeline.config.settings import Settings
+from ray_pipeline.constraints.official import CheckersMissing, checker_version, checkers, load_checkers
 from ray_pipeline.extensions import register
 from ray_pipeline.graph.asking import Row
 from ray_pipeline.stats.protocol import settings_text
@@ -29,9 +28,6 @@ _ACCURACIES = {
 }
 
 
-_checkers = functools.cache(load_checkers)
-
-
 class IfevalChecking(Settings):
     """The official checkers, by version."""
 
@@ -39,9 +35,12 @@ class IfevalChecking(Settings):
     table: ClassVar[str] = "bench_checks"
 
     def verdicts(self, question: Row, answers: Sequence[Row]) -> list[Row]:
-        """Raises CheckersMissing if they are missing on this node, UnknownInstruction for one that they do not know."""
+        """Raises BenchmarkFileError if they are missing on this node or do not support an instruction."""
         prompt = prompt_of(question)
-        (found,) = check([prompt], {prompt.key: answers[0]["answer"]}, _checkers())
+        try:
+            (found,) = check([prompt], {prompt.key: answers[0]["answer"]}, checkers())
+        except CheckersMissing as error:
+            raise BenchmarkFileError(str(error)) from error
         return [
             {
                 "strict": list(found.strict),
@@ -54,7 +53,7 @@ class IfevalChecking(Settings):
 
 @register("benchmark", "ifeval")
 class IfevalSettings(Benchmark):
-    """The `ifeval` block: prompts in the published form. The checkers come with `quorum-align[ifeval]`."""
+    """The `ifeval` block: prompts in the published form. The checkers come with the extra `ifeval`."""
 
     prompts: str = Field(
         "hf://datasets/google/IFEval/ifeval_input_data.jsonl", description="prompt file in the published form"
@@ -87,7 +86,10 @@ class IfevalSettings(Benchmark):
         return self.sampling
 
     def checking(self) -> Checking:
-        return IfevalChecking(checkers=checker_version())
+        try:
+            return IfevalChecking(checkers=checker_version())
+        except CheckersMissing as error:
+            raise BenchmarkFileError(str(error)) from error
 
     def scores(self, run: Measurement) -> Scored:
         result, prompts = Scored(), [prompt_of(row) for row in run.questions]

@@ -7,17 +7,14 @@ own `process_results` calls them.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from ray_pipeline.bench.files import BenchmarkFileError
-from ray_pipeline.bench.ifeval.checkers import Checkers, checker_version, load_checkers
 from ray_pipeline.bench.ifeval.questions import IfevalPrompt
+from ray_pipeline.constraints.official import Checkers, checker_version, load_checkers
 from ray_pipeline.stats.bootstrap import Interval, bootstrap_mean
 from ray_pipeline.stats.protocol import Protocol, PublishedProtocol
 from ray_pipeline.store.keys import digest
@@ -94,8 +91,7 @@ def check(
 ) -> list[IfevalVerdict]:
     """Verdicts on the responses by key, in the order of the prompts; a prompt without a response is unanswered.
 
-    Language detection and random draws of checkers are reseeded for each prompt, so that a verdict depends on
-    the prompt and its response alone.
+    A verdict depends on the prompt and its response alone (see `Checkers.followed`).
 
     Raises:
         CheckersMissing: see `load_checkers`.
@@ -118,32 +114,11 @@ def check(
             nothing = (False,) * len(prompt.instructions)
             verdicts.append(IfevalVerdict(prompt.key, nothing, nothing, answered=False))
             continue
-        example = checkers.example(
-            key=prompt.key,
-            instruction_id_list=list(prompt.instructions),
-            prompt=prompt.prompt,
-            kwargs=[dict(a) for a in prompt.arguments],
-        )
-        strict, drew_strict = _seeded(checkers.strict, example, response)
-        loose, drew_loose = _seeded(checkers.loose, example, response)
+        whole = (prompt.prompt, prompt.instructions, prompt.arguments, response)
+        strict, drew_strict = checkers.followed(*whole, loose=False)
+        loose, drew_loose = checkers.followed(*whole, loose=True)
         verdicts.append(IfevalVerdict(prompt.key, strict, loose, chance=drew_strict or drew_loose))
     return verdicts
-
-
-def _seeded(follows: Callable[[Any, str], Any], example: Any, response: str) -> tuple[tuple[bool, ...], bool]:
-    """The flags of one call with seed 0 everywhere, and whether Python's generator was used (it is put back)."""
-    with contextlib.suppress(ImportError):
-        from langdetect import DetectorFactory
-
-        DetectorFactory.seed = 0
-    before = random.getstate()
-    random.seed(0)
-    start = random.getstate()
-    try:
-        flags = follows(example, response).follow_instruction_list
-        return tuple(map(bool, flags)), random.getstate() != start
-    finally:
-        random.setstate(before)
 
 
 def scores(
@@ -189,7 +164,7 @@ def _accuracy(flags: Sequence[tuple[bool, ...]], answered: Sequence[bool], draws
     return Accuracy(
         count=int(flat.sum()),
         total=len(flat),
-        interval=bootstrap_mean(flat, groups, draws, seed),
+        interval=bootstrap_mean(flat, groups, draws, seed, bounds=(0, 1)),
         best=float(possible.mean()) if len(possible) else None,
     )
 

@@ -1,27 +1,32 @@
 """Replies that end with a verdict in brackets, as MT-Bench's judges are asked for: `[[7]]`, `[[A]]`.
 
-The rule of reading is part of a benchmark's protocol, so the published one is here as it is, next to the one that this
-project prefers. Only the judge's own reply is read; it may quote the text that it judges, and with it a verdict.
+The published rule of reading is part of the benchmark's protocol and is here as FastChat has it. The default is the
+reader of all verdicts (`agents/verdicts.py`) in the format `mt_bench`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
-from ray_pipeline.agents.replies import Read
+from ray_pipeline.agents.replies import Read, read_choice
+from ray_pipeline.agents.verdict_styles import Wanted
+from ray_pipeline.agents.verdict_text import without_blocks, without_spans
+from ray_pipeline.agents.verdicts import Unread, find_verdict
 from ray_pipeline.engines.base import Completion
 
 #: published: the first rating in double brackets, else the first number in single ones; of the choices A before B
 #: before C, wherever they stand (FastChat, llm_judge/common.py).
-#: unanimous: the same, but a reply that holds two different verdicts has none, and neither has one that was cut off:
-#: its verdict would have come last, and what stands before the end may be a quotation. Ratings in single brackets count
-#: beside those in double ones. Where `rules_differ` on no reply, both read alike.
+#: unanimous: verdicts where a verdict counts, outside code and quotations, that all agree, in a reply that ended by
+#: itself. Another rating in single brackets contradicts it too; alone, one counts only behind the word `Rating`.
 Reading = Literal["published", "unanimous"]
 
 _RATING, _LOOSE_RATING = re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]")
 _CHOICE = re.compile(r"\[\[([ABC])\]\]")
+#: A number in single brackets that is no index (`x[1]`) and no link (`[1](…)`).
+_ASIDE = re.compile(r"(?<![\w\])\[])\[(\d+\.?\d*)\](?![\](\[])")
+_SINGLE = re.compile(r"\brating\b[ \t*_]*:?[ \t*_]*\[\d", re.IGNORECASE)
 
 
 def read_rating(reply: Completion, reading: Reading, low: float, high: float) -> Read | None:
@@ -30,24 +35,35 @@ def read_rating(reply: Completion, reading: Reading, low: float, high: float) ->
     By the published rule a reply that was cut off is read too, where a verdict stands before the end.
     """
     double = [float(value) for value in _RATING.findall(reply.text)]
-    single = [float(value) for value in _LOOSE_RATING.findall(reply.text)]  # finds those in double brackets as well
-    values = double or single
-    if not values or not low <= values[0] <= high:
-        return None
-    if reading == "unanimous":
-        # A number off the scale is no rating in single brackets (a year, an index), and an invalid one in double ones.
-        said = {*values, *(value for value in single if low <= value <= high)}
-        if reply.finish_reason != "stop" or len(said) > 1:
+    if reading == "published":
+        values = double or [float(value) for value in _LOOSE_RATING.findall(reply.text)]
+        if not values or not low <= values[0] <= high:
             return None
-    return Read("ok" if double else "repaired", {"score": values[0]})
+        return Read("ok" if double else "repaired", {"score": values[0]})
+
+    def rating(value: Any) -> float | None:
+        return float(value) if re.fullmatch(r"\d+\.?\d*", str(value)) and low <= float(value) <= high else None
+
+    wanted = Wanted({"": "rating"}, "score", rating, high=int(high))
+    said = without_spans(without_blocks(reply.text))
+    single = not double and _SINGLE.search(said) is not None
+    found = find_verdict(reply, wanted, "lines" if single else "mt_bench")
+    if isinstance(found, Unread):
+        return None
+    # A number off the scale is no rating in single brackets: a year, or a footnote.
+    asides = {float(value) for value in _ASIDE.findall(said) if low <= float(value) <= high}
+    if asides - {found.values[""]}:
+        return None
+    return Read("repaired" if single else "ok", {"score": found.values[""]})
 
 
 def read_bracketed_choice(reply: Completion, reading: Reading) -> Read | None:
     """`choice`, which is A, B or C (tie), or None. By the published rule a reply that was cut off is read too."""
-    found = set(_CHOICE.findall(reply.text))
-    if not found or (reading == "unanimous" and (len(found) > 1 or reply.finish_reason != "stop")):
-        return None
-    return Read("ok", {"choice": min(found)})
+    if reading == "published":
+        found = _CHOICE.findall(reply.text)
+        return Read("ok", {"choice": min(found)}) if found else None
+    read = read_choice(reply, "mt_bench")
+    return None if read is None else Read("ok", {"choice": read.fields["choice"]})
 
 
 def rules_differ(reply: Completion, read: Callable[[Completion, Reading], Read | None]) -> bool:

@@ -186,7 +186,7 @@ def _mean(ratings: Sequence[TurnRating], draws: int, seed: int) -> RatingMean:
     read = [(r.score, r.question_id) for r in ratings if r.score is not None]
     unread, total = len(ratings) - len(read), sum(score for score, _ in read)
     return RatingMean(
-        interval=bootstrap_mean([s for s, _ in read], [q for _, q in read], draws, seed),
+        interval=bootstrap_mean([s for s, _ in read], [q for _, q in read], draws, seed, bounds=(LOW, HIGH)),
         read=len(read),
         unread=unread,
         worst=(total + LOW * unread) / len(ratings) if ratings else None,

@@ -1,5 +1,5 @@
-"""Where prompts come from: datasets of the Hugging Face Hub, JSONL, Parquet and CSV files, the pocket world, and what a
-user registers.
+"""Where prompts come from: datasets of the Hugging Face Hub, JSON, text, Parquet and CSV files, the pocket world,
+instructions with verifiable constraints, and what a user registers.
 
 Every source is a `PromptSource`: a stream of rows (text or chat messages, and where they stood), and a digest of its
 content that goes into the fingerprint of the prompts stage.
@@ -12,25 +12,41 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, SerializeAsAny
 
-from ray_pipeline.data.sources.files import File, find_files, jsonl_records, open_parquet, parquet_batches
+from ray_pipeline.data.sources.constrained import ConstrainedSource
+from ray_pipeline.data.sources.files import (
+    File,
+    Record,
+    find_files,
+    json_records,
+    jsonl_records,
+    open_parquet,
+    parquet_batches,
+)
 from ray_pipeline.data.sources.huggingface import HuggingFaceSource, hub_place, load_hub
 from ray_pipeline.data.sources.pocket import PocketSource
+from ray_pipeline.data.sources.records import FileTable, HubTable
 from ray_pipeline.data.sources.source import InputError, PromptSource, SourceRow, source_from
-from ray_pipeline.data.sources.tables import CsvSource, JsonlSource, ParquetSource
+from ray_pipeline.data.sources.tables import CsvSource, JsonlSource, ParquetSource, TextSource
 
 __all__ = [
+    "ConstrainedSource",
     "CsvSource",
     "File",
+    "FileTable",
+    "HubTable",
     "HuggingFaceSource",
     "InputError",
     "JsonlSource",
     "ParquetSource",
     "PocketSource",
     "PromptSource",
+    "Record",
     "Source",
     "SourceRow",
+    "TextSource",
     "find_files",
     "hub_place",
+    "json_records",
     "jsonl_records",
     "load_hub",
     "named_sources",
@@ -38,7 +54,7 @@ __all__ = [
     "parquet_batches",
 ]
 
-_BUILT_IN = HuggingFaceSource | JsonlSource | ParquetSource | CsvSource | PocketSource
+_BUILT_IN = HuggingFaceSource | JsonlSource | ParquetSource | CsvSource | TextSource | PocketSource | ConstrainedSource
 
 #: Any source by its `type`. Quorum's own are named for messages and for editors; others are found in the registry.
 Source = Annotated[

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
 from pydantic import Field
 
+from ray_pipeline.data.sources.chats import BadRow, messages_of, turns_in_text, until_last_user
 from ray_pipeline.data.sources.source import InputError, PromptSource, SourceRow
-
-#: JSON can hold "\\ud83d" without its second half; no UTF-8 file can.
 
 
 class TableSource(PromptSource):
     """What every source of rows and columns has."""
 
     column: str = Field(
-        description="the prompt: text, or a list of chat messages (role, content), cut after its last user turn"
+        description="the prompt: text, or chat messages in any usual form (`role` and `content`, ShareGPT, JSON text, "
+        "HelpSteer2's marks), cut after the last user turn"
+    )
+    input_column: str | None = Field(
+        None, description="column with more text of the prompt, put behind it after a blank line (Alpaca's `input`)"
     )
     system: str | None = Field(None, description="system message for rows that bring none of their own")
     task_type_column: str | None = Field(None, description='column with the kind of task; default: "general"')
@@ -27,11 +30,15 @@ class TableSource(PromptSource):
         None, description="name of the source in the tables; default: the name of the dataset or file"
     )
     limit: int | None = Field(None, ge=1, description="maximum number of distinct prompts (smallest hashes kept)")
+    license: str | None = Field(None, description="licence of the prompts, for the dataset card; default: unknown")
+
+    def decisive(self, exclude: Collection[str] = ()) -> dict[str, Any]:
+        return super().decisive({*exclude, "license"})
 
     @property
     def columns(self) -> list[str]:
         """The columns that are read, each once."""
-        names = (self.column, self.task_type_column, self.source_column)
+        names = (self.column, self.input_column, self.task_type_column, self.source_column)
         return list(dict.fromkeys(name for name in names if name is not None))
 
     def arrow_rows(
@@ -44,41 +51,42 @@ class TableSource(PromptSource):
                 yield self.row({**place, "row": number}, row, f"{where}: row {number}")
 
     def row(self, place: dict[str, Any], row: dict[str, Any], where: str) -> SourceRow:
-        """Check one row's prompt; other columns are taken as text, whatever they are."""
-        value = row[self.column]
-        if value is not None and not isinstance(value, str):
-            value = _messages(value, f"{where}: column {self.column!r}")
+        """One row's prompt, or the fault in it; other columns are taken as text, whatever they are."""
+        try:
+            value = _prompt(row[self.column])
+        except BadRow as fault:
+            return SourceRow(place, None, fault=f"{where}: column {self.column!r}: {fault}")
+        more = row.get(self.input_column) if self.input_column else None
+        if isinstance(value, str) and isinstance(more, str) and more.strip():  # where there is none: null, NaN or ""
+            value = f"{value}\n\n{more}"
         task_type, source = (
             None if name is None or row.get(name) is None else str(row[name])
             for name in (self.task_type_column, self.source_column)
         )
         return SourceRow(place, value, task_type, source, self.system)
 
-    def need_columns(self, where: str, present: Iterable[str]) -> None:
-        """Raises InputError for a column that is not there, with the nearest ones."""
-        present = list(present)
-        for name in self.columns:
-            if name in present:
-                continue
-            folded = {column.casefold(): column for column in present}
-            near = [folded[c] for c in difflib.get_close_matches(name.casefold(), folded, n=3, cutoff=0.4)]
-            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {', '.join(present) or 'none'}"
-            raise InputError(f"{where} has no column {name!r}; {hint}")
+    def present_columns(self, where: str, present: Collection[str], seen: set[str]) -> list[str]:
+        """Those of `columns` that are there; all that are there join `seen`. Raises InputError without the prompt's."""
+        if self.column not in present:
+            raise InputError(f"{where} {missing_column(self.column, present)}")
+        seen.update(present)
+        return [name for name in self.columns if name in present]
 
 
-def _messages(value: Any, where: str) -> list[dict[str, str]]:
-    """A chat that ends with a user turn: answers that it came with are cut off. [] when no user turn is in it."""
-    if not isinstance(value, list):
-        raise InputError(f"{where} holds a {type(value).__name__}, but a prompt is text or a list of chat messages")
-    for position, message in enumerate(value):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise InputError(f"{where}: message {position} has no role and content; rename its keys to these two")
-        if not isinstance(message["role"], str) or not isinstance(message["content"], str):
-            raise InputError(f"{where}: message {position} must have text as role and content")
-    end = len(value)
-    while end and value[end - 1]["role"].strip().lower() != "user":
-        end -= 1
-    return [{"role": m["role"], "content": m["content"]} for m in value[:end]]
+def missing_column(name: str, present: Collection[str]) -> str:
+    """What to report about a column that is not there: the nearest ones, or all."""
+    folded = {column.casefold(): column for column in present}
+    near = [folded[c] for c in difflib.get_close_matches(name.casefold(), folded, n=3, cutoff=0.4)]
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {', '.join(present) or 'none'}"
+    return f"has no column {name!r}; {hint}"
+
+
+def _prompt(value: Any) -> str | list[dict[str, str]] | None:
+    """A value as it stands in a source; of a chat what precedes the answer. Raises BadRow if it is no prompt."""
+    if value is None:
+        return None
+    turns = turns_in_text(value) if isinstance(value, str) else messages_of(value)
+    return value if turns is None else until_last_user(turns)
 
 
 def check_type(where: str, field: pa.Field) -> None:

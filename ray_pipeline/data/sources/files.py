@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import dataclasses
 import hashlib
 import io
+import itertools
 import os
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
+import pyarrow.csv as pacsv
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
@@ -24,6 +27,7 @@ from ray_pipeline.store.outside import json_value
 
 BATCH_ROWS = 1024
 BLOCK_BYTES = 1 << 23
+_NO_OBJECT = 'is not a JSON object; each row must be one, such as {"prompt": "…"}'
 _WILDCARD = re.compile(r"[*?\[]")
 
 
@@ -107,29 +111,125 @@ def _pattern(glob: str) -> str:
     )
 
 
-def jsonl_records(file: File) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and object of each line that is not blank. Raises InputError, naming file and line."""
-    with file.open() as stream:
-        for number, line in enumerate(_lines(file, stream), 1):
-            if not line.strip():
-                continue
-            try:
-                # A byte order mark is not JSON; editors on Windows write one.
-                row = json_value(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-                raise InputError(f"{file.uri}: line {number} is not JSON ({error}); fix or remove the line") from error
-            if not isinstance(row, dict):
-                raise InputError(
-                    f'{file.uri}: line {number} is not a JSON object; each line must be one, such as {{"prompt": "…"}}'
-                )
-            yield number, row
+@dataclasses.dataclass(frozen=True, slots=True)
+class Record:
+    """One row of a file.
+
+    Attributes:
+        where: file and place, as messages name them.
+        number: of its line, or of the row where lines are no rows. From 1.
+        row: its columns; {} where there is a `fault`.
+        fault: why it is none, without the place.
+    """
+
+    where: str
+    number: int
+    row: dict[str, Any]
+    fault: str | None = None
 
 
-def _lines(file: File, stream: BinaryIO) -> Iterator[bytes]:
+def json_records(file: File) -> Iterator[Record]:
+    """The rows of a file: one object a line, or one array of objects.
+
+    Lines are streamed; an array is held in memory.
+
+    Raises:
+        InputError: the file cannot be read, or is an array that is cut short.
+    """
+    lines = text_lines(file)
+    for place, (number, line) in enumerate(lines):
+        if place == 0 and line.lstrip().startswith(b"["):
+            yield from _array_records(file, [(number, line), *lines])
+        else:
+            yield _record(f"{file.uri}: line {number}", number, line)
+
+
+def _array_records(file: File, lines: list[tuple[int, bytes]]) -> Iterator[Record]:
+    """The elements of an array; where only the first line is one, it is a bad line like any other."""
     try:
-        yield from stream
-    except (OSError, pa.ArrowException) as error:  # a compressed file that is cut short
-        raise InputError(f"{file.uri} is truncated or corrupt ({error}); regenerate it") from error
+        rows = json_value(b"".join(line for _, line in lines).decode())
+    except ValueError as error:
+        records = [_record(f"{file.uri}: line {i}", i, line) for i, line in lines]
+        if records[0].fault != _NO_OBJECT:
+            raise InputError(f"{file.uri} is an array that is not JSON ({error}); fix or regenerate it") from error
+        yield from records
+        return
+    for number, row in enumerate(rows, 1):
+        yield _checked(f"{file.uri}: row {number}", number, row)
+
+
+def _record(where: str, number: int, line: bytes) -> Record:
+    try:
+        return _checked(where, number, json_value(line.decode()))
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        return Record(where, number, {}, f"is not JSON ({error}); fix or remove the line")
+
+
+def _checked(where: str, number: int, row: Any) -> Record:
+    good = isinstance(row, dict)
+    return Record(where, number, row if good else {}, None if good else _NO_OBJECT)
+
+
+def jsonl_records(file: File) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number and object of each row of `json_records`. Raises InputError, naming file and row, at a bad one."""
+    for record in json_records(file):
+        if record.fault:
+            raise InputError(f"{record.where} {record.fault}")
+        yield record.number, record.row
+
+
+def csv_records(file: File, choose: Callable[[list[str]], list[str]]) -> Iterator[Record]:
+    """The rows of a CSV file with a header line, all values as text.
+
+    Args:
+        choose: columns of the file → those to read.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    # Only the chosen columns are converted, all as text: a number further down must not change a column's type.
+    bad: dict[int, str] = {}
+
+    def skip(row: pacsv.InvalidRow) -> str:
+        bad[row.number - 1] = (
+            f"has {row.actual_columns} columns, not {row.expected_columns}; quote texts that contain commas"
+        )
+        return "skip"
+
+    read = pacsv.ReadOptions(block_size=BLOCK_BYTES, use_threads=False)  # with threads, bad rows have no number
+    parse = pacsv.ParseOptions(newlines_in_values=True, invalid_row_handler=skip)
+    try:
+        with file.open_arrow() as stream:
+            header = pacsv.open_csv(stream, read, parse).schema.names
+        columns = choose(header)
+        types = dict.fromkeys(columns, pa.string())
+        convert = pacsv.ConvertOptions(column_types=types, include_columns=columns)
+        with file.open_arrow() as stream:
+            rows = (row for batch in pacsv.open_csv(stream, read, parse, convert) for row in batch.to_pylist())
+            for number in itertools.count(1):
+                # A batch is parsed as a whole, so the bad rows before a good one are known when it comes.
+                row = None if number in bad else next(rows, None)
+                where = f"{file.uri}: row {number}"
+                if row is None and number not in bad:
+                    return
+                yield Record(where, number, row or {}, bad.get(number))
+    except pa.ArrowInvalid as error:
+        if "Empty CSV" in str(error):
+            return
+        message = f"{file.uri} is not a readable CSV file ({error}); quote texts that contain commas"
+        raise InputError(message) from error
+
+
+def text_lines(file: File) -> Iterator[tuple[int, bytes]]:
+    """Number and bytes of each line that is not blank, without a byte order mark (editors on Windows write one)."""
+    with file.open() as stream:
+        try:
+            for number, line in enumerate(stream, 1):
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if line.strip():
+                    yield number, line
+        except (OSError, pa.ArrowException) as error:  # a compressed file that is cut short
+            raise InputError(f"{file.uri} is truncated or corrupt ({error}); regenerate it") from error
 
 
 @contextlib.contextmanager

@@ -10,7 +10,8 @@ from typing import Any, Literal, Self, cast
 
 from pydantic import Field
 
-from ray_pipeline.data.sources.columns import TableSource, check_type
+from ray_pipeline.config.settings import Settings
+from ray_pipeline.data.sources.columns import TableSource, check_type, missing_column
 from ray_pipeline.data.sources.files import BATCH_ROWS, File, names_below, sha256
 from ray_pipeline.data.sources.source import InputError, SourceRow
 from ray_pipeline.extensions import register
@@ -20,15 +21,19 @@ from ray_pipeline.store.keys import digest
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-@register("source", "huggingface")
-class HuggingFaceSource(TableSource):
-    """A dataset of the Hugging Face Hub, or a local folder that `datasets.load_dataset` opens."""
+class HubKeys(Settings):
+    """Where a dataset of the Hub is."""
 
     type: Literal["huggingface"] = Field("huggingface", description="where the rows are: the name of the source")
     name: str = Field(description="dataset of the Hub (owner/name) or local folder")
     subset: str | None = Field(None, description="configuration of the dataset; default: its default one")
     split: str = Field("train", description="split of the dataset")
     revision: str | None = Field(None, description="branch, tag or commit; default: the newest commit of main")
+
+
+@register("source", "huggingface")
+class HuggingFaceSource(HubKeys, TableSource):
+    """A dataset of the Hugging Face Hub, or a local folder that `datasets.load_dataset` opens."""
 
     @property
     def default_label(self) -> str:
@@ -43,7 +48,8 @@ class HuggingFaceSource(TableSource):
     def rows(self) -> Iterator[SourceRow]:
         where = hub_place(self.name, self.subset, self.split)
         data = load_hub(self.name, self.subset, self.split, self.revision)
-        self.need_columns(where, data.column_names)
+        if missing := [name for name in self.columns if name not in data.column_names]:
+            raise InputError(f"{where} {missing_column(missing[0], data.column_names)}")
         check_type(where, data.features.arrow_schema.field(self.column))
         tables = data.select_columns(self.columns).with_format("arrow").iter(BATCH_ROWS)
         place = {"dataset": self.default_label, "subset": self.subset, "split": self.split}
@@ -70,13 +76,12 @@ def load_hub(name: str, subset: str | None, split: str, revision: str | None) ->
         InputError: it cannot be loaded, or the cache holds another commit and the Hub did not respond.
     """
     import datasets  # takes seconds to import
-    import httpx
 
     where = hub_place(name, subset, split)
     revision = None if os.path.isdir(name) else revision
     try:
         data = datasets.load_dataset(name, subset, split=split, revision=revision)
-    except (OSError, ValueError, RuntimeError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
+    except hub_errors(ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(
             f"{where} cannot be loaded: {reason}; check name, subset, split and revision, the network and, for gated "
@@ -84,6 +89,14 @@ def load_hub(name: str, subset: str | None, split: str, revision: str | None) ->
         ) from error
     _check_commit(data, revision, where)
     return data
+
+
+def hub_errors(*more: type[Exception]) -> tuple[type[Exception], ...]:
+    """What a request to the Hub may raise, and `more`. The client of huggingface_hub is httpx or, in newer versions,
+    httpx2; the base of all of its errors is a base of the Hub's own error too."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (OSError, *(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"), *more)
 
 
 def _check_commit(data: Any, commit: str | None, where: str) -> None:
@@ -106,9 +119,8 @@ def _commit(source: HuggingFaceSource) -> str:
     if _COMMIT.fullmatch(source.revision or ""):
         return cast(str, source.revision)
 
-    import httpx
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     try:
         sha = HfApi().dataset_info(source.name, revision=source.revision, timeout=30).sha
@@ -118,7 +130,7 @@ def _commit(source: HuggingFaceSource) -> str:
             f"no dataset {source.name}{at} on the Hub that you have access to; check name and revision, and for "
             "private or gated datasets run `hf auth login`"
         ) from error
-    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    except hub_errors() as error:
         if sha := _cached_commit(source):
             return sha
         raise InputError(

@@ -28,6 +28,7 @@ class SourceRow:
         task_type: kind of task; None is "general".
         source: where the row is from, if not the source's label.
         system: system message for a row that brings none of its own.
+        fault: what is wrong with the row, and where it stands; the row is dropped and counted.
     """
 
     place: dict[str, Any]
@@ -35,6 +36,7 @@ class SourceRow:
     task_type: str | None = None
     source: str | None = None
     system: str | None = None
+    fault: str | None = None
 
 
 class PromptSource(Settings, abc.ABC):
@@ -49,7 +51,7 @@ class PromptSource(Settings, abc.ABC):
         """All rows in the order of the source, as a stream.
 
         Raises:
-            InputError: the source cannot be read, or a row is not what it should be.
+            InputError: the source cannot be read. A bad row does not end the load: it comes with a `fault`.
         """
 
     @abc.abstractmethod

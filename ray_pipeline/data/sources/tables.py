@@ -1,25 +1,24 @@
-"""Prompts from JSONL, Parquet and CSV files."""
+"""Prompts from JSON, text, Parquet and CSV files."""
 
 from __future__ import annotations
 
 import abc
 import posixpath
 from collections.abc import Collection, Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import pyarrow as pa
-import pyarrow.csv as pacsv
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from ray_pipeline.data.sources.columns import TableSource, check_type
+from ray_pipeline.data.sources.columns import TableSource, check_type, missing_column
 from ray_pipeline.data.sources.files import (
-    BLOCK_BYTES,
     File,
+    csv_records,
     find_files,
-    jsonl_records,
+    json_records,
     open_parquet,
     parquet_batches,
     sha256,
+    text_lines,
 )
 from ray_pipeline.data.sources.source import InputError, SourceRow
 from ray_pipeline.extensions import register
@@ -39,29 +38,62 @@ class FileSource(TableSource):
         return {**super().decisive({*exclude, "path"}), "label": self.label_in_tables}
 
     def rows(self) -> Iterator[SourceRow]:
+        seen: set[str] = set()
         for file in find_files(self.path):
-            yield from self.file_rows(file)
+            yield from self.file_rows(file, seen)
+        # A column that some rows lack is fine; one that no row has is a mistake.
+        absent = [name for name in self.columns if name not in {*seen, self.column}]
+        if seen and absent:
+            raise InputError(f"{self.path} {missing_column(absent[0], sorted(seen))}")
 
     def digest(self) -> dict[str, str]:
         """SHA-256 of each file."""
         return {file.name: sha256(file) for file in find_files(self.path)}
 
     @abc.abstractmethod
-    def file_rows(self, file: File) -> Iterator[SourceRow]:
-        """The rows of one file."""
+    def file_rows(self, file: File, seen: set[str]) -> Iterator[SourceRow]:
+        """The rows of one file; its columns are added to `seen`."""
 
 
+@register("source", "json")
 @register("source", "jsonl")
 class JsonlSource(FileSource):
-    """JSONL: one object a line; `.gz` and `.zst` too."""
+    """JSON: one object a line (JSONL), or one array of objects; `.gz` and `.zst` too."""
 
-    type: Literal["jsonl"] = Field("jsonl", description="where the rows are: the name of the source")
+    type: Annotated[Literal["jsonl"], BeforeValidator(lambda name: "jsonl" if name == "json" else name)] = Field(
+        "jsonl", description="where the rows are: the name of the source (or json)"
+    )
 
-    def file_rows(self, file: File) -> Iterator[SourceRow]:
-        for number, row in jsonl_records(file):
-            where = f"{file.uri}: line {number}"
-            self.need_columns(where, row)
-            yield self.row({"file": file.name, "row": number}, row, where)
+    def file_rows(self, file: File, seen: set[str]) -> Iterator[SourceRow]:
+        for record in json_records(file):
+            seen.update(record.row)
+            place = {"file": file.name, "row": record.number}
+            fault = record.fault
+            if fault is None and self.column not in record.row:
+                fault = missing_column(self.column, record.row)
+            if fault:
+                yield SourceRow(place, None, fault=f"{record.where} {fault}")
+            else:
+                yield self.row(place, record.row, record.where)
+
+
+@register("source", "text")
+class TextSource(FileSource):
+    """Text: one prompt a line, blank lines passed over; `.gz` and `.zst` too. Prompts of several lines need JSON."""
+
+    type: Literal["text"] = Field("text", description="where the rows are: the name of the source")
+    column: Literal["text"] = Field("text", description="the only column")
+
+    def file_rows(self, file: File, seen: set[str]) -> Iterator[SourceRow]:
+        seen.add("text")
+        for number, line in text_lines(file):
+            place, where = {"file": file.name, "row": number}, f"{file.uri}: line {number}"
+            try:
+                text = line.decode().rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                yield SourceRow(place, None, fault=f"{where} is not UTF-8 ({error}); fix or remove the line")
+            else:
+                yield self.row(place, {"text": text}, where)
 
 
 @register("source", "parquet")
@@ -70,11 +102,11 @@ class ParquetSource(FileSource):
 
     type: Literal["parquet"] = Field("parquet", description="where the rows are: the name of the source")
 
-    def file_rows(self, file: File) -> Iterator[SourceRow]:
+    def file_rows(self, file: File, seen: set[str]) -> Iterator[SourceRow]:
         with open_parquet(file) as table:
-            self.need_columns(file.uri, table.schema_arrow.names)
+            columns = self.present_columns(file.uri, table.schema_arrow.names, seen)
             check_type(file.uri, table.schema_arrow.field(self.column))
-            batches = parquet_batches(file, table, self.columns)
+            batches = parquet_batches(file, table, columns)
             yield from self.arrow_rows(batches, {"file": file.name}, file.uri)
 
 
@@ -84,21 +116,10 @@ class CsvSource(FileSource):
 
     type: Literal["csv"] = Field("csv", description="where the rows are: the name of the source")
 
-    def file_rows(self, file: File) -> Iterator[SourceRow]:
-        # Only the wanted columns are converted, all as text: a number further down must not change a column's type.
-        read = pacsv.ReadOptions(block_size=BLOCK_BYTES, use_threads=False)  # with threads, errors name no row
-        parse = pacsv.ParseOptions(newlines_in_values=True)
-        types = dict.fromkeys(self.columns, pa.string())
-        convert = pacsv.ConvertOptions(column_types=types, include_columns=self.columns)
-        try:
-            with file.open_arrow() as stream:
-                header = pacsv.open_csv(stream, read, parse).schema.names
-            self.need_columns(file.uri, header)
-            with file.open_arrow() as stream:
-                batches = pacsv.open_csv(stream, read, parse, convert)
-                yield from self.arrow_rows(batches, {"file": file.name}, file.uri)
-        except pa.ArrowInvalid as error:
-            if "Empty CSV" in str(error):
-                return
-            message = f"{file.uri} is not a readable CSV file ({error}); quote texts that contain commas"
-            raise InputError(message) from error
+    def file_rows(self, file: File, seen: set[str]) -> Iterator[SourceRow]:
+        for record in csv_records(file, lambda header: self.present_columns(file.uri, header, seen)):
+            place = {"file": file.name, "row": record.number}
+            if record.fault:
+                yield SourceRow(place, None, fault=f"{record.where} {record.fault}")
+            else:
+                yield self.row(place, record.row, record.where)

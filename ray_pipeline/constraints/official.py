@@ -1,20 +1,23 @@
-"""IFEval's official checkers, which the extra `ifeval` brings (lm-eval), and their versions."""
+"""IFEval's official checkers, which the extra `ifeval` brings (lm-eval), their versions, and how they are called."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import os
-from collections.abc import Callable, Mapping
+import random
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ray_pipeline.bench.files import BenchmarkFileError
+from ray_pipeline.config.messages import installing
 
 #: Package versions that decide verdicts beside lm-eval's own.
 _PACKAGES = ("lm_eval", "nltk", "langdetect")
 
 
-class CheckersMissing(BenchmarkFileError):
+class CheckersMissing(ValueError):
     """The official checkers cannot run here; the message names what to install."""
 
 
@@ -31,10 +34,7 @@ def checker_version() -> str:
     return ", ".join(versions) + ", seed 0"
 
 
-_INSTALL = (
-    "IFEval needs the official checkers, which are not installed: pip install 'quorum-align[ifeval]' "
-    "(or lm-eval[ifeval])"
-)
+_INSTALL = f"IFEval needs the official checkers, which are not installed: {installing('ifeval')}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +45,38 @@ class Checkers:
     example: Callable[..., Any]
     strict: Callable[[Any, str], Any]
     loose: Callable[[Any, str], Any]
+
+    def followed(
+        self, prompt: str, ids: Sequence[str], arguments: Sequence[Mapping[str, Any]], response: str, *, loose: bool
+    ) -> tuple[tuple[bool, ...], bool]:
+        """Which constraints a response follows, and whether a checker drew what it looks for at random.
+
+        Language detection and random draws of checkers are reseeded for each call, so that the flags depend on the
+        arguments alone; the state of Python's generator is restored.
+
+        Args:
+            ids: published names of the constraints (`family:type`).
+            arguments: of the checker of each.
+            loose: whether the response is also read without its first and last line and without asterisks.
+
+        Returns:
+            One flag a constraint; whether Python's generator was used.
+        """
+        example = self.example(
+            key=0, instruction_id_list=list(ids), prompt=prompt, kwargs=[dict(one) for one in arguments]
+        )
+        with contextlib.suppress(ImportError):
+            from langdetect import DetectorFactory
+
+            DetectorFactory.seed = 0
+        before = random.getstate()
+        random.seed(0)
+        start = random.getstate()
+        try:
+            flags = (self.loose if loose else self.strict)(example, response).follow_instruction_list
+            return tuple(map(bool, flags)), random.getstate() != start
+        finally:
+            random.setstate(before)
 
 
 def load_checkers() -> Checkers:
@@ -81,3 +113,7 @@ def load_checkers() -> Checkers:
         utils.test_instruction_following_strict,
         utils.test_instruction_following_loose,
     )
+
+
+#: The official checkers, loaded once a process. Raises CheckersMissing.
+checkers = functools.cache(load_checkers)

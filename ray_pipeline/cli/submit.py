@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
+from ray_pipeline.cli.terminal import BAD_INPUT, DONE, STAGE_FAILED, chosen_config, complain
 from ray_pipeline.config.loading import apply_override, read_yaml
 from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.store.outside import shown
@@ -18,32 +19,41 @@ from ray_pipeline.store.secrets import looks_like_key, names_secret_variable, re
 from ray_pipeline.submit.job import CONFIG_FOLDER, ClusterLost, Ended, Job, SubmitError, run_job
 from ray_pipeline.submit.named import Named, named_files
 from ray_pipeline.submit.package import MAX_BYTES, PackageError, package
+from ray_pipeline.workflow.registry import find_workflow
 
-#: Exit codes of `quorum submit`, beside those of the job itself.
-DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
-
-_err = Console(stderr=True, soft_wrap=True)
-
-
-def _say(text: str) -> None:
-    _err.print(shown(f"quorum: {text}"), markup=False, highlight=False)
+#: Exit code of a job that was stopped, or is no longer followed.
+INTERRUPTED = 130
+#: What Ray colours the names of processes with.
+_COLOURS = re.compile(r"\x1b\[[\d;]*m")
+#: A private key whose end is not there yet.
+_BEGUN_KEY = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----(?!(?s:.*)-----END )")
+_LONGEST_KEY = 20_000  # characters; what begins like a key and goes on for longer is none
 
 
 def submit(
     dag: Annotated[str, typer.Argument(help="workflow, as for `quorum run`")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, passed on to `quorum run`")] = None,
     config: Annotated[
-        str, typer.Option("--config", "-c", help="local YAML file, or the name of one that comes with Quorum")
-    ] = "pocket",
+        str | None,
+        typer.Option(
+            "--config",
+            "-c",
+            help="local YAML file, or the name of one that comes with Quorum; default: the workflow's own pocket "
+            "configuration",
+        ),
+    ] = None,
     run_dir: Annotated[
         str | None, typer.Option(help="run folder on the cluster: an absolute path that all nodes share, or a URI")
     ] = None,
-    from_stage: Annotated[str | None, typer.Option("--from", help="rerun this stage and everything downstream")] = None,
-    to_stage: Annotated[str | None, typer.Option("--to", help="stop after this stage")] = None,
+    from_stage: Annotated[
+        str | None, typer.Option("--from", help="rerun this stage (name or number) and everything downstream")
+    ] = None,
+    to_stage: Annotated[str | None, typer.Option("--to", help="stop after this stage (name or number)")] = None,
     max_cost: Annotated[
         float | None, typer.Option(help="stop gracefully once total spend across sessions reaches this amount")
     ] = None,
     device_hour: Annotated[float | None, typer.Option(help="price of one GPU for an hour, for --max-cost")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="as of `quorum run`")] = False,
     log_json: Annotated[bool, typer.Option("--log-json", help="log as JSON lines, for log collectors")] = False,
     address: Annotated[
         str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="URL of the cluster's dashboard")
@@ -75,6 +85,7 @@ def submit(
         if run_dir is not None:
             check_location(run_dir, "--run-dir")
         root = Path(working_dir).resolve()
+        config = chosen_config(find_workflow(dag), None) if config is None else config
         chosen = _Chosen.read(config, overrides or [], dag, root)
         packed = package(root, exclude or (), chosen.named.inside)
         packed.check(max_mib * 2**20)
@@ -85,7 +96,7 @@ def submit(
         for option, value in options.items():
             if value is not None:
                 command += [option, str(value)]
-        command += ["--log-json"] if log_json else []
+        command += [*(["--quiet"] if quiet else []), *(["--log-json"] if log_json else [])]
         _refuse_keys(command)
         job = Job(
             command,
@@ -95,17 +106,23 @@ def submit(
             labels=_pairs(driver_label, "--driver-label"),
         )
         for line in [*packed.contents(), *chosen.notes()]:
-            _say(line)
-        _say(f"submitting to {address}")
-        ended = run_job(address, job, packed, extra_files=extra, resubmits=resubmit, wait=wait, say=_say, write=_write)
+            complain(line)
+        complain(f"submitting to {address}")
+        log = JobLog()
+        try:
+            ended = run_job(
+                address, job, packed, extra_files=extra, resubmits=resubmit, wait=wait, say=complain, write=log.write
+            )
+        finally:
+            log.close()
     except (PackageError, SubmitError, ConfigError, UnreachableFolder, StoreError) as error:
-        _say(str(error))
+        complain(error)
         raise typer.Exit(BAD_INPUT) from error
     except ClusterLost as error:
-        _say(f"{error}. Finished work is kept; rerun the same command to resume")
-        raise typer.Exit(FAILED) from error
+        complain(f"{error}. Finished work is kept; rerun the same command to resume")
+        raise typer.Exit(STAGE_FAILED) from error
     except KeyboardInterrupt:
-        _say("stopped following; the job continues. Use `ray job stop` to stop it; its log is in the dashboard")
+        complain("stopped following; the job continues. Use `ray job stop` to stop it; its log is in the dashboard")
         raise typer.Exit(INTERRUPTED) from None
     if wait:
         raise typer.Exit(exit_code(ended))
@@ -116,18 +133,18 @@ def exit_code(ended: Ended) -> int:
     if ended.status == "SUCCEEDED":
         return DONE
     if ended.status == "STOPPED":
-        _say("the job was stopped; rerun the same command to resume")
+        complain("the job was stopped; rerun the same command to resume")
         return INTERRUPTED
     if ended.exit_code is None or ended.was_cut_off:
         last = ended.message.splitlines()[-1] if ended.message else "no reason given"
-        _say(f"the job was interrupted: {last}. Rerun the same command to resume")
+        complain(f"the job was interrupted: {last}. Rerun the same command to resume")
     if module := ended.missing_module:
-        _say(
+        complain(
             f"the cluster's `python` has no package {module!r}. Start Ray on every node from the environment that has "
             "Quorum (cluster/install.sh, or the images of cluster/docker); for code of your own, `git add` the file or "
             "set --working-dir"
         )
-    return ended.exit_code if ended.exit_code is not None and ended.exit_code > 0 else FAILED
+    return ended.exit_code if ended.exit_code is not None and ended.exit_code > 0 else STAGE_FAILED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,6 +232,30 @@ def _amount(name: str, value: str) -> float:
         raise SubmitError(f"--driver-resource {name} must be a number, not {value!r}") from None
 
 
-def _write(text: str) -> None:
-    sys.stdout.write(redact(text))
-    sys.stdout.flush()
+class JobLog:
+    """A job's log on this terminal, by whole lines and whole private keys, so that no key is cut in two: without keys
+    and colours, and with other control characters visible. Of a progress bar that overwrites its line, the last state
+    is shown."""
+
+    def __init__(self) -> None:
+        self._rest = ""
+
+    def write(self, text: str) -> None:
+        text = self._rest + text
+        end = text.rfind("\n") + 1
+        begun = _BEGUN_KEY.search(text, 0, end)
+        if begun and end - begun.start() < _LONGEST_KEY:
+            end = text.rfind("\n", 0, begun.start()) + 1
+        self._rest = text[end:]
+        self._print(text[:end])
+
+    def close(self) -> None:
+        """Write what is left, such as an unfinished last line."""
+        self._print(self._rest)
+        self._rest = ""
+
+    def _print(self, text: str) -> None:
+        # Some keys have several lines, so keys are removed before the text is split.
+        for line in re.findall(r"[^\n]*\n|[^\n]+", redact(_COLOURS.sub("", text.replace("\r\n", "\n")))):
+            sys.stdout.write(shown(line.rstrip("\r").rpartition("\r")[2]))
+        sys.stdout.flush()

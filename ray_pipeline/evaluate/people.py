@@ -1,0 +1,157 @@
+"""How far the gate and the judges agree with people who labelled some candidates (`quorum review`)."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from scipy.stats import binomtest
+
+from ray_pipeline.data.gate import GateConfig
+from ray_pipeline.evaluate.data import ReportData
+from ray_pipeline.report.figures import number, percent, percent_interval
+from ray_pipeline.report.page import Section, Table, Text
+from ray_pipeline.stats.bootstrap import Interval
+from ray_pipeline.stats.kappa import cohen_kappa
+from ray_pipeline.store.schemas import LABELS, READ_STATUSES
+
+_SIDES = ("desirable", "undesirable")
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """Of the gate with people, over the candidates that the gate called desirable or undesirable.
+
+    Attributes:
+        share: of equal labels, with the exact interval (Clopper & Pearson 1934).
+        kappa: Cohen's; None where it is undefined.
+    """
+
+    candidates: int
+    equal: int
+    share: Interval
+    kappa: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class GateAndPeople:
+    """Labels of the gate beside those of people.
+
+    Attributes:
+        labelled: candidates of this run that people labelled; `unknown` are of no candidate of this run.
+        unsure, contested: candidates left open, and labelled differently by several people: left out.
+        counts: gate's label → people's label → candidates.
+        chosen: agreement over all labelled candidates; `drawn` over those chosen by chance, which stand for the run.
+        scores: judge → mean score of the candidates that people call desirable, and undesirable; None without one.
+    """
+
+    labelled: int
+    unknown: int
+    unsure: int
+    contested: int
+    counts: Mapping[str, Mapping[str, int]]
+    chosen: Agreement
+    drawn: Agreement
+    scores: Mapping[str, tuple[float | None, float | None]]
+
+
+def gate_and_people(data: ReportData) -> GateAndPeople | None:
+    """None without labels by people, or without decisions."""
+    people, decisions = data.people, data.decisions
+    if people is None or decisions is None:
+        return None
+    columns = ["candidate_id", "score_variance", "final_score", "label"]
+    rows = [row for row in decisions.select(columns).to_pylist() if row["candidate_id"] in people.labels]
+    by_gate = {row["candidate_id"]: gate_label(row["score_variance"], row["final_score"], data.gate) for row in rows}
+    counts: dict[str, collections.Counter[str]] = {label: collections.Counter() for label in LABELS}
+    for name, label in by_gate.items():
+        counts[label][people.labels[name]] += 1
+    both = {name: (label, people.labels[name]) for name, label in by_gate.items() if label in _SIDES}
+    return GateAndPeople(
+        labelled=len(rows),
+        unknown=len(people.labels) - len(rows),
+        unsure=people.unsure,
+        contested=people.contested,
+        counts={label: dict(found) for label, found in counts.items() if found},
+        chosen=_agreement(list(both.values())),
+        drawn=_agreement([pair for name, pair in both.items() if name in people.drawn]),
+        scores=_scores(data, {name: people.labels[name] for name in by_gate}),
+    )
+
+
+def gate_label(variance: float | None, final: float | None, gate: GateConfig) -> str:
+    """The gate's own label, from the numbers of a decision whose label may be a person's."""
+    if gate.use_variance and variance is not None and variance > gate.tau:
+        return "abstain"
+    if final is None:
+        return "incomplete"
+    if final >= gate.desirable_at:
+        return "desirable"
+    return "undesirable" if final <= gate.undesirable_at else "discard"
+
+
+def _agreement(pairs: Sequence[tuple[str, str]]) -> Agreement:
+    equal = sum(one == other for one, other in pairs)
+    if not pairs:
+        return Agreement(0, 0, Interval(None, None, None), None)
+    exact = binomtest(equal, len(pairs)).proportion_ci(method="exact")
+    share = Interval(equal / len(pairs), float(exact.low), float(exact.high), rows=len(pairs))
+    kappa = cohen_kappa([one for one, _ in pairs], [other for _, other in pairs], _SIDES)
+    return Agreement(len(pairs), equal, share, kappa.value)
+
+
+def _scores(data: ReportData, labels: Mapping[str, str]) -> dict[str, tuple[float | None, float | None]]:
+    if data.verdicts is None:
+        return {}
+    mine = pc.is_in(data.verdicts["candidate_id"], value_set=pa.array(list(labels), pa.string()))
+    found: dict[str, dict[str, list[float]]] = collections.defaultdict(lambda: {side: [] for side in _SIDES})
+    columns = ["candidate_id", "judge", "score", "parse_status"]
+    for row in data.verdicts.filter(mine).select(columns).to_pylist():
+        if row["score"] is not None and row["parse_status"] in READ_STATUSES:
+            found[row["judge"]][labels[row["candidate_id"]]].append(row["score"])
+
+    def mean(values: Sequence[float]) -> float | None:
+        return sum(values) / len(values) if values else None
+
+    return {judge: (mean(sides["desirable"]), mean(sides["undesirable"])) for judge, sides in sorted(found.items())}
+
+
+def people_section(found: GateAndPeople | None) -> Section | None:
+    """None without labels by people."""
+    if found is None:
+        return None
+    left_out = [
+        f"{number(count)} {what}"
+        for count, what in (
+            (found.contested, "labelled differently by different people"),
+            (found.unsure, "left open"),
+            (found.unknown, "of another run"),
+        )
+        if count
+    ]
+    text = f"People labelled {number(found.labelled)} candidates of this run."
+    if left_out:
+        text += f" Not counted: {', '.join(left_out)}."
+    rows = [[label, *(number(counts.get(side, 0)) for side in _SIDES)] for label, counts in found.counts.items()]
+    shares = [
+        [name, number(one.candidates), f"{percent(one.share.mean)} ({percent_interval(one.share)})", number(one.kappa)]
+        for name, one in (("all labelled", found.chosen), ("of them drawn by chance", found.drawn))
+    ]
+    scores = [[judge, *(number(value) for value in means)] for judge, means in found.scores.items()]
+    return Section(
+        "people",
+        "Agreement with people",
+        [
+            Text(text),
+            Table(["gate", "people: desirable", "people: undesirable"], rows, title="Labels"),
+            Table(["candidates that the gate kept", "labelled", "equal labels", "kappa"], shares, title="Agreement"),
+            Text(
+                "Most rows of a review are chosen because their label is in doubt, so agreement over all of them is "
+                "lower than over the run. The rows drawn by chance stand for the run."
+            ),
+            Table(["judge", "mean score, desirable", "mean score, undesirable"], scores, title="Judges' scores"),
+        ],
+    )

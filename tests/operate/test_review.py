@@ -1,0 +1,162 @@
+"""Rows for people to label, and their labels read back: report, gate and audit."""
+
+from __future__ import annotations
+
+import collections
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from ray_pipeline.cli import app
+from ray_pipeline.data.gate import GateConfig
+from ray_pipeline.data.reviewed import overrule, read_labels
+from ray_pipeline.data.sources import InputError
+from ray_pipeline.evaluate.people import gate_label
+from ray_pipeline.graph.results import read_run
+from ray_pipeline.operate.review import ARGILLA, PAGE, ROWS, review
+from ray_pipeline.store.schemas import DECISIONS, LABELS
+from tests.operate.planted_run import SHARDS, plant
+from tests.planted import random_world
+
+GATE = GateConfig()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return plant(tmp_path_factory.mktemp("review") / "run", random_world(60, seed=5))
+
+
+def written(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / ROWS).read_text().splitlines()]
+
+
+def labels_file(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_rows_in_doubt_are_chosen_and_a_fifth_by_chance(folder: Path, tmp_path: Path) -> None:
+    run = read_run(str(folder))
+    counts = review(run, GATE, tmp_path / "a", 40)
+    rows = written(tmp_path / "a")
+    assert counts == collections.Counter(row["chosen_as"] for row in rows) and sum(counts.values()) == len(rows) == 40
+    assert counts["chance"] == 8 and {counts[name] for name in ("abstained", "threshold", "disputed")} <= {10, 11}
+    decisions = {row["candidate_id"]: row for row in run.results["gate"].table().read_all().to_pylist()}
+
+    def away(row: dict[str, Any]) -> float:
+        return min(abs(row["final_score"] - 7), abs(row["final_score"] - 4))
+
+    chosen = {row["candidate_id"]: row["chosen_as"] for row in rows}
+    near = [away(decisions[name]) for name, reason in chosen.items() if reason == "threshold"]
+    others = [
+        away(row)
+        for name, row in decisions.items()
+        if name not in chosen and row["label"] != "abstain" and row["final_score"] is not None
+    ]
+    assert max(near) <= min(others)
+    assert {decisions[name]["label"] for name, reason in chosen.items() if reason == "abstained"} == {"abstain"}
+    for row in rows:
+        decision = decisions[row["candidate_id"]]
+        assert (row["label"], row["why"], row["final_score"]) == tuple(
+            decision[name] for name in ("label", "why", "final_score")
+        )
+        assert row["prompt"].startswith("question") and row["response"] and len(row["judges"]) == 3
+    review(run, GATE, tmp_path / "b", 40)
+    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in (PAGE, ROWS))
+    records = json.loads((tmp_path / "a" / ARGILLA).read_text())
+    assert [record["id"] for record in records] == [row["candidate_id"] for row in rows]
+
+
+def test_more_rows_than_the_run_has_are_all_of_its_rows(folder: Path, tmp_path: Path) -> None:
+    counts = review(read_run(str(folder)), GATE, tmp_path, 10_000)
+    read = read_run(str(folder)).results["gate"].table().read_all().to_pylist()
+    assert sum(counts.values()) == sum(row["final_score"] is not None for row in read)
+
+
+def test_labels_go_into_gate_report_and_audit(folder: Path, tmp_path: Path) -> None:
+    shown = CliRunner().invoke(app, ["review", str(folder), "-n", "30", "-o", str(tmp_path)])
+    assert shown.exit_code == 0 and "30 rows: 6 chance" in shown.output, shown.output
+    said = ["desirable", "undesirable", "unsure"]
+    rows = [{**row, "label": said[place % 3]} for place, row in enumerate(written(tmp_path))]
+    names = [row["candidate_id"] for row in rows]
+    again = {"candidate_id": names[0], "label": "undesirable"}  # another person
+    path = labels_file(tmp_path / "labels.jsonl", [*rows, again, {"candidate_id": "0" * 32, "label": "desirable"}])
+    arguments = ["run", "dmapo", "-c", "pocket", f"prompts.num_shards={SHARDS}", "--run-dir", str(folder)]
+    arguments += [f"human_labels.path={path}", "human_labels.use=gate", "--to", "datasets", "--executor", "inprocess"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    run = read_run(str(folder))
+    decisions = {row["candidate_id"]: row for row in run.results["gate"].table().read_all().to_pylist()}
+    expected = {name: row["label"] for name, row in zip(names, rows, strict=True) if row["label"] != "unsure"}
+    del expected[names[0]]  # contested
+    assert all(decisions[name]["label"] == label for name, label in expected.items())
+    assert all(("a person: " in row["why"]) == (name in expected) for name, row in decisions.items())
+    changed = sum(row["label"] != old["label"] for row, old in zip(rows, written(tmp_path), strict=True)
+                  if row["candidate_id"] in expected)  # fmt: skip
+    assert run.results["gate"].facts["counts"]["changed_by_people"] == changed > 0
+
+    audited = CliRunner().invoke(app, ["audit", str(folder)])
+    assert audited.exit_code == 0 and "no problem" in audited.output, audited.output
+    path.write_text("")
+    assert "label" in CliRunner().invoke(app, ["audit", str(folder)]).output  # people's labels are known from the file
+    labels_file(path, [*rows, again, {"candidate_id": "0" * 32, "label": "desirable"}])
+
+    assert CliRunner().invoke(app, ["report", str(folder)]).exit_code == 0
+    found = json.loads((folder / "report" / "metrics.json").read_text())["people"]
+    assert (found["labelled"], found["unknown"], found["contested"], found["unsure"]) == (len(expected), 1, 1, 10)
+    before = {row["candidate_id"]: row["label"] for row in written(tmp_path)}
+    table = collections.Counter((before[name], label) for name, label in expected.items())
+    assert {(one, other): n for one, row in found["counts"].items() for other, n in row.items()} == dict(table)
+    kept = [name for name in expected if before[name] in ("desirable", "undesirable")]
+    equal = sum(before[name] == expected[name] for name in kept)
+    assert (found["chosen"]["candidates"], found["chosen"]["equal"]) == (len(kept), equal)
+    assert "## Agreement with people" in (folder / "report" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "line, problem",
+    [
+        ('{"label": "desirable"}', "line 2 has no candidate_id"),
+        ('{"candidate_id": "a", "label": "good"}', "label 'good'; use desirable, undesirable or unsure"),
+        ("{", "line 2"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path: Path, line: str, problem: str) -> None:
+    path = tmp_path / "labels.jsonl"
+    path.write_text('{"candidate_id": "a", "label": "desirable"}\n' + line + "\n")
+    with pytest.raises(InputError, match=problem):
+        read_labels(str(path))
+    checked = CliRunner().invoke(app, ["run", "dmapo", "-c", "pocket", f"human_labels={path}", "--dry-run"])
+    assert checked.exit_code == 2 and problem in checked.output.replace("\n", " "), checked.output
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(LABELS), st.booleans(), st.sampled_from([None, "desirable", "undesirable"]))),
+)
+def test_people_replace_labels_of_scored_candidates_only(rows: list[tuple[str, bool, Any]]) -> None:
+    table = pa.Table.from_pylist(
+        [
+            {"candidate_id": str(i), "prompt_id": "p", "mean_score": None, "score_variance": None, "penalty": None,
+             "final_score": 5.0 if scored else None, "label": label, "why": "because"}
+            for i, (label, scored, _) in enumerate(rows)
+        ],
+        schema=DECISIONS,
+    )  # fmt: skip
+    given_labels = {str(i): person for i, (_, _, person) in enumerate(rows) if person}
+    found, changed = overrule(table, given_labels)
+    assert found.schema == DECISIONS
+    expected = [person if person and scored else label for label, scored, person in rows]
+    assert found["label"].to_pylist() == expected
+    assert changed == sum(new != label for new, (label, _, _) in zip(expected, rows, strict=True))
+
+
+def test_the_gates_own_label_follows_from_its_numbers(folder: Path) -> None:
+    table = read_run(str(plant(folder.parent / "again", random_world(60, seed=5)))).results["gate"].table().read_all()
+    for row in table.to_pylist():
+        assert gate_label(row["score_variance"], row["final_score"], GATE) == row["label"]
