@@ -11,6 +11,8 @@ from tests.published import nltk_data
 
 # Ray workers, engines and commands inherit this: without bytecode, each of them compiles all of Quorum at its start.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# Ray gives its workers a niceness of 15: beside another test's engine on the same cores they would stand still.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 # A busy machine says nothing about the code.
 settings.register_profile("quorum", deadline=None)
