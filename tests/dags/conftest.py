@@ -65,7 +65,7 @@ class Quorum:
                     self.engines[child.pid] = child
                 elif "ShardActor" in name:
                     self.actors[child.pid] = child
-            time.sleep(0.2)
+            time.sleep(0.5)
 
     @property
     def output(self) -> str:
