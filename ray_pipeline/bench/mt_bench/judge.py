@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -87,7 +87,7 @@ async def rate_turn(
     if _unanswered(turn, answers):
         return Rating(None, "skipped", False, None)
     read, status, contradictory, raw = await _ask(engine, prompts[name].messages(fields), asking, _RATING, _rating)
-    return Rating(None if read is None else float(read.fields["score"]), status, contradictory, raw)
+    return Rating(None if read is None else float(read["score"]), status, contradictory, raw)
 
 
 def _rating(reply: Completion, reading: Reading) -> Read | None:
@@ -113,7 +113,7 @@ async def compare_turn(
     read, status, contradictory, raw = await _ask(
         engine, prompts[name].messages(fields), asking, _CHOICE, read_bracketed_choice
     )
-    return TurnChoice(None if read is None else read.fields["choice"], status, contradictory, raw)
+    return TurnChoice(None if read is None else read["choice"], status, contradictory, raw)
 
 
 async def _ask(
@@ -122,14 +122,14 @@ async def _ask(
     asking: BenchAsking,
     form: str,
     reader: Callable[[Completion, Reading], Read | None],
-) -> tuple[Read | None, str, bool, str | None]:
-    """What was read, the parse status, whether the reply is contradictory, and its text."""
+) -> tuple[dict[str, Any] | None, str, bool, str | None]:
+    """The fields that were read, the parse status, whether the reply is contradictory, and its text."""
     grammar = Grammar.regex(form) if asking.grammar else None
-    read, reply, status = await ask_until_read(
+    found = await ask_until_read(
         engine, messages, asking.sampling, asking, grammar, lambda reply: reader(reply, asking.reading)
     )
-    contradictory = reply is not None and status != "error" and rules_differ(reply, reader)
-    return read, status, contradictory, None if reply is None else reply.text
+    contradictory = found.finished is not None and rules_differ(found.finished, reader)
+    return found.fields, found.status, contradictory, found.raw
 
 
 def _question_fields(turn: Turn, questions: Sequence[str], references: Sequence[str] | None) -> dict[str, str]:
