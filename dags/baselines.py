@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator
 
 from dags.dmapo import DmapoConfig
 from ray_pipeline.audit.run import Audit, audit_gated
@@ -33,6 +33,7 @@ from ray_pipeline.data.preference_sources import PreferenceSource
 from ray_pipeline.data.prompts import prompts as prompts_stage
 from ray_pipeline.data.scored import ScoredDataset
 from ray_pipeline.data.sources import InputError
+from ray_pipeline.data.variant import DataVariant
 from ray_pipeline.evaluate.method_table import PolicyName, TableSettings, method_table, rewrite_page
 from ray_pipeline.extensions import register
 from ray_pipeline.graph.results import Run
@@ -44,45 +45,6 @@ from ray_pipeline.policy.train import train as train_stage
 from ray_pipeline.training.methods import METHODS, MethodName, method_label, method_of
 from ray_pipeline.training.spec import TrainSettings
 from ray_pipeline.workflow.registry import Workflow
-
-
-class DataVariant(Settings):
-    """How a dataset is made: from the run's candidates and scores, or from imported rows."""
-
-    gated: bool = Field(
-        True,
-        description="let the confidence gate decide; if false, take the best and worst of k by mean score, "
-        "whatever the score",
-    )
-    gate: dict[str, Any] = Field(
-        default_factory=dict,
-        description="overrides of the `gate` block ({use_variance: false}, {use_critic: false}, {tau: 1})",
-    )
-    judges: tuple[str, ...] | None = Field(None, min_length=1, description="whose scores count; default: all")
-    k: int | None = Field(None, ge=2, description="number of candidates used of each prompt; default: all")
-    min_gap: float | None = Field(
-        None,
-        ge=0,
-        description="minimum gap of a pair's scores; default: datasets.min_gap with the gate, any gap above 0 without",
-    )
-    source: PreferenceSource | None = Field(
-        None, description="import training rows from a Hub dataset or from files; excludes the keys above"
-    )
-    max_prompts: int | None = Field(
-        None,
-        ge=1,
-        description="largest number of prompts to train on (smallest hashes kept): without a gate as many pairs, and "
-        "twice as many KTO rows; default: all",
-    )
-
-    @model_validator(mode="after")
-    def _one_way(self) -> DataVariant:
-        set_here = sorted(self.model_fields_set - {"source", "max_prompts"})
-        if self.source is not None and set_here:
-            raise ValueError(f"{set_here[0]} has no effect on rows of a source, which are judged already; remove it")
-        if not self.gated and self.gate:
-            raise ValueError("gate has no effect when gated is false")
-        return self
 
 
 class BaselinesBlock(Settings):
@@ -219,18 +181,7 @@ class BaselinesConfig(DmapoConfig):
         return {"DMAPO": f"kto on {whole[0]}"} if whole and "kto" in self.baselines.methods else {}
 
     def how(self, variant: DataVariant) -> str:
-        if variant.source is not None:
-            place = variant.source.name if variant.source.type == "huggingface" else variant.source.place
-            return f"{variant.source.format} rows of {place}"
-        judges = ", ".join(variant.judges or self.judge.names)
-        k = variant.k or sum(self.candidates.drawn.values()) or "all"
-        if not variant.gated:
-            return f"best and worst of {k} by {judges}; no gate"
-        gate = self.gate_of(variant)
-        assert gate is not None
-        rules = [f"tau {gate.tau:g}" if gate.use_variance else "no variance rule"]
-        rules.append(f"alpha {gate.alpha:g}" if gate.use_critic else "no critic")
-        return f"gate on {k} candidates by {judges}; {', '.join(rules)}"
+        return variant.how(self.judge.names, sum(self.candidates.drawn.values()), self.gate_of(variant))
 
 
 def _problem(error: ValidationError | InputError) -> str:

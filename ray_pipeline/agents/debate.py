@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from ray_pipeline.agents.judges import SamplingSettings, ask_until_read, why_unread
+from ray_pipeline.agents.judges import SamplingSettings
 from ray_pipeline.agents.jurors import most_held
-from ray_pipeline.agents.labelled_replies import Scale, scores_grammar, scores_verdict
+from ray_pipeline.agents.labelled_replies import Scale
 from ray_pipeline.agents.strategies import (
     LABELS,
     WORST_FIRST,
@@ -25,6 +24,7 @@ from ray_pipeline.agents.strategies import (
     Look,
     Orders,
     StrategyAsking,
+    ask_scores,
     best_scores,
     settle,
     shown_orders,
@@ -274,25 +274,11 @@ class _Table:
         return Speech(order, number, place, role.name, reply.text, reply.finish_reason)
 
     async def _score(self, order: tuple[int, ...], role: Role, said: Sequence[Speech]) -> Look:
-        labels, scale = LABELS[: len(order)], self.settings.scale
         variables = self._variables(order, role, said, self.settings.rounds + 1)
-        form, format = self.asking.form, self.asking.format
-        reader = functools.partial(scores_verdict, labels=labels, scale=scale, form=form, format=format)
-        read, reply, status = await ask_until_read(
-            self.engines[role.name],
-            self._messages(self.templates.score, variables),
-            self.sampling,
-            self.asking,
-            scores_grammar(labels, scale, self.asking.reason_chars) if self.asking.grammar else None,
-            reader,
-            follow_up=render_text(self.templates.retry, variables) if self.asking.follow_up else None,
-        )
-        raw = None if reply is None else reply.text
-        if read is None:
-            return Look(order, None, (), why_unread(raw, status, reader), status, raw)
-        by_answer = {answer: read.fields["scores"][label] for answer, label in zip(order, labels, strict=True)}
-        scores = tuple(by_answer[answer] for answer in range(len(order)))
-        return Look(order, scores, best_scores(scores), read.fields["reason"], status, raw)
+        messages = self._messages(self.templates.score, variables)
+        retry = render_text(self.templates.retry, variables) if self.asking.follow_up else None
+        engine, scale = self.engines[role.name], self.settings.scale
+        return await ask_scores(engine, messages, order, scale, self.sampling, self.asking, retry)
 
     def _variables(self, order: tuple[int, ...], role: Role, said: Sequence[Speech], now: int) -> dict[str, Any]:
         labels = LABELS[: len(order)]

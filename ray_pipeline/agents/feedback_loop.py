@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from ray_pipeline.agents.judges import SamplingSettings, ask_until_read
-from ray_pipeline.agents.replies import read_review, review_grammar
+from ray_pipeline.agents.replies import review_grammar, review_verdict
 from ray_pipeline.agents.templates import (
     RoleTemplate,
     check_role,
@@ -129,22 +130,16 @@ async def review(
         focus: what this reviewer looks at; empty for the template's own question.
         sample: index among several reviews of the same answer.
     """
-    read, reply, status = await ask_until_read(
-        engine,
-        review_messages(prompt, response, template, asking, focus),
-        sampling,
-        asking,
-        review_grammar(asking.reason_chars, asking.feedback_chars, asking.scale, asking.decimals)
-        if asking.grammar
-        else None,
-        lambda reply: read_review(reply, asking.scale, asking.decimals),
-        sample=sample,
-    )
-    raw = None if reply is None else reply.text
-    if read is None:
-        return Review(None, None, None, status, raw)
-    score = read.fields["score"]
-    return Review(read.fields["feedback"], None if score is None else float(score), read.fields["reason"], status, raw)
+    messages = review_messages(prompt, response, template, asking, focus)
+    grammar = review_grammar(asking.reason_chars, asking.feedback_chars, asking.scale, asking.decimals)
+    used = grammar if asking.grammar else None
+    reader = functools.partial(review_verdict, scale=asking.scale, decimals=asking.decimals)
+    reply = await ask_until_read(engine, messages, sampling, asking, used, reader, sample=sample)
+    if reply.fields is None:
+        return Review(None, None, None, reply.status, reply.raw)
+    score = reply.fields["score"]
+    given = None if score is None else float(score)
+    return Review(reply.fields["feedback"], given, reply.reason, reply.status, reply.raw)
 
 
 def review_messages(

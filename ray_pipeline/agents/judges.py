@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 from pydantic import Field, field_validator, model_validator
 
+from ray_pipeline.agents.labelled_replies import pick_grammar
 from ray_pipeline.agents.replies import (
     Read,
-    choice_grammar,
     choice_verdict,
     critique_grammar,
     critique_verdict,
@@ -28,7 +28,16 @@ from ray_pipeline.agents.templates import Layout, RoleTemplate, fence, render, t
 from ray_pipeline.agents.verdict_styles import FORMATS_OF_OBJECTS, Format
 from ray_pipeline.agents.verdicts import Unread
 from ray_pipeline.config.settings import Settings
-from ray_pipeline.engines.base import ChatEngine, Completion, EngineError, Grammar, Message, PromptTooLong, Sampling
+from ray_pipeline.engines.base import (
+    ChatEngine,
+    Completion,
+    EngineError,
+    Grammar,
+    Message,
+    PromptTooLong,
+    Sampling,
+    TokenLogprobs,
+)
 from ray_pipeline.engines.thoughts import answered
 from ray_pipeline.store.keys import derived_seed
 
@@ -190,22 +199,13 @@ async def judge(
     reader = functools.partial(score_verdict, low=rubric.low, high=rubric.high, format=asking.format)
     # Twenty alternatives cover every score of a ten-point scale and the tokens that compete with them.
     logprobs = 20 if asking.expected_score else None
-    read, reply, status = await ask_until_read(
-        engine,
-        messages,
-        rubric.sampling or sampling,
-        asking,
-        grammar,
-        reader,
-        logprobs,
-    )
-    raw = None if reply is None else reply.text
-    if read is None:
-        return Verdict(None, None, None, status, raw, why_unread(raw, status, reader))
+    reply = await ask_until_read(engine, messages, rubric.sampling or sampling, asking, grammar, reader, logprobs)
+    if reply.fields is None:
+        return Verdict(None, None, None, reply.status, reply.raw, reply.unread)
     expected = None
-    if reply is not None and asking.expected_score:
-        expected = expected_score(reply.text, reply.logprobs, rubric.low, rubric.high)
-    return Verdict(float(read.fields["score"]), expected, read.fields["reason"], status, raw)
+    if reply.raw is not None and asking.expected_score:
+        expected = expected_score(reply.raw, reply.logprobs, rubric.low, rubric.high)
+    return Verdict(float(reply.fields["score"]), expected, reply.fields["reason"], reply.status, reply.raw)
 
 
 async def critique(
@@ -221,11 +221,10 @@ async def critique(
     instruction = transcript(prompt)
     messages = render(template, layout, instruction=instruction, response=response, fence=_fence(instruction, response))
     grammar = critique_grammar(asking.reason_chars) if asking.grammar else None
-    read, reply, status = await ask_until_read(engine, messages, sampling, asking, grammar, critique_verdict)
-    raw = None if reply is None else reply.text
-    if read is None:
-        return Critique(None, None, None, status, raw, why_unread(raw, status, critique_verdict))
-    return Critique(read.fields["flawed"], read.fields["failure_type"], read.fields["reason"], status, raw)
+    reply = await ask_until_read(engine, messages, sampling, asking, grammar, critique_verdict)
+    if reply.fields is None:
+        return Critique(None, None, None, reply.status, reply.raw, reply.unread)
+    return Critique(**reply.fields, parse_status=reply.status, raw=reply.raw)
 
 
 async def compare(
@@ -248,18 +247,45 @@ async def compare(
         response_b=response_b,
         fence=_fence(instruction, response_a, response_b),
     )
-    grammar = choice_grammar(asking.reason_chars) if asking.grammar else None
+    grammar = pick_grammar(("A", "B", "C"), asking.reason_chars) if asking.grammar else None
     reader = functools.partial(choice_verdict, format=asking.format)
-    read, reply, status = await ask_until_read(engine, messages, sampling, asking, grammar, reader)
-    raw = None if reply is None else reply.text
-    if read is None:
-        return Choice(None, None, status, raw, why_unread(raw, status, reader))
-    return Choice(read.fields["choice"], read.fields["reason"], status, raw)
+    reply = await ask_until_read(engine, messages, sampling, asking, grammar, reader)
+    if reply.fields is None:
+        return Choice(None, None, reply.status, reply.raw, reply.unread)
+    return Choice(**reply.fields, parse_status=reply.status, raw=reply.raw)
 
 
 def _fence(instruction: str, *answers: str) -> str:
     # Derived from the instruction alone, so that the prompts of all its answers share a prefix.
     return fence([instruction], [instruction, *answers])
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeReply:
+    """The last reply of a judge to a question, and what was read from it.
+
+    Attributes:
+        fields: by name, the reason included; None exactly when `status` is not a read one.
+        status: the parse status.
+        raw: its text, or that of the error of a failed call; None where the prompt is too long.
+        unread: why a reply that ended by itself is unread (`unread: contradictory`), for the column `reason`.
+        finished: the reply itself; None for a call without one.
+    """
+
+    fields: dict[str, Any] | None
+    status: str
+    raw: str | None = None
+    unread: str | None = None
+    finished: Completion | None = None
+
+    @property
+    def logprobs(self) -> TokenLogprobs | None:
+        return None if self.finished is None else self.finished.logprobs
+
+    @property
+    def reason(self) -> str | None:
+        """The judge's reason, or why there is no verdict."""
+        return self.unread if self.fields is None else self.fields["reason"]
 
 
 async def ask_until_read(
@@ -272,8 +298,8 @@ async def ask_until_read(
     logprobs: int | None = None,
     follow_up: str | None = None,
     sample: int = 0,
-) -> tuple[Read | None, Completion | None, str]:
-    """Call until a reply can be read or the retries are used up; return the fields, the last reply and the status.
+) -> JudgeReply:
+    """Call until a reply can be read or the retries are used up.
 
     A retry has its own temperature and seed (both in the call key), because repeating a greedy call would return the
     same unreadable reply. Nothing of an earlier reply is used: the verdict comes from the last reply alone.
@@ -283,7 +309,7 @@ async def ask_until_read(
         sample: index among several replies to the same question; each has its own seed.
     """
     reply: Completion | None = None
-    status, first = "unparsed", messages
+    first = messages
     nth = (sample,) if sample else ()
     for attempt in range(asking.retries + 1):
         if follow_up is not None and reply is not None:
@@ -298,22 +324,17 @@ async def ask_until_read(
         try:
             reply = answered(await engine.chat(messages, sampling))
         except PromptTooLong:
-            return None, None, "too_long"
+            return JudgeReply(None, "too_long")
         except EngineError as error:
-            return None, Completion(f"{type(error).__name__}: {error}", "error", 0, 0, 0), "error"
+            return JudgeReply(None, "error", f"{type(error).__name__}: {error}")
         read = reader(reply)
         if isinstance(read, Read):
-            return read, reply, "repaired" if attempt else read.status
-        status = "truncated" if reply.finish_reason == "length" else "unparsed"
-    return None, reply, status
-
-
-def why_unread(raw: str | None, status: str, reader: Callable[[Completion], Read | Unread]) -> str | None:
-    """Why a reply that ended by itself is unread, for the column `reason`."""
-    if raw is None or status != "unparsed":
-        return None
-    found = reader(Completion(raw, "stop", 0, 0, 0))
-    return found.reason if isinstance(found, Unread) else None
+            return JudgeReply(read.fields, "repaired" if attempt else read.status, reply.text, finished=reply)
+    assert reply is not None  # `retries` is 0 or more
+    if reply.finish_reason == "length":
+        return JudgeReply(None, "truncated", reply.text, finished=reply)
+    read = reader(Completion(reply.text, "stop", 0, 0, 0))
+    return JudgeReply(None, "unparsed", reply.text, read.reason if isinstance(read, Unread) else None, reply)
 
 
 def _contents(messages: Sequence[Mapping[str, str]]) -> list[str]:

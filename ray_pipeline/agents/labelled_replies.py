@@ -8,16 +8,17 @@ verdict.
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import model_validator
 
-from ray_pipeline.agents.replies import Read, choice_wanted, object_grammar, read_or_none
+from ray_pipeline.agents.replies import Read, choice_wanted, object_grammar
 from ray_pipeline.agents.verdict_styles import Format, Wanted
 from ray_pipeline.agents.verdict_text import introduces_quotation
-from ray_pipeline.agents.verdicts import Unread, find_verdict
+from ray_pipeline.agents.verdicts import Found, Unread, find_verdict
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.base import Completion, Grammar
 
@@ -37,6 +38,11 @@ class Scale(Settings):
         if self.low >= self.high:
             raise ValueError(f"low ({self.low}) must be less than high ({self.high})")
         return self
+
+    @property
+    def score_schema(self) -> dict[str, Any]:
+        """JSON schema of a score."""
+        return {"type": "number" if self.decimals else "integer", "minimum": self.low, "maximum": self.high}
 
     def number(self, value: Any) -> float | None:
         """The value as a score on this scale, or None; text is accepted if it is just a number."""
@@ -61,15 +67,7 @@ def score_key(label: str) -> str:
 
 def scores_grammar(labels: Sequence[str], scale: Scale, reason_chars: int) -> Grammar:
     """`{"reason": …, "score_a": …, "score_b": …}`; `reason_chars` 0 leaves out the reason."""
-    kind = "number" if scale.decimals else "integer"
-    one = {"type": kind, "minimum": scale.low, "maximum": scale.high}
-    return object_grammar(reason_chars, **{score_key(label): one for label in labels})
-
-
-def rating_grammar(scale: Scale, reason_chars: int) -> Grammar:
-    """`{"reason": …, "score": …}` of one answer."""
-    kind = "number" if scale.decimals else "integer"
-    return object_grammar(reason_chars, score={"type": kind, "minimum": scale.low, "maximum": scale.high})
+    return object_grammar(reason_chars, **{score_key(label): scale.score_schema for label in labels})
 
 
 def pick_grammar(options: Sequence[str], reason_chars: int) -> Grammar:
@@ -80,42 +78,18 @@ def pick_grammar(options: Sequence[str], reason_chars: int) -> Grammar:
 # --- readers ----------------------------------------------------------------------------------------------------------
 
 
-def read_scores(
-    reply: Completion, labels: Sequence[str], scale: Scale, form: Form = "json", format: Format = "quorum"
-) -> Read | None:
-    """`scores` by label and the reason, or None unless every label has exactly one score."""
-    return read_or_none(scores_verdict(reply, labels, scale, form, format))
-
-
 def scores_verdict(
     reply: Completion, labels: Sequence[str], scale: Scale, form: Form = "json", format: Format = "quorum"
 ) -> Read | Unread:
-    """As `read_scores`, with the reason why a reply is unread."""
+    """`scores` by label and the reason; unread unless every label has exactly one score."""
     wanted = Wanted({label: score_key(label) for label in labels}, "score", scale.number, high=scale.high)
-    found = find_verdict(reply, wanted, format)
-    if isinstance(found, Unread):
-        return found
-    return Read(_status(found.whole, form), {"reason": found.reason, "scores": found.values})
-
-
-def read_rating(reply: Completion, scale: Scale, form: Form = "json", format: Format = "quorum") -> Read | None:
-    """`score` of the one answer that was shown, and the reason."""
-    return read_or_none(rating_verdict(reply, scale, form, format))
+    return _read(find_verdict(reply, wanted, format), form, "scores", lambda values: values)
 
 
 def rating_verdict(reply: Completion, scale: Scale, form: Form = "json", format: Format = "quorum") -> Read | Unread:
-    """As `read_rating`, with the reason why a reply is unread."""
-    found = find_verdict(reply, Wanted({"": "score"}, "score", scale.number, high=scale.high), format)
-    if isinstance(found, Unread):
-        return found
-    return Read(_status(found.whole, form), {"reason": found.reason, "score": found.values[""]})
-
-
-def read_pick(
-    reply: Completion, options: Sequence[str], form: Form = "json", format: Format = "quorum", tie: str | None = None
-) -> Read | None:
-    """`choice`, one of the options, and the reason. `tie` is the option that is a tie; best of k has none."""
-    return read_or_none(pick_verdict(reply, options, form, format, tie))
+    """`score` of the one answer that was shown, and the reason."""
+    wanted = Wanted({"": "score"}, "score", scale.number, high=scale.high)
+    return _read(find_verdict(reply, wanted, format), form, "score", _ONLY)
 
 
 def pick_verdict(
@@ -126,11 +100,13 @@ def pick_verdict(
     tie: str | None = None,
     names: Mapping[str, str] | None = None,
 ) -> Read | Unread:
-    """As `read_pick`, with the reason why a reply is unread. `names` are other names of options, in lower case."""
-    found = find_verdict(reply, choice_wanted(options, tie, names), format)
-    if isinstance(found, Unread):
-        return found
-    return Read(_status(found.whole, form), {"reason": found.reason, "choice": found.values[""]})
+    """`choice`, one of the options, and the reason.
+
+    Args:
+        tie: the option that is a tie; best of k has none.
+        names: other names of options, in lower case.
+    """
+    return _read(find_verdict(reply, choice_wanted(options, tie, names), format), form, "choice", _ONLY)
 
 
 def last_reply(text: str, turns: int, reader: Callable[[Completion], Read | Unread]) -> Read | Unread:
@@ -153,5 +129,13 @@ def _finished(text: str) -> Completion:
     return Completion(text, "stop", 0, 0, 0)
 
 
-def _status(whole: bool, form: Form) -> str:
-    return "ok" if whole == (form == "json") else "repaired"
+#: The value of a verdict without labels.
+_ONLY = operator.itemgetter("")
+
+
+def _read(found: Found | Unread, form: Form, key: str, of: Callable[[Mapping[str, Any]], Any]) -> Read | Unread:
+    """A verdict as the reason and one field."""
+    if isinstance(found, Unread):
+        return found
+    status = "ok" if found.whole == (form == "json") else "repaired"
+    return Read(status, {"reason": found.reason, key: of(found.values)})

@@ -42,11 +42,6 @@ def critique_grammar(reason_chars: int) -> Grammar:
     return object_grammar(reason_chars, failure_type=failure, flawed={"type": "boolean"})
 
 
-def choice_grammar(reason_chars: int) -> Grammar:
-    """`{"reason": …, "choice": "A" | "B" | "C"}`; C is a tie; `reason_chars` 0 leaves out the reason."""
-    return object_grammar(reason_chars, choice={"type": "string", "enum": ["A", "B", "C"]})
-
-
 def review_grammar(reason_chars: int, feedback_chars: int, scale: tuple[int, int] | None, decimals: int = 0) -> Grammar:
     """`{"reason": …, "feedback": …, "score": …}`; the score is left out without a scale."""
     kind = "number" if decimals else "integer"
@@ -63,45 +58,25 @@ def object_grammar(reason_chars: int, **fields: dict[str, Any]) -> Grammar:
     )
 
 
-def read_score(reply: Completion, low: int, high: int, format: Format = "quorum") -> Read | None:
-    """An integer score in [low, high], or None when the reply has no single one."""
-    return read_or_none(score_verdict(reply, low, high, format))
-
-
 def score_verdict(reply: Completion, low: int, high: int, format: Format = "quorum") -> Read | Unread:
-    """As `read_score`, with the reason why a reply has no score."""
+    """An integer score in [low, high]; a reply without a single one is unread."""
     return _one(find_verdict(reply, _score_wanted(low, high), format), "score")
 
 
-def read_critique(reply: Completion) -> Read | None:
-    """`flawed` and a failure type that agrees with it (`none` exactly when not flawed), or None."""
-    return read_or_none(critique_verdict(reply))
-
-
 def critique_verdict(reply: Completion) -> Read | Unread:
-    """As `read_critique`, with the reason why a reply has no critique."""
+    """`flawed` and a failure type that agrees with it (`none` exactly when not flawed)."""
     return _fields(find_verdict(reply, Wanted({"": "flawed"}, "fields", whole=_valid_critique)))
 
 
-def read_choice(reply: Completion, format: Format = "quorum") -> Read | None:
-    """A choice of A, B or C (tie), or None."""
-    return read_or_none(choice_verdict(reply, format))
-
-
 def choice_verdict(reply: Completion, format: Format = "quorum") -> Read | Unread:
-    """As `read_choice`, with the reason why a reply has no choice."""
+    """A choice of A, B or C (tie)."""
     return _one(find_verdict(reply, choice_wanted(("A", "B", "C"), tie="C"), format), "choice")
 
 
-def read_review(reply: Completion, scale: tuple[int, int] | None, decimals: int = 0) -> Read | None:
-    """`feedback` (empty: nothing to improve) and, with a scale, a `score` on it, rounded to `decimals` places; None if
-    unreadable."""
+def review_verdict(reply: Completion, scale: tuple[int, int] | None, decimals: int = 0) -> Read | Unread:
+    """`feedback` (empty: nothing to improve) and, with a scale, a `score` on it, rounded to `decimals` places."""
     wanted = Wanted({"": "feedback"}, "fields", whole=lambda fields: _valid_review(fields, scale, decimals))
-    return read_or_none(_fields(find_verdict(reply, wanted)))
-
-
-def read_or_none(found: Read | Unread) -> Read | None:
-    return found if isinstance(found, Read) else None
+    return _fields(find_verdict(reply, wanted))
 
 
 def _one(found: Found | Unread, key: str) -> Read | Unread:
@@ -182,7 +157,7 @@ def expected_score(text: str, logprobs: TokenLogprobs | None, low: int, high: in
     up to 10) is ambiguous and not counted.
 
     Args:
-        text: a reply that `read_score` can parse.
+        text: a reply that `score_verdict` can parse.
         logprobs: raw log-probabilities of all its tokens, not masked by the grammar.
 
     Returns:
@@ -234,7 +209,7 @@ def expected_score(text: str, logprobs: TokenLogprobs | None, low: int, high: in
 
 
 def _score_span(text: str, low: int, high: int) -> tuple[int, int] | None:
-    """Start and end of the digits of the score that `read_score` returns."""
+    """Start and end of the digits of the score that `score_verdict` returns."""
     fields = list(re.finditer(r'"score"\s*:\s*"?([+-]?[0-9]+)', text))
     if fields:
         return fields[-1].span(1)

@@ -19,18 +19,17 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from ray_pipeline.agents.judges import SamplingSettings, ask_until_read, refuse_grammar, why_unread
+from ray_pipeline.agents.judges import JudgeReply, SamplingSettings, ask_until_read, refuse_grammar
 from ray_pipeline.agents.labelled_replies import (
     Form,
     Scale,
     pick_grammar,
     pick_verdict,
-    rating_grammar,
     rating_verdict,
     scores_grammar,
     scores_verdict,
 )
-from ray_pipeline.agents.replies import Read
+from ray_pipeline.agents.replies import Read, object_grammar
 from ray_pipeline.agents.templates import (
     Layout,
     RoleTemplate,
@@ -319,12 +318,12 @@ class Asker:
     async def _pick(self, order: tuple[int, ...], options: Sequence[str], tie: str | None) -> Look:
         messages, retry = self._texts(self.templates.of(self.strategy), self._shown(order))
         reader = functools.partial(pick_verdict, options=options, tie=tie, **self._reading)
-        read, raw, status = await self.ask(messages, pick_grammar(options, self.asking.reason_chars), reader, retry)
-        if read is None:
-            return Look(order, None, (), why_unread(raw, status, reader), status, raw)
-        choice = read.fields["choice"]
-        best = tuple(sorted(order)) if choice == tie else (order[LABELS.index(choice)],)
-        return Look(order, None, best, read.fields["reason"], status, raw)
+        reply = await self.ask(messages, pick_grammar(options, self.asking.reason_chars), reader, retry)
+        best: tuple[int, ...] = ()
+        if reply.fields is not None:
+            choice = reply.fields["choice"]
+            best = tuple(sorted(order)) if choice == tie else (order[LABELS.index(choice)],)
+        return Look(order, None, best, reply.reason, reply.status, reply.raw)
 
     async def combined(self, order: tuple[int, ...]) -> Look:
         scale = self.strategy.scale
@@ -339,36 +338,25 @@ class Asker:
             messages: the question; where grammars are off it must describe the reply's form.
             retry: user message sent after an unreadable reply; None repeats the question.
         """
-        labels, scale = LABELS[: len(order)], self.strategy.scale
-        reader = functools.partial(scores_verdict, labels=labels, scale=scale, **self._reading)
-        grammar = scores_grammar(labels, scale, self.asking.reason_chars)
-        read, raw, status = await self.ask(messages, grammar, reader, retry)
-        if read is None:
-            return Look(order, None, (), why_unread(raw, status, reader), status, raw)
-        by_answer = {answer: read.fields["scores"][label] for answer, label in zip(order, labels, strict=True)}
-        scores = tuple(by_answer[answer] for answer in range(len(order)))
-        return Look(order, scores, best_scores(scores), read.fields["reason"], status, raw)
+        return await ask_scores(self.engine, messages, order, self.strategy.scale, self.sampling, self.asking, retry)
 
     async def independent(self, order: tuple[int, ...]) -> Look:
         replies = await asyncio.gather(*(self._rate(answer) for answer in self.answers))
-        status = min((status for _, _, status in replies), key=WORST_FIRST.index)
-        raw = "\n\n".join(raw for _, raw, _ in replies if raw is not None) or None
-        scores = [read.fields["score"] for read, _, _ in replies if read is not None]
+        status = min((reply.status for reply in replies), key=WORST_FIRST.index)
+        raw = "\n\n".join(reply.raw for reply in replies if reply.raw is not None) or None
+        scores = [reply.fields["score"] for reply in replies if reply.fields is not None]
         if len(scores) < len(order):
-            unread = [why for read, raw, one in replies if read is None and (why := why_unread(raw, one, self._rating))]
+            unread = [reply.unread for reply in replies if reply.unread]
             return Look(order, None, (), "\n\n".join(unread) or None, status, raw)
-        reasons = [read.fields["reason"] for read, _, _ in replies if read is not None and read.fields["reason"]]
+        reasons = [reply.reason for reply in replies if reply.reason]
         return Look(order, tuple(scores), best_scores(scores), "\n\n".join(reasons) or None, status, raw)
 
-    async def _rate(self, answer: str) -> tuple[Read | None, str | None, str]:
+    async def _rate(self, answer: str) -> JudgeReply:
         scale = self.strategy.scale
         shown = {"response": answer, "low": scale.low, "high": scale.high, "fence": self._fence([answer])}
         messages, retry = self._texts(self.templates.of(self.strategy), shown)
-        grammar = rating_grammar(scale, self.asking.reason_chars)
-        return await self.ask(messages, grammar, self._rating, retry)
-
-    def _rating(self, reply: Completion) -> Read | Unread:
-        return rating_verdict(reply, self.strategy.scale, **self._reading)
+        grammar = object_grammar(self.asking.reason_chars, score=scale.score_schema)
+        return await self.ask(messages, grammar, functools.partial(rating_verdict, scale=scale, **self._reading), retry)
 
     @property
     def _reading(self) -> dict[str, Any]:
@@ -401,13 +389,31 @@ class Asker:
         grammar: Grammar,
         reader: Callable[[Completion], Read | Unread | None],
         retry: str | None = None,
-    ) -> tuple[Read | None, str | None, str]:
-        """Call until `reader` can parse the reply; return the fields, the reply's text and the parse status."""
+    ) -> JudgeReply:
+        """Call until `reader` can parse the reply."""
         used = grammar if self.asking.grammar else None
-        read, reply, status = await ask_until_read(
-            self.engine, messages, self.sampling, self.asking, used, reader, follow_up=retry
-        )
-        return read, None if reply is None else reply.text, status
+        return await ask_until_read(self.engine, messages, self.sampling, self.asking, used, reader, follow_up=retry)
+
+
+async def ask_scores(
+    engine: ChatEngine,
+    messages: list[Message],
+    order: tuple[int, ...],
+    scale: Scale,
+    sampling: SamplingSettings,
+    asking: StrategyAsking,
+    retry: str | None = None,
+) -> Look:
+    """Ask for a score of every answer under its label (see `Asker.scores`)."""
+    labels = LABELS[: len(order)]
+    reader = functools.partial(scores_verdict, labels=labels, scale=scale, form=asking.form, format=asking.format)
+    grammar = scores_grammar(labels, scale, asking.reason_chars) if asking.grammar else None
+    reply = await ask_until_read(engine, messages, sampling, asking, grammar, reader, follow_up=retry)
+    if reply.fields is None:
+        return Look(order, None, (), reply.unread, reply.status, reply.raw)
+    by_answer = {answer: reply.fields["scores"][label] for answer, label in zip(order, labels, strict=True)}
+    scores = tuple(by_answer[answer] for answer in range(len(order)))
+    return Look(order, scores, best_scores(scores), reply.reason, reply.status, reply.raw)
 
 
 register("strategy", "direct")(StrategyForm(Asker.direct, pairwise=True, scored=False))

@@ -128,22 +128,22 @@ def measure(
         ValueError: the tables do not fit together.
     """
     panel = make_panel(items, ballots, settings.conflict, settings.debate, settings.families)
-    samples = resample(panel.questions, settings.draws, settings.seed)
+    samples = resample(panel.questions, settings.draws, settings.seed, settings.confidence)
     choose_on = np.array([unit_hash("held-out", settings.seed, i) < settings.held_out for i in panel.item_ids])
     judged = _judged(panel, samples, settings)
     other = _by_other_rule(items, ballots, samples, settings)
     juries: list[JuryResult] = []
     among, chosen = [], []
-    pairs = _pairs([e for e in panel.evaluators if e.strategy != "versus"], panel.labels, samples, settings.confidence)
+    pairs = _pairs([e for e in panel.evaluators if e.strategy != "versus"], panel.labels, samples)
     for strategy in panel.strategies:
         own = panel.of(strategy)
         if strategy in ("debate", "versus") or len(own) < 2:
             continue
         results, votes = _juries(strategy, own, panel.labels, samples, settings)
         juries += results
-        among.append(_among(strategy, own, samples, settings.confidence))
-        pairs += _with_jury(results, own, votes, panel.labels, samples, settings.confidence)
-        found = held_out_choice(votes, panel.labels, choose_on, samples, settings.confidence)
+        among.append(_among(strategy, own, samples))
+        pairs += _with_jury(results, own, votes, panel.labels, samples)
+        found = held_out_choice(votes, panel.labels, choose_on, samples)
         if found is not None:
             chosen.append(dataclasses.replace(found, chosen=f"{strategy}: {found.chosen}"))
     return Document(
@@ -157,7 +157,7 @@ def measure(
         among_judges=among,
         paired=pairs,
         held_out=chosen,
-        humans=human_ceiling(panel.human_votes, samples, settings.confidence) if len(panel.human_votes) else None,
+        humans=human_ceiling(panel.human_votes, samples) if len(panel.human_votes) else None,
     )
 
 
@@ -165,7 +165,7 @@ def _judged(panel: Panel, samples: Samples, settings: MeasureSettings) -> list[J
     if not panel.evaluators:
         return []
     votes = np.stack([e.votes for e in panel.evaluators])
-    found = agreement(votes, panel.labels, samples, settings.confidence)
+    found = agreement(votes, panel.labels, samples)
     return [
         Judged(e.strategy, e.judge, e.statuses, result, _flip_rate(e, samples, settings))
         for e, result in zip(panel.evaluators, found, strict=True)
@@ -176,7 +176,7 @@ def _flip_rate(evaluator: Evaluator, samples: Samples, settings: MeasureSettings
     found = flips(evaluator)
     if found is None:
         return Estimate(None)
-    return ratio(found[0].astype(float), found[1].astype(float), samples, settings.confidence)
+    return ratio(found[0].astype(float), found[1].astype(float), samples)
 
 
 def _juries(
@@ -202,7 +202,7 @@ def _juries(
             )
         scores = np.stack([e.scores for e in judges if e.scores is not None], axis=1)
         votes = compare_scores(*pool_scores(scores, members, rules.pool, weights))
-    found = agreement(votes, labels, samples, settings.confidence)
+    found = agreement(votes, labels, samples)
     named = list(jury_names(names, members))
     results = [JuryResult(strategy, jury, result) for jury, result in zip(named, found, strict=True)]
     candidates = {name: e.votes for name, e in zip(names, judges, strict=True)}
@@ -224,22 +224,19 @@ def _check_size(judges: int, sizes: Sequence[int], most: int) -> None:
         )
 
 
-def _among(strategy: str, judges: Sequence[Evaluator], samples: Samples, confidence: float) -> AmongJudges:
+def _among(strategy: str, judges: Sequence[Evaluator], samples: Samples) -> AmongJudges:
     votes = np.stack([e.votes for e in judges])
-    found = [
-        [result.estimates["kappa"] for result in agreement(votes, own, samples, confidence, ("kappa",))]
-        for own in votes
-    ]
+    found = [[result.estimates["kappa"] for result in agreement(votes, own, samples, ("kappa",))] for own in votes]
     return AmongJudges(
         strategy=strategy,
         judges=[e.judge for e in judges],
         kappas=[[kappa.value for kappa in row] for row in found],
         intervals=[[(kappa.low, kappa.high) for kappa in row] for row in found],
-        alpha=alpha_of_many(votes, samples, confidence),
+        alpha=alpha_of_many(votes, samples),
     )
 
 
-def _pairs(evaluators: Sequence[Evaluator], labels: Codes, samples: Samples, confidence: float) -> list[Paired]:
+def _pairs(evaluators: Sequence[Evaluator], labels: Codes, samples: Samples) -> list[Paired]:
     """Judges of one strategy with each other, and each judge's strategies with each other."""
     if not (labels != MISSING).any():
         return []
@@ -249,7 +246,6 @@ def _pairs(evaluators: Sequence[Evaluator], labels: Codes, samples: Samples, con
             (f"{other.strategy}: {other.judge}", other.votes),
             labels,
             samples,
-            confidence,
         )
         for one, other in itertools.combinations(evaluators, 2)
         if one.strategy == other.strategy or one.judge == other.judge
@@ -262,7 +258,6 @@ def _with_jury(
     votes: Mapping[str, Codes],
     labels: Codes,
     samples: Samples,
-    confidence: float,
 ) -> list[Paired]:
     """The largest jury that was measured, the first of those of its size, with each of its members.
 
@@ -274,9 +269,7 @@ def _with_jury(
     largest = max(several, key=lambda j: len(j.jury))
     name = " + ".join(largest.jury)
     return [
-        paired(
-            (f"{j.strategy}: {name}", votes[name]), (f"{j.strategy}: {j.judge}", j.votes), labels, samples, confidence
-        )
+        paired((f"{j.strategy}: {name}", votes[name]), (f"{j.strategy}: {j.judge}", j.votes), labels, samples)
         for j in judges
         if j.judge in largest.jury
     ]
@@ -293,7 +286,7 @@ def _debates(
     for result in judged:
         voices = panel.voices.get(result.judge, {})
         votes = [voice.votes for voice in voices.values()]
-        found = agreement(np.stack(votes), panel.labels, samples, settings.confidence) if votes else []
+        found = agreement(np.stack(votes), panel.labels, samples) if votes else []
         own = dict(zip(voices, found, strict=True))
         debates.append(Debate(result.judge, settings.debate, other.get(result.judge, Estimate(None)), own, result))
     return debates
@@ -309,7 +302,7 @@ def _by_other_rule(
     for debate in panel.evaluators:
         voices = panel.voices.get(debate.judge, {}).values()
         if voices and (other == "vote" or all(voice.scores is not None for voice in voices)):
-            (found,) = agreement(debate.votes[None], panel.labels, samples, settings.confidence, ("kappa",))
+            (found,) = agreement(debate.votes[None], panel.labels, samples, ("kappa",))
             kappas[debate.judge] = found.estimates["kappa"]
     return kappas
 
@@ -320,9 +313,9 @@ def _bias(panel: Panel, evaluator: Evaluator, model: str | None, samples: Sample
         evaluator.strategy,
         evaluator.judge,
         model,
-        longer=preference(evaluator.votes, panel.labels, longer_side(panel), samples, settings.confidence),
-        first=first_place(evaluator.ab, evaluator.ba, panel.labels, samples, settings.confidence),
-        own_family=preference(evaluator.votes, panel.labels, own_side(panel, own), samples, settings.confidence),
+        longer=preference(evaluator.votes, panel.labels, longer_side(panel), samples),
+        first=first_place(evaluator.ab, evaluator.ba, panel.labels, samples),
+        own_family=preference(evaluator.votes, panel.labels, own_side(panel, own), samples),
     )
 
 

@@ -31,7 +31,7 @@ class Ceiling:
     one_against_rest: Estimate
 
 
-def human_ceiling(codes: Codes, samples: Samples, confidence: float = 0.95) -> Ceiling | None:
+def human_ceiling(codes: Codes, samples: Samples) -> Ceiling | None:
     """Agreement among annotators; `codes` has shape (annotators, items). None unless an item has two of them."""
     seen = codes != MISSING
     several = seen.sum(axis=0) >= 2
@@ -43,13 +43,13 @@ def human_ceiling(codes: Codes, samples: Samples, confidence: float = 0.95) -> C
         annotators=int(seen.any(axis=1).sum()),
         items=int(several.sum()),
         pairs=int((np.triu(common, 1) > 0).sum()),
-        kappa=pooled_kappa(codes, samples, confidence),
-        alpha=alpha_of_many(codes, samples, confidence),
-        one_against_rest=ratio(rest_right, rest_total, samples, confidence),
+        kappa=pooled_kappa(codes, samples),
+        alpha=alpha_of_many(codes, samples),
+        one_against_rest=ratio(rest_right, rest_total, samples),
     )
 
 
-def pooled_kappa(codes: Codes, samples: Samples, confidence: float = 0.95) -> Estimate:
+def pooled_kappa(codes: Codes, samples: Samples) -> Estimate:
     """Cohen's kappa of one table of all pairs of annotations of an item, each pair both ways round.
 
     Annotators who share few items have a kappa of 0/0 where they agree and of 0 or less where they do not, so that a
@@ -62,7 +62,7 @@ def pooled_kappa(codes: Codes, samples: Samples, confidence: float = 0.95) -> Es
     tables = tables.reshape(-1, support.shape[1])
     drawn = (tables @ samples.counts.T.astype(np.float64)).T
     value, kappas = (kappa_of_tables(t.reshape(-1, len(VOTES), len(VOTES))) for t in (tables.sum(axis=1), drawn))
-    return estimate(float(value[0]), kappas, confidence)
+    return estimate(float(value[0]), kappas, samples.confidence)
 
 
 def _support(codes: Codes) -> Floats:
@@ -86,7 +86,7 @@ def _one_against_rest(codes: Codes) -> tuple[Floats, Floats]:
     return right, total
 
 
-def alpha_of_many(codes: Codes, samples: Samples, confidence: float = 0.95) -> Estimate:
+def alpha_of_many(codes: Codes, samples: Samples) -> Estimate:
     """Krippendorff's alpha, nominal, over any number of raters, shape (raters, items).
 
     Coincidences add up over units, so draws are one product.
@@ -100,5 +100,5 @@ def alpha_of_many(codes: Codes, samples: Samples, confidence: float = 0.95) -> E
 
     drawn = parts @ samples.counts.T.astype(np.float64)
     return estimate(
-        float(nominal_alpha(same.sum(), parts[1:].sum(axis=1))), nominal_alpha(drawn[0], drawn[1:]), confidence
+        float(nominal_alpha(same.sum(), parts[1:].sum(axis=1))), nominal_alpha(drawn[0], drawn[1:]), samples.confidence
     )

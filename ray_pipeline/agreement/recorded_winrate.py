@@ -74,7 +74,7 @@ def versus_rates(
     for row in ballots.select(["item_id", "strategy", "judge"]).to_pylist():
         if row["strategy"] == "versus":
             there.setdefault(row["judge"], set()).add(row["item_id"])
-    samples = resample(panel.questions, draws, seed)
+    samples = resample(panel.questions, draws, seed, confidence)
     texts = {row["item_id"]: row for row in items.select(["item_id", "prompt_id", "response_b"]).to_pylist()}
     found = []
     for evaluator in panel.of("versus"):
@@ -82,7 +82,7 @@ def versus_rates(
         known = asked if isinstance(asked, Protocol) else asked.get(evaluator.judge, RECORDED)
         protocol = _protocol(known, evaluator, [texts[item] for item in shown], conflict)
         places = np.array([item in there[evaluator.judge] for item in panel.item_ids])
-        found.append(_rate(evaluator, places, samples, confidence, protocol))
+        found.append(_rate(evaluator, places, samples, protocol))
     return found
 
 
@@ -102,15 +102,13 @@ def _protocol(
     )
 
 
-def _rate(
-    evaluator: Evaluator, asked: np.ndarray, samples: Samples, confidence: float, protocol: Protocol
-) -> VersusRate:
+def _rate(evaluator: Evaluator, asked: np.ndarray, samples: Samples, protocol: Protocol) -> VersusRate:
     votes, n = evaluator.votes, int(asked.sum())
     wins, ties, losses = (int(((votes == code) & asked).sum()) for code in (A, TIE, B))
     missing = int(((votes == MISSING) & asked).sum())
     flipped = flips(evaluator)
     configuration, _, baseline = evaluator.judge.partition("-vs-")
-    share = ratio(((votes == A) & asked).astype(float), asked.astype(float), samples, confidence)
+    share = ratio(((votes == A) & asked).astype(float), asked.astype(float), samples)
     low, high = (None if end is None else 100 * end for end in (share.low, share.high))
     return VersusRate(
         run=evaluator.judge,
@@ -126,7 +124,7 @@ def _rate(
         bounds=(100 * wins / n, 100 * (wins + missing) / n) if n else (None, None),
         flip_rate=Estimate(None)
         if flipped is None
-        else ratio(flipped[0].astype(float), flipped[1].astype(float), samples, confidence),
+        else ratio(flipped[0].astype(float), flipped[1].astype(float), samples),
         parse_status={k: v for k, v in evaluator.statuses.items() if k != "absent"},
         protocol=protocol,
         fingerprint=protocol.fingerprint(),

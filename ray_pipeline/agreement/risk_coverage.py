@@ -102,7 +102,7 @@ def risk_coverage(
     right = (vote == truth) & complete
     decided = (vote != 0) & (truth != 0)
     clusters = np.arange(len(labels)) if questions is None else np.asarray(questions)
-    samples = resample(clusters[labelled], draws, seed)
+    samples = resample(clusters[labelled], draws, seed, confidence)
 
     rows: list[dict[str, Any]] = []
     areas: dict[Thresholds, float | None] = {}
@@ -117,7 +117,7 @@ def risk_coverage(
                 # Sample variances of integer scores are not exact in binary, and v = τ is kept.
                 kept = told_apart & (variance <= tau + _EQUAL)
             count, plain = int(kept.sum()), kept & decided
-            interval = ratio((kept & right).astype(float), kept.astype(float), samples, confidence)
+            interval = ratio((kept & right).astype(float), kept.astype(float), samples)
             agreement = float(right[kept].mean()) if count else None
             rows.append(
                 {

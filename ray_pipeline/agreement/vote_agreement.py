@@ -103,7 +103,6 @@ def agreement(
     votes: Codes,
     labels: Codes,
     samples: Samples | None = None,
-    confidence: float = 0.95,
     names: Sequence[str] = STATISTICS,
 ) -> list[Agreement]:
     """Every evaluator against the labels.
@@ -118,7 +117,7 @@ def agreement(
     labelled = labels != MISSING
     point = tables(votes, labels)
     values = statistics(point, names)
-    bands = None if samples is None else _intervals(votes, labels, values, samples, confidence, names)
+    bands = None if samples is None else _intervals(votes, labels, values, samples, names)
     found = []
     for row in range(len(votes)):
         own = votes[row]
@@ -150,7 +149,6 @@ def _intervals(
     labels: Codes,
     values: Mapping[str, Floats],
     samples: Samples,
-    confidence: float,
     names: Sequence[str],
 ) -> dict[str, Floats]:
     """Intervals by statistic, shape (2, evaluators); samples in which it is 0/0 are left out."""
@@ -160,12 +158,12 @@ def _intervals(
         part = slice(begin, begin + block)
         drawn = statistics(tables(votes[part], labels, samples.counts), names)
         for name in names:
-            bands[name][:, part] = percentiles(drawn[name], values[name][part], confidence)
+            bands[name][:, part] = percentiles(drawn[name], values[name][part], samples.confidence)
     both = (votes != MISSING) & (labels != MISSING)
     rows = {"accuracy": both, "accuracy_no_ties": both & (votes != TIE) & (labels != TIE)}
     for name in rows.keys() & set(names):
         for row in np.flatnonzero((values[name] == 0) | (values[name] == 1)):
-            ends = equal_shares(values[name][row], samples.clusters(rows[name][row]), confidence)
+            ends = equal_shares(values[name][row], samples.clusters(rows[name][row]), samples.confidence)
             bands[name][:, row] = [np.nan if end is None else end for end in ends]
     return bands
 
@@ -232,7 +230,6 @@ def paired(
     second: tuple[str, Codes],
     labels: Codes,
     samples: Samples,
-    confidence: float = 0.95,
 ) -> Paired:
     """Compare two evaluators on the same items and the same bootstrap samples."""
     from scipy.stats import binomtest
@@ -250,7 +247,7 @@ def paired(
         first=first[0],
         second=second[0],
         items=int(both.sum()),
-        difference=estimate(point[0] - point[1], gaps, confidence),
+        difference=estimate(point[0] - point[1], gaps, samples.confidence),
         p_bootstrap=min(1.0, float(2 * (side + 1) / (len(gaps) + 1))) if len(gaps) else None,
         only_first_right=wins,
         only_second_right=losses,
@@ -275,7 +272,6 @@ def held_out_choice(
     labels: Codes,
     choose_on: NDArray[np.bool_],
     samples: Samples,
-    confidence: float = 0.95,
 ) -> HeldOut | None:
     """Choose the evaluator with the highest kappa on `choose_on`; equal ones by their order. None without any kappa."""
     names = list(votes)
@@ -286,7 +282,7 @@ def held_out_choice(
     if np.isnan(kappas).all():
         return None
     best = int(np.nanargmax(kappas))
-    (report,) = agreement(stacked[best : best + 1], elsewhere, samples, confidence, names=("kappa",))
+    (report,) = agreement(stacked[best : best + 1], elsewhere, samples, names=("kappa",))
     return HeldOut(
         chosen=names[best],
         of=len(names),

@@ -11,9 +11,10 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ray_pipeline.data.checkers import Check, checker_of
+from ray_pipeline.data.judge_stats import scores_by_judge
 from ray_pipeline.graph.results import of_role
 from ray_pipeline.graph.stage import StageResult
-from ray_pipeline.stats.columns import chunk, numbers, refuse_repeats
+from ray_pipeline.stats.columns import chunk
 from ray_pipeline.stats.judge_errors import (
     GROUPS,
     MISSING,
@@ -110,15 +111,12 @@ def votes_of(ids: pa.Array, verdicts: pa.Table, judges: Sequence[str], bounds: t
     Args:
         bounds: a score up to the first is UNDESIRABLE, from the second DESIRABLE.
     """
-    votes = np.full((len(ids), len(judges)), MISSING, np.int8)
+    votes, (low, high) = np.full((len(ids), len(judges)), MISSING, np.int8), bounds
+    by_judge = scores_by_judge(verdicts, ids)
     for place, judge in enumerate(judges):
-        own = verdicts.filter(pc.equal(verdicts["judge"], judge))
-        keys = chunk(own["candidate_id"])
-        refuse_repeats(keys, f"verdicts of judge {judge}")
-        scores = numbers(own["score"].take(pc.index_in(ids, value_set=keys)))
-        low, high = bounds
-        classes = [scores <= low, scores >= high, ~np.isnan(scores)]
-        votes[:, place] = np.select(classes, [UNDESIRABLE, DESIRABLE, BETWEEN], MISSING)
+        if (scores := by_judge.get(judge)) is not None:
+            classes = [scores <= low, scores >= high, ~np.isnan(scores)]
+            votes[:, place] = np.select(classes, [UNDESIRABLE, DESIRABLE, BETWEEN], MISSING)
     return votes
 
 

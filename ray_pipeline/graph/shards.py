@@ -34,6 +34,7 @@ from ray_pipeline.graph.receipts import (
     stopped_shard,
 )
 from ray_pipeline.graph.session import StageTask
+from ray_pipeline.graph.shard_report import ShardReport
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, StageStop
 from ray_pipeline.store.errors import DamagedFile
 from ray_pipeline.store.files import Folder
@@ -41,8 +42,6 @@ from ray_pipeline.store.tables import ShardedTable
 
 logger = logging.getLogger("quorum.shards")
 
-#: Seconds between two reports of a worker to the progress board.
-REPORT_SECONDS = 0.5
 #: Replies that are counted before they are reported to the board.
 _REPLIES_AT_ONCE = 100
 #: What ends the whole stage; any other error is of one shard.
@@ -147,7 +146,7 @@ class EngineHost:
             replay_only=session.replay_only,
             warn=lambda line: session.board.say(f"{task.name}: {line}", shard),
         )
-        report = _Report(task, engine.stats, self._bill, engine.stop, self._report_phase)
+        report = ShardReport(task, engine.stats, self._bill, engine.stop, self._report_phase)
         self._open[engine] = (task, shard)
         committed = False
         try:
@@ -271,7 +270,7 @@ def make_columnar(task: StageTask, shard: int) -> Receipt:
 def _try_columnar(task: StageTask, shard: int, last: bool) -> Receipt:
     begin = time.monotonic()
     try:
-        report = _Report(task, Usage())
+        report = ShardReport(task, Usage())
         given = _given(task, shard, _read_inputs(task, shard), None, report, lambda *_: None)
         output: ShardOutput = sharded(task).function(given)  # type: ignore[assignment]
         receipt = _commit(task, shard, output, Usage(seconds=time.monotonic() - begin))
@@ -286,69 +285,12 @@ def _try_columnar(task: StageTask, shard: int, last: bool) -> Receipt:
 # --- pieces of both ---------------------------------------------------------------------------------------------------
 
 
-class _Report:
-    """Sends what a shard has done to the progress board, as differences, and stops the shard when the board says so.
-
-    Args:
-        bill: device seconds that are not reported yet.
-        stop: called with the reason when the stage should end.
-        look: called at every report while the shard is made.
-    """
-
-    def __init__(
-        self,
-        task: StageTask,
-        stats: Usage,
-        bill: Callable[[], float] = lambda: 0.0,
-        stop: Callable[[str], None] = lambda reason: None,
-        look: Callable[[StageTask], None] = lambda task: None,
-    ) -> None:
-        self._task, self._stage, self._board = task, task.name, task.session.board
-        self._stats, self._bill, self._stop, self._look = stats, bill, stop, look
-        self._rows = self._rows_sent = 0
-        self._planned = (0, 0)
-        self._sent = Usage()
-        self.device_seconds = 0.0
-
-    def tick(self, rows: int) -> None:
-        self._rows += rows
-
-    def plan(self, rows: int, read: int) -> None:
-        """Note how many rows the shard will have, and of how many rows it makes them."""
-        self._planned = (rows, read)
-        self._board.add(self._stage, Usage(), planned=rows, read=read)
-
-    def forget_rows(self) -> None:
-        """The shard is not done; if it is made again, its rows will be counted again."""
-        self._rows = 0
-        if any(self._planned):
-            self.plan(*(-count for count in self._planned))
-            self._planned = (0, 0)
-
-    async def forever(self) -> None:
-        while True:
-            await asyncio.sleep(REPORT_SECONDS)
-            self._look(self._task)
-            self.send()
-            if reason := await asyncio.to_thread(self._board.stopping, self._stage):
-                self._stop(reason)
-
-    def send(self) -> None:
-        """Report what is new."""
-        self.device_seconds += self._bill()
-        now = self._stats + Usage(device_seconds=self.device_seconds)
-        rows, change = self._rows - self._rows_sent, now - self._sent
-        if rows or change:
-            self._rows_sent, self._sent = self._rows, now
-            self._board.add(self._stage, change, rows=rows)
-
-
 def _given(
     task: StageTask,
     shard: int,
     tables: Mapping[str, pa.Table],
     engine: LoggedEngine | None,
-    report: _Report,
+    report: ShardReport,
     watch: Callable[[str, bool], None],
 ) -> ShardInput:
     read = sum(table.num_rows for table in tables.values())

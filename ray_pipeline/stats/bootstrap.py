@@ -51,22 +51,24 @@ class Samples:
     Attributes:
         counts: how often each row is in each sample, shape (draws, rows).
         cluster: number of each row's cluster, shape (rows,).
+        confidence: level of the intervals from these samples.
     """
 
     counts: Counts
     cluster: NDArray[np.int64]
+    confidence: float = 0.95
 
     def clusters(self, rows: NDArray[np.bool_]) -> int:
         """Number of clusters that have one of these rows; `rows` has shape (rows,)."""
         return len(np.unique(self.cluster[rows]))
 
 
-def resample(clusters: ArrayLike, draws: int, seed: int) -> Samples:
+def resample(clusters: ArrayLike, draws: int, seed: int, confidence: float = 0.95) -> Samples:
     """Samples of as many clusters as there are, with replacement; `clusters` names each row's, shape (rows,)."""
     _, first, inverse = np.unique(np.asarray(clusters), return_index=True, return_inverse=True)
     # Numbered in the order of the rows, so that clusters of one row each give the samples of the rows.
     cluster = np.argsort(np.argsort(first))[inverse]
-    return Samples(sample_counts(len(first), draws, seed)[:, cluster], cluster)
+    return Samples(sample_counts(len(first), draws, seed)[:, cluster], cluster, confidence)
 
 
 def picks(units: int, draws: int, seed: int) -> Iterator[NDArray[np.int64]]:
@@ -121,7 +123,7 @@ def estimate(value: float, drawn: Floats, confidence: float = 0.95, least: int =
     return Estimate(number(value), number(low), number(high))
 
 
-def ratio(numerator: Floats, denominator: Floats, samples: Samples, confidence: float = 0.95) -> Estimate:
+def ratio(numerator: Floats, denominator: Floats, samples: Samples) -> Estimate:
     """A share: the sum of one number per row over the sum of another, with its interval; None for 0/0.
 
     Where all clusters have the same share, the interval is exact (`equal_shares`).
@@ -136,8 +138,8 @@ def ratio(numerator: Floats, denominator: Floats, samples: Samples, confidence: 
     by_cluster, rows = (np.bincount(samples.cluster, weights=x) for x in (numerator, denominator))
     shares = by_cluster[rows > 0] / rows[rows > 0]
     if np.allclose(shares, shares[0]):
-        return Estimate(value, *equal_shares(value, len(shares), confidence))
-    return estimate(value, drawn_ratio(numerator, denominator, samples.counts), confidence)
+        return Estimate(value, *equal_shares(value, len(shares), samples.confidence))
+    return estimate(value, drawn_ratio(numerator, denominator, samples.counts), samples.confidence)
 
 
 def equal_shares(share: float, clusters: int, confidence: float = 0.95) -> tuple[float | None, float | None]:

@@ -21,6 +21,7 @@ from ray_pipeline.agents.templates import builtin_templates, load_templates
 from ray_pipeline.bench.alpaca_eval.judge import PreferenceAsking, prefer
 from ray_pipeline.bench.judge_prompts import MT_BENCH_FIELDS, own_mt_bench_prompts, own_preference_prompt
 from ray_pipeline.bench.mt_bench.judge import BenchAsking, compare_turn, rate_turn
+from ray_pipeline.bench.mt_bench.questions import Question
 from ray_pipeline.engines.base import ChatEngine, Message
 from tests.scripted import Reply, ScriptedEngine, said, user
 
@@ -142,16 +143,16 @@ def feedback_roles(file: str) -> Iterator[Role]:
 def mt_bench_role(name: str) -> Role:
     prompts = own_mt_bench_prompts()
     turn: Any = 2 if name.endswith("multi-turn") else 1
-    questions, references = [QUESTION, "And three?"], ["four", "six"] if "math" in name else None
+    question = Question(1, "any", (QUESTION, "And three?"), ("four", "six") if "math" in name else None)
     before = ["The first answer."] * (turn - 1)  # the attack comes in the answer that is judged
 
     def rated(engine: ChatEngine, answer: str) -> Any:
-        asked = rate_turn(engine, prompts, turn, questions, [*before, answer], references, BenchAsking())
+        asked = rate_turn(engine, prompts, question, turn, [*before, answer], BenchAsking())
         return asyncio.run(asked).score
 
     def chosen(engine: ChatEngine, answer: str) -> Any:
         answers = [*before, answer], [*before, OTHER]
-        asked = compare_turn(engine, prompts, turn, questions, *answers, references, BenchAsking())
+        asked = compare_turn(engine, prompts, question, turn, *answers, BenchAsking())
         return asyncio.run(asked).choice
 
     if name.startswith("single"):

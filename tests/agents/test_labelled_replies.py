@@ -14,14 +14,11 @@ from ray_pipeline.agents.labelled_replies import (
     last_reply,
     pick_grammar,
     pick_verdict,
-    rating_grammar,
-    read_pick,
-    read_rating,
-    read_scores,
     scores_grammar,
     scores_verdict,
 )
 from ray_pipeline.agents.replies import Read
+from tests.agents.readers import read_pick, read_rating, read_scores
 from tests.scripted import said
 
 TEN = Scale(low=0, high=10, decimals=True)
@@ -219,5 +216,5 @@ def test_grammars_ask_for_the_reason_first() -> None:
     assert list(grammar["properties"]) == grammar["required"] == ["reason", "score_a", "score_b", "score_c"]
     assert grammar["properties"]["score_c"] == {"type": "integer", "minimum": 0, "maximum": 5}
     assert list(scores_grammar("AB", WHOLE, 0).decoded()["properties"]) == ["score_a", "score_b"]
-    assert rating_grammar(TEN, 0).decoded()["properties"] == {"score": {"type": "number", "minimum": 0, "maximum": 10}}
+    assert TEN.score_schema == {"type": "number", "minimum": 0, "maximum": 10}
     assert pick_grammar("ABC", 9).decoded()["properties"]["choice"]["enum"] == ["A", "B", "C"]

@@ -10,16 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_pipeline.agents.replies import (
-    choice_grammar,
-    critique_grammar,
-    expected_score,
-    read_choice,
-    read_critique,
-    read_score,
-    score_grammar,
-)
+from ray_pipeline.agents.labelled_replies import pick_grammar
+from ray_pipeline.agents.replies import critique_grammar, expected_score, score_grammar
 from ray_pipeline.store.schemas import FAILURE_TYPES
+from tests.agents.readers import read_choice, read_critique, read_score
 from tests.scripted import said
 
 
@@ -287,8 +281,8 @@ def test_grammars_ask_for_what_is_read() -> None:
     assert list(schema["properties"]) == ["reason", "score"] and schema["properties"]["score"]["maximum"] == 5
     assert schema["properties"]["reason"]["maxLength"] == 40 and schema["additionalProperties"] is False
     assert list(critique_grammar(9).decoded()["properties"]) == ["reason", "failure_type", "flawed"]
-    assert list(choice_grammar(9).decoded()["properties"]) == ["reason", "choice"]
-    for grammar in (score_grammar(1, 5, 0), critique_grammar(0), choice_grammar(0)):
+    assert list(pick_grammar("ABC", 9).decoded()["properties"]) == ["reason", "choice"]
+    for grammar in (score_grammar(1, 5, 0), critique_grammar(0), pick_grammar("ABC", 0)):
         assert "reason" not in grammar.decoded()["properties"] and "reason" not in grammar.decoded()["required"]
 
 

@@ -10,9 +10,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ray_pipeline.agents.labelled_replies import Scale, last_reply, pick_verdict, rating_verdict, scores_verdict
-from ray_pipeline.agents.replies import Read, read_choice, read_score, score_verdict
+from ray_pipeline.agents.replies import Read, score_verdict
 from ray_pipeline.agents.verdict_styles import Format
 from ray_pipeline.agents.verdicts import Unread, Why, unread_reasons
+from tests.agents.readers import read_choice, read_score
 from tests.scripted import said
 
 TEN = Scale(low=1, high=10, decimals=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -145,7 +146,7 @@ def test_the_pooled_kappa_of_annotators_has_an_interval() -> None:
     drawn = [pooled(codes, np.repeat(np.arange(120), draw.astype(int))) for draw in draws.counts]
     assert found.kappa.low == pytest.approx(np.quantile(drawn, 0.025))
     assert found.kappa.high == pytest.approx(np.quantile(drawn, 0.975))
-    assert human_ceiling(codes, draws, 0.5).kappa.low > found.kappa.low  # type: ignore[union-attr]
+    assert human_ceiling(codes, dataclasses.replace(draws, confidence=0.5)).kappa.low > found.kappa.low  # type: ignore[union-attr]
 
 
 def test_with_as_many_annotators_on_every_item_the_pooled_kappa_is_fleiss() -> None:

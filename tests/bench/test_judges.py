@@ -20,6 +20,7 @@ from ray_pipeline.bench.judge_prompts import (
     prompts_digest,
 )
 from ray_pipeline.bench.mt_bench.judge import BenchAsking, rate_turn
+from ray_pipeline.bench.mt_bench.questions import Question
 from ray_pipeline.engines.base import PromptTooLong, Sampling
 from tests.published import DATA, json_lines, needs
 from tests.scripted import ScriptedEngine, failing, said
@@ -155,8 +156,8 @@ def test_a_failed_turn_says_why_and_the_second_is_not_asked() -> None:
 
 
 def rate(engine: ScriptedEngine, **asking: Any) -> Any:
-    prompts = own_mt_bench_prompts()
-    return asyncio.run(rate_turn(engine, prompts, 1, ["q"], ["a"], None, BenchAsking(**asking)))
+    question = Question(1, "writing", ("q", "r"))
+    return asyncio.run(rate_turn(engine, own_mt_bench_prompts(), question, 1, ["a"], BenchAsking(**asking)))
 
 
 def test_ratings_that_cannot_be_read() -> None:

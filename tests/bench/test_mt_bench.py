@@ -12,12 +12,10 @@ import pytest
 from ray_pipeline.bench.conversation import Conversation
 from ray_pipeline.bench.files import BenchmarkFileError
 from ray_pipeline.bench.judge_prompts import mt_bench_prompts, own_mt_bench_prompts
-from ray_pipeline.bench.mt_bench.judge import BenchAsking
+from ray_pipeline.bench.mt_bench.judge import BenchAsking, TurnComparison, TurnRating
 from ray_pipeline.bench.mt_bench.questions import CATEGORY_TEMPERATURES, Question, questions_of
 from ray_pipeline.bench.mt_bench.replies import Reading, read_bracketed_choice, read_rating, rules_differ
 from ray_pipeline.bench.mt_bench.score import (
-    TurnComparison,
-    TurnRating,
     compare,
     grade,
     mt_bench_protocol,

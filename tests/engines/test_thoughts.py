@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_pipeline.agents.replies import read_score
 from ray_pipeline.engines.base import Completion
 from ray_pipeline.engines.thoughts import answered, opens_thought, split_thoughts
+from tests.agents.readers import read_score
 
 FORMS = [
     ("<think>", "</think>"),

@@ -16,7 +16,7 @@ import pytest
 from ray_pipeline.engines.base import BudgetSpent, CallFailed, Completion, EngineError, Sampling
 from ray_pipeline.engines.logged import LoggedEngine
 from ray_pipeline.engines.usage import Usage
-from ray_pipeline.graph import shards
+from ray_pipeline.graph import receipts, shard_report
 from ray_pipeline.graph.failures import FailureLedger, FailureSettings, read_failures
 from ray_pipeline.graph.in_process import make_here
 from ray_pipeline.graph.progress import ProgressBoard
@@ -65,7 +65,7 @@ def job(
 
 @pytest.fixture
 def actor(monkeypatch: pytest.MonkeyPatch) -> Callable[..., EngineHost]:
-    monkeypatch.setattr(shards, "REPORT_SECONDS", 0.02)
+    monkeypatch.setattr(shard_report, "REPORT_SECONDS", 0.02)
     return lambda *jobs: EngineHost(jobs, devices=2.0)
 
 
@@ -216,19 +216,19 @@ def test_a_lost_worker_is_no_failure_and_a_dead_engine_is(tmp_path: Path, actor:
     function, seen = failing(0)
     board = Board()
     given = job(tmp_path, function, ScriptedEngine, policy, board)
-    shards.begin_attempt(given, 2)  # whoever made these marks never came back
-    shards.begin_attempt(given, 2)
+    receipts.begin_attempt(given, 2)  # whoever made these marks never came back
+    receipts.begin_attempt(given, 2)
     assert make(actor(given), 2).status == "ok"
     assert board.lines == ["stage: shard 2 restarts: its actor or node was lost"]
 
-    shards.mark_death(given, 3)
+    receipts.mark_death(given, 3)
     assert make(actor(given), 3).status == "ok"
-    shards.mark_death(given, 3)
+    receipts.mark_death(given, 3)
     receipt = make(actor(given), 3)
     assert receipt.status == "failed" and receipt.error == "EngineDead: given up, the engine died 2 times on this shard"
 
     for _ in range(4):
-        shards.begin_attempt(given, 0)
+        receipts.begin_attempt(given, 0)
     receipt = make(actor(given), 0)
     assert receipt.status == "failed" and receipt.error is not None and "lost 4 times" in receipt.error
     assert seen == [2, 3]
@@ -244,9 +244,9 @@ def test_a_shard_may_lose_its_worker_as_often_as_is_allowed_and_no_more(
     function, seen = failing(0)
     given = job(tmp_path, function, ScriptedEngine, FailureSettings(retries=0, engine_deaths=9, preemptions=3))
     for _ in range(marks):
-        shards.begin_attempt(given, 1)
+        receipts.begin_attempt(given, 1)
     for _ in range(deaths):
-        shards.mark_death(given, 1)
+        receipts.mark_death(given, 1)
     receipt = make(actor(given), 1)
     assert (receipt.status, len(seen)) == (status, int(status == "ok"))
     assert (receipt.error or "").startswith("Preempted: ") == (status == "failed")

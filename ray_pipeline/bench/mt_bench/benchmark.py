@@ -14,7 +14,7 @@ from ray_pipeline.bench.benchmark import Benchmark, CategorySampling, Judging, M
 from ray_pipeline.bench.conversation import Conversation
 from ray_pipeline.bench.files import OWN, read_rows, source_rows
 from ray_pipeline.bench.judge_prompts import BenchPrompt, mt_bench_prompts, own_mt_bench_prompts
-from ray_pipeline.bench.mt_bench.judge import BenchAsking
+from ray_pipeline.bench.mt_bench.judge import BenchAsking, TurnComparison, TurnRating
 from ray_pipeline.bench.mt_bench.questions import (
     ANSWER_TOKENS,
     CATEGORY_TEMPERATURES,
@@ -22,7 +22,7 @@ from ray_pipeline.bench.mt_bench.questions import (
     question_row_of,
     questions_of,
 )
-from ray_pipeline.bench.mt_bench.score import Mode, TurnComparison, TurnRating, compare, grade, mt_bench_protocol
+from ray_pipeline.bench.mt_bench.score import Mode, compare, grade, mt_bench_protocol
 from ray_pipeline.bench.mt_bench.scores import mt_bench_grades, mt_bench_pairs
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.base import ChatEngine

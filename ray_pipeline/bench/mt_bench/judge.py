@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from ray_pipeline.agents.judges import SamplingSettings, ask_until_read
 from ray_pipeline.agents.replies import Read
 from ray_pipeline.bench.judge_prompts import BenchPrompt
-from ray_pipeline.bench.mt_bench.replies import (
-    Reading,
-    read_bracketed_choice,
-    read_rating,
-    rules_differ,
-)
+from ray_pipeline.bench.mt_bench.questions import Question
+from ray_pipeline.bench.mt_bench.replies import Reading, read_bracketed_choice, read_rating, rules_differ
 from ray_pipeline.config.settings import Settings
-from ray_pipeline.engines.base import ChatEngine, Completion, Grammar, Message
+from ray_pipeline.engines.base import ChatEngine, Completion, Grammar
 
 LOW, HIGH = 1.0, 10.0
 #: Replies under `BenchAsking.grammar`.
 _RATING, _CHOICE = r"Rating: \[\[(10|[1-9])\]\]", r"\[\[[ABC]\]\]"
 
 Turn = Literal[1, 2]
+Order = Literal["ab", "ba"]
 
 
 class BenchAsking(Settings):
@@ -45,107 +42,94 @@ class BenchAsking(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
-class Rating:
-    """A judge's rating of one turn. `score` is None exactly if `parse_status` is not a read one.
+class TurnRating:
+    """A judge's rating of one model's answer to one turn. `score` is None exactly if `parse_status` is not a read one.
 
     `contradictory`: the published rule takes a score from the reply, and the stricter one does not, because the reply
     holds two different verdicts or was cut off.
     """
 
+    question_id: int
+    category: str
+    turn: Turn
     score: float | None
     parse_status: str
-    contradictory: bool
-    raw: str | None
+    contradictory: bool = False
+    raw: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class TurnChoice:
-    """Which of two answers to a turn is better: A, B, or C for a tie, in the order shown; None when unread."""
+class TurnComparison:
+    """One comparison of two models on one turn. In order "ab" model A's answer was shown first, in "ba" B's; `choice`
+    names the answer by where it was shown (A first, B second, C tie), None when unread."""
 
+    question_id: int
+    category: str
+    turn: Turn
+    order: Order
     choice: str | None
     parse_status: str
-    contradictory: bool
-    raw: str | None
+    contradictory: bool = False
+    raw: str | None = None
 
 
 async def rate_turn(
     engine: ChatEngine,
     prompts: Mapping[str, BenchPrompt],
+    question: Question,
     turn: Turn,
-    questions: Sequence[str],
     answers: Sequence[str | None],
-    references: Sequence[str] | None,
     asking: BenchAsking,
-) -> Rating:
-    """Grade the answer to one turn from 1 to 10; turn 2 is shown with turn 1 before it.
+) -> TurnRating:
+    """Grade the answer to one turn from 1 to 10; turn 2 is shown with turn 1 before it, and references where the
+    question has them."""
 
-    Args:
-        references: reference answers to both turns, for the categories that are graded against one.
-    """
-    fields = _question_fields(turn, questions, references) | _answers("answer", turn, answers)
-    name = f"single-{'math-v1' if references else 'v1'}{'-multi-turn' if turn == 2 else ''}"
-    if _unanswered(turn, answers):
-        return Rating(None, "skipped", False, None)
-    read, status, contradictory, raw = await _ask(engine, prompts[name].messages(fields), asking, _RATING, _rating)
-    return Rating(None if read is None else float(read.fields["score"]), status, contradictory, raw)
+    def rating(reply: Completion, reading: Reading) -> Read | None:
+        return read_rating(reply, reading, LOW, HIGH)
 
-
-def _rating(reply: Completion, reading: Reading) -> Read | None:
-    return read_rating(reply, reading, LOW, HIGH)
+    name = f"single-{'math-v1' if question.references else 'v1'}{'-multi-turn' if turn == 2 else ''}"
+    found = await _ask(engine, prompts[name], question, turn, {"answer": answers}, asking, _RATING, rating)
+    return TurnRating(question.question_id, question.category, turn, *found)
 
 
 async def compare_turn(
     engine: ChatEngine,
     prompts: Mapping[str, BenchPrompt],
+    question: Question,
     turn: Turn,
-    questions: Sequence[str],
     answers_a: Sequence[str | None],
     answers_b: Sequence[str | None],
-    references: Sequence[str] | None,
     asking: BenchAsking,
-) -> TurnChoice:
-    """Choose between two models' answers to one turn, A shown first. Callers ask in both orders."""
-    fields = _question_fields(turn, questions, references)
-    fields |= _answers("answer_a", turn, answers_a) | _answers("answer_b", turn, answers_b)
-    name = f"pair-{'math-v1' if references else 'v2'}{'-multi-turn' if turn == 2 else ''}"
-    if _unanswered(turn, answers_a) or _unanswered(turn, answers_b):
-        return TurnChoice(None, "skipped", False, None)
-    read, status, contradictory, raw = await _ask(
-        engine, prompts[name].messages(fields), asking, _CHOICE, read_bracketed_choice
-    )
-    return TurnChoice(None if read is None else read.fields["choice"], status, contradictory, raw)
+    order: Order = "ab",
+) -> TurnComparison:
+    """Choose between two models' answers to one turn. Callers ask in both orders."""
+    first, second = (answers_a, answers_b) if order == "ab" else (answers_b, answers_a)
+    name = f"pair-{'math-v1' if question.references else 'v2'}{'-multi-turn' if turn == 2 else ''}"
+    shown = {"answer_a": first, "answer_b": second}
+    found = await _ask(engine, prompts[name], question, turn, shown, asking, _CHOICE, read_bracketed_choice)
+    return TurnComparison(question.question_id, question.category, turn, order, *found)
 
 
 async def _ask(
     engine: ChatEngine,
-    messages: list[Message],
+    prompt: BenchPrompt,
+    question: Question,
+    turn: Turn,
+    answers: Mapping[str, Sequence[str | None]],
     asking: BenchAsking,
     form: str,
     reader: Callable[[Completion, Reading], Read | None],
-) -> tuple[Read | None, str, bool, str | None]:
-    """What was read, the parse status, whether the reply is contradictory, and its text."""
+) -> tuple[Any, str, bool, str | None]:
+    """The verdict that was read, the parse status, whether the reply is contradictory, and its text."""
+    if any(answer is None for turns in answers.values() for answer in turns[:turn]):
+        return None, "skipped", False, None
+    texts = {"question": question.turns, **answers}
+    fields = {name if turn == 1 else f"{name}_{i + 1}": texts[name][i] or "" for name in texts for i in range(turn)}
+    fields |= {f"ref_answer_{i + 1}": text for i, text in enumerate((question.references or ())[:turn])}
     grammar = Grammar.regex(form) if asking.grammar else None
-    read, reply, status = await ask_until_read(
-        engine, messages, asking.sampling, asking, grammar, lambda reply: reader(reply, asking.reading)
+    found = await ask_until_read(
+        engine, prompt.messages(fields), asking.sampling, asking, grammar, lambda reply: reader(reply, asking.reading)
     )
-    contradictory = reply is not None and status != "error" and rules_differ(reply, reader)
-    return read, status, contradictory, None if reply is None else reply.text
-
-
-def _question_fields(turn: Turn, questions: Sequence[str], references: Sequence[str] | None) -> dict[str, str]:
-    fields = {"question": questions[0]} if turn == 1 else {"question_1": questions[0], "question_2": questions[1]}
-    if references is not None:
-        fields["ref_answer_1"] = references[0]
-        if turn == 2:
-            fields["ref_answer_2"] = references[1]
-    return fields
-
-
-def _answers(name: str, turn: Turn, answers: Sequence[str | None]) -> dict[str, str]:
-    if turn == 1:
-        return {name: answers[0] or ""}
-    return {f"{name}_1": answers[0] or "", f"{name}_2": answers[1] or ""}
-
-
-def _unanswered(turn: Turn, answers: Sequence[str | None]) -> bool:
-    return any(answer is None for answer in answers[:turn])
+    contradictory = found.finished is not None and rules_differ(found.finished, reader)
+    verdict = None if found.fields is None else next(iter(found.fields.values()))
+    return verdict, found.status, contradictory, found.raw

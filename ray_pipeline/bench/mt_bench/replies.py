@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import Any, Literal
 
-from ray_pipeline.agents.replies import Read, read_choice
+from ray_pipeline.agents.replies import Read, choice_verdict
 from ray_pipeline.agents.verdict_styles import Wanted
 from ray_pipeline.agents.verdict_text import without_blocks, without_spans
 from ray_pipeline.agents.verdicts import Unread, find_verdict
@@ -62,8 +62,8 @@ def read_bracketed_choice(reply: Completion, reading: Reading) -> Read | None:
     if reading == "published":
         found = _CHOICE.findall(reply.text)
         return Read("ok", {"choice": min(found)}) if found else None
-    read = read_choice(reply, "mt_bench")
-    return None if read is None else Read("ok", {"choice": read.fields["choice"]})
+    read = choice_verdict(reply, "mt_bench")
+    return Read("ok", {"choice": read.fields["choice"]}) if isinstance(read, Read) else None
 
 
 def rules_differ(reply: Completion, read: Callable[[Completion, Reading], Read | None]) -> bool:

@@ -19,7 +19,10 @@ from ray_pipeline.bench.mt_bench.judge import (
     HIGH,
     LOW,
     BenchAsking,
+    Order,
     Turn,
+    TurnComparison,
+    TurnRating,
     compare_turn,
     rate_turn,
 )
@@ -33,34 +36,7 @@ from ray_pipeline.store.schemas import READ_STATUSES
 
 Mode = Literal["single", "pairwise"]
 TURNS: tuple[Turn, Turn] = (1, 2)
-
-
-@dataclasses.dataclass(frozen=True)
-class TurnRating:
-    """The rating of one model's answer to one turn; `score` is None when it could not be read."""
-
-    question_id: int
-    category: str
-    turn: Turn
-    score: float | None
-    parse_status: str
-    contradictory: bool = False
-    raw: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class TurnComparison:
-    """One comparison of two models on one turn. In order "ab" model A's answer was shown first, in "ba" B's; `choice`
-    names the answer by where it was shown (A first, B second, C tie), None when unread."""
-
-    question_id: int
-    category: str
-    turn: Turn
-    order: Literal["ab", "ba"]
-    choice: str | None
-    parse_status: str
-    contradictory: bool = False
-    raw: str | None = None
+ORDERS: tuple[Order, Order] = ("ab", "ba")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,12 +91,8 @@ async def grade(
     asking: BenchAsking,
 ) -> list[TurnRating]:
     """The ratings of both turns, with the question's references where it has them."""
-
-    async def one(turn: Turn) -> TurnRating:
-        rating = await rate_turn(engine, prompts, turn, question.turns, answers.turns, question.references, asking)
-        return TurnRating(question.question_id, question.category, turn, **vars(rating))
-
-    return list(await asyncio.gather(*(one(turn) for turn in TURNS)))
+    asked = (rate_turn(engine, prompts, question, turn, answers.turns, asking) for turn in TURNS)
+    return list(await asyncio.gather(*asked))
 
 
 async def compare(
@@ -132,16 +104,12 @@ async def compare(
     asking: BenchAsking,
 ) -> list[TurnComparison]:
     """The comparisons of both turns in both orders: turn 1 ab, turn 1 ba, turn 2 ab, turn 2 ba."""
-
-    async def one(turn: Turn, order: Literal["ab", "ba"]) -> TurnComparison:
-        first, second = (answers_a, answers_b) if order == "ab" else (answers_b, answers_a)
-        choice = await compare_turn(
-            engine, prompts, turn, question.turns, first.turns, second.turns, question.references, asking
-        )
-        return TurnComparison(question.question_id, question.category, turn, order, **vars(choice))
-
-    orders: tuple[Literal["ab", "ba"], ...] = ("ab", "ba")
-    return list(await asyncio.gather(*(one(turn, order) for turn in TURNS for order in orders)))
+    asked = (
+        compare_turn(engine, prompts, question, turn, answers_a.turns, answers_b.turns, asking, order)
+        for turn in TURNS
+        for order in ORDERS
+    )
+    return list(await asyncio.gather(*asked))
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------

@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray_pipeline.bench.benchmark import Measurement, Reading, Score, count_statuses, make_score, percent
+from ray_pipeline.bench.mt_bench.judge import TurnComparison, TurnRating
 from ray_pipeline.bench.mt_bench.score import (
     RatingMean,
-    TurnComparison,
-    TurnRating,
     mt_bench_scores,
     pairwise_scores,
     published_mt_bench,
