@@ -280,6 +280,7 @@ def write_page(page: AgreementPage, results: Sequence[StageResult], folder: Path
     from ray_pipeline.agreement.gate_curves import gate_curves
     from ray_pipeline.agreement.panel import make_panel
     from ray_pipeline.agreement.recorded_winrate import RECORDED, versus_rates
+    from ray_pipeline.agreement.versus import cut_responses
     from ray_pipeline.evaluate.first_screen import first_screen
 
     items = pa.concat_tables([r.table("items").read_all() for r in results if "items" in r.tables])
@@ -296,7 +297,12 @@ def write_page(page: AgreementPage, results: Sequence[StageResult], folder: Path
             f"win rates on {page.data}",
             models=models,
             judges={"": ", ".join(sorted(set(ballots["judge"].to_pylist())))},
-            amounts=[(len(rates), "runs"), (len(items), "items"), (len(ballots), "verdicts")],
+            amounts=[
+                (len(rates), "runs"),
+                (len(items), "items"),
+                (len(ballots), "verdicts"),
+                (cut_responses(results), "responses cut off"),
+            ],
             usage=sum((r.usage for r in results), Usage()),
         )
         write_winrate(rates, {**about, **asked.model_dump()}, folder, answers)
