@@ -24,6 +24,12 @@ MACHINES: Mapping[str, str] = {
 #: The block with all keys of an endpoint, and the model of those that do not judge.
 _ENDPOINT_FILE, _OTHER_MODEL = "endpoint", "gpt-4o-mini-2024-07-18"
 
+#: Why a workflow that trains has no starter file for an endpoint, and what to do.
+NO_WEIGHTS = (
+    "it trains models, and an endpoint gives out no weights. Make the data at the endpoint (`quorum init dmapo --for "
+    "endpoint`), and train on it where the weights are (`quorum init train --for gpus`)"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Starter:
