@@ -20,7 +20,7 @@ from ray_pipeline.audit.run import Audit, audit_gated
 from ray_pipeline.bench.stages import Answering, benchmark_stages
 from ray_pipeline.config.messages import first_problem, nearest
 from ray_pipeline.config.settings import Settings
-from ray_pipeline.config.starters import Starter
+from ray_pipeline.config.starters import NO_WEIGHTS, Starter
 from ray_pipeline.data.candidates import candidates as candidates_stage
 from ray_pipeline.data.card import Provenance
 from ray_pipeline.data.critic import critic as critic_stage
@@ -346,6 +346,10 @@ WORKFLOW = register("workflow", "baselines")(
         name="baselines",
         pocket="pocket_baselines",
         starters={"laptop": Starter("pocket_baselines"), "gpus": Starter("baselines")},
+        not_on={
+            "endpoint": NO_WEIGHTS
+            + "; to measure models that are at an endpoint: `quorum init benchmarks --for endpoint`"
+        },
         config=BaselinesConfig,
         wire=baselines,
         page=rewrite_page,

@@ -119,7 +119,11 @@ WORKFLOW = register("workflow", "benchmarks")(
     Workflow(
         name="benchmarks",
         pocket="pocket_benchmarks",
-        starters={"laptop": Starter("pocket_benchmarks"), "gpus": Starter("benchmarks")},
+        starters={
+            "laptop": Starter("pocket_benchmarks"),
+            "gpus": Starter("benchmarks"),
+            "endpoint": Starter("endpoint_benchmarks"),
+        },
         config=BenchmarksConfig,
         wire=benchmarks,
         page=rewrite_page,

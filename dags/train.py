@@ -16,7 +16,7 @@ from ray_pipeline.audit.imported import audit_imported
 from ray_pipeline.audit.run import Audit
 from ray_pipeline.config.blocks import RunBlock
 from ray_pipeline.config.settings import Settings
-from ray_pipeline.config.starters import Starter
+from ray_pipeline.config.starters import NO_WEIGHTS, Starter
 from ray_pipeline.data.card import Provenance
 from ray_pipeline.data.datasets import dataset_files
 from ray_pipeline.data.imported import GIVES, preferences, tables_of
@@ -139,6 +139,7 @@ WORKFLOW = register("workflow", "train")(
         name="train",
         pocket="pocket_train",
         starters={"laptop": Starter("pocket_train"), "gpus": Starter("train")},
+        not_on={"endpoint": NO_WEIGHTS},
         config=TrainConfig,
         wire=train,
         page=write_report,

@@ -109,7 +109,11 @@ WORKFLOW = register("workflow", "winrate")(
     Workflow(
         name="winrate",
         pocket="pocket_winrate",
-        starters={"laptop": Starter("pocket_winrate"), "gpus": Starter("fellowship_winrate")},
+        starters={
+            "laptop": Starter("pocket_winrate"),
+            "gpus": Starter("fellowship_winrate"),
+            "endpoint": Starter("endpoint_winrate"),
+        },
         config=WinrateConfig,
         wire=winrate,
         page=rewrite_page,

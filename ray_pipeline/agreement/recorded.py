@@ -7,7 +7,7 @@ optionally `model_a`, `model_b`, `human_votes` ({annotator: label}) and recordin
     independent_MAX  {"text_a", "text_b", "stored_a", "stored_b", "turns_a", "turns_b"}; scores from 0 to MAX
     independent_MIN-MAX, combined_MIN-MAX: the same on a scale whose lower end is not 0
     combined_MAX     {"text", "stored_a", "stored_b", "turns"}
-    debate           {"final": {role: text}, "stored_mean_1", "stored_mean_2"}
+    debate           {"final": {role: text}, "turns" (of all roles, or {role: turns}), "stored_mean_1", "stored_mean_2"}
     versus           {"text", "winner"}, by run: answer A is the run's own, winner "agent", "tie" or an opponent's name
 
 `text` is the first reply; after a retry (`turns` over 1) the later reply follows behind a blank line. Its verdict is
@@ -335,9 +335,11 @@ def _debate(where: str, recording: Mapping[str, Any], replay: Replay, format: Fo
         raise InputError(f"{where}.final must be dict, not {type(final).__name__}; it holds each role's scoring text")
     if not final:
         raise InputError(f"{where}.final is empty; it holds the scoring text of each role")
+    turns = recording.get("turns", 1)
     for role in final:
+        own = {role: final[role], "turns": turns.get(role, 1) if isinstance(turns, dict) else turns}
         for labels in (("1", "2"), ("A", "B")):  # what the answers are called
-            found = _debater(f"{where}.final", final, role, labels, format)
+            found = _debater(f"{where}.final", own, role, labels, format)
             if found.fields is not None:
                 break
         ballot = _of_scores({"text": final[role]}, found, labels)
@@ -346,10 +348,10 @@ def _debate(where: str, recording: Mapping[str, Any], replay: Replay, format: Fo
         yield {"voice": role, "order": "ab", **ballot}
 
 
-def _debater(where: str, final: Mapping[str, Any], role: str, labels: Sequence[str], format: Format) -> _Recorded:
-    """A debater's last words."""
+def _debater(where: str, own: Mapping[str, Any], role: str, labels: Sequence[str], format: Format) -> _Recorded:
+    """A debater's last words; `own` holds them and their turns."""
     scores = functools.partial(scores_verdict, labels=labels, scale=recorded_scale(10), form="text", format=format)
-    return _read(where, {role: final[role]}, role, "turns", scores)
+    return _read(where, own, role, "turns", scores)
 
 
 def _ballot(

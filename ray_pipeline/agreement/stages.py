@@ -18,6 +18,8 @@ from ray_pipeline.agreement.measure_settings import MeasureSettings
 from ray_pipeline.agreement.recorded import Recorded, Replay, read_item, read_recorded
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.sources import HuggingFaceSource, InputError, JsonlSource
+from ray_pipeline.data.sources.records import AnswerTable
+from ray_pipeline.engines.thoughts import answer_of
 from ray_pipeline.engines.usage import Usage
 from ray_pipeline.graph.results import Run
 from ray_pipeline.graph.stage import BadInput, Stage, StageRef, StageResult, WholeInput, WholeWork
@@ -29,7 +31,7 @@ from ray_pipeline.store.local import written_here
 from ray_pipeline.store.schemas import BALLOTS, ITEMS, to_table
 
 
-class AgreementData(Settings):
+class AgreementData(AnswerTable):
     """The `data` block: items with human labels, and what was recorded of judges."""
 
     type: Literal["recorded", "alpaca_eval", "fair_eval", "pandalm", "mt_bench", "pocket"] = Field(
@@ -111,6 +113,9 @@ def read_data(settings: AgreementData, commit: str | None = None) -> Recorded:
         found = Recorded([read_item(row["item_id"], row) for row in _pocket_pairs(settings)], [])
     else:
         found = Recorded(read_human_labels(settings.type, settings.path, commit or settings.revision), [])
+    if settings.thoughts == "split":
+        for item in found.items:
+            item.update({field: answer_of(item[field]) for field in ("response_a", "response_b")})
     items = sorted(found.items, key=lambda item: (unit_hash("items", settings.seed, item["item_id"]), item["item_id"]))
     items = items[: settings.limit]
     kept = {item["item_id"] for item in items}
@@ -275,6 +280,7 @@ def write_page(page: AgreementPage, results: Sequence[StageResult], folder: Path
     from ray_pipeline.agreement.gate_curves import gate_curves
     from ray_pipeline.agreement.panel import make_panel
     from ray_pipeline.agreement.recorded_winrate import RECORDED, versus_rates
+    from ray_pipeline.agreement.versus import cut_responses
     from ray_pipeline.evaluate.first_screen import first_screen
 
     items = pa.concat_tables([r.table("items").read_all() for r in results if "items" in r.tables])
@@ -291,7 +297,12 @@ def write_page(page: AgreementPage, results: Sequence[StageResult], folder: Path
             f"win rates on {page.data}",
             models=models,
             judges={"": ", ".join(sorted(set(ballots["judge"].to_pylist())))},
-            amounts=[(len(rates), "runs"), (len(items), "items"), (len(ballots), "verdicts")],
+            amounts=[
+                (len(rates), "runs"),
+                (len(items), "items"),
+                (len(ballots), "verdicts"),
+                (cut_responses(results), "responses cut off"),
+            ],
             usage=sum((r.usage for r in results), Usage()),
         )
         write_winrate(rates, {**about, **asked.model_dump()}, folder, answers)

@@ -4,7 +4,7 @@ configuration's answer with every baseline's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
 import pyarrow as pa
@@ -30,10 +30,10 @@ from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.feedback.loop import LoopRules, LoopSettings, ReviewerSettings, feedback_stages
 from ray_pipeline.graph.asking import Asking, Outcome, Row, ShardTables, count_by, reply_status
 from ray_pipeline.graph.gather import all_of
-from ray_pipeline.graph.stage import Stage
+from ray_pipeline.graph.stage import Stage, StageResult
 from ray_pipeline.stats.protocol import Protocol, settings_text, win_rate_by
 from ray_pipeline.store.keys import digest
-from ray_pipeline.store.schemas import BALLOTS, ITEMS
+from ray_pipeline.store.schemas import BALLOTS, ITEMS, cut_off
 
 #: Which response of a loop is compared.
 Answer = Literal["picked", "last"]
@@ -302,17 +302,28 @@ VERSUS = Asking(
     ask=_versus,
     role="versus",
     counts=count_by("ballots", "parse_status"),
+    version=2,  # 2: responses that were cut off are compared only where there is no other
 )
 
 
 def responses(candidates: pa.Table) -> dict[str, list[str]]:
-    """By prompt_id, the responses of its loop, first to last; a failed revision leaves those before it."""
-    found: dict[str, list[str]] = {}
+    """By prompt_id, the responses of its loop, first to last; a failed revision leaves those before it, and one that
+    was cut off is left out unless all were."""
+    found: dict[str, dict[bool, list[str]]] = {}
     rows = candidates.select(["prompt_id", "k", "response"]).to_pylist()
-    for row in sorted(rows, key=lambda row: row["k"]):
+    cut = cut_off(candidates["finish_reason"]).to_pylist()
+    for row, is_cut in sorted(zip(rows, cut, strict=True), key=lambda pair: pair[0]["k"]):
         if row["response"] is not None:
-            found.setdefault(row["prompt_id"], []).append(row["response"])
-    return found
+            found.setdefault(row["prompt_id"], {False: [], True: []})[is_cut].append(row["response"])
+    return {prompt: texts[False] or texts[True] for prompt, texts in found.items()}
+
+
+def cut_responses(results: Iterable[StageResult]) -> int | None:
+    """How many of the responses behind a page were cut off; None if there are none."""
+    ended: dict[str, bool] = {}
+    for table in (result.table("candidates").read_all() for result in results if "candidates" in result.tables):
+        ended.update(zip(table["candidate_id"].to_pylist(), cut_off(table["finish_reason"]).to_pylist(), strict=True))
+    return sum(ended.values()) if ended else None
 
 
 def _tie(order: tuple[int, ...]) -> Row:

@@ -16,10 +16,14 @@ import pyarrow as pa
 
 from ray_pipeline.data.sources.chats import BadRow
 from ray_pipeline.data.sources.chats import messages_of as chat_messages
+from ray_pipeline.engines.thoughts import answer_of
 from ray_pipeline.store.keys import digest, prompt_id
+from ray_pipeline.store.schemas import CANDIDATES
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from ray_pipeline.data.sources.records import Thoughts
 
 Frame = TypeVar("Frame", "pd.DataFrame", pa.Table)
 
@@ -113,13 +117,15 @@ def rows_of_prompts(frame: Any, columns: Sequence[str], what: str) -> list[dict[
 
 
 def rows_with_ids(
-    frame: Any, key: str, answers: Sequence[str], what: str, also: Sequence[str] = ()
+    frame: Any, key: str, answers: Sequence[str], what: str, also: Sequence[str] = (), thoughts: Thoughts = "keep"
 ) -> list[dict[str, Any]]:
     """Rows of prompts and answers, each with an id under `key`: the frame's own column, or derived from the content.
 
     Args:
         answers: columns of the answers, which are part of a derived id.
         also: further columns.
+        thoughts: split: answers are without the thoughts before them, and None if they end within them. Ids are those
+            of the texts as they stood.
     """
     kept = [key] if key in column_names(frame, what) else []
     rows = rows_of_prompts(frame, [*answers, *also, *kept], what)
@@ -130,14 +136,20 @@ def rows_with_ids(
             one = digest(["row", *content])
             row[key] = digest(["row", *content, times[one]])  # repeated rows get different ids
             times[one] += 1
+        if thoughts == "split":
+            row.update({name: answer_of(row[name]) for name in answers})
     return rows
 
 
 def id_table(candidates: Any) -> pa.Table:
-    """`candidate_id` and `prompt_id` of a frame of candidates, its own or derived from prompt and response."""
-    if {"candidate_id", "prompt_id"} <= set(column_names(candidates, "candidates")):
-        return table_of(candidates, ["candidate_id", "prompt_id"], "candidates")
-    rows = rows_with_ids(candidates, "candidate_id", ["response"], "candidates")
-    return pa.table(
-        {name: pa.array([row[name] for row in rows], pa.string()) for name in ("candidate_id", "prompt_id")}
-    )
+    """`candidate_id` and `prompt_id` of a frame of candidates, its own or derived from prompt and response, and
+    `finish_reason` if it is there."""
+    present, ids, end = column_names(candidates, "candidates"), ["candidate_id", "prompt_id"], "finish_reason"
+    if set(ids) <= set(present):
+        table = table_of(candidates, ids, "candidates")
+    else:
+        rows = rows_with_ids(candidates, "candidate_id", ["response"], "candidates")
+        table = pa.table({name: pa.array([row[name] for row in rows], pa.string()) for name in ids})
+    if end not in present:
+        return table
+    return table.append_column(end, table_of(candidates, [end], "candidates", CANDIDATES)[end])

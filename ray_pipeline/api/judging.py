@@ -13,6 +13,7 @@ from ray_pipeline.agents.templates import Layout, load_templates
 from ray_pipeline.api.calls import CONCURRENCY, each, ids_of, settings_of
 from ray_pipeline.api.engines import bound, templates_of
 from ray_pipeline.api.frames import Frame, give, rows_with_ids
+from ray_pipeline.data.sources.records import Thoughts
 from ray_pipeline.engines.base import ChatEngine
 from ray_pipeline.store.schemas import CRITIQUES, VERDICTS, to_table
 
@@ -26,6 +27,7 @@ def judge(
     layout: Layout = "shared_first",
     sampling: SamplingSettings | Mapping[str, Any] | None = None,
     asking: JudgeAsking | Mapping[str, Any] | None = None,
+    thoughts: Thoughts = "split",
     concurrency: int = CONCURRENCY,
 ) -> Frame:
     """Score every response on every rubric.
@@ -38,6 +40,8 @@ def judge(
             name → text; default: helpfulness, factuality and conciseness as published.
         templates: built-in name or YAML file of the judge's prompt; default: those that suit the engine's model.
         sampling, asking: the keys of the same name in the `judge` block (`{"max_tokens": 512}`, `{"retries": 2}`).
+        thoughts: split: thoughts at the start of a response (`<think>…</think>`) are not judged, and a response that
+            ends within them is like null; keep: they are part of the response.
         concurrency: maximum number of concurrent calls.
 
     Returns:
@@ -53,7 +57,7 @@ def judge(
     name = templates_of(engine, templates)
     template = load_templates(name).judge
     how = settings_of(SamplingSettings, sampling, name, "sampling"), settings_of(JudgeAsking, asking, name, "asking")
-    rows = rows_with_ids(frame, "candidate_id", ["response"], "frame")
+    rows = rows_with_ids(frame, "candidate_id", ["response"], "frame", thoughts=thoughts)
 
     async def one(row: Mapping[str, Any], rubric: Rubric) -> dict[str, Any]:
         if row["response"] is None:
@@ -75,12 +79,13 @@ def critique(
     layout: Layout | None = None,
     sampling: SamplingSettings | Mapping[str, Any] | None = None,
     asking: JudgeAsking | Mapping[str, Any] | None = None,
+    thoughts: Thoughts = "split",
     concurrency: int = CONCURRENCY,
 ) -> Frame:
     """Decide for every response whether the reasoning behind it is flawed, and how.
 
     Args:
-        frame, engine, templates, sampling, asking, concurrency: as for `judge`.
+        frame, engine, templates, sampling, asking, thoughts, concurrency: as for `judge`.
 
     Returns:
         One critique for each row, in the frame's order and with its index: candidate_id, prompt_id, flawed (bool;
@@ -95,7 +100,7 @@ def critique(
     # The pocket critic was trained on one layout. Other critics make one call per candidate and share only the rubric.
     order: Layout = layout or ("shared_first" if name == "pocket" else "rubric_first")
     how = settings_of(SamplingSettings, sampling, name, "sampling"), settings_of(JudgeAsking, asking, name, "asking")
-    rows = rows_with_ids(frame, "candidate_id", ["response"], "frame")
+    rows = rows_with_ids(frame, "candidate_id", ["response"], "frame", thoughts=thoughts)
 
     async def one(row: Mapping[str, Any]) -> dict[str, Any]:
         if row["response"] is None:

@@ -17,6 +17,7 @@ from ray_pipeline.agents.templates import Layout
 from ray_pipeline.api.calls import CONCURRENCY, each, ids_of, settings_of
 from ray_pipeline.api.engines import bound, templates_of
 from ray_pipeline.api.frames import Frame, give, rows_with_ids, table_of
+from ray_pipeline.data.sources.records import Thoughts
 from ray_pipeline.engines.base import ChatEngine
 from ray_pipeline.store.schemas import to_table
 
@@ -45,6 +46,7 @@ def compare(
     layout: Layout = "shared_first",
     sampling: SamplingSettings | Mapping[str, Any] | None = None,
     asking: StrategyAsking | Mapping[str, Any] | None = None,
+    thoughts: Thoughts = "split",
     concurrency: int = CONCURRENCY,
 ) -> Frame:
     """Compare two responses to each prompt.
@@ -55,7 +57,7 @@ def compare(
             alone), combined (both are scored side by side), the keys of a `Strategy`
             (`{"kind": "combined", "high": 100, "orders": "both"}`), or a file that registers a strategy.
         templates: built-in name or YAML file of the strategies' prompts.
-        engine, sampling, asking, concurrency: as for `judge`.
+        engine, sampling, asking, thoughts, concurrency: as for `judge`.
 
     Returns:
         One row for each pair, in the frame's order and with its index: pair_id, prompt_id, score_a, score_b (null for a
@@ -78,7 +80,7 @@ def compare(
         answers = [row["response_a"], row["response_b"]]
         return _ballot(row, await decide(own, row["messages"], answers, found, texts, *how, layout))
 
-    return give(_ballots(each([(row,) for row in _pairs(frame)], one, concurrency)), frame, same_rows=True)
+    return give(_ballots(each([(row,) for row in _pairs(frame, thoughts)], one, concurrency)), frame, same_rows=True)
 
 
 def debate(
@@ -89,6 +91,7 @@ def debate(
     settings: debates.DebateSettings | Mapping[str, Any] | None = None,
     sampling: SamplingSettings | Mapping[str, Any] | None = None,
     asking: StrategyAsking | Mapping[str, Any] | None = None,
+    thoughts: Thoughts = "split",
     concurrency: int = CONCURRENCY,
 ) -> Frame:
     """Let the roles of a debate discuss two responses to each prompt, and score them (Chan et al. 2023, "ChatEval").
@@ -99,6 +102,7 @@ def debate(
         templates: built-in name or YAML file of roles and prompts.
         settings: rules of the debate (`{"rounds": 2, "pool": "mean"}`).
         sampling, asking: of the final scores, as for `compare`.
+        thoughts: as for `judge`.
 
     Returns:
         The columns of `compare`, and `speeches`: a list of structs (order, round, position, role, text,
@@ -124,7 +128,7 @@ def debate(
         speeches = [{**dataclasses.asdict(s), "order": "ba" if s.order == (1, 0) else "ab"} for s in held.speeches]
         return {**_ballot(row, held.judgement), "speeches": speeches}
 
-    made = each([(row,) for row in _pairs(frame)], one, concurrency)
+    made = each([(row,) for row in _pairs(frame, thoughts)], one, concurrency)
     speech = {name: pa.string() for name in ("order", "role", "text", "finish_reason", "error")}
     spoken = pa.list_(pa.struct({**speech, "round": pa.int32(), "position": pa.int32()}))
     table = _ballots(made).append_column("speeches", pa.array([row["speeches"] for row in made], spoken))
@@ -171,12 +175,12 @@ def _strategy(given: Strategy | Mapping[str, Any] | str) -> Strategy:
     return Strategy.model_validate({"kind": given, **({} if given == "independent" else {"orders": "both"})})
 
 
-def _pairs(frame: Any) -> list[dict[str, Any]]:
-    rows = rows_with_ids(frame, "pair_id", ["response_a", "response_b"], "frame")
+def _pairs(frame: Any, thoughts: Thoughts) -> list[dict[str, Any]]:
+    rows = rows_with_ids(frame, "pair_id", ["response_a", "response_b"], "frame", thoughts=thoughts)
     for number, row in enumerate(rows):
         for side in ("response_a", "response_b"):
             if row[side] is None:
-                raise ValueError(f"frame, row {number}: {side} is empty; drop the row")
+                raise ValueError(f"frame, row {number}: {side} is null, or ends within its thoughts; drop the row")
     return rows
 
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 from ray_pipeline.api.frames import Frame, column_names, give, id_table, need, rows_with_ids, table_of
 from ray_pipeline.data.dataset_rows import DatasetsConfig, dpo_rows, kto_rows
 from ray_pipeline.data.gate import GateConfig, decide
+from ray_pipeline.data.sources.records import Thoughts
 from ray_pipeline.data.tokens import Encode, TokenCounter
 from ray_pipeline.engines.models import TokenizerSettings
 from ray_pipeline.pocket import model_path
@@ -57,7 +58,15 @@ def gate(
     return give(decide(id_table(candidates), read, flaws, names, config), candidates, same_rows=True)
 
 
-def to_kto(candidates: Frame, verdicts: Frame, decisions: Frame, *, tokenizer: Any = None, **settings: Any) -> Frame:
+def to_kto(
+    candidates: Frame,
+    verdicts: Frame,
+    decisions: Frame,
+    *,
+    tokenizer: Any = None,
+    thoughts: Thoughts = "split",
+    **settings: Any,
+) -> Frame:
     """Make rows for TRL's `KTOTrainer`: one for each desirable or undesirable candidate.
 
     Args:
@@ -67,6 +76,7 @@ def to_kto(candidates: Frame, verdicts: Frame, decisions: Frame, *, tokenizer: A
         decisions: from `gate`.
         tokenizer: of the policy: folder, name on the Hub, `pocket:policy`, or a Hugging Face tokenizer. With one,
             prompts of more than `max_prompt_length` tokens are left out; without one, no length limit applies.
+        thoughts: split: thoughts at the start of a response (`<think>…</think>`) are in no row; keep: they are.
         settings: `max_length` and `max_prompt_length` in tokens, which need a tokenizer; `min_gap` for `to_dpo`.
 
     Returns:
@@ -77,10 +87,18 @@ def to_kto(candidates: Frame, verdicts: Frame, decisions: Frame, *, tokenizer: A
         ColumnError: a column is missing.
         ValueError: an invalid setting, or rows of different candidates (`KeyMismatch`).
     """
-    return _rows(candidates, verdicts, decisions, tokenizer, settings, kto_rows)
+    return _rows(candidates, verdicts, decisions, tokenizer, thoughts, settings, kto_rows)
 
 
-def to_dpo(candidates: Frame, verdicts: Frame, decisions: Frame, *, tokenizer: Any = None, **settings: Any) -> Frame:
+def to_dpo(
+    candidates: Frame,
+    verdicts: Frame,
+    decisions: Frame,
+    *,
+    tokenizer: Any = None,
+    thoughts: Thoughts = "split",
+    **settings: Any,
+) -> Frame:
     """Make rows for TRL's `DPOTrainer`: for each prompt, its best desirable and its worst undesirable candidate.
 
     Pairs with equal texts, or with final scores closer than `min_gap` (default 1.5), are left out.
@@ -91,11 +109,17 @@ def to_dpo(candidates: Frame, verdicts: Frame, decisions: Frame, *, tokenizer: A
         prompt_id, chosen_id, rejected_id, split, prompt, chosen and rejected (chat messages), score_chosen,
         score_rejected, score_gap, chosen_model, rejected_model.
     """
-    return _rows(candidates, verdicts, decisions, tokenizer, settings, dpo_rows)
+    return _rows(candidates, verdicts, decisions, tokenizer, thoughts, settings, dpo_rows)
 
 
 def _rows(
-    candidates: Frame, verdicts: Frame, decisions: Frame, tokenizer: Any, settings: dict[str, Any], make: Any
+    candidates: Frame,
+    verdicts: Frame,
+    decisions: Frame,
+    tokenizer: Any,
+    thoughts: Thoughts,
+    settings: dict[str, Any],
+    make: Any,
 ) -> Frame:
     if tokenizer is None:
         if limits := [name for name in ("max_length", "max_prompt_length") if name in settings]:
@@ -103,7 +127,7 @@ def _rows(
         settings = {**settings, "max_length": sys.maxsize, "max_prompt_length": sys.maxsize - 1}
     config = DatasetsConfig.model_validate(settings)
     more = [name for name in ("split", "model") if name in column_names(candidates, "candidates")]
-    rows = rows_with_ids(candidates, "candidate_id", ["response"], "candidates", more)
+    rows = rows_with_ids(candidates, "candidate_id", ["response"], "candidates", more, thoughts)
     by_prompt = {
         row["prompt_id"]: {
             "prompt_id": row["prompt_id"],

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from pydantic import Field
 
 from ray_pipeline.agents.templates import TemplateError
@@ -21,6 +22,7 @@ from ray_pipeline.bench.tables import Tables
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.engines.usage import Usage
+from ray_pipeline.evaluate.cautions import MAX_TRUNCATED
 from ray_pipeline.evaluate.first_screen import first_screen
 from ray_pipeline.graph.results import Run
 from ray_pipeline.graph.stage import BadInput, Stage, StageResult, WholeInput, WholeWork
@@ -29,7 +31,7 @@ from ray_pipeline.store.errors import StoreError
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import canonical_json
 from ray_pipeline.store.local import written_here
-from ray_pipeline.store.schemas import READ_STATUSES
+from ray_pipeline.store.schemas import READ_STATUSES, cut_off
 
 MAX_FLIP_RATE = 0.3
 #: Kinds of table that have no verdicts.
@@ -148,12 +150,30 @@ def _build(results: Mapping[str, StageResult], page: BenchmarksPage, folder: Pat
         f"public benchmarks: {', '.join(chosen.chosen)}",
         models={name: model.shown for name, model in page.models.items()},
         judges={"": {key: judge.shown for key, judge in page.judges.items()}},
-        amounts=[(len(tables.rows(f"bench_{kind}")), kind) for kind in ("questions", "answers")],
+        amounts=[
+            *((len(tables.rows(f"bench_{kind}")), kind) for kind in ("questions", "answers")),
+            (sum(cut for cut, _ in _cut_answers(tables).values()), "answers cut off"),
+        ],
         usage=sum((result.usage for result in results.values()), Usage()),
     )
     shown.warnings += _warnings(page, shown.scores, shown.readings)
+    shown.warnings += [
+        f"{name}, {model}: {cut} of {answered} answers were cut off, and were judged as they are."
+        for (name, model), (cut, answered) in sorted(_cut_answers(tables).items())
+        if cut / answered > MAX_TRUNCATED
+    ]
     write_benchmarks(shown, folder)
     return shown.scores
+
+
+def _cut_answers(tables: Tables) -> dict[tuple[str, str], tuple[int, int]]:
+    """By benchmark and model, how many answers were cut off, and how many there are."""
+    found: dict[tuple[str, str], tuple[int, int]] = {}
+    for (name, _, model), turns in tables.answers.items():
+        ends = [turn["finish_reason"] for turn in turns if turn["finish_reason"] != "skipped"]
+        cut, answered = found.get((name, model), (0, 0))
+        found[name, model] = cut + sum(cut_off(pa.array(ends, pa.string())).to_pylist()), answered + len(ends)
+    return found
 
 
 # --- warnings ---------------------------------------------------------------------------------------------------------

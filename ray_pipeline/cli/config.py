@@ -53,18 +53,21 @@ def init(
 ) -> None:
     """Write a commented configuration to start from, which runs as it is.
 
-    laptop: small models without a GPU; gpus: the published models; endpoint: an OpenAI-compatible endpoint alone, which
-    makes data and trains nothing.
+    laptop: small models without a GPU; gpus: the published models; endpoint: an OpenAI-compatible endpoint alone, for
+    data, judgements, win rates and benchmarks; nothing is trained.
 
     Examples: `quorum init`, `quorum init fellowship --for endpoint -o mine.yaml`, then `quorum check` as it says.
     """
     from ray_pipeline.workflow.registry import find_workflow
 
     with refused():
-        starters = find_workflow(workflow).starters
-        if (starter := starters.get(machine)) is None:  # type: ignore[call-overload]
-            choice = f"choose from {', '.join(starters)}" if starters else "it comes without any"
-            raise ConfigError(f"{workflow} has no starter file for {machine!r}; {choice}")
+        found = find_workflow(workflow)
+        if (starter := found.starters.get(machine)) is None:  # type: ignore[call-overload]
+            choice = f"choose from {', '.join(found.starters)}" if found.starters else "it comes without any"
+            reason = found.not_on.get(machine)  # type: ignore[call-overload]
+            raise ConfigError(
+                f"{workflow} has no starter file for {machine!r}{f': {reason}' if reason else f'; {choice}'}"
+            )
         file = out or pathlib.Path(f"{pathlib.Path(workflow).stem}.yaml")
         try:
             with file.open("w" if force else "x", encoding="utf-8", newline="\n") as stream:

@@ -21,8 +21,15 @@ MACHINES: Mapping[str, str] = {
     "endpoint": "an OpenAI-compatible endpoint, without GPU or local model",
 }
 
-#: The block with all keys of an endpoint, and the model of those that do not judge.
+#: The block with all keys of an endpoint, and the model of those that do not judge, with its prices.
 _ENDPOINT_FILE, _OTHER_MODEL = "endpoint", "gpt-4o-mini-2024-07-18"
+_OTHER_PRICES = "{input: 0.15, output: 0.6, currency: USD, source: list price of gpt-4o-mini; check it}"
+
+#: Why a workflow that trains has no starter file for an endpoint, and what to do.
+NO_WEIGHTS = (
+    "it trains models, and an endpoint gives out no weights. Make the data at the endpoint (`quorum init dmapo --for "
+    "endpoint`), and train on it where the weights are (`quorum init train --for gpus`)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +99,10 @@ def _at_endpoint(keys: Sequence[str]) -> str:
     first, *others = sorted(keys, key=lambda key: key != "judge")
     own = re.search(r"^  judge:\n((?:    .*\n)+)", _split(read_text(_ENDPOINT_FILE))[1]["models"], re.MULTILINE)
     assert own is not None
-    lines = [f"models:\n  {first}: &endpoint\n{own[1]}"]
+    lines = [f"models:\n  {first}: &model\n{own[1].replace('    endpoint:', '    endpoint: &endpoint')}"]
     lines += [
-        f"  {key}: {{<<: *endpoint, model: {_OTHER_MODEL}}}  # or a block of its own, with its prices\n"
+        f"  {key}:\n    <<: *model\n    model: {_OTHER_MODEL}\n"
+        f"    endpoint: {{<<: *endpoint, prices: {_OTHER_PRICES}}}\n"
         for key in others
     ]
     return "".join(lines)

@@ -26,7 +26,7 @@ from ray_pipeline.data.sources.chats import BadRow
 from ray_pipeline.data.tokens import Encode, TokenCounter
 from ray_pipeline.engines.models import ModelSettings, TokenizerSettings
 from ray_pipeline.graph.stage import BadInput, Stage, WholeInput, WholeWork
-from ray_pipeline.store.keys import digest, normalise_messages, prompt_id
+from ray_pipeline.store.keys import digest, normalise_messages, normalise_text, prompt_id
 from ray_pipeline.store.schemas import DPO, KTO, SFT, to_table
 from ray_pipeline.store.tables import ShardedTable
 
@@ -213,6 +213,7 @@ class _Reader:
     def __init__(self, source: PreferenceSource, config: DatasetsConfig, encode: Encode, split: Any) -> None:
         self._source, self._config, self._encode, self._split = source, config, encode, split
         self._seen: collections.Counter[str] = collections.Counter()
+        self._ids: dict[str, str] = {}
         self._labels: dict[str, set[bool]] = {}
         self.truncated = 0
         self.counts: dict[str, Any] = {
@@ -275,7 +276,7 @@ class _Reader:
         reason, cut = pair_guard(prompt, chosen, rejected, self._config, self._encode)
         if reason:
             raise Drop(reason)
-        ids = [_answer_id(asked := prompt_id(prompt), text) for text in (chosen, rejected)]
+        ids = [self._answer_id(asked := prompt_id(prompt), text) for text in (chosen, rejected)]
         self._once(digest(["pair", *ids]))
         self._split_off(*sides.values())
         self.truncated += cut
@@ -321,7 +322,7 @@ class _Reader:
         asked = prompt_id(messages)
         self._split_off(answered)
         return {
-            "candidate_id": _answer_id(asked, text),
+            "candidate_id": self._answer_id(asked, text),
             "prompt_id": asked,
             "split": self._split(asked),
             "prompt": messages,
@@ -337,6 +338,10 @@ class _Reader:
         if found := sum(answer.thoughts is not None for answer in answers):
             self.counts["thoughts"] = self.counts.get("thoughts", 0) + found
 
+    def _answer_id(self, prompt: str, text: str) -> str:
+        """Id of the first answer to the prompt that `normalise_text` does not tell apart from this one."""
+        return self._ids.setdefault(digest([prompt, normalise_text(text)]), digest(["answer", prompt, text]))
+
     def _once(self, name: str) -> None:
         self._seen[name] += 1
         if self._seen[name] > 1:
@@ -345,10 +350,6 @@ class _Reader:
 
 def _answer(text: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": text}]
-
-
-def _answer_id(prompt: str, text: str) -> str:
-    return digest(["answer", prompt, text])
 
 
 def _number(value: Any) -> float:

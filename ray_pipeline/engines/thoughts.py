@@ -80,6 +80,14 @@ def split_thoughts(text: str, inside: bool = False) -> Split | None:
     return Split(_without_marks(text[:position]), _answer(text[position:]) if closed else "", position, closed)
 
 
+def answer_of(text: str | None) -> str | None:
+    """A text of elsewhere without the thoughts before it; None if it ends within them, or with them."""
+    split = split_thoughts(text) if text is not None else None
+    if split is None:
+        return text
+    return split.answer if split.closed and split.answer.strip() else None
+
+
 def opens_thought(prompt: str) -> bool:
     """Whether a rendered prompt ends with an opening tag, so that the reply starts inside a thought."""
     return _OPENED.search(prompt) is not None

@@ -32,6 +32,7 @@ def first_screen(
         "How many": ", ".join(f"{count:,} {unit}" for count, unit in amounts if count is not None),
         "How long": f"{duration(used.wall_seconds)}, summed over stages" if used.wall_seconds else "",
         "How much": _cost(used) if used.calls else "",
+        "Cut prompts": _cut_prompts(used) if used.cut_prompts else "",
     }
     return [(question, answer) for question, answer in answers.items() if answer]
 
@@ -47,6 +48,10 @@ def _judges(use: str, judges: Mapping[str, str] | str) -> str:
             by_model.setdefault(model if model != judge else "", []).append(judge)
         judges = ", ".join(f"{', '.join(names)}{f' ({model})' if model else ''}" for model, names in by_model.items())
     return f"{use}: {judges}" if use else judges
+
+
+def _cut_prompts(usage: Usage) -> str:
+    return f"the server read only a part of the prompt in {int(usage.cut_prompts):,} calls"
 
 
 def _cost(usage: Usage) -> str:

@@ -113,6 +113,7 @@ class Asking(Generic[S, R]):
         ask: the rows of one item. The engine logs its calls under the item's prompt and `role`.
         role: name of the calls in the call log, for all items or by item.
         counts: counts of the finished rows.
+        version: see `Stage.version`.
     """
 
     tables: Mapping[str, pa.Schema]
@@ -120,6 +121,7 @@ class Asking(Generic[S, R]):
     ask: Callable[[ChatEngine, S, R], Awaitable[Outcome]]
     role: str | Callable[[S, R], str]
     counts: Counter = _count_nothing
+    version: int = 1
 
     def stage(
         self,
@@ -140,6 +142,7 @@ class Asking(Generic[S, R]):
         """
         return Stage(
             name=name,
+            version=self.version,
             group=group,
             role=holds,
             work=ShardWork(

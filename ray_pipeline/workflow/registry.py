@@ -37,6 +37,7 @@ class Workflow(Generic[C]):
         scored: the datasets that it makes from candidates and their scores; `quorum regate` rebuilds them.
         pocket: name of the shipped configuration that runs it on the pocket models, the default of `--config`.
         starters: machine → the starter file that `quorum init` writes for it.
+        not_on: machine → why it has no starter file for that one, and what to do instead.
         thresholds: prefixes of the keys that decide how these follow from stored scores.
     """
 
@@ -49,6 +50,7 @@ class Workflow(Generic[C]):
     scored: Callable[[C], Sequence[ScoredDataset]] | None = None
     pocket: str | None = None
     starters: Mapping[Machine, Starter] = dataclasses.field(default_factory=dict)
+    not_on: Mapping[Machine, str] = dataclasses.field(default_factory=dict)
     thresholds: tuple[str, ...] = ("gate.", "datasets.")
 
 

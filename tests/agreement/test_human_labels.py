@@ -192,3 +192,14 @@ def test_the_data_block(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="do not publish it on the hub"):
         data_digests(AgreementData(type="pandalm"))
     assert set(human_labels.HUMAN_DATA) == {"alpaca_eval", "fair_eval", "pandalm", "mt_bench"}
+
+
+def test_judges_do_not_see_the_thoughts_of_answers_unless_the_user_wants_it(tmp_path: Path) -> None:
+    """K4.2"""
+    texts = {"response_a": "<think>It is nine.</think>\nNine.", "response_b": "<think>It is"}
+    path = tmp_path / "items.jsonl"
+    as_lines(path, [{"item_id": "1", "question": "q", "human_label": "A", **texts}])
+    (item,) = read_data(AgreementData(path=str(path))).items
+    assert (item["response_a"], item["response_b"]) == ("Nine.", None)
+    (item,) = read_data(AgreementData(path=str(path), thoughts="keep")).items
+    assert {field: item[field] for field in texts} == texts

@@ -119,6 +119,15 @@ def test_debates(tmp_path: Path) -> None:
     assert texts[1] == ("debate", "m", "public", "ab", 0.0, 0.0, "tie", "ok")
 
 
+def test_a_debater_that_was_asked_again_is_read_by_its_later_reply(tmp_path: Path) -> None:
+    final = {"critic": RETRIED["text"], "public": COMBINED["text"]}
+    for turns in ({"critic": 2}, 2):
+        found = brief(read(tmp_path, debate={"m": {"final": final, "turns": turns}}))
+        assert [(b[2], b[4:7]) for b in found] == [("critic", (9.0, 4.0, "A")), ("public", (8.0, 7.0, "A"))]
+    (critic, _) = brief(read(tmp_path, debate={"m": {"final": final}}))
+    assert critic[4:] == (None, None, None, "unparsed")  # one reply that says two things
+
+
 def test_a_swapped_recording_is_brought_back_to_the_items_order(tmp_path: Path) -> None:
     swapped = {"text": "Score A: 2/10\nScore B: 9/10", "stored_a": 2, "stored_b": 9}
     for replay in ("text", "stored"):
@@ -235,6 +244,10 @@ def test_human_votes(tmp_path: Path) -> None:
         ),
         ({**ITEM, "combined_10": {"m": {"text": "x", "swapped": 1}}}, r"m\.swapped must be an object"),
         ({**ITEM, "independent_10": {"m": {"text_a": "7"}}}, r"independent_10\.m\.text_b is missing"),
+        (
+            {**ITEM, "debate": {"m": {"final": {"x": "y"}, "turns": {"x": 0}}}},
+            r"turns must be a whole number from 1 on",
+        ),
         ({**ITEM, "debate": {"m": {}}}, r"debate\.m\.final is missing"),
         ({**ITEM, "debate": {"m": {"final": {}}}}, r"debate\.m\.final is empty"),
     ],

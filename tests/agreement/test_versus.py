@@ -8,16 +8,18 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from pydantic import ValidationError
 
+from ray_pipeline.agreement import versus
 from ray_pipeline.agreement.recorded_winrate import versus_rates
 from ray_pipeline.agreement.versus import LiveWinrate, VersusJudge, eight, versus_stages
 from ray_pipeline.data.prompts import PromptsConfig
 from ray_pipeline.engines.logged import LoggedEngine
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.feedback.loop import LoopRules
-from ray_pipeline.graph.stage import Dag, ShardInput, ShardOutput, Stage, WholeWork
+from ray_pipeline.graph.stage import Dag, ShardInput, ShardOutput, Stage, StageResult, WholeWork
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.schemas import CANDIDATES, PROMPTS, to_table
 from tests.scripted import ScriptedEngine
@@ -223,6 +225,22 @@ def test_the_published_rate_compares_the_picked_response_by_combined_scores(tmp_
     last = compare(tmp_path / "last", ScriptedEngine(graded), {"answer": "last"}, **tables).tables
     rates = {r.run: r for r in versus_rates(last["items"], last["ballots"], draws=100)}
     assert counts("loop-vs-other") == (0, 2, 1, 0)  # the last of each: "a" < "bbb", one grade, and the same text
+
+
+def test_a_response_that_was_cut_off_is_counted_and_compared_only_where_there_is_no_other(tmp_path: Path) -> None:
+    """K4.1"""
+    table = answers(a1=["aa", "aaaaa", None], a2=["aa", "b"], a3=["c"])
+    ends = {"a1/1": "length", "a2/0": "content_filter", "a3/0": "length"}
+    reasons = [ends.get(name, "stop") for name in table["candidate_id"].to_pylist()]
+    place = table.schema.get_field_index("finish_reason")
+    table = table.set_column(place, table.schema.field(place), pa.array(reasons))
+    assert versus.responses(table) == {"a1": ["aa"], "a2": ["b"], "a3": ["c"]}
+    found = [
+        StageResult(name, "f", str(tmp_path / name), 1, ("candidates",), {}, {}) for name in ("first", "whole-loop")
+    ]
+    for result in found:  # the joined table of a loop has the rows of its stages again
+        result.table("candidates").write(0, table)
+    assert (versus.cut_responses(found), versus.cut_responses([])) == (3, None)
 
 
 def test_a_pick_and_its_judge_are_in_fingerprint_and_protocol(tmp_path: Path) -> None:

@@ -107,6 +107,45 @@ def test_what_cannot_be_read_or_answered_has_a_status(engine):
     assert missing["parse_status"].tolist() == ["ok", "error", "ok"]
 
 
+@pytest.mark.parametrize("ids", [{}, {"candidate_id": ["1", "2", "3"], "prompt_id": ["p", "p", "q"]}])
+def test_a_text_that_was_cut_off_is_never_desirable_unless_the_caller_wants_it(engine, ids):
+    """K4.1"""
+    cut = frame(finish_reason=["length", "stop", None], **ids)
+    for rows in (cut, pa.Table.from_pandas(cut, preserve_index=False)):
+        verdicts, critiques = quorum.judge(rows, engine), quorum.critique(rows, engine)
+        assert list(quorum.gate(rows, verdicts, critiques)["label"])[:2] == as_type(rows, ["incomplete", "undesirable"])
+        kept = quorum.gate(rows, verdicts, critiques, cut="keep")
+        assert list(kept["label"])[:2] == as_type(rows, ["desirable", "undesirable"])
+    unknown = quorum.gate(frame(finish_reason=None, **ids), verdicts, critiques)
+    assert unknown["label"].tolist() == ["desirable", "undesirable", "discard"]
+
+
+def as_type(rows: Any, labels: list[str]) -> list[Any]:
+    return [pa.scalar(label) for label in labels] if isinstance(rows, pa.Table) else labels
+
+
+def test_thoughts_are_neither_judged_nor_in_rows_unless_the_caller_wants_them(engine):
+    """K4.2"""
+    thought = frame(response=["<think>bad?</think>\ngood", "bad", "<think>good"])
+    verdicts, critiques = quorum.judge(thought, engine), quorum.critique(thought, engine)
+    assert not any("think" in call[0][-1]["content"] for call in engine.asked)
+    assert verdicts["score"].tolist()[:6] == [9.0] * 3 + [2.0] * 3
+    assert verdicts["parse_status"].tolist()[6:] == ["error"] * 3  # the third response ends within its thoughts
+    decisions = quorum.gate(thought, verdicts, critiques)
+    assert decisions["label"].tolist() == ["desirable", "undesirable", "incomplete"]
+    asked = (thought, verdicts, decisions)
+    assert [row[0]["content"] for row in quorum.to_kto(*asked)["completion"]] == ["good", "bad"]
+    assert quorum.to_dpo(*asked)["chosen"][0][0]["content"] == "good"
+    kept = quorum.to_kto(*asked, thoughts="keep")["completion"][0][0]["content"]
+    assert kept == thought["response"].iloc[0]
+    quorum.judge(thought, engine, ["safety"], thoughts="keep")
+    assert "<think>bad?</think>\ngood" in engine.asked[-3][0][-1]["content"]
+    pairs = PAIRS.assign(response_a="<think>bad or good?</think>" + PAIRS["response_a"])
+    assert quorum.compare(pairs, engine)["vote"].tolist() == ["A", "B"]
+    with pytest.raises(ValueError, match="row 1: response_b is null, or ends within its thoughts; drop the row"):
+        quorum.compare(PAIRS.assign(response_b=["bad", "<think>so"]), engine)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -333,6 +333,24 @@ def test_a_judge_of_a_candidates_family_is_warned_of(whole: Any) -> None:
     assert "qwen3-judge" in told and "good" in told and "bad" not in told
 
 
+def test_answers_that_were_cut_off_are_counted_and_warned_of(whole: Any, tmp_path: Path) -> None:
+    """K4.1"""
+    config = loaded(tmp_path, written(tmp_path))
+    engines = {
+        "bench-answers-good": answering(GOOD),
+        "bench-answers-bad": ScriptedEngine(said(BAD, "length"), identity={"model": BAD}),
+        "bench-judge-judge": ScriptedEngine(judging, identity={"model": "judge"}),
+    }
+    cut = Run(benchmarks(config, str(tmp_path / "run")), tmp_path / "run", config.num_shards, engines)
+    told = [w for w in cut.document["warnings"] if "cut off" in w]
+    assert told == [
+        "alpaca_eval, bad: 6 of 6 answers were cut off, and were judged as they are.",
+        "mt_bench, bad: 6 of 6 answers were cut off, and were judged as they are.",
+    ]
+    assert "12 answers cut off" in (cut.page / "report.md").read_text()
+    assert "0 answers cut off" in (whole[0].page / "report.md").read_text()
+
+
 def test_a_second_run_asks_nobody_and_a_reworded_judge_prompt_asks_judges_alone(
     whole: Any, tmp_path: Path, capsys: Any
 ) -> None:

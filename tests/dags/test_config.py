@@ -81,6 +81,7 @@ def test_the_smallest_configuration(load: Any) -> None:
 #: The other workflows have configurations of their own (test_agreement_config.py and its like).
 OTHERS = (
     "agreement", "pocket_agreement", "winrate", "pocket_winrate",
+    "endpoint_winrate", "endpoint_benchmarks",
     "benchmarks", "pocket_benchmarks", "fellowship", "pocket_fellowship", "fellowship_winrate", "train", "pocket_train",
     "smol", "smol_quick",  # with gates for judges that give most answers the highest score
 )  # fmt: skip

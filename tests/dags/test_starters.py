@@ -32,7 +32,7 @@ def _away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> object:
 def test_every_workflow_has_starters_where_they_make_sense() -> None:
     found = {machine: {name for name, of in COMBINATIONS if of == machine} for machine in MACHINES}
     assert found["gpus"] == set(workflow_names()) and found["laptop"] == set(POCKET)
-    assert found["endpoint"] == {"dmapo", "fellowship", "agreement"}  # the others train, or measure what was trained
+    assert found["endpoint"] == set(workflow_names()) - {"train", "baselines"}  # these train
 
 
 @pytest.mark.parametrize(("workflow", "machine"), COMBINATIONS)
@@ -74,8 +74,13 @@ def test_a_file_is_replaced_only_by_force(tmp_path: Path) -> None:
 
 
 def test_what_makes_no_sense_is_refused() -> None:
-    refusal = quorum("init", "baselines", "--for", "endpoint", code=2)
-    assert "baselines has no starter file for 'endpoint'; choose from laptop, gpus" in refusal
+    for workflow, nearest in (("train", "init dmapo --for endpoint"), ("baselines", "init benchmarks --for endpoint")):
+        refusal = " ".join(quorum("init", workflow, "--for", "endpoint", code=2).split())
+        assert f"{workflow} has no starter file for 'endpoint': it trains models, and an endpoint gives out" in refusal
+        assert nearest in refusal
+    assert "dmapo has no starter file for 'gpu'; choose from laptop, gpus, endpoint" in quorum(
+        "init", "dmapo", "--for", "gpu", code=2
+    )
     assert "unknown workflow 'dmapp'" in quorum("init", "dmapp", code=2)
     assert "name a file in an existing folder" in quorum("init", "-o", "nowhere/mine.yaml", code=2)
 

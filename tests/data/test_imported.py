@@ -151,6 +151,20 @@ def test_unpaired_rows(tmp_path: Path) -> None:
     assert counts["source"]["kept"] + sum(dropped.values()) == counts["source"]["read"] == 5
 
 
+def test_answers_that_differ_in_blanks_alone_are_one(tmp_path: Path) -> None:
+    """K5.4"""
+    labelled = [("a  b", True), ("a b\n", True), ("c", True), ("c ", False), ("'x  y'", True), ("'x y'", False)]
+    rows = [{"prompt": "q", "completion": text, "label": label} for text, label in labelled]
+    tables, counts = read(write(tmp_path / "rows.jsonl", rows), format="unpaired")
+    found = [(r["completion"][0]["content"], r["label"], r["copies"]) for r in tables["kto"].to_pylist()]
+    assert found == [("a  b", True, 2), ("'x  y'", True, 1), ("'x y'", False, 1)]
+    assert (counts["source"]["dropped"]["repeated"], counts["source"]["dropped"]["contradictory"]) == (2, 1)
+    pairs = [{"prompt": "q", "chosen": c, "rejected": r} for c, r in (("a", "b"), ("a ", "b"), ("b ", "a"))]
+    tables, counts = read(write(tmp_path / "pairs.jsonl", pairs))
+    assert (tables["dpo"].num_rows, tables["kto"].num_rows, counts["source"]["dropped"]["repeated"]) == (2, 0, 1)
+    assert counts["kto"]["dropped"]["contradictory"] == 4
+
+
 @pytest.mark.parametrize("row", [{"prompt": "q", "completion": "a"}, {"messages": [user("q"), assistant("a")]}])
 def test_demonstrations(tmp_path: Path, row: dict[str, Any]) -> None:
     tables, _ = read(write(tmp_path / "rows.parquet", [row]), format="demonstrations")

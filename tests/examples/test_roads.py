@@ -3,7 +3,7 @@ document shows what comes out."""
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,11 +30,14 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
 def test_a_road_ends_in_data_with_a_card(road: str, server: Endpoint, tmp_path: Path) -> None:
     file = f"examples/roads/{road}.yaml"
     at = [f"models.judge.endpoint.base_url={server.url}"] if "endpoint:" in Path(file).read_text() else []
-    quorum("run", "dmapo", "-c", file, "--run-dir", str(tmp_path / "run"), "--executor", "inprocess", *at)
+    told = quorum("run", "dmapo", "-c", file, "--run-dir", str(tmp_path / "run"), "--executor", "inprocess", *at)
     assert bool(server.asked) == bool(at)
 
-    headline = json.loads((tmp_path / "run" / "report" / "metrics.json").read_text())["headline"]["text"]
-    assert headline in " ".join(DOCUMENT.split()), headline
+    last = told[told.rindex("result: ") :].split("report: ")[0]
+    shown = re.split(r"\n(?=[a-z]+: )", last.rstrip())
+    assert [line.partition(":")[0] for line in shown][:3] == ["result", "kept", "datasets"]
+    for line in (" ".join(line.split()) for line in shown):
+        assert line in " ".join(DOCUMENT.split()), line
     for kind in ("kto", "dpo"):
         folder = tmp_path / "run" / "datasets" / kind
         assert sum(pq.read_table(part).num_rows for part in folder.glob("*/*.parquet")) > 0

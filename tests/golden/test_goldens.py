@@ -64,6 +64,8 @@ SHIPPED = {
     "benchmarks": "benchmarks",
     "dmapo": "dmapo",
     "endpoint": "dmapo",
+    "endpoint_benchmarks": "benchmarks",
+    "endpoint_winrate": "winrate",
     "fellowship": "fellowship",
     "fellowship_winrate": "winrate",
     "laptop": "dmapo",

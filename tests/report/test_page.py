@@ -22,6 +22,7 @@ from ray_pipeline.bench.page import benchmarks_page
 from ray_pipeline.data.distributions import length_histogram, score_histogram
 from ray_pipeline.engines.base import Completion
 from ray_pipeline.engines.log_rows import call_row
+from ray_pipeline.engines.usage import Usage
 from ray_pipeline.evaluate import examples as examples_data
 from ray_pipeline.evaluate.calls_shown import _fits, _place, calls_about
 from ray_pipeline.evaluate.data import ReportData
@@ -129,10 +130,12 @@ def test_a_first_screen_leaves_out_what_is_not_known() -> None:
         models={"a": "b", "c": "c", "d": ""},
         judges={"": {"j": "m", "k": "m", "z": "z"}, "of the policy": "one, two", "of nothing": {}},
         amounts=[(1, "p"), (None, "q"), (12_345, "r")],
+        usage=Usage(cut_prompts=2),
     )
     assert answers == [
         ("What", "x"), ("Models", "a: b, c, d"), ("Judges", "j, k (m), z; of the policy: one, two"),
         ("How many", "1 p, 12,345 r"),
+        ("Cut prompts", "the server read only a part of the prompt in 2 calls"),
     ]  # fmt: skip
 
 
