@@ -7,21 +7,15 @@ exact `statistics`, and the rules are written out again row by row, so that a mi
 from __future__ import annotations
 
 import collections
-import math
-import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ray_pipeline.audit.findings import AuditReport, Findings, Row, RunTables, row_id, shard_or_none
+from ray_pipeline.audit.formulas import close, is_empty, label_of, numbers, read_score
 from ray_pipeline.data.checkers import load_checker
-from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.data.tokens import Encode
 from ray_pipeline.store import keys
 from ray_pipeline.store.files import Folder
-from ray_pipeline.store.schemas import READ_STATUSES
-
-#: Differences of scores up to this are rounding.
-_ROUNDING = 1e-9
 
 
 def audit_run(run: RunTables, encode: Encode | None = None, max_problems: int = 100) -> AuditReport:
@@ -131,8 +125,8 @@ class _Shard:
             assert prompt is not None
             checked = self.checks[judge.name](prompt["messages"], candidate["response"], prompt["meta"])
             expected = None if checked is None else judge.low + (judge.high - judge.low) * checked.share
-            found = _read_score(self.verdicts.get((name, judge.name)), "score")
-            if not _close(found, expected):
+            found = read_score(self.verdicts.get((name, judge.name)), "score")
+            if not close(found, expected):
                 message = f"{judge.name} scores {found}, but its checker {judge.checker} gives {expected}"
                 self.audit.problem("program", "verdicts", name, message)
 
@@ -143,14 +137,14 @@ class _Shard:
         if decision is None:
             self.audit.problem("missing", "decisions", name, "the candidate has no decision")
             return
-        scores = [_read_score(self.verdicts.get((name, judge)), "score") for judge in self.run.judges]
-        flawed = _read_score(self.critiques.get(name), "flawed") if self.run.gate.use_critic else False
-        for column, expected in _numbers(scores, flawed, self.run.gate).items():
-            if not _close(decision[column], expected):
+        scores = [read_score(self.verdicts.get((name, judge)), "score") for judge in self.run.judges]
+        flawed = read_score(self.critiques.get(name), "flawed") if self.run.gate.use_critic else False
+        for column, expected in numbers(scores, flawed, self.run.gate).items():
+            if not close(decision[column], expected):
                 message = f"{column} is {decision[column]}, should be {expected}"
                 self.audit.problem("numbers", "decisions", name, message)
         # The label is derived from the stored numbers: a threshold missed by 1e-16 through rounding is not a problem.
-        label = _label(None not in scores, flawed is not None, decision, self.run.gate)
+        label = label_of(None not in scores, flawed is not None, decision, self.run.gate)
         if self._is_cut(candidate) and (self.run.gate.cut == "exclude" or label == "desirable"):
             label = "incomplete"
         if decision["final_score"] is not None:
@@ -168,7 +162,7 @@ class _Shard:
         if not self._texts:
             for other, decision in self.decisions.items():
                 text = self.candidates[other]["response"] if other in self.candidates else None
-                if decision["label"] in ("desirable", "undesirable") and not _is_empty(text):
+                if decision["label"] in ("desirable", "undesirable") and not is_empty(text):
                     self._texts[decision["prompt_id"], keys.normalise_text(text or "")].append(other)
         owner = self.candidates[name]
         return (
@@ -202,7 +196,7 @@ class _Shard:
                 continue
             candidate, decision, _ = owner
             self._check_answer(kind, name, "completion", row["completion"], candidate)
-            if not _close(row["final_score"], decision["final_score"]):
+            if not close(row["final_score"], decision["final_score"]):
                 report("scores", kind, name, f"final_score {row['final_score']}, decided {decision['final_score']}")
             yield name, row, candidate, decision
 
@@ -212,10 +206,10 @@ class _Shard:
         for name, row, candidate, decision in self._answers("kto", rows, present):
             if decision["label"] != ("desirable" if row["label"] else "undesirable"):
                 report("label", "kto", name, f"label is {row['label']}, but the decision is {decision['label']!r}")
-            expected = [(j, _read_score(self.verdicts.get((name, j)), "score")) for j in self.run.judges]
+            expected = [(j, read_score(self.verdicts.get((name, j)), "score")) for j in self.run.judges]
             if sorted((s["judge"], s["score"]) for s in row["scores"]) != sorted(expected):
                 report("scores", "kto", name, f"scores {row['scores']}, but the verdicts are {expected}")
-            if _is_empty(candidate["response"]):
+            if is_empty(candidate["response"]):
                 report("completion", "kto", name, "the response is empty and should have been left out")
             elif reason := self._left_out(name):
                 report("repeated", "kto", name, f"the answer is {reason} and should have been left out")
@@ -231,7 +225,7 @@ class _Shard:
         for name, decision in self.decisions.items():
             if decision["label"] not in ("desirable", "undesirable") or name not in self.candidates:
                 continue
-            if _is_empty(self.candidates[name]["response"]):
+            if is_empty(self.candidates[name]["response"]):
                 counted["empty_response"] += 1
             elif name not in present and (reason := self._left_out(name)):
                 counted[reason] += 1
@@ -250,13 +244,19 @@ class _Shard:
         report = self.audit.problem
         chosen = {row["chosen_id"] for row in self.training.get("dpo", [])}
         present: set[str] = set()
-        for name, _, _, decision in self._answers("sft", rows, present):
+        for name, row, _, decision in self._answers("sft", rows, present):
+            self._check_once("sft", name, row)
             if decision["label"] != "desirable":
                 report("label", "sft", name, f"an answer to imitate, but the decision is {decision['label']!r}")
             if "dpo" in self.training and name not in chosen:
                 report("pair", "sft", name, "no pair has chosen it")
         for name in chosen - present:
             report("missing", "sft", name, "a pair has chosen it, but it has no row")
+
+    def _check_once(self, kind: str, name: str, row: Row) -> None:
+        """A prompt has one pair at most, so a pair, or its chosen answer, stands for no other."""
+        if self.audit.rules > 2 and row["copies"] != 1:
+            self.audit.problem("repeated", kind, name, f"copies is {row['copies']}, should be 1")
 
     def _check_dpo(self, rows: list[Row]) -> None:
         report = self.audit.problem
@@ -267,15 +267,16 @@ class _Shard:
                 report("duplicate", "dpo", name, f"prompt {row['prompt_id']} has two pairs")
                 continue
             by_prompt[row["prompt_id"]] = row
+            self._check_once("dpo", name, row)
             for side in ("chosen", "rejected"):
                 owner = self._owner("dpo", row[f"{side}_id"], row, name)
                 if owner is None:
                     continue
                 candidate, decision, _ = owner
                 self._check_answer("dpo", name, side, row[side], candidate)
-                if not _close(row[f"score_{side}"], decision["final_score"]):
+                if not close(row[f"score_{side}"], decision["final_score"]):
                     report("scores", "dpo", name, f"score_{side} is not the decision's {decision['final_score']}")
-            if not _close(row["score_gap"], row["score_chosen"] - row["score_rejected"]):
+            if not close(row["score_gap"], row["score_chosen"] - row["score_rejected"]):
                 report("scores", "dpo", name, f"score_gap {row['score_gap']} is not score_chosen - score_rejected")
         self._check_pairs(by_prompt)
 
@@ -286,7 +287,7 @@ class _Shard:
         for name, decision in self.decisions.items():
             if name in self.candidates:
                 members.setdefault(decision["prompt_id"], [])
-                if not _is_empty(self.candidates[name]["response"]):
+                if not is_empty(self.candidates[name]["response"]):
                     members[decision["prompt_id"]].append(decision)
         for prompt, decisions in members.items():
             reason, pair = self._expected_pair(prompt, decisions)
@@ -357,46 +358,3 @@ class _Shard:
         if self.audit.encode is None or prompt not in self.prompts:
             return False
         return len(self.audit.encode(self.prompts[prompt]["messages"], None)) > self.run.config.max_prompt_length
-
-
-# --- the formulas, written independently of the gate ------------------------------------------------------------------
-
-
-def _read_score(row: Row | None, column: str) -> Any:
-    """The value of a verdict or critique; None if missing or unread."""
-    if row is None or row["parse_status"] not in READ_STATUSES:
-        return None
-    value = row[column]
-    return None if value is None or (isinstance(value, float) and not math.isfinite(value)) else value
-
-
-def _numbers(scores: Sequence[float | None], flawed: bool | None, gate: GateConfig) -> dict[str, float | None]:
-    known = [score for score in scores if score is not None]
-    whole = len(known) == len(scores)
-    mean = statistics.mean(known) if whole else None
-    variance = (statistics.variance(known) if len(known) > 1 else 0.0) if whole else None
-    penalty = None if flawed is None else gate.alpha * flawed
-    final = None if mean is None or penalty is None else mean * (1 - penalty)
-    return {"mean_score": mean, "score_variance": variance, "penalty": penalty, "final_score": final}
-
-
-def _label(scores_read: bool, critique_read: bool, decision: Row, gate: GateConfig) -> str:
-    if not scores_read:
-        return "incomplete"
-    if gate.use_variance and (decision["score_variance"] or 0) > gate.tau:
-        return "abstain"
-    if not critique_read or decision["final_score"] is None:
-        return "incomplete"
-    if decision["final_score"] >= gate.desirable_at:
-        return "desirable"
-    return "undesirable" if decision["final_score"] <= gate.undesirable_at else "discard"
-
-
-def _close(found: float | None, expected: float | None) -> bool:
-    if found is None or expected is None:
-        return found is expected
-    return abs(found - expected) <= _ROUNDING
-
-
-def _is_empty(response: str | None) -> bool:
-    return not (response or "").strip()

@@ -1,0 +1,59 @@
+"""The formulas of the method and how values are read, written independently of the gate."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from ray_pipeline.audit.findings import Row
+from ray_pipeline.data.gate import GateConfig
+from ray_pipeline.store.schemas import READ_STATUSES
+
+#: Differences of scores up to this are rounding.
+_ROUNDING = 1e-9
+
+
+def read_score(row: Row | None, column: str) -> Any:
+    """The value of a verdict or critique; None if missing or unread."""
+    if row is None or row["parse_status"] not in READ_STATUSES:
+        return None
+    value = row[column]
+    return None if value is None or (isinstance(value, float) and not math.isfinite(value)) else value
+
+
+def numbers(scores: Sequence[float | None], flawed: bool | None, gate: GateConfig) -> dict[str, float | None]:
+    """Mean, sample variance (n - 1), penalty and final score by column; None where a score or critique is unread."""
+    known = [score for score in scores if score is not None]
+    whole = len(known) == len(scores)
+    mean = statistics.mean(known) if whole else None
+    variance = (statistics.variance(known) if len(known) > 1 else 0.0) if whole else None
+    penalty = None if flawed is None else gate.alpha * flawed
+    final = None if mean is None or penalty is None else mean * (1 - penalty)
+    return {"mean_score": mean, "score_variance": variance, "penalty": penalty, "final_score": final}
+
+
+def label_of(scores_read: bool, critique_read: bool, decision: Row, gate: GateConfig) -> str:
+    """The first label that applies to the stored numbers of a decision."""
+    if not scores_read:
+        return "incomplete"
+    if gate.use_variance and (decision["score_variance"] or 0) > gate.tau:
+        return "abstain"
+    if not critique_read or decision["final_score"] is None:
+        return "incomplete"
+    if decision["final_score"] >= gate.desirable_at:
+        return "desirable"
+    return "undesirable" if decision["final_score"] <= gate.undesirable_at else "discard"
+
+
+def close(found: float | None, expected: float | None) -> bool:
+    """Whether two scores differ by rounding alone, or both are missing."""
+    if found is None or expected is None:
+        return found is expected
+    return abs(found - expected) <= _ROUNDING
+
+
+def is_empty(response: str | None) -> bool:
+    """Whether a response holds nothing but blanks."""
+    return not (response or "").strip()
