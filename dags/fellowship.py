@@ -270,7 +270,8 @@ def _improvement(config: FellowshipConfig, prompts: Stage) -> list[Stage]:
 
 def audit(run: Run, config: FellowshipConfig) -> Audit:
     """Walk every row of the picks back. Raises StoreError where the run has no datasets yet."""
-    return audit_picks(run, config.judges, config.select.jury, config.datasets.min_gap, config.select.cut)
+    every = config.select.pairs == "every_rejected"
+    return audit_picks(run, config.judges, config.select.jury, config.datasets.min_gap, config.select.cut, every)
 
 
 WORKFLOW = register("workflow", "fellowship")(

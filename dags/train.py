@@ -24,6 +24,7 @@ from ray_pipeline.data.imported_prompts import imported_prompts
 from ray_pipeline.data.preference_sources import PreferenceSource
 from ray_pipeline.data.prompts import PromptsConfig
 from ray_pipeline.data.sources import InputError
+from ray_pipeline.data.tokens import token_counter
 from ray_pipeline.evaluate.stage import ReportSettings, write_report
 from ray_pipeline.extensions import register
 from ray_pipeline.graph.results import Run
@@ -128,6 +129,7 @@ def audit(run: Run, config: TrainConfig) -> Audit:
             config.prompts.seed,
             config.prompts.val_fraction,
             run.results["rows"].facts.get("digests"),
+            token_counter(config.base.tokenizer),
         )
     except InputError as error:
         raise StoreError(f"the rows of {run.folder.location} cannot be read again: {error}") from error

@@ -81,7 +81,7 @@ def to_kto(
 
     Returns:
         candidate_id, prompt_id, split, prompt and completion (chat messages), label (bool), final_score, scores (list
-        of judge and score), model.
+        of judge and score), copies (number of equal answers that the row stands for), model.
 
     Raises:
         ColumnError: a column is missing.
@@ -107,7 +107,7 @@ def to_dpo(
 
     Returns:
         prompt_id, chosen_id, rejected_id, split, prompt, chosen and rejected (chat messages), score_chosen,
-        score_rejected, score_gap, chosen_model, rejected_model.
+        score_rejected, score_gap, copies, chosen_model, rejected_model.
     """
     return _rows(candidates, verdicts, decisions, tokenizer, thoughts, settings, dpo_rows)
 

@@ -58,4 +58,5 @@ def close(found: float | None, expected: float | None) -> bool:
 
 
 def is_empty(response: str | None) -> bool:
+    """Whether a response holds nothing but blanks."""
     return not (response or "").strip()

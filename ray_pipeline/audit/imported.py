@@ -1,13 +1,14 @@
 """The audit of rows that were imported: every training row is found again among the rows of the user's source.
 
 The source is read again. Prompts and answers are told apart by content, so a row that was changed, mislabelled or
-joined to another prompt on its way is in no row of the source.
+joined to another prompt on its way is in no row of the source. Rows that are equal but for blanks are counted.
 """
 
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ray_pipeline.audit.findings import AuditReport, Problems, Row, row_id
@@ -15,10 +16,11 @@ from ray_pipeline.data.dataset_rows import SPLITS, DatasetsConfig
 from ray_pipeline.data.preference_sources import PreferenceSource, source_records
 from ray_pipeline.data.prompts import split_of
 from ray_pipeline.data.sources import InputError
-from ray_pipeline.data.sources.answers import Drop, chat_in_text, split_answer
+from ray_pipeline.data.sources.answers import Answered, Drop, chat_in_text, split_answer
 from ray_pipeline.data.sources.chats import BadRow
+from ray_pipeline.data.tokens import Encode
 from ray_pipeline.store.files import Folder
-from ray_pipeline.store.keys import digest, prompt_id
+from ray_pipeline.store.keys import digest, normalise_text, prompt_id
 
 #: What a row of the source shows, and of which kind of training row: the prompt's id and the texts.
 _PAIR, _GOOD, _BAD, _SHOWN = "pair", "good", "bad", "shown"
@@ -31,6 +33,7 @@ def audit_imported(
     seed: int,
     val_fraction: float,
     digests: Mapping[str, str] | None = None,
+    encode: Encode | None = None,
     max_problems: int = 100,
 ) -> AuditReport:
     """Check the training rows of a source; they are in memory, of the source only digests are.
@@ -39,6 +42,7 @@ def audit_imported(
         datasets: location of the datasets stage's folder.
         seed, val_fraction: of the prompts, for the split.
         digests: of the source; a Hub dataset is read at exactly that commit.
+        encode: token counter of the policy; without it, no row is taken to be left out for its length.
         max_problems: how many problems are described; all are counted.
 
     Raises:
@@ -50,10 +54,12 @@ def audit_imported(
         raise InputError(f"{source.place} has changed since the run read it, so its rows cannot be compared")
     rows: collections.Counter[str] = collections.Counter(dict.fromkeys(config.kinds, 0))
     shown: set[str] = set()
+    copies: collections.Counter[str] = collections.Counter()
     for record in source_records(source, None if digests is None else dict(digests)):
         rows["source"] += 1
-        if not record.fault:
-            shown.update(_shown(source, record.row))
+        for content in () if record.fault else _shown(source, record.row, config, encode):
+            shown.add(digest(content))
+            copies[_equal(content)] += 1
     audit = Problems(max_problems)
     report = audit.problem
     prompts: set[str] = set()
@@ -73,8 +79,18 @@ def audit_imported(
                 if name in seen:
                     report("duplicate", kind, name, "the row occurs twice")
                 seen.add(name)
-                if not shown & set(_expected(kind, row)):
+                if not any(digest(content) in shown for content in _expected(kind, row)):
                     report("orphan", kind, name, f"no row of {source.place} has this prompt and answer")
+                elif stats.get("rules", 1) > 2:
+                    same = sum(copies[_equal(content)] for content in _expected(kind, row))
+                    if row["copies"] != same:
+                        report(
+                            "repeated", kind, name, f"copies is {row['copies']}, {same} rows of the source are equal"
+                        )
+                    if kind == "kto" and copies[_equal(next(_expected(kind, {**row, "label": not row["label"]})))]:
+                        report(
+                            "repeated", kind, name, "the answer has the other label too and should have been left out"
+                        )
             rows[kind] += count
             if count != stats["rows"][kind][split]:
                 report("count", kind, split, f"stats.json says {stats['rows'][kind][split]}, the files hold {count}")
@@ -82,38 +98,67 @@ def audit_imported(
     return AuditReport(dict(rows), dict(audit.found), audit.problems)
 
 
-def _shown(source: PreferenceSource, row: Mapping[str, Any]) -> Iterator[str]:
-    """Digests of what a row of the source shows; nothing where it shows no prompt and answer."""
+def _shown(
+    source: PreferenceSource, row: Mapping[str, Any], config: DatasetsConfig, encode: Encode | None
+) -> Iterator[list[str]]:
+    """Contents that a row of the source shows; none where it gives no training row."""
 
-    def answer(column: str, value: Any) -> tuple[str, str]:
-        found = split_answer(row.get(source.prompt), value, (source.prompt, column), source.thoughts)
-        return prompt_id(found.prompt), found.text
+    def answer(column: str, value: Any) -> Answered:
+        if not value:
+            raise Drop("empty")
+        return split_answer(row.get(source.prompt), value, (source.prompt, column), source.thoughts)
+
+    def fits(*answers: Answered) -> bool:
+        if encode is None:
+            return True
+        ids = [encode(one.prompt, [{"role": "assistant", "content": one.text}]) for one in answers]
+        cut = {tuple(one[: config.max_length]) for one in ids}
+        return len(encode(answers[0].prompt, None)) <= config.max_prompt_length and len(cut) == len(ids)
 
     try:
         if source.format == "paired":
             sides = {column: row[column] for column in (source.chosen, source.rejected)}
             chats = {column: chat_in_text(value) for column, value in sides.items()}
             values = chats if all(chats.values()) else sides
-            (asked, chosen), (_, rejected) = (answer(column, value) for column, value in values.items())
-            yield digest([_PAIR, asked, chosen, rejected])
-            yield digest([_GOOD, asked, chosen])
-            yield digest([_BAD, asked, rejected])
-        elif source.format == "unpaired":
-            yield digest([_GOOD if row[source.label] else _BAD, *answer(source.completion, row[source.completion])])
-        else:
-            column = source.messages if source.messages in row else source.completion
-            yield digest([_SHOWN, *answer(column, row[column])])
+            good, bad = (answer(column, value) for column, value in values.items())
+            asked = prompt_id(good.prompt)
+            same = asked != prompt_id(bad.prompt) or normalise_text(good.text) == normalise_text(bad.text)
+            if not same and _in_order(source, row) and fits(good, bad):
+                yield [_PAIR, asked, good.text, bad.text]
+                yield [_GOOD, asked, good.text]
+                yield [_BAD, asked, bad.text]
+            return
+        column = source.completion
+        if source.format == "demonstrations" and source.messages in row:
+            column = source.messages
+        shown = answer(column, row[column])
+        label = None if source.format == "demonstrations" else row[source.label]
+        if (source.format == "demonstrations" or label in (0, 1)) and fits(shown):
+            mark = _SHOWN if label is None else _GOOD if label else _BAD
+            yield [mark, prompt_id(shown.prompt), shown.text]
     except (BadRow, Drop):
         return
 
 
-def _expected(kind: str, row: Row) -> Iterator[str]:
-    """Digests of what a row of the source must show for this training row, any of them."""
+def _in_order(source: PreferenceSource, row: Mapping[str, Any]) -> bool:
+    """Whether the scores of a pair, as far as it has some, are numbers that do not contradict it."""
+    scores = [row[name] for name in (source.chosen_score, source.rejected_score) if name and row[name] is not None]
+    numbers = all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in scores)
+    return numbers and (len(scores) < 2 or scores[0] > scores[1])
+
+
+def _equal(content: Sequence[str]) -> str:
+    """Digest of a content; equal for texts that `normalise_text` does not tell apart."""
+    mark, asked, *texts = content
+    return digest([mark, asked, *map(normalise_text, texts)])
+
+
+def _expected(kind: str, row: Row) -> Iterator[list[str]]:
+    """Contents of which a row of the source must show one for this training row."""
     if kind == "dpo":
-        yield digest([_PAIR, row["prompt_id"], row["chosen"][-1]["content"], row["rejected"][-1]["content"]])
+        yield [_PAIR, row["prompt_id"], row["chosen"][-1]["content"], row["rejected"][-1]["content"]]
         return
     asked, text = row["prompt_id"], row["completion"][-1]["content"]
-    good = kind == "sft" or row["label"]
-    yield digest([_GOOD if good else _BAD, asked, text])
+    yield [_GOOD if kind == "sft" or row["label"] else _BAD, asked, text]
     if kind == "sft":
-        yield digest([_SHOWN, asked, text])
+        yield [_SHOWN, asked, text]

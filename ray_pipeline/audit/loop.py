@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ray_pipeline.agents.jurors import JuryRule
-from ray_pipeline.audit.findings import AuditReport, Problem
+from ray_pipeline.audit.findings import AuditReport, Problem, row_id
 from ray_pipeline.data.gate import Cut
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import normalise_text
@@ -33,6 +33,7 @@ def audit_loop(
     min_gap: float,
     rule: JuryRule,
     cut: Cut = "exclude",
+    every_rejected: bool = True,
     max_problems: int = 100,
 ) -> AuditReport:
     """Check a finished datasets stage, one shard of its tables and the training rows in memory.
@@ -42,6 +43,7 @@ def audit_loop(
         judges: whose scores pick the best.
         rule: how their scores become one.
         cut: rule for responses whose text is not whole.
+        every_rejected: the pick makes a pair with each rejected text, not with the worst response alone.
         max_problems: how many problems are described; all are counted.
 
     Raises:
@@ -50,7 +52,8 @@ def audit_loop(
     """
     folder = Folder(datasets)
     stats = folder.read_json("stats.json", set_aside=True)
-    if stats.get("rules", 1) < 2:  # of a version without a rule
+    rules = stats.get("rules", 1)
+    if rules < 2:  # of a version without a rule
         cut = "keep"
     rows: dict[str, int] = {"prompts": 0, "candidates": 0}
     training: dict[str, dict[str, list[Row]]] = {}
@@ -70,7 +73,8 @@ def audit_loop(
             name = prompt["prompt_id"]
             rows["candidates"] += len(answers[name])
             own = {kind: of.pop(name, []) for kind, of in training.items()}
-            problems += _Loop(prompt, answers[name], said[name], decided[name], judges, min_gap, rule, cut).check(own)
+            loop = _Loop(prompt, answers[name], said[name], decided[name], judges, min_gap, rule, cut)
+            problems += [*loop.check(own), *loop.check_copies(own, rules, every_rejected)]
     for kind, of in training.items():
         problems += [Problem("orphan", kind, name, "no such prompt in the run") for name in of]
     for kind, found in stats["rows"].items():
@@ -177,6 +181,28 @@ class _Loop:
                 if {row["split"], row["file_split"]} != {self.prompt["split"]}:
                     yield Problem("split", kind, name, f"the prompt is in {self.prompt['split']}")
                 yield from self._completions(kind, name, row)
+
+    def check_copies(
+        self, training: Mapping[str, Sequence[Row]], rules: int, every_rejected: bool
+    ) -> Iterator[Problem]:
+        """Equal answers or pairs are one row, which has their number."""
+        same: dict[str, list[str]] = collections.defaultdict(list)
+        for name, label in self.labels.items():
+            if label in ("desirable", "undesirable"):
+                same[normalise_text(self.answers[name]["response"] or "")].append(name)
+        pairs = sum(row["copies"] or 0 for row in training.get("dpo", ()))
+        for kind, row in ((kind, row) for kind, rows in training.items() if rules > 2 for row in rows):
+            text = row["rejected"] if kind == "dpo" else row["completion"]
+            equal = same[normalise_text(text[-1]["content"])]
+            if kind == "sft":  # without the pairs, their number is between one and that of the other responses
+                expected = pairs if "dpo" in training else min(max(row["copies"] or 0, 1), len(self.labels) - 1)
+            elif kind == "dpo":
+                expected = sum(self.labels[name] == "undesirable" for name in equal) if every_rejected else 1
+            else:
+                alone = len({self.labels[name] for name in equal}) == 1 and row["candidate_id"] == min(equal)
+                expected = len(equal) if alone else 0
+            if row["copies"] != expected:
+                yield Problem("repeated", kind, row_id(kind, row), f"copies is {row['copies']}, should be {expected}")
 
     def _decisions(self) -> Iterator[Problem]:
         decided = {row["candidate_id"]: row for row in self.decisions}

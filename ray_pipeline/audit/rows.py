@@ -244,13 +244,19 @@ class _Shard:
         report = self.audit.problem
         chosen = {row["chosen_id"] for row in self.training.get("dpo", [])}
         present: set[str] = set()
-        for name, _, _, decision in self._answers("sft", rows, present):
+        for name, row, _, decision in self._answers("sft", rows, present):
+            self._check_once("sft", name, row)
             if decision["label"] != "desirable":
                 report("label", "sft", name, f"an answer to imitate, but the decision is {decision['label']!r}")
             if "dpo" in self.training and name not in chosen:
                 report("pair", "sft", name, "no pair has chosen it")
         for name in chosen - present:
             report("missing", "sft", name, "a pair has chosen it, but it has no row")
+
+    def _check_once(self, kind: str, name: str, row: Row) -> None:
+        """A prompt has one pair at most, so a pair, or its chosen answer, stands for no other."""
+        if self.audit.rules > 2 and row["copies"] != 1:
+            self.audit.problem("repeated", kind, name, f"copies is {row['copies']}, should be 1")
 
     def _check_dpo(self, rows: list[Row]) -> None:
         report = self.audit.problem
@@ -261,6 +267,7 @@ class _Shard:
                 report("duplicate", "dpo", name, f"prompt {row['prompt_id']} has two pairs")
                 continue
             by_prompt[row["prompt_id"]] = row
+            self._check_once("dpo", name, row)
             for side in ("chosen", "rejected"):
                 owner = self._owner("dpo", row[f"{side}_id"], row, name)
                 if owner is None:

@@ -45,7 +45,9 @@ def audit_gated(
     return Audit({name: _audit(run, one, name, programs) for one in made for name in one.files}, skipped)
 
 
-def audit_picks(run: Run, judges: Sequence[str], rule: JuryRule, min_gap: float, cut: Cut) -> Audit:
+def audit_picks(
+    run: Run, judges: Sequence[str], rule: JuryRule, min_gap: float, cut: Cut, every_rejected: bool
+) -> Audit:
     """Audit the dataset of a feedback loop's picks. Datasets of the second kind lead back by review_id: left out.
 
     Raises:
@@ -63,6 +65,7 @@ def audit_picks(run: Run, judges: Sequence[str], rule: JuryRule, min_gap: float,
         rule=rule,
         min_gap=min_gap,
         cut=cut,
+        every_rejected=every_rejected,
     )
     return Audit({"datasets": report})
 

@@ -26,8 +26,8 @@ Kind = Literal["kto", "dpo", "sft"]
 SPLITS = ("train", "val")
 
 #: Version of the rules by which rows are made: under version 1, equal answers to a prompt were rows of their own, and
-#: texts that were cut off were like any other.
-RULES = 2
+#: texts that were cut off were like any other; under version 2, only KTO rows of candidates had `copies`.
+RULES = 3
 
 #: Reasons for which a desirable or undesirable candidate gives no KTO row, in the order of the checks. Of equal answers
 #: to a prompt one is kept (`repeated`), and none if some are desirable and some undesirable (`contradictory`).
@@ -85,6 +85,7 @@ def kto_rows(
     config: DatasetsConfig,
     encode: Encode,
     judges: Sequence[str] | None = None,
+    times: Mapping[str, int] | None = None,
 ) -> tuple[pa.Table, dict[str, Any]]:
     """One row for each distinct desirable or undesirable answer of a shard, in the order of `decisions`.
 
@@ -93,6 +94,7 @@ def kto_rows(
 
     Args:
         judges: whose scores the rows carry, in this order; by default all of `verdicts`, by name.
+        times: candidate_id → how many equal answers this candidate stands for; default: 1 each.
 
     Returns:
         A table of schema KTO, and counts: `candidates` (rows of `decisions`), `cut_off` (those of them that were left
@@ -107,7 +109,7 @@ def kto_rows(
     scores = _scores(verdicts, judges)
     rows = []
     labelled = _kept_candidates(prompts, candidates, decisions)
-    answers = _answers(labelled)
+    answers = _answers(labelled, times or {})
     for kept in labelled:
         completion = _answer(kept["response"])
         if _is_empty(kept["response"]):
@@ -147,16 +149,19 @@ def dpo_rows(
     config: DatasetsConfig,
     encode: Encode,
     every_rejected: bool = False,
+    times: Mapping[str, int] | None = None,
 ) -> tuple[pa.Table, dict[str, Any]]:
     """At most one pair for each prompt of a shard, sorted by prompt_id.
 
     Chosen is the desirable candidate of the highest final score, rejected the undesirable one of the lowest; of equal
-    scores the smaller candidate_id. A pair that fails a guard is dropped, not replaced by the next best.
+    scores the smaller candidate_id. A pair that fails a guard is dropped, not replaced by the next best. Of pairs with
+    equal rejected texts one is kept, and `copies` is their number.
 
     Args:
         verdicts: unused; present so that all datasets are made by the same call.
         every_rejected: a pair with each undesirable candidate, the lowest first, not with the lowest alone. A prompt
             without a pair then counts once, one with several counts them all.
+        times: as `kto_rows`.
 
     Returns:
         A table of schema DPO, and counts: `prompts` (with decisions), `cut_off` (as `kto_rows`), `kept`, `dropped` by
@@ -186,18 +191,18 @@ def dpo_rows(
             continue
         chosen, worst = best_pair(desirable, undesirable)
         others = sorted(undesirable, key=lambda c: (c["final_score"], c["candidate_id"]))
-        rejected_texts: set[tuple[str, str]] = set()
-        for rejected in others if every_rejected else [worst]:
-            if _told_apart(rejected) in rejected_texts:
-                repeated += 1
-                continue
-            rejected_texts.add(_told_apart(rejected))
+        pairs: dict[tuple[str, str], tuple[Mapping[str, Any], int]] = {}
+        for one in others if every_rejected else [worst]:
+            rejected, copies = pairs.get(_told_apart(one), (one, 0))
+            repeated += rejected is not one
+            pairs[_told_apart(one)] = rejected, copies + (times or {}).get(one["candidate_id"], 1)
+        for rejected, copies in pairs.values():
             reason, cut = _guard(chosen, rejected, config, encode)
             if reason:
                 dropped[reason] += 1
                 continue
             truncated += cut
-            rows.append(_pair(prompt, chosen, rejected))
+            rows.append(_pair(prompt, chosen, rejected, copies))
     counts = {"prompts": len(sides), "cut_off": _cut_off(decisions), "kept": len(rows), "dropped": dropped}
     return to_table(rows, DPO), {
         **counts,
@@ -207,7 +212,7 @@ def dpo_rows(
     }
 
 
-def _pair(prompt: str, chosen: Mapping[str, Any], rejected: Mapping[str, Any]) -> dict[str, Any]:
+def _pair(prompt: str, chosen: Mapping[str, Any], rejected: Mapping[str, Any], copies: int) -> dict[str, Any]:
     return {
         "prompt_id": prompt,
         "chosen_id": chosen["candidate_id"],
@@ -219,6 +224,7 @@ def _pair(prompt: str, chosen: Mapping[str, Any], rejected: Mapping[str, Any]) -
         "score_chosen": chosen["final_score"],
         "score_rejected": rejected["final_score"],
         "score_gap": chosen["final_score"] - rejected["final_score"],
+        "copies": copies,
         "chosen_model": chosen["model"],
         "rejected_model": rejected["model"],
     }
@@ -271,7 +277,7 @@ class _SameAnswer:
 
     first: str
     label: str
-    copies: int = 1
+    copies: int
     contradictory: bool = False
 
 
@@ -279,16 +285,14 @@ def _told_apart(kept: Mapping[str, Any]) -> tuple[str, str]:
     return kept["prompt_id"], normalise_text(kept["response"])
 
 
-def _answers(labelled: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], _SameAnswer]:
+def _answers(labelled: Sequence[Mapping[str, Any]], times: Mapping[str, int]) -> dict[tuple[str, str], _SameAnswer]:
     found: dict[tuple[str, str], _SameAnswer] = {}
     for kept in labelled:
         if _is_empty(kept["response"]):
             continue
-        same = found.get(_told_apart(kept))
-        if same is None:
-            found[_told_apart(kept)] = _SameAnswer(kept["candidate_id"], kept["label"])
-            continue
-        same.first, same.copies = min(same.first, kept["candidate_id"]), same.copies + 1
+        same = found.setdefault(_told_apart(kept), _SameAnswer(kept["candidate_id"], kept["label"], 0))
+        same.first = min(same.first, kept["candidate_id"])
+        same.copies += times.get(kept["candidate_id"], 1)
         same.contradictory |= kept["label"] != same.label
     return found
 

@@ -61,7 +61,7 @@ def dataset_rows(
     """
     return Stage(
         name=name,
-        version=2,  # 2: equal answers to a prompt are one row
+        version=3,  # 2: equal answers to a prompt are one row; 3: pairs have `copies`
         group="datasets",
         role="rows",
         work=ShardWork(
@@ -211,6 +211,7 @@ def write_files(given: WholeInput) -> dict[str, Any]:
             )
         )
     guards = {f"{kind}: {why}": n for kind, found in counts.items() for why, n in found.get("dropped", {}).items()}
+    guards |= {f"{kind}: repeated": n for kind, found in counts.items() if (n := found.get("repeated_responses"))}
     facts = {"rows": stats["rows"], "kto_weights": stats["kto_weights"], "dropped": guards, "counts": counts}
     facts["lengths"] = settings.lengths
     return facts | ({"warnings": useless} if useless else {})

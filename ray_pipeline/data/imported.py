@@ -6,9 +6,8 @@ prompt is held out here too.
 
 from __future__ import annotations
 
-import collections
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,11 @@ from ray_pipeline.data.convert import pairs_to_kto
 from ray_pipeline.data.dataset_rows import DatasetsConfig, Kind, pair_guard
 from ray_pipeline.data.preference_sources import Format, PreferenceSource, source_records
 from ray_pipeline.data.prompts import FAULTS_SHOWN, kept_line, malformed_rows, split_of
-from ray_pipeline.data.rows import add_counts, flat_counts, gather, shard_rows
+from ray_pipeline.data.rows import add_counts, flat_counts
 from ray_pipeline.data.sources import InputError, Record
 from ray_pipeline.data.sources.answers import Answered, Drop, chat_in_text, split_answer
 from ray_pipeline.data.sources.chats import BadRow
+from ray_pipeline.data.spill import Spill
 from ray_pipeline.data.tokens import Encode, TokenCounter
 from ray_pipeline.engines.models import ModelSettings, TokenizerSettings
 from ray_pipeline.graph.stage import BadInput, Stage, WholeInput, WholeWork
@@ -30,14 +30,18 @@ from ray_pipeline.store.keys import digest, normalise_messages, normalise_text, 
 from ray_pipeline.store.schemas import DPO, KTO, SFT, to_table
 from ray_pipeline.store.tables import ShardedTable
 
-_BATCH_ROWS = 1024
-
 #: Kinds of dataset that each format can provide.
 GIVES: dict[Format, tuple[Kind, ...]] = {
     "paired": ("kto", "dpo", "sft"),
     "unpaired": ("kto", "sft"),
     "demonstrations": ("sft",),
 }
+
+#: Schema that the rows of each format have first.
+_SCHEMAS: dict[Format, pa.Schema] = {"paired": DPO, "unpaired": KTO, "demonstrations": SFT}
+
+#: Whether the trainer will truncate a row, beside its columns until equal rows are one.
+_TRUNCATED = pa.field("truncated", pa.bool_(), nullable=False)
 
 #: Reasons for which a row of each format gives no training row, in the order of the checks. Where an answer ends within
 #: its thoughts, `unfinished_thought` is counted too.
@@ -88,6 +92,7 @@ def preferences(
     )
     return Stage(
         name=name,
+        version=2,  # 2: equal rows are one row with their number in `copies`, whatever their blanks
         group="datasets",
         role="rows",
         work=WholeWork(function=import_preferences, settings=given, tables=tables_of(source.format, settings)),
@@ -117,24 +122,32 @@ def import_preferences(given: WholeInput) -> dict[str, Any]:
     settings: _Given = given.settings
     kinds = tables_of(settings.source.format, settings.datasets)
     encode = TokenCounter.load(settings.tokenizer)
+    folders = {kind: given.folder if len(kinds) == 1 else given.folder / kind for kind in kinds}
+    out = {kind: ShardedTable(folders[kind].location, kind, given.num_shards, given.fingerprint) for kind in kinds}
+
+    def write(shard: int, tables: Mapping[Kind, pa.Table]) -> None:
+        for kind in kinds:
+            out[kind].write(shard, tables[kind])
+
     try:
-        tables, counts = read_preferences(
-            settings.source, settings.datasets, encode, settings.seed, settings.val_fraction, settings.digests
+        counts = read_preferences(
+            settings.source,
+            settings.datasets,
+            encode,
+            settings.seed,
+            settings.val_fraction,
+            write,
+            given.num_shards,
+            settings.digests,
         )
     except InputError as error:
         raise BadInput(str(error)) from error
     for kind in kinds:
-        table = tables[kind]
-        where = given.folder if len(kinds) == 1 else given.folder / kind
-        out = ShardedTable(where.location, kind, given.num_shards, given.fingerprint)
-        for shard, part in enumerate(shard_rows(table, given.num_shards)):
-            out.write(shard, part)
-    for kind in kinds:
-        if not tables[kind].num_rows:
+        if not counts[kind]["kept"]:
             why = ", ".join(f"{name} {n:,}" for name, n in flat_counts(counts[kind]).items() if n)
             raise BadInput(f"no row of the source is left as {kind} data: {why}")
     found = counts["source"]
-    rows = ", ".join(f"{kind} {tables[kind].num_rows}" for kind in kinds)
+    rows = ", ".join(f"{kind} {counts[kind]['kept']}" for kind in kinds)
     thoughts = f"; thoughts split off from {found['thoughts']:,} answers" if found.get("thoughts") else ""
     given.log(f"{rows}; {kept_line(found)}{thoughts}")
     warnings = malformed_rows(given.log, found, found.get("faults", ()))
@@ -152,16 +165,22 @@ def read_preferences(
     encode: Encode,
     seed: int,
     val_fraction: float,
+    write: Callable[[int, Mapping[Kind, pa.Table]], None],
+    num_shards: int = 1,
     digests: dict[str, str] | None = None,
-) -> tuple[dict[Kind, pa.Table], dict[str, dict[str, Any]]]:
+) -> dict[str, dict[str, Any]]:
     """All rows of a source as tables of the schemas KTO, DPO and SFT, as far as its format provides them.
+
+    Of equal rows, those with the same prompt, answers and label, the first is kept, and `copies` is their number. One
+    shard is in memory.
 
     Args:
         encode: token counter of the policy, for the length limits of `config`.
+        write: is called with each shard and its tables, in order.
         digests: what `source.digests` returned: a Hub dataset is read at exactly that commit.
 
     Returns:
-        The tables, and counts: under `source` rows `read`, `kept` and `dropped` by reason (read = kept + the sum of
+        Counts: under `source` rows `read`, `kept` and `dropped` by reason (read = kept + the sum of
         dropped), with the `faults` of the first malformed ones if there are any; and for each kind what
         `datasets.kto_rows` and `convert` count.
 
@@ -169,39 +188,18 @@ def read_preferences(
         InputError: a file or column does not match the format, or no row does; the message names it.
     """
     reader = _Reader(source, config, encode, functools.partial(split_of, seed=seed, val_fraction=val_fraction))
-    schema = {"paired": DPO, "unpaired": KTO, "demonstrations": SFT}[source.format]
-    parts, batch = [schema.empty_table()], []
-    for record in source_records(source, digests):
-        made = reader.take(record)
-        if made is not None:
-            batch.append(made)
-        if len(batch) == _BATCH_ROWS:
-            parts.append(to_table(batch, schema))
-            batch = []
-    table = pa.concat_tables([*parts, to_table(batch, schema)])
-    if not reader.counts["read"]:
-        raise InputError(f"{source.place} has no rows; check that it was written")
-    if reader.counts["dropped"]["malformed"] == reader.counts["read"]:
-        raise InputError(f"all {reader.counts['read']} rows are malformed: {reader.counts['faults'][0]}")
-    if source.format != "paired":
-        table = reader.settled(table)
-    reader.counts["kept"] = table.num_rows
-    counts: dict[str, dict[str, Any]] = {"source": reader.counts}
-    own = {"kept": table.num_rows, "dropped": reader.counts["dropped"], "truncated": reader.truncated}
-    if source.format == "paired":
-        kto, found = _by_prompt(table)
-        return {"dpo": table, "kto": kto}, {**counts, "dpo": {"prompts": reader.counts["read"], **own}, "kto": found}
-    if source.format == "unpaired":
-        wanted = table.filter(table["label"])
-        sft = wanted.select(SFT.names).cast(SFT)
-        return {"kto": table, "sft": sft}, {**counts, "kto": own, "sft": {**own, "kept": sft.num_rows}}
-    return {"sft": table}, {**counts, "sft": own}
-
-
-def _by_prompt(pairs: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
-    """`pairs_to_kto`, piece by piece; all pairs of a prompt are in the same piece."""
-    made = [pairs_to_kto(piece) for piece in shard_rows(pairs, 64)]
-    return pa.concat_tables([table for table, _ in made]), add_counts([found for _, found in made])
+    with Spill(_SCHEMAS[source.format].append(_TRUNCATED), num_shards) as spill:
+        for record in source_records(source, digests):
+            made = reader.take(record)
+            if made is not None:
+                spill.add(made)
+        if not reader.counts["read"]:
+            raise InputError(f"{source.place} has no rows; check that it was written")
+        if reader.counts["dropped"]["malformed"] == reader.counts["read"]:
+            raise InputError(f"all {reader.counts['read']} rows are malformed: {reader.counts['faults'][0]}")
+        for shard in range(num_shards):
+            write(shard, reader.settle(spill.read(shard)))
+    return reader.counted()
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -212,10 +210,9 @@ class _Reader:
 
     def __init__(self, source: PreferenceSource, config: DatasetsConfig, encode: Encode, split: Any) -> None:
         self._source, self._config, self._encode, self._split = source, config, encode, split
-        self._seen: collections.Counter[str] = collections.Counter()
-        self._ids: dict[str, str] = {}
-        self._labels: dict[str, set[bool]] = {}
-        self.truncated = 0
+        self._rows: dict[Kind, int] = {}
+        self._converted: dict[str, Any] = {}
+        self._truncated = 0
         self.counts: dict[str, Any] = {
             "read": 0,
             "kept": 0,
@@ -223,7 +220,7 @@ class _Reader:
         }
 
     def take(self, record: Record) -> dict[str, Any] | None:
-        """The training row, or None when the row was dropped (and counted)."""
+        """The training row, with `truncated` beside its columns, or None when the row was dropped (and counted)."""
         self.counts["read"] += 1
         make = {"paired": self._pair, "unpaired": self._labelled, "demonstrations": self._shown}[self._source.format]
         fault = record.fault and f"{record.where} {record.fault}"
@@ -241,15 +238,48 @@ class _Reader:
         faults += [fault] if len(faults) < FAULTS_SHOWN else []
         return None
 
-    def settled(self, table: pa.Table) -> pa.Table:
-        """The table without the answers that have both labels, and with the number of rows that gave each answer."""
-        torn = {name for name, labels in self._labels.items() if len(labels) > 1}
-        keep = np.flatnonzero([name not in torn for name in table["candidate_id"].to_pylist()])
-        if torn:
-            self.counts["dropped"]["contradictory"] += table.num_rows - len(keep)
-        kept, at = gather(table, keep), table.schema.get_field_index("copies")
-        copies = pa.array([self._seen[name] for name in kept["candidate_id"].to_pylist()], pa.int32())
-        return kept.set_column(at, table.schema.field(at), copies)
+    def settle(self, table: pa.Table) -> dict[Kind, pa.Table]:
+        """The tables of a shard, from all its rows: equal ones as one, and none where labels of an answer differ."""
+        form, dropped = self._source.format, self.counts["dropped"]
+        texts = ("chosen", "rejected") if form == "paired" else ("completion",)
+        equal: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        names: dict[tuple[str, str], str] = {}  # of answers that differ in blanks alone, the first one's id
+        for row in table.to_pylist():
+            key = (row["prompt_id"], *(normalise_text(row[name][-1]["content"]) for name in texts))
+            if form == "paired":
+                for name, text in zip(texts, key[1:], strict=True):
+                    row[f"{name}_id"] = names.setdefault((key[0], text), row[f"{name}_id"])
+            equal.setdefault(key, []).append(row)
+        kept = []
+        for same in equal.values():
+            if len({row.get("label") for row in same}) > 1:
+                dropped["contradictory"] += len(same)
+                continue
+            dropped["repeated"] += len(same) - 1
+            self._truncated += same[0]["truncated"]
+            kept.append({**same[0], "copies": len(same)})
+        made = to_table(kept, _SCHEMAS[form])
+        self.counts["kept"] += made.num_rows
+        tables: dict[Kind, pa.Table] = {"sft": made}
+        if form == "paired":
+            kto, found = pairs_to_kto(made)
+            self._converted = add_counts([self._converted, found])
+            tables = {"dpo": made, "kto": kto}
+        elif form == "unpaired":
+            tables = {"kto": made, "sft": made.filter(made["label"]).select(SFT.names).cast(SFT)}
+        for kind, rows in tables.items():
+            self._rows[kind] = self._rows.get(kind, 0) + rows.num_rows
+        return tables
+
+    def counted(self) -> dict[str, dict[str, Any]]:
+        """Counts of the source and of each kind of rows, after all shards."""
+        own = {"dropped": self.counts["dropped"], "truncated": self._truncated}
+        counts: dict[str, dict[str, Any]] = {"source": self.counts}
+        for kind, rows in self._rows.items():
+            counts[kind] = {"kept": rows, **own}
+        if self._source.format == "paired":
+            counts |= {"dpo": {"prompts": self.counts["read"], **counts["dpo"]}, "kto": self._converted}
+        return counts
 
     def _pair(self, row: Mapping[str, Any]) -> dict[str, Any]:
         source = self._source
@@ -276,14 +306,12 @@ class _Reader:
         reason, cut = pair_guard(prompt, chosen, rejected, self._config, self._encode)
         if reason:
             raise Drop(reason)
-        ids = [self._answer_id(asked := prompt_id(prompt), text) for text in (chosen, rejected)]
-        self._once(digest(["pair", *ids]))
+        asked = prompt_id(prompt)
         self._split_off(*sides.values())
-        self.truncated += cut
         return {
             "prompt_id": asked,
-            "chosen_id": ids[0],
-            "rejected_id": ids[1],
+            "chosen_id": _answer_id(asked, chosen),
+            "rejected_id": _answer_id(asked, rejected),
             "split": self._split(asked),
             "prompt": prompt,
             "chosen": _answer(chosen),
@@ -291,6 +319,7 @@ class _Reader:
             "score_chosen": high,
             "score_rejected": low,
             "score_gap": gap,
+            "truncated": cut,
         }
 
     def _labelled(self, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -300,16 +329,11 @@ class _Reader:
             raise Drop("no_label")
         if not isinstance(label, bool) and label not in (0, 1):
             raise BadRow(f"column {self._source.label!r} must be true or false, not {label!r}")
-        labels = self._labels.setdefault(shown["candidate_id"], set())
-        labels.add(bool(label))
-        self._once(shown["candidate_id"])
         return {**shown, "label": bool(label), "scores": None}
 
     def _shown(self, row: Mapping[str, Any]) -> dict[str, Any]:
         column = self._source.messages if self._source.messages in row else self._source.completion
-        shown = self._answered(row, column)
-        self._once(shown["candidate_id"])
-        return shown
+        return self._answered(row, column)
 
     def _answered(self, row: Mapping[str, Any], column: str) -> dict[str, Any]:
         if not row[column]:
@@ -318,16 +342,16 @@ class _Reader:
         answered = split_answer(row.get(own), row[column], (own, column), self._source.thoughts)
         messages, text, _ = answered
         self._check_prompt(messages)
-        self.truncated += len(self._encode(messages, _answer(text))) > self._config.max_length
         asked = prompt_id(messages)
         self._split_off(answered)
         return {
-            "candidate_id": self._answer_id(asked, text),
+            "candidate_id": _answer_id(asked, text),
             "prompt_id": asked,
             "split": self._split(asked),
             "prompt": messages,
             "completion": _answer(text),
             "final_score": None,
+            "truncated": len(self._encode(messages, _answer(text))) > self._config.max_length,
         }
 
     def _check_prompt(self, prompt: list[dict[str, str]]) -> None:
@@ -338,18 +362,13 @@ class _Reader:
         if found := sum(answer.thoughts is not None for answer in answers):
             self.counts["thoughts"] = self.counts.get("thoughts", 0) + found
 
-    def _answer_id(self, prompt: str, text: str) -> str:
-        """Id of the first answer to the prompt that `normalise_text` does not tell apart from this one."""
-        return self._ids.setdefault(digest([prompt, normalise_text(text)]), digest(["answer", prompt, text]))
-
-    def _once(self, name: str) -> None:
-        self._seen[name] += 1
-        if self._seen[name] > 1:
-            raise Drop("repeated")
-
 
 def _answer(text: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": text}]
+
+
+def _answer_id(prompt: str, text: str) -> str:
+    return digest(["answer", prompt, text])
 
 
 def _number(value: Any) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -23,7 +24,11 @@ ANSWERS = ("desirable", "undesirable", "unsure")
 
 
 class HumanLabels(Settings):
-    """Labels by people, in a file that the page of `quorum review` saved."""
+    """Labels by people, in a file that the page of `quorum review` saved.
+
+    The file is read once, when the stages are wired: its labels go to the workers with these settings, so that all of
+    them use the labels of one digest, whatever becomes of the file.
+    """
 
     path: str = Field(
         description="JSONL, one object a line with `candidate_id` and `label` (desirable, undesirable or unsure); "
@@ -36,11 +41,16 @@ class HumanLabels(Settings):
 
     def read(self) -> Reviewed:
         """Raises InputError, naming file and line, where the file cannot be read or a row is none."""
-        return read_labels(self.path)
+        return self._content[0]
 
     def digest(self) -> dict[str, str]:
-        """SHA-256 of each file, for fingerprints."""
-        return {f"human labels {file.name}": sha256(file) for file in find_files(self.path)}
+        """SHA-256 of each file, for fingerprints. Raises InputError, as `read`."""
+        return self._content[1]
+
+    @functools.cached_property
+    def _content(self) -> tuple[Reviewed, dict[str, str]]:
+        digests = {f"human labels {file.name}": sha256(file) for file in find_files(self.path)}
+        return read_labels(self.path), digests
 
 
 #: The key `human_labels`: a file alone is read for the report.

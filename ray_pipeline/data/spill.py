@@ -1,4 +1,4 @@
-"""Rows of a whole source, put apart by shard on disk. In memory are one shard and what is not written yet."""
+"""Rows of a whole source, put apart on disk by shard or number. In memory are one part and what is not written yet."""
 
 from __future__ import annotations
 
@@ -7,25 +7,32 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
-from ray_pipeline.data.rows import shard_rows
+from ray_pipeline.data.rows import Rows, gather
+from ray_pipeline.store.keys import shard_of
+from ray_pipeline.store.schemas import to_table
 
-#: Characters of text that are held before they are written out by shard.
+#: Characters or bytes of rows that are held before they are written out by part.
 HELD = 1 << 25
 BATCH_ROWS = 1024
 
 
 class Spill:
-    """A context manager: rows of `schema`, which has `prompt_id`, are added in any order and read shard by shard."""
+    """A context manager: rows of `schema` are added in any order and read part by part.
 
-    def __init__(self, schema: pa.Schema, num_shards: int) -> None:
+    Args:
+        num_shards: number of parts of rows that are put apart by their `prompt_id`.
+    """
+
+    def __init__(self, schema: pa.Schema, num_shards: int = 1) -> None:
         self.rows = 0
         self._schema, self._num_shards = schema, num_shards
-        self._texts = [field.name for field in schema if pa.types.is_string(field.type)]
         self._tables: list[pa.Table] = []
+        self._parts: list[Rows] = []
         self._batch: list[Mapping[str, Any]] = []
-        self._chars = self._flushed = 0
+        self._size = self._flushed = 0
         self._folder = tempfile.TemporaryDirectory(prefix="quorum-rows-")
 
     def __enter__(self) -> Spill:
@@ -35,32 +42,59 @@ class Spill:
         self._folder.cleanup()
 
     def add(self, row: Mapping[str, Any]) -> None:
+        """Add a row to the shard of its prompt."""
         self._batch.append(row)
         self.rows += 1
-        self._chars += sum(len(row[name] or "") for name in self._texts)
+        self._size += _characters(row)
         if len(self._batch) >= BATCH_ROWS:
-            self._tables.append(pa.Table.from_pylist(self._batch, self._schema))
-            self._batch = []
-        if self._chars > HELD:
+            self._close_batch()
+        if self._size > HELD:
             self._flush()
 
-    def read(self, shard: int) -> pa.Table:
-        """The rows of a shard in the order in which they were added."""
+    def add_table(self, table: pa.Table, parts: Rows) -> None:
+        """Add the rows of a table, each to the part of this number."""
+        self._tables.append(table)
+        self._parts.append(parts)
+        self.rows += table.num_rows
+        self._size += table.nbytes
+        if self._size > HELD:
+            self._flush()
+
+    def read(self, part: int) -> pa.Table:
+        """The rows of a part in the order in which they were added."""
         self._flush()
         parts = [self._schema.empty_table()]
-        for path in sorted((Path(self._folder.name) / str(shard)).glob("*.arrow")):
+        for path in sorted((Path(self._folder.name) / str(part)).glob("*.arrow")):
             with pa.OSFile(str(path)) as file:
                 parts.append(pa.ipc.open_file(file).read_all())
         return pa.concat_tables(parts)
 
+    def _close_batch(self) -> None:
+        if self._batch:
+            self._tables.append(to_table([dict(row) for row in self._batch], self._schema))
+            self._parts.append(np.array([shard_of(row["prompt_id"], self._num_shards) for row in self._batch]))
+            self._batch = []
+
     def _flush(self) -> None:
-        if not self._tables and not self._batch:
+        self._close_batch()
+        if not self._tables:
             return
-        table = pa.concat_tables([*self._tables, pa.Table.from_pylist(self._batch, self._schema)])
-        for shard, part in enumerate(shard_rows(table, self._num_shards)):
-            if part.num_rows:
-                place = Path(self._folder.name) / str(shard)
-                place.mkdir(exist_ok=True)
-                with pa.ipc.new_file(str(place / f"{self._flushed:08d}.arrow"), self._schema) as file:
-                    file.write_table(part)
-        self._tables, self._batch, self._chars, self._flushed = [], [], 0, self._flushed + 1
+        parts = np.concatenate(self._parts)
+        order = np.argsort(parts, kind="stable")
+        table = gather(pa.concat_tables(self._tables), order)
+        numbers, starts = np.unique(parts[order], return_index=True)
+        for part, start, end in zip(numbers, starts, [*starts[1:], len(order)], strict=True):
+            place = Path(self._folder.name) / str(part)
+            place.mkdir(exist_ok=True)
+            with pa.ipc.new_file(str(place / f"{self._flushed:08d}.arrow"), self._schema) as file:
+                file.write_table(table.slice(start, end - start))
+        self._tables, self._parts, self._size, self._flushed = [], [], 0, self._flushed + 1
+
+
+def _characters(value: Any) -> int:
+    """Characters of all texts in a row."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_characters, value.values()))
+    return sum(map(_characters, value)) if isinstance(value, list) else 0

@@ -79,7 +79,7 @@ def improvement_rows(
     )
     return Stage(
         name=f"rows-{what}",
-        version=2,  # 2: candidates that were cut off and repeated answers are left out
+        version=3,  # 2: candidates that were cut off and repeated answers are left out; 3: equal rows are counted
         group="improve",
         role="branch rows",
         work=ShardWork(
@@ -108,12 +108,13 @@ def improvement_rows(
 @dataclasses.dataclass(frozen=True)
 class Preferences:
     """Completions to choose between, in the form of a run's own tables. `prompts` has a row for each conversation;
-    `origin` maps it to its prompt in the run."""
+    `origin` maps it to its prompt in the run. `times`: candidate → how many equal replies it stands for, if not 1."""
 
     prompts: pa.Table
     candidates: pa.Table
     verdicts: pa.Table
     origin: dict[str, str]
+    times: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def revision_shard(given: ShardInput) -> ShardOutput:
@@ -169,7 +170,10 @@ def preference_rows(
     tables: dict[str, pa.Table] = {}
     counts: dict[str, int] = {}
     for kind in config.row_kinds:
-        table, found = kto_rows(*arguments, judges) if kind == "kto" else dpo_rows(*arguments, every_rejected)
+        if kind == "kto":
+            table, found = kto_rows(*arguments, judges, made.times)
+        else:
+            table, found = dpo_rows(*arguments, every_rejected, made.times)
         at = table.schema.get_field_index("prompt_id")
         origin = pa.array([made.origin[name] for name in table["prompt_id"].to_pylist()], pa.string())
         tables[kind] = table.set_column(at, table.schema.field(at), origin)
@@ -266,6 +270,7 @@ def over_reviews(
         to_table(candidates, CANDIDATES),
         to_table(made, VERDICTS),
         origin,
+        {same[0]["review_id"]: len(same) for same in replies.values()},
     )
 
 

@@ -119,8 +119,8 @@ DECISIONS = _schema(
 #: Scores of a dataset row: a judge's name and its score.
 SCORES = pa.list_(pa.field("element", pa.struct([("judge", _S), ("score", _F)])))
 
-# Training rows. Scores are null in rows of imported datasets without scores. `copies` is how often the answer was given
-# to the prompt; null where that is unknown, as in rows made from pairs. Models are those of the candidates.
+# Training rows. Scores are null in rows of imported datasets without scores. `copies` is the number of equal answers or
+# pairs of a prompt that the row stands for; null in rows of earlier versions. Models are those of the candidates.
 KTO = _schema(
     ("candidate_id", _S),
     ("prompt_id", _S),
@@ -146,6 +146,7 @@ DPO = _schema(
     ("score_chosen", _F, True),
     ("score_rejected", _F, True),
     ("score_gap", _F, True),
+    ("copies", _I, True),
     ("chosen_model", _S, True),
     ("rejected_model", _S, True),
 )

@@ -164,6 +164,7 @@ CORRUPTIONS: dict[str, tuple[str, Callable[[Rows], Rows], set[str]]] = {
     ),
     "dpo texts swapped": ("dpo", edit(chosen=lambda r: r["rejected"], rejected=lambda r: r["chosen"]), {"completion"}),
     "dpo equal texts": ("dpo", edit(rejected=lambda r: r["chosen"]), {"completion"}),
+    "dpo copies": ("dpo", edit(copies=2), {"repeated"}),
     "dpo gap": ("dpo", edit(score_gap=9.75), {"scores"}),
     "dpo score": ("dpo", edit(score_chosen=9.75), {"scores"}),
     "dpo prompt": ("dpo", swap("prompt"), {"messages"}),

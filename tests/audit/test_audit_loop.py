@@ -90,6 +90,19 @@ def test_texts_that_were_cut_off_are_not_accepted(tmp_path: Path, cut: Cut, rule
         assert found.rows["kto"] == {"exclude": 12, "undesirable": 16, "keep": 18}[cut]
 
 
+def test_equal_answers_are_one_row_with_their_number(tmp_path: Path) -> None:
+    """K5.4"""
+    same: dict[str, Any] = {
+        f"question {n}": [("best", [9], None), ("bad", [2], None), ("bad ", [3], None), ("bad", [2], None)]
+        for n in range(4)
+    }
+    found = audit(tmp_path, answers=same)
+    assert found.ok and (found.rows["kto"], found.rows["dpo"]) == (8, 4), found.problems
+    for kind in ("kto", "dpo"):
+        damaged = audit(tmp_path / kind, first(kind, copies=7), same)
+        assert set(damaged.found) == {"repeated"}, damaged.problems
+
+
 JURY = {
     f"question {n}": [("a", [9, 1, 1], None), ("b", [5 + n % 2, 6, 2], None), ("c", [4, 6, 3], None)] for n in range(4)
 }
@@ -133,6 +146,8 @@ def first(kind: str, **values: Any) -> Change:
         (first("kto", split=lambda row: "val" if row["split"] == "train" else "train"), "split"),
         (first("dpo", chosen_id=lambda row: row["rejected_id"], chosen=lambda row: row["rejected"]), "pair"),
         (first("dpo", prompt_id="0" * 32), "orphan"),
+        (first("kto", copies=2), "repeated"),
+        (first("dpo", copies=None), "repeated"),
         (first("decisions", label="abstain"), "label"),
         (first("decisions", final_score=1.5), "numbers"),
         (first("verdicts", score=10.0), "label"),

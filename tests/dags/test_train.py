@@ -18,6 +18,7 @@ from ray_pipeline.audit.imported import audit_imported
 from ray_pipeline.config.loading import load_config
 from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.data.sources import InputError
+from ray_pipeline.data.tokens import token_counter
 from ray_pipeline.graph.stage import BadInput, Dag, StageResult, StageStop
 from ray_pipeline.operate.check import findings
 from ray_pipeline.operate.pending import Pending
@@ -154,6 +155,42 @@ def test_every_row_is_found_again_in_the_users_file(tmp_path: Path) -> None:
     path.write_text(path.read_text() + "\n" + json.dumps(PAIRS[1]))
     with pytest.raises(InputError, match="has changed since the run read it"):
         audited()
+
+
+@pytest.mark.parametrize(
+    ("form", "rows"), [("paired", PAIRS), ("unpaired", LABELLED), ("demonstrations", SHOWN)], ids=lambda value: value[0]
+)
+def test_equal_rows_are_one_row_with_their_number(form: str, rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    """K5.4"""
+    kinds = {"paired": ("dpo", "kto", "sft"), "unpaired": ("kto", "sft"), "demonstrations": ("sft",)}[form]
+    again = [*rows, *rows[:4], *rows[:2]]
+    config = load(written(tmp_path / "a.jsonl", again), f"train={{method: {kinds[0]}}}", format=form)
+    found = played(config, tmp_path / "run")["datasets"]
+    for kind in kinds:
+        copies = [row["copies"] for split in ("train", "val") for row in files(found, kind, split)]
+        assert set(copies) == {1, 2, 3}
+    card = (Path(Folder(found.folder).path()) / "README.md").read_text()
+    assert "copies" in card and "dropped: repeated | 6" in card and found.facts["dropped"][f"{kinds[0]}: repeated"] == 6
+
+    def audited() -> AuditReport:
+        return audit_imported(
+            config.preferences,
+            found.folder,
+            config.datasets,
+            config.prompts.seed,
+            config.prompts.val_fraction,
+            encode=token_counter(config.base.tokenizer),
+        )
+
+    assert audited().ok
+    folder = Folder(found.folder)
+    for kind in kinds:
+        part = folder / kind / "train"
+        lost = part.read_table("part-00000.parquet").to_pylist()
+        lost[0]["copies"] += 1
+        fingerprint = folder.read_json("stats.json")["fingerprint"]
+        part.write_table("part-00000.parquet", to_table(lost, TABLES[kind]), fingerprint=fingerprint, kind=kind)
+    assert audited().found == {"repeated": len(kinds)}
 
 
 def test_the_pocket_configuration_has_rows_of_its_own(tmp_path: Path) -> None:

@@ -44,13 +44,23 @@ def test_a_pair_gives_one_desirable_and_one_undesirable_row() -> None:
 
 def test_an_answer_of_several_pairs_gives_one_row_and_a_contradiction_none() -> None:
     table, counts = pairs_to_kto(pairs(("a", "b"), ("a", "c"), ("c", "d"), scored=False))
-    assert {r["candidate_id"]: r["label"] for r in table.to_pylist()} == {"a": True, "b": False, "d": False}
+    assert {r["candidate_id"]: (r["label"], r["copies"]) for r in table.to_pylist()} == {
+        "a": (True, 2), "b": (False, 1), "d": (False, 1),
+    }  # fmt: skip
     assert counts == {"answers": 6, "kept": 3, "dropped": {"repeated": 1, "contradictory": 2}}
+
+
+def test_answers_that_differ_in_blanks_alone_are_equal() -> None:
+    two = pairs(("a", "b"), (" a", "b  ")).set_column(9, DPO.field("score_gap"), pa.array([None, None], pa.float64()))
+    two = two.set_column(10, DPO.field("copies"), pa.array([3, 1], pa.int32()))
+    rows = pairs_to_kto(two)[0].to_pylist()
+    assert [(r["candidate_id"], r["label"], r["copies"]) for r in rows] == [("a", True, 4), ("b", False, 4)]
+    assert [(r["candidate_id"], r["copies"]) for r in pairs_to_sft(two)[0].to_pylist()] == [("a", 4)]
 
 
 def test_chosen_answers_are_shown_once() -> None:
     table, counts = pairs_to_sft(pairs(("a", "b"), ("a", "c"), ("d", "b")))
     assert table.schema.equals(SFT)
-    assert table["candidate_id"].to_pylist() == ["a", "d"]
+    assert table["candidate_id"].to_pylist() == ["a", "d"] and table["copies"].to_pylist() == [2, 1]
     assert counts == {"pairs": 3, "kept": 2, "dropped": {"repeated": 1}}
     assert pairs_to_sft(pairs())[0].schema.equals(SFT)

@@ -456,6 +456,10 @@ def test_the_same_answer_twice_is_one_row_with_a_count():
     for every, left_out in ((False, 0), (True, 1)):
         table, found = dpo_rows(*arguments, every)
         assert (table.num_rows, found["repeated_responses"]) == (1, left_out)
+        assert table["copies"].to_pylist() == [1 + left_out]
+    times = {name: 5 for name in world.candidates["candidate_id"].to_pylist()}
+    assert dpo_rows(*arguments, True, times)[0]["copies"].to_pylist() == [10]
+    assert kto_rows(*arguments, times=times)[0]["copies"].to_pylist() == [15, 10, 10]
 
 
 def test_an_answer_with_both_labels_is_in_no_row_and_never_paired_with_itself():

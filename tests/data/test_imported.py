@@ -38,7 +38,9 @@ def source(path: Path | str, **options: Any) -> Any:
 
 
 def read(path: Path, config: DatasetsConfig = CONFIG, **options: Any) -> tuple[dict, dict]:
-    return read_preferences(source(path, **options), config, count_words, seed=3, val_fraction=0.25)
+    parts: list[dict] = []
+    counts = read_preferences(source(path, **options), config, count_words, 3, 0.25, lambda _, part: parts.append(part))
+    return parts[0], counts
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -147,7 +149,7 @@ def test_unpaired_rows(tmp_path: Path) -> None:
     ]
     assert tables["sft"].schema.equals(SFT) and tables["sft"].num_rows == 1
     dropped = counts["source"]["dropped"]
-    assert (dropped["no_label"], dropped["repeated"], dropped["contradictory"]) == (1, 1, 1)
+    assert (dropped["no_label"], dropped["repeated"], dropped["contradictory"]) == (1, 0, 2)
     assert counts["source"]["kept"] + sum(dropped.values()) == counts["source"]["read"] == 5
 
 
@@ -158,11 +160,29 @@ def test_answers_that_differ_in_blanks_alone_are_one(tmp_path: Path) -> None:
     tables, counts = read(write(tmp_path / "rows.jsonl", rows), format="unpaired")
     found = [(r["completion"][0]["content"], r["label"], r["copies"]) for r in tables["kto"].to_pylist()]
     assert found == [("a  b", True, 2), ("'x  y'", True, 1), ("'x y'", False, 1)]
-    assert (counts["source"]["dropped"]["repeated"], counts["source"]["dropped"]["contradictory"]) == (2, 1)
+    assert (counts["source"]["dropped"]["repeated"], counts["source"]["dropped"]["contradictory"]) == (1, 2)
     pairs = [{"prompt": "q", "chosen": c, "rejected": r} for c, r in (("a", "b"), ("a ", "b"), ("b ", "a"))]
     tables, counts = read(write(tmp_path / "pairs.jsonl", pairs))
     assert (tables["dpo"].num_rows, tables["kto"].num_rows, counts["source"]["dropped"]["repeated"]) == (2, 0, 1)
     assert counts["kto"]["dropped"]["contradictory"] == 4
+def test_equal_rows_are_one_with_their_number(tmp_path: Path) -> None:
+    """K5.4, whatever the blanks, and whatever shard they are in."""
+    rows = [
+        {"prompt": f"question {i}", "chosen": f"good  {i}" if again else f"good {i}", "rejected": worse}
+        for again in range(3)
+        for i in range(20)
+        for worse in ("bad", *(["worse"] if i < 5 and not again else []))
+    ]
+    shards: list[dict] = []
+    path = write(tmp_path / "rows.jsonl", rows)
+    counts = read_preferences(source(path), CONFIG, count_words, 3, 0.25, lambda _, part: shards.append(part), 8)
+    pairs, kto = ([row for part in shards for row in part[kind].to_pylist()] for kind in ("dpo", "kto"))
+    assert len(shards) == 8 and len(pairs) == 25 == counts["source"]["kept"]
+    assert {row["rejected"][0]["content"]: row["copies"] for row in pairs} == {"bad": 3, "worse": 1}
+    assert all(not row["chosen"][0]["content"].startswith("good  ") for row in pairs)
+    assert counts["source"]["dropped"]["repeated"] == 40 and counts["source"]["read"] == 65
+    good = [row["copies"] for row in kto if row["label"]]
+    assert sorted(good) == [3] * 15 + [4] * 5 and counts["kto"]["dropped"]["repeated"] == 5
 
 
 @pytest.mark.parametrize("row", [{"prompt": "q", "completion": "a"}, {"messages": [user("q"), assistant("a")]}])

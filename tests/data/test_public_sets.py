@@ -51,7 +51,10 @@ def as_parquet(tmp_path, name):
 def preferences(path, kind="parquet", **options):
     source = TypeAdapter(PreferenceSource).validate_python({"type": kind, "path": str(path), **options})
     config = DatasetsConfig(kinds=["sft"] if options.get("format") == "demonstrations" else ["kto", "dpo"])
-    return read_preferences(source, config, lambda prompt, completion: [*str(prompt), *str(completion)], 0, 0.0)
+    parts = []
+    count = lambda prompt, completion: [*str(prompt), *str(completion)]  # noqa: E731
+    counts = read_preferences(source, config, count, 0, 0.0, lambda _, part: parts.append(part))
+    return parts[0], counts
 
 
 @pytest.fixture

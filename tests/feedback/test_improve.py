@@ -187,6 +187,9 @@ def test_equal_reviews_are_one_and_unread_ones_none() -> None:
     made = Planted({"shorter": [2], "shorter!": [6], "longer": [3]}).over_reviews()
     (pair,) = pairs(made, "revisions")
     assert (pair["score_chosen"], pair["score_rejected"], pair["chosen_id"]) == (4.0, 3.0, "review-0")
+    assert made.times == {"review-0": 2, "review-2": 1} and pair["copies"] == 1
+    (pair,) = pairs(Planted({"shorter": [2], "shorter!": [2], "longer": [3]}).over_reviews(), "revisions")
+    assert (pair["rejected_id"], pair["copies"]) == ("review-0", 2)
     assert pairs(Planted({"shorter": [9, None], "longer": [3]}).over_reviews(), "revisions") == []
     planted = Planted({"shorter": [9], "longer": [3]})
     planted.reviews[0] |= {"parse_status": "unparsed", "feedback": None}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from dags.dmapo import DmapoConfig, dmapo
 from ray_pipeline.cli import app
+from ray_pipeline.config.loading import load_config
+from ray_pipeline.data import reviewed
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.data.reviewed import overrule, read_labels
 from ray_pipeline.data.sources import InputError
@@ -134,6 +138,22 @@ def test_a_bad_row_is_named(tmp_path: Path, line: str, problem: str) -> None:
         read_labels(str(path))
     checked = CliRunner().invoke(app, ["run", "dmapo", "-c", "pocket", f"human_labels={path}", "--dry-run"])
     assert checked.exit_code == 2 and problem in checked.output.replace("\n", " "), checked.output
+
+
+def test_labels_are_read_once_and_go_to_the_workers_with_the_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = labels_file(tmp_path / "labels.jsonl", [{"candidate_id": "a", "label": "desirable"}])
+    reads: list[str] = []
+    monkeypatch.setattr(reviewed, "read_labels", lambda name: reads.append(name) or read_labels(name))
+    config = load_config(DmapoConfig, "pocket", [f"human_labels={{path: '{path}', use: gate}}"])
+    stages = {stage.name: stage for stage in dmapo(config, str(tmp_path / "run")).stages}
+    path.unlink()
+    for settings in (stages["gate"].work.settings, stages["evaluate"].work.settings.report):
+        sent = pickle.loads(pickle.dumps(settings))
+        humans = getattr(sent, "humans", None) or sent.human_labels
+        assert humans.read().labels == {"a": "desirable"}
+    assert reads == [str(path)]
 
 
 @given(

@@ -111,7 +111,7 @@ def test_every_reader_of_files_gives_rows_that_can_be_stored(text: str, number: 
             {"type": "jsonl", "path": str(path), "format": "unpaired", "label": "label"}
         )
         with contextlib.suppress(InputError):  # no row is left where the completion is empty
-            read_preferences(source, DatasetsConfig(kinds=["kto"]), count_words, seed=0, val_fraction=0.0)
+            read_preferences(source, DatasetsConfig(kinds=["kto"]), count_words, 0, 0.0, lambda *_: None)
 
         lines(folder, {"question_id": number, "turns": [said], text: [text]})
         (question,) = read_rows(str(path))
