@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator
 
 from dags.dmapo import DmapoConfig
 from ray_pipeline.audit.run import Audit, audit_gated
@@ -33,6 +33,7 @@ from ray_pipeline.data.preference_sources import PreferenceSource
 from ray_pipeline.data.prompts import prompts as prompts_stage
 from ray_pipeline.data.scored import ScoredDataset
 from ray_pipeline.data.sources import InputError
+from ray_pipeline.data.variants import DataVariant
 from ray_pipeline.evaluate.method_table import PolicyName, TableSettings, method_table, rewrite_page
 from ray_pipeline.extensions import register
 from ray_pipeline.graph.results import Run
@@ -44,45 +45,6 @@ from ray_pipeline.policy.train import train as train_stage
 from ray_pipeline.training.methods import METHODS, MethodName, method_label, method_of
 from ray_pipeline.training.spec import TrainSettings
 from ray_pipeline.workflow.registry import Workflow
-
-
-class DataVariant(Settings):
-    """How a dataset is made: from the run's candidates and scores, or from imported rows."""
-
-    gated: bool = Field(
-        True,
-        description="let the confidence gate decide; if false, take the best and worst of k by mean score, "
-        "whatever the score",
-    )
-    gate: dict[str, Any] = Field(
-        default_factory=dict,
-        description="overrides of the `gate` block ({use_variance: false}, {use_critic: false}, {tau: 1})",
-    )
-    judges: tuple[str, ...] | None = Field(None, min_length=1, description="whose scores count; default: all")
-    k: int | None = Field(None, ge=2, description="number of candidates used of each prompt; default: all")
-    min_gap: float | None = Field(
-        None,
-        ge=0,
-        description="minimum gap of a pair's scores; default: datasets.min_gap with the gate, any gap above 0 without",
-    )
-    source: PreferenceSource | None = Field(
-        None, description="import training rows from a Hub dataset or from files; excludes the keys above"
-    )
-    max_prompts: int | None = Field(
-        None,
-        ge=1,
-        description="largest number of prompts to train on (smallest hashes kept): without a gate as many pairs, and "
-        "twice as many KTO rows; default: all",
-    )
-
-    @model_validator(mode="after")
-    def _one_way(self) -> DataVariant:
-        set_here = sorted(self.model_fields_set - {"source", "max_prompts"})
-        if self.source is not None and set_here:
-            raise ValueError(f"{set_here[0]} has no effect on rows of a source, which are judged already; remove it")
-        if not self.gated and self.gate:
-            raise ValueError("gate has no effect when gated is false")
-        return self
 
 
 class BaselinesBlock(Settings):
@@ -136,10 +98,10 @@ class BaselinesConfig(DmapoConfig):
                     f"baselines.data.{name}.k is {variant.k}, but there are only {drawn} candidates for each prompt"
                 )
             try:
-                self.gate_of(variant)
+                variant.check_fault(self.gate_of(variant))
                 if variant.source is not None:
                     tables_of(variant.source.format, self.rows_of(variant))
-            except (ValidationError, InputError) as error:
+            except ValueError as error:
                 raise ValueError(f"baselines.data.{name}: {_problem(error)}") from error
         for name in self.baselines.methods:
             try:
@@ -230,11 +192,12 @@ class BaselinesConfig(DmapoConfig):
         assert gate is not None
         rules = [f"tau {gate.tau:g}" if gate.use_variance else "no variance rule"]
         rules.append(f"alpha {gate.alpha:g}" if gate.use_critic else "no critic")
+        rules += [] if variant.fault is None else [f"planted fault: {variant.fault.replace('_', ' ')}"]
         return f"gate on {k} candidates by {judges}; {', '.join(rules)}"
 
 
-def _problem(error: ValidationError | InputError) -> str:
-    return str(error) if isinstance(error, InputError) else first_problem(error)
+def _problem(error: ValueError) -> str:
+    return first_problem(error) if isinstance(error, ValidationError) else str(error)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,7 +291,8 @@ def _scored(config: BaselinesConfig) -> dict[str, ScoredDataset]:
             first=variant.k,
             cut=config.gate.cut,
             max_prompts=variant.max_prompts,
-            origin=Provenance.of(config, "" if variant.gated else config.how(variant)),
+            fault=variant.fault,
+            origin=Provenance.of(config, "" if variant.gated and variant.fault is None else config.how(variant)),
         )
         for data, variant in config.baselines.data.items()
         if variant.source is None
@@ -378,14 +342,14 @@ def scored(config: BaselinesConfig) -> list[ScoredDataset]:
 
 
 def audit(run: Run, config: BaselinesConfig) -> Audit:
-    """Walk every row back that the gate made from all prompts and candidates; the rows of other datasets follow other
-    rules.
+    """Walk every row back that the gate made, without a fault, from all prompts and candidates; the rows of other
+    datasets follow other rules.
 
     Raises:
         StoreError: a dataset is not done yet, or none can be audited.
     """
     whole = {data: one for data, one in _scored(config).items() if one.first is None and one.max_prompts is None}
-    made = {data: one for data, one in whole.items() if one.gate is not None}
+    made = {data: one for data, one in whole.items() if one.gate is not None and one.fault is None}
     skipped = [data for data in config.baselines.data if data not in made]
     return audit_gated(run, list(made.values()), skipped, config.judge.programs)
 

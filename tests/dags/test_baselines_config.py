@@ -103,6 +103,9 @@ def test_ablations_change_one_rule_each(load: Any) -> None:
         "no_critic": {"gate": {"use_critic": False}},
         "k2": {"k": 2},
         "one": {"judges": ["b"]},
+        "sign": {"fault": "critic_sign"},
+        "flipped": {"fault": "labels_flipped"},
+        "whole": {},
     }
     config = load(data=data, methods=["kto"], seeds=[0])
     made = stages(config)
@@ -110,6 +113,12 @@ def test_ablations_change_one_rule_each(load: Any) -> None:
     assert made["gate-no_variance"].config["gate"]["use_variance"] is False
     assert made["gate-k2"].config["first"] == 2 and made["gate-one"].config["judges"] == ["b"]
     assert made["ranks-no_gate"].config["judges"] == ["a", "b"]
+    assert (made["gate-sign"].config["fault"], made["gate-flipped"].config["fault"]) == (
+        "critic_sign",
+        "labels_flipped",
+    )
+    assert "fault" not in made["gate-whole"].config
+    assert config.page().data["sign"].endswith("tau 2.5, alpha 0.15, planted fault: critic sign")
     # Candidates, verdicts and critiques are made once for all.
     assert sum(stage.group_name in ("candidates", "judge", "critic") for stage in made.values()) == 3
 
@@ -145,6 +154,10 @@ def test_the_shipped_comparisons_wire(monkeypatch: pytest.MonkeyPatch, tmp_path:
         ({"data": {"x": {"k": 9}}}, r"baselines\.data\.x\.k is 9, but there are only 4 candidates"),
         ({"data": {"x": {"gate": {"tauu": 1}}}}, r"baselines\.data\.x: tauu: unknown key"),
         ({"data": {"x": {"gated": False, "gate": {"tau": 1}}}}, r"gate has no effect when gated is false"),
+        (
+            {"data": {"x": {"gate": {"use_critic": False}, "fault": "critic_sign"}}},
+            r"data\.x: fault critic_sign has no",
+        ),
         (
             {"data": {"x": {"k": 2, "source": {"type": "jsonl", "path": "PAIRS"}}}},
             r"k has no effect on rows",
