@@ -58,10 +58,15 @@ class DataVariant(Settings):
         description="largest number of prompts to train on (smallest hashes kept): without a gate as many pairs, and "
         "twice as many KTO rows; default: all",
     )
+    size_of: str | None = Field(
+        None,
+        description="another dataset, to whose number of training rows this one is cut at random (for KTO, of each "
+        "class), anew for each seed: what is left of a difference is not one of size",
+    )
 
     @model_validator(mode="after")
     def _one_way(self) -> DataVariant:
-        set_here = sorted(self.model_fields_set - {"source", "max_prompts"})
+        set_here = sorted(self.model_fields_set - {"source", "max_prompts", "size_of"})
         if self.source is not None and set_here:
             raise ValueError(f"{set_here[0]} has no effect on rows of a source, which are judged already; remove it")
         if not self.gated and self.gate:
@@ -69,6 +74,11 @@ class DataVariant(Settings):
         if not self.gated and self.fault:
             raise ValueError("fault breaks the gate, so it has no effect when gated is false; remove it")
         return self
+
+    @property
+    def departs(self) -> bool:
+        """Whether its rows are others than those that a gate of the method keeps."""
+        return not self.gated or self.fault is not None or self.size_of is not None
 
     def check_fault(self, gate: GateConfig | None) -> None:
         """Raises ValueError if the fault needs a critic that the dataset's gate does not use."""
