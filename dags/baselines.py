@@ -11,21 +11,19 @@ prompts → candidates → judges, critic ─┬→ gate ───────�
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import ValidationError
 
 from dags.dmapo import DmapoConfig
 from ray_pipeline.audit.run import Audit, audit_gated
 from ray_pipeline.bench.stages import Answering, benchmark_stages
 from ray_pipeline.config.messages import first_problem, nearest
-from ray_pipeline.config.settings import Settings
 from ray_pipeline.config.starters import NO_WEIGHTS, Starter
 from ray_pipeline.data.candidates import candidates as candidates_stage
 from ray_pipeline.data.card import Provenance
 from ray_pipeline.data.critic import critic as critic_stage
 from ray_pipeline.data.dataset_rows import DatasetsConfig
-from ray_pipeline.data.datasets import dataset_files
+from ray_pipeline.data.datasets import dataset_files, of_size
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.data.imported import preferences, tables_of
 from ray_pipeline.data.judging import judges as judge_stages
@@ -33,8 +31,8 @@ from ray_pipeline.data.preference_sources import PreferenceSource
 from ray_pipeline.data.prompts import prompts as prompts_stage
 from ray_pipeline.data.scored import ScoredDataset
 from ray_pipeline.data.sources import InputError
-from ray_pipeline.data.variant import DataVariant
-from ray_pipeline.evaluate.method_table import PolicyName, TableSettings, method_table, rewrite_page
+from ray_pipeline.data.variants import DataVariant
+from ray_pipeline.evaluate.method_table import PolicyName, Reading, TableSettings, method_table, rewrite_page
 from ray_pipeline.extensions import register
 from ray_pipeline.graph.results import Run
 from ray_pipeline.graph.resume import stage_folder
@@ -42,31 +40,10 @@ from ray_pipeline.graph.stage import Dag, Stage
 from ray_pipeline.policy.comparisons import comparisons as comparisons_stage
 from ray_pipeline.policy.comparisons import responses as responses_stage
 from ray_pipeline.policy.train import train as train_stage
-from ray_pipeline.training.methods import METHODS, MethodName, method_label, method_of
+from ray_pipeline.training.methods import MethodName, method_label, method_of
 from ray_pipeline.training.spec import TrainSettings
+from ray_pipeline.workflow.compared import BaselinesBlock
 from ray_pipeline.workflow.registry import Workflow
-
-
-class BaselinesBlock(Settings):
-    """The `baselines` block: every method is trained on every dataset with every seed."""
-
-    methods: dict[MethodName, dict[str, Any]] = Field(
-        default_factory=lambda: {name: dict[str, Any]() for name in METHODS},
-        min_length=1,
-        description="method → overrides of the `train` block",
-    )
-    data: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_]*$")], DataVariant] = Field(
-        min_length=1, description="name → how the dataset is made"
-    )
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        (0, 1, 2), min_length=1, description="every method is trained with each of them"
-    )
-
-    @field_validator("methods", mode="before")
-    @classmethod
-    def _names(cls, methods: Any) -> Any:
-        """A plain list of methods means no overrides."""
-        return {name: {} for name in methods} if isinstance(methods, (list, tuple)) else methods
 
 
 class BaselinesConfig(DmapoConfig):
@@ -85,8 +62,7 @@ class BaselinesConfig(DmapoConfig):
             for key in keys:
                 if key in block.model_fields_set:
                     raise ValueError(f"{name}.{key} has no effect in a comparison; {instead}")
-        if len(set(self.baselines.seeds)) < len(self.baselines.seeds):
-            raise ValueError(f"duplicate seed in baselines.seeds: {list(self.baselines.seeds)}")
+        self.baselines.check()
         for name, variant in self.baselines.data.items():
             unknown = [judge for judge in variant.judges or () if judge not in self.judge.names]
             if unknown:
@@ -98,10 +74,10 @@ class BaselinesConfig(DmapoConfig):
                     f"baselines.data.{name}.k is {variant.k}, but there are only {drawn} candidates for each prompt"
                 )
             try:
-                self.gate_of(variant)
+                variant.check_fault(self.gate_of(variant))
                 if variant.source is not None:
                     tables_of(variant.source.format, self.rows_of(variant))
-            except (ValidationError, InputError) as error:
+            except ValueError as error:
                 raise ValueError(f"baselines.data.{name}: {_problem(error)}") from error
         for name in self.baselines.methods:
             try:
@@ -140,8 +116,15 @@ class BaselinesConfig(DmapoConfig):
         """Every policy that is trained, dataset by dataset and seed by seed."""
         compared = self.baselines
         return [
-            PolicyName(label=f"{method_label(method)}-{data}-s{seed}", method=method, data=data, seed=seed)
+            PolicyName(
+                label="-".join([method_label(method), data, *([reading] if reading != "epochs" else []), f"s{seed}"]),
+                method=method,
+                data=data,
+                seed=seed,
+                reading=reading,
+            )
             for data in compared.data
+            for reading in compared.readings
             for seed in compared.seeds
             for method in compared.methods
         ]
@@ -157,7 +140,7 @@ class BaselinesConfig(DmapoConfig):
             run_name=self.run.name,
             policies=tuple(self.policies()),
             mode=self.evaluate.modes[0].name,
-            over=next((name for name, variant in data.items() if not variant.gated), next(iter(data))),
+            over=self.baselines.compared_with,
             data={name: self.how(variant) for name, variant in data.items()},
             facts={
                 "base": self.base.shown,
@@ -165,6 +148,7 @@ class BaselinesConfig(DmapoConfig):
                 "rubric judges": ", ".join(f"{name} ({model})" for name, model in shown.curating.items()),
                 **self._published(),
                 "seeds": ", ".join(map(str, self.baselines.seeds)),
+                **({} if self.baselines.readings == ("epochs",) else {"readings": ", ".join(self.baselines.readings)}),
                 "training": ", ".join(f"{k} {v}" for k, v in self.train.model_dump(exclude_unset=True).items()),
                 "per method": "; ".join(f"{k}: {v}" for k, v in self.baselines.methods.items() if v) or "nothing",
             },
@@ -184,8 +168,8 @@ class BaselinesConfig(DmapoConfig):
         return variant.how(self.judge.names, sum(self.candidates.drawn.values()), self.gate_of(variant))
 
 
-def _problem(error: ValidationError | InputError) -> str:
-    return str(error) if isinstance(error, InputError) else first_problem(error)
+def _problem(error: ValueError) -> str:
+    return first_problem(error) if isinstance(error, ValidationError) else str(error)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,14 +188,15 @@ def baselines(config: BaselinesConfig, run_folder: str) -> Dag:
     judged = _judged(config, prompts)
 
     made = _datasets(config, prompts, judged)
-    files = {stage.name: stage for stages in made.values() for stage in stages}
+    files = _training_files(config, made)
     trained: list[Stage] = []
     policies: dict[str, Stage] = {}
     measured = {"base": Answering(base)}
     for name in config.policies():
         settings = config.training(name.method, name.seed)
-        length, data = config.datasets.max_length, files[f"datasets-{name.data}-s{name.seed}"]
-        policy = train_stage(settings, base, length, data, name=f"train-{name.label}", view="")
+        length, data = config.datasets.max_length, files[name.data, name.reading, name.seed]
+        steps_of = files[config.baselines.compared_with, "epochs", name.seed] if name.reading == "steps" else None
+        policy = train_stage(settings, base, length, data, name=f"train-{name.label}", view="", steps_of=steps_of)
         weights = base.trained(stage_folder(run_folder, policy).location, settings.save)
         policies[name.label] = responses_stage(name.label, config.evaluate, weights, prompts, policy)
         measured[name.label] = Answering(weights, policy)
@@ -266,6 +251,21 @@ def _datasets(config: BaselinesConfig, prompts: Stage, judged: _Judged | None) -
     return made
 
 
+def _training_files(config: BaselinesConfig, made: dict[str, list[Stage]]) -> dict[tuple[str, Reading, int], Stage]:
+    """What a policy is trained on, by dataset, reading and seed."""
+    whole = {stage.name: stage for stages in made.values() for stage in stages}
+    files: dict[tuple[str, Reading, int], Stage] = {}
+    for seed in config.baselines.seeds:
+        own = {data: whole[f"datasets-{data}-s{seed}"] for data in config.baselines.data}
+        for data, variant in config.baselines.data.items():
+            if variant.size_of is not None:
+                own[data] = of_size(own[data], [own[variant.size_of]], f"datasets-{data}-cut-s{seed}")
+        for data, stage in own.items():
+            files[data, "epochs", seed] = files[data, "steps", seed] = stage
+            files[data, "rows", seed] = of_size(stage, own.values(), f"datasets-{data}-rows-s{seed}")
+    return files
+
+
 def _scored(config: BaselinesConfig) -> dict[str, ScoredDataset]:
     """The datasets made from the run's own candidates, by name."""
     return {
@@ -279,7 +279,8 @@ def _scored(config: BaselinesConfig) -> dict[str, ScoredDataset]:
             first=variant.k,
             cut=config.gate.cut,
             max_prompts=variant.max_prompts,
-            origin=Provenance.of(config, "" if variant.gated else config.how(variant)),
+            fault=variant.fault,
+            origin=Provenance.of(config, config.how(variant) if variant.departs else ""),
         )
         for data, variant in config.baselines.data.items()
         if variant.source is None
@@ -335,8 +336,9 @@ def audit(run: Run, config: BaselinesConfig) -> Audit:
     Raises:
         StoreError: a dataset is not done yet, or none can be audited.
     """
+    plain = {data for data, variant in config.baselines.data.items() if not variant.departs}
     whole = {data: one for data, one in _scored(config).items() if one.first is None and one.max_prompts is None}
-    made = {data: one for data, one in whole.items() if one.gate is not None}
+    made = {data: one for data, one in whole.items() if data in plain}
     skipped = [data for data in config.baselines.data if data not in made]
     return audit_gated(run, list(made.values()), skipped, config.judge.programs)
 

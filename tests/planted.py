@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,7 @@ def write_run(
     fingerprint: str = "f2",
     origin: Provenance | None = None,
     max_prompts: int | None = None,
+    sizes: Sequence[Mapping[str, Mapping[str, int]]] = (),
 ) -> RunTables:
     """A whole run on disk, made by the real stages. `change` may damage a shard after the stages that read it."""
     gate, config = gate or GateConfig(), config or DatasetsConfig(max_length=60, max_prompt_length=20)
@@ -159,6 +160,7 @@ def write_run(
         lineage={"gate": "f1"},
         origin=origin,
         max_prompts=max_prompts,
+        sizes=sizes,
     )
     return RunTables(
         prompts=tables["prompts"],

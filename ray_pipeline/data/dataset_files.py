@@ -26,6 +26,8 @@ _KEYS: dict[Kind, tuple[str, ...]] = {
     "dpo": ("prompt_id", "chosen_id", "rejected_id"),
     "sft": ("candidate_id",),
 }
+#: Label of a row, None where rows have none → the count of such training rows.
+_CLASSES = {True: "train_desirable", False: "train_undesirable", None: "train"}
 
 
 # --- training order ---------------------------------------------------------------------------------------------------
@@ -87,6 +89,24 @@ def of_prompts(table: pa.Table, most: int) -> pa.Table:
     )
 
 
+def drawn(table: pa.Table, kind: Kind, most: Mapping[str, int], seed: int) -> pa.Table:
+    """The rows with at most so many in the training split, drawn by a seeded hash of their ids. The validation split is
+    kept whole.
+
+    Args:
+        most: as the counts of rows in `stats.json`: `train_desirable` and `train_undesirable` for KTO, else `train`.
+    """
+    split = one_array(table["split"]).to_pylist()
+    labels = one_array(table["label"]).to_pylist() if kind == "kto" else [None] * len(split)
+    ids = zip(*(table[name].to_pylist() for name in _KEYS[kind]), strict=True)
+    of_class: dict[bool | None, list[tuple[float, int]]] = {}
+    for row, (part, label, key) in enumerate(zip(split, labels, ids, strict=True)):
+        if part == "train":
+            of_class.setdefault(label, []).append((unit_hash("drawn", seed, *key), row))
+    left_out = {row for label, rows in of_class.items() for _, row in sorted(rows)[most[_CLASSES[label]] :]}
+    return table.filter(pa.array([row not in left_out for row in range(len(split))], pa.bool_()))
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -103,6 +123,7 @@ def write_dataset_files(
     origin: Provenance | None = None,
     lengths: str | None = None,
     max_prompts: int | None = None,
+    sizes: Sequence[Mapping[str, Mapping[str, int]]] = (),
 ) -> dict[str, Any]:
     """Write `<folder>/<kind>/{train,val}/part-00000.parquet …`, the card (README.md), and stats.json last.
 
@@ -115,6 +136,7 @@ def write_dataset_files(
         origin: where the preferences come from, for the card; default: the consensus of the judges.
         lengths: how tokens were counted, for the card (`tokens.counted_with`).
         max_prompts: largest number of prompts in each training split; default: all.
+        sizes: `rows` of the `stats.json` of datasets, to the smallest of which this one is cut at random.
 
     Returns:
         Content of stats.json: `rows` (kind → rows of each split, for KTO of each class too), `counts`,
@@ -145,6 +167,11 @@ def write_dataset_files(
         table = _all_rows(kind, tables[kind])
         if max_prompts is not None:
             table = of_prompts(table, max_prompts)
+        if sizes:
+            classes = [name for label, name in _CLASSES.items() if (label is None) != (kind == "kto")]
+            most = {name: min(rows[kind][name] for rows in sizes) for name in classes}
+            table = drawn(table, kind, most, config.seed)
+            stats["settings"] |= {f"{kind}_{name}_at_most": number for name, number in most.items()}
         rows: dict[str, int] = {}
         for split in SPLITS:
             places = np.flatnonzero(np.asarray(pc.equal(one_array(table["split"]), split)))

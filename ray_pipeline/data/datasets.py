@@ -5,6 +5,7 @@ No LLM is called here, so a new limit or seed is applied to what is stored.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,9 @@ from ray_pipeline.data.tokens import counted_with, counter_identity, token_count
 from ray_pipeline.engines.models import ModelSettings, TokenizerSettings
 from ray_pipeline.graph.asking import ShardTables
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage, StageStop, WholeInput, WholeWork
+
+#: Role of a stage of training files of whose rows only the number is read.
+_SIZE = "size/"
 
 
 class _RowsGiven(Settings):
@@ -143,6 +147,12 @@ def dataset_files(
     )
 
 
+def of_size(files: Stage, others: Iterable[Stage], name: str) -> Stage:
+    """A stage of training files whose rows are cut at random to the size of the smallest of other such stages."""
+    sizes = {f"{_SIZE}{stage.name}": stage for stage in others}
+    return dataclasses.replace(files, name=name, inputs={**files.inputs, **sizes})
+
+
 def make_rows(given: ShardInput) -> ShardOutput:
     settings: _RowsGiven = given.settings
     encode = token_counter(settings.tokenizer)
@@ -197,6 +207,7 @@ def write_files(given: WholeInput) -> dict[str, Any]:
         origin=settings.origin,
         max_prompts=settings.max_prompts,
         lengths=settings.lengths,
+        sizes=[result.facts["rows"] for role, result in given.inputs.items() if role.startswith(_SIZE)],
     )
     given.log(", ".join(f"{kind} {split} {n}" for kind, sizes in stats["rows"].items() for split, n in sizes.items()))
     useless = untrainable(stats["rows"])

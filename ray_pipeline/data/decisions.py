@@ -11,10 +11,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ray_pipeline.config.settings import Settings
-from ray_pipeline.data.gate import Cut, GateConfig, decide, label_counts
+from ray_pipeline.data.gate import Cut, GateConfig, label_counts
 from ray_pipeline.data.reviewed import HumanLabels, overrule
 from ray_pipeline.data.rows import one_array
 from ray_pipeline.data.ungated import best_and_worst
+from ray_pipeline.data.variants import Fault, decide_with_fault
 from ray_pipeline.graph.asking import ShardTables
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage
 
@@ -25,6 +26,7 @@ class _GateGiven(Settings):
     first: int | None
     cut: Cut = "exclude"
     humans: HumanLabels | None = None
+    fault: Fault | None = None
 
 
 def gate(
@@ -38,6 +40,7 @@ def gate(
     first: int | None = None,
     cut: Cut = "exclude",
     humans: HumanLabels | None = None,
+    fault: Fault | None = None,
 ) -> Stage:
     """One decision per candidate.
 
@@ -46,6 +49,7 @@ def gate(
         first: use only this number of candidates per prompt.
         cut: rule for candidates whose text is not whole, where there is no gate; a gate has its own.
         humans: labels by people that replace the gate's.
+        fault: what is broken in the gate on purpose.
     """
     inputs = {"candidates": candidates, **{f"verdicts/{stage.name}": stage for stage in verdicts}}
     if critiques is not None and settings is not None and settings.use_critic:
@@ -56,6 +60,7 @@ def gate(
         first=first,
         cut=cut if settings is None else "exclude",
         humans=humans,
+        fault=fault,
     )
     return Stage(
         name=name,
@@ -82,7 +87,7 @@ def decide_shard(given: ShardInput) -> ShardOutput:
     if settings.gate is None:
         table = best_and_worst(candidates, verdicts, settings.judges, settings.cut)
     else:
-        table = decide(candidates, verdicts, critiques, settings.judges, settings.gate)
+        table = decide_with_fault(settings.fault, candidates, verdicts, critiques, settings.judges, settings.gate)
     changed = {}
     if settings.humans is not None:
         table, changed["changed_by_people"] = overrule(table, settings.humans.read().labels)

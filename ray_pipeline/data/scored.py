@@ -11,6 +11,7 @@ from ray_pipeline.data.datasets import dataset_files, dataset_rows
 from ray_pipeline.data.decisions import gate as gate_stage
 from ray_pipeline.data.gate import Cut, GateConfig
 from ray_pipeline.data.reviewed import HumanLabels
+from ray_pipeline.data.variants import Fault
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.stage import Stage
 
@@ -31,6 +32,7 @@ class ScoredDataset:
         view: link to the files in the run folder.
         origin, trained_on: see `dataset_files`.
         humans: labels by people that replace the gate's.
+        fault: what is broken in the gate on purpose.
     """
 
     judges: Sequence[str]
@@ -45,6 +47,7 @@ class ScoredDataset:
     view: str = ""
     origin: Provenance = dataclasses.field(default_factory=Provenance)
     humans: HumanLabels | None = None
+    fault: Fault | None = None
     trained_on: bool = True
 
     @property
@@ -64,6 +67,7 @@ class ScoredDataset:
             first=self.first,
             cut=self.cut,
             humans=self.humans,
+            fault=self.fault,
         )
 
     def write(self, prompts: Stage, candidates: Stage, verdicts: Sequence[Stage], decisions: Stage) -> list[Stage]:

@@ -10,17 +10,21 @@ from collections.abc import Iterable, Mapping, Sequence
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ray_pipeline.policy.response_stats import name_models, response_stats, rubric_means
-from ray_pipeline.stats.bootstrap import Interval, bootstrap_mean
+from ray_pipeline.policy.response_stats import name_models, response_means, response_stats, rubric_means
+from ray_pipeline.stats.bootstrap import Interval, bootstrap_gain, bootstrap_mean
 from ray_pipeline.stats.length_control import length_controlled_score, pair_lengths
 from ray_pipeline.stats.winrate import decide_pairs, judges_of, win_rate
 
 BASE = "base"
+WIN_RATE = "win rate"
+MEAN_SCORE = "mean score"
+_ACCURACY = "accuracy "
 
 
 @dataclasses.dataclass(frozen=True)
 class PolicyRun:
-    """How one policy was trained. `label` is its name in the tables, `rows` the number of its training rows."""
+    """How one policy was trained. `label` is its name in the tables, `rows` the number of its training rows, `reading`
+    what is equal for the policies of all datasets (`method_table.Reading`)."""
 
     label: str
     method: str
@@ -29,6 +33,7 @@ class PolicyRun:
     rows: int
     steps: int
     train_seconds: float
+    reading: str = "epochs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +76,7 @@ class OverSeeds:
 
 @dataclasses.dataclass(frozen=True)
 class MethodStats:
-    """One method on one dataset, over its seeds.
+    """One method on one dataset in one reading, over its seeds.
 
     Attributes:
         win_interval: 95 % bootstrap interval of the win rate, resampling prompts with all seeds of each.
@@ -79,6 +84,7 @@ class MethodStats:
 
     method: str
     data: str
+    reading: str
     rows: int
     steps: int
     train_seconds: OverSeeds
@@ -97,13 +103,20 @@ class MethodStats:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """The gain of one dataset over another with one method: mean ± standard error of the differences, seed by seed."""
+    """The gain of one dataset over another with one method in one reading.
+
+    Attributes:
+        gain: mean ± standard error of the differences, seed by seed.
+        interval: 95 % bootstrap interval of it, resampling prompts with the differences of all their seeds.
+    """
 
     method: str
     data: str
     over: str
+    reading: str
     measure: str
     gain: OverSeeds
+    interval: Interval
 
 
 def policy_stats(
@@ -173,18 +186,15 @@ def policy_stats(
 def method_stats(
     policies: Sequence[PolicyStats], comparisons: pa.Table, *, draws: int = 2000, seed: int = 0
 ) -> list[MethodStats]:
-    """Each method on each dataset, in the order of their first policy; the base is left out."""
-    groups: dict[tuple[str, str], list[PolicyStats]] = {}
-    for policy in policies:
-        if policy.run is not None:
-            groups.setdefault((policy.run.method, policy.run.data), []).append(policy)
+    """Each method on each dataset in each reading, in the order of their first policy; the base is left out."""
     found = []
-    for (method, data), members in groups.items():
+    for (method, data, reading), members in _groups(policies).items():
         runs = [policy.run for policy in members if policy.run is not None]
         found.append(
             MethodStats(
                 method=method,
                 data=data,
+                reading=reading,
                 rows=runs[0].rows,
                 steps=runs[0].steps,
                 train_seconds=_present(over_seeds(run.train_seconds for run in runs)),
@@ -210,28 +220,40 @@ def method_stats(
     return found
 
 
-def differences(policies: Sequence[PolicyStats], over: str) -> list[Difference]:
-    """Every dataset against the dataset `over`, method by method, seed by seed: true accuracies, win rate, score."""
-    by_run = {(p.run.method, p.run.data, p.run.seed): p for p in policies if p.run is not None}
+def differences(
+    policies: Sequence[PolicyStats],
+    over: str,
+    responses: pa.Table,
+    comparisons: pa.Table,
+    verdicts: pa.Table,
+    first_mode: str,
+    *,
+    draws: int = 2000,
+    seed: int = 0,
+) -> list[Difference]:
+    """Every dataset against the dataset `over`, method by method and reading by reading, of policies of the same seed:
+    true accuracies, win rate, mean score. The tables are those of `policy_stats`."""
+    groups = _groups(policies)
+    named = name_models(verdicts, responses).filter(pc.field("mode") == first_mode)
     found = []
-    for method, data in dict.fromkeys((method, data) for method, data, _ in by_run):
-        pairs = [
-            (policy, by_run[method, over, seed])
-            for (m, d, seed), policy in by_run.items()
-            if (m, d) == (method, data) and (method, over, seed) in by_run
-        ]
+    for (method, data, reading), members in groups.items():
+        others = {policy.run.seed: policy for policy in groups.get((method, over, reading), []) if policy.run}
+        pairs = [(policy, others[policy.run.seed]) for policy in members if policy.run and policy.run.seed in others]
         if data == over or not pairs:
             continue
-        measures: dict[str, list[tuple[float | None, float | None]]] = {
-            f"accuracy {mode}": [(a.accuracy[mode], b.accuracy[mode]) for a, b in pairs]
-            for mode in pairs[0][0].accuracy
-        }
-        measures["win rate"] = [(a.win_rate, b.win_rate) for a, b in pairs]
-        measures["mean score"] = [(a.mean_score, b.mean_score) for a, b in pairs]
-        for measure, values in measures.items():
-            gain = over_seeds(None if a is None or b is None else a - b for a, b in values)
+        sides = [
+            _of_prompts([policy.run.label for policy in side if policy.run], responses, comparisons, named)
+            for side in zip(*pairs, strict=True)
+        ]
+        for measure in sides[0]:
+            gain = over_seeds(
+                None if a is None or b is None else a - b
+                for a, b in ((_value(a, measure), _value(b, measure)) for a, b in pairs)
+            )
             if gain is not None:
-                found.append(Difference(method, data, over, measure, gain))
+                bounds = None if measure == MEAN_SCORE else (-1.0, 1.0)
+                drawn = bootstrap_gain(*sides[1][measure], *sides[0][measure], draws, seed, bounds=bounds)
+                found.append(Difference(method, data, over, reading, measure, gain, _holding(drawn, gain.mean)))
     return found
 
 
@@ -242,6 +264,45 @@ def over_seeds(values: Iterable[float | None]) -> OverSeeds | None:
         return None
     error = statistics.stdev(known) / math.sqrt(len(known)) if len(known) > 1 else None
     return OverSeeds(statistics.fmean(known), error, len(known))
+
+
+def _groups(policies: Sequence[PolicyStats]) -> dict[tuple[str, str, str], list[PolicyStats]]:
+    """Policies that differ in the seed alone, by method, dataset and reading."""
+    groups: dict[tuple[str, str, str], list[PolicyStats]] = {}
+    for policy in policies:
+        if policy.run is not None:
+            groups.setdefault((policy.run.method, policy.run.data, policy.run.reading), []).append(policy)
+    return groups
+
+
+def _value(policy: PolicyStats, measure: str) -> float | None:
+    named = {WIN_RATE: policy.win_rate, MEAN_SCORE: policy.mean_score}
+    return named[measure] if measure in named else policy.accuracy.get(measure.removeprefix(_ACCURACY))
+
+
+def _of_prompts(
+    labels: Sequence[str], responses: pa.Table, comparisons: pa.Table, named: pa.Table
+) -> dict[str, tuple[list[float], list[str]]]:
+    """Measure → its value for each prompt and policy, and the prompts; what is not known is left out."""
+    own = responses.filter(pc.is_in(responses["model"], value_set=pa.array(labels)))
+    found: dict[str, tuple[list[float], list[str]]] = {}
+    if "correct" in own.column_names:
+        for mode in sorted(own["mode"].unique().to_pylist()):
+            known = own.filter((pc.field("mode") == mode) & pc.field("correct").is_valid())
+            found[_ACCURACY + mode] = [float(c) for c in known["correct"].to_pylist()], known["prompt_id"].to_pylist()
+    found[WIN_RATE] = _wins(comparisons, labels)
+    scored = named.filter(pc.is_in(named["model"], value_set=pa.array(labels)))
+    means = response_means(scored)
+    prompts = dict(zip(scored["candidate_id"].to_pylist(), scored["prompt_id"].to_pylist(), strict=True))
+    found[MEAN_SCORE] = list(means.values()), [prompts[response] for response in means]
+    return found
+
+
+def _holding(interval: Interval, mean: float) -> Interval:
+    """The interval about this mean, widened to hold it: prompts that lack a seed weigh differently in the two."""
+    if interval.low is None or interval.high is None:
+        return dataclasses.replace(interval, mean=mean)
+    return dataclasses.replace(interval, mean=mean, low=min(interval.low, mean), high=max(interval.high, mean))
 
 
 def _present(value: OverSeeds | None) -> OverSeeds:
@@ -256,6 +317,11 @@ def _pairs_of(comparisons: pa.Table, label: str) -> pa.Table:
 
 
 def _win_interval(comparisons: pa.Table, labels: Sequence[str], draws: int, seed: int) -> Interval:
+    return bootstrap_mean(*_wins(comparisons, labels), draws, seed, bounds=(0, 1))
+
+
+def _wins(comparisons: pa.Table, labels: Sequence[str]) -> tuple[list[float], list[str]]:
+    """1 for a win against the base and 0 otherwise, of each decided pair, and its prompt."""
     won: list[float] = []
     prompts: list[str] = []
     for label in labels:
@@ -264,4 +330,4 @@ def _win_interval(comparisons: pa.Table, labels: Sequence[str], draws: int, seed
             decided = [d for d in decide_pairs(pairs, judge) if d.outcome != "unread"]
             won += [float(d.outcome == "win") for d in decided]
             prompts += [d.prompt_id for d in decided]
-    return bootstrap_mean(won, prompts, draws, seed, bounds=(0, 1))
+    return won, prompts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -29,6 +29,9 @@ from ray_pipeline.store.files import Folder
 from ray_pipeline.store.local import written_here
 from ray_pipeline.training.methods import MethodName
 
+Reading = Literal["epochs", "steps", "rows"]
+"""What is equal for the policies of all datasets: passes over the data, optimiser steps, or rows and with them both."""
+
 
 class PolicyName(Settings):
     """A policy of the comparison: `label` names it in the tables; its training stage is `train-<label>`."""
@@ -37,6 +40,7 @@ class PolicyName(Settings):
     method: MethodName
     data: str
     seed: int
+    reading: Reading = "epochs"
 
 
 class TableSettings(Settings):
@@ -68,7 +72,7 @@ class _Given(Settings):
 
 
 def method_table(settings: TableSettings, stages: Sequence[Stage]) -> Stage:
-    """The page, methods.csv, policies.csv and metrics.json.
+    """The page, methods.csv, differences.csv, policies.csv and metrics.json.
 
     Args:
         stages: prompts, the rows of every dataset, the training stages, all responses, the comparisons, the scores
@@ -139,7 +143,7 @@ def _build(
         name=settings.run_name,
         policies=policies,
         methods=method_stats(policies, comparisons, **options),
-        differences=differences(policies, settings.over),
+        differences=differences(policies, settings.over, responses, comparisons, verdicts, settings.mode, **options),
         data={name: "; ".join([how, *_acceptance(by_name, name)]) for name, how in settings.data.items()},
         truth={name: found for name in settings.data if (found := _truth(by_name, name, settings.checker)) is not None},
         facts={

@@ -7,25 +7,29 @@ from pathlib import Path
 from typing import Any
 
 from ray_pipeline.evaluate.comparison import Comparison
-from ray_pipeline.evaluate.method_stats import MethodStats, OverSeeds, PolicyStats
+from ray_pipeline.evaluate.method_stats import Difference, MethodStats, OverSeeds, PolicyStats
 from ray_pipeline.evaluate.methods_page import methods_page
 from ray_pipeline.evaluate.summary import as_csv
 from ray_pipeline.report.write import write_page
 
 
 def build_comparison(page: Comparison, out_dir: Path) -> list[Path]:
-    """Write the page, metrics.json, methods.csv (a row for each method and dataset) and policies.csv (a row for each
-    policy) into `out_dir`; returns all paths."""
+    """Write the page and its numbers into `out_dir`; returns all paths.
+
+    The numbers are metrics.json, methods.csv (a row for each method, dataset and reading), policies.csv (a row for each
+    policy) and, where datasets are compared, differences.csv (a row for each measure of a dataset).
+    """
     numbers = {
         "methods.csv": as_csv(*(_method_row(method) for method in page.methods)),
         "policies.csv": as_csv(*(_policy_row(policy) for policy in page.policies)),
+        **({"differences.csv": as_csv(*map(_difference_row, page.differences))} if page.differences else {}),
         "metrics.json": {name: value for name, value in dataclasses.asdict(page).items() if name != "config"},
     }
     return write_page(methods_page(page), numbers, out_dir)
 
 
 def _method_row(method: MethodStats) -> dict[str, Any]:
-    row: dict[str, Any] = {"method": method.method, "data": method.data, "rows": method.rows, "steps": method.steps}
+    row: dict[str, Any] = {name: getattr(method, name) for name in ("method", "data", "reading", "rows", "steps")}
     seeded: dict[str, OverSeeds | None] = {
         "win_rate": method.win_rate,
         "tie_rate": method.tie_rate,
@@ -45,10 +49,16 @@ def _method_row(method: MethodStats) -> dict[str, Any]:
     return row | {"win_low": method.win_interval.low, "win_high": method.win_interval.high, "unread": method.unread}
 
 
+def _difference_row(one: Difference) -> dict[str, Any]:
+    row = {name: getattr(one, name) for name in ("method", "data", "over", "reading", "measure")}
+    row |= {"gain": one.gain.mean, "error": one.gain.error, "seeds": one.gain.seeds}
+    return row | {"low": one.interval.low, "high": one.interval.high, "prompts": one.interval.groups}
+
+
 def _policy_row(policy: PolicyStats) -> dict[str, Any]:
     run = policy.run
     row: dict[str, Any] = {"policy": "base" if run is None else run.label}
-    for name in ("method", "data", "seed", "rows", "steps", "train_seconds"):
+    for name in ("method", "data", "reading", "seed", "rows", "steps", "train_seconds"):
         row[name] = None if run is None else getattr(run, name)
     for name in ("win_rate", "tie_rate", "loss_rate", "flip_rate", "unread", "equal_length"):
         row[name] = getattr(policy, name)

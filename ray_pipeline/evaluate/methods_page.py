@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from ray_pipeline.data.row_truth import RowTruth
 from ray_pipeline.evaluate.comparison import Comparison
 from ray_pipeline.evaluate.first_screen import first_screen
-from ray_pipeline.evaluate.method_stats import MethodStats, OverSeeds, PolicyStats
+from ray_pipeline.evaluate.method_stats import Difference, MethodStats, OverSeeds, PolicyRun, PolicyStats
 from ray_pipeline.evaluate.use_page import identity_section, usage_of, use_section
 from ray_pipeline.report.charts import Chart, Dot, dots
 from ray_pipeline.report.figures import number, percent
@@ -74,12 +74,12 @@ def _headline(page: Comparison) -> str:
 
 def _charts(page: Comparison, base: PolicyStats) -> list[Chart | None]:
     colours = {data: _COLOURS[i % len(_COLOURS)] for i, data in enumerate(dict.fromkeys(m.data for m in page.methods))}
-    names = list(dict.fromkeys(method.method for method in page.methods))
+    names = list(dict.fromkeys(_named(method) for method in page.methods))
 
     def rows(value_of: Callable[[MethodStats], Interval | None]) -> list[tuple[str, list[Dot]]]:
         found = []
         for name in names:
-            own = [(m, value_of(m)) for m in page.methods if m.method == name]
+            own = [(m, value_of(m)) for m in page.methods if _named(m) == name]
             found.append((name, [Dot(m.data, colours[m.data], value) for m, value in own if value is not None]))
         return found
 
@@ -131,7 +131,7 @@ def _table(page: Comparison, base: PolicyStats) -> list[Block]:
     for m in page.methods:
         rows.append(
             [
-                m.method,
+                _named(m),
                 m.data,
                 number(m.rows),
                 number(m.steps),
@@ -149,11 +149,12 @@ def _table(page: Comparison, base: PolicyStats) -> list[Block]:
             ]
         )
     text = (
-        "± is the standard error of the mean over seeds. Wins are against the base on the held-out prompts, counted "
-        "only where the judge prefers the policy in both orders; their interval is a bootstrap over prompts, all seeds "
-        "of a prompt together. Flips are pairs on which the two orders name different models. At equal length is (wins "
-        "+ ties / 2) at equal length of both answers, by a fit of the verdicts to the difference in length; there is "
-        "none where one model's answers are almost always longer. Mean scores are means of the rubric judges."
+        "± is the standard error of the mean over seeds (sample deviation / √seeds). Wins are against the base on the "
+        "held-out prompts, counted only where the judge prefers the policy in both orders; their interval is a "
+        "bootstrap over prompts, all seeds of a prompt together. Flips are pairs on which the two orders name "
+        "different models. At equal length is (wins + ties / 2) at equal length of both answers, by a fit of the "
+        "verdicts to the difference in length; there is none where one model's answers are almost always longer. Mean "
+        "scores are means of the rubric judges."
     )
     if benchmarks:
         text += (
@@ -170,7 +171,7 @@ def _policies(page: Comparison) -> Table:
     rows: Rows = []
     for p in page.policies:
         run = p.run
-        named = ["base", "–", "–", "–"] if run is None else [run.label, run.method, run.data, str(run.seed)]
+        named = ["base", "–", "–", "–"] if run is None else [run.label, _named(run), run.data, str(run.seed)]
         shares = [percent(share) for share in (p.win_rate, p.tie_rate, p.loss_rate, p.flip_rate, p.equal_length)]
         rows.append([*named, *shares, number(p.mean_score), *(percent(p.accuracy.get(mode)) for mode in modes)])
     return Table(columns, rows, text_columns=4)
@@ -182,9 +183,15 @@ def _gains(page: Comparison) -> list[Block]:
         scale, digits, unit = (1.0, 2, "") if d.measure == "mean score" else (100.0, 1, " points")
         error = "" if d.gain.error is None else f" ± {scale * d.gain.error:.{digits}f}"
         gain = f"{scale * d.gain.mean:+.{digits}f}{error}{unit}"
-        rows.append([d.method, f"{d.data} − {d.over}", d.measure, gain])
-    text = "Differences seed by seed, mean ± standard error."
-    return [Table(["method", "data", "measure", "gain"], rows, text_columns=3), Text(text)]
+        low, high = (None if end is None else scale * end for end in (d.interval.low, d.interval.high))
+        bounds = "–" if low is None or high is None else f"{low:+.{digits}f} to {high:+.{digits}f}"
+        rows.append([_named(d), f"{d.data} − {d.over}", d.measure, gain, bounds])
+    text = (
+        "Differences of policies of the same seed on the same prompts: mean ± standard error over seeds, and a 95 % "
+        "bootstrap interval over prompts, all seeds of a prompt together. The first shows what another training would "
+        "change, the second what other prompts would."
+    )
+    return [Table(["method", "data", "measure", "gain", "95 %"], rows, text_columns=3), Text(text)]
 
 
 def _truth(truth: Mapping[str, RowTruth]) -> Table:
@@ -201,6 +208,11 @@ def _truth(truth: Mapping[str, RowTruth]) -> Table:
         for name, found in truth.items()
     ]
     return Table(columns, rows)
+
+
+def _named(one: MethodStats | PolicyRun | Difference) -> str:
+    """The method, and what is equal for all datasets if that is not the number of epochs."""
+    return one.method if one.reading == "epochs" else f"{one.method}, equal {one.reading}"
 
 
 def _share(value: OverSeeds | None) -> str:

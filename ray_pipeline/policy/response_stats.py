@@ -113,11 +113,21 @@ def rubric_means(verdicts: pa.Table) -> tuple[dict[str, float | None], float | N
     """
     judges = sorted(verdicts.column("judge").unique().to_pylist())
     means = {judge: pc.mean(verdicts.filter(pc.field("judge") == judge).column("score")).as_py() for judge in judges}
+    whole = list(response_means(verdicts).values())
+    return means, float(np.mean(whole)) if whole else None
+
+
+def response_means(verdicts: pa.Table) -> dict[str, float]:
+    """Response → mean of its scores, for those whose scores were all read. Columns as in `rubric_means`."""
+    judges = len(verdicts.column("judge").unique())
     of_response: dict[str, list[float]] = {}
     for name, score in zip(*(verdicts.column(c).to_pylist() for c in ("candidate_id", "score")), strict=True):
         of_response.setdefault(name, []).append(np.nan if score is None else score)
-    whole = [np.mean(s) for s in of_response.values() if len(s) == len(judges) and not np.isnan(s).any()]
-    return means, float(np.mean(whole)) if whole else None
+    return {
+        name: float(np.mean(scores))
+        for name, scores in of_response.items()
+        if len(scores) == judges and not np.isnan(scores).any()
+    }
 
 
 def name_models(verdicts: pa.Table, responses: pa.Table) -> pa.Table:

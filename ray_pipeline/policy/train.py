@@ -55,6 +55,7 @@ def train(
     name: str = "train",
     view: str = "policy",
     role: str = "policy",
+    steps_of: Stage | None = None,
 ) -> Stage:
     """One policy: `merged/` and `adapter/` as `train.save` says, and the metrics of every step.
 
@@ -63,6 +64,7 @@ def train(
         name: of the stage, where a workflow trains several policies; all are in the group `train`.
         view: link in the run's folder that shows the newest of them; "" makes none.
         role: one of `training.spec.POLICIES`.
+        steps_of: a stage like `datasets`; the policy takes the optimiser steps that it would take on those rows.
     """
     return Stage(
         name=name,
@@ -77,7 +79,7 @@ def train(
             "max_length": max_length,
             "chat_template_args": model.chat_template_args,
         },
-        inputs={"datasets": datasets},
+        inputs={"datasets": datasets, **({} if steps_of is None else {"steps of": steps_of})},
         external=model.weights(),
     )
 
@@ -137,11 +139,15 @@ def _train_policy(given: WholeInput) -> dict[str, Any]:
     if kind == "kto":
         weights = data.facts.get("kto_weights") or {}
         resolved |= {name: getattr(train, name) or weights.get(name, 1.0) for name in KTO_WEIGHTS}
+    spec = _spec(settings, train.model_copy(update=resolved), data.folder, given.folder, given.fingerprint)
     content = _content(Folder(data.folder) / kind, method_of(train.method).columns, resolved)
+    if counted := given.inputs.get("steps of"):
+        spec = dataclasses.replace(spec, steps=spec.steps_for(counted.facts["rows"][kind]["train"]))
+        content = digest([content, spec.steps])
     if same := find_same(given, content):
         return _take_over(given, content, *same)
     spec = dataclasses.replace(
-        _spec(settings, train.model_copy(update=resolved), data.folder, given.folder, given.fingerprint),
+        spec,
         val_files=join(data.folder, f"{kind}/val/*.parquet") if validation else None,
         card={"dataset": data.fingerprint, "kind of rows": kind, "training": given.fingerprint},
     )

@@ -220,6 +220,7 @@ class TrainSpec:
         run_name: names the run below `storage_path`. A run of the same name is resumed, so it must contain a
             fingerprint of settings and data.
         max_length: tokens of prompt and completion together; longer rows are cut at the end.
+        steps: optimiser steps in all, whatever `settings.epochs` says; None: those of the epochs.
         schedule_timeout_s: seconds to wait for resources that other work holds.
         card: facts for the model cards, for example the fingerprint of the dataset.
     """
@@ -235,6 +236,7 @@ class TrainSpec:
     storage_path: str
     run_name: str
     max_length: int = 1024
+    steps: int | None = None
     schedule_timeout_s: float = 6 * 3600
     card: dict[str, str] = field(default_factory=dict)
 
@@ -246,6 +248,10 @@ class TrainSpec:
         """
         whole = self.settings.global_batch if rows >= self.settings.global_batch else self.settings.micro_batch
         return rows - rows % whole
+
+    def steps_for(self, rows: int) -> int:
+        """Optimiser steps of `settings.epochs` passes over this number of rows."""
+        return math.ceil(self.settings.epochs * max(self.rows_per_epoch(rows) // self.settings.global_batch, 1))
 
     @property
     def packs(self) -> bool:

@@ -85,6 +85,7 @@ def trainer_config(spec: TrainSpec, output_dir: str) -> Any:
         per_device_eval_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
         num_train_epochs=settings.epochs,
+        max_steps=-1 if spec.steps is None else spec.steps,
         max_length=spec.max_length,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.lr_scheduler,

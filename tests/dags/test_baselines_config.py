@@ -103,6 +103,9 @@ def test_ablations_change_one_rule_each(load: Any) -> None:
         "no_critic": {"gate": {"use_critic": False}},
         "k2": {"k": 2},
         "one": {"judges": ["b"]},
+        "sign": {"fault": "critic_sign"},
+        "flipped": {"fault": "labels_flipped"},
+        "whole": {},
     }
     config = load(data=data, methods=["kto"], seeds=[0])
     made = stages(config)
@@ -110,6 +113,12 @@ def test_ablations_change_one_rule_each(load: Any) -> None:
     assert made["gate-no_variance"].config["gate"]["use_variance"] is False
     assert made["gate-k2"].config["first"] == 2 and made["gate-one"].config["judges"] == ["b"]
     assert made["ranks-no_gate"].config["judges"] == ["a", "b"]
+    assert (made["gate-sign"].config["fault"], made["gate-flipped"].config["fault"]) == (
+        "critic_sign",
+        "labels_flipped",
+    )
+    assert "fault" not in made["gate-whole"].config
+    assert config.page().data["sign"].endswith("tau 2.5, alpha 0.15, planted fault: critic sign")
     # Candidates, verdicts and critiques are made once for all.
     assert sum(stage.group_name in ("candidates", "judge", "critic") for stage in made.values()) == 3
 
@@ -146,6 +155,10 @@ def test_the_shipped_comparisons_wire(monkeypatch: pytest.MonkeyPatch, tmp_path:
         ({"data": {"x": {"gate": {"tauu": 1}}}}, r"baselines\.data\.x: tauu: unknown key"),
         ({"data": {"x": {"gated": False, "gate": {"tau": 1}}}}, r"gate has no effect when gated is false"),
         (
+            {"data": {"x": {"gate": {"use_critic": False}, "fault": "critic_sign"}}},
+            r"data\.x: fault critic_sign has no",
+        ),
+        (
             {"data": {"x": {"k": 2, "source": {"type": "jsonl", "path": "PAIRS"}}}},
             r"k has no effect on rows",
         ),
@@ -154,6 +167,10 @@ def test_the_shipped_comparisons_wire(monkeypatch: pytest.MonkeyPatch, tmp_path:
             r"baselines\.data\.x: unpaired rows cannot provide dpo data",
         ),
         ({"data": {}}, r"baselines\.data"),
+        ({"readings": ["rows", "rows"]}, r"duplicate reading in baselines\.readings"),
+        ({"reference": "raw2"}, r"baselines\.reference: no dataset 'raw2'.*raw"),
+        ({"data": {"x": {"size_of": "x"}, "y": {}}}, r"x\.size_of is 'x'; name another dataset without size_of.*y"),
+        ({"data": {"x": {"size_of": "y"}, "y": {"size_of": "z"}, "z": {}}}, r"x\.size_of is 'y'; name another"),
         ({"seeds": [1, 1]}, r"duplicate seed in baselines\.seeds"),
         ({"blocks": {"train": {"method": "dpo"}}}, r"train\.method has no effect in a comparison"),
         ({"blocks": {"train": {"seed": 3}}}, r"train\.seed has no effect in a comparison"),
@@ -164,3 +181,23 @@ def test_the_shipped_comparisons_wire(monkeypatch: pytest.MonkeyPatch, tmp_path:
 def test_a_mistake_is_told_by_its_key(load: Any, block: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(**block)
+
+
+def test_readings_give_policies_of_equal_rows_and_of_equal_steps(load: Any) -> None:
+    data = {"raw": {"gated": False}, "gated": {}, "random": {"gated": False, "size_of": "gated"}}
+    config = load(data=data, methods=["kto"], seeds=[0, 1], readings=["epochs", "steps", "rows"], reference="gated")
+    made = stages(config)
+    assert [policy.label for policy in config.policies() if policy.data == "raw"] == [
+        "kto-raw-s0", "kto-raw-s1", "kto-raw-steps-s0", "kto-raw-steps-s1", "kto-raw-rows-s0", "kto-raw-rows-s1",
+    ]  # fmt: skip
+    assert reads(made["train-kto-raw-steps-s1"]) == {"datasets-raw-s1", "datasets-gated-s1"}
+    assert reads(made["train-kto-random-s0"]) == {"datasets-random-cut-s0"}
+    assert reads(made["datasets-random-cut-s0"]) == {"rows-random", "datasets-gated-s0"}
+    own = {"datasets-raw-s1", "datasets-gated-s1", "datasets-random-cut-s1"}
+    assert reads(made["datasets-random-rows-s1"]) == {"rows-random", *own}
+    assert reads(made["train-kto-gated-rows-s1"]) == {"datasets-gated-rows-s1"}
+    assert config.page().over == "gated" and config.page().facts["readings"] == "epochs, steps, rows"
+    assert config.page().data["random"] == "best and worst of 4 by a, b; no gate; cut at random to the size of gated"
+    # What is there without readings stays as it is.
+    plain = stages(load(data=data, methods=["kto"], seeds=[0, 1]))
+    assert all(made[name].fingerprint == stage.fingerprint for name, stage in plain.items() if name[:5] == "train")

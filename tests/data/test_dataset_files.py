@@ -123,6 +123,35 @@ def test_a_limit_on_prompts_keeps_whole_prompts_of_the_training_split(tmp_path):
     assert of_prompts(table, 10**6) == table and of_prompts(table, 5).num_rows < of_prompts(table, 6).num_rows
 
 
+def test_rows_are_drawn_to_the_smallest_size_for_each_class_and_seed(tmp_path):
+    world = random_world(80, seed=3)
+    write_run(tmp_path / "whole", world)
+    stats = json.loads((tmp_path / "whole" / "datasets" / "stats.json").read_text())
+    sizes = [
+        {"kto": {"train_desirable": 9, "train_undesirable": 10**6}, "dpo": {"train": 7}, "sft": {"train": 7}},
+        {"kto": {"train_desirable": 5, "train_undesirable": 4}, "dpo": {"train": 10**6}, "sft": {"train": 7}},
+    ]
+
+    def drawn_ids(name, seed, kind, split="train"):
+        config = DatasetsConfig(max_length=60, max_prompt_length=20, seed=seed)
+        if not (tmp_path / name).exists():
+            write_run(tmp_path / name, world, config=config, sizes=sizes)
+        files = sorted((tmp_path / name / "datasets" / kind / split).iterdir())
+        return pa.concat_tables([pq.read_table(f) for f in files]).to_pylist()
+
+    first, again, other = (drawn_ids(name, seed, "kto") for name, seed in (("x", 1), ("y", 1), ("z", 2)))
+    for rows in (first, other):
+        assert sorted(row["label"] for row in rows) == [False] * 4 + [True] * 5
+    assert first == again
+    assert {row["candidate_id"] for row in first} != {row["candidate_id"] for row in other}
+    assert len(drawn_ids("x", 1, "dpo")) == 7
+    assert len(drawn_ids("x", 1, "kto", "val")) == stats["rows"]["kto"]["val"] > 0
+    written = json.loads((tmp_path / "x" / "datasets" / "stats.json").read_text())
+    assert written["rows"]["kto"]["train"] == 9 and written["settings"]["kto_train_undesirable_at_most"] == 4
+    assert "kto_train_desirable_at_most" not in stats["settings"]
+    assert "| dpo_train_at_most | 7 |" in (tmp_path / "x" / "datasets" / "README.md").read_text()
+
+
 def test_card(written):
     folder, stats, _ = written
     text = (folder / "README.md").read_text()

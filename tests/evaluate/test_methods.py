@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def page(name: str = "run") -> Comparison:
         name=name,
         policies=policies,
         methods=method_stats(policies, comparisons, draws=200),
-        differences=differences(policies, "raw"),
+        differences=differences(policies, "raw", responses, comparisons, verdicts, "greedy", draws=200),
         data={"gated": "the gate", "raw": "rows of | <b>x</b>"},
         truth={"raw": RowTruth(4, 0.25, 1.0, 0.5, 0, None, None)},
         facts={"judge": "a|b", "comparing judge": "c", "protocol 1f": "raw win rate: seed 3"},
@@ -33,21 +34,41 @@ def page(name: str = "run") -> Comparison:
 def test_the_same_numbers_in_all_files(tmp_path: Path) -> None:
     files = {path.name: path for path in build_comparison(page(), tmp_path)}
     charts = {"methods-1.svg", "methods-2.svg", "methods-3.svg"}
-    assert set(files) == {"methods.csv", "policies.csv", "metrics.json", "report.md", "report.html"} | charts
+    numbers = {"methods.csv", "policies.csv", "differences.csv", "metrics.json"}
+    assert set(files) == {*numbers, "report.md", "report.html", *charts}
     gated, raw = csv.DictReader(files["methods.csv"].open())
     assert (gated["method"], gated["data"], gated["seeds"]) == ("kto", "gated", "2")
     assert float(gated["win_rate"]) == 0.7 and float(raw["accuracy_greedy"]) == 0.55
     rows = list(csv.DictReader(files["policies.csv"].open()))
     assert [row["policy"] for row in rows] == ["base", *(run.label for run in RUNS)]
     assert rows[0]["win_rate"] == "" and rows[0]["accuracy_greedy"] == "0.4"
+    right, *_ = csv.DictReader(files["differences.csv"].open())
+    assert (right["data"], right["over"], right["measure"]) == ("gated", "raw", "accuracy greedy")
+    low, high = float(right["low"]), float(right["high"])
+    assert float(right["gain"]) == 0.25 and round(float(right["error"]), 9) == 0.05 and 0 < low < 0.25 < high
+    bounds = f"{100 * low:+.1f} to {100 * high:+.1f}"
     text = files["report.md"].read_text()
     assert "| kto | gated | 100 | 10 | 70.0 ± 10.0 % |" in text
-    assert "| kto | gated − raw | accuracy greedy | +25.0 ± 5.0 points |" in text
+    assert f"| kto | gated − raw | accuracy greedy | +25.0 ± 5.0 points | {bounds} |" in text
     assert "- What: 1 methods on 2 datasets" in text and "- Judges: comparing judge: c" in text
     assert "- How many: 4 policies" in text and "| 1f | raw win rate: seed 3 |" in text
     assert "<details><summary>Protocols of the win rates</summary>" in files["report.html"].read_text()
     assert "| raw | 4 | 25.0 % | 100.0 % | 50.0 % | 0 | – | – |" in text
     assert json.loads(files["metrics.json"].read_text())["methods"][0]["win_rate"]["mean"] == 0.7
+
+
+def test_equal_rows_and_equal_steps_are_lines_of_their_own(tmp_path: Path) -> None:
+    responses, comparisons, verdicts = tables()
+    runs = [dataclasses.replace(run, reading="rows" if run.seed else "steps") for run in RUNS]
+    policies = policy_stats(runs, responses, comparisons, verdicts, "greedy", draws=200)
+    found = differences(policies, "raw", responses, comparisons, verdicts, "greedy", draws=200)
+    made = Comparison("r", policies, method_stats(policies, comparisons, draws=200), found, {}, {}, {}, [])
+    files = {path.name: path for path in build_comparison(made, tmp_path)}
+    lines = [(row["data"], row["reading"], row["seeds"]) for row in csv.DictReader(files["methods.csv"].open())]
+    assert lines == [(data, reading, "1") for data in ("gated", "raw") for reading in ("steps", "rows")]
+    text = files["report.md"].read_text()
+    assert "| kto, equal steps | gated − raw | accuracy greedy | +30.0 points |" in text
+    assert "| kto, equal rows | gated − raw | accuracy greedy | +20.0 points |" in text
 
 
 def test_the_page_is_escaped_and_repeats(tmp_path: Path) -> None:

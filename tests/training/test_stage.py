@@ -125,6 +125,7 @@ def test_one_workflow_can_have_many_policies(tiny_model: str) -> None:
     assert {policy.group_name for policy in many} == {"train"} and not any(policy.view for policy in many)
     whole = train(TrainSettings(lora=None), model, 64, data)
     assert len({one.fingerprint, whole.fingerprint}) == 2
+    assert train(TrainSettings(), model, 64, data, steps_of=data).fingerprint != one.fingerprint
     # What only says how to run makes no other policy.
     elsewhere = train(TrainSettings(cpus_per_worker=2, report_to=("wandb",), max_failures=9), model, 64, data)
     assert elsewhere.fingerprint == one.fingerprint
@@ -167,7 +168,9 @@ RunStage = Callable[..., tuple[TrainSpec, dict[str, Any], list[str]]]
 def run_stage(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunStage:
     """`run_stage(settings, max_length)`: what the training was asked for, what the stage found and what it said."""
 
-    def run(settings: TrainSettings, max_length: int = 64) -> tuple[TrainSpec, dict[str, Any], list[str]]:
+    def run(
+        settings: TrainSettings, max_length: int = 64, steps_of: int | None = None
+    ) -> tuple[TrainSpec, dict[str, Any], list[str]]:
         asked: list[TrainSpec] = []
         said: list[str] = []
 
@@ -189,8 +192,12 @@ def run_stage(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         data = StageResult("datasets", "d" * 16, str(tmp_path / "data"), 1, (), {}, facts)
         made = train(settings, ModelSettings(model=tiny_model), max_length, data_stage())
         assert isinstance(made.work, WholeWork)
+        inputs = {"datasets": data}
+        if steps_of is not None:
+            rows = {"rows": {kind: {"train": steps_of} for kind in ("sft", "dpo", "kto")}}
+            inputs["steps of"] = StageResult("others", "e" * 16, str(tmp_path / "others"), 1, (), {}, rows)
         given = WholeInput(
-            {"datasets": data}, Folder(str(tmp_path / "stage")), Folder(str(tmp_path / "calls")), "f" * 16, 1,
+            inputs, Folder(str(tmp_path / "stage")), Folder(str(tmp_path / "calls")), "f" * 16, 1,
             made.work.settings, said.append, lambda *step: None,
         )  # fmt: skip
         found = train_policy(given)
@@ -216,6 +223,21 @@ def test_a_method_reads_its_kind_of_rows(run_stage: RunStage, tmp_path: Path, me
 def test_a_class_weight_that_is_set_replaces_that_of_the_data(run_stage: RunStage) -> None:
     spec, _, _ = run_stage(TrainSettings(desirable_weight=0.6))
     assert (spec.settings.desirable_weight, spec.settings.undesirable_weight) == (0.6, 1.7)
+
+
+@pytest.mark.parametrize(
+    ("rows", "epochs", "steps"), [(5, 2, 2), (16, 2, 2), (50, 2, 6), (50, 0.5, 2), (160, 1, 10), (7 * 16, 1 / 7, 1)]
+)
+def test_a_policy_can_take_the_steps_of_other_rows(
+    run_stage: RunStage, rows: int, epochs: float, steps: int, tmp_path: Path
+) -> None:
+    from ray_pipeline.training.trainer import trainer_config
+
+    spec, _, _ = run_stage(TrainSettings(epochs=epochs, use_gpu=False), steps_of=rows)
+    assert spec.steps == steps == trainer_config(spec, str(tmp_path)).max_steps
+    alone, _, _ = run_stage(TrainSettings(epochs=epochs, use_gpu=False))
+    assert alone.steps is None and trainer_config(alone, str(tmp_path)).max_steps == -1
+    assert alone.steps_for(rows) == steps
 
 
 def test_options_reach_the_training(run_stage: RunStage) -> None:
