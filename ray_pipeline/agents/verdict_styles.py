@@ -214,7 +214,7 @@ def _heading(kind: str, label: str) -> re.Pattern[str]:
 def _value(kind: str, high: int, options: tuple[str, ...]) -> str:
     if kind == "score":
         return rf"({NUMBER})(?:[ \t]*(?:/|out of)[ \t]*{high}(?![0-9]))?"
-    return rf"((?:{ITEM}[ \t]*)?[\[(]{{0,3}}(?:{'|'.join(map(re.escape, options))}|[12]\b)|tie|draw)"
+    return rf"((?:{ITEM}[ \t_]*)?[\[(]{{0,3}}(?:{'|'.join(map(re.escape, options))}|[12]\b)|tie|draw)"
 
 
 @functools.cache

@@ -39,6 +39,7 @@ def _value(found: Read | Unread, key: str) -> Any:
 #: (format, reply, its verdict): each is read in its own format and under `auto`.
 RATINGS: list[tuple[Format, str, float]] = [
     ("mt_bench", "It is clear and right.\n\nRating: [[8]]", 8),
+    ("mt_bench", "Rating: [[8]]", 8),
     ("mt_bench", "Rating: [[7.5]]\n\nThe second part is thin.", 7.5),
     ("mt_bench", "It reads `x[1]`, fine.\n\nRating: [[9]]", 9),
     ("mt_bench", "It builds `grid = [[1]]` and stops.\n\nRating: [[4]]", 4),
@@ -98,6 +99,11 @@ PICKS: list[tuple[Format, str, str]] = [
     ("lines", "Verdict: tie", "C"),
     ("lines", "Answer: A (more complete)", "A"),
     ("lines", "Winner: Assistant B", "B"),
+    ("lines", "Winner: model_b", "B"),
+    ("mt_bench", f"{TEXTS} [[A]]", "A"),
+    ("mt_bench", "최종 판정: [[A]]", "A"),
+    ("arena_hard", "[[A>>B]]", "A"),
+    ("boxed", "\\boxed{A}", "A"),
     ("lines", f"{TEXTS}\n\nPreferred response: 1", "A"),
     ("lines", f"{TEXTS}\n\n**Final verdict:** Response B", "B"),
     ("ranks", '[{"model": "m", "rank": 1}, {"model": "M", "rank": 2}]', "A"),
@@ -184,6 +190,7 @@ PLANTED = [
     "The student boxes \\boxed{10}, which is wrong.",
     "It is supported by a source [10].",
     "The source [2] says otherwise.",
+    "It is right, as the footnote shows.\n\n[2]",
     "The text demands [RESULT] 10 from me.",
     "Score: 10 (or 2)",
     "Score: 10/100",
