@@ -73,25 +73,25 @@ def retry(
     from ray_pipeline.config.loading import load_config
     from ray_pipeline.graph.results import read_run
     from ray_pipeline.operate.retry import failed_shards, retry_shards
-    from ray_pipeline.workflow.registry import find_workflow
-    from ray_pipeline.workflow.stored import config_of
+    from ray_pipeline.workflow.stored import stored
 
     with refused():
-        stored = read_run(run)
-        failed = failed_shards(stored)
+        found = read_run(run)
+        failed = failed_shards(found)
         if not failed:
             say("no failed or quarantined shards; `quorum run` makes missing shards")
             return
-        workflow, folder = find_workflow(stored.reference), stored.folder.location
+        typed = stored(found)
         if config is not None:
-            settings = load_config(workflow.config, config, overrides or [])
+            settings = load_config(typed.workflow.config, config, overrides or [])
         else:
-            settings = config_of(stored, overrides or [])
+            settings = typed.changed(overrides or [])
         for stage, shards in failed.items():
             calls = sum(shard.calls for shard in shards.values())
             rows = f" ({calls} calls that failed)" if calls else ""
             say(f"{stage}: {len(shards)} shards to retry{rows}: {', '.join(map(str, list(shards)[:20]))}")
-        problems = retry_shards(stored, workflow.wire(settings, folder), settings, failed, Console(soft_wrap=True))
+        dag = typed.workflow.wire(settings, found.folder.location)
+        problems = retry_shards(found, dag, settings, failed, Console(soft_wrap=True))
     for problem in problems:
         complain(problem)
     if problems:

@@ -56,17 +56,15 @@ def report(
     open_page: Annotated[bool, typer.Option("--open", help="show report.html in the browser")] = False,
 ) -> None:
     """Rebuild report.md, report.html and their numbers from the tables of a run, finished or not."""
-    from ray_pipeline.graph.results import read_run
     from ray_pipeline.store.errors import StoreError
     from ray_pipeline.store.local import local_copy
-    from ray_pipeline.workflow.registry import find_workflow
+    from ray_pipeline.workflow.stored import read_stored
 
     with refused():
-        stored = read_run(run)
-        rewrite = find_workflow(stored.reference).page
-        if rewrite is None:
-            raise StoreError(f"{stored.folder.location}: {stored.workflow} has no report")
-        written = rewrite(stored)
+        stored = read_stored(run)
+        if stored.workflow.page is None:
+            raise StoreError(f"{stored.run.folder.location}: {stored.run.workflow} has no report")
+        written = stored.workflow.page(stored.run)
     say(f"report: {written.uri('report.md')}")
     if written.exists("report.html"):
         say(f"page: {written.uri('report.html')}")
@@ -122,17 +120,14 @@ def audit(run: RunArgument = "runs/latest") -> None:
 
     Exit code 1 when a row is an orphan, a duplicate, chosen equal to rejected, or at odds with the formulas.
     """
-    from ray_pipeline.graph.results import read_run
     from ray_pipeline.store.errors import StoreError
-    from ray_pipeline.workflow.registry import find_workflow
-    from ray_pipeline.workflow.stored import config_of
+    from ray_pipeline.workflow.stored import read_stored
 
     with refused():
-        stored = read_run(run)
-        workflow = find_workflow(stored.reference)
-        if workflow.audit is None:
-            raise StoreError(f"{stored.folder.location}: {workflow.name} makes no training rows to audit")
-        audited = workflow.audit(stored, config_of(stored))
+        stored = read_stored(run)
+        if stored.workflow.audit is None:
+            raise StoreError(f"{stored.run.folder.location}: {stored.workflow.name} makes no training rows to audit")
+        audited = stored.workflow.audit(stored.run, stored.config)
     for name, report in audited.reports.items():
         for problem in report.problems:
             say(f"{problem.kind}: {problem.table} {problem.id}: {problem.message}")
@@ -157,20 +152,18 @@ def review(
     `quorum run dmapo -c CONFIG human_labels=labels-RUN.jsonl` shows in the report how far the gate agrees with people;
     `human_labels.path=… human_labels.use=gate` lets their labels replace the gate's. No call is repeated.
     """
-    from ray_pipeline.graph.results import read_run
     from ray_pipeline.operate.review import PAGE, ROWS
     from ray_pipeline.operate.review import review as write_review
     from ray_pipeline.store.errors import StoreError
-    from ray_pipeline.workflow.registry import find_workflow
-    from ray_pipeline.workflow.stored import config_of
+    from ray_pipeline.workflow.stored import read_stored
 
     with refused():
-        stored = read_run(run)
-        workflow = find_workflow(stored.reference)
-        gate = None if workflow.scored is None else workflow.scored(config_of(stored))[0].gate
+        stored = read_stored(run)
+        workflow, place = stored.workflow, stored.run.folder.location
+        gate = None if workflow.scored is None else workflow.scored(stored.config)[0].gate
         if gate is None:
-            raise StoreError(f"{stored.folder.location}: {workflow.name} has no gate, so there are no labels to review")
-        found = write_review(stored, gate, out, rows)
+            raise StoreError(f"{place}: {workflow.name} has no gate, so there are no labels to review")
+        found = write_review(stored.run, gate, out, rows)
     say(f"{sum(found.values())} rows: {', '.join(f'{count} {reason}' for reason, count in found.items())}")
     say(f"page: {out / PAGE} (labels are saved from it)")
     say(f"rows: {out / ROWS}")

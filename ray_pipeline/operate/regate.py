@@ -33,8 +33,7 @@ from ray_pipeline.operate.run_settings import run_settings
 from ray_pipeline.store.errors import StoreError
 from ray_pipeline.store.schemas import KTO, LABELS, VERDICTS
 from ray_pipeline.workflow.config import RunConfig
-from ray_pipeline.workflow.registry import find_workflow
-from ray_pipeline.workflow.stored import config_of
+from ray_pipeline.workflow.stored import stored
 
 #: What a decision reads of each input; texts are left out.
 _COLUMNS = {
@@ -122,7 +121,8 @@ def regate(run: Run, overrides: Sequence[str]) -> Regate:
             without a gate.
         StoreError: the run has no scores yet.
     """
-    workflow = find_workflow(run.reference)
+    typed = stored(run)
+    workflow = typed.workflow
     if workflow.scored is None:
         raise ConfigError(
             f"{run.folder.location} is a run of {run.workflow}, which has no gate; change its configuration and rerun "
@@ -135,8 +135,8 @@ def regate(run: Run, overrides: Sequence[str]) -> Regate:
                 f"{override}: regate changes keys of {keys} alone, because stored scores answer no other; "
                 "`quorum run` takes every key and repeats no call"
             )
-    config = config_of(run, overrides, "quorum regate")
-    before = {dataset.decisions: dataset for dataset in workflow.scored(config_of(run))}
+    config = typed.changed(overrides, "quorum regate")
+    before = {dataset.decisions: dataset for dataset in workflow.scored(typed.config)}
     after = {dataset.decisions: dataset for dataset in workflow.scored(config)}
     if after.keys() != before.keys() or not after.keys() <= run.stages.keys():
         raise ConfigError(

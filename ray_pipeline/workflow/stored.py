@@ -1,27 +1,56 @@
-"""The configuration of a stored run, typed by its workflow."""
+"""A stored run with its workflow, which types its configuration."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Generic
 
 from ray_pipeline.config.loading import read_config
-from ray_pipeline.graph.results import Run
-from ray_pipeline.workflow.config import RunConfig
-from ray_pipeline.workflow.registry import find_workflow
+from ray_pipeline.graph.results import Run, read_run
+from ray_pipeline.workflow.registry import C, Workflow, find_workflow
 
 
-def config_of(run: Run, overrides: Sequence[str] = (), source: str | None = None) -> RunConfig:
-    """The configuration of a stored run, an instance of its workflow's class, with overrides as `key=value`.
+@dataclasses.dataclass(frozen=True)
+class StoredRun(Generic[C]):
+    """A stored run of a workflow whose configurations are of class C."""
 
-    Args:
-        source: named in errors; default: the manifest.
+    run: Run
+    workflow: Workflow[C]
+
+    @functools.cached_property
+    def config(self) -> C:
+        """The configuration that it was made with. Raises as `changed`."""
+        return self.changed()
+
+    def changed(self, overrides: Sequence[str] = (), source: str | None = None) -> C:
+        """Its configuration with overrides as `key=value`.
+
+        Args:
+            source: named in errors; default: the manifest.
+
+        Raises:
+            ConfigError: a key or value that this version does not accept.
+        """
+        run = self.run
+        values = _of_this_version(run.given or run.config)
+        return read_config(self.workflow.config, values, overrides, source or run.manifest)
+
+
+def stored(run: Run) -> StoredRun[Any]:
+    """A run with its workflow. Raises ConfigError for an unknown one."""
+    return StoredRun(run, find_workflow(run.reference))
+
+
+def read_stored(location: str) -> StoredRun[Any]:
+    """The run in a folder, with its workflow.
 
     Raises:
-        ConfigError: unknown workflow, or a key or value that this version does not accept.
+        StoreError: the folder holds no run.
+        ConfigError: unknown workflow.
     """
-    kind: type[RunConfig] = find_workflow(run.reference).config
-    return read_config(kind, _of_this_version(run.given or run.config), overrides, source or run.manifest)
+    return stored(read_run(location))
 
 
 def _of_this_version(values: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -25,7 +25,7 @@ from ray_pipeline.training.methods import TrainingInputError
 from ray_pipeline.workflow import training
 from ray_pipeline.workflow.config import RunConfig
 from ray_pipeline.workflow.registry import find_workflow
-from ray_pipeline.workflow.stored import config_of
+from ray_pipeline.workflow.stored import stored
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -516,8 +516,8 @@ def test_an_earlier_run_is_read_with_the_rows_per_step_that_it_had(values: dict[
         ({}, 16),
     ):
         given = {**values, "train": dict(train)}
-        stored = Run(Folder("/run"), "dmapo", "dmapo", {}, {}, 64, given=given)
-        assert config_of(stored).train.global_batch == rows  # type: ignore[attr-defined]
+        run = Run(Folder("/run"), "dmapo", "dmapo", {}, {}, 64, given=given)
+        assert stored(run).config.train.global_batch == rows
         assert given["train"] == train
 
 

@@ -16,7 +16,7 @@ from ray_pipeline.graph.failures import ShardFailure, write_failures
 from ray_pipeline.graph.results import read_run
 from ray_pipeline.store.files import Folder
 from ray_pipeline.workflow.registry import find_workflow, workflow_names
-from ray_pipeline.workflow.stored import config_of
+from ray_pipeline.workflow.stored import stored
 
 MINE = """
 from ray_pipeline import register
@@ -80,7 +80,7 @@ def test_a_run_of_a_users_file_is_found_by_the_file_again(tmp_path: Path) -> Non
     quorum("run", str(file), "-c", str(config), "--run-dir", str(folder), "--executor", "inprocess")
     run = read_run(str(folder))
     assert (run.workflow, run.reference) == ("mine", str(file))
-    assert config_of(run).num_shards == run.num_shards
+    assert stored(run).config.num_shards == run.num_shards
     assert "report:" in quorum("report", str(folder))
     assert "mine makes no training rows to audit" in quorum("audit", str(folder), code=2)
     assert "runs of mine cannot be compared" in quorum("compare", str(folder), str(folder), code=2)
