@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from ray_pipeline.config.loading import read_config
+from ray_pipeline.data import spill
 from ray_pipeline.data.card import Provenance, pipeline_text
 from ray_pipeline.data.dataset_files import of_prompts, write_dataset_files
 from ray_pipeline.data.dataset_rows import DatasetsConfig, kto_rows
@@ -121,6 +122,14 @@ def test_a_limit_on_prompts_keeps_whole_prompts_of_the_training_split(tmp_path):
     assert stats["settings"]["max_prompts"] == 10 and stats["rows"]["kto"]["train"] == len(rows(capped, "kto", "train"))
     table = to_table(rows(whole, "kto", "train"), KTO)
     assert of_prompts(table, 10**6) == table and of_prompts(table, 5).num_rows < of_prompts(table, 6).num_rows
+
+
+def test_what_is_held_in_memory_does_not_change_the_files(written, tmp_path, monkeypatch):
+    folder, _, run = written
+    monkeypatch.setattr(spill, "HELD", 0)
+    write_run(tmp_path / "parts", random_world(60, seed=8), config=run.config, num_shards=8)
+    for file in sorted(folder.rglob("*.parquet")):
+        assert (tmp_path / "parts" / "datasets" / file.relative_to(folder)).read_bytes() == file.read_bytes()
 
 
 def test_card(written):

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import TypeAdapter
 
+from ray_pipeline.data import spill
 from ray_pipeline.data.dataset_rows import DatasetsConfig
 from ray_pipeline.data.imported import read_preferences, tables_of
 from ray_pipeline.data.preference_sources import PreferenceSource
@@ -153,8 +154,10 @@ def test_unpaired_rows(tmp_path: Path) -> None:
     assert counts["source"]["kept"] + sum(dropped.values()) == counts["source"]["read"] == 5
 
 
-def test_equal_rows_are_one_with_their_number(tmp_path: Path) -> None:
+@pytest.mark.parametrize("held", [spill.HELD, 100])
+def test_equal_rows_are_one_with_their_number(held: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """K5.4, whatever the blanks, and whatever shard they are in."""
+    monkeypatch.setattr(spill, "HELD", held)
     rows = [
         {"prompt": f"question {i}", "chosen": f"good  {i}" if again else f"good {i}", "rejected": worse}
         for again in range(3)
