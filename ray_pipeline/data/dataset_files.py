@@ -16,6 +16,7 @@ from ray_pipeline.data.card import Provenance, write_card
 from ray_pipeline.data.dataset_rows import RULES, SPLITS, DatasetsConfig, Kind
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.data.rows import Rows, gather, one_array, refuse_repeats
+from ray_pipeline.data.spill import Spill
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import unit_hash
 from ray_pipeline.store.schemas import TABLES
@@ -28,6 +29,8 @@ _KEYS: dict[Kind, tuple[str, ...]] = {
 }
 #: Label of a row, None where rows have none → the count of such training rows.
 _CLASSES = {True: "train_desirable", False: "train_undesirable", None: "train"}
+#: Number of a row among those of all tables.
+_ROW = "row"
 
 
 # --- training order ---------------------------------------------------------------------------------------------------
@@ -128,7 +131,7 @@ def write_dataset_files(
     """Write `<folder>/<kind>/{train,val}/part-00000.parquet …`, the card (README.md), and stats.json last.
 
     Args:
-        tables: kind → tables of the shards, in any order; only these kept rows are held in memory.
+        tables: kind → tables of the shards, in any order. In memory are one table, one file and all ids.
         fingerprint: of the stage; goes into the footer of every file.
         counts: kind → sum of the shards' counts (`rows.add_counts`).
         gate: thresholds that made the labels, for the card; None where no gate did.
@@ -164,22 +167,12 @@ def write_dataset_files(
     for kind in config.kinds:
         if kind not in tables:
             raise ValueError(f"datasets.kinds contains {kind}, but there are no {kind} tables")
-        table = _all_rows(kind, tables[kind])
-        if max_prompts is not None:
-            table = of_prompts(table, max_prompts)
+        most: dict[str, int] = {}
         if sizes:
             classes = [name for label, name in _CLASSES.items() if (label is None) != (kind == "kto")]
             most = {name: min(rows[kind][name] for rows in sizes) for name in classes}
-            table = drawn(table, kind, most, config.seed)
             stats["settings"] |= {f"{kind}_{name}_at_most": number for name, number in most.items()}
-        rows: dict[str, int] = {}
-        for split in SPLITS:
-            places = np.flatnonzero(np.asarray(pc.equal(one_array(table["split"]), split)))
-            _write_split(folder / kind / split, kind, table, places, config, fingerprint)
-            rows[split] = len(places)
-            if kind == "kto":
-                rows[f"{split}_desirable"] = pc.sum(gather(table.select(["label"]), places)["label"]).as_py() or 0
-                rows[f"{split}_undesirable"] = rows[split] - rows[f"{split}_desirable"]
+        rows = _write_kind(folder / kind, kind, tables[kind], config, fingerprint, max_prompts, most)
         stats["rows"][kind] = rows
         if kind == "kto" and (weights := kto_weights(rows["train_desirable"], rows["train_undesirable"])):
             stats["kto_weights"] = {"desirable_weight": weights[0], "undesirable_weight": weights[1]}
@@ -190,35 +183,71 @@ def write_dataset_files(
     return stats
 
 
-def _all_rows(kind: str, tables: Iterable[pa.Table]) -> pa.Table:
+def _write_kind(
+    folder: Folder,
+    kind: Kind,
+    tables: Iterable[pa.Table],
+    config: DatasetsConfig,
+    fingerprint: str,
+    max_prompts: int | None,
+    most: Mapping[str, int],
+) -> dict[str, int]:
+    """Numbered files of each split in training order; returns their numbers of rows, for KTO of each class too.
+
+    The order needs all ids, the rows are put apart by file on disk. A split without rows still gets one file, so that
+    readers find its columns.
+    """
+    schema, rows = TABLES[kind], dict[str, int]()
+    with Spill(schema) as arrived, Spill(schema) as filed:
+        ids, sizes = _arrive(kind, tables, arrived)
+        if max_prompts is not None:
+            ids = of_prompts(ids, max_prompts)
+        if most:
+            ids = drawn(ids, kind, most, config.seed)
+        files: list[tuple[Folder, str, Rows]] = []
+        for split in SPLITS:
+            own = ids.filter(pc.equal(ids["split"], split))
+            order = np.asarray(own[_ROW])[training_order(own, kind, config.seed)]
+            for number, start in enumerate(range(0, max(len(order), 1), config.rows_per_file)):
+                name = f"part-{number:05d}.parquet"
+                files.append((folder / split, name, order[start : start + config.rows_per_file]))
+            rows[split] = len(order)
+            if kind == "kto":
+                rows[f"{split}_desirable"] = pc.sum(own["label"]).as_py() or 0
+                rows[f"{split}_undesirable"] = rows[split] - rows[f"{split}_desirable"]
+        file_of = np.full(sum(sizes), -1, dtype=np.int64)
+        for number, (_, _, places) in enumerate(files):
+            file_of[places] = number
+        for number, goes in enumerate(np.split(file_of, np.cumsum(sizes))[:-1]):
+            kept = np.flatnonzero(goes >= 0)
+            filed.add_table(gather(arrived.read(number), kept), goes[kept])
+        for number, (place, name, places) in enumerate(files):
+            order = np.searchsorted(np.sort(places), places)
+            part = gather(filed.read(number), order).combine_chunks()
+            place.write_table(name, part, fingerprint=fingerprint, kind=kind)
+    written = {(place.location, name) for place, name, _ in files}
+    for place in (folder / split for split in SPLITS):
+        for name in place.names(".parquet"):
+            if (place.location, name) not in written:  # of an earlier attempt; a loader would read it
+                place.delete(name)
+    return rows
+
+
+def _arrive(kind: Kind, tables: Iterable[pa.Table], spill: Spill) -> tuple[pa.Table, list[int]]:
+    """Put the tables on disk by number. Returns what decides the order, with the row numbers, and the tables' sizes."""
     schema = TABLES[kind]
-    parts = [schema.empty_table()]
-    for table in tables:
+    names = list(dict.fromkeys([*_KEYS[kind], "prompt_id", "split", *(["label"] if kind == "kto" else [])]))
+    deciding, sizes = [schema.empty_table().select(names)], list[int]()
+    for number, table in enumerate(tables):
         if not table.schema.equals(schema):
             raise ValueError(f"a {kind} table must have the schema\n{schema}\nnot\n{table.schema}")
-        parts.append(table)
-    table = pa.concat_tables(parts)
+        deciding.append(table.select(names))
+        sizes.append(table.num_rows)
+        spill.add_table(table, np.full(table.num_rows, number, dtype=np.int64))
+    ids = pa.concat_tables(deciding).combine_chunks()
     if kind == "dpo":
-        pairs = pc.binary_join_element_wise(one_array(table["chosen_id"]), one_array(table["rejected_id"]), " over ")
+        pairs = pc.binary_join_element_wise(one_array(ids["chosen_id"]), one_array(ids["rejected_id"]), " over ")
         refuse_repeats(pairs, "dpo: pair")
     else:
-        refuse_repeats(one_array(table["candidate_id"]), f"{kind}: candidate_id")
-    return table
-
-
-def _write_split(
-    folder: Folder, kind: Kind, table: pa.Table, places: Rows, config: DatasetsConfig, fingerprint: str
-) -> None:
-    """Numbered files of the rows at these places in training order; only one file's texts are copied at a time. A split
-    without rows still gets one file, so that readers find its columns."""
-    deciding = [*_KEYS[kind], *(["label"] if kind == "kto" else [])]
-    order = places[training_order(gather(table.select(deciding), places), kind, config.seed)]
-    written = []
-    for number, start in enumerate(range(0, max(len(order), 1), config.rows_per_file)):
-        name = f"part-{number:05d}.parquet"
-        part = gather(table, order[start : start + config.rows_per_file]).combine_chunks()
-        folder.write_table(name, part, fingerprint=fingerprint, kind=kind)
-        written.append(name)
-    for name in folder.names(".parquet"):
-        if name not in written:  # of an earlier attempt; a loader would read it
-            folder.delete(name)
+        refuse_repeats(one_array(ids["candidate_id"]), f"{kind}: candidate_id")
+    return ids.append_column(_ROW, pa.array(np.arange(ids.num_rows, dtype=np.int64))), sizes

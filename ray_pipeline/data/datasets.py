@@ -191,8 +191,8 @@ def write_files(given: WholeInput) -> dict[str, Any]:
     counts: dict[str, dict[str, Any]] = {}
     for kind in settings.datasets.kinds:
         if kind == "sft" and "sft" not in rows.tables:  # imported rows may have a table of their own
-            made = [pairs_to_sft(pairs) for pairs in rows.table("dpo").scan()]
-            tables[kind], counts[kind] = [table for table, _ in made], add_counts([found for _, found in made])
+            counts[kind] = add_counts([pairs_to_sft(pairs)[1] for pairs in rows.table("dpo").scan()])
+            tables[kind] = (pairs_to_sft(pairs)[0] for pairs in rows.table("dpo").scan())
         else:
             tables[kind], counts[kind] = rows.table(kind).scan(), _nested(rows.facts["counts"], kind)
     stats = write_dataset_files(

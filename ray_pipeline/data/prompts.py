@@ -6,8 +6,10 @@ So another source, more rows or a higher cap add prompts and never reshuffle the
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import heapq
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ import pyarrow as pa
 from pydantic import Field, field_validator
 
 from ray_pipeline.config.settings import Settings
-from ray_pipeline.data.rows import add_counts, gather, shard_rows
+from ray_pipeline.data.rows import add_counts, gather
 from ray_pipeline.data.sources import (
     HuggingFaceSource,
     InputError,
@@ -25,6 +27,7 @@ from ray_pipeline.data.sources import (
     named_sources,
 )
 from ray_pipeline.data.sources.chats import BadRow, messages_of
+from ray_pipeline.data.spill import Spill
 from ray_pipeline.graph.stage import BadInput, Stage, WholeInput, WholeWork
 from ray_pipeline.store.keys import (
     canonical_json,
@@ -34,10 +37,11 @@ from ray_pipeline.store.keys import (
     unit_hash,
 )
 from ray_pipeline.store.outside import storable
-from ray_pipeline.store.schemas import PROMPTS, to_table
+from ray_pipeline.store.schemas import PROMPTS
 from ray_pipeline.store.tables import ShardedTable
 
-_BATCH_ROWS = 1024
+#: The source of a row, beside its columns until the prompts are chosen.
+_SOURCE_NUMBER = pa.field("number", pa.int32(), nullable=False)
 
 #: Malformed rows that are named, of each source; all are counted.
 FAULTS_SHOWN = 20
@@ -104,40 +108,63 @@ def source_digests(config: PromptsConfig) -> dict[str, str]:
 
 
 def load_prompts(config: PromptsConfig, digests: Mapping[str, str] | None = None) -> PromptSet:
-    """Read all sources, drop empty prompts and duplicates, and apply the caps.
+    """The prompts of a run as one table in memory. Args and Raises: as `read_prompts`."""
+    parts: list[pa.Table] = []
+    counts, faults = read_prompts(config, lambda _, part: parts.append(part), 1, digests)
+    return PromptSet(parts[0], counts, faults)
+
+
+def read_prompts(
+    config: PromptsConfig,
+    write: Callable[[int, pa.Table], object],
+    num_shards: int,
+    digests: Mapping[str, str] | None = None,
+) -> tuple[dict[str, Any], list[str]]:
+    """Read all sources, drop empty prompts and duplicates, and apply the caps. One shard is in memory, and all ids.
 
     Args:
+        write: is called with each shard and its table, in order; schema PROMPTS, sorted by prompt_id.
         digests: what `source_digests` returned; Hub datasets are then read at exactly those commits, even if there
             is a push in between. Without it, at the newest commit of their revision.
+
+    Returns:
+        Counts and faults, as in `PromptSet`.
 
     Raises:
         InputError: a source is missing, empty or does not match its configuration, or no prompt is left.
     """
-    seen: set[str] = set()
-    tables: list[pa.Table] = []
+    source_of: dict[str, int] = {}
     by_source: dict[str, dict[str, Any]] = {}
     faults: list[str] = []
-    for name, source in named_sources(config.sources):
-        if digests is not None:
-            source = source.pinned(_digests_of(name, digests))
-        table, counts = _load_source(source, config, faults)
-        table = _drop_seen(table, seen, counts)
-        by_source[name] = counts
-        tables.append(table)
-
-    table = pa.concat_tables(tables)
-    origin = np.repeat(np.arange(len(tables)), [t.num_rows for t in tables])
-    rows = _smallest(table, config.max_prompts, config.seed)
-    for number, (counts, source_table) in enumerate(zip(by_source.values(), tables, strict=True)):
-        counts["kept"] = int((origin[rows] == number).sum())
-        counts["dropped"]["over_max_prompts"] = source_table.num_rows - counts["kept"]
-    ids = np.array(table["prompt_id"].to_pylist(), dtype=object)[rows]
-    table = gather(table, rows[np.argsort(ids, kind="stable")])
-
+    splits: collections.Counter[str] = collections.Counter()
+    with Spill(PROMPTS.append(_SOURCE_NUMBER), num_shards) as spill:
+        for number, (name, source) in enumerate(named_sources(config.sources)):
+            if digests is not None:
+                source = source.pinned(_digests_of(name, digests))
+            ids, counts = _read_source(source, config, faults, number, spill)
+            new = [prompt for prompt in ids if prompt not in source_of]
+            source_of.update(dict.fromkeys(new, number))
+            counts["dropped"]["duplicate_across_sources"] = len(ids) - len(new)
+            by_source[name] = counts
+        found = collections.Counter(source_of.values())
+        kept = {prompt: source_of[prompt] for prompt in _smallest(source_of, config.max_prompts, config.seed)}
+        of_source = collections.Counter(kept.values())
+        for number, counts in enumerate(by_source.values()):
+            counts["kept"] = of_source[number]
+            counts["dropped"]["over_max_prompts"] = found[number] - of_source[number]
+        for shard in range(num_shards):
+            part = _of_shard(spill.read(shard), kept)
+            splits.update(part["split"].to_pylist())
+            write(shard, part)
     total = add_counts(list(by_source.values()))
-    val = sum(split == "val" for split in table["split"].to_pylist())
-    split_counts = {"train": table.num_rows - val, "val": val}
-    return PromptSet(table, {**total, **split_counts, "sources": by_source}, faults)
+    return {**total, "train": splits["train"], "val": splits["val"], "sources": by_source}, faults
+
+
+def _of_shard(table: pa.Table, kept: Mapping[str, int]) -> pa.Table:
+    """The rows of the kept prompts that are of the right source, sorted by prompt_id."""
+    rows = zip(table["prompt_id"].to_pylist(), table[_SOURCE_NUMBER.name].to_pylist(), strict=True)
+    places = sorted((prompt, row) for row, (prompt, number) in enumerate(rows) if kept.get(prompt) == number)
+    return gather(table.select(PROMPTS.names), np.array([row for _, row in places], dtype=np.int64))
 
 
 def split_of(prompt: str, seed: int, val_fraction: float) -> str:
@@ -156,12 +183,41 @@ def _digests_of(source: str, digests: Mapping[str, str]) -> dict[str, str]:
     return own | {source: digests[source]} if source in digests else own
 
 
-def _load_source(source: PromptSource, config: PromptsConfig, faults: list[str]) -> tuple[pa.Table, dict[str, Any]]:
-    """Distinct prompts of one source in its order, cut to its limit, and its counts; its first faults join `faults`."""
+def _read_source(
+    source: PromptSource, config: PromptsConfig, faults: list[str], number: int, spill: Spill
+) -> tuple[list[str], dict[str, Any]]:
+    """Ids of the distinct prompts of one source, cut to its limit, and its counts; its first faults join `faults`."""
     counts: dict[str, Any] = {"read": 0, "dropped": dict.fromkeys(DROPPED, 0), "kept": 0}
-    seen: set[str] = set()
+    seen: dict[str, None] = {}
     own: list[str] = []
-    batches = list(_batches(source, config, seen, counts, own))
+    for row in source.rows():
+        counts["read"] += 1
+        try:
+            messages = _conversation(row)
+        except BadRow as fault:
+            counts["dropped"]["malformed"] += 1
+            if len(own) < FAULTS_SHOWN:
+                own.append(str(fault))
+            continue
+        if messages is None:
+            counts["dropped"]["empty"] += 1
+            continue
+        prompt = prompt_id(messages)
+        if prompt in seen:
+            counts["dropped"]["duplicate"] += 1
+            continue
+        seen[prompt] = None
+        spill.add(
+            {
+                "prompt_id": prompt,
+                "messages": messages,
+                "source": row.source or source.label_in_tables,
+                "task_type": row.task_type or "general",
+                "split": split_of(prompt, config.seed, config.val_fraction),
+                "meta": canonical_json(row.place),
+                _SOURCE_NUMBER.name: number,
+            }
+        )
     where = getattr(source, "path", source.label_in_tables)
     if not counts["read"]:
         raise InputError(f"{where} has no rows; check that it was written, or remove it from prompts.sources")
@@ -172,48 +228,9 @@ def _load_source(source: PromptSource, config: PromptsConfig, faults: list[str])
             raise InputError(f"{where}: {bad} of {counts['read']} rows are malformed, the others empty. {own[0]}")
         raise InputError(f"{where}: all {counts['read']} rows of column {column!r} are empty; choose another column")
     faults += own
-    table = pa.concat_tables(batches)
-    rows = _smallest(table, source.cap, config.seed)
-    counts["dropped"]["over_limit"] = table.num_rows - len(rows)
-    return gather(table, rows), counts
-
-
-def _batches(
-    source: PromptSource, config: PromptsConfig, seen: set[str], counts: dict[str, Any], faults: list[str]
-) -> Iterator[pa.Table]:
-    """Arrow tables of distinct prompts; only one batch is ever held as Python objects."""
-    rows: list[dict[str, Any]] = []
-    for row in source.rows():
-        counts["read"] += 1
-        try:
-            messages = _conversation(row)
-        except BadRow as fault:
-            counts["dropped"]["malformed"] += 1
-            if len(faults) < FAULTS_SHOWN:
-                faults.append(str(fault))
-            continue
-        if messages is None:
-            counts["dropped"]["empty"] += 1
-            continue
-        prompt = prompt_id(messages)
-        if prompt in seen:
-            counts["dropped"]["duplicate"] += 1
-            continue
-        seen.add(prompt)
-        rows.append(
-            {
-                "prompt_id": prompt,
-                "messages": messages,
-                "source": row.source or source.label_in_tables,
-                "task_type": row.task_type or "general",
-                "split": split_of(prompt, config.seed, config.val_fraction),
-                "meta": canonical_json(row.place),
-            }
-        )
-        if len(rows) == _BATCH_ROWS:
-            yield to_table(rows, PROMPTS)
-            rows = []
-    yield to_table(rows, PROMPTS)
+    ids = _smallest(seen, source.cap, config.seed)
+    counts["dropped"]["over_limit"] = len(seen) - len(ids)
+    return ids, counts
 
 
 def _conversation(row: SourceRow) -> list[dict[str, str]] | None:
@@ -238,22 +255,11 @@ def _conversation(row: SourceRow) -> list[dict[str, str]] | None:
     return messages
 
 
-def _drop_seen(table: pa.Table, seen: set[str], counts: dict[str, Any]) -> pa.Table:
-    """Without the prompts that an earlier source holds; those that are left join `seen`."""
-    ids = table["prompt_id"].to_pylist()
-    new = np.flatnonzero([prompt not in seen for prompt in ids])
-    counts["dropped"]["duplicate_across_sources"] = len(ids) - len(new)
-    seen.update(ids)
-    return gather(table, new)
-
-
-def _smallest(table: pa.Table, limit: int | None, seed: int) -> np.ndarray:
-    """Row numbers, in order, of the `limit` prompts with the smallest hash(seed, prompt_id)."""
-    ids = table["prompt_id"].to_pylist()
+def _smallest(ids: Collection[str], limit: int | None, seed: int) -> list[str]:
+    """The `limit` prompts with the smallest hash(seed, prompt_id)."""
     if limit is None or len(ids) <= limit:
-        return np.arange(len(ids))
-    keys = sorted((unit_hash(seed, prompt), prompt, row) for row, prompt in enumerate(ids))
-    return np.sort(np.array([row for _, _, row in keys[:limit]], dtype=np.int64))
+        return list(ids)
+    return heapq.nsmallest(limit, ids, key=lambda prompt: (unit_hash(seed, prompt), prompt))
 
 
 # --- stage ------------------------------------------------------------------------------------------------------------
@@ -279,15 +285,13 @@ def prompts(settings: PromptsConfig) -> Stage:
 
 def make_prompts(given: WholeInput) -> dict[str, Any]:
     settings: _PromptsGiven = given.settings
+    table = ShardedTable(given.folder.location, "prompts", given.num_shards, given.fingerprint)
     try:
-        found = load_prompts(settings.prompts, settings.digests)
+        counts, faults = read_prompts(settings.prompts, table.write, given.num_shards, settings.digests)
     except InputError as error:
         raise BadInput(str(error)) from error
-    table = ShardedTable(given.folder.location, "prompts", given.num_shards, given.fingerprint)
-    for shard, part in enumerate(shard_rows(found.table, given.num_shards)):
-        table.write(shard, part)
-    given.log(kept_line(found.counts))
-    return {"counts": found.counts, "warnings": malformed_rows(given.log, found.counts, found.faults)}
+    given.log(kept_line(counts))
+    return {"counts": counts, "warnings": malformed_rows(given.log, counts, faults)}
 
 
 def kept_line(counts: Mapping[str, Any]) -> str:

@@ -10,8 +10,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from ray_pipeline.store.keys import check_num_shards, shard_of
-
 Rows = NDArray[np.int64]
 
 #: Rows that `gather` puts together at a time: texts of one piece must fit Arrow's 32-bit offsets (2 GB).
@@ -76,15 +74,6 @@ def gather(table: pa.Table, rows: Rows) -> pa.Table:
         back[by_owner] = np.arange(len(wanted))
         pieces.append(pa.Table.from_batches(parts, schema=table.schema).take(pa.array(back)))
     return pa.concat_tables(pieces)
-
-
-def shard_rows(table: pa.Table, num_shards: int) -> list[pa.Table]:
-    """Rows of each shard by `prompt_id`, in the order of `table`; an empty table for a shard without rows."""
-    check_num_shards(num_shards)
-    shards = np.array([shard_of(p, num_shards) for p in table["prompt_id"].to_pylist()], dtype=np.int64)
-    order = np.argsort(shards, kind="stable")
-    ends = np.searchsorted(shards[order], np.arange(num_shards), side="right")
-    return [gather(table, rows) for rows in np.split(order, ends)[:num_shards]]
 
 
 def add_counts(counts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

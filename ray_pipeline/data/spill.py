@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from ray_pipeline.data.rows import Rows, gather
-from ray_pipeline.store.keys import shard_of
+from ray_pipeline.store.keys import check_num_shards, shard_of
 from ray_pipeline.store.schemas import to_table
 
 #: Characters or bytes of rows that are held before they are written out by part.
@@ -28,7 +28,7 @@ class Spill:
 
     def __init__(self, schema: pa.Schema, num_shards: int = 1) -> None:
         self.rows = 0
-        self._schema, self._num_shards = schema, num_shards
+        self._schema, self._num_shards = schema, check_num_shards(num_shards)
         self._tables: list[pa.Table] = []
         self._parts: list[Rows] = []
         self._batch: list[Mapping[str, Any]] = []
@@ -83,7 +83,7 @@ class Spill:
         order = np.argsort(parts, kind="stable")
         table = gather(pa.concat_tables(self._tables), order)
         numbers, starts = np.unique(parts[order], return_index=True)
-        for part, start, end in zip(numbers, starts, [*starts[1:], len(order)], strict=True):
+        for part, start, end in zip(numbers, starts, np.append(starts, len(order))[1:], strict=True):
             place = Path(self._folder.name) / str(part)
             place.mkdir(exist_ok=True)
             with pa.ipc.new_file(str(place / f"{self._flushed:08d}.arrow"), self._schema) as file:

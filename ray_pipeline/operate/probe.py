@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from ray_pipeline.data.prompts import load_prompts
+from ray_pipeline.data.prompts import read_prompts
 from ray_pipeline.engines.usage import Usage
 from ray_pipeline.graph.driver import execute
 from ray_pipeline.graph.receipts import receipt_name
@@ -52,7 +52,7 @@ def probe(
     Raises:
         StoreError: a stage of the probe failed, or all of its calls were in the log already.
     """
-    total = load_prompts(config.prompt_settings).table.num_rows
+    total = read_prompts(config.prompt_settings, lambda *_: None, 64)[0]["kept"]
     size = min(total, max(_LEAST, math.ceil(total * share)))
     console.print(f"probe: {size} of {total} prompts ({size / total:.1%})", markup=False, highlight=False)
     prompts = config.prompts.model_copy(update={"max_prompts": size, "num_shards": min(config.prompts.num_shards, 8)})

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from ray_pipeline.config.loading import read_config
+from ray_pipeline.data import spill
 from ray_pipeline.data.card import Provenance, pipeline_text
 from ray_pipeline.data.dataset_files import of_prompts, write_dataset_files
 from ray_pipeline.data.dataset_rows import DatasetsConfig, kto_rows
@@ -150,6 +151,14 @@ def test_rows_are_drawn_to_the_smallest_size_for_each_class_and_seed(tmp_path):
     assert written["rows"]["kto"]["train"] == 9 and written["settings"]["kto_train_undesirable_at_most"] == 4
     assert "kto_train_desirable_at_most" not in stats["settings"]
     assert "| dpo_train_at_most | 7 |" in (tmp_path / "x" / "datasets" / "README.md").read_text()
+
+
+def test_what_is_held_in_memory_does_not_change_the_files(written, tmp_path, monkeypatch):
+    folder, _, run = written
+    monkeypatch.setattr(spill, "HELD", 0)
+    write_run(tmp_path / "parts", random_world(60, seed=8), config=run.config, num_shards=8)
+    for file in sorted(folder.rglob("*.parquet")):
+        assert (tmp_path / "parts" / "datasets" / file.relative_to(folder)).read_bytes() == file.read_bytes()
 
 
 def test_card(written):

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import TypeAdapter
 
+from ray_pipeline.data import spill
 from ray_pipeline.data.dataset_rows import DatasetsConfig
 from ray_pipeline.data.imported import read_preferences, tables_of
 from ray_pipeline.data.preference_sources import PreferenceSource
@@ -165,8 +166,12 @@ def test_answers_that_differ_in_blanks_alone_are_one(tmp_path: Path) -> None:
     tables, counts = read(write(tmp_path / "pairs.jsonl", pairs))
     assert (tables["dpo"].num_rows, tables["kto"].num_rows, counts["source"]["dropped"]["repeated"]) == (2, 0, 1)
     assert counts["kto"]["dropped"]["contradictory"] == 4
-def test_equal_rows_are_one_with_their_number(tmp_path: Path) -> None:
+
+
+@pytest.mark.parametrize("held", [spill.HELD, 100])
+def test_equal_rows_are_one_with_their_number(held: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """K5.4, whatever the blanks, and whatever shard they are in."""
+    monkeypatch.setattr(spill, "HELD", held)
     rows = [
         {"prompt": f"question {i}", "chosen": f"good  {i}" if again else f"good {i}", "rejected": worse}
         for again in range(3)

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from ray_pipeline.data.prompts import PromptsConfig, load_prompts, make_prompts, source_digests
-from ray_pipeline.data.rows import shard_rows
+from ray_pipeline.data.prompts import PromptsConfig, load_prompts, make_prompts, read_prompts, source_digests
 from ray_pipeline.data.sources import HuggingFaceSource, InputError, JsonlSource, ParquetSource, PocketSource, SourceRow
+from ray_pipeline.data.spill import Spill
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import prompt_id, shard_of, unit_hash
 from ray_pipeline.store.schemas import PROMPTS
@@ -185,14 +185,15 @@ def test_split_share_and_seed(tmp_path):
 def test_shards(tmp_path):
     source = write(tmp_path / "a.jsonl", [f"prompt {i}" for i in range(100)])
     table = load_prompts(PromptsConfig(sources=[source])).table
-    shards = shard_rows(table, 128)
+    shards: list[pa.Table] = []
+    read_prompts(PromptsConfig(sources=[source]), lambda _, part: shards.append(part), 128)
     assert len(shards) == 128 and all(s.schema.equals(PROMPTS) for s in shards)
     for number, shard in enumerate(shards):
         ids = shard["prompt_id"].to_pylist()
         assert ids == sorted(ids) and all(shard_of(p, 128) == number for p in ids)
     assert pa.concat_tables(shards).sort_by("prompt_id").to_pylist() == table.to_pylist()
     with pytest.raises(ValueError, match="must divide 1024"):
-        shard_rows(table, 10)
+        Spill(PROMPTS, 10)
 
 
 def test_settings():
