@@ -29,7 +29,7 @@ from ray_pipeline.agents.verdict_styles import FORMATS_OF_OBJECTS, Format
 from ray_pipeline.agents.verdicts import Unread
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.base import ChatEngine, Completion, EngineError, Grammar, Message, PromptTooLong, Sampling
-from ray_pipeline.engines.thoughts import answered
+from ray_pipeline.engines.thoughts import as_verdict
 from ray_pipeline.store.keys import derived_seed
 
 
@@ -296,7 +296,7 @@ async def ask_until_read(
         elif settings.temperature > 0:
             sampling = dataclasses.replace(sampling, seed=derived_seed("judge", _contents(messages), *nth))
         try:
-            reply = answered(await engine.chat(messages, sampling))
+            reply = as_verdict(await engine.chat(messages, sampling))
         except PromptTooLong:
             return None, None, "too_long"
         except EngineError as error:
