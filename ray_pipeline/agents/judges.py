@@ -38,7 +38,7 @@ from ray_pipeline.engines.base import (
     Sampling,
     TokenLogprobs,
 )
-from ray_pipeline.engines.thoughts import answered
+from ray_pipeline.engines.thoughts import as_verdict
 from ray_pipeline.store.keys import derived_seed
 
 
@@ -322,7 +322,7 @@ async def ask_until_read(
         elif settings.temperature > 0:
             sampling = dataclasses.replace(sampling, seed=derived_seed("judge", _contents(messages), *nth))
         try:
-            reply = answered(await engine.chat(messages, sampling))
+            reply = as_verdict(await engine.chat(messages, sampling))
         except PromptTooLong:
             return JudgeReply(None, "too_long")
         except EngineError as error:

@@ -44,7 +44,7 @@ from ray_pipeline.agents.verdict_styles import (
 )
 from ray_pipeline.agents.verdict_text import at_place, without_blocks, without_spans
 from ray_pipeline.engines.base import Completion
-from ray_pipeline.engines.thoughts import answered
+from ray_pipeline.engines.thoughts import as_verdict
 
 #: Why a reply has no verdict. absent: no statement in the format. quoted: statements only where they are quotations or
 #: asides. contradictory: two of them differ. invalid: off the scale, not an option, or unreadable. incomplete: a label
@@ -94,7 +94,7 @@ _QUOTE_MARK = re.compile(r"^[ \t]{0,3}>", re.MULTILINE)
 
 def find_verdict(reply: Completion, wanted: Wanted, format: Format = "quorum") -> Found | Unread:
     """The verdict of a reply in a format, or why there is none."""
-    reply = answered(reply)
+    reply = as_verdict(reply)
     if reply.finish_reason != "stop":
         return Unread("cut_off")
     text = reply.text.strip()

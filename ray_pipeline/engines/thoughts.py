@@ -104,14 +104,15 @@ def answered(reply: Completion, keep: bool = False) -> Completion:
     A thought without an end leaves no text, and its reply is one that was cut off: finish reason `length`.
 
     Args:
-        keep: leave the thoughts in the text, and add those that came in a field of their own.
+        keep: leave the thoughts in the text, and add those that came in a field of their own. `raw` marks such a reply,
+            so that no later reader splits it.
     """
     if reply.raw is not None:
         return reply
     apart = (reply.reasoning or "").strip()
     if keep:
         text = f"<think>\n{apart}\n</think>\n\n{reply.text}" if apart else reply.text
-        return dataclasses.replace(reply, text=text, raw=reply) if apart else reply
+        return dataclasses.replace(reply, text=text, raw=reply)
     split = split_thoughts(reply.text, reply.inside and not apart)
     if split is None and not apart:
         return reply
@@ -120,6 +121,12 @@ def answered(reply: Completion, keep: bool = False) -> Completion:
     unclosed = not split.closed if split is not None else not text.strip()
     finish = "length" if unclosed and reply.finish_reason == "stop" else reply.finish_reason
     return dataclasses.replace(reply, text=text, thoughts=thoughts, finish_reason=finish, raw=reply)
+
+
+def as_verdict(reply: Completion) -> Completion:
+    """The reply with its thoughts apart from its text, also where they were kept: a verdict is never read in them."""
+    kept = reply.raw if reply.thoughts is None else None
+    return answered(reply if kept is None else kept)
 
 
 def _form_at(text: str, position: int) -> int | None:

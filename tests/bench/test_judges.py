@@ -146,6 +146,16 @@ def test_the_second_turn_hears_the_first_answer() -> None:
     assert [m["content"] for m in engine.asked[1][0]] == ["one?", "answer 1 3", "two?"]
 
 
+def test_thoughts_are_no_part_of_an_answer_or_of_the_next_turn() -> None:
+    """K4.2: IFEval's checkers and judges see the answers of these turns."""
+    engine = ScriptedEngine("<think>One? Two?</think>\n\nAn answer.")
+    found = asyncio.run(answer_turns(engine, ["one?", "two?"], draws(3, 4)))
+    assert found.turns == ("An answer.", "An answer.")
+    assert [m["content"] for m in engine.asked[1][0]] == ["one?", "An answer.", "two?"]
+    endless = asyncio.run(answer_turns(ScriptedEngine("<think>One?"), ["one?"], draws(3)))
+    assert endless.turns == (None,) and endless.finish_reasons == ("length",)
+
+
 def test_a_failed_turn_says_why_and_the_second_is_not_asked() -> None:
     engine = ScriptedEngine(failing())
     found = asyncio.run(answer_turns(engine, ["one?", "two?"], draws(3, 4)))

@@ -506,6 +506,32 @@ def test_bad_csv(tmp_path):
     assert [re.search(r"row \d", fault).group() for fault in faults(source)] == ["row 2", "row 3", "row 5"]
 
 
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+def test_the_delimiter_of_a_csv_file_is_that_of_its_header(tmp_path, mark):
+    path = tmp_path / "a.csv"
+    path.write_bytes(f"\ufeffid{mark}q\r\n1{mark}one; two\r\n".encode() if mark != ";" else b'id;q\r\n1;"one; two"\r\n')
+    assert values(CsvSource(path=str(path), column="q")) == ["one; two"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            b"PK\x03\x04\x14\x00\x06\x00",
+            "an Excel or OpenDocument workbook, not a CSV file; save the sheet as CSV in UTF-8",
+        ),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1", "an Excel workbook, not a CSV file"),
+        ("q\tr\n1\t2\n".encode("utf-16"), "UTF-16 text, not a CSV file"),
+        ("q,r\ncafé,1\n".encode("latin-1"), "not a readable CSV file .*UTF8.*; save it as UTF-8"),
+    ],
+)
+def test_what_spreadsheets_write_beside_csv_is_named(tmp_path, content, message):
+    path = tmp_path / "a.csv"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=rf"a\.csv is {message}"):
+        list(CsvSource(path=str(path), column="q").rows())
+
+
 def test_bad_rows_of_a_csv_file_of_many_blocks(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "BLOCK_BYTES", 128)
     lines = ["id,q"] + [f'{i},"text\n{i}"' if i % 3 else f"{i},a,b" for i in range(1, 200)]

@@ -11,6 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ray_pipeline.agents.judges import JudgeAsking, Rubric, SamplingSettings, judge
+from ray_pipeline.agents.templates import load_templates
 from ray_pipeline.data.answers import unanswered
 from ray_pipeline.data.candidates import reply_columns
 from ray_pipeline.engines.base import Completion, Sampling
@@ -103,6 +105,26 @@ def test_a_row_of_a_thought_without_an_answer_has_no_response(tmp_path: Path) ->
         row = asyncio.run(work())
     assert (row["response"], row["finish_reason"], row["thoughts"]) == (None, "length", "so")
     assert unanswered(row) == "truncated"
+
+
+def test_kept_thoughts_stay_in_the_row_and_are_never_read_as_a_verdict(tmp_path: Path) -> None:
+    """K4.2: "unless asked"."""
+    with Endpoint(lambda body, n: said(THINKING)) as server:
+
+        async def work() -> tuple[dict[str, Any], Any]:
+            engine = engine_at(server.url, keeps_thoughts=True)
+            try:
+                async with LoggedEngine(engine, Folder(str(tmp_path / "calls")), 0, 1) as log:
+                    row = await reply_columns(log.bound(prompt_id(user("q")), "candidate"), user("q"), Sampling())
+                rubric, texts = Rubric(name="helpfulness", text="Does it help?"), load_templates("default")
+                how = SamplingSettings(max_tokens=64), JudgeAsking(retries=0)
+                return row, await judge(engine, user("q"), "a", rubric, texts.judge, *how)
+            finally:
+                await engine.close()
+
+        row, verdict = asyncio.run(work())
+    assert (row["response"], row["thoughts"], row["finish_reason"]) == (THINKING, None, "stop")
+    assert (verdict.score, verdict.parse_status, verdict.raw) == (3, "ok", '{"score": 3}')
 
 
 def test_who_answered_and_what_it_cost_is_in_the_log_and_another_model_is_told_once(tmp_path: Path) -> None:

@@ -179,7 +179,8 @@ def jsonl_records(file: File) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def csv_records(file: File, choose: Callable[[list[str]], list[str]]) -> Iterator[Record]:
-    """The rows of a CSV file with a header line, all values as text.
+    """The rows of a CSV file with a header line, all values as text. The delimiter is a comma, or, where the header has
+    none, a semicolon or a tab, as spreadsheets of many countries write them.
 
     Args:
         choose: columns of the file → those to read.
@@ -189,15 +190,15 @@ def csv_records(file: File, choose: Callable[[list[str]], list[str]]) -> Iterato
     """
     # Only the chosen columns are converted, all as text: a number further down must not change a column's type.
     bad: dict[int, str] = {}
+    delimiter = _delimiter(file)
+    quote = f"quote texts that contain {delimiter!r}"
 
     def skip(row: pacsv.InvalidRow) -> str:
-        bad[row.number - 1] = (
-            f"has {row.actual_columns} columns, not {row.expected_columns}; quote texts that contain commas"
-        )
+        bad[row.number - 1] = f"has {row.actual_columns} columns, not {row.expected_columns}; {quote}"
         return "skip"
 
     read = pacsv.ReadOptions(block_size=BLOCK_BYTES, use_threads=False)  # with threads, bad rows have no number
-    parse = pacsv.ParseOptions(newlines_in_values=True, invalid_row_handler=skip)
+    parse = pacsv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=skip)
     try:
         with file.open_arrow() as stream:
             header = pacsv.open_csv(stream, read, parse).schema.names
@@ -216,8 +217,29 @@ def csv_records(file: File, choose: Callable[[list[str]], list[str]]) -> Iterato
     except pa.ArrowInvalid as error:
         if "Empty CSV" in str(error):
             return
-        message = f"{file.uri} is not a readable CSV file ({error}); quote texts that contain commas"
-        raise InputError(message) from error
+        remedy = "save it as UTF-8" if "UTF8" in str(error) else quote
+        raise InputError(f"{file.uri} is not a readable CSV file ({error}); {remedy}") from error
+
+
+#: How files begin that spreadsheets write beside CSV, and what they are.
+_NOT_CSV = {
+    b"PK\x03\x04": "an Excel or OpenDocument workbook",
+    b"\xd0\xcf\x11\xe0": "an Excel workbook",
+    codecs.BOM_UTF16_LE: "UTF-16 text",
+    codecs.BOM_UTF16_BE: "UTF-16 text",
+}
+
+
+def _delimiter(file: File) -> str:
+    with file.open() as stream:
+        try:
+            header = stream.readline(BLOCK_BYTES)
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(f"{file.uri} is truncated or corrupt ({error}); regenerate it") from error
+    for mark, what in _NOT_CSV.items():
+        if header.startswith(mark):
+            raise InputError(f"{file.uri} is {what}, not a CSV file; save the sheet as CSV in UTF-8")
+    return next((mark for mark in ",;\t" if mark.encode() in header), ",")
 
 
 def text_lines(file: File) -> Iterator[tuple[int, bytes]]:
