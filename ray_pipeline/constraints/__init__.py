@@ -1,1 +1,1 @@
-"""Verifiable constraints on responses: IFEval's official checkers, composed prompts, and overlap with a benchmark."""
+"""Verifiable constraints on responses: IFEval's official checkers, and composed prompts."""

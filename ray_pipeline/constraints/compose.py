@@ -1,7 +1,7 @@
 """Compose instructions with verifiable constraints: topics × tasks × constraints of IFEval's kinds, in own words.
 
 A prompt is decided by the seed and its number alone, so a higher count adds prompts and keeps the earlier ones. No
-composed combination of two or three kinds is one of IFEval's 541 prompts (`overlap.py`, and a test on the file).
+composed combination of two or three kinds is one of IFEval's 541 prompts (a test on its file).
 """
 
 from __future__ import annotations

@@ -19,11 +19,9 @@ from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.asking import Asking, Outcome, Row, ShardTables, reply_status
 from ray_pipeline.graph.stage import Stage
 from ray_pipeline.stats.protocol import Protocol, settings_text, win_rate_by
+from ray_pipeline.stats.winrate import choice_to_vote
 from ray_pipeline.store.keys import derived_seed, digest
 from ray_pipeline.store.schemas import COMPARISONS, RESPONSES
-
-#: What a choice means for the policy; in order `ab` the policy's answer is A, in order `ba` the base model's is.
-_VOTES = {("ab", "A"): "policy", ("ab", "B"): "base", ("ba", "A"): "base", ("ba", "B"): "policy"}
 
 
 class Mode(Settings):
@@ -171,7 +169,7 @@ async def _compare(engine: ChatEngine, settings: _Compare, pair: _Pair) -> Outco
         settings.asking,
         settings.layout,
     )
-    vote = None if choice.choice is None else _VOTES.get((pair.order, choice.choice), "tie")
+    vote = None if choice.choice is None else choice_to_vote(choice.choice, pair.order)
     return Outcome(
         {"comparisons": [{**row, **columns_of(choice), "vote": vote}]},
         reply_status("the comparing judge", choice.parse_status),

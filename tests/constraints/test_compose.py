@@ -12,9 +12,9 @@ from pydantic import ValidationError
 
 from ray_pipeline.constraints.compose import KINDS, Kind, combinations, compose
 from ray_pipeline.constraints.official import Checkers
-from ray_pipeline.constraints.overlap import GRAM, Benchmark, grams
 from ray_pipeline.data.prompts import PromptsConfig, load_prompts
 from ray_pipeline.data.sources import ConstrainedSource, InputError
+from tests.constraints.overlap import GRAM, Benchmark, grams
 from tests.published import DATA, json_lines, needs
 
 

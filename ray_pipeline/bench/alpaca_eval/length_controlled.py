@@ -128,20 +128,12 @@ def _column(rows: Sequence[Mapping[str, str]], name: str, source: str) -> Floats
         raise BenchmarkFileError(f"{source}, column {name}: {error}") from error
 
 
-def length_controlled(
-    weights: GlmWeights, difficulty: ArrayLike, estimator: str = "published weights"
-) -> LengthControlled:
-    """The win rate at equal length: 100 · mean σ(model + difficulty · d_i) over instructions.
+def at_equal_length(weights: GlmWeights, difficulty: Floats) -> Floats:
+    """Preference for the model on each instruction at equal length: σ(model + difficulty · d_i), shape (rows,).
 
-    Args:
-        difficulty: d_i of each instruction judged, shape (rows,). Models that were published with fewer than all
-            instructions took the difficulties by position: the first ones of the list.
+    Models that were published with fewer than all instructions took the difficulties by position: the first ones.
     """
-    d = np.asarray(difficulty, dtype=np.float64)
-    if d.ndim != 1 or len(d) == 0:
-        raise ValueError(f"the difficulty of at least one instruction is needed, got shape {d.shape}")
-    predicted = sigmoid(weights.model + weights.difficulty * d)
-    return _at_equal_length(predicted, weights, None, estimator)
+    return sigmoid(weights.model + weights.difficulty * difficulty)
 
 
 def fit_length_controlled(
@@ -175,7 +167,6 @@ def fit_length_controlled(
         raise ValueError(f"{int(read.sum())} preferences were read; the fit needs {_FOLDS} or more")
     if np.isnan(delta[read]).any() or np.isnan(d).any():
         raise ValueError("a length of a row with a preference, or a difficulty, is NaN")
-    estimator = "re-fit, surrogate of the gamed rows" if gamed.surrogate else "re-fit"
     sd = np.nanstd(delta, ddof=1)
     # Equal lengths everywhere (the reference against itself) leave nothing to control for.
     standardised = delta / sd if sd > 0 else np.zeros(len(delta))
@@ -189,19 +180,14 @@ def fit_length_controlled(
     strength = np.concatenate([np.full(len(gamed.preference), GAMED_WEIGHT), np.ones(int(read.sum()))])
     penalty = _choose_penalty(features, labels, strength)
     weights = GlmWeights(*(float(w) for w in _fit(features, labels, strength, penalty).coef_[0]))
-    predicted = sigmoid(weights.model + weights.difficulty * d)
-    return _at_equal_length(predicted, weights, float(penalty), estimator)
-
-
-def _at_equal_length(predicted: Floats, weights: GlmWeights, penalty: float | None, estimator: str) -> LengthControlled:
-    rows = len(predicted)
+    predicted = at_equal_length(weights, d)
     return LengthControlled(
         win_rate=100 * float(predicted.mean()),
-        standard_error=100 * float(predicted.std(ddof=1)) / rows**0.5 if rows > 1 else None,
+        standard_error=100 * float(predicted.std(ddof=1)) / len(d) ** 0.5 if len(d) > 1 else None,
         weights=weights,
         preferences=predicted,
-        penalty=penalty,
-        estimator=estimator,
+        penalty=float(penalty),
+        estimator="re-fit, surrogate of the gamed rows" if gamed.surrogate else "re-fit",
     )
 
 
