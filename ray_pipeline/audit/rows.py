@@ -7,21 +7,15 @@ exact `statistics`, and the rules are written out again row by row, so that a mi
 from __future__ import annotations
 
 import collections
-import math
-import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ray_pipeline.audit.findings import AuditReport, Findings, Row, RunTables, row_id, shard_or_none
+from ray_pipeline.audit.formulas import OPEN, close, is_skipped, label_of, label_without, numbers, read_score
 from ray_pipeline.data.checkers import load_checker
-from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.data.tokens import Encode
 from ray_pipeline.store import keys
 from ray_pipeline.store.files import Folder
-from ray_pipeline.store.schemas import READ_STATUSES
-
-#: Differences of scores up to this are rounding.
-_ROUNDING = 1e-9
 
 
 def audit_run(run: RunTables, encode: Encode | None = None, max_problems: int = 100) -> AuditReport:
@@ -131,8 +125,8 @@ class _Shard:
             assert prompt is not None
             checked = self.checks[judge.name](prompt["messages"], candidate["response"], prompt["meta"])
             expected = None if checked is None else judge.low + (judge.high - judge.low) * checked.share
-            found = _read_score(self.verdicts.get((name, judge.name)), "score")
-            if not _close(found, expected):
+            found = read_score(self.verdicts.get((name, judge.name)), "score")
+            if not close(found, expected):
                 message = f"{judge.name} scores {found}, but its checker {judge.checker} gives {expected}"
                 self.audit.problem("program", "verdicts", name, message)
 
@@ -143,14 +137,19 @@ class _Shard:
         if decision is None:
             self.audit.problem("missing", "decisions", name, "the candidate has no decision")
             return
-        scores = [_read_score(self.verdicts.get((name, judge)), "score") for judge in self.run.judges]
-        flawed = _read_score(self.critiques.get(name), "flawed") if self.run.gate.use_critic else False
-        for column, expected in _numbers(scores, flawed, self.run.gate).items():
-            if not _close(decision[column], expected):
+        verdicts = [self.verdicts.get((name, judge)) for judge in self.run.judges]
+        scores = [read_score(row, "score") for row in verdicts]
+        flawed = read_score(self.critiques.get(name), "flawed") if self.run.gate.use_critic else False
+        for column, expected in numbers(scores, flawed, self.run.gate).items():
+            if not close(decision[column], expected):
                 message = f"{column} is {decision[column]}, should be {expected}"
                 self.audit.problem("numbers", "decisions", name, message)
         # The label is derived from the stored numbers: a threshold missed by 1e-16 through rounding is not a problem.
-        label = _label(None not in scores, flawed is not None, decision, self.run.gate)
+        label = label_of(None not in scores, flawed is not None, decision, self.run.gate)
+        known = [OPEN if is_skipped(row) else score for row, score in zip(verdicts, scores, strict=True)]
+        critic = OPEN if self.run.gate.use_critic and is_skipped(self.critiques.get(name)) else flawed
+        if self.run.scale is not None and OPEN in (*known, critic):
+            label = label_without(tuple(known), critic, self.run.gate, self.run.scale)
         if self._is_cut(candidate) and (self.run.gate.cut == "exclude" or label == "desirable"):
             label = "incomplete"
         if decision["final_score"] is not None:
@@ -202,7 +201,7 @@ class _Shard:
                 continue
             candidate, decision, _ = owner
             self._check_answer(kind, name, "completion", row["completion"], candidate)
-            if not _close(row["final_score"], decision["final_score"]):
+            if not close(row["final_score"], decision["final_score"]):
                 report("scores", kind, name, f"final_score {row['final_score']}, decided {decision['final_score']}")
             yield name, row, candidate, decision
 
@@ -212,7 +211,8 @@ class _Shard:
         for name, row, candidate, decision in self._answers("kto", rows, present):
             if decision["label"] != ("desirable" if row["label"] else "undesirable"):
                 report("label", "kto", name, f"label is {row['label']}, but the decision is {decision['label']!r}")
-            expected = [(j, _read_score(self.verdicts.get((name, j)), "score")) for j in self.run.judges]
+            verdicts = {judge: self.verdicts.get((name, judge)) for judge in self.run.judges}
+            expected = [(j, read_score(verdict, "score")) for j, verdict in verdicts.items() if not is_skipped(verdict)]
             if sorted((s["judge"], s["score"]) for s in row["scores"]) != sorted(expected):
                 report("scores", "kto", name, f"scores {row['scores']}, but the verdicts are {expected}")
             if _is_empty(candidate["response"]):
@@ -273,9 +273,9 @@ class _Shard:
                     continue
                 candidate, decision, _ = owner
                 self._check_answer("dpo", name, side, row[side], candidate)
-                if not _close(row[f"score_{side}"], decision["final_score"]):
+                if not close(row[f"score_{side}"], decision["final_score"]):
                     report("scores", "dpo", name, f"score_{side} is not the decision's {decision['final_score']}")
-            if not _close(row["score_gap"], row["score_chosen"] - row["score_rejected"]):
+            if not close(row["score_gap"], row["score_chosen"] - row["score_rejected"]):
                 report("scores", "dpo", name, f"score_gap {row['score_gap']} is not score_chosen - score_rejected")
         self._check_pairs(by_prompt)
 
@@ -357,45 +357,6 @@ class _Shard:
         if self.audit.encode is None or prompt not in self.prompts:
             return False
         return len(self.audit.encode(self.prompts[prompt]["messages"], None)) > self.run.config.max_prompt_length
-
-
-# --- the formulas, written independently of the gate ------------------------------------------------------------------
-
-
-def _read_score(row: Row | None, column: str) -> Any:
-    """The value of a verdict or critique; None if missing or unread."""
-    if row is None or row["parse_status"] not in READ_STATUSES:
-        return None
-    value = row[column]
-    return None if value is None or (isinstance(value, float) and not math.isfinite(value)) else value
-
-
-def _numbers(scores: Sequence[float | None], flawed: bool | None, gate: GateConfig) -> dict[str, float | None]:
-    known = [score for score in scores if score is not None]
-    whole = len(known) == len(scores)
-    mean = statistics.mean(known) if whole else None
-    variance = (statistics.variance(known) if len(known) > 1 else 0.0) if whole else None
-    penalty = None if flawed is None else gate.alpha * flawed
-    final = None if mean is None or penalty is None else mean * (1 - penalty)
-    return {"mean_score": mean, "score_variance": variance, "penalty": penalty, "final_score": final}
-
-
-def _label(scores_read: bool, critique_read: bool, decision: Row, gate: GateConfig) -> str:
-    if not scores_read:
-        return "incomplete"
-    if gate.use_variance and (decision["score_variance"] or 0) > gate.tau:
-        return "abstain"
-    if not critique_read or decision["final_score"] is None:
-        return "incomplete"
-    if decision["final_score"] >= gate.desirable_at:
-        return "desirable"
-    return "undesirable" if decision["final_score"] <= gate.undesirable_at else "discard"
-
-
-def _close(found: float | None, expected: float | None) -> bool:
-    if found is None or expected is None:
-        return found is expected
-    return abs(found - expected) <= _ROUNDING
 
 
 def _is_empty(response: str | None) -> bool:

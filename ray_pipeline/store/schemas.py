@@ -21,7 +21,7 @@ MESSAGE = pa.struct([pa.field("role", pa.string(), nullable=False), pa.field("co
 MESSAGES = pa.list_(pa.field("element", MESSAGE, nullable=False))
 
 #: Outcomes of parsing a reply. Only `ok` and `repaired` have a value; no other is ever turned into a number.
-#: `missing`: the user's file has no verdict of this judge.
+#: `missing`: the user's file has no verdict of this judge. `skipped`: `judge.early_exit` made no call.
 PARSE_STATUSES = ("ok", "repaired", "unparsed", "truncated", "too_long", "skipped", "error", "missing")
 READ_STATUSES = ("ok", "repaired")
 
@@ -119,7 +119,8 @@ DECISIONS = _schema(
 #: Scores of a dataset row: a judge's name and its score.
 SCORES = pa.list_(pa.field("element", pa.struct([("judge", _S), ("score", _F)])))
 
-# Training rows. Scores are null in rows of imported datasets without scores. `copies` is how often the answer was given
+# Training rows. Scores are null in rows of imported datasets without scores, and in part missing where calls were
+# skipped (`judge.early_exit: labels`). `copies` is how often the answer was given
 # to the prompt; null where that is unknown, as in rows made from pairs. Models are those of the candidates.
 KTO = _schema(
     ("candidate_id", _S),

@@ -1,0 +1,76 @@
+"""The formulas of the gate, written again for the audit, independently of `data/gate.py` and `data/early_exit.py`."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from ray_pipeline.audit.findings import Row
+from ray_pipeline.data.gate import GateConfig
+from ray_pipeline.store.schemas import READ_STATUSES
+
+#: Differences of scores up to this are rounding.
+_ROUNDING = 1e-9
+#: Stands for a verdict that was skipped.
+OPEN = "open"
+
+
+def is_skipped(row: Row | None) -> bool:
+    return row is not None and row["parse_status"] == "skipped"
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def label_without(scores: tuple[Any, ...], flawed: Any, gate: GateConfig, scale: tuple[int, int]) -> str:
+    """The label that every reply in place of the skipped ones would give; incomplete where there are several.
+
+    Args:
+        scores: by judge; None: unread, OPEN: skipped. `flawed` likewise.
+        scale: lowest and highest score of a judge.
+    """
+    labels = set()
+    levels = [float(score) for score in range(scale[0], scale[1] + 1)]
+    replies = [levels if score == OPEN else [score] for score in scores]
+    for *judged, flaw in itertools.product(*replies, [True, False] if flawed == OPEN else [flawed]):
+        decision = numbers(judged, flaw, gate)
+        labels.add(label_of(None not in judged, flaw is not None, decision, gate))
+    return labels.pop() if len(labels) == 1 else "incomplete"
+
+
+def read_score(row: Row | None, column: str) -> Any:
+    """The value of a verdict or critique; None if missing or unread."""
+    if row is None or row["parse_status"] not in READ_STATUSES:
+        return None
+    value = row[column]
+    return None if value is None or (isinstance(value, float) and not math.isfinite(value)) else value
+
+
+def numbers(scores: Sequence[float | None], flawed: bool | None, gate: GateConfig) -> dict[str, float | None]:
+    known = [score for score in scores if score is not None]
+    whole = len(known) == len(scores)
+    mean = statistics.mean(known) if whole else None
+    variance = (statistics.variance(known) if len(known) > 1 else 0.0) if whole else None
+    penalty = None if flawed is None else gate.alpha * flawed
+    final = None if mean is None or penalty is None else mean * (1 - penalty)
+    return {"mean_score": mean, "score_variance": variance, "penalty": penalty, "final_score": final}
+
+
+def label_of(scores_read: bool, critique_read: bool, decision: Row, gate: GateConfig) -> str:
+    if not scores_read:
+        return "incomplete"
+    if gate.use_variance and (decision["score_variance"] or 0) > gate.tau:
+        return "abstain"
+    if not critique_read or decision["final_score"] is None:
+        return "incomplete"
+    if decision["final_score"] >= gate.desirable_at:
+        return "desirable"
+    return "undesirable" if decision["final_score"] <= gate.undesirable_at else "discard"
+
+
+def close(found: float | None, expected: float | None) -> bool:
+    if found is None or expected is None:
+        return found is expected
+    return abs(found - expected) <= _ROUNDING
