@@ -54,6 +54,11 @@ class BaselinesConfig(DmapoConfig):
 
     def check_kinds(self) -> None:
         """Raises ValueError for keys that `baselines` sets itself, and for an invalid comparison."""
+        if self.judge.early_exit != "off":
+            raise ValueError(
+                "judge.early_exit skips what one gate does not need, but baselines.data makes datasets by several "
+                "rules of the same verdicts; set it to off"
+            )
         for name, block, keys, instead in (
             ("train", self.train, ("method", "seed"), "use baselines.methods and baselines.seeds"),
             ("datasets", self.datasets, ("kinds", "seed"), "it follows from baselines.methods and baselines.seeds"),

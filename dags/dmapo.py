@@ -25,6 +25,7 @@ from ray_pipeline.data.candidates import candidates as candidates_stage
 from ray_pipeline.data.card import Provenance
 from ray_pipeline.data.critic import CriticSettings
 from ray_pipeline.data.critic import critic as critic_stage
+from ray_pipeline.data.early_exit import ExitRule
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.data.judging import JudgeSettings
 from ray_pipeline.data.judging import judges as judge_stages
@@ -108,6 +109,30 @@ class DmapoConfig(TrainingConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _exact_exit(self) -> DmapoConfig:
+        """Refuse what would come out differently with fewer calls."""
+        scores, humans = set(self.datasets.kinds) - {"kto"}, self.human_labels
+        if self.judge.early_exit == "labels" and scores:
+            raise ValueError(
+                f"judge.early_exit: labels leaves final scores open, but rows of {' and '.join(sorted(scores))} "
+                "(datasets.kinds) are chosen by final score; set early_exit to scores, or kinds to [kto]"
+            )
+        if self.judge.early_exit != "off" and humans is not None and humans.use != "report":
+            raise ValueError(
+                "judge.early_exit skips calls about candidates that the gate leaves out, but human_labels.use may put "
+                "them into a dataset; set early_exit to off, or human_labels.use to report"
+            )
+        return self
+
+    @property
+    def exit_rule(self) -> ExitRule | None:
+        """When calls to judges and critic are skipped; None: never."""
+        judge = self.judge
+        if judge.early_exit == "off":
+            return None
+        return ExitRule(exact=judge.early_exit, gate=self.gate, judges=tuple(judge.names), scale=judge.scale)
+
     @property
     def prompt_settings(self) -> PromptsConfig:
         if self.candidates.source is None:
@@ -136,6 +161,7 @@ class DmapoConfig(TrainingConfig):
             recorded=recorded_judges(self.judge),
             gate=self.gate,
             human_labels=self.human_labels,
+            audit_slice=self.judge.early_exit != "off",
             no_error_rates=[program.name for program in self.judge.programs],
             stages=("prompts", "candidates", "judge", *critic, "gate", "datasets", *trained),
         )
@@ -161,11 +187,14 @@ def dmapo(config: DmapoConfig, run_folder: str) -> Dag:
 
     prompts = prompts_stage(config.prompt_settings)
     candidates = candidates_stage(config.candidates, models, prompts)
-    verdicts = judge_stages(config.judge, models, texts.judge, prompts, {"candidates": candidates})
+    rule = config.exit_rule
+    verdicts = judge_stages(config.judge, models, texts.judge, prompts, {"candidates": candidates}, exit_rule=rule)
     critiques = None
     if config.gate.use_critic:
         assert config.critic is not None
-        critiques = critic_stage(config.critic, models[config.critic.model], texts.critic, prompts, candidates)
+        critiques = critic_stage(
+            config.critic, models[config.critic.model], texts.critic, prompts, candidates, verdicts, rule
+        )
     (dataset,) = scored(config)
     decisions = dataset.decide(candidates, verdicts, critiques)
     _, datasets = dataset.write(prompts, candidates, verdicts, decisions)
@@ -191,6 +220,7 @@ def scored(config: DmapoConfig) -> list[ScoredDataset]:
             origin=Provenance.of(config),
             humans=humans,
             trained_on=config.train is not None,
+            scale=None if config.exit_rule is None else config.exit_rule.scale,
         )
     ]
 

@@ -173,7 +173,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     config = load_config(DmapoConfig, "pocket", ["judge.asking.retries=0"])
-    limit = config.models["judge"].placement.concurrency
+    judging = config.models["judge"]
+    limit = judging.placement.concurrency or VllmEngine(judging.spec()).useful_concurrency
     context = multiprocessing.get_context("spawn")
     figures = []
     with tempfile.TemporaryDirectory() as folder:
@@ -186,7 +187,7 @@ def main() -> None:
             seconds, calls = through_the_pipeline(config, tables, Path(folder) / f"round-{number}")
             ray.shutdown()
             answer = context.Queue()
-            process = context.Process(target=bare_loop, args=(config.models["judge"].spec(), asked, limit, answer))
+            process = context.Process(target=bare_loop, args=(judging.spec(), asked, limit, answer))
             process.start()
             bare = answer.get(timeout=900)
             process.join()

@@ -57,6 +57,7 @@ class RunTables:
         judges: whose scores the gate counted.
         humans: candidate_id → label by people that replaces the gate's.
         programs: the judges that are programs; their verdicts are computed again.
+        scale: of the judges' scores, where verdicts may be skipped.
     """
 
     prompts: ShardedTable
@@ -70,6 +71,7 @@ class RunTables:
     config: DatasetsConfig
     humans: Mapping[str, str] = dataclasses.field(default_factory=dict)
     programs: Sequence[ProgramJudge] = ()
+    scale: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,10 +1,12 @@
-"""The formulas of the method, written independently of the gate, so that a mistake in either of the two shows.
+"""The formulas of the gate, written again for the audit, independently of `data/gate.py` and `data/early_exit.py`.
 
 Means and variances come from the standard library's exact `statistics`.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -16,6 +18,30 @@ from ray_pipeline.store.schemas import READ_STATUSES
 
 #: Differences of scores up to this are rounding.
 _ROUNDING = 1e-9
+#: Stands for a verdict that was skipped.
+OPEN = "open"
+
+
+def is_skipped(row: Row | None) -> bool:
+    """Whether a verdict or critique was not asked for, as it could change nothing."""
+    return row is not None and row["parse_status"] == "skipped"
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def label_without(scores: tuple[Any, ...], flawed: Any, gate: GateConfig, scale: tuple[int, int]) -> str:
+    """The label that every reply in place of the skipped ones would give; incomplete where there are several.
+
+    Args:
+        scores: by judge; None: unread, OPEN: skipped. `flawed` likewise.
+        scale: lowest and highest score of a judge.
+    """
+    labels = set()
+    levels = [float(score) for score in range(scale[0], scale[1] + 1)]
+    replies = [levels if score == OPEN else [score] for score in scores]
+    for *judged, flaw in itertools.product(*replies, [True, False] if flawed == OPEN else [flawed]):
+        decision = gate_numbers(judged, flaw, gate)
+        labels.add(gate_label(None not in judged, flaw is not None, decision, gate))
+    return labels.pop() if len(labels) == 1 else "incomplete"
 
 
 def read_score(row: Row | None, column: str) -> Any:

@@ -11,7 +11,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ray_pipeline.audit.findings import AuditReport, Findings, Row, RunTables, row_id, shard_or_none
-from ray_pipeline.audit.formulas import close, gate_label, gate_numbers, is_empty, read_score
+from ray_pipeline.audit.formulas import (
+    OPEN,
+    close,
+    gate_label,
+    gate_numbers,
+    is_empty,
+    is_skipped,
+    label_without,
+    read_score,
+)
 from ray_pipeline.data.checkers import load_checker
 from ray_pipeline.data.tokens import Encode
 from ray_pipeline.store import keys
@@ -137,7 +146,8 @@ class _Shard:
         if decision is None:
             self.audit.problem("missing", "decisions", name, "the candidate has no decision")
             return
-        scores = [read_score(self.verdicts.get((name, judge)), "score") for judge in self.run.judges]
+        verdicts = [self.verdicts.get((name, judge)) for judge in self.run.judges]
+        scores = [read_score(row, "score") for row in verdicts]
         flawed = read_score(self.critiques.get(name), "flawed") if self.run.gate.use_critic else False
         for column, expected in gate_numbers(scores, flawed, self.run.gate).items():
             if not close(decision[column], expected):
@@ -145,6 +155,10 @@ class _Shard:
                 self.audit.problem("numbers", "decisions", name, message)
         # The label is derived from the stored numbers: a threshold missed by 1e-16 through rounding is not a problem.
         label = gate_label(None not in scores, flawed is not None, decision, self.run.gate)
+        known = [OPEN if is_skipped(row) else score for row, score in zip(verdicts, scores, strict=True)]
+        critic = OPEN if self.run.gate.use_critic and is_skipped(self.critiques.get(name)) else flawed
+        if self.run.scale is not None and OPEN in (*known, critic):
+            label = label_without(tuple(known), critic, self.run.gate, self.run.scale)
         if self._is_cut(candidate) and (self.run.gate.cut == "exclude" or label == "desirable"):
             label = "incomplete"
         if decision["final_score"] is not None:
@@ -206,7 +220,8 @@ class _Shard:
         for name, row, candidate, decision in self._answers("kto", rows, present):
             if decision["label"] != ("desirable" if row["label"] else "undesirable"):
                 report("label", "kto", name, f"label is {row['label']}, but the decision is {decision['label']!r}")
-            expected = [(j, read_score(self.verdicts.get((name, j)), "score")) for j in self.run.judges]
+            verdicts = {judge: self.verdicts.get((name, judge)) for judge in self.run.judges}
+            expected = [(j, read_score(verdict, "score")) for j, verdict in verdicts.items() if not is_skipped(verdict)]
             if sorted((s["judge"], s["score"]) for s in row["scores"]) != sorted(expected):
                 report("scores", "kto", name, f"scores {row['scores']}, but the verdicts are {expected}")
             if is_empty(candidate["response"]):

@@ -11,7 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ray_pipeline.config.settings import Settings
+from ray_pipeline.data.early_exit import Scale, settle
 from ray_pipeline.data.gate import Cut, GateConfig, label_counts
+from ray_pipeline.data.judging import by_role
 from ray_pipeline.data.reviewed import HumanLabels, overrule
 from ray_pipeline.data.rows import one_array
 from ray_pipeline.data.ungated import best_and_worst
@@ -27,6 +29,7 @@ class _GateGiven(Settings):
     cut: Cut = "exclude"
     humans: HumanLabels | None = None
     fault: Fault | None = None
+    scale: Scale | None = None
 
 
 def gate(
@@ -41,6 +44,7 @@ def gate(
     cut: Cut = "exclude",
     humans: HumanLabels | None = None,
     fault: Fault | None = None,
+    scale: Scale | None = None,
 ) -> Stage:
     """One decision per candidate.
 
@@ -50,8 +54,9 @@ def gate(
         cut: rule for candidates whose text is not whole, where there is no gate; a gate has its own.
         humans: labels by people that replace the gate's.
         fault: what is broken in the gate on purpose.
+        scale: of the judges' scores, where verdicts may be skipped (`judge.early_exit`).
     """
-    inputs = {"candidates": candidates, **{f"verdicts/{stage.name}": stage for stage in verdicts}}
+    inputs = {"candidates": candidates, **by_role(verdicts)}
     if critiques is not None and settings is not None and settings.use_critic:
         inputs["critiques"] = critiques
     given = _GateGiven(
@@ -61,6 +66,7 @@ def gate(
         cut=cut if settings is None else "exclude",
         humans=humans,
         fault=fault,
+        scale=scale,
     )
     return Stage(
         name=name,
@@ -88,7 +94,12 @@ def decide_shard(given: ShardInput) -> ShardOutput:
         table = best_and_worst(candidates, verdicts, settings.judges, settings.cut)
     else:
         table = decide_with_fault(settings.fault, candidates, verdicts, critiques, settings.judges, settings.gate)
-    changed = {}
+    changed: dict[str, int] = {}
+    if settings.gate is not None and settings.scale is not None:
+        table, open_labels = settle(
+            table, candidates, verdicts, critiques, settings.judges, settings.gate, settings.scale
+        )
+        changed |= {"depends_on_skipped": open_labels} if open_labels else {}
     if settings.humans is not None:
         table, changed["changed_by_people"] = overrule(table, settings.humans.read().labels)
     given.tick(table.num_rows)

@@ -14,11 +14,14 @@ _ASSUMED = (
 )
 
 
-def errors_section(found: ErrorsOfJudges | None, thresholds: tuple[float, float]) -> Section | None:
+def errors_section(
+    found: ErrorsOfJudges | None, thresholds: tuple[float, float], *, audit_slice: bool = False
+) -> Section | None:
     """How often each judge is right, how far the judges err together, and how many independent ones they are worth.
 
     Args:
         thresholds: desirable from, undesirable to.
+        audit_slice: errors are those on the audit slice only (early exit).
     """
     if found is None or found.best is None:
         return None
@@ -26,6 +29,8 @@ def errors_section(found: ErrorsOfJudges | None, thresholds: tuple[float, float]
         f"A judge votes for a response with a score ≥ {thresholds[0]:g}, against it with one ≤ {thresholds[1]:g}; a "
         "score between is a class of its own."
     )
+    if audit_slice:
+        text += " Only the audit slice counts, which was judged in full."
     return Section("errors", "Judges' errors", errors_blocks(found, text))
 
 

@@ -22,7 +22,7 @@ What was not read stays unread: it is never replaced by a number (docs/architect
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -44,6 +44,20 @@ CUT_RULES = (
     "rule for a response that ended before its text was whole (limit of tokens, content filter): exclude it, let it be "
     "no more than undesirable, or keep it like any other"
 )
+
+
+#: Case of a decision → its label; the other cases have the name of their label.
+LABEL_OF = {"cut": "incomplete", "unread": "incomplete", "disagree": "abstain", "uncriticised": "incomplete"}
+
+
+class Cases(NamedTuple):
+    """What the formulas give for each row (NaN where they cannot be computed), and the one case that it is."""
+
+    mean: Floats
+    variance: Floats
+    penalty: Floats
+    final: Floats
+    cases: dict[str, Mask]
 
 
 class GateConfig(Settings):
@@ -103,48 +117,55 @@ def decide(
     refuse_repeats(ids, "candidates: candidate_id")
 
     scores, read = read_scores(verdicts, ids, judges)
-    mean, variance = mean_and_variance(scores)
+    flawed = np.zeros(len(ids))
     if config.use_critic:
         if critiques is None:
             raise ValueError("the gate has no critiques; run the critic stage, or set gate.use_critic to false")
-        flawed, critic_read = _flaws(critiques, ids)
-    else:
-        flawed, critic_read = np.zeros(len(ids)), np.ones(len(ids), dtype=bool)
+        flawed = _flaws(critiques, ids)
+    reasons = cut_reasons(candidates)
+    found = label_cases(scores, flawed, reasons != "", config)
+    case = np.select(list(found.cases.values()), range(len(found.cases)))
+    columns = {
+        "candidate_id": ids,
+        "prompt_id": one_array(candidates["prompt_id"]),
+        "mean_score": with_nulls(found.mean),
+        "score_variance": with_nulls(found.variance),
+        "penalty": with_nulls(found.penalty),
+        "final_score": with_nulls(found.final),
+        "label": pa.array([LABEL_OF.get(name, name) for name in found.cases]).take(pa.array(case)),
+        "why": _reasons(found, reasons, read, judges, config),
+    }
+    return pa.table([columns[name] for name in DECISIONS.names], schema=DECISIONS)
+
+
+def label_cases(scores: Floats, flawed: Floats, cut: Mask, config: GateConfig) -> Cases:
+    """The formulas of the gate, for each row.
+
+    Args:
+        scores: shape [rows, judges], NaN where unread.
+        flawed: p of each row, NaN where the critique was not read.
+        cut: whether the text of the candidate is not whole.
+    """
+    mean, variance = mean_and_variance(scores)
     penalty = config.alpha * flawed
     final = mean * (1.0 - penalty)
-
-    reasons = cut_reasons(candidates)
-    cut: Mask = reasons != "" if config.cut != "keep" else np.zeros(len(ids), dtype=bool)
+    cut = cut & (config.cut != "keep")
     barred = cut & (config.cut == "exclude")
-    complete: Mask = np.asarray(read.all(axis=1))
-    disagree = complete & (variance > config.tau) if config.use_variance else np.zeros(len(ids), dtype=bool)
-    scored = complete & ~disagree & critic_read
+    complete: Mask = ~np.asarray(np.isnan(scores).any(axis=1))
+    disagree = complete & (variance > config.tau) & config.use_variance
+    scored = complete & ~disagree & ~np.isnan(flawed)
     cases: dict[str, Mask] = {
         "cut": barred | (cut & scored & (final >= config.desirable_at)),
         "unread": ~complete,
         "disagree": disagree,
-        "uncriticised": complete & ~disagree & ~critic_read,
+        "uncriticised": complete & ~disagree & np.isnan(flawed),
         "desirable": scored & (final >= config.desirable_at),
         "undesirable": scored & (final <= config.undesirable_at),
         "discard": scored & (final < config.desirable_at) & (final > config.undesirable_at),
     }
-    labels = {"cut": "incomplete", "unread": "incomplete", "disagree": "abstain", "uncriticised": "incomplete"}
     for name in list(cases)[1:]:
         cases[name] = cases[name] & ~cases["cut"]
-    case = np.select(list(cases.values()), range(len(cases)))
-    label = pa.array([labels.get(name, name) for name in cases]).take(pa.array(case))
-
-    columns = {
-        "candidate_id": ids,
-        "prompt_id": one_array(candidates["prompt_id"]),
-        "mean_score": with_nulls(mean),
-        "score_variance": with_nulls(variance),
-        "penalty": with_nulls(penalty),
-        "final_score": with_nulls(final),
-        "label": label,
-        "why": _reasons(cases, reasons, read, variance, final, judges, config),
-    }
-    return pa.table([columns[name] for name in DECISIONS.names], schema=DECISIONS)
+    return Cases(mean, variance, penalty, final, cases)
 
 
 def cut_reasons(candidates: pa.Table) -> NDArray[Any]:
@@ -203,13 +224,13 @@ def read_scores(verdicts: pa.Table, ids: pa.Array, judges: list[str]) -> tuple[F
     return scores, ~np.isnan(scores)
 
 
-def _flaws(critiques: pa.Table, ids: pa.Array) -> tuple[Floats, Mask]:
-    """p (0.0 or 1.0, NaN where unread) of each candidate, and where it was read."""
+def _flaws(critiques: pa.Table, ids: pa.Array) -> Floats:
+    """p (0.0 or 1.0, NaN where unread) of each candidate."""
     row = rows_of(critiques["candidate_id"], ids, "critiques: candidate", "candidates")
     refuse_repeats(one_array(critiques["candidate_id"]), "critiques: candidate")
     flawed = np.full(len(ids), np.nan)
     flawed[row] = _read_values(critiques, "flawed")
-    return flawed, ~np.isnan(flawed)
+    return flawed
 
 
 def _read_values(table: pa.Table, column: str) -> Floats:
@@ -228,22 +249,14 @@ def with_nulls(values: Floats) -> pa.Array:
     return pa.array(values, mask=np.isnan(values))
 
 
-def _reasons(
-    cases: dict[str, Mask],
-    reasons: NDArray[Any],
-    read: Mask,
-    variance: Floats,
-    final: Floats,
-    judges: list[str],
-    config: GateConfig,
-) -> pa.Array:
+def _reasons(found: Cases, reasons: NDArray[Any], read: Mask, judges: list[str], config: GateConfig) -> pa.Array:
     """`why` of each row. Text is made once for each distinct value, not for each row."""
-    low, high = config.undesirable_at, config.desirable_at
+    low, high, final = config.undesirable_at, config.desirable_at, found.final
     missing = (~read) @ (1 << np.arange(len(judges), dtype=np.int64))  # one bit for each unread judge
     words: dict[str, tuple[NDArray[Any], Callable[..., Any]]] = {
         "cut": (reasons, cut_text),
         "unread": (missing, lambda bits: "unread: " + ", ".join(j for i, j in enumerate(judges) if int(bits) >> i & 1)),
-        "disagree": (variance, lambda v: f"variance {_shown(v, config.tau)} > {config.tau:g}"),
+        "disagree": (found.variance, lambda v: f"variance {_shown(v, config.tau)} > {config.tau:g}"),
         "uncriticised": (missing, lambda _: "critique unread"),
         "desirable": (final, lambda f: f"final {_shown(f, high)} ≥ {high:g}"),
         "undesirable": (final, lambda f: f"final {_shown(f, low)} ≤ {low:g}"),
@@ -251,7 +264,7 @@ def _reasons(
     }
     texts: list[str] = []
     place = np.zeros(len(read), dtype=np.int64)
-    for name, mask in cases.items():
+    for name, mask in found.cases.items():
         values, text = words[name]
         distinct, which = np.unique(values[mask], return_inverse=True)
         place[mask] = which + len(texts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -56,6 +56,7 @@ def judge_errors(
     *,
     desirable_from: float = 7.0,
     undesirable_to: float = 4.0,
+    only: Callable[[str], bool] | None = None,
 ) -> ErrorsOfJudges | None:
     """Errors of all judges of the stages' verdicts; None without verdicts, or with a single judge and no checker.
 
@@ -63,6 +64,7 @@ def judge_errors(
         results: stages that are done; read are tables of the roles prompts, candidates and verdicts.
         checker: reference to the checker; see `checker_of`.
         without: judges that are left out.
+        only: of a candidate_id, whether it counts; default: all of them.
 
     Raises:
         ExtensionError: no such checker.
@@ -78,7 +80,7 @@ def judge_errors(
     candidates = sum(sum(result.rows.values()) for result in parts["candidates"])
     share = 0.0 if decide is None else min(1.0, MOST_CHECKED / max(1, candidates))
     bounds = (undesirable_to, desirable_from)
-    counts = total(_shards(parts, judges, bounds, decide, share), len(judges))
+    counts = total(_shards(parts, judges, bounds, decide, share, only), len(judges))
     found = ErrorsOfJudges(errors_against_truth(judges, counts), estimated_errors(judges, counts), share)
     return None if found.best is None else found
 
@@ -89,10 +91,14 @@ def _shards(
     bounds: tuple[float, float],
     decide: Check | None,
     share: float,
+    only: Callable[[str], bool] | None,
 ) -> Iterator[VoteCounts]:
     for shard in range(parts["candidates"][0].num_shards):
         texts = [] if decide is None else ["response"]
         candidates = _read(parts["candidates"], shard, ["candidate_id", "prompt_id", *texts])
+        if only is not None:
+            mine = [only(name) for name in candidates["candidate_id"].to_pylist()]
+            candidates = candidates.filter(pa.array(mine, pa.bool_()))
         verdicts = _read(parts["verdicts"], shard, ["candidate_id", "judge", "score"])
         votes = votes_of(chunk(candidates["candidate_id"]), verdicts, judges, bounds)
         prompts = candidates["prompt_id"].to_pylist()

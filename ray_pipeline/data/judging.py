@@ -1,4 +1,5 @@
-"""Judges: every rubric judge scores every candidate; all judgements of a candidate run together on one replica.
+"""Judges: every rubric judge scores every candidate; all judgements of a candidate run together on one replica, or with
+`judge.early_exit` one after another until the rest cannot matter (`data/early_exit.py`).
 
 Judges whose verdicts are in a user's file (`judge.source`) make no call: their rows are joined to the candidates.
 Judges that are programs (`judge.programs`) make none either.
@@ -7,15 +8,17 @@ Judges that are programs (`judge.programs`) make none either.
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator, Mapping
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from ray_pipeline.agents.judges import JudgeAsking, Rubric, SamplingSettings, columns_of, judge
+from ray_pipeline.agents.judges import JudgeAsking, Rubric, SamplingSettings, Verdict, columns_of, judge
 from ray_pipeline.agents.templates import ANY_FENCE, Layout, RoleTemplate, best_layout, part_lengths, transcript
 from ray_pipeline.config.settings import Settings, refuse_repeated
 from ray_pipeline.data.answers import Answer, answers_of, unanswered
+from ray_pipeline.data.early_exit import SKIPPED, EarlyExit, ExitRule, Panel, Scale
 from ray_pipeline.data.programs import ProgramJudge, programs
 from ray_pipeline.data.verdict_sources import VerdictSource, recorded_rows, response_key
 from ray_pipeline.engines.base import ChatEngine
@@ -50,6 +53,12 @@ class JudgeSettings(Settings):
     )
     sampling: SamplingSettings = SamplingSettings(temperature=0.0, max_tokens=512)
     asking: JudgeAsking = JudgeAsking()
+    early_exit: EarlyExit = Field(
+        "off",
+        description="labels: judges of a candidate are asked one by one, then the critic, and calls that no longer "
+        "can change its label are skipped (5 % of the candidates are judged in full); scores: only those that change "
+        "no training row either. Changed thresholds may need skipped calls. Only for `dmapo`",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -66,12 +75,22 @@ class JudgeSettings(Settings):
         if not self.names:
             raise ValueError("no judges: set judge.rubrics, judge.programs or judge.source")
         refuse_repeated(self.names, "judges")
-        rubrics = (*self.rubrics, *(program.rubric for program in self.programs), *self.recorded)
-        scales = sorted({(r.low, r.high) for r in rubrics})
+        scales = sorted(self._scales)
         if len(scales) > 1:
             shown = " and ".join(f"{low} to {high}" for low, high in scales)
             raise ValueError(f"judges score on different scales ({shown}), but the gate averages them; choose one")
         return self
+
+    @property
+    def _scales(self) -> set[Scale]:
+        rubrics = (*self.rubrics, *(program.rubric for program in self.programs), *self.recorded)
+        return {(r.low, r.high) for r in rubrics}
+
+    @property
+    def scale(self) -> Scale:
+        """Lowest and highest score of all judges."""
+        (scale,) = self._scales
+        return scale
 
     @property
     def recorded(self) -> tuple[Rubric, ...]:
@@ -112,20 +131,33 @@ class _Judging(Settings):
     layout: Layout | None
     sampling: SamplingSettings
     asking: JudgeAsking
+    exit_rule: ExitRule | None = None
 
 
 class _Judgement(NamedTuple):
+    """`panel`: of the answer, where its judges take turns."""
+
     prompt_id: str
     answer: Answer
     rubric: Rubric
     layout: Layout
+    panel: Panel | None
 
 
 def _judgements(shard: ShardTables, settings: _Judging) -> list[_Judgement]:
     """All judgements of an answer follow each other, so that they can share its part of the prompt."""
     layout: Layout = settings.layout or shard.facts["layout"]["layout"]
-    answers = answers_of(shard.tables["prompts"], *(shard.tables[role] for role in settings.answers))
-    return [_Judgement(answer.prompt_id, answer, rubric, layout) for answer in answers for rubric in settings.rubrics]
+    tables, rule = [shard.tables[role] for role in settings.answers], settings.exit_rule
+    panels: dict[str, Panel] = {}
+    if rule is not None:
+        for table in tables:
+            known = rule.candidates(table, shard.under("verdicts/"))
+            panels |= {name: Panel(rule, verdicts) for name, verdicts in known.items()}
+    return [
+        _Judgement(answer.prompt_id, answer, rubric, layout, panels.get(answer.id))
+        for answer in answers_of(shard.tables["prompts"], *tables)
+        for rubric in settings.rubrics
+    ]
 
 
 async def _judge(engine: ChatEngine, settings: _Judging, item: _Judgement) -> Outcome:
@@ -133,16 +165,22 @@ async def _judge(engine: ChatEngine, settings: _Judging, item: _Judgement) -> Ou
     ids = {"candidate_id": answer.id, "prompt_id": answer.prompt_id, "judge": rubric.name}
     if answer.missing is not None:
         return Outcome({"verdicts": [{**ids, "parse_status": answer.missing}]})
-    verdict = await judge(
-        engine,
-        answer.messages,
-        answer.response,
-        rubric,
-        settings.template,
-        settings.sampling,
-        settings.asking,
-        item.layout,
-    )
+    async with item.panel or contextlib.nullcontext():
+        if item.panel is not None and item.panel.settled:
+            verdict = Verdict(None, None, None, SKIPPED, None)
+        else:
+            verdict = await judge(
+                engine,
+                answer.messages,
+                answer.response,
+                rubric,
+                settings.template,
+                settings.sampling,
+                settings.asking,
+                item.layout,
+            )
+            if item.panel is not None:
+                item.panel.add(rubric.name, verdict.score)
     return Outcome(
         {"verdicts": [{**ids, **columns_of(verdict)}]}, reply_status(f"judge {rubric.name}", verdict.parse_status)
     )
@@ -166,6 +204,7 @@ def judges(
     name: str = "judge",
     group: str = "",
     holds: str = "",
+    exit_rule: ExitRule | None = None,
 ) -> list[Stage]:
     """One stage per judge model, one for all programs, and one for a source, each with the verdicts of its own judges,
     ordered by candidate and judge.
@@ -173,8 +212,14 @@ def judges(
     Args:
         answers: stages of candidates or responses by role; all of their rows are judged.
         holds: role of the verdicts, see `Stage.role`.
+        exit_rule: when a candidate's remaining judges are skipped; each model then waits for the verdicts before it.
     """
-    stages = []
+    free = []
+    if settings.programs:
+        free.append(programs(settings.programs, prompts, answers, f"{name}-programs", group or name, holds))
+    if settings.source is not None:
+        free.append(_recorded(settings.source, answers, group or name, holds))
+    stages: list[Stage] = []
     for key in settings.models:
         own, inputs = name if len(settings.models) == 1 else f"{name}-{key}", {"prompts": prompts, **answers}
         judging = _Judging.part_of(
@@ -183,15 +228,19 @@ def judges(
             rubrics=settings.on_model(key),
             template=template,
             layout=None if settings.layout == "auto" else settings.layout,
+            exit_rule=exit_rule,
         )
         if judging.layout is None:
             inputs["layout"] = _layout(f"{own}-layout", group or name, judging, models[key], inputs)
+        if exit_rule is not None:
+            inputs |= by_role([*free, *stages])
         stages.append(JUDGES.stage(own, judging, models[key], inputs, group=group or name, holds=holds))
-    if settings.programs:
-        stages.append(programs(settings.programs, prompts, answers, f"{name}-programs", group or name, holds))
-    if settings.source is not None:
-        stages.append(_recorded(settings.source, answers, group or name, holds))
-    return stages
+    return [*stages, *free]
+
+
+def by_role(verdicts: Sequence[Stage]) -> dict[str, Stage]:
+    """Stages of verdicts as inputs of another stage."""
+    return {f"verdicts/{stage.name}": stage for stage in verdicts}
 
 
 # --- verdicts of a file -----------------------------------------------------------------------------------------------

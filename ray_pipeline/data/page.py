@@ -142,6 +142,12 @@ def judges_section(
         f" Krippendorff's alpha (interval): {number(judging.alpha, 3)} over {number(judging.agreement_rows)} candidates"
         f"{of_slice}{undefined if judging.alpha is None else ''}."
     )
+    if audit_slice:
+        text += (
+            " Calls that could not change what the gate decides were skipped (judge.early_exit). Means and "
+            "variances of this page are of the verdicts that were made, a selected sample; the audit slice was judged "
+            "in full."
+        )
     return Section("judges", "Judges", [*blocks, Text(text)])
 
 

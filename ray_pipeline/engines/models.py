@@ -46,7 +46,12 @@ class Placement(Room):
     shards_in_flight: int = Field(
         3, ge=1, description="shards that an actor works on at once, so that its engine never drains"
     )
-    concurrency: int = Field(256, ge=1, description="calls in flight per actor")
+    concurrency: int | None = Field(
+        None,
+        ge=1,
+        description="calls in flight per actor; default: two batches of the engine (`max_num_seqs`), or as many as "
+        "`endpoint.concurrency`",
+    )
 
     @model_validator(mode="after")
     def _range(self) -> Placement:

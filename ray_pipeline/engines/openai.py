@@ -85,7 +85,7 @@ class OpenAIEngine:
 
     Attributes:
         notes: messages for the user, each once: the engine's log is not on the terminal.
-        concurrency: calls in progress; further ones wait.
+        concurrency: calls in progress; further ones wait. More are of no use (`useful_concurrency`).
     """
 
     def __init__(self, spec: OpenAISpec) -> None:
@@ -94,7 +94,7 @@ class OpenAIEngine:
         self.keeps_thoughts = spec.keeps_thoughts
         self._settings = spec.endpoint
         self._at = f"{spec.model!r} at {spec.endpoint.address}"
-        self.concurrency = spec.endpoint.concurrency
+        self.concurrency = self.useful_concurrency = spec.endpoint.concurrency
         self._slots = asyncio.Semaphore(self.concurrency)
         self._lifetime = Lifetime()
         self._ready = False

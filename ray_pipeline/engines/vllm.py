@@ -52,7 +52,7 @@ from ray_pipeline.engines.lifetime import Lifetime
 from ray_pipeline.engines.refusals import Refusals
 from ray_pipeline.engines.thoughts import answered
 from ray_pipeline.engines.vllm_adapters import LoadedAdapters
-from ray_pipeline.engines.vllm_arguments import engine_args
+from ray_pipeline.engines.vllm_arguments import engine_args, max_sequences
 from ray_pipeline.engines.vllm_processes import Reaper, child_environment, end_processes, prepare_environment
 from ray_pipeline.engines.vllm_replies import read_completion, sampling_params
 from ray_pipeline.engines.vllm_spec import SPEED_ONLY, VllmSpec, validate_engine_args
@@ -134,6 +134,11 @@ class VllmEngine:
             # Through JSON, so that an identity read back from a log compares equal.
             "args": json.loads(json.dumps(other, sort_keys=True, default=str)),
         }
+
+    @property
+    def useful_concurrency(self) -> int:
+        """Calls in flight with which the batch stays full: one batch in progress and one waiting."""
+        return 2 * max_sequences(self.spec, cpu=is_cpu_build())
 
     @property
     def loading(self) -> bool:
@@ -230,6 +235,7 @@ class VllmEngine:
         try:
             from vllm.engine.arg_utils import AsyncEngineArgs
             from vllm.platforms import current_platform
+            from vllm.usage.usage_lib import UsageContext
             from vllm.v1.engine.async_llm import AsyncLLM
         except ImportError as error:
             raise EngineStartError(
@@ -239,7 +245,13 @@ class VllmEngine:
         args = engine_args(self.spec, revision, cpu=current_platform.is_cpu(), adapters=self._adapters)
         with server.starts_cores():
             loggers = None if args["disable_log_stats"] else _stat_loggers()
-            self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**args), stat_loggers=loggers)
+            self._engine = AsyncLLM.from_engine_args(
+                AsyncEngineArgs(**args),
+                # Batch work: the sizes of `vllm.LLM` where the user sets none (1,024 sequences and 16,384 tokens a step
+                # on an H100 or H200). The context of AsyncLLM has no sizes of its own and gets 128 and 2,048.
+                usage_context=UsageContext.LLM_CLASS,
+                stat_loggers=loggers,
+            )
 
     def _own_template(self) -> str | None:
         """Text of the specification's template file, if it has one."""

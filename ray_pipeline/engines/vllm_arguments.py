@@ -12,6 +12,13 @@ from ray_pipeline.store.local import local_copy
 
 _CPU_CACHE_BYTES = 1 << 30  # of the KV cache; enough for half a million tokens of a pocket model
 _CPU_STEP_TOKENS = 8192  # prompt tokens of a step; vLLM's 2048 leave most slots of a batch empty
+_CPU_SEQUENCES = 256  # calls in one batch
+_GPU_SEQUENCES = 1024  # the most that vLLM chooses by itself (H100 and larger; 256 on other devices)
+
+
+def max_sequences(spec: VllmSpec, *, cpu: bool) -> int:
+    """Calls in one batch, as far as it is known before the engine starts: never too few by vLLM's defaults."""
+    return int(spec.args.get("max_num_seqs") or (_CPU_SEQUENCES if cpu else _GPU_SEQUENCES))
 
 
 def engine_args(spec: VllmSpec, revision: str | None, *, cpu: bool, adapters: Sequence[str] = ()) -> dict[str, Any]:
@@ -40,7 +47,7 @@ def engine_args(spec: VllmSpec, revision: str | None, *, cpu: bool, adapters: Se
         # Prefilling a prompt in chunks crashes the engine if its call has a seed ("CPU Generator does not use offset",
         # vLLM 0.29), so prompts are prefilled whole.
         args["enable_chunked_prefill"] = False
-        args["max_num_seqs"] = 256
+        args["max_num_seqs"] = _CPU_SEQUENCES
         if spec.max_model_len is not None:  # a step must hold the longest prompt; otherwise vLLM chooses
             args["max_num_batched_tokens"] = max(_CPU_STEP_TOKENS, spec.max_model_len)
         if not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):  # which would take precedence over the argument

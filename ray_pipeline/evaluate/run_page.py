@@ -42,7 +42,7 @@ def run_page(data: ReportData, metrics: RunMetrics, first_line: Headline, warnin
         labels,
         generators_section(metrics.generators, metrics.source_agreement),
         judges_section(judging, metrics.kappa_intervals, thresholds, audit_slice=slice_only) if judging else None,
-        errors_section(metrics.judge_errors, thresholds),
+        errors_section(metrics.judge_errors, thresholds, audit_slice=slice_only),
         critic_section(critic) if critic else None,
         people_section(metrics.people),
         datasets_section(data.dataset_counts or {}, data.dataset_guards or {}, data.kto_weights or {}, data.lengths),

@@ -14,6 +14,7 @@ from pydantic import Field
 from ray_pipeline.config.blocks import CallsBlock
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.checkers import CheckerKey, with_truth
+from ray_pipeline.data.early_exit import in_audit_slice
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.data.reviewed import HumanLabelsKey
 from ray_pipeline.engines.models import ModelSettings
@@ -49,6 +50,7 @@ class ReportSettings(Settings):
         stages: those that the workflow should have, so that missing ones are named; default: those of DMAPO. Without
             `train` among them, the report is about the data alone.
         models: role → name of the model, for reading.
+        audit_slice: calls were skipped (`judge.early_exit`), so that agreement is that of the audit slice.
     """
 
     run_name: str
@@ -66,6 +68,7 @@ class ReportSettings(Settings):
     no_error_rates: tuple[str, ...] = ()
     bootstrap_draws: int = 2000
     seed: int = 0
+    audit_slice: bool = False
 
 
 class _Given(Settings):
@@ -226,6 +229,10 @@ def report_data(
         responses = with_truth(responses, prompts, settings.checker)
     data, sourced, train, scored = (_one(by_name, role) for role in ("datasets", "prompts", "policy", "scores"))
     rows: Mapping[str, Any] = {} if data is None else data.facts
+    candidates = table_of(by_name, "candidates")
+    agreement_on = None
+    if settings.audit_slice and candidates is not None:
+        agreement_on = [name for name in candidates["candidate_id"].to_pylist() if in_audit_slice(name)]
     return ReportData(
         run=RunIdentity(
             name=settings.run_name,
@@ -237,7 +244,7 @@ def report_data(
         ),
         prompt_counts=None if sourced is None else sourced.facts.get("counts"),
         prompts=prompts,
-        candidates=table_of(by_name, "candidates"),
+        candidates=candidates,
         verdicts=table_of(by_name, "verdicts"),
         judge_errors=judge_errors(
             by_name,
@@ -245,9 +252,11 @@ def report_data(
             settings.no_error_rates,
             desirable_from=settings.gate.desirable_at,
             undesirable_to=settings.gate.undesirable_at,
+            only=in_audit_slice if settings.audit_slice else None,
         ),
         critiques=table_of(by_name, "critiques"),
         decisions=table_of(by_name, "decisions"),
+        agreement_on=agreement_on,
         dataset_counts=rows.get("rows"),
         dataset_guards=rows.get("dropped"),
         kto_weights=rows.get("kto_weights"),

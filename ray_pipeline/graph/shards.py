@@ -44,6 +44,8 @@ logger = logging.getLogger("quorum.shards")
 
 #: Replies that are counted before they are reported to the board.
 _REPLIES_AT_ONCE = 100
+#: Calls in flight, where neither the user nor the engine says how many.
+_CONCURRENCY = 256
 #: What ends the whole stage; any other error is of one shard.
 _STOPS = (StageStop, EngineStop, CallNotLogged)
 
@@ -75,8 +77,8 @@ class EngineHost:
         self._making_seconds = time.monotonic() - self._billed
         self._start_reported = 0.0
         # A call that waits inside the engine could not be held back when the stage stops.
-        concurrency = min(first.placement.concurrency, getattr(self._engine, "concurrency", math.inf))
-        self._limit = asyncio.Semaphore(int(concurrency))
+        concurrency = first.placement.concurrency or getattr(self._engine, "useful_concurrency", _CONCURRENCY)
+        self._limit = asyncio.Semaphore(int(min(concurrency, getattr(self._engine, "concurrency", math.inf))))
         root = Folder(tasks[0].session.calls_root)
         self._storage = LogStorage(self._engine, root, first.placement.shards_in_flight)
         self._open: dict[LoggedEngine, tuple[StageTask, int]] = {}

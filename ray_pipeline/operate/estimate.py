@@ -203,11 +203,12 @@ def _nothing(*given: Any) -> None:
 
 
 def _asked_once(settings: Any) -> Any:
-    """Settings under which every reply takes its form and none is asked for again."""
+    """Settings under which every reply takes its form, none is asked for again, and none is skipped."""
     if not isinstance(settings, Settings):
         return settings
     fields = type(settings).model_fields
-    changes: dict[str, Any] = {name: value for name, value in (("grammar", True), ("retries", 0)) if name in fields}
+    settled = (("grammar", True), ("retries", 0), ("exit_rule", None))
+    changes: dict[str, Any] = {name: value for name, value in settled if name in fields}
     for name in fields:
         if isinstance(part := getattr(settings, name), Settings):
             changes[name] = _asked_once(part)

@@ -54,10 +54,23 @@ def last_lines(dag: Dag, results: Mapping[str, StageResult], folder: str, curren
             if (bad := bad_rows(result.facts.get("counts", {})))
         ]
         yield f"unread: {'; '.join(unread) or 'nothing'}"
+        yield from _skipped(results)
         yield f"used: {use_line(usage, currency)}"
     for page in pages:
         yield from _page(Folder(page.folder), Folder(folder))
     yield f"run folder: {folder}"
+
+
+def _skipped(results: Mapping[str, StageResult]) -> Iterator[str]:
+    """Verdicts without a call, where `judge.early_exit` left some out."""
+    found = []
+    for name, result in results.items():
+        counts = result.facts.get("counts", {})
+        skipped = sum(n for kind, n in counts.items() if kind.rsplit(".", 1)[-1] == "skipped" and isinstance(n, int))
+        if skipped:
+            found.append(f"{skipped:,} of {sum(result.rows.values()):,} rows of {name}")
+    if found:
+        yield f"skipped: {'; '.join(found)} (judge.early_exit: their calls could not matter)"
 
 
 def use_line(usage: Usage, currency: str) -> str:

@@ -100,6 +100,8 @@ def plan(config: RunConfig, dag: Dag, rates: Rates, count: Callable[[str, ModelS
         stages.append(planned)
     if not stages:
         notes.append(f"no stage of {dag.name} calls a model in this configuration")
+    if exits := [stage.name for stage in calling if getattr(stage.work.settings, "exit_rule", None) is not None]:
+        notes.append(f"calls of {', '.join(exits)} are upper bounds: judge.early_exit skips those that cannot matter")
     if any(stage.bound for stage in stages):
         notes.append(
             "tokens marked ≤ are upper bounds: replies of max_tokens, which later prompts show at "

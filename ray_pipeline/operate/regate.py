@@ -28,7 +28,7 @@ from ray_pipeline.graph.driver import execute
 from ray_pipeline.graph.heartbeat import BEAT_SECONDS
 from ray_pipeline.graph.in_process import InProcessExecutor
 from ray_pipeline.graph.results import Run, of_role, stored_stages
-from ray_pipeline.graph.stage import Dag, ShardInput, ShardWork, Stage, StageStop
+from ray_pipeline.graph.stage import Dag, ShardInput, ShardOutput, ShardWork, Stage, StageStop
 from ray_pipeline.operate.run_settings import run_settings
 from ray_pipeline.store.errors import StoreError
 from ray_pipeline.store.schemas import KTO, LABELS, VERDICTS
@@ -74,12 +74,18 @@ class Side:
 
 @dataclasses.dataclass
 class Preview:
-    """Old thresholds against new ones on the same scores. `moved` is (old label, new label) → candidates."""
+    """Old thresholds against new ones on the same scores.
+
+    Attributes:
+        moved: (old label, new label) → candidates.
+        skipped: candidates whose new label depends on calls that `judge.early_exit` skipped; they are incomplete.
+    """
 
     candidates: int
     old: Side
     new: Side
     moved: dict[tuple[str, str], int]
+    skipped: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,9 +190,10 @@ def _preview(run: Run, rules: Rules) -> Preview:
     sides = [Side(dict.fromkeys(LABELS, 0), 0, None) for _ in datasets]
     rows = [[KTO.empty_table().select(_ROW)] for _ in datasets]
     moved: collections.Counter[tuple[str, str]] = collections.Counter()
-    candidates = 0
-    for shard, (ids, *decided) in enumerate(_decisions(run, rules)):
+    candidates = skipped = 0
+    for shard, (ids, lacking, *decided) in enumerate(_decisions(run, rules)):
         candidates += len(ids)
+        skipped += lacking
         labels = []
         for side, decisions, dataset, encode, kept in zip(sides, decided, datasets, encoders, rows, strict=True):
             for label, number in label_counts(decisions).items():
@@ -198,7 +205,7 @@ def _preview(run: Run, rules: Rules) -> Preview:
         moved.update(tuple(of.get(name, _UNUSED) for of in labels) for name in ids.to_pylist())
     for side, dataset, encode, kept in zip(sides, datasets, encoders, rows, strict=True):
         side.classes = None if encode is None else _classes(pa.concat_tables(kept), dataset.max_prompts)
-    return Preview(candidates, sides[0], sides[1], dict(moved))
+    return Preview(candidates, sides[0], sides[1], dict(moved), skipped)
 
 
 def _encoder(dataset: ScoredDataset) -> Encode | None:
@@ -228,8 +235,8 @@ def _classes(rows: pa.Table, max_prompts: int | None) -> tuple[int, int]:
     return desirable, len(labels) - desirable
 
 
-def _decisions(run: Run, rules: Rules) -> Iterator[tuple[pa.ChunkedArray, pa.Table, pa.Table]]:
-    """Of each shard: the candidates' ids, the old decisions, and the new ones."""
+def _decisions(run: Run, rules: Rules) -> Iterator[tuple[pa.ChunkedArray, int, pa.Table, pa.Table]]:
+    """Of each shard: candidates' ids, how many new decisions lack skipped calls, the old decisions, the new ones."""
     stages = [rules.sources.decide(dataset) for dataset in (rules.before, rules.after)]
     inputs = {role: parent.name for stage in stages for role, parent in stage.inputs.items()}
     for shard in range(run.num_shards):
@@ -237,14 +244,15 @@ def _decisions(run: Run, rules: Rules) -> Iterator[tuple[pa.ChunkedArray, pa.Tab
             role: run.results[name].table().read(shard, _COLUMNS[role.split("/")[0]]) for role, name in inputs.items()
         }
         old, new = (_decide(stage, tables, shard, run.num_shards) for stage in stages)
-        yield tables["candidates"]["candidate_id"], old, new
+        lacking = new.counts.get("depends_on_skipped", 0)
+        yield tables["candidates"]["candidate_id"], lacking, old.tables["decisions"], new.tables["decisions"]
 
 
-def _decide(stage: Stage, tables: Mapping[str, pa.Table], shard: int, num_shards: int) -> pa.Table:
+def _decide(stage: Stage, tables: Mapping[str, pa.Table], shard: int, num_shards: int) -> ShardOutput:
     assert isinstance(stage.work, ShardWork)
     read = {role: tables[role] for role in stage.inputs}
     given = ShardInput(shard, num_shards, read, {}, None, stage.work.settings, _nothing, _nothing)
-    return decide_shard(given).tables["decisions"]
+    return decide_shard(given)
 
 
 def _nothing(*given: Any) -> None:
@@ -287,6 +295,11 @@ def _lines(found: Preview) -> list[str]:
     lines.append(f"{'KTO weights':<24}{_weights(old):>10}{_weights(new):>10}")
     changed = sorted(((n, a, b) for (a, b), n in found.moved.items() if a != b), reverse=True)
     lines += ["", *(f"{n} candidates {a} → {b}" for n, a, b in changed)] if changed else ["", "no label changes"]
+    if found.skipped:
+        lines.append(
+            f"{found.skipped} candidates are incomplete because their label depends on calls that judge.early_exit "
+            "skipped; `quorum run` with the same overrides makes these calls alone"
+        )
     return [line.rstrip() for line in lines]
 
 
@@ -310,11 +323,17 @@ def write(given: Regate, console: Console | None = None, beat_seconds: float = B
     waits, because the next run remakes it.
 
     Raises:
+        ConfigError: other calls are skipped under the new thresholds of the gate.
         RunBusy: the run is active.
         StageStop, ModelNotFound: a stage failed; the policy's tokenizer, which limits are counted with, is not here.
     """
     run, stages = given.run, list[Stage]()
     for rules in given.datasets.values():
+        if rules.after.scale is not None and rules.after.gate != rules.before.gate:
+            raise ConfigError(
+                "judge.early_exit skipped calls by the thresholds of the gate, so other thresholds may need them; "
+                "`quorum run` with the same overrides makes the missing calls alone and repeats none"
+            )
         sources, decisions = rules.sources, rules.sources.decide(rules.after)
         stages += rules.after.write(sources.prompts, sources.candidates, sources.verdicts, decisions)
     settings = run_settings(

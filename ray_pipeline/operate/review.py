@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from ray_pipeline.data.early_exit import in_audit_slice
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.evaluate.excerpts import as_text
 from ray_pipeline.graph.results import Run, of_role
@@ -42,7 +43,7 @@ def review(run: Run, gate: GateConfig, out: Path, rows: int = 100) -> dict[str, 
     made = of_role(run.results, "decisions")
     if not made:
         raise StoreError(f"{run.folder.location}: the gate is not done, so there is nothing to review; run it first")
-    chosen = _chosen(made[0].table().scan(), gate, rows)
+    chosen = _chosen(made[0].table().scan(), gate, rows, bool(run.page.get("audit_slice")))
     found = list(_with_texts(run, chosen))
     name = f"labels-{run.name}.jsonl"
     about = {"key": f"quorum review {made[0].fingerprint}", "file": name}
@@ -58,8 +59,12 @@ def review(run: Run, gate: GateConfig, out: Path, rows: int = 100) -> dict[str, 
     return {reason: sum(row["chosen_as"] == reason for row in found) for reason in dict.fromkeys(chosen.values())}
 
 
-def _chosen(shards: Iterator[Any], gate: GateConfig, rows: int) -> dict[str, Reason]:
-    """Candidates and why each is chosen: a fifth by chance, and equal parts of those in doubt, most doubtful first."""
+def _chosen(shards: Iterator[Any], gate: GateConfig, rows: int, audit_slice: bool) -> dict[str, Reason]:
+    """Candidates and why each is chosen: a fifth by chance, and equal parts of those in doubt, most doubtful first.
+
+    Args:
+        audit_slice: calls were skipped (`judge.early_exit`), so that only the audit slice stands for the run.
+    """
     columns = ["candidate_id", "final_score", "score_variance", "label"]
     decisions = [row for shard in shards for row in shard.select(columns).to_pylist() if row["final_score"] is not None]
     by_hash = sorted(decisions, key=lambda row: (unit_hash("review", 0, row["candidate_id"]), row["candidate_id"]))
@@ -75,7 +80,8 @@ def _chosen(shards: Iterator[Any], gate: GateConfig, rows: int) -> dict[str, Rea
     }
     # sorted() is stable, so candidates in equal doubt come in the order of their hashes.
     ranked = {reason: sorted(filter(fits, by_hash), key=doubt) for reason, (fits, doubt) in doubts.items()}
-    chosen: dict[str, Reason] = {row["candidate_id"]: "chance" for row in by_hash[: round(rows * _CHANCE)]}
+    whole = [row for row in by_hash if not audit_slice or in_audit_slice(row["candidate_id"])]
+    chosen: dict[str, Reason] = {row["candidate_id"]: "chance" for row in whole[: round(rows * _CHANCE)]}
     queues: dict[Reason, Iterator[dict[str, Any]]] = {reason: iter(queue) for reason, queue in ranked.items()}
     while queues and len(chosen) < rows:
         for reason in list(queues):

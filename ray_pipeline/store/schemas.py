@@ -21,7 +21,7 @@ MESSAGE = pa.struct([pa.field("role", pa.string(), nullable=False), pa.field("co
 MESSAGES = pa.list_(pa.field("element", MESSAGE, nullable=False))
 
 #: Outcomes of parsing a reply. Only `ok` and `repaired` have a value; no other is ever turned into a number.
-#: `missing`: the user's file has no verdict of this judge.
+#: `missing`: the user's file has no verdict of this judge. `skipped`: `judge.early_exit` made no call.
 PARSE_STATUSES = ("ok", "repaired", "unparsed", "truncated", "too_long", "skipped", "error", "missing")
 READ_STATUSES = ("ok", "repaired")
 
@@ -119,8 +119,9 @@ DECISIONS = _schema(
 #: Scores of a dataset row: a judge's name and its score.
 SCORES = pa.list_(pa.field("element", pa.struct([("judge", _S), ("score", _F)])))
 
-# Training rows. Scores are null in rows of imported datasets without scores. `copies` is the number of equal answers or
-# pairs of a prompt that the row stands for; null in rows of earlier versions. Models are those of the candidates.
+# Training rows. Scores are null in rows of imported datasets without scores, and in part missing where calls were
+# skipped (`judge.early_exit: labels`). `copies` is the number of equal answers or pairs of a prompt that the row stands
+# for; null in rows of earlier versions. Models are those of the candidates.
 KTO = _schema(
     ("candidate_id", _S),
     ("prompt_id", _S),

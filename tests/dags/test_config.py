@@ -403,6 +403,7 @@ OTHER: dict[str, Any] = {
     "prompts.num_shards": 32,
     "prompts.max_prompts": 5,
     "judge.rubrics": [{"name": "helpfulness"}],
+    "judge.early_exit": "scores",  # labels makes no dpo rows
     "judge.programs": [{"name": "program", "checker": "pocket"}],
     "datasets.kinds": ["kto"],
     "train.lora.target_modules": ["q_proj"],

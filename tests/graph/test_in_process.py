@@ -109,7 +109,7 @@ class World:
 class Engine(ScriptedEngine):
     """Dies with its first call as often as its world wants."""
 
-    concurrency = 2
+    useful_concurrency = 2  # calls in flight where the placement sets none
 
     def __init__(self, world: World) -> None:
         super().__init__(echo, delay=world.delay)
