@@ -20,7 +20,7 @@ from ray_pipeline.config.starters import Starter
 from ray_pipeline.engines.models import ModelUse
 from ray_pipeline.extensions import register
 from ray_pipeline.graph.stage import Dag
-from ray_pipeline.workflow.config import RunConfig
+from ray_pipeline.workflow.config import RunConfig, judge_uses
 from ray_pipeline.workflow.registry import Workflow
 
 
@@ -33,17 +33,13 @@ class AgreementConfig(RunConfig):
     ask: AskSettings = AskSettings()
 
     def uses(self) -> Sequence[ModelUse]:
-        ask, speech = self.ask, self.ask.debate.speech
-        uses = []
-        for block, judges in (("judges", ask.judges), ("debaters", ask.debaters)):
-            for j in judges:
-                key = f"ask.{block}.{j.name}"
-                uses.append(ModelUse(f"{key}.model", j.model, "judge", "ask.sampling", ask.sampling.extra))
-                if j.sampling:
-                    uses.append(ModelUse(f"{key}.model", j.model, "judge", f"{key}.sampling", j.sampling.extra))
-                if block == "debaters":
-                    uses.append(ModelUse(f"{key}.model", j.model, "judge", "ask.debate.speech", speech.extra))
-        return uses
+        ask = self.ask
+        asked = {"ask.sampling": ask.sampling}
+        speaking = {**asked, "ask.debate.speech": ask.debate.speech}
+        return [
+            *(use for j in ask.judges for use in judge_uses(f"ask.judges.{j.name}", j.model, asked, j.sampling)),
+            *(use for j in ask.debaters for use in judge_uses(f"ask.debaters.{j.name}", j.model, speaking, j.sampling)),
+        ]
 
     @property
     def num_shards(self) -> int:

@@ -8,7 +8,8 @@ With `train: null` only the data is made, and the report is about it: … → ga
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -17,7 +18,6 @@ from ray_pipeline.audit.run import Audit, audit_gated
 from ray_pipeline.bench.report import BenchmarksPage, MeasuredModel, judging_model
 from ray_pipeline.bench.settings import BenchmarksSettings
 from ray_pipeline.bench.stages import Answering, benchmark_stages
-from ray_pipeline.config.settings import Settings
 from ray_pipeline.config.starters import Starter
 from ray_pipeline.data.candidate_sources import CandidatePrompts
 from ray_pipeline.data.candidates import CandidateSettings
@@ -140,9 +140,6 @@ class DmapoConfig(TrainingConfig):
             stages=("prompts", "candidates", "judge", *critic, "gate", "datasets", *trained),
         )
 
-    def page(self) -> Settings:
-        return self.report()
-
     def benchmarks_page(self) -> BenchmarksPage:
         """The facts of the public benchmarks' page that are in no table."""
         assert self.benchmarks is not None
@@ -174,13 +171,9 @@ def dmapo(config: DmapoConfig, run_folder: str) -> Dag:
     _, datasets = dataset.write(prompts, candidates, verdicts, decisions)
     stages = [prompts, candidates, *verdicts, *([critiques] if critiques else []), decisions, datasets]
     if config.train is not None:
-        policy = train_stage(config.train, config.base, config.datasets.max_length, datasets)
-        evaluated = evaluation(config, run_folder, prompts, policy, config.judge.live)
-        trained = [policy, *evaluated, *_benchmarks(config, run_folder, policy)]
-        if config.evaluate.skip_generation:
-            trained = stored(trained, run_folder, config.num_shards)
-        stages += trained
-    return Dag("dmapo", [*stages, config.report_stage(config.report(), stages)])
+        benchmarks = functools.partial(_benchmarks, config, run_folder)
+        stages += trained(config, run_folder, prompts, datasets, config.judge.live, benchmarks)
+    return Dag("dmapo", [*stages, config.report_stage(stages)])
 
 
 def scored(config: DmapoConfig) -> list[ScoredDataset]:
@@ -202,25 +195,35 @@ def scored(config: DmapoConfig) -> list[ScoredDataset]:
     ]
 
 
-def evaluation(
-    config: TrainingConfig, run_folder: str, prompts: Stage, policy: Stage, judge: JudgeSettings | None
+def trained(
+    config: TrainingConfig,
+    run_folder: str,
+    prompts: Stage,
+    datasets: Stage,
+    judge: JudgeSettings | None,
+    more: Callable[[Stage], list[Stage]] = lambda policy: [],
 ) -> list[Stage]:
-    """Responses of base and policy to held-out prompts; one judge compares them in both orders, rubric judges score."""
+    """The policy, and responses of base and policy to held-out prompts; one judge compares them in both orders, rubric
+    judges score. With `evaluate.skip_generation`, as they are stored.
+
+    Args:
+        more: further stages, by that of the policy.
+    """
     assert config.train is not None
     texts, models, base = config.templates(), config.models, config.base
-    trained = base.trained(stage_folder(run_folder, policy).location, config.train.save)
+    policy = train_stage(config.train, base, config.datasets.max_length, datasets)
+    after_training = base.trained(stage_folder(run_folder, policy).location, config.train.save)
     before = responses_stage("base", config.evaluate, base, prompts)
-    after = responses_stage("policy", config.evaluate, trained, prompts, policy)
+    after = responses_stage("policy", config.evaluate, after_training, prompts, policy)
     compared = comparisons_stage(
         config.evaluate, models[config.evaluate.judge], texts.pairwise, prompts, before, {"policy": after}
     )
-    if judge is None:
-        return [before, after, compared]
-    both = {"base": before, "policy": after}
-    return [
-        *(before, after, compared),
-        *judge_stages(judge, models, texts.judge, prompts, both, "score-responses", "evaluate", "response verdicts"),
-    ]
+    stages = [policy, before, after, compared]
+    if judge is not None:
+        rest = {"base": before, "policy": after}, "score-responses", "evaluate", "response verdicts"
+        stages += judge_stages(judge, models, texts.judge, prompts, *rest)
+    stages += more(policy)
+    return stored(stages, run_folder, config.num_shards) if config.evaluate.skip_generation else stages
 
 
 def _benchmarks(config: DmapoConfig, run_folder: str, policy: Stage) -> list[Stage]:

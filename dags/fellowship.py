@@ -17,11 +17,10 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import Field, model_validator
 
-from dags.dmapo import evaluation
+from dags.dmapo import trained
 from ray_pipeline.audit.run import Audit, audit_picks
 from ray_pipeline.config.blocks import RunBlock
 from ray_pipeline.config.messages import ConfigError
-from ray_pipeline.config.settings import Settings
 from ray_pipeline.config.starters import Starter
 from ray_pipeline.data.card import Provenance
 from ray_pipeline.data.dataset_rows import DatasetsConfig
@@ -38,10 +37,10 @@ from ray_pipeline.feedback.loop import LoopSettings, feedback_stages
 from ray_pipeline.feedback.page import LoopPage, loop_page, rewrite_page
 from ray_pipeline.feedback.select import SelectSettings, ranks, select
 from ray_pipeline.graph.results import Run
-from ray_pipeline.graph.resume import stored
 from ray_pipeline.graph.stage import Dag, Stage
 from ray_pipeline.policy.train import train as train_stage
 from ray_pipeline.training.spec import POLICIES, TrainSettings
+from ray_pipeline.workflow.config import judge_uses
 from ray_pipeline.workflow.registry import Workflow
 from ray_pipeline.workflow.training import TrainingConfig, rubric_models, rubric_uses
 
@@ -69,20 +68,13 @@ class FellowshipConfig(TrainingConfig):
         loop, select, improve = self.loop, self.select, self.improve
         uses = [ModelUse("loop.generator", loop.generator, "generate", "loop.sampling", loop.sampling.extra)]
         for r in loop.reviewers:
-            key = f"loop.reviewers.{r.name}"
-            uses.append(ModelUse(f"{key}.model", r.model, "judge", "loop.reviewing", loop.reviewing.extra))
-            if r.sampling:
-                uses.append(ModelUse(f"{key}.model", r.model, "judge", f"{key}.sampling", r.sampling.extra))
-            if improve is not None:
-                uses.append(ModelUse(f"{key}.model", r.model, "judge", "improve.reviewing", improve.reviewing.extra))
+            asked = {"loop.reviewing": loop.reviewing}
+            asked |= {} if improve is None else {"improve.reviewing": improve.reviewing}
+            uses += judge_uses(f"loop.reviewers.{r.name}", r.model, asked, r.sampling)
         for j in select.judges:
-            key = f"select.judges.{j.name}"
-            uses.append(ModelUse(f"{key}.model", j.model, "judge", "select.sampling", select.sampling.extra))
-            if j.sampling:
-                uses.append(ModelUse(f"{key}.model", j.model, "judge", f"{key}.sampling", j.sampling.extra))
-            if select.debate is not None:
-                speech = select.debate.speech
-                uses.append(ModelUse(f"{key}.model", j.model, "judge", "select.debate.speech", speech.extra))
+            asked = {"select.sampling": select.sampling}
+            asked |= {} if select.debate is None else {"select.debate.speech": select.debate.speech}
+            uses += judge_uses(f"select.judges.{j.name}", j.model, asked, j.sampling)
         if improve is not None:
             uses.append(
                 ModelUse("loop.generator", loop.generator, "generate", "improve.sampling", improve.sampling.extra)
@@ -167,9 +159,6 @@ class FellowshipConfig(TrainingConfig):
         stages = [stage for stage in REPORTED if self.train or stage not in ("train", "evaluate")]
         return self.report_of(judging, workflow="fellowship", stages=stages, no_error_rates=unscored)
 
-    def page(self) -> Settings:
-        return self.report()
-
     def origin(self, what: str = "Best of the responses") -> Provenance:
         """How the preferences were made, for the dataset cards."""
         judged = ", ".join(self.judges)
@@ -203,15 +192,10 @@ def fellowship(config: FellowshipConfig, run_folder: str) -> Dag:
         [prompts, *generated, *reviews, candidates, *verdicts, decisions],
     )
     curated = [prompts, candidates, *verdicts, decisions, datasets]
-    trained: list[Stage] = []
-    if config.train is not None:
-        policy = train_stage(config.train, config.base, limits.max_length, datasets)
-        trained = [policy, *evaluation(config, run_folder, prompts, policy, config.judge)]
-        if config.evaluate.skip_generation:
-            trained = stored(trained, run_folder, config.num_shards)
-    report = config.report_stage(config.report(), [*curated, *trained])
+    policy = [] if config.train is None else trained(config, run_folder, prompts, datasets, config.judge)
+    report = config.report_stage([*curated, *policy])
     improved = [] if config.improve is None else _improvement(config, prompts)
-    return Dag("fellowship", [*generated, *curated, page, *improved, *trained, report])
+    return Dag("fellowship", [*generated, *curated, page, *improved, *policy, report])
 
 
 def _judged(

@@ -11,11 +11,10 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from dags.dmapo import evaluation
+from dags.dmapo import trained
 from ray_pipeline.audit.imported import audit_imported
 from ray_pipeline.audit.run import Audit
 from ray_pipeline.config.blocks import RunBlock
-from ray_pipeline.config.settings import Settings
 from ray_pipeline.config.starters import Starter
 from ray_pipeline.data.card import Provenance
 from ray_pipeline.data.datasets import dataset_files
@@ -27,9 +26,7 @@ from ray_pipeline.data.sources import InputError
 from ray_pipeline.evaluate.stage import ReportSettings, write_report
 from ray_pipeline.extensions import register
 from ray_pipeline.graph.results import Run
-from ray_pipeline.graph.resume import stored
 from ray_pipeline.graph.stage import Dag
-from ray_pipeline.policy.train import train as train_stage
 from ray_pipeline.store.errors import StoreError
 from ray_pipeline.training.methods import method_of
 from ray_pipeline.training.spec import TrainSettings
@@ -95,9 +92,6 @@ class TrainConfig(TrainingConfig):
         """The facts of the report that are in no table."""
         return self.report_of({}, workflow="train", stages=("prompts", "datasets", "train", "evaluate"))
 
-    def page(self) -> Settings:
-        return self.report()
-
 
 def train(config: TrainConfig, run_folder: str) -> Dag:
     """Rows to policy to win rate; the evaluation loads the policy from `run_folder`."""
@@ -107,12 +101,8 @@ def train(config: TrainConfig, run_folder: str) -> Dag:
     )
     prompts = imported_prompts(rows, config.preferences.default_label)
     datasets = dataset_files(limits, None, (), rows, config.base, origin=config.origin)
-    policy = train_stage(config.train, config.base, limits.max_length, datasets)
-    trained = [policy, *evaluation(config, run_folder, prompts, policy, None)]
-    if config.evaluate.skip_generation:
-        trained = stored(trained, run_folder, config.num_shards)
-    stages = [rows, prompts, datasets, *trained]
-    return Dag("train", [*stages, config.report_stage(config.report(), stages)])
+    stages = [rows, prompts, datasets, *trained(config, run_folder, prompts, datasets, None)]
+    return Dag("train", [*stages, config.report_stage(stages)])
 
 
 def audit(run: Run, config: TrainConfig) -> Audit:

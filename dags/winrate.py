@@ -27,7 +27,7 @@ from ray_pipeline.data.prompts import prompts as prompts_stage
 from ray_pipeline.engines.models import ModelUse
 from ray_pipeline.extensions import register
 from ray_pipeline.graph.stage import Dag
-from ray_pipeline.workflow.config import RunConfig
+from ray_pipeline.workflow.config import RunConfig, judge_uses
 from ray_pipeline.workflow.registry import Workflow
 
 
@@ -49,10 +49,7 @@ class WinrateConfig(RunConfig):
         uses = [ModelUse("live.judge.model", judge.model, "judge", "live.judge.sampling", judge.sampling.extra)]
         uses += [ModelUse(key, model, "generate", "live.loop.sampling", sampling.extra) for key, model in generators]
         for r in (r for c in live.compared for r in c.reviewers):
-            key = f"reviewers.{r.name}"
-            uses.append(ModelUse(f"{key}.model", r.model, "judge", "live.loop.reviewing", reviewing.extra))
-            if r.sampling:
-                uses.append(ModelUse(f"{key}.model", r.model, "judge", f"{key}.sampling", r.sampling.extra))
+            uses += judge_uses(f"reviewers.{r.name}", r.model, {"live.loop.reviewing": reviewing}, r.sampling)
         return uses
 
     @model_validator(mode="after")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, model_validator
@@ -17,10 +17,29 @@ from ray_pipeline.engines.identity import ModelNotFound
 from ray_pipeline.engines.models import ModelSettings, ModelUse, resolve_model
 from ray_pipeline.graph.failures import FailureSettings
 
+if TYPE_CHECKING:
+    from ray_pipeline.agents.judges import SamplingSettings
+
 ModelKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 #: Why a model cannot be at an endpoint, by its purpose.
 _WHY_HERE = {"train": "training needs local weights", "count tokens": "counting tokens needs a local tokenizer"}
+
+
+def judge_uses(
+    key: str, model: str, asked: Mapping[str, SamplingSettings], own: SamplingSettings | None
+) -> Iterator[ModelUse]:
+    """What a judge, debater or reviewer uses a model for.
+
+    Args:
+        key: of its block.
+        asked: the samplings that it shares with others, by their keys.
+        own: the sampling of its own block.
+    """
+    first, *more = asked.items()
+    samplings = [first, *([] if own is None else [(f"{key}.sampling", own)]), *more]
+    for where, sampling in samplings:
+        yield ModelUse(f"{key}.model", model, "judge", where, sampling.extra)
 
 
 class RunConfig(ConfigFile):

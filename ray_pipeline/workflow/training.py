@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
 from ray_pipeline.agents.templates import Templates, load_templates
 from ray_pipeline.config.messages import ConfigError
+from ray_pipeline.config.settings import Settings
 from ray_pipeline.constraints.official import CheckersMissing
 from ray_pipeline.data.checkers import check_checker, default_checker
 from ray_pipeline.data.dataset_rows import DatasetsConfig
@@ -24,7 +25,7 @@ from ray_pipeline.policy.comparisons import EvaluateSettings
 from ray_pipeline.store.keys import digest
 from ray_pipeline.training.methods import TrainingInputError, method_of, validate_trainer_args
 from ray_pipeline.training.spec import TrainSettings
-from ray_pipeline.workflow.config import RunConfig
+from ray_pipeline.workflow.config import RunConfig, judge_uses
 
 
 class TrainingConfig(RunConfig):
@@ -165,10 +166,19 @@ class TrainingConfig(RunConfig):
                 "evaluate.perplexity reads the held-out kto rows; add kto to datasets.kinds or set it to false"
             )
 
-    def report_stage(self, report: ReportSettings, stages: Sequence[Stage]) -> Stage:
+    if TYPE_CHECKING:
+
+        def report(self) -> ReportSettings:
+            """The facts of the report that are in no table."""
+            ...
+
+    def page(self) -> Settings:
+        return self.report()
+
+    def report_stage(self, stages: Sequence[Stage]) -> Stage:
         """The page of these stages."""
         base = None if self.train is None else self.base
-        return evaluate(self.evaluate, report, base, self.datasets.max_length, stages)
+        return evaluate(self.evaluate, self.report(), base, self.datasets.max_length, stages)
 
     def report_of(
         self, judging: Mapping[str, str], recorded: Mapping[str, str] | None = None, **fields: object
@@ -219,7 +229,5 @@ def recorded_judges(judge: JudgeSettings) -> dict[str, str]:
 def rubric_uses(judge: JudgeSettings) -> Iterator[ModelUse]:
     """The keys of the `judge` block that choose a model."""
     for rubric in judge.rubrics:
-        where, model = f"judge.rubrics.{rubric.name}", rubric.model or judge.model
-        yield ModelUse(f"{where}.model", model, "judge", "judge.sampling", judge.sampling.extra)
-        if rubric.sampling:
-            yield ModelUse(f"{where}.model", model, "judge", f"{where}.sampling", rubric.sampling.extra)
+        key, model = f"judge.rubrics.{rubric.name}", rubric.model or judge.model
+        yield from judge_uses(key, model, {"judge.sampling": judge.sampling}, rubric.sampling)
