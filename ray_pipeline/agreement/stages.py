@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,9 +25,8 @@ from ray_pipeline.graph.stage import BadInput, Stage, StageRef, StageResult, Who
 from ray_pipeline.stats.protocol import Protocol
 from ray_pipeline.store.errors import StoreError
 from ray_pipeline.store.files import Folder
-from ray_pipeline.store.keys import check_num_shards, digest, shard_of, unit_hash
+from ray_pipeline.store.keys import check_num_shards, digest, unit_hash
 from ray_pipeline.store.local import written_here
-from ray_pipeline.store.schemas import BALLOTS, ITEMS, to_table
 
 
 class AgreementData(Settings):
@@ -154,16 +154,9 @@ def make_items(given: WholeInput) -> dict[str, Any]:
     except InputError as error:
         raise BadInput(str(error)) from error
     ref = StageRef("items", given.fingerprint, given.folder.location, given.num_shards, ("items", "ballots"))
-    for kind, rows, schema, key in (
-        ("items", found.items, ITEMS, _item_key),
-        ("ballots", found.ballots, BALLOTS, _ballot_key),
-    ):
-        table = ref.table(kind)
-        shards: list[list[dict[str, Any]]] = [[] for _ in range(given.num_shards)]
-        for row in sorted(rows, key=key):
-            shards[shard_of(row["prompt_id"], given.num_shards)].append(row)
-        for shard, part in enumerate(shards):
-            table.write(shard, to_table(part, schema))
+    ref.table("items").write_rows(sorted(found.items, key=operator.itemgetter("item_id")))
+    of_an_item = operator.itemgetter("item_id", "strategy", "judge", "voice", "order")
+    ref.table("ballots").write_rows(sorted(found.ballots, key=of_an_item))
     judges = sorted({b["judge"] for b in found.ballots})
     strategies = sorted({b["strategy"] for b in found.ballots})
     given.log(
@@ -174,14 +167,6 @@ def make_items(given: WholeInput) -> dict[str, Any]:
     if unread:
         given.log("unread: " + ", ".join(f"{count} {why}" for why, count in unread.items()))
     return {"counts": {"items": len(found.items), "ballots": len(found.ballots)}, "judges": judges, "unread": unread}
-
-
-def _item_key(row: Mapping[str, Any]) -> tuple[str, ...]:
-    return (row["item_id"],)
-
-
-def _ballot_key(row: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(row[f] for f in ("item_id", "strategy", "judge", "voice", "order"))
 
 
 # --- reports ----------------------------------------------------------------------------------------------------------

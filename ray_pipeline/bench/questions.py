@@ -10,11 +10,9 @@ from typing import Any
 from ray_pipeline.bench.files import BenchmarkFileError, read_text, source_rows
 from ray_pipeline.bench.settings import BenchmarksSettings
 from ray_pipeline.engines.identity import text_digest
-from ray_pipeline.graph.asking import Row
 from ray_pipeline.graph.stage import BadInput, Stage, WholeInput, WholeWork
 from ray_pipeline.pocket.bench_files import is_pocket
-from ray_pipeline.store.keys import canonical_json, shard_of
-from ray_pipeline.store.schemas import BENCH_QUESTIONS, to_table
+from ray_pipeline.store.keys import canonical_json
 from ray_pipeline.store.tables import ShardedTable
 
 
@@ -57,12 +55,7 @@ def make_questions(given: WholeInput) -> dict[str, Any]:
         rows = known.settings.rows()
     except BenchmarkFileError as error:
         raise BadInput(str(error)) from error
-    table = ShardedTable(given.folder.location, "bench_questions", given.num_shards, given.fingerprint)
-    shards: list[list[Row]] = [[] for _ in range(given.num_shards)]
-    for row in rows:
-        shards[shard_of(row["prompt_id"], given.num_shards)].append(row)
-    for shard, part in enumerate(shards):
-        table.write(shard, to_table(part, BENCH_QUESTIONS))
+    ShardedTable(given.folder.location, "bench_questions", given.num_shards, given.fingerprint).write_rows(rows)
     counts = {name: sum(row["benchmark"] == name for row in rows) for name in known.settings.chosen}
     given.log(", ".join(f"{name} {n}" for name, n in counts.items()))
     return {"counts": counts}

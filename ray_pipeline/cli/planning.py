@@ -14,8 +14,8 @@ from ray_pipeline.cli.terminal import (
     RunArgument,
     RunDirOption,
     WorkflowArgument,
-    chosen_config,
     complain,
+    configured,
     end_if_failed,
     refused,
     say,
@@ -62,18 +62,14 @@ def plan(
     Example: `quorum plan dmapo -c configs/dmapo.yaml --probe --device-hour 2.5`, then
     `quorum run dmapo -c configs/dmapo.yaml --device-hour 2.5 --max-cost 400`.
     """
-    from ray_pipeline.config.loading import load_config
     from ray_pipeline.config.messages import ConfigError
     from ray_pipeline.operate import plan as planning
     from ray_pipeline.operate.prices import Rates, given_price, read_rates
     from ray_pipeline.store.files import Folder
-    from ray_pipeline.workflow.registry import find_workflow
     from ray_pipeline.workflow.training import TrainingConfig
 
     with refused():
-        chosen = find_workflow(workflow)
-        settings = load_config(chosen.config, chosen_config(chosen, config), overrides or [])
-        folder = settings.run_folder(run_dir)
+        chosen, settings, folder = configured(workflow, config, overrides, run_dir)
         known = read_rates(rates) if rates is not None else Rates()
         dag = chosen.wire(settings, folder)
         if probe:
@@ -115,16 +111,12 @@ def check(
 
     Example: `quorum check dmapo -c configs/endpoint.yaml`, or with --offline before the key is at hand.
     """
-    from ray_pipeline.config.loading import load_config
     from ray_pipeline.operate import check as checks
     from ray_pipeline.operate.pending import Pending
     from ray_pipeline.operate.run_settings import run_settings
-    from ray_pipeline.workflow.registry import find_workflow
 
     with refused():
-        chosen = find_workflow(workflow)
-        settings = load_config(chosen.config, chosen_config(chosen, config), overrides or [])
-        folder = settings.run_folder(run_dir)
+        chosen, settings, folder = configured(workflow, config, overrides, run_dir)
         dag, session = chosen.wire(settings, folder), run_settings(settings, folder).session
         pending = Pending.of(
             settings,
@@ -156,19 +148,16 @@ def preview(
 
     Example: `quorum preview dmapo -c configs/endpoint.yaml -n 3`.
     """
-    from ray_pipeline.config.loading import load_config
     from ray_pipeline.config.messages import ConfigError
     from ray_pipeline.operate.preview import run_preview, show
-    from ray_pipeline.workflow.registry import find_workflow
     from ray_pipeline.workflow.training import TrainingConfig
 
     console = Console(soft_wrap=True)
     with refused():
-        chosen = find_workflow(workflow)
-        settings = load_config(chosen.config, chosen_config(chosen, config), overrides or [])
+        chosen, settings, folder = configured(workflow, config, overrides, run_dir)
         if not isinstance(settings, TrainingConfig):
             raise ConfigError(f"{chosen.name} judges no candidates, so there is nothing to preview")
-        outcome = run_preview(settings, settings.run_folder(run_dir), count, chosen.wire, executor, console)
+        outcome = run_preview(settings, folder, count, chosen.wire, executor, console)
     end_if_failed(outcome)
     show(outcome, settings.currency(), console)
 

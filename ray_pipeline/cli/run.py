@@ -13,8 +13,8 @@ from ray_pipeline.cli.terminal import (
     OverridesArgument,
     RunDirOption,
     WorkflowArgument,
-    chosen_config,
     complain,
+    configured,
     end_if_failed,
     refused,
     say,
@@ -66,7 +66,6 @@ def run(
 
     Progress is a live picture on a terminal and a plain line now and then elsewhere.
     """
-    from ray_pipeline.config.loading import load_config
     from ray_pipeline.graph.driver import execute
     from ray_pipeline.graph.reach import check_location, in_a_job
     from ray_pipeline.operate import check as checks
@@ -74,13 +73,10 @@ def run(
     from ray_pipeline.operate.pending import Pending
     from ray_pipeline.operate.prices import budget_of
     from ray_pipeline.operate.run_settings import executor_of, run_settings
-    from ray_pipeline.workflow.registry import find_workflow
 
     changes = [*(overrides or []), *(["evaluate.skip_generation=true"] if skip_generation else [])]
     with refused():
-        chosen = find_workflow(workflow)
-        settings = load_config(chosen.config, chosen_config(chosen, config), changes)
-        folder = settings.run_folder(run_dir)
+        chosen, settings, folder = configured(workflow, config, changes, run_dir)
         dag = chosen.wire(settings, folder)
         how = run_settings(
             settings,

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from ray_pipeline.store.outside import shown
-from ray_pipeline.workflow.registry import default_config, workflow_names
+from ray_pipeline.workflow.registry import default_config, find_workflow, workflow_names
 
 if TYPE_CHECKING:
     from ray_pipeline.graph.driver import RunOutcome
     from ray_pipeline.operate.pending import Finding
+    from ray_pipeline.workflow.config import RunConfig
     from ray_pipeline.workflow.registry import Workflow
 
 #: Exit codes.
@@ -70,6 +71,17 @@ def chosen_config(workflow: Workflow[Any], config: str | None) -> str:
         f"no --config: using {name} (pocket models, no GPU); `quorum init {workflow.name}` writes a file of your own"
     )
     return name
+
+
+def configured(
+    workflow: str, config: str | None, overrides: Sequence[str] | None, run_dir: str | None
+) -> tuple[Workflow[Any], RunConfig, str]:
+    """The workflow, its configuration and the run folder of a command. Raises ConfigError."""
+    from ray_pipeline.config.loading import load_config
+
+    chosen = find_workflow(workflow)
+    settings: RunConfig = load_config(chosen.config, chosen_config(chosen, config), overrides or [])
+    return chosen, settings, settings.run_folder(run_dir)
 
 
 def complain(message: object) -> None:

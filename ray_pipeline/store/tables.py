@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import pyarrow as pa
 
 from ray_pipeline.store.errors import DamagedFile, ForeignFile
 from ray_pipeline.store.files import Folder
-from ray_pipeline.store.schemas import TABLES
+from ray_pipeline.store.keys import shard_of
+from ray_pipeline.store.schemas import TABLES, to_table
 
 
 def shard_name(shard: int) -> str:
@@ -46,6 +48,14 @@ class ShardedTable:
             raise ValueError(f"a {self.kind} table must have the schema\n{self.schema}\nnot\n{table.schema}")
         Folder(self.folder).write_table(shard_name(shard), table, fingerprint=self.fingerprint, kind=self.kind)
         return int(table.num_rows)
+
+    def write_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Commit all shards: each row in that of its prompt_id, in this order."""
+        shards: list[list[Any]] = [[] for _ in range(self.num_shards)]
+        for row in rows:
+            shards[shard_of(row["prompt_id"], self.num_shards)].append(row)
+        for shard, part in enumerate(shards):
+            self.write(shard, to_table(part, self.schema))
 
     def read(self, shard: int, columns: list[str] | None = None) -> pa.Table:
         """One shard. Raises FileNotFoundError, DamagedFile or ForeignFile, each naming the file."""
