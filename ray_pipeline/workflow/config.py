@@ -18,6 +18,9 @@ from ray_pipeline.engines.identity import ModelNotFound
 from ray_pipeline.engines.models import ModelSettings, ModelUse, resolve_model
 from ray_pipeline.graph.failures import FailureSettings
 
+if TYPE_CHECKING:
+    from ray_pipeline.agents.judges import SamplingSettings
+
 ModelKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 #: Why a model cannot be at an endpoint, by its purpose.
