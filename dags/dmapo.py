@@ -220,7 +220,7 @@ def scored(config: DmapoConfig) -> list[ScoredDataset]:
             origin=Provenance.of(config),
             humans=humans,
             trained_on=config.train is not None,
-            scale=None if config.exit_rule is None else config.exit_rule.scale,
+            exit_rule=config.exit_rule,
         )
     ]
 

@@ -9,7 +9,7 @@ from ray_pipeline.data.card import Provenance
 from ray_pipeline.data.dataset_rows import DatasetsConfig
 from ray_pipeline.data.datasets import dataset_files, dataset_rows
 from ray_pipeline.data.decisions import gate as gate_stage
-from ray_pipeline.data.early_exit import Scale
+from ray_pipeline.data.early_exit import ExitRule
 from ray_pipeline.data.gate import Cut, GateConfig
 from ray_pipeline.data.reviewed import HumanLabels
 from ray_pipeline.data.variants import Fault
@@ -34,7 +34,7 @@ class ScoredDataset:
         origin, trained_on: see `dataset_files`.
         humans: labels by people that replace the gate's.
         fault: what is broken in the gate on purpose.
-        scale: of the judges' scores, where verdicts may be skipped (`judge.early_exit`).
+        exit_rule: by which calls to judges and critic were skipped; None: none were.
     """
 
     judges: Sequence[str]
@@ -51,7 +51,7 @@ class ScoredDataset:
     humans: HumanLabels | None = None
     fault: Fault | None = None
     trained_on: bool = True
-    scale: Scale | None = None
+    exit_rule: ExitRule | None = None
 
     @property
     def config(self) -> DatasetsConfig:
@@ -71,7 +71,7 @@ class ScoredDataset:
             cut=self.cut,
             humans=self.humans,
             fault=self.fault,
-            scale=self.scale,
+            scale=None if self.exit_rule is None else self.exit_rule.scale,
         )
 
     def write(self, prompts: Stage, candidates: Stage, verdicts: Sequence[Stage], decisions: Stage) -> list[Stage]:

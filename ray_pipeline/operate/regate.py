@@ -78,7 +78,7 @@ class Preview:
 
     Attributes:
         moved: (old label, new label) → candidates.
-        skipped: candidates whose new label depends on calls that `judge.early_exit` skipped; they are incomplete.
+        skipped: candidates of which calls that `judge.early_exit` skipped matter under the new thresholds.
     """
 
     candidates: int
@@ -244,8 +244,12 @@ def _decisions(run: Run, rules: Rules) -> Iterator[tuple[pa.ChunkedArray, int, p
             role: run.results[name].table().read(shard, _COLUMNS[role.split("/")[0]]) for role, name in inputs.items()
         }
         old, new = (_decide(stage, tables, shard, run.num_shards) for stage in stages)
+        decisions = new.tables["decisions"]
         lacking = new.counts.get("depends_on_skipped", 0)
-        yield tables["candidates"]["candidate_id"], lacking, old.tables["decisions"], new.tables["decisions"]
+        if rules.after.exit_rule is not None and rules.after.exit_rule.exact == "scores":
+            kept = pc.is_in(pc.field("label"), value_set=pa.array(["desirable", "undesirable"]))
+            lacking += decisions.filter(kept)["final_score"].null_count
+        yield tables["candidates"]["candidate_id"], lacking, old.tables["decisions"], decisions
 
 
 def _decide(stage: Stage, tables: Mapping[str, pa.Table], shard: int, num_shards: int) -> ShardOutput:
@@ -297,8 +301,8 @@ def _lines(found: Preview) -> list[str]:
     lines += ["", *(f"{n} candidates {a} → {b}" for n, a, b in changed)] if changed else ["", "no label changes"]
     if found.skipped:
         lines.append(
-            f"{found.skipped} candidates are incomplete because their label depends on calls that judge.early_exit "
-            "skipped; `quorum run` with the same overrides makes these calls alone"
+            f"{found.skipped} candidates need calls that judge.early_exit skipped: their label or final score is open, "
+            "and an open label counts as incomplete here; `quorum run` with the same overrides makes these calls alone"
         )
     return [line.rstrip() for line in lines]
 
@@ -329,7 +333,7 @@ def write(given: Regate, console: Console | None = None, beat_seconds: float = B
     """
     run, stages = given.run, list[Stage]()
     for rules in given.datasets.values():
-        if rules.after.scale is not None and rules.after.gate != rules.before.gate:
+        if rules.after.exit_rule is not None and rules.after.gate != rules.before.gate:
             raise ConfigError(
                 "judge.early_exit skipped calls by the thresholds of the gate, so other thresholds may need them; "
                 "`quorum run` with the same overrides makes the missing calls alone and repeats none"

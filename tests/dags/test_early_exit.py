@@ -106,8 +106,13 @@ class Made:
         table = self.table("decisions")
         return sorted(zip(table["candidate_id"].to_pylist(), table["label"].to_pylist(), strict=True))
 
+    def without_calls(self) -> set[tuple[str, str]]:
+        """Candidate and judge of each skipped verdict."""
+        rows = [row for role in ("verdicts", "critiques") for row in self.table(role).to_pylist()]
+        return {(row["candidate_id"], row.get("judge", "critic")) for row in rows if row["parse_status"] == "skipped"}
+
     def skipped(self) -> int:
-        return sum(self.table(role)["parse_status"].to_pylist().count("skipped") for role in ("verdicts", "critiques"))
+        return len(self.without_calls())
 
 
 def test_fewer_calls_make_the_same_labels_and_rows(server: Endpoint, tmp_path: Path) -> None:
@@ -141,13 +146,16 @@ def test_fewer_calls_make_the_same_labels_and_rows(server: Endpoint, tmp_path: P
     # Another threshold may need what was skipped: regate says how many, and a run makes these calls alone.
     given = ["gate.tau=30"]
     shown = quorum("regate", str(scores.folder), *given)
-    told = re.search(r"(\d+) candidates are incomplete because their label depends on calls", shown)
-    assert told is not None and int(told[1]) > 0
+    told = re.search(r"(\d+) candidates need calls that judge.early_exit skipped", shown)
+    assert told is not None
     refused = quorum("regate", str(scores.folder), *given, "--write", code=2)
     assert "other thresholds may need them" in " ".join(refused.split())
     quorum("regate", str(scores.folder), "datasets.min_gap=3", "--write")
+    skipped = scores.without_calls()
     wide = Made(server, tmp_path / "scores", "scores", *given)
     assert wide.calls > 0 and not wide.asked & scores.asked
+    needed = {name for name, _ in skipped - wide.without_calls()}
+    assert int(told[1]) == len(needed) > 0
     full = Made(server, tmp_path / "off", False, *given)
     assert wide.labels() == full.labels() and wide.rows("kto", "dpo") == full.rows("kto", "dpo")
 
