@@ -226,8 +226,8 @@ def _row(record: Record, columns: Mapping[str, str], thoughts: Thoughts) -> OwnR
         if found is not None and found != messages and normalise_messages(found) != normalise_messages(messages):
             raise BadRow("its answers belong to different prompts; give each prompt a row of its own")
         found = found or messages
-        reason = common_finish(ended) if isinstance(ended, str) and ended.strip() else "unknown"
-        answers.append(OwnAnswer(text, None if model is None else str(model), label, apart, reason))
+        end = common_finish(ended) if isinstance(ended, str) and ended.strip() else "unknown"
+        answers.append(OwnAnswer(text, None if model is None else str(model), label, apart, end))
     return OwnRow(record.number, found or [], answers, empty, unfinished)
 
 
