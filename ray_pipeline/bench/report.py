@@ -22,7 +22,6 @@ from ray_pipeline.bench.tables import Tables
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.engines.usage import Usage
-from ray_pipeline.evaluate.cautions import MAX_TRUNCATED
 from ray_pipeline.evaluate.first_screen import first_screen
 from ray_pipeline.graph.results import Run
 from ray_pipeline.graph.stage import BadInput, Stage, StageResult, WholeInput, WholeWork
@@ -37,6 +36,7 @@ MAX_FLIP_RATE = 0.3
 #: Kinds of table that have no verdicts.
 _UNJUDGED = {"bench_questions", "bench_answers"}
 MAX_UNREAD = 0.05
+MAX_TRUNCATED = 0.1
 
 
 class MeasuredModel(Settings):

@@ -21,6 +21,7 @@ from ray_pipeline.data.sources import FileTable, HubTable, InputError, PromptSou
 from ray_pipeline.data.sources.answers import Drop, chat_in_text, split_answer
 from ray_pipeline.data.sources.chats import BadRow, messages_of
 from ray_pipeline.data.sources.records import Thoughts
+from ray_pipeline.engines.base import common_finish
 from ray_pipeline.store.keys import normalise_messages, normalise_text, prompt_id
 from ray_pipeline.store.outside import json_value
 
@@ -34,6 +35,7 @@ _USUAL = {
     "rejected": ("rejected",),
     "response": ("response", "completion"),
     "model": ("model",),
+    "finish_reason": ("finish_reason",),
     "chosen_model": ("chosen_model",),
     "rejected_model": ("rejected_model",),
 }
@@ -57,6 +59,11 @@ class _Completions(Settings):
     )
     model: str | None = Field(
         None, description="column with the model that gave `response` (or a list of those of `responses`)"
+    )
+    finish_reason: str | None = Field(
+        None,
+        description="column with why the generation of `response` ended (or a list for those of `responses`): stop, "
+        "length, content_filter, …; default: `finish_reason`, if there is one",
     )
     chosen_model: str | None = Field(None, description="columns with the models that gave the two answers")
     rejected_model: str | None = Field(None, description="columns with the models that gave the two answers")
@@ -111,12 +118,14 @@ class OwnAnswer:
         model: who gave it, as the row says; None where it does not.
         label: `chosen` or `rejected` where the row prefers one of two.
         thoughts: what was split off the text.
+        finish_reason: why its generation ended, `unknown` where the row does not say.
     """
 
     text: str
     model: str | None = None
     label: Literal["chosen", "rejected"] | None = None
     thoughts: str | None = None
+    finish_reason: str = "unknown"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -182,10 +191,10 @@ def _columns(source: CandidateSource, present: Collection[str], whole: bool) -> 
         raise BadRow(
             f"has no column {source.prompt or 'prompt'!r}; {has}. Set candidates.source.prompt to the right one"
         )
-    for key in ("prompt", "model", "chosen_model", "rejected_model"):
+    for key in ("prompt", "model", "finish_reason", "chosen_model", "rejected_model"):
         if whole and getattr(source, key) and key not in found:
             raise BadRow(f"has no column {getattr(source, key)!r}; {has}. Correct or remove candidates.source.{key}")
-    extra = {"pair": ("chosen_model", "rejected_model"), "responses": ("model",), "response": ("model",)}[layout]
+    extra = ("chosen_model", "rejected_model") if layout == "pair" else ("model", "finish_reason")
     return {key: column for key, column in found.items() if key in ("prompt", *_LAYOUTS[layout], *extra)}
 
 
@@ -202,7 +211,7 @@ def _row(record: Record, columns: Mapping[str, str], thoughts: Thoughts) -> OwnR
     found: list[dict[str, str]] | None = None
     answers: list[OwnAnswer] = []
     empty = unfinished = 0
-    for column, value, model, label in _values(row, columns):
+    for column, value, model, label, ended in _values(row, columns):
         if value is None or value == "" or value == []:
             empty += 1
             continue
@@ -217,39 +226,45 @@ def _row(record: Record, columns: Mapping[str, str], thoughts: Thoughts) -> OwnR
         if found is not None and found != messages and normalise_messages(found) != normalise_messages(messages):
             raise BadRow("its answers belong to different prompts; give each prompt a row of its own")
         found = found or messages
-        answers.append(OwnAnswer(text, None if model is None else str(model), label, apart))
+        end = common_finish(ended) if isinstance(ended, str) and ended.strip() else "unknown"
+        answers.append(OwnAnswer(text, None if model is None else str(model), label, apart, end))
     return OwnRow(record.number, found or [], answers, empty, unfinished)
 
 
 def _values(
     row: Mapping[str, Any], columns: Mapping[str, str]
-) -> Iterator[tuple[str, Any, Any, Literal["chosen", "rejected"] | None]]:
-    """Column, answer, model and label of each answer of a row, as they stand."""
+) -> Iterator[tuple[str, Any, Any, Literal["chosen", "rejected"] | None, Any]]:
+    """Column, answer, model, label and finish reason of each answer of a row, as they stand."""
     if "chosen" in columns:
         sides: tuple[Literal["chosen"], Literal["rejected"]] = ("chosen", "rejected")
         chats = {side: chat_in_text(row[columns[side]]) for side in sides}
         for side in sides:  # one of two texts may happen to look like a chat; two that do are columns of chats
             named = columns.get(f"{side}_model")
             value = chats[side] if all(chats.values()) else row[columns[side]]
-            yield columns[side], value, row[named] if named else None, side
+            yield columns[side], value, row[named] if named else None, side, None
         return
-    model = row[columns["model"]] if "model" in columns else None
+    beside = {key: row[columns[key]] if key in columns else None for key in ("model", "finish_reason")}
     if "response" in columns:
-        yield columns["response"], row[columns["response"]], model, None
+        yield columns["response"], row[columns["response"]], beside["model"], None, beside["finish_reason"]
         return
     column = columns["responses"]
     values = _listed(column, row[column])
-    models = model if isinstance(model, list) and len(model) == len(values) else [None] * len(values)
-    if model is not None and not isinstance(model, list):
-        models = [model] * len(values)
-    for value, named in zip(values, models, strict=True):
+    models, ends = (_one_each(value, len(values)) for value in beside.values())
+    for value, named, ended in zip(values, models, ends, strict=True):
         if isinstance(value, Mapping):
             key = next((key for key in _TEXT_KEYS if key in value), None)
             if key is None:
                 raise BadRow(f"column {column!r}: an answer has no `response`; it has {', '.join(value) or 'nothing'}")
-            yield column, value[key], value.get("model", named), None
+            yield column, value[key], value.get("model", named), None, value.get("finish_reason", ended)
         else:
-            yield column, value, named, None
+            yield column, value, named, None, ended
+
+
+def _one_each(value: Any, count: int) -> list[Any]:
+    """A list of one value for each answer; None for all where a list has another length."""
+    if not isinstance(value, list):
+        return [value] * count
+    return value if len(value) == count else [None] * count
 
 
 def _listed(column: str, value: Any) -> list[Any]:

@@ -20,9 +20,7 @@ from ray_pipeline.store.outside import storable
 from ray_pipeline.store.schemas import CANDIDATES, to_table
 from ray_pipeline.store.tables import ShardedTable
 
-#: `finish_reason` of these rows: why the generation ended is in no source.
-_FINISH = "unknown"
-#: Their `seed`: nothing was sampled.
+#: `seed` of these rows: nothing was sampled.
 _NO_SEED = -1
 
 
@@ -57,17 +55,19 @@ def import_candidates(given: WholeInput) -> dict[str, Any]:
         name for part in given.inputs["prompts"].table().scan(["prompt_id"]) for name in part["prompt_id"].to_pylist()
     }
     counts = dict.fromkeys(("rows", "malformed_rows", "answers", "kept", "empty", "of_no_prompt"), 0)
+    ends = collections.Counter[str]()
     out = ShardedTable(given.folder.location, "candidates", given.num_shards, given.fingerprint)
     with Spill(_SPILLED, given.num_shards) as spill:
         try:
             for row in _answers(_kept(settings, known, counts), label_of(settings.source)):
                 spill.add(row)
+                ends[row["finish_reason"]] += 1
         except InputError as error:
             raise BadInput(str(error)) from error
         for shard in range(given.num_shards):
             out.write(shard, _numbered(_by_prompt(spill.read(shard))))
     given.log(", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in counts.items()))
-    return {"counts": {_FINISH: counts["kept"]}, "source": counts}
+    return {"counts": dict(ends), "source": counts}
 
 
 def _kept(settings: _Given, known: set[str], counts: dict[str, int]) -> Iterator[tuple[str, OwnRow]]:
@@ -94,7 +94,10 @@ def _kept(settings: _Given, known: set[str], counts: dict[str, int]) -> Iterator
 
 
 _SPILLED = pa.schema(
-    [(name, pa.string()) for name in ("prompt_id", "response", "generator", "model", "source_label", "thoughts")]
+    [
+        (name, pa.string())
+        for name in ("prompt_id", "response", "generator", "model", "source_label", "finish_reason", "thoughts")
+    ]
 )
 
 
@@ -108,6 +111,7 @@ def _answers(rows: Iterator[tuple[str, OwnRow]], otherwise: str) -> Iterator[dic
                 "generator": answer.model or otherwise,
                 "model": answer.model,
                 "source_label": answer.label,
+                "finish_reason": storable(answer.finish_reason),
                 "thoughts": None if answer.thoughts is None else storable(answer.thoughts),
             }
 
@@ -127,7 +131,7 @@ def _numbered(rows: pa.Table) -> pa.Table:
         content = digest(["own", row["prompt_id"], row["model"], row["response"]])
         name = content if not equal[content] else digest(["own", content, equal[content]])
         k = numbers[row["prompt_id"]]
-        found.append({**row, "candidate_id": name, "k": k, "seed": _NO_SEED, "finish_reason": _FINISH})
+        found.append({**row, "candidate_id": name, "k": k, "seed": _NO_SEED})
         equal[content] += 1
         numbers[row["prompt_id"]] += 1
     return to_table(found, CANDIDATES)

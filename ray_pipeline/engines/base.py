@@ -104,6 +104,20 @@ class Sampling:
         }
 
 
+#: Finish reasons of several servers -> the common ones.
+_FINISHES = {
+    **dict.fromkeys(("eos", "eos_token", "end_turn", "stop_sequence", "stop_token", "done", "completed"), "stop"),
+    **dict.fromkeys(("max_tokens", "max_output_tokens", "max_new_tokens", "model_length", "truncated"), "length"),
+    **dict.fromkeys(("content-filter", "safety", "blocklist", "prohibited_content"), "content_filter"),
+}
+
+
+def common_finish(reason: str) -> str:
+    """A finish reason in lower case, and in the common word where it is a known one."""
+    name = reason.strip().lower()
+    return _FINISHES.get(name, name)
+
+
 @dataclass(frozen=True)
 class Completion:
     """One reply and what it cost.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ray_pipeline.engines.account import Used
-from ray_pipeline.engines.base import Completion, Sampling, TokenLogprobs
+from ray_pipeline.engines.base import Completion, Sampling, TokenLogprobs, common_finish
 from ray_pipeline.engines.endpoint_errors import Again
 from ray_pipeline.engines.usage import reply_token_estimate
 from ray_pipeline.store.outside import token_count
@@ -28,12 +28,6 @@ _LEAST_LOGPROB = -9999.0  # what OpenAI and vLLM send for probability 0
 _ROUNDING = 0.01
 _SHOWN_MODELS = 12  # names of an endpoint's models that a message lists
 
-#: Finish reasons of several servers -> the common ones.
-_FINISHES = {
-    **dict.fromkeys(("eos", "eos_token", "end_turn", "stop_sequence", "stop_token", "done", "completed"), "stop"),
-    **dict.fromkeys(("max_tokens", "max_output_tokens", "max_new_tokens", "model_length", "truncated"), "length"),
-    **dict.fromkeys(("content-filter", "safety", "blocklist", "prohibited_content"), "content_filter"),
-}
 #: Fields of a message with the thoughts that a server splits off.
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 
@@ -86,13 +80,14 @@ def read_completion(value: Any, sampling: Sampling, prompt_tokens: int, charge: 
     try:
         choice = value["choices"][0]
         message = choice["message"]
-        finish = str(choice.get("finish_reason") or "unknown").lower()
+        finish = str(choice.get("finish_reason") or "unknown")
         text, said = message.get("content"), message.get("refusal")
         reasoning = _reasoning(message)
         if isinstance(text, list):
             text = "".join(part.get("text") or "" for part in text if part.get("type") not in ("thinking", "reasoning"))
         if text is None and said:
             text, finish = said, "refusal"
+        finish = common_finish(finish)
         if not isinstance(text, str | None) or finish == "error":
             raise TypeError("no text")
         text = text or ""
@@ -100,7 +95,7 @@ def read_completion(value: Any, sampling: Sampling, prompt_tokens: int, charge: 
         used = reported_usage(value, prompt_tokens, estimate, note)
         return Completion(
             text=text,
-            finish_reason=_FINISHES.get(finish, finish),
+            finish_reason=finish,
             prompt_tokens=used.prompt_tokens,
             completion_tokens=used.completion_tokens or (estimate if text else 0),
             cached_tokens=used.cached_tokens,

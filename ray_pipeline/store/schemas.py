@@ -52,7 +52,7 @@ PROMPTS = _schema(
 #: other tables: true where a server left out a part of a prompt behind the row, else null.
 #: `generator` is the model's identity, `model` its name: the key under `models`, or for completions of the user's own
 #: what their source says, as `source_label` is its own `chosen` or `rejected`. Of these, `seed` is -1 and
-#: `finish_reason` `unknown`.
+#: `finish_reason` `unknown` where their source has none.
 CANDIDATES = _schema(
     ("candidate_id", _S),
     ("prompt_id", _S),

@@ -28,6 +28,7 @@ from ray_pipeline.graph.in_process import make_here
 from ray_pipeline.graph.session import Session
 from ray_pipeline.graph.stage import StageResult
 from ray_pipeline.store.keys import prompt_id, shard_of
+from ray_pipeline.store.schemas import cut_off
 
 SHARDS = 4
 
@@ -350,6 +351,33 @@ def test_what_is_held_in_memory_does_not_change_the_tables(tmp_path: Path, monke
     monkeypatch.setattr(spill, "HELD", 300)
     monkeypatch.setattr(spill, "BATCH_ROWS", 7)
     assert imported(tmp_path / "parts", own)["candidates"].table().read_all().equals(whole)
+
+
+def test_why_an_own_answer_ended_is_kept_where_its_row_says_it(tmp_path: Path) -> None:
+    """K4.1"""
+    rows = [
+        {"prompt": "a", "responses": [{"response": "one", "finish_reason": "MAX_TOKENS"}, {"response": "two"}]},
+        {"prompt": "b", "responses": ["three", "four"], "finish_reason": ["stop", "length"]},
+        {"prompt": "c", "responses": ["five", "six"], "finish_reason": ["stop"]},
+    ]
+    expected = {
+        "one": "length",
+        "two": "unknown",
+        "three": "stop",
+        "four": "length",
+        "five": "unknown",
+        "six": "unknown",
+    }
+    results = imported(tmp_path / "lists", source(write(tmp_path / "a.jsonl", rows)))
+    table = results["candidates"].table().read_all()
+    assert dict(zip(table["response"].to_pylist(), table["finish_reason"].to_pylist(), strict=True)) == expected
+    assert results["candidates"].facts["counts"] == {"length": 2, "unknown": 3, "stop": 1}
+    assert cut_off(table["finish_reason"]).to_pylist().count(True) == 2
+    path = write(
+        tmp_path / "b.csv", [{"prompt": "a", "response": f"{i}", "end": end} for i, end in enumerate(("eos", ""))]
+    )
+    (table,) = [imported(tmp_path / "rows", source(path, finish_reason="end"))["candidates"].table().read_all()]
+    assert table["finish_reason"].to_pylist() == ["stop", "unknown"]
 
 
 def test_thoughts_are_split_off_own_answers_too(tmp_path: Path) -> None:
