@@ -100,7 +100,8 @@ def write_page(given: WholeInput) -> dict[str, Any]:
         won, right = method["win_rate"], method["accuracy"]
         shares = {"wins": won, **{f"right {mode}": share for mode, share in right.items()}}
         figures = ", ".join(f"{name} {share['mean']:.1%}" for name, share in shares.items() if share)
-        given.log(f"{method['method']} on {method['data']}: {figures}")
+        equal = "" if method["reading"] == "epochs" else f", equal {method['reading']}"
+        given.log(f"{method['method']} on {method['data']}{equal}: {figures}")
     return {"methods": len(metrics["methods"]), "policies": len(settings.policies)}
 
 

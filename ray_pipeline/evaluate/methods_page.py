@@ -14,7 +14,7 @@ from ray_pipeline.report.figures import number, percent
 from ray_pipeline.report.page import Block, Cell, Page, Rows, Section, Table, Text, facts, panels
 from ray_pipeline.stats.bootstrap import Interval
 
-#: Of the datasets, in their order.
+#: Of the datasets, in their order; of the methods, where there are more datasets than colours.
 _COLOURS = ("grey", "blue", "orange", "green", "purple", "vermilion")
 
 
@@ -67,21 +67,25 @@ def _headline(page: Comparison) -> str:
     best = max(known, key=lambda method: method.win_rate.mean if method.win_rate else 0.0)
     interval = best.win_interval
     return (
-        f"Highest win rate against the base: {best.method} on {best.data}, {_share(best.win_rate)} "
+        f"Highest win rate against the base: {_named(best)} on {best.data}, {_share(best.win_rate)} "
         f"(95 % {percent(interval.low)} to {percent(interval.high)}). Overlapping intervals give no order."
     )
 
 
 def _charts(page: Comparison, base: PolicyStats) -> list[Chart | None]:
-    colours = {data: _COLOURS[i % len(_COLOURS)] for i, data in enumerate(dict.fromkeys(m.data for m in page.methods))}
-    names = list(dict.fromkeys(_named(method) for method in page.methods))
+    # (row, dot) of each method: dots of one row have colours of their own.
+    placed = [(_named(m), m.data) for m in page.methods]
+    if len({data for _, data in placed}) > len(_COLOURS):
+        placed = [(data, name) for name, data in placed]
+    names = list(dict.fromkeys(name for name, _ in placed))
+    colours = {dot: _COLOURS[i % len(_COLOURS)] for i, dot in enumerate(dict.fromkeys(dot for _, dot in placed))}
 
     def rows(value_of: Callable[[MethodStats], Interval | None]) -> list[tuple[str, list[Dot]]]:
-        found = []
-        for name in names:
-            own = [(m, value_of(m)) for m in page.methods if _named(m) == name]
-            found.append((name, [Dot(m.data, colours[m.data], value) for m, value in own if value is not None]))
-        return found
+        found: dict[str, list[Dot]] = {name: [] for name in names}
+        for (name, dot), method in zip(placed, page.methods, strict=True):
+            if (value := value_of(method)) is not None:
+                found[name].append(Dot(dot, colours[dot], value))
+        return list(found.items())
 
     charts = [dots("Wins against the base", rows(_wins), (0.0, 1.0), note="95 % bootstrap over prompts")]
     scores = rows(lambda m: _over_seeds(m.mean_score))

@@ -1,18 +1,29 @@
-"""Faults planted in the gate: what each makes of decisions that are known."""
+"""Faults planted in the gate: what each makes of decisions that are known; and datasets cut to one size."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from ray_pipeline.data.dataset_rows import DatasetsConfig, dpo_rows, kto_rows
+from ray_pipeline.data.datasets import dataset_files, of_size
 from ray_pipeline.data.gate import GateConfig, decide
+from ray_pipeline.data.imported import preferences
 from ray_pipeline.data.variants import DataVariant, Fault, decide_with_fault
+from ray_pipeline.engines.models import ModelSettings
+from ray_pipeline.graph.driver import RunSettings, execute
+from ray_pipeline.graph.in_process import InProcessExecutor
+from ray_pipeline.graph.session import Session
+from ray_pipeline.graph.stage import Dag, Stage
+from ray_pipeline.pocket import model_path
 from ray_pipeline.store.schemas import DECISIONS
+from tests.data.test_imported import source, ultrafeedback, write
 from tests.planted import JUDGES, Planted, World, count_words, make_world
 
 #: Text, scores, flawed: one response of each kind that the critic and the scores can make.
@@ -90,3 +101,26 @@ def test_a_fault_without_effect_is_refused() -> None:
             variant.check_fault(gate)
     variant.check_fault(GateConfig())
     DataVariant(fault="labels_flipped").check_fault(GateConfig(use_critic=False))
+
+
+def test_a_dataset_is_cut_to_the_size_of_the_smallest_other(tmp_path: Path) -> None:
+    """The stages of a run, on imported pairs of three sizes."""
+    config, policy = DatasetsConfig(), ModelSettings(model=model_path("policy"))
+
+    def files(name: str, size: int) -> Stage:
+        rows = [ultrafeedback(i) for i in range(size)]
+        pairs = source(write(tmp_path / f"{name}.jsonl", rows), chosen_score="score_chosen")
+        table = preferences(pairs, config, policy, seed=0, val_fraction=0.0, name=f"rows-{name}")
+        return dataset_files(config, None, [], table, policy, name=f"datasets-{name}", view="")
+
+    one, two, three = files("one", 30), files("two", 12), files("three", 20)
+    stages = [of_size(one, [one, two, three], "datasets-cut"), of_size(two, [one, three], "datasets-whole"), three]
+    session = Session(str(tmp_path / "run"), str(tmp_path / "calls"), 1)
+    outcome = execute(Dag("d", stages), RunSettings(session, {}), InProcessExecutor(), console=Console(quiet=True))
+    assert not outcome.failures, outcome.failures
+    sizes = {name: result.facts["rows"] for name, result in outcome.results.items() if name.startswith("datasets-")}
+    assert {name: rows["dpo"]["train"] for name, rows in sizes.items()} == {
+        "datasets-one": 30, "datasets-two": 12, "datasets-three": 20, "datasets-cut": 12, "datasets-whole": 12,
+    }  # fmt: skip
+    cut = sizes["datasets-cut"]["kto"]
+    assert (cut["train_desirable"], cut["train_undesirable"], cut["train"]) == (12, 12, 24)

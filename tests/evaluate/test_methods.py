@@ -68,7 +68,23 @@ def test_equal_rows_and_equal_steps_are_lines_of_their_own(tmp_path: Path) -> No
     assert lines == [(data, reading, "1") for data in ("gated", "raw") for reading in ("steps", "rows")]
     text = files["report.md"].read_text()
     assert "| kto, equal steps | gated − raw | accuracy greedy | +30.0 points |" in text
+    assert "win rate against the base: kto, equal steps on gated, 80.0 %" in text
     assert "| kto, equal rows | gated − raw | accuracy greedy | +20.0 points |" in text
+
+
+def test_where_there_are_more_datasets_than_colours_they_are_the_rows_of_a_chart(tmp_path: Path) -> None:
+    few, shown = page(), []
+    for copies in (1, 4):
+        methods = [
+            dataclasses.replace(method, data=f"{method.data}{i}", reading=reading)
+            for i in range(copies)
+            for method in few.methods
+            for reading in ("epochs", "rows")
+        ]
+        build_comparison(dataclasses.replace(few, methods=methods), tmp_path / str(copies))
+        shown.append((tmp_path / str(copies) / "charts" / "methods-1.svg").read_text())
+    assert [text.count('class="name"') for text in shown] == [2, 8]
+    assert "kto, equal rows</text>" in shown[0] and "raw3</text>" in shown[1]
 
 
 def test_the_page_is_escaped_and_repeats(tmp_path: Path) -> None:
