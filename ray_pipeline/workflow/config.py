@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, model_validator
 
-from ray_pipeline.agents.judges import SamplingSettings
 from ray_pipeline.config.blocks import CallsBlock, RayBlock, RunBlock
 from ray_pipeline.config.messages import ConfigError, nearest
 from ray_pipeline.config.settings import ConfigFile, Settings
