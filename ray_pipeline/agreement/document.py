@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from ray_pipeline.agents.jury import (
     MISSING,
@@ -116,6 +117,16 @@ class Document:
     humans: Ceiling | None
 
 
+def choosing_half(panel: Panel, settings: MeasureSettings) -> NDArray[np.bool_]:
+    """Items on which a jury is chosen, shape (items,); the others are held out. All items of a question are on one
+    side, by the hash of the first of them."""
+    first: dict[str, str] = {}
+    for item, question in sorted(zip(panel.item_ids, panel.questions, strict=True)):
+        first.setdefault(question, item)
+    hashes = [unit_hash("held-out", settings.seed, first[question]) for question in panel.questions]
+    return np.array([each < settings.held_out for each in hashes])
+
+
 def measure(
     items: pa.Table, ballots: pa.Table, settings: MeasureSettings, models: Mapping[str, str] | None = None
 ) -> Document:
@@ -129,7 +140,7 @@ def measure(
     """
     panel = make_panel(items, ballots, settings.conflict, settings.debate, settings.families)
     samples = resample(panel.questions, settings.draws, settings.seed, settings.confidence)
-    choose_on = np.array([unit_hash("held-out", settings.seed, i) < settings.held_out for i in panel.item_ids])
+    choose_on = choosing_half(panel, settings)
     judged = _judged(panel, samples, settings)
     other = _by_other_rule(items, ballots, samples, settings)
     juries: list[JuryResult] = []

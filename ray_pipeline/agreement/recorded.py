@@ -15,6 +15,7 @@ read in the house style that `format` names. A recording may hold one of the swa
 the answer that was shown first, the item's B. `stored_*` is what the original run made of the reply (null: unread); it
 is read only in `stored` replays. The reason of an unread reply says why (`unread: contradictory`).
 
+Thoughts at the start of the two answers are split off when the items are read (`data.thoughts`), and so are not judged.
 Labels may have other names (`label_of`): `model_a`, `a` or 1 is A; `tie (bothbad)` or `draw` is a tie. `C` and 0 are
 refused, because they mean a tie in some files and an answer in others.
 """

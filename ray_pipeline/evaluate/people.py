@@ -8,13 +8,12 @@ from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from scipy.stats import binomtest
 
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.evaluate.data import ReportData
 from ray_pipeline.report.figures import number, percent, percent_interval
 from ray_pipeline.report.page import Section, Table, Text
-from ray_pipeline.stats.bootstrap import Interval
+from ray_pipeline.stats.bootstrap import Interval, bootstrap_mean
 from ray_pipeline.stats.kappa import cohen_kappa
 from ray_pipeline.store.schemas import LABELS, READ_STATUSES
 
@@ -26,7 +25,7 @@ class Agreement:
     """Of the gate with people, over the candidates that the gate called desirable or undesirable.
 
     Attributes:
-        share: of equal labels, with the exact interval (Clopper & Pearson 1934).
+        share: of equal labels; its interval resamples prompts, as candidates of one prompt are not independent.
         kappa: Cohen's; None where it is undefined.
     """
 
@@ -63,13 +62,14 @@ def gate_and_people(data: ReportData) -> GateAndPeople | None:
     people, decisions = data.people, data.decisions
     if people is None or decisions is None:
         return None
-    columns = ["candidate_id", "score_variance", "final_score", "label"]
+    columns = ["candidate_id", "prompt_id", "score_variance", "final_score", "label"]
     rows = [row for row in decisions.select(columns).to_pylist() if row["candidate_id"] in people.labels]
     by_gate = {row["candidate_id"]: gate_label(row["score_variance"], row["final_score"], data.gate) for row in rows}
     counts: dict[str, collections.Counter[str]] = {label: collections.Counter() for label in LABELS}
     for name, label in by_gate.items():
         counts[label][people.labels[name]] += 1
-    both = {name: (label, people.labels[name]) for name, label in by_gate.items() if label in _SIDES}
+    prompts = {row["candidate_id"]: row["prompt_id"] for row in rows}
+    both = {name: (label, people.labels[name], prompts[name]) for name, label in by_gate.items() if label in _SIDES}
     return GateAndPeople(
         labelled=len(rows),
         unknown=len(people.labels) - len(rows),
@@ -77,7 +77,7 @@ def gate_and_people(data: ReportData) -> GateAndPeople | None:
         contested=people.contested,
         counts={label: dict(found) for label, found in counts.items() if found},
         chosen=_agreement(list(both.values())),
-        drawn=_agreement([pair for name, pair in both.items() if name in people.drawn]),
+        drawn=_agreement([row for name, row in both.items() if name in people.drawn]),
         scores=_scores(data, {name: people.labels[name] for name in by_gate}),
     )
 
@@ -93,14 +93,14 @@ def gate_label(variance: float | None, final: float | None, gate: GateConfig) ->
     return "undesirable" if final <= gate.undesirable_at else "discard"
 
 
-def _agreement(pairs: Sequence[tuple[str, str]]) -> Agreement:
-    equal = sum(one == other for one, other in pairs)
-    if not pairs:
+def _agreement(labelled: Sequence[tuple[str, str, str]]) -> Agreement:
+    """Of the gate's label, people's label and the prompt of each candidate."""
+    if not labelled:
         return Agreement(0, 0, Interval(None, None, None), None)
-    exact = binomtest(equal, len(pairs)).proportion_ci(method="exact")
-    share = Interval(equal / len(pairs), float(exact.low), float(exact.high), rows=len(pairs))
-    kappa = cohen_kappa([one for one, _ in pairs], [other for _, other in pairs], _SIDES)
-    return Agreement(len(pairs), equal, share, kappa.value)
+    gate, people, prompts = zip(*labelled, strict=True)
+    equal = [float(one == other) for one, other in zip(gate, people, strict=True)]
+    share = bootstrap_mean(equal, prompts, bounds=(0, 1))
+    return Agreement(len(labelled), int(sum(equal)), share, cohen_kappa(gate, people, _SIDES).value)
 
 
 def _scores(data: ReportData, labels: Mapping[str, str]) -> dict[str, tuple[float | None, float | None]]:
@@ -150,7 +150,8 @@ def people_section(found: GateAndPeople | None) -> Section | None:
             Table(["candidates that the gate kept", "labelled", "equal labels", "kappa"], shares, title="Agreement"),
             Text(
                 "Most rows of a review are chosen because their label is in doubt, so agreement over all of them is "
-                "lower than over the run. The rows drawn by chance stand for the run."
+                "lower than over the run. The rows drawn by chance stand for the run. Intervals are 95 % bootstrap "
+                "intervals over prompts, exact (Clopper-Pearson) where all labels agree or none does."
             ),
             Table(["judge", "mean score, desirable", "mean score, undesirable"], scores, title="Judges' scores"),
         ],

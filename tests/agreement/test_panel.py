@@ -10,13 +10,13 @@ import pytest
 from scipy.stats import beta
 
 from ray_pipeline.agents.jury import MISSING, VOTES
-from ray_pipeline.agreement.document import as_document, measure
+from ray_pipeline.agreement.document import as_document, choosing_half, measure
 from ray_pipeline.agreement.measure_settings import JurySettings, MeasureSettings
 from ray_pipeline.agreement.panel import family, flips, longer_side, make_panel, own_side
 from ray_pipeline.agreement.preference import first_place, preference
 from ray_pipeline.agreement.recorded_winrate import versus_rates
 from ray_pipeline.stats.bootstrap import Estimate, resample
-from ray_pipeline.store.keys import prompt_id
+from ray_pipeline.store.keys import prompt_id, unit_hash
 from ray_pipeline.store.schemas import BALLOTS, ITEMS, to_table
 
 
@@ -335,6 +335,21 @@ def test_items_of_a_question_are_resampled_together() -> None:
     for one, four in zip(kappa_and_accuracy(1), kappa_and_accuracy(4), strict=True):
         assert one.low is not None and one.low < one.value  # type: ignore[operator]
         assert (four.value, four.low, four.high) == pytest.approx((one.value, one.low, one.high))
+
+
+def test_a_question_is_on_one_side_of_the_held_out_choice() -> None:
+    """K7.3: an item tells about the others of its question, so none of them may be held out from the choice alone."""
+    texts = [f"q{n // 4}" for n in range(80)]
+    ids = [prompt_id([{"role": "user", "content": text}]) for text in texts]
+    table = items(*["A"] * 80, item_id=[f"i{n:02}" for n in range(80)], question=texts, prompt_id=ids)
+    rules = MeasureSettings()
+    sides = choosing_half(make_panel(table, ballots()), rules)
+    assert all(len(set(sides[n : n + 4])) == 1 for n in range(0, 80, 4)) and 20 <= sides.sum() <= 60
+    # With one item a question the halves are those of the items.
+    alone = items(*["A"] * 40, prompt_id=[f"{n:032x}" for n in range(40)], question=[f"q{n}" for n in range(40)])
+    panel = make_panel(alone, ballots())
+    hashes = [unit_hash("held-out", rules.seed, item) for item in panel.item_ids]
+    assert choosing_half(panel, rules).tolist() == [each < rules.held_out for each in hashes]
 
 
 def test_win_rates_resample_prompts_and_are_exact_where_all_are_won() -> None:

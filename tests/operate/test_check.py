@@ -120,6 +120,22 @@ def test_thresholds_off_the_judges_scale_are_found(
     assert len(found) == len(told) and all(part in detail for part, detail in zip(told, found, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["source", "programs"])
+def test_ready_scores_and_programs_off_the_gates_scale_are_found_too(kind: str, tmp_path: Path) -> None:
+    """K5.5"""
+    (tmp_path / "scores.csv").write_text("prompt,response,anna,ben\nq,good,5,4\nq,bad,1,2\n")
+    own = {"type": "csv", "path": str(tmp_path / "scores.csv")}
+    scale = {"low": 1, "high": 5}
+    judges: dict[str, Any] = {
+        "source": {**own, **scale, "judges": {"anna": "anna", "ben": "ben"}},
+        "programs": [{"name": name, "checker": "pocket", **scale} for name in ("one", "two")],
+    }
+    values = {"candidates": {"source": own}, "judge": {kind: judges[kind]}, "critic": None, "train": None}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    told = " ".join(quorum("check", "dmapo", "-c", str(tmp_path / "config.yaml"), "--offline", code=2).split())
+    assert "judges score from 1 to 5" in told and "desirable_at is 7, which no candidate can reach; set it" in told
+
+
 def test_a_gap_that_no_pair_can_have_is_found(tmp_path: Path) -> None:
     rubrics = [{**rubric, "low": 1, "high": 3} for rubric in RUBRICS]
     gate = {"desirable_at": 3, "undesirable_at": 1}

@@ -21,7 +21,7 @@ from ray_pipeline.data import reviewed
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.data.reviewed import overrule, read_labels
 from ray_pipeline.data.sources import InputError
-from ray_pipeline.evaluate.people import gate_label
+from ray_pipeline.evaluate.people import _agreement, gate_label
 from ray_pipeline.graph.results import read_run
 from ray_pipeline.operate.review import ARGILLA, PAGE, ROWS, review
 from ray_pipeline.store.schemas import DECISIONS, LABELS
@@ -174,6 +174,18 @@ def test_people_replace_labels_of_scored_candidates_only(rows: list[tuple[str, b
     expected = [person if person and scored else label for label, scored, person in rows]
     assert found["label"].to_pylist() == expected
     assert changed == sum(new != label for new, (label, _, _) in zip(expected, rows, strict=True))
+
+
+def test_agreement_with_people_resamples_prompts() -> None:
+    """K7.3: eight candidates of a prompt on which the gate is right or wrong as a whole say no more than one."""
+    rows = [("desirable", "desirable" if prompt % 3 else "undesirable", f"p{prompt}") for prompt in range(30)]
+    one, eight = _agreement(rows), _agreement(rows * 8)
+    assert (one.share.mean, one.candidates, eight.candidates) == (eight.share.mean, 30, 240)
+    assert (eight.share.low, eight.share.high) == pytest.approx((one.share.low, one.share.high))
+    alone = _agreement(rows[:1])
+    assert (alone.share.mean, alone.share.low, alone.share.high) == (0.0, None, None)
+    right = _agreement([row for row in rows if row[0] == row[1]])
+    assert right.share.low == pytest.approx(0.025 ** (1 / 20)) and right.share.high == 1  # 20 of 20 prompts
 
 
 def test_the_gates_own_label_follows_from_its_numbers(folder: Path) -> None:
