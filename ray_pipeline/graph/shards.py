@@ -77,7 +77,9 @@ class EngineHost:
         self._making_seconds = time.monotonic() - self._billed
         self._start_reported = 0.0
         # A call that waits inside the engine could not be held back when the stage stops.
-        concurrency: int = first.placement.concurrency or getattr(self._engine, "useful_concurrency", _CONCURRENCY)
+        concurrency = first.placement.concurrency
+        if concurrency is None:
+            concurrency = int(getattr(self._engine, "useful_concurrency", _CONCURRENCY))
         self._limit = asyncio.Semaphore(int(min(concurrency, getattr(self._engine, "concurrency", math.inf))))
         root = Folder(tasks[0].session.calls_root)
         self._storage = LogStorage(self._engine, root, first.placement.shards_in_flight)
