@@ -13,6 +13,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from ray_pipeline.store.outside import json_integer
+
 Format = Literal[
     "auto", "quorum", "json", "lines", "mt_bench", "arena_hard", "llmbar", "boxed", "tags", "ranks", "pandalm",
     "vicuna", "prometheus",
@@ -78,8 +80,8 @@ def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 #: The requested form; and that of models without a grammar, which leave line breaks inside strings.
-_STRICT = json.JSONDecoder(object_pairs_hook=_distinct_keys)
-_LOOSE = json.JSONDecoder(object_pairs_hook=_distinct_keys, strict=False)
+_STRICT = json.JSONDecoder(object_pairs_hook=_distinct_keys, parse_int=json_integer)
+_LOOSE = json.JSONDecoder(object_pairs_hook=_distinct_keys, parse_int=json_integer, strict=False)
 #: The start of an object: a brace followed by anything else is prose.
 _OBJECT = re.compile(r'\{\s*["}]')
 
@@ -363,7 +365,7 @@ def _ranks(blocks: str, spans: str, wanted: Wanted, format: Format) -> Iterator[
         try:
             rows = ast.literal_eval(match.group())
             ranks = {_ranked(row["model"], wanted): int(row["rank"]) for row in rows}
-        except (ValueError, SyntaxError, TypeError, KeyError, MemoryError, RecursionError):
+        except (ValueError, SyntaxError, TypeError, KeyError, OverflowError, MemoryError, RecursionError):
             continue
         best = [option for option, rank in ranks.items() if rank == min(ranks.values())]
         whole = None not in ranks and len(ranks) == len(rows) == len([o for o in wanted.options if o != wanted.tie])

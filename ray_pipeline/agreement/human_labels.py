@@ -318,8 +318,9 @@ def _turns(where: str, row: Mapping[str, Any], field: str, turn: int) -> tuple[s
         raise InputError(f"{where}: {field} must be a list of messages")
     said: dict[str, list[str]] = {"user": [], "assistant": []}
     for message in conversation[: 2 * turn]:
-        role, content = message.get("role"), message.get("content")
-        if role not in said or not isinstance(content, str):
+        fields = message if isinstance(message, dict) else {}
+        role, content = fields.get("role"), fields.get("content")
+        if not isinstance(role, str) or role not in said or not isinstance(content, str):
             raise InputError(f"{where}: {field} has a message that is not text of a user or an assistant")
         said[role].append(content)
     if any(len(texts) != turn for texts in said.values()):

@@ -25,6 +25,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -151,6 +152,9 @@ def _recordings(where: str, row: Mapping[str, Any]) -> Iterator[tuple[str, dict[
         if name in ITEM_FIELDS or not isinstance(value, dict):
             continue
         if _STRATEGY.fullmatch(name):
+            low, dash, high = name.rpartition("_")[2].partition("-")
+            if dash and int(low) >= int(high):
+                raise InputError(f"{where}: {name} names a scale from {low} to {high}; its lower end comes first")
             yield name, value
         elif _looks_recorded(name, value):
             near = difflib.get_close_matches(name, _EXAMPLES, n=1)
@@ -384,6 +388,6 @@ def _number(where: str, recording: Mapping[str, Any], field: str) -> float | Non
     value = recording.get(field)
     if field in recording and value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise InputError(f"{where}.{field} must be a number, not {value!r}; replay: stored needs it, replay: text not")
     return float(value)

@@ -7,10 +7,10 @@ prompt is held out here too.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from ray_pipeline.config.settings import Settings
@@ -372,6 +372,6 @@ def _answer_id(prompt: str, text: str) -> str:
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise BadRow(f"a score must be a number, not {value!r}")
     return float(value)

@@ -23,6 +23,7 @@ from ray_pipeline.engines.endpoint_replies import Charge, ServedModels, reported
 from ray_pipeline.engines.endpoint_settings import STRUCTURED, OpenAISpec
 from ray_pipeline.engines.endpoint_transports import Response, Transport, transport
 from ray_pipeline.engines.lifetime import Lifetime
+from ray_pipeline.store.outside import json_integer
 
 _REPLY_BYTES = 16 << 20  # limit of a body beside the reply's tokens, and of the list of models
 _TOKEN_BYTES = 1 << 10  # limit for each token and each of its alternatives
@@ -174,8 +175,7 @@ class Connection:
         if not 200 <= status < 300:
             raise refused(status, headers, content.decode("utf-8", "replace"))
         try:
-            # A number of thousands of digits is none of ours, and must not make the whole reply unreadable.
-            return json.loads(content, parse_int=lambda digits: int(digits) if len(digits) < 40 else float(digits))
+            return json.loads(content, parse_int=json_integer)
         except (ValueError, RecursionError):
             unread()
             start = clean(content[:80].decode("utf-8", "replace"), self.key)

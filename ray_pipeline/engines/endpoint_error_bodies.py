@@ -14,6 +14,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from ray_pipeline.store.outside import json_integer
+
 _MESSAGES = ("message", "Message", "detail", "msg", "error_message", "errorMessage", "title")
 _CODES = ("code", "type", "error_type", "status")
 _DEPTH = 4  # of errors inside errors
@@ -34,7 +36,7 @@ class ErrorBody(NamedTuple):
 def read_error(body: str) -> ErrorBody:
     """The error in a body of any form, cut to what is worth searching. The message is "" only if the body is blank."""
     try:
-        value: Any = json.loads(body)
+        value: Any = json.loads(body, parse_int=json_integer)
     except (ValueError, RecursionError):
         body = text = body[:MOST_SEARCHED]
         if _TAG.search(text):

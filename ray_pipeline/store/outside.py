@@ -17,6 +17,7 @@ _UNSTORABLE = re.compile("[\ud800-\udfff\0]")
 # Cc: control, Cf: format (bidirectional overrides, zero width), Cs: lone surrogates, which UTF-8 cannot hold.
 _INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 _MOST = 2**31  # token counts are 32-bit integers in every table
+_MOST_DIGITS = 40  # no figure has more; Python reads at most 4,300, and arithmetic with floats takes 308
 
 
 def storable(text: str) -> str:
@@ -32,10 +33,15 @@ def storable_value(value: Any) -> Any:
 def json_value(text: str) -> Any:
     """The value of a JSON text, with every text in it storable. Raises ValueError if it is not JSON."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_int=json_integer)
         return storable_value(value) if "\\u" in text else value  # only an escape can hold what UTF-8 cannot
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def json_integer(digits: str) -> int | float:
+    """The value of an integer in JSON, for `parse_int`; of too many digits a float, whose range is checked like any."""
+    return int(digits) if len(digits) <= _MOST_DIGITS else float(digits)
 
 
 def token_count(value: Any, otherwise: int = 0) -> int:

@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_pipeline.agents.labelled_replies import pick_grammar
-from ray_pipeline.agents.replies import critique_grammar, expected_score, score_grammar
+from ray_pipeline.agents.replies import (
+    choice_verdict,
+    critique_grammar,
+    expected_score,
+    review_verdict,
+    score_grammar,
+)
+from ray_pipeline.agents.verdicts import Unread
 from ray_pipeline.store.schemas import FAILURE_TYPES
 from tests.agents.readers import read_choice, read_critique, read_score
 from tests.scripted import said
@@ -213,6 +220,18 @@ def test_no_text_raises_and_every_verdict_is_one_of_the_scale(text: str) -> None
 )
 def test_degenerate_replies_are_read_in_no_time(text: str) -> None:
     assert score(text) is None and choice(text) is None and flaw(text) is None
+
+
+@pytest.mark.parametrize("number", ["1e400", "9" * 400, "-" + "9" * 400, "9" * 5000, "NaN"])
+def test_a_number_beyond_every_range_is_no_verdict(number: str) -> None:
+    """Python's integers have no range, and arithmetic with floats raises where they exceed it."""
+    assert score(f'{{"reason": "x", "score": {number}}}') is None
+    for decimals in (0, 1):
+        assert isinstance(review_verdict(said(f'{{"feedback": "x", "score": {number}}}'), (0, 10), decimals), Unread)
+    ranks = f'[{{"model": "m", "rank": {number}}}, {{"model": "M", "rank": 2}}]'
+    for style in ("ranks", "auto"):
+        found = choice_verdict(said(ranks), style)
+        assert isinstance(found, Unread) or found.fields["choice"] == ("A" if number.startswith("-") else "B")
 
 
 # --- critiques and choices --------------------------------------------------------------------------------------------

@@ -46,6 +46,8 @@ def test_alpaca_eval_gathers_the_annotations_of_a_pair(tmp_path: Path) -> None:
     assert votes(items[0]) == {"annotator 3": "A", "annotator 5": "B", "annotator 7": "A", "annotator 3 #2": "A"}
     assert (items[0]["question"], items[0]["response_a"], items[0]["response_b"]) == ("Say hi.", "hi", "no")
     to_table(items, ITEMS)
+    with pytest.raises(InputError, match=r"row 1: preference must be a number, not inf"):
+        read_human_labels("alpaca_eval", as_json(tmp_path / "x.json", [annotation(1, 10**400)]))
     with pytest.raises(InputError, match=r"row 1: preference must be 1, 2, 1\.5 or 0, not 3"):
         read_human_labels("alpaca_eval", as_json(tmp_path / "x.json", [annotation(1, 3)]))
     with pytest.raises(InputError, match=r"row 1: output_2 must be text, not None"):
@@ -143,6 +145,10 @@ def test_mt_bench_counts_a_pair_once_whoever_came_first(tmp_path: Path) -> None:
     assert "u2" in items[1]["question"] and "[turn 2]\nalpaca says 2" in items[1]["response_a"]
     with pytest.raises(InputError, match="winner must be model_a, model_b or tie, not 'both'"):
         read_human_labels("mt_bench", as_json(tmp_path / "x.json", [judged("a", "b", "both", "j")]))
+    for message in ("text", None, ["user", "u1"], {"role": ["user"], "content": "u1"}):
+        broken = {**judged("a", "b", "tie", "j"), "conversation_a": [message]}
+        with pytest.raises(InputError, match="row 1: conversation_a has a message that is not text of a user"):
+            read_human_labels("mt_bench", as_json(tmp_path / "x.json", [broken]))
     with pytest.raises(InputError, match="fewer than 3 turns"):
         read_human_labels("mt_bench", as_json(tmp_path / "x.json", [judged("a", "b", "tie", "j", turn=3)]))
 

@@ -104,6 +104,26 @@ def test_what_cannot_be_read_is_missing_and_not_a_number(tmp_path: Path) -> None
     ]
 
 
+@pytest.mark.parametrize(
+    ("replay", "recording", "message"),
+    [
+        ("text", {"combined_9-3": {"m": COMBINED}}, "combined_9-3 names a scale from 9 to 3"),
+        ("stored", {"independent_5-5": {"m": COMBINED}}, "independent_5-5 names a scale from 5 to 5"),
+        (
+            "stored",
+            {"combined_10": {"m": {**COMBINED, "stored_a": float("inf")}}},
+            "stored_a must be a number, not inf",
+        ),
+        ("stored", {"combined_10": {"m": {**COMBINED, "stored_b": 10**400}}}, "stored_b must be a number, not inf"),
+    ],
+)
+def test_scales_and_scores_that_are_none_are_refused(
+    tmp_path: Path, replay: Any, recording: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        read(tmp_path, replay, **recording)
+
+
 def test_debates(tmp_path: Path) -> None:
     by_letter = {"m": {"final": {"critic": "Score A: 2/10\nScore B: 1/10"}}}
     assert brief(read(tmp_path, debate=by_letter)) == [("debate", "m", "critic", "ab", 2.0, 1.0, "A", "ok")]

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from ray_pipeline.agents.judges import JudgeAsking, Rubric, SamplingSettings, critique, judge
 from ray_pipeline.agents.templates import load_templates
+from ray_pipeline.agreement.human_labels import read_human_labels
 from ray_pipeline.agreement.recorded import read_recorded
 from ray_pipeline.bench.files import read_rows
 from ray_pipeline.data.dataset_rows import DatasetsConfig
@@ -90,6 +91,7 @@ def lines(folder: str, *rows: dict[str, Any]) -> Path:
 @settings(deadline=None, max_examples=60)
 @given(ANY, NUMBERS)
 @example(NASTY, 2**70)
+@example(NASTY, 10**400)
 def test_every_reader_of_files_gives_rows_that_can_be_stored(text: str, number: Any) -> None:
     """JSON escapes hold what UTF-8 cannot. Whatever a file says, it is read, or refused with its place."""
     said = f"q {text}"
@@ -112,6 +114,19 @@ def test_every_reader_of_files_gives_rows_that_can_be_stored(text: str, number: 
         )
         with contextlib.suppress(InputError):  # no row is left where the completion is empty
             read_preferences(source, DatasetsConfig(kinds=["kto"]), count_words, 0, 0.0, lambda *_: None)
+
+        lines(folder, {"prompt": said, "chosen": "a", "rejected": "b", "better": number, "worse": 1})
+        source = TypeAdapter(PreferenceSource).validate_python(
+            {"type": "jsonl", "path": str(path), "chosen_score": "better", "rejected_score": "worse"}
+        )
+        with contextlib.suppress(InputError):  # the score is none
+            read_preferences(source, DatasetsConfig(kinds=["dpo"]), count_words, 0, 0.0, lambda *_: None)
+
+        person = {"instruction": said, "output_1": text, "output_2": "b", "annotator": number, "preference": number}
+        for row in ({**person, "preference": 1}, person):
+            lines(folder, row)
+            with contextlib.suppress(InputError):  # the preference is none
+                to_table(read_human_labels("alpaca_eval", str(path)), ITEMS)
 
         lines(folder, {"question_id": number, "turns": [said], text: [text]})
         (question,) = read_rows(str(path))
