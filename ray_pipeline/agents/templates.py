@@ -19,6 +19,7 @@ import yaml
 from jinja2.sandbox import SandboxedEnvironment
 from pydantic import Field, ValidationError
 
+from ray_pipeline.config.loading import NOT_YAML
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.base import Message
 from ray_pipeline.store.keys import digest
@@ -125,11 +126,11 @@ def read_template_file(name_or_path: str, kind: type[S], folder: str = "") -> S:
         text = (own if own.is_file() else of_set).read_text("utf-8")
     try:
         return kind.model_validate(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise TemplateError(f"prompt template file {name_or_path} is not valid YAML: {error}") from error
     except ValidationError as error:
         problems = (f"{'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg'].lower()}" for e in error.errors())
         raise TemplateError(f"prompt template file {name_or_path}: {'; '.join(problems)}") from error
+    except NOT_YAML as error:
+        raise TemplateError(f"prompt template file {name_or_path} is not valid YAML: {error}") from error
 
 
 def check_role(file: str, role: str, block: RoleTemplate, variables: Mapping[str, Any]) -> None:

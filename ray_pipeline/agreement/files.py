@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.csv
-
 from ray_pipeline.agreement.gate_curves import GateCurve, curves_table
 from ray_pipeline.agreement.page import agreement_page, winrate_page
 from ray_pipeline.agreement.recorded_winrate import VersusRate
+from ray_pipeline.report.csv_tables import arrow_csv
 from ray_pipeline.report.documents import as_json
-from ray_pipeline.report.escaping import csv_cell
 from ray_pipeline.report.write import write_page
 
 
@@ -31,13 +27,7 @@ def write_agreement(
     """
     numbers: dict[str, Any] = {"agreement.json": document}
     if curves:
-        table = io.BytesIO()
-        curve = curves_table(curves)
-        for name in ("strategy", "judges"):
-            cells = pyarrow.array([csv_cell(text) for text in curve[name].to_pylist()], pyarrow.string())
-            curve = curve.set_column(curve.column_names.index(name), name, cells)
-        pyarrow.csv.write_csv(curve, table)
-        numbers["risk_coverage.csv"] = table.getvalue().decode()
+        numbers["risk_coverage.csv"] = arrow_csv(curves_table(curves))
     return write_page(agreement_page(as_json(document), answers), numbers, folder)
 
 

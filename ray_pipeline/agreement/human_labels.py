@@ -15,12 +15,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from ray_pipeline.agents.jury import pooled_vote
 from ray_pipeline.agreement.recorded import read_item
-from ray_pipeline.data.sources import File, InputError, find_files, jsonl_records
+from ray_pipeline.data.sources import File, InputError, find_files, jsonl_records, open_parquet, parquet_batches
+from ray_pipeline.data.sources.files import arrow_records
 from ray_pipeline.data.sources.huggingface import hub_errors
 from ray_pipeline.store.keys import digest, prompt_id
 
@@ -82,11 +80,12 @@ def _file_rows(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Rows of JSON (one object a line, or one array; .gz too) or .parquet files."""
     for file in find_files(path):
         if file.name.endswith(".parquet"):
-            with file.open_seekable() as stream:
-                try:
-                    rows = pq.read_table(stream, page_checksum_verification=True).to_pylist()
-                except (pa.ArrowException, OSError) as error:
-                    raise InputError(f"{file.uri} is truncated or not a Parquet file ({error})") from error
+            with open_parquet(file) as table:
+                batches = parquet_batches(file, table, table.schema_arrow.names)
+                records = list(arrow_records(batches, file.uri))
+            if fault := next((f"{record.where} {record.fault}" for record in records if record.fault), None):
+                raise InputError(fault)
+            rows = [record.row for record in records]
         else:
             rows = [row for _, row in jsonl_records(file)]
         for number, row in enumerate(rows, 1):

@@ -9,6 +9,7 @@ import csv
 import gzip
 import io
 import re
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,8 @@ def read_text(source: str) -> str:
     path = local_file(source)
     try:
         data = path.read_bytes()
-        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise BenchmarkFileError(f"{source} cannot be read: {error}") from error
 
 
@@ -100,12 +101,15 @@ def read_csv(source: str) -> list[dict[str, str]]:
         BenchmarkFileError: a row has other than the header's columns.
     """
     rows: list[dict[str, str]] = []
-    for number, row in enumerate(csv.DictReader(io.StringIO(read_text(source))), 2):
-        if None in row or None in row.values():
-            raise BenchmarkFileError(
-                f"{source}, line {number}: the header names {len(row)} columns, the row has others"
-            )
-        rows.append(dict(row))
+    try:
+        for number, row in enumerate(csv.DictReader(io.StringIO(read_text(source))), 2):
+            if None in row or None in row.values():
+                raise BenchmarkFileError(
+                    f"{source}, line {number}: the header names {len(row)} columns, the row has others"
+                )
+            rows.append(dict(row))
+    except csv.Error as error:
+        raise BenchmarkFileError(f"{source}, row {len(rows) + 1} is not CSV: {error}") from error
     return rows
 
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.csv
 
 from ray_pipeline.bench.benchmark import Reading, Score
 from ray_pipeline.bench.page import Line, benchmarks_page, figure, table_lines, table_rows
+from ray_pipeline.report.csv_tables import arrow_csv, as_csv
 from ray_pipeline.report.documents import as_json
 from ray_pipeline.report.escaping import one_line
 from ray_pipeline.report.markdown import markdown_table
@@ -54,12 +52,12 @@ def write_benchmarks(page: BenchmarkPage, folder: Path) -> list[Path]:
     lines = table_lines(document["scores"])
     numbers = {
         "benchmarks.json": document,
-        "benchmarks.csv": _csv(document["scores"], _COLUMNS),
+        "benchmarks.csv": as_csv(*document["scores"], columns=_COLUMNS),
         "benchmarks.md": markdown_table(["score", *page.models], table_rows(page.models, lines)) + "\n",
         "benchmarks.tex": latex_table(page.models, lines),
     }
     for name, rows in page.tables.items():
-        numbers[f"{name}.csv"] = _arrow_csv(rows) if isinstance(rows[0], pa.Table) else _csv(rows, tuple(rows[0]))
+        numbers[f"{name}.csv"] = arrow_csv(pa.concat_tables(rows)) if isinstance(rows[0], pa.Table) else as_csv(*rows)
     return write_page(benchmarks_page(document, page.answers), numbers, folder)
 
 
@@ -99,20 +97,6 @@ def _flat(score: Score) -> dict[str, Any]:
         "departures": " ".join(score.name.departures),
         "protocol": score.name.fingerprint,
     }
-
-
-def _csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    out = io.StringIO()
-    writer = csv.DictWriter(out, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
-
-
-def _arrow_csv(tables: Sequence[pa.Table]) -> str:
-    out = io.BytesIO()
-    pyarrow.csv.write_csv(pa.concat_tables(tables), out)
-    return out.getvalue().decode()
 
 
 def _document(page: BenchmarkPage) -> dict[str, Any]:

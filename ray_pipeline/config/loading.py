@@ -61,9 +61,10 @@ def read_config(kind: type[C], values: Mapping[str, Any], overrides: Sequence[st
 
 def read_yaml(name_or_path: str) -> dict[str, Any]:
     """The blocks of a YAML file, or of one that comes with Quorum. Raises ConfigError."""
+    text = read_text(name_or_path)
     try:
-        values = yaml.load(read_text(name_or_path), UniqueKeys)
-    except yaml.YAMLError as error:
+        values = yaml.load(text, UniqueKeys)
+    except NOT_YAML as error:
         raise ConfigError(f"{name_or_path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{name_or_path} must be a mapping of blocks, not {type(values).__name__}")
@@ -87,6 +88,11 @@ def read_text(name_or_path: str) -> str:
     return (folder / name).read_text("utf-8")
 
 
+#: What PyYAML raises: its own errors, and those of Python for a value that it cannot construct, such as the day
+#: 2024-13-45, a number of 5,000 digits, `!!bool x` or a list as a key.
+NOT_YAML = (yaml.YAMLError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError)
+
+
 class UniqueKeys(yaml.SafeLoader):
     """YAML that refuses duplicate keys: PyYAML would silently drop the first block."""
 
@@ -106,7 +112,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"{redact(override)!r} is not an override; write key=value, for example gate.tau=2")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except NOT_YAML as error:
         raise ConfigError(f"{key}: {redact(text)!r} is not a YAML value") from error
     place: Any = values
     *path, last = key.split(".")

@@ -25,7 +25,10 @@ _NO_SYSTEM = re.compile(
     r"(?:\b(?:system|developer)[ _-](?:role|message|prompt|instruction)|['\"`]system['\"`])"
     r"|\b(?:unsupported|unexpected|invalid|unknown|unrecognized)\s+(?:message\s+)?(?:role|value)s?[\s:='\"`]*system\b"
     r"|only\s+['\"`]?user['\"`]?,?\s+(?:and|or)\s+['\"`]?(?:assistant|model)['\"`]?\s+roles?\b"
-    r"|valid role: user, (?:assistant|model)\b"
+    r"|\brole\b[^.]{0,12}\bsystem\b['\"`]?\s+is\s+(?:an?\s+)?(?:invalid|unknown|unexpected|unrecognized|not\s+valid)"
+    r"|\b(?:(?:should|must|may|can)\s+(?:only\s+)?be|permitted|allowed|valid|supported)\b(?:\s+(?:one\s+of|either|roles?|"
+    r"values?(?:\s+are)?))?[\s:=\[('\"`]{1,4}user['\"`]?(?:,|,?\s+(?:or|and))\s*['\"`]?(?:assistant|model)\b"
+    r"(?![^.]{0,40}\bsystem\b)"
     r"|(?:\u4e0d\u652f\u6301|\u4e0d\u80fd\u4e3a|\u4e0d\u80fd\u662f)[^\u3002]{0,6}(?:system|\u7cfb\u7edf)"
     r"|(?:system|\u7cfb\u7edf)[^\u3002]{0,8}\u4e0d\u652f\u6301",
     re.IGNORECASE,

@@ -7,7 +7,8 @@ from ray_pipeline.evaluate.data import ReportData
 from ray_pipeline.evaluate.headline import data_headline, headline
 from ray_pipeline.evaluate.metrics import collect_metrics
 from ray_pipeline.evaluate.run_page import run_page
-from ray_pipeline.evaluate.summary import as_csv, summary_row
+from ray_pipeline.evaluate.summary import summary_row
+from ray_pipeline.report.csv_tables import as_csv
 from ray_pipeline.report.documents import as_json
 from ray_pipeline.report.write import write_page
 

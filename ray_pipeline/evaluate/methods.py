@@ -9,7 +9,7 @@ from typing import Any
 from ray_pipeline.evaluate.comparison import Comparison
 from ray_pipeline.evaluate.method_stats import Difference, MethodStats, OverSeeds, PolicyStats
 from ray_pipeline.evaluate.methods_page import methods_page
-from ray_pipeline.evaluate.summary import as_csv
+from ray_pipeline.report.csv_tables import as_csv
 from ray_pipeline.report.write import write_page
 
 

@@ -1,15 +1,10 @@
 """summary.csv: one row of key figures, its columns the same for every run."""
 
-import csv
-import io
-from collections.abc import Mapping
 from typing import Any
 
 from ray_pipeline.evaluate.data import ReportData
 from ray_pipeline.evaluate.headline import Headline
 from ray_pipeline.evaluate.metrics import RunMetrics, dataset_rows, prefix_hit_rate, total_use
-from ray_pipeline.report.documents import as_json
-from ray_pipeline.report.escaping import csv_cell
 from ray_pipeline.store.schemas import LABELS
 
 
@@ -31,17 +26,6 @@ def summary_row(data: ReportData, metrics: RunMetrics, headline: Headline, warni
     for column in ("calls", "log_hits", "prompt_tokens", "completion_tokens", "seconds"):
         row[column] = getattr(use, column)
     return row | {"prefix_hit_rate": prefix_hit_rate(use)}
-
-
-def as_csv(*rows: Mapping[str, Any]) -> str:
-    """Header and a line for each row; NaN and None are empty cells. All rows have the columns of the first."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(csv_cell(column) for column in rows[0])
-    for row in rows:
-        values = [as_json(row[column]) for column in rows[0]]
-        writer.writerow(["" if v is None else csv_cell(v) if isinstance(v, str) else v for v in values])
-    return text.getvalue()
 
 
 def _curation(data: ReportData, metrics: RunMetrics) -> dict[str, Any]:

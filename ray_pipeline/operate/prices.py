@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError
 
+from ray_pipeline.config.loading import NOT_YAML
 from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.account import Prices
@@ -94,12 +95,12 @@ def read_rates(path: str) -> Rates:
         with open(path, encoding="utf-8") as file:
             values = yaml.safe_load(file)
         return Rates.model_validate(values)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read as rates: {error}") from error
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"])
         raise ConfigError(f"{path}: {where}: {problem['msg']}; every rate needs a source and a date") from error
+    except (OSError, *NOT_YAML) as error:
+        raise ConfigError(f"{path} cannot be read as rates: {error}") from error
 
 
 def listed_prices(model: ModelSettings) -> Prices | None:

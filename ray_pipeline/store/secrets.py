@@ -17,7 +17,8 @@ from typing import Any
 REMOVED = "***"
 
 #: Texts that are keys by their form: OpenAI and its like, Hugging Face, AWS, GitHub, GitLab, Slack, Google, Groq, xAI,
-#: Replicate, JSON web tokens, and what follows `Bearer` or `Basic`.
+#: Replicate, NVIDIA, Perplexity, Cerebras, Together, Fireworks, Databricks, Google's OAuth, npm, SendGrid, W&B, JSON
+#: web tokens, and what follows `Bearer` or `Basic`.
 _FORMS = re.compile(
     r"""
     (?<![A-Za-z0-9])(?:
@@ -25,6 +26,12 @@ _FORMS = re.compile(
       | (?:sk|rk|pk)_(?:live|test)_[A-Za-z0-9]{8,}
       | (?:hf|gsk|r8)_[A-Za-z0-9]{16,}
       | xai-[A-Za-z0-9]{16,}
+      | (?:nvapi|pplx|csk)-[A-Za-z0-9_-]{20,}
+      | (?:tgp|wandb)_v[0-9]_[A-Za-z0-9_-]{20,}
+      | (?:fw|npm)_[A-Za-z0-9]{20,}
+      | dapi[0-9a-f]{32}
+      | ya29\.[A-Za-z0-9_-]{20,}
+      | SG\.[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{10,}
       | (?:AKIA|ASIA)[A-Z0-9]{16,}
       | gh[opsur]_[A-Za-z0-9]{16,}
       | github_pat_[A-Za-z0-9_]{16,}
@@ -44,15 +51,21 @@ _USER_INFO = re.compile(
 )
 #: Parameters of a URI's query that hold a key.
 _PARAMETER = re.compile(
-    r"(?i)(?P<name>[?&](?:[a-z0-9_-]{0,60}(?:secret|password|passwd|token|signature|api[_-]?key|access[_-]?key)"
+    r"(?i)(?P<name>[?&](?:[a-z0-9_-]{0,60}(?:secret|password|passwd|token|signature|(?:api|access|subscription)[_-]?key)"
     r"[a-z0-9_-]{0,60}|sig|key|auth)=)(?!\*{3})(?P<value>[^&\s#'\"]+)"
+)
+#: What a header, a setting or a variable of such a name is given in a text: a value with a digit, or a long one.
+_ASSIGNED = re.compile(
+    r"(?i)(?P<name>(?:api[_-]?key|(?:access|account|subscription|secret)[_-]?key|(?:access|auth|api)[_-]?token|"
+    r"secret|password|passwd|passphrase)(?:\\?[\"'])?\s{0,2}[:=]\s{0,2}(?:\\?[\"'])?)"
+    r"(?P<value>(?=[^\s\"'\\,;&]*[0-9])[^\s\"'\\,;&*<>{}()\[\]]{8,}|[A-Za-z_.~+/=-]{24,})"
 )
 #: Names of settings and variables that hold a key. Names of tokens of a vocabulary (`eos_token`) are not among them.
 _NAMES = re.compile(
-    r"(?:^|_)(?:api_?key|access_?key(?:_id)?|secret|secret_?key|secret_access_key|private_?key|password|passwd|"
+    r"(?:^|_)(?:api_?key|(?:access|account|subscription)_?key(?:_id)?|connection_string|secret|secret_?key|secret_access_key|private_?key|password|passwd|"
     r"passphrase|authorization|proxy_authorization|credentials?|bearer|client_secret|x_api_key|"
     r"(?:hf|hub|push_to_hub|hugging_?face(?:_hub)?|auth|access|api|bearer|session|security|refresh|id|secret|use_auth|"
-    r"github|gh|gitlab|wandb|comet|slack)_token)$|^(?:token|auth|cookie|cookies)$"
+    r"github|gh|gitlab|wandb|comet|slack|sas|private|tracking)_token)$|^(?:token|auth|cookie|cookies)$"
 )
 #: Names of variables in the environment, whose suffixes are less ambiguous than those of settings.
 _VARIABLES = re.compile(
@@ -91,6 +104,7 @@ def _without(values: Sequence[str], text: str) -> str:
     for value in values:
         text = text.replace(value, REMOVED)
     text = _FORMS.sub(REMOVED, text)
+    text = _ASSIGNED.sub(lambda m: m["name"] + REMOVED, text)
     text = _USER_INFO.sub(lambda m: f"{m['scheme']}{REMOVED}@" if _holds_key(m) else m[0], text)
     return _PARAMETER.sub(lambda m: m["name"] + REMOVED, text)
 

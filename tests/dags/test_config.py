@@ -260,6 +260,9 @@ def test_all_mistakes_are_told_at_once(load: Any) -> None:
         ("gate: {tau: 1}\njudge: {}\ngate: {alpha: 0.1}", "duplicate key 'gate'"),
         ("gate:\n  tau: 1\n  tau: 2", r"duplicate key 'tau'.*\n?.*line 3"),
         ("\x00", "is not valid YAML"),
+        ("gate: {tau: 2024-13-45}", "is not valid YAML: month must be in"),
+        ("gate: {tau: !!bool x}", "is not valid YAML"),
+        ("? [gate]\n: 1", "is not valid YAML"),
     ],
 )
 def test_a_file_that_is_none(tmp_path: Path, text: str, message: str) -> None:
@@ -305,6 +308,8 @@ def test_overrides(load: Any) -> None:
         ("gate.tau", "is not an override; write key=value"),
         ("=2", "is not an override; write key=value"),
         ("gate.tau=[", r"gate\.tau: '\[' is not a YAML value"),
+        ("gate.tau=2024-13-45", r"gate\.tau: '2024-13-45' is not a YAML value"),
+        (f"gate.tau={'9' * 5000}", r"gate\.tau: '9+' is not a YAML value"),
         ("judge.rubrics.7.text=x", r"judge\.rubrics\.7\.text: '7' is not an item of a list of 2 \(the first is 0\)"),
         ("judge.rubrics.first.text=x", r"'first' is not an item of a list of 2"),
         ("judge.rubrics.-1.text=x", "'-1' is not an item"),

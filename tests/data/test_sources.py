@@ -13,6 +13,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
+from ray_pipeline.agreement.human_labels import read_human_labels
+from ray_pipeline.data.candidate_sources import CandidateSource, own_rows
 from ray_pipeline.data.prompts import PromptsConfig, load_prompts
 from ray_pipeline.data.sources import (
     CsvSource,
@@ -485,6 +487,27 @@ def test_a_bad_row_of_a_parquet_file(tmp_path):
     assert re.search("row 1: .*has no role and content", faults(source)[0]) and faults(source)[0].startswith(str(path))
     with pytest.raises(InputError, match="1 of 1 rows are malformed"):
         load_prompts(PromptsConfig(sources=[source]))
+
+
+def test_a_value_that_python_cannot_hold_is_a_bad_row(tmp_path):
+    path = tmp_path / "a.parquet"
+    texts = pa.array([b"good", b"\xff bad", b"good too"], pa.binary()).view(pa.string())
+    dates = pa.array([0, 0, 2**62]).cast(pa.timestamp("us"))
+    pq.write_table(pa.table({"prompt": texts, "response": texts, "when": dates}), path)
+    prompts = ParquetSource(path=str(path), column="prompt", source_column="when")
+    table = TypeAdapter(CandidateSource).validate_python({"type": "parquet", "path": str(path), "model": "when"})
+    for found in (faults(prompts), [row.fault for row in own_rows(table) if row.fault]):
+        assert [fault.split(" cannot")[0] for fault in found] == [
+            f"{path}: row 2 has a value in column 'prompt' that", f"{path}: row 3 has a value in column 'when' that"
+        ]  # fmt: skip
+    with pytest.raises(InputError, match=r"a\.parquet: row 2 has a value in column 'prompt' that cannot be read"):
+        read_human_labels("alpaca_eval", str(path))
+
+
+def test_a_csv_header_that_is_not_utf_8(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"qu\xffestion\nx\n")
+    with pytest.raises(InputError, match=r"a\.csv is not a readable CSV file \(.*; save it as UTF-8"):
+        list(CsvSource(path=str(tmp_path / "a.csv"), column="question").rows())
 
 
 def test_a_parquet_file_that_is_none(tmp_path):

@@ -221,6 +221,25 @@ def test_turns_that_do_not_alternate_without_the_role_are_the_rows_own_fault() -
     assert not refuses_system("System role not supported", ["user"])
 
 
+@pytest.mark.parametrize(
+    ("words", "refused"),
+    [
+        ("Role 'system' is invalid", True),
+        ("Input should be 'user' or 'assistant'", True),  # pydantic 2
+        ("unexpected value; permitted: 'user', 'assistant'", True),  # pydantic 1
+        ("role must be one of: user, assistant", True),
+        ("Please use a valid role: user, model.", True),
+        ("Input should be 'system', 'user' or 'assistant'", False),
+        ("role must be one of user, assistant, system", False),
+        ("Input should be 'user', 'assistant', 'system' or 'tool'", False),
+        ("last message must be from user", False),
+        ("role 'tool' is invalid", False),
+    ],
+)
+def test_a_list_of_roles_without_system_refuses_it(words: str, refused: bool) -> None:
+    assert refuses_system(words, ["system", "user"]) is refused
+
+
 def asked_of(engine: OpenAIEngine, *chats: list[Message], sampling: Sampling = COLD) -> list[Any]:
     return using(
         engine, lambda e: asyncio.gather(*(e.chat(messages, sampling) for messages in chats), return_exceptions=True)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ray_pipeline.evaluate.build import build_report
 from ray_pipeline.evaluate.data import RunIdentity, StageUse
-from ray_pipeline.evaluate.summary import as_csv
+from ray_pipeline.report.csv_tables import arrow_csv, as_csv
 from ray_pipeline.report.escaping import csv_cell, fenced, inline, paragraph
 from tests.evaluate.example_run import whole_run
 
@@ -129,6 +129,8 @@ def test_a_cell_of_csv_is_no_formula(text: str) -> None:
     (header, values) = csv.reader(io.StringIO(row))
     assert values[0].startswith("'") and values[1:] == ["1.5", "-2", "-2.5", "a=b"]
     assert header == ["name", "'=head", "n", "text", "word"]
+    rows = arrow_csv(pa.table({"name": [text, None], "n": [-2, 3]}))
+    assert list(csv.reader(io.StringIO(rows))) == [["name", "n"], [values[0], "-2"], ["", "3"]]
 
 
 @given(st.text())

@@ -37,6 +37,8 @@ def drawn(prefix: str, size: int, alphabet: str = _WORD) -> st.SearchStrategy[st
 #: Keys as their makers form them.
 KEYS = st.one_of(
     *(drawn(prefix, 20) for prefix in ("sk-", "sk-proj-", "sk-ant-api03-", "hf_", "gsk_", "xai-", "ghp_", "gho_")),
+    *(drawn(prefix, 26) for prefix in ("nvapi-", "pplx-", "csk-", "tgp_v1_", "wandb_v1_", "fw_", "npm_", "ya29.")),
+    drawn("dapi", 32, "0123456789abcdef").map(lambda key: key[:36]),
     drawn("github_pat_", 22),
     drawn("glpat-", 20),
     drawn("AKIA", 16, string.ascii_uppercase + string.digits),
@@ -90,6 +92,8 @@ def test_redacting_twice_is_redacting_once(text: str) -> None:
         "hf_overrides hf_transfer ghp_ AKIA s3://bucket/a@b.csv hf://datasets/owner/name@main/x.parquet",
         "abfs://container@account.dfs.core.windows.net/x gs://anonymous@bucket/x ssh://git@host/x user@example.org",
         "http://host:8265/path/a@b?region=eu",
+        "api_key_env: OPENAI_API_KEY, endpoint.api_key_env=NAME_2_OF_THE_VARIABLE, the API key: it is missing",
+        "password: wrong; secret = none, the secret: nobody tells it, access key=*** fw_pass npm_config",
     ],
 )
 def test_other_texts_pass_as_they_are(text: str) -> None:
@@ -105,7 +109,21 @@ def test_the_value_of_a_secret_variable_is_removed_whatever_its_form(monkeypatch
     assert redact("no words-of-europe") == f"no {REMOVED}"
 
 
-@pytest.mark.parametrize("name", ["api_key", "apiKey", "X-Api-Key", "hf_token", "hub_token", "token", "password",
+@pytest.mark.parametrize(
+    "text",
+    ["x-api-key: {}", "api-key:{}", '{{"api_key": "{}", "n": 1}}', "{{'apiKey': '{}'}}",
+     "OPENAI_API_KEY={} python x.py", "password={};Database=d", "AccountName=n;AccountKey={}",
+     '{{\\"api_key\\": \\"{}\\"}}',
+     "https://h?subscription-key={}"],
+)  # fmt: skip
+@pytest.mark.parametrize("key", ["0123456789abcdef0123456789abcdef", "hunter2hunter2", "Zm9vYmFyYmF6c3BhbWVnZ3M="])
+def test_what_a_text_gives_the_name_of_a_key_is_removed(text: str, key: str) -> None:
+    assert redact(text.format(key)) == text.format(REMOVED) == redact(redact(text.format(key)))
+
+
+@pytest.mark.parametrize("name", ["Ocp-Apim-Subscription-Key", "account_key", "sas_token", "connection_string",
+                                  "mlflow_tracking_token", "private-token", "api_key", "apiKey", "X-Api-Key",
+                                  "hf_token", "hub_token", "token", "password",
                                   "Authorization", "aws_secret_access_key", "push_to_hub_token"])  # fmt: skip
 def test_settings_that_hold_keys_are_known_by_their_names(name: str) -> None:
     assert names_key(name)

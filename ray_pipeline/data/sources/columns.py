@@ -10,6 +10,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from ray_pipeline.data.sources.chats import BadRow, messages_of, turns_in_text, until_last_user
+from ray_pipeline.data.sources.files import arrow_records
 from ray_pipeline.data.sources.source import InputError, PromptSource, SourceRow
 
 
@@ -44,11 +45,12 @@ class TableSource(PromptSource):
     def arrow_rows(
         self, batches: Iterable[pa.RecordBatch | pa.Table], place: dict[str, Any], where: str
     ) -> Iterator[SourceRow]:
-        number = 0
-        for batch in batches:
-            for row in batch.to_pylist():
-                number += 1
-                yield self.row({**place, "row": number}, row, f"{where}: row {number}")
+        for record in arrow_records(batches, where):
+            here = {**place, "row": record.number}
+            if record.fault:
+                yield SourceRow(here, None, fault=f"{record.where} {record.fault}")
+            else:
+                yield self.row(here, record.row, record.where)
 
     def row(self, place: dict[str, Any], row: dict[str, Any], where: str) -> SourceRow:
         """One row's prompt, or the fault in it; other columns are taken as text, whatever they are."""

@@ -11,7 +11,7 @@ import itertools
 import os
 import posixpath
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
@@ -214,10 +214,10 @@ def csv_records(file: File, choose: Callable[[list[str]], list[str]]) -> Iterato
                 if row is None and number not in bad:
                     return
                 yield Record(where, number, row or {}, bad.get(number))
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, UnicodeDecodeError) as error:  # the latter where the header is not UTF-8
         if "Empty CSV" in str(error):
             return
-        remedy = "save it as UTF-8" if "UTF8" in str(error) else quote
+        remedy = "save it as UTF-8" if re.search("UTF-?8", str(error), re.IGNORECASE) else quote
         raise InputError(f"{file.uri} is not a readable CSV file ({error}); {remedy}") from error
 
 
@@ -271,6 +271,31 @@ def parquet_batches(file: File, table: pq.ParquetFile, columns: list[str]) -> It
         yield from table.iter_batches(BATCH_ROWS, columns=columns)
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{file.uri} is truncated or corrupt ({error}); regenerate it") from error
+
+
+def arrow_records(batches: Iterable[pa.RecordBatch | pa.Table], where: str) -> Iterator[Record]:
+    """The rows of Arrow tables. One with a value that Python cannot hold has a fault: text that is not UTF-8, which
+    Arrow does not check, or a date outside the years 1 to 9999."""
+    number = 0
+    for batch in batches:
+        try:
+            rows = batch.to_pylist()
+        except (ValueError, OverflowError):  # UnicodeDecodeError is a ValueError
+            rows = [_row_or_fault(batch.slice(place, 1)) for place in range(batch.num_rows)]
+        for row in rows:
+            number += 1
+            good = isinstance(row, dict)
+            yield Record(f"{where}: row {number}", number, row if good else {}, None if good else row)
+
+
+def _row_or_fault(one: pa.RecordBatch | pa.Table) -> dict[str, Any] | str:
+    for name in one.schema.names:
+        try:
+            one.select([name]).to_pylist()
+        except (ValueError, OverflowError) as error:
+            return f"has a value in column {name!r} that cannot be read ({error}); fix or remove the row"
+    row: dict[str, Any] = one.to_pylist()[0]
+    return row
 
 
 def sha256(file: File) -> str:

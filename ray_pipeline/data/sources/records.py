@@ -7,8 +7,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import Any, Literal, cast
+from collections.abc import Callable, Collection, Iterator
+from typing import Literal
 
 from pydantic import Field
 
@@ -16,6 +16,7 @@ from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.sources.chats import BadRow
 from ray_pipeline.data.sources.files import (
     Record,
+    arrow_records,
     csv_records,
     find_files,
     json_records,
@@ -76,8 +77,10 @@ class HubTable(HubKeys, AnswerTable):
         """
         revision = (digests or {}).get(self.default_label, self.revision)
         data = load_hub(self.name, self.subset, self.split, revision)
-        rows = iter(data.select_columns(_columns(choose, data.column_names, self.place)))
-        yield from _numbered(self.place, cast(Iterator[dict[str, Any]], rows))
+        # As Python values, of which `datasets` decodes some itself, and not as Arrow.
+        rows = data.select_columns(_columns(choose, data.column_names, self.place))
+        for number, row in enumerate(rows, 1):
+            yield Record(f"{self.place}: row {number}", number, row)
 
     @property
     def _source(self) -> HuggingFaceSource:
@@ -120,7 +123,7 @@ class FileTable(AnswerTable):
                 with open_parquet(file) as table:
                     columns = _columns(choose, table.schema_arrow.names, file.uri)
                     batches = parquet_batches(file, table, columns)
-                    yield from _numbered(file.uri, (row for batch in batches for row in batch.to_pylist()))
+                    yield from arrow_records(batches, file.uri)
             elif self.type == "csv":
                 yield from csv_records(file, functools.partial(_columns, choose, where=file.uri))
             else:
@@ -145,8 +148,3 @@ def _columns(choose: Choose, present: Collection[str], where: str) -> list[str]:
         return choose(present, True)
     except BadRow as fault:
         raise InputError(f"{where} {fault}") from fault
-
-
-def _numbered(where: str, rows: Iterable[dict[str, Any]]) -> Iterator[Record]:
-    for number, row in enumerate(rows, 1):
-        yield Record(f"{where}: row {number}", number, row)
