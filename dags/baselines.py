@@ -86,9 +86,14 @@ class BaselinesConfig(DmapoConfig):
                 raise ValueError(f"baselines.data.{name}: {_problem(error)}") from error
         for name in self.baselines.methods:
             try:
-                self.training(name, 0)
+                packing = self.training(name, 0).trainer_args.get("packing")
             except ValidationError as error:
                 raise ValueError(f"baselines.methods.{name}: {_problem(error)}") from error
+            if packing and "steps" in self.baselines.readings:
+                raise ValueError(
+                    f"baselines.readings: equal steps are counted in rows, but those of {name} are packed; remove "
+                    "steps, or trainer_args.packing"
+                )
 
     def workers(self) -> dict[str, float]:
         return {f"train-{policy.label}": self.train.num_workers for policy in self.policies()}

@@ -32,6 +32,7 @@ from pydantic import BeforeValidator
 
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.gate import LABEL_OF, GateConfig, cut_reasons, label_cases
+from ray_pipeline.graph.stage import Stage
 from ray_pipeline.store.keys import unit_hash
 from ray_pipeline.store.schemas import LABELS, READ_STATUSES
 
@@ -111,6 +112,11 @@ class Panel:
     def add(self, judge: str, score: float | None) -> None:
         """Take a verdict; None: it was not read."""
         self._known.scores[judge] = math.nan if score is None else score
+
+
+def exits_early(stage: Stage) -> bool:
+    """Whether a stage of judges or the critic skips calls."""
+    return getattr(stage.work.settings, "exit_rule", None) is not None
 
 
 def in_audit_slice(candidate_id: str) -> bool:

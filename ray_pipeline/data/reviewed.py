@@ -22,6 +22,9 @@ HumanLabel = Literal["desirable", "undesirable"]
 #: What a person may say of a candidate; `unsure` counts as no label.
 ANSWERS = ("desirable", "undesirable", "unsure")
 
+#: `why` of a decision with a person's label: who gave it, and the gate's own `why`.
+_PERSON, _GATE = "a person: ", "; the gate: "
+
 
 class HumanLabels(Settings):
     """Labels by people, in a file that the page of `quorum review` saved.
@@ -104,15 +107,20 @@ def read_labels(path: str) -> Reviewed:
 def overrule(decisions: pa.Table, labels: Mapping[str, HumanLabel]) -> tuple[pa.Table, int]:
     """Decisions in which people's labels replace the gate's, and how many differ.
 
-    Scores stay as they are, and a candidate without a final score stays incomplete: its training row would lack scores.
+    Scores stay as they are, and a candidate without a final score keeps the gate's: its training row would lack scores.
     """
     ids, old, why = (one_array(decisions[name]) for name in ("candidate_id", "label", "why"))
     given = pa.array([labels.get(name) for name in ids.to_pylist()], pa.string())
     given = pc.if_else(one_array(decisions["final_score"]).is_valid(), given, pa.scalar(None, pa.string()))
     new = pc.coalesce(given, old)
-    said = pc.binary_join_element_wise("a person: ", new, "; the gate: ", why, "")
+    said = pc.binary_join_element_wise(_PERSON, new, _GATE, why, "")
     columns = {"label": new, "why": pc.if_else(given.is_valid(), said, why)}
     for name, column in columns.items():
         place = decisions.column_names.index(name)
         decisions = decisions.set_column(place, decisions.schema.field(place), column)
     return decisions, pc.sum(pc.not_equal(new, old)).as_py() or 0
+
+
+def replaced_reason(why: str) -> str | None:
+    """The gate's `why` behind that of a decision with a person's label; None where the label is the gate's."""
+    return why.partition(_GATE)[2] if why.startswith(_PERSON) else None

@@ -5,11 +5,13 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ray_pipeline.data.gate import GateConfig
+from ray_pipeline.data.gate import GateConfig, cut_text
+from ray_pipeline.data.reviewed import replaced_reason
 from ray_pipeline.evaluate.data import ReportData
 from ray_pipeline.report.figures import number, percent, percent_interval
 from ray_pipeline.report.page import Section, Table, Text
@@ -62,9 +64,9 @@ def gate_and_people(data: ReportData) -> GateAndPeople | None:
     people, decisions = data.people, data.decisions
     if people is None or decisions is None:
         return None
-    columns = ["candidate_id", "prompt_id", "score_variance", "final_score", "label"]
+    columns = ["candidate_id", "prompt_id", "score_variance", "final_score", "label", "why"]
     rows = [row for row in decisions.select(columns).to_pylist() if row["candidate_id"] in people.labels]
-    by_gate = {row["candidate_id"]: gate_label(row["score_variance"], row["final_score"], data.gate) for row in rows}
+    by_gate = {row["candidate_id"]: gate_label(row, data.gate) for row in rows}
     counts: dict[str, collections.Counter[str]] = {label: collections.Counter() for label in LABELS}
     for name, label in by_gate.items():
         counts[label][people.labels[name]] += 1
@@ -82,12 +84,16 @@ def gate_and_people(data: ReportData) -> GateAndPeople | None:
     )
 
 
-def gate_label(variance: float | None, final: float | None, gate: GateConfig) -> str:
-    """The gate's own label, from the numbers of a decision whose label may be a person's."""
-    if gate.use_variance and variance is not None and variance > gate.tau:
-        return "abstain"
-    if final is None:
+def gate_label(decision: Mapping[str, Any], gate: GateConfig) -> str:
+    """The gate's own label of a decision: the stored one, or where a person replaced it, what its numbers give."""
+    if (gates_reason := replaced_reason(decision["why"])) is None:
+        label: str = decision["label"]
+        return label
+    variance, final = decision["score_variance"], decision["final_score"]
+    if gates_reason.startswith(cut_text("")):
         return "incomplete"
+    if gate.use_variance and variance > gate.tau:
+        return "abstain"
     if final >= gate.desirable_at:
         return "desirable"
     return "undesirable" if final <= gate.undesirable_at else "discard"

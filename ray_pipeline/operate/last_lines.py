@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ray_pipeline.data.early_exit import SKIPPED, exits_early
 from ray_pipeline.engines.usage import Usage
 from ray_pipeline.graph.results import of_role
 from ray_pipeline.graph.stage import Dag, StageResult
@@ -54,21 +55,21 @@ def last_lines(dag: Dag, results: Mapping[str, StageResult], folder: str, curren
             if (bad := bad_rows(result.facts.get("counts", {})))
         ]
         yield f"unread: {'; '.join(unread) or 'nothing'}"
-        yield from _skipped(results)
+        yield from _skipped(dag, results)
         yield f"used: {use_line(usage, currency)}"
     for page in pages:
         yield from _page(Folder(page.folder), Folder(folder))
     yield f"run folder: {folder}"
 
 
-def _skipped(results: Mapping[str, StageResult]) -> Iterator[str]:
+def _skipped(dag: Dag, results: Mapping[str, StageResult]) -> Iterator[str]:
     """Verdicts without a call, where `judge.early_exit` left some out."""
     found = []
-    for name, result in results.items():
-        counts = result.facts.get("counts", {})
-        skipped = sum(n for kind, n in counts.items() if kind.rsplit(".", 1)[-1] == "skipped" and isinstance(n, int))
+    for name in (stage.name for stage in dag.stages if exits_early(stage) and stage.name in results):
+        counts = results[name].facts.get("counts", {})
+        skipped = sum(n for kind, n in counts.items() if kind.rsplit(".", 1)[-1] == SKIPPED and isinstance(n, int))
         if skipped:
-            found.append(f"{skipped:,} of {sum(result.rows.values()):,} rows of {name}")
+            found.append(f"{skipped:,} of {sum(results[name].rows.values()):,} rows of {name}")
     if found:
         yield f"skipped: {'; '.join(found)} (judge.early_exit: their calls could not matter)"
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ray_pipeline.config.messages import ConfigError, installing
+from ray_pipeline.data.early_exit import exits_early
 from ray_pipeline.data.tokens import TokenCounter
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.progress import duration
@@ -100,7 +101,7 @@ def plan(config: RunConfig, dag: Dag, rates: Rates, count: Callable[[str, ModelS
         stages.append(planned)
     if not stages:
         notes.append(f"no stage of {dag.name} calls a model in this configuration")
-    if exits := [stage.name for stage in calling if getattr(stage.work.settings, "exit_rule", None) is not None]:
+    if exits := [stage.name for stage in calling if exits_early(stage)]:
         notes.append(f"calls of {', '.join(exits)} are upper bounds: judge.early_exit skips those that cannot matter")
     if any(stage.bound for stage in stages):
         notes.append(

@@ -21,7 +21,8 @@ MESSAGE = pa.struct([pa.field("role", pa.string(), nullable=False), pa.field("co
 MESSAGES = pa.list_(pa.field("element", MESSAGE, nullable=False))
 
 #: Outcomes of parsing a reply. Only `ok` and `repaired` have a value; no other is ever turned into a number.
-#: `missing`: the user's file has no verdict of this judge. `skipped`: `judge.early_exit` made no call.
+#: `missing`: the user's file has no verdict of this judge. `skipped`: no call was made, as nothing depended on it
+#: (`judge.early_exit`) or something that the judge must see is missing.
 PARSE_STATUSES = ("ok", "repaired", "unparsed", "truncated", "too_long", "skipped", "error", "missing")
 READ_STATUSES = ("ok", "repaired")
 

@@ -168,6 +168,10 @@ def test_the_shipped_comparisons_wire(monkeypatch: pytest.MonkeyPatch, tmp_path:
         ),
         ({"data": {}}, r"baselines\.data"),
         ({"readings": ["rows", "rows"]}, r"duplicate reading in baselines\.readings"),
+        (
+            {"readings": ["epochs", "steps"], "methods": {"sft": {"trainer_args": {"packing": True}}}},
+            r"equal steps are counted in rows, but those of sft are packed",
+        ),
         ({"reference": "raw2"}, r"baselines\.reference: no dataset 'raw2'.*raw"),
         ({"data": {"x": {"size_of": "x"}, "y": {}}}, r"x\.size_of is 'x'; name another dataset without size_of.*y"),
         ({"data": {"x": {"size_of": "y"}, "y": {"size_of": "z"}, "z": {}}}, r"x\.size_of is 'y'; name another"),

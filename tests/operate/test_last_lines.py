@@ -23,8 +23,9 @@ def results(folder: Path) -> dict[str, StageResult]:
 
     labels = {"desirable": 30, "undesirable": 20, "abstain": 50}
     sizes = {"kto": {"train": 40, "val": 10}, "dpo": {"train": 1500, "val": 0}}
+    said = {"tone.ok": 260, "tone.unparsed": 30, "tone.skipped": 10}  # skipped without an early exit: nothing to judge
     found = [
-        result("panel", "verdicts", {"verdicts": 300}, {"counts": {"tone.ok": 270, "tone.unparsed": 30}}, cost=1.5),
+        result("panel", "verdicts", {"verdicts": 300}, {"counts": said}, cost=1.5),
         result("filter", "decisions", {"decisions": 100}, {"counts": labels}, calls_engine=3000, calls_log=400),
         result("files", "datasets", {}, {"rows": sizes, "warnings": ["kto has no undesirable rows"]}),
         result("sheet", "page", {}, {"headline": {"text": "The policy got better."}}, prompt_tokens=1e6),

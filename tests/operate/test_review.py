@@ -188,7 +188,16 @@ def test_agreement_with_people_resamples_prompts() -> None:
     assert right.share.low == pytest.approx(0.025 ** (1 / 20)) and right.share.high == 1  # 20 of 20 prompts
 
 
-def test_the_gates_own_label_follows_from_its_numbers(folder: Path) -> None:
+def test_the_gates_own_label_is_known_behind_that_of_a_person(folder: Path) -> None:
     table = read_run(str(plant(folder.parent / "again", random_world(60, seed=5)))).results["gate"].table().read_all()
-    for row in table.to_pylist():
-        assert gate_label(row["score_variance"], row["final_score"], GATE) == row["label"]
+    known = table.to_pylist()
+    # Numbers say nothing of a text that was cut off, nor where calls were skipped (`judge.early_exit`).
+    cut = {"label": "incomplete", "final_score": 8.0, "score_variance": 0.0, "why": "cut off: length"}
+    skipped = {"label": "desirable", "final_score": None, "score_variance": None, "why": "desirable whatever the reply"}
+    known += [{**known[0], **one, "candidate_id": f"extra {i}"} for i, one in enumerate((cut, skipped))]
+    labels = [row["label"] for row in known]
+    decided = pa.Table.from_pylist(known, schema=DECISIONS)
+    replaced, changed = overrule(decided, {row["candidate_id"]: "desirable" for row in known})
+    assert changed > 0
+    for found in (decided, replaced):
+        assert [gate_label(row, GATE) for row in found.to_pylist()] == labels
