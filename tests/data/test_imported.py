@@ -309,6 +309,38 @@ def test_prompts_are_kept_as_they_stood(tmp_path: Path) -> None:
     assert len({pair["prompt_id"] for pair in pairs}) == 2
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_answers_that_were_cut_off_are_left_out_and_counted(suffix: str, tmp_path: Path) -> None:
+    """K4.1: as `candidates.source` reads it, in a column or in the answer's message."""
+    ends = ["stop", "MAX_TOKENS", "content_filter", "unknown", None, "end_turn"]
+    rows = [{"prompt": f"q{i}", "completion": f"a{i}", "label": True, "end": end} for i, end in enumerate(ends)]
+    path = write(tmp_path / f"rows.{suffix}", rows)
+    tables, counts = read(path, format="unpaired", finish_reason="end")
+    found = counts["source"]
+    assert sorted(row["completion"][0]["content"] for row in tables["kto"].to_pylist()) == ["a0", "a3", "a4", "a5"]
+    assert (found["dropped"]["cut_off"], found["read"]) == (2, found["kept"] + sum(found["dropped"].values()))
+    assert "cut_off" not in read(path, format="unpaired")[1]["source"]["dropped"]
+    with pytest.raises(InputError, match="has no column 'ends'"):
+        read(path, format="unpaired", finish_reason="ends")
+    usual = [{"messages": [user("q"), assistant("a")], "finish_reason": end} for end in ("length", "stop")]
+    only = DatasetsConfig(kinds=["sft"], max_length=40, max_prompt_length=16)
+    _, counts = read(write(tmp_path / f"usual.{suffix}", usual), only, format="demonstrations")
+    assert (counts["source"]["kept"], counts["source"]["dropped"]["cut_off"]) == (1, 1)
+    sides = [("stop", "stop"), ("stop", "length"), ("length", "stop"), (None, "stop")]
+    pairs = [
+        {
+            "prompt": f"q{i}",
+            "chosen": [{**assistant("good"), "finish_reason": good}],
+            "rejected": [{**assistant("bad"), "finish_reason": bad}],
+        }
+        for i, (good, bad) in enumerate(sides)
+    ]
+    _, counts = read(write(tmp_path / f"pairs.{suffix}", pairs))
+    assert (counts["source"]["kept"], counts["source"]["dropped"]["cut_off"]) == (2, 2)
+    with pytest.raises(ValueError, match="a paired row has two"):
+        source(path, finish_reason="end")
+
+
 def test_thoughts_are_split_off_imported_answers_and_counted(tmp_path: Path) -> None:
     thinking = "<think>hm</think>"
     pairs = [
