@@ -21,6 +21,7 @@ from ray_pipeline.data.sources.chats import BadRow
 from ray_pipeline.data.tokens import Encode
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import digest, normalise_text, prompt_id
+from ray_pipeline.store.outside import is_number
 from ray_pipeline.store.schemas import is_cut_off
 
 #: What a row of the source shows, and of which kind of training row: the prompt's id and the texts.
@@ -146,7 +147,7 @@ def _shown(
 def _in_order(source: PreferenceSource, row: Mapping[str, Any]) -> bool:
     """Whether the scores of a pair, as far as it has some, are numbers that do not contradict it."""
     scores = [row[name] for name in (source.chosen_score, source.rejected_score) if name and row[name] is not None]
-    numbers = all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in scores)
+    numbers = all(is_number(n) and math.isfinite(n) for n in scores)
     return numbers and (len(scores) < 2 or scores[0] > scores[1])
 
 

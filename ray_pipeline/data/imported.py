@@ -27,6 +27,7 @@ from ray_pipeline.data.tokens import Encode, TokenCounter
 from ray_pipeline.engines.models import ModelSettings, TokenizerSettings
 from ray_pipeline.graph.stage import BadInput, Stage, WholeInput, WholeWork
 from ray_pipeline.store.keys import digest, normalise_messages, normalise_text, prompt_id
+from ray_pipeline.store.outside import is_number
 from ray_pipeline.store.schemas import DPO, KTO, SFT, is_cut_off, to_table
 from ray_pipeline.store.tables import ShardedTable
 
@@ -380,6 +381,6 @@ def _answer_id(prompt: str, text: str) -> str:
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not is_number(value) or not math.isfinite(value):
         raise BadRow(f"a score must be a number, not {value!r}")
     return float(value)

@@ -12,10 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import TypeAdapter
 
+from ray_pipeline.audit.imported import _in_order
 from ray_pipeline.data import spill
 from ray_pipeline.data.dataset_rows import DatasetsConfig
 from ray_pipeline.data.imported import read_preferences, tables_of
-from ray_pipeline.data.preference_sources import PreferenceSource
+from ray_pipeline.data.preference_sources import PreferenceSource, source_records
 from ray_pipeline.data.prompts import split_of
 from ray_pipeline.data.sources import InputError
 from ray_pipeline.store.keys import prompt_id
@@ -87,6 +88,21 @@ def test_ultrafeedback_binarized_gives_all_three_kinds(tmp_path: Path) -> None:
     assert tables["kto"].num_rows == 80 and sum(tables["kto"]["label"].to_pylist()) == 40
     assert counts["source"] == {"read": 40, "kept": 40, "dropped": dict.fromkeys(counts["source"]["dropped"], 0)}
     assert tables_of("paired", CONFIG) == ("kto", "dpo")
+
+
+def test_scores_of_parquet_may_be_decimals(tmp_path: Path) -> None:
+    """As in `judge.source`; they are stored as numbers, and found again by the audit."""
+    rows = [ultrafeedback(0), ultrafeedback(1, score_chosen=5.0), ultrafeedback(2)]
+    decimal = pa.Table.from_pylist(rows)
+    for name in SCORED.values():
+        place = decimal.schema.get_field_index(name)
+        decimal = decimal.set_column(place, name, decimal[name].cast(pa.decimal128(5, 2)))
+    pq.write_table(decimal, tmp_path / "rows.parquet")
+    tables, counts = read(tmp_path / "rows.parquet", **SCORED)
+    assert [row["score_gap"] for row in tables["dpo"].to_pylist()] == [2.0, 2.0]
+    assert (counts["source"]["dropped"]["gap_not_positive"], counts["source"]["dropped"]["malformed"]) == (1, 0)
+    given = source(tmp_path / "rows.parquet", **SCORED)
+    assert [_in_order(given, record.row) for record in source_records(given)] == [True, False, True]
 
 
 def test_what_teaches_nothing_is_dropped_and_counted(tmp_path: Path) -> None:
