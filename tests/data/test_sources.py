@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ray_pipeline.agreement.human_labels import read_human_labels
 from ray_pipeline.data.candidate_sources import CandidateSource, own_rows
-from ray_pipeline.data.prompts import PromptsConfig, load_prompts
+from ray_pipeline.data.prompts import PromptsConfig
 from ray_pipeline.data.sources import (
     CsvSource,
     HuggingFaceSource,
@@ -31,6 +31,7 @@ from ray_pipeline.data.sources import (
 )
 from ray_pipeline.data.sources.chats import messages_of, turns_in_text, until_last_user
 from ray_pipeline.store.schemas import MESSAGES
+from tests.prompt_sets import load_prompts
 
 CHAT = [
     {"role": "system", "content": "be brief"},
