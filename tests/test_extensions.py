@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from ray_pipeline import extensions
-from ray_pipeline.data.prompts import PromptsConfig, load_prompts, source_digests
+from ray_pipeline.data.prompts import PromptsConfig, source_digests
 from ray_pipeline.data.sources import JsonlSource, PocketSource
 from ray_pipeline.extensions import ExtensionError, digests_in, find, names, register
 from ray_pipeline.workflow.registry import find_workflow
+from tests.prompt_sets import load_prompts
 
 EXAMPLE = str(Path(__file__).parents[1] / "examples" / "my_source.py")
 CHECKER = """

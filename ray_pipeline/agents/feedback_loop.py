@@ -27,7 +27,7 @@ from ray_pipeline.agents.templates import (
     render_text,
     transcript,
 )
-from ray_pipeline.config.settings import Settings
+from ray_pipeline.config.settings import Settings, Temperature
 from ray_pipeline.engines.base import ChatEngine, Completion, EngineError, Message, Sampling
 from ray_pipeline.store.keys import normalise_text
 from ray_pipeline.store.schemas import READ_STATUSES
@@ -85,7 +85,7 @@ class ReviewAsking(Settings):
     high: int = Field(10, description="highest score")
     decimals: Literal[0, 1] = Field(0, description="decimal places of the score")
     retries: int = Field(2, ge=0, description="maximum number of retries of an unreadable reply")
-    retry_temperature: float = Field(0.7, ge=0, description="temperature of a retry")
+    retry_temperature: Temperature = Field(0.7, description="temperature of a retry")
 
     @model_validator(mode="after")
     def _scale(self) -> ReviewAsking:

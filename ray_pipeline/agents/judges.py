@@ -27,7 +27,7 @@ from ray_pipeline.agents.replies import (
 from ray_pipeline.agents.templates import Layout, RoleTemplate, fence, render, transcript
 from ray_pipeline.agents.verdict_styles import FORMATS_OF_OBJECTS, Format
 from ray_pipeline.agents.verdicts import Unread
-from ray_pipeline.config.settings import Settings
+from ray_pipeline.config.settings import NewTokens, Settings, Temperature
 from ray_pipeline.engines.base import (
     ChatEngine,
     Completion,
@@ -45,11 +45,11 @@ from ray_pipeline.store.keys import derived_seed
 class SamplingSettings(Settings):
     """Sampling of replies, with the engines' parameter names."""
 
-    temperature: float = Field(0.0, ge=0, description="0 is greedy")
+    temperature: Temperature = Field(0.0, description="0 is greedy")
     top_p: float = Field(
         1.0, gt=0, le=1, description="nucleus sampling: smallest set of tokens with this total probability"
     )
-    max_tokens: int = Field(512, ge=1, description="maximum number of new tokens of a reply")
+    max_tokens: NewTokens = Field(512, description="maximum number of new tokens of a reply")
     extra: dict[str, Any] = Field(
         default_factory=dict, description="further parameters, passed to the engine unchanged"
     )
@@ -101,7 +101,7 @@ class JudgeAsking(Settings):
     )
     format: Format = Field("quorum", description="house style in which scores and choices are read; auto: any")
     retries: int = Field(2, ge=0, description="maximum number of retries of an unreadable reply")
-    retry_temperature: float = Field(0.7, ge=0, description="temperature of a retry")
+    retry_temperature: Temperature = Field(0.7, description="temperature of a retry")
     expected_score: bool = Field(False, description="also compute the mean score under the judge's log-probabilities")
 
     @model_validator(mode="after")

@@ -43,7 +43,7 @@ from ray_pipeline.agents.templates import (
 )
 from ray_pipeline.agents.verdict_styles import Format
 from ray_pipeline.agents.verdicts import Unread
-from ray_pipeline.config.settings import Settings
+from ray_pipeline.config.settings import Settings, Temperature
 from ray_pipeline.engines.base import ChatEngine, Completion, Grammar, Message
 from ray_pipeline.extensions import find, register
 
@@ -118,7 +118,7 @@ class StrategyAsking(Settings):
         1000, ge=0, description="maximum length of the reason under a grammar, in characters; 0 for the verdict alone"
     )
     retries: int = Field(2, ge=0, description="maximum number of retries of an unreadable reply")
-    retry_temperature: float = Field(0.7, ge=0, description="temperature of a retry")
+    retry_temperature: Temperature = Field(0.7, description="temperature of a retry")
     follow_up: bool = Field(False, description="include the unreadable reply in a retry and request the verdict again")
 
     @model_validator(mode="after")

@@ -16,11 +16,13 @@ from ray_pipeline.data.dataset_rows import SPLITS, DatasetsConfig
 from ray_pipeline.data.preference_sources import PreferenceSource, source_records
 from ray_pipeline.data.prompts import split_of
 from ray_pipeline.data.sources import InputError
-from ray_pipeline.data.sources.answers import Answered, Drop, chat_in_text, split_answer
+from ray_pipeline.data.sources.answers import Answered, Drop, chat_in_text, finish_reason_of, split_answer
 from ray_pipeline.data.sources.chats import BadRow
 from ray_pipeline.data.tokens import Encode
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import digest, normalise_text, prompt_id
+from ray_pipeline.store.outside import is_number
+from ray_pipeline.store.schemas import is_cut_off
 
 #: What a row of the source shows, and of which kind of training row: the prompt's id and the texts.
 _PAIR, _GOOD, _BAD, _SHOWN = "pair", "good", "bad", "shown"
@@ -80,7 +82,7 @@ def audit_imported(
                     report("duplicate", kind, name, "the row occurs twice")
                 seen.add(name)
                 if not any(digest(content) in shown for content in _expected(kind, row)):
-                    report("orphan", kind, name, f"no row of {source.place} has this prompt and answer")
+                    report("orphan", kind, name, f"no row of {source.place} has this prompt and answer, whole")
                 elif stats.get("rules", 1) > 2:
                     same = sum(copies[_equal(content)] for content in _expected(kind, row))
                     if row["copies"] != same:
@@ -106,6 +108,8 @@ def _shown(
     def answer(column: str, value: Any) -> Answered:
         if not value:
             raise Drop("empty")
+        if is_cut_off(finish_reason_of(row[column], row.get(source.finish_column))):
+            raise Drop("cut_off")
         return split_answer(row.get(source.prompt), value, (source.prompt, column), source.thoughts)
 
     def fits(*answers: Answered) -> bool:
@@ -143,7 +147,7 @@ def _shown(
 def _in_order(source: PreferenceSource, row: Mapping[str, Any]) -> bool:
     """Whether the scores of a pair, as far as it has some, are numbers that do not contradict it."""
     scores = [row[name] for name in (source.chosen_score, source.rejected_score) if name and row[name] is not None]
-    numbers = all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in scores)
+    numbers = all(is_number(n) and math.isfinite(n) for n in scores)
     return numbers and (len(scores) < 2 or scores[0] > scores[1])
 
 

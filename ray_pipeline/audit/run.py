@@ -9,6 +9,7 @@ from ray_pipeline.agents.jurors import JuryRule
 from ray_pipeline.audit.findings import AuditReport, RunTables
 from ray_pipeline.audit.loop import audit_loop
 from ray_pipeline.audit.rows import audit_run
+from ray_pipeline.data.datasets import cut_to_size
 from ray_pipeline.data.gate import Cut
 from ray_pipeline.data.programs import ProgramJudge
 from ray_pipeline.data.scored import ScoredDataset
@@ -21,10 +22,12 @@ _NEEDED = ("prompts", "candidates")
 
 @dataclasses.dataclass(frozen=True)
 class Audit:
-    """A report of each dataset by the name of its stage, and the datasets whose rules the audit does not cover."""
+    """A report of each dataset by the name of its stage, the datasets whose rules the audit does not cover, and the
+    stages whose files hold a random part of a dataset, which it does not cover either."""
 
     reports: dict[str, AuditReport]
     skipped: Sequence[str] = ()
+    cut: Sequence[str] = ()
 
 
 def audit_gated(
@@ -42,7 +45,8 @@ def audit_gated(
     if not made:
         raise StoreError(f"{run.folder.location} has no dataset of the gate on all candidates: nothing to audit")
     _check_done(run, list(dict.fromkeys(name for one in made for name in (one.decisions, *one.files))))
-    return Audit({name: _audit(run, one, name, programs) for one in made for name in one.files}, skipped)
+    reports = {name: _audit(run, one, name, programs) for one in made for name in one.files}
+    return Audit(reports, skipped, cut_to_size(run))
 
 
 def audit_picks(

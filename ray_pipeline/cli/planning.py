@@ -186,6 +186,8 @@ def regate(
         given = gating.regate(read_run(run), overrides or [])
         for line in gating.preview_lines(gating.preview(given)):
             say(line)
+        if given.cut:
+            say(f"counted before rows are drawn at random to the size of another dataset: {', '.join(given.cut)}")
         if not write:
             say("dry run, nothing written; pass --write to rebuild the gate and datasets")
             return

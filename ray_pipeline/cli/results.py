@@ -134,6 +134,8 @@ def audit(run: RunArgument = "runs/latest") -> None:
         say(report.summary() if len(audited.reports) == 1 else f"{name}: {report.summary()}")
     if audited.skipped:
         say(f"not audited (not made by the gate from all candidates): {', '.join(audited.skipped)}")
+    if audited.cut:
+        say(f"not audited (files of rows drawn at random from a dataset): {', '.join(audited.cut)}")
     if not all(report.ok for report in audited.reports.values()):
         raise typer.Exit(STAGE_FAILED)
 

@@ -107,11 +107,17 @@ def _bare_type(annotation: Any) -> str:
 
 
 def _bound(limit: Any) -> str:
-    return f"{next(v for v in vars(limit).values() if v is not None):g}" if hasattr(limit, "__dict__") else _slot(limit)
+    return (
+        _figure(next(v for v in vars(limit).values() if v is not None)) if hasattr(limit, "__dict__") else _slot(limit)
+    )
 
 
 def _slot(limit: Any) -> str:
-    return f"{next(getattr(limit, name) for name in limit.__slots__):g}"
+    return _figure(next(getattr(limit, name) for name in limit.__slots__))
+
+
+def _figure(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
 def _default(field: FieldInfo) -> str:

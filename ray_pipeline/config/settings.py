@@ -16,6 +16,10 @@ from ray_pipeline.store.secrets import secret_in
 #: A name that the user gives to something in tables, pages and files.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
+#: Sampling that an engine can be asked for: far above what is of use, and far below what overflows in it or in a table.
+Temperature = Annotated[float, Field(ge=0, le=100)]
+NewTokens = Annotated[int, Field(ge=1, le=10_000_000)]
+
 
 class Settings(BaseModel):
     """A block of the YAML file. Unknown keys are errors, and so is a key or password in a free-form mapping."""

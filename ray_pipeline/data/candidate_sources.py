@@ -18,10 +18,9 @@ from pydantic import Field, model_validator
 
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.sources import FileTable, HubTable, InputError, PromptSource, Record, SourceRow
-from ray_pipeline.data.sources.answers import Drop, chat_in_text, split_answer
+from ray_pipeline.data.sources.answers import Drop, chat_in_text, finish_reason_of, split_answer
 from ray_pipeline.data.sources.chats import BadRow, messages_of
 from ray_pipeline.data.sources.records import Thoughts
-from ray_pipeline.engines.base import common_finish
 from ray_pipeline.store.keys import normalise_messages, normalise_text, prompt_id
 from ray_pipeline.store.outside import json_value
 
@@ -226,26 +225,26 @@ def _row(record: Record, columns: Mapping[str, str], thoughts: Thoughts) -> OwnR
         if found is not None and found != messages and normalise_messages(found) != normalise_messages(messages):
             raise BadRow("its answers belong to different prompts; give each prompt a row of its own")
         found = found or messages
-        end = common_finish(ended) if isinstance(ended, str) and ended.strip() else "unknown"
-        answers.append(OwnAnswer(text, None if model is None else str(model), label, apart, end))
+        answers.append(OwnAnswer(text, None if model is None else str(model), label, apart, ended))
     return OwnRow(record.number, found or [], answers, empty, unfinished)
 
 
 def _values(
     row: Mapping[str, Any], columns: Mapping[str, str]
-) -> Iterator[tuple[str, Any, Any, Literal["chosen", "rejected"] | None, Any]]:
-    """Column, answer, model, label and finish reason of each answer of a row, as they stand."""
+) -> Iterator[tuple[str, Any, Any, Literal["chosen", "rejected"] | None, str]]:
+    """Column, answer, model and label of each answer of a row, as they stand, and its finish reason."""
     if "chosen" in columns:
         sides: tuple[Literal["chosen"], Literal["rejected"]] = ("chosen", "rejected")
         chats = {side: chat_in_text(row[columns[side]]) for side in sides}
         for side in sides:  # one of two texts may happen to look like a chat; two that do are columns of chats
             named = columns.get(f"{side}_model")
             value = chats[side] if all(chats.values()) else row[columns[side]]
-            yield columns[side], value, row[named] if named else None, side, None
+            yield columns[side], value, row[named] if named else None, side, finish_reason_of(row[columns[side]])
         return
     beside = {key: row[columns[key]] if key in columns else None for key in ("model", "finish_reason")}
     if "response" in columns:
-        yield columns["response"], row[columns["response"]], beside["model"], None, beside["finish_reason"]
+        value = row[columns["response"]]
+        yield columns["response"], value, beside["model"], None, finish_reason_of(value, beside["finish_reason"])
         return
     column = columns["responses"]
     values = _listed(column, row[column])
@@ -255,9 +254,9 @@ def _values(
             key = next((key for key in _TEXT_KEYS if key in value), None)
             if key is None:
                 raise BadRow(f"column {column!r}: an answer has no `response`; it has {', '.join(value) or 'nothing'}")
-            yield column, value[key], value.get("model", named), None, value.get("finish_reason", ended)
+            yield column, value[key], value.get("model", named), None, finish_reason_of(value, ended)
         else:
-            yield column, value, named, None, ended
+            yield column, value, named, None, finish_reason_of(value, ended)
 
 
 def _one_each(value: Any, count: int) -> list[Any]:

@@ -21,6 +21,7 @@ from ray_pipeline.data.rows import add_counts, flat_counts
 from ray_pipeline.data.tokens import counted_with, counter_identity, token_counter
 from ray_pipeline.engines.models import ModelSettings, TokenizerSettings
 from ray_pipeline.graph.asking import ShardTables
+from ray_pipeline.graph.results import Run
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage, StageStop, WholeInput, WholeWork
 
 #: Role of a stage of training files of whose rows only the number is read.
@@ -151,6 +152,11 @@ def of_size(files: Stage, others: Iterable[Stage], name: str) -> Stage:
     """A stage of training files whose rows are cut at random to the size of the smallest of other such stages."""
     sizes = {f"{_SIZE}{stage.name}": stage for stage in others}
     return dataclasses.replace(files, name=name, inputs={**files.inputs, **sizes})
+
+
+def cut_to_size(run: Run) -> list[str]:
+    """Names of the stages of a run that `of_size` made."""
+    return [name for name, stage in run.stages.items() if any(role.startswith(_SIZE) for role in stage.inputs)]
 
 
 def make_rows(given: ShardInput) -> ShardOutput:

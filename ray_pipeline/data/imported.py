@@ -20,14 +20,15 @@ from ray_pipeline.data.preference_sources import Format, PreferenceSource, sourc
 from ray_pipeline.data.prompts import FAULTS_SHOWN, kept_line, malformed_rows, split_of
 from ray_pipeline.data.rows import add_counts, flat_counts
 from ray_pipeline.data.sources import InputError, Record
-from ray_pipeline.data.sources.answers import Answered, Drop, chat_in_text, split_answer
+from ray_pipeline.data.sources.answers import Answered, Drop, chat_in_text, finish_reason_of, split_answer
 from ray_pipeline.data.sources.chats import BadRow
 from ray_pipeline.data.spill import Spill
 from ray_pipeline.data.tokens import Encode, TokenCounter
 from ray_pipeline.engines.models import ModelSettings, TokenizerSettings
 from ray_pipeline.graph.stage import BadInput, Stage, WholeInput, WholeWork
 from ray_pipeline.store.keys import digest, normalise_messages, normalise_text, prompt_id
-from ray_pipeline.store.schemas import DPO, KTO, SFT, to_table
+from ray_pipeline.store.outside import is_number
+from ray_pipeline.store.schemas import DPO, KTO, SFT, is_cut_off, to_table
 from ray_pipeline.store.tables import ShardedTable
 
 #: Kinds of dataset that each format can provide.
@@ -44,7 +45,7 @@ _SCHEMAS: dict[Format, pa.Schema] = {"paired": DPO, "unpaired": KTO, "demonstrat
 _TRUNCATED = pa.field("truncated", pa.bool_(), nullable=False)
 
 #: Reasons for which a row of each format gives no training row, in the order of the checks. Where an answer ends within
-#: its thoughts, `unfinished_thought` is counted too.
+#: its thoughts, `unfinished_thought` is counted too, and `cut_off` where one was cut off by its finish reason.
 DROPPED: dict[Format, tuple[str, ...]] = {
     "paired": (
         "malformed", "empty", "not_an_answer", "prompts_differ", "gap_not_positive", "equal_text", "prompt_too_long",
@@ -293,6 +294,8 @@ class _Reader:
             name: split_answer(row.get(source.prompt), value, (source.prompt, getattr(source, name)), source.thoughts)
             for name, value in values.items()
         }
+        for name in sides:
+            _check_whole(row[getattr(source, name)])
         (prompt, chosen, _), (other, rejected, _) = sides["chosen"], sides["rejected"]
         if normalise_messages(prompt) != normalise_messages(other):
             raise Drop("prompts_differ")
@@ -340,6 +343,7 @@ class _Reader:
             raise Drop("empty")
         own = self._source.prompt
         answered = split_answer(row.get(own), row[column], (own, column), self._source.thoughts)
+        _check_whole(row[column], row.get(self._source.finish_column))
         messages, text, _ = answered
         self._check_prompt(messages)
         asked = prompt_id(messages)
@@ -363,6 +367,11 @@ class _Reader:
             self.counts["thoughts"] = self.counts.get("thoughts", 0) + found
 
 
+def _check_whole(value: Any, finish_reason: Any = None) -> None:
+    if is_cut_off(finish_reason_of(value, finish_reason)):
+        raise Drop("cut_off")
+
+
 def _answer(text: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": text}]
 
@@ -372,6 +381,6 @@ def _answer_id(prompt: str, text: str) -> str:
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not is_number(value) or not math.isfinite(value):
         raise BadRow(f"a score must be a number, not {value!r}")
     return float(value)

@@ -12,9 +12,9 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Collection, Iterator, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.sources import FileTable, HubTable, InputError, Record
@@ -41,8 +41,28 @@ class _Rows(Settings):
     rejected_score: str | None = Field(
         None, description="columns with scores of a pair, if it has some; a gap of 0 or less drops the pair"
     )
+    finish_reason: str | None = Field(
+        None,
+        description="column with why the generation of the answer of an unpaired row or a demonstration ended: stop, "
+        "length, content_filter, …; a row whose answer was cut off is left out; default: `finish_reason`, if there is "
+        "one, or that of the answer's message",
+    )
     limit: int | None = Field(None, ge=1, description="maximum number of rows (the first ones are kept)")
     license: str = Field("other", description="for the dataset card, as the Hub spells it")
+
+    @model_validator(mode="after")
+    def _of_one_answer(self) -> Self:
+        if self.finish_reason is not None and self.format == "paired":
+            raise ValueError(
+                "finish_reason names a column about one answer, and a paired row has two; remove the key, and put "
+                "`finish_reason` into the messages of the answers"
+            )
+        return self
+
+    @property
+    def finish_column(self) -> str:
+        """The column that is looked for in rows of one answer."""
+        return self.finish_reason or "finish_reason"
 
 
 class HubPreferences(_Rows, HubTable):
@@ -117,8 +137,10 @@ def _columns(source: PreferenceSource, present: Collection[str], whole: bool) ->
         "demonstrations": [source.messages] if source.messages in present else [source.prompt, source.completion],
     }[source.format]
     scores = [name for name in (source.chosen_score, source.rejected_score) if name is not None]
-    _need(source, [*needed, *scores] if whole else needed, present)
-    return needed + scores + ([source.prompt] if source.format == "paired" and source.prompt in present else [])
+    named = [*scores, *([source.finish_reason] if source.finish_reason is not None else [])]
+    _need(source, [*needed, *named] if whole else needed, present)
+    more = source.prompt if source.format == "paired" else source.finish_column
+    return [*dict.fromkeys([*needed, *scores, *([more] if more in present else [])])]
 
 
 def _need(source: PreferenceSource, names: Sequence[str], present: Collection[str]) -> None:

@@ -7,7 +7,6 @@ So another source, more rows or a higher cap add prompts and never reshuffle the
 from __future__ import annotations
 
 import collections
-import dataclasses
 import heapq
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -78,22 +77,6 @@ class PromptsConfig(Settings):
         return check_num_shards(value)
 
 
-@dataclasses.dataclass(frozen=True)
-class PromptSet:
-    """The prompts of a run.
-
-    Attributes:
-        table: schema PROMPTS, sorted by prompt_id.
-        counts: `read`, `dropped` by reason, `kept`, `train`, `val`, and under `sources` for each source `read`,
-            `dropped` by reason and `kept`. read = kept + the sum of dropped.
-        faults: of malformed rows, with file and line; the first of each source.
-    """
-
-    table: pa.Table
-    counts: dict[str, Any]
-    faults: list[str]
-
-
 def source_digests(config: PromptsConfig) -> dict[str, str]:
     """Content digest of every file, dataset and pocket set, for the fingerprint of the stage.
 
@@ -105,13 +88,6 @@ def source_digests(config: PromptsConfig) -> dict[str, str]:
         for name, source in named_sources(config.sources)
         for part, value in source.digest().items()
     }
-
-
-def load_prompts(config: PromptsConfig, digests: Mapping[str, str] | None = None) -> PromptSet:
-    """The prompts of a run as one table in memory. Args and Raises: as `read_prompts`."""
-    parts: list[pa.Table] = []
-    counts, faults = read_prompts(config, lambda _, part: parts.append(part), 1, digests)
-    return PromptSet(parts[0], counts, faults)
 
 
 def read_prompts(
@@ -128,7 +104,9 @@ def read_prompts(
             is a push in between. Without it, at the newest commit of their revision.
 
     Returns:
-        Counts and faults, as in `PromptSet`.
+        Counts: `read`, `dropped` by reason, `kept`, `train`, `val`, and under `sources` for each source `read`,
+        `dropped` by reason and `kept`; read = kept + the sum of dropped. And faults of malformed rows, with file and
+        line; the first of each source.
 
     Raises:
         InputError: a source is missing, empty or does not match its configuration, or no prompt is left.

@@ -10,7 +10,6 @@ verdict, whose `reason` says where it stands; an empty cell gives none.
 from __future__ import annotations
 
 import collections
-import decimal
 import posixpath
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -32,7 +31,7 @@ from ray_pipeline.data.spill import Spill
 from ray_pipeline.engines.base import Completion
 from ray_pipeline.graph.stage import BadInput, Stage, WholeInput, WholeWork
 from ray_pipeline.store.keys import digest, normalise_text, prompt_id
-from ray_pipeline.store.outside import storable
+from ray_pipeline.store.outside import is_number, storable
 from ray_pipeline.store.schemas import RECORDED, to_table
 from ray_pipeline.store.tables import ShardedTable
 
@@ -300,7 +299,7 @@ def _score(value: Any, low: int, high: int) -> tuple[float | None, str | None]:
     """A number on the scale, or why the value is none."""
     shown = repr(value)[:_SHOWN]
     text = isinstance(value, str) and _NUMBER.fullmatch(value.strip())
-    if not text and (isinstance(value, bool) or not isinstance(value, int | float | decimal.Decimal)):
+    if not text and not is_number(value):
         return None, f"{shown} is not a number"
     number = float(value) if text else value
     if not low <= number <= high:

@@ -20,6 +20,7 @@ from rich.console import Console
 from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.data.dataset_files import kto_weights, of_prompts
 from ray_pipeline.data.dataset_rows import DatasetsConfig, kto_rows
+from ray_pipeline.data.datasets import cut_to_size
 from ray_pipeline.data.decisions import decide_shard
 from ray_pipeline.data.gate import label_counts
 from ray_pipeline.data.scored import ScoredDataset
@@ -112,11 +113,16 @@ class Rules:
 
 @dataclasses.dataclass(frozen=True)
 class Regate:
-    """A run, its configuration with new thresholds, and its datasets by the stage that decides."""
+    """A run, its configuration with new thresholds, and its datasets by the stage that decides.
+
+    Attributes:
+        cut: stages that cut such datasets to a size, which a preview does not.
+    """
 
     run: Run
     config: RunConfig
     datasets: dict[str, Rules]
+    cut: Sequence[str] = ()
 
 
 def regate(run: Run, overrides: Sequence[str]) -> Regate:
@@ -152,7 +158,8 @@ def regate(run: Run, overrides: Sequence[str]) -> Regate:
     if not after:
         raise StoreError(f"{run.folder.location} has no dataset made from its own scores, so there is nothing to gate")
     stages = stored_stages(run)
-    return Regate(run, config, {key: Rules(_sources(run, stages, one), before[key], one) for key, one in after.items()})
+    datasets = {key: Rules(_sources(run, stages, one), before[key], one) for key, one in after.items()}
+    return Regate(run, config, datasets, cut_to_size(run))
 
 
 def _sources(run: Run, stages: Mapping[str, Stage], dataset: ScoredDataset) -> Sources:

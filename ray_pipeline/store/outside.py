@@ -6,10 +6,11 @@ text; terminals and logs act on control characters. Each kind is replaced here a
 
 from __future__ import annotations
 
+import decimal
 import json
 import re
 import unicodedata
-from typing import Any
+from typing import Any, TypeGuard
 
 from ray_pipeline.store.secrets import map_texts, redact
 
@@ -42,6 +43,11 @@ def json_value(text: str) -> Any:
 def json_integer(digits: str) -> int | float:
     """The value of an integer in JSON, for `parse_int`; of too many digits a float, whose range is checked like any."""
     return int(digits) if len(digits) <= _MOST_DIGITS else float(digits)
+
+
+def is_number(value: Any) -> TypeGuard[int | float | decimal.Decimal]:
+    """Whether a value of a file or reply is a number, decimals of Parquet included; true and false are none."""
+    return isinstance(value, int | float | decimal.Decimal) and not isinstance(value, bool)
 
 
 def token_count(value: Any, otherwise: int = 0) -> int:

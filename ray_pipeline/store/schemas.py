@@ -33,6 +33,7 @@ LABELS = ("desirable", "undesirable", "discard", "abstain", "incomplete")
 #: one (`length`, `content_filter`, `tool_calls`, …) says that text is missing.
 WHOLE = ("stop", "refusal", "unknown")
 NO_REPLY = ("too_long", "error")
+_NOT_CUT = (*WHOLE, *NO_REPLY)
 
 FAILURE_TYPES = ("circular", "unsupported", "contradictory", "unspecified", "none")
 
@@ -396,8 +397,13 @@ TABLES: dict[str, pa.Schema] = {
 
 def cut_off(finish_reasons: pa.Array | pa.ChunkedArray) -> pa.BooleanArray | pa.ChunkedArray:
     """Whether each finish reason is that of a reply whose text is not whole; an unknown reason (null) is not."""
-    known = pc.is_in(finish_reasons, value_set=pa.array([*WHOLE, *NO_REPLY]))
+    known = pc.is_in(finish_reasons, value_set=pa.array(_NOT_CUT))
     return pc.and_(pc.is_valid(finish_reasons), pc.invert(known))
+
+
+def is_cut_off(finish_reason: str) -> bool:
+    """As `cut_off`, of one finish reason."""
+    return finish_reason not in _NOT_CUT
 
 
 def to_table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:

@@ -10,18 +10,24 @@ from __future__ import annotations
 import functools
 import os
 import re
+import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 #: What a removed key is replaced with.
 REMOVED = "***"
 
+#: The end of an escaped character, at which a word begins as at any other: `%3D`, a newline as `\n`, `\u0026`.
+_ESCAPED = r"(?:(?<=%[0-9A-Fa-f]{2})|(?<=\\[nrt])|(?<=\\u00[0-9A-Fa-f]{2}))"
+
 #: Texts that are keys by their form: OpenAI and its like, Hugging Face, AWS, GitHub, GitLab, Slack, Google, Groq, xAI,
 #: Replicate, NVIDIA, Perplexity, Cerebras, Together, Fireworks, Databricks, Google's OAuth, npm, SendGrid, W&B, JSON
 #: web tokens, and what follows `Bearer` or `Basic`.
 _FORMS = re.compile(
     r"""
-    (?<![A-Za-z0-9])(?:
+    (?:(?<![A-Za-z0-9])|"""
+    + _ESCAPED
+    + r""")(?:
         sk-[A-Za-z0-9_-]{8,}
       | (?:sk|rk|pk)_(?:live|test)_[A-Za-z0-9]{8,}
       | (?:hf|gsk|r8)_[A-Za-z0-9]{16,}
@@ -40,24 +46,30 @@ _FORMS = re.compile(
       | AIza[A-Za-z0-9_-]{30,}
       | eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]+
     )
-    | (?i:\b(?:bearer|basic)\s+)(?:[A-Za-z._~+/=-]*[0-9][A-Za-z0-9._~+/=-]{5,}|[A-Za-z0-9._~+/=-]{20,})
+    | (?i:(?:\b|"""
+    + _ESCAPED
+    + r""")(?:bearer|basic)(?:\s|%20)+)
+        (?:[A-Za-z._~+/=-]*[0-9][A-Za-z0-9._~+/=-]{5,}|[A-Za-z0-9._~+/=-]{20,})
     | -----BEGIN\ [A-Z ]*PRIVATE\ KEY-----(?s:.*?)(?:-----END\ [A-Z ]*PRIVATE\ KEY-----|\Z)
     """,
     re.VERBOSE,
 )
 #: A user and password, or an access key, before the host of a URI.
 _USER_INFO = re.compile(
-    r"(?P<scheme>\b[A-Za-z][A-Za-z0-9+.-]{0,30}://)(?!\*{3}@)(?P<user>[^/\s?#@]+(?:/[^/\s?#@:]+)*)@(?=[^\s@])"
+    rf"(?i)(?P<scheme>(?:\b|{_ESCAPED})[a-z][a-z0-9+.-]{{0,30}}(?::|%3A)(?:\\?/|%2F){{2}})(?!\*{{3}}(?:@|%40))"
+    r"(?P<user>[^/\s?#@]+(?:/[^/\s?#@:]+)*)(?P<at>@|%40)(?=[^\s@])"
 )
 #: Parameters of a URI's query that hold a key.
 _PARAMETER = re.compile(
-    r"(?i)(?P<name>[?&](?:[a-z0-9_-]{0,60}(?:secret|password|passwd|token|signature|(?:api|access|subscription)[_-]?key)"
-    r"[a-z0-9_-]{0,60}|sig|key|auth)=)(?!\*{3})(?P<value>[^&\s#'\"]+)"
+    r"(?i)(?P<name>(?:[?&]|%3F|%26|\\u0026)"
+    r"(?:[a-z0-9_-]{0,60}(?:secret|password|passwd|token|signature|(?:api|access|subscription)[_-]?key)"
+    r"[a-z0-9_-]{0,60}|sig|key|auth)(?:=|%3D|\\u003d))(?!\*{3})(?P<value>[^&\s#'\"]+)"
 )
 #: What a header, a setting or a variable of such a name is given in a text: a value with a digit, or a long one.
 _ASSIGNED = re.compile(
     r"(?i)(?P<name>(?:api[_-]?key|(?:access|account|subscription|secret)[_-]?key|(?:access|auth|api)[_-]?token|"
-    r"secret|password|passwd|passphrase)(?:\\?[\"'])?\s{0,2}[:=]\s{0,2}(?:\\?[\"'])?)"
+    r"secret|password|passwd|passphrase)(?:\\?[\"']|%2[27])?(?:\s|%20){0,2}(?:[:=]|%3[AD])(?:\s|%20){0,2}"
+    r"(?:\\?[\"']|%2[27])?)"
     r"(?P<value>(?=[^\s\"'\\,;&]*[0-9])[^\s\"'\\,;&*<>{}()\[\]]{8,}|[A-Za-z_.~+/=-]{24,})"
 )
 #: Names of settings and variables that hold a key. Names of tokens of a vocabulary (`eos_token`) are not among them.
@@ -105,7 +117,7 @@ def _without(values: Sequence[str], text: str) -> str:
         text = text.replace(value, REMOVED)
     text = _FORMS.sub(REMOVED, text)
     text = _ASSIGNED.sub(lambda m: m["name"] + REMOVED, text)
-    text = _USER_INFO.sub(lambda m: f"{m['scheme']}{REMOVED}@" if _holds_key(m) else m[0], text)
+    text = _USER_INFO.sub(lambda m: f"{m['scheme']}{REMOVED}{m['at']}" if _holds_key(m) else m[0], text)
     return _PARAMETER.sub(lambda m: m["name"] + REMOVED, text)
 
 
@@ -175,7 +187,8 @@ def _remedy(path: str) -> str:
 
 def _holds_key(found: re.Match[str]) -> bool:
     """Whether the part of a URI before the host is a key; Azure's container, a user name and a revision are none."""
-    scheme, user = found["scheme"].lower(), found["user"]
+    scheme, user = (urllib.parse.unquote(found[part].replace("\\/", "/")) for part in ("scheme", "user"))
+    scheme = scheme.lower()
     first, slash, _ = user.partition("/")
     if ":" in first:  # user:password; a secret key of S3 may contain slashes, elsewhere a path has begun
         return not slash or scheme == "s3://"

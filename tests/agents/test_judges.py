@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from ray_pipeline.agents import judges
 from ray_pipeline.agents.judges import JudgeAsking, Rubric, SamplingSettings, Verdict, columns_of, compare, critique
 from ray_pipeline.agents.templates import load_templates
+from ray_pipeline.config.messages import explain
 from ray_pipeline.engines.base import EngineDead, EngineError, PromptTooLong, Sampling
 from tests.scripted import ScriptedEngine, said, user
 
@@ -261,3 +262,18 @@ def test_names_of_judges_are_plain(name: str) -> None:
 def test_a_scale_has_two_ends() -> None:
     with pytest.raises(ValidationError, match=r"low \(5\) must be less than high \(5\)"):
         Rubric(name="x", low=5, high=5)
+
+
+@pytest.mark.parametrize(
+    ("values", "bound"),
+    [
+        ({"max_tokens": int("9" * 30)}, "max_tokens: Input should be less than or equal to 10000000"),
+        ({"temperature": 1e308}, "temperature: Input should be less than or equal to 100"),
+        ({"temperature": float("inf")}, "temperature: Input should be less than or equal to 100"),
+        ({"max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1"),
+    ],
+)
+def test_sampling_that_no_engine_can_do_is_refused(values: dict[str, float], bound: str) -> None:
+    with pytest.raises(ValidationError) as refused:
+        SamplingSettings.model_validate(values)
+    assert bound in explain(refused.value, SamplingSettings, "file.yaml")

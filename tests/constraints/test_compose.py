@@ -12,9 +12,10 @@ from pydantic import ValidationError
 
 from ray_pipeline.constraints.compose import KINDS, Kind, combinations, compose
 from ray_pipeline.constraints.official import Checkers
-from ray_pipeline.data.prompts import PromptsConfig, load_prompts
+from ray_pipeline.data.prompts import PromptsConfig
 from ray_pipeline.data.sources import ConstrainedSource, InputError
 from tests.constraints.overlap import GRAM, Benchmark, grams
+from tests.prompt_sets import load_prompts
 from tests.published import DATA, json_lines, needs
 
 

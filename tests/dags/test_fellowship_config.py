@@ -14,8 +14,9 @@ import yaml
 from dags.fellowship import FellowshipConfig, fellowship
 from ray_pipeline.config.loading import load_config
 from ray_pipeline.config.messages import ConfigError
-from ray_pipeline.data.prompts import PromptsConfig, load_prompts
+from ray_pipeline.data.prompts import PromptsConfig
 from ray_pipeline.workflow import training
+from tests.prompt_sets import load_prompts
 
 
 @pytest.fixture(autouse=True)

@@ -122,7 +122,9 @@ def test_rows_of_every_format(
 
 
 def test_every_row_is_found_again_in_the_users_file(tmp_path: Path) -> None:
-    path = written(tmp_path / "a.jsonl", [*PAIRS, {**PAIRS[0], "chosen": f"<think>so</think>{PAIRS[0]['chosen']} ."}])
+    thinking = {**PAIRS[0], "chosen": f"<think>so</think>{PAIRS[0]['chosen']} ."}
+    cut = [{"role": "assistant", "content": PAIRS[1]["chosen"], "finish_reason": "length"}]
+    path = written(tmp_path / "a.jsonl", [*PAIRS, thinking, {**PAIRS[1], "chosen": cut}])
     config = load(path)
     found = played(config, tmp_path / "run")
 
@@ -138,7 +140,7 @@ def test_every_row_is_found_again_in_the_users_file(tmp_path: Path) -> None:
 
     report = audited()
     assert report.ok and report.rows["dpo"] == 61 and report.rows["prompts"] == 60
-    assert "121 KTO and 61 DPO and 61 SFT rows walked back to 60 prompts, compared with 61 rows" in report.summary()
+    assert "121 KTO and 61 DPO and 61 SFT rows walked back to 60 prompts, compared with 62 rows" in report.summary()
     # One answer is exchanged, one row is in the wrong class, one row is lost.
     folder = Folder(found["datasets"].folder)
     for kind, change in (

@@ -12,10 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import TypeAdapter
 
+from ray_pipeline.audit.imported import _in_order
 from ray_pipeline.data import spill
 from ray_pipeline.data.dataset_rows import DatasetsConfig
 from ray_pipeline.data.imported import read_preferences, tables_of
-from ray_pipeline.data.preference_sources import PreferenceSource
+from ray_pipeline.data.preference_sources import PreferenceSource, source_records
 from ray_pipeline.data.prompts import split_of
 from ray_pipeline.data.sources import InputError
 from ray_pipeline.store.keys import prompt_id
@@ -87,6 +88,21 @@ def test_ultrafeedback_binarized_gives_all_three_kinds(tmp_path: Path) -> None:
     assert tables["kto"].num_rows == 80 and sum(tables["kto"]["label"].to_pylist()) == 40
     assert counts["source"] == {"read": 40, "kept": 40, "dropped": dict.fromkeys(counts["source"]["dropped"], 0)}
     assert tables_of("paired", CONFIG) == ("kto", "dpo")
+
+
+def test_scores_of_parquet_may_be_decimals(tmp_path: Path) -> None:
+    """As in `judge.source`; they are stored as numbers, and found again by the audit."""
+    rows = [ultrafeedback(0), ultrafeedback(1, score_chosen=5.0), ultrafeedback(2)]
+    decimal = pa.Table.from_pylist(rows)
+    for name in SCORED.values():
+        place = decimal.schema.get_field_index(name)
+        decimal = decimal.set_column(place, name, decimal[name].cast(pa.decimal128(5, 2)))
+    pq.write_table(decimal, tmp_path / "rows.parquet")
+    tables, counts = read(tmp_path / "rows.parquet", **SCORED)
+    assert [row["score_gap"] for row in tables["dpo"].to_pylist()] == [2.0, 2.0]
+    assert (counts["source"]["dropped"]["gap_not_positive"], counts["source"]["dropped"]["malformed"]) == (1, 0)
+    given = source(tmp_path / "rows.parquet", **SCORED)
+    assert [_in_order(given, record.row) for record in source_records(given)] == [True, False, True]
 
 
 def test_what_teaches_nothing_is_dropped_and_counted(tmp_path: Path) -> None:
@@ -307,6 +323,38 @@ def test_prompts_are_kept_as_they_stood(tmp_path: Path) -> None:
     pairs = read(write(tmp_path / "rows.jsonl", [one, other]))[0]["dpo"].to_pylist()
     assert sorted(pair["prompt"][0]["content"] for pair in pairs) == sorted([one["prompt"], other["prompt"]])
     assert len({pair["prompt_id"] for pair in pairs}) == 2
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_answers_that_were_cut_off_are_left_out_and_counted(suffix: str, tmp_path: Path) -> None:
+    """K4.1: as `candidates.source` reads it, in a column or in the answer's message."""
+    ends = ["stop", "MAX_TOKENS", "content_filter", "unknown", None, "end_turn"]
+    rows = [{"prompt": f"q{i}", "completion": f"a{i}", "label": True, "end": end} for i, end in enumerate(ends)]
+    path = write(tmp_path / f"rows.{suffix}", rows)
+    tables, counts = read(path, format="unpaired", finish_reason="end")
+    found = counts["source"]
+    assert sorted(row["completion"][0]["content"] for row in tables["kto"].to_pylist()) == ["a0", "a3", "a4", "a5"]
+    assert (found["dropped"]["cut_off"], found["read"]) == (2, found["kept"] + sum(found["dropped"].values()))
+    assert "cut_off" not in read(path, format="unpaired")[1]["source"]["dropped"]
+    with pytest.raises(InputError, match="has no column 'ends'"):
+        read(path, format="unpaired", finish_reason="ends")
+    usual = [{"messages": [user("q"), assistant("a")], "finish_reason": end} for end in ("length", "stop")]
+    only = DatasetsConfig(kinds=["sft"], max_length=40, max_prompt_length=16)
+    _, counts = read(write(tmp_path / f"usual.{suffix}", usual), only, format="demonstrations")
+    assert (counts["source"]["kept"], counts["source"]["dropped"]["cut_off"]) == (1, 1)
+    sides = [("stop", "stop"), ("stop", "length"), ("length", "stop"), (None, "stop")]
+    pairs = [
+        {
+            "prompt": f"q{i}",
+            "chosen": [{**assistant("good"), "finish_reason": good}],
+            "rejected": [{**assistant("bad"), "finish_reason": bad}],
+        }
+        for i, (good, bad) in enumerate(sides)
+    ]
+    _, counts = read(write(tmp_path / f"pairs.{suffix}", pairs))
+    assert (counts["source"]["kept"], counts["source"]["dropped"]["cut_off"]) == (2, 2)
+    with pytest.raises(ValueError, match="a paired row has two"):
+        source(path, finish_reason="end")
 
 
 def test_thoughts_are_split_off_imported_answers_and_counted(tmp_path: Path) -> None:

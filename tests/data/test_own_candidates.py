@@ -21,7 +21,7 @@ from ray_pipeline.data import spill
 from ray_pipeline.data.candidate_sources import CandidatePrompts, CandidateSource, own_rows
 from ray_pipeline.data.candidates import CandidateSettings
 from ray_pipeline.data.own_candidates import own_candidates
-from ray_pipeline.data.prompts import PromptsConfig, load_prompts
+from ray_pipeline.data.prompts import PromptsConfig
 from ray_pipeline.data.prompts import prompts as prompts_stage
 from ray_pipeline.data.sources import InputError
 from ray_pipeline.graph.in_process import make_here
@@ -29,6 +29,7 @@ from ray_pipeline.graph.session import Session
 from ray_pipeline.graph.stage import StageResult
 from ray_pipeline.store.keys import prompt_id, shard_of
 from ray_pipeline.store.schemas import cut_off
+from tests.prompt_sets import load_prompts
 
 SHARDS = 4
 

@@ -11,12 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from ray_pipeline.data.prompts import PromptsConfig, load_prompts, make_prompts, read_prompts, source_digests
+from ray_pipeline.data.prompts import PromptsConfig, make_prompts, read_prompts, source_digests
 from ray_pipeline.data.sources import HuggingFaceSource, InputError, JsonlSource, ParquetSource, PocketSource, SourceRow
 from ray_pipeline.data.spill import Spill
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import prompt_id, shard_of, unit_hash
 from ray_pipeline.store.schemas import PROMPTS
+from tests.prompt_sets import load_prompts
 from tests.published import DATA, needs
 
 REAL_PROMPTS = DATA / "prompts" / "real_prompts.jsonl"

@@ -13,8 +13,9 @@ from ray_pipeline.bench.mt_bench.questions import questions_of
 from ray_pipeline.data.dataset_rows import DatasetsConfig
 from ray_pipeline.data.imported import read_preferences
 from ray_pipeline.data.preference_sources import PreferenceSource
-from ray_pipeline.data.prompts import PromptsConfig, load_prompts
+from ray_pipeline.data.prompts import PromptsConfig
 from ray_pipeline.data.sources import HuggingFaceSource, InputError, JsonlSource, ParquetSource
+from tests.prompt_sets import load_prompts
 
 SETS = Path(__file__).parent / "public_sets"
 

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ray_pipeline.agreement.human_labels import read_human_labels
 from ray_pipeline.data.candidate_sources import CandidateSource, own_rows
-from ray_pipeline.data.prompts import PromptsConfig, load_prompts
+from ray_pipeline.data.prompts import PromptsConfig
 from ray_pipeline.data.sources import (
     CsvSource,
     HuggingFaceSource,
@@ -31,6 +31,7 @@ from ray_pipeline.data.sources import (
 )
 from ray_pipeline.data.sources.chats import messages_of, turns_in_text, until_last_user
 from ray_pipeline.store.schemas import MESSAGES
+from tests.prompt_sets import load_prompts
 
 CHAT = [
     {"role": "system", "content": "be brief"},
@@ -502,6 +503,30 @@ def test_a_value_that_python_cannot_hold_is_a_bad_row(tmp_path):
         ]  # fmt: skip
     with pytest.raises(InputError, match=r"a\.parquet: row 2 has a value in column 'prompt' that cannot be read"):
         read_human_labels("alpaca_eval", str(path))
+
+
+def test_a_value_of_a_hub_dataset_that_python_cannot_hold_is_a_bad_row(hub_like):
+    texts = pa.array([b"good", b"\xff bad", b"more", b"more", b"good too"], pa.binary()).view(pa.string())
+    dates = pa.array([0, 0, 2**62, 2**62, 0]).cast(pa.timestamp("us"))
+    columns = {"prompt": texts, "response": texts, "when": dates}
+    pq.write_table(pa.table(columns), hub_like / "data" / "train-00000-of-00001.parquet")
+    table = TypeAdapter(CandidateSource).validate_python(
+        {"type": "huggingface", "name": str(hub_like), "model": "when"}
+    )
+    rows = list(own_rows(table))
+    assert [(row.number, row.fault is None) for row in rows] == [
+        (1, True),
+        (2, False),
+        (3, False),
+        (4, False),
+        (5, True),
+    ]
+    place = f"dataset {hub_like} (default, train): row"
+    assert [row.fault.split(" that cannot be read (")[0] for row in rows if row.fault] == [
+        f"{place} {number} has a value in column {column!r}"
+        for number, column in ((2, "prompt"), (3, "when"), (4, "when"))
+    ]
+    assert rows[4].answers[0].text == "good too"
 
 
 def test_a_csv_header_that_is_not_utf_8(tmp_path):

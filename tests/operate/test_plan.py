@@ -20,7 +20,6 @@ from dags.dmapo import DmapoConfig
 from ray_pipeline.cli import app
 from ray_pipeline.config.loading import read_config
 from ray_pipeline.config.messages import ConfigError
-from ray_pipeline.data.prompts import load_prompts
 from ray_pipeline.graph.results import read_run
 from ray_pipeline.graph.spending import Budget, Spending
 from ray_pipeline.graph.stage import StageStop
@@ -31,6 +30,7 @@ from ray_pipeline.operate.probe import measured
 from ray_pipeline.store.files import Folder
 from ray_pipeline.workflow.registry import find_workflow
 from tests.operate.planted_run import plant
+from tests.prompt_sets import load_prompts
 
 SAID = {"source": "a bench of ours", "date": "2026-11-01"}
 

@@ -180,6 +180,21 @@ def test_every_dataset_of_a_comparison_is_rebuilt(folder: Path) -> None:
         gating.regate(after, ["baselines.data.gated.gated=false"])
 
 
+def test_files_that_are_cut_to_a_size_are_named(folder: Path) -> None:
+    cut = ["baselines.data.strict.size_of=gated", "baselines.seeds=[0]"]
+    dag, config = compared(folder, *cut)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    planted = {name: manifest["stages"][name] for name in ("prompts", "candidates", "judge", "critic")}
+    stages = {stage.name: {**stage_entry(stage), **planted.get(stage.name, {})} for stage in dag.stages}
+    values = {"config": config.model_dump(mode="json"), "given": config.model_dump(mode="json", exclude_unset=True)}
+    (folder / "manifest.json").write_text(json.dumps({**manifest, **values, "dag": "baselines", "stages": stages}))
+    preview = CliRunner().invoke(app, ["regate", str(folder), "--write"]).output
+    assert "counted before rows are drawn at random to the size of another dataset: datasets-strict-cut-s0\n" in preview
+    audited = CliRunner().invoke(app, ["audit", str(folder)]).output
+    assert "not audited (not made by the gate from all candidates): raw, strict\n" in audited
+    assert "not audited (files of rows drawn at random from a dataset): datasets-strict-cut-s0\n" in audited
+
+
 def test_an_incomplete_input_is_not_made_by_regate(folder: Path) -> None:
     judge = json.loads((folder / "manifest.json").read_text())["stages"]["judge"]["path"]
     (folder / judge / "_result.json").unlink()

@@ -25,7 +25,7 @@ from ray_pipeline.bench.files import read_rows
 from ray_pipeline.data.dataset_rows import DatasetsConfig
 from ray_pipeline.data.imported import read_preferences
 from ray_pipeline.data.preference_sources import PreferenceSource
-from ray_pipeline.data.prompts import PromptsConfig, load_prompts
+from ray_pipeline.data.prompts import PromptsConfig
 from ray_pipeline.data.sources import InputError, JsonlSource
 from ray_pipeline.engines.base import Completion
 from ray_pipeline.engines.logged import LoggedEngine
@@ -38,6 +38,7 @@ from ray_pipeline.store.keys import prompt_id
 from ray_pipeline.store.outside import storable, storable_value, token_count, visible
 from ray_pipeline.store.schemas import ITEMS, TABLES, to_table
 from tests.planted import count_words
+from tests.prompt_sets import load_prompts
 from tests.scripted import ScriptedEngine, user
 from tests.store.test_calls import row
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import string
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from hypothesis import given
@@ -70,6 +72,25 @@ def test_a_key_passes_no_door_of_text(key: str, before: str, after: str) -> None
         assert redact(passed) == passed
 
 
+@given(KEYS | st.text(_WORD, min_size=8).map(lambda word: f"{word}1"), st.sampled_from(["https", "s3", "postgres"]))
+def test_a_key_in_escaped_text_is_removed(key: str, scheme: str) -> None:
+    """As in the query of a URI, or in JSON of writers that escape `/` and `&`."""
+    bare = key.split()[-1]
+    uri = f"{scheme}://user:{bare}@host/x?token={bare}&a=1"
+    called = [f"api_key={bare}", f'{{"api_key": "{bare}"}}', f"Bearer {bare}0", f"?a=1&sig={bare}"]
+    escapes: list[Callable[[str], str]] = [
+        lambda text: quote(text, safe=""),
+        lambda text: f"x={quote(text)}",
+        lambda text: text.replace("/", "\\/").replace("&", "\\u0026").replace('"', '\\"'),
+        lambda text: f"{{\\n{text}",
+    ]
+    for escape in escapes:
+        for text in (uri, *called):
+            assert bare not in redact(escape(text))
+            assert redact(redact(escape(text))) == redact(escape(text))
+    assert redact(quote(f"{scheme}://user:{bare}@host", safe="")) == f"{scheme}%3A%2F%2F{REMOVED}%40host"
+
+
 @given(KEYS, st.sampled_from(["a", "0.b", "chat_template_kwargs.deep", "list.0"]))
 def test_a_key_in_a_setting_is_refused_and_not_repeated(key: str, path: str) -> None:
     value: Any = {"x": key}
@@ -92,6 +113,7 @@ def test_redacting_twice_is_redacting_once(text: str) -> None:
         "hf_overrides hf_transfer ghp_ AKIA s3://bucket/a@b.csv hf://datasets/owner/name@main/x.parquet",
         "abfs://container@account.dfs.core.windows.net/x gs://anonymous@bucket/x ssh://git@host/x user@example.org",
         "http://host:8265/path/a@b?region=eu",
+        r"https%3A%2F%2Fhost%3A8265%2Fpath%2Fa%40b https:\/\/host\/a@b https://host/a%40b C:\new\task-notes",
         "api_key_env: OPENAI_API_KEY, endpoint.api_key_env=NAME_2_OF_THE_VARIABLE, the API key: it is missing",
         "password: wrong; secret = none, the secret: nobody tells it, access key=*** fw_pass npm_config",
     ],

@@ -24,7 +24,7 @@ from ray_pipeline.bench.mt_bench.questions import (
 )
 from ray_pipeline.bench.mt_bench.score import Mode, compare, grade, mt_bench_protocol
 from ray_pipeline.bench.mt_bench.scores import mt_bench_grades, mt_bench_pairs
-from ray_pipeline.config.settings import Settings
+from ray_pipeline.config.settings import NewTokens, Settings, Temperature
 from ray_pipeline.engines.base import ChatEngine
 from ray_pipeline.extensions import register
 from ray_pipeline.graph.asking import Row
@@ -79,8 +79,8 @@ class MtBenchSettings(Benchmark):
         description="grades of single answers, comparisons with `against` in both orders, or both",
     )
     against: str = Field("base", description="model (by its name in this run) that the others are compared with")
-    answer_tokens: int = Field(ANSWER_TOKENS, ge=1, description="maximum number of new tokens of an answer")
-    temperatures: dict[str, float] = Field(
+    answer_tokens: NewTokens = Field(ANSWER_TOKENS, description="maximum number of new tokens of an answer")
+    temperatures: dict[str, Temperature] = Field(
         default_factory=lambda: dict(CATEGORY_TEMPERATURES), description="category → temperature of the answers"
     )
     titles: ClassVar = {"categories": "MT-Bench by category"}

@@ -13,7 +13,7 @@ from ray_pipeline.agents.replies import Read
 from ray_pipeline.bench.judge_prompts import BenchPrompt
 from ray_pipeline.bench.mt_bench.questions import Question
 from ray_pipeline.bench.mt_bench.replies import Reading, read_bracketed_choice, read_rating, rules_differ
-from ray_pipeline.config.settings import Settings
+from ray_pipeline.config.settings import Settings, Temperature
 from ray_pipeline.engines.base import ChatEngine, Completion, Grammar
 
 LOW, HIGH = 1.0, 10.0
@@ -37,7 +37,7 @@ class BenchAsking(Settings):
     sampling: SamplingSettings = SamplingSettings(temperature=0.0, max_tokens=2048)
     reading: Reading = Field("unanimous", description="which reader takes the grade from the reply")
     retries: int = Field(0, ge=0, description="retries of an unreadable reply; published: none")
-    retry_temperature: float = Field(0.7, ge=0, description="temperature of a retry")
+    retry_temperature: Temperature = Field(0.7, description="temperature of a retry")
     grammar: bool = Field(False, description="force the reply's form while it is sampled")
 
 

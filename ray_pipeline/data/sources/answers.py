@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ray_pipeline.data.sources.chats import BadRow, messages_of, turns_in_text
 from ray_pipeline.data.sources.records import Thoughts
+from ray_pipeline.engines.base import common_finish
 from ray_pipeline.engines.thoughts import split_thoughts
 from ray_pipeline.store.keys import normalise_messages, normalise_text
 
 
 class Drop(Exception):
     """A row, or an answer, is left out; the argument is the reason."""
+
+
+def finish_reason_of(value: Any, column: Any = None) -> str:
+    """Why the generation of an answer ended, in the common word; `unknown` where the row does not say.
+
+    Args:
+        value: an answer; an object, or a chat whose last message is one, may have a `finish_reason`.
+        column: what a column beside it holds; the object's own reason comes first.
+    """
+    last = value[-1] if isinstance(value, list) and value else value
+    own = last.get("finish_reason") if isinstance(last, Mapping) else None
+    reason = column if own is None else own
+    return common_finish(reason) if isinstance(reason, str) and reason.strip() else "unknown"
 
 
 class Answered(NamedTuple):

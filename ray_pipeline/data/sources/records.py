@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Collection, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -77,10 +77,7 @@ class HubTable(HubKeys, AnswerTable):
         """
         revision = (digests or {}).get(self.default_label, self.revision)
         data = load_hub(self.name, self.subset, self.split, revision)
-        # As Python values, of which `datasets` decodes some itself, and not as Arrow.
-        rows = data.select_columns(_columns(choose, data.column_names, self.place))
-        for number, row in enumerate(rows, 1):
-            yield Record(f"{self.place}: row {number}", number, row)
+        yield from _hub_records(data.select_columns(_columns(choose, data.column_names, self.place)), self.place)
 
     @property
     def _source(self) -> HuggingFaceSource:
@@ -140,6 +137,21 @@ class FileTable(AnswerTable):
     @property
     def _source(self) -> JsonlSource:
         return JsonlSource(path=self.path, column="")
+
+
+def _hub_records(data: Any, where: str) -> Iterator[Record]:
+    """The rows of a `datasets.Dataset` as Python values, of which `datasets` decodes some itself, and not as Arrow. One
+    with a value that Python cannot hold has a fault, as in `arrow_records`."""
+    rows = iter(data)
+    for number in range(1, len(data) + 1):
+        place = f"{where}: row {number}"
+        try:
+            record = Record(place, number, next(rows))
+        except (ValueError, OverflowError) as error:
+            rows = iter(data.skip(number))  # an iterator that has raised is at its end
+            (found,) = arrow_records([data.with_format("arrow")[number - 1 : number]], where)
+            record = Record(place, number, {}, found.fault or f"cannot be read ({error}); fix or remove the row")
+        yield record
 
 
 def _columns(choose: Choose, present: Collection[str], where: str) -> list[str]:
