@@ -181,11 +181,12 @@ def test_the_steps_of_as_many_rows_are_those_of_the_epochs(policies: PolicyWorld
 
 
 def test_equal_trainings_at_the_same_time_both_train(policies: PolicyWorld, monkeypatch: pytest.MonkeyPatch) -> None:
-    both, fit = threading.Barrier(2, timeout=30), stage.fit
+    both, counted, fit = threading.Barrier(2, timeout=30), threading.Lock(), policies._fit
 
     def meet(spec: TrainSpec, warn: Callable[[str], None]) -> TrainResult:
         both.wait()
-        return fit(spec, warn)
+        with counted:
+            return fit(spec, warn)
 
     monkeypatch.setattr(stage, "fit", meet)
     run, names = Folder(str(policies.folder)), ("train-a", "train-b")
