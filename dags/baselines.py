@@ -202,11 +202,17 @@ def baselines(config: BaselinesConfig, run_folder: str) -> Dag:
     trained: list[Stage] = []
     policies: dict[str, Stage] = {}
     measured = {"base": Answering(base)}
+    alike: dict[tuple[MethodName, int], list[str]] = {}
+    for name in config.policies():
+        alike.setdefault((name.method, name.seed), []).append(f"train-{name.label}")
     for name in config.policies():
         settings = config.training(name.method, name.seed)
         length, data = config.datasets.max_length, files[name.data, name.reading, name.seed]
         steps_of = files[config.baselines.compared_with, "epochs", name.seed] if name.reading == "steps" else None
-        policy = train_stage(settings, base, length, data, name=f"train-{name.label}", view="", steps_of=steps_of)
+        same = alike[name.method, name.seed]
+        policy = train_stage(
+            settings, base, length, data, name=f"train-{name.label}", view="", steps_of=steps_of, alike=same
+        )
         weights = base.trained(stage_folder(run_folder, policy).location, settings.save)
         policies[name.label] = responses_stage(name.label, config.evaluate, weights, prompts, policy)
         measured[name.label] = Answering(weights, policy)

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,6 +15,8 @@ from ray_pipeline.policy.response_stats import name_models, response_means, resp
 from ray_pipeline.stats.bootstrap import Interval, bootstrap_gain, bootstrap_mean
 from ray_pipeline.stats.length_control import length_controlled_score, pair_lengths
 from ray_pipeline.stats.winrate import decide_pairs, judges_of, win_rate
+
+T = TypeVar("T")
 
 BASE = "base"
 WIN_RATE = "win rate"
@@ -24,7 +27,8 @@ _ACCURACY = "accuracy "
 @dataclasses.dataclass(frozen=True)
 class PolicyRun:
     """How one policy was trained. `label` is its name in the tables, `rows` the number of its training rows, `reading`
-    what is equal for the policies of all datasets (`method_table.Reading`)."""
+    what is equal for the policies of all datasets (`method_table.Reading`), `learnt_from` a digest of the rows and what
+    follows from them (steps, class weights); "" in results of earlier versions."""
 
     label: str
     method: str
@@ -34,6 +38,12 @@ class PolicyRun:
     steps: int
     train_seconds: float
     reading: str = "epochs"
+    learnt_from: str = ""
+
+    def equals(self, other: PolicyRun) -> bool:
+        """Whether the two trainings have the same rows and settings; the settings follow from method and seed."""
+        one, another = ((run.method, run.seed, run.learnt_from) for run in (self, other))
+        return self.learnt_from != "" and one == another
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +118,8 @@ class Difference:
     Attributes:
         gain: mean ± standard error of the differences, seed by seed.
         interval: 95 % bootstrap interval of it, resampling prompts with the differences of all their seeds.
+        same_rows: number of seeds whose two policies were trained on the same rows with the same settings, so that
+            there is no difference to measure.
     """
 
     method: str
@@ -117,6 +129,7 @@ class Difference:
     measure: str
     gain: OverSeeds
     interval: Interval
+    same_rows: int = 0
 
 
 def policy_stats(
@@ -246,14 +259,27 @@ def differences(
             for side in zip(*pairs, strict=True)
         ]
         for measure in sides[0]:
-            gain = over_seeds(
-                None if a is None or b is None else a - b
-                for a, b in ((_value(a, measure), _value(b, measure)) for a, b in pairs)
-            )
+            known = [(a, b) for a, b in pairs if _value(a, measure) is not None and _value(b, measure) is not None]
+            gain = over_seeds(_present(_value(a, measure)) - _present(_value(b, measure)) for a, b in known)
+            same = sum(a.run.equals(b.run) for a, b in known if a.run and b.run)
             if gain is not None:
                 bounds = None if measure == MEAN_SCORE else (-1.0, 1.0)
                 drawn = bootstrap_gain(*sides[1][measure], *sides[0][measure], draws, seed, bounds=bounds)
-                found.append(Difference(method, data, over, reading, measure, gain, _holding(drawn, gain.mean)))
+                interval = _holding(drawn, gain.mean)
+                found.append(Difference(method, data, over, reading, measure, gain, interval, same))
+    return found
+
+
+def equal_policies(policies: Iterable[PolicyStats]) -> dict[str, str]:
+    """Label of each policy whose training has the rows and settings of an earlier one → label of the first of them."""
+    different: list[PolicyRun] = []
+    found: dict[str, str] = {}
+    for run in (policy.run for policy in policies if policy.run is not None):
+        first = next((other for other in different if run.equals(other)), run)
+        if first is run:
+            different.append(run)
+        else:
+            found[run.label] = first.label
     return found
 
 
@@ -305,7 +331,7 @@ def _holding(interval: Interval, mean: float) -> Interval:
     return dataclasses.replace(interval, mean=mean, low=min(interval.low, mean), high=max(interval.high, mean))
 
 
-def _present(value: OverSeeds | None) -> OverSeeds:
+def _present(value: T | None) -> T:
     assert value is not None
     return value
 

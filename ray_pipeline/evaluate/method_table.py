@@ -207,6 +207,7 @@ def _policy_run(by_name: Mapping[str, StageResult], policy: PolicyName) -> Any:
         rows=facts["data"]["rows"],
         steps=facts["steps"],
         train_seconds=facts["train_seconds"],
+        learnt_from=facts.get("learnt_from", ""),
     )
 
 

@@ -7,7 +7,14 @@ from collections.abc import Callable, Mapping
 from ray_pipeline.data.row_truth import RowTruth
 from ray_pipeline.evaluate.comparison import Comparison
 from ray_pipeline.evaluate.first_screen import first_screen
-from ray_pipeline.evaluate.method_stats import Difference, MethodStats, OverSeeds, PolicyRun, PolicyStats
+from ray_pipeline.evaluate.method_stats import (
+    Difference,
+    MethodStats,
+    OverSeeds,
+    PolicyRun,
+    PolicyStats,
+    equal_policies,
+)
 from ray_pipeline.evaluate.use_page import identity_section, usage_of, use_section
 from ray_pipeline.report.charts import Chart, Dot, dots
 from ray_pipeline.report.figures import number, percent
@@ -30,7 +37,7 @@ def methods_page(page: Comparison) -> Page:
         measurement.append(Table(columns, rows, text_columns=2, title=title, folded=True))
     sections = [
         Section("methods", "Methods", [*panels(*_charts(page, base)), *_table(page, base)]),
-        Section("policies", "Policies", [_policies(page)]),
+        Section("policies", "Policies", _policies(page)),
         Section("gains", "What the data changes", _gains(page)) if page.differences else None,
         Section("truth", "Training rows against the truth", [_truth(page.truth)]) if page.truth else None,
         Section("data", "Data and measurement", measurement) if measurement else None,
@@ -49,12 +56,16 @@ def methods_page(page: Comparison) -> Page:
 
 def _about(page: Comparison) -> list[tuple[str, str]]:
     methods, policies = {method.method for method in page.methods}, [p for p in page.policies if p.run is not None]
-    prompts = page.facts.get("held-out prompts", "")
+    same, prompts = equal_policies(page.policies), page.facts.get("held-out prompts", "")
     return first_screen(
         f"{len(methods)} methods on {len(page.data)} datasets",
         models={"base": page.facts["base"]} if "base" in page.facts else {},
         judges={name: page.facts.get(name, "") for name in ("comparing judge", "rubric judges")},
-        amounts=[(len(policies), "policies"), (int(prompts) if prompts.isdecimal() else None, "held-out prompts")],
+        amounts=[
+            (len(policies), "policies"),
+            (len(policies) - len(same) if same else None, "different trainings"),
+            (int(prompts) if prompts.isdecimal() else None, "held-out prompts"),
+        ],
         usage=usage_of(page.stage_use),
     )
 
@@ -168,17 +179,29 @@ def _table(page: Comparison, base: PolicyStats) -> list[Block]:
     return [Table(columns, rows, text_columns=2), Text(text)]
 
 
-def _policies(page: Comparison) -> Table:
+def _policies(page: Comparison) -> list[Block]:
+    same = equal_policies(page.policies)
     modes = list(next(iter(page.policies)).accuracy)
     columns = ["policy", "method", "data", "seed", "wins", "ties", "losses", "flips", "at equal length", "mean score"]
-    columns += [f"right, {mode}" for mode in modes]
+    columns += [f"right, {mode}" for mode in modes] + (["same rows as"] if same else [])
     rows: Rows = []
     for p in page.policies:
         run = p.run
         named = ["base", "–", "–", "–"] if run is None else [run.label, _named(run), run.data, str(run.seed)]
         shares = [percent(share) for share in (p.win_rate, p.tie_rate, p.loss_rate, p.flip_rate, p.equal_length)]
-        rows.append([*named, *shares, number(p.mean_score), *(percent(p.accuracy.get(mode)) for mode in modes)])
-    return Table(columns, rows, text_columns=4)
+        known = [number(p.mean_score), *(percent(p.accuracy.get(mode)) for mode in modes)]
+        other = [same.get(run.label, "–") if run else "–"] if same else []
+        rows.append([*named, *shares, *known, *other])
+    table = Table(columns, rows, text_columns=4)
+    if not same:
+        return [table]
+    trained = sum(policy.run is not None for policy in page.policies)
+    text = (
+        f"{len(same):,} of {trained:,} policies have the same training rows, in the same order, and the same settings "
+        f"as another: these are {trained - len(same):,} different trainings. Such a policy is the other one, not "
+        "trained again, unless both were trained at the same time."
+    )
+    return [table, Text(text)]
 
 
 def _gains(page: Comparison) -> list[Block]:
@@ -187,14 +210,23 @@ def _gains(page: Comparison) -> list[Block]:
         scale, digits, unit = (1.0, 2, "") if d.measure == "mean score" else (100.0, 1, " points")
         error = "" if d.gain.error is None else f" ± {scale * d.gain.error:.{digits}f}"
         gain = f"{scale * d.gain.mean:+.{digits}f}{error}{unit}"
+        if d.same_rows:
+            gain += f" (same rows in {d.same_rows} of {d.gain.seeds} seeds)"
         low, high = (None if end is None else scale * end for end in (d.interval.low, d.interval.high))
         bounds = "–" if low is None or high is None else f"{low:+.{digits}f} to {high:+.{digits}f}"
+        if d.same_rows == d.gain.seeds:
+            gain, bounds = "same rows", "–"
         rows.append([_named(d), f"{d.data} − {d.over}", d.measure, gain, bounds])
     text = (
         "Differences of policies of the same seed on the same prompts: mean ± standard error over seeds, and a 95 % "
         "bootstrap interval over prompts, all seeds of a prompt together. The first shows what another training would "
         "change, the second what other prompts would."
     )
+    if any(d.same_rows for d in page.differences):
+        text += (
+            " Where it says same rows, the policies of both datasets were trained on the same rows, in the same order, "
+            "with the same settings: there is no difference to measure."
+        )
     return [Table(["method", "data", "measure", "gain", "95 %"], rows, text_columns=3), Text(text)]
 
 

@@ -2,7 +2,8 @@
 
 A fingerprint follows from those of the inputs, so a setting far upstream changes it even where no input row changes. A
 stage that costs as much as a training also leaves a digest of its input's content beside its output: a finished output
-of the same settings from the same content, in the same run folder, is taken over instead of made again.
+of the same settings from the same content, in the same run folder, is taken over instead of made again. It may be an
+output of another stage. Two such stages that run at the same time do not wait for each other: both make their output.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ray_pipeline.graph.stage import WholeInput
@@ -18,26 +19,33 @@ from ray_pipeline.store.files import RESULT, Folder
 from ray_pipeline.store.keys import digest
 
 _CONTENT = "_content.json"
+_FINGERPRINT = re.compile("[0-9a-f]{16}")
 
 
 def record(given: WholeInput, content: str) -> None:
     """Note what the output in `given.folder` is made from. It counts once the stage is done."""
-    given.folder.write_json(_CONTENT, {"key": _key(given, content)})
+    given.folder.write_json(_CONTENT, {"key": _key(given.settings_key, content)})
 
 
-def find_same(given: WholeInput, content: str) -> tuple[Folder, dict[str, Any]] | None:
+def find_same(given: WholeInput, content: str, alike: Mapping[str, str]) -> tuple[Folder, dict[str, Any]] | None:
     """Folder and stored result of a finished output with these settings and this content; None if there is none, or if
-    the stage is to be made again whatever is there."""
+    the stage is to be made again whatever is there.
+
+    Args:
+        alike: stages that have the same settings → their `Stage.settings_key`, which differs by their name.
+    """
     if given.again or not given.settings_key:
         return None
     run, own = given.folder.parent, os.path.basename(given.folder.location)
-    alike = re.compile(re.escape(own.removesuffix(given.fingerprint)) + "[0-9a-f]{16}")
+    settings = {**alike, own.removesuffix(f"-{given.fingerprint}"): given.settings_key}
     for name in run.folders():
-        folder = run / name
-        if name == own or not alike.fullmatch(name) or folder.load(_CONTENT, _read_key, None) != _key(given, content):
+        folder, (stage, _, fingerprint) = run / name, name.rpartition("-")
+        if name == own or stage not in settings or not _FINGERPRINT.fullmatch(fingerprint):
+            continue
+        if folder.load(_CONTENT, _read_key, None) != _key(settings[stage], content):
             continue
         result: dict[str, Any] | None = folder.load(RESULT, dict, None)
-        if result is not None and name.endswith(str(result.get("fingerprint"))):
+        if result is not None and result.get("fingerprint") == fingerprint:
             return folder, result
     return None
 
@@ -67,8 +75,8 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def _key(given: WholeInput, content: str) -> str:
-    return digest(["content", given.settings_key, content])
+def _key(settings_key: str, content: str) -> str:
+    return digest(["content", settings_key, content])
 
 
 def _read_key(value: Any) -> str:

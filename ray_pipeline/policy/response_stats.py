@@ -1,5 +1,6 @@
 """Base against policy on held-out prompts: length, true accuracy where a checker applies, rubric scores."""
 
+import collections
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ray_pipeline.stats.bootstrap import Interval, bootstrap_gain, bootstrap_mean
-from ray_pipeline.stats.columns import Spread, chunk, numbers, response_chars, spread
+from ray_pipeline.stats.columns import Spread, numbers, response_chars, spread
 from ray_pipeline.store.schemas import cut_off
 
 MODELS = ("base", "policy")
@@ -133,14 +134,23 @@ def response_means(verdicts: pa.Table) -> dict[str, float]:
 def name_models(verdicts: pa.Table, responses: pa.Table) -> pa.Table:
     """Verdicts on responses (candidate_id holding a response_id) with the columns model and mode of those responses.
 
+    Responses of models with equal weights have the same id, and a verdict each: in the order of both tables.
+
     Raises ValueError for a verdict on a missing response.
     """
-    ids = chunk(responses.column("response_id"))
-    place = pc.index_in(chunk(verdicts.column("candidate_id")), value_set=ids)
-    if place.null_count:
-        raise ValueError(f"{place.null_count} verdicts judge a response that is not in responses")
+    places: dict[str, list[int]] = {}
+    for place, name in enumerate(responses.column("response_id").to_pylist()):
+        places.setdefault(name, []).append(place)
+    judged = list(zip(*(verdicts.column(name).to_pylist() for name in ("candidate_id", "judge")), strict=True))
+    if missing := sum(name not in places for name, _ in judged):
+        raise ValueError(f"{missing} verdicts judge a response that is not in responses")
+    seen: collections.Counter[tuple[str, str]] = collections.Counter()
+    own: list[int] = []
+    for name, judge in judged:
+        own.append(places[name][seen[name, judge] % len(places[name])])
+        seen[name, judge] += 1
     for column in ("model", "mode"):
-        verdicts = verdicts.append_column(column, responses.column(column).take(place))
+        verdicts = verdicts.append_column(column, responses.column(column).take(pa.array(own, pa.int64())))
     return verdicts
 
 

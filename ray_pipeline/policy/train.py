@@ -10,6 +10,8 @@ import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from pydantic import Field
+
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.content import find_same, record, take_over
@@ -31,6 +33,7 @@ class _Given(Settings):
     train: TrainSettings
     model: ModelSettings
     max_length: int
+    alike: dict[str, str] = Field(default_factory=dict)
 
 
 #: Settings that affect how training runs but not its result.
@@ -56,6 +59,7 @@ def train(
     view: str = "policy",
     role: str = "policy",
     steps_of: Stage | None = None,
+    alike: Iterable[str] = (),
 ) -> Stage:
     """One policy: `merged/` and `adapter/` as `train.save` says, and the metrics of every step.
 
@@ -65,15 +69,18 @@ def train(
         view: link in the run's folder that shows the newest of them; "" makes none.
         role: one of `training.spec.POLICIES`.
         steps_of: a stage like `datasets`; the policy takes the optimiser steps that it would take on those rows.
+        alike: names of training stages of the run with the same settings, length and model: the policy of one of them
+            is taken over if its rows turn out to be the same, too.
     """
-    return Stage(
+    given = _Given(train=settings, model=model, max_length=max_length)
+    stage = Stage(
         name=name,
         group="train",
         role=role,
         view=view,
         repeatable=False,
         version=2,  # 2: global_batch
-        work=WholeWork(function=train_policy, settings=_Given(train=settings, model=model, max_length=max_length)),
+        work=WholeWork(function=train_policy, settings=given),
         config={
             **settings.decisive(exclude=_NOT_LEARNT),
             "max_length": max_length,
@@ -82,6 +89,9 @@ def train(
         inputs={"datasets": datasets, **({} if steps_of is None else {"steps of": steps_of})},
         external=model.weights(),
     )
+    keys = {other: dataclasses.replace(stage, name=other).settings_key for other in alike if other != name}
+    work = dataclasses.replace(stage.work, settings=given.model_copy(update={"alike": keys}))
+    return dataclasses.replace(stage, work=work) if keys else stage
 
 
 def training_spec(stage: Stage, run_folder: str) -> TrainSpec:
@@ -143,8 +153,10 @@ def _train_policy(given: WholeInput) -> dict[str, Any]:
     content = _content(Folder(data.folder) / kind, method_of(train.method).columns, resolved)
     if counted := given.inputs.get("steps of"):
         spec = dataclasses.replace(spec, steps=spec.steps_for(counted.facts["rows"][kind]["train"]))
-        content = digest([content, spec.steps])
-    if same := find_same(given, content):
+        # As many rows as the reference take its steps anyway: this is the training by epochs.
+        if spec.packs or counted.facts["rows"][kind]["train"] != data.facts["rows"][kind]["train"]:
+            content = digest([content, spec.steps])
+    if same := find_same(given, content, settings.alike):
         return _take_over(given, content, *same)
     spec = dataclasses.replace(
         spec,
@@ -171,6 +183,7 @@ def _train_policy(given: WholeInput) -> dict[str, Any]:
     record(given, content)
     return {
         "method": train.method,
+        "learnt_from": content,
         "steps": result.steps,
         "epochs": result.epochs,
         "train_loss": result.train_loss,
@@ -198,12 +211,12 @@ def _content(rows: Folder, columns: Iterable[str], resolved: Mapping[str, Any]) 
 def _take_over(given: WholeInput, content: str, source: Folder, result: Mapping[str, Any]) -> dict[str, Any]:
     """Use the policy that was trained on the same rows with the same settings."""
     name = os.path.basename(source.location)
-    given.log(f"no training row has changed: the policy of {name} is used (--from train trains a new one)")
+    given.log(f"same training rows and settings as {name}: its policy is used (--from train trains a new one)")
     take_over(source, given.folder, ("adapter", "merged"))
     metrics = source.read_table(METRICS, fingerprint=result["fingerprint"], schema=TRAIN_METRICS)
     given.folder.write_table(METRICS, metrics, fingerprint=given.fingerprint, kind="train_metrics")
     record(given, content)
-    return {**result["facts"], "taken_from": name}
+    return {**result["facts"], "learnt_from": content, "taken_from": name}
 
 
 def _tell(given: WholeInput, ended: threading.Event) -> None:

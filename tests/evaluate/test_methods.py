@@ -72,6 +72,29 @@ def test_equal_rows_and_equal_steps_are_lines_of_their_own(tmp_path: Path) -> No
     assert "| kto, equal rows | gated − raw | accuracy greedy | +20.0 points |" in text
 
 
+def test_differences_of_equal_trainings_are_named_not_measured(tmp_path: Path) -> None:
+    given = tables()
+    shown = []
+    for digests in (("a", "b", "c", "d"), ("a", "b", "c", "b"), ("a", "b", "a", "b")):
+        runs = [dataclasses.replace(run, learnt_from=name) for run, name in zip(RUNS, digests, strict=True)]
+        policies = policy_stats(runs, *given, "greedy", draws=200)
+        methods = method_stats(policies, given[1], draws=200)
+        found = differences(policies, "raw", *given, "greedy", draws=200)
+        files = build_comparison(Comparison("r", policies, methods, found, {}, {}, {}, []), tmp_path / digests[-2])
+        by_name = {path.name: path for path in files}
+        rows = [list(csv.DictReader(by_name[name].open())) for name in ("policies.csv", "differences.csv")]
+        same = [row["policy"] for row in rows[0] if row["same_as"]], {row["same_rows"] for row in rows[1]}
+        shown.append((same, by_name["report.md"].read_text()))
+    (none, _), (some, of_some), (whole, of_all) = shown
+    assert none == ([], {"0"}) and not any("same rows" in text for (_, text) in shown[:1])
+    assert some == (["kto-raw-s1"], {"1"}) and "+25.0 ± 5.0 points (same rows in 1 of 2 seeds) |" in of_some
+    assert whole == (["kto-raw-s0", "kto-raw-s1"], {"2"})
+    assert (
+        "| kto | gated − raw | accuracy greedy | same rows | – |" in of_all
+        and "4 policies, 2 different trainings" in of_all
+    )
+
+
 def test_where_there_are_more_datasets_than_colours_they_are_the_rows_of_a_chart(tmp_path: Path) -> None:
     few, shown = page(), []
     for copies in (1, 4):

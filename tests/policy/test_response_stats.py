@@ -55,3 +55,10 @@ def test_rubrics_join_their_responses_by_id() -> None:
     assert (stats.gain.mean, stats.gain.groups) == (4.0, 1)  # only p1 was read for both
     with pytest.raises(ValueError, match="not in responses"):
         name_models(verdicts, RESPONSES.slice(0, 2))
+
+
+def test_each_model_with_equal_weights_has_verdicts_of_its_own() -> None:
+    models = ["base", "one", "two"]
+    responses = pa.table({"response_id": ["b", "r", "r"], "model": models, "mode": ["greedy"] * 3})
+    judged = {"candidate_id": ["b", "b", "r", "r", "r", "r"], "judge": ["x", "y"] * 3}
+    assert name_models(pa.table(judged), responses)["model"].to_pylist() == [m for m in models for _ in "xy"]

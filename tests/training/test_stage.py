@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from rich.console import Console
 
 from ray_pipeline.engines.models import ModelSettings
-from ray_pipeline.graph.driver import RunSettings, execute
-from ray_pipeline.graph.in_process import InProcessExecutor
-from ray_pipeline.graph.session import Session
-from ray_pipeline.graph.stage import BadInput, Dag, Stage, StageResult, StageStop, WholeInput, WholeWork
+from ray_pipeline.graph.stage import BadInput, Stage, StageResult, StageStop, WholeInput, WholeWork
 from ray_pipeline.policy import train as stage
 from ray_pipeline.policy.train import train, train_policy
 from ray_pipeline.store.errors import DamagedFile
@@ -267,94 +262,3 @@ def test_a_damaged_file_of_rows_is_found_before_the_training(run_stage: RunStage
     ):
         run_stage(TrainSettings())
     assert not data.exists(RESULT)  # the datasets are made again before the next training
-
-
-class PolicyWorld:
-    """Runs of datasets and train in one folder, where training only writes down that it took place."""
-
-    def __init__(self, folder: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.folder, self.model, self.trainings = folder, ModelSettings(model=tiny_model), 0
-        monkeypatch.setattr(stage, "fit", self._fit)
-        monkeypatch.setattr("ray_pipeline.graph.cluster.connected", contextlib.nullcontext)
-        monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
-
-    def _fit(self, spec: TrainSpec, warn: Callable[[str], None]) -> TrainResult:
-        self.trainings += 1
-        for part in ("adapter", "merged"):
-            (Folder(spec.output_dir) / part).write_bytes("model.safetensors", f"{part} {self.trainings}".encode())
-        row = {name: None for name in TRAIN_METRICS.names} | {"step": self.trainings, "split": "train"}
-        metrics = pa.Table.from_pylist([row], TRAIN_METRICS)
-        return TrainResult(1, 1.0, 0.5, None, f"{spec.output_dir}/merged", {}, {}, None, None, metrics, 1.0, 1.0)
-
-    def run(
-        self,
-        tau: float,
-        rows: Sequence[str] = ("a", "b"),
-        *,
-        score: float = 8.0,
-        per_file: int = 10,
-        from_group: str | None = None,
-        **more: Any,
-    ) -> StageResult:
-        def write(given: WholeInput) -> dict[str, Any]:
-            table = pa.table(
-                {
-                    "prompt": [[{"role": "user", "content": row}] for row in rows],
-                    "completion": [[{"role": "assistant", "content": row}] for row in rows],
-                    "label": [i % 2 == 0 for i in range(len(rows))],
-                    "final_score": [score] * len(rows),
-                }
-            )
-            for start in range(0, len(rows), per_file):
-                part = table.slice(start, per_file)
-                (given.folder / "kto/train").write_table(f"part-{start:05d}.parquet", part, fingerprint="d" * 16)
-            weights = {"desirable_weight": 1.0, "undesirable_weight": 1.0}
-            return {"rows": {"kto": {"train": len(rows), "val": 0}}, "kto_weights": weights}
-
-        data = Stage("datasets", WholeWork(write), {"tau": tau})
-        dag = Dag("d", [train(TrainSettings(**more), self.model, 64, data)])
-        session = Session(str(self.folder), str(self.folder / "calls"), 1)
-        outcome = execute(
-            dag, RunSettings(session, {}), InProcessExecutor(), from_group=from_group, console=Console(quiet=True)
-        )
-        assert not outcome.failures, outcome.failures
-        return outcome.results["train"]
-
-
-@pytest.fixture
-def policies(tmp_path: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> PolicyWorld:
-    return PolicyWorld(tmp_path / "run", tiny_model, monkeypatch)
-
-
-def test_a_threshold_that_changes_no_row_trains_nothing(policies: PolicyWorld) -> None:
-    first = policies.run(2.5)
-    again = policies.run(1.5, score=9.0, per_file=1)  # what no trainer reads is no content
-    assert policies.trainings == 1 and again.fingerprint != first.fingerprint
-    assert again.facts == {**first.facts, "taken_from": f"train-{first.fingerprint}"}
-    shutil.rmtree(first.folder)  # `quorum clean` may do so
-    assert (policies.folder / "policy").resolve() == Path(again.folder)
-    for part in ("adapter", "merged"):
-        assert (Path(again.folder) / part / "model.safetensors").read_text() == f"{part} 1"
-    metrics = Folder(again.folder).read_table(stage.METRICS, fingerprint=again.fingerprint, schema=TRAIN_METRICS)
-    assert metrics["step"].to_pylist() == [1]
-    assert policies.run(1.5).cached and policies.run(0.5).facts["taken_from"] == f"train-{again.fingerprint}"
-    assert policies.trainings == 1
-
-
-def test_other_rows_or_settings_train_another_policy(policies: PolicyWorld) -> None:
-    policies.run(2.5)
-    policies.run(1.5, ["a", "c"])
-    policies.run(1.4, ["b", "a"])  # the order is content: TRL reads KTO rows in it
-    policies.run(1.3, seed=7)
-    policies.run(1.2, desirable_weight=2.0)
-    assert policies.trainings == 5
-    policies.run(1.1, from_group="datasets")  # the user asks for a new policy
-    policies.run(1.1, from_group="train")
-    assert policies.trainings == 7
-
-
-def test_an_unfinished_policy_is_not_taken_over(policies: PolicyWorld) -> None:
-    first = policies.run(2.5)
-    Folder(first.folder).delete(RESULT)
-    policies.run(1.5)
-    assert policies.trainings == 2
