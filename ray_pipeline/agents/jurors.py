@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import Any, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ray_pipeline.agents.jury import VOTE_RULES, PoolRule
 from ray_pipeline.agents.strategies import WORST_FIRST, Judgement, best_scores
@@ -28,6 +29,16 @@ class JuryRule(Settings):
     weights: dict[str, float] = Field(
         default_factory=dict, description="weight of each judge, for weighted and weighted_mean"
     )
+
+    @field_validator("pool", mode="before")
+    @classmethod
+    def _for_one_item(cls, pool: Any) -> Any:
+        if pool == "dawid_skene":
+            raise ValueError(
+                "dawid_skene is fitted to the votes on many items, and here one prompt is pooled at a time; use "
+                f"{', '.join(get_args(PoolRule))} (measure.juries.pool of an agreement run takes dawid_skene)"
+            )
+        return pool
 
     @model_validator(mode="after")
     def _consistent(self) -> JuryRule:
@@ -89,10 +100,12 @@ def pool_judgements(
     unique mode of A, B and tie, else a tie. Scores: each answer's are pooled, and the highest is best.
 
     Raises:
-        ValueError: no judgement, or one without scores under a rule that pools scores.
+        ValueError: no judgement, an unknown rule, or no scores under a rule that pools scores.
     """
     if not judgements:
         raise ValueError("a jury needs at least one judgement")
+    if pool not in get_args(PoolRule):
+        raise ValueError(f"unknown pool {pool!r}; choose from {', '.join(get_args(PoolRule))}")
     looks = tuple(look for judgement in judgements.values() for look in judgement.looks)
     read = {name: judgement for name, judgement in judgements.items() if judgement.read}
     if not read:

@@ -35,6 +35,7 @@ from ray_pipeline.agreement.panel import (
     make_panel,
     own_side,
 )
+from ray_pipeline.agreement.pools import PoolLine, compare_pools, latent_votes
 from ray_pipeline.agreement.preference import Preference, first_place, preference
 from ray_pipeline.agreement.vote_agreement import (
     Agreement,
@@ -102,7 +103,11 @@ class AmongJudges:
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """All numbers of an agreement run."""
+    """All numbers of an agreement run.
+
+    Attributes:
+        posteriors: of the latent class model of each strategy's whole panel, by item (`compare_pools`).
+    """
 
     items: int
     labelled: int
@@ -114,6 +119,8 @@ class Document:
     among_judges: list[AmongJudges]
     paired: list[Paired]
     held_out: list[HeldOut]
+    pools: list[PoolLine]
+    posteriors: list[pa.Table]
     humans: Ceiling | None
 
 
@@ -144,7 +151,7 @@ def measure(
     judged = _judged(panel, samples, settings)
     other = _by_other_rule(items, ballots, samples, settings)
     juries: list[JuryResult] = []
-    among, chosen = [], []
+    among, chosen, pools, posteriors = [], [], [], []
     pairs = _pairs([e for e in panel.evaluators if e.strategy != "versus"], panel.labels, samples)
     for strategy in panel.strategies:
         own = panel.of(strategy)
@@ -154,6 +161,9 @@ def measure(
         juries += results
         among.append(_among(strategy, own, samples))
         pairs += _with_jury(results, own, votes, panel.labels, samples)
+        lines, by_item = compare_pools(strategy, own, panel, choose_on, samples)
+        pools += lines
+        posteriors.append(by_item)
         found = held_out_choice(votes, panel.labels, choose_on, samples)
         if found is not None:
             chosen.append(dataclasses.replace(found, chosen=f"{strategy}: {found.chosen}"))
@@ -168,6 +178,8 @@ def measure(
         among_judges=among,
         paired=pairs,
         held_out=chosen,
+        pools=pools,
+        posteriors=posteriors,
         humans=human_ceiling(panel.human_votes, samples) if len(panel.human_votes) else None,
     )
 
@@ -203,13 +215,16 @@ def _juries(
         if lacking := [name for name in names if name not in rules.weights]:
             raise ValueError(f"juries.weights has no weight for {', '.join(lacking)}")
         weights = [rules.weights[name] for name in names]
-    if rules.pool in VOTE_RULES:
-        votes = pool_votes(np.stack([e.votes for e in judges]), members, weights)
+    codes = np.stack([e.votes for e in judges])
+    if rules.pool == "dawid_skene":
+        votes = np.stack([latent_votes(codes[chosen])[0] for chosen in members])
+    elif rules.pool in VOTE_RULES:
+        votes = pool_votes(codes, members, weights)
     else:
         if unscored := [e.judge for e in judges if e.scores is None]:
             raise ValueError(
                 f"juries.pool {rules.pool} pools scores, and {strategy} has none of {', '.join(unscored)}; "
-                f"use {' or '.join(VOTE_RULES)}"
+                f"use {', '.join(VOTE_RULES)} or dawid_skene"
             )
         scores = np.stack([e.scores for e in judges if e.scores is not None], axis=1)
         votes = compare_scores(*pool_scores(scores, members, rules.pool, weights))
@@ -355,6 +370,7 @@ def as_document(found: Document, settings: MeasureSettings, about: Mapping[str, 
         "among_judges": [dataclasses.asdict(a) for a in found.among_judges],
         "paired": [dataclasses.asdict(p) for p in found.paired],
         "held_out": [dataclasses.asdict(h) for h in found.held_out],
+        "pools": [dataclasses.asdict(p) for p in found.pools],
         "humans": None if found.humans is None else dataclasses.asdict(found.humans),
     }
 

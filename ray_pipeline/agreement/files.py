@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from ray_pipeline.agreement.gate_curves import GateCurve, curves_table
 from ray_pipeline.agreement.page import agreement_page, winrate_page
 from ray_pipeline.agreement.recorded_winrate import VersusRate
@@ -19,8 +21,9 @@ def write_agreement(
     folder: Path,
     curves: Sequence[GateCurve] = (),
     answers: Sequence[tuple[str, str]] = (),
+    posteriors: Sequence[pa.Table] = (),
 ) -> list[Path]:
-    """Write the page, agreement.json and, where there are curves, risk_coverage.csv; returns all paths.
+    """Write the page, agreement.json and, where there are any, risk_coverage.csv and posteriors.csv; returns all paths.
 
     Args:
         answers: `Page.about`.
@@ -28,6 +31,8 @@ def write_agreement(
     numbers: dict[str, Any] = {"agreement.json": document}
     if curves:
         numbers["risk_coverage.csv"] = arrow_csv(curves_table(curves))
+    if posteriors:
+        numbers["posteriors.csv"] = arrow_csv(pa.concat_tables(posteriors))
     return write_page(agreement_page(as_json(document), answers), numbers, folder)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from ray_pipeline.agents.jury import PoolRule
@@ -10,12 +12,19 @@ from ray_pipeline.agreement.gate_curves import THRESHOLDS
 from ray_pipeline.agreement.panel import DebateRule
 from ray_pipeline.config.settings import Settings
 
+#: dawid_skene: the most probable class by a latent class model of the jury's votes on all items.
+PanelPool = Literal[PoolRule, "dawid_skene"]
+
 
 class JurySettings(Settings):
     """The `juries` block: which juries, and how to pool their members."""
 
     sizes: tuple[int, ...] | None = Field(None, description="default: from two members to all")
-    pool: PoolRule = Field("mode", description="how the members' votes or scores become one verdict")
+    pool: PanelPool = Field(
+        "mode",
+        description="how the members' votes or scores become one verdict; dawid_skene: the most probable one by a "
+        "latent class model of the votes, fitted without human labels",
+    )
     weights: dict[str, float] = Field(default_factory=dict, description="by judge, for weighted and weighted_mean")
     most: int = Field(100_000, ge=1, description="refuse more juries than this")
 

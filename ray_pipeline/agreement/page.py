@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ray_pipeline.agreement.debates_page import PLOTTED, VOTES, debates_section
+from ray_pipeline.agreement.pools_page import pools_section
 from ray_pipeline.report.charts import Dot, Series, dots, lines
-from ray_pipeline.report.figures import number, percent, span
+from ray_pipeline.report.figures import estimate_text, number, percent, span
 from ray_pipeline.report.page import Block, Cell, Heat, HeatMap, Page, Rows, Section, Table, Text, panels
 from ray_pipeline.stats.bootstrap import Interval
 
@@ -28,6 +29,7 @@ def agreement_page(document: Mapping[str, Any], answers: Sequence[tuple[str, str
     sections = [
         _kappas(document),
         _judges(document),
+        pools_section(document),
         debates_section(document),
         *(
             _juries(strategy, best, document["settings"]["juries"]["pool"], place)
@@ -370,11 +372,3 @@ def _share(found: Mapping[str, Any]) -> Interval:
     """A percentage with its interval as shares."""
     mean, low, high = (None if found[key] is None else found[key] / 100 for key in ("value", "low", "high"))
     return Interval(mean, low, high)
-
-
-def estimate_text(found: Mapping[str, Any] | None, digits: int = 2) -> str:
-    """`0.31 (0.11 to 0.50)`; "–" for nothing."""
-    if found is None or found["value"] is None:
-        return "–"
-    value = f"{round(found['value'], digits) + 0.0:.{digits}f}"  # adding 0 makes a negative zero a plain one
-    return value if found["low"] is None else f"{value} ({span(found['low'], found['high'], digits)})"

@@ -212,6 +212,7 @@ def report_stage(page: AgreementPage, items: Stage, asked: Sequence[Stage] = (),
     """
     return Stage(
         name=page.workflow,
+        version=2 if page.workflow == "agreement" else 1,  # 2: pools of the whole panel
         view="report",
         role="page",
         work=WholeWork(function=write_report_stage, settings=page),
@@ -324,7 +325,7 @@ def write_page(page: AgreementPage, results: Sequence[StageResult], folder: Path
         ],
         usage=sum((r.usage for r in results), Usage()),
     )
-    write_agreement({**as_document(found, rules, about), **gate}, folder, curves, answers)
+    write_agreement({**as_document(found, rules, about), **gate}, folder, curves, answers, found.posteriors)
     judged = [*found.judges, *(d.judged for d in found.debates)]
     headline = (
         f"{found.items} items, {len(found.judges)} judges, {len(found.juries)} juries, {len(found.debates)} debates"

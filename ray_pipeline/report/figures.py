@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from ray_pipeline.stats.bootstrap import Interval
 
 NONE = "–"
@@ -34,3 +37,11 @@ def percent_interval(interval: Interval) -> str:
     if interval.low is None or interval.high is None:
         return "no interval"
     return f"{100 * interval.low:.1f} to {100 * interval.high:.1f} %"
+
+
+def estimate_text(found: Mapping[str, Any] | None, digits: int = 2) -> str:
+    """`0.31 (0.11 to 0.50)`; "–" for nothing."""
+    if found is None or found["value"] is None:
+        return "–"
+    value = f"{round(found['value'], digits) + 0.0:.{digits}f}"  # adding 0 makes a negative zero a plain one
+    return value if found["low"] is None else f"{value} ({span(found['low'], found['high'], digits)})"

@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
 from scipy.stats import t as student
 
 from ray_pipeline.stats.bootstrap import Floats, Interval, number
@@ -169,7 +170,7 @@ def estimated_errors(judges: Sequence[str], counts: VoteCounts) -> PanelErrors |
         rows, none = int(voted.counts.sum()), Interval(None, None, None)
         reason = "two judges cannot show who of them is right"
         return PanelErrors("estimate", rows, [], [], none, none, reason, assumed)
-    found = _panel("estimate", judges, voted, dawid_skene(voted))
+    found = _panel("estimate", judges, voted, dawid_skene(voted.votes, voted.counts.sum(axis=1)))
     free = used ** len(judges) - 1 - (used - 1) * (1 + len(judges) * used)
     if free <= 0:
         none = Interval(None, None, None)
@@ -178,25 +179,32 @@ def estimated_errors(judges: Sequence[str], counts: VoteCounts) -> PanelErrors |
     return dataclasses.replace(found, assumed=assumed)
 
 
-def dawid_skene(counts: VoteCounts, iterations: int = 2000, tolerance: float = 1e-7) -> Floats:
+def dawid_skene(
+    votes: Votes, weight: Floats, classes: int | None = None, iterations: int = 2000, tolerance: float = 1e-7
+) -> Floats:
     """Probability of each class for each distinct row, shape (rows, classes), by EM.
 
     It starts with the shares of a row's votes, as Dawid and Skene do, so classes keep their names and equal input has
     equal output. Missing votes are left out of the likelihood.
+
+    Args:
+        votes: distinct rows, each with a vote, shape (rows, judges).
+        weight: how often each row occurs, shape (rows,).
+        classes: default: those up to the last one that has a vote.
     """
-    votes, weight = counts.votes, counts.counts.sum(axis=1)
-    classes, judges = int(votes.max()) + 1, votes.shape[1]
-    cast = [[np.flatnonzero(votes[:, j] == c) for c in range(classes)] for j in range(judges)]
+    classes, judges = classes or int(votes.max()) + 1, votes.shape[1]
+    voted = votes != MISSING
+    columns = (votes + np.arange(judges) * classes)[voted]  # (judge, vote) as one number
+    starts = np.concatenate([[0], np.cumsum(voted.sum(axis=1))])
+    cast = csr_array((np.ones(len(columns)), columns, starts), shape=(len(votes), judges * classes))
     share = np.stack([(votes == c).sum(axis=1) for c in range(classes)], axis=1).astype(float)
     found: Floats = share / share.sum(axis=1, keepdims=True)
     for _ in range(iterations):
         weighted = found * weight[:, None]
-        log = np.tile(np.log(np.clip(weighted.sum(axis=0) / weight.sum(), 1e-10, None)), (len(votes), 1))
-        for rows in cast:
-            confusion = np.clip([weighted[own].sum(axis=0) for own in rows], 1e-10, None)  # (vote, truth)
-            confusion = np.log(confusion / confusion.sum(axis=0))
-            for own, of_vote in zip(rows, confusion, strict=True):
-                log[own] += of_vote
+        prior = np.clip(weighted.sum(axis=0) / weight.sum(), 1e-10, None)
+        confusion = np.clip((cast.T @ weighted).reshape(judges, classes, classes), 1e-10, None)  # (judge, vote, truth)
+        confusion /= confusion.sum(axis=1, keepdims=True)
+        log = np.log(prior) + cast @ np.log(confusion).reshape(judges * classes, classes)
         posterior = np.exp(log - log.max(axis=1, keepdims=True))
         posterior /= posterior.sum(axis=1, keepdims=True)
         change = np.abs(posterior - found).max()

@@ -185,8 +185,9 @@ def test_the_latent_class_model_is_that_of_dawid_and_skene() -> None:
     counts."""
     votes, _ = panel(300, [0.9, 0.7, 0.8, 0.6], 0.1, classes=3, missing=0.1, seed=7)
     votes = votes[(votes != MISSING).any(axis=1)]
-    posterior = dawid_skene(counted(votes), tolerance=1e-12, iterations=20_000)
-    found = {row.tobytes(): p for row, p in zip(counted(votes).votes, posterior, strict=True)}
+    counts = counted(votes)
+    posterior = dawid_skene(counts.votes, counts.counts.sum(axis=1), tolerance=1e-12, iterations=20_000)
+    found = {row.tobytes(): p for row, p in zip(counts.votes, posterior, strict=True)}
     by_row = np.array([found[row.tobytes()] for row in votes])
 
     given_class = (votes[:, :, None] == np.arange(3)).astype(float)  # n_ijl of the paper
