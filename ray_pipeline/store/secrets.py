@@ -54,10 +54,11 @@ _FORMS = re.compile(
     """,
     re.VERBOSE,
 )
-#: A user and password, or an access key, before the host of a URI.
+#: A user and password, or an access key, before the host of a URI. Escaped text can hold many beginnings in a word, so
+#: that without a limit the search takes quadratic time.
 _USER_INFO = re.compile(
     rf"(?i)(?P<scheme>(?:\b|{_ESCAPED})[a-z][a-z0-9+.-]{{0,30}}(?::|%3A)(?:\\?/|%2F){{2}})(?!\*{{3}}(?:@|%40))"
-    r"(?P<user>[^/\s?#@]+(?:/[^/\s?#@:]+)*)(?P<at>@|%40)(?=[^\s@])"
+    r"(?P<user>[^/\s?#@]{1,2000}(?:/[^/\s?#@:]+)*)(?P<at>@|%40)(?=[^\s@])"
 )
 #: Parameters of a URI's query that hold a key.
 _PARAMETER = re.compile(
