@@ -198,8 +198,8 @@ def _policies(page: Comparison) -> list[Block]:
     trained = sum(policy.run is not None for policy in page.policies)
     text = (
         f"{len(same):,} of {trained:,} policies have the same training rows, in the same order, and the same settings "
-        f"as another: these are {trained - len(same):,} different trainings. Such a policy is the other one, not "
-        "trained again, unless both were trained at the same time."
+        f"as another, so the number of different trainings is {trained - len(same):,}. Such a policy is the other one, "
+        "not trained again, unless both were trained at the same time."
     )
     return [table, Text(text)]
 
