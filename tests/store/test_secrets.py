@@ -77,7 +77,7 @@ def test_a_key_in_escaped_text_is_removed(key: str, scheme: str) -> None:
     """As in the query of a URI, or in JSON of writers that escape `/` and `&`."""
     bare = key.split()[-1]
     uri = f"{scheme}://user:{bare}@host/x?token={bare}&a=1"
-    called = [f"api_key={bare}", f'{{"api_key": "{bare}"}}', f"Bearer {bare}0", f"?a=1&sig={bare}"]
+    called = [f"api_key={bare}", f'{{"api_key": "{bare}"}}', f"Bearer 0{bare}", f"?a=1&sig={bare}"]
     escapes: list[Callable[[str], str]] = [
         lambda text: quote(text, safe=""),
         lambda text: f"x={quote(text)}",
