@@ -31,7 +31,7 @@ import pyarrow.compute as pc
 from pydantic import BeforeValidator
 
 from ray_pipeline.config.settings import Settings
-from ray_pipeline.data.gate import LABEL_OF, GateConfig, cut_reasons, label_cases
+from ray_pipeline.data.gate import GateConfig, cut_reasons, label_cases
 from ray_pipeline.graph.stage import Stage
 from ray_pipeline.store.keys import unit_hash
 from ray_pipeline.store.schemas import LABELS, READ_STATUSES
@@ -142,8 +142,8 @@ def _possible(
     if math.prod(map(len, replies)) > _MOST:
         return frozenset(LABELS)
     rows = np.array(list(itertools.product(*replies)))
-    cases = label_cases(rows[:, :-1], rows[:, -1], np.full(len(rows), cut), gate).cases
-    return frozenset(LABEL_OF.get(case, case) for case, mask in cases.items() if mask.any())
+    found = label_cases(rows[:, :-1], rows[:, -1], np.full(len(rows), cut), gate)
+    return frozenset(found.labels.unique().to_pylist())
 
 
 def known_of(candidates: pa.Table, verdicts: Iterable[pa.Table], critiques: pa.Table | None) -> dict[str, Known]:

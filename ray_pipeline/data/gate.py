@@ -47,7 +47,7 @@ CUT_RULES = (
 
 
 #: Case of a decision → its label; the other cases have the name of their label.
-LABEL_OF = {"cut": "incomplete", "unread": "incomplete", "disagree": "abstain", "uncriticised": "incomplete"}
+_LABEL_OF = {"cut": "incomplete", "unread": "incomplete", "disagree": "abstain", "uncriticised": "incomplete"}
 
 
 class Cases(NamedTuple):
@@ -58,6 +58,12 @@ class Cases(NamedTuple):
     penalty: Floats
     final: Floats
     cases: dict[str, Mask]
+
+    @property
+    def labels(self) -> pa.StringArray:
+        """The label of each row."""
+        case = np.select(list(self.cases.values()), range(len(self.cases)))
+        return pa.array([_LABEL_OF.get(name, name) for name in self.cases]).take(pa.array(case))
 
 
 class GateConfig(Settings):
@@ -124,7 +130,6 @@ def decide(
         flawed = _flaws(critiques, ids)
     reasons = cut_reasons(candidates)
     found = label_cases(scores, flawed, reasons != "", config)
-    case = np.select(list(found.cases.values()), range(len(found.cases)))
     columns = {
         "candidate_id": ids,
         "prompt_id": one_array(candidates["prompt_id"]),
@@ -132,7 +137,7 @@ def decide(
         "score_variance": with_nulls(found.variance),
         "penalty": with_nulls(found.penalty),
         "final_score": with_nulls(found.final),
-        "label": pa.array([LABEL_OF.get(name, name) for name in found.cases]).take(pa.array(case)),
+        "label": found.labels,
         "why": _reasons(found, reasons, read, judges, config),
     }
     return pa.table([columns[name] for name in DECISIONS.names], schema=DECISIONS)
