@@ -40,10 +40,11 @@ class PolicyRun:
     reading: str = "epochs"
     learnt_from: str = ""
 
-    def equals(self, other: PolicyRun) -> bool:
-        """Whether the two trainings have the same rows and settings; the settings follow from method and seed."""
-        one, another = ((run.method, run.seed, run.learnt_from) for run in (self, other))
-        return self.learnt_from != "" and one == another
+    @property
+    def training(self) -> tuple[str, int, str] | None:
+        """Equal for trainings with the same rows and settings, as the settings follow from method and seed; None where
+        it is unknown."""
+        return (self.method, self.seed, self.learnt_from) if self.learnt_from else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +262,8 @@ def differences(
         for measure in sides[0]:
             known = [(a, b) for a, b in pairs if _value(a, measure) is not None and _value(b, measure) is not None]
             gain = over_seeds(_present(_value(a, measure)) - _present(_value(b, measure)) for a, b in known)
-            same = sum(a.run.equals(b.run) for a, b in known if a.run and b.run)
+            trainings = [(a.run.training, b.run.training) for a, b in known if a.run and b.run]
+            same = sum(one is not None and one == other for one, other in trainings)
             if gain is not None:
                 bounds = None if measure == MEAN_SCORE else (-1.0, 1.0)
                 drawn = bootstrap_gain(*sides[1][measure], *sides[0][measure], draws, seed, bounds=bounds)
@@ -272,14 +274,11 @@ def differences(
 
 def equal_policies(policies: Iterable[PolicyStats]) -> dict[str, str]:
     """Label of each policy whose training has the rows and settings of an earlier one → label of the first of them."""
-    different: list[PolicyRun] = []
+    first: dict[tuple[str, int, str], str] = {}
     found: dict[str, str] = {}
     for run in (policy.run for policy in policies if policy.run is not None):
-        first = next((other for other in different if run.equals(other)), run)
-        if first is run:
-            different.append(run)
-        else:
-            found[run.label] = first.label
+        if run.training is not None and first.setdefault(run.training, run.label) != run.label:
+            found[run.label] = first[run.training]
     return found
 
 
