@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,9 @@ from ray_pipeline.policy.train import train, train_policy
 from ray_pipeline.store.files import RESULT, Folder
 from ray_pipeline.store.schemas import TRAIN_METRICS
 from ray_pipeline.training.spec import TrainResult, TrainSettings, TrainSpec
+
+from .conftest import MakeSpec
+from .shapes import make_model
 
 
 class PolicyWorld:
@@ -213,3 +217,27 @@ def test_equal_trainings_at_the_same_time_both_train(policies: PolicyWorld, monk
         thread.join(60)
     assert policies.trainings == 2 and not any("taken_from" in facts for facts in found.values())
     assert found["train-a"]["learnt_from"] == found["train-b"]["learnt_from"]
+
+
+@pytest.mark.e2e
+def test_the_steps_of_the_epochs_train_the_same_policy(make_spec: MakeSpec, tmp_path: Path) -> None:
+    """Why a policy with the reference's steps may be that of its epochs, where it has as many rows."""
+    import torch
+    from safetensors.torch import load_file
+
+    from ray_pipeline.training.save import write_model
+    from ray_pipeline.training.trainer import build_trainer
+
+    torch.set_num_threads(1)  # matrices this small only wait for each other
+    by_epochs = make_spec("kto", model=make_model(tmp_path / "base", "llama"), num_workers=1, learning_rate=0.02)
+    policies, steps = [], None
+    for name in ("epochs", "steps"):
+        spec = dataclasses.replace(by_epochs, output_dir=str(tmp_path / name), steps=steps)
+        trainer = build_trainer(spec, str(tmp_path / name / "scratch"))
+        trainer.train()
+        steps = trainer.state.global_step
+        write_model(spec, trainer, lambda kind: kind)
+        policies.append(load_file(tmp_path / name / "adapter" / "adapter_model.safetensors"))
+    one, other = policies
+    assert steps == by_epochs.steps_for(48) and one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
