@@ -60,8 +60,8 @@ class DataVariant(Settings):
     )
     size_of: str | None = Field(
         None,
-        description="another dataset, to whose number of training rows this one is cut at random (for KTO, of each "
-        "class), anew for each seed: what is left of a difference is not one of size",
+        description="another dataset: this one is cut at random to its number of training rows (for KTO, of each "
+        "class), with other rows for each seed, so that the two do not differ in size",
     )
 
     @model_validator(mode="after")

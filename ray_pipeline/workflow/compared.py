@@ -30,9 +30,9 @@ class BaselinesBlock(Settings):
     readings: tuple[Reading, ...] = Field(
         ("epochs",),
         min_length=1,
-        description="what is equal for all datasets, each with policies of its own: `epochs` (train.epochs passes over "
-        "each), `steps` (the optimiser steps of the reference), `rows` (each is cut at random, anew for each seed, to "
-        "the rows of the smallest)",
+        description="what is equal for all datasets; each reading trains policies of its own. `epochs`: passes over "
+        "the data (train.epochs); `steps`: optimiser steps, those of the reference; `rows`: training rows, each "
+        "dataset being cut at random to the size of the smallest, with other rows for each seed",
     )
     reference: str | None = Field(
         None, description="the dataset that others are compared with; default: the first without a gate, else the first"
