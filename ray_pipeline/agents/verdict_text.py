@@ -246,19 +246,21 @@ def _continues(after: str) -> bool:
         return not re.match(r"(?:and again)\b", comment)
     if after.lstrip(" \t*_`\"'").startswith((",", "，")) or comment[:1].islower():
         return True
-    first = " ".join(re.split(r"(?<=[.!?。])\s+", _QUOTED_SPAN.sub("", comment))[:2])
+    first = " ".join(re.split(r"(?<=[.!?。])\s+", _QUOTED_SPAN.sub("", comment), maxsplit=2)[:2])
     return bool(_RESISTS.search(first) or _CLAIMS.search(first))
 
 
 def _states(before: str, after: str) -> bool:
     """Whether a statement inside a sentence is the object of the judge's own words (`I rate it [[6]] for`)."""
-    comment = re.split(r"(?<=[.!?。])\s+", after)[0]
-    if _REPORTS.search(comment) or _CLAIMS.search(after) or _RESISTS.search(after):
-        return False
     line = before.rpartition("\n")[2]
     if not before.strip(_MARKS):
-        return re.match(r"[ \t*_`\"',]*(?:because|since|as|due to)\b", after) is not None
-    return _STATES.search(line) is not None and _REPORTS.search(_last_sentence(line)) is None
+        states = re.match(r"[ \t*_`\"',]*(?:because|since|as|due to)\b", after) is not None
+    else:
+        states = _STATES.search(line) is not None and _REPORTS.search(_last_sentence(line)) is None
+    if not states:
+        return False
+    comment = re.split(r"(?<=[.!?。])\s+", after, maxsplit=1)[0]
+    return not (_REPORTS.search(comment) or _CLAIMS.search(after) or _RESISTS.search(after))
 
 
 def _last_sentence(text: str) -> str:

@@ -108,8 +108,7 @@ def find_verdict(reply: Completion, wanted: Wanted, format: Format = "quorum") -
     blocks = without_blocks(text)
     spans = without_spans(blocks)
     stated = [statement for style in STYLES_OF[format] for statement in style(blocks, spans, wanted, format)]
-    placed = [statement for statement in stated if at_place(blocks, statement.begin, statement.end)]
-    counted = [statement for statement in stated if not statement.weak or statement in placed]
+    counted = [s for s in stated if not s.weak or at_place(blocks, s.begin, s.end)]
     if not counted:
         quoted = stated or (
             text != blocks and any(lines(unquoted := _QUOTE_MARK.sub(" ", text), unquoted, wanted, format))
@@ -119,7 +118,9 @@ def find_verdict(reply: Completion, wanted: Wanted, format: Format = "quorum") -
     if isinstance(found, Unread):
         return found
     first, last = min(s.begin for s in counted), max(s.end for s in counted)
-    if not (placed if len(wanted.keys) == 1 else at_place(blocks, first, last)):
+    # The last first: a model that repeats its line for ever has hundreds, and each look is at the rest of the reply.
+    spans_of_one = ((s.begin, s.end) for s in reversed(counted))
+    if not any(at_place(blocks, *span) for span in (spans_of_one if len(wanted.keys) == 1 else [(first, last)])):
         return Unread("quoted")
     if wanted.kind != "fields" and _rivals(blocks, counted, wanted, found):
         return Unread("contradictory")

@@ -140,7 +140,8 @@ def other_model(asked: str, answered_by: str) -> bool:
     if not all(names):
         return False
     asked, answered_by = (name.rsplit("/", 1)[-1] for name in names)
-    version = r"(?:-(?:\d{3,}(?:-\d+)*|v\d+|latest|preview|free))*"
+    # Possessive: one group of digits can be read in two ways, and a name of many groups would take for ever.
+    version = r"(?:-(?:\d{3,}(?:-\d++)*+|v\d+|latest|preview|free))*+"
     pairs = (asked, answered_by), (answered_by, asked)
     return not any(re.fullmatch(re.escape(name) + version, longer) for name, longer in pairs)
 

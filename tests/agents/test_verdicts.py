@@ -373,6 +373,10 @@ def test_degenerate_texts_are_read_in_no_time(text: str) -> None:
     assert rating(text) in get_args(Why) and pick(text) in get_args(Why)
 
 
+def test_a_line_without_end_is_read_in_no_time() -> None:
+    assert rating("Score: 1\n" * 10_000) == 1
+
+
 # --- labels -----------------------------------------------------------------------------------------------------------
 
 

@@ -153,6 +153,8 @@ def test_who_answered_and_what_it_cost_is_in_the_log_and_another_model_is_told_o
         ("/models/policy/", "policy", False),
         ("m", "", False),
         ("policy", "base", True),
+        ("claude", "claude-20250514-1-2-v1", False),
+        ("m", "m" + "-111" * 100_000 + "x", True),  # minutes for a name of 30 groups, were each read in every way
     ],
 )
 def test_other_names_of_a_model(asked: str, answered_by: str, other: bool) -> None:
