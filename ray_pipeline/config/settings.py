@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Collection, Iterable, Mapping
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -22,18 +23,26 @@ NewTokens = Annotated[int, Field(ge=1, le=10_000_000)]
 
 
 class Settings(BaseModel):
-    """A block of the YAML file. Unknown keys are errors, and so is a key or password in a free-form mapping."""
+    """A block of the YAML file. Unknown keys and numbers that are not finite are errors, and so is a key or password in
+    a free-form mapping."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), hide_input_in_errors=True
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        protected_namespaces=(),
+        hide_input_in_errors=True,
+        allow_inf_nan=False,  # JSON has neither, so no fingerprint, no manifest and no request could hold them
     )
 
     @model_validator(mode="after")
-    def _no_keys(self) -> Self:
+    def _plain_mappings(self) -> Self:
         for name in type(self).model_fields:
             value = getattr(self, name)
             if isinstance(value, Mapping) and (problem := secret_in({name: value})):
                 raise ValueError(problem)
+            for place in _not_finite(value, name):
+                raise ValueError(f"{place} must be a finite number")
         return self
 
     @classmethod
@@ -60,6 +69,18 @@ class Settings(BaseModel):
             for name, field in type(self).model_fields.items()
             if name in plain and (_is_tag(field) or not _is_default(getattr(self, name), field))
         }
+
+
+def _not_finite(value: Any, place: str) -> Iterator[str]:
+    """Places of NaN and infinities in a free-form mapping."""
+    if isinstance(value, Mapping):
+        for key, one in value.items():
+            yield from _not_finite(one, f"{place}.{key}")
+    elif isinstance(value, list | tuple):
+        for i, one in enumerate(value):
+            yield from _not_finite(one, f"{place}.{i}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield place
 
 
 def _decisive(value: Any, plain: Any) -> Any:

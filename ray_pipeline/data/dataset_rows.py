@@ -47,9 +47,7 @@ class DatasetsConfig(Settings):
         min_length=1,
         description='"kto", "dpo" and "sft" (the chosen answers of the pairs), one or more of them',
     )
-    min_gap: float = Field(
-        1.5, ge=0, allow_inf_nan=False, description="smallest difference of final scores of a DPO pair"
-    )
+    min_gap: float = Field(1.5, ge=0, description="smallest difference of final scores of a DPO pair")
     max_length: int = Field(
         1024, ge=2, description="tokens of prompt and completion at which the trainer cuts; must equal the trainer's"
     )

@@ -71,13 +71,10 @@ class GateConfig(Settings):
 
     alpha: float = Field(0.15, ge=0, le=1, description="α, the share of the mean that a flaw costs")
     tau: float = Field(
-        2.5,
-        ge=0,
-        allow_inf_nan=False,
-        description="τ, the largest sample variance at which the judges still count as agreeing",
+        2.5, ge=0, description="τ, the largest sample variance at which the judges still count as agreeing"
     )
-    desirable_at: float = Field(7.0, allow_inf_nan=False, description="f from which a candidate is desirable")
-    undesirable_at: float = Field(4.0, allow_inf_nan=False, description="f up to which it is undesirable")
+    desirable_at: float = Field(7.0, description="f from which a candidate is desirable")
+    undesirable_at: float = Field(4.0, description="f up to which it is undesirable")
     use_variance: bool = Field(
         True, description="False: nothing abstains (ablation). The variance is still computed and written"
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args
 
 import pytest
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.workflow.registry import find_workflow, workflow_names
@@ -79,6 +79,18 @@ def test_different_blocks_give_different_dumps() -> None:
     ]
     dumps = [json.dumps(Block.model_validate({"name": "x", **block}).decisive(), sort_keys=True) for block in blocks]
     assert len(set(dumps)) == len(blocks)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_no_file_can_hold_are_refused_with_their_place(number: float) -> None:
+    blocks: list[tuple[dict[str, Any], str]] = [
+        ({"ratio": number}, "ratio\n  Input should be a finite number"),
+        ({"either": {"type": "other", "size": number}}, "either.other.size\n  Input should be a finite number"),
+        ({"options": {"a": [1, {"b": number}]}}, "options.a.1.b must be a finite number"),
+    ]
+    for block, message in blocks:
+        with pytest.raises(ValidationError, match=message):
+            Block.model_validate({"name": "x", **block})
 
 
 def _below(kind: type[Settings]) -> Iterator[type[Settings]]:
