@@ -43,15 +43,15 @@ REPLY = json.dumps(
         "usage": {"prompt_tokens": 900, "completion_tokens": 60, "total_tokens": 960},
     }
 ).encode()
-RESPONSE = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(REPLY) + REPLY
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 SAMPLING = Sampling(max_tokens=512)
 
 
 class Server(asyncio.Protocol):
-    """Answers each request of a keep-alive connection after a wait."""
+    """Answers each request of a keep-alive connection after a wait; `reply` gives the body for that of the request."""
 
-    def __init__(self, wait: float, connections: Synchronized[int]) -> None:
-        self._wait, self._connections = wait, connections
+    def __init__(self, wait: float, connections: Synchronized[int], reply: Callable[[bytes], bytes]) -> None:
+        self._wait, self._connections, self._reply = wait, connections, reply
         self._received = bytearray()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -63,17 +63,25 @@ class Server(asyncio.Protocol):
         self._received += data
         while (end := self._received.find(b"\r\n\r\n")) >= 0:
             head = bytes(self._received[:end]).lower()
-            length = int(head.partition(b"content-length:")[2].partition(b"\r\n")[0])
-            if len(self._received) < end + 4 + length:
+            whole = end + 4 + int(head.partition(b"content-length:")[2].partition(b"\r\n")[0] or 0)
+            if len(self._received) < whole:
                 return
-            del self._received[: end + 4 + length]
-            asyncio.get_running_loop().call_later(self._wait, self._transport.write, RESPONSE)
+            reply = self._reply(bytes(self._received[end + 4 : whole]))
+            del self._received[:whole]
+            response = HEAD % len(reply) + reply
+            asyncio.get_running_loop().call_later(self._wait, self._transport.write, response)
 
 
-def serve(port: Connection, wait: float, connections: Synchronized[int]) -> None:
+def same(body: bytes) -> bytes:
+    return REPLY
+
+
+def serve(
+    port: Connection, wait: float, connections: Synchronized[int], reply: Callable[[bytes], bytes] = same
+) -> None:
     async def work() -> None:
         loop = asyncio.get_running_loop()
-        server = await loop.create_server(lambda: Server(wait, connections), "127.0.0.1", 0, backlog=4096)
+        server = await loop.create_server(lambda: Server(wait, connections, reply), "127.0.0.1", 0, backlog=4096)
         port.send(server.sockets[0].getsockname()[1])
         await server.serve_forever()
 

@@ -1,49 +1,37 @@
-"""Ready completions through judges, gate and datasets: rows lost, peak memory and seconds of each stage.
+"""Ready completions through judges at an endpoint, gate and datasets: rows lost, peak memory and seconds of each stage.
 
-python perf/own_candidates.py [--sizes 4000,16000] [--per-shard 500] [--folder DIR] [--seconds 450]
+python perf/own_candidates.py [--sizes 4000,16000] [--per-shard 500] [--judges 3] [--folder DIR]
 
-Each size runs the stages from `candidates.source` to the training files in one process of its own (the in-process
-executor), with an engine that replies from a script and takes no time. So the seconds are the pipeline's: reading,
-rendering, call log, parsing, tables. Shards have the same size whatever the number of completions: memory that grows
-with the number is memory that some stage holds for the whole run. The file is written before, by another process.
-Tokens are counted by words. Prompts have 1 to 7 completions of 60 to 180 words, 4 on average. The last line is for
-256,000 completions; it is extrapolated from the two largest sizes unless one of them is that many.
+Each size runs `dmapo` with `candidates.source` and `train: null` in one process of its own (the in-process executor).
+The judges are at an OpenAI-compatible server on loopback, in a process of its own, which answers every request after
+0.02 s with a score that follows from the text. So the seconds are those of the pipeline and of HTTP. Shards have the
+same size whatever the number of completions: memory that grows with the number is memory that some stage holds for the
+whole run. The peak is measured for each stage (Linux: it is reset in /proc). The file is written before, by another
+process. Prompts have 1 to 7 completions of 60 to 180 words, 4 on average. A size that is done is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import functools
 import hashlib
 import json
+import multiprocessing
 import random
-import resource
+import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ray_pipeline.agents.judges import Rubric
-from ray_pipeline.agents.templates import load_templates
-from ray_pipeline.data import datasets
-from ray_pipeline.data.candidate_sources import CandidatePrompts, FileCandidates
-from ray_pipeline.data.dataset_rows import DatasetsConfig
-from ray_pipeline.data.gate import GateConfig
-from ray_pipeline.data.judging import JudgeSettings, judges
-from ray_pipeline.data.own_candidates import own_candidates
-from ray_pipeline.data.prompts import PromptsConfig, prompts
-from ray_pipeline.data.scored import ScoredDataset
-from ray_pipeline.engines.base import Completion, Message, Sampling
-from ray_pipeline.engines.models import ModelSettings
+from endpoint import serve
+
+from dags.dmapo import DmapoConfig, dmapo
 from ray_pipeline.graph.in_process import make_here
 from ray_pipeline.graph.session import Session
-from ray_pipeline.graph.stage import ShardWork, Stage, StageResult
+from ray_pipeline.graph.stage import ShardWork, StageResult
 
-WHOLE = 256_000
 JUDGES = ["helpfulness", "factuality", "conciseness"]
+WAIT = 0.02
 WORDS = ["the", "answer", "depends", "on", "what", "was", "asked", "and", "why", "it", "holds", "here", "or", "there"]
 
 
@@ -51,34 +39,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="4000,16000", help="completions")
     parser.add_argument("--per-shard", type=int, default=500, help="completions of a shard, about")
+    parser.add_argument("--judges", type=int, choices=[1, 2, 3], default=3)
     parser.add_argument("--folder", type=Path, default=Path("runs/own-candidates"))
-    parser.add_argument("--seconds", type=float, default=450.0, help="for one call of this command")
     parser.add_argument("--work", choices=["make", "run"], help=argparse.SUPPRESS)
     parser.add_argument("--size", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.work:
         folder = given.folder.resolve() / str(given.size)
-        make(folder, given.size) if given.work == "make" else run(folder, given.size, given.per_shard)
+        make(folder, given.size) if given.work == "make" else run(folder, given.size, given.per_shard, given.judges)
         return
-    end = time.monotonic() + given.seconds
-    sizes = [int(size) for size in given.sizes.split(",")]
-    for size in sizes:
-        for step in ("make", "run"):
-            if (given.folder / str(size) / f"{step}.json").exists():
-                continue
-            own = ["--work", step, "--size", str(size), "--folder", str(given.folder)]
-            command = [sys.executable, __file__, *own, "--per-shard", str(given.per_shard)]
-            try:
-                subprocess.run(command, check=True, timeout=max(1.0, end - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                print(f"{size}: {step} is not done after {given.seconds:.0f} s; the same command resumes it")
-                sys.exit(3)
-    show([json.loads((given.folder / str(size) / "run.json").read_text()) for size in sizes])
+    for size in map(int, given.sizes.split(",")):
+        done = given.folder / str(size) / "run.json"
+        for step in () if done.exists() else ("make", "run"):
+            own = ["--work", step, "--size", str(size), "--folder", str(given.folder), "--judges", str(given.judges)]
+            subprocess.run([sys.executable, __file__, *own, "--per-shard", str(given.per_shard)], check=True)
+        show(json.loads(done.read_text()))
 
 
 def make(folder: Path, size: int) -> None:
-    """A JSONL file in UltraFeedback's shape, one row a prompt."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """A JSONL file in UltraFeedback's shape, one row a prompt; what an interrupted run has left is deleted."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     rng, written, row = random.Random(size), 0, 0
     with open(folder / "own.jsonl", "w") as file:
         while written < size:
@@ -93,101 +74,85 @@ def make(folder: Path, size: int) -> None:
             question = f"question {row} " + " ".join(rng.choices(WORDS, k=20))
             file.write(json.dumps({"instruction": question, "completions": answers}) + "\n")
             written, row = written + count, row + 1
-    (folder / "make.json").write_text("{}")
 
 
-class Scripted:
-    """Scores that follow from the text; the judges of an answer mostly agree."""
+def judge_reply(body: bytes) -> bytes:
+    """Scores that follow from the text; the judges of an answer mostly agree. For a GET: an empty list of models."""
+    if not body:
+        return b'{"data": []}'
+    request = json.loads(body)
+    text = request["messages"][-1]["content"]
+    number = hashlib.blake2b(text.encode(), digest_size=4).digest()
+    level = 8 if text.count("the ") % 2 else 2
+    score = level + (number[0] % 2 if number[1] > 16 else -1)
+    verdict: dict[str, Any] = {"reason": f"because {number.hex()}", "score": score}
+    if "score" not in request["response_format"]["json_schema"]["schema"]["properties"]:
+        verdict = {"verdict": "green"}  # the check at the start
+    message = {"role": "assistant", "content": json.dumps(verdict)}
+    usage = {"prompt_tokens": len(text) // 4, "completion_tokens": 12, "total_tokens": len(text) // 4 + 12}
+    return json.dumps({"choices": [{"message": message, "finish_reason": "stop"}], "usage": usage}).encode()
 
-    identity: Mapping[str, Any] = {"engine": "scripted", "model": "scripted"}
 
-    async def chat(self, messages: Sequence[Message], sampling: Sampling) -> Completion:
-        text = messages[-1]["content"]
-        number = hashlib.blake2b(text.encode(), digest_size=4).digest()
-        level = 8 if text.count("the ") % 2 else 2
-        score = level + (number[0] % 2 if number[1] > 16 else -1)
-        return Completion(json.dumps({"reason": f"because {number.hex()}", "score": score}), "stop", 300, 12, 0)
-
-
-def run(folder: Path, size: int, per_shard: int) -> None:
-    """All stages in this process, on top of what an interrupted call has left."""
-    datasets.token_counter = lambda tokenizer: words  # type: ignore[assignment]
+def run(folder: Path, size: int, per_shard: int, judges: int) -> None:
+    context = multiprocessing.get_context("spawn")
+    connections = context.Value("l", 0)
+    here, there = context.Pipe()
+    server = context.Process(target=serve, args=(there, WAIT, connections, judge_reply), daemon=True)
+    server.start()
     shards = 2 ** min(10, max(0, (size // per_shard).bit_length() - 1))
-    stages = wired(folder, shards)
-    session = Session(str(folder), str(folder / "calls"), shards)
-    results: dict[str, StageResult] = {}
-    loaded, peaks = peak(), dict[str, int]()
+    endpoint = {"base_url": f"http://127.0.0.1:{here.recv()}/v1", "api_key_env": None}
+    config = DmapoConfig.model_validate(
+        {
+            "run": {"name": folder.name},
+            "models": {"judge": {"engine": "openai", "model": "judge", "endpoint": endpoint}},
+            "candidates": {"source": {"type": "jsonl", "path": str(folder / "own.jsonl")}},
+            "prompts": {"num_shards": shards},
+            "judge": {"rubrics": [{"name": name, "text": f"Is it good in {name}?"} for name in JUDGES[:judges]]},
+            "critic": None,
+            "train": None,
+        }
+    )
+    stages = dmapo(config, str(folder)).stages
+    session, results, peaks = Session(str(folder), str(folder / "calls"), shards), dict[str, StageResult](), [peak()]
     for stage in stages:
+        Path("/proc/self/clear_refs").write_text("5")
         make_here([stage], session, results, print)
-        peaks[stage.name] = peak()
-    seconds = {name: result.usage.wall_seconds for name, result in results.items()}
-    kto = results["datasets"].facts["counts"]["kto"]
-    labels = results["gate"].facts["counts"]
-    rows = {
+        peaks.append(peak())
+    server.terminate()
+    server.join()
+    labels, kto = (results[name].facts["counts"] for name in ("gate", "datasets"))
+    accounted = kto["kto"]["kept"] + sum(kto["kto"]["dropped"].values())
+    ends = {
         "candidates": results["candidates"].rows["candidates"],
-        "verdicts": results["judge"].rows["verdicts"] / len(JUDGES),
+        "judgements read": sum(results["judge"].facts["counts"][f"{name}.ok"] for name in JUDGES[:judges]) / judges,
         "decisions": results["gate"].rows["decisions"],
-        "KTO rows and those left out for a reason": kto["kept"]
-        + sum(kto["dropped"].values())
+        "KTO rows and those left out for a reason": accounted
         + sum(labels[name] for name in ("discard", "abstain", "incomplete")),
     }
-    written = {kind: sizes["train"] + sizes["val"] for kind, sizes in results["datasets"].facts["rows"].items()}
-    found = {"size": size, "shards": shards, "rows": rows, "written": written, "loaded": loaded, "peaks": peaks}
-    in_flight = max(stage.work.placement.shards_in_flight for stage in stages if isinstance(stage.work, ShardWork))
-    (folder / "run.json").write_text(json.dumps({**found, "seconds": seconds, "in_flight": in_flight}))
-
-
-def wired(folder: Path, shards: int) -> list[Stage]:
-    weights = folder / "model"
-    weights.mkdir(exist_ok=True)
-    (weights / "config.json").write_text("{}")
-    (weights / "model.safetensors").write_bytes(b"none")
-    model = ModelSettings(model=str(weights))
-    source = FileCandidates(type="jsonl", path=str(folder / "own.jsonl"))
-    asked = prompts(PromptsConfig(sources=[CandidatePrompts(source=source)], num_shards=shards))
-    answers = own_candidates(source, asked)
-    settings = JudgeSettings(
-        rubrics=tuple(Rubric(name=name, text=f"Is it good in {name}?") for name in JUDGES), layout="shared_first"
-    )
-    template = load_templates("default").judge
-    verdicts = [
-        dataclasses.replace(stage, work=dataclasses.replace(stage.work, engine=functools.partial(Scripted)))
-        for stage in judges(settings, {"judge": model}, template, asked, {"candidates": answers})
+    table = [
+        [name, result.usage.wall_seconds, used, dict(result.rows)]
+        for (name, result), used in zip(results.items(), peaks[1:], strict=True)
     ]
-    dataset = ScoredDataset(JUDGES, GateConfig(use_critic=False), model, {"datasets": DatasetsConfig()})
-    decisions = dataset.decide(answers, verdicts, None)
-    return [asked, answers, *verdicts, decisions, *dataset.write(asked, answers, verdicts, decisions)]
+    in_flight = max(stage.work.placement.shards_in_flight for stage in stages if isinstance(stage.work, ShardWork))
+    found = {"size": size, "shards": shards, "in_flight": in_flight, "judges": judges, "loaded": peaks[0]}
+    (folder / "run.json").write_text(json.dumps({**found, "ends": ends, "stages": table}))
 
 
-def words(messages: Any, completion: Any = None) -> list[int]:
-    """One token a word; equal texts have equal tokens."""
-    return [hash(word) for message in [*messages, *(completion or ())] for word in message["content"].split()]
+def peak() -> float:
+    """Largest resident memory since the last reset, in MiB."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 1024
 
 
-def peak() -> int:
-    """Bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def show(runs: list[dict[str, Any]]) -> None:
-    for one in runs:
-        lost = {name: one["size"] - int(rows) for name, rows in one["rows"].items()}
-        took = one["seconds"]
-        print(f"{one['size']:,} completions, {one['shards']} shards, {one['in_flight']} in flight")
-        print(f"  lost: {', '.join(f'{name} {count}' for name, count in lost.items())}")
-        print(f"  written: {', '.join(f'{kind} {rows:,}' for kind, rows in one['written'].items())}")
-        print(f"  libraries {one['loaded'] / 2**20:.0f} MiB; peak after each stage, and its seconds:")
-        for name, bytes_ in one["peaks"].items():
-            print(f"    {name:<14}{bytes_ / 2**20:>8.0f} MiB{took[name]:>9.1f} s")
-        total = sum(took.values())
-        print(f"  {total:.0f} s, {len(JUDGES) * one['size'] / took['judge']:.0f} judgements/s")
-    last, whole = runs[-1], next((one for one in runs if one["size"] == WHOLE), None)
-    if whole is None and len(runs) > 1:
-        before = runs[-2]
-        grown = max(0, max(last["peaks"].values()) - max(before["peaks"].values())) / (last["size"] - before["size"])
-        memory = (max(last["peaks"].values()) + grown * (WHOLE - last["size"])) / 2**20
-        seconds = sum(last["seconds"].values()) * WHOLE / last["size"]
-        print(f"{WHOLE:,} completions, extrapolated: {seconds / 60:.0f} min, peak {memory:.0f} MiB")
+def show(one: dict[str, Any]) -> None:
+    size, seconds = one["size"], {name: took for name, took, _, _ in one["stages"]}
+    print(f"{size:,} completions, {one['judges']} judges, {one['shards']} shards, {one['in_flight']} in flight")
+    print(f"  lost: {', '.join(f'{name} {size - rows:,.0f}' for name, rows in one['ends'].items())}")
+    print(f"  {'stage':<14}{'seconds':>9}{'peak MiB':>10}  rows out (libraries {one['loaded']:.0f} MiB)")
+    for name, took, used, rows in one["stages"]:
+        print(f"  {name:<14}{took:>9.1f}{used:>10.0f}  {', '.join(f'{kind} {n:,}' for kind, n in rows.items())}")
+    rate = one["judges"] * size / seconds["judge"]
+    print(f"  {sum(seconds.values()):.0f} s, {rate:.0f} judgements/s", flush=True)
 
 
 if __name__ == "__main__":

@@ -108,7 +108,9 @@ def _shown(
     def answer(column: str, value: Any) -> Answered:
         if not value:
             raise Drop("empty")
-        if is_cut_off(finish_reason_of(row[column], row.get(source.finish_column))):
+        if row.get(source.prompt) is None:
+            value = chat_in_text(value) or value
+        if is_cut_off(finish_reason_of(value, row.get(source.finish_column))):
             raise Drop("cut_off")
         return split_answer(row.get(source.prompt), value, (source.prompt, column), source.thoughts)
 

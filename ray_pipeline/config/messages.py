@@ -13,6 +13,9 @@ from pydantic import BaseModel, ValidationError
 
 from ray_pipeline.store.secrets import redact
 
+#: Names in pydantic's lists of them.
+_QUOTED = re.compile("'([^']*)'")
+
 
 class ConfigError(ValueError):
     """The configuration cannot be used. Each line of the message names a key and a remedy."""
@@ -64,6 +67,12 @@ def _line(problem: Any, kind: type[BaseModel]) -> str:
         return f"{key}: unknown key{nearest(str(where[-1]), _fields_at(kind, where[:-1]))}"
     if problem["type"] == "missing":
         return f"{key}: missing"
+    if problem["type"].startswith("union_tag_"):
+        union = problem["ctx"]
+        key = ".".join([*([key] if key else []), union["discriminator"].strip("'")])
+        if "tag" not in union:
+            return f"{key}: missing"
+        return f"{key}: unknown value {union['tag']!r}{nearest(union['tag'], _QUOTED.findall(union['expected_tags']))}"
     message = problem["msg"].removeprefix("Value error, ")
     value = problem.get("input")
     shown = f" (it is {value!r})" if isinstance(value, (str, int, float, bool)) else ""

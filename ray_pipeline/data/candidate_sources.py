@@ -239,7 +239,7 @@ def _values(
         for side in sides:  # one of two texts may happen to look like a chat; two that do are columns of chats
             named = columns.get(f"{side}_model")
             value = chats[side] if all(chats.values()) else row[columns[side]]
-            yield columns[side], value, row[named] if named else None, side, finish_reason_of(row[columns[side]])
+            yield columns[side], value, row[named] if named else None, side, finish_reason_of(value)
         return
     beside = {key: row[columns[key]] if key in columns else None for key in ("model", "finish_reason")}
     if "response" in columns:

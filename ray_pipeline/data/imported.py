@@ -295,7 +295,7 @@ class _Reader:
             for name, value in values.items()
         }
         for name in sides:
-            _check_whole(row[getattr(source, name)])
+            _check_whole(values[name])
         (prompt, chosen, _), (other, rejected, _) = sides["chosen"], sides["rejected"]
         if normalise_messages(prompt) != normalise_messages(other):
             raise Drop("prompts_differ")
@@ -341,9 +341,11 @@ class _Reader:
     def _answered(self, row: Mapping[str, Any], column: str) -> dict[str, Any]:
         if not row[column]:
             raise Drop("empty")
-        own = self._source.prompt
-        answered = split_answer(row.get(own), row[column], (own, column), self._source.thoughts)
-        _check_whole(row[column], row.get(self._source.finish_column))
+        own, value = self._source.prompt, row[column]
+        if row.get(own) is None:
+            value = chat_in_text(value) or value
+        answered = split_answer(row.get(own), value, (own, column), self._source.thoughts)
+        _check_whole(value, row.get(self._source.finish_column))
         messages, text, _ = answered
         self._check_prompt(messages)
         asked = prompt_id(messages)

@@ -35,8 +35,9 @@ from ray_pipeline.store.outside import is_number, storable
 from ray_pipeline.store.schemas import RECORDED, to_table
 from ray_pipeline.store.tables import ShardedTable
 
-#: A number as a spreadsheet writes it in a cell of text. No thousands separator, no decimal comma, no "8/10".
-_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)")
+#: A number as a spreadsheet writes it in a cell of text, also in countries with a decimal comma ("8,5"). Three digits
+#: after a comma may be thousands; "8/10" is no number either.
+_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+|\d+,\d{1,2})")
 _SHOWN = 60
 _NO_ANSWER = {
     "empty": "prompt or response is empty",
@@ -301,7 +302,7 @@ def _score(value: Any, low: int, high: int) -> tuple[float | None, str | None]:
     text = isinstance(value, str) and _NUMBER.fullmatch(value.strip())
     if not text and not is_number(value):
         return None, f"{shown} is not a number"
-    number = float(value) if text else value
+    number = float(value.replace(",", ".")) if text else value
     if not low <= number <= high:
         return None, f"{shown} is not on the scale from {low} to {high}"
     return float(number), None

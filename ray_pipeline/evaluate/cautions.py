@@ -179,7 +179,10 @@ def _on_use(data: ReportData, metrics: RunMetrics) -> Iterator[str]:
     for use in data.stage_use or ():
         several = metrics.judging is not None and len(metrics.judging.judges) > 1
         if use.stage == "judge" and use.calls and several and prefix_hit_rate(use) == 0:
-            yield "Stage judge never hit the prefix cache: judges process the shared text again on every call."
+            yield (
+                "Stage judge never hit the prefix cache, as far as its engine reports: judges process the shared text "
+                "again on every call."
+            )
         if use.errors:
             yield f"Stage {use.stage}: {use.errors} errors."
         if use.cut_prompts:

@@ -167,7 +167,7 @@ def _acceptance(by_name: Mapping[str, StageResult], data: str) -> Iterator[str]:
     labels = [name for name in ("kto.candidates", "kto.kept") if name in counts]
     if len(labels) == 2 and counts["kto.candidates"]:
         kept, of = counts["kto.kept"], counts["kto.candidates"]
-        yield f"acceptance {kept / of:.1%} ({kept:,} of {of:,} candidates)"
+        yield f"acceptance {kept / of:.1%} ({kept:,} of {of:,} candidates, before any cut)"
 
 
 def _benchmarks(by_name: Mapping[str, StageResult]) -> dict[str, dict[str, float | None]]:

@@ -282,13 +282,14 @@ def _disk(dag: Dag) -> str:
 def _training(
     dag: Dag, models: Mapping[str, ModelSettings], rates: Rates, found: Estimates, notes: list[str]
 ) -> list[StagePlan]:
-    """Tokens of the kept rows over all epochs; KTO's own reference pass is part of the rate."""
+    """Tokens of the kept rows over all epochs; KTO's own reference pass is part of the rate. A policy that is
+    taken over from an equal training has none."""
     policies = [stage for stage in dag.stages if stage.role_name in POLICIES]
     if policies and (rates.train is None or rates.kept_share is None):
         notes.append("training is not planned; add train.tokens_per_s and kept_share to the rates")
     if rates.train is None or rates.kept_share is None:
         return []
-    planned = []
+    planned, trained = [], set[tuple[str, ...]]()
     for stage in policies:
         drawn = next((name for name in _ancestors(stage) if name in found.candidates), None)
         if drawn is None:
@@ -296,7 +297,14 @@ def _training(
             continue
         settings, model = stage.work.settings.train, stage.work.settings.model
         key = next((key for key, one in models.items() if one == model), "")
-        tokens = found.candidates[drawn] * rates.kept_share.share * settings.epochs
+        rows = stage.inputs["datasets"]
+        same = (
+            *(of.model_dump_json() for of in (settings, model)),
+            *(of.fingerprint for of in (rows, stage.inputs.get("steps of", rows))),
+        )
+        share = 0.0 if same in trained else rates.kept_share.share
+        trained.add(same)
+        tokens = found.candidates[drawn] * share * settings.epochs
         bound = any(of.bound for name, of in found.stages.items() if name in _ancestors(stage))
         one = StagePlan(stage.name, key, 0, tokens, 0.0, bound, float(settings.num_workers))
         _time(one, tokens / rates.train.tokens_per_s, rates.train.spread, rates.device_hour)

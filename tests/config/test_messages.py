@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from dags.dmapo import DmapoConfig
 from ray_pipeline.config import messages
 from ray_pipeline.config.blocks import RayBlock
-from ray_pipeline.config.messages import installing
+from ray_pipeline.config.loading import read_config
+from ray_pipeline.config.messages import ConfigError, installing
 
 EXTRAS = tomllib.loads(Path("pyproject.toml").read_text())["project"]["optional-dependencies"]
 
@@ -47,3 +49,12 @@ def test_every_extra_that_a_message_names_exists() -> None:
 def test_the_dashboard_is_a_key() -> None:
     assert RayBlock().arguments() == {}
     assert RayBlock(dashboard=True, num_cpus=2).arguments() == {"include_dashboard": True, "num_cpus": 2}
+
+
+def test_a_wrong_type_of_a_source_is_one_key_with_the_nearest_name() -> None:
+    values = {"run": {"name": "x"}, "candidates": {"source": {"path": "a.csv"}}, "judge": {"source": {"type": "csb"}}}
+    with pytest.raises(ConfigError) as raised:
+        read_config(DmapoConfig, values, [])
+    told = str(raised.value)
+    assert "candidates.source.type: missing" in told
+    assert "judge.source.type: unknown value 'csb'; did you mean 'csv'?" in told

@@ -353,6 +353,13 @@ def test_answers_that_were_cut_off_are_left_out_and_counted(suffix: str, tmp_pat
     ]
     _, counts = read(write(tmp_path / f"pairs.{suffix}", pairs))
     assert (counts["source"]["kept"], counts["source"]["dropped"]["cut_off"]) == (2, 2)
+    in_text = [{**pair, **{side: json.dumps(pair[side]) for side in ("chosen", "rejected")}} for pair in pairs]
+    _, counts = read(write(tmp_path / f"text.{suffix}", in_text))
+    assert (counts["source"]["kept"], counts["source"]["dropped"]["cut_off"]) == (2, 2)
+    chats = [[user("q"), {**assistant("a"), "finish_reason": end}] for end in ("length", "stop")]
+    chats_as_text = write(tmp_path / f"chats.{suffix}", [{"messages": json.dumps(chat)} for chat in chats])
+    _, counts = read(chats_as_text, only, format="demonstrations")
+    assert (counts["source"]["kept"], counts["source"]["dropped"]["cut_off"]) == (1, 1)
     with pytest.raises(ValueError, match="a paired row has two"):
         source(path, finish_reason="end")
 

@@ -379,6 +379,13 @@ def test_why_an_own_answer_ended_is_kept_where_its_row_says_it(tmp_path: Path) -
     )
     (table,) = [imported(tmp_path / "rows", source(path, finish_reason="end"))["candidates"].table().read_all()]
     assert table["finish_reason"].to_pylist() == ["stop", "unknown"]
+    good, bad = ([{"role": "assistant", "content": text, "finish_reason": "MAX_TOKENS"}] for text in ("0", "1"))
+    path = write(tmp_path / "c.csv", [{"prompt": "a", "chosen": json.dumps(good), "rejected": json.dumps(bad)}])
+    (table,) = [imported(tmp_path / "text", source(path))["candidates"].table().read_all()]
+    assert table["finish_reason"].to_pylist() == ["length", "length"]
+    path = write(tmp_path / "d.csv", [{"prompt": "a", "response": json.dumps(good)}])  # a text that is wanted as such
+    (table,) = [imported(tmp_path / "one", source(path))["candidates"].table().read_all()]
+    assert table["finish_reason"].to_pylist() == ["unknown"]
 
 
 def test_thoughts_are_split_off_own_answers_too(tmp_path: Path) -> None:

@@ -164,7 +164,8 @@ def test_replies_are_read_by_the_reader_of_verdicts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cell", "score"), [("7", 7.0), (" 7.50 ", 7.5), ("10", 10.0), ("1.", 1.0), (3, 3.0), (9.99, 9.99), ("+2", 2.0)]
+    ("cell", "score"),
+    [("7", 7.0), (" 7.50 ", 7.5), ("10", 10.0), ("1.", 1.0), (3, 3.0), (9.99, 9.99), ("+2", 2.0), ("8,5", 8.5)],
 )
 def test_a_number_of_the_scale_is_read(tmp_path: Path, cell: Any, score: float) -> None:
     rows = [{"prompt": "q", "response": "r", "s": cell}]
@@ -177,7 +178,7 @@ def test_a_number_of_the_scale_is_read(tmp_path: Path, cell: Any, score: float) 
     [
         ("good", "'good' is not a number"),
         ("8/10", "'8/10' is not a number"),
-        ("7,5", "'7,5' is not a number"),
+        ("7,500", "'7,500' is not a number"),
         ("1e1", "'1e1' is not a number"),
         ("nan", "'nan' is not a number"),
         (True, "True is not a number"),

@@ -113,6 +113,21 @@ def test_training_is_planned_where_it_can_be() -> None:
     assert train.device_seconds == pytest.approx(tokens / 50) and train.devices == 2
 
 
+def test_an_equal_training_of_a_comparison_is_planned_once() -> None:
+    """The reference takes its own steps in the reading of equal steps, too."""
+    values = yaml.safe_load(Path("configs/pocket_baselines.yaml").read_text())
+    few = ["prompts.sources.0.count=60", "baselines.methods={kto: {}}", "baselines.seeds=[0]"]
+    data = [
+        "baselines.data={gated: {}, all: {gated: false}}",
+        "baselines.reference=gated",
+        "baselines.readings=[epochs, steps]",
+    ]
+    config = read_config(find_workflow("baselines").config, values, [*few, *data])
+    found = planned(config, rates(train={"tokens_per_s": 50, **SAID}, kept_share={"share": 0.5, **SAID}), "baselines")
+    tokens = {stage.stage: stage.prompt_tokens for stage in found.stages if stage.stage.startswith("train-")}
+    assert {name for name, count in tokens.items() if not count} == {"train-kto-gated-steps-s0"} and len(tokens) == 4
+
+
 def test_without_rates_there_is_no_time_and_no_money() -> None:
     found = planned(pocket(), Rates())
     assert found.total("device_seconds") is None and found.total("money") is None and found.assumed == []

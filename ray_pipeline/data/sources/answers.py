@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ray_pipeline.data.sources.chats import BadRow, messages_of, turns_in_text
+from ray_pipeline.data.sources.chats import BadRow, chat_in_json, messages_of, turns_in_text
 from ray_pipeline.data.sources.records import Thoughts
 from ray_pipeline.engines.base import common_finish
 from ray_pipeline.engines.thoughts import split_thoughts
@@ -21,7 +21,7 @@ def finish_reason_of(value: Any, column: Any = None) -> str:
     """Why the generation of an answer ended, in the common word; `unknown` where the row does not say.
 
     Args:
-        value: an answer; an object, or a chat whose last message is one, may have a `finish_reason`.
+        value: an answer as it is read; an object, or a chat whose last message is one, may have a `finish_reason`.
         column: what a column beside it holds; the object's own reason comes first.
     """
     last = value[-1] if isinstance(value, list) and value else value
@@ -57,7 +57,7 @@ def split_answer(prompt: Any, value: Any, columns: tuple[str, str], thoughts: Th
             )
         asked, text = _messages(prompt, columns[0]), value
     else:
-        turns = turns or _messages(value, columns[1])
+        turns = _messages(turns or value, columns[1])
         if not turns or turns[-1]["role"] != "assistant":
             raise Drop("not_an_answer")
         text, before = turns[-1]["content"], turns[:-1]
@@ -84,9 +84,10 @@ def _messages(value: Any, column: str) -> list[dict[str, str]]:
         raise BadRow(f"column {column!r}: {fault}") from fault
 
 
-def chat_in_text(value: Any) -> list[dict[str, str]] | None:
-    """The messages of a text that is a chat with an answer at its end; None for any other value."""
+def chat_in_text(value: Any) -> list[Any] | None:
+    """The chat, as it stands, of a text that is one with an answer at its end; None for any other value."""
     with contextlib.suppress(BadRow):
         turns = turns_in_text(value) if isinstance(value, str) else None
-        return turns if turns and turns[-1]["role"] == "assistant" else None
+        if turns and turns[-1]["role"] == "assistant":
+            return chat_in_json(value) or turns
     return None

@@ -55,14 +55,8 @@ def turns_in_text(text: str) -> list[dict[str, str]] | None:
         BadRow: the text is a chat from its first to its last character, and not as JSON.
     """
     if _CHAT_IN_TEXT.match(text):
-        try:
-            value = json_value(text)
-        except ValueError as error:
-            if text.rstrip().endswith("]"):
-                raise BadRow(f"a chat as text that is not JSON ({error}); write it with json.dumps") from error
-            return None
-        known = any(isinstance(item, dict) and _role(item.get("role", item.get("from"))) for item in value)
-        return messages_of(value) if known else None
+        value = chat_in_json(text)
+        return None if value is None else messages_of(value)
     first, *marked = _MARK.split(text)
     if not marked:
         return None
@@ -71,6 +65,25 @@ def turns_in_text(text: str) -> list[dict[str, str]] | None:
     return [
         {"role": role.lower(), "content": storable(turn)} for role, turn in turns if role != "System" or turn.strip()
     ]
+
+
+def chat_in_json(text: str) -> list[Any] | None:
+    """The messages of a chat as JSON text, as they stand; None for any other text.
+
+    Raises:
+        BadRow: the text is a chat from its first to its last character, and not as JSON.
+    """
+    if not _CHAT_IN_TEXT.match(text):
+        return None
+    try:
+        value = json_value(text)
+    except ValueError as error:
+        if text.rstrip().endswith("]"):
+            raise BadRow(f"a chat as text that is not JSON ({error}); write it with json.dumps") from error
+        return None
+    assert isinstance(value, list)
+    known = any(isinstance(item, dict) and _role(item.get("role", item.get("from"))) for item in value)
+    return value if known else None
 
 
 def until_last_user(messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:
