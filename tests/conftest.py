@@ -1,12 +1,14 @@
 """A tokenizer with a chat template, made on the spot; the official IFEval checkers, where they can run."""
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from hypothesis import settings
 
 from ray_pipeline.constraints.official import Checkers, checkers
+from ray_pipeline.engines import core_server
 from tests.published import nltk_data
 
 # Ray workers, engines and commands inherit this: without bytecode, each of them compiles all of Quorum at its start.
@@ -17,6 +19,13 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 # A busy machine says nothing about the code.
 settings.register_profile("quorum", deadline=None)
 settings.load_profile("quorum")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _imports_of_engines() -> Iterator[None]:
+    """Engines of this process, other than those of commands that the tests run, import vLLM's core once for all."""
+    with core_server.kept():
+        yield
 
 
 @pytest.fixture

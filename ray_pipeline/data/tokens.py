@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from ray_pipeline.engines.chat_template import folding, render
+from ray_pipeline.engines.imports import heavy_imports
 from ray_pipeline.engines.models import ModelSettings, TokenizerSettings
 
 Messages = Sequence[Mapping[str, str]]
@@ -44,7 +45,8 @@ class TokenCounter:
     @classmethod
     def load(cls, given: TokenizerSettings) -> TokenCounter:
         """From a local folder or a model of the hub."""
-        from transformers import AutoTokenizer
+        with heavy_imports():
+            from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(
             given.model, revision=given.revision, trust_remote_code=given.trust_remote_code

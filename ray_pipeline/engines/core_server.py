@@ -5,6 +5,9 @@ the 25 s that a small model takes to start on a CPU. Here Python's own fork serv
 started first and imports the same modules beside the owner; the core is forked from it. It has no thread and has used
 no device, as a fork needs it. The core dies with the server, and the server with the owner.
 
+Python has one such server in a process, so the engines of a process share it. It ends with the last of them; inside
+:func:`kept` it waits for the next one, which starts without these imports, in about a second.
+
 On the CPU build only: where a core initialises CUDA, weights and graphs take most of the start, and vLLM spawns.
 """
 
@@ -21,9 +24,13 @@ from collections.abc import Iterator
 from importlib import metadata
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
+from typing import Any
+
+from ray_pipeline.engines.vllm_processes import Reaper
 
 #: What a core of the CPU build imports before it reads a model. A name that is not there is passed over.
 _PRELOAD = [
+    "ray_pipeline.engines.core_preload",
     "vllm.v1.engine.core",
     "vllm.v1.executor.uniproc_executor",
     "vllm.v1.worker.cpu_worker",
@@ -33,7 +40,10 @@ _PRELOAD = [
 ]
 
 _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
-_in_use = threading.Lock()
+_lock = threading.Lock()  # for the next two
+_users = 0
+_reaper: Reaper | None = None  # of the server and the cores forked from it; None: it does not run
+_starting = threading.Lock()  # one engine at a time replaces vLLM's way to start a core
 
 
 def is_cpu_build() -> bool:
@@ -42,6 +52,52 @@ def is_cpu_build() -> bool:
         with contextlib.suppress(metadata.PackageNotFoundError):
             return "cpu" in f"{name} {metadata.version(name)}"
     return False
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """Let the server, if an engine starts one, wait for the process's next engine. It takes about 0.6 GB meanwhile."""
+    _enter()
+    try:
+        yield
+    finally:
+        _leave()
+
+
+class CoreServer:
+    """An engine's share in the server. The server is started, or its imports go on, in the background."""
+
+    def __init__(self) -> None:
+        self._cores: list[_Core] = []
+        self._holds = is_cpu_build()
+        if self._holds:
+            _enter()
+            _run()
+
+    @contextlib.contextmanager
+    def starts_cores(self) -> Iterator[None]:
+        """vLLM, imported by now, starts its core from the server."""
+        if not self._holds:
+            yield
+            return
+        from vllm.v1.engine import utils
+
+        with _starting:
+            spawn = utils.get_mp_context
+            utils.get_mp_context = lambda: _CoreContext(self._cores)
+            try:
+                yield
+            finally:
+                utils.get_mp_context = spawn
+
+    def release(self) -> None:
+        """When vLLM has ended the engine: kill what is left of its cores, and end the server if nobody needs it."""
+        for core in self._cores:
+            core.end()
+        self._cores.clear()
+        if self._holds:
+            self._holds = False
+            _leave()
 
 
 class _Core(ForkServerProcess):
@@ -56,6 +112,7 @@ class _Core(ForkServerProcess):
     def run(self) -> None:
         _die_with_parent()
         gc.freeze()  # what the server imported is never garbage, and vLLM collects all of it at its start and its end
+        gc.enable()
         with contextlib.suppress(ImportError):
             # It finds the place of the title by the environment as it was at the start, so it must look before.
             import setproctitle
@@ -63,6 +120,19 @@ class _Core(ForkServerProcess):
             setproctitle.getproctitle()
         os.environ.update(self._environment)
         super().run()
+
+    def end(self) -> None:
+        """Kill it with the processes below it, if it still lives."""
+        import psutil  # a requirement of vLLM
+
+        if self.pid is None or not self.is_alive():
+            return
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(self.pid)
+            for one in (*process.children(recursive=True), process):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
+        self.join(timeout=5.0)
 
 
 def _die_with_parent() -> None:
@@ -78,40 +148,40 @@ def _die_with_parent() -> None:
 
 
 class _CoreContext(ForkServerContext):
-    Process = _Core
+    """Adds the processes that it makes to `cores`."""
+
+    def __init__(self, cores: list[_Core]) -> None:
+        super().__init__()
+        self._cores = cores
+
+    def Process(self, *args: Any, **kwargs: Any) -> _Core:  # type: ignore[override]
+        core = _Core(*args, **kwargs)
+        self._cores.append(core)
+        return core
 
 
-class CoreServer:
-    """One fork server for one engine: it carries the engine's mark (see ``reaper``) and ends with the engine.
+def _enter() -> None:
+    global _users
+    with _lock:
+        _users += 1
 
-    Python has one such server in a process, so a second engine of the same process is spawned as vLLM does it.
-    """
 
-    def __init__(self) -> None:
-        self._holds = is_cpu_build() and _in_use.acquire(blocking=False)
-        if self._holds:
-            multiprocessing.set_forkserver_preload(_PRELOAD)
+def _run() -> None:
+    """Start the server if it does not run. Its processes carry a mark of their own: they outlive the first engine."""
+    global _reaper
+    with _lock:
+        _reaper = _reaper or Reaper()
+        multiprocessing.set_forkserver_preload(_PRELOAD)
+        with _reaper.marking():
             forkserver.ensure_running()
 
-    @contextlib.contextmanager
-    def starts_cores(self) -> Iterator[None]:
-        """vLLM, imported by now, starts its core from the server."""
-        if not self._holds:
-            yield
-            return
-        from vllm.v1.engine import utils
 
-        spawn = utils.get_mp_context
-        utils.get_mp_context = _CoreContext
-        try:
-            yield
-        finally:
-            utils.get_mp_context = spawn
-
-    def release(self) -> None:
-        """When the engine's processes are gone: the server goes too, and the next engine may have one."""
-        if self._holds:
-            self._holds = False
+def _leave() -> None:
+    global _users, _reaper
+    with _lock:
+        _users -= 1
+        if _users == 0 and _reaper is not None:
+            _reaper.release()
+            _reaper = None
             # No public name ends a server; without it a zombie stays until this process ends.
             forkserver._forkserver._stop()  # type: ignore[attr-defined]
-            _in_use.release()

@@ -8,9 +8,8 @@ consequences:
   (``os._exit(1)``): Ray Data starts another one and repeats its tasks. Raising out of the task would fail the dataset.
 - **No process outlives its owner** (see ``vllm_processes``).
 
-One engine can serve several LoRA adapters of its model, and the model alone: see :meth:`VllmEngine.serving`.
-
-vLLM is imported inside functions, because the import takes 6 to 13 s and reading a configuration does not need it.
+One engine can serve several LoRA adapters of its model, and the model alone: see :meth:`VllmEngine.serving`. vLLM is
+imported inside functions, because the import takes 6 to 13 s and reading a configuration does not need it.
 """
 
 from __future__ import annotations
@@ -48,6 +47,7 @@ from ray_pipeline.engines.chat_template import ChatTemplate
 from ray_pipeline.engines.core_server import CoreServer, is_cpu_build
 from ray_pipeline.engines.engine_meters import EngineMeters
 from ray_pipeline.engines.identity import ModelNotFound, model_identity, text_digest
+from ray_pipeline.engines.imports import heavy_imports
 from ray_pipeline.engines.lifetime import Lifetime
 from ray_pipeline.engines.refusals import Refusals
 from ray_pipeline.engines.thoughts import answered
@@ -223,8 +223,7 @@ class VllmEngine:
         # The commit that the identity names, even if the branch has moved since.
         revision = identity.rsplit("@", 1)[1] if identity.startswith("hub:") else None
         prepare_environment()
-        self._loaded = LoadedAdapters()
-        self._reaper = Reaper()
+        self._loaded, self._reaper = LoadedAdapters(), Reaper()
         with child_environment(self._reaper, cpu=is_cpu_build()):
             self._server = CoreServer()  # its imports run beside this process's
             self._template = self._load_template(revision)
@@ -233,14 +232,15 @@ class VllmEngine:
 
     def _load_core(self, server: CoreServer, revision: str | None) -> None:
         try:
-            from vllm.engine.arg_utils import AsyncEngineArgs
-            from vllm.platforms import current_platform
-            from vllm.usage.usage_lib import UsageContext
-            from vllm.v1.engine.async_llm import AsyncLLM
+            with heavy_imports():
+                from vllm.engine.arg_utils import AsyncEngineArgs
+                from vllm.platforms import current_platform
+                from vllm.usage.usage_lib import UsageContext
+                from vllm.v1.engine.async_llm import AsyncLLM
         except ImportError as error:
             raise EngineStartError(
-                f"cannot import vLLM ({error}); install it with `{installing('gpu')}`; for a machine without a "
-                "GPU, see the README on the CPU build"
+                f"cannot import vLLM ({error}); install it with `{installing('gpu')}`, or without a GPU as the README "
+                "says on the CPU build"
             ) from error
         args = engine_args(self.spec, revision, cpu=current_platform.is_cpu(), adapters=self._adapters)
         with server.starts_cores():
@@ -263,8 +263,8 @@ class VllmEngine:
             raise EngineStartError(f"cannot read chat_template {self.spec.chat_template!r}: {error}") from error
 
     def _load_template(self, revision: str | None) -> ChatTemplate:
-        from transformers import AutoTokenizer
-
+        with heavy_imports():
+            from transformers import AutoTokenizer
         spec = self.spec
         source = str(spec.args.get("tokenizer", spec.model))
         try:

@@ -16,10 +16,12 @@ import uuid
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray_pipeline.engines import reaper
-from ray_pipeline.engines.core_server import CoreServer
+
+if TYPE_CHECKING:
+    from ray_pipeline.engines.core_server import CoreServer
 
 _CLOSE_SECONDS = 2.0  # the core frees its memory within one second and takes five more to end: then it is killed
 
@@ -40,11 +42,24 @@ class Reaper:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,  # a signal to the owner's group must not end it
+                env={name: value for name, value in os.environ.items() if name != self.name},  # another one's mark
             )
 
     @property
     def _entry(self) -> str:
         return f"{self.name}={self.value}"
+
+    @contextlib.contextmanager
+    def marking(self) -> Iterator[None]:
+        """Processes that are started meanwhile carry the mark."""
+        before = os.environ.get(self.name)
+        os.environ[self.name] = self.value
+        try:
+            yield
+        finally:
+            del os.environ[self.name]
+            if before is not None:
+                os.environ[self.name] = before
 
     def children(self) -> list[multiprocessing.process.BaseProcess]:
         """The engine's processes that are children of this process, which has to wait for them."""

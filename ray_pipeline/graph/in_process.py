@@ -7,6 +7,7 @@ import collections
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from ray_pipeline.engines import core_server
 from ray_pipeline.engines.base import EngineDead
 from ray_pipeline.graph.gather import all_of
 from ray_pipeline.graph.pools import share_pools
@@ -26,7 +27,8 @@ class InProcessExecutor:
 
     @contextlib.contextmanager
     def open(self, session: Session, say: Callable[[str], None]) -> Iterator[ProgressBoard]:
-        yield ProgressBoard()
+        with core_server.kept():  # from pool to pool
+            yield ProgressBoard()
 
     def run(self, graph: TaskGraph, done: Mapping[str, StageResult]) -> Iterator[tuple[str, End]]:
         ends: dict[str, End] = dict(done)

@@ -11,8 +11,9 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+from ray_pipeline.engines import core_server
 from ray_pipeline.engines.base import EngineDead, EngineError, EngineStop, Message, Metered
 from ray_pipeline.engines.endpoint_settings import OpenAISpec
 from ray_pipeline.engines.models import ModelSettings
@@ -81,6 +82,11 @@ def engines(pending: Pending) -> Iterator[Finding]:
         why = "not started; run `quorum check --engines` to start each and make test calls"
         yield Finding(f"local engine{'s' * (len(local) > 1)} of {', '.join(local)}", "not checked", why)
         return
+    with core_server.kept():  # from engine to engine
+        yield from _started(pending, local)
+
+
+def _started(pending: Pending, local: Mapping[str, tuple[ModelSettings, Sequence[Stage]]]) -> Iterator[Finding]:
     for key, (model, stages) in local.items():
         what = f"local engine of {key} ({model.shown}, for {names(stages)})"
         if pending.config.calls.replay_only:

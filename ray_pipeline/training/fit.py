@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from ray_pipeline.engines.imports import heavy_imports
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.locations import join
 from ray_pipeline.store.schemas import TRAIN_METRICS
@@ -126,6 +127,7 @@ def fit(spec: TrainSpec, warn: Callable[[str], None] = logger.warning) -> TrainR
 def _train(config: dict[str, Any]) -> dict[str, Any] | None:
     """Run one worker. The import is here because importing TRL takes seconds, which this process and Ray Train's
     controller would spend as well, one after the other."""
-    from ray_pipeline.training.worker import train_worker
+    with heavy_imports():
+        from ray_pipeline.training.worker import train_worker
 
     return train_worker(config)

@@ -10,6 +10,7 @@ import urllib.parse
 import pyarrow as pa
 
 from ray_pipeline.config.messages import installing, nearest
+from ray_pipeline.engines.imports import heavy_imports
 from ray_pipeline.store.node_labels import may_run
 from ray_pipeline.training.methods import TrainingInputError, method_of
 from ray_pipeline.training.spec import TrainSettings, TrainSpec
@@ -60,7 +61,8 @@ def check_model(spec: TrainSpec) -> None:
     Raises:
         TrainingInputError: what a worker would raise.
     """
-    from ray_pipeline.training.build_check import check_build
+    with heavy_imports():
+        from ray_pipeline.training.build_check import check_build
 
     check_build(spec)
 

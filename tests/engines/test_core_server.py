@@ -36,8 +36,7 @@ def test_the_cpu_build_is_known_by_its_package(
 
 
 SCRIPT = """
-import os
-from multiprocessing import forkserver
+import os, time
 from ray_pipeline.engines import core_server
 
 core_server.is_cpu_build = lambda: True
@@ -45,37 +44,50 @@ core_server._PRELOAD = ["ray_pipeline.engines.core_server"]
 
 def core(queue):
     queue.put((os.environ["AFTER"], os.getppid()))
+    if os.environ["AFTER"] == "lives on":
+        time.sleep(600)
 
-def ask():
-    context = core_server._CoreContext()
+def ask(server):
+    context = core_server._CoreContext(server._cores)
     queue = context.Queue()
     process = context.Process(target=core, args=(queue,))
     process.start()
     found = queue.get(timeout=60)
-    process.join()
-    return found
+    return process, *found
+
+def runs(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 if __name__ == "__main__":
     first, second = core_server.CoreServer(), core_server.CoreServer()
-    assert first._holds and not second._holds  # Python has one server
-    os.environ["AFTER"] = "set when the server ran"
-    value, parent = ask()
-    assert value == "set when the server ran" and parent != os.getpid()
-    second.release()
+    os.environ["AFTER"] = "lives on"
+    one, value, parent = ask(first)
+    other, _, same = ask(second)
+    assert value == "lives on" and parent == same != os.getpid()  # Python has one server
     first.release()
     first.release()  # a second time does nothing
-    try:
-        os.kill(parent, 0)
-        raise AssertionError("the server is still there")
-    except ProcessLookupError:
-        pass
-    third = core_server.CoreServer()
-    assert third._holds and ask()[1] != parent
-    third.release()
+    assert not runs(one.pid) and runs(other.pid) and runs(parent)
+    second.release()
+    assert not runs(other.pid) and not runs(parent)
+    with core_server.kept():
+        third = core_server.CoreServer()
+        later = ask(third)[2]
+        assert later != parent
+        third.release()
+        assert runs(later)
+        fourth = core_server.CoreServer()
+        assert ask(fourth)[2] == later
+        fourth.release()
+    assert not runs(later)
 """
 
 
-def test_a_server_for_one_engine_at_a_time_and_the_environment_of_the_owner(tmp_path: Path) -> None:
+def test_engines_share_a_server_and_cores_get_the_environment_of_the_owner(tmp_path: Path) -> None:
+    """The server ends with the last engine, and is kept where one says so; an engine ends its own cores only."""
     script = tmp_path / "owner.py"
     script.write_text(SCRIPT)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
