@@ -44,7 +44,10 @@ class Placement(Room):
         1, ge=1, description="maximum number of actors, shared by stages on one model that can start together"
     )
     shards_in_flight: int = Field(
-        3, ge=1, description="shards that an actor works on at once, so that its engine never drains"
+        3,
+        ge=1,
+        description="shards that an actor works on at once, so that its engine never drains; small shards count "
+        "together as one",
     )
     concurrency: int | None = Field(
         None,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from typing import Any
 
 from ray_pipeline.engines import core_server
 from ray_pipeline.engines.base import EngineDead
+from ray_pipeline.graph.batches import Batch, in_batches
 from ray_pipeline.graph.gather import all_of
 from ray_pipeline.graph.pools import share_pools
 from ray_pipeline.graph.progress import ProgressBoard
@@ -76,17 +78,20 @@ async def _map_on_engine(
     tasks: Sequence[StageTask], todo: Sequence[tuple[str, int]], take: Callable[[Receipt], None]
 ) -> None:
     """Make shards on one engine, several at once. An engine that dies is replaced, and its shards go to the new one."""
-    waiting = collections.deque(todo)
+    waiting = collections.deque(in_batches(tasks, todo, actors=1))
     while waiting:
-        host, lost = EngineHost(tasks), list[tuple[str, int]]()
+        host, lost = EngineHost(tasks), list[Batch]()
 
-        async def work(host: EngineHost = host, lost: list[tuple[str, int]] = lost) -> None:
+        async def make(stage: str, shard: int, host: EngineHost = host, lost: list[Batch] = lost) -> None:
+            try:
+                take(await host.make(stage, shard))
+            except EngineDead:
+                lost.append((stage, (shard,)))
+
+        async def work(host: EngineHost = host, make: Callable[[str, int], Coroutine[Any, Any, None]] = make) -> None:
             while waiting and not host.dead:
-                stage, shard = waiting.popleft()
-                try:
-                    take(await host.make(stage, shard))
-                except EngineDead:
-                    lost.append((stage, shard))
+                stage, shards = waiting.popleft()
+                await all_of(make(stage, shard) for shard in shards)
 
         try:
             await all_of(work() for _ in range(sharded(tasks[0]).placement.shards_in_flight))

@@ -1,6 +1,6 @@
 """Ray Data maps the missing shards of stages over actors (with an engine) or tasks (without).
 
-A row of the Ray Dataset is a stage and a shard number; a receipt comes back. Text never travels through Ray, and no
+A row of the Ray Dataset is a stage and shard numbers; receipts come back. Text never travels through Ray, and no
 error either: of an error in a worker Ray hands on a page of stack frames, so a receipt holds the reason.
 """
 
@@ -18,6 +18,8 @@ from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from ray_pipeline.engines.base import EngineDead
 from ray_pipeline.engines.models import Placement
+from ray_pipeline.graph.batches import Batch, in_batches
+from ray_pipeline.graph.gather import all_of
 from ray_pipeline.graph.receipts import Receipt
 from ray_pipeline.graph.session import StageTask
 from ray_pipeline.graph.shards import EngineHost, make_columnar, sharded
@@ -50,21 +52,21 @@ def map_shards(
     # given no more than that.
     context.autoscaling_config.actor_pool_util_upscaling_threshold = GROW_AT
     context.autoscaling_config.actor_pool_util_downscaling_threshold = SHRINK_AT
-    rows = [{"stage": stage, "shard": shard} for stage, shard in shards]
-    dataset: ray.data.Dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     work = sharded(tasks[0])
     if work.engine is not None:
         check_room(tasks[0].name, work)
-        dataset = dataset.map_batches(
+        place = _engine_room(work, work.placement)
+        batches = in_batches(tasks, shards, _actors(work.placement.max_actors, place))
+        dataset = _dataset(batches).map_batches(
             ShardActor,
             batch_size=1,
             fn_constructor_args=(tuple(tasks),),
-            compute=_pool(work.placement, len(rows)),
-            **_engine_room(work, work.placement),
+            compute=_pool(work.placement, len(batches)),
+            **place,
         )
     else:
         (task,) = tasks
-        dataset = dataset.map_batches(
+        dataset = _dataset([(stage, (shard,)) for stage, shard in shards]).map_batches(
             _make_columnar,  # type: ignore[arg-type]
             batch_size=1,
             fn_args=(task,),
@@ -74,6 +76,11 @@ def map_shards(
         )
     for row in dataset.iter_rows():
         take(Receipt(**json.loads(row["receipt"])))
+
+
+def _dataset(batches: Sequence[Batch]) -> ray.data.Dataset:
+    rows = [{"stage": stage, "shards": list(shards)} for stage, shards in batches]
+    return ray.data.from_items(rows, override_num_blocks=len(rows))
 
 
 class ShardActor:
@@ -91,18 +98,19 @@ class ShardActor:
 
     async def __call__(self, batch: Mapping[str, Any]) -> Any:
         try:
-            receipt = await self._host.make(str(batch["stage"][0]), int(batch["shard"][0]))
+            stage = str(batch["stage"][0])
+            receipts = await all_of(self._host.make(stage, int(shard)) for shard in batch["shards"][0])
         except EngineDead:
             os._exit(1)  # Ray Data replaces the actor and gives its shards to the new one
-        yield _row(receipt)
+        yield _rows(receipts)
 
 
 def _make_columnar(batch: dict[str, Any], task: StageTask) -> dict[str, Any]:
-    return _row(make_columnar(task, int(batch["shard"][0])))
+    return _rows([make_columnar(task, int(shard)) for shard in batch["shards"][0]])
 
 
-def _row(receipt: Receipt) -> dict[str, Any]:
-    return {"receipt": [json.dumps(dataclasses.asdict(receipt))]}
+def _rows(receipts: Sequence[Receipt]) -> dict[str, Any]:
+    return {"receipt": [json.dumps(dataclasses.asdict(receipt)) for receipt in receipts]}
 
 
 def _devices() -> float:
@@ -121,10 +129,17 @@ def _engine_room(work: ShardWork, placement: Placement) -> dict[str, Any]:
     return {"num_cpus": placement.num_cpus, "num_gpus": num_gpus, **placement.room()}
 
 
-def _pool(placement: Placement, shards: int) -> ActorPoolStrategy:
+def _actors(most: int, room: Mapping[str, Any]) -> int:
+    """Actors that the cluster has room for now, at least one: a node that joins later takes batches that wait."""
+    there = ray.cluster_resources()
+    each = {"GPU": room["num_gpus"], "CPU": room["num_cpus"], **room.get("resources", {})}
+    return max(1, min([most, *(int(there.get(name, 0) / amount) for name, amount in each.items() if amount)]))
+
+
+def _pool(placement: Placement, batches: int) -> ActorPoolStrategy:
     """All actors that are allowed are requested at once: what has no place yet waits for a node that joins, and shows
     the autoscaler that one is wanted."""
-    actors = min(placement.max_actors, shards)
+    actors = min(placement.max_actors, batches)
     return ActorPoolStrategy(
         min_size=min(placement.min_actors, actors),
         max_size=actors,

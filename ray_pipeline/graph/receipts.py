@@ -55,9 +55,9 @@ def read_receipt(stage: Folder, shard: int, warn: Callable[[str], None]) -> Rece
 
 def begin_attempt(task: StageTask, shard: int) -> tuple[int, int]:
     """Leave a mark that this session began the shard; returns how often it has, and how many engines died under it."""
-    folder = Folder(task.ref.folder) / "_attempts"
+    folder = _attempts(task, shard)
     names = folder.names()
-    prefix = f"shard-{shard:05d}-{task.session.id}-"
+    prefix = f"{task.session.id}-"
     number = sum(name.startswith(prefix) for name in names) + 1
     folder.write_bytes(f"{prefix}{number}", b"")
     return number, sum(name.startswith(f"died-{prefix}") for name in names)
@@ -65,9 +65,21 @@ def begin_attempt(task: StageTask, shard: int) -> tuple[int, int]:
 
 def mark_death(task: StageTask, shard: int) -> None:
     """Leave a mark that the engine died while this shard was at work; without it, the actor or its node was lost."""
-    name = f"died-shard-{shard:05d}-{task.session.id}-{uuid.uuid4().hex[:8]}"
+    name = f"died-{task.session.id}-{uuid.uuid4().hex[:8]}"
     with contextlib.suppress(OSError, StoreError):
-        (Folder(task.ref.folder) / "_attempts").write_bytes(name, b"")
+        _attempts(task, shard).write_bytes(name, b"")
+
+
+def _attempts(task: StageTask, shard: int) -> Folder:
+    """A folder for each shard: listing one of all shards for every shard would be quadratic."""
+    return Folder(task.ref.folder) / "_attempts" / f"shard-{shard:05d}"
+
+
+def committed(task: StageTask, shard: int) -> Receipt | None:
+    """The receipt of a shard whose tables are all there, else None."""
+    if not all(task.ref.table(kind).has(shard) for kind in task.ref.tables):
+        return None
+    return read_receipt(Folder(task.ref.folder), shard, logger.warning)
 
 
 def failed(task: StageTask, shard: int, error: BaseException, last: bool = True) -> Receipt:

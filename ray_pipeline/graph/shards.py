@@ -22,10 +22,12 @@ from ray_pipeline.engines.log_storage import LogStorage
 from ray_pipeline.engines.logged import CallNotLogged, LoggedEngine
 from ray_pipeline.engines.sharing import open_shared
 from ray_pipeline.engines.usage import Usage
+from ray_pipeline.graph.admission import OPEN_ROWS, Admission, Admitted
 from ray_pipeline.graph.receipts import (
     Receipt,
     begin_attempt,
     calls_failed,
+    committed,
     failed,
     failed_shard,
     give_up,
@@ -45,7 +47,7 @@ logger = logging.getLogger("quorum.shards")
 #: Replies that are counted before they are reported to the board.
 _REPLIES_AT_ONCE = 100
 #: Calls in flight, where neither the user nor the engine says how many.
-_CONCURRENCY = 256
+CONCURRENCY = 256
 #: What ends the whole stage; any other error is of one shard.
 _STOPS = (StageStop, EngineStop, CallNotLogged)
 
@@ -79,10 +81,12 @@ class EngineHost:
         # A call that waits inside the engine could not be held back when the stage stops.
         concurrency = first.placement.concurrency
         if concurrency is None:
-            concurrency = int(getattr(self._engine, "useful_concurrency", _CONCURRENCY))
-        self._limit = asyncio.Semaphore(int(min(concurrency, getattr(self._engine, "concurrency", math.inf))))
+            concurrency = int(getattr(self._engine, "useful_concurrency", CONCURRENCY))
+        concurrency = int(min(concurrency, getattr(self._engine, "concurrency", math.inf)))
+        self._limit = asyncio.Semaphore(concurrency)
+        self._admission = Admission(OPEN_ROWS * concurrency, first.placement.shards_in_flight)
         root = Folder(tasks[0].session.calls_root)
-        self._storage = LogStorage(self._engine, root, first.placement.shards_in_flight)
+        self._storage = LogStorage(self._engine, root)
         self._open: dict[LoggedEngine, tuple[StageTask, int]] = {}
         self._watched: dict[tuple[str, str], collections.deque[bool]] = {}
         self._replies: dict[str, collections.Counter[tuple[str, bool]]] = {}
@@ -98,7 +102,10 @@ class EngineHost:
         """
         task = self._tasks[stage]
         try:
-            return await self._make(task, shard)
+            async with self._admission.shard(stage) as admitted:
+                if self.dead:
+                    raise EngineDead("the engine died before this shard began")
+                return await self._make(task, shard, admitted)
         except EngineDead:
             raise
         except Exception as error:
@@ -110,10 +117,12 @@ class EngineHost:
         if close is not None:
             await close()
 
-    async def _make(self, task: StageTask, shard: int) -> Receipt:
+    async def _make(self, task: StageTask, shard: int, admitted: Admitted) -> Receipt:
         """Retry the shard until it is committed, given up, or the stage stops."""
         policy, board = task.session.failure, task.session.board
         begun, deaths = await asyncio.to_thread(begin_attempt, task, shard)
+        if begun > 1 and (before := await asyncio.to_thread(committed, task, shard)) is not None:
+            return before  # the actor was lost with another shard of its batch
         if deaths >= policy.engine_deaths:
             return failed_shard(task, shard, f"EngineDead: given up, the engine died {deaths} times on this shard")
         lost = begun - deaths - 1
@@ -125,7 +134,7 @@ class EngineHost:
         while True:
             if reason := await asyncio.to_thread(board.stopping, task.name):
                 return stopped_shard(task, shard, reason)
-            receipt = await self._try(task, shard, last=tries == policy.retries)
+            receipt = await self._try(task, shard, admitted, last=tries == policy.retries)
             tries += 1
             if receipt.status != "failed" or tries > policy.retries:
                 return receipt
@@ -133,7 +142,7 @@ class EngineHost:
             board.say(f"{task.name}: shard {shard} failed ({receipt.error}); again in {pause:g} s", shard)
             await asyncio.sleep(pause)
 
-    async def _try(self, task: StageTask, shard: int, last: bool) -> Receipt:
+    async def _try(self, task: StageTask, shard: int, admitted: Admitted, last: bool) -> Receipt:
         """Make the shard once.
 
         Args:
@@ -155,8 +164,9 @@ class EngineHost:
         committed = False
         try:
             async with engine:
-                tables = await asyncio.to_thread(_read_inputs, task, shard)
-                given = _given(task, shard, tables, engine, report, functools.partial(self._watch, task, engine))
+                tables = await asyncio.to_thread(read_inputs, task, shard)
+                watch = functools.partial(self._watch, task, engine)
+                given = _given(task, shard, tables, engine, report, watch, admitted)
                 reporter = asyncio.create_task(report.forever())
                 try:
                     output = await sharded(task).function(given)  # type: ignore[misc]
@@ -189,6 +199,7 @@ class EngineHost:
             return failed(task, shard, error, last)
         finally:
             self._open.pop(engine, None)
+            admitted.forget()
             if not committed:
                 report.forget_rows()
             report.send()
@@ -275,7 +286,7 @@ def _try_columnar(task: StageTask, shard: int, last: bool) -> Receipt:
     begin = time.monotonic()
     try:
         report = ShardReport(task, Usage())
-        given = _given(task, shard, _read_inputs(task, shard), None, report, lambda *_: None)
+        given = _given(task, shard, read_inputs(task, shard), None, report, lambda *_: None)
         output: ShardOutput = sharded(task).function(given)  # type: ignore[assignment]
         receipt = _commit(task, shard, output, Usage(seconds=time.monotonic() - begin))
         report.send()
@@ -296,8 +307,20 @@ def _given(
     engine: LoggedEngine | None,
     report: ShardReport,
     watch: Callable[[str, bool], None],
+    admitted: Admitted | None = None,
 ) -> ShardInput:
     read = sum(table.num_rows for table in tables.values())
+
+    def tick(rows: int) -> None:
+        report.tick(rows)
+        if admitted is not None:
+            admitted.tick(rows)
+
+    def plan(rows: int) -> None:
+        report.plan(rows, read)
+        if admitted is not None:
+            admitted.plan(rows)
+
     return ShardInput(
         shard,
         task.session.num_shards,
@@ -305,9 +328,9 @@ def _given(
         task.facts,
         engine,
         sharded(task).settings,
-        report.tick,
+        tick,
         watch,
-        lambda rows: report.plan(rows, read),
+        plan,
     )
 
 
@@ -320,7 +343,7 @@ def tables_by_role(task: StageTask) -> dict[str, ShardedTable]:
     }
 
 
-def _read_inputs(task: StageTask, shard: int) -> dict[str, pa.Table]:
+def read_inputs(task: StageTask, shard: int) -> dict[str, pa.Table]:
     """Raises StageStop where an input is damaged, or missing: a stage begins when all of it is written, so this node,
     which may have joined after the run began, does not see the run folder."""
     try:

@@ -72,25 +72,36 @@ class ShardedTable:
         """The whole table in memory."""
         return pa.concat_tables(list(self.scan(columns)))
 
+    def has(self, shard: int) -> bool:
+        """Whether a shard is there and can be used, from its footer alone."""
+        try:
+            self._check(shard)
+        except (FileNotFoundError, DamagedFile, ForeignFile):
+            return False
+        return True
+
     def state(self) -> ShardState:
         """Which shards exist, from names and footers alone."""
-        folder = Folder(self.folder)
-        present = set(folder.names(".parquet"))
+        present = set(Folder(self.folder).names(".parquet"))
         rows: dict[int, int] = {}
         bad: dict[int, str] = {}
         for shard in range(self.num_shards):
             if shard_name(shard) not in present:
                 continue
             try:
-                rows[shard] = folder.check_table(
-                    shard_name(shard), fingerprint=self.fingerprint, kind=self.kind, schema=self.schema
-                )
+                rows[shard] = self._check(shard)
             except FileNotFoundError:  # deleted since the folder was listed
                 continue
             except (DamagedFile, ForeignFile) as error:
                 bad[shard] = str(error)
         missing = [s for s in range(self.num_shards) if s not in rows]
         return ShardState(rows=rows, bad=bad, missing=missing)
+
+    def _check(self, shard: int) -> int:
+        """Rows of a shard. Raises FileNotFoundError, DamagedFile or ForeignFile."""
+        return Folder(self.folder).check_table(
+            shard_name(shard), fingerprint=self.fingerprint, kind=self.kind, schema=self.schema
+        )
 
 
 @dataclasses.dataclass(frozen=True)

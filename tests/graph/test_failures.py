@@ -223,6 +223,7 @@ def test_a_lost_worker_is_no_failure_and_a_dead_engine_is(tmp_path: Path, actor:
 
     receipts.mark_death(given, 3)
     assert make(actor(given), 3).status == "ok"
+    (tmp_path / "stage/shard-00003.parquet").unlink()
     receipts.mark_death(given, 3)
     receipt = make(actor(given), 3)
     assert receipt.status == "failed" and receipt.error == "EngineDead: given up, the engine died 2 times on this shard"

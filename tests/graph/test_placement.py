@@ -58,9 +58,9 @@ def test_an_actor_takes_what_its_placement_says(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_pool_asks_for_all_its_actors_and_grows_again_when_it_can_be_busy() -> None:
-    pool = _pool(Placement(min_actors=2, max_actors=8, shards_in_flight=3), shards=100)
+    pool = _pool(Placement(min_actors=2, max_actors=8, shards_in_flight=3), batches=100)
     assert (pool.min_size, pool.initial_size, pool.max_size) == (2, 8, 8)
-    few = _pool(Placement(min_actors=2, max_actors=8), shards=1)
+    few = _pool(Placement(min_actors=2, max_actors=8), batches=1)
     assert (few.min_size, few.initial_size, few.max_size) == (1, 1, 1)
     # The most that a pool can be busy is 1: with Ray Data's own threshold it would never grow.
     busiest = pool.max_tasks_in_flight_per_actor / 3
