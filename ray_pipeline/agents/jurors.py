@@ -33,10 +33,10 @@ class JuryRule(Settings):
     @field_validator("pool", mode="before")
     @classmethod
     def _for_one_item(cls, pool: Any) -> Any:
-        if pool == "dawid_skene":
+        if pool in ("dawid_skene", "one_coin"):
             raise ValueError(
-                "dawid_skene is fitted to the votes on many items, and here one prompt is pooled at a time; use "
-                f"{', '.join(get_args(PoolRule))} (measure.juries.pool of an agreement run takes dawid_skene)"
+                f"{pool} is fitted to the votes on many items, and here one prompt is pooled at a time; use "
+                f"{', '.join(get_args(PoolRule))} (measure.juries.pool of an agreement run takes {pool})"
             )
         return pool
 

@@ -23,28 +23,13 @@ from ray_pipeline.agents.jury import (
     pool_votes,
     subsets,
 )
+from ray_pipeline.agreement.cascade import Cascade, cascade, check_names
 from ray_pipeline.agreement.humans import Ceiling, alpha_of_many, human_ceiling
-from ray_pipeline.agreement.measure_settings import MeasureSettings
-from ray_pipeline.agreement.panel import (
-    DebateRule,
-    Evaluator,
-    Panel,
-    family,
-    flips,
-    longer_side,
-    make_panel,
-    own_side,
-)
+from ray_pipeline.agreement.measure_settings import LATENT, MeasureSettings
+from ray_pipeline.agreement.panel import DebateRule, Evaluator, Panel, family, flips, longer_side, make_panel, own_side
 from ray_pipeline.agreement.pools import PoolLine, compare_pools, latent_votes
 from ray_pipeline.agreement.preference import Preference, first_place, preference
-from ray_pipeline.agreement.vote_agreement import (
-    Agreement,
-    HeldOut,
-    Paired,
-    agreement,
-    held_out_choice,
-    paired,
-)
+from ray_pipeline.agreement.vote_agreement import Agreement, HeldOut, Paired, agreement, held_out_choice, paired
 from ray_pipeline.stats.bootstrap import Estimate, Samples, ratio, resample
 from ray_pipeline.store.keys import unit_hash
 
@@ -106,7 +91,7 @@ class Document:
     """All numbers of an agreement run.
 
     Attributes:
-        posteriors: of the latent class model of each strategy's whole panel, by item (`compare_pools`).
+        posteriors: of each strategy's whole panel, by pool and item (`compare_pools`).
     """
 
     items: int
@@ -120,6 +105,7 @@ class Document:
     paired: list[Paired]
     held_out: list[HeldOut]
     pools: list[PoolLine]
+    cascades: list[Cascade]
     posteriors: list[pa.Table]
     humans: Ceiling | None
 
@@ -151,7 +137,8 @@ def measure(
     judged = _judged(panel, samples, settings)
     other = _by_other_rule(items, ballots, samples, settings)
     juries: list[JuryResult] = []
-    among, chosen, pools, posteriors = [], [], [], []
+    among, chosen, pools, posteriors, cascades = [], [], [], [], []
+    check_names(settings.cascade, panel)
     pairs = _pairs([e for e in panel.evaluators if e.strategy != "versus"], panel.labels, samples)
     for strategy in panel.strategies:
         own = panel.of(strategy)
@@ -161,9 +148,10 @@ def measure(
         juries += results
         among.append(_among(strategy, own, samples))
         pairs += _with_jury(results, own, votes, panel.labels, samples)
-        lines, by_item = compare_pools(strategy, own, panel, choose_on, samples)
+        lines, by_item = compare_pools(strategy, own, panel, settings, samples)
         pools += lines
         posteriors.append(by_item)
+        cascades.append(cascade(strategy, own, panel, choose_on, settings.cascade, samples))
         found = held_out_choice(votes, panel.labels, choose_on, samples)
         if found is not None:
             chosen.append(dataclasses.replace(found, chosen=f"{strategy}: {found.chosen}"))
@@ -179,6 +167,7 @@ def measure(
         paired=pairs,
         held_out=chosen,
         pools=pools,
+        cascades=[one for one in cascades if one is not None],
         posteriors=posteriors,
         humans=human_ceiling(panel.human_votes, samples) if len(panel.human_votes) else None,
     )
@@ -216,15 +205,15 @@ def _juries(
             raise ValueError(f"juries.weights has no weight for {', '.join(lacking)}")
         weights = [rules.weights[name] for name in names]
     codes = np.stack([e.votes for e in judges])
-    if rules.pool == "dawid_skene":
-        votes = np.stack([latent_votes(codes[chosen])[0] for chosen in members])
+    if rules.pool in LATENT:
+        votes = np.stack([latent_votes(codes[chosen], rules.pool)[0] for chosen in members])
     elif rules.pool in VOTE_RULES:
         votes = pool_votes(codes, members, weights)
     else:
         if unscored := [e.judge for e in judges if e.scores is None]:
             raise ValueError(
                 f"juries.pool {rules.pool} pools scores, and {strategy} has none of {', '.join(unscored)}; "
-                f"use {', '.join(VOTE_RULES)} or dawid_skene"
+                f"use {', '.join((*VOTE_RULES, *LATENT))}"
             )
         scores = np.stack([e.scores for e in judges if e.scores is not None], axis=1)
         votes = compare_scores(*pool_scores(scores, members, rules.pool, weights))
@@ -371,6 +360,7 @@ def as_document(found: Document, settings: MeasureSettings, about: Mapping[str, 
         "paired": [dataclasses.asdict(p) for p in found.paired],
         "held_out": [dataclasses.asdict(h) for h in found.held_out],
         "pools": [dataclasses.asdict(p) for p in found.pools],
+        "cascades": [dataclasses.asdict(c) for c in found.cascades],
         "humans": None if found.humans is None else dataclasses.asdict(found.humans),
     }
 

@@ -12,8 +12,9 @@ from ray_pipeline.agreement.gate_curves import THRESHOLDS
 from ray_pipeline.agreement.panel import DebateRule
 from ray_pipeline.config.settings import Settings
 
-#: dawid_skene: the most probable class by a latent class model of the jury's votes on all items.
-PanelPool = Literal[PoolRule, "dawid_skene"]
+#: The most probable class by a latent class model of the jury's votes on all items (`stats.latent_class`).
+LATENT: tuple[Literal["dawid_skene", "one_coin"], ...] = ("dawid_skene", "one_coin")
+PanelPool = Literal[PoolRule, "dawid_skene", "one_coin"]
 
 
 class JurySettings(Settings):
@@ -23,7 +24,8 @@ class JurySettings(Settings):
     pool: PanelPool = Field(
         "mode",
         description="how the members' votes or scores become one verdict; dawid_skene: the most probable one by a "
-        "latent class model of the votes, fitted without human labels",
+        "latent class model of the votes, fitted without human labels; one_coin: the same with a single accuracy for "
+        "each judge, for few items",
     )
     weights: dict[str, float] = Field(default_factory=dict, description="by judge, for weighted and weighted_mean")
     most: int = Field(100_000, ge=1, description="refuse more juries than this")
@@ -39,6 +41,32 @@ class JurySettings(Settings):
             raise ValueError("juries.weights is read by the pools weighted and weighted_mean only; remove it")
         if any(weight < 0 for weight in self.weights.values()):
             raise ValueError("juries.weights must not be negative")
+        return self
+
+
+class CalibrationSettings(Settings):
+    """The `calibration` block: probabilities of the human label from votes, scores and human labels of other items."""
+
+    folds: int = Field(
+        5, ge=3, le=50, description="parts of the questions; what is measured on one is chosen and fitted on the others"
+    )
+    least: int = Field(
+        50, ge=1, description="labels below which no model is fitted, and the posterior without labels stands"
+    )
+
+
+class CascadeSettings(Settings):
+    """The `cascade` block: cheap judges first, an expensive one where they are least sure."""
+
+    expensive: str | None = Field(
+        None, description="name of the expensive judge; default: the best one on the part where juries are chosen"
+    )
+    cheap: tuple[str, ...] | None = Field(None, min_length=1, description="the cheap judges; default: all others")
+
+    @model_validator(mode="after")
+    def _distinct(self) -> CascadeSettings:
+        if self.cheap is not None and self.expensive in self.cheap:
+            raise ValueError(f"cascade: {self.expensive} is both the expensive judge and among the cheap ones")
         return self
 
 
@@ -58,6 +86,10 @@ class MeasureSettings(Settings):
         THRESHOLDS, description="of the gate's curves: desirable from, undesirable to, as shares of the scale's end"
     )
     juries: JurySettings = Field(JurySettings(), description="juries of the judges")
+    calibration: CalibrationSettings = Field(
+        CalibrationSettings(), description="what human labels decide, and on which other items it is measured"
+    )
+    cascade: CascadeSettings = Field(CascadeSettings(), description="kappa against the share of expensive calls")
 
     @model_validator(mode="after")
     def _thresholds(self) -> MeasureSettings:

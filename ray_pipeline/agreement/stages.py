@@ -212,7 +212,7 @@ def report_stage(page: AgreementPage, items: Stage, asked: Sequence[Stage] = (),
     """
     return Stage(
         name=page.workflow,
-        version=2 if page.workflow == "agreement" else 1,  # 2: pools of the whole panel
+        version=3 if page.workflow == "agreement" else 1,  # 3: calibrated pools and cascades
         view="report",
         role="page",
         work=WholeWork(function=write_report_stage, settings=page),

@@ -16,7 +16,6 @@ from ray_pipeline.graph.stage import StageResult
 from ray_pipeline.stats.columns import chunk
 from ray_pipeline.stats.judge_errors import (
     GROUPS,
-    MISSING,
     PanelErrors,
     VoteCounts,
     count_votes,
@@ -24,6 +23,7 @@ from ray_pipeline.stats.judge_errors import (
     estimated_errors,
     total,
 )
+from ray_pipeline.stats.latent_class import MISSING
 from ray_pipeline.store.keys import bucket_of, unit_hash
 
 #: Classes of scores, and of the truth: a wrong response is to be undesirable, a right one desirable.

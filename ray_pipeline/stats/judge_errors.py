@@ -11,8 +11,6 @@ correlated values has (1 + (n − 1)·r) times the variance of the mean of indep
 the design effect of a cluster).
 
 All results are functions of how often each row of votes occurs, so a million candidates of ten judges fit in memory.
-The library crowd-kit has the same latent class model, but on a pandas frame of single votes and without counts: three
-million rows, joined in every step, for what is a table of 64 counts here.
 """
 
 from __future__ import annotations
@@ -24,20 +22,16 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import csr_array
 from scipy.stats import t as student
 
 from ray_pipeline.stats.bootstrap import Floats, Interval, number
 from ray_pipeline.stats.kappa import JudgePair
+from ray_pipeline.stats.latent_class import MISSING, Votes, dawid_skene
 
-#: A vote that was not read, or a truth that is not known. It is in no figure.
-MISSING = -1
 #: Random groups of prompts; intervals are jackknives that leave out one group at a time.
 GROUPS = 64
 #: Accuracies for which `at_accuracy` gives the correlation that explains the agreement.
 ACCURACIES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
-
-Votes = NDArray[np.int8]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,41 +171,6 @@ def estimated_errors(judges: Sequence[str], counts: VoteCounts) -> PanelErrors |
         reason = "independent errors explain any agreement of three judges with two classes"
         found = dataclasses.replace(found, pairs=[], correlation=none, effective=none, reason=reason)
     return dataclasses.replace(found, assumed=assumed)
-
-
-def dawid_skene(
-    votes: Votes, weight: Floats, classes: int | None = None, iterations: int = 2000, tolerance: float = 1e-7
-) -> Floats:
-    """Probability of each class for each distinct row, shape (rows, classes), by EM.
-
-    It starts with the shares of a row's votes, as Dawid and Skene do, so classes keep their names and equal input has
-    equal output. Missing votes are left out of the likelihood.
-
-    Args:
-        votes: distinct rows, each with a vote, shape (rows, judges).
-        weight: how often each row occurs, shape (rows,).
-        classes: default: those up to the last one that has a vote.
-    """
-    classes, judges = classes or int(votes.max()) + 1, votes.shape[1]
-    voted = votes != MISSING
-    columns = (votes + np.arange(judges) * classes)[voted]  # (judge, vote) as one number
-    starts = np.concatenate([[0], np.cumsum(voted.sum(axis=1))])
-    cast = csr_array((np.ones(len(columns)), columns, starts), shape=(len(votes), judges * classes))
-    share = np.stack([(votes == c).sum(axis=1) for c in range(classes)], axis=1).astype(float)
-    found: Floats = share / share.sum(axis=1, keepdims=True)
-    for _ in range(iterations):
-        weighted = found * weight[:, None]
-        prior = np.clip(weighted.sum(axis=0) / weight.sum(), 1e-10, None)
-        confusion = np.clip((cast.T @ weighted).reshape(judges, classes, classes), 1e-10, None)  # (judge, vote, truth)
-        confusion /= confusion.sum(axis=1, keepdims=True)
-        log = np.log(prior) + cast @ np.log(confusion).reshape(judges * classes, classes)
-        posterior = np.exp(log - log.max(axis=1, keepdims=True))
-        posterior /= posterior.sum(axis=1, keepdims=True)
-        change = np.abs(posterior - found).max()
-        found = posterior
-        if change < tolerance:
-            break
-    return found
 
 
 def at_accuracy(counts: VoteCounts, accuracies: Sequence[float] = ACCURACIES) -> list[Assumed]:

@@ -91,7 +91,7 @@ def test_a_page_with_labels(tmp_path: Path) -> None:
         if set(after) <= set("|-: "):
             tables_by_width.append(line.replace("\\|", "").count("|"))
             assert after.count("|") == tables_by_width[-1], line
-    assert len(tables_by_width) == 9
+    assert len(tables_by_width) == 11
     again, same = page(tmp_path / "two")
     assert again == text and same == document
     assert chart == (tmp_path / "two" / "charts" / "kappas-1.svg").read_text()

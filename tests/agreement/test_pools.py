@@ -1,19 +1,21 @@
-"""Pools of a whole panel: the latent class model against known truth, missing votes, and what labels may decide."""
+"""Pools of a whole panel: latent class models against known truth, missing votes, what labels may decide, cascades."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
+from sklearn.metrics import cohen_kappa_score
 
 from ray_pipeline.agents.jurors import JuryRule, pool_judgements
 from ray_pipeline.agents.jury import MISSING, TIE, Codes, pool_votes
 from ray_pipeline.agents.strategies import Judgement
+from ray_pipeline.agreement.calibrated import UNFITTED
 from ray_pipeline.agreement.document import measure
-from ray_pipeline.agreement.measure_settings import JurySettings, MeasureSettings
-from ray_pipeline.agreement.pools import LEVEL, _covered, latent_votes
-from ray_pipeline.stats.bootstrap import resample
+from ray_pipeline.agreement.measure_settings import CalibrationSettings, CascadeSettings, JurySettings, MeasureSettings
+from ray_pipeline.agreement.pools import LEVEL, latent_votes, threshold
 from ray_pipeline.store.schemas import BALLOTS, ITEMS, to_table
 
 NAMES = ("A", "tie", "B")
@@ -91,41 +93,86 @@ def test_missing_votes_are_no_votes_and_order_does_not_matter() -> None:
     assert split.tolist() == [TIE, TIE] and halves[:, [0, 2]] == pytest.approx(np.full((2, 2), 0.5))
 
 
-def test_every_jury_is_pooled_and_labels_fit_nothing() -> None:
+def test_every_jury_is_pooled_and_no_verdict_sees_its_own_label() -> None:
     codes, truth = panel(200)
     pool = MeasureSettings(draws=100, juries=JurySettings(pool="dawid_skene"))
     found = measure(*tables(codes, truth), pool)
     assert len(found.juries) == 2**5 - 1 - 5 and all(j.agreement.n == 200 for j in found.juries)
-    majority, latent, best = found.pools
-    assert [line.pool for line in found.pools] == ["majority", "Dawid–Skene", "best judge"]
-    assert found.juries[-1].agreement.estimates["kappa"] == latent.kappa and latent.kappa.low is not None
-    assert latent.held_out.value is not None and majority.held_out.value is not None
-    assert latent.held_out.value > majority.held_out.value + 0.1 and best.judge == "judge-0" and best.covered is None
+    lines = {line.pool: line for line in found.pools}
+    names = ["majority", "one-coin", "Dawid–Skene", "best judge", "calibrated", "chosen in each fold"]
+    assert list(lines) == names  # no mean: these judges give no scores
+    assert found.juries[-1].agreement.estimates["kappa"] == lines["Dawid–Skene"].kappa
+    kappas = {name: line.kappa.value or 0.0 for name, line in lines.items()}
+    assert kappas["one-coin"] > kappas["majority"] + 0.1 and kappas["calibrated"] > kappas["majority"] + 0.1
+    assert lines["best judge"].chosen == {"judge-0": 5} and lines["best judge"].over_best is None
+    (majority,), over = pool_votes(codes, np.ones((1, 5), dtype=bool)), lines["majority"].over_best
+    read = (codes[0] != MISSING) & (majority != MISSING)
+    expected = [cohen_kappa_score(truth[read], votes[read]) for votes in (majority, codes[0])]
+    assert over is not None and over.value == pytest.approx(expected[0] - expected[1])
     (posteriors,) = found.posteriors
-    assert posteriors.column_names == ["strategy", "item_id", "vote", *NAMES] and len(posteriors) == 200
-
-    # Other labels on the choosing part change neither votes nor probabilities, and no kappa of a pool on the others.
-    no_labels = measure(*tables(codes, np.full_like(truth, MISSING)), pool)
-    assert no_labels.pools == [] and no_labels.posteriors[0].equals(posteriors)
-    assert [j.agreement.vote_counts for j in no_labels.juries] == [j.agreement.vote_counts for j in found.juries]
-    # The default pool has the same line, and its juries are the majority's.
+    assert posteriors.column_names == ["strategy", "pool", "item_id", "vote", *NAMES] and len(posteriors) == 600
     default = measure(*tables(codes, truth), MeasureSettings(draws=100))
-    assert default.pools == found.pools and default.juries[-1].agreement.estimates["kappa"] == majority.kappa
+    assert default.pools == found.pools and default.juries[-1].agreement.estimates["kappa"] == lines["majority"].kappa
+
+    # Without labels nothing is calibrated, and the other probabilities are the same.
+    no_labels = measure(*tables(codes, np.full_like(truth, MISSING)), pool)
+    assert no_labels.pools == [] and no_labels.posteriors[0].equals(posteriors.slice(0, 400))
+    # Labels that say nothing are worth nothing: a model that saw them would agree with them.
+    shuffled = np.random.default_rng(0).permutation(truth).astype(np.int8)
+    noise = {line.pool: line.kappa.value for line in measure(*tables(codes, shuffled), pool).pools}
+    assert all(abs(noise[name] or 0.0) < 0.2 for name in ("calibrated", "best judge", "chosen in each fold"))
 
 
-def test_coverage_is_chosen_on_one_part_and_reported_on_the_other() -> None:
-    labels = np.zeros(40, np.int8)
-    choose_on = np.arange(40) < 20
-    sure = np.tile(np.repeat([0.9, 0.6], 10), 2)
-    votes = np.zeros(40, np.int8)
-    votes[[0, 10, 11, 20, 21]] = TIE  # choosing part: 9 of 10 right at 0.9, 17 of 20 at 0.6; the other: 8 of 10 at 0.9
-    samples = resample(np.arange(40), 100, 0)
-    found = _covered(votes, sure, labels, choose_on, samples)
-    assert LEVEL == 0.9 and found.threshold == 0.9
-    assert (found.coverage.value, found.agreement.value) == (0.5, 0.8)
-    votes[1] = TIE
-    never = _covered(votes, sure, labels, choose_on, samples)
-    assert (never.threshold, never.coverage.value, never.agreement.value) == (None, 0.0, None)
+def test_few_labels_leave_the_posterior_as_it_is() -> None:
+    codes, truth = panel(200)
+    few = np.where(np.arange(200) < 55, truth, MISSING).astype(np.int8)  # 44 to fit to in each fold
+    lines = {line.pool: line for line in measure(*tables(codes, few), MeasureSettings(draws=100)).pools}
+    assert lines["calibrated"].chosen == {UNFITTED: 5} and lines["calibrated"].kappa == lines["one-coin"].kappa
+    rules = CalibrationSettings(least=40)
+    fitted = measure(*tables(codes, few), MeasureSettings(draws=100, calibration=rules)).pools
+    assert UNFITTED not in next(line for line in fitted if line.pool == "calibrated").chosen
+
+
+def test_both_sides_are_treated_alike() -> None:
+    """With A and B exchanged everywhere, the calibrated probabilities are exchanged too."""
+    codes, truth = panel(150)
+
+    def calibrated(votes: Codes, labels: Codes) -> Any:
+        table = measure(*tables(votes, labels), MeasureSettings(draws=100)).posteriors[0]
+        own = table.filter(pc.equal(table["pool"], "calibrated"))
+        return np.stack([own[name].to_numpy() for name in NAMES], axis=1)
+
+    mirrored = [np.where(x == MISSING, MISSING, 2 - x).astype(np.int8) for x in (codes, truth)]
+    assert calibrated(*mirrored)[:, ::-1] == pytest.approx(calibrated(codes, truth), abs=1e-4, nan_ok=True)
+
+
+def test_the_threshold_is_the_lowest_with_enough_right_verdicts() -> None:
+    sure = np.repeat([0.9, 0.6, np.nan], 10)
+    right = np.ones(30, dtype=bool)
+    right[[0, 10, 11]] = False  # 9 of 10 right at 0.9, 17 of 20 at 0.6
+    assert LEVEL == 0.9 and threshold(sure, right) == 0.9
+    right[1] = False
+    assert threshold(sure, right) == np.inf
+    right[:] = True
+    assert threshold(sure, right) == 0.6
+
+
+def test_a_cascade_asks_the_expensive_judge_where_the_cheap_ones_are_open() -> None:
+    cheap = np.array([[0, 0, 2, 1, 0, -1], [0, 2, 2, 1, 0, -1], [0, 2, 0, 1, 1, 2]], np.int8)
+    expensive = np.array([2, 0, 0, 2, 2, 0], np.int8)
+    truth = np.array([0, 0, 0, 2, 2, 2], np.int8)
+    settings = MeasureSettings(draws=100, cascade=CascadeSettings(expensive="judge-3"))
+    (found,) = measure(*tables(np.vstack([cheap, expensive]), truth), settings).cascades
+    assert (found.expensive, found.cheap, found.items) == ("judge-3", ["judge-0", "judge-1", "judge-2"], 6)
+    # A tie first, then two of three, then all of those who voted.
+    assert [round(step.asked * 6) for step in found.steps] == [0, 1, 4, 6] and round(found.open.asked * 6) == 4
+    kept = [0, 0, 0, 2, 2, 2]  # the expensive judge on items 1 to 4, the cheap ones on the others
+    assert found.open.kappa.value == pytest.approx(cohen_kappa_score(truth, kept))
+    assert found.steps[-1].kappa.value == pytest.approx(cohen_kappa_score(truth, expensive))
+    with pytest.raises(ValueError, match=r"measure\.cascade: unknown judge 'x'; choose from judge-0"):
+        measure(*tables(cheap, truth), MeasureSettings(cascade=CascadeSettings(expensive="x")))
+    with pytest.raises(ValueError, match="both the expensive judge and among the cheap"):
+        CascadeSettings(expensive="x", cheap=("x", "y"))
 
 
 def test_the_loops_jury_refuses_a_pool_of_many_items() -> None:

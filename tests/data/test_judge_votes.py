@@ -21,7 +21,7 @@ from ray_pipeline.evaluate.metrics import collect_metrics
 from ray_pipeline.graph.stage import StageResult
 from ray_pipeline.report.markdown import render_markdown
 from ray_pipeline.report.page import Page
-from ray_pipeline.stats.judge_errors import MISSING
+from ray_pipeline.stats.latent_class import MISSING
 from ray_pipeline.store.tables import ShardedTable
 from tests.evaluate.example_run import whole_run
 from tests.planted import JUDGES, World, by_shard, make_world

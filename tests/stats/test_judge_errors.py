@@ -9,16 +9,15 @@ from hypothesis import strategies as st
 
 from ray_pipeline.stats.judge_errors import (
     GROUPS,
-    MISSING,
     VoteCounts,
     at_accuracy,
     count_votes,
-    dawid_skene,
     effective_number,
     errors_against_truth,
     estimated_errors,
     total,
 )
+from ray_pipeline.stats.latent_class import MISSING, dawid_skene
 
 NAMES = ["a", "b", "c", "d", "e"]
 

@@ -1,0 +1,108 @@
+"""What pools, calibration and a cascade of judges are worth: the tables of docs/consensus.md.
+
+    python perf/consensus.py ../shared/data/agreement
+
+Reads the recorded FairEval judgements in that folder (`fair_eval.jsonl.gz`, `fair_eval_debate.jsonl.gz`) and simulates
+panels with known truth. No model is called.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ray_pipeline.agents.jury import VOTES, compare_scores
+from ray_pipeline.agreement.document import as_document, measure
+from ray_pipeline.agreement.measure_settings import CascadeSettings, MeasureSettings
+from ray_pipeline.agreement.pools_page import cascades_section, pools_section
+from ray_pipeline.agreement.recorded import read_recorded
+from ray_pipeline.report.documents import as_json
+from ray_pipeline.report.markdown import markdown_table
+from ray_pipeline.report.page import Table
+from ray_pipeline.store.schemas import BALLOTS, ITEMS, to_table
+
+#: Of the simulated judges: how far its scores follow quality, its own noise, and how far longer answers please it.
+JUDGES = {
+    "strong": (1.0, 1.0, 0.2),
+    "good": (0.9, 1.4, 0.3),
+    "fair-1": (0.7, 1.8, 0.4),
+    "fair-2": (0.7, 1.8, 0.0),
+    "weak-1": (0.5, 2.2, 0.6),
+    "weak-2": (0.4, 2.6, 0.0),
+}
+#: Standard deviation of the error that all judges share on an item.
+SHARED = 0.6
+
+
+def simulated(items: int, labelled: int, seed: int = 0) -> tuple[pa.Table, pa.Table]:
+    """Items and ballots: two answers of normal quality gap, three people who each see it with noise, and six judges.
+
+    A person votes for the better answer, or a tie where the gap seems less than 0.5; the label is the unique mode.
+    Scores are whole numbers from 1 to 10.
+    """
+    rng = np.random.default_rng(seed)
+    gap, length, shared = rng.normal(0, 1.5, items), rng.normal(0, 0.5, items), rng.normal(0, SHARED, items)
+    seen = gap[:, None] + rng.normal(0, 0.8, (items, 3))
+    people = np.where(seen > 0.5, 2, np.where(seen < -0.5, 0, 1))
+    counts = np.stack([(people == code).sum(axis=1) for code in range(3)], axis=1)
+    labels = np.where(counts.max(axis=1) >= 2, counts.argmax(axis=1), 1)
+    rows = [
+        {
+            "item_id": f"i{n:05}", "prompt_id": f"{n:05x}", "question": f"q{n}", "response_a": "a" * 1000,
+            "response_b": "b" * int(1000 * np.exp(length[n])), "model_a": None, "model_b": None, "human_votes": [],
+            "human_label": VOTES[labels[n]] if n < labelled else None,
+        }
+        for n in range(items)
+    ]  # fmt: skip
+    ballots: list[dict[str, Any]] = []
+    for judge, (slope, noise, longer) in JUDGES.items():
+        own = slope * gap + longer * length + shared + rng.normal(0, noise, items)
+        middle = rng.normal(6, 1, items)
+        a, b = (np.clip(np.round(middle + side * own / 2), 1, 10) for side in (-1, 1))
+        for n, code in enumerate(compare_scores(a, b).tolist()):
+            ballots.append(
+                {
+                    "item_id": f"i{n:05}", "prompt_id": f"{n:05x}", "judge": judge, "reason": None, "raw": None,
+                    "score_a": float(a[n]), "score_b": float(b[n]), "vote": VOTES[code], "strategy": "combined_10",
+                    "voice": "", "order": "ab", "parse_status": "ok",
+                }
+            )  # fmt: skip
+    return to_table(rows, ITEMS), to_table(ballots, BALLOTS)
+
+
+def tables(items: pa.Table, ballots: pa.Table, cascade: CascadeSettings) -> Iterator[str]:
+    """The tables of pools and cascade as Markdown, without the column of the strategy."""
+    settings = MeasureSettings(cascade=cascade)
+    document = as_json(as_document(measure(items, ballots, settings), settings, {}))
+    for section in (pools_section(document), cascades_section(document)):
+        for block in [] if section is None else section.blocks:
+            if isinstance(block, Table) and not block.folded:
+                yield markdown_table(block.columns[1:], [row[1:] for row in block.rows])
+
+
+def main(folder: str) -> None:
+    """Print all tables; `folder` has the recordings."""
+    small = CascadeSettings(expensive="GPT-4o", cheap=("Gemma-2-9b", "GPT-4o-mini", "Llama-3.1-8b"))
+    for name in ("fair_eval", "fair_eval_debate"):
+        found = read_recorded(str(Path(folder) / f"{name}.jsonl.gz"), "text", "auto")
+        # Each debate is one judge of the panel here, so it is not called a debate, which no jury takes.
+        ballots = [{**row, "strategy": "recorded"} for row in found.ballots]
+        show(name, tables(to_table(found.items, ITEMS), to_table(ballots, BALLOTS), small))
+    cheap = CascadeSettings(expensive="strong", cheap=("fair-1", "fair-2", "weak-1"))
+    for labelled in (1000, 150, 60):
+        show(f"Simulated panel, {labelled} labels", tables(*simulated(1000, labelled), cheap))
+
+
+def show(title: str, found: Iterator[str]) -> None:
+    print(f"### {title}", *found, sep="\n\n", end="\n\n")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python perf/consensus.py FOLDER, which has the recordings fair_eval.jsonl.gz")
+    main(sys.argv[1])
