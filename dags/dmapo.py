@@ -186,7 +186,7 @@ def dmapo(config: DmapoConfig, run_folder: str) -> Dag:
     texts, models = config.templates(), config.models
 
     prompts = prompts_stage(config.prompt_settings)
-    candidates = candidates_stage(config.candidates, models, prompts)
+    candidates = candidates_stage(config.candidates, models, prompts, config.prompts.decontaminate)
     rule = config.exit_rule
     verdicts = judge_stages(config.judge, models, texts.judge, prompts, {"candidates": candidates}, exit_rule=rule)
     critiques = None

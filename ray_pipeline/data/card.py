@@ -16,6 +16,7 @@ from typing import Any, Self
 import yaml
 
 from ray_pipeline.config.settings import Settings
+from ray_pipeline.data.decontamination import contamination_lines
 from ray_pipeline.data.rows import flat_counts
 from ray_pipeline.pocket import WEIGHTS
 from ray_pipeline.store.files import Folder
@@ -223,6 +224,7 @@ def _sections(stats: Mapping[str, Any], origin: Provenance) -> Iterator[str]:
         ("Rubrics", _rubrics(config) if not origin.imported else {}),
         ("Prompt sources", _prompt_sources(config) if not origin.imported else {}),
         ("Sampling", _sampling(config) if not origin.imported else {}),
+        ("Overlap with benchmarks", contamination_lines(stats.get("contamination", ()))),
         ("Gate", stats["gate"] or {}),
         ("Limits and order", stats["settings"] | _lengths(stats)),
         ("Class weights for KTO", _weights(stats)),

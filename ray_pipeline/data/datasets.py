@@ -16,6 +16,7 @@ from ray_pipeline.data.card import Provenance
 from ray_pipeline.data.convert import pairs_to_sft
 from ray_pipeline.data.dataset_files import write_dataset_files
 from ray_pipeline.data.dataset_rows import DatasetsConfig, dpo_rows, kto_rows
+from ray_pipeline.data.decontamination import contamination_of, screened
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.data.rows import add_counts, flat_counts
 from ray_pipeline.data.tokens import counted_with, counter_identity, token_counter
@@ -144,7 +145,7 @@ def dataset_files(
             "origin": origin.text or None,
             **({} if max_prompts is None else {"max_prompts": max_prompts}),
         },
-        inputs={"rows": rows},
+        inputs={"rows": rows, **screened(rows.inputs.values())},
     )
 
 
@@ -213,6 +214,7 @@ def write_files(given: WholeInput) -> dict[str, Any]:
         origin=settings.origin,
         max_prompts=settings.max_prompts,
         lengths=settings.lengths,
+        contamination=contamination_of(result.facts for result in given.inputs.values()),
         sizes=[result.facts["rows"] for role, result in given.inputs.items() if role.startswith(_SIZE)],
     )
     given.log(", ".join(f"{kind} {split} {n}" for kind, sizes in stats["rows"].items() for split, n in sizes.items()))
