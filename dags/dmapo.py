@@ -142,7 +142,7 @@ class DmapoConfig(TrainingConfig):
     def check(self) -> None:
         super().check()
         for program in self.judge.programs:
-            require_checker(f"judge.programs.{program.name}.checker", program.checker)
+            require_checker(f"judge.programs.{program.name}.checker", program.checker, program.options)
         if self.human_labels is not None:
             self.human_labels.read()
         if self.benchmarks is not None:

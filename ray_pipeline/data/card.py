@@ -20,6 +20,7 @@ from ray_pipeline.data.decontamination import contamination_lines
 from ray_pipeline.data.rows import flat_counts
 from ray_pipeline.pocket import WEIGHTS
 from ray_pipeline.store.files import Folder
+from ray_pipeline.store.keys import canonical_json
 from ray_pipeline.store.locations import without_folders
 from ray_pipeline.store.markdown import key_table
 from ray_pipeline.store.secrets import map_texts, redacted
@@ -115,7 +116,9 @@ class Provenance:
     def programs(self) -> dict[str, str]:
         """Name and scale of each judge that is a program → its checker."""
         return {
-            f"{one['name']}, {one['low']} to {one['high']}": _public(one["checker"])
+            f"{one['name']}, {one['low']} to {one['high']}": " ".join(
+                [_public(one["checker"]), *([canonical_json(one["options"])] if one.get("options") else [])]
+            )
             for one in (self.config.get("judge") or {}).get("programs", ())
         }
 

@@ -234,10 +234,10 @@ def rubric_models(judge: JudgeSettings) -> dict[str, str]:
     return {rubric.name: rubric.model or judge.model for rubric in judge.rubrics}
 
 
-def require_checker(key: str, checker: str) -> None:
+def require_checker(key: str, checker: str, options: Mapping[str, Any] | None = None) -> None:
     """Raises ConfigError if the checker of this key cannot run here."""
     try:
-        check_checker(checker)
+        check_checker(checker, options)
     except ValueError as error:
         raise ConfigError(f"{key}: {error}") from error
 
