@@ -18,7 +18,6 @@ from pydantic import BeforeValidator, Field, SerializeAsAny
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.sources import InputError, PromptSource, digests_of, named_sources, pinned, source_from
 from ray_pipeline.extensions import find, names
-from ray_pipeline.graph.stage import Stage
 
 #: Words of a run that counts as overlap.
 GRAM = 13
@@ -189,11 +188,6 @@ NOTHING = Screen(None, "")
 
 #: Name of the fact.
 CONTAMINATION = "contamination"
-
-
-def screened(stages: Iterable[Stage]) -> dict[str, Stage]:
-    """Those of the stages that count overlap, as inputs of one that reports it."""
-    return {f"screened/{stage.name}": stage for stage in stages if "decontaminate" in (stage.config or {})}
 
 
 def contamination_of(facts: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

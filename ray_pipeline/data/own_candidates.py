@@ -42,13 +42,13 @@ def own_candidates(source: CandidateSource, prompts: Stage, decontaminate: Decon
     """
     return Stage(
         name="candidates",
-        # The prompts' fingerprint holds the digests of the same files.
+        # The prompts' fingerprint holds the digests of the same files and benchmarks.
         work=WholeWork(
             function=import_candidates,
             settings=_Given(source=source, digests=dict(prompts.external), decontaminate=decontaminate),
             tables=("candidates",),
         ),
-        config=source.decisive() | ({"decontaminate": decontaminate.decisive()} if decontaminate else {}),
+        config=source.decisive(),
         inputs={"prompts": prompts},
     )
 
