@@ -303,7 +303,7 @@ def _models(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for path, value in _leaves(blocks):
         if isinstance(value, str) and value in models and {"model", "generator", "generators"} & set(path.split(".")):
             model = models[value]
-            at = " (behind an endpoint)" if model.get("engine") == "openai" else ""
+            at = " (behind an endpoint)" if model.get("engine") in ("openai", "openai_batch") else ""
             revision = f", revision {model['revision']}" if model.get("revision") else ""
             yield path, f"{_public(model['model'])}{revision}{at}"
 
