@@ -244,7 +244,7 @@ def _judged(config: BaselinesConfig, prompts: Stage) -> _Judged | None:
     if not own:
         return None
     texts, models = config.templates(), config.models
-    candidates = candidates_stage(config.candidates, models, prompts)
+    candidates = candidates_stage(config.candidates, models, prompts, config.prompts.decontaminate)
     verdicts = judge_stages(config.judge, models, texts.judge, prompts, {"candidates": candidates})
     critiques = None
     if any((decides := config.gate_of(variant)) is not None and decides.use_critic for variant in own):
@@ -317,6 +317,7 @@ def _imported(config: BaselinesConfig, data: str, source: PreferenceSource) -> l
         config.base,
         seed=seeding.seed,
         val_fraction=seeding.val_fraction,
+        decontaminate=seeding.decontaminate,
         name=f"rows-{data}",
     )
     judges = config.judge.names

@@ -142,7 +142,7 @@ class DmapoConfig(TrainingConfig):
     def check(self) -> None:
         super().check()
         for program in self.judge.programs:
-            require_checker(f"judge.programs.{program.name}.checker", program.checker)
+            require_checker(f"judge.programs.{program.name}.checker", program.checker, program.options)
         if self.human_labels is not None:
             self.human_labels.read()
         if self.benchmarks is not None:
@@ -186,7 +186,7 @@ def dmapo(config: DmapoConfig, run_folder: str) -> Dag:
     texts, models = config.templates(), config.models
 
     prompts = prompts_stage(config.prompt_settings)
-    candidates = candidates_stage(config.candidates, models, prompts)
+    candidates = candidates_stage(config.candidates, models, prompts, config.prompts.decontaminate)
     rule = config.exit_rule
     verdicts = judge_stages(config.judge, models, texts.judge, prompts, {"candidates": candidates}, exit_rule=rule)
     critiques = None

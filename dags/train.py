@@ -98,7 +98,13 @@ def train(config: TrainConfig, run_folder: str) -> Dag:
     """Rows to policy to win rate; the evaluation loads the policy from `run_folder`."""
     seeding, limits = config.prompts, config.datasets
     rows = preferences(
-        config.preferences, limits, config.base, seed=seeding.seed, val_fraction=seeding.val_fraction, name="rows"
+        config.preferences,
+        limits,
+        config.base,
+        seed=seeding.seed,
+        val_fraction=seeding.val_fraction,
+        decontaminate=seeding.decontaminate,
+        name="rows",
     )
     prompts = imported_prompts(rows, config.preferences.default_label)
     datasets = dataset_files(limits, None, (), rows, config.base, origin=config.origin)

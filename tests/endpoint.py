@@ -131,8 +131,7 @@ class Endpoint:
     async def _serve(self) -> None:
         self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
         app = web.Application()
-        app.router.add_post("/v1/chat/completions", self._chat)
-        app.router.add_get("/v1/models", self._list)
+        self._route(app.router)
         runner = web.AppRunner(app, shutdown_timeout=0.1)
         await runner.setup()
         site = web.TCPSite(runner, self._host, 0)
@@ -143,6 +142,10 @@ class Endpoint:
             self._started.set()
             await self._end.wait()
         await runner.cleanup()
+
+    def _route(self, router: web.UrlDispatcher) -> None:
+        router.add_post("/v1/chat/completions", self._chat)
+        router.add_get("/v1/models", self._list)
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()

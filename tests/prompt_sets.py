@@ -23,5 +23,5 @@ class PromptSet:
 def load_prompts(config: PromptsConfig, digests: Mapping[str, str] | None = None) -> PromptSet:
     """Args and Raises: as `read_prompts`."""
     parts: list[pa.Table] = []
-    counts, faults = read_prompts(config, lambda _, part: parts.append(part), 1, digests)
+    counts, faults, _ = read_prompts(config, lambda _, part: parts.append(part), 1, digests)
     return PromptSet(parts[0], counts, faults)

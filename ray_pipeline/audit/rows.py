@@ -69,7 +69,7 @@ class _Shard:
         self.critiques = self._index("critiques", critiques, "candidate_id")
         self.decisions = self._index("decisions", audit.read(run.decisions, shard), "candidate_id")
         self.training = {kind: training[kind].get(shard, []) for kind in run.config.kinds}
-        self.checks = {judge.name: load_checker(judge.checker) for judge in run.programs}
+        self.checks = {judge.name: load_checker(judge.checker, judge.options) for judge in run.programs}
         self._texts: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
 
     def check(self) -> None:

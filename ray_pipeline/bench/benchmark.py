@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import collections
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Protocol
 
 from pydantic import (
@@ -22,14 +22,16 @@ from pydantic import (
 )
 
 from ray_pipeline.agents.judges import SamplingSettings
+from ray_pipeline.bench.files import BenchmarkFileError
 from ray_pipeline.bench.tables import Tables
 from ray_pipeline.config.settings import Settings
+from ray_pipeline.data.sources import InputError, PromptSource, SourceRow
 from ray_pipeline.engines.base import ChatEngine, Sampling
 from ray_pipeline.extensions import find
 from ray_pipeline.graph.asking import Row
 from ray_pipeline.stats.protocol import Protocol as Measured
 from ray_pipeline.stats.protocol import PublishedProtocol, ScoreName, score_name
-from ray_pipeline.store.keys import prompt_id
+from ray_pipeline.store.keys import digest, prompt_id
 
 # --- questions and verdicts -------------------------------------------------------------------------------------------
 
@@ -125,6 +127,11 @@ class Benchmark(Settings, abc.ABC):
         """Key below this block → model that the others are compared with."""
         return {}
 
+    @staticmethod
+    def prompts_of(values: Mapping[str, Any]) -> PromptSource:
+        """The questions of the benchmark of this `type` and keys, as `prompts.decontaminate.against` reads them."""
+        return BenchmarkPrompts(type=values["type"], benchmark=benchmark_from(values))
+
     def decisive(self, exclude: Collection[str] = ()) -> dict[str, Any]:
         """With `type`, so that the digest of a user's file is part of the fingerprint."""
         return {**super().decisive(exclude), **({"type": self._type} if self._type else {})}
@@ -161,6 +168,34 @@ def benchmark_from(values: Any) -> Benchmark:
 OwnBenchmark = Annotated[
     SerializeAsAny[Benchmark], BeforeValidator(benchmark_from, json_schema_input_type=dict[str, Any])
 ]
+
+
+class BenchmarkPrompts(PromptSource):
+    """The questions of a benchmark as prompts, each turn by itself."""
+
+    benchmark: OwnBenchmark
+
+    def rows(self) -> Iterator[SourceRow]:
+        try:
+            questions = self.benchmark.rows()
+        except BenchmarkFileError as error:
+            raise InputError(f"prompts.decontaminate.against: {self.type}: {error}") from error
+        for row in questions:
+            yield from (SourceRow({"question": row["question_id"]}, turn) for turn in row["turns"])
+
+    def digest(self) -> dict[str, str]:
+        return {self.label_in_tables: digest(["questions", [row.value for row in self.rows()]])}
+
+    def decisive(self, exclude: Collection[str] = ()) -> dict[str, Any]:
+        """The type alone: the digest is of the questions, and how they are answered and judged does not matter."""
+        return {"type": self.type}
+
+    @model_serializer
+    def _as_block(self) -> dict[str, Any]:
+        return self.benchmark.model_dump(mode="json", exclude_unset=True)
+
+    def __reduce__(self) -> Any:
+        return Benchmark.prompts_of, (self.benchmark.model_dump(exclude_unset=True),)
 
 
 def question_row(identifier: Any, position: int, turns: Sequence[str], **more: Any) -> Row:

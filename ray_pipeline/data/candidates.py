@@ -13,6 +13,7 @@ from ray_pipeline.agents.judges import SamplingSettings
 from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.config.settings import Settings, over, refuse_repeated, repeated
 from ray_pipeline.data.candidate_sources import CandidateSource
+from ray_pipeline.data.decontamination import Decontaminate
 from ray_pipeline.data.own_candidates import own_candidates
 from ray_pipeline.engines.base import ChatEngine, EngineError, Message, PromptTooLong, Sampling
 from ray_pipeline.engines.models import ModelSettings
@@ -144,13 +145,21 @@ DRAW = Asking(
 )
 
 
-def candidates(settings: CandidateSettings, models: Mapping[str, ModelSettings], prompts: Stage) -> Stage:
+def candidates(
+    settings: CandidateSettings,
+    models: Mapping[str, ModelSettings],
+    prompts: Stage,
+    decontaminate: Decontaminate | None = None,
+) -> Stage:
     """The candidates of every prompt, ordered by prompt and k: drawn from one model or several, or the user's own.
 
     A prompt that exceeds the context has finish_reason too_long.
+
+    Args:
+        decontaminate: of the prompts, for the user's own answers.
     """
     if settings.source is not None:
-        return own_candidates(settings.source, prompts)
+        return own_candidates(settings.source, prompts, decontaminate)
     if settings.generators is None:
         return DRAW.stage("candidates", settings, models[settings.model], {"prompts": prompts})
     same = repeated(canonical_json([models[model].weights(), models[model].semantics()]) for model in settings.drawn)

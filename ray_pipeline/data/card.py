@@ -16,9 +16,11 @@ from typing import Any, Self
 import yaml
 
 from ray_pipeline.config.settings import Settings
+from ray_pipeline.data.decontamination import contamination_lines
 from ray_pipeline.data.rows import flat_counts
 from ray_pipeline.pocket import WEIGHTS
 from ray_pipeline.store.files import Folder
+from ray_pipeline.store.keys import canonical_json
 from ray_pipeline.store.locations import without_folders
 from ray_pipeline.store.markdown import key_table
 from ray_pipeline.store.secrets import map_texts, redacted
@@ -114,7 +116,9 @@ class Provenance:
     def programs(self) -> dict[str, str]:
         """Name and scale of each judge that is a program → its checker."""
         return {
-            f"{one['name']}, {one['low']} to {one['high']}": _public(one["checker"])
+            f"{one['name']}, {one['low']} to {one['high']}": " ".join(
+                [_public(one["checker"]), *([canonical_json(one["options"])] if one.get("options") else [])]
+            )
             for one in (self.config.get("judge") or {}).get("programs", ())
         }
 
@@ -223,6 +227,7 @@ def _sections(stats: Mapping[str, Any], origin: Provenance) -> Iterator[str]:
         ("Rubrics", _rubrics(config) if not origin.imported else {}),
         ("Prompt sources", _prompt_sources(config) if not origin.imported else {}),
         ("Sampling", _sampling(config) if not origin.imported else {}),
+        ("Overlap with benchmarks", contamination_lines(stats.get("contamination", ()))),
         ("Gate", stats["gate"] or {}),
         ("Limits and order", stats["settings"] | _lengths(stats)),
         ("Class weights for KTO", _weights(stats)),
@@ -298,7 +303,7 @@ def _models(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for path, value in _leaves(blocks):
         if isinstance(value, str) and value in models and {"model", "generator", "generators"} & set(path.split(".")):
             model = models[value]
-            at = " (behind an endpoint)" if model.get("engine") == "openai" else ""
+            at = " (behind an endpoint)" if model.get("engine") in ("openai", "openai_batch") else ""
             revision = f", revision {model['revision']}" if model.get("revision") else ""
             yield path, f"{_public(model['model'])}{revision}{at}"
 

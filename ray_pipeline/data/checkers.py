@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple, Protocol
 
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, ValidationError
 
+from ray_pipeline.config.messages import first_problem
 from ray_pipeline.constraints.official import CheckersMissing, checker_version, checkers
 from ray_pipeline.extensions import find, register
 
@@ -44,7 +45,8 @@ class Checked(NamedTuple):
 
 
 class Checker(Protocol):
-    """Register a function of this form under the kind `checker`. A third parameter named `meta` gets the prompt's."""
+    """Register a function of this form under the kind `checker`, or a class of `Settings` whose instances are called
+    like it and whose keys are the options. A third parameter named `meta` gets the prompt's."""
 
     def __call__(self, prompt: Sequence[Mapping[str, str]], response: str, /) -> bool | float | Checked | None:
         """Whether a response to chat messages is right, or the share of its requirements that it meets; None where
@@ -99,22 +101,36 @@ def checker_digests(reference: str) -> dict[str, str]:
     return {"checkers": checker_version()} if reference in _OFFICIAL else {}
 
 
-def check_checker(reference: str) -> Check:
-    """The checker of this name or file, which can run here.
+def check_checker(reference: str, options: Mapping[str, Any] | None = None) -> Check:
+    """The checker of this name or file, which can run here; arguments and errors as of `load_checker`.
 
     Raises:
-        ExtensionError: no such checker.
         CheckersMissing: the packages or data of the official checkers are not installed.
     """
-    check = load_checker(reference)
+    check = load_checker(reference, options)
     if reference in _OFFICIAL:
         checkers()
     return check
 
 
-def load_checker(reference: str) -> Check:
-    """The checker of this name or file. Raises ExtensionError."""
+def load_checker(reference: str, options: Mapping[str, Any] | None = None) -> Check:
+    """The checker of this name or file.
+
+    Args:
+        options: the keys of a checker that is a class of settings; a function takes none.
+
+    Raises:
+        ExtensionError: no such checker.
+        ValueError: the options do not fit it.
+    """
     function = find("checker", reference).value
+    if isinstance(function, type):
+        try:
+            function = function(**(options or {}))
+        except ValidationError as error:
+            raise ValueError(f"checker {reference}: options: {first_problem(error)}") from error
+    elif options:
+        raise ValueError(f"checker {reference} takes no options; remove {', '.join(options)}")
     takes_meta = "meta" in inspect.signature(function).parameters
 
     def check(prompt: Sequence[Mapping[str, str]], response: str, meta: str) -> Checked | None:

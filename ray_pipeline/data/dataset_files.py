@@ -127,6 +127,7 @@ def write_dataset_files(
     lengths: str | None = None,
     max_prompts: int | None = None,
     sizes: Sequence[Mapping[str, Mapping[str, int]]] = (),
+    contamination: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Write `<folder>/<kind>/{train,val}/part-00000.parquet …`, the card (README.md), and stats.json last.
 
@@ -178,6 +179,8 @@ def write_dataset_files(
             stats["kto_weights"] = {"desirable_weight": weights[0], "undesirable_weight": weights[1]}
     if lengths:
         stats["lengths"] = lengths
+    if contamination:
+        stats["contamination"] = list(contamination)
     write_card(folder, stats, origin, config.kinds)
     folder.write_json("stats.json", stats)
     return stats

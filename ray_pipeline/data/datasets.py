@@ -16,6 +16,7 @@ from ray_pipeline.data.card import Provenance
 from ray_pipeline.data.convert import pairs_to_sft
 from ray_pipeline.data.dataset_files import write_dataset_files
 from ray_pipeline.data.dataset_rows import DatasetsConfig, dpo_rows, kto_rows
+from ray_pipeline.data.decontamination import contamination_of
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.data.rows import add_counts, flat_counts
 from ray_pipeline.data.tokens import counted_with, counter_identity, token_counter
@@ -144,8 +145,16 @@ def dataset_files(
             "origin": origin.text or None,
             **({} if max_prompts is None else {"max_prompts": max_prompts}),
         },
-        inputs={"rows": rows},
+        inputs={"rows": rows, **_screened(rows, origin)},
     )
+
+
+def _screened(rows: Stage, origin: Provenance) -> dict[str, Stage]:
+    """The stages before the rows that counted overlap with benchmarks, for the card."""
+    if not (origin.config.get("prompts") or {}).get("decontaminate"):
+        return {}
+    roles = ["prompts", *(["candidates"] if origin.ready("candidates") else [])]
+    return {f"screened/{role}": rows.inputs[role] for role in roles if role in rows.inputs}
 
 
 def of_size(files: Stage, others: Iterable[Stage], name: str) -> Stage:
@@ -213,6 +222,7 @@ def write_files(given: WholeInput) -> dict[str, Any]:
         origin=settings.origin,
         max_prompts=settings.max_prompts,
         lengths=settings.lengths,
+        contamination=contamination_of(result.facts for result in given.inputs.values()),
         sizes=[result.facts["rows"] for role, result in given.inputs.items() if role.startswith(_SIZE)],
     )
     given.log(", ".join(f"{kind} {split} {n}" for kind, sizes in stats["rows"].items() for split, n in sizes.items()))

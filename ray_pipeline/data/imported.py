@@ -16,6 +16,7 @@ import pyarrow as pa
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.convert import pairs_to_kto
 from ray_pipeline.data.dataset_rows import DatasetsConfig, Kind, pair_guard
+from ray_pipeline.data.decontamination import NOTHING, Decontaminate, Screen
 from ray_pipeline.data.preference_sources import Format, PreferenceSource, source_records
 from ray_pipeline.data.prompts import FAULTS_SHOWN, kept_line, malformed_rows, split_of
 from ray_pipeline.data.rows import add_counts, flat_counts
@@ -45,7 +46,7 @@ _SCHEMAS: dict[Format, pa.Schema] = {"paired": DPO, "unpaired": KTO, "demonstrat
 _TRUNCATED = pa.field("truncated", pa.bool_(), nullable=False)
 
 #: Reasons for which a row of each format gives no training row, in the order of the checks. Where an answer ends within
-#: its thoughts, `unfinished_thought` is counted too, and `cut_off` where one was cut off by its finish reason.
+#: its thoughts, `unfinished_thought` is counted too, and so are `cut_off` (by its finish reason) and `contaminated`.
 DROPPED: dict[Format, tuple[str, ...]] = {
     "paired": (
         "malformed", "empty", "not_an_answer", "prompts_differ", "gap_not_positive", "equal_text", "prompt_too_long",
@@ -63,6 +64,8 @@ class _Given(Settings):
     seed: int
     val_fraction: float
     tokenizer: TokenizerSettings
+    decontaminate: Decontaminate | None
+    against: dict[str, str]
 
 
 def preferences(
@@ -72,17 +75,19 @@ def preferences(
     *,
     seed: int,
     val_fraction: float,
+    decontaminate: Decontaminate | None = None,
     name: str = "preferences",
 ) -> Stage:
     """The tables that `datasets.dataset_files` writes training files from.
 
     Args:
         seed, val_fraction: of the prompts stage, for the split.
+        decontaminate: of the prompts; the answers are held against the same benchmarks.
 
     Raises:
-        InputError: the source cannot be found, or its format cannot provide a configured kind of dataset.
+        InputError: source or benchmark cannot be found, or the format cannot provide a configured kind of dataset.
     """
-    digests = source.digests()
+    digests, against = source.digests(), decontaminate.digests() if decontaminate else {}
     given = _Given(
         source=source,
         digests=digests,
@@ -90,6 +95,8 @@ def preferences(
         seed=seed,
         val_fraction=val_fraction,
         tokenizer=policy.tokenizer,
+        decontaminate=decontaminate,
+        against=against,
     )
     return Stage(
         name=name,
@@ -103,8 +110,9 @@ def preferences(
             "seed": seed,
             "val_fraction": val_fraction,
             "chat_template_args": policy.chat_template_args,
+            **({"decontaminate": decontaminate.decisive()} if decontaminate else {}),
         },
-        external={**digests, **policy.weights()},
+        external={**digests, **against, **policy.weights()},
     )
 
 
@@ -131,32 +139,24 @@ def import_preferences(given: WholeInput) -> dict[str, Any]:
             out[kind].write(shard, tables[kind])
 
     try:
-        counts = read_preferences(
-            settings.source,
-            settings.datasets,
-            encode,
-            settings.seed,
-            settings.val_fraction,
-            write,
-            given.num_shards,
-            settings.digests,
-        )
+        screen = Screen(settings.decontaminate, "rows", settings.against)
+        options = settings.source, settings.datasets, encode, settings.seed, settings.val_fraction
+        counts = read_preferences(*options, write, given.num_shards, settings.digests, screen)
     except InputError as error:
         raise BadInput(str(error)) from error
     for kind in kinds:
         if not counts[kind]["kept"]:
             why = ", ".join(f"{name} {n:,}" for name, n in flat_counts(counts[kind]).items() if n)
             raise BadInput(f"no row of the source is left as {kind} data: {why}")
-    found = counts["source"]
-    rows = ", ".join(f"{kind} {counts[kind]['kept']}" for kind in kinds)
+    found, rows = counts["source"], ", ".join(f"{kind} {counts[kind]['kept']}" for kind in kinds)
     thoughts = f"; thoughts split off from {found['thoughts']:,} answers" if found.get("thoughts") else ""
     given.log(f"{rows}; {kept_line(found)}{thoughts}")
-    warnings = malformed_rows(given.log, found, found.get("faults", ()))
     return {
         "counts": flat_counts({kind: counts[kind] for kind in kinds}),
         "source": found,
         "digests": settings.digests,
-        "warnings": warnings,
+        "warnings": malformed_rows(given.log, found, found.get("faults", ())) + screen.warnings(),
+        **screen.facts(),
     }
 
 
@@ -169,6 +169,7 @@ def read_preferences(
     write: Callable[[int, Mapping[Kind, pa.Table]], None],
     num_shards: int = 1,
     digests: dict[str, str] | None = None,
+    screen: Screen = NOTHING,
 ) -> dict[str, dict[str, Any]]:
     """All rows of a source as tables of the schemas KTO, DPO and SFT, as far as its format provides them.
 
@@ -179,6 +180,7 @@ def read_preferences(
         encode: token counter of the policy, for the length limits of `config`.
         write: is called with each shard and its tables, in order.
         digests: what `source.digests` returned: a Hub dataset is read at exactly that commit.
+        screen: rows whose prompt or answers it drops are `contaminated`.
 
     Returns:
         Counts: under `source` rows `read`, `kept` and `dropped` by reason (read = kept + the sum of
@@ -188,7 +190,8 @@ def read_preferences(
     Raises:
         InputError: a file or column does not match the format, or no row does; the message names it.
     """
-    reader = _Reader(source, config, encode, functools.partial(split_of, seed=seed, val_fraction=val_fraction))
+    split = functools.partial(split_of, seed=seed, val_fraction=val_fraction)
+    reader = _Reader(source, config, encode, split, screen)
     with Spill(_SCHEMAS[source.format].append(_TRUNCATED), num_shards) as spill:
         for record in source_records(source, digests):
             made = reader.take(record)
@@ -209,8 +212,10 @@ def read_preferences(
 class _Reader:
     """Turns rows of a source into training rows, with counts."""
 
-    def __init__(self, source: PreferenceSource, config: DatasetsConfig, encode: Encode, split: Any) -> None:
-        self._source, self._config, self._encode, self._split = source, config, encode, split
+    def __init__(
+        self, source: PreferenceSource, config: DatasetsConfig, encode: Encode, split: Any, screen: Screen
+    ) -> None:
+        self._source, self._config, self._encode, self._split, self._screen = source, config, encode, split, screen
         self._rows: dict[Kind, int] = {}
         self._converted: dict[str, Any] = {}
         self._truncated = 0
@@ -227,7 +232,11 @@ class _Reader:
         fault = record.fault and f"{record.where} {record.fault}"
         try:
             if not fault:
-                return make(record.row)
+                made = make(record.row)
+                chats = (made[name] for name in ("prompt", "chosen", "rejected", "completion") if name in made)
+                if self._screen.drops(*(message["content"] for chat in chats for message in chat)):
+                    raise Drop("contaminated")
+                return made
         except BadRow as bad:
             fault = f"{record.where}: {bad}"
         except Drop as drop:

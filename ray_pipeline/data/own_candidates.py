@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import pyarrow as pa
 
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.candidate_sources import CandidateSource, OwnRow, label_of, own_rows
+from ray_pipeline.data.decontamination import Decontaminate, Screen
 from ray_pipeline.data.rows import gather
 from ray_pipeline.data.sources import InputError
 from ray_pipeline.data.spill import Spill
@@ -27,21 +29,23 @@ _NO_SEED = -1
 class _Given(Settings):
     source: CandidateSource
     digests: dict[str, str]
+    decontaminate: Decontaminate | None
 
 
-def own_candidates(source: CandidateSource, prompts: Stage) -> Stage:
+def own_candidates(source: CandidateSource, prompts: Stage, decontaminate: Decontaminate | None = None) -> Stage:
     """The answers of the source's rows, ordered by prompt and place in the source.
 
     Args:
         prompts: the prompts of the same rows (`CandidatePrompts`). A prompt that it does not hold (over a limit) takes
             its candidates with it.
+        decontaminate: of the prompts; the answers are held against the same benchmarks.
     """
     return Stage(
         name="candidates",
-        # The prompts' fingerprint holds the digests of the same files.
+        # The prompts' fingerprint holds the digests of the same files and benchmarks.
         work=WholeWork(
             function=import_candidates,
-            settings=_Given(source=source, digests=dict(prompts.external)),
+            settings=_Given(source=source, digests=dict(prompts.external), decontaminate=decontaminate),
             tables=("candidates",),
         ),
         config=source.decisive(),
@@ -59,7 +63,8 @@ def import_candidates(given: WholeInput) -> dict[str, Any]:
     out = ShardedTable(given.folder.location, "candidates", given.num_shards, given.fingerprint)
     with Spill(_SPILLED, given.num_shards) as spill:
         try:
-            for row in _answers(_kept(settings, known, counts), label_of(settings.source)):
+            screen = Screen(settings.decontaminate, "answers", settings.digests)
+            for row in _answers(_kept(settings, known, counts, screen), label_of(settings.source)):
                 spill.add(row)
                 ends[row["finish_reason"]] += 1
         except InputError as error:
@@ -67,11 +72,11 @@ def import_candidates(given: WholeInput) -> dict[str, Any]:
         for shard in range(given.num_shards):
             out.write(shard, _numbered(_by_prompt(spill.read(shard))))
     given.log(", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in counts.items()))
-    return {"counts": dict(ends), "source": counts}
+    return {"counts": dict(ends), "source": counts, "warnings": screen.warnings(), **screen.facts()}
 
 
-def _kept(settings: _Given, known: set[str], counts: dict[str, int]) -> Iterator[tuple[str, OwnRow]]:
-    """Prompt id and row of every row whose prompt is in the run."""
+def _kept(settings: _Given, known: set[str], counts: dict[str, int], screen: Screen) -> Iterator[tuple[str, OwnRow]]:
+    """Prompt id and row of every row whose prompt is in the run, with the answers that are kept."""
     for row in own_rows(settings.source, settings.digests):
         counts["rows"] += 1
         counts["malformed_rows"] += row.fault is not None
@@ -87,8 +92,11 @@ def _kept(settings: _Given, known: set[str], counts: dict[str, int]) -> Iterator
             continue
         name = prompt_id(row.messages)
         if name in known:
-            counts["kept"] += len(row.answers)
-            yield name, row
+            clean = [answer for answer in row.answers if not screen.drops(answer.text)]
+            if len(clean) < len(row.answers):
+                counts["contaminated"] = counts.get("contaminated", 0) + len(row.answers) - len(clean)
+            counts["kept"] += len(clean)
+            yield name, dataclasses.replace(row, answers=clean)
         else:
             counts["of_no_prompt"] += len(row.answers)
 

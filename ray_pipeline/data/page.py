@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pyarrow as pa
 
 from ray_pipeline.data.critic_stats import CriticStats
+from ray_pipeline.data.decontamination import contamination_lines
 from ray_pipeline.data.distributions import Histogram, length_histogram, score_histogram
 from ray_pipeline.data.gate_stats import GateStats, GeneratorStats, SourceAgreement
 from ray_pipeline.data.judge_stats import JudgeStats, JudgingStats
@@ -206,6 +208,27 @@ def critic_section(critic: CriticStats) -> Section:
         for failure, count in critic.failure_types.items()
     ]
     return Section("critic", "Critic", [Text(summary), Table(["failure type", "critiques"], rows)])
+
+
+def contamination_section(found: Sequence[Mapping[str, Any]]) -> Section | None:
+    """What overlaps with benchmarks (`prompts.decontaminate`); None where nothing was held against any."""
+    rows: Rows = [
+        [
+            one["what"],
+            name,
+            number(counts["texts"]),
+            number(one["checked"]),
+            number(counts["overlapping"]),
+            number(counts["exact"]),
+        ]
+        for one in found
+        for name, counts in one["benchmarks"].items()
+    ]
+    columns = ["what", "benchmark", "its texts", "compared", "overlapping", "of them equal"]
+    blocks = [Text(f"{what}: {line}.") for what, line in contamination_lines(found, by_benchmark=False).items()]
+    if not rows:
+        return None
+    return Section("contamination", "Overlap with benchmarks", [*blocks, Table(columns, rows, text_columns=2)])
 
 
 def datasets_section(

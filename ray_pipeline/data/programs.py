@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+import ray_pipeline.data.answer_checkers  # noqa: F401 (registers its checkers)
 from ray_pipeline.agents.judges import Rubric
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.constraints.official import CheckersMissing
@@ -22,8 +23,13 @@ class ProgramJudge(Settings):
 
     name: str = Field(description="name of the judge in the tables")
     checker: str = Field(
-        description="`ifeval` or `ifeval_loose` (the official checkers, for prompts with constraints), or a file that "
-        "registers a checker (my_checker.py)"
+        description="`ifeval` or `ifeval_loose` (the official checkers, for prompts with constraints), `regex`, "
+        "`json_schema`, `answer` (the prompt's reference answer), or a file that registers a checker (my_checker.py)"
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="keys of the checker: `pattern` of `regex`; `schema` of `json_schema`; `reference`, `compare`, "
+        "`pattern` and `tolerance` of `answer`; those of a class that your file registers",
     )
     low: int = Field(1, description="score where no requirement is met")
     high: int = Field(10, description="score where all are met; a share between them is mapped linearly")
@@ -79,9 +85,9 @@ def programs(
     )
 
 
-def _runnable(checker: str) -> Check:
+def _runnable(program: ProgramJudge) -> Check:
     try:
-        return check_checker(checker)
+        return check_checker(program.checker, program.options)
     except CheckersMissing as error:  # on this node
         raise StageStop(str(error)) from error
 
@@ -93,7 +99,7 @@ def judge_shard(given: ShardInput) -> ShardOutput:
     """
     settings: _Judging = given.settings
     meta = dict(zip(*(given.tables["prompts"][name].to_pylist() for name in ("prompt_id", "meta")), strict=True))
-    checks = {program.name: _runnable(program.checker) for program in settings.programs}
+    checks = {program.name: _runnable(program) for program in settings.programs}
     rows: list[dict[str, Any]] = []
     for answer in answers_of(given.tables["prompts"], *(given.tables[role] for role in settings.answers)):
         for program in settings.programs:

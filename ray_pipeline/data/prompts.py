@@ -9,13 +9,14 @@ from __future__ import annotations
 import collections
 import heapq
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from pydantic import Field, field_validator
 
 from ray_pipeline.config.settings import Settings
+from ray_pipeline.data.decontamination import Decontaminate, Screen
 from ray_pipeline.data.rows import add_counts, gather
 from ray_pipeline.data.sources import (
     HuggingFaceSource,
@@ -23,7 +24,9 @@ from ray_pipeline.data.sources import (
     PromptSource,
     Source,
     SourceRow,
+    digests_of,
     named_sources,
+    pinned,
 )
 from ray_pipeline.data.sources.chats import BadRow, messages_of
 from ray_pipeline.data.spill import Spill
@@ -45,7 +48,8 @@ _SOURCE_NUMBER = pa.field("number", pa.int32(), nullable=False)
 #: Malformed rows that are named, of each source; all are counted.
 FAULTS_SHOWN = 20
 
-#: Reasons for which a row of a source is not a prompt of the run, in the order in which they are applied.
+#: Reasons for which a row of a source is not a prompt of the run, in the order in which they are applied. After
+#: `duplicate` there is `contaminated`, counted where `prompts.decontaminate` is set.
 DROPPED = ("malformed", "empty", "duplicate", "over_limit", "duplicate_across_sources", "over_max_prompts")
 
 
@@ -70,6 +74,12 @@ class PromptsConfig(Settings):
     )
     val_fraction: float = Field(0.05, ge=0, lt=1, description="expected share of held-out prompts")
     num_shards: int = Field(64, description="how many shards every later table has; divides 1,024")
+    decontaminate: Decontaminate | None = Field(
+        None,
+        description="hold prompts, and answers that the user brings (`candidates.source`, `preferences`), against "
+        "benchmarks: a shared run of 13 words, or equal word for word; default: nothing is compared",
+        exclude_if=lambda block: block is None,
+    )
 
     @field_validator("num_shards")
     @classmethod
@@ -83,11 +93,23 @@ def source_digests(config: PromptsConfig) -> dict[str, str]:
     Raises:
         InputError: a source cannot be found.
     """
-    return {
-        _digest_name(name, part): value
-        for name, source in named_sources(config.sources)
-        for part, value in source.digest().items()
-    }
+    against = {} if config.decontaminate is None else config.decontaminate.digests()
+    return digests_of(named_sources(config.sources)) | against
+
+
+class ReadPrompts(NamedTuple):
+    """What `read_prompts` did.
+
+    Attributes:
+        counts: `read`, `dropped` by reason, `kept`, `train`, `val`, and under `sources` for each source `read`,
+            `dropped` by reason and `kept`; read = kept + the sum of dropped.
+        faults: of malformed rows, with file and line; the first of each source.
+        screen: what overlaps with benchmarks.
+    """
+
+    counts: dict[str, Any]
+    faults: list[str]
+    screen: Screen
 
 
 def read_prompts(
@@ -95,18 +117,15 @@ def read_prompts(
     write: Callable[[int, pa.Table], object],
     num_shards: int,
     digests: Mapping[str, str] | None = None,
-) -> tuple[dict[str, Any], list[str]]:
-    """Read all sources, drop empty prompts and duplicates, and apply the caps. One shard is in memory, and all ids.
+) -> ReadPrompts:
+    """Read all sources, drop empty prompts, duplicates and those that overlap with a benchmark, and apply the caps.
+
+    One shard is in memory, all ids, and the texts of the benchmarks.
 
     Args:
         write: is called with each shard and its table, in order; schema PROMPTS, sorted by prompt_id.
         digests: what `source_digests` returned; Hub datasets are then read at exactly those commits, even if there
             is a push in between. Without it, at the newest commit of their revision.
-
-    Returns:
-        Counts: `read`, `dropped` by reason, `kept`, `train`, `val`, and under `sources` for each source `read`,
-        `dropped` by reason and `kept`; read = kept + the sum of dropped. And faults of malformed rows, with file and
-        line; the first of each source.
 
     Raises:
         InputError: a source is missing, empty or does not match its configuration, or no prompt is left.
@@ -115,15 +134,19 @@ def read_prompts(
     by_source: dict[str, dict[str, Any]] = {}
     faults: list[str] = []
     splits: collections.Counter[str] = collections.Counter()
+    screen = Screen(config.decontaminate, "prompts", digests)
     with Spill(PROMPTS.append(_SOURCE_NUMBER), num_shards) as spill:
-        for number, (name, source) in enumerate(named_sources(config.sources)):
-            if digests is not None:
-                source = source.pinned(_digests_of(name, digests))
-            ids, counts = _read_source(source, config, faults, number, spill)
+        for number, (name, source) in enumerate(pinned(named_sources(config.sources), digests)):
+            ids, counts = _read_source(source, config, faults, number, spill, screen)
             new = [prompt for prompt in ids if prompt not in source_of]
             source_of.update(dict.fromkeys(new, number))
             counts["dropped"]["duplicate_across_sources"] = len(ids) - len(new)
             by_source[name] = counts
+        if not source_of:
+            raise InputError(
+                "all prompts overlap with a benchmark; set prompts.decontaminate.action to warn, or check "
+                "prompts.decontaminate.against"
+            )
         found = collections.Counter(source_of.values())
         kept = {prompt: source_of[prompt] for prompt in _smallest(source_of, config.max_prompts, config.seed)}
         of_source = collections.Counter(kept.values())
@@ -135,7 +158,8 @@ def read_prompts(
             splits.update(part["split"].to_pylist())
             write(shard, part)
     total = add_counts(list(by_source.values()))
-    return {**total, "train": splits["train"], "val": splits["val"], "sources": by_source}, faults
+    counts = {**total, "train": splits["train"], "val": splits["val"], "sources": by_source}
+    return ReadPrompts(counts, faults, screen)
 
 
 def _of_shard(table: pa.Table, kept: Mapping[str, int]) -> pa.Table:
@@ -150,23 +174,12 @@ def split_of(prompt: str, seed: int, val_fraction: float) -> str:
     return "val" if unit_hash("split", seed, prompt) < val_fraction else "train"
 
 
-def _digest_name(source: str, part: str) -> str:
-    return source if source == part else f"{source}: {part}"
-
-
-def _digests_of(source: str, digests: Mapping[str, str]) -> dict[str, str]:
-    """The digests of one source by part: the inverse of `_digest_name`."""
-    before = f"{source}: "
-    own = {name.removeprefix(before): value for name, value in digests.items() if name.startswith(before)}
-    return own | {source: digests[source]} if source in digests else own
-
-
 def _read_source(
-    source: PromptSource, config: PromptsConfig, faults: list[str], number: int, spill: Spill
+    source: PromptSource, config: PromptsConfig, faults: list[str], number: int, spill: Spill, screen: Screen
 ) -> tuple[list[str], dict[str, Any]]:
     """Ids of the distinct prompts of one source, cut to its limit, and its counts; its first faults join `faults`."""
     counts: dict[str, Any] = {"read": 0, "dropped": dict.fromkeys(DROPPED, 0), "kept": 0}
-    seen: dict[str, None] = {}
+    seen: dict[str, bool] = {}  # whether it is kept
     own: list[str] = []
     for row in source.rows():
         counts["read"] += 1
@@ -184,7 +197,10 @@ def _read_source(
         if prompt in seen:
             counts["dropped"]["duplicate"] += 1
             continue
-        seen[prompt] = None
+        seen[prompt] = not screen.drops(*(message["content"] for message in messages))
+        if not seen[prompt]:
+            counts["dropped"]["contaminated"] = counts["dropped"].get("contaminated", 0) + 1
+            continue
         spill.add(
             {
                 "prompt_id": prompt,
@@ -206,8 +222,9 @@ def _read_source(
             raise InputError(f"{where}: {bad} of {counts['read']} rows are malformed, the others empty. {own[0]}")
         raise InputError(f"{where}: all {counts['read']} rows of column {column!r} are empty; choose another column")
     faults += own
-    ids = _smallest(seen, source.cap, config.seed)
-    counts["dropped"]["over_limit"] = len(seen) - len(ids)
+    kept = [prompt for prompt, clean in seen.items() if clean]
+    ids = _smallest(kept, source.cap, config.seed)
+    counts["dropped"]["over_limit"] = len(kept) - len(ids)
     return ids, counts
 
 
@@ -265,11 +282,15 @@ def make_prompts(given: WholeInput) -> dict[str, Any]:
     settings: _PromptsGiven = given.settings
     table = ShardedTable(given.folder.location, "prompts", given.num_shards, given.fingerprint)
     try:
-        counts, faults = read_prompts(settings.prompts, table.write, given.num_shards, settings.digests)
+        counts, faults, screen = read_prompts(settings.prompts, table.write, given.num_shards, settings.digests)
     except InputError as error:
         raise BadInput(str(error)) from error
     given.log(kept_line(counts))
-    return {"counts": counts, "warnings": malformed_rows(given.log, counts, faults)}
+    return {
+        "counts": counts,
+        "warnings": malformed_rows(given.log, counts, faults) + screen.warnings(),
+        **screen.facts(),
+    }
 
 
 def kept_line(counts: Mapping[str, Any]) -> str:

@@ -37,6 +37,11 @@ class Prices(Settings):
     currency: str = Field("USD", description="three-letter code")
     source: str = Field("", description="source and date of the prices, as free text")
 
+    def times(self, share: float) -> Prices:
+        """The prices of calls that cost this share."""
+        priced = {name: getattr(self, name) for name in ("input", "output", "cached_input")}
+        return self.model_copy(update={name: share * price for name, price in priced.items() if price is not None})
+
     def of(self, prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> float:
         """Price of a number of tokens; `cached_tokens` are among the `prompt_tokens`."""
         cached = self.input if self.cached_input is None else self.cached_input
@@ -70,10 +75,11 @@ class Account:
     Before `settle` names a call log, the total is the engine's own usage.
     """
 
-    def __init__(self, base_url: str, model: str) -> None:
+    def __init__(self, base_url: str, model: str, *, in_batches: bool = False) -> None:
+        # Calls in batches have other prices, so they have an account of their own.
         self.own = Used()
         self._others = Used()
-        self._about = {"base_url": base_url, "model": model}
+        self._about = {"base_url": base_url, "model": model} | ({"in_batches": True} if in_batches else {})
         self._name = f"{uuid.uuid4().hex[:12]}.json"
         self._folder: Folder | None = None
         self._written = Used()

@@ -31,7 +31,7 @@ class Budget:
 
     def __init__(self, spec: OpenAISpec, lifetime: Lifetime) -> None:
         self._spec, self._lifetime = spec, lifetime
-        self.account = Account(spec.endpoint.address, spec.model)
+        self.account = Account(spec.endpoint.address, spec.model, in_batches=spec.batch is not None)
         self.in_progress = 0
         self._reserved = 0.0  # maximum cost of the calls in progress
         self._released = asyncio.Event()

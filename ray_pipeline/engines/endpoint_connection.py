@@ -23,6 +23,7 @@ from ray_pipeline.engines.endpoint_replies import Charge, ServedModels, reported
 from ray_pipeline.engines.endpoint_settings import STRUCTURED, OpenAISpec
 from ray_pipeline.engines.endpoint_transports import Response, Transport, transport
 from ray_pipeline.engines.lifetime import Lifetime
+from ray_pipeline.store.files import Folder
 from ray_pipeline.store.outside import json_integer
 
 _REPLY_BYTES = 16 << 20  # limit of a body beside the reply's tokens, and of the list of models
@@ -112,14 +113,10 @@ class Connection:
         )
         refused = functools.partial(self._refusal, asked)
         self.requests += 1
-        timeout, patience = self._settings.timeout_s, self._settings.patience_s
-        value = await self._exchange(
-            "POST",
-            "chat/completions",
+        value = await self._reply(
             {"model": self._spec.model, **body},
             refused,
-            # The short call at the start is limited by the patience, not by the time limit of a long reply.
-            seconds=min(timeout, patience) if starting else timeout,
+            starting=starting,
             most_bytes=_REPLY_BYTES + _TOKEN_BYTES * sampling.max_tokens * (1 + (sampling.logprobs or 0)),
             unread=lambda: charge(Used(1, prompt_tokens, 0, sampling.max_tokens)),
         )
@@ -132,6 +129,20 @@ class Connection:
             raise refused(code if type(code) is int and 400 <= code < 600 else 500, {}, json.dumps(value))
         return value
 
+    async def _reply(
+        self, body: Mapping[str, Any], refused: Refuse, *, starting: bool, most_bytes: int, unread: Callable[[], None]
+    ) -> Any:
+        """The JSON reply to one call; arguments as of `post` and `_exchange`."""
+        timeout, patience = self._settings.timeout_s, self._settings.patience_s
+        # The short call at the start is limited by the patience, not by the time limit of a long reply.
+        seconds = min(timeout, patience) if starting else timeout
+        return await self._exchange(
+            "POST", "chat/completions", body, refused, seconds=seconds, most_bytes=most_bytes, unread=unread
+        )
+
+    async def settle(self, root: Folder) -> None:
+        """Take up what is known under `root`, the call log's folder; of single requests, nothing is."""
+
     async def list_models(self) -> Any:
         """One request for the list of models. Raises EngineError if there is none."""
         seconds = min(self._settings.timeout_s, self._settings.patience_s)
@@ -141,16 +152,37 @@ class Connection:
         self,
         method: str,
         path: str,
-        body: Mapping[str, Any] | None,
+        body: Mapping[str, Any] | bytes | None,
+        refused: Refuse,
+        *,
+        unread: Callable[[], None] = lambda: None,
+        **limits: Any,
+    ) -> Any:
+        """The JSON reply to one request; arguments and exceptions as of `_content`."""
+        content = await self._content(method, path, body, refused, unread=unread, **limits)
+        try:
+            return json.loads(content, parse_int=json_integer)
+        except (ValueError, RecursionError):
+            unread()
+            start = clean(content[:80].decode("utf-8", "replace"), self.key)
+            raise Again(f"the reply is not JSON: {start!r}", "call") from None
+
+    async def _content(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | bytes | None,
         refused: Refuse,
         *,
         seconds: float,
         most_bytes: int,
         unread: Callable[[], None] = lambda: None,
-    ) -> Any:
-        """The JSON reply to one request; raises the matching exception otherwise.
+        content_type: str = "application/json",
+    ) -> bytes:
+        """The body of the reply to one request; raises the matching exception otherwise.
 
         Args:
+            body: plain data, which is sent as JSON, or bytes of `content_type`.
             seconds: limit of the whole request.
             unread: called if a reply was sent that cannot be read.
         """
@@ -160,10 +192,10 @@ class Connection:
         status, content = 0, b""
         headers: Mapping[str, str] = {}
         try:
-            sent = None if body is None else _encoded(body)
+            sent = body if body is None or isinstance(body, bytes) else encoded(body)
             async with (
                 asyncio.timeout(seconds),
-                http.stream(method, f"{self._settings.address}/{path}", sent) as response,
+                http.stream(method, f"{self._settings.address}/{path}", sent, content_type) as response,
             ):
                 status, headers = response.status, response.headers
                 content = await _read(response, most_bytes)
@@ -174,12 +206,7 @@ class Connection:
                 raise self._failure(http, error, method) from None
         if not 200 <= status < 300:
             raise refused(status, headers, content.decode("utf-8", "replace"))
-        try:
-            return json.loads(content, parse_int=json_integer)
-        except (ValueError, RecursionError):
-            unread()
-            start = clean(content[:80].decode("utf-8", "replace"), self.key)
-            raise Again(f"the reply is not JSON: {start!r}", "call") from None
+        return content
 
     def _failure(self, http: Transport, error: Exception, method: str) -> Exception:
         """The exception for a request that ended without a whole reply."""
@@ -219,7 +246,7 @@ class Connection:
         return EngineStop(f"{self._spec.model!r} at {address}: {error}")
 
 
-def _encoded(body: Mapping[str, Any]) -> bytes:
+def encoded(body: Mapping[str, Any]) -> bytes:
     """A body as JSON. Raises ValueError for text or numbers that JSON cannot hold."""
     return json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
 

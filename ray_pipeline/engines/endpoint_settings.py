@@ -35,8 +35,20 @@ STRUCTURED = frozenset({"response_format", "structured_outputs", "guided_json", 
 _NEVER = frozenset({"model", "messages", "n", "stream", "stream_options", "tools", "tool_choice", "functions"})
 
 
+class BatchSettings(Settings):
+    """The `batch` block of an endpoint on engine `openai_batch`."""
+
+    requests: int = Field(50_000, ge=1, description="maximum number of calls in a batch; of each actor, in flight")
+    quiet_s: float = Field(
+        10.0, gt=0, description="a batch is sent once no further call has come for so many seconds, or when it is full"
+    )
+    poll_s: float = Field(30.0, gt=0, description="seconds between two looks at a batch")
+    window: str = Field("24h", description="completion window that is asked for")
+    price: float = Field(0.5, ge=0, description="share of `prices` (or of list prices) that calls in batches cost")
+
+
 class EndpointSettings(Settings):
-    """The `endpoint` block of a model on engine `openai`."""
+    """The `endpoint` block of a model on engine `openai` or `openai_batch`."""
 
     base_url: str = Field(description="address up to and with the version, for example https://api.openai.com/v1")
     identity: str | None = Field(
@@ -88,6 +100,12 @@ class EndpointSettings(Settings):
         None, gt=0, description="maximum cost of this model at this endpoint, over all runs that share the call log"
     )
 
+    batch: BatchSettings | None = Field(
+        None,
+        description="only for engine openai_batch: how calls are put together, and what they cost",
+        exclude_if=lambda block: block is None,
+    )
+
     @model_validator(mode="after")
     def _check(self) -> EndpointSettings:
         # Not at the fields: an error at a field shows its value, which might be a password or a key.
@@ -132,6 +150,7 @@ class OpenAISpec:
         canary: check at the start, with one short call, that the model answers and obeys structured output.
         share: number of actors that share the limits per minute.
         keeps_thoughts: whether thoughts stay in the text of a reply.
+        batch: how calls are put together; None: each is a request.
     """
 
     model: str
@@ -139,6 +158,7 @@ class OpenAISpec:
     canary: bool = True
     share: int = 1
     keeps_thoughts: bool = False
+    batch: BatchSettings | None = None
 
 
 def validate_request_extra(extra: Mapping[str, Any] | Sequence[tuple[str, Any]]) -> None:

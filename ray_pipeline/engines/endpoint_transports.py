@@ -39,9 +39,11 @@ class Response(NamedTuple):
 
 
 class Transport(Protocol):
-    """Makes requests with JSON bodies; created on the event loop that uses it."""
+    """Makes requests; created on the event loop that uses it."""
 
-    def stream(self, method: str, url: str, body: bytes | None) -> AbstractAsyncContextManager[Response]:
+    def stream(
+        self, method: str, url: str, body: bytes | None, content_type: str
+    ) -> AbstractAsyncContextManager[Response]:
         """One request."""
         ...
 
@@ -60,7 +62,7 @@ def transport(settings: EndpointSettings, headers: Mapping[str, str]) -> Transpo
 
 
 def _headers(headers: Mapping[str, str]) -> dict[str, str]:
-    return {**headers, "Accept": "application/json", "Content-Type": "application/json"}
+    return {**headers, "Accept": "application/json"}
 
 
 class AiohttpTransport:
@@ -85,8 +87,11 @@ class AiohttpTransport:
         )
 
     @contextlib.asynccontextmanager
-    async def stream(self, method: str, url: str, body: bytes | None) -> AsyncIterator[Response]:
-        async with self._session.request(method, url, data=body, allow_redirects=False, proxy=self._proxy) as response:
+    async def stream(self, method: str, url: str, body: bytes | None, content_type: str) -> AsyncIterator[Response]:
+        headers = {"Content-Type": content_type}
+        async with self._session.request(
+            method, url, data=body, headers=headers, allow_redirects=False, proxy=self._proxy
+        ) as response:
             yield Response(response.status, response.headers, response.content.iter_any())
 
     def trouble(self, error: Exception) -> Trouble | None:
@@ -121,8 +126,9 @@ class HttpxTransport:
         )
 
     @contextlib.asynccontextmanager
-    async def stream(self, method: str, url: str, body: bytes | None) -> AsyncIterator[Response]:
-        async with self._client.stream(method, url, content=body) as response:
+    async def stream(self, method: str, url: str, body: bytes | None, content_type: str) -> AsyncIterator[Response]:
+        headers = {"Content-Type": content_type}
+        async with self._client.stream(method, url, content=body, headers=headers) as response:
             yield Response(response.status_code, response.headers, response.aiter_bytes(1 << 16))
 
     def trouble(self, error: Exception) -> Trouble | None:

@@ -13,8 +13,9 @@ from pydantic import Field, model_validator
 from ray_pipeline.config.blocks import Room
 from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.config.settings import Settings
+from ray_pipeline.engines.account import Prices
 from ray_pipeline.engines.base import ChatEngine
-from ray_pipeline.engines.endpoint_settings import EndpointSettings, OpenAISpec, validate_request_extra
+from ray_pipeline.engines.endpoint_settings import BatchSettings, EndpointSettings, OpenAISpec, validate_request_extra
 from ray_pipeline.engines.identity import ModelNotFound, model_identity, text_digest
 from ray_pipeline.engines.openai import OpenAIEngine
 from ray_pipeline.engines.packaged import PREFIX, default_dtype, packaged_model
@@ -24,6 +25,9 @@ from ray_pipeline.pocket import model_path
 from ray_pipeline.store.locations import join
 
 EngineFactory = Callable[[], ChatEngine]
+
+#: `placement.shards_in_flight` of a model on engine openai_batch where it is not set.
+_BATCHED_SHARDS = 256
 
 #: Share of a GPU's memory that engines on it may take together; the rest is for their CUDA contexts.
 _MEMORY_SHARE = 0.9
@@ -47,7 +51,7 @@ class Placement(Room):
         3,
         ge=1,
         description="shards that an actor works on at once, so that its engine never drains; small shards count "
-        "together as one",
+        "together as one; default with engine openai_batch: 256",
     )
     concurrency: int | None = Field(
         None,
@@ -82,15 +86,19 @@ class ModelSettings(Settings):
     of one engine are errors under the other.
     """
 
-    engine: Literal["vllm", "openai"] = Field(
-        "vllm", description="vllm: served locally; openai: an OpenAI-compatible endpoint"
+    engine: Literal["vllm", "openai", "openai_batch"] = Field(
+        "vllm",
+        description="vllm: served locally; openai: an OpenAI-compatible endpoint; openai_batch: the same in batches "
+        "(files and /v1/batches), which take up to a day and cost half",
     )
     model: str = Field(
         description="folder, Hub name, `pocket:NAME` (policy, judge, reviewer, generator), or `smol:135m-instruct` "
         "(a real small model without a hub); "
-        "engine openai: the endpoint's name for it"
+        "engine openai or openai_batch: the endpoint's name for it"
     )
-    endpoint: EndpointSettings | None = Field(None, description="only for engine openai: where the model is served")
+    endpoint: EndpointSettings | None = Field(
+        None, description="only for engines openai and openai_batch: where the model is served"
+    )
     revision: str | None = Field(None, description="branch, tag or commit; default: the newest commit of main")
     adapter: str | None = Field(
         None, description="folder of a LoRA adapter; models that differ in it alone share an engine"
@@ -118,14 +126,27 @@ class ModelSettings(Settings):
     canary: bool = Field(True, description="check at the start, with short calls, that the model answers as expected")
     placement: Placement = Field(Placement(), description="where the actors of the model run and how many there are")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _many_shards_in_a_batch(cls, values: Any) -> Any:
+        """Calls of few shards would be small batches, one after the other, each of which may take a day."""
+        placement = values.get("placement", {}) if isinstance(values, Mapping) else None
+        if isinstance(placement, Mapping) and values.get("engine") == "openai_batch":
+            return {**values, "placement": {"shards_in_flight": _BATCHED_SHARDS, **placement}}
+        return values
+
     @model_validator(mode="after")
     def _keys_of_one_engine(self) -> ModelSettings:
         if self.engine == "vllm":
             if self.endpoint is not None:
-                raise ValueError("endpoint is only for engine openai; set engine: openai, or remove the block")
+                raise ValueError(
+                    "endpoint is only for engines openai and openai_batch; set engine: openai, or remove the block"
+                )
             return self
         if self.endpoint is None:
-            raise ValueError("engine openai needs the endpoint block; add it with at least base_url")
+            raise ValueError(f"engine {self.engine} needs the endpoint block; add it with at least base_url")
+        if self.endpoint.batch is not None and self.engine != "openai_batch":
+            raise ValueError("endpoint.batch is only for engine openai_batch; set engine: openai_batch, or remove it")
         fields = type(self).model_fields
         for name in sorted(set(fields) - {"engine", "model", "endpoint", "canary", "placement", "thoughts"}):
             if getattr(self, name) != fields[name].get_default(call_default_factory=True):
@@ -159,9 +180,21 @@ class ModelSettings(Settings):
     def factory(self) -> EngineFactory:
         if self.endpoint is not None:
             share, keeps = self.placement.max_actors, self.thoughts == "keep"
-            spec = OpenAISpec(self.model, self.endpoint, self.canary, share=share, keeps_thoughts=keeps)
+            prices = self.endpoint.prices and self.charged(self.endpoint.prices)
+            endpoint = self.endpoint.model_copy(update={"prices": prices})
+            spec = OpenAISpec(self.model, endpoint, self.canary, share=share, keeps_thoughts=keeps, batch=self._batch)
             return functools.partial(OpenAIEngine, spec)
         return functools.partial(VllmEngine, self.spec())
+
+    @property
+    def _batch(self) -> BatchSettings | None:
+        if self.engine != "openai_batch" or self.endpoint is None:
+            return None
+        return self.endpoint.batch or BatchSettings()
+
+    def charged(self, prices: Prices) -> Prices:
+        """What calls cost at these prices of the endpoint: in batches, a share of them."""
+        return prices if self._batch is None else prices.times(self._batch.price)
 
     @property
     def shown(self) -> str:
@@ -209,7 +242,7 @@ class ModelSettings(Settings):
         and placement."""
         if self.endpoint is not None:
             kept = {} if self.thoughts == "split" else {"thoughts": self.thoughts}
-            return {"engine": self.engine, **self.endpoint.answers(), **kept}
+            return {"engine": "openai", **self.endpoint.answers(), **kept}
         elsewhere = {"model", "revision", "adapter", "chat_template", "endpoint", "placement", "canary"}
         return {"engine": self.engine, **self.decisive(exclude=elsewhere)}
 
@@ -260,7 +293,10 @@ def resolve_model(model: Any) -> Any:
     """
     if not isinstance(model, Mapping) or not isinstance(model.get("model"), str):
         return model
-    if model.get("engine") == "openai":  # the name is the endpoint's, even if a local folder has it as well
+    if model.get("engine") in (
+        "openai",
+        "openai_batch",
+    ):  # the name is the endpoint's, even if a local folder has it as well
         return model
     name = model["model"]
     if name.startswith("pocket:"):

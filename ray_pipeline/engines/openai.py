@@ -35,6 +35,7 @@ from ray_pipeline.engines.base import (
     PromptTooLong,
     Sampling,
 )
+from ray_pipeline.engines.endpoint_batches import BatchConnection
 from ray_pipeline.engines.endpoint_budget import Budget
 from ray_pipeline.engines.endpoint_connection import Connection
 from ray_pipeline.engines.endpoint_errors import Refused, clean
@@ -94,12 +95,13 @@ class OpenAIEngine:
         self.keeps_thoughts = spec.keeps_thoughts
         self._settings = spec.endpoint
         self._at = f"{spec.model!r} at {spec.endpoint.address}"
-        self.concurrency = self.useful_concurrency = spec.endpoint.concurrency
+        self.concurrency = spec.endpoint.concurrency if spec.batch is None else spec.batch.requests
+        self.useful_concurrency = self.concurrency
         self._slots = asyncio.Semaphore(self.concurrency)
         self._lifetime = Lifetime()
         self._ready = False
         self._requests = Requests(spec, self._warn_once)
-        self._connection = Connection(spec, self._lifetime)
+        self._connection = (Connection if spec.batch is None else BatchConnection)(spec, self._lifetime)
         self._retries = Retries(spec, self._lifetime, self._connection)
         self._budget = Budget(spec, self._lifetime)
         self._refusals = Refusals(self._at, _REMEDY, self._lifetime)
@@ -161,6 +163,7 @@ class OpenAIEngine:
         return prices.of(completion.prompt_tokens, completion.cached_tokens, completion.completion_tokens)
 
     async def settle(self, root: Folder) -> None:
+        await self._connection.settle(root)
         await self._budget.account.settle(root)
 
     def stats(self) -> EndpointStats:

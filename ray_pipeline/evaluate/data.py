@@ -56,6 +56,7 @@ class StageUse:
 class ReportData:
     """Tables have the columns of `ray_pipeline.store.schemas`; only those named here are read, others may be left out.
 
+    contamination      what each stage that compared texts with benchmarks found (`decontamination.Screen.facts`)
     prompt_counts      {"read": n, "kept": n, "dropped": {reason: n}}
     prompts            prompt_id, messages (for the examples only)
     candidates         candidate_id, prompt_id, completion_tokens, and response or response_chars; if known,
@@ -90,6 +91,7 @@ class ReportData:
 
     run: RunIdentity
     prompt_counts: Mapping[str, Any] | None = None
+    contamination: Sequence[Mapping[str, Any]] = ()
     prompts: pa.Table | None = None
     candidates: pa.Table | None = None
     verdicts: pa.Table | None = None

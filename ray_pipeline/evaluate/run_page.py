@@ -8,6 +8,7 @@ from ray_pipeline.bench.page import benchmark_blocks
 from ray_pipeline.data.errors_page import errors_section
 from ray_pipeline.data.page import (
     LABEL_COLOURS,
+    contamination_section,
     critic_section,
     datasets_section,
     generators_section,
@@ -39,6 +40,7 @@ def run_page(data: ReportData, metrics: RunMetrics, first_line: Headline, warnin
     judging, critic, evaluation = metrics.judging, metrics.critic, metrics.evaluation
     sections = [
         _funnel(metrics.funnel),
+        contamination_section(data.contamination),
         labels,
         generators_section(metrics.generators, metrics.source_agreement),
         judges_section(judging, metrics.kappa_intervals, thresholds, audit_slice=slice_only) if judging else None,

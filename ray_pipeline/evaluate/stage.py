@@ -14,6 +14,7 @@ from pydantic import Field
 from ray_pipeline.config.blocks import CallsBlock
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.checkers import CheckerKey, with_truth
+from ray_pipeline.data.decontamination import contamination_of
 from ray_pipeline.data.early_exit import in_audit_slice
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.data.reviewed import HumanLabelsKey
@@ -243,6 +244,7 @@ def report_data(
             stages=DMAPO_STAGES if settings.stages is None else settings.stages,
         ),
         prompt_counts=None if sourced is None else sourced.facts.get("counts"),
+        contamination=contamination_of(result.facts for result in by_name.values()),
         prompts=prompts,
         candidates=candidates,
         verdicts=table_of(by_name, "verdicts"),

@@ -111,7 +111,7 @@ def listed_prices(model: ModelSettings) -> Prices | None:
     """
     endpoint = model.endpoint
     if endpoint is None or endpoint.prices is not None:
-        return None if endpoint is None else endpoint.prices
+        return None if endpoint is None or endpoint.prices is None else model.charged(endpoint.prices)
     try:
         genai_prices: Any = importlib.import_module("genai_prices")
     except ImportError:
@@ -130,7 +130,8 @@ def listed_prices(model: ModelSettings) -> Prices | None:
         return None
     checked = getattr(getattr(about, "provenance", None), "last_verified", None) or "no date given"
     version = importlib.metadata.version("genai-prices")
-    return Prices(input=price_in, output=price_out, source=f"list price of genai-prices {version}, {checked}")
+    found = Prices(input=price_in, output=price_out, source=f"list price of genai-prices {version}, {checked}")
+    return model.charged(found)
 
 
 def given_price(price: float, currency: str) -> DevicePrice:

@@ -52,7 +52,7 @@ def probe(
     Raises:
         StoreError: a stage of the probe failed, or all of its calls were in the log already.
     """
-    total = read_prompts(config.prompt_settings, lambda *_: None, 64)[0]["kept"]
+    total = read_prompts(config.prompt_settings, lambda *_: None, 64).counts["kept"]
     size = min(total, max(_LEAST, math.ceil(total * share)))
     console.print(f"probe: {size} of {total} prompts ({size / total:.1%})", markup=False, highlight=False)
     prompts = config.prompts.model_copy(update={"max_prompts": size, "num_shards": min(config.prompts.num_shards, 8)})

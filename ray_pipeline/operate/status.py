@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from ray_pipeline.engines.batch_records import batches_of
 from ray_pipeline.engines.usage import Usage
 from ray_pipeline.graph.failures import read_failures
 from ray_pipeline.graph.heartbeat import BEAT_SECONDS
@@ -59,6 +60,22 @@ class StageState:
 
 
 @dataclasses.dataclass
+class BatchState:
+    """An open batch of calls (`engine: openai_batch`) in the run's call log, as the run saw it last.
+
+    Attributes:
+        id: the server's number; "" while it is being sent.
+        age_seconds: since it was recorded, by the clock of the machine that did.
+    """
+
+    id: str
+    model: str
+    calls: int
+    status: str
+    age_seconds: float
+
+
+@dataclasses.dataclass
 class RunState:
     """A run folder at one moment."""
 
@@ -66,6 +83,7 @@ class RunState:
     workflow: str
     life: Life
     stages: list[StageState]
+    batches: list[BatchState] = dataclasses.field(default_factory=list)
 
     @property
     def failed(self) -> list[StageState]:
@@ -89,6 +107,7 @@ class RunState:
             "life": self.life,
             "eta_seconds": self.eta_seconds,
             "stages": [stage.plain() for stage in self.stages],
+            "batches": [vars(batch) for batch in self.batches],
         }
 
 
@@ -132,7 +151,7 @@ class Watch:
             for stage in stages:
                 stage.eta_seconds = stage.rows_per_second = stage.tokens_per_second = None
                 stage.status, stage.phase = "stopped" if stage.status == "running" else stage.status, ""
-        return RunState(self.folder.location, run.workflow, life, stages)
+        return RunState(self.folder.location, run.workflow, life, stages, _open_batches(run))
 
     def until_ended(self, every: float) -> Iterator[RunState]:
         """The state of the run now and every `every` seconds, until the run ends or goes silent."""
@@ -247,6 +266,15 @@ class Watch:
         state.shards_quarantined = sum(f.quarantined for f in failures.values())
         state.calls_failed = sum(f.calls for f in failures.values())
         return dict(sorted(collections.Counter(f"shards.{f.kind}" for f in failures.values()).items()))
+
+
+def _open_batches(run: Run) -> list[BatchState]:
+    now = time.time()
+    return [
+        BatchState(batch.id, batch.model, len(batch.ids), batch.status, max(now - batch.created, 0.0))
+        for batch in (batches_of(Folder(run.calls_root)) if run.calls_root else ())
+        if batch.open
+    ]
 
 
 def bad_rows(counts: Mapping[str, Any]) -> dict[str, int]:

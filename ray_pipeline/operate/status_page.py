@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ray_pipeline.graph.progress import duration
-from ray_pipeline.operate.status import RunState, StageState
+from ray_pipeline.operate.status import BatchState, RunState, StageState
 
 _LIFE = {
     "running": "running",
@@ -51,8 +51,14 @@ def stage_line(stage: StageState) -> str:
     return f"{stage.name:<28} {stage.status:<8} {', '.join(parts)}".rstrip()
 
 
+def batch_line(batch: BatchState) -> str:
+    """One line about an open batch."""
+    age = duration(batch.age_seconds)
+    return f"batch {batch.id or '(no number yet)'}: {batch.calls:,} calls of {batch.model}, {batch.status}, {age} old"
+
+
 def lines(state: RunState) -> list[str]:
-    return [head_line(state), *(stage_line(stage) for stage in state.stages)]
+    return [head_line(state), *(stage_line(stage) for stage in state.stages), *map(batch_line, state.batches)]
 
 
 def picture(state: RunState) -> Group:
@@ -84,4 +90,4 @@ def picture(state: RunState) -> Group:
         )
     waiting = sum(stage.status == "waiting" for stage in state.stages)
     foot = [Text(f"{waiting} stages waiting", style="dim")] if waiting else []
-    return Group(Text(head_line(state)), table, *foot)
+    return Group(Text(head_line(state)), table, *foot, *(Text(batch_line(batch)) for batch in state.batches))

@@ -135,8 +135,8 @@ class RunConfig(ConfigFile):
 
     def prices(self) -> dict[str, Prices]:
         """Prices of endpoints by the model's key."""
-        priced = {key: m.endpoint.prices for key, m in self.served().items() if m.endpoint is not None}
-        return {key: prices for key, prices in priced.items() if prices is not None}
+        priced = {key: (m, m.endpoint.prices) for key, m in self.served().items() if m.endpoint is not None}
+        return {key: model.charged(prices) for key, (model, prices) in priced.items() if prices is not None}
 
     def currency(self) -> str:
         """The currency of all prices; USD if there are none. Raises ConfigError for several currencies."""

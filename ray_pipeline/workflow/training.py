@@ -20,6 +20,7 @@ from ray_pipeline.engines.base import EngineStartError
 from ray_pipeline.engines.identity import ModelNotFound
 from ray_pipeline.engines.models import ModelSettings, ModelUse, resolve_model
 from ray_pipeline.evaluate.stage import ReportSettings, evaluate
+from ray_pipeline.extensions import names
 from ray_pipeline.graph.stage import Stage
 from ray_pipeline.policy.comparisons import EvaluateSettings
 from ray_pipeline.store.keys import digest
@@ -44,6 +45,27 @@ class TrainingConfig(RunConfig):
         "lengths of training rows; default: an estimate of one token per 4 bytes of text",
     )
     evaluate: EvaluateSettings = EvaluateSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _benchmarks_of_the_run(cls, values: Any) -> Any:
+        """`prompts.decontaminate` without `against`, or with names of benchmarks of the run: their blocks."""
+        prompts = values.get("prompts") if isinstance(values, Mapping) else None
+        block = prompts.get("decontaminate") if isinstance(prompts, Mapping) else None
+        measured = values.get("benchmarks") if isinstance(block, Mapping) else None
+        if not isinstance(measured, Mapping):
+            return values
+        own = measured.get("own") if isinstance(measured.get("own"), Mapping) else {}
+        named = own | {
+            name: {"type": name, **keys}
+            for name, keys in measured.items()
+            if name in names("benchmark") and isinstance(keys, Mapping)
+        }
+        against = block.get("against", list(named))
+        if not isinstance(against, list):
+            return values
+        against = [named.get(one, one) if isinstance(one, str) else one for one in against]
+        return {**values, "prompts": {**prompts, "decontaminate": {**block, "against": against}}}
 
     @property
     def num_shards(self) -> int:
@@ -212,10 +234,10 @@ def rubric_models(judge: JudgeSettings) -> dict[str, str]:
     return {rubric.name: rubric.model or judge.model for rubric in judge.rubrics}
 
 
-def require_checker(key: str, checker: str) -> None:
+def require_checker(key: str, checker: str, options: Mapping[str, Any] | None = None) -> None:
     """Raises ConfigError if the checker of this key cannot run here."""
     try:
-        check_checker(checker)
+        check_checker(checker, options)
     except ValueError as error:
         raise ConfigError(f"{key}: {error}") from error
 

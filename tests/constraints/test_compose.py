@@ -12,9 +12,9 @@ from pydantic import ValidationError
 
 from ray_pipeline.constraints.compose import KINDS, Kind, combinations, compose
 from ray_pipeline.constraints.official import Checkers
+from ray_pipeline.data.decontamination import Overlaps
 from ray_pipeline.data.prompts import PromptsConfig
 from ray_pipeline.data.sources import ConstrainedSource, InputError
-from tests.constraints.overlap import GRAM, Benchmark, grams
 from tests.prompt_sets import load_prompts
 from tests.published import DATA, json_lines, needs
 
@@ -103,36 +103,16 @@ def test_what_the_sentence_asks_for_is_what_the_checker_looks_for(kind: Kind, of
 
 # --- decontamination --------------------------------------------------------------------------------------------------
 
-WORDS = "please name the seven bridges of our town and say who built each of them first"
-
-
-def test_overlap_by_words_and_by_combination() -> None:
-    benchmark = Benchmark([(WORDS, ["a:one", "a:two"]), ("Be brief!", ["a:one"])])
-    assert benchmark.overlap("Another text altogether.", ["a:two"]) == (0, False)
-    assert benchmark.overlap(f"Now: {WORDS.upper()}!", ["a:three"]) == (len(WORDS.split()) - GRAM + 1, False)
-    assert benchmark.overlap(" ".join(WORDS.split()[: GRAM - 1]), []) == (0, False)
-    assert benchmark.overlap("be  brief", []) == (1, False)
-    assert benchmark.overlap("x", ["a:two", "a:one"]) == (0, True)
-    # One constraint is a kind, not a combination; a third makes another combination; twice is not once.
-    assert not any(benchmark.overlap("x", ids).combination for ids in (["a:one"], ["a:one", "a:two", "b:c"]))
-    assert not benchmark.overlap("x", ["a:one", "a:two", "a:two"]).combination
-
-
-@given(st.lists(st.sampled_from("abc"), max_size=30), st.lists(st.sampled_from("abc"), max_size=30))
-def test_texts_overlap_exactly_where_they_share_a_run(one: list[str], other: list[str]) -> None:
-    runs = {tuple(one[i : i + GRAM]) for i in range(len(one) - GRAM + 1)} if len(one) >= GRAM else {tuple(one)} - {()}
-    assert grams(" ".join(one)) == runs
-    found = Benchmark([(" ".join(one), [])]).overlap(" ".join(other), []).words
-    assert (found > 0) == bool(runs & grams(" ".join(other)))
-
 
 @needs("ifeval")
 def test_composed_prompts_are_clear_of_ifeval(thousand: list) -> None:
     rows = json_lines(DATA / "ifeval" / "input_data.jsonl")
-    benchmark = Benchmark((row["prompt"], row["instruction_id_list"]) for row in rows)
-    assert benchmark.overlap(rows[0]["prompt"], rows[0]["instruction_id_list"]) != (0, False)
-    assert not any(benchmark.overlap("", some).combination for some in combinations(KINDS, 3))
-    assert [p.text for p in thousand if benchmark.overlap(p.text, []).words] == []
+    ifeval = Overlaps({"ifeval": [row["prompt"] for row in rows]})
+    assert ifeval.of(rows[0]["prompt"]) == {"ifeval": True}
+    assert [prompt.text for prompt in thousand if ifeval.of(prompt.text)] == []
+    # One constraint is a kind, which IFEval is meant to measure; its combinations of several are its own.
+    theirs = {tuple(sorted(row["instruction_id_list"])) for row in rows if len(row["instruction_id_list"]) > 1}
+    assert theirs and not theirs & {tuple(sorted(some)) for some in combinations(KINDS, 3)}
 
 
 # --- source -----------------------------------------------------------------------------------------------------------

@@ -407,6 +407,7 @@ OTHER: dict[str, Any] = {
     "evaluate.judge": "policy",
     "prompts.num_shards": 32,
     "prompts.max_prompts": 5,
+    "prompts.decontaminate": {"against": [{"type": "text", "path": "LICENSE"}]},
     "judge.rubrics": [{"name": "helpfulness"}],
     "judge.early_exit": "scores",  # labels makes no dpo rows
     "judge.programs": [{"name": "program", "checker": "pocket"}],

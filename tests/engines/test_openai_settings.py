@@ -71,6 +71,7 @@ KEYS: dict[str, tuple[Any, bool]] = {
     "tokens_per_minute": (3, False),
     "max_tokens_name": ("max_tokens", False),
     "transport": ("httpx", False),
+    "batch": ({"quiet_s": 3.0}, False),  # with engine openai_batch, whose identity is that of openai
     "prices": ({"input": 1, "output": 2}, False),
     "budget": (3.0, False),
 }
@@ -84,7 +85,12 @@ def test_every_key_is_identity_or_operational() -> None:
 
     before = made(model(prices={"input": 9, "output": 9}))
     for key, (value, loud) in KEYS.items():
-        after = made(model(**{"prices": {"input": 9, "output": 9}, key: value}))
+        settings = model(**{"prices": {"input": 9, "output": 9}} | ({} if key == "batch" else {key: value}))
+        if key == "batch":
+            values = settings.model_dump(exclude_unset=True)
+            endpoint = {**values["endpoint"], key: value}
+            settings = ModelSettings.model_validate({**values, "engine": "openai_batch", "endpoint": endpoint})
+        after = made(settings)
         assert [a != b for a, b in zip(before, after, strict=True)] == [loud, loud], key
 
 
@@ -107,8 +113,8 @@ def test_an_endpoint_takes_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     ("changes", "message"),
     [
         ({"endpoint": None}, "needs the endpoint block; add it with at least base_url"),
-        ({"engine": "vllm"}, "endpoint is only for engine openai"),
-        ({"engine": "open"}, "'vllm' or 'openai'"),
+        ({"engine": "vllm"}, "endpoint is only for engines openai and openai_batch"),
+        ({"engine": "open"}, "'vllm', 'openai' or 'openai_batch'"),
         ({"dtype": "float32"}, "dtype is only for engine vllm.*extra_body"),
         ({"args": {"max_num_seqs": 3}}, "args is only for engine vllm"),
         ({"adapter": "/lora"}, "adapter is only for engine vllm"),

@@ -7,7 +7,7 @@ content that goes into the fingerprint of the prompts stage.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 from pydantic import BeforeValidator, SerializeAsAny
@@ -44,6 +44,7 @@ __all__ = [
     "Source",
     "SourceRow",
     "TextSource",
+    "digests_of",
     "find_files",
     "hub_place",
     "json_records",
@@ -52,6 +53,8 @@ __all__ = [
     "named_sources",
     "open_parquet",
     "parquet_batches",
+    "pinned",
+    "source_from",
 ]
 
 _BUILT_IN = HuggingFaceSource | JsonlSource | ParquetSource | CsvSource | TextSource | PocketSource | ConstrainedSource
@@ -70,3 +73,32 @@ def named_sources(sources: Sequence[PromptSource]) -> list[tuple[str, PromptSour
         taken = sum(1 for n in names if n == label or n.startswith(f"{label} #"))
         names.append(label if not taken else f"{label} #{taken + 1}")
     return list(zip(names, sources, strict=True))
+
+
+def digests_of(named: Sequence[tuple[str, PromptSource]]) -> dict[str, str]:
+    """Content digest of every part of every source, for a fingerprint.
+
+    Raises:
+        InputError: a source cannot be found.
+    """
+    return {
+        name if name == part else f"{name}: {part}": value
+        for name, source in named
+        for part, value in source.digest().items()
+    }
+
+
+def pinned(
+    named: Sequence[tuple[str, PromptSource]], digests: Mapping[str, str] | None
+) -> list[tuple[str, PromptSource]]:
+    """The sources at the content of `digests_of`, where that can be chosen; without digests, as they are."""
+    if digests is None:
+        return list(named)
+    return [(name, source.pinned(_own(name, digests))) for name, source in named]
+
+
+def _own(name: str, digests: Mapping[str, str]) -> dict[str, str]:
+    """The digests of one source by part."""
+    before = f"{name}: "
+    own = {key.removeprefix(before): value for key, value in digests.items() if key.startswith(before)}
+    return own | {name: digests[name]} if name in digests else own

@@ -12,6 +12,8 @@ from pydantic import Field
 from ray_pipeline.data.sources.chats import BadRow, messages_of, turns_in_text, until_last_user
 from ray_pipeline.data.sources.files import arrow_records
 from ray_pipeline.data.sources.source import InputError, PromptSource, SourceRow
+from ray_pipeline.store.keys import canonical_json
+from ray_pipeline.store.outside import storable_value
 
 
 class TableSource(PromptSource):
@@ -27,6 +29,11 @@ class TableSource(PromptSource):
     system: str | None = Field(None, description="system message for rows that bring none of their own")
     task_type_column: str | None = Field(None, description='column with the kind of task; default: "general"')
     source_column: str | None = Field(None, description="column with the origin of a row; default: `label`")
+    meta_columns: tuple[str, ...] = Field(
+        (),
+        description="columns that are kept in the prompt's `meta` for checkers: `answer` for the checker `answer`, "
+        "`instruction_id_list` and `kwargs` for `ifeval`",
+    )
     label: str | None = Field(
         None, description="name of the source in the tables; default: the name of the dataset or file"
     )
@@ -39,7 +46,7 @@ class TableSource(PromptSource):
     @property
     def columns(self) -> list[str]:
         """The columns that are read, each once."""
-        names = (self.column, self.input_column, self.task_type_column, self.source_column)
+        names = (self.column, self.input_column, self.task_type_column, self.source_column, *self.meta_columns)
         return list(dict.fromkeys(name for name in names if name is not None))
 
     def arrow_rows(
@@ -65,7 +72,12 @@ class TableSource(PromptSource):
             None if name is None or row.get(name) is None else str(row[name])
             for name in (self.task_type_column, self.source_column)
         )
-        return SourceRow(place, value, task_type, source, self.system)
+        meta = {name: storable_value(row[name]) for name in self.meta_columns if row.get(name) is not None}
+        try:
+            canonical_json(meta)
+        except (TypeError, ValueError) as error:
+            return SourceRow(place, None, fault=f"{where}: meta_columns: a value is no JSON ({error})")
+        return SourceRow({**meta, **place}, value, task_type, source, self.system)
 
     def present_columns(self, where: str, present: Collection[str], seen: set[str]) -> list[str]:
         """Those of `columns` that are there; all that are there join `seen`. Raises InputError without the prompt's."""
