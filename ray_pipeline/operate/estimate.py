@@ -132,6 +132,8 @@ class StandIns:
         self._log: dict[str, Completion] = {}
         self.estimates: dict[str, Estimate] = {}
         self.candidates: dict[str, float] = {}
+        #: Stage that reads the user's prompts → split → prompts of all lengths. Of stored rows there are none.
+        self.lengths: dict[str, dict[str, list[Sequence[Message]]]] = {}
 
     def __contains__(self, stage: Stage) -> bool:
         return stage.name in self._results
@@ -139,6 +141,11 @@ class StandIns:
     def prompts(self, stage: Stage) -> float:
         """Prompts (or questions) that the stage's rows belong to, before sampling."""
         return sum(self._weights[stage.name].values())
+
+    def most_rows(self, stage: Stage) -> int:
+        """Largest number of rows that one prompt has in a stage."""
+        names = self._results[stage.name].table().read(0)["prompt_id"]
+        return max(collections.Counter(names.to_pylist()).values(), default=0)
 
     def take(self, stage: Stage, result: StageResult) -> None:
         """Use the stored rows of a stage that reads no other: those of its first shard with any."""
@@ -182,6 +189,8 @@ class StandIns:
             except BadInput as error:
                 raise ConfigError(str(error)) from error
             if not inputs and ref.tables:
+                if ref.tables == ("prompts",):
+                    self.lengths[stage.name] = _spread(ref.table().read(0))
                 weights = _cut(ref, self._sample)
         self._put(stage, ref, facts, weights)
 
@@ -243,6 +252,17 @@ def _cut(source: StageRef, sample: int) -> dict[str, float]:
     for kind, table in tables.items():
         source.table(kind).write(0, table.filter(pc.is_in(table["prompt_id"], value_set=pa.array(list(weights)))))
     return weights
+
+
+def _spread(prompts: pa.Table) -> dict[str, list[Sequence[Message]]]:
+    """Up to `_SAMPLE` prompts of every split, spread evenly over their lengths."""
+    found: dict[str, list[Sequence[Message]]] = collections.defaultdict(list)
+    for row in prompts.select(["split", "messages"]).to_pylist():
+        found[row["split"]].append(row["messages"])
+    for split, chats in found.items():
+        chats.sort(key=lambda chat: sum(len(turn["content"]) for turn in chat))
+        found[split] = [chats[n * len(chats) // _SAMPLE] for n in range(_SAMPLE)] if len(chats) > _SAMPLE else chats
+    return dict(found)
 
 
 def _row_tokens(candidates: pa.Table, weights: Mapping[str, float], prompts: Mapping[str, int]) -> float:
