@@ -94,6 +94,8 @@ def read_labels(path: str) -> Reviewed:
             said[name].add(label)
             if row.get("chosen_as") == "chance":
                 drawn.add(name)
+    if not said:
+        raise InputError(f"{path} has no labels; label rows on the page of `quorum review`, and save them")
     sure = {name: labels - {"unsure"} for name, labels in said.items()}
     labels: dict[str, Any] = {name: next(iter(found)) for name, found in sure.items() if len(found) == 1}
     return Reviewed(

@@ -103,6 +103,8 @@ def _on_labels(data: ReportData, metrics: RunMetrics) -> Iterator[str]:
     incomplete = metrics.gate.labels["incomplete"]
     if incomplete.share is not None and incomplete.share > MAX_UNREAD:
         yield f"{percent(incomplete.share)} of the candidates are incomplete: a score or critique was not read."
+    if metrics.people is not None and metrics.people.unknown:
+        yield f"Labels by people: {metrics.people.unknown} are of candidates of another run, and are not counted."
     weights = data.kto_weights or {}
     if desirable and undesirable and {"desirable_weight", "undesirable_weight"} <= weights.keys():
         kto = (data.dataset_counts or {}).get("kto", {})

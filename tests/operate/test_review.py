@@ -120,7 +120,8 @@ def test_labels_go_into_gate_report_and_audit(folder: Path, tmp_path: Path) -> N
     kept = [name for name in expected if before[name] in ("desirable", "undesirable")]
     equal = sum(before[name] == expected[name] for name in kept)
     assert (found["chosen"]["candidates"], found["chosen"]["equal"]) == (len(kept), equal)
-    assert "## Agreement with people" in (folder / "report" / "report.md").read_text()
+    page = (folder / "report" / "report.md").read_text()
+    assert "## Agreement with people" in page and "Labels by people: 1 are of candidates of another run" in page
 
 
 @pytest.mark.parametrize(
@@ -136,6 +137,9 @@ def test_a_bad_row_is_named(tmp_path: Path, line: str, problem: str) -> None:
     path.write_text('{"candidate_id": "a", "label": "desirable"}\n' + line + "\n")
     with pytest.raises(InputError, match=problem):
         read_labels(str(path))
+    path.with_name("empty.jsonl").write_text("")
+    with pytest.raises(InputError, match="has no labels"):
+        read_labels(str(path.with_name("empty.jsonl")))
     checked = CliRunner().invoke(app, ["run", "dmapo", "-c", "pocket", f"human_labels={path}", "--dry-run"])
     assert checked.exit_code == 2 and problem in checked.output.replace("\n", " "), checked.output
 
