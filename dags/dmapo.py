@@ -31,7 +31,7 @@ from ray_pipeline.data.judging import JudgeSettings
 from ray_pipeline.data.judging import judges as judge_stages
 from ray_pipeline.data.prompts import PromptsConfig
 from ray_pipeline.data.prompts import prompts as prompts_stage
-from ray_pipeline.data.reviewed import HumanLabelsKey
+from ray_pipeline.data.reviewed import HumanLabels, HumanLabelsKey
 from ray_pipeline.data.scored import ScoredDataset
 from ray_pipeline.engines.models import ModelUse
 from ray_pipeline.evaluate.stage import ReportSettings, write_report
@@ -123,6 +123,16 @@ class DmapoConfig(TrainingConfig):
                 "judge.early_exit skips calls about candidates that the gate leaves out, but human_labels.use may put "
                 "them into a dataset; set early_exit to off, or human_labels.use to report"
             )
+        if self.gate.kind == "certified":
+            if self.judge.early_exit != "off":
+                raise ValueError(
+                    "judge.early_exit skips calls by the thresholds of the published gate; set it to off, or gate.kind "
+                    "to published"
+                )
+            if humans is not None and humans.use == "gate":
+                raise ValueError(
+                    "human_labels.use: gate would replace labels that gate.kind certified promises; set it to report"
+                )
         return self
 
     @property
@@ -145,6 +155,8 @@ class DmapoConfig(TrainingConfig):
             require_checker(f"judge.programs.{program.name}.checker", program.checker, program.options)
         if self.human_labels is not None:
             self.human_labels.read()
+        if self.gate.labels is not None:
+            HumanLabels(path=self.gate.labels).read()
         if self.benchmarks is not None:
             self.benchmarks.check()
 

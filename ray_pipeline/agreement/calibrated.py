@@ -83,7 +83,7 @@ def calibrate(
         return Model(UNFITTED, posterior)
     found = fit_logistic(sets, labels, fold, on, len(VOTES))
     probabilities = np.where(on[:, None], found.held_out, found.probabilities)
-    probabilities[np.isnan(posterior).any(axis=1)] = np.nan
+    probabilities[np.asarray(np.isnan(posterior).any(axis=1))] = np.nan
     return Model(found.name, probabilities)
 
 

@@ -205,7 +205,7 @@ def _juries(
             raise ValueError(f"juries.weights has no weight for {', '.join(lacking)}")
         weights = [rules.weights[name] for name in names]
     codes = np.stack([e.votes for e in judges])
-    if rules.pool in LATENT:
+    if rules.pool == "dawid_skene" or rules.pool == "one_coin":
         votes = np.stack([latent_votes(codes[chosen], rules.pool)[0] for chosen in members])
     elif rules.pool in VOTE_RULES:
         votes = pool_votes(codes, members, weights)

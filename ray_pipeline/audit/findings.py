@@ -58,6 +58,7 @@ class RunTables:
         humans: candidate_id → label by people that replaces the gate's.
         programs: the judges that are programs; their verdicts are computed again.
         scale: of the judges' scores, where verdicts may be skipped.
+        threshold: of a certified gate; None where it certified nothing.
     """
 
     prompts: ShardedTable
@@ -72,6 +73,7 @@ class RunTables:
     humans: Mapping[str, str] = dataclasses.field(default_factory=dict)
     programs: Sequence[ProgramJudge] = ()
     scale: tuple[int, int] | None = None
+    threshold: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

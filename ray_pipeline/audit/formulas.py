@@ -76,6 +76,17 @@ def gate_label(scores_read: bool, critique_read: bool, decision: Row, gate: Gate
     return "undesirable" if decision["final_score"] <= gate.undesirable_at else "discard"
 
 
+def certified_label(label: str, decision: Row, gate: GateConfig, threshold: float | None) -> str:
+    """The label of a certified gate, from that of the published one and the numbers of a stored decision."""
+    if label == "incomplete" or decision["final_score"] is None:
+        return label
+    away = decision["final_score"] - (gate.desirable_at + gate.undesirable_at) / 2
+    spread = decision["score_variance"] if gate.use_variance else 0.0
+    if threshold is None or round(abs(away) / math.sqrt(1 + spread), 9) < threshold:
+        return "abstain"
+    return "desirable" if away >= 0 else "undesirable"
+
+
 def close(found: float | None, expected: float | None) -> bool:
     """Whether two numbers are equal up to rounding; None equals only None."""
     if found is None or expected is None:

@@ -13,6 +13,7 @@ from typing import Any
 from ray_pipeline.audit.findings import AuditReport, Findings, Row, RunTables, row_id, shard_or_none
 from ray_pipeline.audit.formulas import (
     OPEN,
+    certified_label,
     close,
     gate_label,
     gate_numbers,
@@ -161,6 +162,8 @@ class _Shard:
             label = label_without(tuple(known), critic, self.run.gate, self.run.scale)
         if self._is_cut(candidate) and (self.run.gate.cut == "exclude" or label == "desirable"):
             label = "incomplete"
+        if self.run.gate.kind == "certified":
+            label = certified_label(label, decision, self.run.gate, self.run.threshold)
         if decision["final_score"] is not None:
             label = self.run.humans.get(name, label)
         if decision["label"] != label:

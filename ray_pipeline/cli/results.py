@@ -144,6 +144,9 @@ def review(
     run: RunArgument = "runs/latest",
     rows: Annotated[int, typer.Option("--rows", "-n", min=1, help="how many rows to look at")] = 100,
     out: Annotated[Path, typer.Option("--out", "-o", help="folder to write")] = Path("review"),
+    chance: Annotated[
+        bool, typer.Option("--chance", help="draw all rows by chance, for gate.labels of a certified gate")
+    ] = False,
 ) -> None:
     """Write the rows whose label most needs a person: a page for labelling them, JSONL, and records for Argilla.
 
@@ -154,7 +157,7 @@ def review(
     `quorum run dmapo -c CONFIG human_labels=labels-RUN.jsonl` shows in the report how far the gate agrees with people;
     `human_labels.path=… human_labels.use=gate` lets their labels replace the gate's. No call is repeated.
     """
-    from ray_pipeline.operate.review import PAGE, ROWS
+    from ray_pipeline.operate.review import CHANCE, PAGE, ROWS
     from ray_pipeline.operate.review import review as write_review
     from ray_pipeline.store.errors import StoreError
     from ray_pipeline.workflow.stored import read_stored
@@ -165,7 +168,7 @@ def review(
         gate = None if workflow.scored is None else workflow.scored(stored.config)[0].gate
         if gate is None:
             raise StoreError(f"{place}: {workflow.name} has no gate, so there are no labels to review")
-        found = write_review(stored.run, gate, out, rows)
+        found = write_review(stored.run, gate, out, rows, 1.0 if chance else CHANCE)
     say(f"{sum(found.values())} rows: {', '.join(f'{count} {reason}' for reason, count in found.items())}")
     say(f"page: {out / PAGE} (labels are saved from it)")
     say(f"rows: {out / ROWS}")

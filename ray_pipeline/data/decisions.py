@@ -45,6 +45,7 @@ def gate(
     humans: HumanLabels | None = None,
     fault: Fault | None = None,
     scale: Scale | None = None,
+    role: str = "",
 ) -> Stage:
     """One decision per candidate.
 
@@ -55,6 +56,7 @@ def gate(
         humans: labels by people that replace the gate's.
         fault: what is broken in the gate on purpose.
         scale: of the judges' scores, where verdicts may be skipped (`judge.early_exit`).
+        role: of its table, where another stage makes the decisions from it.
     """
     inputs = {"candidates": candidates, **by_role(verdicts)}
     if critiques is not None and settings is not None and settings.use_critic:
@@ -72,6 +74,7 @@ def gate(
         name=name,
         version=2,  # 2: candidates that were cut off are left out
         group="gate",
+        role=role,
         work=ShardWork(function=decide_shard, tables=("decisions",), settings=given),
         config=given.decisive(exclude={"humans"}),
         inputs=inputs,

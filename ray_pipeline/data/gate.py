@@ -66,6 +66,10 @@ class Cases(NamedTuple):
         return pa.array([_LABEL_OF.get(name, name) for name in self.cases]).take(pa.array(case))
 
 
+#: Keys of the gate that only a certified one reads.
+_CERTIFIED_KEYS = ("agree_with_humans", "confidence", "labels")
+
+
 class GateConfig(Settings):
     """Thresholds of the gate; the defaults are the published ones."""
 
@@ -80,6 +84,38 @@ class GateConfig(Settings):
     )
     use_critic: bool = Field(True, description="False: f = m, and critiques are not read (ablation)")
     cut: Cut = Field("exclude", description=CUT_RULES)
+    kind: Literal["published", "certified"] = Field(
+        "published",
+        description="published: the thresholds above; certified: only labels that people agree with often enough, by a "
+        "test on labels of people (docs/operating.md)",
+    )
+    agree_with_humans: float = Field(
+        0.9, gt=0, lt=1, description="certified: share of the labels that people must agree with"
+    )
+    confidence: float = Field(
+        0.9, gt=0, lt=1, description="certified: probability with which that holds, over the draw of the labels"
+    )
+    labels: str | None = Field(
+        None, description="certified: labels by people for candidates drawn by chance (`quorum review RUN --chance`)"
+    )
+
+    @model_validator(mode="after")
+    def _certified(self) -> GateConfig:
+        if self.kind == "certified":
+            if self.labels is None:
+                raise ValueError(
+                    "kind certified needs labels, a file that the page of `quorum review RUN --chance` saved"
+                )
+            if self.cut == "undesirable":
+                raise ValueError("cut: undesirable has no meaning for kind certified; use exclude or keep")
+        elif more := [key for key in _CERTIFIED_KEYS if getattr(self, key) != type(self).model_fields[key].default]:
+            raise ValueError(f"{more[0]} is read by kind: certified alone; set kind, or remove it")
+        return self
+
+    @property
+    def numbers(self) -> GateConfig:
+        """The published gate with the same thresholds, which computes the numbers that a certified one decides by."""
+        return self.model_copy(update={k: type(self).model_fields[k].default for k in ("kind", *_CERTIFIED_KEYS)})
 
     @model_validator(mode="after")
     def _in_order(self) -> GateConfig:
@@ -111,11 +147,14 @@ def decide(
 
     Raises:
         KeyMismatch: a candidate, verdict or critique occurs twice, or a verdict or critique belongs to no candidate.
-        ValueError: there are no judges, one occurs twice, or critiques are needed and missing.
+        ValueError: there are no judges, one occurs twice, critiques are needed and missing, or the gate is certified,
+            which needs all candidates of a run at once.
     """
     judges = list(judges)
     if not judges or len(set(judges)) < len(judges):
         raise ValueError(f"the gate needs one or more distinct judges, not {judges}")
+    if config.kind != "published":
+        raise ValueError("kind certified decides over all candidates of a run; use `quorum run dmapo`")
     ids = one_array(candidates["candidate_id"])
     refuse_repeats(ids, "candidates: candidate_id")
 

@@ -33,6 +33,11 @@ class GateStats:
     gap: float | None
     score_variance: Spread
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """Rows by label."""
+        return {label: stats.count for label, stats in self.labels.items()}
+
 
 @dataclass(frozen=True)
 class GeneratorStats:

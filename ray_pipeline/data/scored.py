@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from ray_pipeline.data.card import Provenance
+from ray_pipeline.data.certified_gate import certified_stage
 from ray_pipeline.data.dataset_rows import DatasetsConfig
 from ray_pipeline.data.datasets import dataset_files, dataset_rows
 from ray_pipeline.data.decisions import gate as gate_stage
@@ -60,19 +61,24 @@ class ScoredDataset:
 
     def decide(self, candidates: Stage, verdicts: Sequence[Stage], critiques: Stage | None) -> Stage:
         """One decision per candidate; needs no model."""
-        return gate_stage(
-            self.gate,
+        certified = self.gate is not None and self.gate.kind == "certified"
+        decided = gate_stage(
+            None if self.gate is None else self.gate.numbers,
             self.judges,
             candidates,
             verdicts,
             critiques,
-            name=self.decisions,
+            name=f"{self.decisions}-numbers" if certified else self.decisions,
             first=self.first,
             cut=self.cut,
             humans=self.humans,
             fault=self.fault,
             scale=None if self.exit_rule is None else self.exit_rule.scale,
+            role="numbers of decisions" if certified else "",
         )
+        if self.gate is None or not certified:
+            return decided
+        return certified_stage(self.gate, decided, name=self.decisions)
 
     def write(self, prompts: Stage, candidates: Stage, verdicts: Sequence[Stage], decisions: Stage) -> list[Stage]:
         """The rows, then the files. Raises ModelNotFound when the policy's tokenizer is not here."""

@@ -97,13 +97,16 @@ class DataVariant(Settings):
             return f"best and worst of {k} by {counted}; no gate{cut}"
         rules = [f"tau {gate.tau:g}" if gate.use_variance else "no variance rule"]
         rules.append(f"alpha {gate.alpha:g}" if gate.use_critic else "no critic")
+        rules += [f"certified at {gate.agree_with_humans:g}"] if gate.kind == "certified" else []
         rules += [] if self.fault is None else [f"planted fault: {self.fault.replace('_', ' ')}"]
         return f"gate on {k} candidates by {counted}; {', '.join(rules)}{cut}"
 
     def check_fault(self, gate: GateConfig | None) -> None:
-        """Raises ValueError if the fault needs a critic that the dataset's gate does not use."""
+        """Raises ValueError if the dataset's gate cannot have the fault."""
         if self.fault in _OF_CRITIC and not (gate is not None and gate.use_critic and gate.alpha):
             raise ValueError(f"fault {self.fault} has no effect where the gate uses no critic; remove it")
+        if self.fault is not None and gate is not None and gate.kind == "certified":
+            raise ValueError("fault breaks the published gate; remove it, or set gate.kind to published")
 
 
 def decide_with_fault(

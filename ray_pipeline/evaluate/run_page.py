@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ray_pipeline.bench.page import benchmark_blocks
+from ray_pipeline.data.certified_gate import certified_section
 from ray_pipeline.data.errors_page import errors_section
 from ray_pipeline.data.page import (
     LABEL_COLOURS,
@@ -47,6 +48,7 @@ def run_page(data: ReportData, metrics: RunMetrics, first_line: Headline, warnin
         errors_section(metrics.judge_errors, thresholds, audit_slice=slice_only),
         critic_section(critic) if critic else None,
         people_section(metrics.people),
+        None if metrics.gate is None else certified_section(data.certified, metrics.gate.counts),
         datasets_section(data.dataset_counts or {}, data.dataset_guards or {}, data.kto_weights or {}, data.lengths),
         training_section(metrics.training, data.train_metrics, data.train_settings),
         evaluation_section(evaluation) if evaluation else None,

@@ -228,7 +228,9 @@ def report_data(
     responses = table_of(by_name, "responses")
     if responses is not None and prompts is not None:
         responses = with_truth(responses, prompts, settings.checker)
-    data, sourced, train, scored = (_one(by_name, role) for role in ("datasets", "prompts", "policy", "scores"))
+    data, sourced, train, scored, gated = (
+        _one(by_name, role) for role in ("datasets", "prompts", "policy", "scores", "decisions")
+    )
     rows: Mapping[str, Any] = {} if data is None else data.facts
     candidates = table_of(by_name, "candidates")
     agreement_on = None
@@ -279,6 +281,7 @@ def report_data(
         benchmarks=_benchmark_scores(scored),
         people=None if settings.human_labels is None else settings.human_labels.read(),
         gate=settings.gate,
+        certified=None if gated is None else gated.facts.get("certified"),
         desirable_from=settings.gate.desirable_at,
         undesirable_to=settings.gate.undesirable_at,
         bootstrap_draws=settings.bootstrap_draws,

@@ -22,17 +22,18 @@ from ray_pipeline.store.outside import visible
 Reason = Literal["chance", "abstained", "threshold", "disputed"]
 
 #: Share of the rows that is drawn by chance.
-_CHANCE = 0.2
+CHANCE = 0.2
 
 PAGE, ROWS, ARGILLA = "review.html", "rows.jsonl", "argilla.json"
 
 
-def review(run: Run, gate: GateConfig, out: Path, rows: int = 100) -> dict[str, int]:
+def review(run: Run, gate: GateConfig, out: Path, rows: int = 100, chance: float = CHANCE) -> dict[str, int]:
     """Write `review.html`, `rows.jsonl` and `argilla.json`; equal runs give equal files.
 
     Args:
         gate: thresholds of the run.
         rows: how many; fewer where the run has fewer candidates with a final score.
+        chance: share of them that is drawn by chance.
 
     Returns:
         Rows by `Reason`.
@@ -43,7 +44,7 @@ def review(run: Run, gate: GateConfig, out: Path, rows: int = 100) -> dict[str, 
     made = of_role(run.results, "decisions")
     if not made:
         raise StoreError(f"{run.folder.location}: the gate is not done, so there is nothing to review; run it first")
-    chosen = _chosen(made[0].table().scan(), gate, rows, bool(run.page.get("audit_slice")))
+    chosen = _chosen(made[0].table().scan(), gate, rows, bool(run.page.get("audit_slice")), chance)
     found = list(_with_texts(run, chosen))
     name = f"labels-{run.name}.jsonl"
     about = {"key": f"quorum review {made[0].fingerprint}", "file": name}
@@ -59,8 +60,8 @@ def review(run: Run, gate: GateConfig, out: Path, rows: int = 100) -> dict[str, 
     return {reason: sum(row["chosen_as"] == reason for row in found) for reason in dict.fromkeys(chosen.values())}
 
 
-def _chosen(shards: Iterator[Any], gate: GateConfig, rows: int, audit_slice: bool) -> dict[str, Reason]:
-    """Candidates and why each is chosen: a fifth by chance, and equal parts of those in doubt, most doubtful first.
+def _chosen(shards: Iterator[Any], gate: GateConfig, rows: int, audit_slice: bool, chance: float) -> dict[str, Reason]:
+    """Candidates and why each is chosen: a share by chance, and equal parts of those in doubt, most doubtful first.
 
     Args:
         audit_slice: calls were skipped (`judge.early_exit`), so that only the audit slice stands for the run.
@@ -81,7 +82,7 @@ def _chosen(shards: Iterator[Any], gate: GateConfig, rows: int, audit_slice: boo
     # sorted() is stable, so candidates in equal doubt come in the order of their hashes.
     ranked = {reason: sorted(filter(fits, by_hash), key=doubt) for reason, (fits, doubt) in doubts.items()}
     whole = [row for row in by_hash if not audit_slice or in_audit_slice(row["candidate_id"])]
-    chosen: dict[str, Reason] = {row["candidate_id"]: "chance" for row in whole[: round(rows * _CHANCE)]}
+    chosen: dict[str, Reason] = {row["candidate_id"]: "chance" for row in whole[: round(rows * chance)]}
     queues: dict[Reason, Iterator[dict[str, Any]]] = {reason: iter(queue) for reason, queue in ranked.items()}
     while queues and len(chosen) < rows:
         for reason in list(queues):

@@ -65,7 +65,7 @@ def calibration(probabilities: Floats, labels: Labels, samples: Samples) -> Cali
     sure, right = p.max(axis=1), (p.argmax(axis=1) == truth).astype(float)
     place = np.minimum((sure * BINS).astype(int), BINS - 1)
     square = ((p - np.eye(p.shape[1])[truth]) ** 2).sum(axis=1)
-    counts = samples.counts[:, known].astype(np.float64)
+    counts = samples.counts[:, known]
     gaps = np.zeros((len(sure), BINS))
     gaps[np.arange(len(sure)), place] = right - sure
     with np.errstate(invalid="ignore"):
