@@ -18,6 +18,7 @@ from ray_pipeline.data.decontamination import contamination_of
 from ray_pipeline.data.early_exit import in_audit_slice
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.data.reviewed import HumanLabelsKey
+from ray_pipeline.engines.imports import heavy_imports
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.results import Run, of_role, table_of
 from ray_pipeline.graph.stage import Stage, StageResult, WholeInput, WholeWork
@@ -178,21 +179,17 @@ def _perplexities(given: WholeInput, settings: _Given) -> dict[str, Perplexity]:
 
 
 def _where_a_gpu_is(measure: Callable[..., Perplexity]) -> Perplexity:
-    """Call with device and dtype: here where there is no cluster, else as a task that holds a GPU if there is one."""
+    """Call with device and dtype: as a task that holds a GPU of the cluster, if it has one, else here."""
     import ray
 
-    if not ray.is_initialized():
+    on_gpu: dict[str, str] = {"device": "cuda", "dtype": "bfloat16"}
+    if ray.is_initialized() and ray.cluster_resources().get("GPU"):
+        task: Any = ray.remote(num_cpus=0, num_gpus=1)(lambda: measure(**on_gpu))
+        found: Perplexity = ray.get(task.remote())
+        return found
+    with heavy_imports():
         import torch
-
-        gpus = int(torch.cuda.is_available())
-    else:
-        gpus = 1 if ray.cluster_resources().get("GPU") else 0
-    given = {"device": "cuda", "dtype": "bfloat16"} if gpus else {"device": "cpu", "dtype": "float32"}
-    if not ray.is_initialized():
-        return measure(**given)
-    task: Any = ray.remote(num_cpus=0, num_gpus=gpus)(lambda: measure(**given))
-    found: Perplexity = ray.get(task.remote())
-    return found
+    return measure(**on_gpu) if torch.cuda.is_available() else measure(device="cpu", dtype="float32")
 
 
 def store_protocols(folder: Folder, compared: Mapping[str, Protocol]) -> None:
