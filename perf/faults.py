@@ -86,14 +86,24 @@ def slow(models: Sequence[str], *settings: str) -> tuple[str, ...]:
     )
 
 
-DMAPO = Work("dmapo", "pocket", slow(("policy", "judge"), "max_actors=1"), "datasets")
+#: One judge in every role, so that a stage is named `judge`; the demo has a panel, whose stages share an engine.
+ONE_JUDGE = "tests/one_judge.yaml"
+DMAPO = Work("dmapo", ONE_JUDGE, slow(("policy", "judge"), "max_actors=1"), "datasets")
 FELLOWSHIP = Work(
     "fellowship", "pocket_fellowship", slow(("generator", "reviewer", "judge"), "max_actors=1"), "datasets"
 )
 BASELINES = Work(
     "baselines",
     "pocket_baselines",
-    (*slow(("policy", "judge"), "max_actors=1"), "train.batch_size=8", "baselines.seeds=[0]"),
+    (
+        "models={policy: {model: 'pocket:policy', dtype: float32, max_model_len: 256}, "
+        "judge: {model: 'pocket:judge', dtype: float32, max_model_len: 256}}",
+        "judge.rubrics=[{name: helpfulness}, {name: factuality}, {name: conciseness}]",
+        "critic.model=judge",
+        *slow(("policy", "judge"), "max_actors=1"),
+        "train.batch_size=8",
+        "baselines.seeds=[0]",
+    ),
     "datasets",
 )
 BENCHMARKS = Work(

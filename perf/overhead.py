@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=1200, help="4 candidates each, 3 judges")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    config = load_config(DmapoConfig, "pocket", ["judge.asking.retries=0"])
+    config = load_config(DmapoConfig, "tests/one_judge.yaml", ["judge.asking.retries=0"])
     judging = config.models["judge"]
     limit = judging.placement.concurrency or VllmEngine(judging.spec()).useful_concurrency
     context = multiprocessing.get_context("spawn")

@@ -21,7 +21,7 @@ from ray_pipeline.engines.openai import OpenAIEngine
 from ray_pipeline.engines.packaged import PREFIX, default_dtype, packaged_model
 from ray_pipeline.engines.vllm import VllmEngine
 from ray_pipeline.engines.vllm_spec import VllmSpec, validate_engine_args, validate_sampling_extra
-from ray_pipeline.pocket import model_path
+from ray_pipeline.pocket import adapter_path, model_path
 from ray_pipeline.store.locations import join
 
 EngineFactory = Callable[[], ChatEngine]
@@ -101,7 +101,9 @@ class ModelSettings(Settings):
     )
     revision: str | None = Field(None, description="branch, tag or commit; default: the newest commit of main")
     adapter: str | None = Field(
-        None, description="folder of a LoRA adapter; models that differ in it alone share an engine"
+        None,
+        description="folder of a LoRA adapter, or `pocket:NAME` (helpfulness, factuality, conciseness, critic); models "
+        "that differ in it alone share an engine",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="data type of weights and activations; auto: the model's own"
@@ -301,7 +303,10 @@ def resolve_model(model: Any) -> Any:
     name = model["model"]
     if name.startswith("pocket:"):
         try:
-            return {**model, "model": model_path(name)}
+            found = {"model": model_path(name)}
+            if str(adapter := model.get("adapter")).startswith("pocket:"):
+                found["adapter"] = adapter_path(str(adapter))
+            return {**model, **found}
         except (ValueError, FileNotFoundError) as error:
             raise ConfigError(str(error)) from error
     if name.startswith(PREFIX):

@@ -1,11 +1,13 @@
 """The prompts of a perfect judge of the pocket world, and its replies, for every judging role.
 
-The reply is JSON with the judge's own answer and its grade first and the verdict last. This order makes judging
-learnable for so small a model (with the score alone, accuracy stalled at 73 %):
+The reply is JSON with the judge's own answer and its grade first and the verdict last (with the score alone, accuracy
+of so small a model stalled at 73 %). Judges and comparisons look at the answer; the critic also writes the way:
 
     rubric     {"reason": "2 7 9 wrong", "score": 2}
-    critic     {"reason": "2 7 9 wrong", "failure_type": "unsupported", "flawed": true}
+    critic     {"reason": "7 then 2 7 then 2 7 9 gives 2 7 9 lucky", "failure_type": "unsupported", "flawed": true}
     pairwise   {"reason": "2 7 9 a right b wrong", "choice": "A"}
+
+A panel of such judges never disagrees. `weaknesses` says where each judge of the panel is taught to err.
 """
 
 from __future__ import annotations
@@ -18,7 +20,17 @@ from typing import Any, Literal
 import jinja2
 import yaml
 
-from ray_pipeline.pocket.tasks import FAILURES, RUBRICS, critique, grade, preference, rubric_scores, truth
+from ray_pipeline.pocket.tasks import (
+    FAILURES,
+    RUBRICS,
+    appearance,
+    grade,
+    preference,
+    scores_of,
+    solution,
+    truth,
+)
+from ray_pipeline.pocket.weaknesses import Weaknesses
 
 Layout = Literal["shared_first", "rubric_first"]
 LAYOUTS: tuple[Layout, ...] = ("shared_first", "rubric_first")
@@ -79,16 +91,27 @@ class JudgePrompts:
             for role in ("judge", "critic", "pairwise")
         }
 
-    def single(self, role: str, instruction: str, response: str, layout: Layout = "shared_first") -> Judgement:
-        """The prompt and reply of a rubric (role = its name) or the critic on one response."""
+    def single(
+        self,
+        role: str,
+        instruction: str,
+        response: str,
+        layout: Layout = "shared_first",
+        weaknesses: Weaknesses | None = None,
+    ) -> Judgement:
+        """The prompt and reply of a rubric (role = its name) or the critic on one response; with `weaknesses` the
+        reply of one who has them."""
         kind = "critic" if role == "critic" else "judge"
         message = self._message(kind, layout, name=role, instruction=instruction, response=response)
-        reason = f"{truth(instruction)} {grade(instruction, response)}"
+        seen = grade(instruction, response) if role == "critic" else appearance(instruction, response)
+        if weaknesses is not None:
+            seen = weaknesses.mistaken(instruction, seen)
         if role == "critic":
-            flawed, failure = critique(instruction, response)
-            reply = {"reason": reason, "failure_type": failure, "flawed": flawed}
+            reason, failure = f"{truth(instruction)} {seen}", FAILURES[seen]
+            reply = {"reason": reason, "failure_type": failure, "flawed": failure != "none"}
         else:
-            reply = {"reason": reason, "score": rubric_scores(instruction, response)[role]}
+            reason = f"{_answer(instruction)} {seen}"
+            reply = {"reason": reason, "score": scores_of(instruction, seen)[role]}
         return Judgement(role, message, json.dumps(reply))
 
     def pairwise(
@@ -98,10 +121,15 @@ class JudgePrompts:
         message = self._message(
             "pairwise", layout, name="", instruction=instruction, response_a=response_a, response_b=response_b
         )
-        reason = f"{truth(instruction)} a {grade(instruction, response_a)} b {grade(instruction, response_b)}"
+        seen_a, seen_b = appearance(instruction, response_a), appearance(instruction, response_b)
+        reason = f"{_answer(instruction)} a {seen_a} b {seen_b}"
         reply = {"reason": reason, "choice": preference(instruction, response_a, response_b)}
         return Judgement("pairwise", message, json.dumps(reply))
 
     def _message(self, kind: str, layout: Layout, **variables: str) -> str:
         shared, rubric = (template.render(low=1, high=10, rubric="", **variables) for template in self._parts[kind])
         return f"{shared}\n{rubric}" if layout == "shared_first" else f"{rubric}\n{shared}"
+
+
+def _answer(instruction: str) -> str:
+    return " ".join(solution(instruction)[1])

@@ -1,16 +1,15 @@
 """Makes the pocket models from a seed: `python -m ray_pipeline.pocket.make_models --out DIR --seed 0`.
 
-1. solver: learns the right answer to every task (a minute or two), so that neither model lacks the ability;
-2. policy: the solver, trained on to the mixture of right and wrong answers of responses.py;
-3. judge draft: the solver, trained on to every judging role in both layouts;
-4. judge: the draft, refined at half the learning rate with more comparisons;
-5. reviewer draft: the judge, trained on with other data of every judging role and with reviews;
-6. reviewer second draft: trained on until it copies its own answer into the feedback;
-7. reviewer: the second draft, trained on with more comparisons; a second judge of other weights;
-8. generator: the policy, trained on with its own mixture and with revisions by feedback;
-9. card.json: digests, parameter counts, recipe; measure.py adds the accuracies measured through vLLM.
+1. solver: learns the right response to every task (a few minutes), so that no model lacks the ability;
+2. policy: the solver, trained on to the mixture of right and wrong responses of responses.py;
+3. judge: the solver, trained on to every judging role in both layouts, by the rules of a perfect judge;
+4. helpfulness, factuality, conciseness, critic: LoRA adapters of the judge, each trained to one role with weaknesses
+   (weaknesses.py), on data and with a seed of its own;
+5. reviewer: the judge, trained on with other data of every judging role and with reviews;
+6. generator: the policy, trained on with its own mixture and with revisions by feedback;
+7. card.json: digests, parameter counts, recipe; measure.py adds the accuracies measured through vLLM.
 
-About 50 minutes on one idle core. Every step leaves its model in a folder, and an existing folder is not remade,
+About 40 minutes on one core of a machine with other work. Every step leaves its model in a folder, and an existing folder is not remade,
 nor are the steps that only lead to it: rerun the same command after an interruption. A run is reproducible on one
 machine and torch build with the same --threads; elsewhere the weights differ, so shipped files are identified by
 digest.
@@ -19,6 +18,7 @@ digest.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import random
@@ -29,9 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ray_pipeline.pocket import MODELS
+from ray_pipeline.pocket import ADAPTERS, LORA_LAYERS, MODELS
 from ray_pipeline.pocket.chats import Pair, conversation
 from ray_pipeline.pocket.judging import PROMPTS_FILE, Judgement, JudgePrompts, Layout, verdict_of
 from ray_pipeline.pocket.responses import judged_response, policy_response
@@ -39,6 +41,7 @@ from ray_pipeline.pocket.reviewing import FEEDBACK_FILE, FeedbackPrompts, feedba
 from ray_pipeline.pocket.tasks import RUBRICS, PocketPrompt, is_correct, make_prompts, pool_of, random_prompt, truth
 from ray_pipeline.pocket.tokenizer import make_tokenizer
 from ray_pipeline.pocket.training import answer, make_model, train
+from ray_pipeline.pocket.weaknesses import Weaknesses, weaknesses
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,13 @@ class Recipe:
 RECIPES = {
     "solver": Recipe(steps=400, learning_rate=3e-3, singles=128),
     "policy": Recipe(steps=700, learning_rate=2e-3, singles=128),
-    "judge_draft": Recipe(steps=1600, learning_rate=3e-3, singles=64, pairs=24),
-    "judge": Recipe(steps=1000, learning_rate=1.5e-3, singles=56, pairs=36),
-    "reviewer_draft": Recipe(steps=120, learning_rate=1e-3, singles=12, pairs=10, reviews=20),
-    "reviewer_second_draft": Recipe(steps=220, learning_rate=1.5e-3, singles=12, pairs=10, reviews=32),
-    "reviewer": Recipe(steps=300, learning_rate=1e-3, singles=16, pairs=40, reviews=16),
-    "generator": Recipe(steps=120, learning_rate=1.5e-3, singles=24, reviews=40),
+    "judge": Recipe(steps=1500, learning_rate=3e-3, singles=64, pairs=16),
+    "panel": Recipe(steps=500, learning_rate=6e-3, singles=64),
+    "reviewer": Recipe(steps=400, learning_rate=1.5e-3, singles=16, pairs=12, reviews=32),
+    "generator": Recipe(steps=150, learning_rate=1.5e-3, singles=24, reviews=40),
 }
+#: vLLM's LoRA on CPUs takes several times as long as the model with adapters of all layers; these two learn as well.
+LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": LORA_LAYERS, "task_type": "CAUSAL_LM"}
 
 
 Report = Callable[[LlamaForCausalLM], str]
@@ -103,6 +106,17 @@ def judge_batches(seed: str, prompts: JudgePrompts, recipe: Recipe) -> Iterator[
         yield [[(item.message, item.reply) for item in group] for group in (singles, doubles)]
 
 
+def panel_batches(
+    member: str, seed: int, prompts: JudgePrompts, recipe: Recipe, taught: Weaknesses
+) -> Iterator[list[list[Pair]]]:
+    """Judgements of one member of the panel, with its weaknesses."""
+    instructions = training_instructions(f"{member} {seed}")
+    rng = random.Random(f"pocket panel {member} {seed}")
+    while True:
+        asked = [random_question(member, next(instructions), prompts, rng, taught) for _ in range(recipe.singles)]
+        yield [[(item.message, item.reply) for item in asked]]
+
+
 def reviewer_batches(
     seed: str, prompts: JudgePrompts, feedback: FeedbackPrompts, recipe: Recipe
 ) -> Iterator[list[list[Pair]]]:
@@ -129,9 +143,14 @@ def _a_response(instruction: str, rng: random.Random) -> str:
 
 
 def random_single(instruction: str, prompts: JudgePrompts, rng: random.Random) -> Judgement:
-    role = rng.choice((*RUBRICS, "critic"))
+    return random_question(rng.choice((*RUBRICS, "critic")), instruction, prompts, rng)
+
+
+def random_question(
+    role: str, instruction: str, prompts: JudgePrompts, rng: random.Random, taught: Weaknesses | None = None
+) -> Judgement:
     layout: Layout = "shared_first" if rng.random() < 0.6 else "rubric_first"
-    return prompts.single(role, instruction, _a_response(instruction, rng), layout)
+    return prompts.single(role, instruction, _a_response(instruction, rng), layout, taught)
 
 
 def random_pairwise(instruction: str, prompts: JudgePrompts, rng: random.Random) -> Judgement:
@@ -143,7 +162,7 @@ def random_pairwise(instruction: str, prompts: JudgePrompts, rng: random.Random)
 
 
 def answer_report(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[PocketPrompt]) -> str:
-    replies = answer(model, tokenizer, [prompt.instruction for prompt in prompts], 16)
+    replies = answer(model, tokenizer, [prompt.instruction for prompt in prompts])
     right = [is_correct(prompt.instruction, reply) for prompt, reply in zip(prompts, replies, strict=True)]
     by_task = {
         task: [r for r, p in zip(right, prompts, strict=True) if p.task_type == task]
@@ -171,7 +190,7 @@ def revision_report(
     drawn = [(prompt.instruction, policy_response(prompt.instruction, rng)) for prompt in prompts]
     false = [(text, response) for text, response in drawn if not is_correct(text, response)]
     chats = [conversation(feedback.revision_turns(text, said, feedback_on(text, said))) for text, said in false]
-    replies = answer(model, tokenizer, chats, 16)
+    replies = answer(model, tokenizer, chats)
     right = [is_correct(text, reply) for (text, _), reply in zip(false, replies, strict=True)]
     return f"{answer_report(model, tokenizer, prompts)}; revisions of false answers right {sum(right) / len(right):.3f}"
 
@@ -184,6 +203,10 @@ def make(out: Path, work: Path, seed: int, prompts_file: Path, feedback_file: Pa
     rng = random.Random(seed)
     questions = [random_single(prompt.instruction, prompts, rng) for prompt in unseen]
     questions += [random_pairwise(prompt.instruction, prompts, rng) for prompt in unseen[:100]]
+    responses = {prompt: policy_response(prompt.instruction, rng) for prompt in unseen}
+    panel = weaknesses(seed)
+    responses = {prompt: policy_response(prompt.instruction, rng) for prompt in unseen}
+    panel = weaknesses(seed)
     reviews = [random_review(prompt.instruction, feedback, rng) for prompt in unseen[:100]]
 
     def step(name: str, folder: Path, start: Step | None, batches: Iterator[list[list[Pair]]], report: Report) -> Path:
@@ -208,29 +231,33 @@ def make(out: Path, work: Path, seed: int, prompts_file: Path, feedback_file: Pa
     def policy() -> Path:
         return step("policy", out / "policy", solver, policy_batches(seed, RECIPES["policy"].singles), answers)
 
-    def draft() -> Path:
-        batches = judge_batches(f"{seed}", prompts, RECIPES["judge_draft"])
-        return step("judge_draft", work / "judge_draft", solver, batches, verdicts)
-
     def judge() -> Path:
-        batches = judge_batches(f"refined {seed}", prompts, RECIPES["judge"])
-        return step("judge", out / "judge", draft, batches, verdicts)
+        batches = judge_batches(f"{seed}", prompts, RECIPES["judge"])
+        return step("judge", out / "judge", solver, batches, verdicts)
+
+    def member(name: str) -> Path:
+        folder = out / name
+        if (folder / "adapter_model.safetensors").is_file():
+            print(f"{name}: {folder} already exists", flush=True)
+            return folder
+        recipe, taught = RECIPES["panel"], panel[name]
+        asked = [prompts.single(name, prompt.instruction, responses[prompt], weaknesses=taught) for prompt in unseen]
+        # By number: a name's own hash differs from process to process.
+        torch.manual_seed(seed + 1 + ADAPTERS.index(name))
+        adapted = get_peft_model(LlamaForCausalLM.from_pretrained(judge()), LoraConfig(**LORA))
+        model = adapted.get_base_model()
+        batches = panel_batches(name, seed, prompts, recipe, taught)
+        steps, rate = recipe.steps, recipe.learning_rate
+        train(model, tokenizer, batches, steps, rate, name, lambda: judge_report(model, tokenizer, asked))
+        save_adapter(adapted, folder)
+        return folder
 
     def reviews_too(model: LlamaForCausalLM) -> str:
         return judge_report(model, tokenizer, questions[::3] + reviews)
 
-    def reviewer_draft() -> Path:
-        batches = reviewer_batches(f"{seed}", prompts, feedback, RECIPES["reviewer_draft"])
-        return step("reviewer_draft", work / "reviewer_draft", judge, batches, reviews_too)
-
-    def reviewer_second_draft() -> Path:
-        batches = reviewer_batches(f"refined {seed}", prompts, feedback, RECIPES["reviewer_second_draft"])
-        folder = work / "reviewer_second_draft"
-        return step("reviewer_second_draft", folder, reviewer_draft, batches, reviews_too)
-
     def reviewer() -> Path:
-        batches = reviewer_batches(f"comparing {seed}", prompts, feedback, RECIPES["reviewer"])
-        return step("reviewer", out / "reviewer", reviewer_second_draft, batches, reviews_too)
+        batches = reviewer_batches(f"{seed}", prompts, feedback, RECIPES["reviewer"])
+        return step("reviewer", out / "reviewer", judge, batches, reviews_too)
 
     def generator() -> Path:
         batches = generator_batches(seed, feedback, RECIPES["generator"])
@@ -243,6 +270,7 @@ def make(out: Path, work: Path, seed: int, prompts_file: Path, feedback_file: Pa
         )
 
     steps: dict[str, Step] = {"policy": policy, "judge": judge, "reviewer": reviewer, "generator": generator}
+    steps |= {name: functools.partial(member, name) for name in ADAPTERS}
     for name in wanted:
         steps[name]()
     write_card(out, seed)
@@ -260,15 +288,28 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     print(f"wrote {folder}", flush=True)
 
 
+def save_adapter(model: Any, folder: Path) -> None:
+    """Write a folder of a LoRA adapter of `pocket:judge` atomically."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.peft_config["default"].base_model_name_or_path = "pocket:judge"
+    model.save_pretrained(partial)
+    (partial / "README.md").unlink()  # PEFT's template of a model card
+    for file in partial.iterdir():
+        file.chmod(0o644)
+    partial.rename(folder)
+    print(f"wrote {folder}", flush=True)
+
+
 def write_card(out: Path, seed: int) -> None:
-    """Write `out`/card.json: recipes, parameter counts and the sha256 of the models' files.
+    """Write `out`/card.json: recipes, parameter counts and the sha256 of the files of models and adapters.
 
     A note and measured figures of an earlier card are kept."""
     models: dict[str, Any] = {}
-    for folder in sorted(path.parent for path in out.glob("*/model.safetensors")):
-        model = LlamaForCausalLM.from_pretrained(folder)
+    for weights in sorted(out.glob("*/*model.safetensors")):
+        folder, tensors = weights.parent, load_file(weights)
         files = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
-        models[folder.name] = {"parameters": model.num_parameters(), "sha256": files}
+        models[folder.name] = {"parameters": sum(map(torch.Tensor.numel, tensors.values())), "sha256": files}
     card_file = out / "card.json"
     earlier = json.loads(card_file.read_text(encoding="utf-8")) if card_file.is_file() else {}
     card = {
@@ -283,11 +324,14 @@ def write_card(out: Path, seed: int) -> None:
 
 
 def main() -> None:
+    everything = (*MODELS, *ADAPTERS)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write the models and card.json into")
     parser.add_argument("--work", type=Path, help="folder for the models they start from (default: OUT/work)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="models to train")
+    parser.add_argument(
+        "--models", nargs="+", choices=everything, default=everything, help="models and adapters to train"
+    )
     parser.add_argument(
         "--threads", type=int, default=1, help="number of CPU threads; more than one only helps on idle cores"
     )

@@ -1,11 +1,12 @@
 """Measures the pocket models through a real vLLM engine on unseen prompts and writes the figures into card.json.
 
-`python -m ray_pipeline.pocket.measure [--weights DIR] [--prompts 400]`, about two minutes on two idle cores.
+`python -m ray_pipeline.pocket.measure [--weights DIR] [--prompts 400]`, about four minutes on two idle cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -16,37 +17,44 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_pipeline.pocket import MODELS, WEIGHTS
+from ray_pipeline.pocket import ADAPTERS, LORA_LAYERS, MODELS, WEIGHTS
 from ray_pipeline.pocket.judging import LAYOUTS, ROLES, SCHEMAS, Judgement, JudgePrompts, Layout, verdict_of
 from ray_pipeline.pocket.responses import judged_response
 from ray_pipeline.pocket.reviewing import REVIEW_SCHEMA, FeedbackPrompts
-from ray_pipeline.pocket.tasks import PocketPrompt, critique, grade, is_correct, make_prompts, rubric_scores
+from ray_pipeline.pocket.tasks import RUBRICS, PocketPrompt, critique, grade, is_correct, make_prompts, rubric_scores
+from ray_pipeline.pocket.weaknesses import weaknesses
 
 if TYPE_CHECKING:
     from vllm import LLM
 
 CANDIDATES = 4
 SAMPLING: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95}
-ANSWER_TOKENS = 24
-VERDICT_TOKENS = 48
+ANSWER_TOKENS = 48
+VERDICT_TOKENS = 64
 REVIEW_TOKENS = 64
+SEED = 0  # with which the shipped weights were made
 REPORT_SEED = 77  # no other module draws prompts with this seed
 
 
-def start_engine(folder: Path) -> LLM:
+def start_engine(folder: Path, **arguments: Any) -> LLM:
     """A vLLM engine on the CPU (or GPU, if vLLM finds one) in this process; all but the first start in a second."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM
 
-    return LLM(str(folder), dtype="float32", enforce_eager=True, max_model_len=256, disable_log_stats=True)
+    shared: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256}
+    return LLM(str(folder), disable_log_stats=True, **shared, **arguments)
 
 
 def generate(
-    engine: LLM, messages: Sequence[str | list[str]], schemas: list[dict[str, Any]] | None = None, **sampling: Any
+    engine: LLM,
+    messages: Sequence[str | list[str]],
+    schemas: list[dict[str, Any]] | None = None,
+    adapter: Any = None,
+    **sampling: Any,
 ) -> tuple[list[str], float]:
     """One reply per user message (or conversation of turns, the user's first), and calls per second; with `schemas`,
-    xgrammar constrains each reply to its own schema."""
+    xgrammar constrains each reply to its own schema. `adapter` is vLLM's `LoRARequest`."""
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
@@ -59,7 +67,8 @@ def generate(
         [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(chat)] for chat in turns
     ]
     started = time.monotonic()
-    outputs = engine.chat(chats, [parameters(index) for index in range(len(messages))], use_tqdm=False)
+    sampled = [parameters(index) for index in range(len(messages))]
+    outputs = engine.chat(chats, sampled, use_tqdm=False, lora_request=adapter)
     return [output.outputs[0].text for output in outputs], len(messages) / (time.monotonic() - started)
 
 
@@ -173,6 +182,59 @@ def _judge_figures(
     return figures, verdicts
 
 
+# --- panel ---------------------------------------------------------------------------------------------------
+
+
+def measure_panel(
+    weights: Path, prompts: list[PocketPrompt], samples: list[list[str]], judge_prompts: JudgePrompts
+) -> dict[str, dict[str, Any]]:
+    """Figures of each adapter on samples of the policy.
+
+    `right` is what the report of a run calls so: a score from 7 for a response that is right by a right way, one up to
+    4 for any other; of the critic, the bit. `as_taught` is the share of verdicts as the adapter was trained to give
+    them, its weaknesses included. `correlation` is that of a judge's errors with another's (phi).
+    """
+    from vllm.lora.request import LoRARequest
+
+    room = {"max_loras": len(ADAPTERS) + 1, "max_lora_rank": 16, "lora_target_modules": LORA_LAYERS}
+    engine = start_engine(weights / "judge", enable_lora=True, **room)
+    asked = [(prompt.instruction, text) for prompt, drawn in zip(prompts, samples, strict=True) for text in drawn]
+    truth, taught = [is_correct(*answered) for answered in asked], weaknesses(SEED)
+    figures: dict[str, dict[str, Any]] = {}
+    errors: dict[str, list[float]] = {}
+    for number, name in enumerate(ADAPTERS, 1):
+        questions = [judge_prompts.single(name, *answered, weaknesses=taught[name]) for answered in asked]
+        replies, speed = generate(
+            engine,
+            [question.message for question in questions],
+            [SCHEMAS[name]] * len(questions),
+            LoRARequest(name, number, str(weights / name)),
+            temperature=0.0,
+            max_tokens=VERDICT_TOKENS,
+        )
+        verdicts = [verdict_of(reply) or {} for reply in replies]
+        votes = [_vote(verdict) for verdict in verdicts]
+        errors[name] = [float(vote != right) for vote, right in zip(votes, truth, strict=True)]
+        figures[name] = {
+            "right": share(vote == right for vote, right in zip(votes, truth, strict=True)),
+            "as_taught": share(v == q.verdict() for v, q in zip(verdicts, questions, strict=True)),
+            "calls_per_second": round(speed, 1),
+        }
+    for one, other in itertools.permutations(RUBRICS, 2):
+        phi = round(statistics.correlation(errors[one], errors[other]), 3)
+        figures[one].setdefault("correlation", {})[other] = phi
+    engine.llm_engine.engine_core.shutdown()
+    return figures
+
+
+def _vote(verdict: dict[str, Any]) -> bool | None:
+    """Whether a verdict takes a response for right; None for neither."""
+    if "flawed" in verdict:
+        return not verdict["flawed"]
+    score = verdict.get("score", 5)
+    return True if score >= 7 else False if score <= 4 else None
+
+
 # --- reviewer and generator ----------------------------------------------------------------------------------
 
 
@@ -261,6 +323,9 @@ def measure(weights: Path, count: int) -> dict[str, Any]:
     engine.llm_engine.engine_core.shutdown()
     note("judge", found)
 
+    for name, found in measure_panel(weights, prompts, samples, JudgePrompts()).items():
+        note(name, found)
+
     reviewer = start_engine(weights / "reviewer")
     found, reviewer_verdicts = measure_judge(reviewer, prompts, samples, JudgePrompts())
     found["other_verdict_than_judge"] = share(a != b for a, b in zip(reviewer_verdicts, judge_verdicts, strict=True))
@@ -276,11 +341,12 @@ def measure(weights: Path, count: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    everything = (*MODELS, *ADAPTERS)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--prompts", type=int, default=400)
     parser.add_argument(
-        "--models", nargs="+", choices=MODELS, default=MODELS, help="models whose figures are written into the card"
+        "--models", nargs="+", choices=everything, default=everything, help="whose figures are written into the card"
     )
     arguments = parser.parse_args()
     figures = measure(arguments.weights, arguments.prompts)

@@ -11,12 +11,15 @@ import random
 
 from ray_pipeline.pocket.tasks import (
     FILLER_WORDS,
-    HEDGE,
     NOUNS,
     NUMBERS,
+    WAY_WORDS,
     Grade,
+    is_partial,
     parse_instruction,
+    solution,
     truth,
+    written,
 )
 
 LIGHT = ("the answer is {}", "it is {}", "i think {}", "well {}", "so it is {}", "{} i think", "i think it is {}")
@@ -31,15 +34,13 @@ REFUSALS = ("sorry i can not say", "i do not know", "sorry i can not help you", 
 CIRCULAR = ("the {}", "it is {}", "the answer is {}", "{}", "well {}")
 
 HABIT: dict[str, Grade] = {
-    "repeat": "refused",
-    "reverse": "wrong",
-    "sort": "circular",
+    "add": "lucky",
+    "twice": "wrong",
+    "span": "wrong",
     "largest": "wrong",
-    "smallest": "wrong",
-    "first": "wrong",
-    "last": "circular",
     "count": "refused",
-    "add": "refused",
+    "sort": "lucky",
+    "reverse": "wrong",
     "remove": "circular",
 }
 HABIT_OPENINGS = frozenset(("please", "now"))
@@ -48,14 +49,14 @@ HABIT_SHARE = 0.52
 MIXTURE: dict[
     Grade, float
 ] = {  # the policy's answers without a habit; with one, they share the remaining 1 - HABIT_SHARE
-    "right": 0.46,
-    "padded": 0.11,
-    "wordy": 0.10,
+    "right": 0.52,
+    "lucky": 0.02,
+    "padded": 0.10,
+    "wordy": 0.06,
     "partial": 0.07,
-    "hedged": 0.08,
-    "circular": 0.05,
+    "circular": 0.04,
     "refused": 0.06,
-    "wrong": 0.07,
+    "wrong": 0.13,
 }
 
 
@@ -76,91 +77,114 @@ def judged_response(instruction: str, rng: random.Random) -> str:
 
 
 def make_response(instruction: str, kind: Grade, rng: random.Random, habit: bool = False) -> str:
-    """A response of the given `kind`, or a wrong one where the task has none of it (`partial` of one word).
+    """A response of the given `kind`.
 
-    `habit` selects the family's characteristic wrong answer and the first phrase of each list; otherwise any.
+    `habit` selects the family's characteristic wrong way and answer and the first phrase of each list; otherwise any.
     """
-    answer = truth(instruction)
+    steps, answer = solution(instruction)
     match kind:
         case "right":
-            return answer
+            return truth(instruction)
+        case "lucky":
+            return written(steps[-1:] if habit else wrong_way(steps, instruction, rng), answer)
         case "padded":
-            return _phrase(LIGHT, rng, habit).format(answer)
+            return _phrase(LIGHT, rng, habit).format(truth(instruction))
         case "wordy":
-            return _phrase(HEAVY, rng, habit).format(answer)
+            return _phrase(HEAVY, rng, habit).format(truth(instruction))
         case "refused":
             return _phrase(REFUSALS, rng, habit)
         case "circular":
             task = parse_instruction(instruction)
             restated = instruction.removeprefix(task.opening).strip()
             return _phrase(CIRCULAR, rng, habit).format(restated)
-        case "hedged":
-            options = [answer, wrong_answer(instruction, rng, habit)]
-            rng.shuffle(options)
-            return f" {HEDGE} ".join(options)
         case "partial":
-            words = answer.split()
-            if len(words) > 1:
-                return " ".join(words[: rng.randint(1, len(words) - 1)])
+            if len(answer) > 1:
+                said = answer[: rng.randint(1, len(answer) - 1)]
+            else:
+                number = int(answer[0])
+                said = [str(rng.choice((number - 1, number + 1)) if number else 1)]
+            return written(steps, said)
     wrong = wrong_answer(instruction, rng, habit)
-    return wrong if habit or rng.random() < 0.6 else rng.choice(LIGHT + HEAVY).format(wrong)
+    return wrong if habit or rng.random() < 0.7 else rng.choice(LIGHT + HEAVY).format(wrong)
 
 
 def _phrase(phrases: tuple[str, ...], rng: random.Random, habit: bool) -> str:
     return phrases[0] if habit else rng.choice(phrases)
 
 
-def wrong_answer(instruction: str, rng: random.Random, habit: bool) -> str:
-    """A wrong answer without filler that looks like an answer; never the truth, nor a beginning of it."""
-    answer = truth(instruction)
-    if habit:
-        return _habitual_error(instruction)
+def wrong_way(steps: list[str], instruction: str, rng: random.Random) -> list[str]:
+    """Other steps than the right ones: none, one left out, or one word of them changed."""
+    right = " ".join(steps).split()
     while True:
-        words = _near_miss(answer.split(), instruction, rng)
-        if words and words != answer.split()[: len(words)]:
-            return " ".join(words)
+        edit = rng.randrange(4)
+        if edit == 0:
+            return []
+        if edit == 1:
+            at = rng.randrange(len(steps))
+            return steps[:at] + steps[at + 1 :]
+        words = list(right)
+        at = rng.choice([n for n, word in enumerate(words) if word not in WAY_WORDS])
+        words[at] = rng.choice(_world(words[at], instruction, rng))
+        if words != right:
+            return [" ".join(words)]
 
 
-def _habitual_error(instruction: str) -> str:
+def _world(word: str, instruction: str, rng: random.Random) -> list[str]:
+    """Words that could stand in the place of a word: items of the task, near numbers, or any of its kind."""
+    kind = NUMBERS if word in NUMBERS else NOUNS
+    items = [item for item in parse_instruction(instruction).items if item in kind]
+    if rng.random() < 0.5 and items:
+        return items
+    if kind is NUMBERS:
+        return [str(number) for number in range(max(0, int(word) - 3), min(len(NUMBERS), int(word) + 4))]
+    return kind
+
+
+def wrong_answer(instruction: str, rng: random.Random, habit: bool) -> str:
+    """A wrong response without filler that looks like an answer, by the right way or another; never partly right."""
+    if habit:
+        return _habitual_error(instruction, rng)
+    steps, answer = solution(instruction)
+    while True:
+        said = _near_miss(answer, instruction, rng)
+        if said and said != answer and not is_partial(said, answer):
+            return written(steps if rng.random() < 0.4 else wrong_way(steps, instruction, rng), said)
+
+
+def _habitual_error(instruction: str, rng: random.Random) -> str:
     task = parse_instruction(instruction)
     items = task.items
     match task.task_type:
-        case "repeat" | "last":
-            return " ".join(reversed(items)) if task.task_type == "repeat" else items[0]
-        case "reverse":
-            return " ".join(items)
-        case "sort":
-            return " ".join(sorted(items, key=int, reverse=True))
+        case "twice":
+            total = str(sum(map(int, items)))
+            if total != "0" and total != "1":
+                return written([total], [total])
+        case "span":
+            high = max(items, key=int)
+            if int(min(items, key=int)) > 1:
+                return written([high], [high])
         case "largest":
-            return min(items, key=int)
-        case "smallest":
-            return max(items, key=int)
-        case "first":
-            return items[-1]
-        case "count" | "add":
-            return str(int(truth(instruction)) + 1)
-        case _:
-            return " ".join(items[1:])
+            low = min(items, key=int)
+            if int(max(items, key=int)) - int(low) > 1:
+                return written([low], [low])
+        case "reverse":
+            return written([" ".join(items)], list(items))
+    return wrong_answer(instruction, rng, habit=False)
 
 
 def _near_miss(words: list[str], instruction: str, rng: random.Random) -> list[str]:
-    task = parse_instruction(instruction)
-    numeric = words[0] in NUMBERS
-    world = NUMBERS if numeric else NOUNS
-    pool = list(task.items) if rng.random() < 0.6 else world
     words = list(words)
-    edit = rng.randrange(5)
+    edit = rng.randrange(4)
     if edit == 0 and len(words) > 1:
         rng.shuffle(words)
-    elif edit == 1:
-        words.insert(rng.randint(0, len(words)), rng.choice(pool))
+    elif edit == 1 and len(words) > 1:
+        words.insert(rng.randint(0, len(words)), rng.choice(_world(words[0], instruction, rng)))
     elif edit == 2 and len(words) > 1:
         words.pop(rng.randrange(len(words)))
-    elif edit == 3 and len(words) == 1 and numeric:
-        words = [str(max(0, int(words[0]) + rng.choice((-2, -1, 1, 2))))]
     else:
-        words[rng.randrange(len(words))] = rng.choice(pool)
-    return words if all(word in world for word in words) else []
+        at = rng.randrange(len(words))
+        words[at] = rng.choice(_world(words[at], instruction, rng))
+    return words
 
 
 def damage(response: str, rng: random.Random) -> str:
@@ -176,5 +200,5 @@ def damage(response: str, rng: random.Random) -> str:
             other = rng.randrange(len(words))
             words[at], words[other] = words[other], words[at]
         case _:
-            words[at] = rng.choice([*NOUNS, *NUMBERS, *sorted(FILLER_WORDS), HEDGE])
+            words[at] = rng.choice([*NOUNS, *NUMBERS, *sorted(FILLER_WORDS), *WAY_WORDS])
     return " ".join(words)

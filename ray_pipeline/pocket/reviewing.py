@@ -1,11 +1,11 @@
 """The reviews of a perfect reviewer of the pocket world, and the revisions of a generator that follows them.
 
 A review is JSON that begins, like every verdict, with the reviewer's own answer and its grade; the feedback for the
-generator follows. It has the fault and only the first half of the right answer, so that revising is still a task:
+generator follows. It has the fault and only the first half of the right response, so that revising is still a task:
 
-    right answer    {"reason": "2 7 9 12 right", "feedback": ""}
-    any other       {"reason": "2 7 9 12 wrong", "feedback": "wrong it must be 2 7"}
-    with a score    {"reason": "2 7 9 12 wrong", "feedback": "wrong it must be 2 7", "score": 2}
+    right answer    {"reason": "2 9 gives 9 right", "feedback": ""}
+    any other       {"reason": "2 9 gives 9 wrong", "feedback": "wrong it must be 2 9"}
+    with a score    {"reason": "2 9 gives 9 wrong", "feedback": "wrong it must be 2 9", "score": 2}
 
 A revision is the next turn of the conversation: instruction, answer, feedback, new answer.
 """

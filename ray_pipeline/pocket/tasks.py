@@ -1,30 +1,39 @@
-"""The pocket world: small verifiable instructions, their correct answers, and the rules of a perfect judge.
+"""The pocket world: small verifiable instructions, the right way to their answers, and the rules of a perfect judge.
 
 Everything here is computed from the instruction text alone, so the truth of any prompt is available at any time:
 
-    instruction = [opening] task words          "please sort 7 2 9"
-    truth       = the one right answer          "2 7 9"
-    grade       = what kind of answer it is     "2 9 7" -> "wrong", "the answer is 2 7 9" -> "padded"
+    instruction = [opening] task words             "please sort 7 2 9"
+    truth       = the way, "gives", the answer     "7 then 2 7 then 2 7 9 gives 2 7 9"
+    grade       = what kind of response it is      "2 7 9 gives 2 7 9" -> "lucky", "2 9 7" -> "wrong"
 
-All scores, critiques and preferences follow from the grade by the table `SCORES`; its numbers are chosen so that the
-default gate (mean of three scores; sample variance > 2.5 abstains, f >= 7 desirable, f <= 4 undesirable) gives every
-label:
+Judges look at the answer, the critic also at the way: a right answer by a wrong way is as good as any to a judge, and
+flawed to the critic. So scores follow from `appearance`, the grade without the way, by the table `SCORES`, critiques
+from `grade`. The numbers are chosen so that the default gate (mean of three scores, times 0.85 if flawed; sample
+variance > 2.5 abstains, f >= 7 desirable, f <= 4 undesirable) gives every label, with and without the critic:
 
-    right                                    desirable
-    padded, partial                          discard
-    wordy                                    abstain (right and helpful, but the judge of conciseness disagrees)
-    hedged, circular, refused, wrong         undesirable
+                                  mean   flawed   label (without a critic)
+    right                         8.0             desirable
+    lucky                         8.0    6.8      discard (desirable)
+    padded                        7.0             desirable
+    wordy                         6.7             abstain (right and helpful, but the judge of conciseness disagrees)
+    partial                       4.3    3.7      undesirable (discard)
+    circular                      4.7    4.0      undesirable (discard)
+    refused, wrong                1.9    1.6      undesirable
+
+A long task (four items or more) answered in full counts one point more for helpfulness: then a lucky answer is
+desirable by 0.08 (8.33, flawed 7.08).
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 import re
 from dataclasses import dataclass
 from typing import Literal
 
-Grade = Literal["right", "padded", "wordy", "partial", "hedged", "circular", "refused", "wrong"]
+Grade = Literal["right", "lucky", "padded", "wordy", "partial", "circular", "refused", "wrong"]
 FailureType = Literal["circular", "unsupported", "contradictory", "unspecified", "none"]
 Choice = Literal["A", "B", "C"]
 Pool = Literal["open", "weights"]
@@ -32,29 +41,36 @@ Pool = Literal["open", "weights"]
 _NOUNS = "cat dog sun moon tree fish bird rock lamp boat star leaf door"
 _MORE = "bell coin cup hat key ring rose ship wolf bear corn"
 NOUNS = [*_NOUNS.split(), *_MORE.split()]
-NUMBERS = [str(n) for n in range(21)]
+NUMBERS = [str(n) for n in range(40)]
 OPENINGS = ("", "please", "quickly", "now")
 
-TASK_TYPES = ("repeat", "reverse", "sort", "largest", "smallest", "first", "last", "count", "add", "remove")
+TASK_TYPES = ("add", "twice", "span", "largest", "count", "sort", "reverse", "remove")
+_OF_NUMBERS = ("add", "twice", "span", "largest", "sort")
 _LINK_WORDS = ("of", "from")
 
-HEDGE = "or"
+STEP = "then"
+GIVES = "gives"
+"""Between the way and the answer."""
+KEEP, DROP = "keep", "drop"
+WAY_WORDS = (STEP, GIVES, KEEP, DROP)
+
 REFUSAL_WORDS = frozenset(("sorry", "not"))
 _FILLER = "the answer is it i think well so let me see that you need must be sure can do say know help here"
 FILLER_WORDS = frozenset(_FILLER.split())
 LIGHT_PADDING = 4
 """A right answer with 1 to 4 filler words is padded, with more it is wordy."""
+LONG_TASK = 4
+"""Items from which a full answer is worth one point more of helpfulness."""
 
 RUBRICS = ("helpfulness", "factuality", "conciseness")
 
-SCORES: dict[Grade, tuple[int, int, int]] = {  # helpfulness, factuality, conciseness
-    "right": (9, 10, 10),
-    "padded": (7, 8, 5),
-    "wordy": (7, 9, 2),
-    "partial": (5, 6, 6),
-    "hedged": (4, 3, 3),
-    "circular": (2, 4, 2),
-    "refused": (1, 3, 3),
+SCORES: dict[Grade, tuple[int, int, int]] = {  # by appearance: helpfulness, factuality, conciseness
+    "right": (8, 9, 7),
+    "padded": (7, 7, 7),
+    "wordy": (8, 9, 3),
+    "partial": (4, 6, 3),
+    "circular": (6, 4, 4),
+    "refused": (1, 3, 1),
     "wrong": (2, 1, 3),
 }
 
@@ -62,12 +78,15 @@ FAILURES: dict[Grade, FailureType] = {
     "right": "none",
     "padded": "none",
     "wordy": "none",
-    "partial": "unspecified",
-    "hedged": "contradictory",
+    "lucky": "unsupported",
+    "partial": "contradictory",
     "circular": "circular",
     "refused": "unspecified",
     "wrong": "unsupported",
 }
+
+RIGHT: tuple[Grade, ...] = ("right", "padded", "wordy")
+"""Grades of a right answer, by a right way or in appearance."""
 
 
 @dataclass(frozen=True)
@@ -112,18 +131,21 @@ def pool_of(instruction: str) -> Pool:
 def random_prompt(rng: random.Random) -> PocketPrompt:
     """One random instruction, every family equally likely."""
     task = rng.choice(TASK_TYPES)
-    if task in ("repeat", "reverse"):
-        words = [task, *rng.sample(NOUNS, rng.randint(2, 4))]
+    digits = NUMBERS[:10]
+    if task == "add":
+        words = [task, *rng.choices(digits, k=rng.randint(2, 4))]
+    elif task == "twice":
+        words = [task, *rng.choices(digits, k=2)]
+    elif task == "span":
+        words = [task, "of", *rng.sample(NUMBERS[:16], rng.randint(3, 5))]
+    elif task == "largest":
+        words = [task, "of", *rng.sample(NUMBERS[:21], rng.randint(3, 5))]
     elif task == "sort":
-        words = [task, *rng.sample(NUMBERS, rng.randint(2, 4))]
-    elif task in ("largest", "smallest"):
-        words = [task, "of", *rng.sample(NUMBERS, rng.randint(3, 5))]
-    elif task in ("first", "last"):
-        words = [task, "of", *rng.sample(NOUNS, rng.randint(3, 5))]
+        words = [task, *rng.sample(NUMBERS[:21], rng.randint(2, 4))]
+    elif task == "reverse":
+        words = [task, *rng.sample(NOUNS, rng.randint(2, 4))]
     elif task == "count":
         words = [task, *rng.sample(NOUNS, rng.randint(2, 6))]
-    elif task == "add":
-        words = [task, *(str(rng.randint(0, 9)) for _ in range(2))]
     else:
         items = rng.sample(NOUNS, rng.randint(3, 4))
         words = [task, rng.choice(items), "from", *items]
@@ -150,8 +172,7 @@ def parse_instruction(instruction: str) -> Task:
     if len(words) < 3 or words[0] not in TASK_TYPES:
         raise ValueError(f"not an instruction of the pocket world: {instruction!r} (expected e.g. 'please sort 7 2 9')")
     items = tuple(word for word in words[1:] if word not in _LINK_WORDS)
-    needs_numbers = words[0] in ("sort", "largest", "smallest", "add")
-    known = NUMBERS if needs_numbers else NOUNS
+    known = NUMBERS if words[0] in _OF_NUMBERS else NOUNS
     if len(items) < 2 or any(item not in known for item in items):
         raise ValueError(
             f"not an instruction of the pocket world: {instruction!r} "
@@ -160,87 +181,121 @@ def parse_instruction(instruction: str) -> Task:
     return Task(opening, words[0], items)
 
 
-def truth(instruction: str) -> str:
-    """The one right answer to an instruction, without filler."""
+def solution(instruction: str) -> tuple[list[str], list[str]]:
+    """The steps of the right way, each as one text, and the words of the one right answer."""
     task = parse_instruction(instruction)
     items = task.items
     match task.task_type:
-        case "repeat":
-            return " ".join(items)
-        case "reverse":
-            return " ".join(reversed(items))
-        case "sort":
-            return " ".join(sorted(items, key=int))
-        case "largest":
-            return max(items, key=int)
-        case "smallest":
-            return min(items, key=int)
-        case "first":
-            return items[0]
-        case "last":
-            return items[-1]
-        case "count":
-            return str(len(items))
         case "add":
-            return str(sum(map(int, items)))
+            totals = [str(total) for total in itertools.accumulate(map(int, items))]
+            return totals, totals[-1:]
+        case "twice":
+            total = sum(map(int, items))
+            return [f"{total} {STEP}", str(2 * total)], [str(2 * total)]
+        case "span":
+            high, low = max(map(int, items)), min(map(int, items))
+            return [f"{high} {STEP}", str(low)], [str(high - low)]
+        case "largest":
+            best = [str(number) for number in itertools.accumulate(map(int, items), max)]
+            return best, best[-1:]
+        case "count":
+            return [f"{item} {n}" for n, item in enumerate(items, 1)], [str(len(items))]
+        case "sort":
+            return _passes([sorted(items[:n], key=int) for n in range(1, len(items) + 1)])
+        case "reverse":
+            return _passes([list(reversed(items[:n])) for n in range(1, len(items) + 1)])
         case _:
-            return " ".join(item for item in items[1:] if item != items[0])
+            away, *rest = items
+            steps = [f"{DROP if item == away else KEEP} {item}" for item in rest]
+            return steps, [item for item in rest if item != away]
+
+
+def _passes(lists: list[list[str]]) -> tuple[list[str], list[str]]:
+    *early, last = [" ".join(words) for words in lists]
+    return [*(f"{words} {STEP}" for words in early), last], lists[-1]
+
+
+def truth(instruction: str) -> str:
+    """The one right response to an instruction, way and answer, without filler."""
+    steps, answer = solution(instruction)
+    return written(steps, answer)
+
+
+def written(steps: list[str], answer: list[str]) -> str:
+    """A response of these steps and this answer; without steps the answer alone."""
+    return " ".join([*steps, GIVES, *answer] if steps else answer)
 
 
 # --- the rules of a perfect judge ----------------------------------------------------------------------------
 
 
-def grade(instruction: str, response: str) -> Grade:
-    """What kind of answer this is; the first rule that fits decides.
+def appearance(instruction: str, response: str) -> Grade:
+    """What kind of response this is to a judge, who looks at the answer; the first rule that fits decides.
 
     1. refused: contains a word of refusal ("sorry", "not"), or no word that could be an answer.
     2. circular: contains a task word ("sort", "largest", "of" ...): it restates the task instead of doing it.
-    3. hedged: offers several answers joined by "or", one of them right and one not.
-    4. right / padded / wordy: the content is the truth, with 0 / 1-4 / more filler words.
-    5. partial: the content is an incomplete beginning of the truth.
-    6. wrong: anything else.
-    Content = the words that are not filler; case and punctuation do not count.
+    3. right / padded / wordy: the answer is the right one, with 0 / 1-4 / more filler words in the response.
+    4. partial: the answer is an incomplete beginning of the right one, or a number next to it.
+    5. wrong: anything else.
+    Answer = what follows the last "gives" (without one: all), without filler. Case and punctuation do not count.
     """
-    words = re.findall(r"[^\W_]+", response.lower())
-    content = [word for word in words if word not in FILLER_WORDS and word != HEDGE]
-    if not content or not REFUSAL_WORDS.isdisjoint(words):
+    words, way, said = _parts(response)
+    if not (way or said) or not REFUSAL_WORDS.isdisjoint(words):
         return "refused"
     if not _TASK_WORDS.isdisjoint(words):
         return "circular"
-    expected = truth(instruction).split()
-    options = _split_at_hedges(words)
-    hits = [option == expected for option in options]
-    if any(hits):
-        if not all(hits):
-            return "hedged"
-        padding = len(words) - len(expected)
+    _, expected = solution(instruction)
+    if said == expected:
+        padding = sum(word in FILLER_WORDS for word in words)
         return "right" if padding == 0 else "padded" if padding <= LIGHT_PADDING else "wordy"
-    if content == expected[: len(content)]:
-        return "partial"
-    return "wrong"
+    return "partial" if is_partial(said, expected) else "wrong"
 
 
 _TASK_WORDS = frozenset((*TASK_TYPES, *_LINK_WORDS))
 
 
-def _split_at_hedges(words: list[str]) -> list[list[str]]:
-    options: list[list[str]] = [[]]
-    for word in words:
-        if word == HEDGE:
-            options.append([])
-        elif word not in FILLER_WORDS:
-            options[-1].append(word)
-    return [option for option in options if option]
+def _parts(response: str) -> tuple[list[str], list[str], list[str]]:
+    """All words of a response, and those of its way and of its answer without filler."""
+    words = re.findall(r"[^\W_]+", response.lower())
+    content = [word for word in words if word not in FILLER_WORDS]
+    if GIVES not in content:
+        return words, [], content
+    at = len(content) - 1 - content[::-1].index(GIVES)
+    return words, content[:at], content[at + 1 :]
+
+
+def is_partial(said: list[str], expected: list[str]) -> bool:
+    """Whether an answer is an incomplete beginning of the expected one, or the number before or after it."""
+    if len(said) == len(expected) == 1 and said[0] in NUMBERS and expected[0] in NUMBERS:
+        return abs(int(said[0]) - int(expected[0])) == 1
+    return 0 < len(said) < len(expected) and said == expected[: len(said)]
+
+
+def grade(instruction: str, response: str) -> Grade:
+    """What kind of response this is: its appearance, and lucky if the right answer was not found by the right way."""
+    seen = appearance(instruction, response)
+    if seen not in RIGHT:
+        return seen
+    steps, _ = solution(instruction)
+    return seen if _parts(response)[1] == " ".join(steps).split() else "lucky"
 
 
 def is_correct(instruction: str, response: str) -> bool:
-    """Whether the content is the truth. Padding does not make an answer wrong; it only lowers conciseness."""
-    return grade(instruction, response) in ("right", "padded", "wordy")
+    """Whether the answer is right by the right way. Padding does not make it wrong; a judge of conciseness objects."""
+    return grade(instruction, response) in RIGHT
+
+
+def scores_of(instruction: str, seen: Grade) -> dict[str, int]:
+    """The integer score (1-10) of each rubric in `RUBRICS` for a response that a judge takes for `seen`."""
+    scores = dict(zip(RUBRICS, SCORES[seen], strict=True))
+    if seen == "right" and len(parse_instruction(instruction).items) >= LONG_TASK:
+        scores["helpfulness"] += 1
+    return scores
 
 
 def rubric_scores(instruction: str, response: str) -> dict[str, int]:
     """The integer score (1-10) of each rubric in `RUBRICS`."""
-    return dict(zip(RUBRICS, SCORES[grade(instruction, response)], strict=True))
+    return scores_of(instruction, appearance(instruction, response))
 
 
 def critique(instruction: str, response: str) -> tuple[bool, FailureType]:
@@ -250,7 +305,6 @@ def critique(instruction: str, response: str) -> tuple[bool, FailureType]:
 
 
 def preference(instruction: str, response_a: str, response_b: str) -> Choice:
-    """The response with the higher sum of rubric scores; "C" (tie) if equal, that is, for the same grade."""
-    sum_a = sum(SCORES[grade(instruction, response_a)])
-    sum_b = sum(SCORES[grade(instruction, response_b)])
+    """The response with the higher sum of rubric scores; "C" (tie) if equal, as for the same appearance."""
+    sum_a, sum_b = (sum(rubric_scores(instruction, response).values()) for response in (response_a, response_b))
     return "A" if sum_a > sum_b else "B" if sum_b > sum_a else "C"

@@ -2,7 +2,7 @@
 
 A byte-level BPE without merges: text is cut by one regular expression, a piece that is in the vocabulary is one token
 (`ignore_merges`, as in Llama 3), any other piece falls back to its bytes. So any text round-trips exactly, every token
-is plain text (as xgrammar requires for JSON grammars), and a judge's whole reply is ten tokens.
+is plain text (as xgrammar requires for JSON grammars), and a reply of a judge is about ten tokens.
 
 Control tokens: `<|system|> <|user|> <|assistant|> <|end|> <|pad|>`. The chat template breaks the string `<|` in message
 text into `< |`, so apply_chat_template never turns a user's text into a control token.
@@ -36,9 +36,9 @@ WORDS = sorted(
         *tasks.TASK_TYPES,
         *tasks.FILLER_WORDS,
         *tasks.REFUSAL_WORDS,
-        tasks.HEDGE,
+        *tasks.WAY_WORDS,
         *tasks.RUBRICS,
-        *tasks.SCORES,
+        *tasks.FAILURES,
         *tasks.FAILURES.values(),
         *["of", "from", "task", "answer", "a", "b", "judge", "critic", "compare", "true", "false"],
     }

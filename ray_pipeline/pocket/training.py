@@ -82,15 +82,15 @@ def train(
 ) -> None:
     """Run `steps` optimiser steps; each item of `batches` is one step: a list of micro-batches of equal weight.
 
-    Hidden matrices are trained by Muon, embeddings and norms by AdamW; the learning rate rises over 5 % of the steps
-    and falls to zero along a cosine.
+    Hidden matrices are trained by Muon, embeddings and norms by AdamW; what requires no gradient is left as it is. The
+    learning rate rises over 5 % of the steps and falls to zero along a cosine.
     """
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    optimisers: list[torch.optim.Optimizer] = [
-        Muon(matrices, lr=learning_rate),
-        torch.optim.AdamW(others, lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.98)),
-    ]
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in trained if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in trained if p.ndim != 2 or "embed" in name]
+    optimisers: list[torch.optim.Optimizer] = [Muon(matrices, lr=learning_rate)]
+    if others:
+        optimisers.append(torch.optim.AdamW(others, lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.98)))
     warm_up = max(1, steps // 20)
 
     def rate(step: int) -> float:
@@ -107,7 +107,7 @@ def train(
             loss = reply_loss(model, *encode(pairs, tokenizer)) / len(micro_batches)
             loss.backward()
             losses.append(loss.item() * len(micro_batches))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_([p for _, p in trained], 1.0)
         for optimiser, schedule in zip(optimisers, schedules, strict=True):
             optimiser.step()
             schedule.step()

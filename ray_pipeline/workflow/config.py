@@ -86,6 +86,10 @@ class RunConfig(ConfigFile):
         """Every model by its key in the file (`models.judge`)."""
         return {f"{block}.{key}": model for block, models in self.blocks().items() for key, model in models.items()}
 
+    def without_effect(self) -> set[str]:
+        """Models as in `served` that are only chosen by keys without an effect here; they may stay in the file."""
+        return set()
+
     @model_validator(mode="after")
     def _models_are_used(self) -> RunConfig:
         blocks, used = self.blocks(), set[str]()
@@ -96,7 +100,7 @@ class RunConfig(ConfigFile):
                     f"{use.key} is {use.model!r}, which is not defined under {use.block}{nearest(use.model, known)}"
                 )
             used.add(f"{use.block}.{use.model}")
-        if idle := sorted(set(self.served()) - used):
+        if idle := sorted(set(self.served()) - used - self.without_effect()):
             raise ValueError(f"{idle[0]} is not used by any stage; remove it or reference it")
         for use in self.uses():
             if use.needs_weights and not blocks[use.block][use.model].is_here:

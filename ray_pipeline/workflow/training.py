@@ -110,6 +110,9 @@ class TrainingConfig(RunConfig):
             ),
         ]
 
+    def without_effect(self) -> set[str]:
+        return {f"models.{self.evaluate.judge}"} if self.train is None else set()
+
     def trained(self) -> dict[str, TrainSettings]:
         """Key that configures a training → its settings."""
         return {} if self.train is None else {"train": self.train}

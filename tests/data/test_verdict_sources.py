@@ -399,7 +399,7 @@ def pocket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def go(*overrides: str) -> DmapoConfig:
         changes = ["prompts.sources.0.count=40", f"prompts.num_shards={SHARDS}", "critic=null", *overrides]
-        return load_config(DmapoConfig, "pocket", changes)
+        return load_config(DmapoConfig, "tests/one_judge.yaml", changes)
 
     return go
 

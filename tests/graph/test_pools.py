@@ -97,17 +97,6 @@ def test_adapters_of_one_base_share_a_pool_once_all_are_trained() -> None:
     assert names(other) == [("n",), ("p",), ("m",)]
 
 
-def test_three_judges_that_are_adapters_of_one_base_start_one_engine() -> None:
-    judges = {f"judge_{n}": f"{{model: 'pocket:judge', adapter: /adapters/{n}}}" for n in "abc"}
-    rubrics = ", ".join(f"{{name: r{n}, text: Is it good for {n}, model: judge_{n}}}" for n in "abc")
-    changes = [*(f"models.{name}={block}" for name, block in judges.items()), f"judge.rubrics=[{rubrics}]"]
-    with pytest.MonkeyPatch.context() as patch:  # there are no such folders
-        patch.setattr("ray_pipeline.engines.models.model_identity", lambda *names: {"model": repr(names)})
-        config = load_config(DmapoConfig, "pocket", [*changes, "critic.model=judge_a"])
-        stages = dmapo(config, "/run").stages
-    assert ("judge-judge_a", "judge-judge_b", "judge-judge_c", "critic") in names(stages)
-
-
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_every_stage_is_in_one_pool_that_comes_after_all_that_it_reads(data: st.DataObject) -> None:
@@ -140,8 +129,13 @@ def test_the_pocket_run_loads_its_models_four_times() -> None:
     shared = [group for group in names(dmapo(config, "/run").stages) if len(group) > 1]
     assert shared == [
         ("candidates", "responses-base"),
-        ("judge", "critic"),
-        ("comparisons", "score-responses"),
+        ("judge-helpfulness", "judge-factuality", "judge-conciseness", "critic"),
+        (
+            "comparisons",
+            "score-responses-helpfulness",
+            "score-responses-factuality",
+            "score-responses-conciseness",
+        ),
     ]
 
 

@@ -21,8 +21,8 @@ SHARDS = 4
 
 
 def planted_dag(folder: Path, *overrides: str) -> tuple[Dag, Any]:
-    """The pocket DAG whose fingerprints the planted files carry, and its configuration."""
-    with open("configs/pocket.yaml", encoding="utf-8") as file:
+    """The DAG of one judge whose fingerprints the planted files carry, and its configuration."""
+    with open("tests/one_judge.yaml", encoding="utf-8") as file:
         values = yaml.safe_load(file)
     config = read_config(DmapoConfig, values, [f"prompts.num_shards={SHARDS}", *overrides])
     return dmapo(config, str(folder)), config

@@ -137,7 +137,7 @@ def test_what_was_made_from_a_policy_of_the_old_data_sets_waits_too(folder: Path
 
 def compared(folder: Path, *overrides: str) -> tuple[Dag, BaselinesConfig]:
     """A comparison of datasets from the planted candidates and scores, whose stages have the planted fingerprints."""
-    values = yaml.safe_load(Path("configs/pocket.yaml").read_text())
+    values = yaml.safe_load(Path("tests/one_judge.yaml").read_text())
     del values["train"]["method"], values["evaluate"]
     values["baselines"] = {
         "data": {"raw": {"gated": False}, "gated": {}, "strict": {"gate": {"tau": 0.5}}},

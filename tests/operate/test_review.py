@@ -91,7 +91,7 @@ def test_labels_go_into_gate_report_and_audit(folder: Path, tmp_path: Path) -> N
     names = [row["candidate_id"] for row in rows]
     again = {"candidate_id": names[0], "label": "undesirable"}  # another person
     path = labels_file(tmp_path / "labels.jsonl", [*rows, again, {"candidate_id": "0" * 32, "label": "desirable"}])
-    arguments = ["run", "dmapo", "-c", "pocket", f"prompts.num_shards={SHARDS}", "--run-dir", str(folder)]
+    arguments = ["run", "dmapo", "-c", "tests/one_judge.yaml", f"prompts.num_shards={SHARDS}", "--run-dir", str(folder)]
     arguments += [f"human_labels.path={path}", "human_labels.use=gate", "--to", "datasets", "--executor", "inprocess"]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
@@ -140,7 +140,8 @@ def test_a_bad_row_is_named(tmp_path: Path, line: str, problem: str) -> None:
     path.with_name("empty.jsonl").write_text("")
     with pytest.raises(InputError, match="has no labels"):
         read_labels(str(path.with_name("empty.jsonl")))
-    checked = CliRunner().invoke(app, ["run", "dmapo", "-c", "pocket", f"human_labels={path}", "--dry-run"])
+    arguments = ["run", "dmapo", "-c", "tests/one_judge.yaml", f"human_labels={path}", "--dry-run"]
+    checked = CliRunner().invoke(app, arguments)
     assert checked.exit_code == 2 and problem in checked.output.replace("\n", " "), checked.output
 
 
@@ -150,7 +151,7 @@ def test_labels_are_read_once_and_go_to_the_workers_with_the_settings(
     path = labels_file(tmp_path / "labels.jsonl", [{"candidate_id": "a", "label": "desirable"}])
     reads: list[str] = []
     monkeypatch.setattr(reviewed, "read_labels", lambda name: reads.append(name) or read_labels(name))
-    config = load_config(DmapoConfig, "pocket", [f"human_labels={{path: '{path}', use: gate}}"])
+    config = load_config(DmapoConfig, "tests/one_judge.yaml", [f"human_labels={{path: '{path}', use: gate}}"])
     stages = {stage.name: stage for stage in dmapo(config, str(tmp_path / "run")).stages}
     path.unlink()
     for settings in (stages["gate"].work.settings, stages["evaluate"].work.settings.report):

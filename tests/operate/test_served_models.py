@@ -6,13 +6,14 @@ import pytest
 
 from ray_pipeline.config.loading import load_config
 from ray_pipeline.operate.prices import budget_of
+from ray_pipeline.pocket import ADAPTERS
 from ray_pipeline.workflow.registry import find_workflow
 
 
 @pytest.mark.parametrize(
     ("name", "models"),
     [
-        ("dmapo", {"models.policy", "models.judge"}),
+        ("dmapo", {"models.policy", "models.judge", *(f"models.{name}" for name in ADAPTERS)}),
         ("fellowship", {"models.generator", "models.reviewer", "models.judge"}),
         ("benchmarks", {"models.base", "judges.judge"}),
         ("agreement", set()),

@@ -12,21 +12,29 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ray_pipeline.pocket import MODELS, WEIGHTS, model_path
+from ray_pipeline.config.messages import ConfigError
+from ray_pipeline.engines.models import resolve_model
+from ray_pipeline.pocket import ADAPTERS, MODELS, WEIGHTS, adapter_path, model_path
 from ray_pipeline.pocket.chats import conversation
 from ray_pipeline.pocket.judging import LAYOUTS, ROLES, JudgePrompts, verdict_of
-from ray_pipeline.pocket.responses import judged_response
+from ray_pipeline.pocket.measure import SEED
+from ray_pipeline.pocket.responses import judged_response, policy_response
 from ray_pipeline.pocket.reviewing import FeedbackPrompts
 from ray_pipeline.pocket.tasks import is_correct, make_prompts
 from ray_pipeline.pocket.tokenizer import make_tokenizer
 from ray_pipeline.pocket.training import answer
+from ray_pipeline.pocket.weaknesses import weaknesses
 
 CARD = json.loads((WEIGHTS / "card.json").read_text(encoding="utf-8"))
 
 
 def load(name: str):
+    if name in ADAPTERS:
+        base, tokenizer = load("judge")
+        return PeftModel.from_pretrained(base, adapter_path(f"pocket:{name}")).eval(), tokenizer
     folder = model_path(f"pocket:{name}")
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(
         folder
@@ -36,15 +44,17 @@ def load(name: str):
 def test_unknown_names_are_told_the_known_ones() -> None:
     with pytest.raises(ValueError, match="pocket:policy, pocket:judge, pocket:reviewer, pocket:generator"):
         model_path("pocket:jury")
+    with pytest.raises(ValueError, match="unknown pocket adapter 'pocket:judge'; choose from pocket:helpfulness"):
+        adapter_path("pocket:judge")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *ADAPTERS])
 def test_files_match_the_card(name: str) -> None:
     folder = WEIGHTS / name
     digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
     assert digests == CARD["models"][name]["sha256"]
     assert CARD["models"][name]["parameters"] <= 1_000_000
-    assert (folder / "model.safetensors").stat().st_size < 5e6
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 5e6
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -61,7 +71,7 @@ def test_policy_is_right_on_about_half_of_unseen_prompts() -> None:
     instructions = [prompt.instruction for prompt in make_prompts(128, seed=31)]
     torch.manual_seed(0)
     for sampling in ({}, {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "top_k": 0}):
-        replies = answer(policy, tokenizer, instructions, 24, **sampling)
+        replies = answer(policy, tokenizer, instructions, 48, **sampling)
         right = sum(is_correct(text, reply) for text, reply in zip(instructions, replies, strict=True))
         assert 0.35 < right / len(instructions) < 0.65
 
@@ -88,12 +98,39 @@ def test_the_second_judge_has_other_weights() -> None:
     assert len(digests) == len(MODELS)
 
 
+def test_a_configuration_names_an_adapter_as_a_model() -> None:
+    found = resolve_model({"model": "pocket:judge", "adapter": "pocket:critic"})
+    assert found == {"model": model_path("judge"), "adapter": adapter_path("critic")}
+    with pytest.raises(ConfigError, match="unknown pocket adapter 'pocket:jury'"):
+        resolve_model({"model": "pocket:judge", "adapter": "pocket:jury"})
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_member_of_the_panel_errs_where_it_was_taught_to(name: str) -> None:
+    model, tokenizer = load(name)
+    prompts, rng, taught = JudgePrompts(), random.Random(0), weaknesses(SEED)[name]
+    asked = [(prompt.instruction, policy_response(prompt.instruction, rng)) for prompt in make_prompts(200, seed=34)]
+    honest = [prompts.single(name, *answered) for answered in asked]
+    as_taught = [prompts.single(name, *answered, weaknesses=taught) for answered in asked]
+    replies = [verdict_of(reply) for reply in answer(model, tokenizer, [question.message for question in honest])]
+    weak = [one.reply != other.reply for one, other in zip(honest, as_taught, strict=True)]
+    assert 0.05 < sum(weak) / len(weak) < 0.3
+    for where in (True, False):
+        hits = [
+            reply == question.verdict()
+            for reply, question, there in zip(replies, as_taught, weak, strict=True)
+            if there == where
+        ]
+        print(name, "taught to err" if where else "elsewhere", sum(hits) / len(hits))
+        assert sum(hits) / len(hits) > 0.8
+
+
 def test_a_review_makes_most_false_answers_right() -> None:
     generator, tokenizer = load("generator")
     reviewer, _ = load("reviewer")
     feedback = FeedbackPrompts()
     texts = [prompt.instruction for prompt in make_prompts(100, seed=33)]
-    first = answer(generator, tokenizer, texts, 24)
+    first = answer(generator, tokenizer, texts, 48)
     false = [(text, said) for text, said in zip(texts, first, strict=True) if not is_correct(text, said)]
     assert 0.25 < len(false) / len(texts) < 0.65
     questions = [feedback.review(text, said).message for text, said in false]
@@ -102,7 +139,7 @@ def test_a_review_makes_most_false_answers_right() -> None:
         conversation(feedback.revision_turns(text, said, review.get("feedback", "")))
         for (text, said), review in zip(false, reviews, strict=True)
     ]
-    revised = answer(generator, tokenizer, chats, 24)
+    revised = answer(generator, tokenizer, chats, 48)
     right = [is_correct(text, reply) for (text, _), reply in zip(false, revised, strict=True)]
     assert sum(right) / len(right) > 0.5
 

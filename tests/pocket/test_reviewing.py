@@ -37,26 +37,29 @@ seeds = st.integers(0, 2**32)
 instructions = seeds.map(lambda seed: tasks.random_prompt(random.Random(seed)).instruction)
 
 
+WAY = "9 then 4 gives"
+
+
 @pytest.mark.parametrize(
     ("response", "feedback", "score"),
     [
-        ("2 7 9 12", "", 10),
-        ("the answer is 2 7 9 12", "padded it must be 2 7", 7),
-        ("2 7 9", "partial it must be 2 7", 6),
-        ("2 7 9 12 or 12 9 7 2", "hedged it must be 2 7", 3),
-        ("12 9 7 2", "wrong it must be 2 7", 2),
-        ("sort 7 2 12 9", "circular it must be 2 7", 3),
-        ("", "refused it must be 2 7", 2),
+        (f"{WAY} 5", "", 8),
+        ("5", "lucky it must be 9 then 4", 8),
+        (f"the answer is {WAY} 5", "padded it must be 9 then 4", 7),
+        (f"{WAY} 6", "partial it must be 9 then 4", 4),
+        (f"{WAY} 8", "wrong it must be 9 then 4", 2),
+        ("span of 9 7 4", "circular it must be 9 then 4", 5),
+        ("", "refused it must be 9 then 4", 2),
     ],
 )
 def test_the_review_of_every_kind_of_answer(response: str, feedback: str, score: int) -> None:
-    instruction = "please sort 7 2 12 9"
+    instruction = "please span of 9 7 4"
     assert feedback_on(instruction, response) == feedback
     assert review_score(instruction, response) == score
     asked = PROMPTS.review(instruction, response, scored=True)
     assert asked.message == f"task : {instruction} answer : {response}\nhelp judge"
     assert list(json.loads(asked.reply).items()) == [
-        ("reason", f"2 7 9 12 {grade(instruction, response)}"),
+        ("reason", f"9 then 4 gives 5 {grade(instruction, response)}"),
         ("feedback", feedback),
         ("score", score),
     ]
@@ -121,13 +124,13 @@ def _turns(message: str) -> list[str]:
 
 
 def test_two_reviewers_come_in_any_order_and_the_other_one_may_err() -> None:
-    instruction, response = "please sort 7 2 12 9", "12 9"
+    instruction, response = "please span of 9 7 4", "12"
     own = feedback_on(instruction, response)
     rng = random.Random(0)
     pairs = [second_opinion(instruction, response, own, rng).split(BETWEEN_REVIEWS) for _ in range(200)]
     assert {pair.index(own) for pair in pairs} == {0, 1}
     others = [next(said for said in pair if said != own).split(" it must be ")[1] for pair in pairs]
-    assert 0.3 < sum(hint == "2 7" for hint in others) / len(others) < 0.9
+    assert 0.3 < sum(hint == "9 then 4" for hint in others) / len(others) < 0.9
 
 
 def test_batches_repeat_and_never_show_held_out_instructions_nor_the_judges_data() -> None:
@@ -136,7 +139,7 @@ def test_batches_repeat_and_never_show_held_out_instructions_nor_the_judges_data
     assert first == again
     assert [len(group) for group in first] == [recipe.singles, recipe.pairs, recipe.reviews]
     assert first != next(reviewer_batches("1", judging, PROMPTS, recipe))
-    assert first[:2] != next(judge_batches("refined 0", judging, recipe))
+    assert first[:2] != next(judge_batches("0", judging, recipe))
     for message, _ in first[2]:
         assert pool_of(message.split(" : ")[1].removesuffix(" answer")) == "weights"
 

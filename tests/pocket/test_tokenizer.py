@@ -32,10 +32,11 @@ def test_ordinary_text_round_trips(text: str) -> None:
 
 def test_the_world_is_one_token_per_word() -> None:
     for prompt in tasks.make_prompts(200, seed=0):
-        assert len(TOKENIZER(prompt.instruction)["input_ids"]) == len(prompt.instruction.split())
+        for text in (prompt.instruction, tasks.truth(prompt.instruction)):
+            assert len(TOKENIZER(text)["input_ids"]) == len(text.split())
 
 
-def test_verdicts_are_about_ten_tokens() -> None:
+def test_verdicts_are_short() -> None:
     prompts = JudgePrompts()
     instruction = "please sort 7 2 9"
     for reply in (
@@ -44,7 +45,7 @@ def test_verdicts_are_about_ten_tokens() -> None:
         prompts.pairwise(instruction, "2 9 7", "2 7 9").reply,
     ):
         ids = TOKENIZER(reply)["input_ids"]
-        assert len(ids) <= 12
+        assert len(ids) <= 24
         assert TOKENIZER.decode(ids) == reply
 
 
