@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_pipeline.engines.chat_template import folding
+from ray_pipeline.engines.imports import heavy_imports
 from ray_pipeline.store.local import local_copy
 
 if TYPE_CHECKING:  # A report reads stored perplexities, and would wait seconds for torch and transformers.
@@ -59,8 +60,9 @@ def perplexity(
     folder. Loads the model, with the LoRA adapter in the folder `adapter` if there is one, and frees it with the
     function.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    with heavy_imports():
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model_path = local_copy(str(model_path))
     tokenizer = AutoTokenizer.from_pretrained(model_path, revision=revision, trust_remote_code=trust_remote_code)

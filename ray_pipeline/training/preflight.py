@@ -68,11 +68,12 @@ def check_model(spec: TrainSpec) -> None:
 
 
 def _check_names(train: TrainSettings) -> None:
-    from transformers import SchedulerType
-    from transformers.integrations.integration_utils import (
-        INTEGRATION_TO_CALLBACK,
-        get_available_reporting_integrations,
-    )
+    with heavy_imports():
+        from transformers import SchedulerType
+        from transformers.integrations.integration_utils import (
+            INTEGRATION_TO_CALLBACK,
+            get_available_reporting_integrations,
+        )
 
     schedulers = [str(item.value) for item in SchedulerType]
     if train.lr_scheduler not in schedulers:
