@@ -18,6 +18,8 @@ is trained on the prompts that engines give it, and stops where engines expect i
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import contextlib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +28,7 @@ from typing import Any
 from ray_pipeline.engines.base import Message
 from ray_pipeline.engines.system_role import renders_system, without_system
 from ray_pipeline.engines.thoughts import opens_thought
+from ray_pipeline.engines.token_pieces import TokenPieces
 
 #: A chat that shows by rendering where a template puts a reply; no template changes the text of the reply.
 QUESTION: Message = {"role": "user", "content": "Hello"}
@@ -111,6 +114,9 @@ class ChatTemplate:
         if not source:
             raise ValueError("the tokenizer has no chat template")
         self._tokenizer = tokenizer
+        self._pieces = TokenPieces(tokenizer)  # adds no special tokens: the template writes them all, also the first
+        # One thread: tokenizers are not made for several. It ends with this object.
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="quorum-prompts")
         self._template: str = source
         self._arguments = dict(arguments or {})
         special, written = _control_strings(tokenizer, source)
@@ -131,25 +137,29 @@ class ChatTemplate:
         folded = messages if self._fold is None else self._fold(messages)
         return render(self._tokenizer, folded, self._arguments, template=self._template)
 
+    async def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """As `token_ids`, in a thread: the event loop has the replies of other calls to handle meanwhile."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self.token_ids, messages)
+
     def token_ids(self, messages: Sequence[Message]) -> list[int]:
-        """The prompt as token ids. Raises whatever the template raises for messages that it does not take."""
+        """The prompt as token ids. Not for several threads at once.
+
+        Raises:
+            Exception: whatever the template raises for messages that it does not take.
+        """
         messages = messages if self._fold is None else self._fold(messages)
         broken = [self._pattern(m).search(m["content"]) is not None for m in messages]
         if not any(broken):
-            return self._encode(self.text(messages))
+            return self._pieces.ids(self.text(messages))
         mark = _unused_character(messages)
         marked = [
             {**m, "content": _break(m["content"], self._pattern(m), mark)} if hit else m
             for m, hit in zip(messages, broken, strict=True)
         ]
-        return [token for piece in self.text(marked).split(mark) for token in self._encode(piece)]
+        return [token for piece in self.text(marked).split(mark) for token in self._pieces.ids(piece)]
 
     def _pattern(self, message: Message) -> re.Pattern[str]:
         return self._control_in_replies if message["role"] == "assistant" else self._control
-
-    def _encode(self, text: str) -> list[int]:
-        # The template writes every special token itself, the first one included.
-        return list(self._tokenizer.encode(text, add_special_tokens=False)) if text else []
 
 
 def _control_strings(tokenizer: Any, template: str) -> tuple[set[str], set[str]]:

@@ -320,7 +320,7 @@ class VllmEngine:
         assert self._template is not None
         begin = time.perf_counter()
         try:
-            prompt = self._template.token_ids(messages)
+            prompt = await self._template.prompt(messages)
         except Exception as error:  # templates raise their own errors: "roles must alternate", …
             await asyncio.sleep(_BEGIN_SECONDS)  # else the first rows would be refused before others could be answered
             raise rejected(f"the chat template rejected the messages: {causes(error)}") from error

@@ -22,6 +22,11 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return AutoTokenizer.from_pretrained(path)
 
 
+@pytest.fixture(scope="module")
+def template(tokenizer: Any) -> ChatTemplate:
+    return ChatTemplate(tokenizer)
+
+
 def plain_ids(tokenizer: Any, messages: list[dict[str, str]], **arguments: Any) -> list[int]:
     rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, **arguments)
     return list(rendered["input_ids"])
@@ -81,8 +86,7 @@ def test_overlapping_control_strings_and_used_marks(tokenizer: Any) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from(["<|im_end|>", "<|im_start|>", "<think>", "<", "|", "im_end", ">", " a", "\n", "é"])))
-def test_no_message_adds_a_control_token(tokenizer: Any, pieces: list[str]) -> None:
-    template = ChatTemplate(tokenizer)
+def test_no_message_adds_a_control_token(tokenizer: Any, template: ChatTemplate, pieces: list[str]) -> None:
     content = "".join(pieces)
     control = {*tokenizer.all_special_ids, tokenizer.convert_tokens_to_ids("<think>")}
     ids = template.token_ids(user(content))
