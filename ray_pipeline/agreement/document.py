@@ -28,6 +28,7 @@ from ray_pipeline.agreement.humans import Ceiling, alpha_of_many, human_ceiling
 from ray_pipeline.agreement.measure_settings import LATENT, MeasureSettings
 from ray_pipeline.agreement.panel import DebateRule, Evaluator, Panel, family, flips, longer_side, make_panel, own_side
 from ray_pipeline.agreement.pools import PoolLine, compare_pools, latent_votes
+from ray_pipeline.agreement.powered import PoweredLine, powered_lines
 from ray_pipeline.agreement.preference import Preference, first_place, preference
 from ray_pipeline.agreement.vote_agreement import Agreement, HeldOut, Paired, agreement, held_out_choice, paired
 from ray_pipeline.stats.bootstrap import Estimate, Samples, ratio, resample
@@ -106,6 +107,7 @@ class Document:
     held_out: list[HeldOut]
     pools: list[PoolLine]
     cascades: list[Cascade]
+    powered: list[PoweredLine]
     posteriors: list[pa.Table]
     humans: Ceiling | None
 
@@ -137,7 +139,7 @@ def measure(
     judged = _judged(panel, samples, settings)
     other = _by_other_rule(items, ballots, samples, settings)
     juries: list[JuryResult] = []
-    among, chosen, pools, posteriors, cascades = [], [], [], [], []
+    among, chosen, pools, posteriors, cascades, powered = [], [], [], [], [], []
     check_names(settings.cascade, panel)
     pairs = _pairs([e for e in panel.evaluators if e.strategy != "versus"], panel.labels, samples)
     for strategy in panel.strategies:
@@ -151,6 +153,7 @@ def measure(
         lines, by_item = compare_pools(strategy, own, panel, settings, samples)
         pools += lines
         posteriors.append(by_item)
+        powered += powered_lines(strategy, own, panel, settings.confidence)
         cascades.append(cascade(strategy, own, panel, choose_on, settings.cascade, samples))
         found = held_out_choice(votes, panel.labels, choose_on, samples)
         if found is not None:
@@ -168,6 +171,7 @@ def measure(
         held_out=chosen,
         pools=pools,
         cascades=[one for one in cascades if one is not None],
+        powered=powered,
         posteriors=posteriors,
         humans=human_ceiling(panel.human_votes, samples) if len(panel.human_votes) else None,
     )
@@ -361,6 +365,7 @@ def as_document(found: Document, settings: MeasureSettings, about: Mapping[str, 
         "held_out": [dataclasses.asdict(h) for h in found.held_out],
         "pools": [dataclasses.asdict(p) for p in found.pools],
         "cascades": [dataclasses.asdict(c) for c in found.cascades],
+        "powered": [dataclasses.asdict(p) for p in found.powered],
         "humans": None if found.humans is None else dataclasses.asdict(found.humans),
     }
 

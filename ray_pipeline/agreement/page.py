@@ -7,6 +7,7 @@ from typing import Any
 
 from ray_pipeline.agreement.debates_page import PLOTTED, VOTES, debates_section
 from ray_pipeline.agreement.pools_page import cascades_section, pools_section
+from ray_pipeline.agreement.powered import powered_section
 from ray_pipeline.report.charts import Dot, Series, dots, lines
 from ray_pipeline.report.figures import estimate_text, number, percent, span
 from ray_pipeline.report.page import Block, Cell, Heat, HeatMap, Page, Rows, Section, Table, Text, panels
@@ -31,6 +32,7 @@ def agreement_page(document: Mapping[str, Any], answers: Sequence[tuple[str, str
         _judges(document),
         pools_section(document),
         cascades_section(document),
+        powered_section(document),
         debates_section(document),
         *(
             _juries(strategy, best, document["settings"]["juries"]["pool"], place)

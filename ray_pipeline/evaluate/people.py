@@ -7,16 +7,19 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from ray_pipeline.data.gate import GateConfig, cut_text
-from ray_pipeline.data.reviewed import replaced_reason
+from ray_pipeline.data.reviewed import Reviewed, replaced_reason
 from ray_pipeline.evaluate.data import ReportData
 from ray_pipeline.report.figures import number, percent, percent_interval
-from ray_pipeline.report.page import Section, Table, Text
+from ray_pipeline.report.page import Block, Section, Table, Text
+from ray_pipeline.report.powered import powered_table
 from ray_pipeline.stats.bootstrap import Interval, bootstrap_mean
 from ray_pipeline.stats.kappa import cohen_kappa
+from ray_pipeline.stats.prediction_powered import Powered, powered_mean
 from ray_pipeline.store.schemas import LABELS, READ_STATUSES
 
 _SIDES = ("desirable", "undesirable")
@@ -46,6 +49,8 @@ class GateAndPeople:
         unsure, contested: candidates left open, and labelled differently by several people: left out.
         counts: gate's label → people's label → candidates.
         chosen: agreement over all labelled candidates; `drawn` over those chosen by chance, which stand for the run.
+        powered: share of all candidates with a final score that people would call desirable, and share of the gate's
+            kept labels that they would agree with, from the labels drawn by chance; by name.
         scores: judge → mean score of the candidates that people call desirable, and undesirable; None without one.
     """
 
@@ -56,6 +61,7 @@ class GateAndPeople:
     counts: Mapping[str, Mapping[str, int]]
     chosen: Agreement
     drawn: Agreement
+    powered: Mapping[str, Powered]
     scores: Mapping[str, tuple[float | None, float | None]]
 
 
@@ -80,6 +86,7 @@ def gate_and_people(data: ReportData) -> GateAndPeople | None:
         counts={label: dict(found) for label, found in counts.items() if found},
         chosen=_agreement(list(both.values())),
         drawn=_agreement([row for name, row in both.items() if name in people.drawn]),
+        powered=_powered(decisions, people, data.gate),
         scores=_scores(data, {name: people.labels[name] for name in by_gate}),
     )
 
@@ -107,6 +114,35 @@ def _agreement(labelled: Sequence[tuple[str, str, str]]) -> Agreement:
     equal = [float(one == other) for one, other in zip(gate, people, strict=True)]
     share = bootstrap_mean(equal, prompts, bounds=(0, 1))
     return Agreement(len(labelled), int(sum(equal)), share, cohen_kappa(gate, people, _SIDES).value)
+
+
+def _powered(decisions: pa.Table, people: Reviewed, gate: GateConfig) -> dict[str, Powered]:
+    """Means over the run from the labels drawn by chance; the gate's numbers of all candidates are the predictions.
+
+    Predicted to be desirable: 0 up to `undesirable_at`, 1 from `desirable_at` on, and in proportion between. Predicted
+    agreement: 1 / (1 + variance).
+    """
+    columns = ["candidate_id", "prompt_id", "score_variance", "final_score", "label", "why"]
+    final = decisions.select(columns).filter(pc.is_valid(decisions["final_score"]))
+    drawn = np.array(pc.is_in(final["candidate_id"], value_set=pa.array(sorted(people.drawn), pa.string())))
+    rows = final.filter(pa.array(drawn)).to_pylist()
+    prompts = np.asarray(final["prompt_id"].to_pylist(), dtype=object)
+    scale = (final["final_score"].to_numpy() - gate.undesirable_at) / (gate.desirable_at - gate.undesirable_at)
+    kept = np.array(pc.is_in(final["label"], value_set=pa.array(_SIDES)))
+    kept[drawn] = [gate_label(row, gate) in _SIDES for row in rows]
+    said = np.full(len(final), np.nan)
+    right = np.full(len(final), np.nan)
+    said[drawn] = [people.labels[row["candidate_id"]] == "desirable" for row in rows]
+    right[drawn] = [people.labels[row["candidate_id"]] == gate_label(row, gate) for row in rows]
+    means = {
+        "candidates that people call desirable": (said, np.clip(scale, 0, 1), np.ones(len(final), dtype=bool)),
+        "kept labels that people agree with": (right, 1 / (1 + final["score_variance"].to_numpy()), kept),
+    }
+    found = {
+        name: powered_mean(y[drawn & on], f[drawn & on], f[~drawn & on], prompts[drawn & on], prompts[~drawn & on])
+        for name, (y, f, on) in means.items()
+    }
+    return {name: one for name, one in found.items() if one is not None}
 
 
 def _scores(data: ReportData, labels: Mapping[str, str]) -> dict[str, tuple[float | None, float | None]]:
@@ -159,6 +195,19 @@ def people_section(found: GateAndPeople | None) -> Section | None:
                 "lower than over the run. The rows drawn by chance stand for the run. Intervals are 95 % bootstrap "
                 "intervals over prompts, exact (Clopper-Pearson) where all labels agree or none does."
             ),
+            *_powered_blocks(found.powered),
             Table(["judge", "mean score, desirable", "mean score, undesirable"], scores, title="Judges' scores"),
         ],
     )
+
+
+def _powered_blocks(found: Mapping[str, Powered]) -> list[Block]:
+    if not found:
+        return []
+    text = (
+        "Shares over the whole run, from the labels drawn by chance with the gate's numbers of all candidates as "
+        "predictions (PPI++, arXiv:2311.01453). Predictions may be wrong; their weight is near 0 where they are "
+        "useless. Worth: as many labels would give an interval as narrow without predictions."
+    )
+    rows = [(name, dataclasses.asdict(one)) for name, one in found.items()]
+    return [powered_table(rows, "share of the run"), Text(text)]

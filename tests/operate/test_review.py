@@ -8,6 +8,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
@@ -19,9 +20,9 @@ from ray_pipeline.cli import app
 from ray_pipeline.config.loading import load_config
 from ray_pipeline.data import reviewed
 from ray_pipeline.data.gate import GateConfig
-from ray_pipeline.data.reviewed import overrule, read_labels
+from ray_pipeline.data.reviewed import Reviewed, overrule, read_labels
 from ray_pipeline.data.sources import InputError
-from ray_pipeline.evaluate.people import _agreement, gate_label
+from ray_pipeline.evaluate.people import _agreement, _powered, gate_label
 from ray_pipeline.graph.results import read_run
 from ray_pipeline.operate.review import ARGILLA, PAGE, ROWS, review
 from ray_pipeline.store.schemas import DECISIONS, LABELS
@@ -191,6 +192,36 @@ def test_agreement_with_people_resamples_prompts() -> None:
     assert (alone.share.mean, alone.share.low, alone.share.high) == (0.0, None, None)
     right = _agreement([row for row in rows if row[0] == row[1]])
     assert right.share.low == pytest.approx(0.025 ** (1 / 20)) and right.share.high == 1  # 20 of 20 prompts
+
+
+def test_labels_drawn_by_chance_say_something_about_the_whole_run() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.random(2000) < 0.4
+    final = np.clip(np.where(truth, 8.0, 3.0) + rng.normal(0, 2, 2000), 1, 10)
+    labels = np.select([final >= 7, final <= 4], ["desirable", "undesirable"], "discard")
+    decisions = pa.table(
+        {
+            "candidate_id": [f"c{n}" for n in range(2000)],
+            "prompt_id": [f"p{n // 4}" for n in range(2000)],
+            "score_variance": rng.random(2000),
+            "final_score": [None if n % 50 == 1 else float(final[n]) for n in range(2000)],
+            "label": ["incomplete" if n % 50 == 1 else str(labels[n]) for n in range(2000)],
+            "why": ["x"] * 2000,
+        }
+    )
+    said = {f"c{n}": "desirable" if truth[n] else "undesirable" for n in range(0, 2000, 10)}
+    found = _powered(decisions, Reviewed(said, frozenset(said)), GateConfig())  # type: ignore[arg-type]
+    share, right = found.values()
+    assert (share.labels, share.unlabelled) == (200, 1760) and share.alone.value == truth[::10].mean()
+    assert share.powered.low is not None and share.powered.high is not None and share.alone.low is not None
+    assert share.powered.low < truth.mean() < share.powered.high
+    assert share.worth is not None and share.worth > 300 and share.weight > 0.5
+    kept = labels != "discard"
+    agreeing = (labels == np.where(truth, "desirable", "undesirable"))[::10][kept[::10]]
+    assert (right.labels, right.alone.value) == (len(agreeing), pytest.approx(agreeing.mean()))
+    assert right.weight < 0.2  # the variances are noise
+    # Labels that were chosen for their doubt stand for nothing.
+    assert _powered(decisions, Reviewed(said, frozenset()), GateConfig()) == {}  # type: ignore[arg-type]
 
 
 def test_the_gates_own_label_is_known_behind_that_of_a_person(folder: Path) -> None:
