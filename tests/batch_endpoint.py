@@ -23,7 +23,7 @@ class Made:
 
     id: str
     calls: list[tuple[str, dict[str, Any]]]
-    metadata: dict[str, str]
+    file: str
     looks: int = 0
     answered: set[str] = dataclasses.field(default_factory=set)
     status: str = "validating"
@@ -42,6 +42,7 @@ class BatchEndpoint(Endpoint):
         skip: calls by number from 0 over all batches that a batch leaves out (it then ends as expired).
         fault: what a batch that ends as failed says.
         lists: whether there is a list of batches.
+        together: whether it is like Together: another upload, capital letters, a job in an object, no pages.
         hide: batches whose making is answered with a broken connection, by number from 0.
     """
 
@@ -55,12 +56,13 @@ class BatchEndpoint(Endpoint):
         self.skip: set[int] = set()
         self.fault: dict[str, Any] = {}
         self.lists = True
+        self.together = False
         self.hide: set[int] = set()
         self._names = itertools.count(1)
 
     def _route(self, router: web.UrlDispatcher) -> None:
         super()._route(router)
-        router.add_post("/v1/files", self._upload)
+        router.add_post("/v1/files/upload" if self.together else "/v1/files", self._upload)
         router.add_get("/v1/files/{id}/content", self._download)
         router.add_post("/v1/batches", self._make)
         router.add_get("/v1/batches", self._list_batches)
@@ -74,7 +76,13 @@ class BatchEndpoint(Endpoint):
     async def _upload(self, request: web.Request) -> web.StreamResponse:
         form = await request.post()
         file = form["file"]
-        assert form["purpose"] == "batch" and isinstance(file, web.FileField) and file.filename.endswith(".jsonl")
+        if self.together:
+            assert (form["file_name"], form["file_type"]) == (getattr(file, "filename", ""), "jsonl")
+        assert (
+            form["purpose"] == ("batch-api" if self.together else "batch")
+            and isinstance(file, web.FileField)
+            and file.filename.endswith(".jsonl")
+        )
         return web.json_response({"id": self._file(file.file.read()), "object": "file"})
 
     async def _download(self, request: web.Request) -> web.StreamResponse:
@@ -92,16 +100,18 @@ class BatchEndpoint(Endpoint):
             assert (row["method"], row["url"]) == ("POST", "/v1/chat/completions")
             calls.append((row["custom_id"], row["body"]))
         assert len({name for name, _ in calls}) == len(calls)
-        made = Made(f"batch_{len(self.batches)}", calls, asked["metadata"])
+        made = Made(f"batch_{len(self.batches)}", calls, asked["input_file_id"])
         self.batches.append(made)
         if len(self.batches) - 1 in self.hide:
             assert request.transport is not None
             request.transport.close()
-        return web.json_response(self._shown(made))
+        return web.json_response({"job": self._shown(made)} if self.together else self._shown(made))
 
     async def _list_batches(self, request: web.Request) -> web.StreamResponse:
         if not self.lists:
             return web.Response(status=404, text="404 page not found")
+        if self.together:
+            return web.json_response([self._shown(made) for made in self.batches])
         after = request.query.get("after")
         ids = [made.id for made in self.batches]
         rest = self.batches[ids.index(after) + 1 if after else 0 :]
@@ -142,8 +152,8 @@ class BatchEndpoint(Endpoint):
         return {
             "id": made.id,
             "object": "batch",
-            "status": made.status,
-            "metadata": made.metadata,
+            "status": made.status.upper() if self.together else made.status,
+            "input_file_id": made.file,
             "output_file_id": made.output,
             "error_file_id": made.errors,
             "errors": {"object": "list", "data": [self.fault]} if made.status == "failed" else None,

@@ -20,8 +20,9 @@ class Batch:
     """One batch, and its record.
 
     Attributes:
-        name: of the record, and in the metadata of the batch.
+        name: of the record.
         ids: `custom_id`s of its calls.
+        file: the server's number of the file of requests; "" before it is uploaded.
         id: the server's number; "" before it is known.
         status: the server's word for its state; "sending" before it is known.
         created: seconds since 1970 at which it was recorded.
@@ -30,6 +31,7 @@ class Batch:
     name: str
     ids: list[str]
     model: str = ""
+    file: str = ""
     id: str = ""
     status: str = "sending"
     created: float = 0.0

@@ -7,7 +7,7 @@ What a reply or an error of a call means is decided as for single requests.
 **Nothing is paid twice.** A call is known by the digest of its request, which is its `custom_id`. Every batch has a
 record in the call log's folder, `batches-<digest>/<name>.json`, written before the upload. After a crash a call that is
 in a recorded batch waits for that batch, and is not sent again. A batch that was made but whose number was not recorded
-any more is found by its name in the server's list.
+any more is found in the server's list by the file of its requests.
 
 A call that its batch did not answer (the batch expired or was cancelled, or the line of the call has an error) is
 retried like any other, in a later batch; what the batch did answer is kept.
@@ -45,7 +45,8 @@ _FILE_BYTES = 100 << 20
 _REPLIES_BYTES = 2 << 30
 _PAGE, _PAGES = 100, 50  # of the server's list of batches
 _PAGE_BYTES = 64 << 20
-_MARK = "quorum"  # key of a batch's name in its metadata
+#: Seconds without a reply to questions about a batch, which takes hours, after which the run stops.
+_PATIENCE_SECONDS = 3600.0
 
 T = TypeVar("T")
 
@@ -61,6 +62,9 @@ class BatchConnection(Connection):
         assert spec.batch is not None
         self._batch = spec.batch
         self._retries = Retries(spec, lifetime, self)
+        patience = {"patience_s": max(spec.endpoint.patience_s, _PATIENCE_SECONDS)}
+        patient = dataclasses.replace(spec, endpoint=spec.endpoint.model_copy(update=patience))
+        self._waits = Retries(patient, lifetime, self)
         self._folder: Folder | None = None
         self._turn = asyncio.Lock()
         self._recorded: dict[str, Batch] = {}  # of a call: the newest batch with it whose reply was not taken
@@ -142,29 +146,33 @@ class BatchConnection(Connection):
         batch = Batch(gathering.name, list(gathering.lines), self._spec.model, created=time.time())
         await self._record(batch)
         self._recorded.update(dict.fromkeys(batch.ids, batch))
-        form, kind = _form(gathering)
-        file = await self._asked("POST", "files", form, content_type=kind)
-        await self._make(batch, _text(file, "id"))
+        together = self._batch.form == "together"
+        form, kind = _form(gathering, together)
+        file = await self._retries.persist(
+            lambda: self._object("POST", "files/upload" if together else "files", form, kind)
+        )
+        batch.file = _text(file, "id")
+        await self._record(batch)
+        await self._make(batch)
         logger.info("batch %s: %d calls of %s", batch.id, len(batch.ids), self._spec.model)
         return batch
 
-    async def _make(self, batch: Batch, file: str) -> None:
+    async def _make(self, batch: Batch) -> None:
         """Ask for the batch. A request that failed on the way may have made it, so it is looked for before another."""
         asked = False
 
         async def once() -> tuple[str, str]:
             nonlocal asked
-            if asked and batch.name in (found := await self._listed()):
-                return found[batch.name]
+            if asked and batch.file in (found := await self._listed()):
+                return found[batch.file]
             asked = True
             body = {
-                "input_file_id": file,
+                "input_file_id": batch.file,
                 "endpoint": "/v1/chat/completions",
                 "completion_window": self._batch.window,
-                "metadata": {_MARK: batch.name},
             }
             values = await self._object("POST", "batches", body)
-            return _text(values, "id"), _text(values, "status")
+            return _text(values, "id"), _text(values, "status").lower()
 
         batch.id, batch.status = await self._retries.persist(once)
         await self._record(batch)
@@ -181,27 +189,28 @@ class BatchConnection(Connection):
         if (sending := self._tasks.get(f"{batch.name} sent")) is not None:
             await asyncio.shield(sending)
             return
-        found = await self._once("list", self._listed())
-        if batch.name in found and not batch.id:
-            batch.id, batch.status = found[batch.name]
+        found = await self._once("list", self._listed()) if batch.file else {}
+        if batch.file in found and not batch.id:
+            batch.id, batch.status = found[batch.file]
             await self._record(batch)
 
     async def _listed(self) -> dict[str, tuple[str, str]]:
-        """Number and status of the server's batches by the name in their metadata; empty if it lists none."""
+        """Number and status of the server's batches by the file of their requests; empty if it lists none."""
         found: dict[str, tuple[str, str]] = {}
         after = ""
         for _ in range(_PAGES):
+            path = f"batches?limit={_PAGE}{after and f'&after={after}'}"
             try:
-                page = await self._asked("GET", f"batches?limit={_PAGE}{after and f'&after={after}'}")
+                page = await self._retries.persist(functools.partial(self._json, "GET", path))
             except EngineError as error:
                 logger.warning("%s lists no batches (%s); calls may be sent twice", self._settings.address, error)
                 break
-            rows = [row for row in page.get("data") or () if isinstance(row, Mapping)]
+            listed = page.get("data") if isinstance(page, Mapping) else page
+            rows = [row for row in listed if isinstance(row, Mapping)] if isinstance(listed, list) else []
             for row in rows:
-                mark = (row.get("metadata") or {}).get(_MARK)
-                if isinstance(mark, str):
-                    found[mark] = _text(row, "id"), _text(row, "status")
-            if not page.get("has_more") or not rows:
+                if isinstance(file := row.get("input_file_id"), str):
+                    found[file] = _text(row, "id"), _text(row, "status").lower()
+            if not rows or not isinstance(page, Mapping) or not page.get("has_more"):
                 break
             after = _text(rows[-1], "id")
         return found
@@ -210,10 +219,10 @@ class BatchConnection(Connection):
         """The replies of a batch once it has ended, and why the server refused the whole batch, if it did."""
         while True:
             try:
-                values = await self._asked("GET", f"batches/{batch.id}")
+                values = await self._waits.persist(lambda: self._object("GET", f"batches/{batch.id}"))
             except _Gone:  # servers keep batches for some weeks
                 values = {"status": "expired"}
-            if (status := _text(values, "status")) != batch.status:
+            if (status := _text(values, "status").lower()) != batch.status:
                 batch.status = status
                 await self._record(batch)
             if not batch.open:
@@ -230,29 +239,25 @@ class BatchConnection(Connection):
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
-    async def _asked(self, method: str, path: str, body: Any = None, content_type: str = "application/json") -> Any:
-        """The JSON object that a request is answered with, retried like a call."""
-        return await self._retries.persist(lambda: self._object(method, path, body, content_type))
-
-    async def _object(self, method: str, path: str, body: Any = None, content_type: str = "application/json") -> Any:
+    async def _json(self, method: str, path: str, body: Any = None, content_type: str = "application/json") -> Any:
         seconds = self._settings.timeout_s
-        value = await self._exchange(
+        return await self._exchange(
             method, path, body, self._no, seconds=seconds, most_bytes=_PAGE_BYTES, content_type=content_type
         )
+
+    async def _object(self, *request: Any) -> Mapping[str, Any]:
+        """The description of a file or batch that a request is answered with."""
+        value = await self._json(*request)
+        if isinstance(value, Mapping) and isinstance(value.get("job"), Mapping):  # as Together answers
+            value = value["job"]
         if not isinstance(value, Mapping):
-            raise EngineError(f"{self._settings.address}/{path} is answered with {type(value).__name__}, not an object")
+            raise EngineError(f"{self._settings.address}/{request[1]} is answered with no object")
         return value
 
     async def _downloaded(self, file: str) -> bytes:
-        return await self._retries.persist(
-            lambda: self._content(
-                "GET",
-                f"files/{file}/content",
-                None,
-                self._no,
-                seconds=self._settings.timeout_s,
-                most_bytes=_REPLIES_BYTES,
-            )
+        limits: dict[str, Any] = {"seconds": self._settings.timeout_s, "most_bytes": _REPLIES_BYTES}
+        return await self._waits.persist(
+            lambda: self._content("GET", f"files/{file}/content", None, self._no, **limits)
         )
 
     def _no(self, status: int, headers: Mapping[str, str], body: str) -> Exception:
@@ -280,23 +285,16 @@ class _Gathering:
         self.last = time.monotonic()
 
 
-def _form(gathering: _Gathering) -> tuple[bytes, str]:
+def _form(gathering: _Gathering, together: bool) -> tuple[bytes, str]:
     """The file of requests as a multipart form, and its content type."""
-    mark = gathering.name.encode()
-    head = b'Content-Disposition: form-data; name="'
-    parts = [
-        b"--" + mark + b"\r\n" + head + b'purpose"\r\n\r\nbatch\r\n',
-        b"--"
-        + mark
-        + b"\r\n"
-        + head
-        + b'file"; filename="'
-        + mark
-        + b'.jsonl"\r\nContent-Type: application/jsonl\r\n\r\n',
-        b"\n".join(gathering.lines.values()) + b"\n",
-        b"\r\n--" + mark + b"--\r\n",
-    ]
-    return b"".join(parts), f"multipart/form-data; boundary={gathering.name}"
+    name = f"{gathering.name}.jsonl"
+    fields = {"purpose": "batch-api", "file_name": name, "file_type": "jsonl"} if together else {"purpose": "batch"}
+    head = f"--{gathering.name}\r\nContent-Disposition: form-data; name="
+    parts = [f'{head}"{field}"\r\n\r\n{value}\r\n' for field, value in fields.items()]
+    parts.append(f'{head}"file"; filename="{name}"\r\nContent-Type: application/jsonl\r\n\r\n')
+    lines = b"\n".join(gathering.lines.values())
+    form = b"".join(["".join(parts).encode(), lines, f"\n\r\n--{gathering.name}--\r\n".encode()])
+    return form, f"multipart/form-data; boundary={gathering.name}"
 
 
 def _lines(content: bytes) -> dict[str, Reply]:

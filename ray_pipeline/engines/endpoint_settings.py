@@ -43,6 +43,9 @@ class BatchSettings(Settings):
         10.0, gt=0, description="a batch is sent once no further call has come for so many seconds, or when it is full"
     )
     poll_s: float = Field(30.0, gt=0, description="seconds between two looks at a batch")
+    form: Literal["openai", "together"] = Field(
+        "openai", description="how files are uploaded: as at OpenAI and most servers, or as at Together"
+    )
     window: str = Field("24h", description="completion window that is asked for")
     price: float = Field(0.5, ge=0, description="share of `prices` (or of list prices) that calls in batches cost")
 

@@ -50,22 +50,19 @@ class TrainingConfig(RunConfig):
     @classmethod
     def _benchmarks_of_the_run(cls, values: Any) -> Any:
         """`prompts.decontaminate` without `against`, or with names of benchmarks of the run: their blocks."""
-        prompts = values.get("prompts") if isinstance(values, Mapping) else None
-        block = prompts.get("decontaminate") if isinstance(prompts, Mapping) else None
-        measured = values.get("benchmarks") if isinstance(block, Mapping) else None
-        if not isinstance(measured, Mapping):
+        prompts = _block(values, "prompts")
+        block, measured = _block(prompts, "decontaminate"), _block(values, "benchmarks")
+        if block is None or measured is None:
             return values
-        own = measured.get("own") if isinstance(measured.get("own"), Mapping) else {}
-        named = own | {
-            name: {"type": name, **keys}
-            for name, keys in measured.items()
-            if name in names("benchmark") and isinstance(keys, Mapping)
-        }
-        against = block.get("against", list(named))
+        named = dict(_block(measured, "own") or {})
+        for name in set(names("benchmark")) & measured.keys():
+            if (keys := _block(measured, name)) is not None:
+                named[name] = {"type": name, **keys}
+        against = block.get("against", sorted(named))
         if not isinstance(against, list):
             return values
         against = [named.get(one, one) if isinstance(one, str) else one for one in against]
-        return {**values, "prompts": {**prompts, "decontaminate": {**block, "against": against}}}
+        return {**values, "prompts": {**(prompts or {}), "decontaminate": {**block, "against": against}}}
 
     @property
     def num_shards(self) -> int:
@@ -230,6 +227,12 @@ class TrainingConfig(RunConfig):
                 "candidate": self.base.shown,
             }
         return ReportSettings.model_validate({**values, **fields})
+
+
+def _block(values: Any, name: str) -> Mapping[str, Any] | None:
+    """A block of unchecked values; None where there is none."""
+    block = values.get(name) if isinstance(values, Mapping) else None
+    return block if isinstance(block, Mapping) else None
 
 
 def rubric_models(judge: JudgeSettings) -> dict[str, str]:

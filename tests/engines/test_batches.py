@@ -26,17 +26,21 @@ def echo(body: dict[str, Any], number: int) -> Answer:
     return said(f"re: {body['messages'][-1]['content']}", prompt=10, new=5)
 
 
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[BatchEndpoint]:
+@pytest.fixture(params=["openai", "together"])
+def server(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[BatchEndpoint]:
+    """A server of OpenAI's form, and one of Together's."""
     monkeypatch.setenv("LOOPBACK_KEY", KEY)
-    with BatchEndpoint(echo) as endpoint:
+    endpoint = BatchEndpoint(echo)
+    endpoint.together = request.param == "together"
+    with endpoint:
         yield endpoint
 
 
 def model(server: BatchEndpoint, engine: str = "openai_batch", batch: Any = None, **endpoint: Any) -> ModelSettings:
     block = {"base_url": server.url, "api_key_env": "LOOPBACK_KEY", "retries": 2, "patience_s": 5.0, **endpoint}
     if engine == "openai_batch":
-        block["batch"] = {"quiet_s": 0.1, "poll_s": 0.02, **(batch or {})}
+        form = "together" if server.together else "openai"
+        block["batch"] = {"quiet_s": 0.1, "poll_s": 0.02, "form": form, **(batch or {})}
     return ModelSettings.model_validate({"engine": engine, "model": "m", "endpoint": block, "canary": False})
 
 
@@ -71,6 +75,10 @@ def test_calls_are_one_batch_and_each_gets_its_own_reply(server: BatchEndpoint) 
     (made,) = server.batches
     assert [body["messages"][0]["content"] for _, body in made.calls] == TEXTS and server.asked == []
     assert {body["model"] for _, body in made.calls} == {"m"}
+
+
+def test_httpx_uploads_and_downloads_as_well(server: BatchEndpoint) -> None:
+    assert using(engine(server, transport="httpx"), lambda own: ask(own, TEXTS)) == answers(TEXTS)
 
 
 def test_a_full_batch_is_sent_at_once(server: BatchEndpoint) -> None:
