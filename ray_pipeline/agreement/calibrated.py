@@ -89,7 +89,7 @@ def calibrate(
 
 def most_probable(probabilities: Floats) -> Codes:
     """The class of the highest probability, a tie where several lead; missing where there are none."""
-    known = ~np.isnan(probabilities).any(axis=1)
+    known: NDArray[np.bool_] = np.asarray(~np.isnan(probabilities).any(axis=1))
     leaders = probabilities == np.nanmax(np.where(known[:, None], probabilities, 0.0), axis=1, keepdims=True)
     winner = np.where(leaders.sum(axis=1) == 1, np.nan_to_num(probabilities).argmax(axis=1), TIE)
     return np.where(known, winner, MISSING).astype(np.int8)

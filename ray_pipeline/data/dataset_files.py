@@ -159,7 +159,7 @@ def write_dataset_files(
         "rows": {},
         "counts": {kind: dict(counts[kind]) for kind in config.kinds},
         "kto_weights": None,
-        "gate": None if gate is None else gate.model_dump(mode="json"),
+        "gate": None if gate is None else gate.decides_by(),
         "judges": list(judges),
         "lineage": dict(lineage or {}),
         "settings": config.model_dump(mode="json") | ({} if max_prompts is None else {"max_prompts": max_prompts}),

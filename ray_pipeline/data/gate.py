@@ -112,6 +112,11 @@ class GateConfig(Settings):
             raise ValueError(f"{more[0]} is read by kind: certified alone; set kind, or remove it")
         return self
 
+    def decides_by(self) -> dict[str, Any]:
+        """Its settings as plain data, without those that its kind does not read and without the place of a file."""
+        unread = {"labels"} if self.kind == "certified" else {"kind", *_CERTIFIED_KEYS}
+        return self.model_dump(mode="json", exclude=unread)
+
     @property
     def numbers(self) -> GateConfig:
         """The published gate with the same thresholds, which computes the numbers that a certified one decides by."""

@@ -73,4 +73,5 @@ def _one_coin(confusion: Floats) -> Floats:
     right = np.trace(confusion, axis1=1, axis2=2) / confusion.sum(axis=(1, 2))
     share = ((1 - right) / max(classes - 1, 1))[:, None, None] + np.zeros_like(confusion)
     share[:, np.arange(classes), np.arange(classes)] = right[:, None]
-    return np.maximum(share, 1e-10)
+    clipped: Floats = np.maximum(share, 1e-10)
+    return clipped
