@@ -135,7 +135,7 @@ class BatchEndpoint(Endpoint):
             number, "expired" if self.skip & set(range(before, before + len(made.calls))) else ""
         )
         made.status = made.status or "completed"
-        good, bad = [], []
+        good, bad = list[dict[str, Any]](), list[dict[str, Any]]()
         for place, (name, body) in enumerate(made.calls):
             if made.status == "failed" or before + place in self.skip:
                 continue

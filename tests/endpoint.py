@@ -11,7 +11,7 @@ import threading
 import zlib
 from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from aiohttp import ClientSession, TCPConnector, web
 
@@ -118,12 +118,14 @@ class Endpoint:
     def url(self) -> str:
         return f"http://{self._host}:{self._port}/v1"
 
-    def __enter__(self) -> Endpoint:
+    def __enter__(self) -> Self:
         self._thread.start()
         assert self._started.wait(10)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         assert self._end is not None and self._loop is not None
         self._loop.call_soon_threadsafe(self._end.set)
         self._thread.join(10)

@@ -191,7 +191,7 @@ def test_calls_are_stored_under_the_keys_of_single_requests(server: BatchEndpoin
             found = await asyncio.gather(*(one.chat(user("hi"), Sampling(seed=n)) for n, one in enumerate(bound)))
             return [reply.text for reply in found], log.stats.calls_engine, log.stats.calls_log, log.stats.cost
 
-    priced = {"prices": PRICES}
+    priced: dict[str, Any] = {"prices": PRICES}
     texts, made, stored, cost = using(engine(server, **priced), through_the_log)
     assert (texts, made, stored) == (["re: hi"] * 3, 3, 0) and cost == pytest.approx(
         3 * 0.5 * (10 * 1000 + 5 * 2000) / 1e6
