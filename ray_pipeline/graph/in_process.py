@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextlib
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from ray_pipeline.engines import core_server
 from ray_pipeline.engines.base import EngineDead
-from ray_pipeline.graph.batches import Batch, in_batches
 from ray_pipeline.graph.gather import all_of
 from ray_pipeline.graph.pools import share_pools
 from ray_pipeline.graph.progress import ProgressBoard
@@ -77,24 +74,19 @@ def _map_shards(tasks: Sequence[StageTask], todo: Sequence[tuple[str, int]], tak
 async def _map_on_engine(
     tasks: Sequence[StageTask], todo: Sequence[tuple[str, int]], take: Callable[[Receipt], None]
 ) -> None:
-    """Make shards on one engine, several at once. An engine that dies is replaced, and its shards go to the new one."""
-    waiting = collections.deque(in_batches(tasks, todo, actors=1))
+    """Make shards on one engine, as many at once as it admits. The shards of one that dies go to another."""
+    waiting = list(todo)
     while waiting:
-        host, lost = EngineHost(tasks), list[Batch]()
+        host, lost = EngineHost(tasks), set[tuple[str, int]]()
 
-        async def make(stage: str, shard: int, host: EngineHost = host, lost: list[Batch] = lost) -> None:
+        async def make(stage: str, shard: int, host: EngineHost = host, lost: set[tuple[str, int]] = lost) -> None:
             try:
                 take(await host.make(stage, shard))
             except EngineDead:
-                lost.append((stage, (shard,)))
-
-        async def work(host: EngineHost = host, make: Callable[[str, int], Coroutine[Any, Any, None]] = make) -> None:
-            while waiting and not host.dead:
-                stage, shards = waiting.popleft()
-                await all_of(make(stage, shard) for shard in shards)
+                lost.add((stage, shard))
 
         try:
-            await all_of(work() for _ in range(sharded(tasks[0]).placement.shards_in_flight))
+            await all_of(make(stage, shard) for stage, shard in waiting)
         finally:
             await host.close()
-        waiting.extendleft(reversed(lost))
+        waiting = [one for one in waiting if one in lost]
