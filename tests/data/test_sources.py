@@ -554,6 +554,17 @@ def test_bad_csv(tmp_path):
     assert [re.search(r"row \d", fault).group() for fault in faults(source)] == ["row 2", "row 3", "row 5"]
 
 
+def test_a_column_that_is_there_twice_is_refused_where_it_is_read(tmp_path):
+    names = ["prompt", "note", "note", "prompt"]
+    pq.write_table(pa.Table.from_arrays([pa.array(["x"])] * 4, names), tmp_path / "a.parquet")
+    (tmp_path / "a.csv").write_text(",".join(names) + "\n1,2,3,4\n")
+    for source in (ParquetSource, CsvSource):
+        with pytest.raises(InputError, match=r"a\.\w+ has several columns named 'prompt'; rename all but one"):
+            list(source(path=str(tmp_path / f"a.{source.model_fields['type'].default}"), column="prompt").rows())
+    (tmp_path / "a.csv").write_text("prompt,note,note\n1,2,3\n")
+    assert values(CsvSource(path=str(tmp_path / "a.csv"), column="prompt")) == ["1"]
+
+
 @pytest.mark.parametrize("mark", [",", ";", "\t"])
 def test_the_delimiter_of_a_csv_file_is_that_of_its_header(tmp_path, mark):
     path = tmp_path / "a.csv"

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 from pydantic import Field
 
+from ray_pipeline.config.settings import repeated
 from ray_pipeline.data.sources.chats import BadRow, messages_of, turns_in_text, until_last_user
 from ray_pipeline.data.sources.files import arrow_records
 from ray_pipeline.data.sources.source import InputError, PromptSource, SourceRow
@@ -80,9 +81,12 @@ class TableSource(PromptSource):
         return SourceRow({**meta, **place}, value, task_type, source, self.system)
 
     def present_columns(self, where: str, present: Collection[str], seen: set[str]) -> list[str]:
-        """Those of `columns` that are there; all that are there join `seen`. Raises InputError without the prompt's."""
+        """Those of `columns` that are there; all that are there join `seen`. Raises InputError without the prompt's, or
+        with one of them twice: a row has room for the last only."""
         if self.column not in present:
             raise InputError(f"{where} {missing_column(self.column, present)}")
+        if twice := set(repeated(present)) & set(self.columns):
+            raise InputError(f"{where} has several columns named {min(twice)!r}; rename all but one")
         seen.update(present)
         return [name for name in self.columns if name in present]
 
