@@ -15,6 +15,8 @@ from tests.published import nltk_data
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Ray gives its workers a niceness of 15: beside another test's engine on the same cores they would stand still.
 os.environ.setdefault("RAY_worker_niceness", "0")
+# No machine of these tests is preempted, and a process that waits for it takes 2 s of CPU time to start.
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 
 # A busy machine says nothing about the code.
 settings.register_profile("quorum", deadline=None)

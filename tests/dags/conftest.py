@@ -198,6 +198,7 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = shared / "small" / "run"
     with FileLock(shared / "small.lock"):
         if not (folder / "datasets").exists():
-            quorum = run("run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), "--to", "datasets", *SMALL)
+            command = ["run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), "--to", "datasets", *SMALL]
+            quorum = run(*command, "--executor", "inprocess")
             assert quorum.living_engines() == []
     return folder

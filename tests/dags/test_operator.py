@@ -26,7 +26,7 @@ def folder(small_run: Path, tmp_path: Path) -> Path:
 
 def test_a_run_finds_what_regate_wrote(folder: Path) -> None:
     usage = manifest(folder)["stages"]["judge"]["usage"]
-    assert usage["device_seconds"] > usage["start_seconds"] > 1  # the engine's start is paid for and told apart
+    assert usage["device_seconds"] > usage["start_seconds"] > 0  # the engine's start is paid for and told apart
     state = json.loads(here("status", str(folder), "--json").output.splitlines()[-1])
     judge = next(stage for stage in state["stages"] if stage["name"] == "judge")
     assert state["life"] == "ended" and judge["status"] == "done" and judge["shards_done"] == 4
