@@ -244,8 +244,8 @@ def make(out: Path, work: Path, seed: int, prompts_file: Path, feedback_file: Pa
         asked = [prompts.single(name, prompt.instruction, responses[prompt], weaknesses=taught) for prompt in unseen]
         # By number: a name's own hash differs from process to process.
         torch.manual_seed(seed + 1 + ADAPTERS.index(name))
-        adapted = get_peft_model(LlamaForCausalLM.from_pretrained(judge()), LoraConfig(**LORA))
-        model = adapted.get_base_model()
+        model = LlamaForCausalLM.from_pretrained(judge())
+        adapted = get_peft_model(model, LoraConfig(**LORA))  # puts the adapter's layers into the model
         batches = panel_batches(name, seed, prompts, recipe, taught)
         steps, rate = recipe.steps, recipe.learning_rate
         train(model, tokenizer, batches, steps, rate, name, lambda: judge_report(model, tokenizer, asked))
