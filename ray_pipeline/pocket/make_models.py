@@ -9,10 +9,10 @@
 6. generator: the policy, trained on with its own mixture and with revisions by feedback;
 7. card.json: digests, parameter counts, recipe; measure.py adds the accuracies measured through vLLM.
 
-About 40 minutes on one core of a machine with other work. Every step leaves its model in a folder, and an existing folder is not remade,
-nor are the steps that only lead to it: rerun the same command after an interruption. A run is reproducible on one
-machine and torch build with the same --threads; elsewhere the weights differ, so shipped files are identified by
-digest.
+About 40 minutes on one core of a machine with other work. Every step leaves its model in a folder, and an existing
+folder is not remade, nor are the steps that only lead to it: rerun the same command after an interruption. A run is
+reproducible on one machine and torch build with the same --threads; elsewhere the weights differ, so shipped files are
+identified by digest.
 """
 
 from __future__ import annotations
