@@ -4,9 +4,8 @@ import pandas as pd
 
 import ray_pipeline as quorum
 
-frame = pd.DataFrame(
-    {"prompt": ["sort 3 1 2", "sort 3 1 2", "reverse cat dog"], "response": ["1 2 3", "3 2 1", "dog cat"]}
-)
+answers = ["9 then 4 9 gives 4 9", "9 then 4 9 gives 9 4", "cat then dog cat gives dog cat"]
+frame = pd.DataFrame({"prompt": ["sort 9 4", "sort 9 4", "reverse cat dog"], "response": answers})
 with quorum.open_engine("pocket:judge") as engine:
     verdicts = quorum.judge(frame, engine)
     critiques = quorum.critique(frame, engine)

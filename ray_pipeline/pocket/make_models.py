@@ -9,10 +9,10 @@
 6. generator: the policy, trained on with its own mixture and with revisions by feedback;
 7. card.json: digests, parameter counts, recipe; measure.py adds the accuracies measured through vLLM.
 
-About 40 minutes on one core of a machine with other work. Every step leaves its model in a folder, and an existing folder is not remade,
-nor are the steps that only lead to it: rerun the same command after an interruption. A run is reproducible on one
-machine and torch build with the same --threads; elsewhere the weights differ, so shipped files are identified by
-digest.
+About 40 minutes on one core of a machine with other work. Every step leaves its model in a folder, and an existing
+folder is not remade, nor are the steps that only lead to it: rerun the same command after an interruption. A run is
+reproducible on one machine and torch build with the same --threads; elsewhere the weights differ, so shipped files are
+identified by digest.
 """
 
 from __future__ import annotations
@@ -244,8 +244,8 @@ def make(out: Path, work: Path, seed: int, prompts_file: Path, feedback_file: Pa
         asked = [prompts.single(name, prompt.instruction, responses[prompt], weaknesses=taught) for prompt in unseen]
         # By number: a name's own hash differs from process to process.
         torch.manual_seed(seed + 1 + ADAPTERS.index(name))
-        adapted = get_peft_model(LlamaForCausalLM.from_pretrained(judge()), LoraConfig(**LORA))
-        model = adapted.get_base_model()
+        model = LlamaForCausalLM.from_pretrained(judge())
+        adapted = get_peft_model(model, LoraConfig(**LORA))  # puts the adapter's layers into the model
         batches = panel_batches(name, seed, prompts, recipe, taught)
         steps, rate = recipe.steps, recipe.learning_rate
         train(model, tokenizer, batches, steps, rate, name, lambda: judge_report(model, tokenizer, asked))

@@ -43,6 +43,8 @@ def start_engine(folder: Path, **arguments: Any) -> LLM:
     from vllm import LLM
 
     shared: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256}
+    # In chunks, the prompt of a call with a seed ends vLLM on a CPU (see engines/vllm_arguments.py).
+    shared |= {"enable_chunked_prefill": False, "max_num_batched_tokens": 4096}
     return LLM(str(folder), disable_log_stats=True, **shared, **arguments)
 
 
