@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
 
-CONFIG = "tests/one_judge.yaml"
+CONFIG = str(Path(__file__).parents[1] / "one_judge.yaml")
 ROOT = Path(__file__).parents[2]
 #: A small run: 32 prompts, a few of them held out.
 COUNT = 32

@@ -99,7 +99,7 @@ def test_stats(written):
     assert rows["kto"]["train_desirable"] + rows["kto"]["train_undesirable"] == rows["kto"]["train"]
     assert counts["dpo"]["prompts"] == counts["dpo"]["kept"] + sum(counts["dpo"]["dropped"].values())
     assert set(stats["kto_weights"]) == {"desirable_weight", "undesirable_weight"}
-    assert stats["gate"] == GateConfig().model_dump()
+    assert stats["gate"] == GateConfig().decides_by()
     assert (stats["judges"], stats["lineage"], stats["fingerprint"]) == (JUDGES, {"gate": "f1"}, "f2")
 
 

@@ -51,7 +51,7 @@ from .shapes import make_model
         ({"num_workers": 0}, "num_workers\n  Input should be greater than or equal to 1"),
         ({"beta": 0.0}, "beta\n  Input should be greater than 0"),
         ({"method": "sft", "beta": 0.1}, "beta: the loss of sft has none"),
-        ({"learning_rate": float("nan")}, "learning_rate\n  Input should be greater than 0"),
+        ({"learning_rate": float("nan")}, "learning_rate\n  Input should be a finite number"),
         ({"warmup_ratio": 5}, "warmup_ratio\n  Input should be less than 1"),
         ({"batch_size": 1}, "batch_size must be 2 or more for kto"),
         ({"lr_scheduler": "cosin"}, "lr_scheduler must be one of linear, cosine"),
