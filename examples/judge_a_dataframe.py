@@ -10,5 +10,5 @@ with quorum.open_engine("pocket:judge") as engine:
     verdicts = quorum.judge(frame, engine)
     critiques = quorum.critique(frame, engine)
 decisions = quorum.gate(frame, verdicts, critiques, tau=2.5)
-print(frame.join(decisions[["mean_score", "final_score", "label", "why"]]))
+print(frame.join(decisions[["final_score", "label", "why"]]).to_string())
 print(quorum.to_kto(frame, verdicts, decisions)[["prompt", "completion", "label"]])
