@@ -56,7 +56,7 @@ def config(url: str, tau: float = 2.5) -> dict[str, Any]:
         "run": {"name": "job"},
         "models": {
             "policy": {"model": "pocket:policy", "dtype": "float32"},
-            "writer": {**asked, "model": "writer", "placement": place},
+            "writer": {**asked, "model": "writer", "placement": {**place, "concurrency": 2}},
             "judge": {**asked, "model": "judge", "placement": {**place, "concurrency": 1}},
         },
         "prompts": {"sources": [{"type": "pocket", "count": 24, "seed": 0}], "num_shards": 16},
