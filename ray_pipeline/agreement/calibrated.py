@@ -41,7 +41,7 @@ def features_of(judges: Sequence[Evaluator], panel: Panel, posterior: Floats) ->
     """The sets of features to choose from, by name.
 
     Args:
-        posterior: of a latent class model, shape (items, 3), NaN where nobody voted.
+        posterior: of a latent class model, shape (items, 3), NaN for items without a vote.
     """
     p = np.maximum(np.nan_to_num(posterior, nan=1 / len(VOTES)), _LEAST)
     log = np.log(p / p.sum(axis=1, keepdims=True))

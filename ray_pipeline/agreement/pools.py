@@ -1,8 +1,8 @@
 """Votes of a whole panel pooled into one verdict for each item, and what each pool is worth on items held out from it.
 
-Majority, mean, one-coin and Dawid–Skene use no human label. What labels do decide (the best judge, the calibrated
-model, the best of all these, and from which confidence verdicts agree with humans often enough) is decided anew for
-each fold of the questions from the labels of the other folds, and measured on that fold.
+Majority, mean, one-coin and Dawid–Skene use no human label. Labels choose the best judge, the calibrated model, the
+best pool, and the confidence from which verdicts agree with humans often enough. All of these are chosen for each fold
+of the questions from the labels of the other folds, and measured on that fold.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ class CoreServer:
                 utils.get_mp_context = spawn
 
     def release(self) -> None:
-        """When vLLM has ended the engine: kill what is left of its cores, and end the server if nobody needs it."""
+        """Call it after vLLM has ended the engine. Kills the cores that are left; the last user ends the server."""
         for core in self._cores:
             core.end()
         self._cores.clear()

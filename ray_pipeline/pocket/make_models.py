@@ -205,8 +205,6 @@ def make(out: Path, work: Path, seed: int, prompts_file: Path, feedback_file: Pa
     questions += [random_pairwise(prompt.instruction, prompts, rng) for prompt in unseen[:100]]
     responses = {prompt: policy_response(prompt.instruction, rng) for prompt in unseen}
     panel = weaknesses(seed)
-    responses = {prompt: policy_response(prompt.instruction, rng) for prompt in unseen}
-    panel = weaknesses(seed)
     reviews = [random_review(prompt.instruction, feedback, rng) for prompt in unseen[:100]]
 
     def step(name: str, folder: Path, start: Step | None, batches: Iterator[list[list[Pair]]], report: Report) -> Path:
