@@ -14,7 +14,7 @@ from ray_pipeline.engines.vllm_spec import VllmSpec
 
 def adapter_of(factory: EngineFactory) -> str | None:
     """The LoRA adapter of the engine that a factory makes."""
-    spec = _spec_of(factory)
+    spec = spec_of(factory)
     return None if spec is None else spec.adapter
 
 
@@ -46,12 +46,12 @@ def _parts(factory: EngineFactory) -> tuple[Any, ...]:
     """What makes an engine, comparable: two partials of the same parts are not equal."""
     if not isinstance(factory, functools.partial):
         return (factory,)
-    spec = _spec_of(factory)
+    spec = spec_of(factory)
     args = factory.args if spec is None else (dataclasses.replace(spec, adapter=None), *factory.args[1:])
     return (factory.func, args, factory.keywords)
 
 
-def _spec_of(factory: EngineFactory) -> VllmSpec | None:
+def spec_of(factory: EngineFactory) -> VllmSpec | None:
     if not isinstance(factory, functools.partial) or not factory.args:
         return None
     spec = factory.args[0]

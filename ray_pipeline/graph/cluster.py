@@ -10,6 +10,8 @@ from typing import Any
 
 import ray
 
+from ray_pipeline.engines.warm import warm_workers
+
 
 def start_ray(arguments: Mapping[str, Any], say: Callable[[str], None] = lambda line: None) -> bool:
     """Connect to the cluster that RAY_ADDRESS or the arguments name, or start one here; True if it is ours to end.
@@ -38,17 +40,21 @@ def start_ray(arguments: Mapping[str, Any], say: Callable[[str], None] = lambda 
 
 @contextlib.contextmanager
 def connected(
-    arguments: Mapping[str, Any] | None = None, say: Callable[[str], None] = lambda line: None
+    arguments: Mapping[str, Any] | None = None, say: Callable[[str], None] = lambda line: None, *, warm: bool = False
 ) -> Iterator[None]:
     """A cluster while the block runs; one that was started here ends with it.
 
     Args:
         arguments: of `ray.init`.
         say: see `start_ray`.
+        warm: workers of a cluster that is started here will train or hold an engine of vLLM.
     """
-    ours = start_ray(arguments or {}, say)
-    try:
-        yield
-    finally:
-        if ours:
-            ray.shutdown()
+    given = dict(arguments or {})
+    alone = ray.is_initialized() or given.get("address") or os.environ.get("RAY_ADDRESS")
+    with contextlib.nullcontext(given) if alone else warm_workers(given, wanted=warm) as options:
+        ours = start_ray(options, say)
+        try:
+            yield
+        finally:
+            if ours:
+                ray.shutdown()

@@ -178,7 +178,7 @@ def _make(
     unwritten: NotWritten | None = None
     by_name = {stage.name: stage for stage in todo}
     spending = Spending(Folder(settings.session.folder), settings.budget, books.log.say)
-    with executor.open(settings.session, books.log.say) as board, interrupts:  # Ray takes SIGTERM when it starts
+    with executor.open(settings.session, todo, books.log.say) as board, interrupts:  # Ray takes SIGTERM when it starts
         remade = frozenset(stage.name for stage in again)
         session = dataclasses.replace(settings.session, id=uuid.uuid4().hex[:8], board=board, again=remade)
         if reason := spending.over():

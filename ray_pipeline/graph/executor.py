@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
 from ray_pipeline.graph.progress import ProgressBoard
 from ray_pipeline.graph.session import Session, TaskGraph
-from ray_pipeline.graph.stage import StageResult
+from ray_pipeline.graph.stage import Stage, StageResult
 from ray_pipeline.graph.stage_work import End
 
 
@@ -20,10 +20,13 @@ class Executor(Protocol):
         """Whether a live display suits it: not where a debugger may want the terminal."""
         ...
 
-    def open(self, session: Session, say: Callable[[str], None]) -> AbstractContextManager[ProgressBoard]:
+    def open(
+        self, session: Session, todo: Sequence[Stage], say: Callable[[str], None]
+    ) -> AbstractContextManager[ProgressBoard]:
         """Start what the work needs, end it afterwards, and give the board that workers report to.
 
         Args:
+            todo: the stages that will be made.
             say: takes a line for the run's log.
         """
         ...

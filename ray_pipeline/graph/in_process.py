@@ -25,7 +25,7 @@ class InProcessExecutor:
     live = False
 
     @contextlib.contextmanager
-    def open(self, session: Session, say: Callable[[str], None]) -> Iterator[ProgressBoard]:
+    def open(self, session: Session, todo: Sequence[Stage], say: Callable[[str], None]) -> Iterator[ProgressBoard]:
         with core_server.kept():  # from pool to pool
             yield ProgressBoard()
 

@@ -11,13 +11,14 @@ from typing import Any, cast
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ray_pipeline.engines.sharing import spec_of
 from ray_pipeline.graph.cluster import connected
 from ray_pipeline.graph.pools import share_pools
 from ray_pipeline.graph.progress import ProgressBoard
 from ray_pipeline.graph.ray_shards import map_shards
 from ray_pipeline.graph.reach import WantedKey, check_nodes
 from ray_pipeline.graph.session import Session, StageTask, TaskGraph
-from ray_pipeline.graph.stage import StageResult
+from ray_pipeline.graph.stage import ShardWork, Stage, StageResult, WholeWork
 from ray_pipeline.graph.stage_work import End, explain, run_stages
 from ray_pipeline.store.locations import base_name
 
@@ -43,8 +44,8 @@ class RayExecutor:
     live = True
 
     @contextlib.contextmanager
-    def open(self, session: Session, say: Callable[[str], None]) -> Iterator[ProgressBoard]:
-        with connected(self.arguments, say):
+    def open(self, session: Session, todo: Sequence[Stage], say: Callable[[str], None]) -> Iterator[ProgressBoard]:
+        with connected(self.arguments, say, warm=any(_imports_much(stage.work) for stage in todo)):
             nodes = check_nodes([session.folder, session.calls_root], self.keys)
             if nodes:
                 say(f"{nodes} nodes read and write in {session.folder}")
@@ -79,6 +80,13 @@ class RayExecutor:
                 for name, ref in running.pop(first).items():
                     ends[name] = _end(name, ref)
                     yield name, ends[name]
+
+
+def _imports_much(work: ShardWork | WholeWork) -> bool:
+    """Whether workers of their own import torch or vLLM for it."""
+    if isinstance(work, WholeWork):
+        return work.trains
+    return work.engine is not None and spec_of(work.engine) is not None
 
 
 def _here() -> NodeAffinitySchedulingStrategy:

@@ -116,11 +116,15 @@ class WholeWork:
     """Work on whole tables (the prompt loader, the training writer, training, evaluation).
 
     The function returns its counts and plain facts, which become the stage's result.
+
+    Attributes:
+        trains: the function starts workers of Ray Train.
     """
 
     function: Callable[[WholeInput], dict[str, Any]]
     settings: Any = None
     tables: tuple[str, ...] = ()
+    trains: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -80,7 +80,7 @@ def train(
         view=view,
         repeatable=False,
         version=2,  # 2: global_batch
-        work=WholeWork(function=train_policy, settings=given),
+        work=WholeWork(function=train_policy, settings=given, trains=True),
         config={
             **settings.decisive(exclude=_NOT_LEARNT),
             "max_length": max_length,
@@ -132,7 +132,7 @@ def train_policy(given: WholeInput) -> dict[str, Any]:
     """
     from ray_pipeline.graph.cluster import connected
 
-    with connected():  # where stages run without a cluster, Ray Train gets one of its own
+    with connected(warm=True):  # where stages run without a cluster, Ray Train gets one of its own
         return _train_policy(given)
 
 
