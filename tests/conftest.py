@@ -1,7 +1,8 @@
-"""A tokenizer with a chat template, made on the spot; the official IFEval checkers, where they can run."""
+"""Warm workers; a tokenizer with a chat template, made on the spot; the official IFEval checkers, where they can run."""
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import settings
 
 from ray_pipeline.constraints.official import Checkers, checkers
 from ray_pipeline.engines import core_server
+from ray_pipeline.engines.warm import WarmPython
 from tests.published import nltk_data
 
 # Ray workers, engines and commands inherit this: without bytecode, each of them compiles all of Quorum at its start.
@@ -18,15 +20,23 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 # No machine of these tests is preempted, and a process that waits for it takes 2 s of CPU time to start.
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 
+REPOSITORY = Path(__file__).parents[1]
+
 # A busy machine says nothing about the code.
 settings.register_profile("quorum", deadline=None)
 settings.load_profile("quorum")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _imports_of_engines() -> Iterator[None]:
-    """Engines of this process, other than those of commands that the tests run, import vLLM's core once for all."""
-    with core_server.kept():
+def _imports_once(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Ray workers and engines of end-to-end tests, and of commands that they run, are forked from one server."""
+    if any(item.get_closest_marker("e2e") for item in request.session.items):
+        # For the workers, too, and read at imports: the tests, and where `datasets` keeps what it has read.
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+        os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets-cache"))
+        with WarmPython(), core_server.kept():
+            yield
+    else:
         yield
 
 

@@ -22,22 +22,23 @@ import signal
 import threading
 from collections.abc import Iterator
 from importlib import metadata
-from multiprocessing import forkserver
+from multiprocessing import forkserver, spawn
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
 from ray_pipeline.engines.vllm_processes import Reaper
 
 #: What a core of the CPU build imports before it reads a model. A name that is not there is passed over.
-_PRELOAD = [
-    "ray_pipeline.engines.core_preload",
+CORE_MODULES = (
     "vllm.v1.engine.core",
     "vllm.v1.executor.uniproc_executor",
     "vllm.v1.worker.cpu_worker",
     "vllm.v1.worker.cpu_model_runner",
     "vllm.model_executor.models.llama",
-    __name__,
-]
+)
+
+#: Environment variable with the command that starts a Python which has imported all of this already (see ``warm``).
+WARM_PYTHON = "QUORUM_WARM_PYTHON"
 
 _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 _lock = threading.Lock()  # for the next two
@@ -171,9 +172,20 @@ def _run() -> None:
     global _reaper
     with _lock:
         _reaper = _reaper or Reaper()
-        multiprocessing.set_forkserver_preload(_PRELOAD)
-        with _reaper.marking():
+        multiprocessing.set_forkserver_preload(["ray_pipeline.engines.core_preload", *CORE_MODULES, __name__])
+        with _reaper.marking(), _spawning_by(os.environ.get(WARM_PYTHON)):
             forkserver.ensure_running()
+
+
+@contextlib.contextmanager
+def _spawning_by(python: str | None) -> Iterator[None]:
+    """Python's own servers are started by this command, if there is one."""
+    usual = spawn.get_executable()
+    spawn.set_executable(python or usual)
+    try:
+        yield
+    finally:
+        spawn.set_executable(usual)
 
 
 def _leave() -> None:

@@ -27,17 +27,17 @@ from pathlib import Path
 from typing import Any
 
 from ray_pipeline.engines import warm_launcher
-from ray_pipeline.engines.core_server import is_cpu_build
+from ray_pipeline.engines.core_server import WARM_PYTHON, is_cpu_build
 from ray_pipeline.engines.vllm_processes import prepare_environment
-
-#: Names the launcher of a server that is kept for several clusters, by whoever keeps it.
-VARIABLE = "QUORUM_WARM_PYTHON"
 
 
 class WarmPython:
     """The server, and the launcher that starts a Python from it. It imports in the background; who comes earlier waits.
 
     The server takes about 0.7 GB, most of which its processes share. It and they end with this process.
+
+    Meanwhile the environment names the launcher, also to the processes that are started: clusters that they start, and
+    engines of this process, use the same server.
 
     Attributes:
         python: path of the launcher; None where there is no server.
@@ -61,20 +61,21 @@ class WarmPython:
                 stdin=subprocess.PIPE,  # closes when this process ends, in whatever way
                 stdout=subprocess.DEVNULL,
                 pass_fds=[listener.fileno()],
-                env={**os.environ, "TRL_EXPERIMENTAL_SILENCE": "1"},
+                env={**os.environ, **warm_launcher.OWN},
                 start_new_session=True,  # a signal to this process's group must not end it
             )
         launcher = Path(self._folder, "python")
         words = [sys.executable, "-I", "-S", warm_launcher.__file__, self._folder, sys.executable]
         launcher.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
         launcher.chmod(0o700)
-        self.python = str(launcher)
+        self.python = os.environ[WARM_PYTHON] = str(launcher)
 
     def close(self) -> None:
         """End the server and the processes that were forked from it."""
         if self.python is None:
             return
         self.python = None
+        os.environ.pop(WARM_PYTHON, None)
         assert self._server.stdin is not None
         self._server.stdin.close()
         try:
@@ -100,7 +101,7 @@ def warm_workers(arguments: dict[str, Any], wanted: bool) -> Any:
     """
     if "runtime_env" in arguments:
         yield arguments
-    elif python := os.environ.get(VARIABLE):
+    elif python := os.environ.get(WARM_PYTHON):
         yield {**arguments, "runtime_env": {"py_executable": python}}
     elif not wanted:
         yield arguments

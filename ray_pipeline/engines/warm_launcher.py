@@ -17,14 +17,34 @@ SOCKET, ENVIRONMENT = "socket", "environment"
 
 #: Beginnings of the names of variables that torch, transformers, vLLM and their like read while they are imported.
 _READ_AT_IMPORT = (
-    *("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "VLLM_", "TORCH", "PYTORCH_", "CUDA_", "MKL_", "OPENBLAS_"),
+    *(
+        "HF_",
+        "HUGGINGFACE_",
+        "TRANSFORMERS_",
+        "VLLM_LOGGING_",
+        "VLLM_CONFIGURE_LOGGING",
+        "TORCH",
+        "PYTORCH_",
+        "CUDA_",
+        "MKL_",
+        "OPENBLAS_",
+    ),
     *("XDG_", "HOME", "PYTHONPATH", "LD_"),
 )
+
+#: What the server sets for its imports, as engines do for their cores: no compiler, no waiting threads at work.
+OWN = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "TORCHDYNAMO_DISABLE": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+}
 
 
 def decisive(environment: Mapping[str, str]) -> bytes:
     """The variables that a process must have in common with the server."""
-    return json.dumps({k: v for k, v in sorted(environment.items()) if k.startswith(_READ_AT_IMPORT)}).encode()
+    names = sorted(name for name in environment if name.startswith(_READ_AT_IMPORT) and name not in OWN)
+    return json.dumps({name: environment[name] for name in names}).encode()
 
 
 def open_files() -> list[int]:

@@ -22,6 +22,8 @@ import sys
 import threading
 from typing import Any
 
+from ray_pipeline.engines.core_server import CORE_MODULES
+
 #: What Ray workers of a run import. A name that is not there is passed over.
 _MODULES = (
     "pandas",
@@ -36,6 +38,7 @@ _MODULES = (
     "ray_pipeline.training.trainer",
     "vllm.engine.arg_utils",
     "vllm.v1.engine.async_llm",
+    *CORE_MODULES,
 )
 
 _FIRST_FREE = 400  # file numbers from here on are free while files move to their places
@@ -45,8 +48,8 @@ _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 def main() -> None:
     listener = socket.socket(fileno=int(sys.argv[1]))
     gc.disable()  # imports leave hardly any garbage, and looking for it takes a fifth of their time
-    # Ray would read this process's environment, which a worker's differs from. vLLM imports it if it can, for engines on
-    # several nodes.
+    # Ray would read the environment of this process, and a worker has another one. vLLM imports it if it can, for
+    # engines on several nodes.
     sys.modules["ray"] = None  # type: ignore[assignment]
     for name in _MODULES:
         with contextlib.suppress(ImportError):

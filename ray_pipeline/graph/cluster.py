@@ -50,8 +50,8 @@ def connected(
         warm: workers of a cluster that is started here will train or hold an engine of vLLM.
     """
     given = dict(arguments or {})
-    alone = ray.is_initialized() or given.get("address") or os.environ.get("RAY_ADDRESS")
-    with contextlib.nullcontext(given) if alone else warm_workers(given, wanted=warm) as options:
+    elsewhere = ray.is_initialized() or given.get("address") or os.environ.get("RAY_ADDRESS")
+    with warm_workers(given, wanted=warm and not elsewhere) as options:
         ours = start_ray(options, say)
         try:
             yield

@@ -172,15 +172,13 @@ def make_spec(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Make
 
 
 @pytest.fixture(scope="session")
-def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    import ray
+def local_ray() -> Iterator[None]:
+    from ray_pipeline.graph.cluster import connected
 
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"  # steps here take less than the usual 2 s
-    os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets-cache"))  # workers inherit it
-    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(REPOSITORY)}})
-    yield
-    ray.shutdown()
+    with connected({"num_cpus": 2}):
+        yield
 
 
 #: Optimiser steps of `undisturbed_spec`.
