@@ -1,4 +1,4 @@
-"""Warm workers; a tokenizer with a chat template, made on the spot; the official IFEval checkers, where they can run."""
+"""Warm workers; a tokenizer with a chat template, made on the spot; IFEval's official checkers where they can run."""
 
 import os
 from collections.abc import Iterator

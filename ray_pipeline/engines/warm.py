@@ -68,6 +68,7 @@ class WarmPython:
         words = [sys.executable, "-I", "-S", warm_launcher.__file__, self._folder, sys.executable]
         launcher.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
         launcher.chmod(0o700)
+        self._before = os.environ.get(WARM_PYTHON)
         self.python = os.environ[WARM_PYTHON] = str(launcher)
 
     def close(self) -> None:
@@ -75,7 +76,9 @@ class WarmPython:
         if self.python is None:
             return
         self.python = None
-        os.environ.pop(WARM_PYTHON, None)
+        del os.environ[WARM_PYTHON]
+        if self._before is not None:
+            os.environ[WARM_PYTHON] = self._before
         assert self._server.stdin is not None
         self._server.stdin.close()
         try:
