@@ -8,6 +8,8 @@ no device, as a fork needs it. The core dies with the server, and the server wit
 Python has one such server in a process, so the engines of a process share it. It ends with the last of them; inside
 :func:`kept` it waits for the next one, which starts without these imports, in about a second.
 
+Where a warm server runs (``warm``), this server is forked from it and has nothing to import.
+
 On the CPU build only: where a core initialises CUDA, weights and graphs take most of the start, and vLLM spawns.
 """
 

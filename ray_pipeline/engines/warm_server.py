@@ -143,7 +143,7 @@ def _run(asked: dict[str, Any]) -> None:
     """Become the process that was asked for: `python SCRIPT …`, `python -m MODULE …` or `python -c CODE …`."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.setsid()  # Ray ends a worker with its whole process group
-    moved = []
+    moved: list[int] = []
     for file in asked["received"]:  # out of the way first
         moved.append(os.dup2(file, _FIRST_FREE + len(moved)))
         os.close(file)
