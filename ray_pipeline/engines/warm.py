@@ -23,8 +23,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from ray_pipeline.engines import warm_launcher
 from ray_pipeline.engines.core_server import WARM_PYTHON, is_cpu_build
@@ -96,18 +96,15 @@ class WarmPython:
 
 
 @contextlib.contextmanager
-def warm_workers(arguments: dict[str, Any], wanted: bool) -> Any:
-    """`ray.init` arguments with which a cluster on this machine starts warm workers; the server lives with the block.
+def warm_python(wanted: bool = True) -> Iterator[str | None]:
+    """The launcher of the server that runs already, or of one that lives with the block; None where there is none.
 
     Args:
-        wanted: workers will import what takes long.
+        wanted: start one if none runs.
     """
-    if "runtime_env" in arguments:
-        yield arguments
-    elif python := os.environ.get(WARM_PYTHON):
-        yield {**arguments, "runtime_env": {"py_executable": python}}
-    elif not wanted:
-        yield arguments
+    running = os.environ.get(WARM_PYTHON)
+    if running or not wanted:
+        yield running
     else:
         with WarmPython() as warm:
-            yield {**arguments, "runtime_env": {"py_executable": warm.python}} if warm.python else arguments
+            yield warm.python

@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from ray_pipeline.engines.warm import warm_workers
+from ray_pipeline.engines.warm import warm_python
 
 
 def start_ray(arguments: Mapping[str, Any], say: Callable[[str], None] = lambda line: None) -> bool:
@@ -29,6 +29,9 @@ def start_ray(arguments: Mapping[str, Any], say: Callable[[str], None] = lambda 
     if not options.get("address") and not os.environ.get("RAY_ADDRESS"):
         # A cluster of our own. Its ports are open to the network, and Ray guards them with a token by default.
         options.setdefault("include_dashboard", False)
+        # Ray Train looks at its workers every 2 s, and starts a process that waits for this machine to be preempted.
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         options["address"] = "local"
     elif options.pop("include_dashboard", False):
         say("ray.dashboard has no effect on a cluster that is running already")
@@ -51,8 +54,10 @@ def connected(
     """
     given = dict(arguments or {})
     elsewhere = ray.is_initialized() or given.get("address") or os.environ.get("RAY_ADDRESS")
-    with warm_workers(given, wanted=warm and not elsewhere) as options:
-        ours = start_ray(options, say)
+    with warm_python(wanted=warm and not elsewhere) as python:
+        if python is not None:
+            given["runtime_env"] = {"py_executable": python}
+        ours = start_ray(given, say)
         try:
             yield
         finally:

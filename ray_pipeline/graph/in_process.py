@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from ray_pipeline.engines import core_server
 from ray_pipeline.engines.base import EngineDead
+from ray_pipeline.engines.warm import warm_python
 from ray_pipeline.graph.gather import all_of
 from ray_pipeline.graph.pools import share_pools
 from ray_pipeline.graph.progress import ProgressBoard
@@ -15,7 +16,7 @@ from ray_pipeline.graph.receipts import Receipt
 from ray_pipeline.graph.resume import load_result
 from ray_pipeline.graph.session import Session, StageTask, TaskGraph
 from ray_pipeline.graph.shards import EngineHost, make_columnar, sharded
-from ray_pipeline.graph.stage import Stage, StageResult, StageStop
+from ray_pipeline.graph.stage import Stage, StageResult, StageStop, WholeWork
 from ray_pipeline.graph.stage_work import End, Failure, run_stages
 
 
@@ -26,7 +27,8 @@ class InProcessExecutor:
 
     @contextlib.contextmanager
     def open(self, session: Session, todo: Sequence[Stage], say: Callable[[str], None]) -> Iterator[ProgressBoard]:
-        with core_server.kept():  # from pool to pool
+        trains = any(isinstance(stage.work, WholeWork) and stage.work.trains for stage in todo)
+        with warm_python(wanted=trains), core_server.kept():  # from pool to pool
             yield ProgressBoard()
 
     def run(self, graph: TaskGraph, done: Mapping[str, StageResult]) -> Iterator[tuple[str, End]]:

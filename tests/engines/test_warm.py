@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ray_pipeline.engines import warm_launcher
-from ray_pipeline.engines.warm import WarmPython, warm_workers
+from ray_pipeline.engines.warm import WarmPython, warm_python
 
 pytestmark = [
     pytest.mark.e2e,
@@ -104,9 +104,6 @@ def test_nothing_outlives_the_server() -> None:
     assert not Path(python).exists()
 
 
-def test_a_cluster_takes_the_server_that_runs_and_leaves_a_users_environment(warm: str) -> None:
-    with warm_workers({"num_cpus": 2}, wanted=False) as arguments:
-        assert arguments == {"num_cpus": 2, "runtime_env": {"py_executable": warm}}
-    own = {"runtime_env": {"pip": ["a"]}}
-    with warm_workers(own, wanted=True) as arguments:
-        assert arguments == own
+def test_a_server_that_runs_is_used(warm: str) -> None:
+    with warm_python() as first, warm_python(wanted=False) as second:
+        assert first == second == warm
