@@ -38,21 +38,25 @@ class Headline:
 class _Evidence:
     direction: Direction
     text: str
+    true: bool = False  # measured against known answers, not by a judge
 
 
 def headline(evaluation: Evaluation | None, missing_stages: list[str], on_data: Sequence[str] = ()) -> Headline:
     """Weigh win rates and true accuracy, or rubric scores where there is neither.
 
-    A measure counts only when its interval excludes "no change". It decides when no other measure contradicts it; true
-    accuracy comes first in the text since it is the only measure that does not depend on a judge. Without any, what is
-    wrong with the data (`on_data`, full sentences) comes first.
+    A measure counts only when its interval excludes "no change". It decides when no other measure contradicts it, and
+    true accuracy, where it is known, contradicts a judge also by showing no change: a judge can be pleased by what is
+    not right. Without any measure, what is wrong with the data (`on_data`, full sentences) comes first.
     """
     evidence = [] if evaluation is None else _evidence(evaluation)
     if not evidence:
         why = f"the run has no {', '.join(missing_stages)} yet." if missing_stages else "nothing could be measured."
         return Headline("unknown", " ".join([*on_data, f"{_OPENINGS['unknown']} {why}"]))
     directions = {e.direction for e in evidence} - {"unclear"}
-    verdict: Verdict = "unclear" if not directions else "mixed" if len(directions) > 1 else directions.pop()
+    denied = {e.direction for e in evidence if e.true} == {"unclear"}
+    verdict: Verdict = "unclear"
+    if directions:
+        verdict = "mixed" if denied or len(directions) > 1 else directions.pop()
     text = "; ".join(e.text for e in evidence)
     return Headline(verdict, f"{_OPENINGS[verdict]} {text[0].upper()}{text[1:]}.")
 
@@ -104,6 +108,7 @@ def _accuracy(evaluation: Evaluation, mode: str, gain: Interval) -> _Evidence:
         direction(gain, 0.0),
         f"true accuracy with {mode or 'its'} decoding went from {percent(base)} to {percent(policy)} ({points}, "
         f"{gain.groups} prompts)",
+        true=True,
     )
 
 

@@ -61,6 +61,11 @@ def test_truth_against_the_judge_is_a_disagreement() -> None:
     assert found == "mixed" and "from 80.0 % to 30.0 %" in text
 
 
+def test_a_gain_that_only_the_judge_sees_is_a_disagreement() -> None:
+    found, text = verdict_and_text(judged("AAB", responses=answers(0.5, 0.5)))
+    assert found == "mixed" and "from 50.0 % to 50.0 %" in text
+
+
 def test_truth_decides_where_the_judge_cannot_tell() -> None:
     assert verdict_and_text(judged("AB", responses=answers(0.4, 0.8)))[0] == "better"
 
