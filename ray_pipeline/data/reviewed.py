@@ -47,13 +47,13 @@ class HumanLabels(Settings):
         return self._content[0]
 
     def digest(self) -> dict[str, str]:
-        """SHA-256 of each file, for fingerprints. Raises InputError, as `read`."""
+        """SHA-256 of each file, for fingerprints, whatever their names. Raises InputError, as `read`."""
         return self._content[1]
 
     @functools.cached_property
     def _content(self) -> tuple[Reviewed, dict[str, str]]:
-        digests = {f"human labels {file.name}": sha256(file) for file in find_files(self.path)}
-        return read_labels(self.path), digests
+        digests = sorted(sha256(file) for file in find_files(self.path))
+        return read_labels(self.path), {f"human labels {n}": digest for n, digest in enumerate(digests)}
 
 
 #: The key `human_labels`: a file alone is read for the report.

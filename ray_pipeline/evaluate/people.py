@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ray_pipeline.data.gate import GateConfig, cut_text
+from ray_pipeline.data.gate import GateConfig, cases_of, cut_text, labels_of
 from ray_pipeline.data.reviewed import Reviewed, replaced_reason
 from ray_pipeline.evaluate.data import ReportData
 from ray_pipeline.report.figures import number, percent, percent_interval
@@ -96,14 +96,10 @@ def gate_label(decision: Mapping[str, Any], gate: GateConfig) -> str:
     if (gates_reason := replaced_reason(decision["why"])) is None:
         label: str = decision["label"]
         return label
-    variance, final = decision["score_variance"], decision["final_score"]
-    if gates_reason.startswith(cut_text("")):
-        return "incomplete"
-    if gate.use_variance and variance > gate.tau:
-        return "abstain"
-    if final >= gate.desirable_at:
-        return "desirable"
-    return "undesirable" if final <= gate.undesirable_at else "discard"
+    variance, final = (np.array([decision[name]], dtype=np.float64) for name in ("score_variance", "final_score"))
+    cut = np.array([gates_reason.startswith(cut_text(""))])
+    found: str = labels_of(cases_of(variance, final, cut, gate))[0].as_py()
+    return found
 
 
 def _agreement(labelled: Sequence[tuple[str, str, str]]) -> Agreement:
