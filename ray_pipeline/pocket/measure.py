@@ -101,6 +101,7 @@ def gate_labels(instructions: Sequence[str], responses: Sequence[str]) -> list[s
     """The labels by the default gate with a perfect judge and critic."""
     import numpy as np
 
+    # The only import up the table of rooms: this script applies the gate's rule and does not have its own.
     from ray_pipeline.data.gate import GateConfig, label_cases
 
     pairs = list(zip(instructions, responses, strict=True))
