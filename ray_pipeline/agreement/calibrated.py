@@ -1,8 +1,9 @@
-"""P(human label) of an item from its judges' votes and scores, by a logistic model on the human labels of others.
+"""P(human label) of an item from its judges' votes and scores, by a model on the human labels of others.
 
 With few labels a model of all scores is worse than the best single judge. So below `least` labels there is no model,
-and the posterior of the one-coin model stands as it is, which uses no label. From there on the features are chosen too:
-that posterior alone, or with votes, scores and length, whichever predicts held-out labels better (`fit_logistic`).
+and the posterior of the one-coin model stands as it is, which uses no label. From there on the model is chosen too: a
+logistic one of that posterior alone, or with votes, scores, length and own families, and from ISOTONIC_LEAST labels on
+also isotonic regression of the posterior, whichever predicts held-out labels better (`stats.calibration.fit`).
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ray_pipeline.agents.jury import MISSING, TIE, VOTES, A, B, Codes
-from ray_pipeline.agreement.panel import Evaluator, Panel
+from ray_pipeline.agreement.panel import Evaluator, Panel, own_side
 from ray_pipeline.stats.bootstrap import Floats
-from ray_pipeline.stats.calibration import Features, fit_logistic
+from ray_pipeline.stats.calibration import Features, fit
 
 #: Probabilities of a posterior are kept this far from 0: the model overstates them where judges share their errors.
 _LEAST = 1e-3
@@ -37,14 +38,19 @@ class Model:
     probabilities: Floats
 
 
-def features_of(judges: Sequence[Evaluator], panel: Panel, posterior: Floats) -> dict[str, Features]:
+def features_of(
+    judges: Sequence[Evaluator], panel: Panel, posterior: Floats, families: Mapping[str, str | None]
+) -> dict[str, Features]:
     """The sets of features to choose from, by name.
 
+    Own family: which answer is from a model of the judge's family, where that is A on some items and B on others. If it
+    is always the same, nothing tells a preference for it from the merits of the model behind that answer.
+
     Args:
-        posterior: of a latent class model, shape (items, 3), NaN for items without a vote.
+        posterior: of a latent class model without zeros, shape (items, 3).
+        families: model family of each judge, None where it is not known.
     """
-    p = np.maximum(np.nan_to_num(posterior, nan=1 / len(VOTES)), _LEAST)
-    log = np.log(p / p.sum(axis=1, keepdims=True))
+    log = np.log(posterior)
     columns: list[tuple[Floats, bool]] = [
         (log[:, B] - log[:, A], True),
         (log[:, TIE] - np.logaddexp(log[:, A], log[:, B]), False),
@@ -58,7 +64,18 @@ def features_of(judges: Sequence[Evaluator], panel: Panel, posterior: Floats) ->
     with np.errstate(divide="ignore", invalid="ignore"):
         longer = np.log1p(panel.lengths[1]) - np.log1p(panel.lengths[0])
     columns.append((np.nan_to_num(longer), True))
-    return {"posterior": alone, "posterior, votes, scores and length": _features(columns)}
+    own = [own_side(panel, families.get(judge.judge)) for judge in judges]
+    known = [side for side in own if (side == A).any() and (side == B).any()]
+    columns += [(np.select([side == B, side == A], [1.0, -1.0], 0.0), True) for side in known]
+    more = "posterior, votes, scores, length and own family" if known else "posterior, votes, scores and length"
+    return {"posterior": alone, more: _features(columns)}
+
+
+def without_zeros(posterior: Floats) -> Floats:
+    """A posterior to fit to: nothing is impossible, and items without a vote have equal probabilities."""
+    p = np.maximum(np.nan_to_num(posterior, nan=1 / len(VOTES)), _LEAST)
+    found: Floats = p / p.sum(axis=1, keepdims=True)
+    return found
 
 
 def _features(columns: Sequence[tuple[Floats, bool]]) -> Features:
@@ -81,7 +98,7 @@ def calibrate(
     """
     if on.sum() < least or len(np.unique(fold[on])) < 2:
         return Model(UNFITTED, posterior)
-    found = fit_logistic(sets, labels, fold, on, len(VOTES))
+    found = fit(sets, without_zeros(posterior), labels, fold, on, len(VOTES))
     probabilities = np.where(on[:, None], found.held_out, found.probabilities)
     probabilities[np.asarray(np.isnan(posterior).any(axis=1))] = np.nan
     return Model(found.name, probabilities)

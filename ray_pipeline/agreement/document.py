@@ -141,6 +141,7 @@ def measure(
     juries: list[JuryResult] = []
     among, chosen, pools, posteriors, cascades, powered = [], [], [], [], [], []
     check_names(settings.cascade, panel)
+    families = {e.judge: family((models or {}).get(e.judge) or e.judge, settings.families) for e in panel.evaluators}
     pairs = _pairs([e for e in panel.evaluators if e.strategy != "versus"], panel.labels, samples)
     for strategy in panel.strategies:
         own = panel.of(strategy)
@@ -150,7 +151,7 @@ def measure(
         juries += results
         among.append(_among(strategy, own, samples))
         pairs += _with_jury(results, own, votes, panel.labels, samples)
-        lines, by_item = compare_pools(strategy, own, panel, settings, samples)
+        lines, by_item = compare_pools(strategy, own, panel, settings, samples, families)
         pools += lines
         posteriors.append(by_item)
         powered += powered_lines(strategy, own, panel, settings.confidence)
@@ -165,7 +166,7 @@ def measure(
         judges=[j for j in judged if j.strategy != "debate"],
         juries=juries,
         debates=_debates(panel, [j for j in judged if j.strategy == "debate"], other, samples, settings),
-        bias=[_bias(panel, e, (models or {}).get(e.judge), samples, settings) for e in panel.evaluators],
+        bias=[_bias(panel, e, (models or {}).get(e.judge), families[e.judge], samples) for e in panel.evaluators],
         among_judges=among,
         paired=pairs,
         held_out=chosen,
@@ -326,8 +327,7 @@ def _by_other_rule(
     return kappas
 
 
-def _bias(panel: Panel, evaluator: Evaluator, model: str | None, samples: Samples, settings: MeasureSettings) -> Bias:
-    own = family(model or evaluator.judge, settings.families)
+def _bias(panel: Panel, evaluator: Evaluator, model: str | None, own: str | None, samples: Samples) -> Bias:
     return Bias(
         evaluator.strategy,
         evaluator.judge,

@@ -17,7 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ray_pipeline.agents.jury import MISSING, VOTES, Codes, compare_scores, pool_scores, pool_votes
-from ray_pipeline.agreement.calibrated import UNFITTED, calibrate, features_of, most_probable
+from ray_pipeline.agreement.calibrated import UNFITTED, calibrate, features_of, most_probable, without_zeros
 from ray_pipeline.agreement.measure_settings import CalibrationSettings, MeasureSettings
 from ray_pipeline.agreement.panel import Evaluator, Panel
 from ray_pipeline.agreement.vote_agreement import agreement, paired, statistics, tables
@@ -191,9 +191,17 @@ def threshold(sure: Floats, right: NDArray[np.bool_]) -> float:
 
 
 def compare_pools(
-    strategy: str, judges: Sequence[Evaluator], panel: Panel, settings: MeasureSettings, samples: Samples
+    strategy: str,
+    judges: Sequence[Evaluator],
+    panel: Panel,
+    settings: MeasureSettings,
+    samples: Samples,
+    families: Mapping[str, str | None],
 ) -> tuple[list[PoolLine], pa.Table]:
     """All pools of a strategy's judges, and the probabilities of those that have some.
+
+    Args:
+        families: model family of each judge, for the calibrated model.
 
     Returns:
         No lines without labels in three folds; and a table with rows for each item by pool: strategy, pool, item_id,
@@ -204,7 +212,7 @@ def compare_pools(
     posterior = free["one-coin"].probabilities
     assert posterior is not None
     labelled, fold = labels != MISSING, folds_of(panel, rules, settings.seed)
-    sets = features_of(judges, panel, posterior)
+    sets = features_of(judges, panel, without_zeros(posterior), families)
 
     def calibrated(on: NDArray[np.bool_]) -> tuple[Pool, str]:
         model = calibrate(sets, posterior, labels, fold, on, rules.least)

@@ -9,6 +9,7 @@ from ray_pipeline.agreement.pools import BEST, CERTAINTY, LEVEL
 from ray_pipeline.report.charts import Series, lines
 from ray_pipeline.report.figures import NONE, estimate_text, number, percent, span
 from ray_pipeline.report.page import Block, Rows, Section, Table, Text, panels
+from ray_pipeline.stats.calibration import ISOTONIC_LEAST
 
 
 def pools_section(document: Mapping[str, Any]) -> Section | None:
@@ -33,8 +34,10 @@ def pools_section(document: Mapping[str, Any]) -> Section | None:
         "several lead; its probabilities are the shares of votes. Mean: the answer of the higher mean score. One-coin "
         "and Dawid–Skene: the most probable class of a latent class model of the votes alone, with one accuracy or a "
         "whole table of errors for each judge; their probabilities are too high where judges share their errors. "
-        "Calibrated: a regularised logistic model of votes, scores, length and the one-coin posterior; with fewer than "
-        f"{rules['least']} labels to fit to, that posterior as it is. The chosen one has the highest kappa on the "
+        "Calibrated: a regularised logistic model of the one-coin posterior, alone or with votes, scores, length and "
+        f"own families; from {ISOTONIC_LEAST} labels on also isotonic regression of the posterior, whichever predicts "
+        f"held-out labels best; with fewer than {rules['least']} labels to fit to, that posterior as it is. The chosen "
+        "one has the highest kappa on the "
         f"other folds. What labels decide is decided for each of {rules['folds']} folds of the questions from the "
         f"labels of the others. Covered: from the lowest confidence at which {percent(LEVEL, 0)} of the verdicts on "
         "the other folds agree with humans; the confidence of a mean or a single judge is the gap of the scores. "

@@ -145,13 +145,14 @@ def review(
     rows: Annotated[int, typer.Option("--rows", "-n", min=1, help="how many rows to look at")] = 100,
     out: Annotated[Path, typer.Option("--out", "-o", help="folder to write")] = Path("review"),
     chance: Annotated[
-        bool, typer.Option("--chance", help="draw all rows by chance, for gate.labels of a certified gate")
+        bool, typer.Option("--chance", help="draw all rows evenly, by chance, for gate.labels of a certified gate")
     ] = False,
 ) -> None:
     """Write the rows whose label most needs a person: a page for labelling them, JSONL, and records for Argilla.
 
-    A fifth of the rows is drawn by chance, so that agreement over them holds for the run; the others are rows on which
-    the judges disagree, rows near a threshold, and kept rows with the largest variance. The page is one file that works
+    Rows are drawn with probabilities that go with what their labels are expected to tell: rows on which the judges
+    disagree and rows near a threshold more often than others. The probabilities are kept with the labels, so that
+    estimates for the whole run stay unbiased; a fifth of the rows is drawn evenly. The page is one file that works
     offline; it saves the labels as a JSONL file, which goes back into the run:
 
     `quorum run dmapo -c CONFIG human_labels=labels-RUN.jsonl` shows in the report how far the gate agrees with people;

@@ -57,7 +57,7 @@ def certified_stage(gate: GateConfig, numbers: Stage, *, name: str) -> Stage:
         name=name,
         group="gate",
         work=WholeWork(function=certify_run, settings=_CertifyGiven(gate=gate, humans=humans), tables=("decisions",)),
-        config=gate.decisive(exclude={"labels"}),
+        config=gate.decisive(),
         inputs={"numbers": numbers},
         external=humans.digest(),
     )

@@ -21,7 +21,7 @@ What was not read stays unread: it is never replaced by a number (docs/architect
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -62,8 +62,7 @@ class Cases(NamedTuple):
     @property
     def labels(self) -> pa.StringArray:
         """The label of each row."""
-        case = np.select(list(self.cases.values()), range(len(self.cases)))
-        return pa.array([_LABEL_OF.get(name, name) for name in self.cases]).take(pa.array(case))
+        return labels_of(self.cases)
 
 
 #: Keys of the gate that only a certified one reads.
@@ -111,6 +110,10 @@ class GateConfig(Settings):
         elif more := [key for key in _CERTIFIED_KEYS if getattr(self, key) != type(self).model_fields[key].default]:
             raise ValueError(f"{more[0]} is read by kind: certified alone; set kind, or remove it")
         return self
+
+    def decisive(self, exclude: Collection[str] = ()) -> dict[str, Any]:
+        """Without the place of the labels: their digest is in the fingerprint of the gate, which reads them."""
+        return super().decisive({*exclude, "labels"})
 
     def decides_by(self) -> dict[str, Any]:
         """Its settings as plain data, without those that its kind does not read and without the place of a file."""
@@ -195,23 +198,40 @@ def label_cases(scores: Floats, flawed: Floats, cut: Mask, config: GateConfig) -
     mean, variance = mean_and_variance(scores)
     penalty = config.alpha * flawed
     final = mean * (1.0 - penalty)
+    return Cases(mean, variance, penalty, final, cases_of(variance, final, cut, config))
+
+
+def cases_of(variance: Floats, final: Floats, cut: Mask, config: GateConfig) -> dict[str, Mask]:
+    """The rule that makes one case of the numbers of each row.
+
+    Args:
+        variance: NaN where a score was not read, shape [rows].
+        final: NaN where a score or the critique was not read.
+        cut: whether the text of the candidate is not whole.
+    """
     cut = cut & (config.cut != "keep")
     barred = cut & (config.cut == "exclude")
-    complete: Mask = ~np.asarray(np.isnan(scores).any(axis=1))
+    complete: Mask = ~np.isnan(variance)
     disagree = complete & (variance > config.tau) & config.use_variance
-    scored = complete & ~disagree & ~np.isnan(flawed)
+    scored = complete & ~disagree & ~np.isnan(final)
     cases: dict[str, Mask] = {
         "cut": barred | (cut & scored & (final >= config.desirable_at)),
         "unread": ~complete,
         "disagree": disagree,
-        "uncriticised": complete & ~disagree & np.isnan(flawed),
+        "uncriticised": complete & ~disagree & np.isnan(final),
         "desirable": scored & (final >= config.desirable_at),
         "undesirable": scored & (final <= config.undesirable_at),
         "discard": scored & (final < config.desirable_at) & (final > config.undesirable_at),
     }
     for name in list(cases)[1:]:
         cases[name] = cases[name] & ~cases["cut"]
-    return Cases(mean, variance, penalty, final, cases)
+    return cases
+
+
+def labels_of(cases: Mapping[str, Mask]) -> pa.StringArray:
+    """The label of each row."""
+    case = np.select(list(cases.values()), range(len(cases)))
+    return pa.array([_LABEL_OF.get(name, name) for name in cases]).take(pa.array(case))
 
 
 def cut_reasons(candidates: pa.Table) -> NDArray[Any]:

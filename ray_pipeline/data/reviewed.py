@@ -47,13 +47,13 @@ class HumanLabels(Settings):
         return self._content[0]
 
     def digest(self) -> dict[str, str]:
-        """SHA-256 of each file, for fingerprints. Raises InputError, as `read`."""
+        """SHA-256 of each file, for fingerprints, whatever their names. Raises InputError, as `read`."""
         return self._content[1]
 
     @functools.cached_property
     def _content(self) -> tuple[Reviewed, dict[str, str]]:
-        digests = {f"human labels {file.name}": sha256(file) for file in find_files(self.path)}
-        return read_labels(self.path), digests
+        digests = sorted(sha256(file) for file in find_files(self.path))
+        return read_labels(self.path), {f"human labels {n}": digest for n, digest in enumerate(digests)}
 
 
 #: The key `human_labels`: a file alone is read for the report.
@@ -68,13 +68,16 @@ class Reviewed:
 
     Attributes:
         labels: candidate_id → label, where all who labelled it agree.
-        drawn: the candidates among them that were chosen by chance, so that shares over them hold for the run.
+        drawn: the candidates among them that were drawn evenly, so that shares over them hold for the run.
+        probabilities: candidate_id → probability with which the review drew it, where it is known. A larger review of a
+            run contains every smaller one, so that of several probabilities the largest is that of the largest.
         unsure: candidates that everybody left open.
         contested: candidates that people labelled differently. They count as not labelled.
     """
 
     labels: Mapping[str, HumanLabel]
     drawn: frozenset[str] = frozenset()
+    probabilities: Mapping[str, float] = dataclasses.field(default_factory=dict)
     unsure: int = 0
     contested: int = 0
 
@@ -83,6 +86,7 @@ def read_labels(path: str) -> Reviewed:
     """The labels of one or several files. Raises InputError, naming file and line."""
     said: dict[str, set[str]] = collections.defaultdict(set)
     drawn = set()
+    probabilities: dict[str, float] = {}
     for file in find_files(path):
         for number, row in jsonl_records(file):
             where = f"{file.uri}: line {number}"
@@ -94,6 +98,12 @@ def read_labels(path: str) -> Reviewed:
             said[name].add(label)
             if row.get("chosen_as") == "chance":
                 drawn.add(name)
+            if (p := row.get("probability")) is not None:
+                if isinstance(p, bool) or not isinstance(p, int | float) or not 0 < p <= 1:
+                    raise InputError(
+                        f"{where} has probability {p!r}; keep the number above 0 and up to 1 that `quorum review` wrote"
+                    )
+                probabilities[name] = max(float(p), probabilities.get(name, 0.0))
     if not said:
         raise InputError(f"{path} has no labels; label rows on the page of `quorum review`, and save them")
     sure = {name: labels - {"unsure"} for name, labels in said.items()}
@@ -101,6 +111,7 @@ def read_labels(path: str) -> Reviewed:
     return Reviewed(
         labels,
         frozenset(drawn & labels.keys()),
+        {name: probability for name, probability in probabilities.items() if name in labels},
         unsure=sum(not found for found in sure.values()),
         contested=sum(len(found) > 1 for found in sure.values()),
     )

@@ -11,13 +11,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ray_pipeline.data.gate import GateConfig, cut_text
+from ray_pipeline.data.gate import GateConfig, cases_of, cut_text, labels_of
 from ray_pipeline.data.reviewed import Reviewed, replaced_reason
+from ray_pipeline.data.rows import one_array
 from ray_pipeline.evaluate.data import ReportData
 from ray_pipeline.report.figures import number, percent, percent_interval
 from ray_pipeline.report.page import Block, Section, Table, Text
 from ray_pipeline.report.powered import powered_table
-from ray_pipeline.stats.bootstrap import Interval, bootstrap_mean
+from ray_pipeline.stats.bootstrap import Floats, Interval, bootstrap_mean
 from ray_pipeline.stats.kappa import cohen_kappa
 from ray_pipeline.stats.prediction_powered import Powered, powered_mean
 from ray_pipeline.store.schemas import LABELS, READ_STATUSES
@@ -48,9 +49,9 @@ class GateAndPeople:
         labelled: candidates of this run that people labelled; `unknown` are of no candidate of this run.
         unsure, contested: candidates left open, and labelled differently by several people: left out.
         counts: gate's label → people's label → candidates.
-        chosen: agreement over all labelled candidates; `drawn` over those chosen by chance, which stand for the run.
+        chosen: agreement over all labelled candidates; `drawn` over those drawn evenly, which stand for the run.
         powered: share of all candidates with a final score that people would call desirable, and share of the gate's
-            kept labels that they would agree with, from the labels drawn by chance; by name.
+            kept labels that they would agree with, from the labels drawn with known probabilities; by name.
         scores: judge → mean score of the candidates that people call desirable, and undesirable; None without one.
     """
 
@@ -86,7 +87,7 @@ def gate_and_people(data: ReportData) -> GateAndPeople | None:
         counts={label: dict(found) for label, found in counts.items() if found},
         chosen=_agreement(list(both.values())),
         drawn=_agreement([row for name, row in both.items() if name in people.drawn]),
-        powered=_powered(decisions, people, data.gate),
+        powered=powered_shares(decisions, people, data.gate, data.agreement_on),
         scores=_scores(data, {name: people.labels[name] for name in by_gate}),
     )
 
@@ -96,14 +97,10 @@ def gate_label(decision: Mapping[str, Any], gate: GateConfig) -> str:
     if (gates_reason := replaced_reason(decision["why"])) is None:
         label: str = decision["label"]
         return label
-    variance, final = decision["score_variance"], decision["final_score"]
-    if gates_reason.startswith(cut_text("")):
-        return "incomplete"
-    if gate.use_variance and variance > gate.tau:
-        return "abstain"
-    if final >= gate.desirable_at:
-        return "desirable"
-    return "undesirable" if final <= gate.undesirable_at else "discard"
+    variance, final = (np.array([decision[name]], dtype=np.float64) for name in ("score_variance", "final_score"))
+    cut = np.array([gates_reason.startswith(cut_text(""))])
+    found: str = labels_of(cases_of(variance, final, cut, gate))[0].as_py()
+    return found
 
 
 def _agreement(labelled: Sequence[tuple[str, str, str]]) -> Agreement:
@@ -116,32 +113,52 @@ def _agreement(labelled: Sequence[tuple[str, str, str]]) -> Agreement:
     return Agreement(len(labelled), int(sum(equal)), share, cohen_kappa(gate, people, _SIDES).value)
 
 
-def _powered(decisions: pa.Table, people: Reviewed, gate: GateConfig) -> dict[str, Powered]:
-    """Means over the run from the labels drawn by chance; the gate's numbers of all candidates are the predictions.
+def predicted_desirable(decisions: pa.Table, gate: GateConfig) -> Floats:
+    """How probably people call each candidate desirable, as far as the gate's numbers tell, shape (candidates,).
 
-    Predicted to be desirable: 0 up to `undesirable_at`, 1 from `desirable_at` on, and in proportion between. Predicted
-    agreement: 1 / (1 + variance).
+    1/2 + (d − 1/2) / (1 + variance), where d of the final score is 0 up to `undesirable_at`, 1 from `desirable_at` on,
+    and in proportion between. Every candidate needs a final score.
     """
+    final, variance = (one_array(decisions[name]).to_numpy() for name in ("final_score", "score_variance"))
+    scale = np.clip((final - gate.undesirable_at) / (gate.desirable_at - gate.undesirable_at), 0, 1)
+    found: Floats = 0.5 + (scale - 0.5) / (1 + variance)
+    return found
+
+
+def powered_shares(
+    decisions: pa.Table, people: Reviewed, gate: GateConfig, only: Sequence[str] | None = None
+) -> dict[str, Powered]:
+    """Means over the run from the labels drawn with known probabilities; predictions are from the gate's numbers.
+
+    Labels without a probability, of an older review, count with equal ones where they were drawn by chance, and if no
+    label has one.
+
+    Args:
+        only: candidates that reviews draw from; default: all with a final score.
+    """
+    probability = people.probabilities or dict.fromkeys(people.drawn, 1.0)
     columns = ["candidate_id", "prompt_id", "score_variance", "final_score", "label", "why"]
     final = decisions.select(columns).filter(pc.is_valid(decisions["final_score"]))
-    drawn = np.array(pc.is_in(final["candidate_id"], value_set=pa.array(sorted(people.drawn), pa.string())))
+    if only is not None:
+        final = final.filter(pc.is_in(final["candidate_id"], value_set=pa.array(only, pa.string())))
+    drawn = np.array(pc.is_in(final["candidate_id"], value_set=pa.array(sorted(probability), pa.string())), dtype=bool)
     rows = final.filter(pa.array(drawn)).to_pylist()
     prompts = np.asarray(final["prompt_id"].to_pylist(), dtype=object)
-    scale = (final["final_score"].to_numpy() - gate.undesirable_at) / (gate.desirable_at - gate.undesirable_at)
-    kept = np.array(pc.is_in(final["label"], value_set=pa.array(_SIDES)))
+    desirable = predicted_desirable(final, gate)
+    kept = np.array(pc.is_in(final["label"], value_set=pa.array(_SIDES)), dtype=bool)
     kept[drawn] = [gate_label(row, gate) in _SIDES for row in rows]
-    said = np.full(len(final), np.nan)
-    right = np.full(len(final), np.nan)
+    said, right, weighed = (np.full(len(final), np.nan) for _ in range(3))
     said[drawn] = [people.labels[row["candidate_id"]] == "desirable" for row in rows]
     right[drawn] = [people.labels[row["candidate_id"]] == gate_label(row, gate) for row in rows]
+    weighed[drawn] = [probability[row["candidate_id"]] for row in rows]
     means = {
-        "candidates that people call desirable": (said, np.clip(scale, 0, 1), np.ones(len(final), dtype=bool)),
-        "kept labels that people agree with": (right, 1 / (1 + final["score_variance"].to_numpy()), kept),
+        "candidates that people call desirable": (said, desirable, np.ones(len(final), dtype=bool)),
+        "kept labels that people agree with": (right, np.maximum(desirable, 1 - desirable), kept),
     }
-    found = {
-        name: powered_mean(y[drawn & on], f[drawn & on], f[~drawn & on], prompts[drawn & on], prompts[~drawn & on])
-        for name, (y, f, on) in means.items()
-    }
+    found = {}
+    for name, (y, f, on) in means.items():
+        own, rest = drawn & on, ~drawn & on
+        found[name] = powered_mean(y[own], f[own], f[rest], prompts[own], prompts[rest], probabilities=weighed[own])
     return {name: one for name, one in found.items() if one is not None}
 
 
@@ -180,7 +197,7 @@ def people_section(found: GateAndPeople | None) -> Section | None:
     rows = [[label, *(number(counts.get(side, 0)) for side in _SIDES)] for label, counts in found.counts.items()]
     shares = [
         [name, number(one.candidates), f"{percent(one.share.mean)} ({percent_interval(one.share)})", number(one.kappa)]
-        for name, one in (("all labelled", found.chosen), ("of them drawn by chance", found.drawn))
+        for name, one in (("all labelled", found.chosen), ("of them drawn evenly", found.drawn))
     ]
     scores = [[judge, *(number(value) for value in means)] for judge, means in found.scores.items()]
     return Section(
@@ -191,9 +208,9 @@ def people_section(found: GateAndPeople | None) -> Section | None:
             Table(["gate", "people: desirable", "people: undesirable"], rows, title="Labels"),
             Table(["candidates that the gate kept", "labelled", "equal labels", "kappa"], shares, title="Agreement"),
             Text(
-                "Most rows of a review are chosen because their label is in doubt, so agreement over all of them is "
-                "lower than over the run. The rows drawn by chance stand for the run. Intervals are 95 % bootstrap "
-                "intervals over prompts, exact (Clopper-Pearson) where all labels agree or none does."
+                "A review prefers rows whose label is in doubt, so agreement over all of them is lower than over the "
+                "run. The rows drawn evenly stand for the run. Intervals are 95 % bootstrap intervals over prompts, "
+                "exact (Clopper-Pearson) where all labels agree or none does."
             ),
             *_powered_blocks(found.powered),
             Table(["judge", "mean score, desirable", "mean score, undesirable"], scores, title="Judges' scores"),
@@ -205,9 +222,10 @@ def _powered_blocks(found: Mapping[str, Powered]) -> list[Block]:
     if not found:
         return []
     text = (
-        "Shares over the whole run, from the labels drawn by chance with the gate's numbers of all candidates as "
-        "predictions (PPI++, arXiv:2311.01453). Predictions may be wrong; their weight is near 0 where they are "
-        "useless. Worth: as many labels would give an interval as narrow without predictions."
+        "Shares over the whole run, from the labels that were drawn with known probabilities, each weighed by the "
+        "inverse of its own, with the gate's numbers of all candidates as predictions (PPI++, arXiv:2311.01453). "
+        "Predictions may be wrong; their weight is near 0 where they are useless. Worth: as many labels, drawn evenly, "
+        "would give an interval as narrow without predictions."
     )
     rows = [(name, dataclasses.asdict(one)) for name, one in found.items()]
     return [powered_table(rows, "share of the run"), Text(text)]

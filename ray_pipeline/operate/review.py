@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import collections
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from ray_pipeline.data.early_exit import in_audit_slice
 from ray_pipeline.data.gate import GateConfig
+from ray_pipeline.data.rows import one_array
 from ray_pipeline.evaluate.excerpts import as_text
+from ray_pipeline.evaluate.people import predicted_desirable
 from ray_pipeline.graph.results import Run, of_role
 from ray_pipeline.report.html import render_review
+from ray_pipeline.stats.label_value import deviation, draw, worth
 from ray_pipeline.store.errors import StoreError
 from ray_pipeline.store.keys import unit_hash
 from ray_pipeline.store.locations import make_folder, set_mode
 from ray_pipeline.store.outside import visible
 
-#: Why a row is in a review. chance: drawn by chance, so that shares over these rows hold for the run. abstained: the
-#: judges disagree. threshold: the final score is near a threshold. disputed: kept although the judges differ.
-Reason = Literal["chance", "abstained", "threshold", "disputed"]
+#: How a row was drawn: with the same probability as every other (chance), so that shares over these rows hold for the
+#: run, or with a probability that goes with what its label is expected to tell (value).
+Reason = Literal["chance", "value"]
 
-#: Share of the rows that is drawn by chance.
+#: Share of the rows that is drawn evenly, by chance.
 CHANCE = 0.2
 
 PAGE, ROWS, ARGILLA = "review.html", "rows.jsonl", "argilla.json"
@@ -33,7 +41,7 @@ def review(run: Run, gate: GateConfig, out: Path, rows: int = 100, chance: float
     Args:
         gate: thresholds of the run.
         rows: how many; fewer where the run has fewer candidates with a final score.
-        chance: share of them that is drawn by chance.
+        chance: share of them that is drawn evenly.
 
     Returns:
         Rows by `Reason`.
@@ -44,7 +52,7 @@ def review(run: Run, gate: GateConfig, out: Path, rows: int = 100, chance: float
     made = of_role(run.results, "decisions")
     if not made:
         raise StoreError(f"{run.folder.location}: the gate is not done, so there is nothing to review; run it first")
-    chosen = _chosen(made[0].table().scan(), gate, rows, bool(run.page.get("audit_slice")), chance)
+    chosen = choose(_to_draw_from(run, made[0].table().scan()), gate, rows, chance)
     found = list(_with_texts(run, chosen))
     name = f"labels-{run.name}.jsonl"
     about = {"key": f"quorum review {made[0].fingerprint}", "file": name}
@@ -57,47 +65,43 @@ def review(run: Run, gate: GateConfig, out: Path, rows: int = 100, chance: float
     for file, text in texts.items():
         (out / file).write_text(text, encoding="utf-8", newline="\n")
         set_mode(str(out / file))
-    return {reason: sum(row["chosen_as"] == reason for row in found) for reason in dict.fromkeys(chosen.values())}
+    return dict(collections.Counter(reason for reason, _ in chosen.values()))
 
 
-def _chosen(shards: Iterator[Any], gate: GateConfig, rows: int, audit_slice: bool, chance: float) -> dict[str, Reason]:
-    """Candidates and why each is chosen: a share by chance, and equal parts of those in doubt, most doubtful first.
+def choose(decisions: pa.Table, gate: GateConfig, rows: int, chance: float = CHANCE) -> dict[str, tuple[Reason, float]]:
+    """Candidates to label and the probability of each: a share drawn evenly, the others by the value of their labels.
+
+    The value of a label is what it is expected to add to the two shares of the report: of the candidates that people
+    call desirable, and of the kept labels that they agree with (`evaluate.people.powered_shares`).
 
     Args:
-        audit_slice: calls were skipped (`judge.early_exit`), so that only the audit slice stands for the run.
+        decisions: columns candidate_id, final_score, score_variance and label are read; a final score in every row.
     """
-    columns = ["candidate_id", "final_score", "score_variance", "label"]
-    decisions = [row for shard in shards for row in shard.select(columns).to_pylist() if row["final_score"] is not None]
-    by_hash = sorted(decisions, key=lambda row: (unit_hash("review", 0, row["candidate_id"]), row["candidate_id"]))
-
-    def away(row: dict[str, Any]) -> float:
-        distances = (abs(row["final_score"] - limit) for limit in (gate.desirable_at, gate.undesirable_at))
-        return float(min(distances))
-
-    doubts: dict[Reason, tuple[Callable[[dict[str, Any]], bool], Callable[[dict[str, Any]], float]]] = {
-        "abstained": (lambda row: row["label"] == "abstain", lambda row: row["score_variance"]),
-        "threshold": (lambda row: row["label"] != "abstain", away),
-        "disputed": (lambda row: row["label"] in ("desirable", "undesirable"), lambda row: -row["score_variance"]),
+    names = decisions["candidate_id"].to_pylist()
+    desirable = predicted_desirable(decisions, gate)
+    doubt = deviation(np.stack([1 - desirable, desirable], axis=1), (0, 1))
+    kept = np.asarray(pc.is_in(one_array(decisions["label"]), value_set=pa.array(["desirable", "undesirable"])))
+    first, second = (np.array([unit_hash(kind, 0, name) for name in names]) for kind in ("review", "review value"))
+    drawn = draw(worth([doubt, np.where(kept, doubt, 0.0)]), rows, chance, first, second)
+    return {
+        names[item]: ("chance" if place < drawn.even else "value", float(drawn.probability[item]))
+        for place, item in enumerate(drawn.items.tolist())
     }
-    # sorted() is stable, so candidates in equal doubt come in the order of their hashes.
-    ranked = {reason: sorted(filter(fits, by_hash), key=doubt) for reason, (fits, doubt) in doubts.items()}
-    whole = [row for row in by_hash if not audit_slice or in_audit_slice(row["candidate_id"])]
-    chosen: dict[str, Reason] = {row["candidate_id"]: "chance" for row in whole[: round(rows * chance)]}
-    queues: dict[Reason, Iterator[dict[str, Any]]] = {reason: iter(queue) for reason, queue in ranked.items()}
-    while queues and len(chosen) < rows:
-        for reason in list(queues):
-            row = next((row for row in queues[reason] if row["candidate_id"] not in chosen), None)
-            if row is None:
-                del queues[reason]
-            elif len(chosen) < rows:
-                chosen[row["candidate_id"]] = reason
-    return chosen
 
 
-def _with_texts(run: Run, chosen: dict[str, Reason]) -> Iterator[dict[str, Any]]:
+def _to_draw_from(run: Run, shards: Iterator[pa.Table]) -> pa.Table:
+    """Candidates with a final score; where calls were skipped (`judge.early_exit`), those of the audit slice alone,
+    which stand for the run."""
+    columns = ["candidate_id", "final_score", "score_variance", "label"]
+    found = pa.concat_tables([shard.select(columns).filter(pc.is_valid(shard["final_score"])) for shard in shards])
+    if run.page.get("audit_slice"):
+        inside = [in_audit_slice(name) for name in found["candidate_id"].to_pylist()]
+        found = found.filter(pa.array(inside, pa.bool_()))
+    return found
+
+
+def _with_texts(run: Run, chosen: dict[str, tuple[Reason, float]]) -> Iterator[dict[str, Any]]:
     """The rows in an order that says nothing about why they were chosen."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
 
     def rows_of(column: str, names: list[str], *roles: str) -> list[dict[str, Any]]:
         """Rows of the tables of these roles, one shard in memory at a time."""
@@ -130,7 +134,8 @@ def _with_texts(run: Run, chosen: dict[str, Reason]) -> Iterator[dict[str, Any]]
                 for row in sorted(verdicts.get(name, []), key=lambda row: str(row["judge"]))
             ],
             "critique": visible(critique.get("reason") or "") or None,
-            "chosen_as": chosen[name],
+            "chosen_as": chosen[name][0],
+            "probability": chosen[name][1],
         }
 
 
@@ -139,7 +144,7 @@ def _record(row: dict[str, Any]) -> dict[str, Any]:
     return {
         "id": row["candidate_id"],
         "fields": {"prompt": row["prompt"], "response": row["response"]},
-        "metadata": {"prompt_id": row["prompt_id"], "chosen_as": row["chosen_as"]},
+        "metadata": {name: row[name] for name in ("prompt_id", "chosen_as", "probability")},
         "suggestions": {},
         "responses": {},
         "vectors": {},

@@ -90,21 +90,25 @@ def measure_policy(engine: LLM, prompts: list[PocketPrompt]) -> tuple[dict[str, 
         "prompts_with_right_and_wrong_samples": share(
             0 < sum(right[start : start + CANDIDATES]) < CANDIDATES for start in range(0, len(right), CANDIDATES)
         ),
-        "labels": shares(gate_label(text, reply) for text, reply in zip(repeated, samples, strict=True)),
+        "labels": shares(gate_labels(repeated, samples)),
         "grades": shares(grade(text, reply) for text, reply in zip(repeated, samples, strict=True)),
         "calls_per_second": round(speed, 1),
     }
     return figures, [samples[start : start + CANDIDATES] for start in range(0, len(samples), CANDIDATES)]
 
 
-def gate_label(instruction: str, response: str) -> str:
-    """The label by the default gate (docs/architecture.md) with a perfect judge and critic."""
-    scores = list(rubric_scores(instruction, response).values())
-    flawed, _ = critique(instruction, response)
-    final = statistics.mean(scores) * (1 - 0.15 * flawed)
-    if statistics.variance(scores) > 2.5:
-        return "abstain"
-    return "desirable" if final >= 7 else "undesirable" if final <= 4 else "discard"
+def gate_labels(instructions: Sequence[str], responses: Sequence[str]) -> list[str]:
+    """The labels by the default gate with a perfect judge and critic."""
+    import numpy as np
+
+    # The only import up the table of rooms: this script applies the gate's rule and does not have its own.
+    from ray_pipeline.data.gate import GateConfig, label_cases
+
+    pairs = list(zip(instructions, responses, strict=True))
+    scores = np.array([list(rubric_scores(*pair).values()) for pair in pairs], dtype=np.float64)
+    flawed = np.array([critique(*pair)[0] for pair in pairs], dtype=np.float64)
+    labels: list[str] = label_cases(scores, flawed, np.zeros(len(pairs), dtype=bool), GateConfig()).labels.to_pylist()
+    return labels
 
 
 # --- judge ---------------------------------------------------------------------------------------------------

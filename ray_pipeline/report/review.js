@@ -56,8 +56,8 @@
   function save() {
     const lines = rows.filter((row) => (given[row.candidate_id] || {}).label).map((row) => {
       const { label, note } = given[row.candidate_id];
-      const { candidate_id, prompt_id, chosen_as } = row;
-      return JSON.stringify({ candidate_id, prompt_id, label, note: note || null, chosen_as });
+      const { candidate_id, prompt_id, chosen_as, probability } = row;
+      return JSON.stringify({ candidate_id, prompt_id, label, note: note || null, chosen_as, probability });
     });
     const link = document.createElement("a");
     link.href = URL.createObjectURL(new Blob(lines.map((line) => `${line}\n`), { type: "application/jsonl" }));

@@ -1,4 +1,4 @@
-"""Probabilities of classes: how well they are calibrated, and how a logistic model makes them from few labels.
+"""Probabilities of classes: how well they are calibrated, and how a model makes them from few labels.
 
 A probability is calibrated where items with probability p are right in a share p of cases. The expected calibration
 error compares the two by bins of the probability (Guo, Pleiss, Sun and Weinberger 2017, "On calibration of modern
@@ -9,7 +9,8 @@ worst, and also rewards probabilities that tell items apart.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,9 @@ from ray_pipeline.stats.bootstrap import Estimate, Floats, Samples, drawn_ratio,
 BINS = 10
 #: Inverse strengths of the L2 penalty that are tried, the strongest first.
 STRENGTHS = (0.01, 0.1, 1.0)
+#: Labels from which isotonic regression is tried too. It follows any monotonous curve, and fits noise where there are
+#: few (Niculescu-Mizil and Caruana 2005, "Predicting good probabilities with supervised learning", §5).
+ISOTONIC_LEAST = 200
 #: Probabilities are not taken for smaller than this in a logarithm.
 _LEAST = 1e-6
 
@@ -100,49 +104,89 @@ class Fitted:
     """A model that was chosen among several.
 
     Attributes:
-        name: of its features.
-        strength: inverse strength of its penalty.
+        name: of its features, or ISOTONIC.
+        strength: inverse strength of its penalty; None for isotonic regression, which has none.
         held_out: its probabilities for the items that it was chosen on, each from folds without that item; NaN for the
             other items; shape (items, classes).
         probabilities: of the model fitted to all items that it was chosen on, for every item, shape (items, classes).
     """
 
     name: str
-    strength: float
+    strength: float | None
     held_out: Floats
     probabilities: Floats
 
 
-def fit_logistic(
-    sets: Mapping[str, Features], labels: Labels, fold: NDArray[np.int64], on: NDArray[np.bool_], classes: int
+ISOTONIC = "posterior, isotonic"
+
+_On = NDArray[np.bool_]
+
+
+def fit(
+    sets: Mapping[str, Features],
+    scores: Floats,
+    labels: Labels,
+    fold: NDArray[np.int64],
+    on: _On,
+    classes: int,
 ) -> Fitted:
-    """A multinomial logistic model with an L2 penalty; its features and penalty have the lowest held-out log loss.
+    """The model of the lowest held-out log loss: logistic with an L2 penalty, or from ISOTONIC_LEAST labels isotonic.
 
     Each item is seen twice, the second time with its classes and its odd features reversed, so that the model treats
     both ends of the classes alike. Features are divided by their root mean square on the items that are fitted.
 
     Args:
-        sets: features to choose from, by name; of equal losses the first set and the strongest penalty win.
+        sets: features of logistic models to choose from, by name; of equal losses the first set, the strongest penalty
+            and a logistic model win.
+        scores: probabilities that isotonic regression maps to better ones, shape (items, classes).
         fold: number of each item's fold, shape (items,).
         on: items to fit to, all of them labelled, in two folds or more.
     """
+    models: dict[tuple[str, float | None], Callable[[_On], Floats]] = {
+        (name, strength): functools.partial(_logistic, features, labels, strength=strength, classes=classes)
+        for name, features in sets.items()
+        for strength in STRENGTHS
+    }
+    if on.sum() >= ISOTONIC_LEAST:
+        models[ISOTONIC, None] = functools.partial(_isotonic, scores, labels)
     best: Fitted | None = None
     lowest = np.inf
-    for name, features in sets.items():
-        for strength in STRENGTHS:
-            held_out = np.full((len(labels), classes), np.nan)
-            for number in np.unique(fold[on]):
-                test = on & (fold == number)
-                held_out[test] = _predict(features, labels, on & ~test, strength, classes)[test]
-            loss = -np.log(np.maximum(held_out[on, labels[on]], _LEAST)).mean()
-            if loss < lowest - 1e-9:
-                lowest, best = loss, Fitted(name, strength, held_out, held_out)
+    for (name, strength), model in models.items():
+        held_out = np.full((len(labels), classes), np.nan)
+        for number in np.unique(fold[on]):
+            test = on & (fold == number)
+            held_out[test] = model(on & ~test)[test]
+        loss = -np.log(np.maximum(held_out[on, labels[on]], _LEAST)).mean()
+        if loss < lowest - 1e-9:
+            lowest, best = loss, Fitted(name, strength, held_out, held_out)
     assert best is not None
-    whole = _predict(sets[best.name], labels, on, best.strength, classes)
-    return dataclasses.replace(best, probabilities=whole)
+    return dataclasses.replace(best, probabilities=models[best.name, best.strength](on))
 
 
-def _predict(features: Features, labels: Labels, on: NDArray[np.bool_], strength: float, classes: int) -> Floats:
+def _isotonic(scores: Floats, labels: Labels, on: _On) -> Floats:
+    """Isotonic regression of each class against the others on its own score, scaled to a sum of 1 (Zadrozny and Elkan
+    2002, "Transforming classifier scores into accurate multiclass probability estimates"), shape (items, classes).
+
+    A class that no fitted item has beyond a score keeps a part of one item there, so that no probability is 0.
+    """
+    from sklearn.isotonic import IsotonicRegression
+
+    classes = scores.shape[1]
+    x = np.concatenate([scores[on], scores[on][:, ::-1]])
+    y = np.concatenate([labels[on], classes - 1 - labels[on]])
+    found = np.stack(
+        [
+            IsotonicRegression(out_of_bounds="clip").fit(x[:, c], (y == c).astype(float)).predict(scores[:, c])
+            for c in range(classes)
+        ],
+        axis=1,
+    )
+    found = np.maximum(found, 1 / (on.sum() + classes))
+    normal: Floats = found / found.sum(axis=1, keepdims=True)
+    return normal
+
+
+def _logistic(features: Features, labels: Labels, on: _On, *, strength: float, classes: int) -> Floats:
     """Probabilities of all items by the model fitted to some of them, shape (items, classes)."""
     from sklearn.linear_model import LogisticRegression
 

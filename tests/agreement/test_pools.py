@@ -146,6 +146,39 @@ def test_both_sides_are_treated_alike() -> None:
     assert calibrated(*mirrored)[:, ::-1] == pytest.approx(calibrated(codes, truth), abs=1e-4, nan_ok=True)
 
 
+OWN = "posterior, votes, scores, length and own family"
+
+
+def own_family(mixed: bool) -> dict[str, Any]:
+    """Pools of three judges, of which the first votes for its own family's answer in half of the cases where it is one
+    of the two. With `mixed` that answer is A as often as B."""
+    codes, truth = panel(600, (0.75, 0.6, 0.6), missing=0.0)
+    rng = np.random.default_rng(1)
+    side = np.where(rng.random(600) < 0.5, 0, 2) if mixed else np.zeros(600, dtype=int)
+    biased = codes.copy()
+    biased[0] = np.where(rng.random(600) < 0.5, side, codes[0])
+    items, ballots = tables(biased, truth)
+    names = [("alpha-7b", "beta-7b") if one == 0 else ("beta-7b", "alpha-7b") for one in side]
+    rows = [{**row, "model_a": a, "model_b": b} for row, (a, b) in zip(items.to_pylist(), names, strict=True)]
+    found = measure(to_table(rows, ITEMS), ballots, MeasureSettings(draws=100), {"judge-0": "alpha-70b"})
+    blind = measure(items, ballots, MeasureSettings(draws=100), {"judge-0": "alpha-70b"})
+    return {
+        "bias": found.bias[0].own_family,
+        "line": next(line for line in found.pools if line.pool == "calibrated"),
+        "blind": next(line for line in blind.pools if line.pool == "calibrated"),
+    }
+
+
+def test_a_preference_for_the_own_family_is_measured_and_is_a_covariate() -> None:
+    found = own_family(mixed=True)
+    assert found["bias"].bias.low > 0.1
+    assert set(found["line"].chosen) == {OWN} and OWN not in found["blind"].chosen
+    briers = [found[name].calibration.brier.value for name in ("line", "blind")]
+    assert briers[0] < briers[1] - 0.005
+    # Where its family always answered as A, nothing tells a preference from the merits of that model.
+    assert OWN not in own_family(mixed=False)["line"].chosen
+
+
 def test_the_threshold_is_the_lowest_with_enough_right_verdicts() -> None:
     sure = np.repeat([0.9, 0.6, np.nan], 10)
     right = np.ones(30, dtype=bool)

@@ -151,6 +151,18 @@ def test_the_fingerprint_goes_with_every_setting_and_the_content_of_the_labels(t
     assert len(set(found)) == len(found)
 
 
+def test_no_fingerprint_goes_with_the_place_of_the_labels(tmp_path: Path) -> None:
+    found = []
+    for name in ("a/labels.jsonl", "b/labels.jsonl", "b/renamed.jsonl"):
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps({"candidate_id": "x", "label": "desirable"}) + "\n")
+        for keys in (["gate.kind=certified", f"gate.labels={file}"], [f"human_labels={{path: '{file}', use: gate}}"]):
+            dag, _ = planted_dag(tmp_path / "run", *keys)
+            found.append({stage.name: stage.fingerprint for stage in dag.stages})
+    assert found[0] == found[2] == found[4] and found[1] == found[3] == found[5]
+
+
 def test_one_table_alone_is_not_certified(published: ScriptedRun) -> None:
     gate = GateConfig(kind="certified", labels="x.jsonl")
     results = published.results

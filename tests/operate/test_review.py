@@ -22,9 +22,9 @@ from ray_pipeline.data import reviewed
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.data.reviewed import Reviewed, overrule, read_labels
 from ray_pipeline.data.sources import InputError
-from ray_pipeline.evaluate.people import _agreement, _powered, gate_label
+from ray_pipeline.evaluate.people import _agreement, gate_label, powered_shares
 from ray_pipeline.graph.results import read_run
-from ray_pipeline.operate.review import ARGILLA, PAGE, ROWS, review
+from ray_pipeline.operate.review import ARGILLA, PAGE, ROWS, choose, review
 from ray_pipeline.store.schemas import DECISIONS, LABELS
 from tests.operate.planted_run import SHARDS, plant
 from tests.planted import random_world
@@ -46,36 +46,83 @@ def labels_file(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def test_rows_in_doubt_are_chosen_and_a_fifth_by_chance(folder: Path, tmp_path: Path) -> None:
+def test_rows_are_drawn_by_the_value_of_their_label_and_a_fifth_evenly(folder: Path, tmp_path: Path) -> None:
     run = read_run(str(folder))
     counts = review(run, GATE, tmp_path / "a", 40)
     rows = written(tmp_path / "a")
-    assert counts == collections.Counter(row["chosen_as"] for row in rows) and sum(counts.values()) == len(rows) == 40
-    assert counts["chance"] == 8 and {counts[name] for name in ("abstained", "threshold", "disputed")} <= {10, 11}
+    assert counts == collections.Counter(row["chosen_as"] for row in rows) == {"chance": 8, "value": 32}
     decisions = {row["candidate_id"]: row for row in run.results["gate"].table().read_all().to_pylist()}
-
-    def away(row: dict[str, Any]) -> float:
-        return min(abs(row["final_score"] - 7), abs(row["final_score"] - 4))
-
-    chosen = {row["candidate_id"]: row["chosen_as"] for row in rows}
-    near = [away(decisions[name]) for name, reason in chosen.items() if reason == "threshold"]
-    others = [
-        away(row)
-        for name, row in decisions.items()
-        if name not in chosen and row["label"] != "abstain" and row["final_score"] is not None
-    ]
-    assert max(near) <= min(others)
-    assert {decisions[name]["label"] for name, reason in chosen.items() if reason == "abstained"} == {"abstain"}
     for row in rows:
         decision = decisions[row["candidate_id"]]
         assert (row["label"], row["why"], row["final_score"]) == tuple(
             decision[name] for name in ("label", "why", "final_score")
         )
         assert row["prompt"].startswith("question") and row["response"] and len(row["judges"]) == 3
+        assert 0 < row["probability"] < 1
     review(run, GATE, tmp_path / "b", 40)
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in (PAGE, ROWS))
     records = json.loads((tmp_path / "a" / ARGILLA).read_text())
     assert [record["id"] for record in records] == [row["candidate_id"] for row in rows]
+    assert records[0]["metadata"]["probability"] == rows[0]["probability"]
+    # A larger review contains a smaller one; one drawn evenly gives every candidate the same probability.
+    review(run, GATE, tmp_path / "c", 80)
+    assert {row["candidate_id"] for row in rows} < {row["candidate_id"] for row in written(tmp_path / "c")}
+    assert review(run, GATE, tmp_path / "d", 40, chance=1.0) == {"chance": 40}
+    assert len({row["probability"] for row in written(tmp_path / "d")}) == 1
+
+
+def test_rows_in_doubt_and_rows_that_the_gate_kept_are_drawn_more_often() -> None:
+    final, variance = [9.0, 9.0, 5.5, 5.5], [0.0, 2.0, 0.0, 0.0]
+    label = ["desirable", "desirable", "discard", "desirable"]
+    decisions = pa.table(
+        {
+            "candidate_id": [f"c{n}" for n in range(4000)],
+            **{name: values * 1000 for name, values in
+               {"final_score": final, "score_variance": variance, "label": label}.items()},
+        }
+    )  # fmt: skip
+    chosen = choose(decisions, GATE, 400)
+    probability = {int(name[1:]) % 4: p for name, (_, p) in chosen.items()}
+    sure, disputed, between, kept = (probability[n] for n in range(4))
+    assert sure < disputed < kept and between < kept
+    # The candidates of the run are drawn as often as their probability says.
+    counts = collections.Counter(int(name[1:]) % 4 for name in chosen)
+    assert all(abs(counts[n] - 1000 * p) < 4 * (1000 * p) ** 0.5 for n, p in probability.items())
+    assert len(chosen) == 400 and sum(1000 * p for p in probability.values()) == pytest.approx(400, rel=0.02)
+
+
+def test_labels_weigh_by_the_probability_with_which_they_were_drawn() -> None:
+    """People disagree with sure labels never and with doubtful ones always; doubtful ones are drawn three times as
+    often."""
+    count = 3000
+    doubtful = np.arange(count) % 2 == 1
+    decisions = pa.table(
+        {
+            "candidate_id": [f"c{n}" for n in range(count)], "prompt_id": [f"p{n}" for n in range(count)],
+            "score_variance": doubtful.astype(float), "final_score": np.full(count, 9.0),
+            "label": ["desirable"] * count, "why": ["final"] * count,
+        }
+    )  # fmt: skip
+    drawn = [n for n in range(count) if n % 60 in (0, 1, 31, 51)]
+    said = {f"c{n}": "undesirable" if doubtful[n] else "desirable" for n in drawn}
+    probabilities = {f"c{n}": 0.3 if doubtful[n] else 0.1 for n in drawn}
+    weighed = powered_shares(decisions, Reviewed(said, frozenset(), probabilities), GATE)  # type: ignore[arg-type]
+    plain = powered_shares(decisions, Reviewed(said, frozenset(said)), GATE)  # type: ignore[arg-type]
+    for found in weighed.values():
+        assert found.alone.value == pytest.approx(0.5) and found.powered.value == pytest.approx(0.5)
+    assert all(found.alone.value == 0.25 for found in plain.values())
+
+
+@pytest.mark.parametrize("probability", [0, 1.5, "high", True])
+def test_a_probability_that_cannot_be_one_is_refused(tmp_path: Path, probability: Any) -> None:
+    row = {"candidate_id": "a", "label": "desirable", "probability": probability}
+    with pytest.raises(InputError, match=r"line 1 has probability .*above 0 and up to 1"):
+        read_labels(str(labels_file(tmp_path / "labels.jsonl", [row])))
+
+
+def test_the_probability_of_the_largest_review_counts(tmp_path: Path) -> None:
+    rows = [{"candidate_id": "a", "label": "desirable", "probability": p} for p in (0.2, 0.5, 0.1)]
+    assert read_labels(str(labels_file(tmp_path / "labels.jsonl", rows))).probabilities == {"a": 0.5}
 
 
 def test_more_rows_than_the_run_has_are_all_of_its_rows(folder: Path, tmp_path: Path) -> None:
@@ -210,7 +257,7 @@ def test_labels_drawn_by_chance_say_something_about_the_whole_run() -> None:
         }
     )
     said = {f"c{n}": "desirable" if truth[n] else "undesirable" for n in range(0, 2000, 10)}
-    found = _powered(decisions, Reviewed(said, frozenset(said)), GateConfig())  # type: ignore[arg-type]
+    found = powered_shares(decisions, Reviewed(said, frozenset(said)), GateConfig())  # type: ignore[arg-type]
     share, right = found.values()
     assert (share.labels, share.unlabelled) == (200, 1760) and share.alone.value == truth[::10].mean()
     assert share.powered.low is not None and share.powered.high is not None and share.alone.low is not None
@@ -221,7 +268,7 @@ def test_labels_drawn_by_chance_say_something_about_the_whole_run() -> None:
     assert (right.labels, right.alone.value) == (len(agreeing), pytest.approx(agreeing.mean()))
     assert right.weight < 0.2  # the variances are noise
     # Labels that were chosen for their doubt stand for nothing.
-    assert _powered(decisions, Reviewed(said, frozenset()), GateConfig()) == {}  # type: ignore[arg-type]
+    assert powered_shares(decisions, Reviewed(said, frozenset()), GateConfig()) == {}  # type: ignore[arg-type]
 
 
 def test_the_gates_own_label_is_known_behind_that_of_a_person(folder: Path) -> None:

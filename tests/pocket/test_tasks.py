@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ray_pipeline.pocket import tasks
 from ray_pipeline.pocket.judging import JudgePrompts
-from ray_pipeline.pocket.measure import gate_label
+from ray_pipeline.pocket.measure import gate_labels
 from ray_pipeline.pocket.responses import HEAVY, LIGHT, judged_response, make_response, policy_response
 from ray_pipeline.pocket.tasks import (
     FAILURES,
@@ -150,7 +150,8 @@ def test_preference_mirrors_when_the_order_is_swapped(prompt: tasks.PocketPrompt
 def test_every_grade_gets_the_label_it_was_designed_for(instruction: str, lucky: str) -> None:
     rng = random.Random(0)
     responses = {kind: make_response(instruction, kind, rng) for kind in FAILURES}
-    assert {kind: gate_label(instruction, response) for kind, response in responses.items()} == {
+    labels = gate_labels([instruction] * len(responses), list(responses.values()))
+    assert dict(zip(responses, labels, strict=True)) == {
         "right": "desirable",
         "lucky": lucky,
         "padded": "desirable",

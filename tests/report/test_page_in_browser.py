@@ -140,7 +140,7 @@ def test_rows_are_labelled_by_keyboard_and_saved(browser: Browser, folder: Path)
     rows = [
         {"candidate_id": str(n), "prompt_id": "p", "prompt": NASTY[n], "response": NASTY[n + 1], "label": "abstain",
          "why": "variance", "final_score": 5.0, "judges": [{"judge": "j", "score": 3.0, "reason": "<b>r</b>"}],
-         "critique": None, "chosen_as": "chance"}
+         "critique": None, "chosen_as": "value", "probability": 0.25}
         for n in range(3)
     ]  # fmt: skip
     path = folder / "review.html"
@@ -165,6 +165,7 @@ def test_rows_are_labelled_by_keyboard_and_saved(browser: Browser, folder: Path)
     text = browser.driver.execute_async_script("const done = arguments[0]; window.saved.text().then(done)")
     saved = [json.loads(line) for line in text.splitlines()]
     assert [row["label"] for row in saved] == ["desirable", "unsure", "undesirable"]
+    assert {(row["chosen_as"], row["probability"]) for row in saved} == {("value", 0.25)}
     assert [row["note"] for row in saved] == [None, "unclear, d and u are text here", None]
     assert browser.errors() == [] and browser.axe() == []
 

@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import log_loss
 
 from ray_pipeline.stats.bootstrap import resample
-from ray_pipeline.stats.calibration import Features, calibration, fit_logistic
+from ray_pipeline.stats.calibration import ISOTONIC, ISOTONIC_LEAST, Features, calibration, fit
 
 
 def test_calibration_is_its_definition() -> None:
@@ -50,7 +50,8 @@ def test_the_model_finds_the_features_that_matter_and_no_item_sees_its_label() -
         "noise": Features(noise, np.ones(8, dtype=bool)),
         "signal": Features(signal[:, None], np.array([True])),
     }
-    found = fit_logistic(sets, labels, fold, on, 3)
+    flat = np.full((600, 3), 1 / 3)
+    found = fit(sets, flat, labels, fold, on, 3)
     assert found.name == "signal"
     assert np.abs(found.probabilities[~on] - p[~on]).mean() < 0.06
     assert log_loss(labels[on], found.held_out[on]) < log_loss(labels[on], p[on]) + 0.03
@@ -58,8 +59,29 @@ def test_the_model_finds_the_features_that_matter_and_no_item_sees_its_label() -
     # Another label of one item moves its own held-out probabilities by nothing.
     changed = labels.copy()
     changed[7] = (labels[7] + 1) % 3
-    other = fit_logistic({"signal": sets["signal"]}, changed, fold, on, 3)
-    same = fit_logistic({"signal": sets["signal"]}, labels, fold, on, 3)
+    other = fit({"signal": sets["signal"]}, flat, changed, fold, on, 3)
+    same = fit({"signal": sets["signal"]}, flat, labels, fold, on, 3)
     if other.strength == same.strength:
         assert other.held_out[7] == pytest.approx(same.held_out[7], abs=1e-9)
     assert other.held_out[8] != pytest.approx(same.held_out[8], abs=1e-9)
+
+
+def test_isotonic_regression_is_tried_with_enough_labels_and_wins_on_a_curve_that_is_not_logistic() -> None:
+    rng = np.random.default_rng(6)
+    score = rng.random(1200)
+    right = np.where(score < 0.4, 0.02, np.where(score < 0.9, 0.5, 0.98))  # of the last class: three steps
+    scores = np.stack([1 - score, np.zeros(1200), score], axis=1)
+    labels = np.where(rng.random(1200) < right, 2, 0).astype(np.int8)
+    sets = {"odds": Features(np.log(score / (1 - score))[:, None], np.array([True]))}
+    fold = np.arange(1200) % 5
+    found = fit(sets, scores, labels, fold, np.arange(1200) < 1000, 3)
+    assert (found.name, found.strength) == (ISOTONIC, None)
+    # Each item is seen with its classes reversed, too, so what is learnt is the mean of both ends.
+    expected = (right + 1 - np.where(score > 0.6, 0.02, np.where(score > 0.1, 0.5, 0.98))) / 2
+    middle = (np.abs(score - 0.5) < 0.38) & (np.abs(np.abs(score - 0.5) - 0.1) > 0.02)
+    assert np.abs(found.probabilities[:, 2] - expected)[middle].mean() < 0.05
+    assert found.probabilities.sum(axis=1) == pytest.approx(1) and found.probabilities.min() > 0
+    mirrored = fit(sets, scores[:, ::-1], (2 - labels).astype(np.int8), fold, np.arange(1200) < 1000, 3)
+    assert mirrored.probabilities[:, ::-1] == pytest.approx(found.probabilities)
+    few = np.arange(1200) < ISOTONIC_LEAST - 1
+    assert fit(sets, scores, labels, fold, few, 3).name == "odds"

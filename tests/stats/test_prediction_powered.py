@@ -39,6 +39,24 @@ def test_it_is_the_published_closed_form() -> None:
     )
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_it_is_what_ppi_python_gives() -> None:
+    ppi = pytest.importorskip("ppi_py", reason="ppi-python is in the extra `dev`")
+    rng = np.random.default_rng(3)
+    y, f, rest = draw(rng, 2000, 10_000, 0.2)
+    found = powered_mean(y, f, rest)
+    assert found is not None
+    low, high = ppi.ppi_mean_ci(y, f, rest, alpha=0.05)
+    assert [found.powered.low, found.powered.high] == pytest.approx([low[0], high[0]], abs=3e-4)
+    # With unequal probabilities it has the predictions of all items as those of the unlabelled ones.
+    p = np.clip(np.where(y == 1, 0.3, 0.1) + rng.random(2000) / 10, 0, 1)
+    found = powered_mean(y, f, rest, probabilities=p)
+    assert found is not None
+    own = found.weight * 12_000 / 10_000
+    point = ppi.ppi_mean_pointestimate(y, f, np.concatenate([f, rest]), lam=own, w=1 / p)
+    assert found.powered.value == pytest.approx(float(np.squeeze(point)), abs=1e-9) and 0 < own < 1.2
+
+
 @pytest.mark.parametrize(("noise", "narrower"), [(0.1, 0.8), (0.5, 1.02)])
 def test_intervals_cover_in_95_percent_and_good_predictions_make_them_narrower(noise: float, narrower: float) -> None:
     rng = np.random.default_rng(1)
@@ -65,7 +83,7 @@ def test_items_of_one_group_count_as_one() -> None:
         np.repeat(f, 10),
         np.repeat(rest, 10),
         np.repeat(np.arange(200), 10),
-        np.repeat(np.arange(1000), 10),
+        np.repeat(np.arange(200, 1200), 10),
     )
     assert single is not None and ten is not None
     assert [ten.powered.value, ten.powered.low, ten.powered.high] == pytest.approx(
