@@ -50,7 +50,8 @@ class LatentClasses:
         by_vote = np.log(self.errors).reshape(-1, len(self.prior))
         log = np.log(self.prior) + power * (cast @ by_vote)
         found: Floats = np.exp(log - log.max(axis=1, keepdims=True))
-        return found / found.sum(axis=1, keepdims=True)
+        found /= found.sum(axis=1, keepdims=True)
+        return found
 
 
 def _cast(votes: Votes, classes: int) -> csr_array:

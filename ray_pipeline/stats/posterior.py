@@ -122,8 +122,8 @@ def _kappa(a: Votes, b: Votes, weight: Floats, classes: int) -> float:
     """Over the rows on which both voted; NaN where it is 0/0."""
     both: NDArray[np.bool_] = (a != MISSING) & (b != MISSING)
     cells = a[both].astype(np.int64) * classes + b[both]
-    table = np.bincount(cells, weights=weight[both], minlength=classes**2).reshape(classes, classes)
-    return float(kappa_of_tables(table))
+    table = np.bincount(cells, weights=weight[both], minlength=classes**2).astype(np.float64)
+    return float(kappa_of_tables(table.reshape(classes, classes)))
 
 
 def _merged(votes: Votes, groups: Sequence[Sequence[int]]) -> Votes:
