@@ -24,7 +24,7 @@ from ray_pipeline.data.card import Provenance
 from ray_pipeline.data.critic import critic as critic_stage
 from ray_pipeline.data.dataset_rows import DatasetsConfig
 from ray_pipeline.data.datasets import dataset_files, of_size
-from ray_pipeline.data.gate import GateConfig
+from ray_pipeline.data.gate import GateConfig, check_pool
 from ray_pipeline.data.imported import preferences, tables_of
 from ray_pipeline.data.judging import judges as judge_stages
 from ray_pipeline.data.preference_sources import PreferenceSource
@@ -80,6 +80,7 @@ class BaselinesConfig(DmapoConfig):
                 )
             try:
                 variant.check_fault(self.gate_of(variant))
+                check_pool(self.gate_of(variant), variant.judges or self.judge.names)
                 if variant.source is not None:
                     tables_of(variant.source.format, self.rows_of(variant))
             except ValueError as error:

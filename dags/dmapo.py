@@ -26,7 +26,7 @@ from ray_pipeline.data.card import Provenance
 from ray_pipeline.data.critic import CriticSettings
 from ray_pipeline.data.critic import critic as critic_stage
 from ray_pipeline.data.early_exit import ExitRule
-from ray_pipeline.data.gate import GateConfig
+from ray_pipeline.data.gate import GateConfig, check_pool
 from ray_pipeline.data.judging import JudgeSettings
 from ray_pipeline.data.judging import judges as judge_stages
 from ray_pipeline.data.prompts import PromptsConfig
@@ -123,16 +123,16 @@ class DmapoConfig(TrainingConfig):
                 "judge.early_exit skips calls about candidates that the gate leaves out, but human_labels.use may put "
                 "them into a dataset; set early_exit to off, or human_labels.use to report"
             )
-        if self.gate.kind == "certified":
-            if self.judge.early_exit != "off":
-                raise ValueError(
-                    "judge.early_exit skips calls by the thresholds of the published gate; set it to off, or gate.kind "
-                    "to published"
-                )
-            if humans is not None and humans.use == "gate":
-                raise ValueError(
-                    "human_labels.use: gate would replace labels that gate.kind certified promises; set it to report"
-                )
+        if self.gate.over_all and self.judge.early_exit != "off":
+            raise ValueError(
+                "judge.early_exit skips calls by the thresholds of the published gate alone; set it to off, or remove "
+                f"gate.{'kind' if self.gate.kind != 'published' else 'pool'}"
+            )
+        if self.gate.kind == "certified" and humans is not None and humans.use == "gate":
+            raise ValueError(
+                "human_labels.use: gate would replace labels that gate.kind certified promises; set it to report"
+            )
+        check_pool(self.gate, self.judge.names)
         return self
 
     @property

@@ -8,6 +8,7 @@ panels with known truth. No model is called.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,9 +22,13 @@ from ray_pipeline.agreement.document import as_document, measure
 from ray_pipeline.agreement.measure_settings import CascadeSettings, MeasureSettings
 from ray_pipeline.agreement.pools_page import cascades_section, pools_section
 from ray_pipeline.agreement.recorded import read_recorded
+from ray_pipeline.data.judge_votes import BETWEEN, DESIRABLE, UNDESIRABLE
 from ray_pipeline.report.documents import as_json
+from ray_pipeline.report.figures import number, percent
 from ray_pipeline.report.markdown import markdown_table
-from ray_pipeline.report.page import Table
+from ray_pipeline.report.page import Cell, Table
+from ray_pipeline.stats.judge_errors import GROUPS, count_votes, errors_against_truth
+from ray_pipeline.stats.posterior import fit_posterior
 from ray_pipeline.store.schemas import BALLOTS, ITEMS, to_table
 
 #: Of the simulated judges: how far its scores follow quality, its own noise, and how far longer answers please it.
@@ -96,6 +101,41 @@ def main(folder: str) -> None:
     cheap = CascadeSettings(expensive="strong", cheap=("fair-1", "fair-2", "weak-1"))
     for labelled in (1000, 150, 60):
         show(f"Simulated panel, {labelled} labels", tables(*simulated(1000, labelled), cheap))
+    show("Shared errors", shared_errors())
+
+
+def shared_errors() -> Iterator[str]:
+    """What the correction of the posterior (`gate.pool: one_coin`) is worth where judges share errors.
+
+    Judges see whether a candidate is desirable with normal noise, a part of its variance shared by all. They vote for
+    the class between where what they see is within 0.2, and are else right in four of five cases.
+    """
+    rows: list[list[str | Cell]] = []
+    for judges, shared in itertools.product((3, 6, 10), (0.0, 0.3, 0.5)):
+        rng = np.random.default_rng(0)
+        truth = rng.choice(np.array([UNDESIRABLE, DESIRABLE], np.int8), 4000)
+        noise = np.sqrt(shared) * rng.normal(size=(4000, 1)) + np.sqrt(1 - shared) * rng.normal(size=(4000, judges))
+        seen = np.where(truth == DESIRABLE, 0.84, -0.84)[:, None] + noise
+        votes = np.select([seen > 0.2, seen < -0.2], [DESIRABLE, UNDESIRABLE], BETWEEN).astype(np.int8)
+        names = [str(n) for n in range(judges)]
+        counts = count_votes(votes, truth, np.arange(4000) // 4 % GROUPS)
+        found, true = fit_posterior(names, counts, 3, one_coin=True), errors_against_truth(names, counts)
+        assert true is not None
+        corrected, plain = found.posterior(votes), found.model.posterior(votes)
+        rows.append(
+            [
+                f"{judges}, {shared:g}",
+                number(true.correlation.mean),
+                number(found.errors.correlation.mean),
+                number(true.effective.mean, 1),
+                number(found.effective, 1),
+                percent((corrected.argmax(axis=1) == truth).mean()),
+                percent(plain.max(axis=1).mean()),
+                percent(corrected.max(axis=1).mean()),
+            ]
+        )
+    columns = ["judges, shared part", "correlation of errors", "estimated", "effective judges", "as estimated"]
+    yield markdown_table([*columns, "right", "mean probability, uncorrected", "corrected"], rows)
 
 
 def show(title: str, found: Iterator[str]) -> None:

@@ -1,12 +1,14 @@
 """Synthetic verdicts through the gate and the datasets: peak memory and cost a row, from 10 k to 1 M candidates.
 
 python perf/gate_scale.py [--sizes 10000,100000,1000000] [--folder DIR] [--seconds 220]
+python perf/gate_scale.py --pool one_coin --judges 10 --sizes 1000000 --folder runs/posterior-scale
 
 Each size runs the stages of a run (`gate`, `dataset-rows`, `datasets`) in a process of its own, shard after shard,
 whose peak memory is measured. Tables are made before, by another process. Tokens are counted by words: how long a
 tokenizer takes is not asked here. A size that is not done within --seconds goes on when the command is repeated: shards
 that are there are kept, and the times of all add up (peak memory is of the process that ended it). The table and
-the charts `gate_scale_cost.svg` and `gate_scale_memory.svg` come when all sizes are done.
+the charts `gate_scale_cost.svg` and `gate_scale_memory.svg` come when all sizes are done. With --pool, the gate alone
+runs, with posteriors, and the time and memory of these are compared with their limits.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -42,6 +44,8 @@ K = 4
 SHARD = 16_000
 #: Peak memory that must hold at a million candidates.
 LIMIT = 3 * 2**30
+#: Limits of the posteriors of a million candidates of ten judges: seconds, and peak memory.
+POSTERIOR_SECONDS, POSTERIOR_LIMIT = 60, 4 * 2**30
 #: How much more a row may cost at the largest size than at the cheapest one.
 FLAT = 1.25
 WORDS = np.array(["the", "answer", "depends", "on", "what", "was", "asked", "and", "why", "it", "holds", "here"])
@@ -52,17 +56,25 @@ def main() -> None:
     parser.add_argument("--sizes", default="10000,100000,1000000")
     parser.add_argument("--folder", type=Path, default=Path("runs/gate-scale"))
     parser.add_argument("--seconds", type=float, default=220.0, help="for one call of this command")
+    parser.add_argument("--judges", type=int, default=len(JUDGES))
+    parser.add_argument("--pool", choices=["one_coin", "dawid_skene"], help="posteriors by this model; the gate alone")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--size", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    judges = [*JUDGES, *(f"judge-{n}" for n in range(len(JUDGES), given.judges))][: given.judges]
     if given.work:
-        {"make": make, "run": run}[given.work](given.folder.resolve() / str(given.size), given.size)
+        folder = given.folder.resolve() / str(given.size)
+        if given.work == "make":
+            make(folder, given.size, judges)
+        else:
+            run(folder, given.size, judges, given.pool)
         return
     end = time.monotonic() + given.seconds
     sizes = [int(size) for size in given.sizes.split(",")]
     for size in sizes:
         for step in ("make", "run"):
             command = [sys.executable, __file__, "--work", step, "--size", str(size), "--folder", str(given.folder)]
+            command += ["--judges", str(given.judges), *(["--pool", given.pool] if given.pool else [])]
             if (given.folder / str(size) / f"{step}.json").exists():
                 continue
             try:
@@ -70,7 +82,7 @@ def main() -> None:
             except subprocess.TimeoutExpired:
                 print(f"{size}: {step} is not done after {given.seconds:.0f} s; the same command goes on")
                 sys.exit(3)
-    show(given.folder, sizes)
+    (show_posteriors if given.pool else show)(given.folder, sizes)
 
 
 def num_shards(size: int) -> int:
@@ -80,12 +92,12 @@ def num_shards(size: int) -> int:
 # --- tables ---------------------------------------------------------------------------------------------------------
 
 
-def make(folder: Path, size: int) -> None:
+def make(folder: Path, size: int, judges: list[str]) -> None:
     """The four tables that the gate reads, seeded, with every label."""
     shards, stages = num_shards(size), parents()
     for shard in range(shards):
         count = size // K // shards + (shard < size // K % shards)
-        for name, table in shard_tables(shard, count).items():
+        for name, table in shard_tables(shard, count, judges).items():
             target = StageRef.of(stages[name], str(folder), shards).table()
             if not os.path.exists(f"{target.folder}/shard-{shard:05d}.parquet"):
                 target.write(shard, table)
@@ -106,7 +118,7 @@ def parents() -> dict[str, Stage]:
     return found
 
 
-def shard_tables(shard: int, prompts: int) -> dict[str, pa.Table]:
+def shard_tables(shard: int, prompts: int, judges: list[str]) -> dict[str, pa.Table]:
     rng = np.random.default_rng(shard)
     ids = [f"{shard:08x}{i:024x}" for i in range(prompts)]
     names = [f"{shard:08x}{i:020x}{k:04x}" for i in range(prompts) for k in range(K)]
@@ -114,7 +126,7 @@ def shard_tables(shard: int, prompts: int) -> dict[str, pa.Table]:
     questions = [" ".join(WORDS[row]) for row in rng.integers(0, len(WORDS), (prompts, 20))]
     texts = [" ".join(WORDS[row]) for row in rng.integers(0, len(WORDS), (len(names), 60))]
     level = rng.choice([2, 3, 5, 8, 9], len(names))
-    scores = np.clip(level[:, None] + rng.choice([-1, 0, 0, 1, 1], (len(names), len(JUDGES))), 1, 10).astype(float)
+    scores = np.clip(level[:, None] + rng.choice([-1, 0, 0, 1, 1], (len(names), len(judges))), 1, 10).astype(float)
     scores[rng.random(len(names)) < 0.1, 0] = 1
     columns: dict[str, dict[str, Any]] = {
         "prompts": {
@@ -129,11 +141,11 @@ def shard_tables(shard: int, prompts: int) -> dict[str, pa.Table]:
             "finish_reason": ["stop"] * len(names),
         },
         "judge": {
-            "candidate_id": [n for n in names for _ in JUDGES],
-            "prompt_id": [p for p in owner for _ in JUDGES],
-            "judge": JUDGES * len(names),
+            "candidate_id": [n for n in names for _ in judges],
+            "prompt_id": [p for p in owner for _ in judges],
+            "judge": judges * len(names),
             "score": scores.reshape(-1).tolist(),
-            "parse_status": ["ok"] * (len(names) * len(JUDGES)),
+            "parse_status": ["ok"] * (len(names) * len(judges)),
         },
         "critic": {
             "candidate_id": names,
@@ -163,8 +175,9 @@ def words(messages: Any, completion: Any = None) -> list[int]:
     return [hash(word) for message in chat for word in message["content"].split()]
 
 
-def run(folder: Path, size: int) -> None:
-    """Gate and datasets, in this process, on top of what an interrupted call has left."""
+def run(folder: Path, size: int, judges: list[str], pool: Literal["one_coin", "dawid_skene"] | None) -> None:
+    """Gate and datasets, or the gate alone with posteriors, in this process, on top of what an interrupted call has
+    left."""
     datasets.token_counter = lambda tokenizer: words  # type: ignore[assignment]
     shards, before = num_shards(size), parents()
     results = {
@@ -176,19 +189,27 @@ def run(folder: Path, size: int) -> None:
     (weights / "config.json").write_text("{}")
     (weights / "model.safetensors").write_bytes(b"none")
     asked, answers, verdicts = before["prompts"], before["candidates"], [before["judge"]]
-    dataset = ScoredDataset(JUDGES, GateConfig(), ModelSettings(model=str(weights)), {"datasets": DatasetsConfig()})
+    config = GateConfig(pool=pool, kind="posterior") if pool else GateConfig()
+    dataset = ScoredDataset(judges, config, ModelSettings(model=str(weights)), {"datasets": DatasetsConfig()})
     decisions = dataset.decide(answers, verdicts, before["critic"])
-    rows, files = dataset.write(asked, answers, verdicts, decisions)
+    if pool:
+        steps = [decisions.inputs["numbers"], decisions]
+    else:
+        steps = [decisions, *dataset.write(asked, answers, verdicts, decisions)]
     # Peak memory of this process so far is that of the libraries.
     loaded = peak()
     session = Session(str(folder), str(folder / "calls"), shards)
-    make_here([decisions, rows, files], session, results, print)
-    seconds = {
-        "gate": results["gate"].usage.seconds,
-        "dataset-rows": results["dataset-rows"].usage.seconds,
-        "datasets": results["datasets"].usage.wall_seconds,
-    }
-    stats = {"rows": results["datasets"].facts["rows"], "shards": shards, "loaded": loaded, "peak": peak()}
+    make_here(steps, session, results, print)
+    stats: dict[str, Any] = {"judges": len(judges), "shards": shards, "loaded": loaded, "peak": peak()}
+    if pool:
+        seconds = {"gate": results["gate-numbers"].usage.seconds, "posterior": results["gate"].usage.wall_seconds}
+    else:
+        stats["rows"] = results["datasets"].facts["rows"]
+        seconds = {
+            "gate": results["gate"].usage.seconds,
+            "dataset-rows": results["dataset-rows"].usage.seconds,
+            "datasets": results["datasets"].usage.wall_seconds,
+        }
     (folder / "run.json").write_text(json.dumps({**stats, "seconds": seconds}))
 
 
@@ -198,6 +219,17 @@ def peak() -> int:
 
 
 # --- for readers ------------------------------------------------------------------------------------------------------
+
+
+def show_posteriors(folder: Path, sizes: list[int]) -> None:
+    print("| candidates | judges | published numbers, s | posteriors, s | peak MiB |")
+    print("|---:|---:|---:|---:|---:|")
+    for size in sizes:
+        r = json.loads((folder / str(size) / "run.json").read_text())
+        gate, posterior = r["seconds"]["gate"], r["seconds"]["posterior"]
+        print(f"| {size:,} | {r['judges']} | {gate:.1f} | {posterior:.1f} | {r['peak'] / 2**20:,.0f} |")
+        if posterior > POSTERIOR_SECONDS or r["peak"] > POSTERIOR_LIMIT:
+            sys.exit(f"over {POSTERIOR_SECONDS} s or {POSTERIOR_LIMIT / 2**30:g} GiB at {size:,} candidates")
 
 
 def show(folder: Path, sizes: list[int]) -> None:

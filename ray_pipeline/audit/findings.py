@@ -33,6 +33,7 @@ PROBLEMS = {
     "prompt_id": "a prompt's id is not the hash of its messages",
     "numbers": "mean, variance, penalty or final score do not follow from verdicts and critique",
     "program": "a program's verdict is not what its checker finds",
+    "posterior": "a posterior does not follow from the verdicts, or the model not from all of them",
     "label": "a label does not follow from the numbers",
     "scores": "a training row carries other scores than the verdicts",
     "messages": "a training row's prompt is not the prompt's messages",
@@ -59,6 +60,7 @@ class RunTables:
         programs: the judges that are programs; their verdicts are computed again.
         scale: of the judges' scores, where verdicts may be skipped.
         threshold: of a certified gate; None where it certified nothing.
+        posterior: the model of a gate with a pool; None without one.
     """
 
     prompts: ShardedTable
@@ -74,6 +76,7 @@ class RunTables:
     programs: Sequence[ProgramJudge] = ()
     scale: tuple[int, int] | None = None
     threshold: float | None = None
+    posterior: Mapping[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ from ray_pipeline.audit.formulas import (
     label_without,
     read_score,
 )
+from ray_pipeline.audit.posterior import PosteriorCheck, posterior_label
 from ray_pipeline.data.checkers import load_checker
 from ray_pipeline.data.tokens import Encode
 from ray_pipeline.store import keys
@@ -44,8 +45,11 @@ def audit_run(run: RunTables, encode: Encode | None = None, max_problems: int = 
     stats = Folder(run.datasets).read_json("stats.json", set_aside=True)
     audit.rules = stats.get("rules", 1)
     training = audit.training_rows(stats["fingerprint"])
+    posterior = None if run.posterior is None else PosteriorCheck(run.posterior, run.judges, run.gate)
     for shard in range(run.prompts.num_shards):
-        _Shard(audit, shard, training).check()
+        _Shard(audit, shard, training, posterior).check()
+    for message in () if posterior is None else posterior.problems():
+        audit.problem("posterior", "decisions", "model", message)
     for kind in run.config.kinds:
         for number in range(run.prompts.num_shards):
             training[kind].pop(number, None)
@@ -59,8 +63,14 @@ def audit_run(run: RunTables, encode: Encode | None = None, max_problems: int = 
 class _Shard:
     """One shard: all its rows by key, and the checks on them."""
 
-    def __init__(self, audit: Findings, shard: int, training: Mapping[str, Mapping[int, list[Row]]]) -> None:
-        self.audit, self.run, self.number = audit, audit.run, shard
+    def __init__(
+        self,
+        audit: Findings,
+        shard: int,
+        training: Mapping[str, Mapping[int, list[Row]]],
+        posterior: PosteriorCheck | None,
+    ) -> None:
+        self.audit, self.run, self.number, self.posterior = audit, audit.run, shard, posterior
         run = audit.run
         self.prompts = self._index("prompts", audit.read(run.prompts, shard), "prompt_id")
         self.candidates = self._index("candidates", audit.read(run.candidates, shard), "candidate_id")
@@ -154,12 +164,19 @@ class _Shard:
             if not close(decision[column], expected):
                 message = f"{column} is {decision[column]}, should be {expected}"
                 self.audit.problem("numbers", "decisions", name, message)
+        for column, expected in () if self.posterior is None else self.posterior.expected(scores).items():
+            if not close(decision[column], expected):
+                message = f"{column} is {decision[column]}, should be {expected}"
+                self.audit.problem("posterior", "decisions", name, message)
         # The label is derived from the stored numbers: a threshold missed by 1e-16 through rounding is not a problem.
         label = gate_label(None not in scores, flawed is not None, decision, self.run.gate)
         known = [OPEN if is_skipped(row) else score for row, score in zip(verdicts, scores, strict=True)]
         critic = OPEN if self.run.gate.use_critic and is_skipped(self.critiques.get(name)) else flawed
         if self.run.scale is not None and OPEN in (*known, critic):
             label = label_without(tuple(known), critic, self.run.gate, self.run.scale)
+        if self.run.gate.kind == "posterior":
+            complete = None not in scores and flawed is not None
+            label = posterior_label(decision, self.run.gate) if complete else "incomplete"
         if self._is_cut(candidate) and (self.run.gate.cut == "exclude" or label == "desirable"):
             label = "incomplete"
         if self.run.gate.kind == "certified":

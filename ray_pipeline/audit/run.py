@@ -98,5 +98,6 @@ def _audit(run: Run, made: ScoredDataset, files: str, programs: Sequence[Program
         programs=programs,
         scale=None if made.exit_rule is None else made.exit_rule.scale,
         threshold=results[made.decisions].facts.get("certified", {}).get("threshold"),
+        posterior=results[made.decisions].facts.get("posterior"),
     )
     return audit_run(tables, token_counter(None if made.policy is None else made.policy.tokenizer))

@@ -21,6 +21,7 @@ What was not read stays unread: it is never replaced by a number (docs/architect
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -39,6 +40,12 @@ Mask = NDArray[Any]  # of bool
 
 Cut = Literal["exclude", "undesirable", "keep"]
 """What becomes of a candidate whose text is not whole (finish reason `length`, `content_filter`, …)."""
+
+#: Latent class models of the judges' votes, by the names that `measure.juries.pool` has for them.
+PosteriorPool = Literal["one_coin", "dawid_skene"]
+
+#: With fewer judges no votes show who of them is right.
+FEWEST_POOLED = 3
 
 CUT_RULES = (
     "rule for a response that ended before its text was whole (limit of tokens, content filter): exclude it, let it be "
@@ -65,8 +72,8 @@ class Cases(NamedTuple):
         return labels_of(self.cases)
 
 
-#: Keys of the gate that only a certified one reads.
-_CERTIFIED_KEYS = ("agree_with_humans", "confidence", "labels")
+#: Keys of the gate that only one kind reads.
+_KEYS_OF = {"certified": ("agree_with_humans", "confidence", "labels"), "posterior": ("posterior_at",)}
 
 
 class GateConfig(Settings):
@@ -83,10 +90,20 @@ class GateConfig(Settings):
     )
     use_critic: bool = Field(True, description="False: f = m, and critiques are not read (ablation)")
     cut: Cut = Field("exclude", description=CUT_RULES)
-    kind: Literal["published", "certified"] = Field(
+    kind: Literal["published", "certified", "posterior"] = Field(
         "published",
         description="published: the thresholds above; certified: only labels that people agree with often enough, by a "
-        "test on labels of people (docs/operating.md)",
+        "test on labels of people; posterior: labels that are probable enough given the votes of all judges "
+        "(docs/operating.md)",
+    )
+    pool: PosteriorPool | None = Field(
+        None,
+        description="latent class model of the judges' votes (one_coin: one accuracy for each judge; dawid_skene: a "
+        "table of errors for each), fitted without labels; its posterior of each candidate is in columns of the "
+        "decisions, and kind: posterior decides by it; default: none",
+    )
+    posterior_at: float = Field(
+        0.9, gt=0.5, le=1, description="posterior: probability from which a candidate has a label; below it abstains"
     )
     agree_with_humans: float = Field(
         0.9, gt=0, lt=1, description="certified: share of the labels that people must agree with"
@@ -105,25 +122,44 @@ class GateConfig(Settings):
                 raise ValueError(
                     "kind certified needs labels, a file that the page of `quorum review RUN --chance` saved"
                 )
-            if self.cut == "undesirable":
-                raise ValueError("cut: undesirable has no meaning for kind certified; use exclude or keep")
-        elif more := [key for key in _CERTIFIED_KEYS if getattr(self, key) != type(self).model_fields[key].default]:
-            raise ValueError(f"{more[0]} is read by kind: certified alone; set kind, or remove it")
+            if self.pool is not None:
+                raise ValueError("pool has no effect on kind certified; remove it, or set kind to posterior")
+        for kind, keys in _KEYS_OF.items():
+            if kind != self.kind and (more := [key for key in keys if getattr(self, key) != self._default(key)]):
+                raise ValueError(f"{more[0]} is read by kind: {kind} alone; set kind, or remove it")
+        if self.kind != "published" and self.cut == "undesirable":
+            raise ValueError(f"cut: undesirable has no meaning for kind {self.kind}; use exclude or keep")
+        if self.kind == "posterior" and self.pool is None:
+            raise ValueError("kind posterior needs pool: one_coin or dawid_skene")
         return self
 
     def decisive(self, exclude: Collection[str] = ()) -> dict[str, Any]:
         """Without the place of the labels: their digest is in the fingerprint of the gate, which reads them."""
         return super().decisive({*exclude, "labels"})
 
+    @classmethod
+    def _default(cls, key: str) -> Any:
+        return cls.model_fields[key].default
+
     def decides_by(self) -> dict[str, Any]:
         """Its settings as plain data, without those that its kind does not read and without the place of a file."""
-        unread = {"labels"} if self.kind == "certified" else {"kind", *_CERTIFIED_KEYS}
+        unread = {"labels", *(key for kind, keys in _KEYS_OF.items() if kind != self.kind for key in keys)}
+        if self.kind == "posterior":
+            unread |= {"tau", "use_variance"}
+        else:
+            unread |= {"pool"} if self.kind == "certified" else {"pool", "kind"}
         return self.model_dump(mode="json", exclude=unread)
 
     @property
+    def over_all(self) -> bool:
+        """Whether it needs all candidates of a run at once."""
+        return self.kind != "published" or self.pool is not None
+
+    @property
     def numbers(self) -> GateConfig:
-        """The published gate with the same thresholds, which computes the numbers that a certified one decides by."""
-        return self.model_copy(update={k: type(self).model_fields[k].default for k in ("kind", *_CERTIFIED_KEYS)})
+        """The published gate with the same thresholds, which computes the numbers that other kinds decide by."""
+        own = {key: self._default(key) for key in ("kind", "pool", *itertools.chain(*_KEYS_OF.values()))}
+        return self.model_copy(update=own | ({"use_variance": False} if self.kind == "posterior" else {}))
 
     @model_validator(mode="after")
     def _in_order(self) -> GateConfig:
@@ -132,6 +168,15 @@ class GateConfig(Settings):
                 f"undesirable_at ({self.undesirable_at:g}) must be below desirable_at ({self.desirable_at:g})"
             )
         return self
+
+
+def check_pool(gate: GateConfig | None, judges: Sequence[str]) -> None:
+    """Raises ValueError if the gate has a pool and fewer judges than show who of them is right."""
+    if gate is not None and gate.pool is not None and len(judges) < FEWEST_POOLED:
+        raise ValueError(
+            f"gate.pool needs {FEWEST_POOLED} judges or more, because fewer cannot show who of them is right; there "
+            f"{'is' if len(judges) == 1 else 'are'} {len(judges)}"
+        )
 
 
 def decide(
@@ -155,14 +200,15 @@ def decide(
 
     Raises:
         KeyMismatch: a candidate, verdict or critique occurs twice, or a verdict or critique belongs to no candidate.
-        ValueError: there are no judges, one occurs twice, critiques are needed and missing, or the gate is certified,
-            which needs all candidates of a run at once.
+        ValueError: there are no judges, one occurs twice, critiques are needed and missing, or the gate needs all
+            candidates of a run at once.
     """
     judges = list(judges)
     if not judges or len(set(judges)) < len(judges):
         raise ValueError(f"the gate needs one or more distinct judges, not {judges}")
-    if config.kind != "published":
-        raise ValueError("kind certified decides over all candidates of a run; use `quorum run dmapo`")
+    if config.over_all:
+        named = "gate.pool" if config.kind == "published" else f"gate.kind {config.kind}"
+        raise ValueError(f"{named} needs all candidates of a run; use `quorum run dmapo`")
     ids = one_array(candidates["candidate_id"])
     refuse_repeats(ids, "candidates: candidate_id")
 

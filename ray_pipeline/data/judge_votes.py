@@ -13,6 +13,7 @@ from ray_pipeline.data.checkers import Check, checker_of
 from ray_pipeline.data.judge_stats import scores_by_judge
 from ray_pipeline.graph.results import of_role
 from ray_pipeline.graph.stage import StageResult
+from ray_pipeline.stats.bootstrap import Floats
 from ray_pipeline.stats.columns import chunk
 from ray_pipeline.stats.judge_errors import (
     GROUPS,
@@ -23,7 +24,7 @@ from ray_pipeline.stats.judge_errors import (
     estimated_errors,
     total,
 )
-from ray_pipeline.stats.latent_class import MISSING
+from ray_pipeline.stats.latent_class import MISSING, Votes
 from ray_pipeline.store.keys import bucket_of, unit_hash
 
 #: Classes of scores, and of the truth: a wrong response is to be undesirable, a right one desirable.
@@ -116,13 +117,19 @@ def votes_of(ids: pa.Array, verdicts: pa.Table, judges: Sequence[str], bounds: t
     Args:
         bounds: a score up to the first is UNDESIRABLE, from the second DESIRABLE.
     """
-    votes, (low, high) = np.full((len(ids), len(judges)), MISSING, np.int8), bounds
+    votes = np.full((len(ids), len(judges)), MISSING, np.int8)
     by_judge = scores_by_judge(verdicts, ids)
     for place, judge in enumerate(judges):
         if (scores := by_judge.get(judge)) is not None:
-            classes = [scores <= low, scores >= high, ~np.isnan(scores)]
-            votes[:, place] = np.select(classes, [UNDESIRABLE, DESIRABLE, BETWEEN], MISSING)
+            votes[:, place] = vote_classes(scores, bounds)
     return votes
+
+
+def vote_classes(scores: Floats, bounds: tuple[float, float]) -> Votes:
+    """The class of each score, MISSING where it is NaN; bounds as of `votes_of`."""
+    low, high = bounds
+    classes = [scores <= low, scores >= high, ~np.isnan(scores)]
+    return np.select(classes, [UNDESIRABLE, DESIRABLE, BETWEEN], MISSING).astype(np.int8)
 
 
 def _truth(

@@ -12,6 +12,7 @@ from ray_pipeline.data.datasets import dataset_files, dataset_rows
 from ray_pipeline.data.decisions import gate as gate_stage
 from ray_pipeline.data.early_exit import ExitRule
 from ray_pipeline.data.gate import Cut, GateConfig
+from ray_pipeline.data.posterior_gate import posterior_stage
 from ray_pipeline.data.reviewed import HumanLabels
 from ray_pipeline.data.variants import Fault
 from ray_pipeline.engines.models import ModelSettings
@@ -61,23 +62,26 @@ class ScoredDataset:
 
     def decide(self, candidates: Stage, verdicts: Sequence[Stage], critiques: Stage | None) -> Stage:
         """One decision per candidate; needs no model."""
-        certified = self.gate is not None and self.gate.kind == "certified"
+        numbers_only = self.gate is not None and self.gate.over_all
+        pooled = self.gate is not None and self.gate.pool is not None
         decided = gate_stage(
             None if self.gate is None else self.gate.numbers,
             self.judges,
             candidates,
             verdicts,
             critiques,
-            name=f"{self.decisions}-numbers" if certified else self.decisions,
+            name=f"{self.decisions}-numbers" if numbers_only else self.decisions,
             first=self.first,
             cut=self.cut,
-            humans=self.humans,
+            humans=None if pooled else self.humans,
             fault=self.fault,
             scale=None if self.exit_rule is None else self.exit_rule.scale,
-            role="numbers of decisions" if certified else "",
+            role="numbers of decisions" if numbers_only else "",
         )
-        if self.gate is None or not certified:
+        if self.gate is None or not numbers_only:
             return decided
+        if pooled:
+            return posterior_stage(self.gate, self.judges, decided, verdicts, self.humans, name=self.decisions)
         return certified_stage(self.gate, decided, name=self.decisions)
 
     def write(self, prompts: Stage, candidates: Stage, verdicts: Sequence[Stage], decisions: Stage) -> list[Stage]:

@@ -95,9 +95,10 @@ class DataVariant(Settings):
         counted, k = ", ".join(self.judges or judges), self.k or drawn or "all"
         if gate is None:
             return f"best and worst of {k} by {counted}; no gate{cut}"
-        rules = [f"tau {gate.tau:g}" if gate.use_variance else "no variance rule"]
+        rules = [] if gate.kind == "posterior" else [f"tau {gate.tau:g}" if gate.use_variance else "no variance rule"]
         rules.append(f"alpha {gate.alpha:g}" if gate.use_critic else "no critic")
         rules += [f"certified at {gate.agree_with_humans:g}"] if gate.kind == "certified" else []
+        rules += [f"posterior ({gate.pool}) from {gate.posterior_at:g}"] if gate.kind == "posterior" else []
         rules += [] if self.fault is None else [f"planted fault: {self.fault.replace('_', ' ')}"]
         return f"gate on {k} candidates by {counted}; {', '.join(rules)}{cut}"
 
@@ -105,7 +106,7 @@ class DataVariant(Settings):
         """Raises ValueError if the dataset's gate cannot have the fault."""
         if self.fault in _OF_CRITIC and not (gate is not None and gate.use_critic and gate.alpha):
             raise ValueError(f"fault {self.fault} has no effect where the gate uses no critic; remove it")
-        if self.fault is not None and gate is not None and gate.kind == "certified":
+        if self.fault is not None and gate is not None and gate.kind != "published":
             raise ValueError("fault breaks the published gate; remove it, or set gate.kind to published")
 
 

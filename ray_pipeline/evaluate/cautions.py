@@ -3,16 +3,17 @@
 from collections.abc import Iterator
 
 from ray_pipeline.agreement.panel import FAMILIES, family
+from ray_pipeline.data.posterior_gate import warnings
 from ray_pipeline.evaluate.data import ReportData
 from ray_pipeline.evaluate.metrics import RunMetrics, prefix_hit_rate
 from ray_pipeline.policy.evaluation import Evaluation
 from ray_pipeline.policy.response_stats import ResponseStats
 from ray_pipeline.report.figures import percent, percent_interval
+from ray_pipeline.stats.posterior import NEARLY_ONE
 from ray_pipeline.stats.winrate import WinRate
 
 MAX_CLASS_RATIO = 3.0
 MIN_KAPPA = 0.2  # up to here Landis & Koch (1977) call agreement "slight"
-MAX_KAPPA = 0.98  # judges who agree on more are hardly two, unless the truth shows that their errors differ
 MAX_ERROR_CORRELATION = 0.9
 MAX_UNREAD = 0.05
 MIN_ACCEPTANCE = 0.05
@@ -30,6 +31,7 @@ def cautions(data: ReportData, metrics: RunMetrics) -> list[str]:
         f"Nothing to report for stage {stage}: it has not run, or it left no output." for stage in data.missing_stages()
     ]
     found += _on_judging(metrics)
+    found += [] if data.posterior is None else warnings(data.posterior)
     found += _on_labels(data, metrics)
     found += _on_training(metrics)
     if metrics.evaluation is not None:
@@ -84,7 +86,7 @@ def _on_judges_that_are_one(metrics: RunMetrics) -> Iterator[str]:
         if correlation is not None and correlation > MAX_ERROR_CORRELATION:
             basis = "" if panel and panel.basis == "truth" else ", an estimate"
             yield f"{who} (correlation of errors {correlation:.2f}{basis}): {advice}."
-        elif pair.value is not None and pair.value > MAX_KAPPA and not (panel and panel.basis == "truth"):
+        elif pair.value is not None and pair.value > NEARLY_ONE and not (panel and panel.basis == "truth"):
             found = f"kappa {pair.value:.3f} over {pair.rows} rows"
             yield f"{who} ({found}): {advice}, unless both are almost always right."
 

@@ -86,6 +86,7 @@ class ReportData:
     people             labels that people gave to candidates
     gate               thresholds of the gate
     certified          what a certified gate found, as its stage stored it
+    posterior          what the pool of a gate found, as its stage stored it
     calls              location of the call log, for the messages that were sent
     planned            planned and actual usage by stage, where `quorum plan` was run
     """
@@ -122,6 +123,7 @@ class ReportData:
     people: Reviewed | None = None
     gate: GateConfig = field(default_factory=GateConfig)
     certified: Mapping[str, Any] | None = None
+    posterior: Mapping[str, Any] | None = None
     desirable_from: float = 7.0
     undesirable_to: float = 4.0
     bootstrap_draws: int = 2000

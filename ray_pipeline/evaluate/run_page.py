@@ -16,6 +16,7 @@ from ray_pipeline.data.page import (
     judges_section,
     labels_section,
 )
+from ray_pipeline.data.posterior_gate import posterior_section
 from ray_pipeline.evaluate.data import ReportData
 from ray_pipeline.evaluate.examples import collect_examples
 from ray_pipeline.evaluate.excerpts import pick_excerpts
@@ -46,6 +47,7 @@ def run_page(data: ReportData, metrics: RunMetrics, first_line: Headline, warnin
         generators_section(metrics.generators, metrics.source_agreement),
         judges_section(judging, metrics.kappa_intervals, thresholds, audit_slice=slice_only) if judging else None,
         errors_section(metrics.judge_errors, thresholds, audit_slice=slice_only),
+        posterior_section(data.posterior, data.gate),
         critic_section(critic) if critic else None,
         people_section(metrics.people),
         None if metrics.gate is None else certified_section(data.certified, metrics.gate.counts),

@@ -279,6 +279,7 @@ def report_data(
         people=None if settings.human_labels is None else settings.human_labels.read(),
         gate=settings.gate,
         certified=None if gated is None else gated.facts.get("certified"),
+        posterior=None if gated is None else gated.facts.get("posterior"),
         desirable_from=settings.gate.desirable_at,
         undesirable_to=settings.gate.undesirable_at,
         bootstrap_draws=settings.bootstrap_draws,

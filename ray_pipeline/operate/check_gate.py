@@ -75,6 +75,7 @@ def thresholds(pending: Pending) -> Iterator[Finding]:
 
 def _scale(stage: Stage) -> tuple[int, int] | None:
     """Lowest and highest score of the judges that a gate counts; None where no stage with rubrics is read."""
+    stage = stage.inputs.get("numbers", stage)  # of a gate that decides over all candidates
     judges = stage.work.settings.judges
     of = [r for parent in stage.inputs.values() for r in getattr(parent.work.settings, "rubrics", ())]
     counted = [rubric for rubric in of if rubric.name in judges]

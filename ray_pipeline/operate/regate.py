@@ -155,9 +155,10 @@ def regate(run: Run, overrides: Sequence[str]) -> Regate:
             f"regate rebuilds the datasets that the run has ({', '.join(before)}), and adds and removes none; use "
             "`quorum run` for others"
         )
-    if any(one.gate is not None and one.gate.kind == "certified" for one in (*before.values(), *after.values())):
+    if any(one.gate is not None and one.gate.over_all for one in (*before.values(), *after.values())):
         raise ConfigError(
-            "regate does not rebuild a certified gate; use `quorum run` with the same overrides, which repeats no call"
+            "regate does not rebuild a certified gate or one with a pool; use `quorum run` with the same overrides, "
+            "which repeats no call"
         )
     if not after:
         raise StoreError(f"{run.folder.location} has no dataset made from its own scores, so there is nothing to gate")

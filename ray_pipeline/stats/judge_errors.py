@@ -108,9 +108,9 @@ def count_votes(votes: Votes, truth: Votes, groups: NDArray[np.int64]) -> VoteCo
         truth: shape (rows,).
         groups: from 0 to GROUPS − 1, shape (rows,); the same for all rows of a prompt.
     """
-    counts = np.zeros((len(votes), GROUPS))
-    counts[np.arange(len(votes)), groups] = 1
-    return _distinct(votes, truth, counts)
+    rows, place = np.unique(np.column_stack([votes, truth]), axis=0, return_inverse=True)
+    cells = np.bincount(place.reshape(-1) * GROUPS + groups, minlength=len(rows) * GROUPS)
+    return VoteCounts(rows[:, :-1], rows[:, -1], cells.reshape(-1, GROUPS).astype(np.float64))
 
 
 def total(parts: Iterable[VoteCounts], judges: int) -> VoteCounts:
@@ -146,7 +146,7 @@ def errors_against_truth(judges: Sequence[str], counts: VoteCounts) -> PanelErro
     if not known.counts.sum():
         return None
     classes = int(max(known.votes.max(), known.truth.max())) + 1
-    return _panel("truth", judges, known, np.eye(classes)[known.truth])
+    return panel_errors("truth", judges, known, np.eye(classes)[known.truth], exact=True)
 
 
 def estimated_errors(judges: Sequence[str], counts: VoteCounts) -> PanelErrors | None:
@@ -164,7 +164,8 @@ def estimated_errors(judges: Sequence[str], counts: VoteCounts) -> PanelErrors |
         rows, none = int(voted.counts.sum()), Interval(None, None, None)
         reason = "two judges cannot show who of them is right"
         return PanelErrors("estimate", rows, [], [], none, none, reason, assumed)
-    found = _panel("estimate", judges, voted, dawid_skene(voted.votes, voted.counts.sum(axis=1)))
+    truth = dawid_skene(voted.votes, voted.counts.sum(axis=1))
+    found = panel_errors("estimate", judges, voted, truth, exact=False)
     free = used ** len(judges) - 1 - (used - 1) * (1 + len(judges) * used)
     if free <= 0:
         none = Interval(None, None, None)
@@ -195,10 +196,15 @@ def at_accuracy(counts: VoteCounts, accuracies: Sequence[float] = ACCURACIES) ->
     return found
 
 
-def _panel(
-    basis: Literal["truth", "estimate"], judges: Sequence[str], counts: VoteCounts, truth: Floats
+def panel_errors(
+    basis: Literal["truth", "estimate"], judges: Sequence[str], counts: VoteCounts, truth: Floats, *, exact: bool
 ) -> PanelErrors:
-    """`truth`: probability of each class by row; errors are expected ones where it is not 0 or 1."""
+    """Errors of all judges against one truth.
+
+    Args:
+        truth: probability of each class, shape (rows, classes); errors are expected ones where it is not 0 or 1.
+        exact: False gives no intervals: those with an estimated truth leave out the error of the estimate.
+    """
     votes = counts.votes
     voted = votes != MISSING
     right = np.where(voted, np.take_along_axis(truth, np.where(voted, votes, 0).astype(np.int64), axis=1), 0.0)
@@ -210,7 +216,6 @@ def _panel(
         both_wrong = 1 - right[:, a] - right[:, b] + np.where(votes[:, a] == votes[:, b], right[:, a], 0.0)
         sums[place] = _sums(counts, voted[:, a] & voted[:, b], [1 - right[:, a], 1 - right[:, b], both_wrong])
     filled = counts.counts.sum(axis=0) > 0
-    exact = basis == "truth"
     accuracy = _intervals(own, filled, lambda s: _ratio(s[..., 1], s[..., 0]), (0, 1), exact)
     phi = _intervals(sums, filled, _phi, (-1, 1), exact) if pairs else []
     (mean,) = _intervals(sums[None], filled, _mean_phi, (-1, 1), exact) if pairs else (Interval(None, None, None),)
@@ -268,7 +273,7 @@ def _intervals(
 
     Args:
         sums: shape (figures, …, GROUPS, columns).
-        exact: False gives no interval: that of an estimate would leave out the error of the estimated truth.
+        exact: False gives no interval.
     """
     whole = sums.sum(axis=-2, keepdims=True)
     points = statistic(whole)[..., 0]

@@ -11,6 +11,8 @@ every step, where distinct rows of votes with their counts are a few ten thousan
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
@@ -23,6 +25,43 @@ MISSING = -1
 Votes = NDArray[np.int8]
 
 
+@dataclasses.dataclass(frozen=True)
+class LatentClasses:
+    """A fitted model.
+
+    Attributes:
+        prior: probability of each class, shape (classes,).
+        errors: probability of a judge's vote given the true class, shape (judges, votes, classes).
+    """
+
+    prior: Floats
+    errors: Floats
+
+    def posterior(self, votes: Votes, power: float = 1.0) -> Floats:
+        """Probability of each class given each row of votes, shape (rows, classes).
+
+        Args:
+            votes: shape (rows, judges). Missing votes are left out of the likelihood.
+            power: of the likelihood; below 1 where votes are worth less than as many independent ones.
+        """
+        return self._given(_cast(votes, len(self.prior)), power)
+
+    def _given(self, cast: csr_array, power: float = 1.0) -> Floats:
+        by_vote = np.log(self.errors).reshape(-1, len(self.prior))
+        log = np.log(self.prior) + power * (cast @ by_vote)
+        found: Floats = np.exp(log - log.max(axis=1, keepdims=True))
+        found /= found.sum(axis=1, keepdims=True)
+        return found
+
+
+def _cast(votes: Votes, classes: int) -> csr_array:
+    """The votes as indicators, shape (rows, judges · classes)."""
+    voted = votes != MISSING
+    columns = (votes + np.arange(votes.shape[1]) * classes)[voted]  # (judge, vote) as one number
+    starts = np.concatenate([[0], np.cumsum(voted.sum(axis=1))])
+    return csr_array((np.ones(len(columns)), columns, starts), shape=(len(votes), votes.shape[1] * classes))
+
+
 def dawid_skene(
     votes: Votes,
     weight: Floats,
@@ -32,7 +71,20 @@ def dawid_skene(
     *,
     one_coin: bool = False,
 ) -> Floats:
-    """Probability of each class for each distinct row, shape (rows, classes), by EM.
+    """Probability of each class for each distinct row, shape (rows, classes); arguments as of `fit`."""
+    return fit(votes, weight, classes, iterations, tolerance, one_coin=one_coin).posterior(votes)
+
+
+def fit(
+    votes: Votes,
+    weight: Floats,
+    classes: int | None = None,
+    iterations: int = 2000,
+    tolerance: float = 1e-7,
+    *,
+    one_coin: bool = False,
+) -> LatentClasses:
+    """The model of greatest likelihood, by EM.
 
     It starts with the shares of a row's votes, as Dawid and Skene do, so classes keep their names and equal input has
     equal output. Missing votes are left out of the likelihood.
@@ -44,10 +96,7 @@ def dawid_skene(
         one_coin: one accuracy for each judge instead of a table of errors.
     """
     classes, judges = classes or int(votes.max()) + 1, votes.shape[1]
-    voted = votes != MISSING
-    columns = (votes + np.arange(judges) * classes)[voted]  # (judge, vote) as one number
-    starts = np.concatenate([[0], np.cumsum(voted.sum(axis=1))])
-    cast = csr_array((np.ones(len(columns)), columns, starts), shape=(len(votes), judges * classes))
+    cast = _cast(votes, classes)
     share = np.stack([(votes == c).sum(axis=1) for c in range(classes)], axis=1).astype(float)
     found: Floats = share / share.sum(axis=1, keepdims=True)
     for _ in range(iterations):
@@ -56,15 +105,13 @@ def dawid_skene(
         confusion = np.clip((cast.T @ weighted).reshape(judges, classes, classes), 1e-10, None)  # (judge, vote, truth)
         if one_coin:
             confusion = _one_coin(confusion)
-        confusion /= confusion.sum(axis=1, keepdims=True)
-        log = np.log(prior) + cast @ np.log(confusion).reshape(judges * classes, classes)
-        posterior = np.exp(log - log.max(axis=1, keepdims=True))
-        posterior /= posterior.sum(axis=1, keepdims=True)
+        model = LatentClasses(prior, confusion / confusion.sum(axis=1, keepdims=True))
+        posterior = model._given(cast)
         change = np.abs(posterior - found).max()
         found = posterior
         if change < tolerance:
             break
-    return found
+    return model
 
 
 def _one_coin(confusion: Floats) -> Floats:

@@ -118,6 +118,16 @@ DECISIONS = _schema(
     ("why", _S),
 )
 
+#: Decisions of a gate with a pool (`gate.pool`): with the panel's posterior, null where no judge's verdict was read.
+POOLED_DECISIONS = pa.schema(
+    [
+        *DECISIONS,
+        *_schema(
+            ("posterior_undesirable", _F, True), ("posterior_discard", _F, True), ("posterior_desirable", _F, True)
+        ),
+    ]
+)
+
 #: Scores of a dataset row: a judge's name and its score.
 SCORES = pa.list_(pa.field("element", pa.struct([("judge", _S), ("score", _F)])))
 
@@ -373,6 +383,7 @@ TABLES: dict[str, pa.Schema] = {
     "recorded": RECORDED,
     "critiques": CRITIQUES,
     "decisions": DECISIONS,
+    "pooled_decisions": POOLED_DECISIONS,
     "kto": KTO,
     "dpo": DPO,
     "sft": SFT,

@@ -138,7 +138,7 @@ def test_the_shipped_comparisons_wire(monkeypatch: pytest.MonkeyPatch, tmp_path:
     (tmp_path / "m" / "config.json").write_text("{}")
     (tmp_path / "m" / "tokenizer.json").write_text("{}")
     monkeypatch.setattr(models, "model_path", lambda name: str(tmp_path / "m"))
-    for name, policies in (("pocket_baselines", 30), ("pocket_ablations", 300)):
+    for name, policies in (("pocket_baselines", 30), ("pocket_ablations", 300), ("pocket_posterior", 40)):
         config = load_config(BaselinesConfig, name)
         assert isinstance(config, BaselinesConfig)
         assert len(config.policies()) == policies == sum(n.startswith("train-") for n in stages(config))
@@ -154,6 +154,7 @@ def test_the_shipped_comparisons_wire(monkeypatch: pytest.MonkeyPatch, tmp_path:
         ({"data": {"x": {"k": 9}}}, r"baselines\.data\.x\.k is 9, but there are only 4 candidates"),
         ({"data": {"x": {"gate": {"tauu": 1}}}}, r"baselines\.data\.x: tauu: unknown key"),
         ({"data": {"x": {"gated": False, "gate": {"tau": 1}}}}, r"gate has no effect when gated is false"),
+        ({"data": {"x": {"gate": {"pool": "one_coin"}}}}, r"data\.x: gate\.pool needs 3 judges or more.*there are 2"),
         (
             {"data": {"x": {"gate": {"use_critic": False}, "fault": "critic_sign"}}},
             r"data\.x: fault critic_sign has no",

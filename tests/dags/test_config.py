@@ -473,6 +473,10 @@ def changed(values: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
     return values
 
 
+#: Keys of the gate that go with its kind, with a file, or with more judges.
+WITH_OTHERS = ("kind", "agree_with_humans", "confidence", "labels", "pool", "posterior_at")
+
+
 def fingerprints(values: Mapping[str, Any]) -> set[str]:
     return {s.folder_name for s in dmapo(DmapoConfig.model_validate(values), "/run").stages}
 
@@ -499,8 +503,8 @@ def test_every_key_changes_a_fingerprint_or_is_operational(values: dict[str, Any
             continue  # it adds stages, which tests/bench/test_stages.py looks at
         if key == "judge.source":
             continue  # it adds stages, which tests/data/test_verdict_sources.py looks at
-        if key in ("gate.kind", "gate.agree_with_humans", "gate.confidence", "gate.labels"):
-            continue  # they go with a file of labels: tests/data/test_certified_gate.py
+        if key.startswith("gate.") and key.removeprefix("gate.") in WITH_OTHERS:
+            continue  # tests/data/test_certified_gate.py and test_posterior_gate.py
         if key == "human_labels":
             continue  # by the content of its file: tests/operate/test_review.py
         if key in ("critic.asking.expected_score", "evaluate.asking.expected_score"):

@@ -167,6 +167,6 @@ def test_one_table_alone_is_not_certified(published: ScriptedRun) -> None:
     gate = GateConfig(kind="certified", labels="x.jsonl")
     results = published.results
     tables = [results[name].table().read_all() for name in ("candidates", "judge", "critic")]
-    with pytest.raises(ValueError, match="over all candidates of a run"):
+    with pytest.raises(ValueError, match="needs all candidates of a run"):
         decide(*tables, ["helpfulness"], gate)
     assert gate.numbers == GateConfig()

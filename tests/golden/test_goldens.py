@@ -71,6 +71,7 @@ SHIPPED = {
     "laptop": "dmapo",
     "pocket": "dmapo",
     "pocket_ablations": "baselines",
+    "pocket_posterior": "baselines",
     "pocket_agreement": "agreement",
     "pocket_baselines": "baselines",
     "pocket_benchmarks": "benchmarks",

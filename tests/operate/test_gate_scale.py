@@ -28,8 +28,8 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_a_small_size_through_all_stages(bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "400"
-    bench.make(folder, 400)
-    bench.run(folder, 400)
+    bench.make(folder, 400, bench.JUDGES)
+    bench.run(folder, 400, bench.JUDGES, None)
     found = json.loads((folder / "run.json").read_text())
     assert found["shards"] == 4 and found["peak"] >= found["loaded"] > 0
     (gate,) = folder.glob("gate-*")
@@ -43,10 +43,24 @@ def test_a_small_size_through_all_stages(bench: Any, tmp_path: Path, capsys: pyt
     (gate / "_result.json").unlink()
     made[0].unlink()
     kept_files = {f: f.stat().st_mtime_ns for f in made[1:]}
-    bench.run(folder, 400)  # as after an interruption: the other shards stay
+    bench.run(folder, 400, bench.JUDGES, None)  # as after an interruption: the other shards stay
     assert {f: f.stat().st_mtime_ns for f in made[1:]} == kept_files and made[0].exists()
 
     bench.show(tmp_path, [400])
     assert f"| 400 | 4 | {kept:,} |" in capsys.readouterr().out
     for chart in ("cost", "memory"):
         assert "<circle" in (tmp_path / f"gate_scale_{chart}.svg").read_text()
+
+
+def test_posteriors_of_a_small_size(bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, judges = tmp_path / "400", [*bench.JUDGES, "fourth"]
+    bench.make(folder, 400, judges)
+    bench.run(folder, 400, judges, "one_coin")
+    (gate,) = (found for found in folder.glob("gate-*") if "numbers" not in found.name)
+    found = [p for f in sorted(gate.glob("*.parquet")) for p in pq.read_table(f)["posterior_desirable"].to_pylist()]
+    assert len(found) == 400 and all(0 <= p <= 1 for p in found)
+    bench.show_posteriors(tmp_path, [400])
+    assert "| 400 | 4 |" in capsys.readouterr().out
+    bench.POSTERIOR_SECONDS = 0
+    with pytest.raises(SystemExit, match="over 0 s"):
+        bench.show_posteriors(tmp_path, [400])
