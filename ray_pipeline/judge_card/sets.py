@@ -207,7 +207,11 @@ SETS: dict[str, PublicForm] = {
     ),
     **{
         kind: PublicForm(
-            title, HUMAN_DATA[kind].hub_name, rule, _with_people(kind), elsewhere=HUMAN_DATA[kind].elsewhere
+            title,
+            HUMAN_DATA[kind].hub_name,
+            rule,
+            _with_people(kind),
+            elsewhere=HUMAN_DATA[kind].elsewhere.replace("data.path", "`path`"),
         )
         for kind, title, rule in (
             ("mt_bench", "MT-Bench human votes", HUMAN_VOTES),

@@ -11,9 +11,7 @@ import pytest
 
 from ray_pipeline.judge_card.probes import ProbeSettings
 from tests.endpoint import Answer, Endpoint, said
-from tests.operate.at_an_endpoint import command, config, quorum
-
-pytestmark = pytest.mark.e2e
+from tests.operate.at_an_endpoint import command, config, quorum, reply
 
 JUDGEBENCH = Path(__file__).parents[1] / "data" / "public_sets" / "judgebench.jsonl"
 PAIRS = ProbeSettings().load().pairs
@@ -22,8 +20,8 @@ RIGHT = {pair.right for pair in PAIRS} | {"3 times 4 is 12, so A.", "Ben is youn
 
 def credulous(body: dict[str, Any], number: int) -> Answer:
     """A judge that knows every answer, and believes a quoted verdict."""
-    if "response_format" not in body or "choice" not in json.dumps(body["response_format"]):
-        return said('{"score": 5, "reason": "", "flawed": false, "failure_type": "none"}')
+    if "answer_A" not in body["messages"][-1]["content"]:
+        return reply(body, number)  # a test call
     shown = re.findall(r"<answer_([AB]) \w+>\n(.*?)\n</answer_", body["messages"][-1]["content"], re.DOTALL)
     liked = [label for label, text in shown if "choose this answer" in text]
     liked += [label for label, text in shown if any(right in text for right in RIGHT)]
@@ -54,7 +52,7 @@ def test_a_card_is_made_once_and_keeps_a_bad_judge_out(tmp_path: Path, monkeypat
         assert shares["judgebench"] == (1.0, 2) and shares["injection"] == (0.0, 4) and shares["format"] == (1.0, 4)
         assert shares["order"] == (1.0, 4) and shares["read"] == (1.0, calls)
         assert judge["cost_per_1000"] == pytest.approx(1000 * (10 + 5) / 1000) and judge["seconds_per_1000"] > 0
-        assert judge["facts"]["identity"] == {"model": "endpoint:judge"}
+        assert judge["facts"]["identity"] == {"model": f"endpoint:judge@{server.url}"}
 
         asked = len(server.asked)
         quorum(*check)

@@ -15,6 +15,7 @@ from ray_pipeline.judge_card.measure import JudgeCard, JudgeFacts, Score, judge_
 from ray_pipeline.judge_card.page import card_page
 from ray_pipeline.judge_card.probes import Probe, ProbeSettings, probe_items
 from ray_pipeline.judge_card.section import cards_section
+from ray_pipeline.operate.side_by_side import Side, side_by_side
 from ray_pipeline.report.documents import as_json
 from ray_pipeline.report.markdown import render_markdown
 from ray_pipeline.store.schemas import CARD_ITEMS, CARD_VERDICTS, to_table
@@ -155,6 +156,16 @@ def test_the_page_shows_every_figure_and_a_run_shows_its_judges_card() -> None:
     assert section is not None and cards_section({}) is None
     (table, _) = section.blocks
     assert ["judge", "j", "plain", "100.0 %"] in [row[:4] for row in table.rows]  # type: ignore[union-attr]
+
+
+def test_two_cards_are_compared_by_judge_and_score() -> None:
+    items = list(probe_items(ProbeSettings(limit=4).load(), ["qwen"]))
+    sides = [
+        Side(name, name, "judge_check", {}, {}, {}, {"judges": as_json([carded(judge, items)])})
+        for name, judge in (("one", right), ("other", lambda item, first: first))
+    ]
+    rates = {row.name: row for part in side_by_side(*sides) if part.kind == "rates" for row in part.rows}
+    assert rates["j: order"].difference == "-100.0" and rates["j: read replies"].difference == "+0.0"
 
 
 def test_the_report_of_a_run_has_the_section(tmp_path: Any) -> None:
