@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -111,15 +112,15 @@ def _shuffled(item: dict[str, Any], seed: int) -> dict[str, Any]:
     return {**item, "answers": [answers[n] for n in order], "votes": [LABELS[place]]}
 
 
-def _hub_rows(name: str, splits: Sequence[str], revision: str | None) -> Rows:
-    for split in splits:
-        for number, row in enumerate(load_hub(name, None, split, revision), 1):
-            yield f"{hub_place(name, None, split)}: row {number}", row
+def _hub_rows(name: str, split: str, revision: str | None) -> Rows:
+    for number, row in enumerate(load_hub(name, None, split, revision), 1):
+        yield f"{hub_place(name, None, split)}: row {number}", row
 
 
 def _judgebench(path: str | None, revision: str | None) -> list[dict[str, Any]]:
-    """`question`, `response_A`, `response_B` and `label` (`A>B` or `B>A`); `source` is the question's origin."""
-    rows = _hub_rows("ScalerLab/JudgeBench", ("gpt", "claude"), revision) if path is None else file_rows(path)
+    """`question`, `response_A`, `response_B` and `label` (`A>B` or `B>A`); `source` is the question's origin. From
+    the Hub the split gpt is read, the pairs of the paper's tables; `mmlu-pro-law` and its like are one subset there."""
+    rows = _hub_rows("ScalerLab/JudgeBench", "gpt", revision) if path is None else file_rows(path)
     items = []
     for where, row in rows:
         question, one, other, label = (
@@ -129,7 +130,7 @@ def _judgebench(path: str | None, revision: str | None) -> list[dict[str, Any]]:
         if vote is None:
             raise InputError(f"{where}: label must be A>B or B>A, not {label!r}")
         source = row.get("source")
-        subset = source if isinstance(source, str) else None
+        subset = re.sub(r"^(mmlu-pro)-.*", r"\1", source) if isinstance(source, str) else None
         items.append(card_item(f"judgebench/{digest([question, one, other], 8)}", question, (one, other), vote, subset))
     return _distinct(items)
 
@@ -153,7 +154,7 @@ def _llmbar(path: str | None, revision: str | None) -> list[dict[str, Any]]:
 def _reward_bench_2(path: str | None, revision: str | None) -> list[dict[str, Any]]:
     """`id`, `prompt`, `chosen` (one answer), `rejected` (three) and `subset`. The subset Ties, with several right
     answers and a score of its own, is left out."""
-    rows = _hub_rows("allenai/reward-bench-2", ("test",), revision) if path is None else file_rows(path)
+    rows = _hub_rows("allenai/reward-bench-2", "test", revision) if path is None else file_rows(path)
     items = []
     for where, row in rows:
         subset = need(where, row, "subset", str)

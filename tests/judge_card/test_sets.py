@@ -30,7 +30,7 @@ def test_judgebench() -> None:
         ["B"],
         "livebench-reasoning",
     )
-    assert (product["votes"], product["source"]) == (["A"], "judgebench")
+    assert (product["votes"], product["source"], product["subset"]) == (["A"], "judgebench", "mmlu-pro")
 
 
 def test_llmbar_has_a_subset_for_each_folder() -> None:
