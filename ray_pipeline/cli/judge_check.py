@@ -65,6 +65,8 @@ def judge_check(
       quorum judge-check gpt-4o-mini --endpoint https://api.openai.com/v1 --api-key-env OPENAI_API_KEY --max-cost 2
       quorum judge-check -c pocket_judge_check
     """
+    if model is not None and re.match(r"[a-z_]+(\.\w+)*=", model):
+        model, overrides = None, [model, *(overrides or [])]  # a key of the configuration, without a model before it
     with refused():
         changes = _changes(model, endpoint, api_key_env, sets, config)
     run(

@@ -28,6 +28,19 @@ def credulous(body: dict[str, Any], number: int) -> Answer:
     return said(json.dumps({"reason": "as I know", "choice": liked[0] if liked else "C"}))
 
 
+def test_what_the_command_cannot_use_is_named() -> None:
+    for arguments, told in (
+        ([], "name the model of the judge, or a configuration with -c"),
+        (["probes.limit=4"], "name the model of the judge, or a configuration with -c"),
+        (["m", "--api-key-env", "KEY"], "--api-key-env belongs to --endpoint; pass both"),
+        (["-c", "judge_check", "--endpoint", "http://127.0.0.1:9/v1"], "--endpoint serves a model; name it"),
+        (["m", "--endpoint", "http://127.0.0.1:9/v1", "--set", "judgbench"], "judgebench"),
+        (["m", "--endpoint", "http://127.0.0.1:9/v1", "probes=null"], "there is nothing to judge: list `sets`"),
+        (["m", "--endpoint", "http://127.0.0.1:9/v1", "--set", "llmbar"], "set llmbar: it is not on the Hub"),
+    ):
+        assert told in " ".join(quorum("judge-check", *arguments, code=2).split()), arguments
+
+
 def test_a_card_is_made_once_and_keeps_a_bad_judge_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOOPBACK_KEY", "sk-loopback-0123456789abcdef")
     run = tmp_path / "card"
