@@ -67,8 +67,8 @@ def card_items_stage(sets: Sequence[PublicSet], probes: ProbeTexts | None, famil
 
 def make_card_items(given: WholeInput) -> dict[str, Any]:
     settings: _Items = given.settings
-    items = []
-    counts = {}
+    items: list[dict[str, Any]] = []
+    counts: dict[str, int] = {}
     try:
         for one in settings.sets:
             found = read_set(one, settings.commits[one.type] if one.path is None else None)

@@ -224,7 +224,7 @@ class TrainingConfig(RunConfig):
             "seed": self.evaluate.seed,
         }
         used = dict.fromkeys([*judging.values(), *([] if self.train is None else [self.evaluate.judge])])
-        cards = {}
+        cards: dict[str, list[dict[str, Any]]] = {}
         for key in used:
             with contextlib.suppress(CardError):  # the checks before a run name it; a stored run needs no card
                 cards[key] = cards_of(f"models.{key}", self.models[key])
