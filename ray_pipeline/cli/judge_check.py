@@ -66,7 +66,8 @@ def judge_check(
       quorum judge-check -c pocket_judge_check
     """
     if model is not None and re.match(r"[a-z_]+(\.\w+)*=", model):
-        model, overrides = None, [model, *(overrides or [])]  # a key of the configuration, without a model before it
+        overrides = [model, *(overrides or [])]  # a key of the configuration, without a model before it
+        model = None
     with refused():
         changes = _changes(model, endpoint, api_key_env, sets, config)
     run(

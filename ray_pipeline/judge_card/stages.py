@@ -47,7 +47,7 @@ def card_items_stage(sets: Sequence[PublicSet], probes: ProbeTexts | None, famil
     Raises:
         InputError: a set is missing.
     """
-    commits = {one.type: one.digest() for one in sets}
+    commits: dict[str, str] = {one.type: one.digest() for one in sets}
     families = sorted(set(families)) if probes is not None else ()
     return Stage(
         name="items",

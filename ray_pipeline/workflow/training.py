@@ -214,7 +214,7 @@ class TrainingConfig(RunConfig):
             recorded: judge of the training data → its program, or the file or dataset that has its verdicts.
             fields: further fields of ReportSettings.
         """
-        values = {
+        values: dict[str, object] = {
             "run_name": self.run.name,
             "config_digest": digest(self.model_dump(mode="json", exclude={"run", "calls", "ray"}), size=8),
             "models": {key: model.shown for key, model in self.models.items()},
