@@ -57,7 +57,7 @@ def read_human_labels(kind: str, path: str | None, commit: str | None = None) ->
             raise InputError(where_to_find(kind))
         rows: Iterable[tuple[str, Mapping[str, Any]]] = _fair_eval_rows(path)
     elif path is not None:
-        rows = _file_rows(path)
+        rows = file_rows(path)
     elif data.load is None:
         raise InputError(where_to_find(kind))
     else:
@@ -76,7 +76,7 @@ def where_to_find(kind: str) -> str:
 # --- raw rows ---------------------------------------------------------------------------------------------------------
 
 
-def _file_rows(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def file_rows(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Rows of JSON (one object a line, or one array; .gz too) or .parquet files."""
     for file in find_files(path):
         if file.name.endswith(".parquet"):
@@ -112,7 +112,7 @@ def _alpaca_eval_hub(commit: str | None) -> Iterator[tuple[str, Mapping[str, Any
             f"{file} of dataset {name} cannot be loaded ({str(error).splitlines()[0]}); check the network, or "
             "download it and set data.path to the file"
         ) from error
-    yield from _file_rows(path)
+    yield from file_rows(path)
 
 
 def _mt_bench_hub(commit: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -136,7 +136,7 @@ def _fair_eval_rows(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         raise InputError(f"{path} is a file; data.type fair_eval needs {HUMAN_DATA['fair_eval'].elsewhere}")
     folder = path.rstrip("/")
     questions, ours, theirs = (
-        list(_file_rows(f"{folder}/{name}"))
+        list(file_rows(f"{folder}/{name}"))
         for name in ("question.jsonl", "answer/answer_vicuna-13b.jsonl", "answer/answer_gpt35.jsonl")
     )
     (review,) = find_files(f"{folder}/review/review_gpt35_vicuna-13b_human.txt")
@@ -145,10 +145,10 @@ def _fair_eval_rows(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         raise InputError(f"{review.uri} has {len(labels)} labels for {len(questions)} questions; there must be as many")
     # Answers are joined by id; the labels have none, and are in the order of the questions.
     vicuna, chatgpt = (
-        {_need(where, row, "question_id", int): (where, row) for where, row in rows} for rows in (ours, theirs)
+        {need(where, row, "question_id", int): (where, row) for where, row in rows} for rows in (ours, theirs)
     )
     for (where, question), label in zip(questions, labels, strict=True):
-        number = _need(where, question, "question_id", int)
+        number = need(where, question, "question_id", int)
         for name, answers in (("answer_vicuna-13b.jsonl", vicuna), ("answer_gpt35.jsonl", chatgpt)):
             if number not in answers:
                 raise InputError(f"{where}: question_id {number} has no answer in {folder}/answer/{name}")
@@ -156,9 +156,9 @@ def _fair_eval_rows(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
             where,
             {
                 "question_id": number,
-                "text": _need(where, question, "text", str),
-                "vicuna": _need(vicuna[number][0], vicuna[number][1], "text", str),
-                "chatgpt": _need(chatgpt[number][0], chatgpt[number][1], "text", str),
+                "text": need(where, question, "text", str),
+                "vicuna": need(vicuna[number][0], vicuna[number][1], "text", str),
+                "chatgpt": need(chatgpt[number][0], chatgpt[number][1], "text", str),
                 "label": label,
             },
         )
@@ -204,7 +204,7 @@ def _alpaca_eval_items(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[di
     """Pairs of instruction and two outputs; `preference` is 1 or 2 (0 or 1.5 in some versions for a tie)."""
     pairs = _Pairs()
     for where, row in rows:
-        instruction, one, other = (_need(where, row, f, str) for f in ("instruction", "output_1", "output_2"))
+        instruction, one, other = (need(where, row, f, str) for f in ("instruction", "output_1", "output_2"))
         more = row.get("input")
         question = f"{instruction}\n\n{more}" if isinstance(more, str) and more.strip() else instruction
         vote = {1.0: "A", 2.0: "B", 0.0: "tie", 1.5: "tie"}.get(_number(where, row, "preference"))
@@ -225,13 +225,13 @@ def _pandalm_items(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[dict[s
     """`annotator1` to `annotator3` hold 1, 2 or 0 for a tie; `cmp_key` names the models as one_other."""
     pairs = _Pairs()
     for where, row in rows:
-        instruction = _need(where, row, "instruction", str)
+        instruction = need(where, row, "instruction", str)
         one, other = (_answer(where, row, f) for f in ("response1", "response2"))
         more = row.get("input")  # NaN where there is none
         question = f"{instruction}\n\n{more}" if isinstance(more, str) and more.strip() else instruction
         model_a, _, model_b = str(row.get("cmp_key") or "").partition("_")
         item = {
-            "item_id": f"pandalm/{_need(where, row, 'idx', int)}",
+            "item_id": f"pandalm/{need(where, row, 'idx', int)}",
             "question": question,
             "response_a": one,
             "response_b": other,
@@ -254,7 +254,7 @@ def _answer(where: str, row: Mapping[str, Any], field: str) -> str:
     value = row.get(field)
     if isinstance(value, bool) or (isinstance(value, (int, float)) and math.isfinite(value)):
         return str(value)
-    text: str = _need(where, row, field, str)
+    text: str = need(where, row, field, str)
     return text
 
 
@@ -286,8 +286,8 @@ def _mt_bench_items(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[dict[
     """
     pairs = _Pairs()
     for where, row in rows:
-        model_a, model_b, winner, judge = (_need(where, row, f, str) for f in ("model_a", "model_b", "winner", "judge"))
-        number, turn = (_need(where, row, f, int) for f in ("question_id", "turn"))
+        model_a, model_b, winner, judge = (need(where, row, f, str) for f in ("model_a", "model_b", "winner", "judge"))
+        number, turn = (need(where, row, f, int) for f in ("question_id", "turn"))
         if turn < 1:
             raise InputError(f"{where}: turn must be 1 or more, not {turn}")
         vote = {"model_a": "A", "model_b": "B"}.get(winner, "tie" if winner.startswith("tie") else None)
@@ -342,7 +342,8 @@ def question_id(item: Mapping[str, Any]) -> str:
     return prompt_id([{"role": "user", "content": first[1]}]) if first else item["prompt_id"]
 
 
-def _need(where: str, row: Mapping[str, Any], field: str, kind: type) -> Any:
+def need(where: str, row: Mapping[str, Any], field: str, kind: type) -> Any:
+    """The text or whole number of a field. Raises InputError, naming place and field."""
     value = row.get(field)
     if kind is int and isinstance(value, str):
         with contextlib.suppress(ValueError):

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from ray_pipeline.cli import config, operator, planning, results, run
+from ray_pipeline.cli.judge_check import judge_check
 from ray_pipeline.cli.submit import submit
 from ray_pipeline.cli.terminal import say
 
@@ -28,6 +29,7 @@ app = typer.Typer(
 for command in (
     config.init,
     run.run,
+    judge_check,
     submit,
     results.report,
     results.compare,

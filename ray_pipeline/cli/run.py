@@ -58,8 +58,8 @@ def run(
     """Run a workflow, or resume it: the same command does both.
 
     dmapo makes preference data with judges, critic and gate and trains on it; fellowship does so with a feedback loop;
-    baselines compares training methods and datasets; agreement compares judges with humans; winrate compares
-    configurations; benchmarks runs MT-Bench, AlpacaEval and IFEval.
+    baselines compares training methods and datasets; agreement compares judges with humans; judge_check makes the card
+    of a judge; winrate compares configurations; benchmarks runs MT-Bench, AlpacaEval and IFEval.
 
     Finished stages are kept, unfinished ones make only their missing shards, and an LLM call with a stored reply is
     never repeated. All that can be known is checked before the first stage, as `quorum check` does.

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -70,6 +70,16 @@ class Placement(Room):
         return self
 
 
+class CardSettings(Settings):
+    """A judge's card, made by `quorum judge-check`, and what the judge must reach on it before a run starts."""
+
+    path: str = Field(description="run folder of the card, or its judge_card.json")
+    floor: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
+        default_factory=dict,
+        description="least score by name (`judgebench: 0.6`, `order: 0.8`, `read: 0.98`); below one, no run starts",
+    )
+
+
 class TokenizerSettings(Settings):
     """A model's tokenizer, to count with, and the arguments that its chat template gets from the engine as well."""
 
@@ -125,6 +135,7 @@ class ModelSettings(Settings):
         description="thoughts in replies (`<think>…</think>`, reasoning_content): split them off into a column, or "
         "keep them as a part of the text, which is then judged and trained on",
     )
+    card: CardSettings | None = Field(None, description="of a judge: its card, for the report, and a floor")
     canary: bool = Field(True, description="check at the start, with short calls, that the model answers as expected")
     placement: Placement = Field(Placement(), description="where the actors of the model run and how many there are")
 
@@ -150,7 +161,7 @@ class ModelSettings(Settings):
         if self.endpoint.batch is not None and self.engine != "openai_batch":
             raise ValueError("endpoint.batch is only for engine openai_batch; set engine: openai_batch, or remove it")
         fields = type(self).model_fields
-        for name in sorted(set(fields) - {"engine", "model", "endpoint", "canary", "placement", "thoughts"}):
+        for name in sorted(set(fields) - {"engine", "model", "endpoint", "card", "canary", "placement", "thoughts"}):
             if getattr(self, name) != fields[name].get_default(call_default_factory=True):
                 raise ValueError(
                     f"{name} is only for engine vllm; remove it (put further request parameters under "
@@ -245,7 +256,7 @@ class ModelSettings(Settings):
         if self.endpoint is not None:
             kept = {} if self.thoughts == "split" else {"thoughts": self.thoughts}
             return {"engine": "openai", **self.endpoint.answers(), **kept}
-        elsewhere = {"model", "revision", "adapter", "chat_template", "endpoint", "placement", "canary"}
+        elsewhere = {"model", "revision", "adapter", "chat_template", "endpoint", "placement", "canary", "card"}
         return {"engine": self.engine, **self.decisive(exclude=elsewhere)}
 
     def trained(self, folder: str, save: str = "both") -> ModelSettings:

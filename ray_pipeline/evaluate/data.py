@@ -85,6 +85,7 @@ class ReportData:
     config             the configuration as resolved, shown as it is
     people             labels that people gave to candidates
     gate               thresholds of the gate
+    cards              key of a judge's model → the judges of its card
     certified          what a certified gate found, as its stage stored it
     posterior          what the pool of a gate found, as its stage stored it
     calls              location of the call log, for the messages that were sent
@@ -124,6 +125,7 @@ class ReportData:
     gate: GateConfig = field(default_factory=GateConfig)
     certified: Mapping[str, Any] | None = None
     posterior: Mapping[str, Any] | None = None
+    cards: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     desirable_from: float = 7.0
     undesirable_to: float = 4.0
     bootstrap_draws: int = 2000

@@ -25,6 +25,7 @@ from ray_pipeline.evaluate.headline import ROWS, Headline
 from ray_pipeline.evaluate.metrics import RunMetrics, Step, dataset_rows
 from ray_pipeline.evaluate.people import people_section
 from ray_pipeline.evaluate.use_page import identity_section, plan_section, usage_of, use_section
+from ray_pipeline.judge_card.section import cards_section
 from ray_pipeline.policy.page import evaluation_section, training_section
 from ray_pipeline.report.figures import number, percent, signed
 from ray_pipeline.report.page import Browser, Funnel, FunnelStep, Page, Section, Text
@@ -48,6 +49,7 @@ def run_page(data: ReportData, metrics: RunMetrics, first_line: Headline, warnin
         judges_section(judging, metrics.kappa_intervals, thresholds, audit_slice=slice_only) if judging else None,
         errors_section(metrics.judge_errors, thresholds, audit_slice=slice_only),
         posterior_section(data.posterior, data.gate),
+        cards_section(data.cards),
         critic_section(critic) if critic else None,
         people_section(metrics.people),
         None if metrics.gate is None else certified_section(data.certified, metrics.gate.counts),

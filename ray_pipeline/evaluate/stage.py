@@ -52,6 +52,7 @@ class ReportSettings(Settings):
         stages: those that the workflow should have, so that missing ones are named; default: those of DMAPO. Without
             `train` among them, the report is about the data alone.
         models: role → name of the model, for reading.
+        cards: key of a judge's model → the judges of its card (`judge_card.cards`).
         audit_slice: calls were skipped (`judge.early_exit`), so that agreement is that of the audit slice.
     """
 
@@ -71,6 +72,7 @@ class ReportSettings(Settings):
     bootstrap_draws: int = 2000
     seed: int = 0
     audit_slice: bool = False
+    cards: dict[str, list[dict[str, Any]]] = Field(default_factory=dict)
 
 
 class _Given(Settings):
@@ -280,6 +282,7 @@ def report_data(
         gate=settings.gate,
         certified=None if gated is None else gated.facts.get("certified"),
         posterior=None if gated is None else gated.facts.get("posterior"),
+        cards=settings.cards,
         desirable_from=settings.gate.desirable_at,
         undesirable_to=settings.gate.undesirable_at,
         bootstrap_draws=settings.bootstrap_draws,

@@ -16,6 +16,7 @@ from ray_pipeline.graph.reach import in_a_job
 from ray_pipeline.graph.session import Session
 from ray_pipeline.graph.stage import Stage, StageResult
 from ray_pipeline.operate.canary import endpoints, engines
+from ray_pipeline.operate.check_cards import judge_cards
 from ray_pipeline.operate.check_data import training_rows
 from ray_pipeline.operate.check_files import disk, folders, inputs, models
 from ray_pipeline.operate.check_gate import rubrics, thresholds
@@ -95,6 +96,7 @@ CHECKS: tuple[Callable[[Pending], Iterator[Finding]], ...] = (
     folders,
     rubrics,
     thresholds,
+    judge_cards,
     inputs,
     models,
     training,

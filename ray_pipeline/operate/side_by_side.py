@@ -28,7 +28,7 @@ _USE = {
 @dataclass(frozen=True)
 class Side:
     """One run: its configuration, fingerprint and usage of each finished stage, and the numbers of its report
-    (metrics.json, agreement.json, winrate.json or benchmarks.json).
+    (metrics.json, agreement.json, judge_card.json, winrate.json or benchmarks.json).
     """
 
     name: str
@@ -233,6 +233,10 @@ def _rates(side: Side) -> Iterator[tuple[str, Interval]]:
     for score in side.metrics.get("scores") or ():
         name = f"{score['model']}: {score['name']}, {score['metric']} ({score['unit']})"
         yield name, Interval(score["value"], score["low"], score["high"])
+    if side.workflow == "judge_check":
+        for judge in side.metrics.get("judges") or ():
+            for score in judge["scores"]:
+                yield f"{judge['facts']['judge']}: {score['title']}", _percent(score["share"])
     for run in side.metrics.get("runs") or ():
         rate = run["win_rate"]
         yield run["run"], Interval(rate["value"], rate["low"], rate["high"])

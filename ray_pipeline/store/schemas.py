@@ -235,6 +235,37 @@ BALLOTS = _schema(
     ("prompt_cut", _B, True),
 )
 
+#: A question for a judge card with its answers, A first. `votes` are labels by people, or the one right label; `tie` is
+#: none of two. `base` names the pair that a probe (`subset`) was made from; with a `family`, only judges of that model
+#: family are asked.
+CARD_ITEMS = _schema(
+    ("item_id", _S),
+    ("prompt_id", _S),
+    ("source", _S),
+    ("subset", _S, True),
+    ("base", _S, True),
+    ("family", _S, True),
+    ("question", _S),
+    ("answers", pa.list_(pa.field("element", _S, nullable=False))),
+    ("votes", pa.list_(pa.field("element", _S, nullable=False))),
+)
+
+#: A judge's verdict on such a question in one order: `order` and `best` are labels of the item's answers (`BA`: B was
+#: shown first), several in `best` are tied, and it is null where the reply could not be read.
+CARD_VERDICTS = _schema(
+    ("item_id", _S),
+    ("prompt_id", _S),
+    ("source", _S),
+    ("judge", _S),
+    ("strategy", _S),
+    ("order", _S),
+    ("best", _S, True),
+    ("reason", _S, True),
+    ("parse_status", _S),
+    ("raw", _S, True),
+    ("prompt_cut", _B, True),
+)
+
 #: The speeches of a debate, in order.
 SPEECHES = _schema(
     ("item_id", _S),
@@ -392,6 +423,8 @@ TABLES: dict[str, pa.Schema] = {
     "items": ITEMS,
     "ballots": BALLOTS,
     "speeches": SPEECHES,
+    "card_items": CARD_ITEMS,
+    "card_verdicts": CARD_VERDICTS,
     "reviews": REVIEWS,
     "revisions": REVISIONS,
     "train_metrics": TRAIN_METRICS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from ray_pipeline.engines.models import ModelSettings, ModelUse, resolve_model
 from ray_pipeline.evaluate.stage import ReportSettings, evaluate
 from ray_pipeline.extensions import names
 from ray_pipeline.graph.stage import Stage
+from ray_pipeline.judge_card.cards import CardError, cards_of
 from ray_pipeline.policy.comparisons import EvaluateSettings
 from ray_pipeline.store.keys import digest
 from ray_pipeline.training.methods import TrainingInputError, method_of, validate_trainer_args
@@ -212,7 +214,7 @@ class TrainingConfig(RunConfig):
             recorded: judge of the training data → its program, or the file or dataset that has its verdicts.
             fields: further fields of ReportSettings.
         """
-        values = {
+        values: dict[str, object] = {
             "run_name": self.run.name,
             "config_digest": digest(self.model_dump(mode="json", exclude={"run", "calls", "ray"}), size=8),
             "models": {key: model.shown for key, model in self.models.items()},
@@ -221,6 +223,12 @@ class TrainingConfig(RunConfig):
             "bootstrap_draws": self.evaluate.bootstrap_draws,
             "seed": self.evaluate.seed,
         }
+        used = dict.fromkeys([*judging.values(), *([] if self.train is None else [self.evaluate.judge])])
+        cards: dict[str, list[dict[str, Any]]] = {}
+        for key in used:
+            with contextlib.suppress(CardError):  # the checks before a run name it; a stored run needs no card
+                cards[key] = cards_of(f"models.{key}", self.models[key])
+        values["cards"] = {key: judges for key, judges in cards.items() if judges}
         if self.train is not None:
             values |= {
                 "evaluating": {self.evaluate.judge: self.models[self.evaluate.judge].shown},

@@ -83,6 +83,7 @@ OTHERS = (
     "agreement", "pocket_agreement", "winrate", "pocket_winrate",
     "endpoint_winrate", "endpoint_benchmarks",
     "benchmarks", "pocket_benchmarks", "fellowship", "pocket_fellowship", "fellowship_winrate", "train", "pocket_train",
+    "judge_check", "pocket_judge_check",
     "smol", "smol_quick",  # with gates for judges that give most answers the highest score
 )  # fmt: skip
 SHIPPED = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem not in OTHERS)
@@ -378,6 +379,7 @@ OPERATIONAL = (
     "failure.",
     "models.*.placement.",
     "models.*.canary",
+    "models.*.card",  # the page of the run shows it: tests/judge_card/test_card.py
     "models.*.engine",
     "models.*.endpoint",  # of engine openai alone; its own test is in tests/engines/test_openai_settings.py
     "models.*.revision",  # of a hub model it is in the commit; a folder has none

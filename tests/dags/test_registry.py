@@ -44,7 +44,16 @@ register("workflow", "mine")(Workflow(name="mine", config=MyConfig, wire=wire))
 
 
 def test_every_module_of_dags_defines_the_workflow_of_its_name() -> None:
-    assert workflow_names() == ["agreement", "baselines", "benchmarks", "dmapo", "fellowship", "train", "winrate"]
+    assert workflow_names() == [
+        "agreement",
+        "baselines",
+        "benchmarks",
+        "dmapo",
+        "fellowship",
+        "judge_check",
+        "train",
+        "winrate",
+    ]
     for name in workflow_names():
         assert find_workflow(name).name == name
     with pytest.raises(ConfigError, match=r"unknown workflow 'dmapp'; choose from agreement, .* or name a \.py file"):

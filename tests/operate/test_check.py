@@ -233,6 +233,7 @@ def test_an_adapter_alone_needs_a_fraction_of_the_disk() -> None:
         ("baselines", "pocket_baselines", []),
         ("agreement", "pocket_agreement", []),
         ("winrate", "pocket_winrate", []),
+        ("judge_check", "pocket_judge_check", []),
         ("benchmarks", "pocket_benchmarks", ["benchmarks.ifeval=null"]),  # its data is not everywhere
     ],
 )

@@ -1,0 +1,1 @@
+"""Judge cards: a judge on public sets and on built-in probes, before a run pays for it."""
