@@ -75,6 +75,7 @@ SHIPPED = {
     "pocket_baselines": "baselines",
     "pocket_benchmarks": "benchmarks",
     "pocket_fellowship": "fellowship",
+    "pocket_noise": "baselines",
     "pocket_train": "train",
     "pocket_winrate": "winrate",
     "smol": "dmapo",
