@@ -174,4 +174,5 @@ def write_run(
         judges=JUDGES,
         gate=gate,
         config=config,
+        scale=(1, 10),
     )
