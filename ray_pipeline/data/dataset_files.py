@@ -106,14 +106,14 @@ def of_prompts(table: pa.Table, most: int, keep: Keep = "random") -> pa.Table:
 
 
 def _worth(table: pa.Table, keep: Keep) -> dict[str, float]:
+    """By prompt; those of the largest worth are kept."""
     if keep == "random":
         return {}
-    name = WEIGHT.name if keep == "confidence" else "score_gap" if "score_gap" in table.column_names else "final_score"
-    low, high = f"{name}_min", f"{name}_max"
-    of_prompt = table.group_by("prompt_id").aggregate([(name, "min"), (name, "max")])
-    worth = {"weight": of_prompt[low], "score_gap": of_prompt[high]}.get(name)
-    worth = pc.subtract(of_prompt[high], of_prompt[low]) if worth is None else worth
-    return dict(zip(of_prompt["prompt_id"].to_pylist(), pc.fill_null(worth, 0.0).to_pylist(), strict=True))
+    name = "weight" if keep == "confidence" else "score_gap" if "score_gap" in table.column_names else "final_score"
+    found = table.group_by("prompt_id").aggregate([(name, "min"), (name, "max")])
+    least, most = found[f"{name}_min"], found[f"{name}_max"]
+    worth = {"weight": least, "score_gap": most, "final_score": pc.subtract(most, least)}[name]
+    return dict(zip(found["prompt_id"].to_pylist(), pc.fill_null(worth, 0.0).to_pylist(), strict=True))
 
 
 def drawn(table: pa.Table, kind: Kind, most: Mapping[str, int], seed: int) -> pa.Table:
