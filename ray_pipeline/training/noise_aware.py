@@ -14,11 +14,11 @@ from ray_pipeline.training.methods import WEIGHT
 
 __all__ = ["ConservativeDPOTrainer", "DPOConfig", "KTOConfig", "WeightedDPOTrainer", "WeightedKTOTrainer"]
 
-#: A weight of 0, as a number that has a logarithm.
-_NONE = 1e-30
+#: Stands for the logarithm of 0: its exponential is 0 in every precision of training.
+_LOG_OF_NONE = -500.0
 
 
-class ConservativeDPOTrainer(DPOTrainer):  # type: ignore[misc]
+class ConservativeDPOTrainer(DPOTrainer):
     """cDPO: −(1 − ε)·log σ(β·δ) − ε·log σ(−β·δ), ε = `label_smoothing` (Mitchell 2023).
 
     TRL 1.16 does not read `label_smoothing` in its sigmoid loss. Its robust loss, ((1 − e)·L(δ) − e·L(−δ)) / (1 − 2e),
@@ -32,6 +32,8 @@ class ConservativeDPOTrainer(DPOTrainer):  # type: ignore[misc]
 
 class _RowWeights:
     """The column `weight` from the rows to the batches, where it has the shape (rows,)."""
+
+    data_collator: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -52,7 +54,7 @@ class WeightedDPOTrainer(_RowWeights, DPOTrainer):  # type: ignore[misc]
         # TRL's `use_weighting` multiplies the loss of a pair by w(chosen)·w(rejected), each the exponential of the mean
         # per token of log_probs − log_sum_sq_probs (WPO). Here each is √weight.
         inputs = dict(inputs)
-        half = inputs.pop(WEIGHT).clamp(min=_NONE).log() / 2
+        half = (inputs.pop(WEIGHT).log() / 2).clamp(min=_LOG_OF_NONE)
         half = torch.cat([half, half])[:, None]
 
         def weighted(**kwargs: Any) -> Any:
@@ -61,7 +63,7 @@ class WeightedDPOTrainer(_RowWeights, DPOTrainer):  # type: ignore[misc]
                 outputs.log_sum_sq_probs = outputs.log_probs.detach().float() - half
             return outputs
 
-        return super()._compute_loss(weighted, inputs, return_outputs)
+        return super()._compute_loss(weighted, inputs, return_outputs)  # type: ignore[no-untyped-call]
 
 
 class WeightedKTOTrainer(_RowWeights, KTOTrainer):  # type: ignore[misc]
@@ -77,6 +79,6 @@ class WeightedKTOTrainer(_RowWeights, KTOTrainer):  # type: ignore[misc]
             of_class[1] * weight[~desirable],
         )
         try:
-            return super()._compute_loss(model, inputs, return_outputs)
+            return super()._compute_loss(model, inputs, return_outputs)  # type: ignore[no-untyped-call]
         finally:
             self.desirable_weight, self.undesirable_weight = of_class

@@ -11,7 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from .conftest import MakeSpec
+from ray_pipeline.training.methods import NOISE_AWARE
+
+from .conftest import ROWS, MakeSpec, write_rows
 
 pytestmark = pytest.mark.e2e
 
@@ -176,6 +178,29 @@ def test_weighted_kto_counts_a_row_as_often_as_its_weight(perturbed: Perturbed) 
     ]
     assert trl_loss(trainer) == pytest.approx(times_their_weight(losses, rows), abs=1e-4)
     assert (trainer.desirable_weight, trainer.undesirable_weight) == (1.2, 0.9)
+
+
+@pytest.mark.parametrize(("method", "changes"), [("dpo_weighted", {}), ("kto_weighted", {"desirable_weight": 1.2})])
+def test_rows_without_weight_teach_nothing(
+    make_spec: MakeSpec, tmp_path: Path, method: str, changes: dict[str, Any]
+) -> None:
+    from ray_pipeline.training.trainer import build_trainer
+
+    make, schema = ROWS[NOISE_AWARE[method].data]
+    trained = {}
+    for weight in (0.0, 1.0):
+        rows = [{**row, "weight": weight} for row in make(2 * BATCH)]
+        files = write_rows(tmp_path / f"{weight}.parquet", rows, schema)
+        spec = make_spec(
+            method, num_workers=1, batch_size=BATCH, epochs=1, train_files=files, val_files=files, **changes
+        )
+        trainer = build_trainer(spec, str(tmp_path / "scratch"))
+        before = [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
+        trainer.train()
+        after = [p.detach() for p in trainer.model.parameters() if p.requires_grad]
+        trained[weight] = all(torch.equal(*pair) for pair in zip(before, after, strict=True)), trainer.state.global_step
+        assert (trainer.evaluate()["eval_loss"] == pytest.approx(0, abs=1e-12)) == (weight == 0)
+    assert trained == {0.0: (True, 2), 1.0: (False, 2)}
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.5])
