@@ -68,6 +68,9 @@ class BaselinesConfig(DmapoConfig):
                 if key in block.model_fields_set:
                     raise ValueError(f"{name}.{key} has no effect in a comparison; {instead}")
         self.baselines.check()
+        for name in self.baselines.methods:
+            if method_of(name).weighted and not self.datasets.weights:
+                raise ValueError(f"baselines.methods.{name} reads weights of rows; set datasets.weights to true")
         for name, variant in self.baselines.data.items():
             unknown = [judge for judge in variant.judges or () if judge not in self.judge.names]
             if unknown:
@@ -77,6 +80,12 @@ class BaselinesConfig(DmapoConfig):
             if variant.k is not None and drawn and variant.k > drawn:
                 raise ValueError(
                     f"baselines.data.{name}.k is {variant.k}, but there are only {drawn} candidates for each prompt"
+                )
+            if variant.keep == "confidence" and not self.datasets.weights:
+                raise ValueError(f"baselines.data.{name}.keep: confidence needs datasets.weights to be true")
+            if variant.keep != "random" and "sft" in self.rows_of(variant).kinds:
+                raise ValueError(
+                    f"baselines.data.{name}.keep: {variant.keep} orders kto and dpo rows; remove sft from the methods"
                 )
             try:
                 variant.check_fault(self.gate_of(variant))
@@ -295,8 +304,12 @@ def _scored(config: BaselinesConfig) -> dict[str, ScoredDataset]:
             rows=f"rows-{data}",
             first=variant.k,
             cut=config.gate.cut,
+            rejected=variant.rejected,
             max_prompts=variant.max_prompts,
+            keep=variant.keep,
             fault=variant.fault,
+            fault_share=variant.fault_share,
+            scale=config.judge.scale,
             origin=Provenance.of(config, config.how(variant) if variant.departs else ""),
         )
         for data, variant in config.baselines.data.items()
@@ -336,6 +349,7 @@ def _imported(config: BaselinesConfig, data: str, source: PreferenceSource) -> l
                 view="",
                 origin=origin,
                 max_prompts=variant.max_prompts,
+                keep=variant.keep,
             )
             for name, settings in _files(config, data).items()
         ),

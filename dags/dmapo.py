@@ -233,6 +233,7 @@ def scored(config: DmapoConfig) -> list[ScoredDataset]:
             humans=humans,
             trained_on=config.train is not None,
             exit_rule=config.exit_rule,
+            scale=config.judge.scale,
         )
     ]
 

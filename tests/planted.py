@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from ray_pipeline.audit.findings import RunTables
 from ray_pipeline.data.card import Provenance
+from ray_pipeline.data.confidence import panel_confidence
 from ray_pipeline.data.convert import pairs_to_sft
 from ray_pipeline.data.dataset_files import write_dataset_files
 from ray_pipeline.data.dataset_rows import DatasetsConfig, dpo_rows, kto_rows
@@ -160,6 +161,7 @@ def write_run(
         lineage={"gate": "f1"},
         origin=origin,
         max_prompts=max_prompts,
+        confidence=[panel_confidence(world.candidates, world.verdicts, JUDGES, (1, 10))] if config.weights else None,
         sizes=sizes,
     )
     return RunTables(
@@ -172,4 +174,5 @@ def write_run(
         judges=JUDGES,
         gate=gate,
         config=config,
+        scale=(1, 10),
     )

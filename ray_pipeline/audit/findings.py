@@ -16,7 +16,7 @@ from ray_pipeline.data.tokens import Encode
 from ray_pipeline.store import keys
 from ray_pipeline.store.errors import StoreError
 from ray_pipeline.store.files import Folder
-from ray_pipeline.store.schemas import TABLES
+from ray_pipeline.store.schemas import row_schema
 from ray_pipeline.store.tables import ShardedTable
 
 Row = dict[str, Any]
@@ -36,6 +36,7 @@ PROBLEMS = {
     "posterior": "a posterior does not follow from the verdicts, or the model not from all of them",
     "label": "a label does not follow from the numbers",
     "scores": "a training row carries other scores than the verdicts",
+    "weight": "a training row's weight does not follow from the verdicts",
     "messages": "a training row's prompt is not the prompt's messages",
     "completion": "a training row's answer is not the candidate's response",
     "split": "a training row is in another split than its prompt",
@@ -58,7 +59,7 @@ class RunTables:
         judges: whose scores the gate counted.
         humans: candidate_id → label by people that replaces the gate's.
         programs: the judges that are programs; their verdicts are computed again.
-        scale: of the judges' scores, where verdicts may be skipped.
+        scale: of the judges' scores, where verdicts may be skipped or rows are weighted.
         threshold: of a certified gate; None where it certified nothing.
         posterior: the model of a gate with a pool; None without one.
     """
@@ -132,15 +133,17 @@ class Problems:
         if len(self.problems) < self.max_problems:
             self.problems.append(Problem(kind, table, id, message))
 
-    def files(self, datasets: str, kind: str, split: str, fingerprint: str) -> Iterable[pa.Table]:
+    def files(
+        self, datasets: str, kind: str, split: str, fingerprint: str, weighted: bool = False
+    ) -> Iterable[pa.Table]:
         """Training files of one kind and split that can be read."""
-        folder = Folder(datasets) / kind / split
+        folder, schema = Folder(datasets) / kind / split, row_schema(kind, weighted)
         names = folder.names(".parquet")
         if not names:
             self.problem("unreadable", kind, split, f"{folder.location} holds no Parquet file")
         for name in names:
             try:
-                yield folder.read_table(name, fingerprint=fingerprint, kind=kind, schema=TABLES[kind])
+                yield folder.read_table(name, fingerprint=fingerprint, kind=kind, schema=schema)
             except StoreError as error:
                 self.problem("unreadable", kind, name, str(error))
 
@@ -164,7 +167,7 @@ class Findings(Problems):
         for kind in self.run.config.kinds:
             found[kind] = collections.defaultdict(list)
             for split in ("train", "val"):
-                for table in self.files(self.run.datasets, kind, split, fingerprint):
+                for table in self.files(self.run.datasets, kind, split, fingerprint, self.run.config.weights):
                     self.rows[kind] += table.num_rows
                     self.counted[kind][f"rows {split}"] += table.num_rows
                     for row in table.to_pylist():

@@ -44,6 +44,23 @@ def label_without(scores: tuple[Any, ...], flawed: Any, gate: GateConfig, scale:
     return labels.pop() if len(labels) == 1 else "incomplete"
 
 
+def row_weight(sides: Sequence[tuple[Sequence[float | None], bool]], scale: tuple[int, int]) -> float:
+    """The probability that a row is as labelled: all its sides, against all of them the other way round.
+
+    Args:
+        sides: of each response the judges' scores (None: unread) and whether it is the one to prefer.
+        scale: lowest and highest score of a judge.
+    """
+    low, high = scale
+    own = [
+        (share if good else 1 - share)
+        for scores, good in sides
+        for share in (min(max((score - low) / (high - low), 0.05), 0.95) for score in scores if score is not None)
+    ]
+    right, wrong = math.prod(own), math.prod(1 - share for share in own)
+    return right / (right + wrong)
+
+
 def read_score(row: Row | None, column: str) -> Any:
     """The value of a verdict or critique; None if missing or unread."""
     if row is None or row["parse_status"] not in READ_STATUSES:

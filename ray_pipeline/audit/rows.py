@@ -21,6 +21,7 @@ from ray_pipeline.audit.formulas import (
     is_skipped,
     label_without,
     read_score,
+    row_weight,
 )
 from ray_pipeline.audit.posterior import PosteriorCheck, posterior_label
 from ray_pipeline.data.checkers import load_checker
@@ -244,6 +245,7 @@ class _Shard:
             expected = [(j, read_score(verdict, "score")) for j, verdict in verdicts.items() if not is_skipped(verdict)]
             if sorted((s["judge"], s["score"]) for s in row["scores"]) != sorted(expected):
                 report("scores", "kto", name, f"scores {row['scores']}, but the verdicts are {expected}")
+            self._check_weight("kto", name, row, {name: row["label"]})
             if is_empty(candidate["response"]):
                 report("completion", "kto", name, "the response is empty and should have been left out")
             elif reason := self._left_out(name):
@@ -293,6 +295,14 @@ class _Shard:
         if self.audit.rules > 2 and row["copies"] != 1:
             self.audit.problem("repeated", kind, name, f"copies is {row['copies']}, should be 1")
 
+    def _check_weight(self, kind: str, name: str, row: Row, sides: Mapping[str, bool]) -> None:
+        if not self.run.config.weights or self.run.scale is None:
+            return
+        verdicts = {one: [self.verdicts.get((one, judge)) for judge in self.run.judges] for one in sides}
+        scores = [([read_score(verdict, "score") for verdict in verdicts[one]], good) for one, good in sides.items()]
+        if not close(row["weight"], expected := row_weight(scores, self.run.scale)):
+            self.audit.problem("weight", kind, name, f"weight is {row['weight']}, should be {expected}")
+
     def _check_dpo(self, rows: list[Row]) -> None:
         report = self.audit.problem
         by_prompt: dict[str, Row] = {}
@@ -303,6 +313,7 @@ class _Shard:
                 continue
             by_prompt[row["prompt_id"]] = row
             self._check_once("dpo", name, row)
+            self._check_weight("dpo", name, row, {row["chosen_id"]: True, row["rejected_id"]: False})
             for side in ("chosen", "rejected"):
                 owner = self._owner("dpo", row[f"{side}_id"], row, name)
                 if owner is None:

@@ -96,7 +96,7 @@ def _audit(run: Run, made: ScoredDataset, files: str, programs: Sequence[Program
         config=made.files[files],
         humans={} if made.humans is None else made.humans.read().labels,
         programs=programs,
-        scale=None if made.exit_rule is None else made.exit_rule.scale,
+        scale=made.scale,
         threshold=results[made.decisions].facts.get("certified", {}).get("threshold"),
         posterior=results[made.decisions].facts.get("posterior"),
     )

@@ -70,6 +70,8 @@ _COLUMNS = {
         "split": "train or val; follows from the prompt's hash",
     },
 }
+#: The column that rows have only with `datasets.weights`.
+_WEIGHT = {"weight": "the probability that the label, or the order of the pair, is right, by the judges' scores"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,7 +242,8 @@ def _sections(stats: Mapping[str, Any], origin: Provenance) -> Iterator[str]:
 def _kinds(folder: Folder, stats: Mapping[str, Any], kinds: Sequence[str]) -> Iterator[str]:
     for kind in kinds:
         yield from (f"## {kind.upper()} data", "", f"For TRL's `{kind.upper()}Trainer`.", "")
-        yield from key_table("Columns", _COLUMNS[kind], level=3)
+        weighted = stats["settings"].get("weights") and kind != "sft"
+        yield from key_table("Columns", _COLUMNS[kind] | (_WEIGHT if weighted else {}), level=3)
         yield from key_table("Rows", stats["rows"][kind], level=3)
         yield from key_table("Kept and left out", flat_counts(stats["counts"][kind], between=": "), level=3)
         if samples := _samples(folder / kind / "train"):

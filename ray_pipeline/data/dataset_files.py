@@ -5,21 +5,23 @@ TRL feeds KTO rows in the order of the file, so the order is made here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from ray_pipeline.data.card import Provenance, write_card
+from ray_pipeline.data.confidence import row_weights
 from ray_pipeline.data.dataset_rows import RULES, SPLITS, DatasetsConfig, Kind
-from ray_pipeline.data.gate import GateConfig
+from ray_pipeline.data.gate import Floats, GateConfig
 from ray_pipeline.data.rows import Rows, gather, one_array, refuse_repeats
 from ray_pipeline.data.spill import Spill
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import unit_hash
-from ray_pipeline.store.schemas import TABLES
+from ray_pipeline.store.schemas import TABLES, WEIGHT
 
 #: Key columns of each kind of row.
 _KEYS: dict[Kind, tuple[str, ...]] = {
@@ -31,6 +33,10 @@ _KEYS: dict[Kind, tuple[str, ...]] = {
 _CLASSES = {True: "train_desirable", False: "train_undesirable", None: "train"}
 #: Number of a row among those of all tables.
 _ROW = "row"
+
+Keep = Literal["random", "margin", "confidence"]
+"""Which prompts are kept of too many: those of the smallest hash, the largest gap of final scores, or the rows of which
+the judges are surest."""
 
 
 # --- training order ---------------------------------------------------------------------------------------------------
@@ -81,15 +87,33 @@ def _above(numerator: int, denominator: int) -> float:
     return (numerator // denominator + 1) / 100
 
 
-def of_prompts(table: pa.Table, most: int) -> pa.Table:
-    """The rows with at most `most` prompts in the training split: those of the smallest hash. The validation split is
-    kept whole."""
+def of_prompts(table: pa.Table, most: int, keep: Keep = "random") -> pa.Table:
+    """The rows with at most `most` prompts in the training split, of equal ones those of the smallest hash. The
+    validation split is kept whole.
+
+    Args:
+        keep: the order of prompts. For `margin` a prompt has the largest `score_gap` of its pairs, or the range of
+            `final_score` of its other rows; for `confidence` the smallest `weight` of its rows.
+    """
     split, prompts = one_array(table["split"]).to_pylist(), one_array(table["prompt_id"]).to_pylist()
     trained = {prompt for prompt, part in zip(prompts, split, strict=True) if part == "train"}
-    kept = set(sorted(trained, key=lambda prompt: (unit_hash("max_prompts", prompt), prompt))[:most])
+    worth = _worth(table, keep)
+    order = sorted(trained, key=lambda prompt: (-worth.get(prompt, 0.0), unit_hash("max_prompts", prompt), prompt))
+    kept = set(order[:most])
     return table.filter(
         pa.array([part != "train" or prompt in kept for prompt, part in zip(prompts, split, strict=True)], pa.bool_())
     )
+
+
+def _worth(table: pa.Table, keep: Keep) -> dict[str, float]:
+    """By prompt; those of the largest worth are kept."""
+    if keep == "random":
+        return {}
+    name = "weight" if keep == "confidence" else "score_gap" if "score_gap" in table.column_names else "final_score"
+    found = table.group_by("prompt_id").aggregate([(name, "min"), (name, "max")])
+    least, most = found[f"{name}_min"], found[f"{name}_max"]
+    worth = {"weight": least, "score_gap": most, "final_score": pc.subtract(most, least)}[name]
+    return dict(zip(found["prompt_id"].to_pylist(), pc.fill_null(worth, 0.0).to_pylist(), strict=True))
 
 
 def drawn(table: pa.Table, kind: Kind, most: Mapping[str, int], seed: int) -> pa.Table:
@@ -126,6 +150,8 @@ def write_dataset_files(
     origin: Provenance | None = None,
     lengths: str | None = None,
     max_prompts: int | None = None,
+    keep: Keep = "random",
+    confidence: Iterable[pa.Table] | None = None,
     sizes: Sequence[Mapping[str, Mapping[str, int]]] = (),
     contamination: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
@@ -140,6 +166,8 @@ def write_dataset_files(
         origin: where the preferences come from, for the card; default: the consensus of the judges.
         lengths: how tokens were counted, for the card (`tokens.counted_with`).
         max_prompts: largest number of prompts in each training split; default: all.
+        keep: which prompts these are; `confidence` needs the argument of this name.
+        confidence: tables of schema CONFIDENCE of the candidates of all rows; kto and dpo rows then have weights.
         sizes: `rows` of the `stats.json` of datasets, to the smallest of which this one is cut at random.
 
     Returns:
@@ -162,9 +190,13 @@ def write_dataset_files(
         "gate": None if gate is None else gate.decides_by(),
         "judges": list(judges),
         "lineage": dict(lineage or {}),
-        "settings": config.model_dump(mode="json") | ({} if max_prompts is None else {"max_prompts": max_prompts}),
+        "settings": _written(config, max_prompts, keep),
         "origin": origin.stored(),
     }
+    desirable = None if confidence is None else {
+        one: p for table in confidence
+        for one, p in zip(table["candidate_id"].to_pylist(), table["desirable"].to_pylist(), strict=True)
+    }  # fmt: skip
     for kind in config.kinds:
         if kind not in tables:
             raise ValueError(f"datasets.kinds contains {kind}, but there are no {kind} tables")
@@ -173,7 +205,8 @@ def write_dataset_files(
             classes = [name for label, name in _CLASSES.items() if (label is None) != (kind == "kto")]
             most = {name: min(rows[kind][name] for rows in sizes) for name in classes}
             stats["settings"] |= {f"{kind}_{name}_at_most": number for name, number in most.items()}
-        rows = _write_kind(folder / kind, kind, tables[kind], config, fingerprint, max_prompts, most)
+        weigh = None if desirable is None or kind == "sft" else functools.partial(row_weights, desirable=desirable)
+        rows = _write_kind(folder / kind, kind, tables[kind], config, fingerprint, max_prompts, most, keep, weigh)
         stats["rows"][kind] = rows
         if kind == "kto" and (weights := kto_weights(rows["train_desirable"], rows["train_undesirable"])):
             stats["kto_weights"] = {"desirable_weight": weights[0], "undesirable_weight": weights[1]}
@@ -186,6 +219,16 @@ def write_dataset_files(
     return stats
 
 
+def _written(config: DatasetsConfig, max_prompts: int | None, keep: Keep) -> dict[str, Any]:
+    """Settings for the card; those that stand for what was always so are left out."""
+    written = config.model_dump(mode="json", exclude=set() if config.weights else {"weights"})
+    return (
+        written
+        | ({} if max_prompts is None else {"max_prompts": max_prompts})
+        | ({} if keep == "random" else {"keep": keep})
+    )
+
+
 def _write_kind(
     folder: Folder,
     kind: Kind,
@@ -194,6 +237,8 @@ def _write_kind(
     fingerprint: str,
     max_prompts: int | None,
     most: Mapping[str, int],
+    keep: Keep = "random",
+    weigh: Callable[[pa.Table], Floats] | None = None,
 ) -> dict[str, int]:
     """Numbered files of each split in training order; returns their numbers of rows, for KTO of each class too.
 
@@ -203,8 +248,10 @@ def _write_kind(
     schema, rows = TABLES[kind], dict[str, int]()
     with Spill(schema) as arrived, Spill(schema) as filed:
         ids, sizes = _arrive(kind, tables, arrived)
+        if weigh is not None:
+            ids = ids.append_column(WEIGHT, pa.array(weigh(ids)))
         if max_prompts is not None:
-            ids = of_prompts(ids, max_prompts)
+            ids = of_prompts(ids, max_prompts, keep)
         if most:
             ids = drawn(ids, kind, most, config.seed)
         files: list[tuple[Folder, str, Rows]] = []
@@ -227,6 +274,8 @@ def _write_kind(
         for number, (place, name, places) in enumerate(files):
             order = np.searchsorted(np.sort(places), places)
             part = gather(filed.read(number), order).combine_chunks()
+            if weigh is not None:
+                part = part.append_column(WEIGHT, pa.array(weigh(part)))
             place.write_table(name, part, fingerprint=fingerprint, kind=kind)
     written = {(place.location, name) for place, name, _ in files}
     for place in (folder / split for split in SPLITS):
@@ -239,7 +288,8 @@ def _write_kind(
 def _arrive(kind: Kind, tables: Iterable[pa.Table], spill: Spill) -> tuple[pa.Table, list[int]]:
     """Put the tables on disk by number. Returns what decides the order, with the row numbers, and the tables' sizes."""
     schema = TABLES[kind]
-    names = list(dict.fromkeys([*_KEYS[kind], "prompt_id", "split", *(["label"] if kind == "kto" else [])]))
+    deciding_too = {"kto": ["label", "final_score"], "dpo": ["score_gap"], "sft": list[str]()}[kind]
+    names = list(dict.fromkeys([*_KEYS[kind], "prompt_id", "split", *deciding_too]))
     deciding, sizes = [schema.empty_table().select(names)], list[int]()
     for number, table in enumerate(tables):
         if not table.schema.equals(schema):

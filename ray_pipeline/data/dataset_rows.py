@@ -56,6 +56,11 @@ class DatasetsConfig(Settings):
     )
     seed: int = Field(0, description="of the training order")
     rows_per_file: int = Field(10_000, ge=1, description="rows of one Parquet file")
+    weights: bool = Field(
+        False,
+        description="a column `weight` in kto and dpo rows: the probability that the label is right, by the judges' "
+        "scores; for dpo_weighted and kto_weighted",
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> DatasetsConfig:

@@ -13,12 +13,15 @@ import pyarrow as pa
 
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.card import Provenance
+from ray_pipeline.data.confidence import panel_confidence
 from ray_pipeline.data.convert import pairs_to_sft
-from ray_pipeline.data.dataset_files import write_dataset_files
+from ray_pipeline.data.dataset_files import Keep, write_dataset_files
 from ray_pipeline.data.dataset_rows import DatasetsConfig, dpo_rows, kto_rows
 from ray_pipeline.data.decontamination import contamination_of
+from ray_pipeline.data.early_exit import Scale
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.data.rows import add_counts, flat_counts
+from ray_pipeline.data.sources import InputError
 from ray_pipeline.data.tokens import counted_with, counter_identity, token_counter
 from ray_pipeline.engines.models import ModelSettings, TokenizerSettings
 from ray_pipeline.graph.asking import ShardTables
@@ -34,6 +37,7 @@ class _RowsGiven(Settings):
     judges: tuple[str, ...]
     tokenizer: TokenizerSettings | None
     every_rejected: bool
+    scale: Scale | None = None
 
 
 class _FilesGiven(Settings):
@@ -44,6 +48,7 @@ class _FilesGiven(Settings):
     origin: Provenance
     trained_on: bool
     max_prompts: int | None
+    keep: Keep
     lengths: str
 
 
@@ -58,13 +63,22 @@ def dataset_rows(
     *,
     name: str = "dataset-rows",
     every_rejected: bool = False,
+    scale: Scale | None = None,
 ) -> Stage:
-    """Rows of every kind needed for the datasets, shard by shard.
+    """Rows of every kind needed for the datasets, shard by shard, and the panel's confidence if rows are weighted.
 
     Args:
         policy: whose tokenizer counts the rows' tokens; None: they are estimated.
         every_rejected: a pair with each rejected candidate of a prompt, not with the worst alone.
+        scale: of the judges' scores, where rows can be weighted.
+
+    Raises:
+        InputError: rows are to be weighted, but there is no scale.
     """
+    if settings.weights and scale is None:
+        raise InputError("datasets.weights is only for dmapo and baselines, whose judges score candidates; remove it")
+    scale = scale if settings.weights else None
+    tables = (*settings.row_kinds, *(["confidence"] if scale else []))
     return Stage(
         name=name,
         version=3,  # 2: equal answers to a prompt are one row; 3: pairs have `copies`
@@ -72,12 +86,13 @@ def dataset_rows(
         role="rows",
         work=ShardWork(
             function=make_rows,
-            tables=settings.row_kinds,
+            tables=tables,
             settings=_RowsGiven(
                 datasets=settings,
                 judges=tuple(judges),
                 tokenizer=None if policy is None else policy.tokenizer,
                 every_rejected=every_rejected,
+                scale=scale,
             ),
         ),
         config={
@@ -86,6 +101,7 @@ def dataset_rows(
             "judges": list(judges),
             **({} if policy is None else {"chat_template_args": policy.chat_template_args}),
             **({"every_rejected": True} if every_rejected else {}),
+            **({"scale": list(scale)} if scale else {}),
         },
         inputs={
             "prompts": prompts,
@@ -109,6 +125,7 @@ def dataset_files(
     origin: Provenance | None = None,
     trained_on: bool = True,
     max_prompts: int | None = None,
+    keep: Keep = "random",
 ) -> Stage:
     """Training files of all kinds, in the order of `settings.seed`.
 
@@ -118,6 +135,7 @@ def dataset_files(
         origin: where the preferences come from, for the card; default: the judges' consensus.
         trained_on: whether the stage fails where it leaves nothing to train on.
         max_prompts: largest number of prompts in each training split; default: all.
+        keep: which prompts these are.
     """
     lineage = {stage.name: stage.fingerprint for stage in [*rows.inputs.values(), rows]}
     origin = origin or Provenance()
@@ -138,12 +156,14 @@ def dataset_files(
                 trained_on=trained_on,
                 lengths=counted_with(policy),
                 max_prompts=max_prompts,
+                keep=keep,
             ),
         ),
         config={
             **settings.decisive(),
             "origin": origin.text or None,
             **({} if max_prompts is None else {"max_prompts": max_prompts}),
+            **({} if keep == "random" else {"keep": keep}),
         },
         inputs={"rows": rows, **_screened(rows, origin)},
     )
@@ -181,6 +201,8 @@ def make_rows(given: ShardInput) -> ShardOutput:
         else:
             tables[kind], found = dpo_rows(*arguments, settings.datasets, encode, settings.every_rejected)
         counts |= flat_counts(found, f"{kind}.")
+    if settings.scale is not None:
+        tables["confidence"] = panel_confidence(given.tables["candidates"], verdicts, settings.judges, settings.scale)
     given.tick(given.tables["decisions"].num_rows)
     return ShardOutput(tables, counts)
 
@@ -221,6 +243,8 @@ def write_files(given: WholeInput) -> dict[str, Any]:
         lineage=settings.lineage,
         origin=settings.origin,
         max_prompts=settings.max_prompts,
+        keep=settings.keep,
+        confidence=rows.table("confidence").scan() if "confidence" in rows.tables else None,
         lengths=settings.lengths,
         contamination=contamination_of(result.facts for result in given.inputs.values()),
         sizes=[result.facts["rows"] for role, result in given.inputs.items() if role.startswith(_SIZE)],

@@ -16,8 +16,8 @@ from ray_pipeline.data.gate import Cut, GateConfig, label_counts
 from ray_pipeline.data.judging import by_role
 from ray_pipeline.data.reviewed import HumanLabels, overrule
 from ray_pipeline.data.rows import one_array
-from ray_pipeline.data.ungated import best_and_worst
-from ray_pipeline.data.variants import Fault, decide_with_fault
+from ray_pipeline.data.ungated import Rejected, best_and_worst
+from ray_pipeline.data.variants import Fault, decide_with_fault, labels_flipped
 from ray_pipeline.graph.asking import ShardTables
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage
 
@@ -29,6 +29,8 @@ class _GateGiven(Settings):
     cut: Cut = "exclude"
     humans: HumanLabels | None = None
     fault: Fault | None = None
+    fault_share: float = 1.0
+    rejected: Rejected = "worst"
     scale: Scale | None = None
 
 
@@ -44,6 +46,8 @@ def gate(
     cut: Cut = "exclude",
     humans: HumanLabels | None = None,
     fault: Fault | None = None,
+    fault_share: float = 1.0,
+    rejected: Rejected = "worst",
     scale: Scale | None = None,
     role: str = "",
 ) -> Stage:
@@ -54,7 +58,8 @@ def gate(
         first: use only this number of candidates per prompt.
         cut: rule for candidates whose text is not whole, where there is no gate; a gate has its own.
         humans: labels by people that replace the gate's.
-        fault: what is broken in the gate on purpose.
+        fault: what is broken in the gate on purpose, in this share of the prompts.
+        rejected: which candidate is undesirable where there is no gate.
         scale: of the judges' scores, where verdicts may be skipped (`judge.early_exit`).
         role: of its table, where another stage makes the decisions from it.
     """
@@ -68,6 +73,8 @@ def gate(
         cut=cut if settings is None else "exclude",
         humans=humans,
         fault=fault,
+        fault_share=fault_share,
+        rejected=rejected,
         scale=scale,
     )
     return Stage(
@@ -94,9 +101,11 @@ def decide_shard(given: ShardInput) -> ShardOutput:
     verdicts, critiques = others
     assert verdicts is not None
     if settings.gate is None:
-        table = best_and_worst(candidates, verdicts, settings.judges, settings.cut)
+        table = best_and_worst(candidates, verdicts, settings.judges, settings.cut, settings.rejected)
+        table = labels_flipped(table, settings.fault_share) if settings.fault == "labels_flipped" else table
     else:
-        table = decide_with_fault(settings.fault, candidates, verdicts, critiques, settings.judges, settings.gate)
+        arguments = (candidates, verdicts, critiques, settings.judges, settings.gate)
+        table = decide_with_fault(settings.fault, *arguments, share=settings.fault_share)
     changed: dict[str, int] = {}
     if settings.gate is not None and settings.scale is not None:
         table, open_labels = settle(

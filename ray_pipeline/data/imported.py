@@ -117,7 +117,10 @@ def preferences(
 
 
 def tables_of(format: Format, settings: DatasetsConfig) -> tuple[Kind, ...]:
-    """Tables that a source of this format is read into. Raises InputError for a kind that it cannot provide."""
+    """Tables that a source of this format is read into. Raises InputError for a kind or weights that it cannot
+    provide."""
+    if settings.weights:
+        raise InputError("datasets.weights come from judges' scores, which imported rows do not have; set it to false")
     for kind in settings.kinds:
         if kind not in GIVES[format]:
             raise InputError(

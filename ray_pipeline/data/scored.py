@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 
 from ray_pipeline.data.card import Provenance
 from ray_pipeline.data.certified_gate import certified_stage
+from ray_pipeline.data.dataset_files import Keep
 from ray_pipeline.data.dataset_rows import DatasetsConfig
 from ray_pipeline.data.datasets import dataset_files, dataset_rows
 from ray_pipeline.data.decisions import gate as gate_stage
-from ray_pipeline.data.early_exit import ExitRule
+from ray_pipeline.data.early_exit import ExitRule, Scale
 from ray_pipeline.data.gate import Cut, GateConfig
 from ray_pipeline.data.posterior_gate import posterior_stage
 from ray_pipeline.data.reviewed import HumanLabels
+from ray_pipeline.data.ungated import Rejected
 from ray_pipeline.data.variants import Fault
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.stage import Stage
@@ -31,12 +33,15 @@ class ScoredDataset:
         decisions, rows: names of the stages before the files.
         first: use only this number of candidates per prompt; default: all.
         cut: rule for candidates whose text is not whole, where there is no gate.
+        rejected: which candidate is undesirable, where there is no gate.
         max_prompts: largest number of prompts in each training split; default: all.
+        keep: which prompts these are.
         view: link to the files in the run folder.
         origin, trained_on: see `dataset_files`.
         humans: labels by people that replace the gate's.
-        fault: what is broken in the gate on purpose.
+        fault: what is broken in the gate on purpose, in the share `fault_share` of the prompts.
         exit_rule: by which calls to judges and critic were skipped; None: none were.
+        scale: of the judges' scores, for weights of rows.
     """
 
     judges: Sequence[str]
@@ -47,13 +52,17 @@ class ScoredDataset:
     rows: str = "dataset-rows"
     first: int | None = None
     cut: Cut = "exclude"
+    rejected: Rejected = "worst"
     max_prompts: int | None = None
+    keep: Keep = "random"
     view: str = ""
     origin: Provenance = dataclasses.field(default_factory=Provenance)
     humans: HumanLabels | None = None
     fault: Fault | None = None
+    fault_share: float = 1.0
     trained_on: bool = True
     exit_rule: ExitRule | None = None
+    scale: Scale | None = None
 
     @property
     def config(self) -> DatasetsConfig:
@@ -75,6 +84,8 @@ class ScoredDataset:
             cut=self.cut,
             humans=None if pooled else self.humans,
             fault=self.fault,
+            fault_share=self.fault_share,
+            rejected=self.rejected,
             scale=None if self.exit_rule is None else self.exit_rule.scale,
             role="numbers of decisions" if numbers_only else "",
         )
@@ -87,7 +98,15 @@ class ScoredDataset:
     def write(self, prompts: Stage, candidates: Stage, verdicts: Sequence[Stage], decisions: Stage) -> list[Stage]:
         """The rows, then the files. Raises ModelNotFound when the policy's tokenizer is not here."""
         rows = dataset_rows(
-            self.config, self.judges, self.policy, prompts, candidates, verdicts, decisions, name=self.rows
+            self.config,
+            self.judges,
+            self.policy,
+            prompts,
+            candidates,
+            verdicts,
+            decisions,
+            name=self.rows,
+            scale=self.scale,
         )
         return [
             rows,
@@ -103,6 +122,7 @@ class ScoredDataset:
                     origin=self.origin,
                     trained_on=self.trained_on,
                     max_prompts=self.max_prompts,
+                    keep=self.keep,
                 )
                 for name, config in self.files.items()
             ),

@@ -8,14 +8,24 @@ abstention, no penalty and no threshold; the two scores must only differ.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import pyarrow as pa
 
 from ray_pipeline.data.gate import Cut, cut_text
 from ray_pipeline.data.mean_rank import mean_rank
+from ray_pipeline.store.keys import unit_hash
+
+Rejected = Literal["worst", "random"]
 
 
-def best_and_worst(candidates: pa.Table, verdicts: pa.Table, judges: Sequence[str], cut: Cut = "exclude") -> pa.Table:
+def best_and_worst(
+    candidates: pa.Table,
+    verdicts: pa.Table,
+    judges: Sequence[str],
+    cut: Cut = "exclude",
+    rejected: Rejected = "worst",
+) -> pa.Table:
     """One decision for each candidate, in the order of `candidates`; of equal scores the smaller candidate_id counts.
 
     Args:
@@ -24,6 +34,7 @@ def best_and_worst(candidates: pa.Table, verdicts: pa.Table, judges: Sequence[st
         verdicts: columns candidate_id, judge, score, parse_status; rows of other judges are left out.
         judges: whose mean ranks the candidates; one name for a single judge.
         cut: rule for candidates whose text is not whole: they are `incomplete`, at most the worst, or like others.
+        rejected: which one is undesirable; `random`: of those with a lower mean than the best, the smallest hash.
 
     Returns:
         A table of schema DECISIONS. A candidate with an unread score is `incomplete` and never best or worst; all
@@ -40,12 +51,20 @@ def best_and_worst(candidates: pa.Table, verdicts: pa.Table, judges: Sequence[st
     for rows in ranked.of_prompt.values():
         whole = ranked.whole(rows)
         best = min(whole or rows, key=lambda row: (-mean[row], names[row]))
-        worst = min(rows, key=lambda row: (mean[row], names[row]))
+        below = [row for row in rows if mean[row] < mean[best]]
+        worst = min(
+            below or rows, key=lambda row: (mean[row] if rejected == "worst" else _drawn(names[row]), names[row])
+        )
         if not whole:
             label[rows], why[rows] = "incomplete", [cut_text(ranked.cut[row]) for row in rows]
         elif mean[best] > mean[worst]:
             label[best], why[best] = "desirable", f"best of {len(rows)}: {mean[best]:g}"
-            label[worst], why[worst] = "undesirable", f"worst of {len(rows)}: {mean[worst]:g}"
+            which = "worst" if rejected == "worst" else "a random one"
+            label[worst], why[worst] = "undesirable", f"{which} of {len(rows)}: {mean[worst]:g}"
         else:
             why[rows] = f"all {len(rows)} have the score {mean[best]:g}"
     return ranked.decisions(label, why)
+
+
+def _drawn(candidate: str) -> float:
+    return unit_hash("rejected", candidate)

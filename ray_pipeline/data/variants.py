@@ -14,9 +14,12 @@ import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
 from ray_pipeline.config.settings import Settings
+from ray_pipeline.data.dataset_files import Keep
 from ray_pipeline.data.gate import GateConfig, decide
 from ray_pipeline.data.preference_sources import PreferenceSource
 from ray_pipeline.data.rows import one_array
+from ray_pipeline.data.ungated import Rejected
+from ray_pipeline.store.keys import unit_hash
 
 Fault = Literal["critic_inverted", "critic_sign", "labels_flipped"]
 """What is broken: critiques say the opposite; a flaw raises the score; desirable and undesirable are exchanged."""
@@ -38,6 +41,11 @@ class DataVariant(Settings):
         description="overrides of the `gate` block ({use_variance: false}, {use_critic: false}, {tau: 1})",
     )
     judges: tuple[str, ...] | None = Field(None, min_length=1, description="whose scores count; default: all")
+    rejected: Rejected = Field(
+        "worst",
+        description="the rejected response of a prompt without a gate: the worst, or one of those below the best, at "
+        "random by its hash",
+    )
     k: int | None = Field(None, ge=2, description="number of candidates used of each prompt; default: all")
     min_gap: float | None = Field(
         None,
@@ -47,7 +55,14 @@ class DataVariant(Settings):
     fault: Fault | None = Field(
         None,
         description="break the gate on purpose, to see what a part of it is worth: invert every critique, flip the "
-        "sign of the critic's penalty, or exchange desirable and undesirable",
+        "sign of the critic's penalty, or exchange desirable and undesirable (also without a gate)",
+    )
+    fault_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="labels_flipped: share of the prompts whose labels are exchanged, by their hash; a larger share "
+        "contains the prompts of a smaller one. Judges' scores, and weights of rows, stay as they are",
     )
     source: PreferenceSource | None = Field(
         None, description="import training rows from a Hub dataset or from files; excludes the keys above"
@@ -58,6 +73,12 @@ class DataVariant(Settings):
         description="largest number of prompts to train on (smallest hashes kept): without a gate as many pairs, and "
         "twice as many KTO rows; default: all",
     )
+    keep: Keep = Field(
+        "random",
+        description="which prompts max_prompts keeps: random (by hash), margin (largest gap of final scores, for KTO "
+        "their range), or confidence (largest probability that the labels are right by all judges, as in BeeS: "
+        "arXiv:2502.14560; needs datasets.weights)",
+    )
     size_of: str | None = Field(
         None,
         description="another dataset: this one is cut at random to its number of training rows (for KTO, of each "
@@ -66,19 +87,25 @@ class DataVariant(Settings):
 
     @model_validator(mode="after")
     def _one_way(self) -> DataVariant:
-        set_here = sorted(self.model_fields_set - {"source", "max_prompts", "size_of"})
+        set_here = sorted(self.model_fields_set - {"source", "max_prompts", "keep", "size_of"})
         if self.source is not None and set_here:
             raise ValueError(f"{set_here[0]} has no effect on rows of a source, which are judged already; remove it")
         if not self.gated and self.gate:
             raise ValueError("gate has no effect when gated is false")
-        if not self.gated and self.fault:
-            raise ValueError("fault breaks the gate, so it has no effect when gated is false; remove it")
+        if not self.gated and self.fault in _OF_CRITIC:
+            raise ValueError(f"fault {self.fault} breaks the gate, so it has no effect when gated is false; remove it")
+        if self.fault_share < 1 and self.fault != "labels_flipped":
+            raise ValueError("fault_share is read by fault labels_flipped alone; remove it")
+        if self.gated and self.rejected != "worst":
+            raise ValueError(f"rejected: {self.rejected} has no effect with a gate; set gated to false, or remove it")
+        if self.max_prompts is None and self.keep != "random":
+            raise ValueError(f"keep: {self.keep} has no effect without max_prompts; set max_prompts, or remove it")
         return self
 
     @property
     def departs(self) -> bool:
         """Whether its rows are others than those that a gate of the method keeps."""
-        return not self.gated or self.fault is not None or self.size_of is not None
+        return not self.gated or self.fault is not None or self.size_of is not None or self.keep != "random"
 
     def how(self, judges: Sequence[str], drawn: int, gate: GateConfig | None) -> str:
         """How the dataset is made, as its page and its card describe it.
@@ -88,18 +115,22 @@ class DataVariant(Settings):
             drawn: number of candidates that the run draws for each prompt; 0: they are the user's.
             gate: of this dataset; None without one.
         """
-        cut = "" if self.size_of is None else f"; cut at random to the size of {self.size_of}"
+        cut = "" if self.keep == "random" else f"; the {self.max_prompts} prompts of the largest {self.keep}"
+        cut += "" if self.size_of is None else f"; cut at random to the size of {self.size_of}"
+        share = "" if self.fault_share == 1 else f" in {100 * self.fault_share:g} % of the prompts"
+        fault = "" if self.fault is None else f"planted fault: {self.fault.replace('_', ' ')}{share}"
         if self.source is not None:
             place = self.source.name if self.source.type == "huggingface" else self.source.place
             return f"{self.source.format} rows of {place}{cut}"
         counted, k = ", ".join(self.judges or judges), self.k or drawn or "all"
         if gate is None:
-            return f"best and worst of {k} by {counted}; no gate{cut}"
+            worst = "worst" if self.rejected == "worst" else "a random other"
+            return f"best and {worst} of {k} by {counted}; no gate{fault and ', '}{fault}{cut}"
         rules = [] if gate.kind == "posterior" else [f"tau {gate.tau:g}" if gate.use_variance else "no variance rule"]
         rules.append(f"alpha {gate.alpha:g}" if gate.use_critic else "no critic")
         rules += [f"certified at {gate.agree_with_humans:g}"] if gate.kind == "certified" else []
         rules += [f"posterior ({gate.pool}) from {gate.posterior_at:g}"] if gate.kind == "posterior" else []
-        rules += [] if self.fault is None else [f"planted fault: {self.fault.replace('_', ' ')}"]
+        rules += [fault] if fault else []
         return f"gate on {k} candidates by {counted}; {', '.join(rules)}{cut}"
 
     def check_fault(self, gate: GateConfig | None) -> None:
@@ -117,10 +148,12 @@ def decide_with_fault(
     critiques: pa.Table | None,
     judges: Sequence[str],
     gate: GateConfig,
+    share: float = 1.0,
 ) -> pa.Table:
     """The decisions of `gate.decide`, as a pipeline with this fault would make them; without one, its own.
 
-    Arguments, table and errors are those of `gate.decide`. What was not read stays unread under every fault.
+    Arguments, table and errors are those of `gate.decide`; `share` is that of `labels_flipped`. What was not read stays
+    unread under every fault.
     """
     if fault == "critic_inverted" and critiques is not None:
         opposite = pc.invert(one_array(critiques["flawed"]))
@@ -128,20 +161,21 @@ def decide_with_fault(
     if fault == "critic_sign":
         gate = gate.model_copy(update={"alpha": -gate.alpha})  # copied without validation, which refuses it
     decisions = decide(candidates, verdicts, critiques, judges, gate)
-    return labels_flipped(decisions) if fault == "labels_flipped" else decisions
+    return labels_flipped(decisions, share) if fault == "labels_flipped" else decisions
 
 
-def labels_flipped(decisions: pa.Table) -> pa.Table:
-    """Decisions with desirable and undesirable exchanged.
+def labels_flipped(decisions: pa.Table, share: float = 1.0) -> pa.Table:
+    """Decisions with desirable and undesirable exchanged, for a share of the prompts that follows from their hashes.
 
-    Final scores change their sign, so that a pair's chosen and rejected response are exchanged and its gap stays.
+    Their final scores change sign, so that a pair's chosen and rejected response are exchanged and its gap stays.
     """
     label, why = one_array(decisions["label"]), one_array(decisions["why"])
-    good, bad = pc.equal(label, "desirable"), pc.equal(label, "undesirable")
+    flipped = pa.array([unit_hash("flipped", p) < share for p in decisions["prompt_id"].to_pylist()], pa.bool_())
+    good, bad = (pc.and_(flipped, pc.equal(label, side)) for side in ("desirable", "undesirable"))
     columns = {
         "label": pc.if_else(good, "undesirable", pc.if_else(bad, "desirable", label)),
         "why": pc.if_else(pc.or_(good, bad), pc.binary_join_element_wise("flipped", why, ": "), why),
-        "final_score": pc.negate(one_array(decisions["final_score"])),
+        "final_score": pc.if_else(flipped, pc.negate(one_array(decisions["final_score"])), decisions["final_score"]),
     }
     for name, column in columns.items():
         place = decisions.schema.get_field_index(name)

@@ -14,7 +14,7 @@ from ray_pipeline.graph.results import Run, of_role
 from ray_pipeline.operate.export_policy import export_policy
 from ray_pipeline.store.errors import StoreError
 from ray_pipeline.store.files import Folder
-from ray_pipeline.store.schemas import TABLES
+from ray_pipeline.store.schemas import row_schema
 
 #: This file marks a folder as an export, which may be overwritten.
 _MARK = "quorum.json"
@@ -69,15 +69,16 @@ def _datasets(run: Run, target: Folder, kinds: Sequence[str], stage: str) -> dic
     if missing:
         raise StoreError(f"{source.location} has no {missing[0]} dataset; it has {', '.join(present)}")
     stats = source.read_json("stats.json")
+    weighted = stats["settings"].get("weights", False)
     rows: dict[str, dict[str, int]] = {}
     for kind in kinds or present:
-        rows[kind] = {}
+        rows[kind], schema = {}, row_schema(kind, weighted)
         for split in SPLITS:
             place, copy = source / kind / split, target / kind / split
             names = place.names(".parquet")
             rows[kind][split] = 0
             for name in names:
-                table = place.read_table(name, fingerprint=result.fingerprint, kind=kind, schema=TABLES[kind])
+                table = place.read_table(name, fingerprint=result.fingerprint, kind=kind, schema=schema)
                 rows[kind][split] += table.num_rows
                 copy.write_table(name, table, fingerprint=result.fingerprint, kind=kind)
             for name in copy.names(".parquet"):

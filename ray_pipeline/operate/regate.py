@@ -216,7 +216,8 @@ def _preview(run: Run, rules: Rules) -> Preview:
             labels.append(dict(zip(decisions["candidate_id"].to_pylist(), decisions["label"].to_pylist(), strict=True)))
         moved.update(tuple(of.get(name, _UNUSED) for of in labels) for name in ids.to_pylist())
     for side, dataset, encode, kept in zip(sides, datasets, encoders, rows, strict=True):
-        side.classes = None if encode is None else _classes(pa.concat_tables(kept), dataset.max_prompts)
+        if encode is not None and dataset.keep == "random":  # other orders need more than the rows' keys
+            side.classes = _classes(pa.concat_tables(kept), dataset.max_prompts)
     return Preview(candidates, sides[0], sides[1], dict(moved), skipped)
 
 

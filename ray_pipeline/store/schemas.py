@@ -164,6 +164,11 @@ DPO = _schema(
     ("rejected_model", _S, True),
 )
 
+#: Where a run asks for weights of rows: P that a candidate is desirable, by its scores.
+CONFIDENCE = _schema(("candidate_id", _S), ("prompt_id", _S), ("desirable", _F))
+#: Column with the weight of a row in the loss, after the others of KTO and DPO where a run asks for it.
+WEIGHT = pa.field("weight", _F, nullable=False)
+
 SFT = _schema(
     ("candidate_id", _S),
     ("prompt_id", _S),
@@ -418,6 +423,7 @@ TABLES: dict[str, pa.Schema] = {
     "kto": KTO,
     "dpo": DPO,
     "sft": SFT,
+    "confidence": CONFIDENCE,
     "responses": RESPONSES,
     "comparisons": COMPARISONS,
     "items": ITEMS,
@@ -437,6 +443,11 @@ TABLES: dict[str, pa.Schema] = {
     "bench_checks": BENCH_CHECKS,
     "bench_verdicts": BENCH_VERDICTS,
 }
+
+
+def row_schema(kind: str, weighted: bool) -> pa.Schema:
+    """The schema of training files of a kind."""
+    return TABLES[kind].append(WEIGHT) if weighted and kind in ("kto", "dpo") else TABLES[kind]
 
 
 def cut_off(finish_reasons: pa.Array | pa.ChunkedArray) -> pa.BooleanArray | pa.ChunkedArray:

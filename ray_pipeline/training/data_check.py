@@ -227,10 +227,13 @@ def _read(name: str, method: Method) -> Iterator[pa.RecordBatch]:
 
 def _check_type(name: str, schema: pa.Schema, column: str, kind: str) -> None:
     if column not in schema.names:
-        raise TrainingInputError(f"{name} has no column {column!r}; it has {', '.join(schema.names) or 'none'}")
+        remedy = "; set datasets.weights to true" if kind == "weight" else ""
+        raise TrainingInputError(f"{name} has no column {column!r}; it has {', '.join(schema.names) or 'none'}{remedy}")
     actual = schema.field(column).type
     if kind == "bool":
         good, expected = pa.types.is_boolean(actual), "bool"
+    elif kind == "weight":
+        good, expected = pa.types.is_floating(actual), "double"
     else:
         good, expected = _is_messages(actual), "list of {role: string, content: string}"
     if not good:
@@ -254,6 +257,13 @@ def _check_values(name: str, values: pa.Array, column: str, kind: str, start: in
     row = pc.index(missing, True).as_py()
     if row >= 0:
         raise TrainingInputError(f"{name}: column {column!r} is empty in row {start + row}; regenerate the dataset")
+    if kind == "weight":
+        usable = pc.and_(pc.is_finite(values), pc.greater_equal(values, 0.0))
+        if (row := pc.index(usable, False).as_py()) >= 0:
+            raise TrainingInputError(
+                f"{name}: column {column!r} is {values[row].as_py()} in row {start + row}; it must be a finite number, "
+                "0 or more"
+            )
     if kind == "messages":
         flat = pc.list_flatten(values)
         end = start + len(values) - 1

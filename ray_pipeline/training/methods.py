@@ -19,7 +19,7 @@ from ray_pipeline.extensions import ExtensionError, find, register
 
 #: The kinds of training rows: single responses, pairs, and responses with a label.
 DataKind = Literal["sft", "dpo", "kto"]
-ColumnKind = Literal["messages", "bool"]
+ColumnKind = Literal["messages", "bool", "weight"]
 
 
 class TrainingInputError(ValueError):
@@ -32,6 +32,10 @@ COLUMNS: dict[DataKind, Mapping[str, ColumnKind]] = {
     "dpo": {"prompt": "messages", "chosen": "messages", "rejected": "messages"},
     "kto": {"prompt": "messages", "completion": "messages", "label": "bool"},
 }
+
+
+#: Column with the weight of a row in the loss, 0 or more.
+WEIGHT = "weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +53,8 @@ class Method:
         min_batch_size: the smallest `batch_size` that the loss is defined for.
         adds_ends: the trainer adds the tokenizer's BOS and EOS around a chat if the template leaves them out.
         refuses: TRL setting → why it would break this method.
+        weighted: it reads the weight of each row, too.
+        below: TRL setting → the number that it must be below, being 0 or more.
     """
 
     module: str
@@ -62,10 +68,12 @@ class Method:
     min_batch_size: int = 1
     adds_ends: bool = False
     refuses: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    weighted: bool = False
+    below: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def columns(self) -> Mapping[str, ColumnKind]:
-        return COLUMNS[self.data]
+        return COLUMNS[self.data] if not self.weighted else {**COLUMNS[self.data], WEIGHT: "weight"}
 
     def config_class(self) -> Any:
         return getattr(self._module(), self.config)
@@ -148,7 +156,41 @@ METHODS: dict[str, Method] = {
         refuses={"loss_type": "another loss would not be SimPO (for AlphaPO set trainer_args.alpha)"},
     ),
 }  # fmt: skip
-for _name, _method in METHODS.items():
+
+_SMOOTHED = {"loss_type": ["robust"], "label_smoothing": 0.1}
+_NO_OTHER_LOSS = {"loss_type": "another loss would be another method"}
+
+#: Methods for labels of which some are wrong. `baselines.methods` has those of `METHODS` by default.
+NOISE_AWARE: dict[str, Method] = {
+    "cdpo": dataclasses.replace(  # Mitchell 2023, ericmitchell.ai/cdpo.pdf
+        METHODS["dpo"], module="ray_pipeline.training.noise_aware", trainer="ConservativeDPOTrainer",
+        objective=(
+            "−(1 − ε)·log σ(β·δ) − ε·log σ(−β·δ), δ = r_w − r_l, r = log π(y|x) − log π_ref(y|x), the mean over "
+            "pairs; ε is `label_smoothing`, the share of pairs that are taken to be the wrong way round."
+        ),
+        settings={**FILE_ORDER, **_SMOOTHED}, refuses=_NO_OTHER_LOSS, below={"label_smoothing": 0.5},
+    ),
+    "rdpo": dataclasses.replace(  # Chowdhury et al. 2024, arXiv:2403.00409
+        METHODS["dpo"],
+        objective=(
+            "(−(1 − ε)·log σ(β·δ) + ε·log σ(−β·δ)) / (1 − 2ε), δ = r_w − r_l, r = log π(y|x) − log π_ref(y|x), "
+            "the mean over pairs: unbiased if a share ε of them, `label_smoothing`, is the wrong way round at random."
+        ),
+        settings={**FILE_ORDER, **_SMOOTHED}, refuses=_NO_OTHER_LOSS, below={"label_smoothing": 0.5},
+    ),
+    "dpo_weighted": dataclasses.replace(
+        METHODS["dpo"], module="ray_pipeline.training.noise_aware", trainer="WeightedDPOTrainer",
+        objective="DPO's loss of each pair times the weight of the row, the sum over pairs divided by their number.",
+        settings={**FILE_ORDER, "use_weighting": True}, weighted=True,
+        refuses={"use_weighting": "its weights are those of the rows"},
+    ),
+    "kto_weighted": dataclasses.replace(
+        METHODS["kto"], module="ray_pipeline.training.noise_aware", trainer="WeightedKTOTrainer",
+        objective="KTO's loss of each row times the weight of the row, the sum over rows divided by their number.",
+        weighted=True,
+    ),
+}  # fmt: skip
+for _name, _method in {**METHODS, **NOISE_AWARE}.items():
     register("method", _name)(_method)
 
 
@@ -268,6 +310,8 @@ def validate_trainer_args(method: str, trainer_args: Mapping[str, Any]) -> None:
         reason = FIXED.get(name) or spec.refuses.get(name)
         if reason:
             raise TrainingInputError(f"{key} cannot be set: {reason}")
+        if name in spec.below and not (isinstance(value, (int, float)) and 0 <= value < spec.below[name]):
+            raise TrainingInputError(f"{key} must be 0 or more and below {spec.below[name]:g}, not {value!r}")
         choices = known[name].metadata.get("choices")
         for item in value if isinstance(value, (list, tuple)) else [value]:
             if choices and item not in choices:

@@ -54,7 +54,9 @@ class TrainSettings(Settings):
     """The `train` block; the defaults are the published hyper-parameters."""
 
     method: MethodName = Field(
-        "kto", description="sft, dpo, kto, orpo, simpo, or a file that registers a method (my_method.py)"
+        "kto",
+        description="sft, dpo, kto, orpo, simpo; for labels that are partly wrong cdpo, rdpo, dpo_weighted, "
+        "kto_weighted; or a file that registers a method (my_method.py)",
     )
     model: str = Field("policy", description="a key of `models`: the base that is adapted")
     dtype: Literal["float32", "bfloat16"] = Field(
@@ -160,7 +162,7 @@ class TrainSettings(Settings):
             )
         if self.beta is not None and method.beta is None:
             raise ValueError(f"train.beta: the loss of {self.method} has none; remove it")
-        if self.method != "kto" and (self.desirable_weight or self.undesirable_weight):
+        if "desirable_weight" not in method.fields and (self.desirable_weight or self.undesirable_weight):
             raise ValueError(
                 f"train.desirable_weight and undesirable_weight are of kto; {self.method} has no such weights"
             )

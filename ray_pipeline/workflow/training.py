@@ -182,7 +182,9 @@ class TrainingConfig(RunConfig):
     def check_kinds(self) -> None:
         """Raises ValueError if training or perplexity needs a kind of rows that is not made."""
         assert self.train is not None
-        kind = method_of(self.train.method).data
+        method, kind = method_of(self.train.method), method_of(self.train.method).data
+        if method.weighted and not self.datasets.weights:
+            raise ValueError(f"train.method {self.train.method} reads weights of rows; set datasets.weights to true")
         if kind not in self.datasets.kinds:
             raise ValueError(f"train.method is {self.train.method}, but datasets.kinds does not include {kind}")
         if self.evaluate.perplexity and "kto" not in self.datasets.kinds:

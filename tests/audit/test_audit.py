@@ -37,6 +37,23 @@ def test_sound_runs_with_other_gates(tmp_path, gate):
     assert audit_run(run, count_words).found == {}
 
 
+def test_weights_are_computed_again(tmp_path):
+    config = DatasetsConfig(max_length=60, max_prompt_length=20, weights=True)
+    sound = write_run(tmp_path / "sound", random_world(30, seed=1), config=config)
+    assert audit_run(sound, count_words).found == {}
+
+    def change(kind: str, shard: int, table: pa.Table) -> pa.Table:
+        if kind != "verdicts":
+            return table
+        mild = [{**row, "score": row["score"] and row["score"] / 2} for row in table.to_pylist()]
+        return pa.Table.from_pylist(mild, schema=TABLES[kind])
+
+    changed = write_run(tmp_path / "changed", random_world(30, seed=1), config=config, change=change)
+    report = audit_run(changed, max_problems=10**6)
+    assert report.found["weight"] > 10
+    assert {p.table for p in report.problems if p.kind == "weight"} == {"kto", "dpo"}
+
+
 @pytest.mark.parametrize("cut", ["exclude", "undesirable", "keep"])
 def test_a_sound_run_with_texts_that_were_cut_off(tmp_path, cut):
     world = ended(random_world(30, seed=1), "stop", "length", "unknown", "content_filter", "error")

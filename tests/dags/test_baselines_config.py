@@ -123,6 +123,27 @@ def test_ablations_change_one_rule_each(load: Any) -> None:
     assert sum(stage.group_name in ("candidates", "judge", "critic") for stage in made.values()) == 3
 
 
+def test_weights_and_choices_of_prompts_reach_their_stages(load: Any) -> None:
+    data = {
+        "half": {"fault": "labels_flipped", "fault_share": 0.5},
+        "sure": {"gated": False, "rejected": "random", "max_prompts": 9, "keep": "confidence"},
+        "any": {"gated": False, "max_prompts": 9},
+    }
+    config = load(
+        data=data, methods=["dpo_weighted", "kto_weighted"], seeds=[0], blocks={"datasets": {"weights": True}}
+    )
+    made = stages(config)
+    assert (made["gate-half"].config["fault"], made["gate-half"].config["fault_share"]) == ("labels_flipped", 0.5)
+    assert made["ranks-sure"].config["rejected"] == "random" and "rejected" not in made["ranks-any"].config
+    assert made["datasets-sure-s0"].config["keep"] == "confidence" and "keep" not in made["datasets-any-s0"].config
+    for name in ("half", "sure", "any"):
+        assert made[f"rows-{name}"].work.tables == ("dpo", "kto", "confidence")
+        assert made[f"rows-{name}"].config["scale"] == [1, 10]
+    shown = config.page().data
+    assert shown["half"].endswith("planted fault: labels flipped in 50 % of the prompts")
+    assert shown["sure"] == "best and a random other of 4 by a, b; no gate; the 9 prompts of the largest confidence"
+
+
 def test_rows_of_others_alone_need_no_candidates(load: Any) -> None:
     data = {"others": {"source": {"type": "jsonl", "path": "PAIRS"}}}
     config = load(data=data, methods=["dpo", "kto"], seeds=[0])
@@ -138,7 +159,8 @@ def test_the_shipped_comparisons_wire(monkeypatch: pytest.MonkeyPatch, tmp_path:
     (tmp_path / "m" / "config.json").write_text("{}")
     (tmp_path / "m" / "tokenizer.json").write_text("{}")
     monkeypatch.setattr(models, "model_path", lambda name: str(tmp_path / "m"))
-    for name, policies in (("pocket_baselines", 30), ("pocket_ablations", 300), ("pocket_posterior", 40)):
+    counts = {"pocket_baselines": 30, "pocket_ablations": 300, "pocket_posterior": 40, "pocket_noise": 240}
+    for name, policies in counts.items():
         config = load_config(BaselinesConfig, name)
         assert isinstance(config, BaselinesConfig)
         assert len(config.policies()) == policies == sum(n.startswith("train-") for n in stages(config))
@@ -168,6 +190,27 @@ def test_the_shipped_comparisons_wire(monkeypatch: pytest.MonkeyPatch, tmp_path:
             r"baselines\.data\.x: unpaired rows cannot provide dpo data",
         ),
         ({"data": {}}, r"baselines\.data"),
+        (
+            {"methods": ["kto_weighted"]},
+            r"baselines\.methods\.kto_weighted reads weights .*set datasets\.weights to true",
+        ),
+        ({"methods": {"dpo": {"desirable_weight": 1.1}}}, r"baselines\.methods\.dpo: .*are of kto; dpo has no such"),
+        (
+            {"data": {"x": {"max_prompts": 9, "keep": "confidence"}}, "methods": ["dpo"]},
+            r"baselines\.data\.x\.keep: confidence needs datasets\.weights",
+        ),
+        (
+            {"data": {"x": {"max_prompts": 9, "keep": "margin"}}},
+            r"baselines\.data\.x\.keep: margin orders kto and dpo rows; remove sft",
+        ),
+        (
+            {
+                "data": {"x": {"source": {"type": "jsonl", "path": "PAIRS"}}},
+                "methods": ["dpo"],
+                "blocks": {"datasets": {"weights": True}},
+            },
+            r"baselines\.data\.x: datasets\.weights come from judges' scores, which imported rows do not have",
+        ),
         ({"readings": ["rows", "rows"]}, r"duplicate reading in baselines\.readings"),
         (
             {"readings": ["epochs", "steps"], "methods": {"sft": {"trainer_args": {"packing": True}}}},

@@ -56,6 +56,27 @@ def test_one_judge_ranks_alone() -> None:
     assert labels((9, 1, 1), (2, 8, 8), (3, 9, 9), judges=["helpfulness"]) == ["desirable", "undesirable", "discard"]
 
 
+@given(st.lists(st.integers(1, 10), min_size=2, max_size=6), st.integers(0, 20))
+@settings(max_examples=60, deadline=None)
+def test_a_random_rejected_response_is_any_below_the_best(scores: list[int], prompt: int) -> None:
+    world = make_world({f"question {prompt}": [(f"answer {i}", (s, s, s), None) for i, s in enumerate(scores)]})
+    arguments = (world.candidates, world.verdicts, JUDGES)
+    worst, drawn = (best_and_worst(*arguments, rejected=how).to_pylist() for how in ("worst", "random"))
+    assert drawn == best_and_worst(*arguments, rejected="random").to_pylist()
+    assert [r["label"] == "desirable" for r in drawn] == [r["label"] == "desirable" for r in worst]
+    below = [r["mean_score"] for r in drawn if r["label"] == "undesirable"]
+    assert len(below) == (len(set(scores)) > 1) and all(score < max(scores) for score in below)
+
+
+def test_a_random_rejected_response_is_not_always_the_worst() -> None:
+    scores = [9, 7, 5, 3]
+    answers: list[Planted] = [(f"answer {s}", (s, s, s), None) for s in scores]
+    world = make_world({f"question {i}": answers for i in range(200)})
+    table = best_and_worst(world.candidates, world.verdicts, JUDGES, rejected="random")
+    found = [row["mean_score"] for row in table.to_pylist() if row["label"] == "undesirable"]
+    assert all(40 < found.count(score) < 95 for score in (7, 5, 3))
+
+
 def test_a_gap_is_needed_and_unread_scores_are_no_scores() -> None:
     assert labels((5, 5, 5), (4, 5, 6)) == ["discard", "discard"]
     assert labels((9, None, 9), (5, 5, 5), (6, 6, 6)) == ["incomplete", "undesirable", "desirable"]

@@ -93,8 +93,14 @@ def test_flipped_labels_exchange_the_sides_of_every_row(responses: list[tuple[li
 
 
 def test_a_fault_without_effect_is_refused() -> None:
-    with pytest.raises(ValueError, match="fault breaks the gate, so it has no effect when gated is false"):
-        DataVariant(gated=False, fault="labels_flipped")
+    with pytest.raises(ValueError, match="fault critic_sign breaks the gate, so it has no effect when gated is false"):
+        DataVariant(gated=False, fault="critic_sign")
+    with pytest.raises(ValueError, match="fault_share is read by fault labels_flipped alone"):
+        DataVariant(fault="critic_sign", fault_share=0.5)
+    with pytest.raises(ValueError, match="rejected: random has no effect with a gate"):
+        DataVariant(rejected="random")
+    with pytest.raises(ValueError, match="keep: margin has no effect without max_prompts"):
+        DataVariant(keep="margin")
     variant = DataVariant(fault="critic_sign")
     for gate in (GateConfig(use_critic=False), GateConfig(alpha=0)):
         with pytest.raises(ValueError, match="fault critic_sign has no effect where the gate uses no critic"):

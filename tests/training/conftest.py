@@ -15,7 +15,7 @@ import pytest
 
 from ray_pipeline.store.schemas import MESSAGES
 from ray_pipeline.training.fit import fit
-from ray_pipeline.training.methods import METHODS
+from ray_pipeline.training.methods import METHODS, NOISE_AWARE
 from ray_pipeline.training.spec import TrainResult, TrainSettings, TrainSpec
 
 REPOSITORY = Path(__file__).parents[2]
@@ -28,9 +28,17 @@ TEMPLATE = (
 )
 
 KTO_SCHEMA = pa.schema([("candidate_id", pa.string()), ("prompt", MESSAGES), ("completion", MESSAGES),
-                        ("label", pa.bool_()), ("images", pa.string())])  # fmt: skip
+                        ("label", pa.bool_()), ("images", pa.string()), ("weight", pa.float64())])  # fmt: skip
 SFT_SCHEMA = pa.schema([("prompt", MESSAGES), ("completion", MESSAGES), ("final_score", pa.float64())])
-DPO_SCHEMA = pa.schema([("prompt", MESSAGES), ("chosen", MESSAGES), ("rejected", MESSAGES), ("gap", pa.float64())])
+DPO_SCHEMA = pa.schema(
+    [
+        ("prompt", MESSAGES),
+        ("chosen", MESSAGES),
+        ("rejected", MESSAGES),
+        ("gap", pa.float64()),
+        ("weight", pa.float64()),
+    ]
+)
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +96,7 @@ def kto_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
     rng = random.Random(seed)
     return [
         {"candidate_id": f"c{i}", "prompt": user(sentence(rng)), "completion": assistant(sentence(rng, 3 + i % 4)),
-         "label": i % 2 == 0, "images": "a provenance column with a name that TRL knows"}
+         "label": i % 2 == 0, "images": "a provenance column with a name that TRL knows", "weight": float(i % 3)}
         for i in range(count)
     ]  # fmt: skip
 
@@ -97,8 +105,8 @@ def dpo_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
     rng = random.Random(seed)
     return [
         {"prompt": user(sentence(rng)), "chosen": assistant(sentence(rng, 4)), "rejected": assistant(sentence(rng, 6)),
-         "gap": 2.0}
-        for _ in range(count)
+         "gap": 2.0, "weight": float(i % 3)}
+        for i in range(count)
     ]  # fmt: skip
 
 
@@ -137,7 +145,8 @@ def make_spec(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Make
 
     def make(method: str = "kto", micro_batches: int = 1, **changes: Any) -> TrainSpec:
         out = tmp_path_factory.mktemp("run")
-        files = data / (METHODS[method].data if method in METHODS else "kto")
+        known = {**METHODS, **NOISE_AWARE}
+        files = data / (known[method].data if method in known else "kto")
         settings: dict[str, Any] = {
             "method": method,
             "dtype": "float32",

@@ -11,7 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from .conftest import MakeSpec
+from ray_pipeline.training.methods import NOISE_AWARE
+
+from .conftest import ROWS, MakeSpec, write_rows
 
 pytestmark = pytest.mark.e2e
 
@@ -124,6 +126,81 @@ def test_dpo_is_the_papers(perturbed: Perturbed, beta: float, changes: dict[str,
     chosen = torch.stack([oracle.log_ratio(row["prompt"], row["chosen"]) for row in rows])
     rejected = torch.stack([oracle.log_ratio(row["prompt"], row["rejected"]) for row in rows])
     assert trl_loss(trainer) == pytest.approx(-F.logsigmoid(beta * (chosen - rejected)).mean().item(), abs=1e-4)
+
+
+@pytest.mark.parametrize(("method", "epsilon"), [("cdpo", None), ("cdpo", 0.3), ("rdpo", None), ("rdpo", 0.3)])
+def test_smoothed_labels(perturbed: Perturbed, method: str, epsilon: float | None) -> None:
+    """cDPO (Mitchell 2023) and robust DPO (Chowdhury et al. 2024), with ε 0.1 unless set."""
+    changes = {} if epsilon is None else {"trainer_args": {"label_smoothing": epsilon}}
+    trainer, oracle, rows = perturbed(method, beta=0.5, **changes)
+    share = 0.1 if epsilon is None else epsilon
+    margin = 0.5 * torch.stack(
+        [oracle.log_ratio(r["prompt"], r["chosen"]) - oracle.log_ratio(r["prompt"], r["rejected"]) for r in rows]
+    )
+    as_labelled, flipped = -F.logsigmoid(margin), -F.logsigmoid(-margin)
+    losses = (
+        (1 - share) * as_labelled + share * flipped
+        if method == "cdpo"
+        else ((1 - share) * as_labelled - share * flipped) / (1 - 2 * share)
+    )
+    assert trl_loss(trainer) == pytest.approx(losses.mean().item(), abs=1e-4)
+
+
+def times_their_weight(losses: list[torch.Tensor], rows: list[dict[str, Any]]) -> float:
+    """The loss of a batch of as many rows, from which those of weight 0 are gone and where those of 2 are twice."""
+    assert {row["weight"] for row in rows} == {0.0, 1.0, 2.0}
+    return sum(loss.item() for loss, row in zip(losses, rows, strict=True) for _ in range(int(row["weight"]))) / BATCH
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"lora": None}, {"trainer_args": {"loss_type": ["robust"], "label_smoothing": 0.2}}]
+)
+def test_weighted_dpo_counts_a_pair_as_often_as_its_weight(perturbed: Perturbed, changes: dict[str, Any]) -> None:
+    trainer, oracle, rows = perturbed("dpo_weighted", beta=0.5, **changes)
+    margins = [
+        0.5 * (oracle.log_ratio(r["prompt"], r["chosen"]) - oracle.log_ratio(r["prompt"], r["rejected"])) for r in rows
+    ]
+    losses = [-F.logsigmoid(margin) for margin in margins]
+    if "trainer_args" in changes:
+        losses = [(0.8 * loss + 0.2 * F.logsigmoid(-m)) / 0.6 for loss, m in zip(losses, margins, strict=True)]
+    assert trl_loss(trainer) == pytest.approx(times_their_weight(losses, rows), abs=1e-4)
+
+
+def test_weighted_kto_counts_a_row_as_often_as_its_weight(perturbed: Perturbed) -> None:
+    """With z0 from all rows, as in KTO."""
+    trainer, oracle, rows = perturbed("kto_weighted", beta=0.5, desirable_weight=1.2, undesirable_weight=0.9)
+    ratios = [oracle.log_ratio(row["prompt"], row["completion"]) for row in rows]
+    moved = [oracle.log_ratio(row["prompt"], rows[i - 1]["completion"]) for i, row in enumerate(rows)]
+    z0 = torch.stack(moved).mean().clamp(min=0)
+    losses = [
+        1.2 * (1 - torch.sigmoid(0.5 * (r - z0))) if row["label"] else 0.9 * (1 - torch.sigmoid(0.5 * (z0 - r)))
+        for r, row in zip(ratios, rows, strict=True)
+    ]
+    assert trl_loss(trainer) == pytest.approx(times_their_weight(losses, rows), abs=1e-4)
+    assert (trainer.desirable_weight, trainer.undesirable_weight) == (1.2, 0.9)
+
+
+@pytest.mark.parametrize(("method", "changes"), [("dpo_weighted", {}), ("kto_weighted", {"desirable_weight": 1.2})])
+def test_rows_without_weight_teach_nothing(
+    make_spec: MakeSpec, tmp_path: Path, method: str, changes: dict[str, Any]
+) -> None:
+    from ray_pipeline.training.trainer import build_trainer
+
+    make, schema = ROWS[NOISE_AWARE[method].data]
+    trained = {}
+    for weight in (0.0, 1.0):
+        rows = [{**row, "weight": weight} for row in make(2 * BATCH)]
+        files = write_rows(tmp_path / f"{weight}.parquet", rows, schema)
+        spec = make_spec(
+            method, num_workers=1, batch_size=BATCH, epochs=1, train_files=files, val_files=files, **changes
+        )
+        trainer = build_trainer(spec, str(tmp_path / "scratch"))
+        before = [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
+        trainer.train()
+        after = [p.detach() for p in trainer.model.parameters() if p.requires_grad]
+        trained[weight] = all(torch.equal(*pair) for pair in zip(before, after, strict=True)), trainer.state.global_step
+        assert (trainer.evaluate()["eval_loss"] == pytest.approx(0, abs=1e-12)) == (weight == 0)
+    assert trained == {0.0: (True, 2), 1.0: (False, 2)}
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.5])

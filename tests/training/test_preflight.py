@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import shutil
 import tomllib
@@ -164,6 +165,10 @@ def test_a_spec_survives_the_way_to_the_workers(make_spec: MakeSpec) -> None:
         ("orpo", {"packing": True}, "ORPOConfig has no such setting"),
         ("orpo", {"fsdp": True}, "'shard'"),
         ("simpo", {"loss_type": "ipo"}, "would not be SimPO"),
+        ("cdpo", {"label_smoothing": 0.5}, "label_smoothing must be 0 or more and below 0.5, not 0.5"),
+        ("rdpo", {"label_smoothing": "0.1"}, "label_smoothing must be 0 or more and below 0.5, not '0.1'"),
+        ("rdpo", {"loss_type": ["sigmoid"]}, "another loss would be another method"),
+        ("dpo_weighted", {"use_weighting": False}, "its weights are those of the rows"),
         ("simpo", {"simpo_gama": 1.5}, "did you mean 'simpo_gamma'"),
         ("simpo", {"model_init_kwargs": {"quantization_config": {}}}, "'quantization'"),
     ],
@@ -374,8 +379,10 @@ def test_packed_rows_are_counted_as_sequences(make_spec: MakeSpec, tmp_path: Pat
         )
 
 
-def refuse(make_spec: MakeSpec, path: Path, rows: list[dict[str, Any]], schema: pa.Schema, words: str) -> None:
-    method = "dpo" if "chosen" in schema.names else "kto"
+def refuse(
+    make_spec: MakeSpec, path: Path, rows: list[dict[str, Any]], schema: pa.Schema, words: str, method: str = ""
+) -> None:
+    method = method or ("dpo" if "chosen" in schema.names else "kto")
     with pytest.raises(TrainingInputError, match=words) as caught:
         check_data(make_spec(method, train_files=write_rows(path, rows, schema)))
     assert "train_files" in str(caught.value) or str(path) in str(caught.value)
@@ -403,6 +410,16 @@ def test_wrong_columns_are_refused_by_name(make_spec: MakeSpec, tmp_path: Path) 
     refuse(make_spec, tmp_path / "4.parquet", rows, nullable, "'label' is empty in row 13")
     rows[7] = {**rows[7], "completion": []}
     refuse(make_spec, tmp_path / "5.parquet", rows, nullable, "'completion' is empty in row 7")
+
+
+def test_weights_that_are_missing_or_no_weights_are_refused(make_spec: MakeSpec, tmp_path: Path) -> None:
+    refused = functools.partial(refuse, make_spec, method="kto_weighted")
+    without = pa.schema([field for field in KTO_SCHEMA if field.name != "weight"])
+    refused(tmp_path / "1.parquet", kto_rows(20), without, "no column 'weight'.*set datasets.weights to true")
+    for number, (value, words) in enumerate([(None, "is empty"), (-0.5, "is -0.5"), (float("nan"), "is nan")], 2):
+        rows = kto_rows(20)
+        rows[13] = {**rows[13], "weight": value}
+        refused(tmp_path / f"{number}.parquet", rows, KTO_SCHEMA, f"'weight' {words} in row 13")
 
 
 def test_data_that_teach_nothing_are_refused(make_spec: MakeSpec, tmp_path: Path) -> None:
