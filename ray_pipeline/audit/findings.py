@@ -12,6 +12,7 @@ import pyarrow as pa
 from ray_pipeline.data.dataset_rows import DatasetsConfig
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.data.programs import ProgramJudge
+from ray_pipeline.data.rewards import RewardJudge
 from ray_pipeline.data.tokens import Encode
 from ray_pipeline.store import keys
 from ray_pipeline.store.errors import StoreError
@@ -33,6 +34,7 @@ PROBLEMS = {
     "prompt_id": "a prompt's id is not the hash of its messages",
     "numbers": "mean, variance, penalty or final score do not follow from verdicts and critique",
     "program": "a program's verdict is not what its checker finds",
+    "reward": "a reward model's score does not follow from the rewards of the prompt's candidates",
     "label": "a label does not follow from the numbers",
     "scores": "a training row carries other scores than the verdicts",
     "messages": "a training row's prompt is not the prompt's messages",
@@ -57,6 +59,7 @@ class RunTables:
         judges: whose scores the gate counted.
         humans: candidate_id → label by people that replaces the gate's.
         programs: the judges that are programs; their verdicts are computed again.
+        rewards: the judges that are reward models; their scores are computed again from the rewards.
         scale: of the judges' scores, where verdicts may be skipped.
         threshold: of a certified gate; None where it certified nothing.
     """
@@ -72,6 +75,7 @@ class RunTables:
     config: DatasetsConfig
     humans: Mapping[str, str] = dataclasses.field(default_factory=dict)
     programs: Sequence[ProgramJudge] = ()
+    rewards: Sequence[RewardJudge] = ()
     scale: tuple[int, int] | None = None
     threshold: float | None = None
 
