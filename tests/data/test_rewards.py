@@ -171,7 +171,7 @@ def test_another_scale_makes_no_call(made: Any, tmp_path: Path) -> None:
     config, _ = made
     run = tables(config, again)
     assert audit_run(run).found["reward"] > 0  # of the rank
-    assert not audit_run(dataclasses.replace(run, rewards=panel(scale=POINTS).judge.rewards)).found["reward"]
+    assert "reward" not in audit_run(dataclasses.replace(run, rewards=panel(scale=POINTS).judge.rewards)).found
 
 
 def test_the_audit_computes_scores_from_the_rewards_again(made: Any) -> None:
