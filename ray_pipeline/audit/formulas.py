@@ -103,7 +103,7 @@ def is_empty(response: str | None) -> bool:
 
 def reward_score(judge: RewardJudge, reward: float, others: Sequence[float]) -> float | None:
     """The score of a reward, from those of the prompt's other candidates."""
-    if judge.scale == "rank":
+    if isinstance(judge.scale, str):
         worse = sum(1.0 if other < reward else 0.5 if other == reward else 0.0 for other in others)
         return judge.low + (judge.high - judge.low) * worse / len(others) if others else None
     (left, low), *rest = judge.scale

@@ -145,7 +145,7 @@ class _Shard:
     def _check_rewards(self) -> None:
         """Scores of reward models: the map of the scale, or the share of the prompt's other candidates that are worse
         (ties: half), on the judge's scale."""
-        of_prompt = collections.defaultdict(list)
+        of_prompt: dict[str, list[str]] = collections.defaultdict(list)
         for name, candidate in self.candidates.items():
             of_prompt[candidate["prompt_id"]].append(name)
         for judge in self.run.rewards:

@@ -84,8 +84,14 @@ class JudgeSettings(Settings):
         return self
 
     @property
+    def _every(self) -> tuple[Rubric, ...]:
+        """Judges of all kinds."""
+        programs, rewards = (p.rubric for p in self.programs), (r.rubric for r in self.rewards)
+        return (*self.rubrics, *programs, *rewards, *self.recorded)
+
+    @property
     def _scales(self) -> set[Scale]:
-        return {(r.low, r.high) for r in (*self.rubrics, *self.programs, *self.rewards, *self.recorded)}
+        return {(judge.low, judge.high) for judge in self._every}
 
     @property
     def scale(self) -> Scale:
@@ -100,13 +106,12 @@ class JudgeSettings(Settings):
 
     @property
     def names(self) -> list[str]:
-        return [judge.name for judge in (*self.rubrics, *self.programs, *self.rewards, *self.recorded)]
+        return [judge.name for judge in self._every]
 
     @property
     def live(self) -> JudgeSettings | None:
         """The judges that can score what is not in a file; None without any."""
-        alive = self.rubrics or self.programs or self.rewards
-        return self.model_copy(update={"source": None}) if alive else None
+        return None if self._every == self.recorded else self.model_copy(update={"source": None})
 
     def on_model(self, key: str) -> tuple[Rubric, ...]:
         """Rubrics judged by one model."""

@@ -47,7 +47,7 @@ class RewardJudge(Settings):
     @model_validator(mode="after")
     def _valid(self) -> RewardJudge:
         _ = self.rubric  # name and scale
-        if self.scale != "rank":
+        if not isinstance(self.scale, str):
             rewards, scores = zip(*self.scale, strict=True)
             if any(b <= a for a, b in itertools.pairwise(rewards)):
                 raise ValueError(f"judge {self.name}: the rewards of scale must rise from point to point")
@@ -73,7 +73,7 @@ class RewardJudge(Settings):
         from scipy.stats import rankdata  # importing it takes a second
 
         known = [reward for reward in rewards if reward is not None]
-        if self.scale != "rank":
+        if not isinstance(self.scale, str):
             xs, ys = zip(*self.scale, strict=True)
             mapped = [float(score) for score in np.interp(known, xs, ys)]
         elif len(known) < 2:

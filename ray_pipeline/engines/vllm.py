@@ -96,7 +96,8 @@ class VllmEngine:
         self._engine: Any = None  # vllm.v1.engine.async_llm.AsyncLLM
         self._template: ChatTemplate | None = None
         self._loaded = LoadedAdapters()
-        self._limit, self._rewards, self._padding = 0, False, None
+        self._limit, self._rewards = 0, False
+        self._padding: int | None = None
         self._reaper: Reaper | None = None
         self._server: CoreServer | None = None
         self._watchdog: asyncio.Task[None] | None = None
@@ -265,7 +266,9 @@ class VllmEngine:
             (question, Sampling(max_tokens=16, grammar=Grammar.choice(_WORDS)), _WORDS),
             (question, Sampling(max_tokens=16, grammar=Grammar.json(_DIGIT)), tuple(map(str, range(1, 10)))),
         ]
-        for messages, sampling, allowed in [([QUESTION, REPLY], REWARD, ())] if self._rewards else calls:
+        if self._rewards:
+            calls = [([QUESTION, REPLY], REWARD, ())]
+        for messages, sampling, allowed in calls:
             try:
                 reply = await self._ask(messages, sampling, lora)
             except PromptTooLong as error:
