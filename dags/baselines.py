@@ -49,6 +49,8 @@ from ray_pipeline.workflow.registry import Workflow
 class BaselinesConfig(DmapoConfig):
     """The configuration of `quorum run baselines`: a DMAPO configuration and the `baselines` block."""
 
+    takes_reward_models = False
+
     train: TrainSettings = TrainSettings()
     baselines: BaselinesBlock
 
@@ -372,7 +374,7 @@ def audit(run: Run, config: BaselinesConfig) -> Audit:
     whole = {data: one for data, one in _scored(config).items() if one.first is None and one.max_prompts is None}
     made = {data: one for data, one in whole.items() if data in plain}
     skipped = [data for data in config.baselines.data if data not in made]
-    return audit_gated(run, list(made.values()), skipped, config.judge.programs)
+    return audit_gated(run, list(made.values()), skipped, config.judge)
 
 
 WORKFLOW = register("workflow", "baselines")(

@@ -49,6 +49,8 @@ from ray_pipeline.workflow.training import TrainingConfig, recorded_judges, requ
 class DmapoConfig(TrainingConfig):
     """The configuration of `quorum run dmapo`."""
 
+    takes_reward_models = True
+
     candidates: CandidateSettings = CandidateSettings()
     judge: JudgeSettings
     critic: CriticSettings | None = Field(
@@ -96,8 +98,8 @@ class DmapoConfig(TrainingConfig):
     @model_validator(mode="after")
     def _benchmark_baseline(self) -> DmapoConfig:
         if self.benchmarks is not None:
-            if self.train is None:
-                raise ValueError("benchmarks measures the policy, but train is null; remove the block, or set train")
+            if not self.trains_policy:
+                raise ValueError("benchmarks measures the policy, but none is trained; remove the block, or set train")
             self.benchmarks.check_baselines(["base", *self.policy_labels()])
         return self
 
@@ -167,7 +169,7 @@ class DmapoConfig(TrainingConfig):
     def report(self) -> ReportSettings:
         """The facts of the report that are in no table."""
         critic = ["critic"] if self.gate.use_critic else []
-        trained = ["train", "evaluate"] if self.train else []
+        trained = ["train", "evaluate"] if self.trains_policy else []
         return self.report_of(
             rubric_models(self.judge),
             recorded=recorded_judges(self.judge),
@@ -247,13 +249,15 @@ def trained(
     more: Callable[[Stage], list[Stage]] = lambda policy: [],
 ) -> list[Stage]:
     """The policy, and responses of base and policy to held-out prompts; one judge compares them in both orders, rubric
-    judges score. With `evaluate.skip_generation`, as they are stored.
+    judges score. With `evaluate.skip_generation`, as they are stored. A reward model alone: held-out pairs measure it.
 
     Args:
         more: further stages, by that of the policy.
     """
     assert config.train is not None
     texts, models, base = config.templates(), config.models, config.base
+    if not config.trains_policy:
+        return [train_stage(config.train, base, config.datasets.max_length, datasets, view="reward_model")]
     policy = train_stage(config.train, base, config.datasets.max_length, datasets)
     after_training = base.trained(stage_folder(run_folder, policy).location, config.train.save)
     before = responses_stage("base", config.evaluate, base, prompts)
@@ -281,7 +285,7 @@ def _benchmarks(config: DmapoConfig, run_folder: str, policy: Stage) -> list[Sta
 
 def audit(run: Run, config: DmapoConfig) -> Audit:
     """Walk every training row back. Raises StoreError where the run has no datasets yet."""
-    return audit_gated(run, scored(config), programs=config.judge.programs)
+    return audit_gated(run, scored(config), judge=config.judge)
 
 
 WORKFLOW = register("workflow", "dmapo")(

@@ -42,6 +42,8 @@ class TrainConfig(TrainingConfig):
     """The configuration of `quorum run train`. What `train.method`, `datasets.kinds` and `evaluate.perplexity` are
     where they are not set follows from the format of the rows."""
 
+    takes_reward_models = True
+
     run: RunBlock = RunBlock(name="train")
     train: TrainSettings = TrainSettings()
     preferences: PreferenceSource = Field(
@@ -61,7 +63,7 @@ class TrainConfig(TrainingConfig):
             return values
         train = {"method": _METHODS[form], **blocks["train"]}
         datasets = {"kinds": list(GIVES[form]), **blocks["datasets"]}
-        evaluate = {"perplexity": "kto" in datasets["kinds"], **blocks["evaluate"]}
+        evaluate = {**({} if "kto" in datasets["kinds"] else {"perplexity": False}), **blocks["evaluate"]}
         return {**values, "train": train, "datasets": datasets, "evaluate": evaluate}
 
     @field_validator("prompts")
@@ -91,7 +93,8 @@ class TrainConfig(TrainingConfig):
 
     def report(self) -> ReportSettings:
         """The facts of the report that are in no table."""
-        return self.report_of({}, workflow="train", stages=("prompts", "datasets", "train", "evaluate"))
+        trained = ["train", "evaluate"] if self.trains_policy else []
+        return self.report_of({}, workflow="train", stages=("prompts", "datasets", *trained))
 
 
 def train(config: TrainConfig, run_folder: str) -> Dag:

@@ -12,6 +12,7 @@ import pyarrow as pa
 from ray_pipeline.data.dataset_rows import DatasetsConfig
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.data.programs import ProgramJudge
+from ray_pipeline.data.rewards import RewardJudge
 from ray_pipeline.data.tokens import Encode
 from ray_pipeline.store import keys
 from ray_pipeline.store.errors import StoreError
@@ -34,6 +35,7 @@ PROBLEMS = {
     "numbers": "mean, variance, penalty or final score do not follow from verdicts and critique",
     "program": "a program's verdict is not what its checker finds",
     "posterior": "a posterior does not follow from the verdicts, or the model not from all of them",
+    "reward": "a reward model's score does not follow from the rewards of the prompt's candidates",
     "label": "a label does not follow from the numbers",
     "scores": "a training row carries other scores than the verdicts",
     "weight": "a training row's weight does not follow from the verdicts",
@@ -59,6 +61,7 @@ class RunTables:
         judges: whose scores the gate counted.
         humans: candidate_id → label by people that replaces the gate's.
         programs: the judges that are programs; their verdicts are computed again.
+        rewards: the judges that are reward models; their scores are computed again from the rewards.
         scale: of the judges' scores, where verdicts may be skipped or rows are weighted.
         threshold: of a certified gate; None where it certified nothing.
         posterior: the model of a gate with a pool; None without one.
@@ -75,6 +78,7 @@ class RunTables:
     config: DatasetsConfig
     humans: Mapping[str, str] = dataclasses.field(default_factory=dict)
     programs: Sequence[ProgramJudge] = ()
+    rewards: Sequence[RewardJudge] = ()
     scale: tuple[int, int] | None = None
     threshold: float | None = None
     posterior: Mapping[str, Any] | None = None

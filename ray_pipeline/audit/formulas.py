@@ -1,4 +1,5 @@
-"""The formulas of the gate, written again for the audit, independently of `data/gate.py` and `data/early_exit.py`.
+"""The formulas of gate and reward judges, written again for the audit, independently of `data/gate.py`,
+`data/early_exit.py` and `data/rewards.py`.
 
 Means and variances come from the standard library's exact `statistics`.
 """
@@ -14,6 +15,7 @@ from typing import Any
 
 from ray_pipeline.audit.findings import Row
 from ray_pipeline.data.gate import GateConfig
+from ray_pipeline.data.rewards import RewardJudge
 from ray_pipeline.store.schemas import READ_STATUSES
 
 #: Differences of scores up to this are rounding.
@@ -114,3 +116,18 @@ def close(found: float | None, expected: float | None) -> bool:
 def is_empty(response: str | None) -> bool:
     """Whether a response holds nothing but blanks."""
     return not (response or "").strip()
+
+
+def reward_score(judge: RewardJudge, reward: float, others: Sequence[float]) -> float | None:
+    """The score of a reward, from those of the prompt's other candidates."""
+    if isinstance(judge.scale, str):
+        worse = sum(1.0 if other < reward else 0.5 if other == reward else 0.0 for other in others)
+        return judge.low + (judge.high - judge.low) * worse / len(others) if others else None
+    (left, low), *rest = judge.scale
+    if reward <= left:
+        return low
+    for right, high in rest:
+        if reward <= right:
+            return low + (high - low) * (reward - left) / (right - left)
+        left, low = right, high
+    return low

@@ -112,7 +112,8 @@ class Provenance:
     def judged(self) -> bool:
         """Whether models judged them."""
         others = self.ready("judge") or self.programs
-        return not self.imported and not (others and not self.config["judge"]["rubrics"])
+        judge = self.config.get("judge") or {}
+        return not self.imported and not (others and not (judge.get("rubrics") or judge.get("rewards")))
 
     @property
     def programs(self) -> dict[str, str]:

@@ -2,7 +2,7 @@
 `judge.early_exit` one after another until the rest cannot matter (`data/early_exit.py`).
 
 Judges whose verdicts are in a user's file (`judge.source`) make no call: their rows are joined to the candidates.
-Judges that are programs (`judge.programs`) make none either.
+Programs (`judge.programs`) make none either; reward models (`judge.rewards`) make one, without a text to read.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ray_pipeline.config.settings import Settings, refuse_repeated
 from ray_pipeline.data.answers import Answer, answers_of, unanswered
 from ray_pipeline.data.early_exit import SKIPPED, EarlyExit, ExitRule, Panel, Scale
 from ray_pipeline.data.programs import ProgramJudge, programs
+from ray_pipeline.data.rewards import RewardJudge, rewards
 from ray_pipeline.data.verdict_sources import VerdictSource, recorded_rows, response_key
 from ray_pipeline.engines.base import ChatEngine
 from ray_pipeline.engines.models import ModelSettings
@@ -34,16 +35,17 @@ _LAYOUT_SAMPLE = 256
 
 
 class JudgeSettings(Settings):
-    """The `judge` block: the judges, by rubrics for models, as programs, or by the file that has their verdicts."""
+    """The `judge` block: the judges, by rubrics for models, as programs or reward models, or by a file of verdicts."""
 
     model: str = Field("judge", description="a key of `models`, for rubrics that name no model")
     rubrics: tuple[Rubric, ...] = Field(
         (),
-        description="judges that are models: name, text and scale of each; required without `programs` or `source`",
+        description="judges that are models: name, text and scale of each; required without another kind of judges",
     )
     programs: tuple[ProgramJudge, ...] = Field(
         (), description="judges that are programs and make no LLM call, beside those of `rubrics` or alone"
     )
+    rewards: tuple[RewardJudge, ...] = Field((), description="judges that are reward models, beside others or alone")
     source: VerdictSource | None = Field(
         None, description="judges whose verdicts are in a file of yours, beside those of `rubrics` or alone"
     )
@@ -73,7 +75,7 @@ class JudgeSettings(Settings):
     @model_validator(mode="after")
     def _distinct(self) -> JudgeSettings:
         if not self.names:
-            raise ValueError("no judges: set judge.rubrics, judge.programs or judge.source")
+            raise ValueError("no judges: set judge.rubrics, judge.programs, judge.rewards or judge.source")
         refuse_repeated(self.names, "judges")
         scales = sorted(self._scales)
         if len(scales) > 1:
@@ -82,9 +84,14 @@ class JudgeSettings(Settings):
         return self
 
     @property
+    def _every(self) -> tuple[Rubric, ...]:
+        """Judges of all kinds."""
+        programs, rewards = (p.rubric for p in self.programs), (r.rubric for r in self.rewards)
+        return (*self.rubrics, *programs, *rewards, *self.recorded)
+
+    @property
     def _scales(self) -> set[Scale]:
-        rubrics = (*self.rubrics, *(program.rubric for program in self.programs), *self.recorded)
-        return {(r.low, r.high) for r in rubrics}
+        return {(judge.low, judge.high) for judge in self._every}
 
     @property
     def scale(self) -> Scale:
@@ -99,12 +106,12 @@ class JudgeSettings(Settings):
 
     @property
     def names(self) -> list[str]:
-        return [*(r.name for r in self.rubrics), *(p.name for p in self.programs), *(r.name for r in self.recorded)]
+        return [judge.name for judge in self._every]
 
     @property
     def live(self) -> JudgeSettings | None:
         """The judges that can score what is not in a file; None without any."""
-        return self.model_copy(update={"source": None}) if self.rubrics or self.programs else None
+        return None if self._every == self.recorded else self.model_copy(update={"source": None})
 
     def on_model(self, key: str) -> tuple[Rubric, ...]:
         """Rubrics judged by one model."""
@@ -206,15 +213,15 @@ def judges(
     holds: str = "",
     exit_rule: ExitRule | None = None,
 ) -> list[Stage]:
-    """One stage per judge model, one for all programs, and one for a source, each with the verdicts of its own judges,
-    ordered by candidate and judge.
+    """One stage per judge model and per reward model, one for all programs, and one for a source, each with the
+    verdicts of its own judges, ordered by candidate and judge.
 
     Args:
         answers: stages of candidates or responses by role; all of their rows are judged.
         holds: role of the verdicts, see `Stage.role`.
         exit_rule: when a candidate's remaining judges are skipped; each model then waits for the verdicts before it.
     """
-    free = []
+    free = rewards(settings.rewards, models, prompts, answers, name, group or name, holds)
     if settings.programs:
         free.append(programs(settings.programs, prompts, answers, f"{name}-programs", group or name, holds))
     if settings.source is not None:

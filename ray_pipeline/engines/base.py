@@ -72,8 +72,8 @@ class Grammar:
 class Sampling:
     """How one reply is drawn. Equal values mean the same call.
 
-    ``max_tokens`` counts new tokens; ``temperature`` 0 is greedy; ``logprobs`` asks for the top n of
-    every generated token; ``extra`` goes to the engine as it is, by the engine's own names
+    ``max_tokens`` counts new tokens (0 only in ``REWARD``); ``temperature`` 0 is greedy; ``logprobs`` asks for the top
+    n of every generated token; ``extra`` goes to the engine as it is, by the engine's own names
     (``top_k``, ``min_p``, ``repetition_penalty``, …).
     """
 
@@ -103,6 +103,10 @@ class Sampling:
             "extra": [[name, value] for name, value in sorted(self.extra, key=lambda pair: pair[0])],
         }
 
+
+#: Asks a reward model for the score of a whole chat, whose last message is the reply; the completion's text is the
+#: number. A chat model writes at least one token.
+REWARD = Sampling(max_tokens=0)
 
 #: Finish reasons of several servers -> the common ones.
 _FINISHES = {

@@ -132,17 +132,20 @@ class ChatTemplate:
         with contextlib.suppress(Exception):
             self.opens_thought = opens_thought(self.text([QUESTION]))
 
-    def text(self, messages: Sequence[Message]) -> str:
+    def text(self, messages: Sequence[Message], whole: bool = False) -> str:
         """The prompt as text, with the header of the reply at its end; control strings in it are as written."""
         folded = messages if self._fold is None else self._fold(messages)
-        return render(self._tokenizer, folded, self._arguments, template=self._template)
+        return render(self._tokenizer, folded, self._arguments, generation_prompt=not whole, template=self._template)
 
-    async def prompt(self, messages: Sequence[Message]) -> list[int]:
+    async def prompt(self, messages: Sequence[Message], whole: bool = False) -> list[int]:
         """As `token_ids`, in a thread: the event loop has the replies of other calls to handle meanwhile."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self.token_ids, messages)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self.token_ids, messages, whole)
 
-    def token_ids(self, messages: Sequence[Message]) -> list[int]:
+    def token_ids(self, messages: Sequence[Message], whole: bool = False) -> list[int]:
         """The prompt as token ids. Not for several threads at once.
+
+        Args:
+            whole: the chat ends with its reply, so that no header of one follows, as in the rows of a training.
 
         Raises:
             Exception: whatever the template raises for messages that it does not take.
@@ -150,13 +153,13 @@ class ChatTemplate:
         messages = messages if self._fold is None else self._fold(messages)
         broken = [self._pattern(m).search(m["content"]) is not None for m in messages]
         if not any(broken):
-            return self._pieces.ids(self.text(messages))
+            return self._pieces.ids(self.text(messages, whole))
         mark = _unused_character(messages)
         marked = [
             {**m, "content": _break(m["content"], self._pattern(m), mark)} if hit else m
             for m, hit in zip(messages, broken, strict=True)
         ]
-        return [token for piece in self.text(marked).split(mark) for token in self._pieces.ids(piece)]
+        return [token for piece in self.text(marked, whole).split(mark) for token in self._pieces.ids(piece)]
 
     def _pattern(self, message: Message) -> re.Pattern[str]:
         return self._control_in_replies if message["role"] == "assistant" else self._control

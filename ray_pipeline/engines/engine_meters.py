@@ -7,6 +7,7 @@ waiting, KV cache usage, and request latencies.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from typing import Any
 
@@ -60,3 +61,9 @@ class EngineMeters:
 
     def record_sleep_state(self, is_awake: int, level: int) -> None:
         """Engines do not sleep here."""
+
+
+def stat_loggers() -> list[Any] | None:
+    """Inside Ray, a logger to its Prometheus endpoint; otherwise None, for vLLM's own."""
+    ray = sys.modules.get("ray")
+    return [EngineMeters] if ray is not None and ray.is_initialized() else None

@@ -271,7 +271,7 @@ class ModelSettings(Settings):
         return self.model_copy(update={"model": folder, "revision": None, "adapter": None, "quantization": None})
 
 
-Purpose = Literal["generate", "judge", "train", "count tokens"]
+Purpose = Literal["generate", "judge", "reward", "train", "count tokens"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,7 +296,7 @@ class ModelUse:
     @property
     def needs_weights(self) -> bool:
         """Whether the weights or the tokenizer must be local, which excludes an endpoint."""
-        return self.purpose in ("train", "count tokens")
+        return self.purpose in ("train", "count tokens", "reward")
 
 
 def resolve_model(model: Any) -> Any:

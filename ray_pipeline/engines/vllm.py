@@ -21,15 +21,14 @@ import functools
 import itertools
 import json
 import logging
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ray_pipeline.config.messages import installing
 from ray_pipeline.engines.account import Used
 from ray_pipeline.engines.base import (
+    REWARD,
     CallFailed,
     ChatEngine,
     Completion,
@@ -43,9 +42,9 @@ from ray_pipeline.engines.base import (
     causes,
     rejected,
 )
-from ray_pipeline.engines.chat_template import ChatTemplate
+from ray_pipeline.engines.chat_template import QUESTION, REPLY, ChatTemplate
 from ray_pipeline.engines.core_server import CoreServer, is_cpu_build
-from ray_pipeline.engines.engine_meters import EngineMeters
+from ray_pipeline.engines.engine_meters import stat_loggers
 from ray_pipeline.engines.identity import ModelNotFound, model_identity, text_digest
 from ray_pipeline.engines.imports import heavy_imports
 from ray_pipeline.engines.lifetime import Lifetime
@@ -54,13 +53,14 @@ from ray_pipeline.engines.thoughts import answered
 from ray_pipeline.engines.vllm_adapters import LoadedAdapters
 from ray_pipeline.engines.vllm_arguments import engine_args, max_sequences
 from ray_pipeline.engines.vllm_processes import Reaper, child_environment, end_processes, prepare_environment
-from ray_pipeline.engines.vllm_replies import read_completion, sampling_params
+from ray_pipeline.engines.vllm_replies import pooling_params, read_completion, read_reward, sampling_params
 from ray_pipeline.engines.vllm_spec import SPEED_ONLY, VllmSpec, validate_engine_args
-from ray_pipeline.store.local import local_copy
+from ray_pipeline.engines.vllm_template import load_template, own_template
 
 logger = logging.getLogger("quorum.vllm")
 
 _STARTS = 2  # attempts to start the engine
+_WORDS, _DIGIT = ("yes", "no"), {"type": "integer", "minimum": 1, "maximum": 9}  # asked for at the start
 _BEGIN_SECONDS = 0.1  # in which the other calls of a shard begin
 _REMEDY = (
     "Change what these words name: the sampling's parameters, or the template (set the model's key chat_template to a "
@@ -96,7 +96,8 @@ class VllmEngine:
         self._engine: Any = None  # vllm.v1.engine.async_llm.AsyncLLM
         self._template: ChatTemplate | None = None
         self._loaded = LoadedAdapters()
-        self._limit = 0
+        self._limit, self._rewards = 0, False
+        self._padding: int | None = None
         self._reaper: Reaper | None = None
         self._server: CoreServer | None = None
         self._watchdog: asyncio.Task[None] | None = None
@@ -123,7 +124,7 @@ class VllmEngine:
                 other["tokenizer"] = model_identity(str(other["tokenizer"]))["model"]
         except ModelNotFound as error:
             raise EngineStartError(str(error)) from error
-        template = self._own_template()
+        template = own_template(spec)
         return {
             "engine": "vllm",
             **model,
@@ -226,9 +227,11 @@ class VllmEngine:
         self._loaded, self._reaper = LoadedAdapters(), Reaper()
         with child_environment(self._reaper, cpu=is_cpu_build()):
             self._server = CoreServer()  # its imports run beside this process's
-            self._template = self._load_template(revision)
+            self._template = load_template(self.spec, revision)
             self._load_core(self._server, revision)
         self._limit = int(self._engine.model_config.max_model_len)
+        self._rewards = self._engine.model_config.runner_type == "pooling"  # by its architecture
+        self._padding = self._engine.model_config.hf_text_config.pad_token_id
 
     def _load_core(self, server: CoreServer, revision: str | None) -> None:
         try:
@@ -244,7 +247,7 @@ class VllmEngine:
             ) from error
         args = engine_args(self.spec, revision, cpu=current_platform.is_cpu(), adapters=self._adapters)
         with server.starts_cores():
-            loggers = None if args["disable_log_stats"] else _stat_loggers()
+            loggers = None if args["disable_log_stats"] else stat_loggers()
             self._engine = AsyncLLM.from_engine_args(
                 AsyncEngineArgs(**args),
                 # Batch work: the sizes of `vllm.LLM` where the user sets none (1,024 sequences and 16,384 tokens a step
@@ -253,54 +256,26 @@ class VllmEngine:
                 stat_loggers=loggers,
             )
 
-    def _own_template(self) -> str | None:
-        """Text of the specification's template file, if it has one."""
-        if self.spec.chat_template is None:
-            return None
-        try:
-            return Path(self.spec.chat_template).read_text()
-        except OSError as error:
-            raise EngineStartError(f"cannot read chat_template {self.spec.chat_template!r}: {error}") from error
-
-    def _load_template(self, revision: str | None) -> ChatTemplate:
-        with heavy_imports():
-            from transformers import AutoTokenizer
-        spec = self.spec
-        source = str(spec.args.get("tokenizer", spec.model))
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                local_copy(source),
-                revision=revision if revision and source == spec.model else "main",
-                trust_remote_code=spec.trust_remote_code,
-            )
-        except Exception as error:
-            raise EngineStartError(f"cannot load the tokenizer of {source!r}: {causes(error)}") from error
-        try:
-            return ChatTemplate(tokenizer, self._own_template(), spec.chat_template_args)
-        except ValueError as error:
-            raise EngineStartError(
-                f"{source!r} has no chat template (a base model, or its chat_template.jinja was not copied); "
-                "serve an instruction-tuned model, or set the model's key chat_template to a Jinja file"
-            ) from error
-
     async def _prove(self) -> None:
-        """Load the adapter, and make two short calls to check that the model answers and obeys structured output."""
+        """Load the adapter, and check with short calls that the model answers (a chat model: in the form asked for)."""
         lora = await self._loaded.load(self._engine, self.spec.adapter)
         if not self.spec.canary:
             return
-        score = {"type": "integer", "minimum": 1, "maximum": 9}
-        for grammar, allowed in (
-            (Grammar.choice(["yes", "no"]), ("yes", "no")),
-            (Grammar.json(score), tuple(map(str, range(1, 10)))),
-        ):
-            question = [{"role": "user", "content": "Answer: yes, no or 1."}]
+        question: list[Message] = [{"role": "user", "content": "Answer: yes, no or 1."}]
+        calls: list[tuple[list[Message], Sampling, Sequence[str]]] = [
+            (question, Sampling(max_tokens=16, grammar=Grammar.choice(_WORDS)), _WORDS),
+            (question, Sampling(max_tokens=16, grammar=Grammar.json(_DIGIT)), tuple(map(str, range(1, 10)))),
+        ]
+        if self._rewards:
+            calls = [([QUESTION, REPLY], REWARD, ())]
+        for messages, sampling, allowed in calls:
             try:
-                reply = await self._ask(question, Sampling(max_tokens=16, grammar=grammar), lora)
+                reply = await self._ask(messages, sampling, lora)
             except PromptTooLong as error:
                 raise EngineStartError(f"even a short question does not fit {self.spec.model!r}: {error}") from error
             except (EngineError, EngineDead) as error:
                 raise EngineStartError(f"the first call to {self.spec.model!r} failed: {error}") from error
-            if reply.text not in allowed or reply.finish_reason != "stop":
+            if allowed and (reply.text not in allowed or reply.finish_reason != "stop"):
                 raise EngineStartError(
                     f"{self.spec.model!r} does not obey structured output: the reply must be one of "
                     f"{', '.join(allowed)}, and is {reply.text!r} ({reply.finish_reason}). Try another backend "
@@ -318,9 +293,15 @@ class VllmEngine:
         if engine is None:
             raise EngineDead("the engine was closed")
         assert self._template is not None
+        if self._rewards != (sampling == REWARD):
+            what = "scores whole chats and writes no text" if self._rewards else "writes text and scores no chats"
+            raise EngineStartError(
+                f"{self.spec.model!r} {what}; judge.rewards needs models for sequence classification "
+                "(train.method: reward), and all other keys need causal language models"
+            )
         begin = time.perf_counter()
         try:
-            prompt = await self._template.prompt(messages)
+            prompt = await self._template.prompt(messages, whole=self._rewards)
         except Exception as error:  # templates raise their own errors: "roles must alternate", …
             await asyncio.sleep(_BEGIN_SECONDS)  # else the first rows would be refused before others could be answered
             raise rejected(f"the chat template rejected the messages: {causes(error)}") from error
@@ -332,10 +313,12 @@ class VllmEngine:
             logger.warning("%s", self.notes[-1])
         if len(prompt) + sampling.max_tokens > self._limit:
             raise PromptTooLong(len(prompt), sampling.max_tokens, self._limit)
-        params = sampling_params(sampling, self._template.end_token)
+        while self._rewards and prompt[-1:] == [self._padding]:
+            prompt.pop()  # transformers scores at the last token that is no padding, vLLM at the last one
+        params = pooling_params() if self._rewards else sampling_params(sampling, self._template.end_token)
         last: Any = None
         try:
-            async for output in engine.generate(
+            async for output in (engine.encode if self._rewards else engine.generate)(
                 # A prompt of this type is used unchanged and bypasses vLLM's tokenizer threads.
                 {"type": "token", "prompt_token_ids": prompt},
                 params,
@@ -349,6 +332,8 @@ class VllmEngine:
             if engine.errored or self._lifetime.closed:  # the error depends on what the call was doing at the time
                 raise EngineDead(f"the engine of {self.spec.model!r} has died; see its log") from error
             raise (rejected if isinstance(error, ValueError) else CallFailed)(causes(error)) from error
+        if self._rewards:
+            return read_reward(last, len(prompt), time.perf_counter() - begin)
         # A grammar holds from the first token, so that there is no thought.
         inside = self._template.opens_thought and sampling.grammar is None
         reply = read_completion(last, len(prompt), time.perf_counter() - begin, inside)
@@ -392,9 +377,3 @@ class _Adapted:
 
     async def chat(self, messages: Sequence[Message], sampling: Sampling) -> Completion:
         return await self._engine._chat(messages, sampling, self._adapter)
-
-
-def _stat_loggers() -> list[Any] | None:
-    """Inside Ray, a logger to its Prometheus endpoint; otherwise None, for vLLM's own."""
-    ray = sys.modules.get("ray")
-    return [EngineMeters] if ray is not None and ray.is_initialized() else None

@@ -1,11 +1,12 @@
-"""Sampling parameters in vLLM's form, and completions from its outputs."""
+"""Sampling and pooling parameters in vLLM's form, and completions from its outputs."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ray_pipeline.engines.base import CallFailed, Completion, Sampling, TokenLogprobs, causes, rejected
+from ray_pipeline.engines.base import CallFailed, Completion, EngineError, Sampling, TokenLogprobs, causes, rejected
 from ray_pipeline.engines.vllm_spec import sampling_problem
 
 
@@ -66,6 +67,31 @@ def read_completion(output: Any, prompt_tokens: int, latency_s: float, inside: b
         latency_s=latency_s,
         inside=inside,
     )
+
+
+def pooling_params() -> Any:
+    """What a reward model is asked for: its score, which is the logit itself."""
+    from vllm.pooling_params import PoolingParams
+
+    return PoolingParams(task="classify", use_activation=False)
+
+
+def read_reward(output: Any, prompt_tokens: int, latency_s: float) -> Completion:
+    """The score in the last output of a request (``vllm.PoolingRequestOutput``), as the text of a completion: six
+    significant digits, since the seventh of a float32 depends on the other calls of a batch.
+
+    Raises:
+        CallFailed: there is none.
+        EngineError: the model has several outputs, or one that is not finite.
+    """
+    if output is None:
+        raise CallFailed("vLLM ended the request without a score")
+    scores = output.outputs.data.float().reshape(-1).tolist()
+    if len(scores) != 1:
+        raise rejected(f"a reward model has one output, this model has {len(scores)} (num_labels in its config.json)")
+    if not math.isfinite(scores[0]):
+        raise EngineError(f"the score is {scores[0]}")
+    return Completion(f"{scores[0]:.6g}", "stop", prompt_tokens, 0, int(output.num_cached_tokens or 0), None, latency_s)
 
 
 def _token_logprobs(token_ids: Sequence[int], steps: Sequence[Mapping[int, Any]]) -> TokenLogprobs:

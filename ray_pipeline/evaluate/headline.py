@@ -62,7 +62,8 @@ def headline(evaluation: Evaluation | None, missing_stages: list[str], on_data: 
 
 
 def data_headline(data: ReportData, metrics: RunMetrics, on_data: Sequence[str] = ()) -> Headline:
-    """What data a run without a policy made: rows, how many candidates were kept, and how far the judges agree.
+    """What data a run without a policy made: rows, how many candidates were kept, how far the judges agree, and how
+    well a reward model learned the pairs.
 
     Args:
         on_data: what is wrong with the data, in full sentences; comes first.
@@ -81,6 +82,11 @@ def data_headline(data: ReportData, metrics: RunMetrics, on_data: Sequence[str] 
         said.append(
             f"Agreement of the {len(judging.judges)} judges: Krippendorff's alpha {judging.alpha:.2f} (1: perfect, "
             "0: by chance)."
+        )
+    reward = None if metrics.training is None else metrics.training.trends.get("rewards_accuracies")
+    if reward is not None and reward.validation is not None:
+        said.append(
+            f"The reward model scores the chosen response higher in {percent(reward.validation)} of held-out pairs."
         )
     return Headline("data", " ".join(said))
 

@@ -124,7 +124,7 @@ def evaluate_run(given: WholeInput) -> dict[str, Any]:
 
     settings: _Given = given.settings
     measured: dict[str, Perplexity] = {}
-    if settings.evaluate.perplexity and of_role(given.inputs, "policy"):
+    if settings.base is not None and settings.evaluate.perplexity and of_role(given.inputs, "policy"):
         measured = _perplexities(given, settings)
     given.folder.write_json("perplexity.json", {name: dataclasses.asdict(p) for name, p in measured.items()})
     store_protocols(given.folder, settings.compared)

@@ -21,12 +21,12 @@ from datasets.utils import are_progress_bars_disabled
 from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, TrainingArguments
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, TrainingArguments
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from ray_pipeline.engines.chat_template import end_token
-from ray_pipeline.training.methods import TrainingInputError, method_of
+from ray_pipeline.training.methods import TrainingInputError, method_of, model_args, model_class
 from ray_pipeline.training.spec import TrainSettings, TrainSpec
 from ray_pipeline.training.tokenizer import complete_generation_config, load_tokenizer
 from ray_pipeline.training.trainer import lora_config, trainer_config, with_template_args
@@ -64,7 +64,12 @@ def check_build(spec: TrainSpec) -> None:
 
 def _model_config(spec: TrainSpec) -> Any:
     try:
-        return AutoConfig.from_pretrained(spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+        return AutoConfig.from_pretrained(
+            spec.model,
+            revision=spec.revision,
+            trust_remote_code=spec.trust_remote_code,
+            **model_args(method_of(spec.settings.method).task),
+        )
     except (OSError, ValueError) as error:
         raise TrainingInputError(f"model: cannot read config.json of {spec.model}: {_words(error)}") from error
 
@@ -121,19 +126,26 @@ def _model(spec: TrainSpec, config: Any, more: Mapping[str, Any] | None = None) 
         more: arguments of its class.
     """
     named = ", ".join(config.architectures or []) or "no architecture"
-    remedy = "choose a causal language model (…ForCausalLM)"
+    method, remedy = method_of(spec.settings.method), "choose a causal language model (…ForCausalLM)"
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model = model_class(method.task).from_config(
                 config,
                 dtype=getattr(torch, spec.settings.dtype),
                 trust_remote_code=spec.trust_remote_code,
                 **(more or {}),
             )
     except (ValueError, KeyError, AttributeError) as error:
+        if not method.trains_policy:
+            raise TrainingInputError(
+                f"model: transformers has no class for sequence classification for {spec.model} ({named} in its "
+                f"config.json), so that it cannot become a reward model: {_words(error)}; choose another base"
+            ) from error
         raise TrainingInputError(
             f"model: {spec.model} ({named} in its config.json) is no causal language model: {_words(error)}; {remedy}"
         ) from error
+    if not method.trains_policy:
+        return model
     if type(model).__name__ not in (config.architectures or []):
         raise TrainingInputError(
             f"model: the config.json of {spec.model} names {named}, but training and merging would load it as "
@@ -147,8 +159,11 @@ def _model(spec: TrainSpec, config: Any, more: Mapping[str, Any] | None = None) 
 
 
 def _check_saving(spec: TrainSpec, model: Any, tokenizer: Any, scratch: str) -> None:
-    complete_generation_config(model.generation_config, tokenizer, end_token(tokenizer, spec.chat_template_args))
-    for name, part in {"config.json": model.config, "generation_config.json": model.generation_config}.items():
+    parts = {"config.json": model.config}
+    if method_of(spec.settings.method).trains_policy:
+        complete_generation_config(model.generation_config, tokenizer, end_token(tokenizer, spec.chat_template_args))
+        parts["generation_config.json"] = model.generation_config
+    for name, part in parts.items():
         try:
             part.save_pretrained(scratch)
         except ValueError as error:

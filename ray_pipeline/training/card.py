@@ -47,7 +47,7 @@ def model_card(
         # The Hub accepts only its own names here.
         base_model=None if os.path.isabs(spec.model) else spec.model,
         library_name="peft" if kind == "adapter" else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-generation" if method_of(spec.settings.method).trains_policy else "text-classification",
         tags=["quorum", "trl", method, *(["lora"] if kind == "adapter" else [])],
     )
     lines = [

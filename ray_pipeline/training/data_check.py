@@ -32,7 +32,7 @@ class DataReport:
 
     Attributes:
         rows: rows in the files.
-        truncated: rows with a completion truncated at `max_length`.
+        truncated: rows with a completion truncated at `max_length` (of a reward model: left out for it).
         desirable, undesirable: labels (KTO; 0 for other methods).
         identical_pairs: pairs whose chosen and rejected tokens are equal after truncation.
         sequences: elements of the batches: the rows, or the longer sequences into which TRL packs them.
@@ -190,6 +190,8 @@ def _with_ends(tokenizer: Any, ids: list[int], end: bool = True) -> list[int]:
 
 def _sequences(spec: TrainSpec, counts: _Counts, packing: bool | None = None) -> int:
     """How many sequences the batches are dealt from. Packing is done by TRL's own function, on rows of zeros."""
+    if not method_of(spec.settings.method).trains_policy:
+        return counts.rows - counts.truncated
     if not (spec.packs if packing is None else packing) or not counts.rows:
         return counts.rows
     from datasets import Dataset, disable_progress_bars, enable_progress_bars
@@ -299,6 +301,8 @@ def _warnings(
 ) -> Iterator[str]:
     if train.identical_pairs:
         yield f"{train.identical_pairs} of {train.rows} pairs are equal after truncation and have no effect"
+    if train.truncated and not method.trains_policy:
+        yield f"{train.truncated} of {train.rows} pairs are longer than max_length={spec.max_length} and left out"
     what, step = "packed sequences" if spec.packs else "rows", spec.settings.global_batch
     unused = sequences - spec.rows_per_epoch(sequences)
     if sequences < step:

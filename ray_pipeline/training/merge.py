@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ray_pipeline.training.folders import clear, partial_folder, publish
+from ray_pipeline.training.methods import Task, model_args, model_class
 from ray_pipeline.training.tokenizer import complete_generation_config
 
 if TYPE_CHECKING:  # importing torch takes seconds
@@ -42,6 +43,7 @@ def merge_adapter(
     out: str,
     dtype: str,
     *,
+    task: Task = "CAUSAL_LM",
     revision: str | None = None,
     trust_remote_code: bool = False,
     prompts: Sequence[str] = _PROMPTS,
@@ -58,6 +60,7 @@ def merge_adapter(
         adapter: folder with `adapter_model.safetensors`, `adapter_config.json` and the tokenizer.
         out: final folder; written atomically, replacing an older one.
         dtype: "float32" or "bfloat16", for the written weights.
+        task: of the method that trained the adapter.
         prompts: texts to compare logits on; the first 64 tokens of each are used.
         end_token: id of the token behind a reply; generation with the merged model stops at it.
         readme: text of README.md.
@@ -67,14 +70,21 @@ def merge_adapter(
     """
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=trust_remote_code)
     encoded = [tokenizer(text, add_special_tokens=False)["input_ids"][:_CHECK_TOKENS] for text in prompts]
     samples = [torch.tensor([ids]) for ids in encoded if ids]
-    model = AutoModelForCausalLM.from_pretrained(
-        base, revision=revision, trust_remote_code=trust_remote_code, dtype=torch.float32, device_map=None
-    ).eval()
+    torch.manual_seed(0)  # a reward model gets a new head, which the adapter replaces
+    model = model_class(task).from_pretrained(
+        base,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        dtype=torch.float32,
+        device_map=None,
+        **model_args(task),
+    )
+    model.eval()
     of_base = _logits(model, samples)
     with_adapter = PeftModel.from_pretrained(model, adapter, torch_device="cpu").eval()
     of_adapter = _logits(with_adapter, samples)
@@ -93,7 +103,10 @@ def merge_adapter(
     final = Path(out)
     partial = partial_folder(final)
     clear(partial)
-    complete_generation_config(merged.generation_config, tokenizer, end_token)
+    if task == "CAUSAL_LM":
+        complete_generation_config(merged.generation_config, tokenizer, end_token)
+    else:
+        merged.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # scores are read at the token before it
     merged.to(getattr(torch, dtype)).save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     if readme is not None:

@@ -20,6 +20,7 @@ from ray_pipeline.extensions import ExtensionError, find, register
 #: The kinds of training rows: single responses, pairs, and responses with a label.
 DataKind = Literal["sft", "dpo", "kto"]
 ColumnKind = Literal["messages", "bool", "weight"]
+Task = Literal["CAUSAL_LM", "SEQ_CLS"]
 
 
 class TrainingInputError(ValueError):
@@ -55,6 +56,7 @@ class Method:
         refuses: TRL setting → why it would break this method.
         weighted: it reads the weight of each row, too.
         below: TRL setting → the number that it must be below, being 0 or more.
+        task: PEFT's name of the kind of model: one that writes (a policy), or one that scores a chat (a reward model).
     """
 
     module: str
@@ -70,6 +72,11 @@ class Method:
     refuses: Mapping[str, str] = dataclasses.field(default_factory=dict)
     weighted: bool = False
     below: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    task: Task = "CAUSAL_LM"
+
+    @property
+    def trains_policy(self) -> bool:
+        return self.task == "CAUSAL_LM"
 
     @property
     def columns(self) -> Mapping[str, ColumnKind]:
@@ -155,6 +162,17 @@ METHODS: dict[str, Method] = {
         adds_ends=True,
         refuses={"loss_type": "another loss would not be SimPO (for AlphaPO set trainer_args.alpha)"},
     ),
+    "reward": Method(  # Ouyang et al. 2022, arXiv:2203.02155
+        "trl", "RewardConfig", "RewardTrainer",
+        data="dpo",
+        objective=(
+            "−log σ(r(x, y_w) − r(x, y_l)) (eq. 1), r = the one output of a new head at the last token of the chat; "
+            "the mean over pairs."
+        ),
+        fields=("disable_dropout",),
+        settings=FILE_ORDER,
+        task="SEQ_CLS",
+    ),
 }  # fmt: skip
 
 _SMOOTHED = {"loss_type": ["robust"], "label_smoothing": 0.1}
@@ -204,6 +222,18 @@ def method_of(reference: str) -> Method:
     if not isinstance(method, Method):
         raise ExtensionError(f"method {reference!r} is a {type(method).__name__}; register a Method")
     return method
+
+
+def model_class(task: Task) -> Any:
+    """The class of transformers that loads the model of a task."""
+    import transformers
+
+    return transformers.AutoModelForCausalLM if task == "CAUSAL_LM" else transformers.AutoModelForSequenceClassification
+
+
+def model_args(task: Task) -> dict[str, Any]:
+    """Further arguments of its configuration."""
+    return {} if task == "CAUSAL_LM" else {"num_labels": 1}
 
 
 def method_label(reference: str) -> str:

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from ray_pipeline.store.schemas import TRAIN_METRICS
 
-#: Column of the table -> TRL's name in the log.
+#: Column of the table -> TRL's name in the log; the names of its reward trainer are in `_REWARD_NAMES`.
 LOG_NAMES: dict[str, str] = {
     "loss": "loss",
     "learning_rate": "learning_rate",
@@ -23,6 +23,8 @@ LOG_NAMES: dict[str, str] = {
     "logps_rejected": "logps/rejected",
 }
 
+_REWARD_NAMES = {"rewards_margins": "margin", "rewards_accuracies": "accuracy"}
+
 
 def train_metrics(log_history: Iterable[Mapping[str, Any]]) -> pa.Table:
     """One row per logged optimiser step (`split` train) and per evaluation (`split` eval), by step, train first.
@@ -35,7 +37,8 @@ def train_metrics(log_history: Iterable[Mapping[str, Any]]) -> pa.Table:
         for split, prefix in (("train", ""), ("eval", "eval_")):
             if f"{prefix}loss" not in entry:  # the summary at the end has only "train_loss"
                 continue
-            values = {column: _number(entry.get(f"{prefix}{name}")) for column, name in LOG_NAMES.items()}
+            names = LOG_NAMES | {c: n for c, n in _REWARD_NAMES.items() if f"{prefix}{n}" in entry}
+            values = {column: _number(entry.get(f"{prefix}{name}")) for column, name in names.items()}
             rows[(entry["step"], split)] = {
                 "step": entry["step"], "split": split, "epoch": _number(entry.get("epoch")), **values
             }  # fmt: skip

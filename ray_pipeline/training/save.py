@@ -12,14 +12,15 @@ import torch
 from ray_pipeline.engines.chat_template import end_token
 from ray_pipeline.training.folders import clear, partial_folder, publish
 from ray_pipeline.training.merge import merge_adapter
+from ray_pipeline.training.methods import method_of
 from ray_pipeline.training.spec import TrainSpec
 
 logger = logging.getLogger("quorum.train")
 
 #: Rows of the dataset that the merge is checked on.
 _CHECK_ROWS = 4
-#: Columns of prompts (SFT: of whole rows) in the datasets that TRL has tokenized.
-_TOKEN_COLUMNS = ("prompt_ids", "prompt_input_ids", "input_ids")
+#: Columns of prompts (SFT and reward models: of whole chats) in the datasets that TRL has tokenized.
+_TOKEN_COLUMNS = ("prompt_ids", "prompt_input_ids", "input_ids", "chosen_ids")
 
 
 def write_model(spec: TrainSpec, trainer: Any, card: Callable[[str], str]) -> dict[str, float | None]:
@@ -50,6 +51,7 @@ def write_model(spec: TrainSpec, trainer: Any, card: Callable[[str], str]) -> di
         str(Path(spec.output_dir) / "adapter"),
         str(Path(spec.output_dir) / "merged"),
         spec.settings.dtype,
+        task=method_of(spec.settings.method).task,
         revision=spec.revision,
         trust_remote_code=spec.trust_remote_code,
         prompts=_texts(trainer),

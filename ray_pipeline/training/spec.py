@@ -56,7 +56,7 @@ class TrainSettings(Settings):
     method: MethodName = Field(
         "kto",
         description="sft, dpo, kto, orpo, simpo; for labels that are partly wrong cdpo, rdpo, dpo_weighted, "
-        "kto_weighted; or a file that registers a method (my_method.py)",
+        "kto_weighted; reward (a reward model; in `train` and `dmapo`); or a file that registers a method (my_method.py)",
     )
     model: str = Field("policy", description="a key of `models`: the base that is adapted")
     dtype: Literal["float32", "bfloat16"] = Field(
@@ -170,6 +170,11 @@ class TrainSettings(Settings):
             raise ValueError("train.quantization needs train.lora: quantized weights cannot be trained")
         if self.save == "adapter" and self.lora is None:
             raise ValueError("train.save is adapter, but without train.lora every weight is trained; set it to merged")
+        if self.save == "adapter" and not method.trains_policy:
+            raise ValueError(
+                f"train.save is adapter, but a reward model of {self.method} is served as a whole; set it to merged or "
+                "both"
+            )
         if self.beta is None:
             # Shown as the method's own and still not set: a copy for another method must not inherit it.
             self.__dict__["beta"] = method.beta

@@ -44,10 +44,9 @@ def build_trainer(spec: TrainSpec, output_dir: str, callbacks: Sequence[TrainerC
         )
     if settings.disable_dropout and "disable_dropout" not in method.fields:  # SFT's config has no such setting
         disable_dropout_in_model(trainer.model)
-    # Checkpoints of full fine-tuning contain it.
-    complete_generation_config(
-        trainer.model.generation_config, tokenizer, end_token(tokenizer, spec.chat_template_args)
-    )
+    if method.trains_policy:  # checkpoints of full fine-tuning contain it
+        end = end_token(tokenizer, spec.chat_template_args)
+        complete_generation_config(trainer.model.generation_config, tokenizer, end)
     trainer.remove_callback(PrinterCallback)  # prints every log as a dict; `callbacks.LogProgress` replaces it
     trainer.train_dataset = trainer.train_dataset.select(range(spec.rows_per_epoch(len(trainer.train_dataset))))
     if trainer.eval_dataset is not None:
@@ -192,7 +191,7 @@ def lora_config(spec: TrainSpec) -> LoraConfig | None:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=modules if isinstance(modules, str) else list(modules),
-        task_type="CAUSAL_LM",
+        task_type=method_of(spec.settings.method).task,  # with SEQ_CLS the new head is trained and kept, too
         revision=spec.revision,
     )
 

@@ -17,7 +17,7 @@ class BaselinesBlock(Settings):
     """The `baselines` block: every method is trained on every dataset with every seed."""
 
     methods: dict[MethodName, dict[str, Any]] = Field(
-        default_factory=lambda: {name: dict[str, Any]() for name in METHODS},
+        default_factory=lambda: {name: dict[str, Any]() for name, method in METHODS.items() if method.trains_policy},
         min_length=1,
         description="method → overrides of the `train` block",
     )

@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 ModelKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 #: Why a model cannot be at an endpoint, by its purpose.
-_WHY_HERE = {"train": "training needs local weights", "count tokens": "counting tokens needs a local tokenizer"}
+_WHY_HERE = {
+    "train": "training needs local weights",
+    "count tokens": "counting tokens needs a local tokenizer",
+    "reward": "scores of reward models come from vLLM's pooling",
+}
 
 
 def judge_uses(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -48,6 +48,9 @@ class TrainingConfig(RunConfig):
     )
     evaluate: EvaluateSettings = EvaluateSettings()
 
+    #: Whether the workflow can end with a reward model in place of a policy.
+    takes_reward_models: ClassVar[bool] = False
+
     @model_validator(mode="before")
     @classmethod
     def _benchmarks_of_the_run(cls, values: Any) -> Any:
@@ -82,6 +85,11 @@ class TrainingConfig(RunConfig):
         return self.models[self.train.model]
 
     @property
+    def trains_policy(self) -> bool:
+        """Whether there will be a policy to compare with its base."""
+        return self.train is not None and method_of(self.train.method).trains_policy
+
+    @property
     def counting(self) -> ModelSettings | None:
         """The model whose tokenizer counts the tokens of training rows; None for an estimate."""
         if self.train is not None:
@@ -100,6 +108,8 @@ class TrainingConfig(RunConfig):
         if self.train is None:
             return []
         base, evaluate = self.train.model, self.evaluate
+        if not self.trains_policy:
+            return [ModelUse("train.model", base, "train")]
         return [
             ModelUse("train.model", base, "train"),
             ModelUse("evaluate.judge", evaluate.judge, "judge", "evaluate.sampling", evaluate.sampling.extra),
@@ -110,7 +120,7 @@ class TrainingConfig(RunConfig):
         ]
 
     def without_effect(self) -> set[str]:
-        return {f"models.{self.evaluate.judge}"} if self.train is None else set()
+        return set() if self.trains_policy else {f"models.{self.evaluate.judge}"}
 
     def trained(self) -> dict[str, TrainSettings]:
         """Key that configures a training → its settings."""
@@ -159,6 +169,12 @@ class TrainingConfig(RunConfig):
                     f"would differ from the model that generates; {remedy}"
                 )
         self.check_kinds()
+        for key, train in self.trained().items():
+            if not method_of(train.method).trains_policy and not self.takes_reward_models:
+                raise ValueError(
+                    f"{key}: method {train.method} trains a reward model, which has no answers to compare; use "
+                    "`quorum run train` or `quorum run dmapo`, or choose a method that trains a policy"
+                )
         return self
 
     def remarks(self) -> list[str]:
@@ -174,10 +190,11 @@ class TrainingConfig(RunConfig):
 
     def _idle_keys(self) -> Iterator[str]:
         without_policy = {"checker", "bootstrap_draws", "seed"}
-        idle = sorted(self.evaluate.model_fields_set - without_policy) if self.train is None else []
+        idle = [] if self.trains_policy else sorted(self.evaluate.model_fields_set - without_policy)
         if idle:
             keys = ", ".join(f"evaluate.{key}" for key in idle)
-            yield f"no effect where train is null (there is no policy to evaluate): {keys}"
+            why = "train is null" if self.train is None else f"train.method is {self.train.method}"
+            yield f"no effect where {why} (there is no policy to evaluate): {keys}"
 
     def check_kinds(self) -> None:
         """Raises ValueError if training or perplexity needs a kind of rows that is not made."""
@@ -187,7 +204,7 @@ class TrainingConfig(RunConfig):
             raise ValueError(f"train.method {self.train.method} reads weights of rows; set datasets.weights to true")
         if kind not in self.datasets.kinds:
             raise ValueError(f"train.method is {self.train.method}, but datasets.kinds does not include {kind}")
-        if self.evaluate.perplexity and "kto" not in self.datasets.kinds:
+        if self.trains_policy and self.evaluate.perplexity and "kto" not in self.datasets.kinds:
             raise ValueError(
                 "evaluate.perplexity reads the held-out kto rows; add kto to datasets.kinds or set it to false"
             )
@@ -203,7 +220,7 @@ class TrainingConfig(RunConfig):
 
     def report_stage(self, stages: Sequence[Stage]) -> Stage:
         """The page of these stages."""
-        base = None if self.train is None else self.base
+        base = self.base if self.trains_policy else None
         return evaluate(self.evaluate, self.report(), base, self.datasets.max_length, stages)
 
     def report_of(
@@ -225,13 +242,13 @@ class TrainingConfig(RunConfig):
             "bootstrap_draws": self.evaluate.bootstrap_draws,
             "seed": self.evaluate.seed,
         }
-        used = dict.fromkeys([*judging.values(), *([] if self.train is None else [self.evaluate.judge])])
+        used = dict.fromkeys([*judging.values(), *([self.evaluate.judge] if self.trains_policy else [])])
         cards: dict[str, list[dict[str, Any]]] = {}
         for key in used:
             with contextlib.suppress(CardError):  # the checks before a run name it; a stored run needs no card
                 cards[key] = cards_of(f"models.{key}", self.models[key])
         values["cards"] = {key: judges for key, judges in cards.items() if judges}
-        if self.train is not None:
+        if self.trains_policy:
             values |= {
                 "evaluating": {self.evaluate.judge: self.models[self.evaluate.judge].shown},
                 "candidate": self.base.shown,
@@ -246,8 +263,10 @@ def _block(values: Any, name: str) -> Mapping[str, Any] | None:
 
 
 def rubric_models(judge: JudgeSettings) -> dict[str, str]:
-    """Rubric judge → the key of its model."""
-    return {rubric.name: rubric.model or judge.model for rubric in judge.rubrics}
+    """Judge that is a model → the model's key."""
+    return {rubric.name: rubric.model or judge.model for rubric in judge.rubrics} | {
+        r.name: r.model for r in judge.rewards
+    }
 
 
 def require_checker(key: str, checker: str, options: Mapping[str, Any] | None = None) -> None:
@@ -269,3 +288,5 @@ def rubric_uses(judge: JudgeSettings) -> Iterator[ModelUse]:
     for rubric in judge.rubrics:
         key, model = f"judge.rubrics.{rubric.name}", rubric.model or judge.model
         yield from judge_uses(key, model, {"judge.sampling": judge.sampling}, rubric.sampling)
+    for reward in judge.rewards:
+        yield ModelUse(f"judge.rewards.{reward.name}.model", reward.model, "reward")

@@ -413,6 +413,7 @@ OTHER: dict[str, Any] = {
     "judge.rubrics": [{"name": "helpfulness"}],
     "judge.early_exit": "scores",  # labels makes no dpo rows
     "judge.programs": [{"name": "program", "checker": "pocket"}],
+    "judge.rewards": [{"name": "pairs", "model": "judge"}],
     "datasets.kinds": ["kto"],
     "train.lora.target_modules": ["q_proj"],
     "evaluate.modes": [{"name": "greedy", "sampling": {"max_tokens": 9}}],

@@ -35,6 +35,8 @@ from .conftest import (
 )
 from .shapes import make_model
 
+POLICY_METHODS = [name for name, method in METHODS.items() if method.trains_policy]
+
 
 @pytest.mark.parametrize(
     ("changes", "words"),
@@ -210,7 +212,7 @@ def test_every_method_makes_its_config(make_spec: MakeSpec, tmp_path: Path, meth
     from ray_pipeline.training.trainer import trainer_config
 
     args = trainer_config(make_spec(method, beta=None), str(tmp_path))
-    published = {"sft": None, "dpo": 0.1, "kto": 0.1, "orpo": 0.1, "simpo": 2.0}
+    published = {"sft": None, "dpo": 0.1, "kto": 0.1, "orpo": 0.1, "simpo": 2.0, "reward": None}
     assert getattr(args, "beta", None) == METHODS[method].beta == published[method]
     assert args.max_length == 64 and args.train_sampling_strategy == "sequential"
     assert args.model_init_kwargs == {"dtype": "float32", "device_map": None}
@@ -289,7 +291,7 @@ def lengths_in_trl(dataset: Any) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("bare", [False, True], ids=["ended", "bare"])
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", POLICY_METHODS)
 def test_counts_are_those_of_trl(
     make_spec: MakeSpec, tiny_model: str, bare_model: str, tmp_path: Path, method: str, bare: bool
 ) -> None:
@@ -317,6 +319,19 @@ def test_counts_are_those_of_trl(
     assert added == (bare and METHODS[method].adds_ends)
 
 
+def test_pairs_too_long_for_a_reward_model_are_left_out(make_spec: MakeSpec, tmp_path: Path) -> None:
+    from ray_pipeline.training.trainer import build_trainer
+
+    make, schema = ROWS["dpo"]
+    rows = [{**row, "prompt": user("red " * (i % 7))} for i, row in enumerate(make(40))]
+    files = write_rows(tmp_path / "a.parquet", rows, schema)
+    spec = make_spec("reward", num_workers=1, batch_size=1, max_length=30, train_files=files, trainer_args={})
+    report = check_data(spec)
+    assert 0 < report.truncated < 40 and report.sequences == 40 - report.truncated
+    assert f"{report.truncated} of 40 pairs are longer than max_length=30 and left out" in " ".join(report.warnings)
+    assert len(build_trainer(spec, str(tmp_path / "scratch")).train_dataset) == report.sequences
+
+
 @pytest.mark.parametrize("method", list(METHODS))
 def test_chats_are_rendered_for_the_training_as_for_the_engine(
     make_spec: MakeSpec, tiny_model: str, tmp_path: Path, method: str
@@ -337,11 +352,13 @@ def test_chats_are_rendered_for_the_training_as_for_the_engine(
     chosen = {"enable_thinking": False}
     spec = make_spec(method, num_workers=1, model=str(folder), chat_template_args=chosen)
     row = build_trainer(spec, str(tmp_path / "scratch")).train_dataset[0]
-    whole = next(row[name] for name in ("input_ids", "chosen_input_ids", "prompt_ids") if name in row)
+    wholes = ("input_ids", "chosen_input_ids", "prompt_ids", "chosen_ids")
+    whole = next(row[name] for name in wholes if name in row)
     prompt = pq.read_table(spec.train_files.replace("*", "00000"))["prompt"][0].as_py()
     asked = ChatTemplate(tokenizer, None, chosen).token_ids(prompt)
     assert asked != ChatTemplate(tokenizer, None, {}).token_ids(prompt)
     assert whole[: len(asked)] == asked == TokenCounter(tokenizer, chat_template_args=chosen)(prompt)
+    row |= {} if METHODS[method].trains_policy else {"completion_ids": whole[len(asked) :]}
     answer = next(row[name] for name in ("completion_ids", "chosen_ids", "labels", "chosen_labels") if name in row)
     learnt = tokenizer.decode([token for token in answer if token != -100])
     assert "no thought" not in learnt and learnt.strip()

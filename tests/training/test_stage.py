@@ -29,7 +29,7 @@ from tests.store.test_damage import flip
 
 def test_beta_is_the_methods_own_and_shown() -> None:
     shown = {name: TrainSettings.model_validate({"method": name}).model_dump()["beta"] for name in METHODS}
-    assert shown == {"sft": None, "dpo": 0.1, "kto": 0.1, "orpo": 0.1, "simpo": 2.0}
+    assert shown == {"sft": None, "dpo": 0.1, "kto": 0.1, "orpo": 0.1, "simpo": 2.0, "reward": None}
     assert TrainSettings.model_validate({"method": "simpo", "beta": 2.5}).beta == 2.5
     # Filled in and yet not set: the same block for another method gets that method's β.
     assert TrainSettings(learning_rate=1e-3).model_dump(exclude_unset=True) == {"learning_rate": 1e-3}
