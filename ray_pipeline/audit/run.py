@@ -95,7 +95,7 @@ def _audit(run: Run, made: ScoredDataset, files: str, judge: JudgeSettings | Non
         gate=made.gate,
         config=made.files[files],
         humans={} if made.humans is None else made.humans.read().labels,
-        programs=programs,
+        programs=() if judge is None else judge.programs,
         rewards=() if judge is None else judge.rewards,
         scale=made.scale,
         threshold=results[made.decisions].facts.get("certified", {}).get("threshold"),

@@ -56,7 +56,8 @@ class TrainSettings(Settings):
     method: MethodName = Field(
         "kto",
         description="sft, dpo, kto, orpo, simpo; for labels that are partly wrong cdpo, rdpo, dpo_weighted, "
-        "kto_weighted; reward (a reward model; in `train` and `dmapo`); or a file that registers a method (my_method.py)",
+        "kto_weighted; reward (a reward model; in `train` and `dmapo`); or a file that registers a method "
+        "(my_method.py)",
     )
     model: str = Field("policy", description="a key of `models`: the base that is adapted")
     dtype: Literal["float32", "bfloat16"] = Field(
