@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from ray_pipeline.data.card import Provenance
 from ray_pipeline.data.certified_gate import certified_stage
 from ray_pipeline.data.dataset_rows import DatasetsConfig
-from ray_pipeline.data.datasets import dataset_files, dataset_rows
+from ray_pipeline.data.datasets import Judged, dataset_files, dataset_rows
 from ray_pipeline.data.decisions import gate as gate_stage
 from ray_pipeline.data.early_exit import ExitRule
 from ray_pipeline.data.gate import Cut, GateConfig
@@ -80,10 +80,29 @@ class ScoredDataset:
             return decided
         return certified_stage(self.gate, decided, name=self.decisions)
 
-    def write(self, prompts: Stage, candidates: Stage, verdicts: Sequence[Stage], decisions: Stage) -> list[Stage]:
-        """The rows, then the files. Raises ModelNotFound when the policy's tokenizer is not here."""
+    def write(
+        self,
+        prompts: Stage,
+        candidates: Stage,
+        verdicts: Sequence[Stage],
+        decisions: Stage,
+        earlier: Sequence[Judged] = (),
+    ) -> list[Stage]:
+        """The rows, then the files. Raises ModelNotFound when the policy's tokenizer is not here.
+
+        Args:
+            earlier: see `dataset_rows`.
+        """
         rows = dataset_rows(
-            self.config, self.judges, self.policy, prompts, candidates, verdicts, decisions, name=self.rows
+            self.config,
+            self.judges,
+            self.policy,
+            prompts,
+            candidates,
+            verdicts,
+            decisions,
+            name=self.rows,
+            earlier=earlier,
         )
         return [
             rows,

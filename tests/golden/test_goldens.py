@@ -75,6 +75,7 @@ SHIPPED = {
     "pocket_baselines": "baselines",
     "pocket_benchmarks": "benchmarks",
     "pocket_fellowship": "fellowship",
+    "pocket_rounds": "dmapo",
     "pocket_train": "train",
     "pocket_winrate": "winrate",
     "smol": "dmapo",
