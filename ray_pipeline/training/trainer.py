@@ -200,7 +200,7 @@ def _reference(spec: TrainSpec, trainer: Any) -> str | None:
     if not hasattr(trainer, "ref_model"):
         return None
     if trainer.ref_model is None:
-        of_start = _REFERENCE in trainer.accelerator.unwrap_model(trainer.model).peft_config
+        of_start = _REFERENCE in getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", {})
         return "a frozen copy of the policy it starts from" if of_start else "the base, adapter switched off"
     return "a frozen copy of the base"
 
