@@ -260,12 +260,11 @@ def dmapo(config: DmapoConfig, run_folder: str) -> Dag:
 def _round(config: DmapoConfig, run_folder: str, number: int, prompts: Stage, before: Sequence[Round]) -> Round:
     """From the candidates to the evaluation of a policy. The first is the whole of a run without rounds."""
     texts, models, rounds, ending = config.templates(), config.models, config.rounds, ending_of(number)
-    asked, train = prompts, None
+    asked, train = prompts, before[-1].policy if before else None
     if rounds is not None and rounds.splits:
         asked = prompt_part(prompts, (number - 1) % rounds.parts, rounds.parts, f"prompts-{number}")
-    if before:
-        assert config.train is not None and before[-1].policy is not None
-        train = before[-1].policy
+    if train is not None:
+        assert config.train is not None
         model = config.base.trained(stage_folder(run_folder, train).location, config.train.save)
         candidates = drawn(config.candidates, model, asked, f"candidates{ending}", train)
     else:
@@ -293,14 +292,13 @@ def _round(config: DmapoConfig, run_folder: str, number: int, prompts: Stage, be
     stages = [candidates, *verdicts, *([critiques] if critiques else []), decisions, datasets]
     if config.train is None:
         return Round(number, judged, stages, None, None)
-    more = functools.partial(_benchmarks, config, run_folder) if number == config.numbers[-1] else None
     after = trained(
         config,
         run_folder,
         prompts,
         datasets,
         config.judge.live,
-        *([more] if more else []),
+        functools.partial(_benchmarks, config, run_folder) if number == config.numbers[-1] else None,
         ending=ending,
         start=train if rounds is not None and rounds.continues else None,
         reference=rounds.reference if rounds is not None and before else "base",
@@ -339,7 +337,7 @@ def trained(
     prompts: Stage,
     datasets: Stage,
     judge: JudgeSettings | None,
-    more: Callable[[Stage], list[Stage]] = lambda policy: [],
+    more: Callable[[Stage], list[Stage]] | None = None,
     *,
     ending: str = "",
     start: Stage | None = None,
@@ -391,7 +389,7 @@ def trained(
             "evaluate",
             "response verdicts",
         )
-    stages += more(policy)
+    stages += [] if more is None else more(policy)
     return stored(stages, run_folder, config.num_shards) if config.evaluate.skip_generation else stages
 
 

@@ -239,7 +239,7 @@ def _charts(rounds: Sequence[RoundStats], judge: str) -> list[Chart | None]:
         ]
 
     return [
-        lines("True accuracy", by_mode(lambda stats: stats.accuracy and stats.accuracy.mean), "round"),
+        lines("True accuracy", by_mode(lambda stats: None if stats.accuracy is None else stats.accuracy.mean), "round"),
         lines("Preferred to the base", [line(judge, "blue", scores), line("panel", "vermilion", panel)], "round"),
         lines("Tokens of an answer", by_mode(lambda stats: stats.tokens.mean), "round"),
         lines(

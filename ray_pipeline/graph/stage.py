@@ -196,8 +196,15 @@ class StageRef:
     def of(cls, stage: Stage, run: str, num_shards: int) -> StageRef:
         """The reference to a stage in a run folder."""
         folder = join(run, stage.folder_name)
-        found = {"role": stage.role_name, "round": stage.round}
-        return cls(stage.name, stage.fingerprint, folder, num_shards, stage.work.tables, **found)
+        return cls(
+            stage.name,
+            stage.fingerprint,
+            folder,
+            num_shards,
+            stage.work.tables,
+            role=stage.role_name,
+            round=stage.round,
+        )
 
     def table(self, kind: str | None = None) -> ShardedTable:
         """The (only) table of the stage, or the one of a kind."""
