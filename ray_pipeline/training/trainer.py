@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -71,7 +72,9 @@ def _start_from(adapter: str, trainer: Any, reference: Reference) -> None:
     model, weights = trainer.model, load_peft_weights(adapter, device="cpu")
     _load(model, weights, _TRAINED)
     if reference == "previous" and hasattr(trainer, "ref_model"):
-        model.add_adapter(_REFERENCE, model.peft_config[_TRAINED])
+        still = copy.copy(model.peft_config[_TRAINED])
+        still.lora_dropout = 0.0  # the model is in training mode when the reference is computed
+        model.add_adapter(_REFERENCE, still)
         _load(model, weights, _REFERENCE)
         model.set_adapter(_TRAINED)
         # Neither in the policy nor in checkpoints: a trainer that resumes would load the copy alone.
