@@ -82,7 +82,7 @@ def _start_from(adapter: str, trainer: Any, reference: Reference) -> None:
 
 
 def _load(model: Any, weights: dict[str, Any], name: str) -> None:
-    found = set_peft_model_state_dict(model, weights, adapter_name=name)
+    found: Any = set_peft_model_state_dict(model, weights, adapter_name=name)
     if found.unexpected_keys:
         raise TrainingInputError(
             f"the adapter that training starts from has weights that train.lora does not: {found.unexpected_keys[0]}"
