@@ -61,6 +61,8 @@ class BaselinesConfig(DmapoConfig):
                 "judge.early_exit skips what one gate does not need, but baselines.data makes datasets by several "
                 "rules of the same verdicts; set it to off"
             )
+        if self.rounds is not None:
+            raise ValueError("rounds has no effect in a comparison; use the workflow dmapo")
         for name, block, keys, instead in (
             ("train", self.train, ("method", "seed"), "use baselines.methods and baselines.seeds"),
             ("datasets", self.datasets, ("kinds", "seed"), "it follows from baselines.methods and baselines.seeds"),

@@ -3,6 +3,8 @@
 prompts → candidates → judges ─┐
                     └→ critic ─┴→ gate → datasets → train (→ public benchmarks) → evaluate
 
+With `rounds`, the policy answers the prompts of the next round, from candidates on, and is trained on.
+
 With `train: null` only the data is made, and the report is about it: … → gate → datasets → report.
 """
 
@@ -20,15 +22,17 @@ from ray_pipeline.bench.settings import BenchmarksSettings
 from ray_pipeline.bench.stages import Answering, benchmark_stages
 from ray_pipeline.config.starters import Starter
 from ray_pipeline.data.candidate_sources import CandidatePrompts
-from ray_pipeline.data.candidates import CandidateSettings
+from ray_pipeline.data.candidates import CandidateSettings, drawn
 from ray_pipeline.data.candidates import candidates as candidates_stage
 from ray_pipeline.data.card import Provenance
 from ray_pipeline.data.critic import CriticSettings
 from ray_pipeline.data.critic import critic as critic_stage
+from ray_pipeline.data.datasets import Judged
 from ray_pipeline.data.early_exit import ExitRule
 from ray_pipeline.data.gate import GateConfig, check_pool
 from ray_pipeline.data.judging import JudgeSettings
 from ray_pipeline.data.judging import judges as judge_stages
+from ray_pipeline.data.prompt_parts import prompt_part
 from ray_pipeline.data.prompts import PromptsConfig
 from ray_pipeline.data.prompts import prompts as prompts_stage
 from ray_pipeline.data.reviewed import HumanLabels, HumanLabelsKey
@@ -42,7 +46,9 @@ from ray_pipeline.graph.stage import Dag, Stage
 from ray_pipeline.policy.comparisons import comparisons as comparisons_stage
 from ray_pipeline.policy.comparisons import responses as responses_stage
 from ray_pipeline.policy.train import train as train_stage
+from ray_pipeline.training.spec import Reference
 from ray_pipeline.workflow.registry import Workflow
+from ray_pipeline.workflow.rounds import Round, RoundsSettings, ending_of, numbered
 from ray_pipeline.workflow.training import TrainingConfig, recorded_judges, require_checker, rubric_models, rubric_uses
 
 
@@ -62,6 +68,12 @@ class DmapoConfig(TrainingConfig):
     )
     benchmarks: BenchmarksSettings | None = Field(
         None, description="public benchmarks as the last stage; default: none"
+    )
+    rounds: RoundsSettings | None = Field(
+        None,
+        description="several rounds: the policy of each answers the prompts of the next, and is trained on; default: "
+        "one round",
+        exclude_if=lambda block: block is None,
     )
 
     def uses(self) -> Sequence[ModelUse]:
@@ -137,6 +149,45 @@ class DmapoConfig(TrainingConfig):
         check_pool(self.gate, self.judge.names)
         return self
 
+    @model_validator(mode="after")
+    def _rounds_can_follow(self) -> DmapoConfig:
+        if len(self.numbers) > 1:
+            self._check_rounds()
+        return self
+
+    def _check_rounds(self) -> None:
+        """Raises ValueError for what rounds after the first cannot have."""
+        assert self.rounds is not None
+        train, draws = self.train, self.candidates
+        if train is None:
+            raise ValueError("rounds: the policy of a round answers the prompts of the next, but train is null")
+        if draws.source is not None or set(draws.drawn) != {train.model}:
+            raise ValueError(
+                f"rounds: the policy itself answers in every round; set candidates.model to {train.model} "
+                "(train.model), and no source or generators"
+            )
+        if self.judge.source is not None:
+            raise ValueError("rounds: judge.source has no verdicts on the answers of later rounds; use rubrics")
+        if self.gate.kind == "certified":
+            raise ValueError("rounds: no person has labelled answers of later rounds; set gate.kind to published")
+        if self.evaluate.skip_generation:
+            raise ValueError("rounds: evaluate.skip_generation leaves out what the curves show; set it to false")
+        if self.rounds.continues:
+            if train.lora is None or train.save == "merged":
+                raise ValueError(
+                    f"rounds.data is {self.rounds.data}, so that the adapter of the round before is trained on; set "
+                    "train.save to adapter or both (with train.lora), or rounds.data to all"
+                )
+            if train.shard == "zero3":
+                raise ValueError(
+                    "rounds: a stored adapter cannot be loaded into zero3's shards; set train.shard to fsdp"
+                )
+
+    @property
+    def numbers(self) -> range:
+        """The rounds, from 1."""
+        return range(1, 2 if self.rounds is None else self.rounds.n + 1)
+
     @property
     def exit_rule(self) -> ExitRule | None:
         """When calls to judges and critic are skipped; None: never."""
@@ -197,31 +248,71 @@ class DmapoConfig(TrainingConfig):
 
 def dmapo(config: DmapoConfig, run_folder: str) -> Dag:
     """The whole method as a DAG; the evaluation loads the policy from `run_folder`."""
-    texts, models = config.templates(), config.models
-
     prompts = prompts_stage(config.prompt_settings)
-    candidates = candidates_stage(config.candidates, models, prompts, config.prompts.decontaminate)
-    rule = config.exit_rule
-    verdicts = judge_stages(config.judge, models, texts.judge, prompts, {"candidates": candidates}, exit_rule=rule)
+    rounds: list[Round] = []
+    for number in config.numbers:
+        rounds.append(_round(config, run_folder, number, prompts, rounds))
+    if len(rounds) > 1:
+        stages = numbered([prompts], rounds)
+    else:
+        stages = [prompts, *rounds[0].stages]
+    return Dag("dmapo", [*stages, config.report_stage(stages)])
+
+
+def _round(config: DmapoConfig, run_folder: str, number: int, prompts: Stage, before: Sequence[Round]) -> Round:
+    """From the candidates to the evaluation of a policy. The first is the whole of a run without rounds."""
+    texts, models, rounds, ending = config.templates(), config.models, config.rounds, ending_of(number)
+    asked, train = prompts, before[-1].policy if before else None
+    if rounds is not None and rounds.splits:
+        asked = prompt_part(prompts, (number - 1) % rounds.parts, rounds.parts, f"prompts-{number}")
+    if train is not None:
+        assert config.train is not None
+        model = config.base.trained(stage_folder(run_folder, train).location, config.train.save)
+        candidates = drawn(config.candidates, model, asked, f"candidates{ending}", train)
+    else:
+        candidates = candidates_stage(config.candidates, models, asked, config.prompts.decontaminate)
+    rule, judge = config.exit_rule, f"judge{ending}"
+    verdicts = judge_stages(config.judge, models, texts.judge, asked, {"candidates": candidates}, judge, exit_rule=rule)
     critiques = None
     if config.gate.use_critic:
         assert config.critic is not None
         critiques = critic_stage(
-            config.critic, models[config.critic.model], texts.critic, prompts, candidates, verdicts, rule
+            config.critic,
+            models[config.critic.model],
+            texts.critic,
+            asked,
+            candidates,
+            verdicts,
+            rule,
+            f"critic{ending}",
         )
-    (dataset,) = scored(config)
+    dataset = scored(config)[number - 1]
     decisions = dataset.decide(candidates, verdicts, critiques)
-    _, datasets = dataset.write(prompts, candidates, verdicts, decisions)
-    stages = [prompts, candidates, *verdicts, *([critiques] if critiques else []), decisions, datasets]
-    if config.train is not None:
-        benchmarks = functools.partial(_benchmarks, config, run_folder)
-        stages += trained(config, run_folder, prompts, datasets, config.judge.live, benchmarks)
-    return Dag("dmapo", [*stages, config.report_stage(stages)])
+    judged = Judged(candidates, verdicts, decisions)
+    pooled = [] if rounds is None else rounds.pooled(before)
+    _, datasets = dataset.write(prompts, *judged, earlier=[one.judged for one in pooled])
+    stages = [candidates, *verdicts, *([critiques] if critiques else []), decisions, datasets]
+    if config.train is None:
+        return Round(number, judged, stages, None, None)
+    after = trained(
+        config,
+        run_folder,
+        prompts,
+        datasets,
+        config.judge.live,
+        functools.partial(_benchmarks, config, run_folder) if number == config.numbers[-1] else None,
+        ending=ending,
+        start=train if rounds is not None and rounds.continues else None,
+        reference=rounds.reference if rounds is not None and before else "base",
+        base=before[0].base if before else None,
+    )
+    named = {stage.name: stage for stage in after}
+    return Round(number, judged, [*stages, *after], named.get(f"train{ending}"), named.get("responses-base"))
 
 
 def scored(config: DmapoConfig) -> list[ScoredDataset]:
-    """The dataset that the gate makes."""
-    files, humans = {"datasets": config.datasets}, config.human_labels
+    """The datasets that the gate makes, one each round."""
+    humans = config.human_labels
     if humans is not None and humans.use == "report":
         humans = None
     return [
@@ -229,7 +320,9 @@ def scored(config: DmapoConfig) -> list[ScoredDataset]:
             config.judge.names,
             config.gate,
             config.counting,
-            files,
+            {f"datasets{ending}": config.datasets},
+            decisions=f"gate{ending}",
+            rows=f"dataset-rows{ending}",
             view="datasets",
             origin=Provenance.of(config),
             humans=humans,
@@ -237,6 +330,7 @@ def scored(config: DmapoConfig) -> list[ScoredDataset]:
             exit_rule=config.exit_rule,
             scale=config.judge.scale,
         )
+        for ending in map(ending_of, config.numbers)
     ]
 
 
@@ -246,30 +340,61 @@ def trained(
     prompts: Stage,
     datasets: Stage,
     judge: JudgeSettings | None,
-    more: Callable[[Stage], list[Stage]] = lambda policy: [],
+    more: Callable[[Stage], list[Stage]] | None = None,
+    *,
+    ending: str = "",
+    start: Stage | None = None,
+    reference: Reference = "base",
+    base: Stage | None = None,
 ) -> list[Stage]:
     """The policy, and responses of base and policy to held-out prompts; one judge compares them in both orders, rubric
     judges score. With `evaluate.skip_generation`, as they are stored. A reward model alone: held-out pairs measure it.
 
     Args:
         more: further stages, by that of the policy.
+        ending: of the stages' names and of the policy's name in tables.
+        start, reference: see `policy.train`.
+        base: the base's responses, if they are there.
     """
     assert config.train is not None
-    texts, models, base = config.templates(), config.models, config.base
+    texts, models = config.templates(), config.models
     if not config.trains_policy:
-        return [train_stage(config.train, base, config.datasets.max_length, datasets, view="reward_model")]
-    policy = train_stage(config.train, base, config.datasets.max_length, datasets)
-    after_training = base.trained(stage_folder(run_folder, policy).location, config.train.save)
-    before = responses_stage("base", config.evaluate, base, prompts)
-    after = responses_stage("policy", config.evaluate, after_training, prompts, policy)
-    compared = comparisons_stage(
-        config.evaluate, models[config.evaluate.judge], texts.pairwise, prompts, before, {"policy": after}
+        return [train_stage(config.train, config.base, config.datasets.max_length, datasets, view="reward_model")]
+    policy = train_stage(
+        config.train,
+        config.base,
+        config.datasets.max_length,
+        datasets,
+        name=f"train{ending}",
+        start=start,
+        reference=reference,
     )
-    stages = [policy, before, after, compared]
+    after_training = config.base.trained(stage_folder(run_folder, policy).location, config.train.save)
+    label = f"policy{ending}"
+    responses = {"base": base or responses_stage("base", config.evaluate, config.base, prompts)}
+    responses[label] = responses_stage(label, config.evaluate, after_training, prompts, policy)
+    compared = comparisons_stage(
+        config.evaluate,
+        models[config.evaluate.judge],
+        texts.pairwise,
+        prompts,
+        responses["base"],
+        {label: responses[label]},
+        f"comparisons{ending}",
+    )
+    stages = [policy, *responses.values(), compared]
     if judge is not None:
-        rest = {"base": before, "policy": after}, "score-responses", "evaluate", "response verdicts"
-        stages += judge_stages(judge, models, texts.judge, prompts, *rest)
-    stages += more(policy)
+        stages += judge_stages(
+            judge,
+            models,
+            texts.judge,
+            prompts,
+            responses,
+            f"score-responses{ending}",
+            "evaluate",
+            "response verdicts",
+        )
+    stages += [] if more is None else more(policy)
     return stored(stages, run_folder, config.num_shards) if config.evaluate.skip_generation else stages
 
 
@@ -284,8 +409,10 @@ def _benchmarks(config: DmapoConfig, run_folder: str, policy: Stage) -> list[Sta
 
 
 def audit(run: Run, config: DmapoConfig) -> Audit:
-    """Walk every training row back. Raises StoreError where the run has no datasets yet."""
-    return audit_gated(run, scored(config), judge=config.judge)
+    """Walk every training row back, of all rounds that have datasets. Raises StoreError where the run has none yet."""
+    first, *later = scored(config)
+    made = [first, *(one for one in later if one.files.keys() <= run.results.keys())]
+    return audit_gated(run, made, judge=config.judge)
 
 
 WORKFLOW = register("workflow", "dmapo")(

@@ -18,7 +18,7 @@ from ray_pipeline.store import keys
 from ray_pipeline.store.errors import StoreError
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.schemas import row_schema
-from ray_pipeline.store.tables import ShardedTable
+from ray_pipeline.store.tables import JoinedTables, ShardedTable
 
 Row = dict[str, Any]
 
@@ -68,10 +68,10 @@ class RunTables:
     """
 
     prompts: ShardedTable
-    candidates: ShardedTable
+    candidates: ShardedTable | JoinedTables
     verdicts: Sequence[ShardedTable]
-    critiques: ShardedTable | None
-    decisions: ShardedTable
+    critiques: ShardedTable | JoinedTables | None
+    decisions: ShardedTable | JoinedTables
     datasets: str
     judges: Sequence[str]
     gate: GateConfig
@@ -179,7 +179,7 @@ class Findings(Problems):
                         found[kind][shard_or_none(row["prompt_id"], num_shards)].append(row)
         return found
 
-    def read(self, table: ShardedTable, shard: int) -> list[Row]:
+    def read(self, table: ShardedTable | JoinedTables, shard: int) -> list[Row]:
         try:
             rows: list[Row] = table.read(shard).to_pylist()
         except (StoreError, FileNotFoundError) as error:

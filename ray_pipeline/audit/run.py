@@ -15,7 +15,9 @@ from ray_pipeline.data.judging import JudgeSettings
 from ray_pipeline.data.scored import ScoredDataset
 from ray_pipeline.data.tokens import token_counter
 from ray_pipeline.graph.results import Run, of_role
+from ray_pipeline.graph.stage import StageResult
 from ray_pipeline.store.errors import StoreError
+from ray_pipeline.store.tables import JoinedTables, ShardedTable
 
 _NEEDED = ("prompts", "candidates")
 
@@ -81,16 +83,16 @@ def _check_done(run: Run, stages: Sequence[str]) -> None:
 
 
 def _audit(run: Run, made: ScoredDataset, files: str, judge: JudgeSettings | None) -> AuditReport:
-    results = run.results
+    results = _behind(run, made.rows) or run.results  # manifests of early versions have no inputs
     critiques = of_role(results, "critiques")
     assert made.gate is not None
     tables = RunTables(
-        prompts=results["prompts"].table(),
-        candidates=results["candidates"].table(),
+        prompts=run.results["prompts"].table(),
+        candidates=_joined(of_role(results, "candidates")),
         verdicts=[result.table() for result in of_role(results, "verdicts")],
-        critiques=critiques[0].table() if critiques else None,
-        decisions=results[made.decisions].table(),
-        datasets=results[files].folder,
+        critiques=_joined(critiques) if critiques else None,
+        decisions=_joined(of_role(results, "decisions")),
+        datasets=run.results[files].folder,
         judges=list(made.judges),
         gate=made.gate,
         config=made.files[files],
@@ -98,7 +100,24 @@ def _audit(run: Run, made: ScoredDataset, files: str, judge: JudgeSettings | Non
         programs=() if judge is None else judge.programs,
         rewards=() if judge is None else judge.rewards,
         scale=made.scale,
-        threshold=results[made.decisions].facts.get("certified", {}).get("threshold"),
-        posterior=results[made.decisions].facts.get("posterior"),
+        threshold=run.results[made.decisions].facts.get("certified", {}).get("threshold"),
+        posterior=run.results[made.decisions].facts.get("posterior"),
     )
     return audit_run(tables, token_counter(None if made.policy is None else made.policy.tokenizer))
+
+
+def _behind(run: Run, rows: str) -> dict[str, StageResult]:
+    """What the rows of a dataset were made from, as far as the candidates: of a run in rounds, whose candidates are
+    made from earlier datasets, the rounds that were used."""
+    found: dict[str, StageResult] = {}
+    todo = list(run.stages[rows].inputs.values())
+    while todo:
+        if (name := todo.pop()) in run.results and name not in found:
+            found[name] = run.results[name]
+            todo += run.stages[name].inputs.values() if found[name].role != "candidates" else ()
+    return found
+
+
+def _joined(results: Sequence[StageResult]) -> ShardedTable | JoinedTables:
+    first, *others = [result.table() for result in results]
+    return JoinedTables((first, *others)) if others else first

@@ -161,14 +161,14 @@ def candidates(
     if settings.source is not None:
         return own_candidates(settings.source, prompts, decontaminate)
     if settings.generators is None:
-        return DRAW.stage("candidates", settings, models[settings.model], {"prompts": prompts})
+        return drawn(settings, models[settings.model], prompts)
     same = repeated(canonical_json([models[model].weights(), models[model].semantics()]) for model in settings.drawn)
     if same:
         raise ConfigError(
             f"candidates.generators: {len(settings.drawn)} models, two of which are the same, so that their candidates "
             "would be the same too; raise k of one instead"
         )
-    drawn = {
+    of_model = {
         model: DRAW.stage(
             f"candidates-{model}",
             settings.of(model),
@@ -183,8 +183,23 @@ def candidates(
         name="candidates",
         work=ShardWork(function=put_together, tables=("candidates",)),
         config=None,
-        inputs={f"drawn/{number:02d}/{model}": stage for number, (model, stage) in enumerate(drawn.items())},
+        inputs={f"drawn/{number:02d}/{model}": stage for number, (model, stage) in enumerate(of_model.items())},
     )
+
+
+def drawn(
+    settings: CandidateSettings,
+    model: ModelSettings,
+    prompts: Stage,
+    name: str = "candidates",
+    train: Stage | None = None,
+) -> Stage:
+    """The candidates of one model.
+
+    Args:
+        train: the stage that makes the model's weights, if a stage does.
+    """
+    return DRAW.stage(name, settings, model, {"prompts": prompts}, train=train)
 
 
 def put_together(given: ShardInput) -> ShardOutput:

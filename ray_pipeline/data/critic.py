@@ -97,6 +97,7 @@ def critic(
     candidates: Stage,
     verdicts: Sequence[Stage] = (),
     exit_rule: ExitRule | None = None,
+    name: str = "critic",
 ) -> Stage:
     """One critique per candidate, ordered by candidate.
 
@@ -105,4 +106,4 @@ def critic(
         exit_rule: when a candidate needs no critique.
     """
     inputs = {"prompts": prompts, "candidates": candidates, **(by_role(verdicts) if exit_rule is not None else {})}
-    return CRITIC.stage("critic", _Critic.part_of(settings, template=template, exit_rule=exit_rule), model, inputs)
+    return CRITIC.stage(name, _Critic.part_of(settings, template=template, exit_rule=exit_rule), model, inputs)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -30,6 +30,14 @@ from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage, 
 
 #: Role of a stage of training files of whose rows only the number is read.
 _SIZE = "size/"
+
+
+class Judged(NamedTuple):
+    """Candidates with their verdicts and the decisions on them."""
+
+    candidates: Stage
+    verdicts: Sequence[Stage]
+    decisions: Stage
 
 
 class _RowsGiven(Settings):
@@ -64,6 +72,7 @@ def dataset_rows(
     name: str = "dataset-rows",
     every_rejected: bool = False,
     scale: Scale | None = None,
+    earlier: Sequence[Judged] = (),
 ) -> Stage:
     """Rows of every kind needed for the datasets, shard by shard, and the panel's confidence if rows are weighted.
 
@@ -71,6 +80,7 @@ def dataset_rows(
         policy: whose tokenizer counts the rows' tokens; None: they are estimated.
         every_rejected: a pair with each rejected candidate of a prompt, not with the worst alone.
         scale: of the judges' scores, where rows can be weighted.
+        earlier: of rounds whose candidates are used, too, as if all had been drawn at once.
 
     Raises:
         InputError: rows are to be weighted, but there is no scale.
@@ -79,6 +89,7 @@ def dataset_rows(
         raise InputError("datasets.weights is only for dmapo and baselines, whose judges score candidates; remove it")
     scale = scale if settings.weights else None
     tables = (*settings.row_kinds, *(["confidence"] if scale else []))
+    judged = [stage for one in earlier for stage in one.verdicts]
     return Stage(
         name=name,
         version=3,  # 2: equal answers to a prompt are one row; 3: pairs have `copies`
@@ -107,7 +118,9 @@ def dataset_rows(
             "prompts": prompts,
             "candidates": candidates,
             "decisions": decisions,
-            **{f"verdicts/{stage.name}": stage for stage in verdicts},
+            **{f"candidates/{one.candidates.name}": one.candidates for one in earlier},
+            **{f"decisions/{one.decisions.name}": one.decisions for one in earlier},
+            **{f"verdicts/{stage.name}": stage for stage in (*verdicts, *judged)},
         },
         external=counter_identity(policy),
     )
@@ -191,8 +204,11 @@ def cut_to_size(run: Run) -> list[str]:
 def make_rows(given: ShardInput) -> ShardOutput:
     settings: _RowsGiven = given.settings
     encode = token_counter(settings.tokenizer)
-    verdicts = pa.concat_tables(ShardTables(given.tables, given.facts).under("verdicts/"))
-    arguments = (given.tables["prompts"], given.tables["candidates"], verdicts, given.tables["decisions"])
+    shard = ShardTables(given.tables, given.facts)
+    candidates, verdicts, decisions = (
+        pa.concat_tables(shard.under(prefix)) for prefix in ("candidates", "verdicts/", "decisions")
+    )
+    arguments = (given.tables["prompts"], candidates, verdicts, decisions)
     tables: dict[str, pa.Table] = {}
     counts: dict[str, int] = {}
     for kind in settings.datasets.row_kinds:
@@ -202,8 +218,8 @@ def make_rows(given: ShardInput) -> ShardOutput:
             tables[kind], found = dpo_rows(*arguments, settings.datasets, encode, settings.every_rejected)
         counts |= flat_counts(found, f"{kind}.")
     if settings.scale is not None:
-        tables["confidence"] = panel_confidence(given.tables["candidates"], verdicts, settings.judges, settings.scale)
-    given.tick(given.tables["decisions"].num_rows)
+        tables["confidence"] = panel_confidence(candidates, verdicts, settings.judges, settings.scale)
+    given.tick(decisions.num_rows)
     return ShardOutput(tables, counts)
 
 

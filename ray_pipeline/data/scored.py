@@ -9,7 +9,7 @@ from ray_pipeline.data.card import Provenance
 from ray_pipeline.data.certified_gate import certified_stage
 from ray_pipeline.data.dataset_files import Keep
 from ray_pipeline.data.dataset_rows import DatasetsConfig
-from ray_pipeline.data.datasets import dataset_files, dataset_rows
+from ray_pipeline.data.datasets import Judged, dataset_files, dataset_rows
 from ray_pipeline.data.decisions import gate as gate_stage
 from ray_pipeline.data.early_exit import ExitRule, Scale
 from ray_pipeline.data.gate import Cut, GateConfig
@@ -95,8 +95,19 @@ class ScoredDataset:
             return posterior_stage(self.gate, self.judges, decided, verdicts, self.humans, name=self.decisions)
         return certified_stage(self.gate, decided, name=self.decisions)
 
-    def write(self, prompts: Stage, candidates: Stage, verdicts: Sequence[Stage], decisions: Stage) -> list[Stage]:
-        """The rows, then the files. Raises ModelNotFound when the policy's tokenizer is not here."""
+    def write(
+        self,
+        prompts: Stage,
+        candidates: Stage,
+        verdicts: Sequence[Stage],
+        decisions: Stage,
+        earlier: Sequence[Judged] = (),
+    ) -> list[Stage]:
+        """The rows, then the files. Raises ModelNotFound when the policy's tokenizer is not here.
+
+        Args:
+            earlier: see `dataset_rows`.
+        """
         rows = dataset_rows(
             self.config,
             self.judges,
@@ -107,6 +118,7 @@ class ScoredDataset:
             decisions,
             name=self.rows,
             scale=self.scale,
+            earlier=earlier,
         )
         return [
             rows,

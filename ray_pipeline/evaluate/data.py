@@ -10,6 +10,7 @@ from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.data.judge_votes import ErrorsOfJudges
 from ray_pipeline.data.reviewed import Reviewed
 from ray_pipeline.evaluate.planned import PlannedUse
+from ray_pipeline.evaluate.rounds import RoundStats
 from ray_pipeline.stats.protocol import Protocol
 
 if TYPE_CHECKING:  # importing torch and transformers takes seconds, and a report needs neither
@@ -90,6 +91,7 @@ class ReportData:
     posterior          what the pool of a gate found, as its stage stored it
     calls              location of the call log, for the messages that were sent
     planned            planned and actual usage by stage, where `quorum plan` was run
+    rounds             figures of every round; empty for a run without rounds. The other parts are of the last one
     """
 
     run: RunIdentity
@@ -120,6 +122,7 @@ class ReportData:
     benchmarks: Sequence[Mapping[str, Any]] = ()
     config: Mapping[str, Any] | None = None
     planned: Sequence[PlannedUse] = ()
+    rounds: Sequence[RoundStats] = ()
     calls: str = ""
     people: Reviewed | None = None
     gate: GateConfig = field(default_factory=GateConfig)

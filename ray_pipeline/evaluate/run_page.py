@@ -24,6 +24,7 @@ from ray_pipeline.evaluate.first_screen import first_screen
 from ray_pipeline.evaluate.headline import ROWS, Headline
 from ray_pipeline.evaluate.metrics import RunMetrics, Step, dataset_rows
 from ray_pipeline.evaluate.people import people_section
+from ray_pipeline.evaluate.rounds import rounds_section
 from ray_pipeline.evaluate.use_page import identity_section, plan_section, usage_of, use_section
 from ray_pipeline.judge_card.section import cards_section
 from ray_pipeline.policy.page import evaluation_section, training_section
@@ -42,6 +43,7 @@ def run_page(data: ReportData, metrics: RunMetrics, first_line: Headline, warnin
     slice_only = data.agreement_on is not None
     judging, critic, evaluation = metrics.judging, metrics.critic, metrics.evaluation
     sections = [
+        rounds_section(data.rounds),
         _funnel(metrics.funnel),
         contamination_section(data.contamination),
         labels,

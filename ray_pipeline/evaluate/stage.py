@@ -13,14 +13,14 @@ from pydantic import Field
 
 from ray_pipeline.config.blocks import CallsBlock
 from ray_pipeline.config.settings import Settings
-from ray_pipeline.data.checkers import CheckerKey, with_truth
+from ray_pipeline.data.checkers import CheckerKey
 from ray_pipeline.data.decontamination import contamination_of
 from ray_pipeline.data.early_exit import in_audit_slice
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.data.reviewed import HumanLabelsKey
 from ray_pipeline.engines.imports import heavy_imports
 from ray_pipeline.engines.models import ModelSettings
-from ray_pipeline.graph.results import Run, of_role, table_of
+from ray_pipeline.graph.results import Run, last_round, of_role, table_of
 from ray_pipeline.graph.stage import Stage, StageResult, WholeInput, WholeWork
 from ray_pipeline.policy.comparisons import EvaluateSettings, win_rate_protocol
 from ray_pipeline.policy.train import METRICS
@@ -125,7 +125,7 @@ def evaluate_run(given: WholeInput) -> dict[str, Any]:
     settings: _Given = given.settings
     measured: dict[str, Perplexity] = {}
     if settings.base is not None and settings.evaluate.perplexity and of_role(given.inputs, "policy"):
-        measured = _perplexities(given, settings)
+        measured = _perplexities(last_round(given.inputs), settings)
     given.folder.write_json("perplexity.json", {name: dataclasses.asdict(p) for name, p in measured.items()})
     store_protocols(given.folder, settings.compared)
     data = report_data(given.inputs, settings.report, measured, settings.compared)
@@ -144,12 +144,12 @@ def evaluate_run(given: WholeInput) -> dict[str, Any]:
     return {"headline": headline}
 
 
-def _perplexities(given: WholeInput, settings: _Given) -> dict[str, Perplexity]:
+def _perplexities(results: Mapping[str, StageResult], settings: _Given) -> dict[str, Perplexity]:
     """Of base and policy, on held-out desirable answers."""
 
     from ray_pipeline.policy.perplexity import perplexity
 
-    (datasets,) = of_role(given.inputs, "datasets")
+    (datasets,) = of_role(results, "datasets")
     folder = Folder(datasets.folder) / "kto/val"
     rows: list[tuple[str, Any, str]] = []
     for name in folder.names(".parquet"):
@@ -159,7 +159,7 @@ def _perplexities(given: WholeInput, settings: _Given) -> dict[str, Perplexity]:
     rows = sorted(rows, key=lambda row: row[0])[: settings.evaluate.perplexity_rows]
     if not rows:
         return {}
-    (trained,) = of_role(given.inputs, "policy")
+    (trained,) = of_role(results, "policy")
     assert settings.base is not None
     base, adapter = settings.base.model, join(trained.folder, "adapter")
     adapted = {"adapter", "merged"} & set(Folder(trained.folder).folders()) == {"adapter"}
@@ -221,12 +221,12 @@ def report_data(
     """
     from ray_pipeline.data.judge_votes import judge_errors
     from ray_pipeline.evaluate.data import DMAPO_STAGES, ReportData, RunIdentity
+    from ray_pipeline.evaluate.rounds import responses_of, round_stats
 
-    by_name = {result.name: result for result in results.values()}
+    whole = {result.name: result for result in results.values()}
+    by_name = last_round(whole)
     prompts = table_of(by_name, "prompts")
-    responses = table_of(by_name, "responses")
-    if responses is not None and prompts is not None:
-        responses = with_truth(responses, prompts, settings.checker)
+    responses = responses_of(by_name, settings.checker)
     data, sourced, train, scored, gated = (
         _one(by_name, role) for role in ("datasets", "prompts", "policy", "scores", "decisions")
     )
@@ -240,7 +240,7 @@ def report_data(
             name=settings.run_name,
             workflow=settings.workflow,
             config_digest=settings.config_digest,
-            fingerprints={name: result.fingerprint for name, result in by_name.items()},
+            fingerprints={name: result.fingerprint for name, result in whole.items()},
             models=settings.models,
             stages=DMAPO_STAGES if settings.stages is None else settings.stages,
         ),
@@ -276,7 +276,8 @@ def report_data(
         evaluating_models=settings.evaluating if of_role(by_name, "comparisons") else {},
         candidate_model=settings.candidate,
         compared=compared or {},
-        stage_use=[stage_use(result) for result in by_name.values()],
+        stage_use=[stage_use(result) for result in whole.values()],
+        rounds=round_stats(whole, settings.checker, draws=settings.bootstrap_draws, seed=settings.seed),
         benchmarks=_benchmark_scores(scored),
         people=None if settings.human_labels is None else settings.human_labels.read(),
         gate=settings.gate,

@@ -19,7 +19,7 @@ from ray_pipeline.store.secrets import redacted
 _MOST_SHARDS = 100
 _PROGRESS_SECONDS = 2.0
 #: What an entry holds whether its stage is done or not.
-_IDENTITY = ("group", "role", "fingerprint", "path", "tables", "inputs")
+_IDENTITY = ("group", "role", "round", "fingerprint", "path", "tables", "inputs")
 
 
 class Manifest:
@@ -76,6 +76,7 @@ def stage_entry(stage: Stage) -> dict[str, Any]:
     return {
         "group": stage.group_name,
         "role": stage.role_name,
+        **({"round": stage.round} if stage.round else {}),
         "fingerprint": stage.fingerprint,
         "path": stage.folder_name,
         "tables": list(stage.work.tables),

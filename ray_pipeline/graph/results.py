@@ -20,7 +20,7 @@ class StageRecord:
     """A stage as the manifest has it.
 
     Attributes:
-        role: what its table is, see `Stage.role`.
+        role, round: what its table is, see `Stage`.
         path: its folder, in the run folder.
         inputs: by role, the names of the stages that it reads.
         status: waiting, done or failed.
@@ -36,6 +36,7 @@ class StageRecord:
     inputs: Mapping[str, str]
     status: str
     error: str = ""
+    round: int = 0
     rows: Mapping[str, int] = dataclasses.field(default_factory=dict)
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     usage: Usage = dataclasses.field(default_factory=Usage)
@@ -43,7 +44,7 @@ class StageRecord:
     @classmethod
     def read(cls, name: str, entry: Mapping[str, Any]) -> StageRecord:
         """From the manifest's entry. Raises KeyError and TypeError when it is something else."""
-        optional = {key: entry[key] for key in ("error", "rows", "facts") if key in entry}
+        optional = {key: entry[key] for key in ("error", "round", "rows", "facts") if key in entry}
         return cls(
             name=name,
             group=entry.get("group", name),
@@ -60,7 +61,7 @@ class StageRecord:
     def result(self, folder: Folder, num_shards: int) -> StageResult:
         """Of a stage that is done."""
         place = folder.uri(self.path)
-        ref = StageRef(self.name, self.fingerprint, place, num_shards, self.tables, role=self.role)
+        ref = StageRef(self.name, self.fingerprint, place, num_shards, self.tables, role=self.role, round=self.round)
         return StageResult(**vars(ref), rows=self.rows, facts=self.facts, usage=self.usage, cached=True)
 
     @property
@@ -144,6 +145,7 @@ def stored_stages(run: Run) -> dict[str, Stage]:
             inputs={role: stages[parent] for role, parent in record.inputs.items()},
             group=record.group,
             role=record.role,
+            round=record.round,
         )
         vars(stages[name])["fingerprint"] = record.fingerprint  # where the cached property keeps it
     return stages
@@ -156,6 +158,12 @@ def _not_again(given: WholeInput) -> dict[str, Any]:
 def of_role(results: Mapping[str, StageResult], *roles: str) -> list[StageResult]:
     """The results of these roles, ordered by name."""
     return sorted((r for r in results.values() if r.role in roles), key=lambda result: result.name)
+
+
+def last_round(results: Mapping[str, StageResult]) -> dict[str, StageResult]:
+    """The results of the newest round that has a policy (without one, of the first), and those of all rounds."""
+    newest = max((result.round for result in of_role(results, "policy")), default=1)
+    return {name: result for name, result in results.items() if result.round in (0, newest)}
 
 
 def table_of(results: Mapping[str, StageResult], *roles: str) -> pa.Table | None:

@@ -136,6 +136,7 @@ class Stage:
         group: the word that `--from` and `--to` know it by; several stages may share it.
         role: what its table is, by which others find it; default: the kind of its first table. Not in the fingerprint.
         version: raised when the code changes what the stage writes.
+        round: of a run in several rounds, that of the stage, from 1; 0: of all rounds. Not in the fingerprint.
         repeatable: making it again gives the same output. Where it does not (training), everything that was made
             from an output that is gone is made again too.
         config: the slice of the configuration that decides its output, as plain data.
@@ -153,6 +154,7 @@ class Stage:
     group: str = ""
     view: str = ""
     role: str = ""
+    round: int = 0
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -184,7 +186,7 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class StageRef:
-    """Where the output of a stage is, or will be, and what it is (`role`): enough to find its tables."""
+    """Where the output of a stage is, or will be, and what it is (`role`, `round`): enough to find its tables."""
 
     name: str
     fingerprint: str
@@ -192,12 +194,21 @@ class StageRef:
     num_shards: int
     tables: tuple[str, ...]
     role: str = dataclasses.field(default="", kw_only=True)
+    round: int = dataclasses.field(default=0, kw_only=True)
 
     @classmethod
     def of(cls, stage: Stage, run: str, num_shards: int) -> StageRef:
         """The reference to a stage in a run folder."""
         folder = join(run, stage.folder_name)
-        return cls(stage.name, stage.fingerprint, folder, num_shards, stage.work.tables, role=stage.role_name)
+        return cls(
+            stage.name,
+            stage.fingerprint,
+            folder,
+            num_shards,
+            stage.work.tables,
+            role=stage.role_name,
+            round=stage.round,
+        )
 
     def table(self, kind: str | None = None) -> ShardedTable:
         """The (only) table of the stage, or the one of a kind."""

@@ -72,6 +72,10 @@ def _complete(folder: Folder, results: list[EvalResult]) -> None:
 def evaluation_results(run: Run, stage: str) -> Iterator[EvalResult]:
     """The figures of a policy in the run's own evaluation and public benchmarks."""
     label = stage.removeprefix("train").removeprefix("-")
+    if number := run.stages[stage].round:
+        if number < max(result.round for result in of_role(run.results, *POLICIES)):
+            return  # the page is about the last round
+        label = ""
     for page in of_role(run.results, "page"):
         folder = Folder(page.folder)
         if folder.exists("metrics.json"):

@@ -203,6 +203,7 @@ def _rate_of(stage: Stage, rates: Mapping[str, T]) -> T | None:
     """The rate of a stage, by its name, its group, the first word of its name, or a stage with similar calls."""
     first = stage.name.split("-")[0]
     alike = stage.name.replace("score-responses", "judge")
+    alike = alike.replace(f"-{stage.round}", "", 1) if stage.round > 1 else alike
     names = (stage.name, stage.group_name, first, alike, *_LIKE.get(first, ()))
     return next((rates[name] for name in names if name in rates), None)
 

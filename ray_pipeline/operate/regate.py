@@ -147,6 +147,11 @@ def regate(run: Run, overrides: Sequence[str]) -> Regate:
                 f"{override}: regate changes keys of {keys} alone, because stored scores answer no other; "
                 "`quorum run` takes every key and repeats no call"
             )
+    if any(stage.round > 1 for stage in run.stages.values()):
+        raise ConfigError(
+            "regate does not rebuild rounds: with other thresholds, another policy answers from round 2 on; use "
+            "`quorum run` with the same overrides, which repeats no call"
+        )
     config = typed.changed(overrides, "quorum regate")
     before = {dataset.decisions: dataset for dataset in workflow.scored(typed.config)}
     after = {dataset.decisions: dataset for dataset in workflow.scored(config)}

@@ -147,10 +147,15 @@ def _pairs(shard: ShardTables, settings: _Compare) -> Iterator[_Pair]:
                     yield _Pair(key, prompt["messages"], answers["base"][key], answers[policy][key], order)
 
 
+def pair_id(policy: str, base: str) -> str:
+    """Id of a pair of responses, by theirs."""
+    return digest(["pair", policy, base])
+
+
 async def _compare(engine: ChatEngine, settings: _Compare, pair: _Pair) -> Outcome:
     first, second = (pair.policy, pair.base) if pair.order == "ab" else (pair.base, pair.policy)
     row = {
-        "pair_id": digest(["pair", pair.policy["response_id"], pair.base["response_id"]]),
+        "pair_id": pair_id(pair.policy["response_id"], pair.base["response_id"]),
         "prompt_id": pair.prompt_id,
         "judge": settings.judge,
         "order": pair.order,
@@ -186,6 +191,7 @@ def comparisons(
     prompts: Stage,
     base: Stage,
     policies: Mapping[str, Stage],
+    name: str = "comparisons",
 ) -> Stage:
     """Each policy against the base in the first mode, in both orders; ordered by prompt, policy and order.
 
@@ -193,7 +199,7 @@ def comparisons(
         policies: stages of responses by label.
     """
     given = _Compare.part_of(settings, policies=tuple(policies), mode=settings.modes[0].name, template=template)
-    return COMPARE.stage("comparisons", given, model, {"prompts": prompts, "base": base, **policies}, group="evaluate")
+    return COMPARE.stage(name, given, model, {"prompts": prompts, "base": base, **policies}, group="evaluate")
 
 
 def win_rate_protocol(stages: Iterable[Stage]) -> dict[str, Protocol]:

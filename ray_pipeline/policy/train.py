@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import Field
 
 from ray_pipeline.config.settings import Settings
+from ray_pipeline.engines.identity import model_identity
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.content import find_same, record, take_over
 from ray_pipeline.graph.stage import BadInput, Stage, StageStop, WholeInput, WholeWork
@@ -23,7 +24,15 @@ from ray_pipeline.store.locations import join
 from ray_pipeline.store.schemas import TRAIN_METRICS
 from ray_pipeline.training.fit import fit
 from ray_pipeline.training.methods import TrainingInputError, method_label, method_of
-from ray_pipeline.training.spec import PROGRESS, STOP, ModelNotWritten, TrainingStopped, TrainSettings, TrainSpec
+from ray_pipeline.training.spec import (
+    PROGRESS,
+    STOP,
+    ModelNotWritten,
+    Reference,
+    TrainingStopped,
+    TrainSettings,
+    TrainSpec,
+)
 
 KTO_WEIGHTS = ("desirable_weight", "undesirable_weight")
 METRICS = "train_metrics.parquet"
@@ -33,6 +42,7 @@ class _Given(Settings):
     train: TrainSettings
     model: ModelSettings
     max_length: int
+    reference: Reference = "base"
     alike: dict[str, str] = Field(default_factory=dict)
 
 
@@ -60,6 +70,8 @@ def train(
     role: str = "policy",
     steps_of: Stage | None = None,
     alike: Iterable[str] = (),
+    start: Stage | None = None,
+    reference: Reference = "base",
 ) -> Stage:
     """One policy: `merged/` and `adapter/` as `train.save` says, and the metrics of every step.
 
@@ -71,8 +83,10 @@ def train(
         steps_of: a stage like `datasets`; the policy takes the optimiser steps that it would take on those rows.
         alike: names of training stages of the run with the same settings, length and model: the policy of one of them
             is taken over if its rows turn out to be the same, too.
+        start: an earlier training of the same settings and model, whose adapter is trained on; default: a new one.
+        reference: see `TrainSpec`.
     """
-    given = _Given(train=settings, model=model, max_length=max_length)
+    given = _Given(train=settings, model=model, max_length=max_length, reference=reference)
     stage = Stage(
         name=name,
         group="train",
@@ -85,8 +99,13 @@ def train(
             **settings.decisive(exclude=_NOT_LEARNT),
             "max_length": max_length,
             "chat_template_args": model.chat_template_args,
+            **({} if reference == "base" else {"reference": reference}),
         },
-        inputs={"datasets": datasets, **({} if steps_of is None else {"steps of": steps_of})},
+        inputs={
+            "datasets": datasets,
+            **({} if steps_of is None else {"steps of": steps_of}),
+            **({} if start is None else {"start": start}),
+        },
         external=model.weights(),
     )
     keys = {other: dataclasses.replace(stage, name=other).settings_key for other in alike if other != name}
@@ -119,6 +138,7 @@ def _spec(settings: _Given, train: TrainSettings, data: str, out: Folder, finger
         storage_path=out.uri("ray_train"),
         run_name=f"{method_label(train.method)}-{fingerprint}",
         max_length=settings.max_length,
+        reference=settings.reference,
     )
 
 
@@ -156,12 +176,20 @@ def _train_policy(given: WholeInput) -> dict[str, Any]:
         # As many rows as the reference take its steps anyway: this is the training by epochs.
         if spec.packs or counted.facts["rows"][kind]["train"] != data.facts["rows"][kind]["train"]:
             content = digest([content, spec.steps])
+    if start := given.inputs.get("start"):
+        spec = dataclasses.replace(spec, adapter=join(start.folder, "adapter"))
+        content = digest([content, model_identity(spec.adapter or "")["model"]])
     if same := find_same(given, content, settings.alike):
         return _take_over(given, content, *same)
     spec = dataclasses.replace(
         spec,
         val_files=join(data.folder, f"{kind}/val/*.parquet") if validation else None,
-        card={"dataset": data.fingerprint, "kind of rows": kind, "training": given.fingerprint},
+        card={
+            "dataset": data.fingerprint,
+            "kind of rows": kind,
+            "training": given.fingerprint,
+            **({"starts from": start.fingerprint} if start else {}),
+        },
     )
     for name in (STOP, PROGRESS):  # of an earlier attempt
         given.folder.delete(name)

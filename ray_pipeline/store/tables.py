@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -102,6 +102,21 @@ class ShardedTable:
         return Folder(self.folder).check_table(
             shard_name(shard), fingerprint=self.fingerprint, kind=self.kind, schema=self.schema
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class JoinedTables:
+    """Tables of one kind, from several stages of a run, to be read as one."""
+
+    tables: Sequence[ShardedTable]
+
+    @property
+    def kind(self) -> str:
+        return self.tables[0].kind
+
+    def read(self, shard: int) -> pa.Table:
+        """One shard of all tables. Raises as `ShardedTable.read`."""
+        return pa.concat_tables([table.read(shard) for table in self.tables])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,8 @@ from ray_pipeline.training.spec import TrainSpec
 _NOT_IN_CARD = (
     "output_dir",
     "storage_path",
+    "adapter",
+    "reference",  # among the settings in force
     "card",
     "schedule_timeout_s",
     "autoscaling",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Quantization = Literal["nf4", "int8"]
 Shard = Literal["none", "fsdp", "zero2", "zero3"]
 Save = Literal["adapter", "merged", "both"]
+Reference = Literal["base", "previous"]
 
 #: File in `TrainSpec.output_dir` with the progress of a running training: {"phase", "step", "steps", "note"}.
 PROGRESS = "progress.json"
@@ -231,6 +232,8 @@ class TrainSpec:
         steps: optimiser steps in all, whatever `settings.epochs` says; None: those of the epochs.
         schedule_timeout_s: seconds to wait for resources that other work holds.
         card: facts for the model cards, for example the fingerprint of the dataset.
+        adapter: folder or URI of a LoRA adapter of the same shape whose weights training starts from; None: new ones.
+        reference: of a method with a reference model: the base, or the policy that training starts from (`adapter`).
     """
 
     settings: TrainSettings
@@ -247,6 +250,8 @@ class TrainSpec:
     steps: int | None = None
     schedule_timeout_s: float = 6 * 3600
     card: dict[str, str] = field(default_factory=dict)
+    adapter: str | None = None
+    reference: Reference = "base"
 
     def rows_per_epoch(self, rows: int) -> int:
         """How many of the rows (sequences, if they are packed) are trained on in one pass: those of whole steps.

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
-from peft import LoraConfig
+from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
 from pyarrow.dataset import ParquetFragmentScanOptions
 from transformers import BitsAndBytesConfig, PrinterCallback, TrainerCallback
 from trl.trainer.utils import disable_dropout_in_model
 
 from ray_pipeline.engines.chat_template import end_token, folding
+from ray_pipeline.store.local import local_copy
 from ray_pipeline.training.data_check import parquet_files
-from ray_pipeline.training.methods import method_of
+from ray_pipeline.training.methods import TrainingInputError, method_of
 from ray_pipeline.training.sharding import fsdp_on_cpus, sharding_settings
-from ray_pipeline.training.spec import TrainSpec
+from ray_pipeline.training.spec import Reference, TrainSpec
 from ray_pipeline.training.tokenizer import complete_generation_config, load_tokenizer
+
+#: PEFT's name of the adapter that is trained, and TRL's of a frozen one whose log-probabilities are the reference.
+_TRAINED, _REFERENCE = "default", "ref"
 
 
 def build_trainer(spec: TrainSpec, output_dir: str, callbacks: Sequence[TrainerCallback] = ()) -> Any:
     """The trainer of one rank.
 
-    The reference model of a method, if any, is the base with the adapter switched off or, in full fine-tuning, a
-    frozen copy of the base that TRL makes.
+    The reference model of a method, if any, is the base with the adapter switched off, the policy that training starts
+    from (`spec.reference`) or, in full fine-tuning, a frozen copy of the base that TRL makes.
 
     Every rank loads all rows and Accelerate distributes them: rows already distributed by Ray Data would be
     distributed twice, and half of them never used.
@@ -42,6 +48,8 @@ def build_trainer(spec: TrainSpec, output_dir: str, callbacks: Sequence[TrainerC
             peft_config=lora_config(spec),
             callbacks=list(callbacks),
         )
+    if spec.adapter is not None:
+        _start_from(local_copy(spec.adapter), trainer, spec.reference)
     if settings.disable_dropout and "disable_dropout" not in method.fields:  # SFT's config has no such setting
         disable_dropout_in_model(trainer.model)
     if method.trains_policy:  # checkpoints of full fine-tuning contain it
@@ -54,6 +62,30 @@ def build_trainer(spec: TrainSpec, output_dir: str, callbacks: Sequence[TrainerC
         whole = len(trainer.eval_dataset) - len(trainer.eval_dataset) % settings.micro_batch
         trainer.eval_dataset = trainer.eval_dataset.select(range(whole)) if whole else None
     return trainer
+
+
+def _start_from(adapter: str, trainer: Any, reference: Reference) -> None:
+    """Give the new adapter the weights of a trained one, and with `previous` the model a frozen copy of that as TRL's
+    reference. (TRL makes such a copy of any adapted model that it is handed, and so would leave the base no reference.)
+    """
+    model, weights = trainer.model, load_peft_weights(adapter, device="cpu")
+    _load(model, weights, _TRAINED)
+    if reference == "previous" and hasattr(trainer, "ref_model"):
+        still = copy.copy(model.peft_config[_TRAINED])
+        still.lora_dropout = 0.0  # the model is in training mode when the reference is computed
+        model.add_adapter(_REFERENCE, still)
+        _load(model, weights, _REFERENCE)
+        model.set_adapter(_TRAINED)
+        # Neither in the policy nor in checkpoints: a trainer that resumes would load the copy alone.
+        model.save_pretrained = functools.partial(model.save_pretrained, selected_adapters=[_TRAINED])
+
+
+def _load(model: Any, weights: dict[str, Any], name: str) -> None:
+    found: Any = set_peft_model_state_dict(model, weights, adapter_name=name)
+    if found.unexpected_keys:
+        raise TrainingInputError(
+            f"the adapter that training starts from has weights that train.lora does not: {found.unexpected_keys[0]}"
+        )
 
 
 def trainer_config(spec: TrainSpec, output_dir: str) -> Any:
@@ -169,7 +201,10 @@ def _reference(spec: TrainSpec, trainer: Any) -> str | None:
     """Description of the reference model; None if the method has none."""
     if not hasattr(trainer, "ref_model"):
         return None
-    return "the base, adapter switched off" if trainer.ref_model is None else "a frozen copy of the base"
+    if trainer.ref_model is None:
+        of_start = _REFERENCE in getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", {})
+        return "a frozen copy of the policy it starts from" if of_start else "the base, adapter switched off"
+    return "a frozen copy of the base"
 
 
 def _size(parameter: torch.nn.Parameter) -> int:

@@ -411,6 +411,7 @@ OTHER: dict[str, Any] = {
     "prompts.max_prompts": 5,
     "prompts.decontaminate": {"against": [{"type": "text", "path": "LICENSE"}]},
     "judge.rubrics": [{"name": "helpfulness"}],
+    "rounds": {"n": 2},
     "judge.early_exit": "scores",  # labels makes no dpo rows
     "judge.programs": [{"name": "program", "checker": "pocket"}],
     "judge.rewards": [{"name": "pairs", "model": "judge"}],

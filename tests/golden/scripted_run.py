@@ -48,13 +48,13 @@ def scripted_run(folder: Path) -> ScriptedRun:
     for name in STAGES:
         stage = stages[name]
         if isinstance(stage.work, ShardWork) and stage.work.engine is not None:
-            results[name] = asyncio.run(_ask(stage, stage.work, session, results))
+            results[name] = asyncio.run(ask(stage, stage.work, session, results))
         else:
             make_here([stage], session, results, lambda line: None)
     return ScriptedRun(folder, folder / "calls", stages, results)
 
 
-async def _ask(stage: Stage, work: ShardWork, session: Session, results: dict[str, StageResult]) -> StageResult:
+async def ask(stage: Stage, work: ShardWork, session: Session, results: dict[str, StageResult]) -> StageResult:
     """Make an LLM stage shard by shard, with the script in place of its engine."""
     task = session.task(stage).reading(results)
     inputs, facts = tables_by_role(task), task.facts

@@ -34,12 +34,14 @@ class PolicyWorld:
 
     def __init__(self, folder: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self.model, self.trainings = folder, ModelSettings(model=tiny_model), 0
+        self.starts: list[str | None] = []
         monkeypatch.setattr(stage, "fit", self._fit)
         monkeypatch.setattr("ray_pipeline.graph.cluster.connected", contextlib.nullcontext)
         monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
 
     def _fit(self, spec: TrainSpec, warn: Callable[[str], None]) -> TrainResult:
         self.trainings += 1
+        self.starts.append(spec.adapter)
         for part in ("adapter", "merged"):
             (Folder(spec.output_dir) / part).write_bytes("model.safetensors", f"{part} {self.trainings}".encode())
         row = {name: None for name in TRAIN_METRICS.names} | {"step": self.trainings, "split": "train"}
@@ -85,6 +87,13 @@ class PolicyWorld:
         ]
         results = self._execute(Dag("d", made), from_group)
         return {name.removeprefix("train-"): results[name] for name in names}
+
+    def follow(self, tau: float, first: Sequence[str], second: Sequence[str]) -> StageResult:
+        """The policy that is trained on the second rows, from that of the first."""
+        before, after = data_of("datasets", ord(first[0]), first), data_of("datasets-2", tau, second)
+        start = train(TrainSettings(), self.model, 64, before)
+        policy = train(TrainSettings(), self.model, 64, after, name="train-2", start=start)
+        return self._execute(Dag("d", [start, policy]), None)["train-2"]
 
     def _execute(self, dag: Dag, from_group: str | None) -> dict[str, StageResult]:
         session = Session(str(self.folder), str(self.folder / "calls"), 1)
@@ -153,6 +162,17 @@ def test_an_unfinished_policy_is_not_taken_over(policies: PolicyWorld) -> None:
     Folder(first.folder).delete(RESULT)
     policies.run(1.5)
     assert policies.trainings == 2
+
+
+def test_a_policy_goes_by_the_one_that_it_starts_from(policies: PolicyWorld) -> None:
+    first = policies.follow(2.5, "ab", "cd")
+    start = next(policies.folder.glob("train-????????????????"))
+    assert policies.starts == [None, str(start / "adapter")]
+    again = policies.follow(1.5, "ab", "cd")  # the same rows under another fingerprint
+    assert policies.trainings == 2 and again.fingerprint != first.fingerprint
+    assert again.facts["taken_from"] == Path(first.folder).name
+    policies.follow(1.4, "ba", "cd")  # from another policy
+    assert policies.trainings == 4
 
 
 def weights_of(policy: StageResult) -> str:

@@ -1,0 +1,54 @@
+"""Two rounds on real engines and real trainings, killed in the second."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.dags.conftest import CONFIG, Quorum, calls_by_role, contradictions, manifest, run, wait_until
+
+pytestmark = pytest.mark.e2e
+
+SMALL = [
+    "prompts.sources.0.count=96",
+    "prompts.num_shards=4",
+    "train.num_workers=1",
+    "train.global_batch=8",
+    "train.batch_size=4",
+    "train.epochs=1",
+    "train.save=adapter",
+]
+
+
+def test_a_run_killed_in_its_second_round_repeats_no_answered_call(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = ["run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), *SMALL, "rounds.n=2", "rounds.parts=2"]
+    first = Quorum(*command)
+    wait_until(first, lambda: any(folder.glob("judge-2-*/shard-*.parquet")))
+    first.kill()
+    assert first.living_engines() == []
+    kept = sum(calls_by_role(folder / "calls").values())
+    assert kept and not (folder / "report").exists()
+
+    run(*command)
+    made = sum(stage.get("calls_engine", 0) for stage in json.loads((folder / "progress.json").read_text()))
+    assert made == sum(calls_by_role(folder / "calls").values()) - kept > 0
+    assert contradictions(folder / "calls") == []
+    stages = manifest(folder)["stages"]
+    assert {entry["status"] for entry in stages.values()} == {"done"}
+    rows = [stages[f"candidates{ending}"]["rows"]["candidates"] for ending in ("", "-2")]
+    assert sum(rows) == 4 * 96 and min(rows) > 0
+    policies = [folder / stages[name]["path"] for name in ("train", "train-2")]
+    assert all((policy / "adapter").is_dir() and not (policy / "merged").exists() for policy in policies)
+    assert (folder / "policy").resolve() == policies[1]
+    assert "starts from" in (policies[1] / "adapter" / "README.md").read_text()
+
+    assert "datasets-2" in run("audit", str(folder)).output
+    numbers = json.loads((folder / "report" / "metrics.json").read_text())
+    assert [one["number"] for one in numbers["rounds"]] == [1, 2]
+    last = {stats["mode"]: stats for stats in numbers["rounds"][1]["policy"]}
+    shown = {s["mode"]: s for s in numbers["evaluation"]["responses"] if s["model"] == "policy"}
+    assert last == shown and last.keys() == {"greedy", "sampled"}
+    assert all(one["panel"] and one["scores"] and one["kl"] is not None for one in numbers["rounds"])
