@@ -225,9 +225,7 @@ def baselines(config: BaselinesConfig, run_folder: str) -> Dag:
     scores = (
         []
         if live is None
-        else judge_stages(
-            live, models, texts.judge, prompts, responses, "score-responses", "evaluate", "response verdicts"
-        )
+        else judge_stages(live, models, texts, prompts, responses, "score-responses", "evaluate", "response verdicts")
     )
     rows = [stages[0] for stages in made.values()]
     public = []
@@ -245,7 +243,7 @@ def _judged(config: BaselinesConfig, prompts: Stage) -> _Judged | None:
         return None
     texts, models = config.templates(), config.models
     candidates = candidates_stage(config.candidates, models, prompts, config.prompts.decontaminate)
-    verdicts = judge_stages(config.judge, models, texts.judge, prompts, {"candidates": candidates})
+    verdicts = judge_stages(config.judge, models, texts, prompts, {"candidates": candidates})
     critiques = None
     if any((decides := config.gate_of(variant)) is not None and decides.use_critic for variant in own):
         assert config.critic is not None  # gate_of
@@ -357,7 +355,7 @@ def audit(run: Run, config: BaselinesConfig) -> Audit:
     whole = {data: one for data, one in _scored(config).items() if one.first is None and one.max_prompts is None}
     made = {data: one for data, one in whole.items() if data in plain}
     skipped = [data for data in config.baselines.data if data not in made]
-    return audit_gated(run, list(made.values()), skipped, config.judge.programs)
+    return audit_gated(run, list(made.values()), skipped, config.judge)
 
 
 WORKFLOW = register("workflow", "baselines")(

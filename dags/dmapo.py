@@ -43,7 +43,14 @@ from ray_pipeline.policy.comparisons import comparisons as comparisons_stage
 from ray_pipeline.policy.comparisons import responses as responses_stage
 from ray_pipeline.policy.train import train as train_stage
 from ray_pipeline.workflow.registry import Workflow
-from ray_pipeline.workflow.training import TrainingConfig, recorded_judges, require_checker, rubric_models, rubric_uses
+from ray_pipeline.workflow.training import (
+    TrainingConfig,
+    given_items,
+    recorded_judges,
+    require_checker,
+    rubric_models,
+    rubric_uses,
+)
 
 
 class DmapoConfig(TrainingConfig):
@@ -174,6 +181,7 @@ class DmapoConfig(TrainingConfig):
             gate=self.gate,
             human_labels=self.human_labels,
             audit_slice=self.judge.early_exit != "off",
+            items=given_items(self.judge),
             no_error_rates=[program.name for program in self.judge.programs],
             stages=("prompts", "candidates", "judge", *critic, "gate", "datasets", *trained),
         )
@@ -200,7 +208,7 @@ def dmapo(config: DmapoConfig, run_folder: str) -> Dag:
     prompts = prompts_stage(config.prompt_settings)
     candidates = candidates_stage(config.candidates, models, prompts, config.prompts.decontaminate)
     rule = config.exit_rule
-    verdicts = judge_stages(config.judge, models, texts.judge, prompts, {"candidates": candidates}, exit_rule=rule)
+    verdicts = judge_stages(config.judge, models, texts, prompts, {"candidates": candidates}, exit_rule=rule)
     critiques = None
     if config.gate.use_critic:
         assert config.critic is not None
@@ -263,7 +271,7 @@ def trained(
     stages = [policy, before, after, compared]
     if judge is not None:
         rest = {"base": before, "policy": after}, "score-responses", "evaluate", "response verdicts"
-        stages += judge_stages(judge, models, texts.judge, prompts, *rest)
+        stages += judge_stages(judge, models, texts, prompts, *rest)
     stages += more(policy)
     return stored(stages, run_folder, config.num_shards) if config.evaluate.skip_generation else stages
 
@@ -280,7 +288,7 @@ def _benchmarks(config: DmapoConfig, run_folder: str, policy: Stage) -> list[Sta
 
 def audit(run: Run, config: DmapoConfig) -> Audit:
     """Walk every training row back. Raises StoreError where the run has no datasets yet."""
-    return audit_gated(run, scored(config), programs=config.judge.programs)
+    return audit_gated(run, scored(config), judge=config.judge)
 
 
 WORKFLOW = register("workflow", "dmapo")(

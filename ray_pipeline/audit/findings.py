@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from ray_pipeline.agents.judges import Rubric
 from ray_pipeline.data.dataset_rows import DatasetsConfig
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.data.programs import ProgramJudge
@@ -33,6 +34,7 @@ PROBLEMS = {
     "prompt_id": "a prompt's id is not the hash of its messages",
     "numbers": "mean, variance, penalty or final score do not follow from verdicts and critique",
     "program": "a program's verdict is not what its checker finds",
+    "checklist": "a score is not the weighted share of the items that the reply ticks",
     "label": "a label does not follow from the numbers",
     "scores": "a training row carries other scores than the verdicts",
     "messages": "a training row's prompt is not the prompt's messages",
@@ -57,6 +59,8 @@ class RunTables:
         judges: whose scores the gate counted.
         humans: candidate_id → label by people that replaces the gate's.
         programs: the judges that are programs; their verdicts are computed again.
+        ticked: the judges with a checklist; their replies are read again.
+        checklists: tables with the items of those whose items were written.
         scale: of the judges' scores, where verdicts may be skipped.
         threshold: of a certified gate; None where it certified nothing.
     """
@@ -72,6 +76,8 @@ class RunTables:
     config: DatasetsConfig
     humans: Mapping[str, str] = dataclasses.field(default_factory=dict)
     programs: Sequence[ProgramJudge] = ()
+    ticked: Sequence[Rubric] = ()
+    checklists: Sequence[ShardedTable] = ()
     scale: tuple[int, int] | None = None
     threshold: float | None = None
 

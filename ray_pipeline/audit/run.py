@@ -11,7 +11,7 @@ from ray_pipeline.audit.loop import audit_loop
 from ray_pipeline.audit.rows import audit_run
 from ray_pipeline.data.datasets import cut_to_size
 from ray_pipeline.data.gate import Cut
-from ray_pipeline.data.programs import ProgramJudge
+from ray_pipeline.data.judging import JudgeSettings
 from ray_pipeline.data.scored import ScoredDataset
 from ray_pipeline.data.tokens import token_counter
 from ray_pipeline.graph.results import Run, of_role
@@ -31,13 +31,13 @@ class Audit:
 
 
 def audit_gated(
-    run: Run, made: Sequence[ScoredDataset], skipped: Sequence[str] = (), programs: Sequence[ProgramJudge] = ()
+    run: Run, made: Sequence[ScoredDataset], skipped: Sequence[str] = (), judge: JudgeSettings | None = None
 ) -> Audit:
     """Audit datasets that a gate made from all candidates.
 
     Args:
         skipped: names of datasets that follow other rules (ungated, cut or imported rows).
-        programs: judges whose verdicts are computed again.
+        judge: its programs and checklists give verdicts that are computed again.
 
     Raises:
         StoreError: a dataset is not done yet, or none can be audited.
@@ -45,7 +45,7 @@ def audit_gated(
     if not made:
         raise StoreError(f"{run.folder.location} has no dataset of the gate on all candidates: nothing to audit")
     _check_done(run, list(dict.fromkeys(name for one in made for name in (one.decisions, *one.files))))
-    reports = {name: _audit(run, one, name, programs) for one in made for name in one.files}
+    reports = {name: _audit(run, one, name, judge) for one in made for name in one.files}
     return Audit(reports, skipped, cut_to_size(run))
 
 
@@ -80,7 +80,7 @@ def _check_done(run: Run, stages: Sequence[str]) -> None:
         raise StoreError(f"{run.folder.location} cannot be audited yet: {', '.join(missing)} is not done; run it first")
 
 
-def _audit(run: Run, made: ScoredDataset, files: str, programs: Sequence[ProgramJudge]) -> AuditReport:
+def _audit(run: Run, made: ScoredDataset, files: str, judge: JudgeSettings | None) -> AuditReport:
     results = run.results
     critiques = of_role(results, "critiques")
     assert made.gate is not None
@@ -95,7 +95,9 @@ def _audit(run: Run, made: ScoredDataset, files: str, programs: Sequence[Program
         gate=made.gate,
         config=made.files[files],
         humans={} if made.humans is None else made.humans.read().labels,
-        programs=programs,
+        programs=() if judge is None else judge.programs,
+        ticked=[] if judge is None else [rubric for rubric in judge.rubrics if rubric.is_checklist],
+        checklists=[result.table() for result in of_role(results, "checklists")],
         scale=None if made.exit_rule is None else made.exit_rule.scale,
         threshold=results[made.decisions].facts.get("certified", {}).get("threshold"),
     )

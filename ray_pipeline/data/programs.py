@@ -13,7 +13,7 @@ from ray_pipeline.agents.judges import Rubric
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.constraints.official import CheckersMissing
 from ray_pipeline.data.answers import answers_of
-from ray_pipeline.data.checkers import Check, Checked, check_checker, checker_digests
+from ray_pipeline.data.checkers import Check, check_checker, checker_digests
 from ray_pipeline.graph.stage import BadInput, ShardInput, ShardOutput, ShardWork, Stage, StageStop
 from ray_pipeline.store.schemas import VERDICTS, to_table
 
@@ -43,10 +43,6 @@ class ProgramJudge(Settings):
     def rubric(self) -> Rubric:
         """Name and scale."""
         return Rubric(name=self.name, low=self.low, high=self.high)
-
-    def score(self, found: Checked) -> float:
-        """The share on the judge's scale."""
-        return self.low + found.share * (self.high - self.low)
 
 
 class _Judging(Settings):
@@ -111,7 +107,9 @@ def judge_shard(given: ShardInput) -> ShardOutput:
             if found is None:
                 rows.append({**row, "parse_status": "missing"})
             else:
-                rows.append({**row, "score": program.score(found), "reason": found.reason, "parse_status": "ok"})
+                rows.append(
+                    {**row, "score": program.rubric.scaled(found.share), "reason": found.reason, "parse_status": "ok"}
+                )
         given.tick(1)
     counts = collections.Counter(f"{row['judge']}.{row['parse_status']}" for row in rows)
     return ShardOutput({"verdicts": to_table(rows, VERDICTS)}, dict(sorted(counts.items())))

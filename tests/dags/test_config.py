@@ -83,7 +83,7 @@ OTHERS = (
     "agreement", "pocket_agreement", "winrate", "pocket_winrate",
     "endpoint_winrate", "endpoint_benchmarks",
     "benchmarks", "pocket_benchmarks", "fellowship", "pocket_fellowship", "fellowship_winrate", "train", "pocket_train",
-    "smol", "smol_quick",  # with gates for judges that give most answers the highest score
+    "smol", "smol_quick", "smol_checklist",  # with gates for judges that give most answers the highest score
 )  # fmt: skip
 SHIPPED = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem not in OTHERS)
 
