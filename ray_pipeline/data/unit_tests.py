@@ -36,8 +36,8 @@ class UnitTests(Settings):
     def _asked(self) -> UnitTests:
         if not self.execute:
             raise ValueError(
-                "it runs code that models wrote; read docs/roads.md (Unit tests) about what its sandbox does not protect, "
-                "then set execute: true"
+                "it runs code that models wrote; read docs/roads.md (Unit tests) about what its sandbox does not "
+                "protect, then set execute: true"
             )
         return self
 
