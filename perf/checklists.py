@@ -44,14 +44,19 @@ def write_inputs(folder: Path, count: int, config: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "prompts.jsonl", "w") as rows, open(folder / "lists.jsonl", "w") as lists:
         for prompt in prompts:
-            checks = [{"instruction_id_list": [one.id], "kwargs": [one.arguments]} for one in prompt.constraints]
-            whole = {key: [check[key][0] for check in checks] for key in ("instruction_id_list", "kwargs")}
+            ids, kwargs = [one.id for one in prompt.constraints], [one.arguments for one in prompt.constraints]
+            whole = {"instruction_id_list": ids, "kwargs": kwargs}
             rows.write(json.dumps({"prompt": prompt.text, **whole}) + "\n")
             name = prompt_id([{"role": "user", "content": prompt.text}])
             items = [one.sentence for one in prompt.constraints]
             lists.write(json.dumps({"prompt_id": name, "items": items}) + "\n")
     values = yaml.safe_load(Path(config).read_text())
-    source = {"type": "jsonl", "path": str(folder / "prompts.jsonl"), "meta_columns": ["instruction_id_list", "kwargs"]}
+    source = {
+        "type": "jsonl",
+        "path": str(folder / "prompts.jsonl"),
+        "column": "prompt",
+        "meta_columns": ["instruction_id_list", "kwargs"],
+    }
     values["prompts"]["sources"] = [source]
     (writer,) = (one["checklist"] for one in values["judge"]["rubrics"] if "checklist" in one)
     edited = {**writer, "edited": str(folder / "lists.jsonl")}

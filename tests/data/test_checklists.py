@@ -82,7 +82,8 @@ SHARES = {"One, two.": 1 / 3, "One and two.": 2 / 3}
 
 
 def rows_of(results: dict[str, StageResult], stage: str) -> list[dict[str, Any]]:
-    return results[stage].table().read_all().to_pylist()
+    rows: list[dict[str, Any]] = results[stage].table().read_all().to_pylist()
+    return rows
 
 
 def test_one_list_a_prompt_and_one_reply_a_candidate(tmp_path: Path) -> None:
@@ -137,7 +138,8 @@ def test_edited_lists_replace_written_ones_and_only_their_prompts_are_judged_aga
         if row["prompt_id"] == lists[0]["prompt_id"]:
             assert row["score"] in (1.0, 10.0)
 
-    moved = edited.rename(tmp_path / "moved" if (tmp_path / "moved").mkdir() else tmp_path / "moved" / "edited.jsonl")
+    (tmp_path / "moved").mkdir()
+    moved = edited.rename(tmp_path / "moved" / "edited.jsonl")
     config = config_of({"name": "written", "checklist": {"model": "judge", "edited": str(moved)}})
     assert dmapo(config, str(tmp_path)).upto("judge")[-1].fingerprint == again["judge"].fingerprint
 

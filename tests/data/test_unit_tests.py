@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 import ray_pipeline.data.unit_tests  # noqa: F401 (registers the checker)
-from ray_pipeline.data import sandbox as sandboxes
 from ray_pipeline.data.checkers import Checked, check_checker, load_checker
 from ray_pipeline.data.sandbox import SandboxMissing, failure, sandbox
 
@@ -107,10 +106,11 @@ def test_a_prompt_without_tests_is_undecided_and_wrong_ones_are_named() -> None:
 
 
 def test_without_a_sandbox_nothing_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    false = shutil.which("false")
     try:
-        for program, message in ((None, "unshare is not installed"), (shutil.which("false"), "cannot be switched off")):
+        for program, message in ((None, "unshare is not installed"), (false, "cannot be switched off")):
             sandbox.cache_clear()
-            monkeypatch.setattr(sandboxes.shutil, "which", lambda name, program=program: program)
+            monkeypatch.setattr(shutil, "which", lambda name, program=program: program)
             with pytest.raises(SandboxMissing, match=message):
                 check_checker("unit_tests", {"execute": True})
             with pytest.raises(SandboxMissing, match=message):
