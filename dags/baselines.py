@@ -239,9 +239,7 @@ def baselines(config: BaselinesConfig, run_folder: str) -> Dag:
     scores = (
         []
         if live is None
-        else judge_stages(
-            live, models, texts.judge, prompts, responses, "score-responses", "evaluate", "response verdicts"
-        )
+        else judge_stages(live, models, texts, prompts, responses, "score-responses", "evaluate", "response verdicts")
     )
     rows = [stages[0] for stages in made.values()]
     public = []
@@ -259,7 +257,7 @@ def _judged(config: BaselinesConfig, prompts: Stage) -> _Judged | None:
         return None
     texts, models = config.templates(), config.models
     candidates = candidates_stage(config.candidates, models, prompts, config.prompts.decontaminate)
-    verdicts = judge_stages(config.judge, models, texts.judge, prompts, {"candidates": candidates})
+    verdicts = judge_stages(config.judge, models, texts, prompts, {"candidates": candidates})
     critiques = None
     if any((decides := config.gate_of(variant)) is not None and decides.use_critic for variant in own):
         assert config.critic is not None  # gate_of

@@ -49,7 +49,14 @@ from ray_pipeline.policy.train import train as train_stage
 from ray_pipeline.training.spec import Reference
 from ray_pipeline.workflow.registry import Workflow
 from ray_pipeline.workflow.rounds import Round, RoundsSettings, ending_of, numbered
-from ray_pipeline.workflow.training import TrainingConfig, recorded_judges, require_checker, rubric_models, rubric_uses
+from ray_pipeline.workflow.training import (
+    TrainingConfig,
+    given_items,
+    recorded_judges,
+    require_checker,
+    rubric_models,
+    rubric_uses,
+)
 
 
 class DmapoConfig(TrainingConfig):
@@ -227,6 +234,7 @@ class DmapoConfig(TrainingConfig):
             gate=self.gate,
             human_labels=self.human_labels,
             audit_slice=self.judge.early_exit != "off",
+            items=given_items(self.judge),
             no_error_rates=[program.name for program in self.judge.programs],
             stages=("prompts", "candidates", "judge", *critic, "gate", "datasets", *trained),
         )
@@ -272,7 +280,7 @@ def _round(config: DmapoConfig, run_folder: str, number: int, prompts: Stage, be
     else:
         candidates = candidates_stage(config.candidates, models, asked, config.prompts.decontaminate)
     rule, judge = config.exit_rule, f"judge{ending}"
-    verdicts = judge_stages(config.judge, models, texts.judge, asked, {"candidates": candidates}, judge, exit_rule=rule)
+    verdicts = judge_stages(config.judge, models, texts, asked, {"candidates": candidates}, judge, exit_rule=rule)
     critiques = None
     if config.gate.use_critic:
         assert config.critic is not None
@@ -387,7 +395,7 @@ def trained(
         stages += judge_stages(
             judge,
             models,
-            texts.judge,
+            texts,
             prompts,
             responses,
             f"score-responses{ending}",

@@ -209,7 +209,7 @@ def _judged(
     if config.select.compares:
         return ranks(config.select, config.models, prompts, responses, name, holds)
     assert config.judge is not None
-    return judge_stages(config.judge, config.models, config.templates().judge, prompts, responses, name, holds=holds)
+    return judge_stages(config.judge, config.models, config.templates(), prompts, responses, name, holds=holds)
 
 
 def _improvement(config: FellowshipConfig, prompts: Stage) -> list[Stage]:

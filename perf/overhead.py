@@ -102,7 +102,7 @@ def inputs(folder: Path, prompts: int, num_shards: int) -> dict[str, ShardedTabl
 
 def judge_stage(config: DmapoConfig) -> Stage:
     nothing = Stage("nothing", WholeWork(lambda given: {}), {})
-    (stage,) = judges(config.judge, config.models, config.templates().judge, nothing, {"candidates": nothing})
+    (stage,) = judges(config.judge, config.models, config.templates(), nothing, {"candidates": nothing})
     return stage
 
 

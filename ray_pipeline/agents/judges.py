@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from pydantic import Field, field_validator, model_validator
 
+from ray_pipeline.agents.checklists import MOST_ITEMS, ChecklistSettings, Item
 from ray_pipeline.agents.labelled_replies import pick_grammar
 from ray_pipeline.agents.replies import (
     Read,
@@ -69,6 +70,15 @@ class Rubric(Settings):
 
     name: str = Field(description="name of the judge in the tables")
     text: str = Field("", description="criterion that the judge applies")
+    items: tuple[Item, ...] = Field(
+        (),
+        max_length=MOST_ITEMS,
+        description="checklist: requirements that the judge ticks one by one in one call; each a text, or `text` and "
+        "`weight`. The score is the weighted share that is met",
+    )
+    checklist: ChecklistSettings | None = Field(
+        None, description="checklist whose items a model writes for each prompt; `text` is what it should look at"
+    )
     low: int = Field(1, description="lowest score")
     high: int = Field(10, description="highest score")
     model: str | None = Field(None, description="a key of `models`; default: the stage's model")
@@ -90,6 +100,20 @@ class Rubric(Settings):
         if self.low >= self.high:
             raise ValueError(f"judge {self.name}: low ({self.low}) must be less than high ({self.high})")
         return self
+
+    @model_validator(mode="after")
+    def _one_checklist(self) -> Rubric:
+        if self.items and self.checklist is not None:
+            raise ValueError(f"judge {self.name}: items are given and written by a model (checklist); remove one")
+        return self
+
+    @property
+    def is_checklist(self) -> bool:
+        return bool(self.items) or self.checklist is not None
+
+    def scaled(self, share: float) -> float:
+        """A share from 0 to 1 on the judge's scale."""
+        return self.low + share * (self.high - self.low)
 
 
 class JudgeAsking(Settings):

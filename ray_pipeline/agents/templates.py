@@ -17,7 +17,7 @@ import jinja2
 import jinja2.meta
 import yaml
 from jinja2.sandbox import SandboxedEnvironment
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from ray_pipeline.config.loading import NOT_YAML
 from ray_pipeline.config.settings import Settings
@@ -51,6 +51,18 @@ class Templates(Settings):
     judge: RoleTemplate
     critic: RoleTemplate
     pairwise: RoleTemplate
+    ticks: RoleTemplate
+    items: RoleTemplate
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_checklists(cls, values: Any) -> Any:
+        """A file without the blocks of checklists, such as one for a model that ticks none, has those of `default`."""
+        if not isinstance(values, dict) or {"ticks", "items"} <= values.keys():
+            return values
+        default = importlib.resources.files("configs") / "prompts" / "default.yaml"
+        known = yaml.safe_load(default.read_text("utf-8"))
+        return {"ticks": known["ticks"], "items": known["items"], **values}
 
 
 _ENVIRONMENT = SandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False, trim_blocks=True)
@@ -60,6 +72,8 @@ VARIABLES: dict[str, dict[str, Any]] = {
     "judge": {"instruction": "x", "response": "x", "name": "x", "rubric": "x", "low": 1, "high": 10, "fence": "0"},
     "critic": {"instruction": "x", "response": "x", "fence": "0"},
     "pairwise": {"instruction": "x", "response_a": "x", "response_b": "x", "fence": "0"},
+    "ticks": {"instruction": "x", "response": "x", "name": "x", "items": "x", "form": "x", "fence": "0"},
+    "items": {"instruction": "x", "name": "x", "rubric": "x", "most": 8, "fence": "0"},
 }
 
 #: A word as long as every fence, for measuring texts.

@@ -10,6 +10,7 @@ import yaml
 from ray_pipeline.agents import judges
 from ray_pipeline.agents.judges import JudgeAsking, Rubric, SamplingSettings
 from ray_pipeline.agents.templates import Layout, load_templates
+from ray_pipeline.agents.ticking import tick
 from ray_pipeline.api.calls import CONCURRENCY, each, ids_of, settings_of
 from ray_pipeline.api.engines import bound, templates_of
 from ray_pipeline.api.frames import Frame, give, rows_with_ids
@@ -36,8 +37,8 @@ def judge(
         frame: columns `prompt` (text, or messages with role and content; also as `messages`) and `response` (text;
             null is not judged); optional: `prompt_id` and `candidate_id`.
         engine: from `open_engine`, or any `ChatEngine`.
-        rubrics: `Rubric`s or their keys (`{"name": "safety", "text": "…", "low": 1, "high": 10}`), names alone, or
-            name → text; default: helpfulness, factuality and conciseness as published.
+        rubrics: `Rubric`s or their keys (`{"name": "safety", "text": "…", "low": 1, "high": 10}`, or with `items` for a
+            checklist), names alone, or name → text; default: helpfulness, factuality and conciseness as published.
         templates: built-in name or YAML file of the judge's prompt; default: those that suit the engine's model.
         sampling, asking: the keys of the same name in the `judge` block (`{"max_tokens": 512}`, `{"retries": 2}`).
         thoughts: split: thoughts at the start of a response (`<think>…</think>`) are not judged, and a response that
@@ -55,7 +56,9 @@ def judge(
     """
     found = _rubrics(rubrics)
     name = templates_of(engine, templates)
-    template = load_templates(name).judge
+    texts = load_templates(name)
+    if written := [rubric.name for rubric in found if rubric.checklist is not None]:
+        raise ValueError(f"rubric {written[0]}: only runs write checklists by a model; set its items instead")
     how = settings_of(SamplingSettings, sampling, name, "sampling"), settings_of(JudgeAsking, asking, name, "asking")
     rows = rows_with_ids(frame, "candidate_id", ["response"], "frame", thoughts=thoughts)
 
@@ -64,7 +67,11 @@ def judge(
             verdict = judges.Verdict(None, None, None, "error", None)
         else:
             own = bound(engine, row["prompt_id"], f"judge/{rubric.name}")
-            verdict = await judges.judge(own, row["messages"], row["response"], rubric, template, *how, layout)
+            what = own, row["messages"], row["response"], rubric
+            if rubric.items:
+                verdict = await tick(*what, rubric.items, texts.ticks, *how, layout)
+            else:
+                verdict = await judges.judge(*what, texts.judge, *how, layout)
         return {**ids_of(row, "candidate_id"), "judge": rubric.name, **judges.columns_of(verdict)}
 
     made = each([(row, rubric) for row in rows for rubric in found], one, concurrency)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from ray_pipeline.agents.judges import Rubric
 from ray_pipeline.data.dataset_rows import DatasetsConfig
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.data.programs import ProgramJudge
@@ -36,6 +37,7 @@ PROBLEMS = {
     "program": "a program's verdict is not what its checker finds",
     "posterior": "a posterior does not follow from the verdicts, or the model not from all of them",
     "reward": "a reward model's score does not follow from the rewards of the prompt's candidates",
+    "checklist": "a score is not the weighted share of the items that the reply ticks",
     "label": "a label does not follow from the numbers",
     "scores": "a training row carries other scores than the verdicts",
     "weight": "a training row's weight does not follow from the verdicts",
@@ -62,6 +64,8 @@ class RunTables:
         humans: candidate_id → label by people that replaces the gate's.
         programs: the judges that are programs; their verdicts are computed again.
         rewards: the judges that are reward models; their scores are computed again from the rewards.
+        ticked: the judges with a checklist; their replies are read again.
+        checklists: tables with the items of those whose items were written.
         scale: of the judges' scores, where verdicts may be skipped or rows are weighted.
         threshold: of a certified gate; None where it certified nothing.
         posterior: the model of a gate with a pool; None without one.
@@ -79,6 +83,8 @@ class RunTables:
     humans: Mapping[str, str] = dataclasses.field(default_factory=dict)
     programs: Sequence[ProgramJudge] = ()
     rewards: Sequence[RewardJudge] = ()
+    ticked: Sequence[Rubric] = ()
+    checklists: Sequence[ShardedTable] = ()
     scale: tuple[int, int] | None = None
     threshold: float | None = None
     posterior: Mapping[str, Any] | None = None

@@ -25,7 +25,7 @@ from ray_pipeline.audit.formulas import (
     row_weight,
 )
 from ray_pipeline.audit.posterior import PosteriorCheck, posterior_label
-from ray_pipeline.data.checkers import load_checker
+from ray_pipeline.audit.recomputed import Recomputed
 from ray_pipeline.data.tokens import Encode
 from ray_pipeline.store import keys
 from ray_pipeline.store.files import Folder
@@ -82,7 +82,8 @@ class _Shard:
         self.critiques = self._index("critiques", critiques, "candidate_id")
         self.decisions = self._index("decisions", audit.read(run.decisions, shard), "candidate_id")
         self.training = {kind: training[kind].get(shard, []) for kind in run.config.kinds}
-        self.checks = {judge.name: load_checker(judge.checker, judge.options) for judge in run.programs}
+        lists = [row for table in run.checklists for row in audit.read(table, shard)]
+        self.recomputed = Recomputed(run, lists)
         self._texts: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
 
     def check(self) -> None:
@@ -90,7 +91,10 @@ class _Shard:
             self._check_prompt(prompt)
         self._check_links()
         for candidate in self.candidates.values():
-            self._check_programs(candidate)
+            for kind, message in self.recomputed.problems(
+                self.prompts.get(candidate["prompt_id"]), candidate, self.verdicts
+            ):
+                self.audit.problem(kind, "verdicts", candidate["candidate_id"], message)
             self._check_decision(candidate)
         self._check_rewards()
         if "kto" in self.training:
@@ -140,18 +144,6 @@ class _Shard:
 
     def _orphan(self, table: str, row: Row, message: str) -> None:
         self.audit.problem("orphan", table, row["candidate_id"], message)
-
-    def _check_programs(self, candidate: Row) -> None:
-        """Verdicts of programs: the checker is run again, and its share put on the judge's scale."""
-        name, prompt = candidate["candidate_id"], self.prompts.get(candidate["prompt_id"])
-        for judge in self.run.programs if prompt is not None and candidate["response"] is not None else ():
-            assert prompt is not None
-            checked = self.checks[judge.name](prompt["messages"], candidate["response"], prompt["meta"])
-            expected = None if checked is None else judge.low + (judge.high - judge.low) * checked.share
-            found = read_score(self.verdicts.get((name, judge.name)), "score")
-            if not close(found, expected):
-                message = f"{judge.name} scores {found}, but its checker {judge.checker} gives {expected}"
-                self.audit.problem("program", "verdicts", name, message)
 
     def _check_rewards(self) -> None:
         """Scores of reward models: the map of the scale, or the share of the prompt's other candidates that are worse

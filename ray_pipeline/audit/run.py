@@ -39,7 +39,7 @@ def audit_gated(
 
     Args:
         skipped: names of datasets that follow other rules (ungated, cut or imported rows).
-        judge: the judges; verdicts of programs and reward models are computed again.
+        judge: the judges; verdicts of programs, reward models and checklists are computed again.
 
     Raises:
         StoreError: a dataset is not done yet, or none can be audited.
@@ -99,6 +99,8 @@ def _audit(run: Run, made: ScoredDataset, files: str, judge: JudgeSettings | Non
         humans={} if made.humans is None else made.humans.read().labels,
         programs=() if judge is None else judge.programs,
         rewards=() if judge is None else judge.rewards,
+        ticked=[] if judge is None else [rubric for rubric in judge.rubrics if rubric.is_checklist],
+        checklists=[result.table() for result in of_role(results, "checklists")],
         scale=made.scale,
         threshold=run.results[made.decisions].facts.get("certified", {}).get("threshold"),
         posterior=run.results[made.decisions].facts.get("posterior"),

@@ -20,6 +20,7 @@ from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.sources import FileTable, HubTable, InputError, PromptSource, Record, SourceRow
 from ray_pipeline.data.sources.answers import Drop, chat_in_text, finish_reason_of, split_answer
 from ray_pipeline.data.sources.chats import BadRow, messages_of
+from ray_pipeline.data.sources.columns import meta_of
 from ray_pipeline.data.sources.records import Thoughts
 from ray_pipeline.store.keys import normalise_messages, normalise_text, prompt_id
 from ray_pipeline.store.outside import json_value
@@ -66,6 +67,9 @@ class _Completions(Settings):
     )
     chosen_model: str | None = Field(None, description="columns with the models that gave the two answers")
     rejected_model: str | None = Field(None, description="columns with the models that gave the two answers")
+    meta_columns: tuple[str, ...] = Field(
+        (), description="columns that are kept in the prompt's `meta` for checkers, of the first row of a prompt"
+    )
     label: str | None = Field(
         None, description="name of the source in the tables; default: the name of the dataset or file"
     )
@@ -137,6 +141,7 @@ class OwnRow:
         empty: answers without any text, which are not among `answers`.
         unfinished: answers that end within their thoughts, which are not among `answers` either.
         fault: what is wrong with the row, and where it stands.
+        meta: values of the source's `meta_columns`.
     """
 
     number: int
@@ -145,6 +150,7 @@ class OwnRow:
     empty: int = 0
     unfinished: int = 0
     fault: str | None = None
+    meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def own_rows(source: CandidateSource, digests: dict[str, str] | None = None) -> Iterator[OwnRow]:
@@ -158,13 +164,17 @@ def own_rows(source: CandidateSource, digests: dict[str, str] | None = None) -> 
     """
 
     def choose(present: Collection[str], whole: bool) -> list[str]:
-        return list(_columns(source, present, whole).values())
+        found = _columns(source, present, whole).values()
+        return list(dict.fromkeys([*found, *(name for name in source.meta_columns if name in present)]))
 
     for record in source.records(choose, digests):
         try:
             if record.fault:
                 raise BadRow(record.fault)
-            yield _row(record, _columns(source, record.row, whole=False), source.thoughts)
+            row = _row(record, _columns(source, record.row, whole=False), source.thoughts)
+            yield (
+                dataclasses.replace(row, meta=meta_of(record.row, source.meta_columns)) if source.meta_columns else row
+            )
         except BadRow as fault:
             between = " " if record.fault or str(fault).startswith("has ") else ": "
             yield OwnRow(record.number, [], fault=f"{record.where}{between}{fault}")
@@ -193,6 +203,8 @@ def _columns(source: CandidateSource, present: Collection[str], whole: bool) -> 
     for key in ("prompt", "model", "finish_reason", "chosen_model", "rejected_model"):
         if whole and getattr(source, key) and key not in found:
             raise BadRow(f"has no column {getattr(source, key)!r}; {has}. Correct or remove candidates.source.{key}")
+    if whole and (absent := [name for name in source.meta_columns if name not in present]):
+        raise BadRow(f"has no column {absent[0]!r}; {has}. Correct candidates.source.meta_columns")
     extra = ("chosen_model", "rejected_model") if layout == "pair" else ("model", "finish_reason")
     return {key: column for key, column in found.items() if key in ("prompt", *_LAYOUTS[layout], *extra)}
 
@@ -316,7 +328,7 @@ class CandidatePrompts(PromptSource):
                 yield SourceRow(place, None, fault=row.fault)
             elif (name := prompt_id(row.messages)) not in seen:
                 seen.add(name)
-                yield SourceRow(place, row.messages)
+                yield SourceRow({**row.meta, **place}, row.messages)
         where = f"candidates.source: {self.source.place}"
         if not read:
             raise InputError(f"{where} has no rows; check that it was written")

@@ -340,9 +340,17 @@ def _under(facts: Mapping[str, str], blocks: Sequence[str]) -> dict[str, str]:
 def _rubrics(config: Mapping[str, Any]) -> dict[str, str]:
     built_in = f"text of the templates {_public(config.get('prompt_templates') or 'unknown')}"
     return {
-        f"{rubric['name']}, {rubric.get('low', 1)} to {rubric.get('high', 10)}": rubric.get("text") or built_in
+        f"{rubric['name']}, {rubric.get('low', 1)} to {rubric.get('high', 10)}": _criterion(rubric) or built_in
         for rubric in (config.get("judge") or {}).get("rubrics", ())
     }
+
+
+def _criterion(rubric: Mapping[str, Any]) -> str:
+    text: str = rubric.get("text") or ""
+    if rubric.get("checklist"):
+        text = f"checklist, written for each prompt by {rubric['checklist']['model']}. {text}".rstrip()
+    items = "; ".join(item["text"] for item in rubric.get("items") or ())
+    return f"checklist: {items}" if items else text
 
 
 def _ready(source: Mapping[str, Any]) -> dict[str, str]:

@@ -46,7 +46,8 @@ class Checked(NamedTuple):
 
 class Checker(Protocol):
     """Register a function of this form under the kind `checker`, or a class of `Settings` whose instances are called
-    like it and whose keys are the options. A third parameter named `meta` gets the prompt's."""
+    like it and whose keys are the options; a method `ready` of it raises CheckersMissing where it cannot run. A third
+    parameter named `meta` gets the prompt's."""
 
     def __call__(self, prompt: Sequence[Mapping[str, str]], response: str, /) -> bool | float | Checked | None:
         """Whether a response to chat messages is right, or the share of its requirements that it meets; None where
@@ -105,12 +106,14 @@ def check_checker(reference: str, options: Mapping[str, Any] | None = None) -> C
     """The checker of this name or file, which can run here; arguments and errors as of `load_checker`.
 
     Raises:
-        CheckersMissing: the packages or data of the official checkers are not installed.
+        CheckersMissing: the checker cannot run here.
     """
-    check = load_checker(reference, options)
+    function = _resolved(reference, options)
     if reference in _OFFICIAL:
         checkers()
-    return check
+    elif (ready := getattr(function, "ready", None)) is not None:
+        ready()
+    return _check_of(reference, function)
 
 
 def load_checker(reference: str, options: Mapping[str, Any] | None = None) -> Check:
@@ -123,14 +126,23 @@ def load_checker(reference: str, options: Mapping[str, Any] | None = None) -> Ch
         ExtensionError: no such checker.
         ValueError: the options do not fit it.
     """
-    function = find("checker", reference).value
-    if isinstance(function, type):
+    return _check_of(reference, _resolved(reference, options))
+
+
+def _resolved(reference: str, options: Mapping[str, Any] | None) -> Callable[..., bool | float | Checked | None]:
+    found: Any = find("checker", reference).value
+    if isinstance(found, type):
         try:
-            function = function(**(options or {}))
+            found = found(**(options or {}))
         except ValidationError as error:
             raise ValueError(f"checker {reference}: options: {first_problem(error)}") from error
     elif options:
         raise ValueError(f"checker {reference} takes no options; remove {', '.join(options)}")
+    function: Callable[..., bool | float | Checked | None] = found
+    return function
+
+
+def _check_of(reference: str, function: Callable[..., bool | float | Checked | None]) -> Check:
     takes_meta = "meta" in inspect.signature(function).parameters
 
     def check(prompt: Sequence[Mapping[str, str]], response: str, meta: str) -> Checked | None:

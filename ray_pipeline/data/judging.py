@@ -15,10 +15,13 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field, model_validator
 
 from ray_pipeline.agents.judges import JudgeAsking, Rubric, SamplingSettings, Verdict, columns_of, judge
-from ray_pipeline.agents.templates import ANY_FENCE, Layout, RoleTemplate, best_layout, part_lengths, transcript
+from ray_pipeline.agents.templates import Layout, RoleTemplate, Templates
+from ray_pipeline.agents.ticking import tick
 from ray_pipeline.config.settings import Settings, refuse_repeated
 from ray_pipeline.data.answers import Answer, answers_of, unanswered
+from ray_pipeline.data.checklists import Checklist, checklists, read_checklists
 from ray_pipeline.data.early_exit import SKIPPED, EarlyExit, ExitRule, Panel, Scale
+from ray_pipeline.data.judge_layout import layout_stage
 from ray_pipeline.data.programs import ProgramJudge, programs
 from ray_pipeline.data.rewards import RewardJudge, rewards
 from ray_pipeline.data.verdict_sources import VerdictSource, recorded_rows, response_key
@@ -26,12 +29,8 @@ from ray_pipeline.engines.base import ChatEngine
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.asking import Asking, Outcome, ShardTables, count_by, reply_status
 from ray_pipeline.graph.stage import BadInput, Stage, WholeInput, WholeWork
-from ray_pipeline.store.keys import digest
 from ray_pipeline.store.schemas import VERDICTS, to_table
 from ray_pipeline.store.tables import ShardedTable
-
-#: Candidates whose lengths decide the layout: those of the smallest ids, so that more prompts hardly change it.
-_LAYOUT_SAMPLE = 256
 
 
 class JudgeSettings(Settings):
@@ -130,7 +129,8 @@ def _over(shared: Mapping[str, Any], rubric: Any) -> Any:
 
 
 class _Judging(Settings):
-    """What the verdicts depend on. `answers` are the input roles whose rows are judged."""
+    """What the verdicts depend on. `answers` are the input roles whose rows are judged; `ticks` asks for the ticks of
+    checklists, where a rubric is one."""
 
     answers: tuple[str, ...]
     rubrics: tuple[Rubric, ...]
@@ -139,16 +139,18 @@ class _Judging(Settings):
     sampling: SamplingSettings
     asking: JudgeAsking
     exit_rule: ExitRule | None = None
+    ticks: RoleTemplate | None = None
 
 
 class _Judgement(NamedTuple):
-    """`panel`: of the answer, where its judges take turns."""
+    """`panel`: of the answer, where its judges take turns. `checklist`: where the rubric is one."""
 
     prompt_id: str
     answer: Answer
     rubric: Rubric
     layout: Layout
     panel: Panel | None
+    checklist: Checklist | None
 
 
 def _judgements(shard: ShardTables, settings: _Judging) -> list[_Judgement]:
@@ -160,8 +162,15 @@ def _judgements(shard: ShardTables, settings: _Judging) -> list[_Judgement]:
         for table in tables:
             known = rule.candidates(table, shard.under("verdicts/"))
             panels |= {name: Panel(rule, verdicts) for name, verdicts in known.items()}
+    written = read_checklists([row for table in shard.under("checklists/") for row in table.to_pylist()])
+
+    def checklist(answer: Answer, rubric: Rubric) -> Checklist | None:
+        if rubric.checklist is not None and answer.missing is None:
+            return written[answer.prompt_id, rubric.name]
+        return Checklist(rubric.items) if rubric.items else None
+
     return [
-        _Judgement(answer.prompt_id, answer, rubric, layout, panels.get(answer.id))
+        _Judgement(answer.prompt_id, answer, rubric, layout, panels.get(answer.id), checklist(answer, rubric))
         for answer in answers_of(shard.tables["prompts"], *tables)
         for rubric in settings.rubrics
     ]
@@ -175,22 +184,25 @@ async def _judge(engine: ChatEngine, settings: _Judging, item: _Judgement) -> Ou
     async with item.panel or contextlib.nullcontext():
         if item.panel is not None and item.panel.settled:
             verdict = Verdict(None, None, None, SKIPPED, None)
+        elif item.checklist is not None and not item.checklist.items:
+            why = f"no checklist: {item.checklist.reason or item.checklist.status}"
+            return Outcome({"verdicts": [{**ids, "parse_status": item.checklist.status, "reason": why}]})
         else:
-            verdict = await judge(
-                engine,
-                answer.messages,
-                answer.response,
-                rubric,
-                settings.template,
-                settings.sampling,
-                settings.asking,
-                item.layout,
-            )
+            verdict = await _asked(engine, settings, item)
             if item.panel is not None:
                 item.panel.add(rubric.name, verdict.score)
     return Outcome(
         {"verdicts": [{**ids, **columns_of(verdict)}]}, reply_status(f"judge {rubric.name}", verdict.parse_status)
     )
+
+
+async def _asked(engine: ChatEngine, settings: _Judging, item: _Judgement) -> Verdict:
+    answer, rubric, how = item.answer, item.rubric, (settings.sampling, settings.asking, item.layout)
+    if item.checklist is None:
+        return await judge(engine, answer.messages, answer.response, rubric, settings.template, *how)
+    assert settings.ticks is not None
+    items = item.checklist.items
+    return await tick(engine, answer.messages, answer.response, rubric, items, settings.ticks, *how)
 
 
 JUDGES = Asking(
@@ -205,7 +217,7 @@ JUDGES = Asking(
 def judges(
     settings: JudgeSettings,
     models: Mapping[str, ModelSettings],
-    template: RoleTemplate,
+    texts: Templates,
     prompts: Stage,
     answers: Mapping[str, Stage],
     name: str = "judge",
@@ -214,7 +226,7 @@ def judges(
     exit_rule: ExitRule | None = None,
 ) -> list[Stage]:
     """One stage per judge model and per reward model, one for all programs, and one for a source, each with the
-    verdicts of its own judges, ordered by candidate and judge.
+    verdicts of its own judges, ordered by candidate and judge. The stages of written checklists are among their inputs.
 
     Args:
         answers: stages of candidates or responses by role; all of their rows are judged.
@@ -227,18 +239,24 @@ def judges(
     if settings.source is not None:
         free.append(_recorded(settings.source, answers, group or name, holds))
     stages: list[Stage] = []
+    asked = {"prompts": prompts, **answers}
+    lists = checklists(
+        settings.rubrics, models, texts, settings.asking, asked, f"{name}-checklist", group or "checklist", holds
+    )
     for key in settings.models:
-        own, inputs = name if len(settings.models) == 1 else f"{name}-{key}", {"prompts": prompts, **answers}
+        own, inputs, rubrics = name if len(settings.models) == 1 else f"{name}-{key}", {**asked}, settings.on_model(key)
         judging = _Judging.part_of(
             settings,
             answers=tuple(answers),
-            rubrics=settings.on_model(key),
-            template=template,
+            rubrics=rubrics,
+            template=texts.judge,
+            ticks=texts.ticks if any(rubric.is_checklist for rubric in rubrics) else None,
             layout=None if settings.layout == "auto" else settings.layout,
             exit_rule=exit_rule,
         )
         if judging.layout is None:
-            inputs["layout"] = _layout(f"{own}-layout", group or name, judging, models[key], inputs)
+            inputs["layout"] = layout_stage(f"{own}-layout", group or name, judging, models[key], inputs)
+        inputs |= {f"checklists/{lists[r.name].name}": lists[r.name] for r in rubrics if r.name in lists}
         if exit_rule is not None:
             inputs |= by_role([*free, *stages])
         stages.append(JUDGES.stage(own, judging, models[key], inputs, group=group or name, holds=holds))
@@ -334,67 +352,3 @@ def _unmatched(counts: Mapping[str, int], missing: Mapping[str, int], source: st
             f"{strays:,} responses in {source} are no candidates ({counts['other prompts']:,} of other prompts, "
             f"{counts['other texts']:,} other texts of the run's prompts); the first is at {stray}"
         )
-
-
-# --- which part of a judge's prompt comes first -----------------------------------------------------------------------
-
-
-class _Layout(Settings):
-    answers: tuple[str, ...]
-    rubrics: tuple[Rubric, ...]
-    template: RoleTemplate
-    weights: dict[str, str]
-
-
-def _layout(name: str, group: str, judging: _Judging, model: ModelSettings, inputs: Mapping[str, Stage]) -> Stage:
-    settings = _Layout.part_of(judging, weights=model.weights())
-    return Stage(
-        name=name,
-        group=group,
-        work=WholeWork(function=choose_layout, settings=settings),
-        config=settings.decisive(),
-        inputs=dict(inputs),
-    )
-
-
-def choose_layout(given: WholeInput) -> dict[str, Any]:
-    """Choose the layout once for the whole stage, from mean lengths over a sample of candidates.
-
-    The choice is kept beside the call log: another judge or more prompts must still find the calls that were made
-    under it, even where the rule would now choose the other one.
-    """
-    settings: _Layout = given.settings
-    name = f"layout-{digest([settings.template.model_dump(mode='json'), settings.weights], size=8)}.json"
-    if before := given.calls_root.load(name, dict, given.log):
-        return {**before, "chosen": "before"}
-    sample = []
-    prompts = given.inputs["prompts"].table()
-    for shard in range(given.num_shards):
-        tables = [given.inputs[role].table().read(shard) for role in settings.answers]
-        for answer in answers_of(prompts.read(shard), *tables):
-            if answer.missing is None:
-                sample.append((answer.id, transcript(answer.messages), answer.response))
-        sample = sorted(sample)[:_LAYOUT_SAMPLE]
-    lengths = [
-        part_lengths(
-            settings.template,
-            instruction=p,
-            response=r,
-            fence=ANY_FENCE,
-            name=x.name,
-            rubric=x.text,
-            low=x.low,
-            high=x.high,
-        )
-        for _, p, r in sample
-        for x in settings.rubrics
-    ]
-    shared = sum(length[0] for length in lengths) / max(len(lengths), 1)
-    rubric = sum(length[1] for length in lengths) / max(len(lengths), 1)
-    facts = {
-        "layout": best_layout(shared, rubric, len(settings.rubrics)),
-        "shared_chars": round(shared, 1),
-        "rubric_chars": round(rubric, 1),
-    }
-    given.calls_root.write_json(name, facts)
-    return {**facts, "chosen": "now"}

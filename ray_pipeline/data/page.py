@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from ray_pipeline.data.checklist_stats import ChecklistStats
 from ray_pipeline.data.critic_stats import CriticStats
 from ray_pipeline.data.decontamination import contamination_lines
 from ray_pipeline.data.distributions import Histogram, length_histogram, score_histogram
@@ -151,6 +152,31 @@ def judges_section(
             "in full."
         )
     return Section("judges", "Judges", [*blocks, Text(text)])
+
+
+def checklists_section(checklists: Sequence[ChecklistStats]) -> Section | None:
+    """How often the items of checklists are met; None without any."""
+    rows: Rows = []
+    shown: Rows = []
+    for one in checklists:
+        share = percent(one.met / one.ticks) if one.ticks else "–"
+        rows.append([one.judge, number(one.items), number(one.ticks), share, number(one.always), number(one.never)])
+        for item in one.shown:
+            all_met = item.met == item.ticked
+            note = "met by every candidate" if all_met else "" if item.met else "met by none"
+            met = percent(item.met / item.ticked)
+            shown.append([one.judge, item.text, item.prompt_id[:8] or "all", number(item.ticked), met, note])
+    if not rows:
+        return None
+    text = (
+        "An item that every candidate of its prompts meets, or none, tells no candidates apart: it only moves all "
+        "scores. Reword or remove it. Items that only one candidate was ticked against are left out."
+    )
+    columns = ["judge", "items", "ticks", "met", "met by every candidate", "met by none"]
+    blocks: list[Block] = [Text(text), Table(columns, rows)]
+    if shown:
+        blocks.append(Table(["judge", "item", "prompt", "candidates", "met", ""], shown, text_columns=3))
+    return Section("checklists", "Checklists", blocks)
 
 
 def _by_status(stats: JudgeStats) -> str:

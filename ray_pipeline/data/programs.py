@@ -8,12 +8,13 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-import ray_pipeline.data.answer_checkers  # noqa: F401 (registers its checkers)
+import ray_pipeline.data.answer_checkers
+import ray_pipeline.data.unit_tests  # noqa: F401 (registers its checker)
 from ray_pipeline.agents.judges import Rubric
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.constraints.official import CheckersMissing
 from ray_pipeline.data.answers import answers_of
-from ray_pipeline.data.checkers import Check, Checked, check_checker, checker_digests
+from ray_pipeline.data.checkers import Check, check_checker, checker_digests
 from ray_pipeline.graph.stage import BadInput, ShardInput, ShardOutput, ShardWork, Stage, StageStop
 from ray_pipeline.store.schemas import VERDICTS, to_table
 
@@ -24,12 +25,14 @@ class ProgramJudge(Settings):
     name: str = Field(description="name of the judge in the tables")
     checker: str = Field(
         description="`ifeval` or `ifeval_loose` (the official checkers, for prompts with constraints), `regex`, "
-        "`json_schema`, `answer` (the prompt's reference answer), or a file that registers a checker (my_checker.py)"
+        "`json_schema`, `answer` (the prompt's reference answer), `unit_tests` (runs code), or a file that "
+        "registers a checker (my_checker.py)"
     )
     options: dict[str, Any] = Field(
         default_factory=dict,
         description="keys of the checker: `pattern` of `regex`; `schema` of `json_schema`; `reference`, `compare`, "
-        "`pattern` and `tolerance` of `answer`; those of a class that your file registers",
+        "`pattern` and `tolerance` of `answer`; `execute`, `tests`, `cpu_s`, `memory_mb` of `unit_tests`; "
+        "those of a class that your file registers",
     )
     low: int = Field(1, description="score where no requirement is met")
     high: int = Field(10, description="score where all are met; a share between them is mapped linearly")
@@ -43,10 +46,6 @@ class ProgramJudge(Settings):
     def rubric(self) -> Rubric:
         """Name and scale."""
         return Rubric(name=self.name, low=self.low, high=self.high)
-
-    def score(self, found: Checked) -> float:
-        """The share on the judge's scale."""
-        return self.low + found.share * (self.high - self.low)
 
 
 class _Judging(Settings):
@@ -111,7 +110,9 @@ def judge_shard(given: ShardInput) -> ShardOutput:
             if found is None:
                 rows.append({**row, "parse_status": "missing"})
             else:
-                rows.append({**row, "score": program.score(found), "reason": found.reason, "parse_status": "ok"})
+                rows.append(
+                    {**row, "score": program.rubric.scaled(found.share), "reason": found.reason, "parse_status": "ok"}
+                )
         given.tick(1)
     counts = collections.Counter(f"{row['judge']}.{row['parse_status']}" for row in rows)
     return ShardOutput({"verdicts": to_table(rows, VERDICTS)}, dict(sorted(counts.items())))

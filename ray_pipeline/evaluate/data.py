@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from ray_pipeline.data.checklist_stats import ChecklistStats
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.data.judge_votes import ErrorsOfJudges
 from ray_pipeline.data.reviewed import Reviewed
@@ -65,6 +66,7 @@ class ReportData:
     verdicts           candidate_id, judge, score, parse_status
     critiques          flawed, failure_type, parse_status
     judge_errors       how far the judges err together
+    checklists         how often their items are met
     decisions          candidate_id, prompt_id, label, mean_score, final_score, score_variance, why
     agreement_on       candidate ids to which kappa and alpha are limited (audit slice under early exit)
     dataset_counts     {"kto": {"train": rows, "val": rows}, "dpo": {…}}: train + val is the size, other keys are shown
@@ -101,6 +103,7 @@ class ReportData:
     candidates: pa.Table | None = None
     verdicts: pa.Table | None = None
     judge_errors: ErrorsOfJudges | None = None
+    checklists: Sequence[ChecklistStats] = ()
     critiques: pa.Table | None = None
     decisions: pa.Table | None = None
     agreement_on: Sequence[str] | None = None

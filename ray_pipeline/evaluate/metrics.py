@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ray_pipeline.data.checklist_stats import ChecklistStats
 from ray_pipeline.data.critic_stats import CriticStats, critic_stats
 from ray_pipeline.data.gate_stats import (
     GateStats,
@@ -52,6 +53,7 @@ class RunMetrics:
     judging: JudgingStats | None
     kappa_intervals: list[KappaInterval]
     judge_errors: ErrorsOfJudges | None
+    checklists: list[ChecklistStats]
     critic: CriticStats | None
     people: GateAndPeople | None
     training: TrainingSummary | None
@@ -74,6 +76,7 @@ def collect_metrics(data: ReportData) -> RunMetrics:
         judging=judging,
         kappa_intervals=_kappa_intervals(data),
         judge_errors=data.judge_errors,
+        checklists=list(data.checklists),
         critic=None if data.critiques is None else critic_stats(data.critiques),
         people=gate_and_people(data),
         training=None if data.train_metrics is None else summarise_training(data.train_metrics),

@@ -9,6 +9,7 @@ from ray_pipeline.data.certified_gate import certified_section
 from ray_pipeline.data.errors_page import errors_section
 from ray_pipeline.data.page import (
     LABEL_COLOURS,
+    checklists_section,
     contamination_section,
     critic_section,
     datasets_section,
@@ -49,6 +50,7 @@ def run_page(data: ReportData, metrics: RunMetrics, first_line: Headline, warnin
         labels,
         generators_section(metrics.generators, metrics.source_agreement),
         judges_section(judging, metrics.kappa_intervals, thresholds, audit_slice=slice_only) if judging else None,
+        checklists_section(metrics.checklists),
         errors_section(metrics.judge_errors, thresholds, audit_slice=slice_only),
         posterior_section(data.posterior, data.gate),
         cards_section(data.cards),

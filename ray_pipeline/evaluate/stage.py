@@ -42,7 +42,7 @@ _PROTOCOLS = "protocols.json"
 
 
 #: Names, what the stages say themselves, and a file whose digest counts.
-_NOT_DECISIVE = {"run_name", "config_digest", "models", "stages", "human_labels", "no_error_rates"}
+_NOT_DECISIVE = {"run_name", "config_digest", "models", "stages", "human_labels", "no_error_rates", "items"}
 
 
 class ReportSettings(Settings):
@@ -69,6 +69,8 @@ class ReportSettings(Settings):
     checker: CheckerKey = None
     #: Judges whose errors are not measured: programs, which may be the truth themselves, and judges without a score.
     no_error_rates: tuple[str, ...] = ()
+    #: Judge → texts of the items of its checklist, where they are given.
+    items: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     bootstrap_draws: int = 2000
     seed: int = 0
     audit_slice: bool = False
@@ -219,6 +221,7 @@ def report_data(
         measured: model → perplexity.
         compared: judge of the comparisons → their protocol, as far as settings determine it.
     """
+    from ray_pipeline.data.checklist_stats import checklist_stats
     from ray_pipeline.data.judge_votes import judge_errors
     from ray_pipeline.evaluate.data import DMAPO_STAGES, ReportData, RunIdentity
     from ray_pipeline.evaluate.rounds import responses_of, round_stats
@@ -231,7 +234,7 @@ def report_data(
         _one(by_name, role) for role in ("datasets", "prompts", "policy", "scores", "decisions")
     )
     rows: Mapping[str, Any] = {} if data is None else data.facts
-    candidates = table_of(by_name, "candidates")
+    candidates, verdicts = table_of(by_name, "candidates"), table_of(by_name, "verdicts")
     agreement_on = None
     if settings.audit_slice and candidates is not None:
         agreement_on = [name for name in candidates["candidate_id"].to_pylist() if in_audit_slice(name)]
@@ -248,7 +251,7 @@ def report_data(
         contamination=contamination_of(result.facts for result in by_name.values()),
         prompts=prompts,
         candidates=candidates,
-        verdicts=table_of(by_name, "verdicts"),
+        verdicts=verdicts,
         judge_errors=judge_errors(
             by_name,
             settings.checker,
@@ -257,6 +260,9 @@ def report_data(
             undesirable_to=settings.gate.undesirable_at,
             only=in_audit_slice if settings.audit_slice else None,
         ),
+        checklists=[]
+        if verdicts is None
+        else checklist_stats(verdicts, settings.items, table_of(by_name, "checklists")),
         critiques=table_of(by_name, "critiques"),
         decisions=table_of(by_name, "decisions"),
         agreement_on=agreement_on,

@@ -22,6 +22,8 @@ def rubrics(pending: Pending) -> Iterator[Finding]:
             continue
         for rubric in settings.rubrics:
             seen[rubric.name] = None
+            if rubric.is_checklist:
+                continue
             if not rubric.text.strip() and _shows_rubric(template):
                 missing[rubric.name] = None
             elif hasattr(settings, "sampling") and not (rubric.sampling or settings.sampling).temperature:

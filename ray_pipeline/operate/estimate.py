@@ -338,6 +338,9 @@ class _StandInEngine(LoggedEngine):
     def _value(self, field: Mapping[str, Any], tokens: float, place: int) -> Any:
         if "enum" in field:
             return field["enum"][0]
+        if field.get("type") == "array":
+            one, count = field["items"], field.get("maxItems", 1)
+            return [f"{n} {self._value(one, tokens / count, place)}"[: one.get("maxLength")] for n in range(count)]
         if field.get("type") == "string":
             return self._filler(tokens)[: field.get("maxLength")]
         if field.get("type") == "boolean":

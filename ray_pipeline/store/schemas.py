@@ -84,6 +84,18 @@ VERDICTS = _schema(
     ("prompt_cut", _B, True),
 )
 
+#: The checklist of a prompt, one row for each judge that has one written. `items` is null exactly if `parse_status` is
+#: not a read one.
+CHECKLISTS = _schema(
+    ("prompt_id", _S),
+    ("judge", _S),
+    ("items", pa.list_(pa.field("element", pa.struct([("text", _S), ("weight", _F)]))), True),
+    ("reason", _S, True),
+    ("parse_status", _S),
+    ("raw", _S, True),
+    ("prompt_cut", _B, True),
+)
+
 #: Ready verdicts of a user's file, by content of the response; `place` is where one stands.
 RECORDED = _schema(
     ("response_key", _S),
@@ -416,6 +428,7 @@ TABLES: dict[str, pa.Schema] = {
     "prompts": PROMPTS,
     "candidates": CANDIDATES,
     "verdicts": VERDICTS,
+    "checklists": CHECKLISTS,
     "recorded": RECORDED,
     "critiques": CRITIQUES,
     "decisions": DECISIONS,

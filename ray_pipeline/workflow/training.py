@@ -219,7 +219,9 @@ class TrainingConfig(RunConfig):
         return self.report()
 
     def report_stage(self, stages: Sequence[Stage]) -> Stage:
-        """The page of these stages."""
+        """The page of these stages, and of the checklists that they read."""
+        lists = [parent for stage in stages for parent in stage.inputs.values() if parent.role_name == "checklists"]
+        stages = [*stages, *{stage.name: stage for stage in lists}.values()]
         base = self.base if self.trains_policy else None
         return evaluate(self.evaluate, self.report(), base, self.datasets.max_length, stages)
 
@@ -269,6 +271,11 @@ def rubric_models(judge: JudgeSettings) -> dict[str, str]:
     }
 
 
+def given_items(judge: JudgeSettings) -> dict[str, list[str]]:
+    """Judge with a checklist that is given → the texts of its items."""
+    return {rubric.name: [item.text for item in rubric.items] for rubric in judge.rubrics if rubric.items}
+
+
 def require_checker(key: str, checker: str, options: Mapping[str, Any] | None = None) -> None:
     """Raises ConfigError if the checker of this key cannot run here."""
     try:
@@ -290,3 +297,5 @@ def rubric_uses(judge: JudgeSettings) -> Iterator[ModelUse]:
         yield from judge_uses(key, model, {"judge.sampling": judge.sampling}, rubric.sampling)
     for reward in judge.rewards:
         yield ModelUse(f"judge.rewards.{reward.name}.model", reward.model, "reward")
+        if rubric.checklist is not None:
+            yield ModelUse(f"{key}.checklist.model", rubric.checklist.model, "judge", f"{key}.checklist", {})

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from ray_pipeline.agents.judges import JudgeAsking, Rubric, SamplingSettings
 from ray_pipeline.agents.templates import load_templates
-from ray_pipeline.data import critic
+from ray_pipeline.data import critic, judge_layout
 from ray_pipeline.data import judging as judge
 from ray_pipeline.data.candidates import DRAW, CandidateSettings
 from ray_pipeline.data.critic import CRITIC, CriticSettings
@@ -358,7 +358,7 @@ def model(tmp_path: Path) -> ModelSettings:
 def test_judges_on_two_models_are_two_stages(model: ModelSettings) -> None:
     settings = rubrics(rubrics=[{"name": "a"}, {"name": "b", "model": "other"}, {"name": "c"}], layout="auto")
     models, asked_ = {"judge": model, "other": model}, nothing()
-    stages = judge.judges(settings, models, TEXTS.judge, asked_, {"candidates": asked_})
+    stages = judge.judges(settings, models, TEXTS, asked_, {"candidates": asked_})
     assert [s.name for s in stages] == ["judge-judge", "judge-other"] and {s.group_name for s in stages} == {"judge"}
     assert [[r.name for r in s.work.settings.rubrics] for s in stages] == [["a", "c"], ["b"]]
     assert [s.inputs["layout"].name for s in stages] == ["judge-judge-layout", "judge-other-layout"]
@@ -379,7 +379,7 @@ class _Table:
 
 
 def choose(root: Path, rubric: str, response: str = "a short answer", template: Any = TEXTS.judge) -> dict[str, Any]:
-    settings = judge._Layout(
+    settings = judge_layout._Layout(
         answers=("candidates",),
         rubrics=tuple(Rubric(name=n, text=rubric) for n in "abc"),
         template=template,
@@ -390,7 +390,9 @@ def choose(root: Path, rubric: str, response: str = "a short answer", template: 
         "candidates": _Table(candidates(("one", response, "stop"), ("two", None, "error"))),
     }
     folder = Folder(str(root))
-    return judge.choose_layout(WholeInput(inputs, folder, folder, "f", 1, settings, lambda _: None, lambda *_: None))
+    return judge_layout.choose_layout(
+        WholeInput(inputs, folder, folder, "f", 1, settings, lambda _: None, lambda *_: None)
+    )
 
 
 def test_the_layout_is_chosen_once_and_kept_beside_the_call_log(tmp_path: Path) -> None:

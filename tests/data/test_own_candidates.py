@@ -321,6 +321,24 @@ def test_a_candidate_keeps_its_id_wherever_it_stands(tmp_path: Path) -> None:
     assert set(ids("half", rows[:20])) < set(whole)
 
 
+def test_columns_for_checkers_are_in_the_meta_of_the_prompts(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "p", "response": "a", "tests": ["assert 1"], "level": 3},
+        {"prompt": "p", "response": "b", "tests": ["assert 2"]},
+        {"prompt": "q", "response": "c", "tests": None},
+    ]
+    own = source(write(tmp_path / "rows.jsonl", rows), meta_columns=["tests", "level"])
+    made = imported(tmp_path, own)
+    found = made["prompts"].table().read_all().to_pylist()
+    metas = {row["messages"][0]["content"]: json.loads(row["meta"]) for row in found}
+    kept = {name: {key: meta[key] for key in meta.keys() & {"tests", "level"}} for name, meta in metas.items()}
+    assert kept == {"p": {"tests": ["assert 1"], "level": 3}, "q": {}}  # of the first row of a prompt
+    assert made["candidates"].table().read_all().num_rows == 3
+    table = write(tmp_path / "rows.parquet", rows)
+    with pytest.raises(InputError, match=r"has no column 'test'; it has .*Correct candidates\.source\.meta_columns"):
+        list(own_rows(source(table, meta_columns=["test"])))
+
+
 def test_prompts_over_a_limit_take_their_candidates_with_them(tmp_path: Path) -> None:
     rows = [{"prompt": f"q{i}", "chosen": "a", "rejected": "b"} for i in range(20)]
     own = source(write(tmp_path / "a.jsonl", rows), limit=8)

@@ -81,6 +81,7 @@ SHIPPED = {
     "pocket_train": "train",
     "pocket_winrate": "winrate",
     "smol": "dmapo",
+    "smol_checklist": "dmapo",
     "smol_quick": "dmapo",
     "train": "train",
     "winrate": "winrate",

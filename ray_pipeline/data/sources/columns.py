@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -73,11 +73,10 @@ class TableSource(PromptSource):
             None if name is None or row.get(name) is None else str(row[name])
             for name in (self.task_type_column, self.source_column)
         )
-        meta = {name: storable_value(row[name]) for name in self.meta_columns if row.get(name) is not None}
         try:
-            canonical_json(meta)
-        except (TypeError, ValueError) as error:
-            return SourceRow(place, None, fault=f"{where}: meta_columns: a value is no JSON ({error})")
+            meta = meta_of(row, self.meta_columns)
+        except BadRow as fault:
+            return SourceRow(place, None, fault=f"{where}: {fault}")
         return SourceRow({**meta, **place}, value, task_type, source, self.system)
 
     def present_columns(self, where: str, present: Collection[str], seen: set[str]) -> list[str]:
@@ -89,6 +88,16 @@ class TableSource(PromptSource):
             raise InputError(f"{where} has several columns named {min(twice)!r}; rename all but one")
         seen.update(present)
         return [name for name in self.columns if name in present]
+
+
+def meta_of(row: Mapping[str, Any], columns: Collection[str]) -> dict[str, Any]:
+    """The values of some columns for a prompt's `meta`; null ones are left out. Raises BadRow if one is no JSON."""
+    meta = {name: storable_value(row[name]) for name in columns if row.get(name) is not None}
+    try:
+        canonical_json(meta)
+    except (TypeError, ValueError) as error:
+        raise BadRow(f"meta_columns: a value is no JSON ({error})") from error
+    return meta
 
 
 def missing_column(name: str, present: Collection[str]) -> str:
