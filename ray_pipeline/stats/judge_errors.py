@@ -22,7 +22,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import t as student
 
 from ray_pipeline.stats.bootstrap import Floats, Interval, number
 from ray_pipeline.stats.kappa import JudgePair
@@ -282,6 +281,8 @@ def _intervals(
         return [Interval(number(point), None, None, int(rows), groups) for point, rows in _with_rows(points, whole)]
     left = statistic(whole - sums[..., filled, :])
     away = left - left.mean(axis=-1, keepdims=True)
+    from scipy.stats import t as student  # importing it takes a second
+
     margin = student.ppf(0.975, groups - 1) * np.sqrt((groups - 1) / groups * (away**2).sum(axis=-1))
     found = []
     for (point, rows), wide in zip(_with_rows(points, whole), margin, strict=True):

@@ -12,12 +12,15 @@ every step, where distinct rows of votes with their counts are a few ten thousan
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import csr_array
 
 from ray_pipeline.stats.bootstrap import Floats
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 #: A vote that was not read, or a truth that is not known. It is in no figure.
 MISSING = -1
@@ -59,6 +62,8 @@ def _cast(votes: Votes, classes: int) -> csr_array:
     voted = votes != MISSING
     columns = (votes + np.arange(votes.shape[1]) * classes)[voted]  # (judge, vote) as one number
     starts = np.concatenate([[0], np.cumsum(voted.sum(axis=1))])
+    from scipy.sparse import csr_array  # importing it takes a moment
+
     return csr_array((np.ones(len(columns)), columns, starts), shape=(len(votes), votes.shape[1] * classes))
 
 

@@ -295,7 +295,7 @@ def rubric_uses(judge: JudgeSettings) -> Iterator[ModelUse]:
     for rubric in judge.rubrics:
         key, model = f"judge.rubrics.{rubric.name}", rubric.model or judge.model
         yield from judge_uses(key, model, {"judge.sampling": judge.sampling}, rubric.sampling)
-    for reward in judge.rewards:
-        yield ModelUse(f"judge.rewards.{reward.name}.model", reward.model, "reward")
         if rubric.checklist is not None:
             yield ModelUse(f"{key}.checklist.model", rubric.checklist.model, "judge", f"{key}.checklist", {})
+    for reward in judge.rewards:
+        yield ModelUse(f"judge.rewards.{reward.name}.model", reward.model, "reward")

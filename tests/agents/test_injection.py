@@ -211,6 +211,7 @@ def attacks(role: Role) -> dict[str, str]:
 def test_every_built_in_file_is_tested() -> None:
     files = {str(f.relative_to(FOLDER)).removesuffix(".yaml") for f in FOLDER.rglob("*.yaml")}
     # A role is named after its subject: `published/debate.yaml` is the set `published` of `debate`.
+    files -= {"probes/default", "probes/pocket"}  # texts of a judge card, in which nothing is put
     names = {file: (file, "/".join(reversed(file.split("/")))) for file in files}
     assert all(any(role.name.startswith(names[file]) for role in ROLES) for file in files), files
     fenced = {role.name for role in ROLES if tags(asked(role, PLAIN)[0][-1]["content"])}

@@ -151,7 +151,10 @@ def test_a_named_tokenizer_counts_lengths(server: Endpoint, tmp_path: Path) -> N
         ({"train": {}, "candidates": {"model": "writer"}, "tokenizer": "pocket:judge"}, "train.model is 'policy'"),
         ({"tokenizer": "pocket:nobody"}, "unknown pocket model"),
         ({"tokenizer": "./no-such-folder"}, "tokenizer: .*no such folder"),
-        ({"benchmarks": {"ifeval": {"prompts": "prompts.jsonl"}}}, "benchmarks measures the policy, but train is null"),
+        (
+            {"benchmarks": {"ifeval": {"prompts": "prompts.jsonl"}}},
+            "benchmarks measures the policy, but none is trained",
+        ),
     ],
 )
 def test_keys_that_need_a_policy_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

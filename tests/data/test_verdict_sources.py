@@ -369,7 +369,7 @@ def test_a_file_of_other_responses_ends_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("judge", "message"),
     [
-        ({}, "no judges: set judge.rubrics, judge.programs or judge.source"),
+        ({}, "no judges: set judge.rubrics, judge.programs, judge.rewards or judge.source"),
         ({"source": {"judges": {}}}, "judges"),
         ({"source": {"judges": ["Score A"]}}, "invalid judge name 'Score A'; use lower-case letters"),
         ({"source": {"judges": ["a", "a"]}}, "two judges have the same name: a"),

@@ -126,7 +126,7 @@ def test_only_held_out_desirable_answers_are_measured(
     }
     folder = Folder(str(tmp_path / "evaluate"))
     given = WholeInput(results, folder, folder, "f4", 1, made.work.settings, print, lambda *step: None)
-    found = stage._perplexities(given, made.work.settings)
+    found = stage._perplexities(given.inputs, made.work.settings)
 
     held_out = [row for file in (tmp_path / "datasets/kto/val").glob("*") for row in pq.read_table(file).to_pylist()]
     good = sorted((row for row in held_out if row["label"]), key=lambda row: row["candidate_id"])
@@ -173,8 +173,8 @@ def test_the_report_measures_the_adapter_where_only_that_was_saved(
     folder = Folder(str(tmp_path / "evaluate"))
     given = WholeInput(results, folder, folder, "f4", 1, made.work.settings, print, lambda *step: None)
     (tmp_path / "train" / "adapter").mkdir(parents=True)
-    stage._perplexities(given, made.work.settings)
+    stage._perplexities(given.inputs, made.work.settings)
     (tmp_path / "train" / "merged").mkdir()
-    stage._perplexities(given, made.work.settings)
+    stage._perplexities(given.inputs, made.work.settings)
     alone, whole = (str(tmp_path / "train" / name) for name in ("adapter", "merged"))
     assert measured == [(str(model_path), None), (str(model_path), alone), (str(model_path), None), (whole, None)]

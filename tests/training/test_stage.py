@@ -142,7 +142,7 @@ def test_a_run_that_is_to_end_asks_the_workers(
         raise TrainingStopped(folder.read_json(STOP)["reason"])
 
     monkeypatch.setattr(stage, "fit", fit)
-    monkeypatch.setattr("ray_pipeline.graph.cluster.connected", contextlib.nullcontext)
+    monkeypatch.setattr("ray_pipeline.graph.cluster.connected", lambda **_: contextlib.nullcontext())
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
     made = train(TrainSettings(), ModelSettings(model=tiny_model), 64, data_stage())
     assert isinstance(made.work, WholeWork)
@@ -178,7 +178,7 @@ def run_stage(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             return TrainResult(1, 1.0, 0.5, None, f"{spec.output_dir}/merged", {}, {}, None, None, steps, 1.0, 1.0)
 
         monkeypatch.setattr(stage, "fit", fit)
-        monkeypatch.setattr("ray_pipeline.graph.cluster.connected", contextlib.nullcontext)
+        monkeypatch.setattr("ray_pipeline.graph.cluster.connected", lambda **_: contextlib.nullcontext())
         monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
         facts = {
             "rows": {kind: {"train": 40, "val": 9 if kind == "kto" else 0} for kind in ("sft", "dpo", "kto")},

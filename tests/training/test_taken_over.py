@@ -36,7 +36,7 @@ class PolicyWorld:
         self.folder, self.model, self.trainings = folder, ModelSettings(model=tiny_model), 0
         self.starts: list[str | None] = []
         monkeypatch.setattr(stage, "fit", self._fit)
-        monkeypatch.setattr("ray_pipeline.graph.cluster.connected", contextlib.nullcontext)
+        monkeypatch.setattr("ray_pipeline.graph.cluster.connected", lambda **_: contextlib.nullcontext())
         monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
 
     def _fit(self, spec: TrainSpec, warn: Callable[[str], None]) -> TrainResult:
