@@ -113,7 +113,7 @@ class _Core(ForkServerProcess):
         super().start()
 
     def run(self) -> None:
-        _die_with_parent()
+        die_with_parent()
         gc.freeze()  # what the server imported is never garbage, and vLLM collects all of it at its start and its end
         gc.enable()
         with contextlib.suppress(ImportError):
@@ -138,7 +138,7 @@ class _Core(ForkServerProcess):
         self.join(timeout=5.0)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Let the kernel kill this process when the server ends, in whatever way.
 
     The server ends with the owner: a pipe tells it. Ray, too, kills the children of an actor that ends, but not their

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import gc
 import importlib
 import json
@@ -22,7 +21,7 @@ import sys
 import threading
 from typing import Any
 
-from ray_pipeline.engines.core_server import CORE_MODULES
+from ray_pipeline.engines.core_server import CORE_MODULES, die_with_parent
 
 #: What Ray workers of a run import. A name that is not there is passed over.
 _MODULES = (
@@ -42,7 +41,6 @@ _MODULES = (
 )
 
 _FIRST_FREE = 400  # file numbers from here on are free while files move to their places
-_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
 def main() -> None:
@@ -141,7 +139,15 @@ def _tell_ends(children: dict[int, socket.socket]) -> None:
 
 def _run(asked: dict[str, Any]) -> None:
     """Become the process that was asked for: `python SCRIPT …`, `python -m MODULE …` or `python -c CODE …`."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    arguments: list[str] = asked["arguments"]
+    while arguments[0].startswith("-") and arguments[0] not in ("-c", "-m"):
+        del arguments[0]  # flags of the interpreter, which runs already
+    if arguments[0] == "-c":  # Ray's workers take names of their own, by a library that finds no place after this one
+        with contextlib.suppress(ImportError):
+            import setproctitle  # a requirement of vLLM; it finds its place by the environment as it was at the start
+
+            setproctitle.setproctitle(" ".join(["python", *arguments]))
+    die_with_parent()
     os.setsid()  # Ray ends a worker with its whole process group
     moved: list[int] = []
     for file in asked["received"]:  # out of the way first
@@ -163,9 +169,6 @@ def _run(asked: dict[str, Any]) -> None:
 
     numpy.random.seed()  # not the server's state in every child; Python's own generator sees to it by itself
     gc.enable()
-    arguments: list[str] = asked["arguments"]
-    while arguments[0].startswith("-") and arguments[0] not in ("-c", "-m"):
-        del arguments[0]  # flags of the interpreter, which runs already
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)

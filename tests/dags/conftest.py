@@ -18,6 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
 
+from ray_pipeline.engines.core_server import WARM_PYTHON
+
 CONFIG = str(Path(__file__).parents[1] / "one_judge.yaml")
 ROOT = Path(__file__).parents[2]
 #: A small run: 32 prompts, a few of them held out.
@@ -26,18 +28,28 @@ SMALL = [f"prompts.sources.0.count={COUNT}", "prompts.num_shards=4"]
 
 
 class Quorum:
-    """`quorum` as a user types it, with the pids of every engine process that it ever had."""
+    """`quorum` as a user types it, with the pids of every engine process that it ever had.
+
+    Args:
+        warm: its workers are forked from the tests' server, which is faster, and not found among its own processes.
+    """
 
     def __init__(
-        self, *arguments: str, env: dict[str, str] | None = None, cwd: Path = ROOT, prefix: Sequence[str] = ()
+        self,
+        *arguments: str,
+        env: dict[str, str] | None = None,
+        cwd: Path = ROOT,
+        prefix: Sequence[str] = (),
+        warm: bool = False,
     ) -> None:
+        environment = {name: value for name, value in os.environ.items() if warm or name != WARM_PYTHON}
         self.process = subprocess.Popen(
             [*prefix, sys.executable, "-m", "ray_pipeline.cli", *arguments],
             cwd=cwd,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, **(env or {})},
+            env={**environment, **(env or {})},
             start_new_session=True,
         )
         self.engines: dict[int, psutil.Process] = {}
@@ -116,9 +128,9 @@ def descendants(pid: int) -> list[psutil.Process]:
         return []
 
 
-def run(*arguments: str, expect: int | None = 0, **kwargs: Any) -> Quorum:
+def run(*arguments: str, expect: int | None = 0, warm: bool = True, **kwargs: Any) -> Quorum:
     """Run a command to its end."""
-    quorum = Quorum(*arguments, **kwargs)
+    quorum = Quorum(*arguments, warm=warm, **kwargs)
     if expect is None:
         quorum.wait()
     else:
