@@ -14,7 +14,6 @@ import dataclasses
 
 from pydantic import ValidationError
 
-from dags.dmapo import DmapoConfig
 from ray_pipeline.audit.run import Audit, audit_gated
 from ray_pipeline.bench.stages import Answering, benchmark_stages
 from ray_pipeline.config.messages import first_problem, nearest
@@ -43,6 +42,7 @@ from ray_pipeline.policy.train import train as train_stage
 from ray_pipeline.training.methods import MethodName, method_label, method_of
 from ray_pipeline.training.spec import TrainSettings
 from ray_pipeline.workflow.compared import BaselinesBlock
+from ray_pipeline.workflow.dmapo_config import DmapoConfig
 from ray_pipeline.workflow.registry import Workflow
 
 

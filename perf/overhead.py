@@ -23,7 +23,6 @@ from typing import Any
 
 import ray
 
-from dags.dmapo import DmapoConfig
 from ray_pipeline.agents.judges import judge
 from ray_pipeline.config.loading import load_config
 from ray_pipeline.data.judging import judges
@@ -41,6 +40,7 @@ from ray_pipeline.pocket.tasks import make_prompts
 from ray_pipeline.store.keys import digest, prompt_id, shard_of
 from ray_pipeline.store.schemas import CANDIDATES, PROMPTS, to_table
 from ray_pipeline.store.tables import ShardedTable
+from ray_pipeline.workflow.dmapo_config import DmapoConfig
 
 K = 4
 

@@ -25,10 +25,11 @@ from typing import Any
 
 from endpoint import serve
 
-from dags.dmapo import DmapoConfig, dmapo
+from dags.dmapo import dmapo
 from ray_pipeline.graph.in_process import make_here
 from ray_pipeline.graph.session import Session
 from ray_pipeline.graph.stage import ShardWork, StageResult
+from ray_pipeline.workflow.dmapo_config import DmapoConfig
 
 JUDGES = ["helpfulness", "factuality", "conciseness"]
 WAIT = 0.02

@@ -20,7 +20,6 @@ from typing import Any
 
 from overhead import K, inputs
 
-from dags.dmapo import DmapoConfig
 from ray_pipeline.config.loading import load_config
 from ray_pipeline.data.judging import judges
 from ray_pipeline.engines.logged import LoggedEngine
@@ -29,6 +28,7 @@ from ray_pipeline.graph.stage import ShardInput, ShardWork, Stage, WholeWork
 from ray_pipeline.pocket import model_path
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.tables import ShardedTable
+from ray_pipeline.workflow.dmapo_config import DmapoConfig
 
 
 def reward_model(folder: Path) -> str:

@@ -21,7 +21,6 @@ from ray_pipeline.audit.formulas import (
     is_skipped,
     label_without,
     read_score,
-    reward_score,
     row_weight,
 )
 from ray_pipeline.audit.posterior import PosteriorCheck, posterior_label
@@ -96,7 +95,8 @@ class _Shard:
             ):
                 self.audit.problem(kind, "verdicts", candidate["candidate_id"], message)
             self._check_decision(candidate)
-        self._check_rewards()
+        for name, message in self.recomputed.rewards(self.candidates, self.verdicts):
+            self.audit.problem("reward", "verdicts", name, message)
         if "kto" in self.training:
             self._check_kto(self.training["kto"])
         if "dpo" in self.training:
@@ -144,25 +144,6 @@ class _Shard:
 
     def _orphan(self, table: str, row: Row, message: str) -> None:
         self.audit.problem("orphan", table, row["candidate_id"], message)
-
-    def _check_rewards(self) -> None:
-        """Scores of reward models: the map of the scale, or the share of the prompt's other candidates that are worse
-        (ties: half), on the judge's scale."""
-        of_prompt: dict[str, list[str]] = collections.defaultdict(list)
-        for name, candidate in self.candidates.items():
-            of_prompt[candidate["prompt_id"]].append(name)
-        for judge in self.run.rewards:
-            for names in of_prompt.values():
-                verdicts = {name: self.verdicts.get((name, judge.name)) for name in names}
-                rewards = {
-                    n: float(v["raw"]) for n, v in verdicts.items() if v and v["parse_status"] in ("ok", "missing")
-                }
-                for name, reward in rewards.items():
-                    expected = reward_score(judge, reward, [r for n, r in rewards.items() if n != name])
-                    found = read_score(verdicts[name], "score")
-                    if not close(found, expected):
-                        message = f"{judge.name} scores {found}, but by the rewards of the prompt it is {expected}"
-                        self.audit.problem("reward", "verdicts", name, message)
 
     def _check_decision(self, candidate: Row) -> None:
         """Numbers and label of the decision, from the formulas of the method (docs/architecture.md)."""

@@ -19,10 +19,10 @@ import ray
 import yaml
 
 import ray_pipeline
-from dags.dmapo import DmapoConfig
 from ray_pipeline.config.loading import apply_override, read_yaml
 from ray_pipeline.store.node_labels import may_run
 from ray_pipeline.store.secrets import looks_like_key, names_secret_variable
+from ray_pipeline.workflow.dmapo_config import DmapoConfig
 from tests.published import DATA, needs
 
 ROOT = Path(__file__).parents[2]

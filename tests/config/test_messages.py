@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from dags.dmapo import DmapoConfig
 from ray_pipeline.config import messages
 from ray_pipeline.config.blocks import RayBlock
 from ray_pipeline.config.loading import read_config
 from ray_pipeline.config.messages import ConfigError, installing
+from ray_pipeline.workflow.dmapo_config import DmapoConfig
 
 EXTRAS = tomllib.loads(Path("pyproject.toml").read_text())["project"]["optional-dependencies"]
 

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import yaml
 
-from dags.dmapo import DmapoConfig
 from ray_pipeline.config.loading import read_config
 from ray_pipeline.operate.plan import plan
 from ray_pipeline.operate.prices import Rates
+from ray_pipeline.workflow.dmapo_config import DmapoConfig
 from ray_pipeline.workflow.registry import find_workflow
 from tests.batch_endpoint import BatchEndpoint
 from tests.dags.conftest import ROOT, tables

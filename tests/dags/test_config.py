@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from dags.baselines import BaselinesConfig
-from dags.dmapo import DmapoConfig, dmapo
+from dags.dmapo import dmapo
 from ray_pipeline.config.loading import UniqueKeys, load_config, read_config
 from ray_pipeline.config.messages import ConfigError, explain
 from ray_pipeline.engines import models
@@ -24,6 +24,7 @@ from ray_pipeline.store.files import Folder
 from ray_pipeline.training.methods import TrainingInputError
 from ray_pipeline.workflow import training
 from ray_pipeline.workflow.config import RunConfig
+from ray_pipeline.workflow.dmapo_config import DmapoConfig
 from ray_pipeline.workflow.registry import find_workflow
 from ray_pipeline.workflow.stored import stored
 

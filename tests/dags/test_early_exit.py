@@ -15,12 +15,12 @@ import pytest
 import yaml
 
 from dags.baselines import BaselinesConfig
-from dags.dmapo import DmapoConfig
 from dags.fellowship import FellowshipConfig
 from ray_pipeline.config.loading import read_config
 from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.data.early_exit import in_audit_slice
 from ray_pipeline.graph.results import read_run
+from ray_pipeline.workflow.dmapo_config import DmapoConfig
 from tests.endpoint import KEY, Answer, Endpoint, opinion, said
 from tests.operate.at_an_endpoint import quorum
 

@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from dags.baselines import BaselinesConfig
-from dags.dmapo import DmapoConfig, audit, dmapo
+from dags.dmapo import audit, dmapo
 from ray_pipeline.config.loading import read_config
 from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.evaluate.rounds import round_stats
@@ -24,6 +24,7 @@ from ray_pipeline.graph.results import Run, last_round, read_run
 from ray_pipeline.graph.session import Session
 from ray_pipeline.graph.stage import Dag, ShardWork, Stage, StageRef, StageResult
 from ray_pipeline.operate.regate import regate
+from ray_pipeline.workflow.dmapo_config import DmapoConfig
 from tests.golden.scripted_run import ask
 
 SHARDS = 4

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dags.dmapo import DmapoConfig, scored
+from dags.dmapo import scored
 from ray_pipeline.audit.findings import RunTables
 from ray_pipeline.audit.rows import audit_run
 from ray_pipeline.data.certified_gate import certified_section, statement
@@ -18,6 +18,7 @@ from ray_pipeline.data.gate import GateConfig, decide
 from ray_pipeline.graph.in_process import make_here
 from ray_pipeline.graph.session import Session
 from ray_pipeline.graph.stage import StageStop
+from ray_pipeline.workflow.dmapo_config import DmapoConfig
 from tests.golden.scripted_run import OVERRIDES, ScriptedRun, scripted_run
 from tests.operate.planted_run import SHARDS, planted_dag
 

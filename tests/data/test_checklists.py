@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dags.dmapo import DmapoConfig, dmapo
+from dags.dmapo import dmapo
 from ray_pipeline.audit.findings import RunTables
 from ray_pipeline.audit.rows import audit_run
 from ray_pipeline.config.loading import read_config
@@ -22,6 +22,7 @@ from ray_pipeline.graph.stage import BadInput, Dag, Stage, StageResult
 from ray_pipeline.operate.estimate import estimate
 from ray_pipeline.store.schemas import VERDICTS, to_table
 from ray_pipeline.workflow import training
+from ray_pipeline.workflow.dmapo_config import DmapoConfig
 from tests.dags.test_fellowship_stages import SHARDS, play
 from tests.scripted import ScriptedEngine
 

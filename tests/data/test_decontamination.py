@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from dags.dmapo import DmapoConfig
 from ray_pipeline.data.candidate_sources import CandidatePrompts, FileCandidates
 from ray_pipeline.data.dataset_rows import DatasetsConfig
 from ray_pipeline.data.datasets import dataset_files
@@ -30,6 +29,7 @@ from ray_pipeline.graph.in_process import make_here
 from ray_pipeline.graph.session import Session
 from ray_pipeline.graph.stage import Stage, StageResult
 from ray_pipeline.store.files import Folder
+from ray_pipeline.workflow.dmapo_config import DmapoConfig
 from tests.models import make_tokenizer
 
 BRIDGES = "please name the seven bridges of our town and say who built each of them first"

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from dags.dmapo import DmapoConfig, scored
+from dags.dmapo import scored
 from ray_pipeline.audit.findings import RunTables
 from ray_pipeline.audit.posterior import PosteriorCheck
 from ray_pipeline.audit.rows import audit_run
@@ -22,6 +22,7 @@ from ray_pipeline.graph.in_process import make_here
 from ray_pipeline.graph.session import Session
 from ray_pipeline.operate.check_gate import thresholds
 from ray_pipeline.stats.latent_class import LatentClasses
+from ray_pipeline.workflow.dmapo_config import DmapoConfig
 from tests.golden.scripted_run import OVERRIDES, ScriptedRun, scripted_run
 from tests.operate.planted_run import SHARDS, planted_dag
 

@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from dags.baselines import BaselinesConfig
-from dags.dmapo import DmapoConfig, dmapo
+from dags.dmapo import dmapo
 from dags.fellowship import FellowshipConfig
 from dags.train import TrainConfig, train
 from ray_pipeline.audit.findings import RunTables
@@ -25,6 +25,7 @@ from ray_pipeline.operate.estimate import calls_model
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.schemas import VERDICTS, to_table
 from ray_pipeline.workflow import training
+from ray_pipeline.workflow.dmapo_config import DmapoConfig
 from tests.dags.test_fellowship_stages import SHARDS, play
 from tests.scripted import ScriptedEngine, logged_calls
 

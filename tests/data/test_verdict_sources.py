@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from dags.dmapo import DmapoConfig, dmapo
+from dags.dmapo import dmapo
 from dags.fellowship import FellowshipConfig
 from ray_pipeline.config.loading import load_config, read_config
 from ray_pipeline.config.messages import ConfigError
@@ -31,6 +31,7 @@ from ray_pipeline.store.keys import prompt_id
 from ray_pipeline.store.schemas import CANDIDATES, to_table
 from ray_pipeline.store.tables import ShardedTable
 from ray_pipeline.workflow import training
+from ray_pipeline.workflow.dmapo_config import DmapoConfig
 from tests.dags.test_fellowship_stages import SHARDS, play
 from tests.scripted import ScriptedEngine
 

@@ -11,7 +11,6 @@ import ray
 import yaml
 from pydantic import ValidationError
 
-from dags.dmapo import DmapoConfig
 from ray_pipeline.config.loading import load_config
 from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.engines.endpoint_settings import EndpointSettings
@@ -22,6 +21,7 @@ from ray_pipeline.graph.ray_shards import _engine_room
 from ray_pipeline.graph.stage import ShardWork
 from ray_pipeline.store.keys import digest
 from ray_pipeline.workflow import training
+from ray_pipeline.workflow.dmapo_config import DmapoConfig
 
 URL = "https://example.org/v1"
 SECRET = "sk-very-secret-0123456789"

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dags.dmapo import DmapoConfig, dmapo
+from dags.dmapo import dmapo
 from ray_pipeline.config.loading import load_config
 from ray_pipeline.engines.base import Sampling
 from ray_pipeline.engines.models import Placement
@@ -24,6 +24,7 @@ from ray_pipeline.graph.ray_executor import RayExecutor
 from ray_pipeline.graph.session import Session
 from ray_pipeline.graph.stage import Dag, ShardInput, ShardOutput, ShardWork, Stage, StageStop, WholeInput, WholeWork
 from ray_pipeline.store.schemas import DECISIONS
+from ray_pipeline.workflow.dmapo_config import DmapoConfig
 from tests.scripted import ScriptedEngine, user
 
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import yaml
 
-from dags.dmapo import DmapoConfig, dmapo
+from dags.dmapo import dmapo
 from ray_pipeline.config.loading import read_config
 from ray_pipeline.data.gate import GateConfig, decide, label_counts
 from ray_pipeline.graph.manifest import stage_entry
 from ray_pipeline.graph.receipts import receipt_name
 from ray_pipeline.graph.results import read_run
 from ray_pipeline.graph.stage import Dag, Stage, StageRef
+from ray_pipeline.workflow.dmapo_config import DmapoConfig
 from tests.planted import JUDGES, World, by_shard, random_world
 
 SHARDS = 4

@@ -16,7 +16,6 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from dags.dmapo import DmapoConfig
 from ray_pipeline.cli import app
 from ray_pipeline.config.loading import read_config
 from ray_pipeline.config.messages import ConfigError
@@ -28,6 +27,7 @@ from ray_pipeline.operate.plan import Plan, StagePlan, plan, plan_lines
 from ray_pipeline.operate.prices import Rates, budget_of, given_price, listed_prices, read_rates
 from ray_pipeline.operate.probe import measured
 from ray_pipeline.store.files import Folder
+from ray_pipeline.workflow.dmapo_config import DmapoConfig
 from ray_pipeline.workflow.registry import find_workflow
 from tests.operate.planted_run import plant
 from tests.prompt_sets import load_prompts

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from dags.dmapo import DmapoConfig, dmapo
+from dags.dmapo import dmapo
 from ray_pipeline.cli import app
 from ray_pipeline.config.loading import load_config
 from ray_pipeline.data import reviewed
@@ -26,6 +26,7 @@ from ray_pipeline.evaluate.people import _agreement, gate_label, powered_shares
 from ray_pipeline.graph.results import read_run
 from ray_pipeline.operate.review import ARGILLA, PAGE, ROWS, choose, review
 from ray_pipeline.store.schemas import DECISIONS, LABELS
+from ray_pipeline.workflow.dmapo_config import DmapoConfig
 from tests.operate.planted_run import SHARDS, plant
 from tests.planted import random_world
 
