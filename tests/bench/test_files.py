@@ -10,7 +10,11 @@ import pytest
 from ray_pipeline.bench.files import BenchmarkFileError, read_csv, read_rows
 
 
-@pytest.mark.parametrize("data", [gzip.compress(b'[{"a": 1}]')[:-6], gzip.compress(b"x")[:10] + b"\xff" * 9, b"PK"])
+@pytest.mark.parametrize(
+    "data",
+    [gzip.compress(b'[{"a": 1}]')[:-6], gzip.compress(b"x")[:10] + b"\xff" * 9, b"PK"],
+    ids=["cut", "damaged", "of another kind"],  # the bytes name the second in which they were packed
+)
 def test_a_damaged_packed_file_is_named(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "x.json.gz").write_bytes(data)
     with pytest.raises(BenchmarkFileError, match=r"x\.json\.gz cannot be read: "):
