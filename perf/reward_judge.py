@@ -61,7 +61,7 @@ async def run_stage(stage: Stage, engine: VllmEngine, tables: dict[str, ShardedT
 
 async def measure(config: DmapoConfig, folder: Path, prompts: int, rounds: int) -> None:
     nothing = Stage("nothing", WholeWork(lambda given: {}), {})
-    stages = judges(config.judge, config.models, config.templates().judge, nothing, {"candidates": nothing})
+    stages = judges(config.judge, config.models, config.templates(), nothing, {"candidates": nothing})
     sides: dict[str, tuple[Stage, VllmEngine]] = {}
     for name, stage in zip(("generative", "reward"), stages, strict=True):
         assert isinstance(stage.work, ShardWork) and stage.work.engine is not None
