@@ -143,6 +143,7 @@ def test_a_run_that_is_to_end_asks_the_workers(
 
     monkeypatch.setattr(stage, "fit", fit)
     monkeypatch.setattr("ray_pipeline.graph.cluster.connected", lambda **_: contextlib.nullcontext())
+    monkeypatch.setattr("ray_pipeline.graph.in_process.warm_python", lambda **_: contextlib.nullcontext())
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
     made = train(TrainSettings(), ModelSettings(model=tiny_model), 64, data_stage())
     assert isinstance(made.work, WholeWork)
@@ -179,6 +180,7 @@ def run_stage(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
         monkeypatch.setattr(stage, "fit", fit)
         monkeypatch.setattr("ray_pipeline.graph.cluster.connected", lambda **_: contextlib.nullcontext())
+        monkeypatch.setattr("ray_pipeline.graph.in_process.warm_python", lambda **_: contextlib.nullcontext())
         monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
         facts = {
             "rows": {kind: {"train": 40, "val": 9 if kind == "kto" else 0} for kind in ("sft", "dpo", "kto")},

@@ -37,6 +37,7 @@ class PolicyWorld:
         self.starts: list[str | None] = []
         monkeypatch.setattr(stage, "fit", self._fit)
         monkeypatch.setattr("ray_pipeline.graph.cluster.connected", lambda **_: contextlib.nullcontext())
+        monkeypatch.setattr("ray_pipeline.graph.in_process.warm_python", lambda **_: contextlib.nullcontext())
         monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
 
     def _fit(self, spec: TrainSpec, warn: Callable[[str], None]) -> TrainResult:
