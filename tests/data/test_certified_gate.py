@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,17 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dags.dmapo import scored
-from ray_pipeline.audit.findings import RunTables
-from ray_pipeline.audit.rows import audit_run
 from ray_pipeline.data.certified_gate import certified_section, statement
 from ray_pipeline.data.gate import GateConfig, decide
-from ray_pipeline.graph.in_process import make_here
-from ray_pipeline.graph.session import Session
 from ray_pipeline.graph.stage import StageStop
 from ray_pipeline.workflow.dmapo_config import DmapoConfig
-from tests.golden.scripted_run import OVERRIDES, ScriptedRun, scripted_run
-from tests.operate.planted_run import SHARDS, planted_dag
+from tests.data.gated_again import MADE, audited, gated_again
+from tests.golden.scripted_run import ScriptedRun, scripted_run
+from tests.operate.planted_run import planted_dag
 
 MIDDLE = 5.5
 
@@ -42,38 +37,8 @@ def label_file(path: Path, rows: list[dict[str, Any]], right: float, chosen_as: 
     return path
 
 
-MADE = ("gate-numbers", "gate", "dataset-rows", "datasets")
-
-
 def certified(run: ScriptedRun, labels: Path, made: tuple[str, ...] = MADE) -> tuple[ScriptedRun, DmapoConfig]:
-    """The gate and the datasets again, with a certified gate over the same verdicts."""
-    dag, config = planted_dag(run.folder, *OVERRIDES, "gate.kind=certified", f"gate.labels={labels}")
-    stages = {stage.name: stage for stage in dag.stages}
-    results = {
-        name: result for name, result in run.results.items() if name in ("prompts", "candidates", "judge", "critic")
-    }
-    for name in made:
-        make_here([stages[name]], Session(str(run.folder), str(run.calls), SHARDS), results, lambda line: None)
-    return dataclasses.replace(run, stages=stages, results=results), config
-
-
-def audited(run: ScriptedRun, config: DmapoConfig, threshold: float | None) -> dict[str, int]:
-    results = run.results
-    (made,) = scored(config)
-    assert made.gate is not None
-    tables = RunTables(
-        prompts=results["prompts"].table(),
-        candidates=results["candidates"].table(),
-        verdicts=[results["judge"].table()],
-        critiques=results["critic"].table(),
-        decisions=results["gate"].table(),
-        datasets=results["datasets"].folder,
-        judges=list(made.judges),
-        gate=made.gate,
-        config=made.config,
-        threshold=threshold,
-    )
-    return audit_run(tables).found
+    return gated_again(run, "gate.kind=certified", f"gate.labels={labels}", made=made)[:2]
 
 
 def test_labels_follow_from_the_certified_threshold(published: ScriptedRun, tmp_path: Path) -> None:
@@ -95,8 +60,8 @@ def test_labels_follow_from_the_certified_threshold(published: ScriptedRun, tmp_
         assert row["label"] == (side if sure else "abstain") and ("≥" in row["why"]) == sure
         kept += sure
     assert kept == sum(run.results["gate"].facts["counts"][label] for label in ("desirable", "undesirable"))
-    assert audited(run, config, threshold) == {}
-    assert "label" in audited(run, config, threshold + 1)  # the audit would notice another threshold
+    assert audited(run, config, threshold=threshold) == {}
+    assert "label" in audited(run, config, threshold=threshold + 1)  # the audit would notice another threshold
     text = statement(facts, run.results["gate"].facts["counts"])
     assert f"people agree with at least 90 % of the {kept} labels given" in text
     section = certified_section(facts, run.results["gate"].facts["counts"])

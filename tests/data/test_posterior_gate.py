@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,22 +11,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from dags.dmapo import scored
-from ray_pipeline.audit.findings import RunTables
 from ray_pipeline.audit.posterior import PosteriorCheck
-from ray_pipeline.audit.rows import audit_run
 from ray_pipeline.data.gate import GateConfig, check_pool, decide
 from ray_pipeline.data.posterior_gate import effective_text, posterior_section, warnings
-from ray_pipeline.graph.in_process import make_here
-from ray_pipeline.graph.session import Session
 from ray_pipeline.operate.check_gate import thresholds
 from ray_pipeline.stats.latent_class import LatentClasses
-from ray_pipeline.workflow.dmapo_config import DmapoConfig
+from tests.data.gated_again import MADE, audited, gated_again
 from tests.golden.scripted_run import OVERRIDES, ScriptedRun, scripted_run
 from tests.operate.planted_run import SHARDS, planted_dag
 
 DECIDES = ("gate.kind=posterior", "gate.pool=one_coin")
-MADE = ("gate-numbers", "gate", "dataset-rows", "datasets")
 CLASSES = ("undesirable", "discard", "desirable")
 
 
@@ -36,44 +29,13 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> ScriptedRun:
     return scripted_run(tmp_path_factory.mktemp("published"))
 
 
-def pooled(
-    run: ScriptedRun, *overrides: str, made: tuple[str, ...] = MADE
-) -> tuple[ScriptedRun, DmapoConfig, list[str]]:
-    """The gate and the datasets again with a pool, over the same verdicts; and what the stages logged."""
-    dag, config = planted_dag(run.folder, *OVERRIDES, *overrides)
-    stages, lines = {stage.name: stage for stage in dag.stages}, list[str]()
-    results = {name: run.results[name] for name in ("prompts", "candidates", "judge", "critic")}
-    for name in made:
-        make_here([stages[name]], Session(str(run.folder), str(run.calls), SHARDS), results, lines.append)
-    return dataclasses.replace(run, stages=stages, results=results), config, lines
-
-
-def audited(run: ScriptedRun, config: DmapoConfig, facts: dict[str, Any]) -> dict[str, int]:
-    results = run.results
-    (made,) = scored(config)
-    assert made.gate is not None
-    tables = RunTables(
-        prompts=results["prompts"].table(),
-        candidates=results["candidates"].table(),
-        verdicts=[results["judge"].table()],
-        critiques=results["critic"].table(),
-        decisions=results["gate"].table(),
-        datasets=results["datasets"].folder,
-        judges=list(made.judges),
-        gate=made.gate,
-        config=made.config,
-        posterior=facts,
-    )
-    return audit_run(tables).found
-
-
 def rows_of(run: ScriptedRun, table: str = "gate") -> list[dict[str, Any]]:
     return run.results[table].table().read_all().to_pylist()
 
 
 @pytest.mark.parametrize("pool", ["one_coin", "dawid_skene"])
 def test_labels_follow_from_the_posterior_and_the_audit_recomputes_both(published: ScriptedRun, pool: str) -> None:
-    run, config, lines = pooled(published, "gate.kind=posterior", f"gate.pool={pool}", "gate.posterior_at=0.8")
+    run, config, lines = gated_again(published, "gate.kind=posterior", f"gate.pool={pool}", "gate.posterior_at=0.8")
     facts = run.results["gate"].facts["posterior"]
     before = {row["candidate_id"]: row for row in rows_of(published)}
     model = LatentClasses(np.array(facts["prior"]), np.array(facts["errors"]))
@@ -106,8 +68,8 @@ def test_labels_follow_from_the_posterior_and_the_audit_recomputes_both(publishe
         seen.add(expected)
     assert seen >= {"undesirable", "desirable", "discard"} and unread
     assert sum(run.results["gate"].facts["counts"].values()) == len(before)
-    assert audited(run, config, facts) == {}
-    assert audited(run, config, damaged(facts, "power")).keys() == {"posterior"}
+    assert audited(run, config, posterior=facts) == {}
+    assert audited(run, config, posterior=damaged(facts, "power")).keys() == {"posterior"}
     for part in ("", "prior", "errors", "power", "groups"):
         check = PosteriorCheck(damaged(facts, part), config.judge.names, config.gate)
         for own in scores.values():
@@ -127,13 +89,13 @@ def damaged(facts: dict[str, Any], part: str) -> dict[str, Any]:
 
 
 def test_a_pool_alone_changes_no_label_and_no_training_row(published: ScriptedRun) -> None:
-    run, config, _ = pooled(published, "gate.pool=one_coin")
+    run, config, _ = gated_again(published, "gate.pool=one_coin")
     for old, row in zip(rows_of(published), rows_of(run), strict=True):
         assert {name: row[name] for name in old} == old
         assert row["final_score"] is None or sum(row[f"posterior_{name}"] for name in CLASSES) == pytest.approx(1)
     for name in ("gate", "dataset-rows"):
         assert run.results[name].facts["counts"] == published.results[name].facts["counts"]
-    assert audited(run, config, run.results["gate"].facts["posterior"]) == {}
+    assert audited(run, config, posterior=run.results["gate"].facts["posterior"]) == {}
     # Stages before the gate keep their fingerprints, and without a pool so does the gate.
     for name in ("prompts", "candidates", "judge", "critic"):
         assert run.stages[name].fingerprint == published.stages[name].fingerprint
@@ -144,7 +106,7 @@ def test_a_pool_alone_changes_no_label_and_no_training_row(published: ScriptedRu
 def test_equal_verdicts_give_equal_bytes(published: ScriptedRun) -> None:
     files = []
     for _ in range(2):
-        run, _, _ = pooled(published, *DECIDES, made=MADE[:2])
+        run, _, _ = gated_again(published, *DECIDES, made=MADE[:2])
         folder = Path(run.results["gate"].folder)
         files.append([path.read_bytes() for path in sorted(folder.glob("shard-*.parquet"))])
         (folder / "_result.json").unlink(missing_ok=True)
@@ -167,13 +129,13 @@ def test_two_judges_who_are_one_are_said_and_count_once(published: ScriptedRun) 
                 for row in rows
             ]
             verdicts.write(shard, pa.Table.from_pylist(copied, schema=table.schema))
-        run, config, lines = pooled(published, *DECIDES, "gate.alpha=0.2")
+        run, config, lines = gated_again(published, *DECIDES, "gate.alpha=0.2")
         facts = run.results["gate"].facts["posterior"]
         assert ["helpfulness", "conciseness"] in facts["groups"] and len(facts["groups"]) == 2
         assert facts["effective"] <= 2
         said = [line for line in lines if "helpfulness and conciseness are nearly one" in line]
         assert said and any("Only 2 judges are left" in line for line in lines)
-        assert audited(run, config, facts) == {}
+        assert audited(run, config, posterior=facts) == {}
         section = posterior_section(facts, config.gate)
         assert section is not None and any("helpfulness = conciseness" in str(block) for block in section.blocks)
     finally:
