@@ -24,7 +24,7 @@ from ray_pipeline.agreement.vote_agreement import agreement, paired, statistics,
 from ray_pipeline.stats.bootstrap import Estimate, Floats, Samples, ratio
 from ray_pipeline.stats.calibration import Calibration, calibration
 from ray_pipeline.stats.certified import certify
-from ray_pipeline.stats.latent_class import dawid_skene
+from ray_pipeline.stats.latent_class import fit
 from ray_pipeline.store.keys import unit_hash
 
 #: Agreement with humans at which the share of covered items is given.
@@ -104,7 +104,8 @@ def latent_votes(codes: Codes, model: Literal["dawid_skene", "one_coin"] = "dawi
     if len(voted):
         rows, place = _distinct(codes[:, voted].T)
         counts = np.bincount(place).astype(np.float64)
-        found = dawid_skene(rows, counts, classes=len(VOTES), one_coin=model == "one_coin").round(_DIGITS)
+        fitted = fit(rows, counts, classes=len(VOTES), one_coin=model == "one_coin")
+        found = fitted.posterior(rows).round(_DIGITS)
         probabilities[voted] = found[place]
     return most_probable(probabilities), probabilities
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from ray_pipeline.stats.bootstrap import Floats, Interval, number
 from ray_pipeline.stats.kappa import JudgePair
-from ray_pipeline.stats.latent_class import MISSING, Votes, dawid_skene
+from ray_pipeline.stats.latent_class import MISSING, Votes, fit
 
 #: Random groups of prompts; intervals are jackknives that leave out one group at a time.
 GROUPS = 64
@@ -163,7 +163,7 @@ def estimated_errors(judges: Sequence[str], counts: VoteCounts) -> PanelErrors |
         rows, none = int(voted.counts.sum()), Interval(None, None, None)
         reason = "two judges cannot show who of them is right"
         return PanelErrors("estimate", rows, [], [], none, none, reason, assumed)
-    truth = dawid_skene(voted.votes, voted.counts.sum(axis=1))
+    truth = fit(voted.votes, voted.counts.sum(axis=1)).posterior(voted.votes)
     found = panel_errors("estimate", judges, voted, truth, exact=False)
     free = used ** len(judges) - 1 - (used - 1) * (1 + len(judges) * used)
     if free <= 0:

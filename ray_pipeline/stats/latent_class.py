@@ -67,19 +67,6 @@ def _cast(votes: Votes, classes: int) -> csr_array:
     return csr_array((np.ones(len(columns)), columns, starts), shape=(len(votes), votes.shape[1] * classes))
 
 
-def dawid_skene(
-    votes: Votes,
-    weight: Floats,
-    classes: int | None = None,
-    iterations: int = 2000,
-    tolerance: float = 1e-7,
-    *,
-    one_coin: bool = False,
-) -> Floats:
-    """Probability of each class for each distinct row, shape (rows, classes); arguments as of `fit`."""
-    return fit(votes, weight, classes, iterations, tolerance, one_coin=one_coin).posterior(votes)
-
-
 def fit(
     votes: Votes,
     weight: Floats,

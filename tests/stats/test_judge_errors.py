@@ -17,7 +17,7 @@ from ray_pipeline.stats.judge_errors import (
     estimated_errors,
     total,
 )
-from ray_pipeline.stats.latent_class import MISSING, dawid_skene
+from ray_pipeline.stats.latent_class import MISSING, fit
 
 NAMES = ["a", "b", "c", "d", "e"]
 
@@ -185,7 +185,8 @@ def test_the_latent_class_model_is_that_of_dawid_and_skene() -> None:
     votes, _ = panel(300, [0.9, 0.7, 0.8, 0.6], 0.1, classes=3, missing=0.1, seed=7)
     votes = votes[(votes != MISSING).any(axis=1)]
     counts = counted(votes)
-    posterior = dawid_skene(counts.votes, counts.counts.sum(axis=1), tolerance=1e-12, iterations=20_000)
+    model = fit(counts.votes, counts.counts.sum(axis=1), tolerance=1e-12, iterations=20_000)
+    posterior = model.posterior(counts.votes)
     found = {row.tobytes(): p for row, p in zip(counts.votes, posterior, strict=True)}
     by_row = np.array([found[row.tobytes()] for row in votes])
 

@@ -9,7 +9,7 @@ import pytest
 
 from ray_pipeline.agents.jury import MISSING, pool_votes
 from ray_pipeline.agreement.pools import latent_votes
-from ray_pipeline.stats.latent_class import dawid_skene
+from ray_pipeline.stats.latent_class import fit
 
 
 def panel(items: int, accuracies: list[float], missing: float = 0.1, seed: int = 3) -> tuple[np.ndarray, np.ndarray]:
@@ -34,7 +34,7 @@ def test_posteriors_are_those_of_crowd_kit(one_coin: bool) -> None:
     model = (aggregation.OneCoinDawidSkene if one_coin else aggregation.DawidSkene)(n_iter=40, tol=-1.0)
     expected = model.fit_predict_proba(frame).sort_index()[[0, 1, 2]].to_numpy()
     rows, place, counts = np.unique(votes.T, axis=0, return_inverse=True, return_counts=True)
-    found = dawid_skene(rows, counts.astype(float), 3, iterations=40, tolerance=0, one_coin=one_coin)
+    found = fit(rows, counts.astype(float), 3, iterations=40, tolerance=0, one_coin=one_coin).posterior(rows)
     assert found[place.reshape(-1)] == pytest.approx(expected, abs=1e-6)
 
 
