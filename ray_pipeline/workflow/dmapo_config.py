@@ -118,8 +118,8 @@ class DmapoConfig(TrainingConfig):
             )
         if self.gate.over_all and self.exit_rule is not None:
             raise ValueError(
-                f"{self.exit_rule.key} skips calls by the thresholds of the published gate alone; remove it, or "
-                f"gate.{'kind' if self.gate.kind != 'published' else 'pool'}"
+                f"{self.exit_rule.key} skips calls by the thresholds of the published gate alone; leave it out, or "
+                f"remove gate.{'kind' if self.gate.kind != 'published' else 'pool'}"
             )
         if self.gate.kind == "certified" and humans is not None and humans.use == "gate":
             raise ValueError(

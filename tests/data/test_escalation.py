@@ -128,8 +128,8 @@ PANEL = "judge.escalate=[[helpfulness, factuality], [conciseness]]"
         (["judge.escalate=[[helpfulness], [factuality]]"], "'conciseness' is in no level"),
         (["judge.escalate=[helpfulness, factuality]"], "judge.escalate.0"),
         ([PANEL, "judge.early_exit=scores"], "escalate and early_exit are both set"),
-        ([PANEL, "gate.pool=one_coin"], "judge.escalate skips calls.*remove it, or gate.pool"),
-        ([PANEL, "gate.kind=certified", "gate.labels=x"], "judge.escalate skips calls.*remove it, or gate.kind"),
+        ([PANEL, "gate.pool=one_coin"], "judge.escalate skips calls.*remove gate.pool"),
+        ([PANEL, "gate.kind=certified", "gate.labels=x"], "judge.escalate skips calls.*remove gate.kind"),
         (
             [
                 "judge.programs=[{name: form, checker: pocket}]",
