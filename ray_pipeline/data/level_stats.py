@@ -16,7 +16,7 @@ from ray_pipeline.data.rows import one_array
 from ray_pipeline.engines.usage import Usage
 from ray_pipeline.graph.results import of_role, table_of
 from ray_pipeline.graph.stage import StageResult
-from ray_pipeline.report.figures import number, percent, span
+from ray_pipeline.report.figures import number, percent, percent_interval
 from ray_pipeline.report.page import Rows, Section, Table, Text
 from ray_pipeline.stats.alpha import krippendorff_alpha
 from ray_pipeline.stats.bootstrap import Interval, bootstrap_mean
@@ -166,4 +166,4 @@ def levels_section(found: EscalationStats | None) -> Section | None:
 
 
 def _share(share: Interval) -> str:
-    return percent(share.mean) + (f" ({span(share.low, share.high)})" if share.low is not None else "")
+    return percent(share.mean) + (f" ({percent_interval(share)})" if share.low is not None else "")

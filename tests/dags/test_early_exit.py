@@ -203,14 +203,16 @@ def test_what_cannot_be_exact_is_refused(changes: dict[str, Any], message: str) 
         read_config(DmapoConfig, config("http://127.0.0.1:9/v1", "labels", **changes))
 
 
-@pytest.mark.parametrize("skips", [{"early_exit": "scores"}, {"escalate": [["helpfulness"], ["factuality"]]}])
+@pytest.mark.parametrize("key", ["early_exit", "escalate"])
 @pytest.mark.parametrize(
     ("block", "shipped", "message"),
     [(BaselinesConfig, "pocket_baselines", "baselines.data makes datasets by several rules"),
      (FellowshipConfig, "pocket_fellowship", "this workflow has none")],
 )  # fmt: skip
-def test_workflows_without_one_gate_refuse_it(block: Any, shipped: str, message: str, skips: dict[str, Any]) -> None:
+def test_workflows_without_one_gate_refuse_it(block: Any, shipped: str, message: str, key: str) -> None:
     values = yaml.safe_load(Path(f"configs/{shipped}.yaml").read_text())
-    values["judge"] = {**(values.get("judge") or {}), "rubrics": RUBRICS[:2], **skips}
-    with pytest.raises(ConfigError, match=f"judge.{next(iter(skips))} .*{message}"):
+    judge = {"rubrics": RUBRICS[:2], **(values.get("judge") or {})}
+    first, *others = [rubric["name"] for rubric in judge["rubrics"]]
+    values["judge"] = {**judge, key: "scores" if key == "early_exit" else [[first], others]}
+    with pytest.raises(ConfigError, match=f"judge.{key} .*{message}"):
         read_config(block, values)
