@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dags.dmapo import dmapo
 from ray_pipeline.config.loading import load_config
 from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.data.early_exit import in_audit_slice
-from ray_pipeline.data.escalation import Escalation, decide_by_level
+from ray_pipeline.data.escalation import Escalation, decide_by_level, rule_of
 from ray_pipeline.data.gate import GateConfig, decide
 from ray_pipeline.data.level_stats import escalation_stats, levels_section
 from ray_pipeline.engines.usage import Usage
@@ -116,6 +117,18 @@ def test_agreement_with_all_judges_is_that_of_the_slice() -> None:
 
 
 PANEL = "judge.escalate=[[helpfulness, factuality], [conciseness]]"
+
+
+def test_each_level_waits_for_those_before_in_every_round() -> None:
+    dag = dmapo(load_config(DmapoConfig, "pocket_rounds", [PANEL]), "/run")
+    waits = {stage.name: sorted(set(stage.inputs) - {"prompts", "candidates"}) for stage in dag.stages}
+    for judge in ("judge", "judge-2"):
+        first = [f"{judge}-level-1-factuality", f"{judge}-level-1-helpfulness"]
+        assert waits[first[0]] == waits[first[1]] == []
+        assert waits[f"{judge}-level-2"] == [f"verdicts/{name}" for name in first]
+    assert waits["critic"] == []
+    responses = next(stage for stage in dag.stages if stage.name == "score-responses-conciseness")
+    assert rule_of(responses) is None  # responses of an evaluated policy are scored by all judges
 
 
 @pytest.mark.parametrize(
