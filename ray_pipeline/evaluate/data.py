@@ -9,6 +9,7 @@ import pyarrow as pa
 from ray_pipeline.data.checklist_stats import ChecklistStats
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.data.judge_votes import ErrorsOfJudges
+from ray_pipeline.data.level_stats import EscalationStats
 from ray_pipeline.data.reviewed import Reviewed
 from ray_pipeline.evaluate.planned import PlannedUse
 from ray_pipeline.evaluate.rounds import RoundStats
@@ -68,7 +69,8 @@ class ReportData:
     judge_errors       how far the judges err together
     checklists         how often their items are met
     decisions          candidate_id, prompt_id, label, mean_score, final_score, score_variance, why
-    agreement_on       candidate ids to which kappa and alpha are limited (audit slice under early exit)
+    agreement_on       candidate ids to which kappa and alpha are limited (the audit slice where calls were skipped)
+    escalation         what each level of `judge.escalate` took
     dataset_counts     {"kto": {"train": rows, "val": rows}, "dpo": {…}}: train + val is the size, other keys are shown
     dataset_guards     {reason: rows or pairs kept out}
     kto_weights        {"desirable_weight": w, "undesirable_weight": w}
@@ -107,6 +109,7 @@ class ReportData:
     critiques: pa.Table | None = None
     decisions: pa.Table | None = None
     agreement_on: Sequence[str] | None = None
+    escalation: EscalationStats | None = None
     dataset_counts: Mapping[str, Mapping[str, int]] | None = None
     dataset_guards: Mapping[str, int] | None = None
     kto_weights: Mapping[str, float] | None = None

@@ -16,6 +16,7 @@ from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.checkers import CheckerKey
 from ray_pipeline.data.decontamination import contamination_of
 from ray_pipeline.data.early_exit import in_audit_slice
+from ray_pipeline.data.escalation import Levels
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.data.reviewed import HumanLabelsKey
 from ray_pipeline.engines.imports import heavy_imports
@@ -53,7 +54,9 @@ class ReportSettings(Settings):
             `train` among them, the report is about the data alone.
         models: role → name of the model, for reading.
         cards: key of a judge's model → the judges of its card (`judge_card.cards`).
-        audit_slice: calls were skipped (`judge.early_exit`), so that agreement is that of the audit slice.
+        audit_slice: calls were skipped (`judge.early_exit`, `judge.escalate`), so that agreement is that of the audit
+            slice.
+        levels: judges by level (`judge.escalate`).
     """
 
     run_name: str
@@ -74,6 +77,7 @@ class ReportSettings(Settings):
     bootstrap_draws: int = 2000
     seed: int = 0
     audit_slice: bool = False
+    levels: Levels = ()
     cards: dict[str, list[dict[str, Any]]] = Field(default_factory=dict)
 
 
@@ -223,6 +227,7 @@ def report_data(
     """
     from ray_pipeline.data.checklist_stats import checklist_stats
     from ray_pipeline.data.judge_votes import judge_errors
+    from ray_pipeline.data.level_stats import escalation_of
     from ray_pipeline.evaluate.data import DMAPO_STAGES, ReportData, RunIdentity
     from ray_pipeline.evaluate.rounds import responses_of, round_stats
 
@@ -266,6 +271,7 @@ def report_data(
         critiques=table_of(by_name, "critiques"),
         decisions=table_of(by_name, "decisions"),
         agreement_on=agreement_on,
+        escalation=escalation_of(by_name, settings.gate, settings.levels, settings.bootstrap_draws, settings.seed),
         dataset_counts=rows.get("rows"),
         dataset_guards=rows.get("dropped"),
         kto_weights=rows.get("kto_weights"),

@@ -13,6 +13,7 @@ from ray_pipeline.data.candidate_sources import CandidatePrompts
 from ray_pipeline.data.candidates import CandidateSettings
 from ray_pipeline.data.critic import CriticSettings
 from ray_pipeline.data.early_exit import ExitRule
+from ray_pipeline.data.escalation import CallRule, Escalation
 from ray_pipeline.data.gate import GateConfig, check_pool
 from ray_pipeline.data.judging import JudgeSettings
 from ray_pipeline.data.prompts import PromptsConfig
@@ -115,10 +116,10 @@ class DmapoConfig(TrainingConfig):
                 "judge.early_exit skips calls about candidates that the gate leaves out, but human_labels.use may put "
                 "them into a dataset; set early_exit to off, or human_labels.use to report"
             )
-        if self.gate.over_all and self.judge.early_exit != "off":
+        if self.gate.over_all and self.exit_rule is not None:
             raise ValueError(
-                "judge.early_exit skips calls by the thresholds of the published gate alone; set it to off, or remove "
-                f"gate.{'kind' if self.gate.kind != 'published' else 'pool'}"
+                f"{self.exit_rule.key} skips calls by the thresholds of the published gate alone; leave it out, or "
+                f"remove gate.{'kind' if self.gate.kind != 'published' else 'pool'}"
             )
         if self.gate.kind == "certified" and humans is not None and humans.use == "gate":
             raise ValueError(
@@ -168,9 +169,11 @@ class DmapoConfig(TrainingConfig):
         return range(1, 2 if self.rounds is None else self.rounds.n + 1)
 
     @property
-    def exit_rule(self) -> ExitRule | None:
-        """When calls to judges and critic are skipped; None: never."""
+    def exit_rule(self) -> CallRule | None:
+        """When calls to judges and the critic are skipped; None: never."""
         judge = self.judge
+        if judge.escalate:
+            return Escalation(gate=self.gate, levels=judge.escalate)
         if judge.early_exit == "off":
             return None
         return ExitRule(exact=judge.early_exit, gate=self.gate, judges=tuple(judge.names), scale=judge.scale)
@@ -205,7 +208,8 @@ class DmapoConfig(TrainingConfig):
             recorded=recorded_judges(self.judge),
             gate=self.gate,
             human_labels=self.human_labels,
-            audit_slice=self.judge.early_exit != "off",
+            audit_slice=self.exit_rule is not None,
+            levels=self.judge.escalate,
             items=given_items(self.judge),
             no_error_rates=[program.name for program in self.judge.programs],
             stages=("prompts", "candidates", "judge", *critic, "gate", "datasets", *trained),

@@ -414,6 +414,7 @@ OTHER: dict[str, Any] = {
     "judge.rubrics": [{"name": "helpfulness"}],
     "rounds": {"n": 2},
     "judge.early_exit": "scores",  # labels makes no dpo rows
+    "judge.escalate": [["helpfulness"], ["factuality"]],
     "judge.programs": [{"name": "program", "checker": "pocket"}],
     "judge.rewards": [{"name": "pairs", "model": "judge"}],
     "datasets.kinds": ["kto"],
