@@ -238,7 +238,7 @@ class _Books:
             self.log.say(_done_line(end))
             for skipped in drop_skipped(self.manifest.stages, self.results) if stage.role == DECISION else ():
                 board.end(skipped.name, "skipped")
-        elif all(parent.name in self.results for parent in stage.inputs.values()):
+        elif not to_do(list(stage.inputs.values()), self.results):
             # A stage fails with the one that it reads; only the first is a failure to report.
             self.failures[stage.name] = end
             self.log.trace(end.trace)

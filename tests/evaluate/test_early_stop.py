@@ -116,6 +116,8 @@ class Rounds:
         self.made.append(name)
         kind, _, number = name.partition("-")
         if kind == "report":
+            if not self.scores:
+                raise StageStop("nothing to report")
             return {"policy": next(r.name for r in of_final_round(given.inputs).values() if r.role == "policy")}
         if kind == "score":
             score = self.scores[int(number) - 1]
@@ -150,6 +152,14 @@ def test_rounds_after_the_last_are_skipped_and_the_best_policy_is_the_result(tmp
     assert not world.run(5, 2, from_group="report").not_run and world.made == ["report"]
     world.run(6, 2)
     assert world.made == ["report"] and world.skipped() == names(5, 6)
+
+
+def test_a_failed_page_of_a_stopped_run_is_reported(tmp_path: Path) -> None:
+    world = Rounds(tmp_path, [0.5, 0.4, 0.3])
+    world.run(3, 1)
+    world.scores.clear()
+    outcome = world.run(3, 1, from_group="report")
+    assert outcome.failures["report"].reason == "nothing to report" and outcome.not_run == []
 
 
 def test_status_list_and_audit_line_say_which_round_and_why(tmp_path: Path) -> None:
