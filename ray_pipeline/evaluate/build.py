@@ -39,6 +39,8 @@ def build_report(data: ReportData, out_dir: Path) -> list[Path]:
         numbers["escalation"] = data.escalation
     if data.rounds:
         numbers["rounds"] = as_json(data.rounds)
+    if data.decided:
+        numbers["decided"] = data.decided
     if data.contamination:
         numbers["contamination"] = data.contamination
     summary = as_csv(summary_row(data, metrics, first_line, len(warnings)))

@@ -95,7 +95,8 @@ class ReportData:
     posterior          what the pool of a gate found, as its stage stored it
     calls              location of the call log, for the messages that were sent
     planned            planned and actual usage by stage, where `quorum plan` was run
-    rounds             figures of every round; empty for a run without rounds. The other parts are of the last one
+    rounds             figures of every round; empty for a run without rounds. The other parts are of the final one
+    decided            facts of the newest decision whether rounds go on (`evaluate.early_stop`)
     """
 
     run: RunIdentity
@@ -129,6 +130,7 @@ class ReportData:
     config: Mapping[str, Any] | None = None
     planned: Sequence[PlannedUse] = ()
     rounds: Sequence[RoundStats] = ()
+    decided: Mapping[str, Any] | None = None
     calls: str = ""
     people: Reviewed | None = None
     gate: GateConfig = field(default_factory=GateConfig)

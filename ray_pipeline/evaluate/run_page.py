@@ -45,7 +45,7 @@ def run_page(data: ReportData, metrics: RunMetrics, first_line: Headline, warnin
     slice_only = data.agreement_on is not None
     judging, critic, evaluation = metrics.judging, metrics.critic, metrics.evaluation
     sections = [
-        rounds_section(data.rounds),
+        rounds_section(data.rounds, data.decided),
         _funnel(metrics.funnel),
         contamination_section(data.contamination),
         labels,

@@ -21,7 +21,7 @@ from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.data.reviewed import HumanLabelsKey
 from ray_pipeline.engines.imports import heavy_imports
 from ray_pipeline.engines.models import ModelSettings
-from ray_pipeline.graph.results import Run, last_round, of_role, table_of
+from ray_pipeline.graph.results import Run, decision, of_final_round, of_role, table_of
 from ray_pipeline.graph.stage import Stage, StageResult, WholeInput, WholeWork
 from ray_pipeline.policy.comparisons import EvaluateSettings, win_rate_protocol
 from ray_pipeline.policy.train import METRICS
@@ -131,7 +131,7 @@ def evaluate_run(given: WholeInput) -> dict[str, Any]:
     settings: _Given = given.settings
     measured: dict[str, Perplexity] = {}
     if settings.base is not None and settings.evaluate.perplexity and of_role(given.inputs, "policy"):
-        measured = _perplexities(last_round(given.inputs), settings)
+        measured = _perplexities(of_final_round(given.inputs), settings)
     given.folder.write_json("perplexity.json", {name: dataclasses.asdict(p) for name, p in measured.items()})
     store_protocols(given.folder, settings.compared)
     data = report_data(given.inputs, settings.report, measured, settings.compared)
@@ -232,7 +232,7 @@ def report_data(
     from ray_pipeline.evaluate.rounds import responses_of, round_stats
 
     whole = {result.name: result for result in results.values()}
-    by_name = last_round(whole)
+    by_name, decided = of_final_round(whole), decision(whole)
     prompts = table_of(by_name, "prompts")
     responses = responses_of(by_name, settings.checker)
     data, sourced, train, scored, gated = (
@@ -290,6 +290,7 @@ def report_data(
         compared=compared or {},
         stage_use=[stage_use(result) for result in whole.values()],
         rounds=round_stats(whole, settings.checker, draws=settings.bootstrap_draws, seed=settings.seed),
+        decided=None if decided is None else decided.facts,
         benchmarks=_benchmark_scores(scored),
         people=None if settings.human_labels is None else settings.human_labels.read(),
         gate=settings.gate,

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ray_pipeline.graph.failures import read_failures
+from ray_pipeline.graph.results import is_skipped
 from ray_pipeline.graph.stage import Dag, Stage, StageResult
 from ray_pipeline.graph.stage_work import Failure
 from ray_pipeline.graph.versions import git_revision, versions
@@ -52,6 +53,11 @@ class Manifest:
             "git_revision": git_revision(),
         }
 
+    @property
+    def stages(self) -> list[Stage]:
+        """Those of the DAG."""
+        return self._dag.stages
+
     def write(self, results: Mapping[str, StageResult], failures: Mapping[str, Failure]) -> None:
         stages = dict(self._kept)
         for stage in self._dag.stages:
@@ -62,6 +68,8 @@ class Manifest:
                     entry["failed_shards"] = [dataclasses.asdict(f) for f in list(shards.values())[:_MOST_SHARDS]]
             elif stage.name in results:
                 entry.update(status="done", **results[stage.name].plain())
+            elif is_skipped(stage, results):
+                entry.update(status="skipped")
             stages[stage.name] = entry
         self._folder.write_json("manifest.json", {**self._head, "stages": redacted(stages)})
 

@@ -11,7 +11,7 @@ from typing import Any
 from ray_pipeline.data.early_exit import SKIPPED
 from ray_pipeline.data.escalation import rule_of
 from ray_pipeline.engines.usage import Usage
-from ray_pipeline.graph.results import of_role
+from ray_pipeline.graph.results import decision, of_role
 from ray_pipeline.graph.stage import Dag, StageResult
 from ray_pipeline.operate.status import bad_rows
 from ray_pipeline.report.figures import percent
@@ -46,6 +46,8 @@ def last_lines(dag: Dag, results: Mapping[str, StageResult], folder: str, curren
         headline = page.facts.get("headline") or ""
         text = headline.get("text", "") if isinstance(headline, Mapping) else headline
         yield from (f"result: {line}" for line in text.splitlines())
+    if decided := decision(results):
+        yield f"rounds: {decided.facts['text']}"
     yield from _kept(results)
     yield from _datasets(results)
     usage = sum((result.usage for result in results.values()), Usage())

@@ -11,6 +11,7 @@ from ray_pipeline.bench.report import BenchmarksPage, MeasuredModel, judging_mod
 from ray_pipeline.bench.settings import BenchmarksSettings
 from ray_pipeline.data.candidate_sources import CandidatePrompts
 from ray_pipeline.data.candidates import CandidateSettings
+from ray_pipeline.data.checkers import default_checker
 from ray_pipeline.data.critic import CriticSettings
 from ray_pipeline.data.early_exit import ExitRule
 from ray_pipeline.data.escalation import CallRule, Escalation
@@ -152,6 +153,7 @@ class DmapoConfig(TrainingConfig):
             raise ValueError("rounds: no person has labelled answers of later rounds; set gate.kind to published")
         if self.evaluate.skip_generation:
             raise ValueError("rounds: evaluate.skip_generation leaves out what the curves show; set it to false")
+        self._check_stop()
         if self.rounds.continues:
             if train.lora is None or train.save == "merged":
                 raise ValueError(
@@ -162,6 +164,24 @@ class DmapoConfig(TrainingConfig):
                 raise ValueError(
                     "rounds: a stored adapter cannot be loaded into zero3's shards; set train.shard to fsdp"
                 )
+
+    def _check_stop(self) -> None:
+        """Raises ValueError where a decision of `rounds.stop` has nothing to go by, or comes too late."""
+        assert self.rounds is not None
+        stop, sources = self.rounds.stop, self.prompt_settings.sources
+        if stop is None:
+            return
+        known = self.evaluate.checker or default_checker(source.label_in_tables for source in sources)
+        if stop.metric == "accuracy" and known is None:
+            raise ValueError(
+                "rounds.stop.metric is accuracy, but no checker knows which responses are right; set evaluate.checker, "
+                "or metric to score"
+            )
+        if self.benchmarks is not None:
+            raise ValueError(
+                "benchmarks measures the policy of the last round, but rounds.stop decides during the run which policy "
+                "is the result; remove the block, and measure the finished run by `quorum run benchmarks`"
+            )
 
     @property
     def numbers(self) -> range:
