@@ -40,7 +40,8 @@ class Manifest:
         partial: bool = False,
     ) -> None:
         self._folder, self._dag = folder, dag
-        self._kept = _waiting(folder.read_json("manifest.json")["stages"], dag) if partial else {}
+        self._kept = redacted(_waiting(folder.read_json("manifest.json")["stages"], dag) if partial else {})
+        self._entries: dict[str, tuple[StageResult | None, dict[str, Any]]] = {}
         self._last = 0.0
         folder.write_json("progress.json", [])  # what an earlier session did is over
         self._head = {
@@ -55,15 +56,26 @@ class Manifest:
     def write(self, results: Mapping[str, StageResult], failures: Mapping[str, Failure]) -> None:
         stages = dict(self._kept)
         for stage in self._dag.stages:
-            entry = stage_entry(stage)
-            if stage.name in failures:
-                entry.update(status="failed", error=failures[stage.name].reason)
-                if shards := read_failures(self._folder / stage.folder_name):
-                    entry["failed_shards"] = [dataclasses.asdict(f) for f in list(shards.values())[:_MOST_SHARDS]]
-            elif stage.name in results:
-                entry.update(status="done", **results[stage.name].plain())
-            stages[stage.name] = entry
-        self._folder.write_json("manifest.json", {**self._head, "stages": redacted(stages)})
+            if (failure := failures.get(stage.name)) is not None:
+                stages[stage.name] = redacted(self._failed(stage, failure))
+            else:
+                stages[stage.name] = self._entry(stage, results.get(stage.name))
+        self._folder.write_json("manifest.json", {**self._head, "stages": stages})
+
+    def _entry(self, stage: Stage, result: StageResult | None) -> dict[str, Any]:
+        """The entry of a stage that is done or waiting. It is kept: the manifest is written whenever a stage ends, and
+        to make all entries each time would take quadratic time."""
+        known = self._entries.get(stage.name)
+        if known is None or known[0] is not result:
+            done = {} if result is None else {"status": "done", **result.plain()}
+            known = self._entries[stage.name] = result, redacted(stage_entry(stage) | done)
+        return known[1]
+
+    def _failed(self, stage: Stage, failure: Failure) -> dict[str, Any]:
+        entry = stage_entry(stage) | {"status": "failed", "error": failure.reason}
+        if shards := read_failures(self._folder / stage.folder_name):
+            entry["failed_shards"] = [dataclasses.asdict(f) for f in list(shards.values())[:_MOST_SHARDS]]
+        return entry
 
     def progress(self, stages: list[dict[str, Any]], last: bool) -> None:
         if last or time.monotonic() - self._last >= _PROGRESS_SECONDS:
