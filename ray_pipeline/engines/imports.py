@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
+import os
+import sys
 from collections.abc import Iterator
+from types import ModuleType
+from unittest import mock
+
+#: Modules of transformers that were imported as if torch were not installed.
+_torchless: dict[str, ModuleType] = {}
 
 
 @contextlib.contextmanager
@@ -17,3 +25,26 @@ def heavy_imports() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+@contextlib.contextmanager
+def without_torch() -> Iterator[None]:
+    """Import transformers for its tokenizers alone, as if torch were not installed: where it is, transformers imports
+    it with all that builds models, which takes several times as long.
+
+    At the end `sys.modules` forgets these imports, so that a later import of transformers sees torch; what was loaded
+    by them stays usable. Where transformers or torch is imported already, nothing is different.
+    """
+    if {"transformers", "torch"} & sys.modules.keys():
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]  # how Python is told that a package is not there
+    sys.modules.update(_torchless)
+    try:
+        with heavy_imports(), mock.patch.dict(os.environ, TRANSFORMERS_NO_ADVISORY_WARNINGS="1"):
+            yield
+    finally:
+        del sys.modules["torch"]
+        for name in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
+            _torchless[name] = sys.modules.pop(name)
+        logging.getLogger("transformers").handlers.clear()  # a later import adds its own

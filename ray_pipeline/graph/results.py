@@ -175,7 +175,9 @@ def decision(results: Mapping[str, StageResult]) -> StageResult | None:
 
 def is_skipped(stage: Stage | StageRef, results: Mapping[str, StageResult]) -> bool:
     """Whether a stage is of a round after the one that was decided to be the last."""
-    return any(stage.round > result.round and result.facts["stop"] for result in of_role(results, DECISION))
+    return stage.round > 1 and any(  # the first round is always made, and most runs have no rounds
+        stage.round > result.round and result.facts["stop"] for result in of_role(results, DECISION)
+    )
 
 
 def final_round(results: Mapping[str, StageResult]) -> int:

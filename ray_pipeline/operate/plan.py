@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from ray_pipeline.config.messages import ConfigError, installing
 from ray_pipeline.data.early_exit import SLICE, ExitRule
 from ray_pipeline.data.escalation import Escalation, rule_of
-from ray_pipeline.data.tokens import TokenCounter
+from ray_pipeline.data.tokens import token_counter
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.progress import duration
 from ray_pipeline.graph.stage import Dag, ShardWork, Stage
@@ -225,7 +225,6 @@ def _tokenizer_of(
 ) -> Callable[[str, ModelSettings], Count]:
     """Counters with the models' own tokenizers; for a model at an endpoint, that of a local model, or the `named` one
     that counts the lengths of training rows."""
-    made: dict[str, TokenCounter] = {}
     local = next((key for key in [*used, *models] if models[key].is_here), None)
     if local is None and named is not None:
         local, models = named.model, {named.model: named}
@@ -238,10 +237,9 @@ def _tokenizer_of(
                 notes.append(note)
             if local is None:
                 return lambda messages: sum(len(message["content"]) for message in messages) // 4
-            key, model = local, models[local]
-        if key not in made:
-            made[key] = TokenCounter.load(model.tokenizer)
-        return lambda messages: len(made[key](messages))
+            model = models[local]
+        encode = token_counter(model.tokenizer)
+        return lambda messages: len(encode(messages, None))
 
     return counter
 
