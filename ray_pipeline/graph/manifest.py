@@ -69,8 +69,8 @@ class Manifest:
         self._folder.write_json("manifest.json", {**self._head, "stages": stages})
 
     def _entry(self, stage: Stage, result: StageResult | None, skipped: bool) -> dict[str, Any]:
-        """The entry of a stage that is done, skipped or waiting. It is kept: the manifest is written whenever a stage ends, and
-        to make all entries each time would take quadratic time."""
+        """The entry of a stage that is done, skipped or waiting. It is kept: the manifest is written whenever a stage
+        ends, and to make all entries each time would take quadratic time."""
         known = self._entries.get(stage.name)
         if known is None or known[0] is not result or known[1] != skipped:
             state = {"status": "skipped"} if skipped else {}
