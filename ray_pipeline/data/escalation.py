@@ -16,6 +16,7 @@ The audit slice of early exit goes through all levels.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import ClassVar
 
 import numpy as np
@@ -56,7 +57,7 @@ class Escalation(Settings):
     @property
     def widths(self) -> list[int]:
         """Number of judges up to each level."""
-        return np.cumsum([len(level) for level in self.levels]).tolist()
+        return list(itertools.accumulate(map(len, self.levels)))
 
     def settled(self, known: Known) -> bool:
         """Whether the judges asked so far leave nothing open."""
