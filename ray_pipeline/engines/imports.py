@@ -9,8 +9,9 @@ import os
 import sys
 from collections.abc import Iterator
 from types import ModuleType
-from unittest import mock
 
+#: Variable that stops transformers from advising to install torch.
+_NO_ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 #: Modules of transformers that were imported as if torch were not installed.
 _torchless: dict[str, ModuleType] = {}
 
@@ -40,10 +41,14 @@ def without_torch() -> Iterator[None]:
         return
     sys.modules["torch"] = None  # type: ignore[assignment]  # how Python is told that a package is not there
     sys.modules.update(_torchless)
+    advises = _NO_ADVICE not in os.environ
+    os.environ.setdefault(_NO_ADVICE, "1")
     try:
-        with heavy_imports(), mock.patch.dict(os.environ, TRANSFORMERS_NO_ADVISORY_WARNINGS="1"):
+        with heavy_imports():
             yield
     finally:
+        if advises:
+            del os.environ[_NO_ADVICE]
         del sys.modules["torch"]
         for name in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
             _torchless[name] = sys.modules.pop(name)

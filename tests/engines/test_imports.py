@@ -22,12 +22,14 @@ CHATS = [
     ([{"role": "user", "content": "hi"}], [{"role": "assistant", "content": "3 7 12 gives 12"}]),
 ]
 _COUNTED = """
-import json, sys
+import json, os, sys
+advice = os.environ.get("TRANSFORMERS_NO_ADVISORY_WARNINGS")
 from ray_pipeline.data.tokens import token_counter
 from ray_pipeline.engines.models import TokenizerSettings
 folders, chats = json.load(sys.stdin)
 print(json.dumps([[token_counter(TokenizerSettings(model=f))(*chat) for chat in chats] for f in folders]))
 assert not {"torch", "scipy", "sklearn"} & sys.modules.keys()
+assert os.environ.get("TRANSFORMERS_NO_ADVISORY_WARNINGS") == advice
 from transformers import AutoModelForCausalLM
 assert AutoModelForCausalLM.from_pretrained(folders[0]).device.type == "cpu"
 assert "torch" in sys.modules
