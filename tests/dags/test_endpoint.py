@@ -38,10 +38,10 @@ from ray_pipeline.store.keys import prompt_id
 from tests.dags.conftest import CONFIG, manifest
 from tests.dags.in_process import here
 from tests.endpoint import KEY, Answer, Endpoint, refused, said, using
+from tests.models import needs_vllm
 from tests.scripted import user
 
-pytest.importorskip("vllm", reason="vLLM is not installed")
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, needs_vllm]
 
 MODEL = "pocket-judge"
 RUBRICS = tuple(Rubric(name=name) for name in ("helpfulness", "factuality", "conciseness"))

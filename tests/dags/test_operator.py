@@ -49,7 +49,7 @@ def test_a_quarantined_shard_waits_for_retry(folder: Path, small_run: Path) -> N
     assert entry["status"] == "failed" and entry["failed_shards"][0]["quarantined"]
 
     (gate / "shard-00003.parquet").unlink()  # missing, but not failed: none of retry's
-    retried = run("retry", str(folder), warm=False)
+    retried = run("retry", str(folder))
     assert "gate: 1 shards to retry: 2" in retried.output and retried.engines == {}
     assert read_failures(Folder(str(gate))) == {}
     assert (gate / "shard-00002.parquet").exists() and not (gate / "shard-00003.parquet").exists()

@@ -16,8 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-pytest.importorskip("vllm", reason="vLLM is not installed")
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
+from tests.models import needs_vllm
+
+pytestmark = [pytest.mark.e2e, needs_vllm, pytest.mark.timeout(1200)]
 
 SOON = 20.0  # seconds; an idle machine needs three
 
