@@ -36,7 +36,7 @@ def logged(folder: Path) -> Counter[str]:
 def test_a_run_killed_in_its_second_round_repeats_no_answered_call(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     command = ["run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), *SMALL, *ROUNDS]
-    first = Quorum(*command)
+    first = Quorum(*command, "--executor", "inprocess")  # its stages begin at once; killed Ray runs: test_resume.py
     wait_until(first, lambda: any(folder.glob("judge-2-*/shard-*.parquet")))
     first.kill()
     assert first.living_engines() == []
@@ -65,6 +65,9 @@ def test_a_run_killed_in_its_second_round_repeats_no_answered_call(tmp_path: Pat
     decided = numbers["decided"]
     assert decided["best"] == 1 and decided["stop"] and "Stopped after round 2: no higher accuracy" in decided["text"]
     assert decided["text"] in audited and decided["text"] in here("status", str(folder)).output
+    here("export", str(folder), "--out", str(tmp_path / "out"), "--policy", "train", "--no-datasets")
+    card = (tmp_path / "out" / "policy" / "adapter" / "README.md").read_text()
+    assert f"This is the policy of round 1. {decided['text']}" in card and "accuracy, greedy" in card
     found = [[stats["accuracy"]["mean"] for stats in one["policy"]] for one in numbers["rounds"]]
     assert [one["metric"] for one in decided["rounds"]] == pytest.approx([sum(own) / len(own) for own in found])
     assert [one["panel"] for one in decided["rounds"]] == [one["panel"]["mean"] for one in numbers["rounds"]]
