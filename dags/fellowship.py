@@ -2,6 +2,8 @@
 
 prompts → generate-1 → review-1 → generate-2 → … → generate-N → judge → select → datasets → train → evaluate
 
+With `rounds`, the policy generates in the loop of the next round, and is trained on.
+
 With `train: null` only the data is made, and the report is about it: … → select → datasets → report.
 
 The second kind of data (`improve`): preferences over several reviews and revisions by the judge's scores.
@@ -13,18 +15,18 @@ prompts → responses → reviews → revisions → judge ─┬→ revisions gi
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
 from pydantic import Field, model_validator
 
-from dags.dmapo import trained
 from ray_pipeline.audit.run import Audit, audit_picks
 from ray_pipeline.config.blocks import RunBlock
 from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.config.starters import Starter
 from ray_pipeline.data.card import Provenance
 from ray_pipeline.data.dataset_rows import DatasetsConfig
-from ray_pipeline.data.datasets import dataset_files, dataset_rows
+from ray_pipeline.data.datasets import Judged, dataset_files, dataset_rows
 from ray_pipeline.data.judging import JudgeSettings
 from ray_pipeline.data.judging import judges as judge_stages
 from ray_pipeline.data.prompts import prompts as prompts_stage
@@ -34,7 +36,7 @@ from ray_pipeline.extensions import register
 from ray_pipeline.feedback.improve import ImproveSettings, branch_stages
 from ray_pipeline.feedback.improvement_rows import improvement_rows
 from ray_pipeline.feedback.loop import LoopSettings, feedback_stages
-from ray_pipeline.feedback.page import LoopPage, loop_page, rewrite_page
+from ray_pipeline.feedback.page import LOOP_PAGE, LoopPage, loop_page, rewrite_page
 from ray_pipeline.feedback.select import SelectSettings, ranks, select
 from ray_pipeline.graph.results import Run
 from ray_pipeline.graph.stage import Dag, Stage
@@ -42,13 +44,17 @@ from ray_pipeline.policy.train import train as train_stage
 from ray_pipeline.training.spec import POLICIES, TrainSettings
 from ray_pipeline.workflow.config import judge_uses
 from ray_pipeline.workflow.registry import Workflow
+from ray_pipeline.workflow.rounds import RoundsConfig, RoundsSettings
+from ray_pipeline.workflow.stages import Curated, Start, ending_of, in_rounds
 from ray_pipeline.workflow.training import TrainingConfig, rubric_models, rubric_uses
 
 #: Stages that the report shows, in the order of the workflow.
 REPORTED = ("prompts", "candidates", "judge", "datasets", "train", "evaluate")
+#: Role of the datasets of the second kind.
+BRANCH = "branch datasets"
 
 
-class FellowshipConfig(TrainingConfig):
+class FellowshipConfig(RoundsConfig):
     """The configuration of `quorum run fellowship`."""
 
     run: RunBlock = RunBlock(name="fellowship")
@@ -115,6 +121,26 @@ class FellowshipConfig(TrainingConfig):
             )
         return self
 
+    def check_rounds(self, rounds: RoundsSettings) -> None:
+        super().check_rounds(rounds)
+        assert self.train is not None
+        if self.loop.generator != self.train.model:
+            raise ValueError(
+                "rounds: the policy itself writes the responses of every round; set loop.generator to "
+                f"{self.train.model} (train.model)"
+            )
+        pooled = 1 + len(rounds.pooled(range(1, rounds.n)))
+        if pooled > 1 and (not rounds.splits or pooled > rounds.parts):
+            raise ValueError(
+                f"rounds.data is {rounds.data}, but no judge picks among responses to a prompt from several rounds; "
+                f"set rounds.data to last, or rounds.prompts to split with rounds.parts of {pooled} or more"
+            )
+        if rounds.stop is not None and self.judge is not None and self.select.compares:
+            raise ValueError(
+                "rounds.stop compares its metric with the approval of the judges that make the data, but the rubric "
+                "judges of judge make none here (select.judges do); remove judge or rounds.stop"
+            )
+
     def check(self) -> None:
         super().check()
         self.loop.texts()
@@ -143,6 +169,11 @@ class FellowshipConfig(TrainingConfig):
     def workers(self) -> dict[str, float]:
         workers = super().workers()
         return workers | dict.fromkeys(self.improved(), workers.get("train", 0))
+
+    @property
+    def every_rejected(self) -> bool:
+        """Whether the accepted response makes a pair with each rejected one, not with the worst alone."""
+        return self.select.pairs == "every_rejected"
 
     @property
     def judges(self) -> list[str]:
@@ -176,16 +207,43 @@ class FellowshipConfig(TrainingConfig):
 
 def fellowship(config: FellowshipConfig, run_folder: str) -> Dag:
     """The whole method as a DAG; the evaluation loads the policy from `run_folder`."""
-    limits, counting = config.datasets, config.counting
-    every = config.select.pairs == "every_rejected"
-
     prompts = prompts_stage(config.prompts)
-    candidates, generated, reviews = feedback_stages(config.loop, config.models, prompts)
-    verdicts = _judged(config, prompts, {"candidates": candidates}, "judge")
-    decisions = select(config.judges, candidates, verdicts, config.select.jury, cut=config.select.cut)
-    rows = dataset_rows(limits, config.judges, counting, prompts, candidates, verdicts, decisions, every_rejected=every)
+    improved = [] if config.improve is None else _improvement(config, prompts)
+    stages = in_rounds(config, run_folder, prompts, functools.partial(_picked, config), config.judge, beside=improved)
+    shown = [stage for stage in stages if stage.role_name not in (LOOP_PAGE, BRANCH, POLICIES[1])]
+    return Dag("fellowship", [*stages, config.report_stage(shown)])
+
+
+def _picked(config: FellowshipConfig, start: Start) -> Curated:
+    """A round from its loop over judges and selection to its datasets."""
+    prompts, ending, counting = start.prompts, start.ending, config.counting
+    candidates, generated, reviews = feedback_stages(
+        config.loop, config.models, start.asked, ending=ending, policy=start.policy, train=start.train
+    )
+    verdicts = _judged(config, start.asked, {"candidates": candidates}, f"judge{ending}")
+    decisions = select(
+        config.judges, candidates, verdicts, config.select.jury, f"select{ending}", cut=config.select.cut
+    )
+    judged = Judged(candidates, verdicts, decisions)
+    rows = dataset_rows(
+        config.datasets,
+        config.judges,
+        counting,
+        prompts,
+        *judged,
+        name=f"dataset-rows{ending}",
+        every_rejected=config.every_rejected,
+        earlier=start.earlier,
+    )
     datasets = dataset_files(
-        limits, None, config.judges, rows, counting, origin=config.origin(), trained_on=config.train is not None
+        config.datasets,
+        None,
+        config.judges,
+        rows,
+        counting,
+        name=f"datasets{ending}",
+        origin=config.origin(),
+        trained_on=config.train is not None,
     )
     page = loop_page(
         LoopPage(
@@ -195,12 +253,9 @@ def fellowship(config: FellowshipConfig, run_folder: str) -> Dag:
             models={key: model.shown for key, model in config.models.items()},
         ),
         [prompts, *generated, *reviews, candidates, *verdicts, decisions],
+        f"loop{ending}",
     )
-    curated = [prompts, candidates, *verdicts, decisions, datasets]
-    policy = [] if config.train is None else trained(config, run_folder, prompts, datasets, config.judge)
-    report = config.report_stage([*curated, *policy])
-    improved = [] if config.improve is None else _improvement(config, prompts)
-    return Dag("fellowship", [*generated, *curated, page, *improved, *policy, report])
+    return Curated(judged, [candidates, *verdicts, decisions, datasets, page], datasets)
 
 
 def _judged(
@@ -249,7 +304,7 @@ def _improvement(config: FellowshipConfig, prompts: Stage) -> list[Stage]:
             origin=config.origin(origin),
             trained_on=trains in config.improved(),
         )
-        files = dataclasses.replace(files, group="improve", role="branch datasets")
+        files = dataclasses.replace(files, group="improve", role=BRANCH)
         made.append(files)
         if config.train is not None and trains in config.improved():
             limit, view = config.datasets.max_length, f"policy-{what}"
@@ -258,9 +313,12 @@ def _improvement(config: FellowshipConfig, prompts: Stage) -> list[Stage]:
 
 
 def audit(run: Run, config: FellowshipConfig) -> Audit:
-    """Walk every row of the picks back. Raises StoreError where the run has no datasets yet."""
-    every = config.select.pairs == "every_rejected"
-    return audit_picks(run, config.judges, config.select.jury, config.datasets.min_gap, config.select.cut, every)
+    """Walk every row of the picks back, of all rounds that have datasets. Raises StoreError where the run has none
+    yet."""
+    select, endings = config.select, map(ending_of, config.numbers)
+    return audit_picks(
+        run, endings, config.judges, select.jury, config.datasets.min_gap, select.cut, config.every_rejected
+    )
 
 
 WORKFLOW = register("workflow", "fellowship")(

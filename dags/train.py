@@ -11,7 +11,6 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from dags.dmapo import trained
 from ray_pipeline.audit.imported import audit_imported
 from ray_pipeline.audit.run import Audit
 from ray_pipeline.config.blocks import RunBlock
@@ -32,6 +31,7 @@ from ray_pipeline.store.errors import StoreError
 from ray_pipeline.training.methods import method_of
 from ray_pipeline.training.spec import TrainSettings
 from ray_pipeline.workflow.registry import Workflow
+from ray_pipeline.workflow.stages import trained
 from ray_pipeline.workflow.training import TrainingConfig
 
 #: Format of the rows → the method that is usual for them.

@@ -18,16 +18,16 @@ from ray_pipeline.data.gate import Cut
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import normalise_text
 from ray_pipeline.store.schemas import READ_STATUSES
-from ray_pipeline.store.tables import ShardedTable
+from ray_pipeline.store.tables import JoinedTables, ShardedTable
 
 Row = dict[str, Any]
 
 
 def audit_loop(
     prompts: ShardedTable,
-    candidates: ShardedTable,
+    candidates: ShardedTable | JoinedTables,
     verdicts: Sequence[ShardedTable],
-    decisions: ShardedTable,
+    decisions: ShardedTable | JoinedTables,
     datasets: str,
     judges: Sequence[str],
     min_gap: float,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ray_pipeline.agents.jurors import JuryRule
 from ray_pipeline.audit.findings import AuditReport, RunTables
@@ -53,28 +53,41 @@ def audit_gated(
 
 
 def audit_picks(
-    run: Run, judges: Sequence[str], rule: JuryRule, min_gap: float, cut: Cut, every_rejected: bool
+    run: Run,
+    endings: Iterable[str],
+    judges: Sequence[str],
+    rule: JuryRule,
+    min_gap: float,
+    cut: Cut,
+    every_rejected: bool,
 ) -> Audit:
-    """Audit the dataset of a feedback loop's picks. Datasets of the second kind lead back by review_id: left out.
+    """Audit the datasets of a feedback loop's picks. Datasets of the second kind lead back by review_id: left out.
+
+    Args:
+        endings: what the names of each round's stages end with; rounds without datasets are left out.
 
     Raises:
         StoreError: the run has no datasets yet; names what is missing.
     """
     _check_done(run, ["select", "datasets"])
-    results = run.results
-    report = audit_loop(
-        prompts=results["prompts"].table(),
-        candidates=results["candidates"].table(),
-        verdicts=[result.table() for result in of_role(results, "verdicts")],
-        decisions=results["select"].table(),
-        datasets=results["datasets"].folder,
-        judges=judges,
-        rule=rule,
-        min_gap=min_gap,
-        cut=cut,
-        every_rejected=every_rejected,
-    )
-    return Audit({"datasets": report})
+    reports = {}
+    for ending in endings:
+        if (files := run.results.get(f"datasets{ending}")) is None:
+            continue
+        results = _behind(run, f"dataset-rows{ending}")
+        reports[files.name] = audit_loop(
+            prompts=run.results["prompts"].table(),
+            candidates=_joined(of_role(results, "candidates")),
+            verdicts=[result.table() for result in of_role(results, "verdicts")],
+            decisions=_joined(of_role(results, "decisions")),
+            datasets=files.folder,
+            judges=judges,
+            rule=rule,
+            min_gap=min_gap,
+            cut=cut,
+            every_rejected=every_rejected,
+        )
+    return Audit(reports)
 
 
 def _check_done(run: Run, stages: Sequence[str]) -> None:
@@ -84,7 +97,7 @@ def _check_done(run: Run, stages: Sequence[str]) -> None:
 
 
 def _audit(run: Run, made: ScoredDataset, files: str, judge: JudgeSettings | None) -> AuditReport:
-    results = _behind(run, made.rows) or run.results  # manifests of early versions have no inputs
+    results = _behind(run, made.rows)
     critiques = of_role(results, "critiques")
     assert made.gate is not None
     tables = RunTables(
@@ -119,7 +132,7 @@ def _behind(run: Run, rows: str) -> dict[str, StageResult]:
         if (name := todo.pop()) in run.results and name not in found:
             found[name] = run.results[name]
             todo += run.stages[name].inputs.values() if found[name].role != "candidates" else ()
-    return found
+    return found or dict(run.results)  # manifests of early versions have no inputs
 
 
 def _joined(results: Sequence[StageResult]) -> ShardedTable | JoinedTables:

@@ -243,9 +243,9 @@ def rounds_section(rounds: Sequence[RoundStats], decided: Mapping[str, Any] | No
         *([] if decided is None else [Text(decided["text"])]),
         Text(
             "The policy of a round is trained on answers of the policy before it. Sections below are about the "
-            f"{'last' if decided is None else 'best'} round. Rising approval of the panel that made the data without "
-            "that of the comparing judge or true accuracy, growing length and fewer distinct answers are signs of "
-            "reward hacking."
+            f"{'last' if decided is None else 'best'} round. Rising approval of the panel (the rubric judges) "
+            "without that of the comparing judge or true accuracy, growing length and fewer distinct answers are signs "
+            "of reward hacking."
         ),
         *panels(*_charts(rounds, judge)),
         Table(columns, data, title="Data by round"),

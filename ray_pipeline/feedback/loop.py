@@ -106,13 +106,17 @@ def feedback_stages(
     prompts: Stage,
     *,
     prefix: str = "",
+    ending: str = "",
     first: Stage | None = None,
+    policy: ModelSettings | None = None,
+    train: Stage | None = None,
 ) -> tuple[Stage, list[Stage], list[Stage]]:
     """The loop over all prompts.
 
     Args:
-        prefix: before the names of the stages, where a workflow has several loops.
+        prefix, ending: before and after the names of the stages, where a workflow has several loops.
         first: the stage of the first responses, where several loops share it.
+        policy: who generates, made by the stage `train`; default: the model of `generator`.
 
     Returns:
         A stage with all responses as candidates (k: which response of its prompt, from 0), the stages that wrote them,
@@ -133,7 +137,7 @@ def feedback_stages(
                 settings,
                 models,
                 {"prompts": prompts, "last": responses[-1]},
-                f"{prefix}review-{k}",
+                f"{prefix}review-{k}{ending}",
             )
             inputs |= {"last": responses[-1], **{f"reviews/{stage.name}": stage for stage in reviews}}
             if settings.history == "all":
@@ -146,10 +150,10 @@ def feedback_stages(
             attributed=settings.attributed and k > 0,
             history=settings.history if k else "last",
         )
-        model = models[settings.generator]
-        responses.append(GENERATE.stage(f"{prefix}generate-{k + 1}", generate, model, inputs, holds="turns"))
+        model, name = policy or models[settings.generator], f"{prefix}generate-{k + 1}{ending}"
+        responses.append(GENERATE.stage(name, generate, model, inputs, holds="turns", train=train))
     joined = Stage(
-        name=f"{prefix}candidates",
+        name=f"{prefix}candidates{ending}",
         work=ShardWork(function=join_shard, tables=("candidates",)),
         config=None,
         inputs={stage.name: stage for stage in responses},

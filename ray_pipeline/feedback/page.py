@@ -15,7 +15,7 @@ from ray_pipeline.engines.usage import Usage
 from ray_pipeline.evaluate.first_screen import first_screen
 from ray_pipeline.evaluate.stage import write_report
 from ray_pipeline.feedback.loop import reviews_by_prompt, what_next
-from ray_pipeline.graph.results import Run, of_role, table_of
+from ray_pipeline.graph.results import Run, of_final_round, of_role, table_of
 from ray_pipeline.graph.stage import Stage, StageResult, WholeInput, WholeWork
 from ray_pipeline.report.charts import Chart, Series, lines
 from ray_pipeline.report.figures import number, percent
@@ -24,6 +24,8 @@ from ray_pipeline.store.files import Folder
 from ray_pipeline.store.local import written_here
 from ray_pipeline.store.schemas import REVIEWS
 
+#: Role of the page of a loop.
+LOOP_PAGE = "loop page"
 #: Reasons for which a loop ends, as text.
 WORDS = {
     "limit": "all responses were given",
@@ -43,16 +45,16 @@ class LoopPage(Settings):
     checker: CheckerKey = None
 
 
-def loop_page(settings: LoopPage, stages: Sequence[Stage]) -> Stage:
+def loop_page(settings: LoopPage, stages: Sequence[Stage], name: str = "loop") -> Stage:
     """How far the loops went, why they ended, and whether reviews helped.
 
     Args:
         stages: all that made the prompts, responses, reviews, verdicts and decisions.
     """
     return Stage(
-        name="loop",
+        name=name,
         view="loop",
-        role="loop page",
+        role=LOOP_PAGE,
         work=WholeWork(function=write_loop_page, settings=settings),
         config=settings.decisive(exclude={"run_name", "models"}),
         inputs={stage.name: stage for stage in stages},
@@ -74,16 +76,18 @@ def write_loop_page(given: WholeInput) -> dict[str, Any]:
 
 
 def rewrite_page(run: Run) -> Folder:
-    """Rewrite the loop's page, if there is one, and the report; returns the report's folder."""
-    if "loop" in run.results:
-        path = run.stages["loop"].path
+    """Rewrite the pages of the loops that are done, one each round, and the report; returns the report's folder."""
+    final = of_final_round(run.results)
+    for done in of_role(run.results, LOOP_PAGE):
+        record = run.stages[done.name]
         reviewers = tuple(r["name"] for r in run.config["loop"]["reviewers"])
         checker = run.config["evaluate"].get("checker")
         page = LoopPage(run_name=run.name, reviewers=reviewers, checker=checker, models=run.page.get("models", {}))
-        behind = set(run.stages["loop"].inputs.values())
-        with written_here(run.folder / path) as folder:
+        behind = set(record.inputs.values())
+        with written_here(run.folder / record.path) as folder:
             build_page(page, {name: result for name, result in run.results.items() if name in behind}, folder)
-        run.show("loop", path)
+        if done.name in final:
+            run.show("loop", record.path)
     return write_report(run)
 
 

@@ -11,7 +11,6 @@ from ray_pipeline.bench.report import BenchmarksPage, MeasuredModel, judging_mod
 from ray_pipeline.bench.settings import BenchmarksSettings
 from ray_pipeline.data.candidate_sources import CandidatePrompts
 from ray_pipeline.data.candidates import CandidateSettings
-from ray_pipeline.data.checkers import default_checker
 from ray_pipeline.data.critic import CriticSettings
 from ray_pipeline.data.early_exit import ExitRule
 from ray_pipeline.data.escalation import CallRule, Escalation
@@ -21,9 +20,8 @@ from ray_pipeline.data.prompts import PromptsConfig
 from ray_pipeline.data.reviewed import HumanLabels, HumanLabelsKey
 from ray_pipeline.engines.models import ModelUse
 from ray_pipeline.evaluate.stage import ReportSettings
-from ray_pipeline.workflow.rounds import RoundsSettings
+from ray_pipeline.workflow.rounds import RoundsConfig, RoundsSettings
 from ray_pipeline.workflow.training import (
-    TrainingConfig,
     given_items,
     recorded_judges,
     require_checker,
@@ -32,7 +30,7 @@ from ray_pipeline.workflow.training import (
 )
 
 
-class DmapoConfig(TrainingConfig):
+class DmapoConfig(RoundsConfig):
     """The configuration of `quorum run dmapo`."""
 
     takes_reward_models = True
@@ -48,12 +46,6 @@ class DmapoConfig(TrainingConfig):
     )
     benchmarks: BenchmarksSettings | None = Field(
         None, description="public benchmarks as the last stage; default: none"
-    )
-    rounds: RoundsSettings | None = Field(
-        None,
-        description="several rounds: the policy of each answers the prompts of the next, and is trained on; default: "
-        "one round",
-        exclude_if=lambda block: block is None,
     )
 
     def uses(self) -> Sequence[ModelUse]:
@@ -129,64 +121,24 @@ class DmapoConfig(TrainingConfig):
         check_pool(self.gate, self.judge.names)
         return self
 
-    @model_validator(mode="after")
-    def _rounds_can_follow(self) -> DmapoConfig:
-        if len(self.numbers) > 1:
-            self._check_rounds()
-        return self
-
-    def _check_rounds(self) -> None:
-        """Raises ValueError for what rounds after the first cannot have."""
-        assert self.rounds is not None
-        train, draws = self.train, self.candidates
-        if train is None or not self.trains_policy:
-            found = "train is null" if train is None else f"train.method {train.method} trains none"
-            raise ValueError(f"rounds: the policy of a round answers the prompts of the next, but {found}")
-        if draws.source is not None or set(draws.drawn) != {train.model}:
+    def check_rounds(self, rounds: RoundsSettings) -> None:
+        super().check_rounds(rounds)
+        assert self.train is not None
+        draws, model = self.candidates, self.train.model
+        if draws.source is not None or set(draws.drawn) != {model}:
             raise ValueError(
-                f"rounds: the policy itself answers in every round; set candidates.model to {train.model} "
-                "(train.model), and no source or generators"
+                f"rounds: the policy itself answers in every round; set candidates.model to {model} (train.model), and "
+                "no source or generators"
             )
         if self.judge.source is not None:
             raise ValueError("rounds: judge.source has no verdicts on the answers of later rounds; use rubrics")
         if self.gate.kind == "certified":
             raise ValueError("rounds: no person has labelled answers of later rounds; set gate.kind to published")
-        if self.evaluate.skip_generation:
-            raise ValueError("rounds: evaluate.skip_generation leaves out what the curves show; set it to false")
-        self._check_stop()
-        if self.rounds.continues:
-            if train.lora is None or train.save == "merged":
-                raise ValueError(
-                    f"rounds.data is {self.rounds.data}, so that the adapter of the round before is trained on; set "
-                    "train.save to adapter or both (with train.lora), or rounds.data to all"
-                )
-            if train.shard == "zero3":
-                raise ValueError(
-                    "rounds: a stored adapter cannot be loaded into zero3's shards; set train.shard to fsdp"
-                )
-
-    def _check_stop(self) -> None:
-        """Raises ValueError where a decision of `rounds.stop` has nothing to go by, or comes too late."""
-        assert self.rounds is not None
-        stop, sources = self.rounds.stop, self.prompt_settings.sources
-        if stop is None:
-            return
-        known = self.evaluate.checker or default_checker(source.label_in_tables for source in sources)
-        if stop.metric == "accuracy" and known is None:
-            raise ValueError(
-                "rounds.stop.metric is accuracy, but no checker knows which responses are right; set evaluate.checker, "
-                "or metric to score"
-            )
-        if self.benchmarks is not None:
+        if rounds.stop is not None and self.benchmarks is not None:
             raise ValueError(
                 "benchmarks measures the policy of the last round, but rounds.stop decides during the run which policy "
                 "is the result; remove the block, and measure the finished run by `quorum run benchmarks`"
             )
-
-    @property
-    def numbers(self) -> range:
-        """The rounds, from 1."""
-        return range(1, 2 if self.rounds is None else self.rounds.n + 1)
 
     @property
     def exit_rule(self) -> CallRule | None:

@@ -1,18 +1,19 @@
-"""Rounds: the policy of one answers the prompts of the next, and is trained on."""
+"""The keys and checks of workflows in rounds: the policy of one answers the prompts of the next, and is trained on."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
 from ray_pipeline.config.settings import Settings
-from ray_pipeline.data.datasets import Judged
+from ray_pipeline.data.checkers import default_checker
 from ray_pipeline.evaluate.early_stop import StopSettings
-from ray_pipeline.graph.stage import Stage
 from ray_pipeline.training.spec import Reference, TrainSettings
+from ray_pipeline.workflow.training import TrainingConfig
+
+T = TypeVar("T")
 
 
 class RoundsSettings(Settings):
@@ -79,56 +80,54 @@ class RoundsSettings(Settings):
             return settings
         return settings.model_copy(update={"learning_rate": settings.learning_rate * self.decay ** (number - 1)})
 
-    def pooled(self, before: Sequence[Round]) -> Sequence[Round]:
+    def pooled(self, before: Sequence[T]) -> Sequence[T]:
         """Of the rounds before one, those whose rows it uses, too."""
         kept = {"last": 0, "window": self.window - 1, "all": len(before)}[self.data]
         return before[len(before) - kept :] if kept < len(before) else before
 
 
-@dataclasses.dataclass(frozen=True)
-class Round:
-    """One round of a DAG.
+class RoundsConfig(TrainingConfig):
+    """The keys of a workflow that can have rounds."""
 
-    Attributes:
-        number: from 1.
-        stages: its own, each after those that it reads.
-        policy: the stage that trains; None where nothing is trained.
-        base: responses of the base to the held-out prompts, which all rounds share.
-        decision: whether the next round is made; None where no round stops the run.
-    """
+    rounds: RoundsSettings | None = Field(
+        None,
+        description="several rounds: the policy of each answers the prompts of the next, and is trained on; default: "
+        "one round",
+        exclude_if=lambda block: block is None,
+    )
 
-    number: int
-    judged: Judged
-    stages: Sequence[Stage]
-    policy: Stage | None
-    base: Stage | None
-    decision: Stage | None = None
+    @property
+    def numbers(self) -> range:
+        """The rounds, from 1."""
+        return range(1, 2 if self.rounds is None else self.rounds.n + 1)
 
+    @model_validator(mode="after")
+    def _rounds_can_follow(self) -> Self:
+        if self.rounds is not None and self.rounds.n > 1:
+            self.check_rounds(self.rounds)
+        return self
 
-def ending_of(number: int) -> str:
-    """What the names of a round's stages and of its policy end with; the first has the names of a run without rounds,
-    which it continues."""
-    return "" if number == 1 else f"-{number}"
-
-
-def numbered(shared: Sequence[Stage], rounds: Sequence[Round]) -> list[Stage]:
-    """The stages of all rounds with their number, and from round 2 on in groups of their own (`train-2`). Neither is in
-    a fingerprint.
-
-    Args:
-        shared: stages of no round.
-    """
-    made: dict[Stage, Stage] = {}
-
-    def make(stage: Stage, number: int) -> Stage:
-        if stage not in made:  # parents of an earlier round are there already
-            inputs = {role: make(parent, number) for role, parent in stage.inputs.items()}
-            ending = ending_of(number)
-            group = f"{stage.group_name.removesuffix(ending)}{ending}" if number else stage.group
-            made[stage] = dataclasses.replace(stage, inputs=inputs, group=group, round=number)
-        return made[stage]
-
-    stages = [make(stage, 0) for stage in shared]
-    for one in rounds:
-        stages += [make(stage, 0 if stage is one.base else one.number) for stage in one.stages]
-    return list(dict.fromkeys(stages))
+    def check_rounds(self, rounds: RoundsSettings) -> None:
+        """Raises ValueError for what rounds after the first cannot have."""
+        train = self.train
+        if train is None or not self.trains_policy:
+            found = "train is null" if train is None else f"train.method {train.method} trains none"
+            raise ValueError(f"rounds: the policy of a round answers the prompts of the next, but {found}")
+        if self.evaluate.skip_generation:
+            raise ValueError("rounds: evaluate.skip_generation leaves out what the curves show; set it to false")
+        known = self.evaluate.checker or default_checker(s.label_in_tables for s in self.prompt_settings.sources)
+        if rounds.stop is not None and rounds.stop.metric == "accuracy" and known is None:
+            raise ValueError(
+                "rounds.stop.metric is accuracy, but no checker knows which responses are right; set evaluate.checker, "
+                "or metric to score"
+            )
+        if rounds.continues:
+            if train.lora is None or train.save == "merged":
+                raise ValueError(
+                    f"rounds.data is {rounds.data}, so that the adapter of the round before is trained on; set "
+                    "train.save to adapter or both (with train.lora), or rounds.data to all"
+                )
+            if train.shard == "zero3":
+                raise ValueError(
+                    "rounds: a stored adapter cannot be loaded into zero3's shards; set train.shard to fsdp"
+                )

@@ -17,7 +17,8 @@ from dags.fellowship import FellowshipConfig, audit, fellowship
 from ray_pipeline.config.loading import load_config
 from ray_pipeline.engines.base import ChatEngine
 from ray_pipeline.engines.logged import LoggedEngine
-from ray_pipeline.graph.results import Run
+from ray_pipeline.graph.manifest import stage_entry
+from ray_pipeline.graph.results import Run, StageRecord
 from ray_pipeline.graph.stage import Dag, ShardInput, ShardWork, Stage, StageRef, StageResult, WholeInput
 from ray_pipeline.pocket.reviewing import feedback_on
 from ray_pipeline.pocket.tasks import rubric_scores, truth
@@ -172,7 +173,8 @@ def test_the_report_and_the_audit_read_the_run(played: dict[str, StageResult], c
     metrics = json.loads(Path(Folder(played["evaluate"].folder).path("metrics.json")).read_text())
     assert metrics["run"]["workflow"] == "fellowship" and metrics["missing_stages"] == ["train", "evaluate"]
     folder = Folder(str(Path(Folder(played["prompts"].folder).path()).parent))
-    run = Run(folder, "fellowship", "fellowship", {}, played, SHARDS, config=config.model_dump(mode="json"))
+    stages = {s.name: StageRecord.read(s.name, stage_entry(s)) for s in fellowship(config, folder.location).stages}
+    run = Run(folder, "fellowship", "fellowship", stages, played, SHARDS, config=config.model_dump(mode="json"))
     (found,) = audit(run, config).reports.values()
     assert found.ok, found.problems[:3]
     assert found.rows["prompts"] == 60 and found.rows["dpo"] == len(data(played, "datasets", "dpo"))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +17,12 @@ from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.evaluate.rounds import round_stats
 from ray_pipeline.evaluate.stage import write_report
 from ray_pipeline.graph.in_process import make_here
-from ray_pipeline.graph.manifest import stage_entry
-from ray_pipeline.graph.results import Run, of_final_round, read_run
+from ray_pipeline.graph.results import Run, of_final_round
 from ray_pipeline.graph.session import Session
-from ray_pipeline.graph.stage import Dag, ShardWork, Stage, StageRef, StageResult
+from ray_pipeline.graph.stage import Dag, Stage, StageResult
 from ray_pipeline.operate.regate import regate
 from ray_pipeline.workflow.dmapo_config import DmapoConfig
-from tests.golden.scripted_run import ask
+from tests.dags.played_rounds import play_rounds
 
 SHARDS = 4
 
@@ -163,33 +160,8 @@ def test_a_comparison_has_no_rounds() -> None:
 
 
 def two_rounds(folder: Path, *overrides: str) -> tuple[Run, DmapoConfig]:
-    """A run up to the second datasets by the real stages, as if a policy had been trained in between."""
     given = config("rounds.n=2", "rounds.prompts=same", "datasets.kinds=[kto,dpo,sft]", *overrides)
-    made = dmapo(given, str(folder))
-    session = Session(str(folder), str(folder / "calls"), SHARDS)
-    results: dict[str, StageResult] = {}
-    for stage in made.stages:
-        if stage.group_name.startswith(("train", "evaluate")):
-            continue
-        if isinstance(stage.work, ShardWork) and stage.work.engine is not None:
-            reads = {
-                **results,
-                "train": StageResult(**vars(StageRef.of(of(made, "train"), str(folder), SHARDS)), rows={}, facts={}),
-            }
-            results[stage.name] = asyncio.run(ask(stage, stage.work, session, reads))
-        else:
-            make_here([stage], session, results, lambda line: None)
-    done = {name: {"status": "done", **result.plain()} for name, result in results.items()}
-    manifest = {
-        "dag": "dmapo",
-        "config": given.model_dump(mode="json"),
-        "given": given.model_dump(mode="json", exclude_unset=True),
-        "report": given.page().model_dump(mode="json"),
-        "num_shards": SHARDS,
-        "stages": {stage.name: {**stage_entry(stage), **done.get(stage.name, {})} for stage in made.stages},
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return read_run(str(folder)), given
+    return play_rounds(folder, given, dmapo(given, str(folder))), given
 
 
 @pytest.mark.parametrize("data", ["last", "all"])

@@ -21,7 +21,7 @@ from ray_pipeline.graph.shards import tables_by_role
 from ray_pipeline.graph.stage import ShardInput, ShardWork, Stage, StageResult
 from ray_pipeline.store.files import Folder
 from tests.operate.planted_run import SHARDS, planted_dag
-from tests.scripted import Reply, ScriptedEngine, said
+from tests.scripted import Reply, Script, ScriptedEngine, said
 
 STAGES = ("prompts", "candidates", "judge", "critic", "gate", "dataset-rows", "datasets")
 OVERRIDES = ("prompts.sources.0.count=48", "datasets.kinds=[kto,dpo,sft]", "datasets.rows_per_file=20")
@@ -54,12 +54,14 @@ def scripted_run(folder: Path) -> ScriptedRun:
     return ScriptedRun(folder, folder / "calls", stages, results)
 
 
-async def ask(stage: Stage, work: ShardWork, session: Session, results: dict[str, StageResult]) -> StageResult:
-    """Make an LLM stage shard by shard, with the script in place of its engine."""
+async def ask(
+    stage: Stage, work: ShardWork, session: Session, results: dict[str, StageResult], replies: Script | None = None
+) -> StageResult:
+    """Make an LLM stage shard by shard, with a script in place of its engine; default: `script`."""
     task = session.task(stage).reading(results)
     inputs, facts = tables_by_role(task), task.facts
     model = "scripted-policy" if stage.name == "candidates" else "scripted-judge"
-    engine = ScriptedEngine(script, identity={"engine": "scripted", "model": model})
+    engine = ScriptedEngine(replies or script, identity={"engine": "scripted", "model": model})
     counts: dict[str, int] = {}
     for shard in range(SHARDS):
         tables = {role: table.read(shard) for role, table in inputs.items()}
