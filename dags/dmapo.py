@@ -21,7 +21,6 @@ from ray_pipeline.data.candidates import drawn
 from ray_pipeline.data.card import Provenance
 from ray_pipeline.data.critic import critic as critic_stage
 from ray_pipeline.data.datasets import Judged
-from ray_pipeline.data.early_exit import ExitRule
 from ray_pipeline.data.judging import JudgeSettings
 from ray_pipeline.data.judging import judges as judge_stages
 from ray_pipeline.data.prompt_parts import prompt_part
@@ -80,7 +79,7 @@ def _round(config: DmapoConfig, run_folder: str, number: int, prompts: Stage, be
             asked,
             candidates,
             verdicts,
-            rule if isinstance(rule, ExitRule) else None,
+            None if rule is None else rule.for_critic,
             f"critic{ending}",
         )
     dataset = scored(config)[number - 1]
