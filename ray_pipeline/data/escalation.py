@@ -133,7 +133,8 @@ def first_settled(opened: Sequence[Mask]) -> NDArray[np.int64]:
     Args:
         opened: of each level but the last, which candidates it leaves open, shape (rows,).
     """
-    return 1 + np.logical_and.accumulate(np.stack(opened), axis=0).sum(axis=0)
+    passed: NDArray[np.int64] = np.logical_and.accumulate(np.stack(opened), axis=0).sum(axis=0)
+    return passed + 1
 
 
 CallRule = ExitRule | Escalation

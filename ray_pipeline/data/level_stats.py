@@ -78,6 +78,7 @@ def escalation_stats(
         opened: which labels are open after each level, schema LEVELS; None where the published gate says that.
         model: by which the gate gives posteriors; None without a pool.
     """
+    assert (opened is not None) == rule.over_all
     asked = verdicts.filter(pc.field("parse_status") != SKIPPED)
     by_judge = {row["values"]: row["counts"] for row in pc.value_counts(one_array(asked["judge"])).to_pylist()}
     sliced = candidates.filter(slice_of(candidates))

@@ -18,7 +18,7 @@ from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.escalation import Escalation
 from ray_pipeline.data.gate import decide
 from ray_pipeline.data.judge_votes import by_role
-from ray_pipeline.data.posterior_gate import decided, effective_text, fitted, model_facts, verdicts_of, warnings
+from ray_pipeline.data.posterior_gate import decided, dependent, effective_text, fitted, model_facts, verdicts_of
 from ray_pipeline.data.rows import one_array
 from ray_pipeline.graph.stage import Stage, StageRef, WholeInput, WholeWork
 from ray_pipeline.store.schemas import LEVELS
@@ -68,6 +68,6 @@ def find_open(given: WholeInput) -> dict[str, Any]:
         given.tick(shard + 1, given.num_shards, "shards")
     facts = model_facts(model, judges)
     given.log(f"level {level}: {counts['open']:,} labels are open; {effective_text(facts)}")
-    for line in warnings(facts):
+    for line in dependent(facts):
         given.log(line)
     return {"counts": counts, "level": level, "posterior": facts}

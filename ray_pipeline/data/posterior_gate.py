@@ -236,6 +236,16 @@ def effective_text(facts: Mapping[str, Any]) -> str:
 
 def warnings(facts: Mapping[str, Any]) -> Iterator[str]:
     """Judges who are nearly one, who err together, and too few of them."""
+    yield from dependent(facts)
+    if len(facts["groups"]) < FEWEST:
+        yield (
+            f"Only {len(facts['groups'])} judges are left who differ: nothing shows who of them is right, and the "
+            f"posterior is hardly more than a convention; it needs {FEWEST}."
+        )
+
+
+def dependent(facts: Mapping[str, Any]) -> Iterator[str]:
+    """Judges who are nearly one, and who err together."""
     for group in facts["groups"]:
         if len(group) > 1:
             yield (
@@ -249,11 +259,6 @@ def warnings(facts: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"Judges err together: {', '.join(shown[:_SHOWN])}{f' and {more} other pairs' if more > 0 else ''} "
             "(estimated correlation of errors). Each is worth less than an independent judge."
-        )
-    if len(facts["groups"]) < FEWEST:
-        yield (
-            f"Only {len(facts['groups'])} judges are left who differ: nothing shows who of them is right, and the "
-            f"posterior is hardly more than a convention; it needs {FEWEST}."
         )
 
 

@@ -194,6 +194,9 @@ def test_posteriors_decide_who_is_asked(server: Endpoint, tmp_path: Path) -> Non
     run = Made(server, tmp_path / "posterior", False, judge=judge, gate=gate)
     opened = {row["candidate_id"] for row in run.table("levels").to_pylist() if row["open"]}
     assert 0 < len(opened) < COUNT * K
+    numbers = json.loads((run.folder / "report" / "metrics.json").read_text())
+    settled = [level["settled"] for level in numbers["escalation"]["levels"]]
+    assert settled[1] == len([name for name in opened if in_audit_slice(name)])
     late = {row["candidate_id"] for row in run.table("verdicts").to_pylist() if row["parse_status"] == "skipped"}
     names = {name for name, _ in run.labels()}
     assert late == {name for name in names - opened if not in_audit_slice(name)}

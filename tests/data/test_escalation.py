@@ -117,6 +117,7 @@ def test_agreement_with_all_judges_is_that_of_the_slice() -> None:
 
 
 PANEL = "judge.escalate=[[helpfulness, factuality], [conciseness]]"
+POSTERIOR = ("gate.kind=posterior", "gate.pool=one_coin")
 
 
 def test_each_level_waits_for_those_before_in_every_round() -> None:
@@ -127,6 +128,13 @@ def test_each_level_waits_for_those_before_in_every_round() -> None:
         assert waits[first[0]] == waits[first[1]] == []
         assert waits[f"{judge}-level-2"] == [f"verdicts/{name}" for name in first]
     assert waits["critic"] == []
+    by_posterior = dmapo(load_config(DmapoConfig, "pocket_rounds", [PANEL, *POSTERIOR]), "/run")
+    stages = {stage.name: stage for stage in by_posterior.stages}
+    for judge in ("judge", "judge-2"):
+        asked = [f"verdicts/{judge}-level-1-{name}" for name in ("factuality", "helpfulness")]
+        assert sorted(set(stages[f"{judge}-level-2"].inputs) - {"prompts", "candidates"}) == ["opened"]
+        assert sorted(stages[f"{judge}-after-level-1"].inputs) == ["candidates", *asked]
+    assert stages["judge-2-after-level-1"].round == 2
     responses = next(stage for stage in dag.stages if stage.name == "score-responses-conciseness")
     assert rule_of(responses) is None  # responses of an evaluated policy are scored by all judges
 
@@ -143,7 +151,7 @@ def test_each_level_waits_for_those_before_in_every_round() -> None:
         ([PANEL, "judge.early_exit=scores"], "escalate and early_exit are both set"),
         ([PANEL, "gate.kind=certified", "gate.labels=x"], "gate.kind certified are drawn from the audit slice"),
         (
-            ["judge.escalate=[[factuality], [helpfulness, conciseness]]", "gate.kind=posterior", "gate.pool=one_coin"],
+            ["judge.escalate=[[factuality], [helpfulness, conciseness]]", *POSTERIOR],
             "one judge alone is always right",
         ),
         (
