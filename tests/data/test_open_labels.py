@@ -91,14 +91,16 @@ def asked_by_level(folder: Path, world: World, rule: Escalation) -> Made:
     verdicts = world.verdicts.to_pylist()
     for level in range(1, len(rule.levels)):
         before = rule.model_copy(update={"levels": rule.levels[:level]})
-        so_far = [row for row in verdicts if row["judge"] in before.judges]
-        inputs = {
-            "candidates": stored(folder, f"candidates-{level}", "candidates", world.candidates),
-            "verdicts/verdicts": stored(folder, f"verdicts-{level}", "verdicts", table_of(so_far)),
-        }
-        opened[level] = made(folder, open_labels(before, source, [source], f"after-{level}", ""), inputs, said)
-        shard = ShardTables({"opened": opened[level].table().read_all()}, {})
-        settled = before.settled_in(world.candidates, shard)
+        so_far = table_of([row for row in verdicts if row["judge"] in before.judges])
+        tables = {"verdicts/verdicts": so_far}
+        if rule.over_all:
+            inputs = {
+                "candidates": stored(folder, f"candidates-{level}", "candidates", world.candidates),
+                "verdicts/verdicts": stored(folder, f"verdicts-{level}", "verdicts", so_far),
+            }
+            opened[level] = made(folder, open_labels(before, source, [source], f"after-{level}", ""), inputs, said)
+            tables = {"opened": opened[level].table().read_all()}
+        settled = before.settled_in(world.candidates, ShardTables(tables, {}))
         for row in verdicts:
             if row["judge"] in rule.levels[level] and row["candidate_id"] in settled:
                 row |= {"score": None, "parse_status": "skipped"}
@@ -207,6 +209,17 @@ def test_the_audit_finds_calls_and_models_that_do_not_follow(tmp_path: Path) -> 
     skipped = next(name for (name, judge), row in rows.items() if judge == "d" and row["parse_status"] == "skipped")
     rows[skipped, "d"] = {**rows[skipped, "d"], "score": 9.0, "parse_status": "ok"}
     assert "d was asked, but the label was settled without" in audited(run, verdicts=rows)
+
+
+def test_a_pool_that_decides_nothing_takes_skipped_votes_too(tmp_path: Path) -> None:
+    world, _ = panel(300, seed=7)
+    run = asked_by_level(tmp_path, world, rule_of(kind="published"))
+    assert not run.opened and audited(run) == []
+    numbers, _ = decide_by_level(run.world.candidates, run.world.verdicts, run.world.critiques, run.rule)
+    decided = {row["candidate_id"]: row for row in run.decisions.table().read_all().to_pylist()}
+    for row in numbers.to_pylist():
+        assert {name: decided[row["candidate_id"]][name] for name in row} == row
+    assert {row["parse_status"] for row in run.verdicts().values()} >= {"ok", "skipped"}
 
 
 def test_two_judges_count_alike_and_two_who_are_one_leave_all_open(tmp_path: Path) -> None:
