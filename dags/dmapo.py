@@ -20,7 +20,6 @@ from ray_pipeline.data.candidates import drawn
 from ray_pipeline.data.card import Provenance
 from ray_pipeline.data.critic import critic as critic_stage
 from ray_pipeline.data.datasets import Judged
-from ray_pipeline.data.early_exit import ExitRule
 from ray_pipeline.data.judging import judges as judge_stages
 from ray_pipeline.data.prompts import prompts as prompts_stage
 from ray_pipeline.data.scored import ScoredDataset
@@ -66,7 +65,7 @@ def _gated(config: DmapoConfig, start: Start) -> Curated:
             asked,
             candidates,
             verdicts,
-            rule if isinstance(rule, ExitRule) else None,
+            None if rule is None else rule.for_critic,
             f"critic{ending}",
         )
     dataset = scored(config)[start.number - 1]

@@ -22,12 +22,14 @@ from ray_pipeline.agreement.document import as_document, measure
 from ray_pipeline.agreement.measure_settings import CascadeSettings, MeasureSettings
 from ray_pipeline.agreement.pools_page import cascades_section, pools_section
 from ray_pipeline.agreement.recorded import read_recorded
+from ray_pipeline.data.early_exit import SLICE
 from ray_pipeline.data.judge_votes import BETWEEN, DESIRABLE, UNDESIRABLE
 from ray_pipeline.report.documents import as_json
 from ray_pipeline.report.figures import number, percent
 from ray_pipeline.report.markdown import markdown_table
 from ray_pipeline.report.page import Cell, Table
 from ray_pipeline.stats.judge_errors import GROUPS, count_votes, errors_against_truth
+from ray_pipeline.stats.latent_class import MISSING, Votes
 from ray_pipeline.stats.posterior import fit_posterior
 from ray_pipeline.store.schemas import BALLOTS, ITEMS, to_table
 
@@ -102,21 +104,62 @@ def main(folder: str) -> None:
     for labelled in (1000, 150, 60):
         show(f"Simulated panel, {labelled} labels", tables(*simulated(1000, labelled), cheap))
     show("Shared errors", shared_errors())
+    show("Skipped votes", skipped_votes())
 
 
-def shared_errors() -> Iterator[str]:
-    """What the correction of the posterior (`gate.pool: one_coin`) is worth where judges share errors.
+def _voted(rng: np.random.Generator, items: int, judges: int, shared: float) -> tuple[Votes, Votes]:
+    """Votes, shape (items, judges), and the truth.
 
     Judges see whether a candidate is desirable with normal noise, a part of its variance shared by all. They vote for
     the class between where what they see is within 0.2, and are else right in four of five cases.
     """
+    truth = rng.choice(np.array([UNDESIRABLE, DESIRABLE], np.int8), items)
+    noise = np.sqrt(shared) * rng.normal(size=(items, 1)) + np.sqrt(1 - shared) * rng.normal(size=(items, judges))
+    seen = np.where(truth == DESIRABLE, 0.84, -0.84)[:, None] + noise
+    return np.select([seen > 0.2, seen < -0.2], [DESIRABLE, UNDESIRABLE], BETWEEN).astype(np.int8), truth
+
+
+def skipped_votes() -> Iterator[str]:
+    """What the posterior loses where three of six judges vote only on items that the others leave open at 0.9, and on a
+    slice of 5 % (`judge.escalate`)."""
+    rows: list[list[str | Cell]] = []
+    for shared in (0.0, 0.3, 0.5):
+        rng = np.random.default_rng(0)
+        votes, truth = _voted(rng, 20_000, 6, shared)
+        names, groups, sliced = list("abcdef"), np.arange(len(votes)) // 4 % GROUPS, rng.random(len(votes)) < SLICE
+        unknown = np.full(len(votes), MISSING, np.int8)
+        early = votes[:, :3]
+        first = fit_posterior(names[:3], count_votes(early, unknown, groups), 3, one_coin=True)
+        going = sliced | (first.posterior(early).max(axis=1) < 0.9)
+        partly = np.where(going[:, None] | (np.arange(6) < 3), votes, MISSING).astype(np.int8)
+        counts = [count_votes(some, unknown, groups) for some in (votes, partly)]
+        whole = count_votes(partly[sliced], unknown[sliced], groups[sliced])
+        every, selected = (fit_posterior(names, count, 3, one_coin=True) for count in counts)
+        found = fit_posterior(names, counts[1], 3, one_coin=True, whole=whole)
+        row: list[str | Cell] = [f"{shared:g}", percent(going.mean())]
+        row += [number(model.model.errors[3:, 0, 0].mean()) for model in (every, found)]
+        row += [number(model.errors.correlation.mean) for model in (every, found, selected)]
+        for model, given in ((every, votes), (found, partly)):
+            posterior = model.posterior(given)
+            kept = posterior.max(axis=1) >= 0.9
+            row += [percent(kept.mean()), percent((posterior.argmax(axis=1) == truth)[kept].mean())]
+        rows.append(row)
+    columns = [
+        "shared part",
+        "all judges asked",
+        "accuracy of later judges, all votes",
+        "skipped",
+        "correlation, all votes",
+    ]
+    columns += ["skipped: slice", "skipped: where two voted", "labels at 0.9, all votes", "right", "skipped", "right"]
+    yield markdown_table(columns, rows)
+
+
+def shared_errors() -> Iterator[str]:
+    """What the correction of the posterior (`gate.pool: one_coin`) is worth where judges share errors."""
     rows: list[list[str | Cell]] = []
     for judges, shared in itertools.product((3, 6, 10), (0.0, 0.3, 0.5)):
-        rng = np.random.default_rng(0)
-        truth = rng.choice(np.array([UNDESIRABLE, DESIRABLE], np.int8), 4000)
-        noise = np.sqrt(shared) * rng.normal(size=(4000, 1)) + np.sqrt(1 - shared) * rng.normal(size=(4000, judges))
-        seen = np.where(truth == DESIRABLE, 0.84, -0.84)[:, None] + noise
-        votes = np.select([seen > 0.2, seen < -0.2], [DESIRABLE, UNDESIRABLE], BETWEEN).astype(np.int8)
+        votes, truth = _voted(np.random.default_rng(0), 4000, judges, shared)
         names = [str(n) for n in range(judges)]
         counts = count_votes(votes, truth, np.arange(4000) // 4 % GROUPS)
         found, true = fit_posterior(names, counts, 3, one_coin=True), errors_against_truth(names, counts)

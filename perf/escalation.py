@@ -4,9 +4,10 @@
     $RUN --run-dir runs/levels && $RUN --run-dir runs/panel judge.escalate='[]'
     python perf/escalation.py runs/panel runs/levels
 
-Beside the two runs, the table has every choice of two judges for the first level, alone and with the third where the
-label is open, from the verdicts of the whole panel. Intervals: 95 %, by a bootstrap over prompts. The checker of the
-pocket world knows the truth: a kept label is right if a desirable answer is right, or an undesirable one is wrong.
+Beside the runs (after the panel there may be several, with other levels), the table of the published gate has every
+choice of two judges for the first level, alone and with the third where the label is open, from the verdicts of the
+whole panel. Intervals: 95 %, by a bootstrap over prompts. The checker of the pocket world knows the truth: a kept label
+is right if a desirable answer is right, or an undesirable one is wrong.
 """
 
 from __future__ import annotations
@@ -36,13 +37,16 @@ COLUMNS += ["kept labels right", "label of all judges"]
 
 
 def main() -> None:
-    panel, levels = (read_run(folder) for folder in sys.argv[1:])
+    panel, *runs = (read_run(folder) for folder in sys.argv[1:])
     truth, whole = _truth(panel), _table(panel, "decisions")
     of_all = dict(zip(whole["candidate_id"].to_pylist(), whole["label"].to_pylist(), strict=True))
-    asked = _table(levels, "verdicts").filter(pc.field("parse_status") != SKIPPED)
-    shown = "; then ".join(map(", ".join, stored(levels).config.judge.escalate))
-    rows = [("all", len(_table(panel, "verdicts")), whole), (f"{shown} (run)", len(asked), _table(levels, "decisions"))]
-    rows += _choices(panel)
+    rows = [("all", len(_table(panel, "verdicts")), whole)]
+    for levels in runs:
+        asked = _table(levels, "verdicts").filter(pc.field("parse_status") != SKIPPED)
+        shown = "; then ".join(map(", ".join, stored(levels).config.judge.escalate))
+        rows.append((f"{shown} (run)", len(asked), _table(levels, "decisions")))
+    if not stored(panel).config.gate.over_all:
+        rows += _choices(panel)
     print(markdown_table(COLUMNS, [[name, f"{made:,}", *_cells(table, truth, of_all)] for name, made, table in rows]))
 
 

@@ -16,10 +16,10 @@ from ray_pipeline.data.confidence import panel_confidence
 from ray_pipeline.data.convert import pairs_to_sft
 from ray_pipeline.data.dataset_files import write_dataset_files
 from ray_pipeline.data.dataset_rows import DatasetsConfig, dpo_rows, kto_rows
-from ray_pipeline.data.early_exit import outside_slice
 from ray_pipeline.data.escalation import Escalation, decide_by_level
 from ray_pipeline.data.gate import GateConfig, decide
 from ray_pipeline.data.rows import add_counts
+from ray_pipeline.graph.asking import ShardTables
 from ray_pipeline.store import keys, schemas
 from ray_pipeline.store.tables import ShardedTable
 
@@ -92,8 +92,8 @@ def skipped_by_levels(world: World, rule: Escalation) -> World:
     verdicts = world.verdicts.to_pylist()
     for number in range(1, len(rule.levels)):
         before = rule.model_copy(update={"levels": rule.levels[:number]})
-        known = outside_slice(world.candidates, [schemas.to_table(verdicts, schemas.VERDICTS)])
-        settled = {name for name, found in known.items() if before.settled(found)}
+        tables = {"verdicts/judge": schemas.to_table(verdicts, schemas.VERDICTS)}
+        settled = before.settled_in(world.candidates, ShardTables(tables, {}))
         for row in verdicts:
             if row["judge"] in rule.levels[number] and row["candidate_id"] in settled:
                 row |= {"score": None, "parse_status": "skipped"}

@@ -68,6 +68,7 @@ class RunTables:
         ticked: the judges with a checklist; their replies are read again.
         checklists: tables with the items of those whose items were written.
         levels: judges level by level, where only the first are asked about every candidate (`judge.escalate`).
+        opened: by level, from 1, the model by which its labels are open; nothing where thresholds say that.
         scale: of the judges' scores, where verdicts may be skipped or rows are weighted.
         threshold: of a certified gate; None where it certified nothing.
         posterior: the model of a gate with a pool; None without one.
@@ -88,6 +89,7 @@ class RunTables:
     ticked: Sequence[Rubric] = ()
     checklists: Sequence[ShardedTable] = ()
     levels: Sequence[Sequence[str]] = ()
+    opened: Mapping[int, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     scale: tuple[int, int] | None = None
     threshold: float | None = None
     posterior: Mapping[str, Any] | None = None

@@ -17,14 +17,22 @@ from typing import Any
 from ray_pipeline.audit.findings import Row
 from ray_pipeline.audit.formulas import close
 from ray_pipeline.data.gate import GateConfig
+from ray_pipeline.store.keys import unit_hash
 
 _CLASSES = ("undesirable", "discard", "desirable")
 #: Judges with a higher kappa are one.
 _ONE = 0.98
 #: How far a step of EM may move a probability of a model that has converged.
 _STEP = 1e-5
+#: With fewer judges, one accuracy is that of all.
+_FEWEST = 3
 
 Votes = tuple[int | None, ...]
+
+
+def in_slice(candidate_id: str) -> bool:
+    """Whether a candidate goes through all levels of judges."""
+    return unit_hash("audit slice", candidate_id) < 0.05
 
 
 def posterior_label(decision: Row, gate: GateConfig) -> str:
@@ -43,19 +51,31 @@ class PosteriorCheck:
     Args:
         facts: what the gate's stage stored about the model.
         judges: in the order of the scores.
+        skipped: not every judge was asked about every candidate: groups of judges and the power follow from the audit
+            slice, on which all were.
     """
 
-    def __init__(self, facts: Mapping[str, Any], judges: Sequence[str], gate: GateConfig) -> None:
-        self._facts, self._judges, self._gate = facts, list(judges), gate
+    def __init__(
+        self, facts: Mapping[str, Any], judges: Sequence[str], gate: GateConfig, *, skipped: bool = False
+    ) -> None:
+        self._facts, self._judges, self._gate, self._skipped = facts, list(judges), gate, skipped
         self._groups = [[self._judges.index(name) for name in group] for group in facts["groups"]]
         self._seen: collections.Counter[Votes] = collections.Counter()
+        self._whole: collections.Counter[Votes] = collections.Counter()
         self._posterior = functools.lru_cache(maxsize=1 << 16)(self._bayes)
 
-    def expected(self, scores: Sequence[float | None]) -> dict[str, float | None]:
+    @property
+    def one(self) -> bool:
+        """Whether all judges count as one."""
+        return len(self._groups) == 1
+
+    def expected(self, name: str, scores: Sequence[float | None]) -> dict[str, float | None]:
         """Column → posterior of a candidate; None without any vote. The candidate counts for the model."""
         low, high = self._gate.undesirable_at, self._gate.desirable_at
         votes = tuple(None if s is None else 0 if s <= low else 2 if s >= high else 1 for s in scores)
         self._seen[votes] += 1
+        if not self._skipped or in_slice(name):
+            self._whole[votes] += 1
         found = self._posterior(self._merged(votes), self._facts["power"])
         return {f"posterior_{name}": None if found is None else found[place] for place, name in enumerate(_CLASSES)}
 
@@ -79,31 +99,36 @@ class PosteriorCheck:
         if (groups := self._nearly_one()) != self._groups:
             shown = [[self._judges[j] for j in group] for group in groups]
             yield f"judges that count as one are {self._facts['groups']}, should be {shown}"
-        rows: collections.Counter[Votes] = collections.Counter()
-        for votes, count in self._seen.items():
-            rows[self._merged(votes)] += count
-        known = [(votes, count, p) for votes, count in rows.items() if (p := self._posterior(votes, 1.0)) is not None]
-        if not known:
+        if not (known := self._known(self._seen)):
             return
         total = sum(count for _, count, _ in known)
         for c, stored in enumerate(self._facts["prior"]):
             share = sum(count * p[c] for _, count, p in known) / total
             if abs(share - stored) > _STEP:
                 yield f"the prior of {_CLASSES[c]} is {stored}, should be {share}"
+        places = range(len(self._groups))
+        own = [[(votes[place], count, p) for votes, count, p in known if votes[place] is not None] for place in places]
         for place, group in enumerate(self._facts["groups"]):
-            own = [(votes[place], count, p) for votes, count, p in known if votes[place] is not None]
-            found = self._table(own)
+            alike = len(places) < _FEWEST  # nothing shows who of two is right
+            found = self._table([vote for votes in own for vote in votes] if alike else own[place], alike)
             pairs = zip(itertools.chain(*self._facts["errors"][place]), itertools.chain(*found), strict=True)
             if any(abs(stored - expected) > _STEP for stored, expected in pairs):
                 yield f"the errors of {group[0]} are {self._facts['errors'][place]}, should be {found}"
-        if not close(self._facts["power"], power := self._power(known)):
+        if not close(self._facts["power"], power := self._power(self._known(self._whole))):
             yield f"the power of the likelihood is {self._facts['power']}, should be {power}"
 
-    def _table(self, own: Sequence[tuple[int | None, int, list[float]]]) -> list[list[float]]:
+    def _known(self, seen: Mapping[Votes, int]) -> list[tuple[Votes, int, list[float]]]:
+        """Votes of groups, how often they occur, and the posterior with the plain likelihood; without empty ones."""
+        rows: collections.Counter[Votes] = collections.Counter()
+        for votes, count in seen.items():
+            rows[self._merged(votes)] += count
+        return [(votes, count, p) for votes, count in rows.items() if (p := self._posterior(votes, 1.0)) is not None]
+
+    def _table(self, own: Sequence[tuple[int | None, int, list[float]]], alike: bool) -> list[list[float]]:
         """Probability of each vote (rows) given each class (columns), from the expected counts of a judge."""
         size = range(len(_CLASSES))
         counts = [[sum(n * p[c] for vote, n, p in own if vote == v) for c in size] for v in size]
-        if self._gate.pool == "one_coin":
+        if alike or self._gate.pool == "one_coin":
             total = sum(map(sum, counts))
             right = sum(counts[c][c] for c in size) / total if total else 1 / len(size)
             return [[right if v == c else (1 - right) / (len(size) - 1) for c in size] for v in size]
@@ -141,7 +166,7 @@ class PosteriorCheck:
     def _kappa(self, a: int, b: int) -> float:
         """Cohen's kappa over the rows on which both voted; 0 where it is undefined."""
         table: collections.Counter[tuple[int, int]] = collections.Counter()
-        for votes, count in self._seen.items():
+        for votes, count in self._whole.items():
             va, vb = votes[a], votes[b]
             if va is not None and vb is not None:
                 table[va, vb] += count

@@ -23,8 +23,8 @@ from ray_pipeline.audit.formulas import (
     read_score,
     row_weight,
 )
-from ray_pipeline.audit.levels import judges_asked
-from ray_pipeline.audit.posterior import PosteriorCheck, posterior_label
+from ray_pipeline.audit.levels import PanelCheck
+from ray_pipeline.audit.posterior import posterior_label
 from ray_pipeline.audit.recomputed import Recomputed
 from ray_pipeline.data.tokens import Encode
 from ray_pipeline.store import keys
@@ -47,10 +47,10 @@ def audit_run(run: RunTables, encode: Encode | None = None, max_problems: int = 
     stats = Folder(run.datasets).read_json("stats.json", set_aside=True)
     audit.rules = stats.get("rules", 1)
     training = audit.training_rows(stats["fingerprint"])
-    posterior = None if run.posterior is None else PosteriorCheck(run.posterior, run.judges, run.gate)
+    panel = PanelCheck(run)
     for shard in range(run.prompts.num_shards):
-        _Shard(audit, shard, training, posterior).check()
-    for message in () if posterior is None else posterior.problems():
+        _Shard(audit, shard, training, panel).check()
+    for message in panel.problems():
         audit.problem("posterior", "decisions", "model", message)
     for kind in run.config.kinds:
         for number in range(run.prompts.num_shards):
@@ -70,10 +70,10 @@ class _Shard:
         audit: Findings,
         shard: int,
         training: Mapping[str, Mapping[int, list[Row]]],
-        posterior: PosteriorCheck | None,
+        panel: PanelCheck,
     ) -> None:
-        self.audit, self.run, self.number, self.posterior = audit, audit.run, shard, posterior
-        run = audit.run
+        self.audit, self.number, self.panel = audit, shard, panel
+        run = self.run = audit.run
         self.prompts = self._index("prompts", audit.read(run.prompts, shard), "prompt_id")
         self.candidates = self._index("candidates", audit.read(run.candidates, shard), "candidate_id")
         verdicts = [row for table in run.verdicts for row in audit.read(table, shard)]
@@ -153,14 +153,14 @@ class _Shard:
             self.audit.problem("missing", "decisions", name, "the candidate has no decision")
             return
         cut = self._is_cut(candidate)
-        asked, wrong = judges_asked(self.run, candidate, cut and self.run.gate.cut == "exclude", self.verdicts)
+        asked, wrong = self.panel.asked(candidate, cut and self.run.gate.cut == "exclude", self.verdicts)
         for message in wrong:
             self.audit.problem("level", "verdicts", name, message)
         verdicts = [self.verdicts.get((name, judge)) for judge in asked]
         scores = [read_score(row, "score") for row in verdicts]
         flawed = read_score(self.critiques.get(name), "flawed") if self.run.gate.use_critic else False
         numbers = {"numbers": gate_numbers(scores, flawed, self.run.gate)}
-        numbers |= {} if self.posterior is None else {"posterior": self.posterior.expected(scores)}
+        numbers |= {"posterior": self.panel.posterior(name, self.verdicts)}
         for kind, column, expected in ((k, c, value) for k, found in numbers.items() for c, value in found.items()):
             if not close(decision[column], expected):
                 self.audit.problem(kind, "decisions", name, f"{column} is {decision[column]}, should be {expected}")

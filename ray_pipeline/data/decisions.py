@@ -14,7 +14,7 @@ from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.early_exit import Scale, settle
 from ray_pipeline.data.escalation import Escalation, decide_by_level
 from ray_pipeline.data.gate import Cut, GateConfig, label_counts
-from ray_pipeline.data.judging import by_role
+from ray_pipeline.data.judge_votes import by_role
 from ray_pipeline.data.reviewed import HumanLabels, overrule
 from ray_pipeline.data.rows import one_array
 from ray_pipeline.data.ungated import Rejected, best_and_worst

@@ -32,6 +32,7 @@ from pydantic import BeforeValidator
 
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.gate import GateConfig, cut_reasons, label_cases
+from ray_pipeline.graph.asking import ShardTables
 from ray_pipeline.store.keys import unit_hash
 from ray_pipeline.store.schemas import LABELS, READ_STATUSES
 
@@ -77,16 +78,53 @@ class ExitRule(Settings):
 
     key: ClassVar[str] = "judge.early_exit"
     why: ClassVar[str] = "their calls could not matter"
+    upper_bound: ClassVar[str] = "judge.early_exit skips those that cannot matter"
+    levels: ClassVar[tuple[tuple[str, ...], ...]] = ()
 
     exact: Literal["labels", "scores"]
     gate: GateConfig
     judges: tuple[str, ...]
     scale: Scale
 
+    def check(self) -> None:
+        """Raises ValueError for a gate that the rule does not know."""
+        if self.gate.over_all:
+            raise ValueError(
+                f"{self.key} skips calls by the thresholds of the published gate alone; leave it out, or remove "
+                f"gate.{'kind' if self.gate.kind != 'published' else 'pool'}"
+            )
+
+    @property
+    def for_critic(self) -> ExitRule:
+        """By which calls to the critic are skipped."""
+        return self
+
+    @property
+    def of_gate(self) -> dict[str, Any]:
+        """Arguments of the gate's stage (`decisions.gate`)."""
+        return {"scale": self.scale}
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether a kept candidate needs all verdicts, though its label does not."""
+        return self.exact == "scores"
+
     def settled(self, known: Known) -> bool:
         """Whether no further reply about the candidate matters."""
         labels = possible_labels(known, self.judges, self.gate, self.scale)
         return len(labels) == 1 and (self.exact == "labels" or labels.isdisjoint(_KEPT))
+
+    def settled_in(self, candidates: pa.Table, shard: ShardTables) -> set[str]:
+        """Ids of the candidates of a shard whose remaining calls are skipped."""
+        return {name for name, known in self._known(candidates, shard).items() if self.settled(known)}
+
+    def panels(self, candidates: pa.Table, shard: ShardTables) -> dict[str, Panel]:
+        """Candidates whose judges take turns, by id."""
+        return {name: Panel(self, known) for name, known in self._known(candidates, shard).items()}
+
+    def _known(self, candidates: pa.Table, shard: ShardTables) -> dict[str, Known]:
+        """Candidates with the verdicts that there are, by id; without those of the audit slice."""
+        return known_of(candidates.filter(pc.invert(slice_of(candidates))), shard.under("verdicts/"), None)
 
 
 class Panel:
@@ -116,10 +154,9 @@ def in_audit_slice(candidate_id: str) -> bool:
     return unit_hash("audit slice", candidate_id) < SLICE
 
 
-def outside_slice(candidates: pa.Table, verdicts: Iterable[pa.Table]) -> dict[str, Known]:
-    """Candidates with the verdicts that there are, by id; without those of the audit slice."""
-    outside = [not in_audit_slice(name) for name in candidates["candidate_id"].to_pylist()]
-    return known_of(candidates.filter(pa.array(outside, pa.bool_())), verdicts, None)
+def slice_of(candidates: pa.Table) -> pa.BooleanArray:
+    """Which rows are of the audit slice."""
+    return pa.array([in_audit_slice(name) for name in candidates["candidate_id"].to_pylist()], pa.bool_())
 
 
 def possible_labels(known: Known, judges: Sequence[str], gate: GateConfig, scale: Scale) -> frozenset[str]:

@@ -33,6 +33,7 @@ from pydantic import Field, model_validator
 
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.rows import KeyMismatch, one_array, refuse_repeats, rows_of
+from ray_pipeline.stats.latent_class import FEWEST
 from ray_pipeline.store.schemas import DECISIONS, LABELS, READ_STATUSES, cut_off
 
 Floats = NDArray[np.float64]
@@ -43,9 +44,6 @@ Cut = Literal["exclude", "undesirable", "keep"]
 
 #: Latent class models of the judges' votes, by the names that `measure.juries.pool` has for them.
 PosteriorPool = Literal["one_coin", "dawid_skene"]
-
-#: With fewer judges no votes show who of them is right.
-FEWEST_POOLED = 3
 
 CUT_RULES = (
     "rule for a response that ended before its text was whole (limit of tokens, content filter): exclude it, let it be "
@@ -172,9 +170,9 @@ class GateConfig(Settings):
 
 def check_pool(gate: GateConfig | None, judges: Sequence[str]) -> None:
     """Raises ValueError if the gate has a pool and fewer judges than show who of them is right."""
-    if gate is not None and gate.pool is not None and len(judges) < FEWEST_POOLED:
+    if gate is not None and gate.pool is not None and len(judges) < FEWEST:
         raise ValueError(
-            f"gate.pool needs {FEWEST_POOLED} judges or more, because fewer cannot show who of them is right; there "
+            f"gate.pool needs {FEWEST} judges or more, because fewer cannot show who of them is right; there "
             f"{'is' if len(judges) == 1 else 'are'} {len(judges)}"
         )
 

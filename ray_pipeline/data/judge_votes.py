@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ray_pipeline.data.checkers import Check, checker_of
 from ray_pipeline.data.judge_stats import scores_by_judge
 from ray_pipeline.graph.results import of_role
-from ray_pipeline.graph.stage import StageResult
+from ray_pipeline.graph.stage import Stage, StageResult
 from ray_pipeline.stats.bootstrap import Floats
 from ray_pipeline.stats.columns import chunk
 from ray_pipeline.stats.judge_errors import (
@@ -48,6 +48,11 @@ class ErrorsOfJudges:
     def best(self) -> PanelErrors | None:
         """Against the truth if it is known."""
         return self.truth or self.estimate
+
+
+def by_role(verdicts: Sequence[Stage]) -> dict[str, Stage]:
+    """Stages of verdicts as inputs of another stage."""
+    return {f"verdicts/{stage.name}": stage for stage in verdicts}
 
 
 def judge_errors(

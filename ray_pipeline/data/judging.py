@@ -1,6 +1,6 @@
 """Judges: every rubric judge scores every candidate; all judgements of a candidate run together on one replica, or with
 `judge.early_exit` one after another until the rest cannot matter (`data/early_exit.py`). With `judge.escalate`, later
-levels of judges see what the earlier ones left open (`data/escalation.py`).
+levels of judges see what the earlier ones left open (`data/escalation.py`, `data/open_labels.py`).
 
 Judges whose verdicts are in a user's file (`judge.source`) make no call: their rows are joined to the candidates.
 Programs (`judge.programs`) make none either; reward models (`judge.rewards`) make one, without a text to read.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
@@ -21,9 +21,11 @@ from ray_pipeline.agents.ticking import tick
 from ray_pipeline.config.settings import Settings, refuse_repeated
 from ray_pipeline.data.answers import Answer, answers_of, unanswered
 from ray_pipeline.data.checklists import Checklist, checklists, read_checklists
-from ray_pipeline.data.early_exit import SKIPPED, EarlyExit, ExitRule, Panel, Scale, outside_slice
+from ray_pipeline.data.early_exit import SKIPPED, EarlyExit, Panel, Scale
 from ray_pipeline.data.escalation import CallRule, Escalation, Levels, check_levels
 from ray_pipeline.data.judge_layout import layout_stage
+from ray_pipeline.data.judge_votes import by_role
+from ray_pipeline.data.open_labels import open_labels
 from ray_pipeline.data.programs import ProgramJudge, programs
 from ray_pipeline.data.rewards import RewardJudge, rewards
 from ray_pipeline.data.verdict_sources import VerdictSource, recorded_rows, response_key
@@ -65,9 +67,9 @@ class JudgeSettings(Settings):
     escalate: Levels = Field(
         (),
         description="names of judges by level, as in [[helpfulness, factuality], [expert]]: judges of a later level "
-        "are asked about a candidate only while its label by those before is open (abstain or discard), and the gate "
-        "decides by the judges asked (5 % of the candidates are judged by all); default: all judges are asked. Only "
-        "for `dmapo`",
+        "are asked about a candidate only while its label by those before is open (abstain or discard; with gate.kind "
+        "posterior: abstain), and the gate decides by the judges asked (5 % of the candidates are judged by all); "
+        "default: all judges are asked. Only for `dmapo`",
     )
 
     @model_validator(mode="before")
@@ -176,10 +178,8 @@ def _judgements(shard: ShardTables, settings: _Judging) -> list[_Judgement]:
     settled, panels = set[str](), dict[str, Panel]()
     if rule is not None:
         for table in tables:
-            known = outside_slice(table, shard.under("verdicts/"))
-            settled |= {name for name, verdicts in known.items() if rule.settled(verdicts)}
-            if isinstance(rule, ExitRule):
-                panels |= {name: Panel(rule, verdicts) for name, verdicts in known.items()}
+            settled |= rule.settled_in(table, shard)
+            panels |= rule.panels(table, shard)
     written = read_checklists([row for table in shard.under("checklists/") for row in table.to_pylist()])
 
     def checklist(answer: Answer, rubric: Rubric) -> Checklist | None:
@@ -266,7 +266,7 @@ def judges(
         free.append(programs(settings.programs, prompts, answers, f"{name}-programs", group or name, holds))
     if settings.source is not None:
         free.append(_recorded(settings.source, answers, group or name, holds))
-    stages: list[Stage] = []
+    stages, opened = list[Stage](), dict[str, Stage]()
     asked = {"prompts": prompts, **answers}
     lists = checklists(
         settings.rubrics, models, texts, settings.asking, asked, f"{name}-checklist", group or "checklist", holds
@@ -285,7 +285,12 @@ def judges(
         if judging.layout is None:
             inputs["layout"] = layout_stage(f"{own}-layout", group or name, judging, models[key], inputs)
         inputs |= {f"checklists/{lists[r.name].name}": lists[r.name] for r in rubrics if r.name in lists}
-        if rule is not None:
+        if isinstance(rule, Escalation) and rule.over_all:
+            after = f"{name}-after-level-{len(rule.levels)}"
+            if after not in opened:
+                opened[after] = open_labels(rule, asked["candidates"], [*free, *stages], after, group or name)
+            inputs["opened"] = opened[after]
+        elif rule is not None:
             inputs |= by_role([*free, *stages])
         stages.append(JUDGES.stage(own, judging, models[key], inputs, group=group or name, holds=holds))
     return [*stages, *free]
@@ -295,7 +300,7 @@ def _stages(
     settings: JudgeSettings, name: str, rule: CallRule | None
 ) -> Iterator[tuple[str, str, tuple[Rubric, ...], CallRule | None]]:
     """Name, key of the model, rubrics and rule of each stage of models, in the order in which they wait."""
-    if not isinstance(rule, Escalation):
+    if rule is None or not rule.levels:
         for key in settings.models:
             yield name if len(settings.models) == 1 else f"{name}-{key}", key, settings.on_model(key), rule
         return
@@ -306,11 +311,6 @@ def _stages(
         for key, rubrics in of_level.items():
             own = f"{name}-level-{number}"
             yield own if len(of_level) == 1 else f"{own}-{key}", key, rubrics, before
-
-
-def by_role(verdicts: Sequence[Stage]) -> dict[str, Stage]:
-    """Stages of verdicts as inputs of another stage."""
-    return {f"verdicts/{stage.name}": stage for stage in verdicts}
 
 
 # --- verdicts of a file -----------------------------------------------------------------------------------------------

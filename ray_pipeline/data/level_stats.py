@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ray_pipeline.data.early_exit import SKIPPED, in_audit_slice
-from ray_pipeline.data.escalation import Escalation, Levels
+from ray_pipeline.data.early_exit import SKIPPED, slice_of
+from ray_pipeline.data.escalation import Escalation, Levels, first_settled
 from ray_pipeline.data.gate import GateConfig, cut_reasons, decide, read_scores
+from ray_pipeline.data.judge_votes import vote_classes
+from ray_pipeline.data.posterior_gate import decided, stored_posterior
 from ray_pipeline.data.rows import one_array
 from ray_pipeline.engines.usage import Usage
 from ray_pipeline.graph.results import of_role, table_of
@@ -63,6 +66,8 @@ def escalation_stats(
     *,
     draws: int,
     seed: int,
+    opened: pa.Table | None = None,
+    model: Mapping[str, Any] | None = None,
 ) -> EscalationStats:
     """Statistics by level. On the audit slice, which all judges judged, labels by levels are compared with theirs.
 
@@ -70,11 +75,13 @@ def escalation_stats(
         candidates, verdicts, critiques: of the whole run, as of `gate.decide`.
         usage: judge → usage of its stage.
         draws: of bootstraps over prompts.
+        opened: which labels are open after each level, schema LEVELS; None where the published gate says that.
+        model: by which the gate gives posteriors; None without a pool.
     """
+    assert (opened is not None) == rule.over_all
     asked = verdicts.filter(pc.field("parse_status") != SKIPPED)
     by_judge = {row["values"]: row["counts"] for row in pc.value_counts(one_array(asked["judge"])).to_pylist()}
-    inside = pa.array([in_audit_slice(name) for name in candidates["candidate_id"].to_pylist()], pa.bool_())
-    sliced = candidates.filter(inside)
+    sliced = candidates.filter(slice_of(candidates))
     ids = one_array(sliced["candidate_id"])
     of_slice = [
         None if table is None else table.filter(pc.is_in(table["candidate_id"], value_set=ids))
@@ -82,8 +89,19 @@ def escalation_stats(
     ]
     assert of_slice[0] is not None
     scores, _ = read_scores(of_slice[0], ids, rule.judges)
-    depth = rule.depths(scores, cut_reasons(sliced) != "")
-    tables = [decide(sliced, of_slice[0], of_slice[1], rule.judges[:width], rule.gate) for width in rule.widths]
+    if opened is None:
+        depth = rule.depths(scores, cut_reasons(sliced) != "")
+    else:
+        going = opened.filter(opened["open"])
+        after = [going.filter(pc.field("level") == level)["candidate_id"] for level in range(1, len(rule.levels))]
+        depth = first_settled([np.asarray(pc.is_in(ids, value_set=one_array(names))) for names in after])
+    tables = [decide(sliced, of_slice[0], of_slice[1], rule.judges[:width], rule.gate.numbers) for width in rule.widths]
+    if model is not None:
+        votes = vote_classes(scores, (rule.gate.undesirable_at, rule.gate.desirable_at))
+        tables = [
+            decided(table, stored_posterior(model, rule.judges[:width], votes[:, :width]), rule.gate)
+            for table, width in zip(tables, rule.widths, strict=True)
+        ]
     labels = np.array([table["label"].to_pylist() for table in tables], dtype=np.str_)
     same = (labels[depth - 1, np.arange(len(ids))] == labels[-1]).astype(float)
     prompts = np.asarray(sliced["prompt_id"].to_pylist(), dtype=np.str_)
@@ -122,17 +140,28 @@ def escalation_of(
         for result in of_role(results, "verdicts")
         for count in result.facts.get("counts", {})
     }
-    rule, critiques = Escalation(gate=gate, levels=levels), table_of(results, "critiques")
-    return escalation_stats(rule, candidates, verdicts, critiques, usage, draws=draws, seed=seed)
+    return escalation_stats(
+        Escalation(gate=gate, levels=levels),
+        candidates,
+        verdicts,
+        table_of(results, "critiques"),
+        usage,
+        draws=draws,
+        seed=seed,
+        opened=table_of(results, "levels"),
+        model=of_role(results, "decisions")[0].facts.get("posterior"),
+    )
 
 
-def levels_section(found: EscalationStats | None) -> Section | None:
+def levels_section(found: EscalationStats | None, gate: GateConfig) -> Section | None:
     """None for a run without levels."""
     if found is None:
         return None
+    published = "they disagreed, or their mean was between the thresholds"
+    where = f"none was probable at {gate.posterior_at:g}" if gate.kind == "posterior" else published
     text = (
-        "Judges of a level were asked about the candidates whose label the levels before left open (they disagreed, or "
-        "their mean was between the thresholds), and about the audit slice (judge.escalate). On the slice, escalation "
+        f"Judges of a level were asked about the candidates whose label the levels before left open ({where}), and "
+        "about the audit slice (judge.escalate). On the slice, escalation "
         f"gives {_share(found.same)} of {number(found.same.rows)} candidates the label of all judges."
     )
     rows: Rows = [

@@ -12,6 +12,10 @@ line that fits, `kind: posterior` decides:
     otherwise                                                        abstain
 
 The numbers are those of the published gate, so pairs are ranked by the same final score.
+
+Where judges were skipped (`judge.escalate`), their votes are missing. The model is fitted to the votes that there are:
+whether a judge was asked follows from votes that were cast, so the gaps need no model of their own. How far judges err
+together is taken from the audit slice, on which all were asked.
 """
 
 from __future__ import annotations
@@ -26,17 +30,17 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ray_pipeline.config.settings import Settings
-from ray_pipeline.data.gate import FEWEST_POOLED, Floats, GateConfig, label_counts, read_scores, with_nulls
-from ray_pipeline.data.judge_votes import BETWEEN, DESIRABLE, UNDESIRABLE, vote_classes
-from ray_pipeline.data.judging import by_role
+from ray_pipeline.data.early_exit import slice_of
+from ray_pipeline.data.gate import Floats, GateConfig, label_counts, read_scores, with_nulls
+from ray_pipeline.data.judge_votes import BETWEEN, DESIRABLE, UNDESIRABLE, by_role, vote_classes
 from ray_pipeline.data.reviewed import HumanLabels, overrule
 from ray_pipeline.data.rows import one_array
 from ray_pipeline.graph.stage import Stage, StageRef, WholeInput, WholeWork
 from ray_pipeline.report.figures import number, percent, span
 from ray_pipeline.report.page import Rows, Section, Table, Text
 from ray_pipeline.stats.judge_errors import GROUPS, count_votes
-from ray_pipeline.stats.latent_class import MISSING, Votes
-from ray_pipeline.stats.posterior import NEARLY_ONE, TOGETHER, PanelPosterior, fit_posterior
+from ray_pipeline.stats.latent_class import FEWEST, MISSING, LatentClasses, Votes
+from ray_pipeline.stats.posterior import NEARLY_ONE, TOGETHER, PanelPosterior, fit_posterior, posterior_of
 from ray_pipeline.store.keys import bucket_of
 from ray_pipeline.store.schemas import POOLED_DECISIONS
 
@@ -53,6 +57,7 @@ class _PosteriorGiven(Settings):
     gate: GateConfig
     judges: tuple[str, ...]
     humans: HumanLabels | None = None
+    skipped: bool = False
 
 
 def posterior_stage(
@@ -63,19 +68,22 @@ def posterior_stage(
     humans: HumanLabels | None,
     *,
     name: str,
+    skipped: bool = False,
 ) -> Stage:
     """The decisions of a gate with a pool.
 
     Args:
         numbers: decisions of the published gate with the same thresholds.
         humans: labels by people that replace the gate's.
+        skipped: not every judge was asked about every candidate.
 
     Raises:
         InputError: the labels cannot be read.
     """
-    given = _PosteriorGiven(gate=gate, judges=tuple(judges), humans=humans)
+    given = _PosteriorGiven(gate=gate, judges=tuple(judges), humans=humans, skipped=skipped)
     return Stage(
         name=name,
+        version=2,  # 2: two judges who differ have one accuracy
         group="gate",
         role="decisions",
         work=WholeWork(function=posterior_run, settings=given, tables=("pooled_decisions",)),
@@ -89,14 +97,7 @@ def posterior_run(given: WholeInput) -> dict[str, Any]:
     """Fit the model to the votes of all shards, then write each shard. Votes, a byte each, are in memory for all."""
     settings: _PosteriorGiven = given.settings
     numbers, judges = given.inputs["numbers"].table(), list(settings.judges)
-    votes, groups = [], []
-    for shard in range(given.num_shards):
-        decisions = numbers.read(shard, ["candidate_id", "prompt_id"])
-        votes.append(_votes(given, shard, decisions["candidate_id"], settings))
-        groups += [bucket_of(prompt) % GROUPS for prompt in decisions["prompt_id"].to_pylist()]
-    everything = np.concatenate(votes)
-    counts = count_votes(everything, np.full(len(everything), MISSING, np.int8), np.array(groups, dtype=np.int64))
-    model = fit_posterior(judges, counts, len(CLASS_LABELS), one_coin=settings.gate.pool == "one_coin")
+    model, votes = fitted(given, "numbers", judges, settings.gate, settings.skipped)
     ref = StageRef("gate", given.fingerprint, given.folder.location, given.num_shards, ("pooled_decisions",))
     people = None if settings.humans is None else settings.humans.read().labels
     labels: dict[str, int] = {}
@@ -109,21 +110,45 @@ def posterior_run(given: WholeInput) -> dict[str, Any]:
         ref.table().write(shard, table)
         labels = {label: labels.get(label, 0) + count for label, count in label_counts(table).items()}
         given.tick(shard + 1, given.num_shards, "shards")
-    facts = _facts(model, judges)
+    facts = model_facts(model, judges)
     given.log(f"posterior: {effective_text(facts)}")
     for line in warnings(facts):
         given.log(line)
     return {"counts": labels | ({} if people is None else {"changed_by_people": changed}), "posterior": facts}
 
 
-def _votes(given: WholeInput, shard: int, ids: pa.ChunkedArray, settings: _PosteriorGiven) -> Votes:
-    """Votes of one shard, shape (candidates, judges)."""
+def fitted(
+    given: WholeInput, keyed: str, judges: Sequence[str], gate: GateConfig, skipped: bool
+) -> tuple[PanelPosterior, list[Votes]]:
+    """The model of the votes of all shards, and these votes by shard, each of shape (candidates, judges).
+
+    Args:
+        given: its inputs `verdicts/…` hold the verdicts.
+        keyed: the input with one row for each candidate.
+        skipped: not every judge was asked about every candidate.
+    """
+    votes, groups, whole = [], [], []
+    for shard in range(given.num_shards):
+        rows = given.inputs[keyed].table().read(shard, ["candidate_id", "prompt_id"])
+        ids = one_array(rows["candidate_id"])
+        scores, _ = read_scores(verdicts_of(given, shard, ids), ids, list(judges))
+        votes.append(vote_classes(scores, (gate.undesirable_at, gate.desirable_at)))
+        groups += [bucket_of(prompt) % GROUPS for prompt in rows["prompt_id"].to_pylist()]
+        whole.append(np.asarray(slice_of(rows)) if skipped else np.full(len(ids), True))
+    every, unknown, group = np.concatenate(votes), np.full(len(groups), MISSING, np.int8), np.array(groups, np.int64)
+    asked = np.concatenate(whole)
+    counts = count_votes(every, unknown, group)
+    of_whole = count_votes(every[asked], unknown[asked], group[asked]) if skipped else None
+    model = fit_posterior(judges, counts, len(CLASS_LABELS), one_coin=gate.pool == "one_coin", whole=of_whole)
+    return model, votes
+
+
+def verdicts_of(given: WholeInput, shard: int, ids: pa.Array) -> pa.Table:
+    """Verdicts of one shard on these candidates, of all inputs `verdicts/…`; a gate may take fewer than were judged."""
     columns = ["candidate_id", "judge", "score", "parse_status"]
     stages = [result for role, result in sorted(given.inputs.items()) if role.startswith("verdicts/")]
     verdicts = pa.concat_tables([stage.table().read(shard, columns) for stage in stages])
-    verdicts = verdicts.filter(pc.is_in(verdicts["candidate_id"], value_set=one_array(ids)))  # a gate may take fewer
-    scores, _ = read_scores(verdicts, one_array(ids), list(settings.judges))
-    return vote_classes(scores, (settings.gate.undesirable_at, settings.gate.desirable_at))
+    return verdicts.filter(pc.is_in(verdicts["candidate_id"], value_set=ids))
 
 
 def decided(decisions: pa.Table, posterior: Floats, gate: GateConfig) -> pa.Table:
@@ -171,7 +196,8 @@ def _labels(decisions: pa.Table, posterior: Floats, gate: GateConfig) -> dict[st
 # --- what the model found ---------------------------------------------------------------------------------------------
 
 
-def _facts(model: PanelPosterior, judges: Sequence[str]) -> dict[str, Any]:
+def model_facts(model: PanelPosterior, judges: Sequence[str]) -> dict[str, Any]:
+    """A model as plain data, with the judges by name."""
     return {
         "groups": [[judges[place] for place in group] for group in model.groups],
         "prior": model.model.prior.tolist(),
@@ -179,10 +205,26 @@ def _facts(model: PanelPosterior, judges: Sequence[str]) -> dict[str, Any]:
         "effective": model.effective,
         "power": model.power,
         "correlation": model.errors.correlation.mean,
-        "rows": model.errors.rows,
+        "rows": model.rows,
+        "whole": model.errors.rows,
         "right": {one.judge: one.accuracy.mean for one in model.errors.judges},
         "pairs": [dataclasses.asdict(pair) for pair in model.errors.pairs],
     }
+
+
+def stored_posterior(facts: Mapping[str, Any], judges: Sequence[str], votes: Votes) -> Floats:
+    """Probability of each class by a model that is stored as `model_facts`, as `PanelPosterior.posterior`.
+
+    Args:
+        judges: whose votes are given; those of other judges are missing.
+        votes: shape (rows, judges).
+    """
+    every = [name for group in facts["groups"] for name in group]
+    cast = np.full((len(votes), len(every)), MISSING, np.int8)
+    cast[:, [every.index(judge) for judge in judges]] = votes
+    groups = [[every.index(name) for name in group] for group in facts["groups"]]
+    model = LatentClasses(np.array(facts["prior"]), np.array(facts["errors"]))
+    return posterior_of(cast, groups, model, facts["power"])
 
 
 def effective_text(facts: Mapping[str, Any]) -> str:
@@ -194,6 +236,16 @@ def effective_text(facts: Mapping[str, Any]) -> str:
 
 def warnings(facts: Mapping[str, Any]) -> Iterator[str]:
     """Judges who are nearly one, who err together, and too few of them."""
+    yield from dependent(facts)
+    if len(facts["groups"]) < FEWEST:
+        yield (
+            f"Only {len(facts['groups'])} judges are left who differ: nothing shows who of them is right, and the "
+            f"posterior is hardly more than a convention; it needs {FEWEST}."
+        )
+
+
+def dependent(facts: Mapping[str, Any]) -> Iterator[str]:
+    """Judges who are nearly one, and who err together."""
     for group in facts["groups"]:
         if len(group) > 1:
             yield (
@@ -207,11 +259,6 @@ def warnings(facts: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"Judges err together: {', '.join(shown[:_SHOWN])}{f' and {more} other pairs' if more > 0 else ''} "
             "(estimated correlation of errors). Each is worth less than an independent judge."
-        )
-    if len(facts["groups"]) < FEWEST_POOLED:
-        yield (
-            f"Only {len(facts['groups'])} judges are left who differ: nothing shows who of them is right, and the "
-            f"posterior is hardly more than a convention; it needs {FEWEST_POOLED}."
         )
 
 
@@ -227,7 +274,8 @@ def posterior_section(facts: Mapping[str, Any] | None, gate: GateConfig) -> Sect
     text = (
         f"{effective_text(facts)}, by a latent class model ({gate.pool}) of the votes on {number(facts['rows'])} "
         f"candidates, without labels; the posterior {use}. The likelihood of a row of votes "
-        f"is raised to {facts['power']:.2f}, so that votes weigh as much as those of so many independent judges. What "
+        f"is raised to {facts['power']:.2f}, so that votes weigh as much as those of so many independent judges. "
+        f"{_of_slice(facts)}What "
         "most judges share is the truth to the model: with errors that all share, the posterior is too sure."
     )
     rows: Rows = [
@@ -250,3 +298,11 @@ def posterior_section(facts: Mapping[str, Any] | None, gate: GateConfig) -> Sect
     )
     columns = ["pair", "correlation of errors (estimate)", "95 %", f"above {TOGETHER:g}"]
     return Section("posterior", "The posterior of the panel", [Text(text), judges, Text(note), Table(columns, test)])
+
+
+def _of_slice(facts: Mapping[str, Any]) -> str:
+    """On which candidates errors are estimated, where not every judge was asked about every candidate."""
+    whole = facts.get("whole", facts["rows"])
+    if whole == facts["rows"]:
+        return ""
+    return f"How often judges are right, and err together, is estimated on the {number(whole)} of the audit slice. "

@@ -11,8 +11,8 @@ from ray_pipeline.data.dataset_files import Keep
 from ray_pipeline.data.dataset_rows import DatasetsConfig
 from ray_pipeline.data.datasets import Judged, dataset_files, dataset_rows
 from ray_pipeline.data.decisions import gate as gate_stage
-from ray_pipeline.data.early_exit import ExitRule, Scale
-from ray_pipeline.data.escalation import CallRule, Escalation
+from ray_pipeline.data.early_exit import Scale
+from ray_pipeline.data.escalation import CallRule
 from ray_pipeline.data.gate import Cut, GateConfig
 from ray_pipeline.data.posterior_gate import posterior_stage
 from ray_pipeline.data.reviewed import HumanLabels
@@ -87,14 +87,21 @@ class ScoredDataset:
             fault=self.fault,
             fault_share=self.fault_share,
             rejected=self.rejected,
-            scale=self.exit_rule.scale if isinstance(self.exit_rule, ExitRule) else None,
-            escalation=self.exit_rule if isinstance(self.exit_rule, Escalation) else None,
             role="numbers of decisions" if numbers_only else "",
+            **({} if self.exit_rule is None else self.exit_rule.of_gate),
         )
         if self.gate is None or not numbers_only:
             return decided
         if pooled:
-            return posterior_stage(self.gate, self.judges, decided, verdicts, self.humans, name=self.decisions)
+            return posterior_stage(
+                self.gate,
+                self.judges,
+                decided,
+                verdicts,
+                self.humans,
+                name=self.decisions,
+                skipped=self.exit_rule is not None,
+            )
         return certified_stage(self.gate, decided, name=self.decisions)
 
     def write(

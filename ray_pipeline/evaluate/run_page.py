@@ -50,7 +50,7 @@ def run_page(data: ReportData, metrics: RunMetrics, first_line: Headline, warnin
         contamination_section(data.contamination),
         labels,
         generators_section(metrics.generators, metrics.source_agreement),
-        levels_section(data.escalation),
+        levels_section(data.escalation, data.gate),
         judges_section(judging, metrics.kappa_intervals, thresholds, audit_slice=slice_only) if judging else None,
         checklists_section(metrics.checklists),
         errors_section(metrics.judge_errors, thresholds, audit_slice=slice_only),

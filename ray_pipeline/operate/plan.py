@@ -13,8 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ray_pipeline.config.messages import ConfigError, installing
-from ray_pipeline.data.early_exit import SLICE, ExitRule
-from ray_pipeline.data.escalation import Escalation, rule_of
+from ray_pipeline.data.escalation import rule_of
 from ray_pipeline.data.tokens import token_counter
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.progress import duration
@@ -102,13 +101,11 @@ def plan(config: RunConfig, dag: Dag, rates: Rates, count: Callable[[str, ModelS
         stages.append(planned)
     if not stages:
         notes.append(f"no stage of {dag.name} calls a model in this configuration")
-    if exits := [stage.name for stage in calling if isinstance(rule_of(stage), ExitRule)]:
-        notes.append(f"calls of {', '.join(exits)} are upper bounds: judge.early_exit skips those that cannot matter")
-    if later := [stage.name for stage in calling if isinstance(rule_of(stage), Escalation)]:
-        notes.append(
-            f"calls of {', '.join(later)} are upper bounds: judge.escalate asks them about candidates whose label is "
-            f"open after the levels before, and about {SLICE:.0%} of all (the audit slice) in any case"
-        )
+    bounded: dict[str, list[str]] = {}
+    for stage in calling:
+        if rule := rule_of(stage):
+            bounded.setdefault(rule.upper_bound, []).append(stage.name)
+    notes += [f"calls of {', '.join(names)} are upper bounds: {why}" for why, names in bounded.items()]
     if any(stage.bound for stage in stages):
         notes.append(
             "tokens marked ≤ are upper bounds: replies of max_tokens, which later prompts show at "

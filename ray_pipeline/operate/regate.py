@@ -22,7 +22,6 @@ from ray_pipeline.data.dataset_files import kto_weights, of_prompts
 from ray_pipeline.data.dataset_rows import DatasetsConfig, kto_rows
 from ray_pipeline.data.datasets import cut_to_size
 from ray_pipeline.data.decisions import decide_shard
-from ray_pipeline.data.early_exit import ExitRule
 from ray_pipeline.data.gate import label_counts
 from ray_pipeline.data.scored import ScoredDataset
 from ray_pipeline.data.tokens import Encode, token_counter
@@ -267,7 +266,7 @@ def _decisions(run: Run, rules: Rules) -> Iterator[tuple[pa.ChunkedArray, int, p
         old, new = (_decide(stage, tables, shard, run.num_shards) for stage in stages)
         decisions = new.tables["decisions"]
         lacking = new.counts.get("depends_on_skipped", 0)
-        if isinstance(rules.after.exit_rule, ExitRule) and rules.after.exit_rule.exact == "scores":
+        if rules.after.exit_rule is not None and rules.after.exit_rule.needs_scores:
             kept = pc.is_in(pc.field("label"), value_set=pa.array(["desirable", "undesirable"]))
             lacking += decisions.filter(kept)["final_score"].null_count
         yield tables["candidates"]["candidate_id"], lacking, old.tables["decisions"], decisions

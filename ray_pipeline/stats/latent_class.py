@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 #: A vote that was not read, or a truth that is not known. It is in no figure.
 MISSING = -1
+#: With fewer judges no votes show who of them is right.
+FEWEST = 3
 
 Votes = NDArray[np.int8]
 
@@ -75,17 +77,21 @@ def fit(
     tolerance: float = 1e-7,
     *,
     one_coin: bool = False,
+    alike: bool = False,
 ) -> LatentClasses:
     """The model of greatest likelihood, by EM.
 
     It starts with the shares of a row's votes, as Dawid and Skene do, so classes keep their names and equal input has
-    equal output. Missing votes are left out of the likelihood.
+    equal output. Missing votes are left out of the likelihood: where whether a judge votes depends on other votes of
+    the row alone, it has the same maximum as with the reason for the gaps in the model (Rubin 1976, "Inference and
+    missing data": missing at random).
 
     Args:
         votes: distinct rows, each with a vote, shape (rows, judges).
         weight: how often each row occurs, shape (rows,).
         classes: default: those up to the last one that has a vote.
         one_coin: one accuracy for each judge instead of a table of errors.
+        alike: one accuracy for all judges.
     """
     classes, judges = classes or int(votes.max()) + 1, votes.shape[1]
     cast = _cast(votes, classes)
@@ -95,8 +101,8 @@ def fit(
         weighted = found * weight[:, None]
         prior = np.clip(weighted.sum(axis=0) / weight.sum(), 1e-10, None)
         confusion = np.clip((cast.T @ weighted).reshape(judges, classes, classes), 1e-10, None)  # (judge, vote, truth)
-        if one_coin:
-            confusion = _one_coin(confusion)
+        if one_coin or alike:
+            confusion = _one_coin(confusion, alike)
         model = LatentClasses(prior, confusion / confusion.sum(axis=1, keepdims=True))
         posterior = model._given(cast)
         change = np.abs(posterior - found).max()
@@ -106,10 +112,11 @@ def fit(
     return model
 
 
-def _one_coin(confusion: Floats) -> Floats:
+def _one_coin(confusion: Floats, alike: bool) -> Floats:
     """Expected counts (judge, vote, truth) with a judge's accuracy the same for every truth and its errors uniform."""
     classes = confusion.shape[1]
-    right = np.trace(confusion, axis1=1, axis2=2) / confusion.sum(axis=(1, 2))
+    counts = np.broadcast_to(confusion.sum(axis=0), confusion.shape) if alike else confusion
+    right = np.trace(counts, axis1=1, axis2=2) / counts.sum(axis=(1, 2))
     share = ((1 - right) / max(classes - 1, 1))[:, None, None] + np.zeros_like(confusion)
     share[:, np.arange(classes), np.arange(classes)] = right[:, None]
     clipped: Floats = np.maximum(share, 1e-10)

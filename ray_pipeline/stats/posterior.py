@@ -11,6 +11,8 @@ judges who are not:
 
 The correlation is estimated with the model's own posterior as the truth. What most judges share is the truth to it, so
 that the estimate is low and the posterior still too sure where all judges err together.
+
+With two judges left there is one accuracy for both: two accuracies would fit as well with either of them always right.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from ray_pipeline.stats.judge_errors import (
     total,
 )
 from ray_pipeline.stats.kappa import kappa_of_tables
-from ray_pipeline.stats.latent_class import MISSING, LatentClasses, Votes, fit
+from ray_pipeline.stats.latent_class import FEWEST, MISSING, LatentClasses, Votes, fit
 
 #: Two judges with a kappa above this are hardly two.
 NEARLY_ONE = 0.98
@@ -49,11 +51,13 @@ class PanelPosterior:
         model: of the groups.
         errors: of the groups, each under the name of its first judge, by the model's posterior. Intervals leave out the
             error of the model.
+        rows: with a vote.
     """
 
     groups: tuple[tuple[int, ...], ...]
     model: LatentClasses
     errors: PanelErrors
+    rows: int
 
     @property
     def effective(self) -> float:
@@ -77,32 +81,48 @@ class PanelPosterior:
         Args:
             votes: shape (rows, judges).
         """
-        merged = _merged(votes, self.groups)
-        found = self.model.posterior(merged, self.power)
-        found[(merged == MISSING).all(axis=1)] = np.nan
-        return found
+        return posterior_of(votes, self.groups, self.model, self.power)
 
 
-def fit_posterior(judges: Sequence[str], counts: VoteCounts, classes: int, *, one_coin: bool) -> PanelPosterior:
+def posterior_of(votes: Votes, groups: Sequence[Sequence[int]], model: LatentClasses, power: float) -> Floats:
+    """As `PanelPosterior.posterior`, from the parts of a model."""
+    merged = _merged(votes, groups)
+    found = model.posterior(merged, power)
+    found[(merged == MISSING).all(axis=1)] = np.nan
+    return found
+
+
+def fit_posterior(
+    judges: Sequence[str], counts: VoteCounts, classes: int, *, one_coin: bool, whole: VoteCounts | None = None
+) -> PanelPosterior:
     """Fit a model to the votes of all judges. Equal counts give an equal model; no label is used.
 
     Args:
         counts: of all rows of votes; the truth in them is not used.
         classes: number of classes; votes are 0 to classes − 1.
         one_coin: as of `latent_class.fit`.
+        whole: of the rows on which every judge was asked, whatever the others voted; default: all rows. Which judges
+            are nearly one, and how far they err together, is taken from these: elsewhere, two judges who both voted
+            did so because others disagreed, so that their agreement there is not that on all rows.
     """
-    groups = _nearly_one(counts, classes)
-    unlabelled = np.full(len(counts.votes), MISSING, np.int8)
-    merged = total([VoteCounts(_merged(counts.votes, groups), unlabelled, counts.counts)], len(groups))
-    voted = merged.take((merged.votes != MISSING).any(axis=1))
+    whole = whole or counts
+    groups = _nearly_one(whole, classes)
+    voted, asked = _voted(counts, groups), _voted(whole, groups)
     if len(voted.votes):
-        model = fit(voted.votes, voted.counts.sum(axis=1), classes, one_coin=one_coin)
+        alike = len(groups) < FEWEST
+        model = fit(voted.votes, voted.counts.sum(axis=1), classes, one_coin=one_coin, alike=alike)
     else:
         model = LatentClasses(np.full(classes, 1 / classes), np.full((len(groups), classes, classes), 1 / classes))
     names = [judges[group[0]] for group in groups]
-    return PanelPosterior(
-        groups, model, panel_errors("estimate", names, voted, model.posterior(voted.votes), exact=True)
-    )
+    errors = panel_errors("estimate", names, asked, model.posterior(asked.votes), exact=True)
+    return PanelPosterior(groups, model, errors, int(voted.counts.sum()))
+
+
+def _voted(counts: VoteCounts, groups: Sequence[Sequence[int]]) -> VoteCounts:
+    """Votes of groups, where there are any."""
+    unlabelled = np.full(len(counts.votes), MISSING, np.int8)
+    merged = total([VoteCounts(_merged(counts.votes, groups), unlabelled, counts.counts)], len(groups))
+    return merged.take((merged.votes != MISSING).any(axis=1))
 
 
 def _nearly_one(counts: VoteCounts, classes: int) -> tuple[tuple[int, ...], ...]:

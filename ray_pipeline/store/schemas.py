@@ -130,15 +130,17 @@ DECISIONS = _schema(
     ("why", _S),
 )
 
-#: Decisions of a gate with a pool (`gate.pool`): with the panel's posterior, null where no judge's verdict was read.
-POOLED_DECISIONS = pa.schema(
-    [
-        *DECISIONS,
-        *_schema(
-            ("posterior_undesirable", _F, True), ("posterior_discard", _F, True), ("posterior_desirable", _F, True)
-        ),
-    ]
+#: The panel's posterior, null where no judge's verdict was read.
+POSTERIOR = _schema(
+    ("posterior_undesirable", _F, True), ("posterior_discard", _F, True), ("posterior_desirable", _F, True)
 )
+
+#: Decisions of a gate with a pool (`gate.pool`).
+POOLED_DECISIONS = pa.schema([*DECISIONS, *POSTERIOR])
+
+#: Candidates after a level of judges (`judge.escalate`), where the gate decides by posteriors: whether the label is
+#: open, and the posterior under the judges so far.
+LEVELS = pa.schema([*_schema(("candidate_id", _S), ("prompt_id", _S), ("level", _I), ("open", _B)), *POSTERIOR])
 
 #: Scores of a dataset row: a judge's name and its score.
 SCORES = pa.list_(pa.field("element", pa.struct([("judge", _S), ("score", _F)])))
@@ -433,6 +435,7 @@ TABLES: dict[str, pa.Schema] = {
     "critiques": CRITIQUES,
     "decisions": DECISIONS,
     "pooled_decisions": POOLED_DECISIONS,
+    "levels": LEVELS,
     "kto": KTO,
     "dpo": DPO,
     "sft": SFT,

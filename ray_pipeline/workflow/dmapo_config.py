@@ -109,11 +109,8 @@ class DmapoConfig(RoundsConfig):
                 "judge.early_exit skips calls about candidates that the gate leaves out, but human_labels.use may put "
                 "them into a dataset; set early_exit to off, or human_labels.use to report"
             )
-        if self.gate.over_all and self.exit_rule is not None:
-            raise ValueError(
-                f"{self.exit_rule.key} skips calls by the thresholds of the published gate alone; leave it out, or "
-                f"remove gate.{'kind' if self.gate.kind != 'published' else 'pool'}"
-            )
+        if self.exit_rule is not None:
+            self.exit_rule.check()
         if self.gate.kind == "certified" and humans is not None and humans.use == "gate":
             raise ValueError(
                 "human_labels.use: gate would replace labels that gate.kind certified promises; set it to report"

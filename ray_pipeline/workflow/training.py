@@ -219,9 +219,10 @@ class TrainingConfig(RunConfig):
         return self.report()
 
     def report_stage(self, stages: Sequence[Stage]) -> Stage:
-        """The page of these stages, and of the checklists that they read."""
-        lists = [parent for stage in stages for parent in stage.inputs.values() if parent.role_name == "checklists"]
-        stages = [*stages, *{stage.name: stage for stage in lists}.values()]
+        """The page of these stages, and of the checklists and open labels that they read."""
+        read = [parent for stage in stages for parent in stage.inputs.values()]
+        more = [parent for parent in read if parent.role_name in ("checklists", "levels")]
+        stages = [*stages, *{stage.name: stage for stage in more}.values()]
         base = self.base if self.trains_policy else None
         return evaluate(self.evaluate, self.report(), base, self.datasets.max_length, stages)
 

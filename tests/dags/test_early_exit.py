@@ -188,6 +188,27 @@ def test_later_judges_are_asked_only_where_the_label_is_open(server: Endpoint, t
     assert "no problem" in quorum("audit", str(run.folder))
 
 
+def test_posteriors_decide_who_is_asked(server: Endpoint, tmp_path: Path) -> None:
+    judge = {"rubrics": RUBRICS, "escalate": [["helpfulness", "factuality"], ["conciseness"]], "asking": {"retries": 1}}
+    gate = {"kind": "posterior", "pool": "one_coin"}
+    run = Made(server, tmp_path / "posterior", False, judge=judge, gate=gate)
+    opened = {row["candidate_id"] for row in run.table("levels").to_pylist() if row["open"]}
+    assert 0 < len(opened) < COUNT * K
+    numbers = json.loads((run.folder / "report" / "metrics.json").read_text())
+    settled = [level["settled"] for level in numbers["escalation"]["levels"]]
+    assert settled[1] == len([name for name in opened if in_audit_slice(name)])
+    late = {row["candidate_id"] for row in run.table("verdicts").to_pylist() if row["parse_status"] == "skipped"}
+    names = {name for name, _ in run.labels()}
+    assert late == {name for name in names - opened if not in_audit_slice(name)}
+    assert f"skipped: {len(late)} of {COUNT * K} rows of judge-level-2 (judge.escalate: " in run.output
+    assert "no problem" in quorum("audit", str(run.folder))
+    assert "none was probable at 0.9" in run.page and "of the audit slice" in run.page
+    assert "calls of judge-level-2 are upper bounds: judge.escalate" in quorum("plan", *run.arguments)
+    stricter = Made(server, tmp_path / "posterior", False, "gate.posterior_at=0.99", judge=judge, gate=gate)
+    assert not stricter.asked & run.asked  # other thresholds repeat no call
+    assert "no problem" in quorum("audit", str(run.folder))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -106,7 +106,7 @@ def test_agreement_with_all_judges_is_that_of_the_slice() -> None:
     assert [level.asked for level in found.levels] == [1500, 300 + len(first)]
     assert (found.levels[0].calls, found.levels[0].tokens, found.levels[0].cost) == (10, 100, 0.5)
     assert found.levels[1].calls == 9
-    section = levels_section(found)
+    section = levels_section(found, gate)
     assert section is not None and "candidates the label of all judges" in str(section.blocks[0])
     decided, _ = decide_by_level(*tables, rule)
     whole = decide(full.candidates, full.verdicts, full.critiques, rule.judges, gate)
@@ -117,6 +117,7 @@ def test_agreement_with_all_judges_is_that_of_the_slice() -> None:
 
 
 PANEL = "judge.escalate=[[helpfulness, factuality], [conciseness]]"
+POSTERIOR = ("gate.kind=posterior", "gate.pool=one_coin")
 
 
 def test_each_level_waits_for_those_before_in_every_round() -> None:
@@ -127,6 +128,13 @@ def test_each_level_waits_for_those_before_in_every_round() -> None:
         assert waits[first[0]] == waits[first[1]] == []
         assert waits[f"{judge}-level-2"] == [f"verdicts/{name}" for name in first]
     assert waits["critic"] == []
+    by_posterior = dmapo(load_config(DmapoConfig, "pocket_rounds", [PANEL, *POSTERIOR]), "/run")
+    stages = {stage.name: stage for stage in by_posterior.stages}
+    for judge in ("judge", "judge-2"):
+        asked = [f"verdicts/{judge}-level-1-{name}" for name in ("factuality", "helpfulness")]
+        assert sorted(set(stages[f"{judge}-level-2"].inputs) - {"prompts", "candidates"}) == ["opened"]
+        assert sorted(stages[f"{judge}-after-level-1"].inputs) == ["candidates", *asked]
+    assert stages["judge-2-after-level-1"].round == 2
     responses = next(stage for stage in dag.stages if stage.name == "score-responses-conciseness")
     assert rule_of(responses) is None  # responses of an evaluated policy are scored by all judges
 
@@ -141,8 +149,11 @@ def test_each_level_waits_for_those_before_in_every_round() -> None:
         (["judge.escalate=[[helpfulness], [factuality]]"], "'conciseness' is in no level"),
         (["judge.escalate=[helpfulness, factuality]"], "judge.escalate.0"),
         ([PANEL, "judge.early_exit=scores"], "escalate and early_exit are both set"),
-        ([PANEL, "gate.pool=one_coin"], "judge.escalate skips calls.*remove gate.pool"),
-        ([PANEL, "gate.kind=certified", "gate.labels=x"], "judge.escalate skips calls.*remove gate.kind"),
+        ([PANEL, "gate.kind=certified", "gate.labels=x"], "gate.kind certified are drawn from the audit slice"),
+        (
+            ["judge.escalate=[[factuality], [helpfulness, conciseness]]", *POSTERIOR],
+            "one judge alone is always right",
+        ),
         (
             [
                 "judge.programs=[{name: form, checker: pocket}]",

@@ -72,8 +72,8 @@ def test_labels_follow_from_the_posterior_and_the_audit_recomputes_both(publishe
     assert audited(run, config, posterior=damaged(facts, "power")).keys() == {"posterior"}
     for part in ("", "prior", "errors", "power", "groups"):
         check = PosteriorCheck(damaged(facts, part), config.judge.names, config.gate)
-        for own in scores.values():
-            check.expected([own.get(judge) for judge in config.judge.names])
+        for name, own in scores.items():
+            check.expected(name, [own.get(judge) for judge in config.judge.names])
         assert bool(list(check.problems())) == bool(part), part
     assert any(line.endswith(effective_text(facts)) for line in lines)
 

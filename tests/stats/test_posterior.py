@@ -73,6 +73,31 @@ def test_a_pair_that_errs_together_is_found_and_no_other() -> None:
         assert [(p.judge_a, p.judge_b) for p in fitted(votes).dependent] == [("f", "g")], seed
 
 
+@pytest.mark.parametrize("shared", [0.0, 0.5])
+def test_votes_that_are_missing_by_what_others_voted(shared: float) -> None:
+    """Three judges vote on all rows, three more where those leave it open, and on a slice. If judges err on their own,
+    accuracies are as with all votes, where the rows on which all voted give others; if they share errors, later judges
+    seem worse than they are. The slice has the correlation of all rows; rows on which two voted have less of it."""
+    for seed in range(3):
+        votes, _ = panel(20_000, 6, right=0.75, shared=shared, seed=seed)
+        sliced = np.random.default_rng(seed).random(len(votes)) < 0.05
+        asked = sliced | (fitted(votes[:, :3]).posterior(votes[:, :3]).max(axis=1) < 0.9)
+        partly = votes.copy()
+        partly[~asked, 3:] = MISSING
+        every, hard, selected = (fitted(some) for some in (votes, votes[asked], partly))
+        found = fit_posterior(NAMES[:6], counted(partly), 3, one_coin=True, whole=counted(partly[sliced]))
+        away = right_of(found) - right_of(every)
+        assert np.abs(away[:3]).max() < 0.02 and (right_of(every) - right_of(hard))[:3].min() > 0.1
+        assert np.abs(away[3:]).max() < 0.02 if shared == 0 else away[3:].max() < -0.08
+        assert found.errors.rows == sliced.sum() and found.rows == len(votes)
+        r, r_slice, r_selected = (one.errors.correlation.mean or 0.0 for one in (every, found, selected))
+        assert abs(r_slice - r) < 0.04 and (shared == 0 or r_selected < 0.5 * r)
+
+
+def right_of(model: PanelPosterior) -> np.ndarray:
+    return model.model.errors[:, 0, 0]
+
+
 @pytest.mark.parametrize("copies", [2, 3, 5])
 def test_copies_of_a_judge_change_nothing(copies: int) -> None:
     votes, _ = panel(2000, 4, right=0.8, shared=0.2, seed=1)
