@@ -1,10 +1,10 @@
 """What the pipeline costs over the engine: the judge stage's calls/s through Ray Data, store and call log, over the
-same requests sent to the same engine in a bare asyncio loop.
+same requests sent to vLLM alone (`perf/bare.py`).
 
     python perf/overhead.py [--prompts 1200] [--rounds 3]
 
-Engine start is left out on both sides, the call log is empty in every round, the concurrency is the same, and the two
-sides take turns, so that a machine whose speed drifts slows both. Prints one table; the median ratio is the figure.
+Engine start is left out on both sides, the call log is empty in every round, and the two sides take turns, so that a
+machine whose speed drifts slows both. Prints one table; the median ratio is the figure.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import dataclasses
 import functools
-import multiprocessing
 import random
 import statistics
 import tempfile
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from bare import bare_loop, in_own_process
 
 from ray_pipeline.agents.judges import judge
 from ray_pipeline.config.loading import load_config
@@ -146,27 +146,6 @@ def through_the_pipeline(config: DmapoConfig, tables: dict[str, ShardedTable], f
     return time.monotonic() - float(note.read_text()), calls
 
 
-def bare_loop(spec: VllmSpec, asked: list[tuple[list[Message], Sampling]], limit: int, answer: Any) -> None:
-    """In a process of its own: the same requests, the same number in flight, nothing else."""
-
-    async def loop() -> float:
-        engine = VllmEngine(spec)
-        await engine.start()
-        slots = asyncio.Semaphore(limit)
-
-        async def one(messages: list[Message], sampling: Sampling) -> None:
-            async with slots:
-                await engine.chat(messages, sampling)
-
-        begin = time.monotonic()
-        await asyncio.gather(*(one(m, s) for m, s in asked))
-        seconds = time.monotonic() - begin
-        await engine.close()
-        return seconds
-
-    answer.put(asyncio.run(loop()))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="pipeline calls/s over bare engine calls/s")
     parser.add_argument("--prompts", type=int, default=1200, help="4 candidates each, 3 judges")
@@ -174,23 +153,17 @@ def main() -> None:
     arguments = parser.parse_args()
     config = load_config(DmapoConfig, "tests/one_judge.yaml", ["judge.asking.retries=0"])
     judging = config.models["judge"]
-    limit = judging.placement.concurrency or VllmEngine(judging.spec()).useful_concurrency
-    context = multiprocessing.get_context("spawn")
     figures = []
     with tempfile.TemporaryDirectory() as folder:
         tables = inputs(Path(folder), arguments.prompts, config.prompts.num_shards)
         asked = asyncio.run(requests(config, tables))
-        print(f"{len(asked)} calls, {limit} in flight, {config.prompts.num_shards} shards, {arguments.rounds} rounds")
+        print(f"{len(asked)} calls, {config.prompts.num_shards} shards, {arguments.rounds} rounds")
         print(f"{'round':>5} {'pipeline calls/s':>17} {'bare loop calls/s':>18} {'ratio':>6}")
         for number in range(arguments.rounds):
             start_ray({})
             seconds, calls = through_the_pipeline(config, tables, Path(folder) / f"round-{number}")
             ray.shutdown()
-            answer = context.Queue()
-            process = context.Process(target=bare_loop, args=(judging.spec(), asked, limit, answer))
-            process.start()
-            bare = answer.get(timeout=900)
-            process.join()
+            bare = in_own_process(bare_loop, judging.spec(), asked).wall_seconds
             assert calls == len(asked), f"the pipeline made {calls} calls, not {len(asked)}"
             ours, theirs = calls / seconds, len(asked) / bare
             figures.append(ours / theirs)
