@@ -41,7 +41,7 @@ light: $(MADE)
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 test: light
-	$(VENV)/bin/python -m pytest -m e2e -n 2 --dist loadfile --durations=40 --ignore tests/submit
+	$(VENV)/bin/python -m pytest -m e2e -n 2 --dist loadfile --no-loadscope-reorder --durations=40 --ignore tests/submit
 	$(VENV)/bin/python -m pytest -m e2e tests/submit  # whole clusters, whose nodes are lost when they answer late
 
 venv: $(MADE)

@@ -22,6 +22,24 @@ os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 
 REPOSITORY = Path(__file__).parents[1]
 
+#: The files whose end-to-end tests take longest, in this order. They begin first, so that short ones are left for the
+#: end, when no worker of xdist should wait for another.
+LONGEST = (
+    "dags/test_pocket.py",
+    "training/test_fit.py",
+    "dags/test_object_store.py",
+    "dags/test_resume.py",
+    "dags/test_smol.py",
+    "dags/test_benchmarks.py",
+    "dags/test_rounds_run.py",
+    "pocket/test_models.py",
+    "dags/test_in_process.py",
+    "engines/test_vllm_processes.py",
+    "dags/test_operator.py",
+    "dags/test_agreement.py",
+    "dags/test_endpoint.py",
+)
+
 # A busy machine says nothing about the code.
 settings.register_profile("quorum", deadline=None)
 settings.load_profile("quorum")
@@ -31,6 +49,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """Light tests compute in one thread: xdist's workers share the cores, and small matrices only wait for threads."""
     if config.getoption("markexpr") == "not e2e":
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, with the tests
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {REPOSITORY / "tests" / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(LONGEST)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -219,5 +219,5 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if not (folder / "datasets").exists():
             command = ["run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), "--to", "datasets", *SMALL]
             quorum = run(*command, "--executor", "inprocess")
-            assert quorum.living_engines() == []
+            assert quorum.living_engines() == [] and quorum.actors == {}
     return folder

@@ -98,9 +98,8 @@ class PolicyWorld:
 
     def _execute(self, dag: Dag, from_group: str | None) -> dict[str, StageResult]:
         session = Session(str(self.folder), str(self.folder / "calls"), 1)
-        outcome = execute(
-            dag, RunSettings(session, {}), InProcessExecutor(), from_group=from_group, console=Console(quiet=True)
-        )
+        settings = RunSettings(session, {}, beat_seconds=0.1)
+        outcome = execute(dag, settings, InProcessExecutor(), from_group=from_group, console=Console(quiet=True))
         assert not outcome.failures, outcome.failures
         return outcome.results
 
