@@ -1,8 +1,8 @@
 """vLLM alone: the same calls through `AsyncLLM`, as a script without Quorum would make them.
 
 The arguments are those that the model's user sets, and vLLM's defaults for batch work (the usage context of
-`vllm.LLM`). Its CPU build has no such defaults; there Quorum's are taken. All calls are handed over at once, since vLLM
-queues them itself. Engine start and the first use of the grammar back end are left out.
+`vllm.LLM`). Its CPU build has no such defaults; there Quorum's are taken, with its threads. All calls are handed over
+at once, since vLLM queues them itself. Engine start and the first use of the grammar back end are left out.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import asyncio
 import concurrent.futures
 import json
 import multiprocessing
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -20,7 +19,7 @@ from ray_pipeline.engines.base import Grammar, Message, Sampling
 from ray_pipeline.engines.core_server import is_cpu_build
 from ray_pipeline.engines.usage import Usage
 from ray_pipeline.engines.vllm_arguments import engine_args
-from ray_pipeline.engines.vllm_processes import prepare_environment
+from ray_pipeline.engines.vllm_processes import Reaper, child_environment, end_processes, prepare_environment
 from ray_pipeline.engines.vllm_replies import sampling_params
 from ray_pipeline.engines.vllm_spec import VllmSpec
 
@@ -57,20 +56,18 @@ def bare_loop(spec: VllmSpec, calls: Sequence[Call]) -> Usage:
 
 async def _loop(spec: VllmSpec, calls: Sequence[Call]) -> Usage:
     prepare_environment()
-    cpu = is_cpu_build()
-    if cpu:
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # read by torch's import; compiled samplers cost 7 s there
+    cpu, owner = is_cpu_build(), Reaper()
+    with child_environment(owner, cpu=cpu):
+        from transformers import AutoTokenizer
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.usage.usage_lib import UsageContext
+        from vllm.v1.engine.async_llm import AsyncLLM
 
-    from transformers import AutoTokenizer
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.usage.usage_lib import UsageContext
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    arguments = engine_args(spec, None, cpu=True) if cpu else {}
-    arguments |= {"model": spec.model, "dtype": spec.dtype, "disable_log_stats": True, **spec.args}
-    if spec.max_model_len is not None:
-        arguments["max_model_len"] = spec.max_model_len
-    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)
+        arguments = engine_args(spec, None, cpu=True) if cpu else {}
+        arguments |= {"model": spec.model, "dtype": spec.dtype, "disable_log_stats": True, **spec.args}
+        if spec.max_model_len is not None:
+            arguments["max_model_len"] = spec.max_model_len
+        engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)
     tokenizer = AutoTokenizer.from_pretrained(spec.model)
 
     async def make(name: str, messages: list[Message], sampling: Sampling) -> Usage:
@@ -96,4 +93,4 @@ async def _loop(spec: VllmSpec, calls: Sequence[Call]) -> Usage:
         made = await asyncio.gather(*(make(str(number), *call) for number, call in enumerate(calls)))
         return sum(made, Usage(wall_seconds=time.monotonic() - begin))
     finally:
-        engine.shutdown()
+        end_processes(engine, owner, None)

@@ -6,10 +6,10 @@ alone, a roofline, and the figures to reach.
 
 The models have the shapes of Mistral-7B (policy) and Qwen3-8B (judges and critic) and random weights, so that nothing
 is downloaded; their tokenizer is Mistral's Tekken, from the package mistral-common, cut to the size of the vocabulary.
-Random weights never end a reply: responses have exactly `new_tokens` tokens, and the reasons of verdicts are as long as
-the grammar allows. The pipeline is configs/dmapo.yaml from prompts to gate, with 256 prompts; the same calls of judges
-and critic then go to `AsyncLLM` alone (`perf/bare.py`), and the same rows to a plain TRL script
-(`perf/train_overhead.py`). Starts of engines and workers are left out on all sides.
+Random weights never end a reply: every response has `new_tokens` tokens, and a verdict, under its grammar, is cut at
+`reply_tokens` and stays unread; its cost counts here, not its content. The pipeline is configs/dmapo.yaml from prompts
+to gate, with 256 prompts; the same calls of judges and critic then go to `AsyncLLM` alone (`perf/bare.py`), and the
+same rows to a plain TRL script (`perf/train_overhead.py`). Starts of engines and workers are left out on all sides.
 
 The roofline is the least time that a device can take, by its FLOP/s (matrix product) and bytes/s (copy), both measured
 here. P are the parameters that are multiplied (all but the input embedding), B the sequences of a batch:
@@ -67,7 +67,7 @@ class Shape:
     Attributes:
         policy, judge: of `MistralConfig` and `Qwen3Config`.
         words: of an instruction, and of each side of a training row.
-        new_tokens: of a response.
+        new_tokens, reply_tokens: of a response, and of a reply of a judge or the critic.
         args: of vLLM, beside dummy weights.
         rows, batch: of the training, and of an optimiser step.
     """
@@ -79,6 +79,7 @@ class Shape:
     shards: int
     words: int
     new_tokens: int
+    reply_tokens: int
     rows: int
     batch: int
     args: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -93,11 +94,13 @@ SHAPES = {
     "published": Shape(
         {**_HEADS, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 32000, "sliding_window": None},
         {**_HEADS, "intermediate_size": 12288, "num_hidden_layers": 36, "vocab_size": 151936},
-        "bfloat16", prompts=256, shards=16, words=120, new_tokens=256, rows=320, batch=16,
+        "bfloat16", prompts=256, shards=16, words=120, new_tokens=256, reply_tokens=96,
+        rows=320, batch=16,
     ),
     "tiny": Shape(
         {**_TINY, "sliding_window": None}, _TINY,
-        "float32", prompts=4, shards=2, words=20, new_tokens=16, rows=16, batch=4, args={"max_num_seqs": 32},
+        "float32", prompts=4, shards=2, words=20, new_tokens=16, reply_tokens=16,
+        rows=16, batch=4, args={"max_num_seqs": 32},
     ),
 }  # fmt: skip
 
@@ -252,8 +255,8 @@ def configuration(shape: Shape, folder: Path) -> DmapoConfig:
         "candidates.sampling.extra": {"ignore_eos": True},
         # What `auto` chooses for such lengths. Its stage would keep judges and critic from sharing an engine.
         "judge.layout": "shared_first",
-        "judge.asking": {"retries": 0},
-        "critic.asking": {"retries": 0},
+        **{f"{role}.sampling.max_tokens": shape.reply_tokens for role in ("judge", "critic")},
+        **{f"{role}.asking.retries": 0 for role in ("judge", "critic")},
         "failure.max_error_rate": 1.0,
     }
     for role in ("policy", "judge"):

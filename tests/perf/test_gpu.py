@@ -52,6 +52,10 @@ def test_what_is_measured_is_the_published_method(tmp_path: Path) -> None:
     assert [r.name for r in config.judge.rubrics] == ["helpfulness", "factuality", "conciseness"]
     assert config.gate.use_critic and config.judge.early_exit == "off" and config.candidates.k == 4
     assert config.candidates.sampling.max_tokens == SHAPES["tiny"].new_tokens
+    assert config.critic is not None
+    for asking in (config.judge, config.critic):
+        assert asking.sampling.max_tokens == SHAPES["tiny"].reply_tokens and asking.sampling.temperature == 0
+        assert asking.asking.retries == 0 and asking.asking.reason_chars == 400
 
 
 def test_the_table() -> None:
@@ -68,6 +72,7 @@ def test_all_parts_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--shape", "tiny", "--executor", "inprocess"])
     printed = capsys.readouterr().out
     assert "16 candidates of 16 tokens, 64 calls of judges and critic" in printed
+    assert "16 generated (alone: 16)" in printed
     rows = {m[1].strip(): m[0].split() for m in re.finditer(r"(?m)^([a-z/,% ]+?) {2,}.*$", printed)}
     for name in ("judged candidates/s", "computed tokens/s", "train tokens/s"):
         ours, alone, ratio = (float(cell.replace(",", "")) for cell in rows[name][2:5])
