@@ -54,10 +54,26 @@ PROBLEMS = {
 
 
 @dataclasses.dataclass(frozen=True)
+class PanelModels:
+    """The models of all votes on the candidates of a round.
+
+    Attributes:
+        stage: the one that decides on them.
+        posterior: the model of a gate with a pool; None without one.
+        opened: by level, from 1, the model by which its labels are open; nothing where thresholds say that.
+    """
+
+    stage: str = "gate"
+    posterior: Mapping[str, Any] | None = None
+    opened: Mapping[int, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
 class RunTables:
     """Tables of a run, and the settings they were made with.
 
     Attributes:
+        candidates: one table, or joined those of the rounds that were used.
         verdicts: one table, or one for each judge stage.
         critiques: None where the gate did not use the critic.
         datasets: location of the datasets stage's folder (kto/, dpo/, stats.json).
@@ -68,10 +84,9 @@ class RunTables:
         ticked: the judges with a checklist; their replies are read again.
         checklists: tables with the items of those whose items were written.
         levels: judges level by level, where only the first are asked about every candidate (`judge.escalate`).
-        opened: by level, from 1, the model by which its labels are open; nothing where thresholds say that.
+        models: one for each table of candidates, in their order.
         scale: of the judges' scores, where verdicts may be skipped or rows are weighted.
         threshold: of a certified gate; None where it certified nothing.
-        posterior: the model of a gate with a pool; None without one.
     """
 
     prompts: ShardedTable
@@ -89,10 +104,9 @@ class RunTables:
     ticked: Sequence[Rubric] = ()
     checklists: Sequence[ShardedTable] = ()
     levels: Sequence[Sequence[str]] = ()
-    opened: Mapping[int, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    models: Sequence[PanelModels] = (PanelModels(),)
     scale: tuple[int, int] | None = None
     threshold: float | None = None
-    posterior: Mapping[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +212,12 @@ class Findings(Problems):
             return []
         self.rows[table.kind] += len(rows)
         return rows
+
+    def read_candidates(self, shard: int) -> list[Row]:
+        """Candidates of a shard, each with the place of its table among those of the rounds under "_round"."""
+        joined = self.run.candidates
+        tables = joined.tables if isinstance(joined, JoinedTables) else [joined]
+        return [{**row, "_round": place} for place, table in enumerate(tables) for row in self.read(table, shard)]
 
     def check_counts(self, stats: Mapping[str, Any]) -> None:
         """Compare stats.json with the audit's own counts."""

@@ -5,19 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from ray_pipeline.audit.findings import Row, RunTables
+from ray_pipeline.audit.findings import PanelModels, Row, RunTables
 from ray_pipeline.audit.formulas import close, gate_label, gate_numbers, is_skipped, read_score
 from ray_pipeline.audit.posterior import PosteriorCheck, in_slice
 
 
 class PanelCheck:
-    """The judges that each candidate needs, its posterior, and at the end the models behind both."""
+    """The judges that each candidate of a round needs, its posterior, and at the end the models behind both."""
 
-    def __init__(self, run: RunTables) -> None:
-        self._run, self._models, self._final = run, dict[int, PosteriorCheck](), None
-        if run.posterior is not None:
-            self._final = PosteriorCheck(run.posterior, run.judges, run.gate, skipped=bool(run.levels))
-        for level, facts in sorted(run.opened.items()):
+    def __init__(self, run: RunTables, models: PanelModels) -> None:
+        self.stage, self._run = models.stage, run
+        self._models, self._final = dict[int, PosteriorCheck](), None
+        if models.posterior is not None:
+            self._final = PosteriorCheck(models.posterior, run.judges, run.gate, skipped=bool(run.levels))
+        for level, facts in sorted(models.opened.items()):
             judges = [judge for names in run.levels[:level] for judge in names]
             self._models[level] = PosteriorCheck(facts, judges, run.gate, skipped=level > 1)
 
@@ -77,7 +78,7 @@ class PanelCheck:
         )
 
     def problems(self) -> Iterator[str]:
-        """What of the stored models does not follow from the votes of all candidates."""
+        """What of the stored models does not follow from the votes of all candidates of the round."""
         yield from () if self._final is None else self._final.problems()
         for level, model in self._models.items():
             yield from (f"after level {level}, {message}" for message in model.problems())

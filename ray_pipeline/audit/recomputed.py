@@ -49,10 +49,11 @@ class Recomputed:
         self, candidates: Mapping[str, Row], verdicts: Mapping[tuple[str, str], Row]
     ) -> Iterator[tuple[str, str]]:
         """Candidate and message for each score of a reward model that differs from the map of its scale or, by rank,
-        from the share of the prompt's other candidates that are worse (ties: half), on the judge's scale."""
-        of_prompt: dict[str, list[str]] = collections.defaultdict(list)
+        from the share of the prompt's other candidates in the same round that are worse (ties: half), on the judge's
+        scale."""
+        of_prompt: dict[tuple[str, int], list[str]] = collections.defaultdict(list)
         for name, candidate in candidates.items():
-            of_prompt[candidate["prompt_id"]].append(name)
+            of_prompt[candidate["prompt_id"], candidate["_round"]].append(name)
         for judge in self._rewards:
             for names in of_prompt.values():
                 rows = {name: verdicts.get((name, judge.name)) for name in names}

@@ -7,7 +7,7 @@ row by row, so that a mistake in either of the two shows.
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ray_pipeline.audit.findings import AuditReport, Findings, Row, RunTables, row_id, shard_or_none
@@ -47,11 +47,12 @@ def audit_run(run: RunTables, encode: Encode | None = None, max_problems: int = 
     stats = Folder(run.datasets).read_json("stats.json", set_aside=True)
     audit.rules = stats.get("rules", 1)
     training = audit.training_rows(stats["fingerprint"])
-    panel = PanelCheck(run)
+    panels = [PanelCheck(run, models) for models in run.models]
     for shard in range(run.prompts.num_shards):
-        _Shard(audit, shard, training, panel).check()
-    for message in panel.problems():
-        audit.problem("posterior", "decisions", "model", message)
+        _Shard(audit, shard, training, panels).check()
+    for panel in panels:
+        for message in panel.problems():
+            audit.problem("posterior", "decisions", panel.stage, message)
     for kind in run.config.kinds:
         for number in range(run.prompts.num_shards):
             training[kind].pop(number, None)
@@ -66,16 +67,12 @@ class _Shard:
     """One shard: all its rows by key, and the checks on them."""
 
     def __init__(
-        self,
-        audit: Findings,
-        shard: int,
-        training: Mapping[str, Mapping[int, list[Row]]],
-        panel: PanelCheck,
+        self, audit: Findings, shard: int, training: Mapping[str, Mapping[int, list[Row]]], panels: Sequence[PanelCheck]
     ) -> None:
-        self.audit, self.number, self.panel = audit, shard, panel
+        self.audit, self.number, self.panels = audit, shard, panels
         run = self.run = audit.run
         self.prompts = self._index("prompts", audit.read(run.prompts, shard), "prompt_id")
-        self.candidates = self._index("candidates", audit.read(run.candidates, shard), "candidate_id")
+        self.candidates = self._index("candidates", audit.read_candidates(shard), "candidate_id")
         verdicts = [row for table in run.verdicts for row in audit.read(table, shard)]
         self.verdicts = self._index("verdicts", verdicts, "candidate_id", "judge")
         critiques = audit.read(run.critiques, shard) if run.critiques and run.gate.use_critic else []
@@ -152,15 +149,15 @@ class _Shard:
         if decision is None:
             self.audit.problem("missing", "decisions", name, "the candidate has no decision")
             return
-        cut = self._is_cut(candidate)
-        asked, wrong = self.panel.asked(candidate, cut and self.run.gate.cut == "exclude", self.verdicts)
+        cut, panel = self._is_cut(candidate), self.panels[candidate["_round"]]
+        asked, wrong = panel.asked(candidate, cut and self.run.gate.cut == "exclude", self.verdicts)
         for message in wrong:
             self.audit.problem("level", "verdicts", name, message)
         verdicts = [self.verdicts.get((name, judge)) for judge in asked]
         scores = [read_score(row, "score") for row in verdicts]
         flawed = read_score(self.critiques.get(name), "flawed") if self.run.gate.use_critic else False
         numbers = {"numbers": gate_numbers(scores, flawed, self.run.gate)}
-        numbers |= {"posterior": self.panel.posterior(name, self.verdicts)}
+        numbers |= {"posterior": panel.posterior(name, self.verdicts)}
         for kind, column, expected in ((k, c, value) for k, found in numbers.items() for c, value in found.items()):
             if not close(decision[column], expected):
                 self.audit.problem(kind, "decisions", name, f"{column} is {decision[column]}, should be {expected}")

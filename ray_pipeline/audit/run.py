@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from ray_pipeline.agents.jurors import JuryRule
-from ray_pipeline.audit.findings import AuditReport, RunTables
+from ray_pipeline.audit.findings import AuditReport, PanelModels, RunTables
 from ray_pipeline.audit.loop import audit_loop
 from ray_pipeline.audit.rows import audit_run
 from ray_pipeline.data.datasets import cut_to_size
@@ -97,11 +97,11 @@ def _check_done(run: Run, stages: Sequence[str]) -> None:
 
 def _audit(run: Run, made: ScoredDataset, files: str, judge: JudgeSettings | None) -> AuditReport:
     results = _behind(run, made.rows)
-    critiques = of_role(results, "critiques")
+    candidates, critiques = of_role(results, "candidates"), of_role(results, "critiques")
     assert made.gate is not None
     tables = RunTables(
         prompts=run.results["prompts"].table(),
-        candidates=_joined(of_role(results, "candidates")),
+        candidates=_joined(candidates),
         verdicts=[result.table() for result in of_role(results, "verdicts")],
         critiques=_joined(critiques) if critiques else None,
         decisions=_joined(of_role(results, "decisions")),
@@ -115,12 +115,19 @@ def _audit(run: Run, made: ScoredDataset, files: str, judge: JudgeSettings | Non
         ticked=[] if judge is None else [rubric for rubric in judge.rubrics if rubric.is_checklist],
         checklists=[result.table() for result in of_role(results, "checklists")],
         levels=() if made.exit_rule is None else made.exit_rule.levels,
-        opened={result.facts["level"]: result.facts["posterior"] for result in of_role(results, "levels")},
+        models=[_models(results, result.round) for result in candidates],
         scale=made.scale,
         threshold=run.results[made.decisions].facts.get("certified", {}).get("threshold"),
-        posterior=run.results[made.decisions].facts.get("posterior"),
     )
     return audit_run(tables, token_counter(None if made.policy is None else made.policy.tokenizer))
+
+
+def _models(results: Mapping[str, StageResult], number: int) -> PanelModels:
+    """The models of a round, by its number."""
+    own = {name: result for name, result in results.items() if result.round == number}
+    decided = of_role(own, "decisions")[0]
+    opened = {result.facts["level"]: result.facts["posterior"] for result in of_role(own, "levels")}
+    return PanelModels(decided.name, decided.facts.get("posterior"), opened)
 
 
 def _behind(run: Run, rows: str) -> dict[str, StageResult]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from dags.baselines import BaselinesConfig
 from dags.dmapo import audit, dmapo
 from ray_pipeline.config.loading import read_config
 from ray_pipeline.config.messages import ConfigError
+from ray_pipeline.engines.base import REWARD, Message, Sampling
 from ray_pipeline.evaluate.rounds import round_stats
 from ray_pipeline.evaluate.stage import write_report
 from ray_pipeline.graph.in_process import make_here
@@ -23,6 +26,8 @@ from ray_pipeline.graph.stage import Dag, Stage, StageResult
 from ray_pipeline.operate.regate import regate
 from ray_pipeline.workflow.dmapo_config import DmapoConfig
 from tests.dags.played_rounds import play_rounds
+from tests.golden.scripted_run import script
+from tests.scripted import Reply, Script
 
 SHARDS = 4
 
@@ -159,16 +164,20 @@ def test_a_comparison_has_no_rounds() -> None:
 # --- two rounds on scripted replies -----------------------------------------------------------------------------------
 
 
-def two_rounds(folder: Path, *overrides: str) -> tuple[Run, DmapoConfig]:
+def two_rounds(folder: Path, *overrides: str, replies: Script | None = None) -> tuple[Run, DmapoConfig]:
     given = config("rounds.n=2", "rounds.prompts=same", "datasets.kinds=[kto,dpo,sft]", *overrides)
-    return play_rounds(folder, given, dmapo(given, str(folder))), given
+    return play_rounds(folder, given, dmapo(given, str(folder)), replies), given
+
+
+def found_in(run: Run, given: DmapoConfig) -> dict[str, dict[str, int]]:
+    """The kinds and numbers of problems in each dataset."""
+    return {name: report.found for name, report in audit(run, given).reports.items()}
 
 
 @pytest.mark.parametrize("data", ["last", "all"])
 def test_rows_are_walked_back_over_rounds(tmp_path: Path, data: str) -> None:
     run, given = two_rounds(tmp_path, f"rounds.data={data}")
-    reports = audit(run, given).reports
-    assert {name: report.found for name, report in reports.items()} == {"datasets": {}, "datasets-2": {}}
+    assert found_in(run, given) == {"datasets": {}, "datasets-2": {}}
     ids = [set(run.results[f"candidates{n}"].table().read_all()["candidate_id"].to_pylist()) for n in ("", "-2")]
     assert not ids[0] & ids[1]
     tables = [pq.read_table(tmp_path / run.stages["datasets-2"].path / "kto" / split) for split in ("train", "val")]
@@ -180,8 +189,33 @@ def test_rows_are_walked_back_over_rounds(tmp_path: Path, data: str) -> None:
     changed = ["discard" if label == "desirable" else label for label in kept["label"].to_pylist()]
     assert changed != kept["label"].to_pylist()
     decisions.write(0, kept.set_column(kept.schema.get_field_index("label"), kept.schema.field("label"), [changed]))
-    found = {name: report.found for name, report in audit(run, given).reports.items()}
+    found = found_in(run, given)
     assert found["datasets"] and bool(found["datasets-2"]) == (data == "all")
+
+
+def test_every_round_has_models_of_its_own(tmp_path: Path) -> None:
+    levels = "judge.escalate=[[helpfulness,factuality],[conciseness]]"
+    by_posterior = ("gate.kind=posterior", "gate.pool=one_coin", "gate.posterior_at=0.8")
+    run, given = two_rounds(tmp_path, "rounds.data=all", levels, *by_posterior)
+    models = [run.results[name] for name in ("gate", "gate-2", "judge-after-level-1", "judge-2-after-level-1")]
+    assert models[0].facts["posterior"]["prior"] != models[1].facts["posterior"]["prior"]
+    assert found_in(run, given) == {"datasets": {}, "datasets-2": {}}
+    for result in models:
+        model = result.facts["posterior"]
+        damaged = {**result.facts, "posterior": {**model, "prior": model["prior"][::-1]}}
+        results = {**run.results, result.name: dataclasses.replace(result, facts=damaged)}
+        found = found_in(dataclasses.replace(run, results=results), given)
+        assert "posterior" in found["datasets-2"] and ("posterior" in found["datasets"]) == (result.round == 1)
+
+
+def test_rewards_are_ranked_within_a_round(tmp_path: Path) -> None:
+    pairs = ("models.reward={model: pocket:generator}", "judge.rewards=[{name: pairs, model: reward}]", "gate.tau=100")
+
+    def replies(messages: Sequence[Message], sampling: Sampling) -> Reply:
+        return str(len(messages[-1]["content"])) if sampling == REWARD else script(list(messages), sampling)
+
+    run, given = two_rounds(tmp_path, "rounds.data=all", *pairs, replies=replies)
+    assert found_in(run, given) == {"datasets": {}, "datasets-2": {}}
 
 
 def test_a_report_of_an_unfinished_run_has_the_rounds(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from ray_pipeline.audit.findings import PanelModels
 from ray_pipeline.audit.levels import PanelCheck
 from ray_pipeline.data.early_exit import in_audit_slice
 from ray_pipeline.data.escalation import Escalation, decide_by_level
@@ -181,10 +182,9 @@ def audited(run: Made, opened: Any = None, verdicts: Any = None) -> list[str]:
     """What the audit says of who was asked, of posteriors and of the models."""
     rule, rows = run.rule, verdicts or run.verdicts()
     found = opened or {level: result.facts["posterior"] for level, result in run.opened.items()}
-    tables: Any = SimpleNamespace(
-        levels=rule.levels, opened=found, gate=rule.gate, judges=rule.judges, posterior=run.decisions.facts["posterior"]
-    )
-    check, wrong = PanelCheck(tables), list[str]()
+    tables: Any = SimpleNamespace(levels=rule.levels, gate=rule.gate, judges=rule.judges)
+    models = PanelModels(posterior=run.decisions.facts["posterior"], opened=found)
+    check, wrong = PanelCheck(tables, models), list[str]()
     decided = {row["candidate_id"]: row for row in run.decisions.table().read_all().to_pylist()}
     for candidate in run.world.candidates.to_pylist():
         barred = candidate["finish_reason"] == "length" and rule.gate.cut == "exclude"

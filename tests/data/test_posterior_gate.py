@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from ray_pipeline.audit.findings import PanelModels
 from ray_pipeline.audit.posterior import PosteriorCheck
 from ray_pipeline.data.gate import GateConfig, check_pool, decide
 from ray_pipeline.data.posterior_gate import effective_text, posterior_section, warnings
@@ -68,8 +69,9 @@ def test_labels_follow_from_the_posterior_and_the_audit_recomputes_both(publishe
         seen.add(expected)
     assert seen >= {"undesirable", "desirable", "discard"} and unread
     assert sum(run.results["gate"].facts["counts"].values()) == len(before)
-    assert audited(run, config, posterior=facts) == {}
-    assert audited(run, config, posterior=damaged(facts, "power")).keys() == {"posterior"}
+    assert audited(run, config, models=[PanelModels(posterior=facts)]) == {}
+    other = PanelModels(posterior=damaged(facts, "power"))
+    assert audited(run, config, models=[other]).keys() == {"posterior"}
     for part in ("", "prior", "errors", "power", "groups"):
         check = PosteriorCheck(damaged(facts, part), config.judge.names, config.gate)
         for name, own in scores.items():
@@ -95,7 +97,8 @@ def test_a_pool_alone_changes_no_label_and_no_training_row(published: ScriptedRu
         assert row["final_score"] is None or sum(row[f"posterior_{name}"] for name in CLASSES) == pytest.approx(1)
     for name in ("gate", "dataset-rows"):
         assert run.results[name].facts["counts"] == published.results[name].facts["counts"]
-    assert audited(run, config, posterior=run.results["gate"].facts["posterior"]) == {}
+    model = PanelModels(posterior=run.results["gate"].facts["posterior"])
+    assert audited(run, config, models=[model]) == {}
     # Stages before the gate keep their fingerprints, and without a pool so does the gate.
     for name in ("prompts", "candidates", "judge", "critic"):
         assert run.stages[name].fingerprint == published.stages[name].fingerprint
@@ -135,7 +138,7 @@ def test_two_judges_who_are_one_are_said_and_count_once(published: ScriptedRun) 
         assert facts["effective"] <= 2
         said = [line for line in lines if "helpfulness and conciseness are nearly one" in line]
         assert said and any("Only 2 judges are left" in line for line in lines)
-        assert audited(run, config, posterior=facts) == {}
+        assert audited(run, config, models=[PanelModels(posterior=facts)]) == {}
         section = posterior_section(facts, config.gate)
         assert section is not None and any("helpfulness = conciseness" in str(block) for block in section.blocks)
     finally:
