@@ -17,7 +17,7 @@ from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.data.rows import one_array
 from ray_pipeline.evaluate.excerpts import as_text
 from ray_pipeline.evaluate.people import predicted_desirable
-from ray_pipeline.graph.results import Run, of_role
+from ray_pipeline.graph.results import Run, of_final_round, of_role
 from ray_pipeline.report.html import render_review
 from ray_pipeline.stats.label_value import deviation, draw, worth
 from ray_pipeline.store.errors import StoreError
@@ -49,7 +49,7 @@ def review(run: Run, gate: GateConfig, out: Path, rows: int = 100, chance: float
     Raises:
         StoreError: the run has no decisions.
     """
-    made = of_role(run.results, "decisions")
+    made = of_role(of_final_round(run.results), "decisions")
     if not made:
         raise StoreError(f"{run.folder.location}: the gate is not done, so there is nothing to review; run it first")
     chosen = choose(_to_draw_from(run, made[0].table().scan()), gate, rows, chance)

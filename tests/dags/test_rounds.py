@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from ray_pipeline.graph.results import Run, of_final_round
 from ray_pipeline.graph.session import Session
 from ray_pipeline.graph.stage import Dag, Stage, StageResult
 from ray_pipeline.operate.regate import regate
+from ray_pipeline.operate.review import review
 from ray_pipeline.workflow.dmapo_config import DmapoConfig
 from tests.dags.played_rounds import play_rounds
 from tests.golden.scripted_run import script
@@ -231,6 +233,15 @@ def test_a_report_of_an_unfinished_run_has_the_rounds(tmp_path: Path) -> None:
     numbers: dict[str, Any] = folder.read_json("metrics.json")
     assert [one["number"] for one in numbers["rounds"]] == [1, 2]
     assert "Data by round" in folder.read_bytes("report.md").decode()
+
+
+def test_people_review_the_round_that_the_report_is_about(tmp_path: Path) -> None:
+    run, given = two_rounds(tmp_path / "run")
+    policy = dataclasses.replace(run.results["datasets-2"], name="train-2", role="policy")
+    run = dataclasses.replace(run, results={**run.results, policy.name: policy})
+    review(run, given.gate, tmp_path, 5)
+    shown = {json.loads(line)["candidate_id"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()}
+    assert shown and shown <= set(run.results["gate-2"].table().read_all()["candidate_id"].to_pylist())
 
 
 def test_thresholds_of_rounds_are_not_changed_in_place(tmp_path: Path) -> None:
