@@ -10,7 +10,7 @@ from ray_pipeline.graph.in_process import make_here
 from ray_pipeline.graph.manifest import stage_entry
 from ray_pipeline.graph.results import Run, read_run
 from ray_pipeline.graph.session import Session
-from ray_pipeline.graph.stage import Dag, ShardWork, StageRef, StageResult
+from ray_pipeline.graph.stage import Dag, ShardWork, Stage, StageRef, StageResult
 from ray_pipeline.workflow.rounds import RoundsConfig
 from tests.golden.scripted_run import ask
 from tests.scripted import Script
@@ -41,3 +41,11 @@ def play_rounds(folder: Path, given: RoundsConfig, made: Dag, replies: Script | 
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return read_run(str(folder))
+
+
+def known(made: Dag) -> dict[str, str]:
+    return {stage.name: stage.fingerprint for stage in made.stages}
+
+
+def of(made: Dag, name: str) -> Stage:
+    return next(stage for stage in made.stages if stage.name == name)

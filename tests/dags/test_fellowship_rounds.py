@@ -15,10 +15,10 @@ from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.evaluate.rounds import round_stats
 from ray_pipeline.feedback.page import rewrite_page
 from ray_pipeline.graph.results import of_final_round
-from ray_pipeline.graph.stage import Dag, Stage
+from ray_pipeline.graph.stage import Dag
 from ray_pipeline.operate.estimate import calls_model
 from ray_pipeline.workflow import training
-from tests.dags.played_rounds import play_rounds
+from tests.dags.played_rounds import known, of, play_rounds
 from tests.dags.test_fellowship_stages import worker
 
 STRATEGY = "select={strategy: {kind: combined, high: 10}, judges: [{name: x, model: judge}]}"
@@ -37,14 +37,6 @@ def config(*overrides: str) -> FellowshipConfig:
 
 def dag(*overrides: str) -> Dag:
     return fellowship(config(*overrides), "/run")
-
-
-def known(made: Dag) -> dict[str, str]:
-    return {stage.name: stage.fingerprint for stage in made.stages}
-
-
-def of(made: Dag, name: str) -> Stage:
-    return next(stage for stage in made.stages if stage.name == name)
 
 
 def test_one_round_is_a_run_without_rounds_and_a_longer_run_remakes_the_last_page_alone() -> None:

@@ -23,11 +23,11 @@ from ray_pipeline.evaluate.stage import write_report
 from ray_pipeline.graph.in_process import make_here
 from ray_pipeline.graph.results import Run, of_final_round
 from ray_pipeline.graph.session import Session
-from ray_pipeline.graph.stage import Dag, Stage, StageResult
+from ray_pipeline.graph.stage import Dag, StageResult
 from ray_pipeline.operate.regate import regate
 from ray_pipeline.operate.review import review
 from ray_pipeline.workflow.dmapo_config import DmapoConfig
-from tests.dags.played_rounds import play_rounds
+from tests.dags.played_rounds import known, of, play_rounds
 from tests.golden.scripted_run import script
 from tests.scripted import Reply, Script
 
@@ -42,14 +42,6 @@ def config(*overrides: str) -> DmapoConfig:
 
 def dag(*overrides: str) -> Dag:
     return dmapo(config(*overrides), "/run")
-
-
-def known(made: Dag) -> dict[str, str]:
-    return {stage.name: stage.fingerprint for stage in made.stages}
-
-
-def of(made: Dag, name: str) -> Stage:
-    return next(stage for stage in made.stages if stage.name == name)
 
 
 def test_one_round_is_a_run_without_rounds() -> None:
