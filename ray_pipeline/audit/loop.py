@@ -145,7 +145,7 @@ class _Loop:
         self.cut = {n for n, row in self.answers.items() if cut != "keep" and row["finish_reason"] not in ended}
         self.barred = self.cut if cut == "exclude" else set()
         read = {name: by for name, by in by_judge.items() if len(by) == len(judges) and name in self.answers}
-        if rule.votes:
+        if rule.pool != "mean":  # the mean is shown of responses that are left out, too
             read = {name: by for name, by in read.items() if name not in self.barred}
         self.scores = _votes(read, rule) if rule.votes else {name: _pooled(by, rule) for name, by in read.items()}
         self.labels = self._labels()

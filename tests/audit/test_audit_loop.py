@@ -81,7 +81,7 @@ def test_nothing_is_found_in_what_the_stages_made(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", ["exclude", "undesirable", "keep"])
-@pytest.mark.parametrize("rule", [{"pool": "mean"}, {"pool": "mode"}])
+@pytest.mark.parametrize("rule", [{"pool": "mean"}, {"pool": "median"}, {"pool": "mode"}])
 def test_texts_that_were_cut_off_are_not_accepted(tmp_path: Path, cut: Cut, rule: dict[str, Any]) -> None:
     """K4.1: every second answer, also the best ones, was cut off."""
     found = audit(tmp_path, rule=JuryRule.model_validate(rule), reasons=("stop", "length", "stop"), cut=cut)
