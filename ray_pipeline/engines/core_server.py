@@ -141,8 +141,8 @@ class _Core(ForkServerProcess):
 def die_with_parent() -> None:
     """Let the kernel kill this process when the server ends, in whatever way.
 
-    The server ends with the owner: a pipe tells it. Ray, too, kills the children of an actor that ends, but not their
-    children, and the owner's reaper is one of the killed.
+    The owner's reaper ends the server, or Ray, which kills the children of an actor that ends, the reaper among them,
+    but not their children. The pipe by which Python's server hears of its owner's end is also held by the core.
     """
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -87,13 +87,18 @@ def _serve(listener: socket.socket) -> dict[str, Any] | None:
         for file in (listener, ended_out, sys.stdin):
             selector.register(file, selectors.EVENT_READ)
         while True:
-            ready = [key.fileobj for key, _ in selector.select()]
+            keys = [key for key, _ in selector.select()]
+            ready = [key.fileobj for key in keys]
             if sys.stdin in ready:
                 return None
             if ended_out in ready:
                 with contextlib.suppress(BlockingIOError):
                     ended_out.recv(4096)
-                _tell_ends(children)
+                _tell_ends(children, selector)
+            for child in (key.data for key in keys if key.data in children):
+                # Its launcher was killed, as Ray kills the children of an actor: it goes with it.
+                selector.unregister(children[child])
+                os.kill(child, signal.SIGKILL)
             if listener in ready:
                 launcher, _ = listener.accept()
                 asked = _receive(launcher)
@@ -110,6 +115,7 @@ def _serve(listener: socket.socket) -> dict[str, Any] | None:
                 for file in asked["received"]:
                     os.close(file)
                 children[child] = launcher
+                selector.register(launcher, selectors.EVENT_READ, child)
 
 
 def _receive(launcher: socket.socket) -> dict[str, Any] | None:
@@ -125,7 +131,7 @@ def _receive(launcher: socket.socket) -> dict[str, Any] | None:
     return {**json.loads(message), "received": received}
 
 
-def _tell_ends(children: dict[int, socket.socket]) -> None:
+def _tell_ends(children: dict[int, socket.socket], selector: selectors.BaseSelector) -> None:
     """Pass the status of children that have ended on to their launchers."""
     with contextlib.suppress(ChildProcessError):
         while True:
@@ -133,6 +139,8 @@ def _tell_ends(children: dict[int, socket.socket]) -> None:
             if child == 0:
                 return
             if launcher := children.pop(child, None):
+                with contextlib.suppress(KeyError):  # unregistered already
+                    selector.unregister(launcher)
                 with contextlib.suppress(OSError), launcher:  # a launcher may have been killed
                     launcher.sendall(os.waitstatus_to_exitcode(status).to_bytes(8, "big", signed=True))
 

@@ -114,14 +114,14 @@ class Quorum:
         """Pids of engine processes that are still there after some seconds."""
         end = time.monotonic() + within
         while time.monotonic() < end:
-            alive = [pid for pid, p in self.engines.items() if _runs(p)]
+            alive = [pid for pid, p in self.engines.items() if runs(p)]
             if not alive:
                 return []
             time.sleep(0.3)
         return alive
 
 
-def _runs(process: psutil.Process) -> bool:
+def runs(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:

@@ -23,6 +23,7 @@ from tests.dags.conftest import (
     engine_calls,
     manifest,
     run,
+    runs,
     tables,
     wait_until,
 )  # fmt: skip
@@ -41,7 +42,7 @@ SLOW = [
     f"prompts.sources.0.count={COUNT // 2}",
     "judge.sampling.max_tokens=63",
     "critic.sampling.max_tokens=63",
-    "models.judge.placement.concurrency=2",
+    "models.judge.placement.concurrency=1",
     "models.judge.placement.shards_in_flight=2",
 ]
 
@@ -168,9 +169,9 @@ def test_the_driver_killed_in_the_judge_stage(log: Path, tmp_path: Path) -> None
     assert "taking the run over" in second.output
     total = verdict_calls(log) - before
     lost = max(0.0, answered - kept)
-    # In flight (2), and what was answered since the last flush (2 s) or told by a progress file that is 2 s old.
+    # In flight (1), and what was answered since the last flush (2 s) or told by a progress file that is 2 s old.
     print(f"\ndriver killed: {answered:.0f} calls answered, {kept} in the log, {lost:.0f} made twice, {total} in all")
-    assert lost <= 2 + 4.0 * max(rate, 1.0)
+    assert lost <= 1 + 4.0 * max(rate, 1.0)
     assert total > kept, "judging was over before it was killed"
     assert sum(engine_calls(folder).values()) > 0
     replay(folder, log, tmp_path / "replay", *slow)
@@ -225,11 +226,11 @@ def test_killed_engines_and_actors_are_replaced_without_a_rerun(log: Path, tmp_p
 
 
 def engine_cores(quorum: Quorum) -> list[psutil.Process]:
-    return [p for p in quorum.engines.values() if p.is_running() and "EngineCore" in p.cmdline()[0]]
+    return [p for p in quorum.engines.values() if runs(p) and "EngineCore" in p.cmdline()[0]]
 
 
 def actors(quorum: Quorum) -> list[psutil.Process]:
-    return [p for p in quorum.actors.values() if p.is_running()]
+    return [p for p in quorum.actors.values() if runs(p)]
 
 
 def test_two_runs_at_once_share_a_call_log(tmp_path: Path) -> None:

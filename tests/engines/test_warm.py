@@ -104,6 +104,19 @@ def test_nothing_outlives_the_server() -> None:
     assert not Path(python).exists()
 
 
+def test_it_ends_with_its_launcher(warm: str) -> None:
+    program = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    with subprocess.Popen([warm, "-c", program], stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout
+        pid = int(launcher.stdout.readline())
+        assert pid != launcher.pid and Path(f"/proc/{pid}").exists()
+        launcher.kill()
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_a_server_that_runs_is_used(warm: str) -> None:
     with warm_python() as first, warm_python(wanted=False) as second:
         assert first == second == warm
