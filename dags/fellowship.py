@@ -77,10 +77,11 @@ class FellowshipConfig(RoundsConfig):
             asked = {"loop.reviewing": loop.reviewing}
             asked |= {} if improve is None else {"improve.reviewing": improve.reviewing}
             uses += judge_uses(f"loop.reviewers.{r.name}", r.model, asked, r.sampling)
-        for j in select.judges:
+        for panel in select.panels:
             asked = {"select.sampling": select.sampling}
-            asked |= {} if select.debate is None else {"select.debate.speech": select.debate.speech}
-            uses += judge_uses(f"select.judges.{j.name}", j.model, asked, j.sampling)
+            asked |= {} if panel.debate is None else {"select.debate.speech": panel.debate.speech}
+            for j in panel.judges:
+                uses += judge_uses(f"select.judges.{j.name}", j.model, asked, j.sampling)
         if improve is not None:
             uses.append(
                 ModelUse("loop.generator", loop.generator, "generate", "improve.sampling", improve.sampling.extra)
@@ -106,6 +107,11 @@ class FellowshipConfig(RoundsConfig):
             raise ValueError(
                 f"judge.{'escalate' if self.judge.escalate else 'early_exit'} skips what a gate does not need, but "
                 "this workflow has none; remove it"
+            )
+        if self.select.escalate and self.improve is not None:
+            raise ValueError(
+                "select.escalate skips judges where the best response of a prompt is settled, but improve compares "
+                "reviews by what all judges give their revisions; remove one of the two"
             )
         try:
             self.select.jury.check(self.judges)
@@ -144,10 +150,14 @@ class FellowshipConfig(RoundsConfig):
     def check(self) -> None:
         super().check()
         self.loop.texts()
-        if self.select.strategy is not None:
-            self.select.texts().of(self.select.strategy)
-        if self.select.debate is not None:
-            texts = self.select.debate_texts()
+        for panel in self.select.panels:
+            self._check_texts(panel)
+
+    def _check_texts(self, panel: SelectSettings) -> None:
+        if panel.strategy is not None:
+            panel.texts().of(panel.strategy)
+        if panel.debate is not None:
+            texts = panel.debate_texts()
             # The second kind of data has more responses to a prompt than the loop.
             if not texts.shows(self.loop.responses if self.improve is None else max(self.loop.responses, 3)):
                 raise ConfigError(
@@ -155,7 +165,7 @@ class FellowshipConfig(RoundsConfig):
                     "use a file whose `shared` loops over `answers`, as default does"
                 )
             try:
-                self.select.debate.speakers(texts.roles)
+                panel.debate.speakers(texts.roles)
             except ValueError as error:
                 raise ConfigError(f"select.{error}") from error
 
@@ -193,16 +203,26 @@ class FellowshipConfig(RoundsConfig):
             judging = rubric_models(self.judge)
             unscored = [program.name for program in self.judge.programs]
         stages = [stage for stage in REPORTED if self.train or stage not in ("train", "evaluate")]
-        return self.report_of(judging, workflow="fellowship", stages=stages, no_error_rates=unscored)
+        return self.report_of(
+            judging,
+            workflow="fellowship",
+            stages=stages,
+            no_error_rates=unscored,
+            levels=self.select.levels,
+            audit_slice=bool(self.select.escalate),
+            slice_by="prompt_id" if self.select.escalate else "candidate_id",
+        )
 
     def origin(self, what: str = "Best of the responses") -> Provenance:
         """How the preferences were made, for the dataset cards."""
-        judged = ", ".join(self.judges)
-        how = f" by {self.select.how}" if self.select.how else ""
+        panels = [(panel.names or self.judges, panel.how) for panel in self.select.panels]
+        judged = ", and while the pick is open ".join(
+            ", ".join(names) + (f" by {how}" if how else "") for names, how in panels
+        )
         if len(self.judges) > 1:
-            how += f" (a jury: {self.select.jury.pool})"
+            judged += f" (a jury: {self.select.jury.pool})"
         loop = f"a feedback loop of {self.loop.responses} responses reviewed by {', '.join(self.loop.names)}"
-        return Provenance.of(self, f"{what} of {loop}, judged by {judged}{how}")
+        return Provenance.of(self, f"{what} of {loop}, judged by {judged}")
 
 
 def fellowship(config: FellowshipConfig, run_folder: str) -> Dag:
@@ -221,8 +241,9 @@ def _picked(config: FellowshipConfig, start: Start) -> Curated:
         config.loop, config.models, start.asked, ending=ending, policy=start.policy, train=start.train
     )
     verdicts = _judged(config, start.asked, {"candidates": candidates}, f"judge{ending}")
+    picking = config.select
     decisions = select(
-        config.judges, candidates, verdicts, config.select.jury, f"select{ending}", cut=config.select.cut
+        config.judges, candidates, verdicts, picking.jury, f"select{ending}", cut=picking.cut, levels=picking.levels
     )
     judged = Judged(candidates, verdicts, decisions)
     rows = dataset_rows(
@@ -316,9 +337,8 @@ def audit(run: Run, config: FellowshipConfig) -> Audit:
     """Walk every row of the picks back, of all rounds that have datasets. Raises StoreError where the run has none
     yet."""
     select, endings = config.select, map(ending_of, config.numbers)
-    return audit_picks(
-        run, endings, config.judges, select.jury, config.datasets.min_gap, select.cut, config.every_rejected
-    )
+    rules = select.cut, config.every_rejected, select.levels
+    return audit_picks(run, endings, config.judges, select.jury, config.datasets.min_gap, *rules)
 
 
 WORKFLOW = register("workflow", "fellowship")(

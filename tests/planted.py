@@ -19,6 +19,7 @@ from ray_pipeline.data.dataset_rows import DatasetsConfig, dpo_rows, kto_rows
 from ray_pipeline.data.escalation import Escalation, decide_by_level
 from ray_pipeline.data.gate import GateConfig, decide
 from ray_pipeline.data.rows import add_counts
+from ray_pipeline.feedback.pick import PanelRule
 from ray_pipeline.graph.asking import ShardTables
 from ray_pipeline.store import keys, schemas
 from ray_pipeline.store.tables import ShardedTable
@@ -96,6 +97,18 @@ def skipped_by_levels(world: World, rule: Escalation) -> World:
         settled = before.settled_in(world.candidates, ShardTables(tables, {}))
         for row in verdicts:
             if row["judge"] in rule.levels[number] and row["candidate_id"] in settled:
+                row |= {"score": None, "parse_status": "skipped"}
+    return dataclasses.replace(world, verdicts=schemas.to_table(verdicts, schemas.VERDICTS))
+
+
+def skipped_by_panels(world: World, rule: PanelRule) -> World:
+    """The verdicts without those of judges whose turn did not come, as the stages of the levels leave them."""
+    verdicts = world.verdicts.to_pylist()
+    for number in range(1, len(rule.levels)):
+        before = rule.model_copy(update={"levels": rule.levels[:number]})
+        settled = before.settled_in(world.candidates, schemas.to_table(verdicts, schemas.VERDICTS))
+        for row in verdicts:
+            if row["judge"] in rule.levels[number] and row["prompt_id"] in settled:
                 row |= {"score": None, "parse_status": "skipped"}
     return dataclasses.replace(world, verdicts=schemas.to_table(verdicts, schemas.VERDICTS))
 

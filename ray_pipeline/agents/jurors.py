@@ -60,6 +60,11 @@ class JuryRule(Settings):
     def weighs(self) -> bool:
         return self.pool in ("weighted", "weighted_mean")
 
+    def among(self, judges: Sequence[str]) -> JuryRule:
+        """The rule for a part of the judges."""
+        weights = {name: weight for name, weight in self.weights.items() if name in judges}
+        return self.model_copy(update={"weights": weights})
+
     def check(self, judges: Sequence[str]) -> None:
         """Raise ValueError unless the weights, if used, name exactly these judges."""
         if not self.weighs:

@@ -55,7 +55,7 @@ async def rank(
     """
     shown = _distinct(answers)
     if len(shown) < 2:
-        return _NOT_ASKED
+        return NOT_ASKED
     whole, pairwise = range(len(shown)), strategy.form.pairwise
     sets: list[tuple[int, ...]] = list(itertools.combinations(whole, 2)) if pairwise else [tuple(whole)]
     found = await asyncio.gather(
@@ -86,7 +86,7 @@ async def rank_by_debate(
     """
     shown = _distinct(answers)
     if len(shown) < 2:
-        return _NOT_ASKED
+        return NOT_ASKED
     found = await debate(engine, prompt, shown, templates, rules, sampling, asking)
     scores = _given(found.judgement)
     if rules.pool == "vote" and found.judgement.read:
@@ -96,7 +96,8 @@ async def rank_by_debate(
     return _ranking(answers, shown, scores, reasons, looks, found.judgement.parse_status)
 
 
-_NOT_ASKED = Ranking(None, None, "skipped", None)
+#: Without a call.
+NOT_ASKED = Ranking(None, None, "skipped", None)
 
 
 def _distinct(answers: Sequence[str]) -> list[str]:

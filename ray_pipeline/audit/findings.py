@@ -34,7 +34,7 @@ PROBLEMS = {
     "shard": "a row is in the wrong shard",
     "prompt_id": "a prompt's id is not the hash of its messages",
     "numbers": "mean, variance, penalty or final score do not follow from verdicts and critique",
-    "level": "a judge was skipped or asked against `judge.escalate`",
+    "level": "a judge was skipped or asked against `judge.escalate` or `select.escalate`",
     "program": "a program's verdict is not what its checker finds",
     "posterior": "a posterior does not follow from the verdicts, or the model not from all of them",
     "reward": "a reward model's score does not follow from the rewards of the prompt's candidates",

@@ -7,6 +7,7 @@ again, row by row.
 from __future__ import annotations
 
 import collections
+import itertools
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,9 @@ from typing import Any
 
 from ray_pipeline.agents.jurors import JuryRule
 from ray_pipeline.audit.findings import AuditReport, Problem, row_id
+from ray_pipeline.audit.formulas import is_skipped
+from ray_pipeline.audit.posterior import in_slice
+from ray_pipeline.data.escalation import Levels
 from ray_pipeline.data.gate import Cut
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import normalise_text
@@ -34,6 +38,7 @@ def audit_loop(
     rule: JuryRule,
     cut: Cut = "exclude",
     every_rejected: bool = True,
+    levels: Levels = (),
     max_problems: int = 100,
 ) -> AuditReport:
     """Check a finished datasets stage, one shard of its tables and the training rows in memory.
@@ -44,6 +49,7 @@ def audit_loop(
         rule: how their scores become one.
         cut: rule for responses whose text is not whole.
         every_rejected: the pick makes a pair with each rejected text, not with the worst response alone.
+        levels: the judges by level (`select.escalate`); none: all were asked about every prompt.
         max_problems: how many problems are described; all are counted.
 
     Raises:
@@ -73,7 +79,7 @@ def audit_loop(
             name = prompt["prompt_id"]
             rows["candidates"] += len(answers[name])
             own = {kind: of.pop(name, []) for kind, of in training.items()}
-            loop = _Loop(prompt, answers[name], said[name], decided[name], judges, min_gap, rule, cut)
+            loop = _Loop(prompt, answers[name], said[name], decided[name], levels or (judges,), min_gap, rule, cut)
             problems += [*loop.check(own), *loop.check_copies(own, rules, every_rejected)]
     for kind, of in training.items():
         problems += [Problem("orphan", kind, name, "no such prompt in the run") for name in of]
@@ -129,26 +135,60 @@ class _Loop:
         answers: Sequence[Row],
         verdicts: Sequence[Row],
         decisions: Sequence[Row],
-        judges: Sequence[str],
+        levels: Sequence[Sequence[str]],
         min_gap: float,
         rule: JuryRule,
         cut: Cut,
     ) -> None:
         self.prompt, self.min_gap, self.decisions = prompt, min_gap, decisions
+        self.levels, self.verdicts = levels, verdicts
         self.answers = {row["candidate_id"]: row for row in answers}
         self.twice = len(answers) - len(self.answers)
         by_judge: dict[str, dict[str, float]] = collections.defaultdict(dict)
         for row in verdicts:
-            if row["judge"] in judges and row["parse_status"] in READ_STATUSES and row["score"] is not None:
+            if row["parse_status"] in READ_STATUSES and row["score"] is not None:
                 by_judge[row["candidate_id"]][row["judge"]] = row["score"]
         ended = ("stop", "refusal", "unknown", "too_long", "error")
         self.cut = {n for n, row in self.answers.items() if cut != "keep" and row["finish_reason"] not in ended}
         self.barred = self.cut if cut == "exclude" else set()
-        read = {name: by for name, by in by_judge.items() if len(by) == len(judges) and name in self.answers}
-        if rule.votes:
+        self.texts = {name: normalise_text(row["response"] or "") for name, row in self.answers.items()}
+        self.asked = list(levels[0])
+        for level in levels[1:]:
+            if not in_slice(prompt["prompt_id"]) and not self._is_open(self._read_by(by_judge, self.asked)):
+                break
+            self.asked += level
+        read = self._read_by(by_judge, self.asked)
+        if rule.pool != "mean":  # the mean is shown of responses that are left out, too
             read = {name: by for name, by in read.items() if name not in self.barred}
         self.scores = _votes(read, rule) if rule.votes else {name: _pooled(by, rule) for name, by in read.items()}
         self.labels = self._labels()
+
+    def _read_by(
+        self, by_judge: Mapping[str, Mapping[str, float]], judges: Sequence[str]
+    ) -> dict[str, dict[str, float]]:
+        """Scores by judge of the responses that all of these judges could score."""
+        whole = {name: by for name, by in by_judge.items() if by.keys() >= set(judges) and name in self.answers}
+        return {name: {judge: by[judge] for judge in judges} for name, by in whole.items()}
+
+    def _is_open(self, read: Mapping[str, Mapping[str, float]]) -> bool:
+        """Whether the judges do not hold the same single text best, or one that may not be accepted."""
+        free, best = {name: by for name, by in read.items() if name not in self.barred}, set[str]()
+        for judge in next(iter(free.values()), {}):
+            top = max(by[judge] for by in free.values())
+            best |= {name for name, by in free.items() if by[judge] >= top - 1e-9}
+        return len({self.texts[name] for name in best}) > 1 or not best.isdisjoint(self.cut)
+
+    def _turns(self) -> Iterator[Problem]:
+        """Judges that were asked or skipped against the levels. Nobody compares fewer than two different texts."""
+        given = [name for name, row in self.answers.items() if row["response"] is not None]
+        several = len({self.texts[name] for name in given}) > 1
+        for judge in itertools.chain(*self.levels):
+            rows = [row for row in self.verdicts if row["judge"] == judge and row["candidate_id"] in given]
+            turn = judge in self.asked and several
+            if len(self.levels) > 1 and any(is_skipped(row) == turn for row in rows):
+                late = "it is in the audit slice" if in_slice(self.prompt["prompt_id"]) else "the pick was open"
+                why = f"skipped, but {late}" if turn else "asked, but the pick was settled without"
+                yield Problem("level", "verdicts", self.prompt["prompt_id"], f"{judge} was {why}")
 
     def _labels(self) -> dict[str, str]:
         known = [name for name in self.answers if name in self.scores and name not in self.barred]
@@ -166,6 +206,7 @@ class _Loop:
     def check(self, training: Mapping[str, Sequence[Row]]) -> Iterator[Problem]:
         if self.twice:
             yield Problem("duplicate", "candidates", self.prompt["prompt_id"], f"{self.twice} ids occur twice")
+        yield from self._turns()
         yield from self._decisions()
         for kind, rows in training.items():
             keys = [(row["chosen_id"], row["rejected_id"]) if kind == "dpo" else (row["candidate_id"],) for row in rows]

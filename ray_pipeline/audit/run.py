@@ -10,6 +10,7 @@ from ray_pipeline.audit.findings import AuditReport, PanelModels, RunTables
 from ray_pipeline.audit.loop import audit_loop
 from ray_pipeline.audit.rows import audit_run
 from ray_pipeline.data.datasets import cut_to_size
+from ray_pipeline.data.escalation import Levels
 from ray_pipeline.data.gate import Cut
 from ray_pipeline.data.judging import JudgeSettings
 from ray_pipeline.data.scored import ScoredDataset
@@ -59,11 +60,13 @@ def audit_picks(
     min_gap: float,
     cut: Cut,
     every_rejected: bool,
+    levels: Levels = (),
 ) -> Audit:
     """Audit the datasets of a feedback loop's picks. Datasets of the second kind lead back by review_id: left out.
 
     Args:
         endings: what the names of each round's stages end with; rounds without datasets are left out.
+        levels: the judges by level (`select.escalate`).
 
     Raises:
         StoreError: the run has no datasets yet; names what is missing.
@@ -85,6 +88,7 @@ def audit_picks(
             min_gap=min_gap,
             cut=cut,
             every_rejected=every_rejected,
+            levels=levels,
         )
     return Audit(reports)
 

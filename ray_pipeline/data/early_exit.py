@@ -149,14 +149,18 @@ class Panel:
         self._known.scores[judge] = math.nan if score is None else score
 
 
-def in_audit_slice(candidate_id: str) -> bool:
-    """Whether a candidate is judged in full: a share of them is, by hash."""
-    return unit_hash("audit slice", candidate_id) < SLICE
+SliceBy = Literal["candidate_id", "prompt_id"]
+"""What is in an audit slice: candidates one by one, or prompts with all of theirs."""
 
 
-def slice_of(candidates: pa.Table) -> pa.BooleanArray:
+def in_audit_slice(name: str) -> bool:
+    """Whether a candidate (or a prompt), by its id, is judged in full: a share of them is, by hash."""
+    return unit_hash("audit slice", name) < SLICE
+
+
+def slice_of(candidates: pa.Table, by: SliceBy = "candidate_id") -> pa.BooleanArray:
     """Which rows are of the audit slice."""
-    return pa.array([in_audit_slice(name) for name in candidates["candidate_id"].to_pylist()], pa.bool_())
+    return pa.array([in_audit_slice(name) for name in candidates[by].to_pylist()], pa.bool_())
 
 
 def possible_labels(known: Known, judges: Sequence[str], gate: GateConfig, scale: Scale) -> frozenset[str]:

@@ -20,8 +20,8 @@ The audit slice of early exit goes through all levels.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -141,9 +141,17 @@ CallRule = ExitRule | Escalation
 """By which a call to a judge or the critic is skipped."""
 
 
-def rule_of(stage: Stage) -> CallRule | None:
+class Skips(Protocol):
+    """A rule by which a stage skips calls: its key, why calls were skipped, and why fewer are made than planned."""
+
+    key: ClassVar[str]
+    why: ClassVar[str]
+    upper_bound: ClassVar[str]
+
+
+def rule_of(stage: Stage) -> Skips | None:
     """By which a stage of judges or the critic skips calls; None: it makes all."""
-    rule: CallRule | None = getattr(stage.work.settings, "exit_rule", None)
+    rule: Skips | None = getattr(stage.work.settings, "exit_rule", None)
     return rule
 
 
@@ -155,7 +163,7 @@ def check_levels(levels: Levels, judges: list[str], free: list[str]) -> None:
     """
     named = [judge for level in levels for judge in level]
     if len(levels) < 2 or not all(levels):
-        raise ValueError("escalate needs two levels or more, each a list of judges: [[first, second], [third]]")
+        raise ValueError("escalate needs two levels or more, each with one judge or more")
     if unknown := [judge for judge in named if judge not in judges]:
         raise ValueError(f"escalate: unknown judge {unknown[0]!r}; choose from {', '.join(judges)}")
     if twice := repeated(named):
@@ -191,20 +199,35 @@ def decide_by_level(
         depth = rule.depths(scores, cut_reasons(candidates) != "")
     depth[in_slice] = len(widths)
     tables = [decide(candidates, verdicts, critiques, judges[:width], rule.gate.numbers) for width in widths]
-    table = pa.concat_tables(tables).take(pa.array((depth - 1) * len(ids) + np.arange(len(ids))))
     lacking = {
         place: [judges[at] for at in np.flatnonzero(skipped[place, : widths[depth[place] - 1]])]
         for place in np.flatnonzero(skipped.any(axis=1)).tolist()
     }
     lacking = {place: names for place, names in lacking.items() if names}
+    why = {place: f"skipped, but the label depends on it: {', '.join(names)}" for place, names in lacking.items()}
+    return at_depth(tables, depth, in_slice, why), len(lacking)
+
+
+def at_depth(
+    tables: Sequence[pa.Table], depth: NDArray[np.int64], in_slice: Mask, instead: Mapping[int, str]
+) -> pa.Table:
+    """Decisions by the levels that each candidate went through; `why` ends with the level.
+
+    Args:
+        tables: of schema DECISIONS, one after each level.
+        depth: the level, from 1, whose decision a candidate has, and `in_slice`, whether that is the last one because
+            of the audit slice; shape (candidates,).
+        instead: row → its `why`.
+    """
+    table = pa.concat_tables(tables).take(pa.array((depth - 1) * len(depth) + np.arange(len(depth))))
     why = [
-        f"{text} (audit slice: all levels)" if whole else f"{text} (level {level} of {len(widths)})"
+        f"{text} (audit slice: all levels)" if whole else f"{text} (level {level} of {len(tables)})"
         for text, level, whole in zip(table["why"].to_pylist(), depth.tolist(), in_slice.tolist(), strict=True)
     ]
-    for place, names in lacking.items():
-        why[place] = f"skipped, but the label depends on it: {', '.join(names)}"
+    for place, text in instead.items():
+        why[place] = text
     column = table.schema.get_field_index("why")
-    return table.set_column(column, table.schema.field(column), pa.array(why, pa.string())), len(lacking)
+    return table.set_column(column, table.schema.field(column), pa.array(why, pa.string()))
 
 
 def _skipped(verdicts: pa.Table, ids: pa.Array, judges: list[str]) -> Mask:

@@ -1,10 +1,12 @@
-"""What each level of an escalation took, and how far its labels are those of all judges; statistics and page."""
+"""What each level of judges took, and how far its labels of candidates (`judge.escalate`) or picks among responses
+(`select.escalate`) are those of all judges; statistics and page."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -33,8 +35,9 @@ class LevelStats:
         asked: candidates that its judges were asked about, those of the audit slice included.
         calls: made or answered from the call log.
         cost: in the unit of the prices.
-        settled: candidates of the audit slice whose label this level settles, or leaves open as the last.
-        same: share of them that all judges together give the same label.
+        settled: candidates (prompts) of the audit slice whose label (pick) this level settles, or leaves open as the
+            last.
+        same: share of them to which all judges together give the same label (pick).
         alpha: Krippendorff's alpha (interval) of the judges up to this level on the audit slice.
     """
 
@@ -50,11 +53,12 @@ class LevelStats:
 
 @dataclasses.dataclass(frozen=True)
 class EscalationStats:
-    """All levels, and the share of the audit slice to which escalation gives the label of all judges."""
+    """All levels, and the share of the audit slice to which escalation gives the label (pick) of all judges."""
 
     candidates: int
     levels: list[LevelStats]
     same: Interval
+    outcome: Literal["label", "pick"] = "label"
 
 
 def escalation_stats(
@@ -108,20 +112,43 @@ def escalation_stats(
     levels: list[LevelStats] = []
     for level, (judges, width) in enumerate(zip(rule.levels, rule.widths, strict=True), start=1):
         here = depth == level
-        used = sum({id(usage[judge]): usage[judge] for judge in judges if judge in usage}.values(), Usage())
-        levels.append(
-            LevelStats(
-                judges=list(judges),
-                asked=max(by_judge.get(judge, 0) for judge in judges),
-                calls=used.calls,
-                tokens=used.tokens,
-                cost=used.cost,
-                settled=int(here.sum()),
-                same=bootstrap_mean(same[here], prompts[here], draws, seed, bounds=(0, 1)),
-                alpha=krippendorff_alpha(scores[:, :width].T) if width > 1 else None,
-            )
-        )
+        alike = bootstrap_mean(same[here], prompts[here], draws, seed, bounds=(0, 1))
+        alpha = krippendorff_alpha(scores[:, :width].T) if width > 1 else None
+        levels.append(_level(judges, by_judge, usage, alike, alpha))
     return EscalationStats(candidates.num_rows, levels, bootstrap_mean(same, prompts, draws, seed, bounds=(0, 1)))
+
+
+def _level(
+    judges: Sequence[str], asked: Mapping[str, int], usage: Mapping[str, Usage], same: Interval, alpha: float | None
+) -> LevelStats:
+    used = sum({id(usage[judge]): usage[judge] for judge in judges if judge in usage}.values(), Usage())
+    most = max(asked.get(judge, 0) for judge in judges)
+    return LevelStats(list(judges), most, used.calls, used.tokens, used.cost, same.rows, same, alpha)
+
+
+def picks_of(results: Mapping[str, StageResult], levels: Levels, draws: int, seed: int) -> EscalationStats | None:
+    """Statistics of picks by level, from the counts of the stages; None without levels, and before the pick.
+
+    Args:
+        results: stages that are done; read are those of the roles verdicts and decisions.
+    """
+    decided = of_role(results, "decisions")
+    if not levels or not decided:
+        return None
+    asked: collections.Counter[str] = collections.Counter()
+    for name, rows in (item for made in of_role(results, "verdicts") for item in made.facts["counts"].items()):
+        judge, _, status = name.rpartition(".")
+        asked[judge] += rows if status != SKIPPED else 0
+    counts, usage = decided[0].facts["counts"], usage_by_judge(results)
+
+    def share(*of: int) -> Interval:
+        same, other = (sum(counts.get(f"slice_level_{level}_{what}", 0) for level in of) for what in ("same", "other"))
+        values = [1.0] * same + [0.0] * other  # each of a prompt of its own
+        return bootstrap_mean(values, range(len(values)), draws, seed, bounds=(0, 1))
+
+    numbers = range(1, len(levels) + 1)
+    found = [_level(judges, asked, usage, share(level), None) for level, judges in zip(numbers, levels, strict=True)]
+    return EscalationStats(sum(decided[0].rows.values()), found, share(*numbers), "pick")
 
 
 def escalation_of(
@@ -135,22 +162,26 @@ def escalation_of(
     candidates, verdicts = table_of(results, "candidates"), table_of(results, "verdicts")
     if not levels or candidates is None or verdicts is None or not of_role(results, "decisions"):
         return None
-    usage = {
-        count.rsplit(".", 1)[0]: result.usage  # of JUDGE.STATUS
-        for result in of_role(results, "verdicts")
-        for count in result.facts.get("counts", {})
-    }
     return escalation_stats(
         Escalation(gate=gate, levels=levels),
         candidates,
         verdicts,
         table_of(results, "critiques"),
-        usage,
+        usage_by_judge(results),
         draws=draws,
         seed=seed,
         opened=table_of(results, "levels"),
         model=of_role(results, "decisions")[0].facts.get("posterior"),
     )
+
+
+def usage_by_judge(results: Mapping[str, StageResult]) -> dict[str, Usage]:
+    """Judge → usage of its stage."""
+    return {
+        count.rsplit(".", 1)[0]: result.usage  # of JUDGE.STATUS
+        for result in of_role(results, "verdicts")
+        for count in result.facts.get("counts", {})
+    }
 
 
 def levels_section(found: EscalationStats | None, gate: GateConfig) -> Section | None:
@@ -159,10 +190,13 @@ def levels_section(found: EscalationStats | None, gate: GateConfig) -> Section |
         return None
     published = "they disagreed, or their mean was between the thresholds"
     where = f"none was probable at {gate.posterior_at:g}" if gate.kind == "posterior" else published
+    items, key = "candidates", "judge.escalate"
+    if found.outcome == "pick":
+        where, items, key = "they did not agree on one best response", "prompts", "select.escalate"
     text = (
-        f"Judges of a level were asked about the candidates whose label the levels before left open ({where}), and "
-        "about the audit slice (judge.escalate). On the slice, escalation "
-        f"gives {_share(found.same)} of {number(found.same.rows)} candidates the label of all judges."
+        f"Judges of a level were asked about the {items} whose {found.outcome} the levels before left open ({where}), "
+        f"and about the audit slice ({key}). On the slice, escalation "
+        f"gives {_share(found.same)} of {number(found.same.rows)} {items} the {found.outcome} of all judges."
     )
     rows: Rows = [
         [
@@ -188,7 +222,7 @@ def levels_section(found: EscalationStats | None, gate: GateConfig) -> Section |
         "tokens",
         "cost",
         "of the slice, settled here",
-        "with the label of all",
+        f"with the {found.outcome} of all",
         "alpha so far (slice)",
     ]
     return Section("levels", "Levels of judges", [Text(text), Table(columns, rows, text_columns=2)])

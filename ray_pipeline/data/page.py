@@ -147,8 +147,9 @@ def judges_section(
     )
     if audit_slice:
         text += (
-            " Calls that were not needed were skipped (judge.early_exit, judge.escalate). Means and variances of this "
-            "page are of the verdicts that were made, a selected sample; the audit slice was judged in full."
+            " Calls that were not needed were skipped (judge.early_exit, judge.escalate, select.escalate). Means and "
+            "variances of this page are of the verdicts that were made, a selected sample; the audit slice was judged "
+            "in full."
         )
     return Section("judges", "Judges", [*blocks, Text(text)])
 

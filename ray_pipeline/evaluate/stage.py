@@ -15,7 +15,7 @@ from ray_pipeline.config.blocks import CallsBlock
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.checkers import CheckerKey
 from ray_pipeline.data.decontamination import contamination_of
-from ray_pipeline.data.early_exit import in_audit_slice
+from ray_pipeline.data.early_exit import SliceBy, in_audit_slice, slice_of
 from ray_pipeline.data.escalation import Levels
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.data.reviewed import HumanLabelsKey
@@ -54,9 +54,10 @@ class ReportSettings(Settings):
             `train` among them, the report is about the data alone.
         models: role → name of the model, for reading.
         cards: key of a judge's model → the judges of its card (`judge_card.cards`).
-        audit_slice: calls were skipped (`judge.early_exit`, `judge.escalate`), so that agreement is that of the audit
-            slice.
-        levels: judges by level (`judge.escalate`).
+        audit_slice: calls were skipped (`judge.early_exit`, `judge.escalate`, `select.escalate`), so that agreement is
+            that of the audit slice.
+        slice_by: what the slice is drawn from.
+        levels: judges by level (`judge.escalate`, `select.escalate`).
     """
 
     run_name: str
@@ -77,6 +78,7 @@ class ReportSettings(Settings):
     bootstrap_draws: int = 2000
     seed: int = 0
     audit_slice: bool = False
+    slice_by: SliceBy = "candidate_id"
     levels: Levels = ()
     cards: dict[str, list[dict[str, Any]]] = Field(default_factory=dict)
 
@@ -227,7 +229,7 @@ def report_data(
     """
     from ray_pipeline.data.checklist_stats import checklist_stats
     from ray_pipeline.data.judge_votes import judge_errors
-    from ray_pipeline.data.level_stats import escalation_of
+    from ray_pipeline.data.level_stats import escalation_of, picks_of
     from ray_pipeline.evaluate.data import DMAPO_STAGES, ReportData, RunIdentity
     from ray_pipeline.evaluate.rounds import responses_of, round_stats
 
@@ -240,9 +242,9 @@ def report_data(
     )
     rows: Mapping[str, Any] = {} if data is None else data.facts
     candidates, verdicts = table_of(by_name, "candidates"), table_of(by_name, "verdicts")
-    agreement_on = None
+    levels, agreement_on = (settings.levels, settings.bootstrap_draws, settings.seed), None
     if settings.audit_slice and candidates is not None:
-        agreement_on = [name for name in candidates["candidate_id"].to_pylist() if in_audit_slice(name)]
+        agreement_on = candidates.filter(slice_of(candidates, settings.slice_by))["candidate_id"].to_pylist()
     return ReportData(
         run=RunIdentity(
             name=settings.run_name,
@@ -271,7 +273,9 @@ def report_data(
         critiques=table_of(by_name, "critiques"),
         decisions=table_of(by_name, "decisions"),
         agreement_on=agreement_on,
-        escalation=escalation_of(by_name, settings.gate, settings.levels, settings.bootstrap_draws, settings.seed),
+        escalation=picks_of(by_name, *levels)
+        if settings.slice_by == "prompt_id"
+        else escalation_of(by_name, settings.gate, *levels),
         dataset_counts=rows.get("rows"),
         dataset_guards=rows.get("dropped"),
         kto_weights=rows.get("kto_weights"),

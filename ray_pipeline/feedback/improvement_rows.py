@@ -26,7 +26,8 @@ from ray_pipeline.engines.base import Message
 from ray_pipeline.engines.models import ModelSettings, TokenizerSettings
 from ray_pipeline.feedback.improve import Branches, review_key
 from ray_pipeline.feedback.loop import LoopSettings, review_rows
-from ray_pipeline.feedback.select import SelectSettings, accept_best
+from ray_pipeline.feedback.pick import accept_best
+from ray_pipeline.feedback.select import SelectSettings
 from ray_pipeline.graph.asking import Row, ShardTables
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage
 from ray_pipeline.store.keys import digest, prompt_id

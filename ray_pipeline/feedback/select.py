@@ -11,26 +11,34 @@ import collections
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from ray_pipeline.agents.debate import DebateSettings, DebateTemplates, load_debate_templates
 from ray_pipeline.agents.judges import SamplingSettings
-from ray_pipeline.agents.jurors import MEAN, JuryRule, jury_scores
-from ray_pipeline.agents.ranking import Ranking, rank, rank_by_debate
+from ray_pipeline.agents.jurors import MEAN, JuryRule
+from ray_pipeline.agents.ranking import NOT_ASKED, Ranking, rank, rank_by_debate
 from ray_pipeline.agents.strategies import Strategy, StrategyAsking, StrategyTemplates, load_strategy_templates
 from ray_pipeline.agents.templates import Layout, LayoutKey
 from ray_pipeline.agreement.ask import LiveJudge
 from ray_pipeline.config.settings import Settings, refuse_repeated
-from ray_pipeline.data.gate import CUT_RULES, Cut, cut_text, label_counts
-from ray_pipeline.data.mean_rank import MeanRank, mean_rank
+from ray_pipeline.data.escalation import Levels, check_levels
+from ray_pipeline.data.gate import CUT_RULES, Cut, label_counts
+from ray_pipeline.data.judge_votes import by_role
 from ray_pipeline.engines.base import ChatEngine, Message
 from ray_pipeline.engines.models import ModelSettings
+from ray_pipeline.feedback.pick import PanelRule, accept_best, accept_by_level
 from ray_pipeline.graph.asking import Asking, Outcome, Row, ShardTables, count_by, reply_status
 from ray_pipeline.graph.stage import ShardInput, ShardOutput, ShardWork, Stage
 from ray_pipeline.store.schemas import VERDICTS
+
+
+class PanelSettings(Settings):
+    """One level of `select.escalate`. With neither strategy nor debate it has that of the `select` block."""
+
+    judges: tuple[str, ...] = Field(description="names of `select.judges`; each is in one level")
+    strategy: Strategy | None = Field(None, description="how the judges of this level compare the responses")
+    debate: DebateSettings | None = Field(None, description="instead of a strategy, each of them runs a debate")
 
 
 class SelectSettings(Settings):
@@ -48,6 +56,11 @@ class SelectSettings(Settings):
     )
     judges: tuple[LiveJudge, ...] = Field((), description="the judges that use the strategy, or debate")
     jury: JuryRule = Field(MEAN, description="how the judges' scores are pooled")
+    escalate: tuple[PanelSettings, ...] = Field(
+        (),
+        description="levels of judges. Those of the first compare the responses of every prompt, those of a later one "
+        "only where the judges so far do not agree on one best response (docs/feedback_loop.md)",
+    )
     pairs: Literal["every_rejected", "best_worst"] = Field(
         "every_rejected",
         description="a prompt's DPO pairs: the accepted response with every rejected one, or only with the worst",
@@ -68,7 +81,9 @@ class SelectSettings(Settings):
                 "set strategy and judges together (or debate and judges), or neither to use the rubric judges"
             )
         refuse_repeated((judge.name for judge in self.judges), "judges")
-        if self.debate is not None and any(j.rubric is not None for j in self.judges):
+        if self.escalate:
+            self._check_levels()
+        if any(p.debate is not None and any(j.rubric is not None for j in p.judges) for p in self.panels):
             raise ValueError("a judge in a debate has no rubric; remove it and edit the roles in debate_templates")
         if self.jury.votes and self.pairs == "best_worst":
             raise ValueError(
@@ -76,13 +91,59 @@ class SelectSettings(Settings):
                 "set pairs: every_rejected, or pool scores (mean, median, weighted_mean)"
             )
         for reader, there, keys in (
-            ("a strategy", self.strategy, {"templates", "layout"}),
-            ("a debate", self.debate, {"debate_templates"}),
-            ("a strategy or a debate", self.strategy or self.debate, {"sampling", "asking"}),
+            ("a strategy", any(p.strategy for p in self.panels), {"templates", "layout"}),
+            ("a debate", any(p.debate for p in self.panels), {"debate_templates"}),
+            ("a strategy or a debate", self.compares, {"sampling", "asking"}),
         ):
-            if there is None and (idle := sorted(self.model_fields_set & keys)):
+            if not there and (idle := sorted(self.model_fields_set & keys)):
                 raise ValueError(f"{idle[0]} has no effect without {reader}; remove it or set one")
         return self
+
+    def _check_levels(self) -> None:
+        if not self.compares:
+            raise ValueError("escalate has levels of select.judges; set strategy (or debate) and judges, or remove it")
+        check_levels(self.levels, self.names, [])
+        own = [level for level in self.escalate if level.strategy is not None or level.debate is not None]
+        if any(level.strategy is not None and level.debate is not None for level in own):
+            raise ValueError("escalate: strategy and debate of a level exclude each other; keep one of them")
+        if len(own) == len(self.escalate):
+            key = "debate" if self.strategy is None else "strategy"
+            raise ValueError(
+                f"select.{key} has no effect: every level of escalate has a strategy or debate of its own; remove that "
+                f"of one level, which then has select.{key}"
+            )
+        scales = [panel.scale for panel in self.panels]
+        if len(set(scales)) > 1 and not self.jury.votes:
+            shown = ", ".join(f"{low} to {high}" for low, high in scales)
+            raise ValueError(
+                f"escalate: jury.pool {self.jury.pool} pools scores, but those of the levels are on different scales "
+                f"({shown}); give them one low and high, or pool votes (mode, weighted)"
+            )
+
+    @property
+    def levels(self) -> Levels:
+        """Names of the judges by level; none without `escalate`."""
+        return tuple(level.judges for level in self.escalate)
+
+    @property
+    def panels(self) -> tuple[SelectSettings, ...]:
+        """The block as it holds for each level; without levels, the block itself."""
+        return tuple(self._panel(level) for level in self.escalate) or (self,)
+
+    def _panel(self, level: PanelSettings) -> SelectSettings:
+        how = level if level.strategy is not None or level.debate is not None else self
+        judges = tuple(judge for judge in self.judges if judge.name in level.judges)
+        return self.model_copy(
+            update={"escalate": (), "judges": judges, "strategy": how.strategy, "debate": how.debate}
+        )
+
+    @property
+    def scale(self) -> tuple[int, int]:
+        """Lowest and highest score of the strategy or debate; 0 and 1 where it gives shares of wins, or votes."""
+        if self.debate is not None:
+            return (0, 1) if self.debate.pool == "vote" else (self.debate.low, self.debate.high)
+        assert self.strategy is not None
+        return (self.strategy.low, self.strategy.high) if self.strategy.form.scored else (0, 1)
 
     @property
     def compares(self) -> bool:
@@ -112,6 +173,7 @@ class SelectSettings(Settings):
 class _Judges(Settings):
     answers: tuple[str, ...]
     judges: tuple[LiveJudge, ...]
+    exit_rule: PanelRule | None = None
     sampling: SamplingSettings
     asking: StrategyAsking
 
@@ -135,34 +197,46 @@ def ranks(
     name: str = "judge",
     holds: str = "",
 ) -> list[Stage]:
-    """Verdicts by a strategy or by debates, ordered by prompt, judge and answer; one stage per model.
+    """Verdicts by a strategy or by debates, ordered by prompt, judge and answer; one stage per model (with levels, of
+    each level, which waits for those before it).
 
     Args:
         answers: stages of candidates by role; all answers to a prompt are judged together.
         holds: role of the verdicts, see `Stage.role`.
     """
-    stages = []
-    for key in settings.models:
-        own = name if len(settings.models) == 1 else f"{name}-{key}"
-        judging = _judging(settings, tuple(answers), tuple(j for j in settings.judges if j.model == key))
-        stages.append(RANK.stage(own, judging, models[key], {"prompts": prompts, **answers}, group=name, holds=holds))
+    stages = list[Stage]()
+    for number, panel in enumerate(settings.panels, start=1):
+        rule = PanelRule(levels=settings.levels[: number - 1], cut=settings.cut) if number > 1 else None
+        inputs = {"prompts": prompts, **answers, **({} if rule is None else by_role(stages))}
+        level = f"{name}-level-{number}" if settings.escalate else name
+        for key in panel.models:
+            own = level if len(panel.models) == 1 else f"{level}-{key}"
+            judging = _judging(panel, tuple(answers), tuple(j for j in panel.judges if j.model == key), rule)
+            stages.append(RANK.stage(own, judging, models[key], inputs, group=name, holds=holds))
     return stages
 
 
-def _judging(settings: SelectSettings, answers: tuple[str, ...], judges: tuple[LiveJudge, ...]) -> _Rank | _Debates:
-    who = {"answers": answers, "judges": judges}
+def _judging(
+    settings: SelectSettings,
+    answers: tuple[str, ...],
+    judges: tuple[LiveJudge, ...],
+    rule: PanelRule | None = None,
+) -> _Rank | _Debates:
+    who = {"answers": answers, "judges": judges, "exit_rule": rule}
     if settings.debate is not None:
         return _Debates.part_of(settings, **who, rules=settings.debate, templates=settings.debate_texts())
     return _Rank.part_of(settings, **who, templates=settings.texts())
 
 
 class _Group(NamedTuple):
-    """All answers to a prompt and the judge that compares them; answers are rows of schema CANDIDATES."""
+    """All answers to a prompt and the judge that compares them; answers are rows of schema CANDIDATES. `settled`: the
+    levels before leave nothing to this judge."""
 
     prompt_id: str
     messages: list[Message]
     answers: list[Row]
     judge: LiveJudge
+    settled: bool
 
 
 def _groups(shard: ShardTables, settings: _Rank | _Debates) -> Iterator[_Group]:
@@ -170,15 +244,21 @@ def _groups(shard: ShardTables, settings: _Rank | _Debates) -> Iterator[_Group]:
     for role in settings.answers:
         for row in shard.rows(role):
             answers[row["prompt_id"]].append(row)
+    settled, rule = set[str](), settings.exit_rule
+    if rule is not None:
+        candidates = pa.concat_tables([shard.tables[role] for role in settings.answers])
+        settled = rule.settled_in(candidates, pa.concat_tables(shard.under("verdicts/")))
     for prompt, messages in shard.messages().items():
         if prompt in answers:
             for judge in settings.judges:
-                yield _Group(prompt, messages, answers[prompt], judge)
+                yield _Group(prompt, messages, answers[prompt], judge, prompt in settled)
 
 
 async def _rank(engine: ChatEngine, settings: _Rank | _Debates, group: _Group) -> Outcome:
     shown = [answer for answer in group.answers if answer["response"] is not None]
-    ranking = await _ranked(engine, settings, group, [answer["response"] for answer in shown])
+    ranking = NOT_ASKED
+    if not group.settled:
+        ranking = await _ranked(engine, settings, group, [answer["response"] for answer in shown])
     scores = dict(zip((a["candidate_id"] for a in shown), ranking.scores or (), strict=False))
     rows = [
         {
@@ -223,6 +303,7 @@ class _Pick(Settings):
     judges: tuple[str, ...]
     jury: JuryRule
     cut: Cut = "exclude"
+    levels: Levels = ()
 
 
 def select(
@@ -232,13 +313,15 @@ def select(
     jury: JuryRule = MEAN,
     name: str = "select",
     cut: Cut = "exclude",
+    levels: Levels = (),
 ) -> Stage:
     """One decision per candidate: accepted, rejected, or neither.
 
     Args:
         cut: rule for candidates whose text is not whole.
+        levels: the judges by level (`select.escalate`); none: all were asked.
     """
-    given = _Pick(judges=tuple(judges), jury=jury, cut=cut)
+    given = _Pick(judges=tuple(judges), jury=jury, cut=cut, levels=levels)
     return Stage(
         name=name,
         version=2,  # 2: candidates that were cut off are left out
@@ -250,65 +333,12 @@ def select(
 
 def select_shard(given: ShardInput) -> ShardOutput:
     settings: _Pick = given.settings
+    candidates, counts = given.tables["candidates"], dict[str, int]()
     verdicts = pa.concat_tables(ShardTables(given.tables, given.facts).under("verdicts/"))
-    table = accept_best(given.tables["candidates"], verdicts, settings.judges, settings.jury, settings.cut)
+    if settings.levels:
+        rule = PanelRule(levels=settings.levels, cut=settings.cut)
+        table, counts = accept_by_level(candidates, verdicts, rule, settings.jury)
+    else:
+        table = accept_best(candidates, verdicts, settings.judges, settings.jury, settings.cut)
     given.tick(table.num_rows)
-    return ShardOutput({"decisions": table}, label_counts(table))
-
-
-def accept_best(
-    candidates: pa.Table, verdicts: pa.Table, judges: Sequence[str], jury: JuryRule = MEAN, cut: Cut = "exclude"
-) -> pa.Table:
-    """The response that the jury scores highest is accepted, those of a lower score are rejected.
-
-    Args:
-        candidates: columns candidate_id, prompt_id, k and, if it is there, finish_reason are read; all candidates of
-            each prompt.
-        verdicts: columns candidate_id, judge, score, parse_status; rows of other judges are left out.
-        judges: who sits on the jury.
-        jury: how their scores become one. Under a rule of votes a judge votes among the candidates that all could
-            score.
-        cut: rule for candidates whose text is not whole: they are `incomplete`, never accepted, or like others.
-
-    Returns:
-        A table of schema DECISIONS, in the order of `candidates`; the final score is the jury's. The accepted one is
-        `desirable`, the rejected ones are `undesirable`. Of several with the highest score the first response is
-        accepted and the others are discarded, since no judge called them worse; where all scores of a prompt are equal,
-        or only one was read, all are discarded. A candidate with an unread score is `incomplete`.
-
-    Raises:
-        KeyMismatch: as `gate.decide`.
-        ValueError: there are no judges, one occurs twice, or one has no weight where the rule weighs.
-    """
-    ranked = mean_rank(candidates, verdicts, judges, "a selection needs", cut)
-    final, names, turn = _final(ranked, judges, jury), ranked.ids.to_pylist(), candidates["k"].to_pylist()
-    label = ranked.texts("discard", "incomplete")
-    why = ranked.why("the only response with a score")
-    for scored in ranked.of_prompt.values():
-        whole = ranked.whole(scored)
-        top = max((final[row] for row in whole), default=-np.inf)
-        barred = [row for row in scored if ranked.cut[row] and final[row] >= top]
-        for row in barred:
-            label[row], why[row] = "incomplete", cut_text(ranked.cut[row])
-        rows = [row for row in scored if row not in barred]
-        if len(rows) < 2:
-            continue
-        best = min((row for row in rows if final[row] == top), key=lambda row: (turn[row], names[row]))
-        lower = [row for row in rows if final[row] < top]
-        for row in rows:
-            why[row] = f"as good as the best: {final[row]:g}" if lower else f"all {len(rows)} have the score {top:g}"
-        if lower:
-            label[best], why[best] = "desirable", f"best of {len(rows)}: {top:g}"
-        for row in lower:
-            label[row], why[row] = "undesirable", f"{final[row]:g} is below {top:g}, the best of {len(rows)}"
-    return ranked.decisions(label, why, final)
-
-
-def _final(ranked: MeanRank, judges: Sequence[str], jury: JuryRule) -> NDArray[np.float64]:
-    """The jury's score of every candidate; NaN where one of its scores was not read."""
-    if jury.pool == "mean":
-        return ranked.mean
-    final = np.full(len(ranked.mean), np.nan)
-    for rows in ranked.of_prompt.values():
-        final[rows] = jury_scores(dict(zip(judges, ranked.scores[rows].T.tolist(), strict=True)), jury)
-    return final
+    return ShardOutput({"decisions": table}, label_counts(table) | counts)

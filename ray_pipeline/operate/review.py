@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ray_pipeline.data.early_exit import in_audit_slice
+from ray_pipeline.data.early_exit import slice_of
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.data.rows import one_array
 from ray_pipeline.evaluate.excerpts import as_text
@@ -92,11 +92,10 @@ def choose(decisions: pa.Table, gate: GateConfig, rows: int, chance: float = CHA
 def _to_draw_from(run: Run, shards: Iterator[pa.Table]) -> pa.Table:
     """Candidates with a final score; where calls were skipped (`judge.early_exit`), those of the audit slice alone,
     which stand for the run."""
-    columns = ["candidate_id", "final_score", "score_variance", "label"]
+    columns = ["candidate_id", "prompt_id", "final_score", "score_variance", "label"]
     found = pa.concat_tables([shard.select(columns).filter(pc.is_valid(shard["final_score"])) for shard in shards])
     if run.page.get("audit_slice"):
-        inside = [in_audit_slice(name) for name in found["candidate_id"].to_pylist()]
-        found = found.filter(pa.array(inside, pa.bool_()))
+        found = found.filter(slice_of(found, run.page.get("slice_by", "candidate_id")))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from ray_pipeline.audit.findings import AuditReport
 from ray_pipeline.audit.loop import audit_loop
 from ray_pipeline.data.dataset_files import write_dataset_files
 from ray_pipeline.data.dataset_rows import DatasetsConfig, dpo_rows, kto_rows
+from ray_pipeline.data.escalation import Levels
 from ray_pipeline.data.gate import Cut
 from ray_pipeline.data.rows import add_counts
-from ray_pipeline.feedback.select import accept_best
+from ray_pipeline.feedback.pick import PanelRule, accept_best, accept_by_level
 from ray_pipeline.store.tables import ShardedTable
-from tests.planted import by_shard, count_words, ended, make_world
+from tests.planted import by_shard, count_words, ended, make_world, skipped_by_panels
 
 LIMITS = DatasetsConfig(max_length=60, max_prompt_length=20, min_gap=1)
 ANSWERS = {
@@ -38,9 +40,11 @@ def audit(
     limits: DatasetsConfig = LIMITS,
     reasons: tuple[str, ...] = ("stop",),
     cut: Cut = "exclude",
+    levels: Levels = (),
 ) -> AuditReport:
     """Two shards made by the real functions; `change` may damage the rows of a table after they were made."""
-    world = ended(make_world(answers, judges, val=["question 0"]), *reasons)
+    world, panels = ended(make_world(answers, judges, val=["question 0"]), *reasons), PanelRule(levels=levels, cut=cut)
+    world = skipped_by_panels(world, panels) if levels else world
     kinds = ("prompts", "candidates", "verdicts", "decisions")
     tables = {kind: ShardedTable(str(folder / kind), kind, 2, "f1") for kind in kinds}
     made: dict[str, list[pa.Table]] = {"kto": [], "dpo": []}
@@ -52,7 +56,10 @@ def audit(
     parts = {kind: by_shard(getattr(world, kind), 2) for kind in kinds[:3]}
     for shard in range(2):
         prompts, candidates, verdicts = (parts[kind][shard] for kind in kinds[:3])
-        decisions = accept_best(candidates, verdicts, judges, rule, cut)
+        if levels:
+            decisions, _ = accept_by_level(candidates, verdicts, panels, rule)
+        else:
+            decisions = accept_best(candidates, verdicts, judges, rule, cut)
         arguments = (prompts, candidates, verdicts, decisions, limits, count_words)
         for kind, (table, found) in (("kto", kto_rows(*arguments)), ("dpo", dpo_rows(*arguments, True))):
             made[kind].append(changed(kind, table))
@@ -70,7 +77,7 @@ def audit(
     )
     return audit_loop(
         tables["prompts"], tables["candidates"], [tables["verdicts"]], tables["decisions"], str(folder / "datasets"),
-        judges, limits.min_gap, rule, cut,
+        judges, limits.min_gap, rule, cut, levels=levels,
     )  # fmt: skip
 
 
@@ -81,7 +88,7 @@ def test_nothing_is_found_in_what_the_stages_made(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", ["exclude", "undesirable", "keep"])
-@pytest.mark.parametrize("rule", [{"pool": "mean"}, {"pool": "mode"}])
+@pytest.mark.parametrize("rule", [{"pool": "mean"}, {"pool": "median"}, {"pool": "mode"}])
 def test_texts_that_were_cut_off_are_not_accepted(tmp_path: Path, cut: Cut, rule: dict[str, Any]) -> None:
     """K4.1: every second answer, also the best ones, was cut off."""
     found = audit(tmp_path, rule=JuryRule.model_validate(rule), reasons=("stop", "length", "stop"), cut=cut)
@@ -122,6 +129,49 @@ def test_the_rule_of_a_jury_is_audited_too(tmp_path: Path, rule: dict[str, Any])
     found = audit(tmp_path, answers=JURY, judges=("x", "y", "z"), rule=one, limits=limits)
     assert found.ok, found.problems[:3]
     assert found.rows["candidates"] == 12
+
+
+def drawn(seed: int) -> dict[str, Any]:
+    """Answers of 60 prompts, some of them equal or unread, with scores on which three judges agree, tie or differ."""
+    rng = random.Random(seed)
+    return {
+        f"question {n}": [
+            (
+                text,
+                [rng.choice([1, 2, 3, 4, 4, None] if n % 9 == 0 else [1, 2, 3, 4]) for _ in "xyz"],
+                None,
+            )
+            for text in ("a", rng.choice("ab"), "c")
+        ]
+        for n in range(60)
+    }
+
+
+LEVELS = (("x", "y"), ("z",))
+
+
+@pytest.mark.parametrize("rule", [{"pool": "mean"}, {"pool": "mode"}, {"pool": "median"}])
+@pytest.mark.parametrize("cut", ["exclude", "undesirable", "keep"])
+def test_levels_of_judges_are_audited(tmp_path: Path, rule: dict[str, Any], cut: Cut) -> None:
+    one, limits = JuryRule.model_validate(rule), LIMITS.model_copy(update={"min_gap": 0})
+    reasons = ("stop", "stop", "stop", "length")
+    found = audit(tmp_path, answers=drawn(1), judges=("x", "y", "z"), rule=one, limits=limits, reasons=reasons, cut=cut,
+                  levels=LEVELS)  # fmt: skip
+    assert found.ok, found.problems[:3]
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_a_judge_who_was_asked_or_skipped_against_the_levels_is_found(tmp_path: Path, late: bool) -> None:
+    def change(kind: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        if kind != "verdicts":
+            return rows
+        of_z = {row["prompt_id"] for row in rows if row["judge"] == "z" and (row["parse_status"] == "skipped") == late}
+        values = {"score": 3.0, "parse_status": "ok"} if late else {"score": None, "parse_status": "skipped"}
+        return [{**row, **values} if row["judge"] == "z" and row["prompt_id"] == min(of_z) else row for row in rows]
+
+    found = audit(tmp_path, change, drawn(2), ("x", "y", "z"), levels=LEVELS)
+    assert "level" in found.found, found.found
+    assert found.problems[0].message.startswith("z was asked, but the pick" if late else "z was skipped, but ")
 
 
 def first(kind: str, **values: Any) -> Change:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import yaml
 
 from dags.fellowship import FellowshipConfig, fellowship
-from ray_pipeline.config.loading import load_config
+from ray_pipeline.config.loading import load_config, read_config
 from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.data.prompts import PromptsConfig
 from ray_pipeline.workflow import training
@@ -205,6 +206,15 @@ def test_the_published_file_says_what_was_published() -> None:
     assert config.select.names == ["gpt-4o"] and config.select.pairs == "every_rejected"
     assert config.loop.texts().review.system == ""  # Gemma 2 takes no system message
     assert config.select.strategy is not None and config.select.texts().of(config.select.strategy)
+
+
+def test_the_documented_levels_fit_the_published_file() -> None:
+    text = (ROOT.parent / "docs" / "feedback_loop.md").read_text()
+    overrides = [f"select.{key}={value}" for key, value in re.findall(r"select\.(judges|escalate)='(.*?)'", text)]
+    config = read_config(FellowshipConfig, shipped("fellowship.yaml"), ["improve=null", *overrides])
+    assert config.select.levels == (("llama",), ("gpt-4o",)) and config.report().levels == config.select.levels
+    with pytest.raises(ConfigError, match="but improve compares reviews by what all judges"):
+        read_config(FellowshipConfig, shipped("fellowship.yaml"), overrides)
 
 
 def test_the_pocket_file_names_its_own_models() -> None:

@@ -22,7 +22,8 @@ from ray_pipeline.agents.strategies import LABELS, Strategy, StrategyAsking, loa
 from ray_pipeline.agreement.ask import LiveJudge
 from ray_pipeline.data.dataset_rows import DatasetsConfig, dpo_rows, kto_rows
 from ray_pipeline.engines.base import PromptTooLong
-from ray_pipeline.feedback.select import RANK, SelectSettings, _judging, _Rank, accept_best
+from ray_pipeline.feedback.pick import accept_best
+from ray_pipeline.feedback.select import RANK, SelectSettings, _judging, _Rank
 from ray_pipeline.store.schemas import DECISIONS, VERDICTS
 from tests.data.test_llm_stages import Shard
 from tests.planted import World, count_words, make_world
