@@ -42,7 +42,12 @@ class Placement(Room):
         description="GPUs per actor, 0.5 for two on one; default: tensor_parallel_size if there are GPUs now (set it "
         "if GPU nodes start on demand)",
     )
-    num_cpus: float = Field(0, ge=0, description="CPUs that an actor reserves; engines need none reserved")
+    num_cpus: float = Field(
+        0,
+        ge=0,
+        description="CPUs that an actor reserves, and threads of an engine that runs on them; an engine needs none "
+        "reserved and then has a thread for every CPU but one",
+    )
     min_actors: int = Field(1, ge=1, description="minimum number of actors while a stage runs")
     max_actors: int = Field(
         1, ge=1, description="maximum number of actors, shared by stages on one model that can start together"

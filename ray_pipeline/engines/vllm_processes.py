@@ -111,8 +111,8 @@ def child_environment(owner: Reaper, *, cpu: bool) -> Iterator[None]:
     if cpu:
         # Samplers are compiled even in eager mode: 7 s for the first log-probabilities, and a C++ compiler is needed.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-        # Ray sets the number of threads to the actor's num_cpus. Elsewhere one core is left to this process, and
-        # threads must not spin on it while they wait.
+        # Ray sets the number of threads to the CPUs that an actor reserves. Elsewhere one core is left to this
+        # process, and threads must not spin on it while they wait.
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) - 1)))
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

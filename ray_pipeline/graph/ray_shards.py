@@ -91,6 +91,7 @@ class ShardActor:
     """
 
     def __init__(self, tasks: Sequence[StageTask]) -> None:
+        _free_threads()
         self._host = EngineHost(tasks, _devices())
         first = tasks[0]
         if sharded(first).placement.max_actors > 1:
@@ -116,6 +117,13 @@ def _rows(receipts: Sequence[Receipt]) -> dict[str, Any]:
 def _devices() -> float:
     """GPUs that this actor holds; an engine without any counts as one device."""
     return float(ray.get_runtime_context().get_assigned_resources().get("GPU", 0)) or 1.0
+
+
+def _free_threads() -> None:
+    """Leave the number of an engine's threads to the engine, where Ray has set one thread only because the actor
+    reserves no CPU."""
+    if not ray.get_runtime_context().get_assigned_resources().get("CPU") and os.environ.get("OMP_NUM_THREADS") == "1":
+        del os.environ["OMP_NUM_THREADS"]
 
 
 def _engine_room(work: ShardWork, placement: Placement) -> dict[str, Any]:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import ray.data
 from pydantic import ValidationError
 
 from ray_pipeline.engines.models import ModelSettings, Placement
 from ray_pipeline.graph import reach
-from ray_pipeline.graph.ray_shards import GROW_AT, SHRINK_AT, _engine_room, _pool
+from ray_pipeline.graph.ray_shards import GROW_AT, SHRINK_AT, _engine_room, _free_threads, _pool
 from ray_pipeline.graph.reach import KeyMissing, UnreachableFolder, WantedKey, _ask_node, _Node, _refuse, wanted_keys
 from ray_pipeline.graph.stage import ShardWork
 from ray_pipeline.policy.train import _NOT_LEARNT
@@ -55,6 +56,25 @@ def test_an_actor_takes_what_its_placement_says(monkeypatch: pytest.MonkeyPatch)
     assert found == {"num_gpus": 0.5, "num_cpus": 1, "label_selector": JUDGING, "resources": {"judge": 1}}
     ray.data.Dataset.map_batches  # noqa: B018  the four are its arguments by name
     assert set(found) <= set(ray.data.Dataset.map_batches.__annotations__)
+
+
+@pytest.mark.parametrize(
+    ("reserved", "threads", "left"),
+    [({}, "1", None), ({"CPU": 1.0}, "1", "1"), ({"CPU": 4.0}, "4", "4"), ({}, "3", "3"), ({}, None, None)],
+    ids=["ray's own", "one reserved", "four reserved", "the user's", "unset"],
+)
+def test_an_engine_has_more_than_one_thread_where_no_cpu_is_reserved(
+    monkeypatch: pytest.MonkeyPatch, reserved: dict[str, float], threads: str | None, left: str | None
+) -> None:
+    class Context:
+        get_assigned_resources = staticmethod(lambda: reserved)
+
+    monkeypatch.setattr(ray, "get_runtime_context", Context)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if threads is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    _free_threads()
+    assert os.environ.get("OMP_NUM_THREADS") == left
 
 
 def test_a_pool_asks_for_all_its_actors_and_grows_again_when_it_can_be_busy() -> None:
