@@ -56,10 +56,10 @@ class BaselinesConfig(DmapoConfig):
 
     def check_kinds(self) -> None:
         """Raises ValueError for keys that `baselines` sets itself, and for an invalid comparison."""
-        if self.judge.early_exit != "off":
+        if self.exit_rule is not None:
             raise ValueError(
-                "judge.early_exit skips what one gate does not need, but baselines.data makes datasets by several "
-                "rules of the same verdicts; set it to off"
+                f"{self.exit_rule.key} skips what one gate does not need, but "
+                "baselines.data makes datasets by several rules of the same verdicts; remove it"
             )
         if self.rounds is not None:
             raise ValueError("rounds has no effect in a comparison; use the workflow dmapo")

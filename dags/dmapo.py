@@ -21,11 +21,13 @@ from ray_pipeline.data.candidates import drawn
 from ray_pipeline.data.card import Provenance
 from ray_pipeline.data.critic import critic as critic_stage
 from ray_pipeline.data.datasets import Judged
+from ray_pipeline.data.early_exit import ExitRule
 from ray_pipeline.data.judging import JudgeSettings
 from ray_pipeline.data.judging import judges as judge_stages
 from ray_pipeline.data.prompt_parts import prompt_part
 from ray_pipeline.data.prompts import prompts as prompts_stage
 from ray_pipeline.data.scored import ScoredDataset
+from ray_pipeline.evaluate.early_stop import decision_stage
 from ray_pipeline.evaluate.stage import write_report
 from ray_pipeline.extensions import register
 from ray_pipeline.graph.results import Run
@@ -78,7 +80,7 @@ def _round(config: DmapoConfig, run_folder: str, number: int, prompts: Stage, be
             asked,
             candidates,
             verdicts,
-            rule,
+            rule if isinstance(rule, ExitRule) else None,
             f"critic{ending}",
         )
     dataset = scored(config)[number - 1]
@@ -90,7 +92,7 @@ def _round(config: DmapoConfig, run_folder: str, number: int, prompts: Stage, be
     if config.train is None:
         return Round(number, judged, stages, None, None)
     after = trained(
-        config,
+        config if rounds is None else config.model_copy(update={"train": rounds.training(config.train, number)}),
         run_folder,
         prompts,
         datasets,
@@ -101,8 +103,14 @@ def _round(config: DmapoConfig, run_folder: str, number: int, prompts: Stage, be
         reference=rounds.reference if rounds is not None and before else "base",
         base=before[0].base if before else None,
     )
+    decision = None
+    if rounds is not None and rounds.stop is not None and rounds.n > 1:
+        earlier = before[-1].decision if before else None
+        decision = decision_stage(rounds.stop, config.evaluate, number, [prompts, *after], earlier)
+        after.append(decision)
     named = {stage.name: stage for stage in after}
-    return Round(number, judged, [*stages, *after], named.get(f"train{ending}"), named.get("responses-base"))
+    trains, base = named.get(f"train{ending}"), named.get("responses-base")
+    return Round(number, judged, [*stages, *after], trains, base, decision)
 
 
 def scored(config: DmapoConfig) -> list[ScoredDataset]:

@@ -96,9 +96,10 @@ class FellowshipConfig(TrainingConfig):
             )
         if self.judge is not None and self.judge.source is not None:
             raise ValueError("judge.source has verdicts of ready responses, but the loop writes new ones; use rubrics")
-        if self.judge is not None and self.judge.early_exit != "off":
+        if self.judge is not None and (self.judge.early_exit != "off" or self.judge.escalate):
             raise ValueError(
-                "judge.early_exit skips what a gate does not need, but this workflow has none; set it to off"
+                f"judge.{'escalate' if self.judge.escalate else 'early_exit'} skips what a gate does not need, but "
+                "this workflow has none; remove it"
             )
         try:
             self.select.jury.check(self.judges)

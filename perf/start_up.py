@@ -1,6 +1,6 @@
-"""CPU time that commands take before they do anything.
+"""CPU time of commands that call no model: before they do anything, and on a finished run.
 
-    python perf/start_up.py [--runs 5]
+    python perf/start_up.py [--runs 5] [--run runs/pocket]
 
 Prints the median over some runs of user and system seconds of the process, and its ratio to an interpreter that
 imports pydantic, typer and rich, which no command can do without. The ratio is the figure: it depends less on the
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -53,6 +54,7 @@ def plant_run(folder: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--run", help="finished run of configs/pocket.yaml")
     given = parser.parse_args()
     quorum = ["-m", "ray_pipeline.cli"]
     with tempfile.TemporaryDirectory() as folder:
@@ -66,7 +68,17 @@ def main() -> None:
             "quorum --help": [*quorum, "--help"],
             "quorum status": [*quorum, "status", folder],
             "quorum run dmapo --dry-run": [*quorum, *dry],
+            "quorum plan dmapo": [*quorum, "plan", "dmapo", "--config", CONFIG, "--no-write"],
         }
+        if given.run is not None:
+            copy = os.path.join(folder, "copy")
+            shutil.copytree(given.run, copy, symlinks=True)
+            commands |= {
+                "quorum run dmapo, all stages done": [*quorum, "run", "dmapo", "--config", CONFIG, "--run-dir", copy],
+                "quorum regate gate.tau=1.5": [*quorum, "regate", copy, "gate.tau=1.5"],
+                "quorum report": [*quorum, "report", copy],
+                "quorum audit": [*quorum, "audit", copy],
+            }
         for arguments in commands.values():
             cpu_seconds(arguments)
         seconds: dict[str, list[float]] = {name: [] for name in commands}

@@ -27,6 +27,12 @@ settings.register_profile("quorum", deadline=None)
 settings.load_profile("quorum")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Light tests compute in one thread: xdist's workers share the cores, and small matrices only wait for threads."""
+    if config.getoption("markexpr") == "not e2e":
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, with the tests
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _imports_once(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Ray workers and engines of end-to-end tests, and of commands that they run, are forked from one server."""

@@ -7,8 +7,14 @@ template that knows ``enable_thinking``. Nothing is downloaded.
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+#: `importorskip` would import it, for seconds, also where no test of the file is run.
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
 # ChatML as Qwen3 writes it: with thinking switched off the reply starts behind an empty thought.
 CHAT_TEMPLATE = (

@@ -16,6 +16,8 @@ from ray_pipeline.data.confidence import panel_confidence
 from ray_pipeline.data.convert import pairs_to_sft
 from ray_pipeline.data.dataset_files import write_dataset_files
 from ray_pipeline.data.dataset_rows import DatasetsConfig, dpo_rows, kto_rows
+from ray_pipeline.data.early_exit import outside_slice
+from ray_pipeline.data.escalation import Escalation, decide_by_level
 from ray_pipeline.data.gate import GateConfig, decide
 from ray_pipeline.data.rows import add_counts
 from ray_pipeline.store import keys, schemas
@@ -85,6 +87,19 @@ def ended(world: World, *reasons: str) -> World:
     return dataclasses.replace(world, candidates=world.candidates.set_column(at, field, column))
 
 
+def skipped_by_levels(world: World, rule: Escalation) -> World:
+    """The same verdicts without those of judges whose level was not reached, as the stages of the levels leave them."""
+    verdicts = world.verdicts.to_pylist()
+    for number in range(1, len(rule.levels)):
+        before = rule.model_copy(update={"levels": rule.levels[:number]})
+        known = outside_slice(world.candidates, [schemas.to_table(verdicts, schemas.VERDICTS)])
+        settled = {name for name, found in known.items() if before.settled(found)}
+        for row in verdicts:
+            if row["judge"] in rule.levels[number] and row["candidate_id"] in settled:
+                row |= {"score": None, "parse_status": "skipped"}
+    return dataclasses.replace(world, verdicts=schemas.to_table(verdicts, schemas.VERDICTS))
+
+
 def random_world(prompts: int, seed: int, k: int = 4) -> World:
     """Scores drawn so that every label occurs often."""
     rng = random.Random(seed)
@@ -128,8 +143,11 @@ def write_run(
     origin: Provenance | None = None,
     max_prompts: int | None = None,
     sizes: Sequence[Mapping[str, Mapping[str, int]]] = (),
+    rule: Escalation | None = None,
 ) -> RunTables:
-    """A whole run on disk, made by the real stages. `change` may damage a shard after the stages that read it."""
+    """A whole run on disk, made by the real stages. `change` may damage a shard after the stages that read it; with a
+    `rule` (whose gate is `gate`), judges of later levels are skipped."""
+    world = world if rule is None else skipped_by_levels(world, rule)
     gate, config = gate or GateConfig(), config or DatasetsConfig(max_length=60, max_prompt_length=20)
     tables = {
         kind: ShardedTable(str(folder / kind), kind, num_shards, "f1")
@@ -140,7 +158,8 @@ def write_run(
     counts: dict[str, list[dict]] = {"kto": [], "dpo": [], "sft": []}
     for shard in range(num_shards):
         shards = {kind: part[shard] for kind, part in parts.items()}
-        decisions = decide(shards["candidates"], shards["verdicts"], shards["critiques"], JUDGES, gate)
+        judged = (shards["candidates"], shards["verdicts"], shards["critiques"])
+        decisions = decide(*judged, JUDGES, gate) if rule is None else decide_by_level(*judged, rule)[0]
         arguments = (shards["prompts"], shards["candidates"], shards["verdicts"], decisions, config, count_words)
         pairs = dpo_rows(*arguments)
         for kind, (table, count) in (
@@ -174,5 +193,6 @@ def write_run(
         judges=JUDGES,
         gate=gate,
         config=config,
+        levels=() if rule is None else rule.levels,
         scale=(1, 10),
     )

@@ -44,6 +44,14 @@ import json, sys
 import ray_pipeline.config.loading, ray_pipeline.config.blocks, ray_pipeline.workflow.config
 print(json.dumps(sorted(sys.modules)))
 """
+_FINISHED = """
+import json, sys
+import ray_pipeline.cli
+from ray_pipeline.graph import driver, ray_executor
+from ray_pipeline.operate import check, last_lines, run_settings
+ray_executor.RayExecutor()
+print(json.dumps(sorted(sys.modules)))
+"""
 
 
 def modules(code: str, *arguments: str) -> set[str]:
@@ -66,6 +74,15 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_a_dry_run_imports_nothing_heavy() -> None:
     assert not modules(_COMMAND, "run", "dmapo", "-c", "configs/pocket.yaml", "--dry-run") & HEAVY
+
+
+def test_a_run_with_nothing_to_make_imports_nothing_heavy() -> None:
+    assert not modules(_FINISHED) & HEAVY
+
+
+def test_a_plan_counts_tokens_without_torch() -> None:
+    plan = ["plan", "dmapo", "-c", "configs/pocket.yaml", "--no-write", "prompts.sources=[{type: pocket, count: 24}]"]
+    assert not modules(_COMMAND, *plan) & (HEAVY - {"pandas", "transformers"})  # pyarrow imports pandas
 
 
 def test_status_of_a_local_run_reads_it_without_tables(tmp_path: Path) -> None:

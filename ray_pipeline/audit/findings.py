@@ -34,6 +34,7 @@ PROBLEMS = {
     "shard": "a row is in the wrong shard",
     "prompt_id": "a prompt's id is not the hash of its messages",
     "numbers": "mean, variance, penalty or final score do not follow from verdicts and critique",
+    "level": "a judge was skipped or asked against `judge.escalate`",
     "program": "a program's verdict is not what its checker finds",
     "posterior": "a posterior does not follow from the verdicts, or the model not from all of them",
     "reward": "a reward model's score does not follow from the rewards of the prompt's candidates",
@@ -66,6 +67,7 @@ class RunTables:
         rewards: the judges that are reward models; their scores are computed again from the rewards.
         ticked: the judges with a checklist; their replies are read again.
         checklists: tables with the items of those whose items were written.
+        levels: judges level by level, where only the first are asked about every candidate (`judge.escalate`).
         scale: of the judges' scores, where verdicts may be skipped or rows are weighted.
         threshold: of a certified gate; None where it certified nothing.
         posterior: the model of a gate with a pool; None without one.
@@ -85,6 +87,7 @@ class RunTables:
     rewards: Sequence[RewardJudge] = ()
     ticked: Sequence[Rubric] = ()
     checklists: Sequence[ShardedTable] = ()
+    levels: Sequence[Sequence[str]] = ()
     scale: tuple[int, int] | None = None
     threshold: float | None = None
     posterior: Mapping[str, Any] | None = None

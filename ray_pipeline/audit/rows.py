@@ -23,6 +23,7 @@ from ray_pipeline.audit.formulas import (
     read_score,
     row_weight,
 )
+from ray_pipeline.audit.levels import judges_asked
 from ray_pipeline.audit.posterior import PosteriorCheck, posterior_label
 from ray_pipeline.audit.recomputed import Recomputed
 from ray_pipeline.data.tokens import Encode
@@ -125,8 +126,7 @@ class _Shard:
         return found
 
     def _check_prompt(self, prompt: Row) -> None:
-        expected = keys.prompt_id(prompt["messages"])
-        if expected != prompt["prompt_id"]:
+        if (expected := keys.prompt_id(prompt["messages"])) != prompt["prompt_id"]:
             self.audit.problem("prompt_id", "prompts", prompt["prompt_id"], f"its messages hash to {expected}")
 
     def _check_links(self) -> None:
@@ -152,27 +152,27 @@ class _Shard:
         if decision is None:
             self.audit.problem("missing", "decisions", name, "the candidate has no decision")
             return
-        verdicts = [self.verdicts.get((name, judge)) for judge in self.run.judges]
+        cut = self._is_cut(candidate)
+        asked, wrong = judges_asked(self.run, candidate, cut and self.run.gate.cut == "exclude", self.verdicts)
+        for message in wrong:
+            self.audit.problem("level", "verdicts", name, message)
+        verdicts = [self.verdicts.get((name, judge)) for judge in asked]
         scores = [read_score(row, "score") for row in verdicts]
         flawed = read_score(self.critiques.get(name), "flawed") if self.run.gate.use_critic else False
-        for column, expected in gate_numbers(scores, flawed, self.run.gate).items():
+        numbers = {"numbers": gate_numbers(scores, flawed, self.run.gate)}
+        numbers |= {} if self.posterior is None else {"posterior": self.posterior.expected(scores)}
+        for kind, column, expected in ((k, c, value) for k, found in numbers.items() for c, value in found.items()):
             if not close(decision[column], expected):
-                message = f"{column} is {decision[column]}, should be {expected}"
-                self.audit.problem("numbers", "decisions", name, message)
-        for column, expected in () if self.posterior is None else self.posterior.expected(scores).items():
-            if not close(decision[column], expected):
-                message = f"{column} is {decision[column]}, should be {expected}"
-                self.audit.problem("posterior", "decisions", name, message)
+                self.audit.problem(kind, "decisions", name, f"{column} is {decision[column]}, should be {expected}")
         # The label is derived from the stored numbers: a threshold missed by 1e-16 through rounding is not a problem.
         label = gate_label(None not in scores, flawed is not None, decision, self.run.gate)
         known = [OPEN if is_skipped(row) else score for row, score in zip(verdicts, scores, strict=True)]
         critic = OPEN if self.run.gate.use_critic and is_skipped(self.critiques.get(name)) else flawed
-        if self.run.scale is not None and OPEN in (*known, critic):
+        if self.run.scale is not None and not self.run.levels and OPEN in (*known, critic):
             label = label_without(tuple(known), critic, self.run.gate, self.run.scale)
         if self.run.gate.kind == "posterior":
-            complete = None not in scores and flawed is not None
-            label = posterior_label(decision, self.run.gate) if complete else "incomplete"
-        if self._is_cut(candidate) and (self.run.gate.cut == "exclude" or label == "desirable"):
+            label = posterior_label(decision, self.run.gate) if None not in (*scores, flawed) else "incomplete"
+        if cut and (self.run.gate.cut == "exclude" or label == "desirable"):
             label = "incomplete"
         if self.run.gate.kind == "certified":
             label = certified_label(label, decision, self.run.gate, self.run.threshold)

@@ -10,6 +10,7 @@ from ray_pipeline.audit.findings import AuditReport, RunTables
 from ray_pipeline.audit.loop import audit_loop
 from ray_pipeline.audit.rows import audit_run
 from ray_pipeline.data.datasets import cut_to_size
+from ray_pipeline.data.escalation import Escalation
 from ray_pipeline.data.gate import Cut
 from ray_pipeline.data.judging import JudgeSettings
 from ray_pipeline.data.scored import ScoredDataset
@@ -101,6 +102,7 @@ def _audit(run: Run, made: ScoredDataset, files: str, judge: JudgeSettings | Non
         rewards=() if judge is None else judge.rewards,
         ticked=[] if judge is None else [rubric for rubric in judge.rubrics if rubric.is_checklist],
         checklists=[result.table() for result in of_role(results, "checklists")],
+        levels=made.exit_rule.levels if isinstance(made.exit_rule, Escalation) else (),
         scale=made.scale,
         threshold=run.results[made.decisions].facts.get("certified", {}).get("threshold"),
         posterior=run.results[made.decisions].facts.get("posterior"),

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 from ray_pipeline.config.messages import ConfigError
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.engines.models import ModelSettings, resolve_model, shown_name
-from ray_pipeline.graph.results import of_role, read_run
+from ray_pipeline.graph.results import of_final_round, of_role, read_run
 from ray_pipeline.store.files import Folder
 
 
@@ -87,9 +87,9 @@ def _policy_of(where: str, own: Mapping[str, Any], keys: Mapping[str, Any]) -> t
             f"{where}.run: {own['run']} is not a run folder with a policy ({type(error).__name__})"
         ) from error
     trained = {r.name.removeprefix("train").removeprefix("-"): r for r in of_role(run.results, "policy")}
-    label = own.get("policy")
-    if label is None and len(trained) == 1:
-        label = next(iter(trained))
+    label, final = own.get("policy"), of_role(of_final_round(run.results), "policy")
+    if label is None and len(final) == 1:
+        label = next(name for name, result in trained.items() if result is final[0])
     if label not in trained:
         labels = ", ".join(name or "its only policy" for name in trained) or "none that is trained"
         problem = f"has no policy {label!r}" if label is not None else "has several policies: choose one by `policy`"

@@ -120,6 +120,7 @@ def audit(run: RunArgument = "runs/latest") -> None:
 
     Exit code 1 when a row is an orphan, a duplicate, chosen equal to rejected, or at odds with the formulas.
     """
+    from ray_pipeline.graph.results import decision
     from ray_pipeline.store.errors import StoreError
     from ray_pipeline.workflow.stored import read_stored
 
@@ -132,6 +133,8 @@ def audit(run: RunArgument = "runs/latest") -> None:
         for problem in report.problems:
             say(f"{problem.kind}: {problem.table} {problem.id}: {problem.message}")
         say(report.summary() if len(audited.reports) == 1 else f"{name}: {report.summary()}")
+    if decided := decision(stored.run.results):
+        say(decided.facts["text"])
     if audited.skipped:
         say(f"not audited (not made by the gate from all candidates): {', '.join(audited.skipped)}")
     if audited.cut:

@@ -68,6 +68,7 @@ def run(
     """
     from ray_pipeline.graph.driver import execute
     from ray_pipeline.graph.reach import check_location, in_a_job
+    from ray_pipeline.graph.results import is_skipped
     from ray_pipeline.operate import check as checks
     from ray_pipeline.operate.last_lines import last_lines, warnings
     from ray_pipeline.operate.pending import Pending
@@ -92,10 +93,11 @@ def run(
                 settings, dag, how.session, from_stage, to_stage, scope="light", on_cluster=elsewhere, engines=False
             )
             for stage in dag.upto(to_stage):
-                state = "done" if stage.name in pending.results else "to do"
+                skipped = is_skipped(stage, pending.results)
+                state = "done" if stage.name in pending.results else "skipped" if skipped else "to do"
                 reads = ", ".join(parent.name for parent in stage.inputs.values()) or "-"
                 number = dag.groups.index(stage.group_name) + 1  # as --from and --to accept it
-                say(f"{number:>2} {stage.name:<28} {state:<6} {stage.folder_name:<48} reads {reads}")
+                say(f"{number:>2} {stage.name:<28} {state:<7} {stage.folder_name:<48} reads {reads}")
             say(f"run folder: {folder}; call log: {settings.calls_root(folder)}; {settings.num_shards} shards")
             show_findings(checks.findings(pending))
             return

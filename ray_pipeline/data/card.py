@@ -191,8 +191,12 @@ def _head(stats: Mapping[str, Any], origin: Provenance, kinds: Sequence[str]) ->
     made = _who(origin)
     if (origin.config.get("human_labels") or {}).get("use") == "gate":
         made += " Labels by people replace the models' where there are some."
-    if (origin.config.get("judge") or {}).get("early_exit") == "labels":
+    judge = origin.config.get("judge") or {}
+    if judge.get("early_exit") == "labels":
         made += " Replies that could not change a label were not asked for: their rows lack scores, or final_score."
+    if levels := judge.get("escalate"):
+        shown = "; then ".join(_public(", ".join(level)) for level in levels)
+        made += f" Later judges were asked only where the earlier ones left the label open ({shown})."
     lines = ["# Quorum preference data", "", f"{text}, ready for TRL's trainers. Rows are in training order.{made}", ""]
     lines += ["```python", "from datasets import load_dataset", ""]
     for kind in kinds:

@@ -11,7 +11,7 @@ from ray_pipeline.agents.judges import Critique, JudgeAsking, SamplingSettings, 
 from ray_pipeline.agents.templates import Layout, RoleTemplate
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.answers import Answer, answers_of
-from ray_pipeline.data.early_exit import SKIPPED, ExitRule
+from ray_pipeline.data.early_exit import SKIPPED, ExitRule, outside_slice
 from ray_pipeline.data.judging import by_role
 from ray_pipeline.engines.base import ChatEngine
 from ray_pipeline.engines.models import ModelSettings
@@ -53,7 +53,7 @@ class _Item(NamedTuple):
 
 def _candidates(shard: ShardTables, settings: _Critic) -> list[_Item]:
     candidates, rule = shard.tables["candidates"], settings.exit_rule
-    known = {} if rule is None else rule.candidates(candidates, shard.under("verdicts/"))
+    known = {} if rule is None else outside_slice(candidates, shard.under("verdicts/"))
     return [
         _Item(answer.prompt_id, answer, rule is not None and answer.id in known and rule.settled(known[answer.id]))
         for answer in answers_of(shard.tables["prompts"], candidates)

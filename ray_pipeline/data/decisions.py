@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.early_exit import Scale, settle
+from ray_pipeline.data.escalation import Escalation, decide_by_level
 from ray_pipeline.data.gate import Cut, GateConfig, label_counts
 from ray_pipeline.data.judging import by_role
 from ray_pipeline.data.reviewed import HumanLabels, overrule
@@ -32,6 +33,7 @@ class _GateGiven(Settings):
     fault_share: float = 1.0
     rejected: Rejected = "worst"
     scale: Scale | None = None
+    escalation: Escalation | None = None
 
 
 def gate(
@@ -49,6 +51,7 @@ def gate(
     fault_share: float = 1.0,
     rejected: Rejected = "worst",
     scale: Scale | None = None,
+    escalation: Escalation | None = None,
     role: str = "",
 ) -> Stage:
     """One decision per candidate.
@@ -61,6 +64,7 @@ def gate(
         fault: what is broken in the gate on purpose, in this share of the prompts.
         rejected: which candidate is undesirable where there is no gate.
         scale: of the judges' scores, where verdicts may be skipped (`judge.early_exit`).
+        escalation: by which judges were asked (`judge.escalate`); None: all were.
         role: of its table, where another stage makes the decisions from it.
     """
     inputs = {"candidates": candidates, **by_role(verdicts)}
@@ -76,6 +80,7 @@ def gate(
         fault_share=fault_share,
         rejected=rejected,
         scale=scale,
+        escalation=escalation,
     )
     return Stage(
         name=name,
@@ -100,13 +105,16 @@ def decide_shard(given: ShardInput) -> ShardOutput:
         others = [None if table is None else table.filter(of_them) for table in others]
     verdicts, critiques = others
     assert verdicts is not None
-    if settings.gate is None:
+    changed: dict[str, int] = {}
+    if settings.escalation is not None:
+        table, open_labels = decide_by_level(candidates, verdicts, critiques, settings.escalation)
+        changed |= {"depends_on_skipped": open_labels} if open_labels else {}
+    elif settings.gate is None:
         table = best_and_worst(candidates, verdicts, settings.judges, settings.cut, settings.rejected)
         table = labels_flipped(table, settings.fault_share) if settings.fault == "labels_flipped" else table
     else:
         arguments = (candidates, verdicts, critiques, settings.judges, settings.gate)
         table = decide_with_fault(settings.fault, *arguments, share=settings.fault_share)
-    changed: dict[str, int] = {}
     if settings.gate is not None and settings.scale is not None:
         table, open_labels = settle(
             table, candidates, verdicts, critiques, settings.judges, settings.gate, settings.scale

@@ -23,7 +23,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +32,6 @@ from pydantic import BeforeValidator
 
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.gate import GateConfig, cut_reasons, label_cases
-from ray_pipeline.graph.stage import Stage
 from ray_pipeline.store.keys import unit_hash
 from ray_pipeline.store.schemas import LABELS, READ_STATUSES
 
@@ -45,7 +44,7 @@ SKIPPED = "skipped"
 #: Labels of training rows.
 _KEPT = ("desirable", "undesirable")
 #: Share of candidates that are judged in full.
-_SLICE = 0.05
+SLICE = 0.05
 #: Combinations of replies that are tried; with more, the next call is made.
 _MOST = 20_000
 
@@ -76,6 +75,9 @@ class ExitRule(Settings):
         judges: whose scores count, as the gate orders them.
     """
 
+    key: ClassVar[str] = "judge.early_exit"
+    why: ClassVar[str] = "their calls could not matter"
+
     exact: Literal["labels", "scores"]
     gate: GateConfig
     judges: tuple[str, ...]
@@ -85,11 +87,6 @@ class ExitRule(Settings):
         """Whether no further reply about the candidate matters."""
         labels = possible_labels(known, self.judges, self.gate, self.scale)
         return len(labels) == 1 and (self.exact == "labels" or labels.isdisjoint(_KEPT))
-
-    def candidates(self, candidates: pa.Table, verdicts: Iterable[pa.Table]) -> dict[str, Known]:
-        """Candidates with the verdicts that there are, by id; without those of the audit slice."""
-        outside = [not in_audit_slice(name) for name in candidates["candidate_id"].to_pylist()]
-        return known_of(candidates.filter(pa.array(outside, pa.bool_())), verdicts, None)
 
 
 class Panel:
@@ -114,14 +111,15 @@ class Panel:
         self._known.scores[judge] = math.nan if score is None else score
 
 
-def exits_early(stage: Stage) -> bool:
-    """Whether a stage of judges or the critic skips calls."""
-    return getattr(stage.work.settings, "exit_rule", None) is not None
-
-
 def in_audit_slice(candidate_id: str) -> bool:
     """Whether a candidate is judged in full: a share of them is, by hash."""
-    return unit_hash("audit slice", candidate_id) < _SLICE
+    return unit_hash("audit slice", candidate_id) < SLICE
+
+
+def outside_slice(candidates: pa.Table, verdicts: Iterable[pa.Table]) -> dict[str, Known]:
+    """Candidates with the verdicts that there are, by id; without those of the audit slice."""
+    outside = [not in_audit_slice(name) for name in candidates["candidate_id"].to_pylist()]
+    return known_of(candidates.filter(pa.array(outside, pa.bool_())), verdicts, None)
 
 
 def possible_labels(known: Known, judges: Sequence[str], gate: GateConfig, scale: Scale) -> frozenset[str]:

@@ -21,7 +21,7 @@ def errors_section(
 
     Args:
         thresholds: desirable from, undesirable to.
-        audit_slice: errors are those on the audit slice only (early exit).
+        audit_slice: errors are those on the audit slice only, as calls were skipped.
     """
     if found is None or found.best is None:
         return None

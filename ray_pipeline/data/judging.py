@@ -1,5 +1,6 @@
 """Judges: every rubric judge scores every candidate; all judgements of a candidate run together on one replica, or with
-`judge.early_exit` one after another until the rest cannot matter (`data/early_exit.py`).
+`judge.early_exit` one after another until the rest cannot matter (`data/early_exit.py`). With `judge.escalate`, later
+levels of judges see what the earlier ones left open (`data/escalation.py`).
 
 Judges whose verdicts are in a user's file (`judge.source`) make no call: their rows are joined to the candidates.
 Programs (`judge.programs`) make none either; reward models (`judge.rewards`) make one, without a text to read.
@@ -20,7 +21,8 @@ from ray_pipeline.agents.ticking import tick
 from ray_pipeline.config.settings import Settings, refuse_repeated
 from ray_pipeline.data.answers import Answer, answers_of, unanswered
 from ray_pipeline.data.checklists import Checklist, checklists, read_checklists
-from ray_pipeline.data.early_exit import SKIPPED, EarlyExit, ExitRule, Panel, Scale
+from ray_pipeline.data.early_exit import SKIPPED, EarlyExit, ExitRule, Panel, Scale, outside_slice
+from ray_pipeline.data.escalation import CallRule, Escalation, Levels, check_levels
 from ray_pipeline.data.judge_layout import layout_stage
 from ray_pipeline.data.programs import ProgramJudge, programs
 from ray_pipeline.data.rewards import RewardJudge, rewards
@@ -60,6 +62,13 @@ class JudgeSettings(Settings):
         "can change its label are skipped (5 % of the candidates are judged in full); scores: only those that change "
         "no training row either. Changed thresholds may need skipped calls. Only for `dmapo`",
     )
+    escalate: Levels = Field(
+        (),
+        description="names of judges by level, as in [[helpfulness, factuality], [expert]]: judges of a later level "
+        "are asked about a candidate only while its label by those before is open (abstain or discard), and the gate "
+        "decides by the judges asked (5 % of the candidates are judged by all); default: all judges are asked. Only "
+        "for `dmapo`",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -80,6 +89,11 @@ class JudgeSettings(Settings):
         if len(scales) > 1:
             shown = " and ".join(f"{low} to {high}" for low, high in scales)
             raise ValueError(f"judges score on different scales ({shown}), but the gate averages them; choose one")
+        if self.escalate:
+            if self.early_exit != "off":
+                raise ValueError("escalate and early_exit are both set, but skip calls by different rules; choose one")
+            asked = {rubric.name for rubric in self.rubrics}
+            check_levels(self.escalate, self.names, [name for name in self.names if name not in asked])
         return self
 
     @property
@@ -138,17 +152,19 @@ class _Judging(Settings):
     layout: Layout | None
     sampling: SamplingSettings
     asking: JudgeAsking
-    exit_rule: ExitRule | None = None
+    exit_rule: CallRule | None = None
     ticks: RoleTemplate | None = None
 
 
 class _Judgement(NamedTuple):
-    """`panel`: of the answer, where its judges take turns. `checklist`: where the rubric is one."""
+    """`settled`: verdicts of other stages leave nothing to this judge. `panel`: of the answer, where its judges take
+    turns. `checklist`: where the rubric is one."""
 
     prompt_id: str
     answer: Answer
     rubric: Rubric
     layout: Layout
+    settled: bool
     panel: Panel | None
     checklist: Checklist | None
 
@@ -157,11 +173,13 @@ def _judgements(shard: ShardTables, settings: _Judging) -> list[_Judgement]:
     """All judgements of an answer follow each other, so that they can share its part of the prompt."""
     layout: Layout = settings.layout or shard.facts["layout"]["layout"]
     tables, rule = [shard.tables[role] for role in settings.answers], settings.exit_rule
-    panels: dict[str, Panel] = {}
+    settled, panels = set[str](), dict[str, Panel]()
     if rule is not None:
         for table in tables:
-            known = rule.candidates(table, shard.under("verdicts/"))
-            panels |= {name: Panel(rule, verdicts) for name, verdicts in known.items()}
+            known = outside_slice(table, shard.under("verdicts/"))
+            settled |= {name for name, verdicts in known.items() if rule.settled(verdicts)}
+            if isinstance(rule, ExitRule):
+                panels |= {name: Panel(rule, verdicts) for name, verdicts in known.items()}
     written = read_checklists([row for table in shard.under("checklists/") for row in table.to_pylist()])
 
     def checklist(answer: Answer, rubric: Rubric) -> Checklist | None:
@@ -170,7 +188,15 @@ def _judgements(shard: ShardTables, settings: _Judging) -> list[_Judgement]:
         return Checklist(rubric.items) if rubric.items else None
 
     return [
-        _Judgement(answer.prompt_id, answer, rubric, layout, panels.get(answer.id), checklist(answer, rubric))
+        _Judgement(
+            answer.prompt_id,
+            answer,
+            rubric,
+            layout,
+            answer.id in settled,
+            panels.get(answer.id),
+            checklist(answer, rubric),
+        )
         for answer in answers_of(shard.tables["prompts"], *tables)
         for rubric in settings.rubrics
     ]
@@ -182,7 +208,7 @@ async def _judge(engine: ChatEngine, settings: _Judging, item: _Judgement) -> Ou
     if answer.missing is not None:
         return Outcome({"verdicts": [{**ids, "parse_status": answer.missing}]})
     async with item.panel or contextlib.nullcontext():
-        if item.panel is not None and item.panel.settled:
+        if item.settled or (item.panel is not None and item.panel.settled):
             verdict = Verdict(None, None, None, SKIPPED, None)
         elif item.checklist is not None and not item.checklist.items:
             why = f"no checklist: {item.checklist.reason or item.checklist.status}"
@@ -223,15 +249,17 @@ def judges(
     name: str = "judge",
     group: str = "",
     holds: str = "",
-    exit_rule: ExitRule | None = None,
+    exit_rule: CallRule | None = None,
 ) -> list[Stage]:
-    """One stage per judge model and per reward model, one for all programs, and one for a source, each with the
-    verdicts of its own judges, ordered by candidate and judge. The stages of written checklists are among their inputs.
+    """One stage per judge model (with an escalation, of each level) and per reward model, one for all programs, and one
+    for a source, each with the verdicts of its own judges, ordered by candidate and judge. The stages of written
+    checklists are among their inputs.
 
     Args:
         answers: stages of candidates or responses by role; all of their rows are judged.
         holds: role of the verdicts, see `Stage.role`.
-        exit_rule: when a candidate's remaining judges are skipped; each model then waits for the verdicts before it.
+        exit_rule: when a candidate's remaining judges are skipped; each model, or level, then waits for the verdicts
+            before it.
     """
     free = rewards(settings.rewards, models, prompts, answers, name, group or name, holds)
     if settings.programs:
@@ -243,8 +271,8 @@ def judges(
     lists = checklists(
         settings.rubrics, models, texts, settings.asking, asked, f"{name}-checklist", group or "checklist", holds
     )
-    for key in settings.models:
-        own, inputs, rubrics = name if len(settings.models) == 1 else f"{name}-{key}", {**asked}, settings.on_model(key)
+    for own, key, rubrics, rule in _stages(settings, name, exit_rule):
+        inputs = {**asked}
         judging = _Judging.part_of(
             settings,
             answers=tuple(answers),
@@ -252,15 +280,32 @@ def judges(
             template=texts.judge,
             ticks=texts.ticks if any(rubric.is_checklist for rubric in rubrics) else None,
             layout=None if settings.layout == "auto" else settings.layout,
-            exit_rule=exit_rule,
+            exit_rule=rule,
         )
         if judging.layout is None:
             inputs["layout"] = layout_stage(f"{own}-layout", group or name, judging, models[key], inputs)
         inputs |= {f"checklists/{lists[r.name].name}": lists[r.name] for r in rubrics if r.name in lists}
-        if exit_rule is not None:
+        if rule is not None:
             inputs |= by_role([*free, *stages])
         stages.append(JUDGES.stage(own, judging, models[key], inputs, group=group or name, holds=holds))
     return [*stages, *free]
+
+
+def _stages(
+    settings: JudgeSettings, name: str, rule: CallRule | None
+) -> Iterator[tuple[str, str, tuple[Rubric, ...], CallRule | None]]:
+    """Name, key of the model, rubrics and rule of each stage of models, in the order in which they wait."""
+    if not isinstance(rule, Escalation):
+        for key in settings.models:
+            yield name if len(settings.models) == 1 else f"{name}-{key}", key, settings.on_model(key), rule
+        return
+    for number, level in enumerate(rule.levels, start=1):
+        before = rule.model_copy(update={"levels": rule.levels[: number - 1]}) if number > 1 else None
+        of_level = {key: tuple(r for r in settings.on_model(key) if r.name in level) for key in settings.models}
+        of_level = {key: rubrics for key, rubrics in of_level.items() if rubrics}
+        for key, rubrics in of_level.items():
+            own = f"{name}-level-{number}"
+            yield own if len(of_level) == 1 else f"{own}-{key}", key, rubrics, before
 
 
 def by_role(verdicts: Sequence[Stage]) -> dict[str, Stage]:

@@ -115,7 +115,7 @@ def judges_section(
     Args:
         intervals: of the kappas in `judging`.
         thresholds: desirable from, undesirable to; they are the bounds of kappa's three classes.
-        audit_slice: agreement is over the audit slice only (early exit).
+        audit_slice: agreement is over the audit slice only, as calls were skipped.
     """
     rows: Rows = [
         [
@@ -147,9 +147,8 @@ def judges_section(
     )
     if audit_slice:
         text += (
-            " Calls that could not change what the gate decides were skipped (judge.early_exit). Means and "
-            "variances of this page are of the verdicts that were made, a selected sample; the audit slice was judged "
-            "in full."
+            " Calls that were not needed were skipped (judge.early_exit, judge.escalate). Means and variances of this "
+            "page are of the verdicts that were made, a selected sample; the audit slice was judged in full."
         )
     return Section("judges", "Judges", [*blocks, Text(text)])
 

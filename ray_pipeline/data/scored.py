@@ -12,6 +12,7 @@ from ray_pipeline.data.dataset_rows import DatasetsConfig
 from ray_pipeline.data.datasets import Judged, dataset_files, dataset_rows
 from ray_pipeline.data.decisions import gate as gate_stage
 from ray_pipeline.data.early_exit import ExitRule, Scale
+from ray_pipeline.data.escalation import CallRule, Escalation
 from ray_pipeline.data.gate import Cut, GateConfig
 from ray_pipeline.data.posterior_gate import posterior_stage
 from ray_pipeline.data.reviewed import HumanLabels
@@ -40,7 +41,7 @@ class ScoredDataset:
         origin, trained_on: see `dataset_files`.
         humans: labels by people that replace the gate's.
         fault: what is broken in the gate on purpose, in the share `fault_share` of the prompts.
-        exit_rule: by which calls to judges and critic were skipped; None: none were.
+        exit_rule: by which calls to judges and the critic were skipped; None: none were.
         scale: of the judges' scores, for weights of rows.
     """
 
@@ -61,7 +62,7 @@ class ScoredDataset:
     fault: Fault | None = None
     fault_share: float = 1.0
     trained_on: bool = True
-    exit_rule: ExitRule | None = None
+    exit_rule: CallRule | None = None
     scale: Scale | None = None
 
     @property
@@ -86,7 +87,8 @@ class ScoredDataset:
             fault=self.fault,
             fault_share=self.fault_share,
             rejected=self.rejected,
-            scale=None if self.exit_rule is None else self.exit_rule.scale,
+            scale=self.exit_rule.scale if isinstance(self.exit_rule, ExitRule) else None,
+            escalation=self.exit_rule if isinstance(self.exit_rule, Escalation) else None,
             role="numbers of decisions" if numbers_only else "",
         )
         if self.gate is None or not numbers_only:

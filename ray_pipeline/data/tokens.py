@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from ray_pipeline.engines.chat_template import folding, render
-from ray_pipeline.engines.imports import heavy_imports
+from ray_pipeline.engines.imports import heavy_imports, without_torch
 from ray_pipeline.engines.models import ModelSettings, TokenizerSettings
 
 Messages = Sequence[Mapping[str, str]]
@@ -45,13 +45,14 @@ class TokenCounter:
     @classmethod
     def load(cls, given: TokenizerSettings) -> TokenCounter:
         """From a local folder or a model of the hub."""
-        with heavy_imports():
+        # The code of a repository may import what it likes.
+        with heavy_imports() if given.trust_remote_code else without_torch():
             from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(
-            given.model, revision=given.revision, trust_remote_code=given.trust_remote_code
-        )
-        return cls(tokenizer, chat_template_args=given.chat_template_args)
+            tokenizer = AutoTokenizer.from_pretrained(
+                given.model, revision=given.revision, trust_remote_code=given.trust_remote_code
+            )
+            return cls(tokenizer, chat_template_args=given.chat_template_args)
 
     def __call__(self, messages: Messages, completion: Messages | None = None) -> list[int]:
         chat = [dict(m) for m in (*messages, *(completion or ()))]

@@ -99,8 +99,10 @@ def folder_digest(path: Path) -> str:
             f"folder {path.absolute()} contains no model (no config, weights or tokenizer); "
             "use the folder with config.json (for an adapter: adapter_config.json)"
         )
-    with ThreadPoolExecutor(max_workers=4) as pool:  # hashlib releases the GIL
-        digests = list(pool.map(_file_digest, files))
+    digests = [_digests.get(_key(file)) for file in files]
+    if None in digests:
+        with ThreadPoolExecutor(max_workers=4) as pool:  # hashlib releases the GIL
+            digests = list(pool.map(_file_digest, files))
     whole = hashlib.sha256()
     for file, digest in zip(files, digests, strict=True):
         # The name of a single file is only its location; inside a folder names are part of the format.
@@ -116,9 +118,13 @@ def _deciding_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(wanted)]
 
 
-def _file_digest(file: Path) -> str:
+def _key(file: Path) -> tuple[str, int, int]:
     stat = file.stat()
-    key = (str(file.resolve()), stat.st_size, stat.st_mtime_ns)
+    return str(file.resolve()), stat.st_size, stat.st_mtime_ns
+
+
+def _file_digest(file: Path) -> str:
+    key = _key(file)
     known = _digests.get(key)
     if known is None:
         known = _digests[key] = _read_digest(file)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ray_pipeline.engines.base import ChatEngine, Metered
-from ray_pipeline.store.calls import identities
+from ray_pipeline.store.calls import Listing, identities
 from ray_pipeline.store.errors import NotWritten, StoreError, not_written
 from ray_pipeline.store.files import Folder
 
@@ -46,6 +46,8 @@ class LogStorage:
         self._elsewhere: list[dict[str, Any]] | None = None
         self._threads = concurrent.futures.ThreadPoolExecutor(writers, thread_name_prefix="quorum-calls")
         self._looking = asyncio.Lock()
+        self._listings: dict[str, asyncio.Task[Listing]] = {}  # folder → its next listing, which has not begun
+        self._listing = asyncio.Lock()
         self._open = 0
         self._settler: asyncio.Task[None] | None = None
         self._failing: dict[object, str] = {}  # shard → why its replies are unwritten
@@ -72,6 +74,20 @@ class LogStorage:
                         "have the same name, set the model's endpoint.identity"
                     )
         return self._elsewhere
+
+    async def parts(self, folder: Folder) -> Listing:
+        """The parts in a model's folder, by a listing that begins after this call.
+
+        Shards that begin together share one: a listing for each of them would take quadratic time.
+        """
+        if folder.location not in self._listings:
+            self._listings[folder.location] = asyncio.create_task(self._list(folder))
+        return await asyncio.shield(self._listings[folder.location])
+
+    async def _list(self, folder: Folder) -> Listing:
+        async with self._listing:
+            del self._listings[folder.location]  # what is written from now on may be missing in it
+            return await asyncio.to_thread(Listing, folder)
 
     # --- spending -----------------------------------------------------------------------------------------------------
 

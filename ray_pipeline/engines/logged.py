@@ -113,7 +113,8 @@ class LoggedEngine:
         self._elsewhere = await self._storage.elsewhere(self._warn)
         for identity in (self.identity, *self._elsewhere):
             folder = model_folder(self._root, identity)
-            table = await asyncio.to_thread(read_calls, folder, self._shard, self._num_shards, self._warn)
+            listing = await self._storage.parts(folder)
+            table = await asyncio.to_thread(read_calls, folder, self._shard, self._num_shards, self._warn, listing)
             for row in table.drop_columns(["messages", "sampling"]).to_pylist():
                 known = self._known.get(row["call_key"])
                 if known is None or known.finish_reason == _TOO_LONG:  # a reply takes precedence over a refusal

@@ -35,8 +35,12 @@ def build_report(data: ReportData, out_dir: Path) -> list[Path]:
         "thresholds": {"desirable_from": data.desirable_from, "undesirable_to": data.undesirable_to},
         "bootstrap": {"draws": data.bootstrap_draws, "seed": data.bootstrap_seed},
     }
+    if data.escalation is not None:
+        numbers["escalation"] = data.escalation
     if data.rounds:
         numbers["rounds"] = as_json(data.rounds)
+    if data.decided:
+        numbers["decided"] = data.decided
     if data.contamination:
         numbers["contamination"] = data.contamination
     summary = as_csv(summary_row(data, metrics, first_line, len(warnings)))

@@ -9,6 +9,7 @@ import pyarrow as pa
 from ray_pipeline.data.checklist_stats import ChecklistStats
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.data.judge_votes import ErrorsOfJudges
+from ray_pipeline.data.level_stats import EscalationStats
 from ray_pipeline.data.reviewed import Reviewed
 from ray_pipeline.evaluate.planned import PlannedUse
 from ray_pipeline.evaluate.rounds import RoundStats
@@ -68,7 +69,8 @@ class ReportData:
     judge_errors       how far the judges err together
     checklists         how often their items are met
     decisions          candidate_id, prompt_id, label, mean_score, final_score, score_variance, why
-    agreement_on       candidate ids to which kappa and alpha are limited (audit slice under early exit)
+    agreement_on       candidate ids to which kappa and alpha are limited (the audit slice where calls were skipped)
+    escalation         what each level of `judge.escalate` took
     dataset_counts     {"kto": {"train": rows, "val": rows}, "dpo": {…}}: train + val is the size, other keys are shown
     dataset_guards     {reason: rows or pairs kept out}
     kto_weights        {"desirable_weight": w, "undesirable_weight": w}
@@ -93,7 +95,8 @@ class ReportData:
     posterior          what the pool of a gate found, as its stage stored it
     calls              location of the call log, for the messages that were sent
     planned            planned and actual usage by stage, where `quorum plan` was run
-    rounds             figures of every round; empty for a run without rounds. The other parts are of the last one
+    rounds             figures of every round; empty for a run without rounds. The other parts are of the final one
+    decided            facts of the newest decision whether rounds go on (`evaluate.early_stop`)
     """
 
     run: RunIdentity
@@ -107,6 +110,7 @@ class ReportData:
     critiques: pa.Table | None = None
     decisions: pa.Table | None = None
     agreement_on: Sequence[str] | None = None
+    escalation: EscalationStats | None = None
     dataset_counts: Mapping[str, Mapping[str, int]] | None = None
     dataset_guards: Mapping[str, int] | None = None
     kto_weights: Mapping[str, float] | None = None
@@ -126,6 +130,7 @@ class ReportData:
     config: Mapping[str, Any] | None = None
     planned: Sequence[PlannedUse] = ()
     rounds: Sequence[RoundStats] = ()
+    decided: Mapping[str, Any] | None = None
     calls: str = ""
     people: Reviewed | None = None
     gate: GateConfig = field(default_factory=GateConfig)

@@ -29,7 +29,35 @@ from ray_pipeline.store.schemas import TRAIN_METRICS
 
 
 @dataclasses.dataclass(frozen=True)
-class RoundStats:
+class HeldOut:
+    """The policy of a round on held-out prompts.
+
+    Attributes:
+        policy, base: their responses, by mode.
+        scores: judge of the comparisons → score against the base.
+        panel: share of the prompts on which the rubric judges' mean score prefers the policy to the base, ties half, in
+            the mode that is compared; None without rubric judges.
+    """
+
+    policy: Sequence[ResponseStats]
+    base: Sequence[ResponseStats]
+    scores: Mapping[str, Interval]
+    panel: Interval | None
+
+    @property
+    def score(self) -> float | None:
+        """By the first judge of the comparisons."""
+        return next((score.mean for score in self.scores.values()), None)
+
+    @property
+    def accuracy(self) -> float | None:
+        """True accuracy of the policy, the mean over modes."""
+        known = [stats.accuracy.mean for stats in self.policy if stats.accuracy and stats.accuracy.mean is not None]
+        return float(np.mean(known)) if known else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RoundStats(HeldOut):
     """One round: its data, from the policy before it, and the policy that it trains.
 
     Attributes:
@@ -38,10 +66,6 @@ class RoundStats:
         distinct: different answers to a prompt as a share of its answers, the mean over prompts.
         rows: training rows by kind.
         kl: KL to the reference as the method estimates it, at the end of training; None where it does not.
-        policy, base: their responses to held-out prompts, by mode.
-        scores: judge of the comparisons → score against the base.
-        panel: share of held-out prompts on which the rubric judges' mean score prefers the policy to the base, ties
-            half, in the mode that is compared; None without rubric judges.
     """
 
     number: int
@@ -51,18 +75,13 @@ class RoundStats:
     distinct: float | None
     rows: Mapping[str, int]
     kl: float | None
-    policy: Sequence[ResponseStats]
-    base: Sequence[ResponseStats]
-    scores: Mapping[str, Interval]
-    panel: Interval | None
 
     @property
     def gap(self) -> float | None:
         """By how much the panel prefers the policy more than the first judge of the comparisons does."""
-        held_out = next(iter(self.scores.values()), None)
-        if self.panel is None or self.panel.mean is None or held_out is None or held_out.mean is None:
+        if self.panel is None or self.panel.mean is None or self.score is None:
             return None
-        return self.panel.mean - held_out.mean
+        return self.panel.mean - self.score
 
 
 def round_stats(
@@ -82,11 +101,34 @@ def round_stats(
     ]
 
 
+def held_out(results: Mapping[str, StageResult], checker: str | None, **options: Any) -> HeldOut:
+    """See `HeldOut`, as far as the results have it.
+
+    Args:
+        results: of one round.
+        options: draws and seed of the intervals.
+    """
+    responses, comparisons = responses_of(results, checker), table_of(results, "comparisons")
+    verdicts = table_of(results, "response verdicts")
+    by_model: dict[str, list[ResponseStats]] = {"base": [], "policy": []}
+    for stats in [] if responses is None else response_stats(responses, **options):
+        by_model[stats.model].append(stats)
+    panel = None
+    if responses is not None and comparisons is not None and verdicts is not None:
+        panel = _panel(responses, comparisons, verdicts, options)
+    return HeldOut(
+        policy=by_model["policy"],
+        base=by_model["base"],
+        scores={} if comparisons is None else {rate.judge: rate.score for rate in win_rates(comparisons, **options)},
+        panel=panel,
+    )
+
+
 def responses_of(results: Mapping[str, StageResult], checker: str | None) -> pa.Table | None:
     """Responses of base and policy with their truth; in a run in rounds, the policy is named as in other runs.
 
     Args:
-        results: of one round at most, see `last_round`.
+        results: of one round at most, see `of_final_round`.
     """
     responses, prompts = table_of(results, "responses"), table_of(results, "prompts")
     if responses is None:
@@ -105,15 +147,8 @@ def _stats(results: Mapping[str, StageResult], round: int, checker: str | None, 
     desirable, undesirable = (labels.get(name, 0) for name in ("desirable", "undesirable"))
     decided = sum(labels.values())
     written = [result.facts.get("rows", {}) for result in of_role(results, "datasets")]
-    responses, comparisons = responses_of(results, checker), table_of(results, "comparisons")
-    verdicts = table_of(results, "response verdicts")
-    by_model: dict[str, list[ResponseStats]] = {"base": [], "policy": []}
-    for stats in [] if responses is None else response_stats(responses, **options):
-        by_model[stats.model].append(stats)
-    panel = None
-    if responses is not None and comparisons is not None and verdicts is not None:
-        panel = _panel(responses, comparisons, verdicts, options)
     return RoundStats(
+        **vars(held_out(results, checker, **options)),
         number=round,
         candidates=candidates.num_rows,
         kept=(desirable + undesirable) / decided if decided else None,
@@ -121,10 +156,6 @@ def _stats(results: Mapping[str, StageResult], round: int, checker: str | None, 
         distinct=_distinct(candidates),
         rows={kind: sizes["train"] for rows in written for kind, sizes in rows.items()},
         kl=_kl(results),
-        policy=by_model["policy"],
-        base=by_model["base"],
-        scores={} if comparisons is None else {rate.judge: rate.score for rate in win_rates(comparisons, **options)},
-        panel=panel,
     )
 
 
@@ -162,8 +193,12 @@ def _panel(responses: pa.Table, comparisons: pa.Table, verdicts: pa.Table, optio
 # --- as a section -----------------------------------------------------------------------------------------------------
 
 
-def rounds_section(rounds: Sequence[RoundStats]) -> Section | None:
-    """Curves over the rounds and their figures; None for a run without rounds."""
+def rounds_section(rounds: Sequence[RoundStats], decided: Mapping[str, Any] | None) -> Section | None:
+    """Curves over the rounds and their figures; None for a run without rounds.
+
+    Args:
+        decided: facts of the newest decision whether the run goes on; None where none is made.
+    """
     if not rounds:
         return None
     judge = next((name for one in rounds for name in one.scores), "")
@@ -205,10 +240,12 @@ def rounds_section(rounds: Sequence[RoundStats]) -> Section | None:
         for score in list(one.scores.values())[:1]
     ]
     blocks: list[Block] = [
+        *([] if decided is None else [Text(decided["text"])]),
         Text(
-            "The policy of a round is trained on answers of the policy before it. Sections below are about the last "
-            "round. Rising approval of the panel that made the data without that of the comparing judge or true "
-            "accuracy, growing length and fewer distinct answers are signs of reward hacking."
+            "The policy of a round is trained on answers of the policy before it. Sections below are about the "
+            f"{'last' if decided is None else 'best'} round. Rising approval of the panel that made the data without "
+            "that of the comparing judge or true accuracy, growing length and fewer distinct answers are signs of "
+            "reward hacking."
         ),
         *panels(*_charts(rounds, judge)),
         Table(columns, data, title="Data by round"),
@@ -227,7 +264,7 @@ def _charts(rounds: Sequence[RoundStats], judge: str) -> list[Chart | None]:
         known = [(float(one.number), value) for one, value in zip(rounds, values, strict=True) if value is not None]
         return Series(name, colour, [x for x, _ in known], [y for _, y in known])
 
-    scores = [next((score.mean for score in one.scores.values()), None) for one in rounds]
+    scores = [one.score for one in rounds]
     panel = [None if one.panel is None else one.panel.mean for one in rounds]
     modes = list(dict.fromkeys(stats.mode for one in rounds for stats in one.policy))
     colours = dict(zip(modes, ("blue", "vermilion", "green"), strict=False))

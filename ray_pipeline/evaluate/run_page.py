@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from ray_pipeline.bench.page import benchmark_blocks
 from ray_pipeline.data.certified_gate import certified_section
 from ray_pipeline.data.errors_page import errors_section
+from ray_pipeline.data.level_stats import levels_section
 from ray_pipeline.data.page import (
     LABEL_COLOURS,
     checklists_section,
@@ -44,11 +45,12 @@ def run_page(data: ReportData, metrics: RunMetrics, first_line: Headline, warnin
     slice_only = data.agreement_on is not None
     judging, critic, evaluation = metrics.judging, metrics.critic, metrics.evaluation
     sections = [
-        rounds_section(data.rounds),
+        rounds_section(data.rounds, data.decided),
         _funnel(metrics.funnel),
         contamination_section(data.contamination),
         labels,
         generators_section(metrics.generators, metrics.source_agreement),
+        levels_section(data.escalation),
         judges_section(judging, metrics.kappa_intervals, thresholds, audit_slice=slice_only) if judging else None,
         checklists_section(metrics.checklists),
         errors_section(metrics.judge_errors, thresholds, audit_slice=slice_only),

@@ -16,11 +16,12 @@ from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.checkers import CheckerKey
 from ray_pipeline.data.decontamination import contamination_of
 from ray_pipeline.data.early_exit import in_audit_slice
+from ray_pipeline.data.escalation import Levels
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.data.reviewed import HumanLabelsKey
 from ray_pipeline.engines.imports import heavy_imports
 from ray_pipeline.engines.models import ModelSettings
-from ray_pipeline.graph.results import Run, last_round, of_role, table_of
+from ray_pipeline.graph.results import Run, decision, of_final_round, of_role, table_of
 from ray_pipeline.graph.stage import Stage, StageResult, WholeInput, WholeWork
 from ray_pipeline.policy.comparisons import EvaluateSettings, win_rate_protocol
 from ray_pipeline.policy.train import METRICS
@@ -53,7 +54,9 @@ class ReportSettings(Settings):
             `train` among them, the report is about the data alone.
         models: role → name of the model, for reading.
         cards: key of a judge's model → the judges of its card (`judge_card.cards`).
-        audit_slice: calls were skipped (`judge.early_exit`), so that agreement is that of the audit slice.
+        audit_slice: calls were skipped (`judge.early_exit`, `judge.escalate`), so that agreement is that of the audit
+            slice.
+        levels: judges by level (`judge.escalate`).
     """
 
     run_name: str
@@ -74,6 +77,7 @@ class ReportSettings(Settings):
     bootstrap_draws: int = 2000
     seed: int = 0
     audit_slice: bool = False
+    levels: Levels = ()
     cards: dict[str, list[dict[str, Any]]] = Field(default_factory=dict)
 
 
@@ -127,7 +131,7 @@ def evaluate_run(given: WholeInput) -> dict[str, Any]:
     settings: _Given = given.settings
     measured: dict[str, Perplexity] = {}
     if settings.base is not None and settings.evaluate.perplexity and of_role(given.inputs, "policy"):
-        measured = _perplexities(last_round(given.inputs), settings)
+        measured = _perplexities(of_final_round(given.inputs), settings)
     given.folder.write_json("perplexity.json", {name: dataclasses.asdict(p) for name, p in measured.items()})
     store_protocols(given.folder, settings.compared)
     data = report_data(given.inputs, settings.report, measured, settings.compared)
@@ -223,11 +227,12 @@ def report_data(
     """
     from ray_pipeline.data.checklist_stats import checklist_stats
     from ray_pipeline.data.judge_votes import judge_errors
+    from ray_pipeline.data.level_stats import escalation_of
     from ray_pipeline.evaluate.data import DMAPO_STAGES, ReportData, RunIdentity
     from ray_pipeline.evaluate.rounds import responses_of, round_stats
 
     whole = {result.name: result for result in results.values()}
-    by_name = last_round(whole)
+    by_name, decided = of_final_round(whole), decision(whole)
     prompts = table_of(by_name, "prompts")
     responses = responses_of(by_name, settings.checker)
     data, sourced, train, scored, gated = (
@@ -266,6 +271,7 @@ def report_data(
         critiques=table_of(by_name, "critiques"),
         decisions=table_of(by_name, "decisions"),
         agreement_on=agreement_on,
+        escalation=escalation_of(by_name, settings.gate, settings.levels, settings.bootstrap_draws, settings.seed),
         dataset_counts=rows.get("rows"),
         dataset_guards=rows.get("dropped"),
         kto_weights=rows.get("kto_weights"),
@@ -284,6 +290,7 @@ def report_data(
         compared=compared or {},
         stage_use=[stage_use(result) for result in whole.values()],
         rounds=round_stats(whole, settings.checker, draws=settings.bootstrap_draws, seed=settings.seed),
+        decided=None if decided is None else decided.facts,
         benchmarks=_benchmark_scores(scored),
         people=None if settings.human_labels is None else settings.human_labels.read(),
         gate=settings.gate,

@@ -20,8 +20,9 @@ from ray_pipeline.graph.interrupts import Interrupted, Interrupts
 from ray_pipeline.graph.log import RunLog, logger
 from ray_pipeline.graph.manifest import Manifest
 from ray_pipeline.graph.progress import ProgressBoard, StageProgress
-from ray_pipeline.graph.resume import drop_stale, drop_undone, finished
-from ray_pipeline.graph.session import Session, TaskGraph
+from ray_pipeline.graph.results import DECISION, final_round, is_skipped
+from ray_pipeline.graph.resume import drop_skipped, drop_stale, drop_undone, finished, to_do
+from ray_pipeline.graph.session import Session, StageTask, TaskGraph
 from ray_pipeline.graph.spending import Budget, Spending
 from ray_pipeline.graph.stage import Dag, Stage, StageResult
 from ray_pipeline.graph.stage_work import End, Failure
@@ -112,7 +113,7 @@ def execute(
         folder.write_bytes("config.yaml", yaml.safe_dump(dict(settings.config), sort_keys=False).encode())
         results = finished(dag, wanted, session, from_group, log.say)
         again += [s for s in drop_stale(wanted, results) if s not in again]
-        todo = [s for s in wanted if s.name not in results]
+        todo = to_do(wanted, results)
         if todo and before is not None:
             before(todo, results, log.say)
         head = {
@@ -125,10 +126,10 @@ def execute(
         books = _Books(folder, Manifest(folder, dag, settings.config, head, settings.partial), log, results)
         width = max(len(stage.name) for stage in wanted)
         for stage in wanted:
-            state = "done before" if stage.name in results else "to do"
+            state = "done before" if stage.name in results else "skipped" if is_skipped(stage, results) else "to do"
             log.say(f"{stage.name:<{width}}  {state:<11}  {stage.folder_name}")
         for last in (False, True):
-            todo = [s for s in wanted if s.name not in results]
+            todo = to_do(wanted, results)
             for stage in todo:
                 if settings.lift_quarantine and stage.name in (session.only or {}):
                     lift_quarantine(folder / stage.folder_name)
@@ -144,11 +145,11 @@ def execute(
             log.say(f"remaking what was damaged: {', '.join(stage.name for stage in undone)}")
             again = drop_stale(wanted, results)
             books.failures.clear()
-        for stage in wanted:
-            if stage.view and stage.name in results:
-                point_at(folder, stage.view, stage.folder_name)
+        shown, final = [s for s in wanted if s.view and s.name in results], final_round(results)
+        for stage in sorted(shown, key=lambda s: s.round == final):  # of several, the last is shown
+            point_at(folder, stage.view, stage.folder_name)
         books.write()
-        not_run = [s.name for s in wanted if s.name not in results and s.name not in books.failures]
+        not_run = [s.name for s in to_do(wanted, results) if s.name not in books.failures]
         return RunOutcome(results, books.failures, not_run)
 
 
@@ -185,18 +186,38 @@ def _make(
             board.stop("*", reason)
         shown_on = Console(quiet=True) if settings.log_json else console
         with _shown(books, board, spending, shown_on, executor.live, interrupts):
-            graph = TaskGraph(tuple(session.task(stage) for stage in todo))
-            for name, end in executor.run(graph, dict(books.results)):
-                if isinstance(end, StageResult) or interrupts.number is None:
-                    try:
-                        books.take(by_name[name], end, board)
-                    except NotWritten as error:
-                        unwritten = unwritten or error
-                        board.stop("*", str(error))
-        if interrupts.number is not None and not by_name.keys() <= books.results.keys():
+            for part in _up_to_decisions(todo):
+                graph = TaskGraph(tuple(_task(session, stage, books.results) for stage in to_do(part, books.results)))
+                for name, end in executor.run(graph, dict(books.results)):
+                    if isinstance(end, StageResult) or interrupts.number is None:
+                        try:
+                            books.take(by_name[name], end, board)
+                        except NotWritten as error:
+                            unwritten = unwritten or error
+                            board.stop("*", str(error))
+                if to_do(part, books.results):
+                    break  # without its decision nothing after it can be made
+        if interrupts.number is not None and to_do(todo, books.results):
             raise Interrupted(interrupts.number)
         if unwritten is not None:
             raise unwritten
+
+
+def _up_to_decisions(todo: Sequence[Stage]) -> list[list[Stage]]:
+    """The stages in parts that are made one after another: each ends with a decision whether later rounds are made."""
+    parts: list[list[Stage]] = [[]]
+    for stage in todo:
+        parts[-1].append(stage)
+        if stage.role == DECISION:
+            parts.append([])
+    return [part for part in parts if part]
+
+
+def _task(session: Session, stage: Stage, results: Mapping[str, StageResult]) -> StageTask:
+    """A task that reads the inputs which are not skipped."""
+    task = session.task(stage)
+    inputs = {role: parent for role, parent in task.inputs.items() if not is_skipped(parent, results)}
+    return dataclasses.replace(task, inputs=inputs)
 
 
 class _Books:
@@ -215,7 +236,9 @@ class _Books:
             self.results[stage.name] = end
             board.end(stage.name, "done")
             self.log.say(_done_line(end))
-        elif all(parent.name in self.results for parent in stage.inputs.values()):
+            for skipped in drop_skipped(self.manifest.stages, self.results) if stage.role == DECISION else ():
+                board.end(skipped.name, "skipped")
+        elif not to_do(list(stage.inputs.values()), self.results):
             # A stage fails with the one that it reads; only the first is a failure to report.
             self.failures[stage.name] = end
             self.log.trace(end.trace)

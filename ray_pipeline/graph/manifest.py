@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ray_pipeline.graph.failures import read_failures
+from ray_pipeline.graph.results import is_skipped
 from ray_pipeline.graph.stage import Dag, Stage, StageResult
 from ray_pipeline.graph.stage_work import Failure
 from ray_pipeline.graph.versions import git_revision, versions
@@ -40,7 +41,8 @@ class Manifest:
         partial: bool = False,
     ) -> None:
         self._folder, self._dag = folder, dag
-        self._kept = _waiting(folder.read_json("manifest.json")["stages"], dag) if partial else {}
+        self._kept = redacted(_waiting(folder.read_json("manifest.json")["stages"], dag) if partial else {})
+        self._entries: dict[str, tuple[StageResult | None, bool, dict[str, Any]]] = {}
         self._last = 0.0
         folder.write_json("progress.json", [])  # what an earlier session did is over
         self._head = {
@@ -52,18 +54,36 @@ class Manifest:
             "git_revision": git_revision(),
         }
 
+    @property
+    def stages(self) -> list[Stage]:
+        """Those of the DAG."""
+        return self._dag.stages
+
     def write(self, results: Mapping[str, StageResult], failures: Mapping[str, Failure]) -> None:
         stages = dict(self._kept)
         for stage in self._dag.stages:
-            entry = stage_entry(stage)
-            if stage.name in failures:
-                entry.update(status="failed", error=failures[stage.name].reason)
-                if shards := read_failures(self._folder / stage.folder_name):
-                    entry["failed_shards"] = [dataclasses.asdict(f) for f in list(shards.values())[:_MOST_SHARDS]]
-            elif stage.name in results:
-                entry.update(status="done", **results[stage.name].plain())
-            stages[stage.name] = entry
-        self._folder.write_json("manifest.json", {**self._head, "stages": redacted(stages)})
+            if (failure := failures.get(stage.name)) is not None:
+                stages[stage.name] = redacted(self._failed(stage, failure))
+            else:
+                stages[stage.name] = self._entry(stage, results.get(stage.name), is_skipped(stage, results))
+        self._folder.write_json("manifest.json", {**self._head, "stages": stages})
+
+    def _entry(self, stage: Stage, result: StageResult | None, skipped: bool) -> dict[str, Any]:
+        """The entry of a stage that is done, skipped or waiting. It is kept: the manifest is written whenever a stage
+        ends, and to make all entries each time would take quadratic time."""
+        known = self._entries.get(stage.name)
+        if known is None or known[0] is not result or known[1] != skipped:
+            state = {"status": "skipped"} if skipped else {}
+            if result is not None:
+                state = {"status": "done", **result.plain()}
+            known = self._entries[stage.name] = result, skipped, redacted(stage_entry(stage) | state)
+        return known[2]
+
+    def _failed(self, stage: Stage, failure: Failure) -> dict[str, Any]:
+        entry = stage_entry(stage) | {"status": "failed", "error": failure.reason}
+        if shards := read_failures(self._folder / stage.folder_name):
+            entry["failed_shards"] = [dataclasses.asdict(f) for f in list(shards.values())[:_MOST_SHARDS]]
+        return entry
 
     def progress(self, stages: list[dict[str, Any]], last: bool) -> None:
         if last or time.monotonic() - self._last >= _PROGRESS_SECONDS:

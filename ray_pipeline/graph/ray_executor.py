@@ -1,4 +1,7 @@
-"""The executor on Ray: a task for every pool of stages, wired by their results, and a board in an actor of its own."""
+"""The executor on Ray: a task for every pool of stages, wired by their results, and a board in an actor of its own.
+
+Ray is imported when there is a stage to make: a finished run needs none of it.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +9,19 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
-
-import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from typing import TYPE_CHECKING, Any, cast
 
 from ray_pipeline.engines.sharing import spec_of
-from ray_pipeline.graph.cluster import connected
 from ray_pipeline.graph.pools import share_pools
 from ray_pipeline.graph.progress import ProgressBoard
-from ray_pipeline.graph.ray_shards import map_shards
 from ray_pipeline.graph.reach import WantedKey, check_nodes
 from ray_pipeline.graph.session import Session, StageTask, TaskGraph
 from ray_pipeline.graph.stage import ShardWork, Stage, StageResult, WholeWork
 from ray_pipeline.graph.stage_work import End, explain, run_stages
 from ray_pipeline.store.locations import base_name
+
+if TYPE_CHECKING:
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 #: Seconds between two moments at which the driver may be interrupted while it waits for stages.
 _WAIT_SECONDS = 0.5
@@ -45,6 +46,10 @@ class RayExecutor:
 
     @contextlib.contextmanager
     def open(self, session: Session, todo: Sequence[Stage], say: Callable[[str], None]) -> Iterator[ProgressBoard]:
+        import ray
+
+        from ray_pipeline.graph.cluster import connected
+
         with connected(self.arguments, say, warm=any(_imports_much(stage.work) for stage in todo)):
             nodes = check_nodes([session.folder, session.calls_root], self.keys)
             if nodes:
@@ -55,6 +60,8 @@ class RayExecutor:
             yield cast(ProgressBoard, _RayBoard(board))
 
     def run(self, graph: TaskGraph, done: Mapping[str, StageResult]) -> Iterator[tuple[str, End]]:
+        import ray
+
         task: Any = ray.remote(num_cpus=0, max_retries=2, retry_exceptions=False)(_run_stages)
         here = _here()
         outputs: dict[str, Any] = dict(done)
@@ -92,6 +99,9 @@ def _imports_much(work: ShardWork | WholeWork) -> bool:
 def _here() -> NodeAffinitySchedulingStrategy:
     """Beside the driver, where everything lives that steers a stage: the loss of another node then costs actors and
     their shards, not the stage. The driver's own node cannot be lost without the run."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
     return NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=True)
 
 
@@ -102,11 +112,15 @@ def _run_stages(tasks: Sequence[StageTask], room: Mapping[str, Any], names: Sequ
         names: of the stages that they read.
         parents: the ends of those; Ray resolves what is not inside a list.
     """
+    from ray_pipeline.graph.ray_shards import map_shards
+
     ends = run_stages(tasks, dict(zip(names, parents, strict=True)), functools.partial(map_shards, room=room))
     return ends if len(ends) > 1 else ends[0]
 
 
 def _end(name: str, ref: Any) -> End:
+    import ray
+
     try:
         end: End = ray.get(ref)
         return end
@@ -139,4 +153,6 @@ class _RayBoard:
         seconds = {"stopping": 60, "look": 10}.get(name)
         if seconds is None:
             return lambda *args, **kwargs: method.remote(*args, **kwargs)
+        import ray
+
         return lambda *args: ray.get(method.remote(*args), timeout=seconds)

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
+#: Role of the stages that decide, in a run in rounds, whether later rounds are made.
+DECISION = "decision"
+
+
 @dataclasses.dataclass(frozen=True)
 class StageRecord:
     """A stage as the manifest has it.
@@ -23,7 +27,7 @@ class StageRecord:
         role, round: what its table is, see `Stage`.
         path: its folder, in the run folder.
         inputs: by role, the names of the stages that it reads.
-        status: waiting, done or failed.
+        status: waiting, done, failed or skipped.
         error: why it failed.
     """
 
@@ -160,10 +164,34 @@ def of_role(results: Mapping[str, StageResult], *roles: str) -> list[StageResult
     return sorted((r for r in results.values() if r.role in roles), key=lambda result: result.name)
 
 
-def last_round(results: Mapping[str, StageResult]) -> dict[str, StageResult]:
-    """The results of the newest round that has a policy (without one, of the first), and those of all rounds."""
-    newest = max((result.round for result in of_role(results, "policy")), default=1)
-    return {name: result for name, result in results.items() if result.round in (0, newest)}
+def decision(results: Mapping[str, StageResult]) -> StageResult | None:
+    """The newest decision of a run in rounds whether it goes on (`evaluate.early_stop`); None where none is made.
+
+    Its facts have the round whose policy is the best so far (`best`), whether later rounds are skipped (`stop`), and
+    both in words (`text`).
+    """
+    return max(of_role(results, DECISION), key=lambda result: result.round, default=None)
+
+
+def is_skipped(stage: Stage | StageRef, results: Mapping[str, StageResult]) -> bool:
+    """Whether a stage is of a round after the one that was decided to be the last."""
+    return stage.round > 1 and any(  # the first round is always made, and most runs have no rounds
+        stage.round > result.round and result.facts["stop"] for result in of_role(results, DECISION)
+    )
+
+
+def final_round(results: Mapping[str, StageResult]) -> int:
+    """The round whose policy is the run's: the best one where that is decided, else the newest that has a policy (1
+    without one)."""
+    if decided := decision(results):
+        return int(decided.facts["best"])
+    return max((result.round for result in of_role(results, "policy")), default=1)
+
+
+def of_final_round(results: Mapping[str, StageResult]) -> dict[str, StageResult]:
+    """The results of the final round, and those of all rounds."""
+    number = final_round(results)
+    return {name: result for name, result in results.items() if result.round in (0, number)}
 
 
 def table_of(results: Mapping[str, StageResult], *roles: str) -> pa.Table | None:

@@ -7,9 +7,10 @@ of Parquet folders pass over them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ray_pipeline.graph.results import is_skipped
 from ray_pipeline.graph.session import Session
 from ray_pipeline.graph.stage import Dag, Stage, StageRef, StageResult
 from ray_pipeline.store.files import RESULT, Folder
@@ -72,7 +73,7 @@ def finished(
     again = dag.downstream(from_group) if from_group else []
     results: dict[str, StageResult] = {}
     for stage in wanted:
-        if stage in again:
+        if stage in again or is_skipped(stage, results):
             continue
         result = load_result(session.ref(stage), say)
         if result is not None:
@@ -82,6 +83,19 @@ def finished(
                 f"--from {from_group} needs {stage.name}, which is not complete; run without --from to make it"
             )
     return results
+
+
+def to_do(wanted: Sequence[Stage], results: Mapping[str, StageResult]) -> list[Stage]:
+    """The stages that are not done, and not skipped by a decision that is."""
+    return [stage for stage in wanted if stage.name not in results and not is_skipped(stage, results)]
+
+
+def drop_skipped(wanted: Sequence[Stage], results: dict[str, StageResult]) -> list[Stage]:
+    """Take out of `results`, and return, the stages that are skipped: they may be there of a run that went on."""
+    skipped = [stage for stage in wanted if is_skipped(stage, results)]
+    for stage in skipped:
+        results.pop(stage.name, None)
+    return skipped
 
 
 def drop_undone(wanted: Sequence[Stage], run: Folder, results: dict[str, StageResult]) -> list[Stage]:
@@ -95,9 +109,12 @@ def drop_undone(wanted: Sequence[Stage], run: Folder, results: dict[str, StageRe
 def drop_stale(wanted: Sequence[Stage], results: dict[str, StageResult]) -> list[Stage]:
     """Take out of `results` what was made from an output that is gone and would not come out the same again."""
     stale: list[Stage] = []
+
+    def is_gone(parent: Stage) -> bool:
+        return parent.name not in results and not parent.repeatable and not is_skipped(parent, results)
+
     for stage in wanted:
-        parents = stage.inputs.values()
-        if any(p in stale or (p.name not in results and not p.repeatable) for p in parents):
+        if any(parent in stale or is_gone(parent) for parent in stage.inputs.values()):
             results.pop(stage.name, None)
             stale.append(stage)
     return stale

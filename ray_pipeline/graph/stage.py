@@ -268,19 +268,10 @@ class Dag:
 
     def __init__(self, name: str, stages: Iterable[Stage]) -> None:
         self.name = name
-        self.stages: list[Stage] = []
-        for stage in stages:
-            self._add(stage)
+        self.stages = list(_with_inputs(stages))
         refuse_repeated((stage.name for stage in self.stages), f"stages of {name}")
 
-    def _add(self, stage: Stage) -> None:
-        if any(stage is s for s in self.stages):
-            return
-        for parent in stage.inputs.values():
-            self._add(parent)
-        self.stages.append(stage)
-
-    @property
+    @functools.cached_property
     def groups(self) -> list[str]:
         """The words that `--from` and `--to` accept, in order; they accept the position in this list (from 1), too."""
         return list(dict.fromkeys(stage.group_name for stage in self.stages))
@@ -304,35 +295,34 @@ class Dag:
         if group is None:
             return list(self.stages)
         group = self.group(group)
-        wanted: list[Stage] = []
-
-        def want(stage: Stage) -> None:
-            if stage not in wanted:
-                for parent in stage.inputs.values():
-                    want(parent)
-                wanted.append(stage)
-
-        for stage in self.stages:
-            if stage.group_name == group:
-                want(stage)
-        return [s for s in self.stages if s in wanted]
+        wanted = _with_inputs(stage for stage in self.stages if stage.group_name == group)
+        return [stage for stage in self.stages if stage in wanted]
 
     def downstream(self, group: str) -> list[Stage]:
         """The stages of a group (see `group`) and everything that reads them."""
         group = self.group(group)
-        found: list[Stage] = []
+        found: dict[Stage, None] = {}
         for stage in self.stages:
             if stage.group_name == group or any(parent in found for parent in stage.inputs.values()):
-                found.append(stage)
-        return found
+                found[stage] = None
+        return list(found)
 
     def is_before(self, stage: Stage, group: str) -> bool:
         """Whether a stage is an ancestor of the stages of a group (see `group`)."""
         group = self.group(group)
-        todo = [s for s in self.stages if s.group_name == group]
-        while todo:
-            parents = list(todo.pop().inputs.values())
-            if stage in parents:
-                return True
-            todo += parents
-        return False
+        return stage in _with_inputs(p for s in self.stages if s.group_name == group for p in s.inputs.values())
+
+
+def _with_inputs(stages: Iterable[Stage]) -> dict[Stage, None]:
+    """Stages and all that they read, directly or through others, each once and after those that it reads."""
+    found: dict[Stage, None] = {}
+
+    def add(stage: Stage) -> None:
+        if stage not in found:
+            for parent in stage.inputs.values():
+                add(parent)
+            found[stage] = None
+
+    for stage in stages:
+        add(stage)
+    return found

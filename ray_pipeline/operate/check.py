@@ -22,7 +22,7 @@ from ray_pipeline.operate.check_files import disk, folders, inputs, models
 from ray_pipeline.operate.check_gate import rubrics, thresholds
 from ray_pipeline.operate.pending import Finding, Pending
 from ray_pipeline.training.methods import TrainingInputError
-from ray_pipeline.training.spec import POLICIES
+from ray_pipeline.training.spec import POLICIES, TrainSpec
 from ray_pipeline.workflow.config import RunConfig
 
 
@@ -69,7 +69,9 @@ def engines_elsewhere(config: RunConfig, executor: str = "ray") -> bool:
 
 
 def training(pending: Pending) -> Iterator[Finding]:
-    """Settings, packages (`report_to`) and model of every training. What is checked is in `training.preflight`."""
+    """Settings, packages (`report_to`) and model of every training. What is checked is in `training.preflight`; of
+    trainings that differ only in what they read and where they write, the first one is checked."""
+    known: list[tuple[TrainSpec, Finding]] = []
     for stage in pending.todo:
         if stage.role_name not in POLICIES:
             continue
@@ -77,18 +79,27 @@ def training(pending: Pending) -> Iterator[Finding]:
             yield Finding(f"training {stage.name}", "not checked", "needs the training packages; run `quorum check`")
             continue
         from ray_pipeline.policy.train import training_spec
-        from ray_pipeline.training.preflight import check_model, check_spec
 
         spec = training_spec(stage, pending.session.folder)
-        try:
-            check_spec(spec)
-            check_model(spec)
-        except TrainingInputError as error:
-            yield Finding(f"training {stage.name}", "problem", str(error))
-        except OSError as error:  # a model of the Hub, without a network
-            yield Finding(f"training {stage.name}", "not checked", f"{spec.model} cannot be read here ({error})")
-        else:
-            yield Finding(f"training {stage.name}", "ok", "the size of the cluster is checked when it starts")
+        alike = dataclasses.replace(spec, train_files="", output_dir="", storage_path="", run_name="")
+        found = next((found for other, found in known if other == alike), None)
+        if found is None:
+            found = _checked_training(spec)
+            known.append((alike, found))
+        yield dataclasses.replace(found, what=f"training {stage.name}")
+
+
+def _checked_training(spec: TrainSpec) -> Finding:
+    from ray_pipeline.training.preflight import check_model, check_spec
+
+    try:
+        check_spec(spec)
+        check_model(spec)
+    except TrainingInputError as error:
+        return Finding("training", "problem", str(error))
+    except OSError as error:  # a model of the Hub, without a network
+        return Finding("training", "not checked", f"{spec.model} cannot be read here ({error})")
+    return Finding("training", "ok", "the size of the cluster is checked when it starts")
 
 
 #: In the order in which they are made: what costs nothing first.

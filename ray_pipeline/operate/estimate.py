@@ -219,7 +219,7 @@ def _asked_once(settings: Any) -> Any:
     settled = (("grammar", True), ("retries", 0), ("exit_rule", None))
     changes: dict[str, Any] = {name: value for name, value in settled if name in fields}
     for name in fields:
-        if isinstance(part := getattr(settings, name), Settings):
+        if name not in changes and isinstance(part := getattr(settings, name), Settings):
             changes[name] = _asked_once(part)
     return settings.model_copy(update=changes)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_pipeline.graph.results import Run, of_role
+from ray_pipeline.graph.results import Run, decision, final_round, of_role
 from ray_pipeline.store.errors import StoreError
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.locations import without_folders
@@ -40,6 +40,8 @@ def export_policy(run: Run, out: Path, stage: str) -> list[Path]:
         raise StoreError(f"{run.folder.location}: {stage} is not done; finished policies: {others}")
     source, target, cards = Folder(run.results[stage].folder), Folder(str(out)), []
     results = list(evaluation_results(run, stage))
+    number, decided = run.stages[stage].round, decision(run.results)
+    rounds = "" if decided is None else f"This is the policy of round {number}. {decided.facts['text']}"
     for name in FOLDERS:
         if name in source.folders():
             target.delete_folder(name)
@@ -47,12 +49,12 @@ def export_policy(run: Run, out: Path, stage: str) -> list[Path]:
             pafs.copy_files(
                 source.path(name), target.path(name), source_filesystem=source.fs, destination_filesystem=target.fs
             )
-            _complete(target / name, results)
+            _complete(target / name, results, rounds)
             cards.append(out / name / "README.md")
     return cards
 
 
-def _complete(folder: Folder, results: list[EvalResult]) -> None:
+def _complete(folder: Folder, results: list[EvalResult], rounds: str) -> None:
     from huggingface_hub import ModelCard
 
     card = ModelCard(_PATH.sub(lambda found: without_folders(found[0]), folder.read_bytes("README.md").decode()))
@@ -62,6 +64,8 @@ def _complete(folder: Folder, results: list[EvalResult]) -> None:
         data.model_name, data.eval_results = title[1] if title else "policy", results
         facts = {f"{r.dataset_name}: {r.metric_name}": f"{r.metric_value:.4g}" for r in results}
         card.text = "\n".join([card.text.rstrip(), "", *key_table("Evaluation", facts)])
+    if rounds:
+        card.text = "\n".join([card.text.rstrip(), "", "## Rounds", "", rounds, ""])
     folder.write_bytes("README.md", str(card).encode())
     if folder.exists("adapter_config.json"):
         config = folder.read_json("adapter_config.json")
@@ -73,8 +77,8 @@ def evaluation_results(run: Run, stage: str) -> Iterator[EvalResult]:
     """The figures of a policy in the run's own evaluation and public benchmarks."""
     label = stage.removeprefix("train").removeprefix("-")
     if number := run.stages[stage].round:
-        if number < max(result.round for result in of_role(run.results, *POLICIES)):
-            return  # the page is about the last round
+        if number != final_round(run.results):
+            return  # the page is about that one
         label = ""
     for page in of_role(run.results, "page"):
         folder = Folder(page.folder)

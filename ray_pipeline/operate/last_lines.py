@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ray_pipeline.data.early_exit import SKIPPED, exits_early
+from ray_pipeline.data.early_exit import SKIPPED
+from ray_pipeline.data.escalation import rule_of
 from ray_pipeline.engines.usage import Usage
-from ray_pipeline.graph.results import of_role
+from ray_pipeline.graph.results import decision, of_role
 from ray_pipeline.graph.stage import Dag, StageResult
 from ray_pipeline.operate.status import bad_rows
 from ray_pipeline.report.figures import percent
@@ -45,6 +46,8 @@ def last_lines(dag: Dag, results: Mapping[str, StageResult], folder: str, curren
         headline = page.facts.get("headline") or ""
         text = headline.get("text", "") if isinstance(headline, Mapping) else headline
         yield from (f"result: {line}" for line in text.splitlines())
+    if decided := decision(results):
+        yield f"rounds: {decided.facts['text']}"
     yield from _kept(results)
     yield from _datasets(results)
     usage = sum((result.usage for result in results.values()), Usage())
@@ -63,15 +66,19 @@ def last_lines(dag: Dag, results: Mapping[str, StageResult], folder: str, curren
 
 
 def _skipped(dag: Dag, results: Mapping[str, StageResult]) -> Iterator[str]:
-    """Verdicts without a call, where `judge.early_exit` left some out."""
-    found = []
-    for name in (stage.name for stage in dag.stages if exits_early(stage) and stage.name in results):
+    """Verdicts without a call, where `judge.early_exit` or `judge.escalate` left some out."""
+    found, why = [], ""
+    for stage in dag.stages:
+        name, rule = stage.name, rule_of(stage)
+        if rule is None or name not in results:
+            continue
         counts = results[name].facts.get("counts", {})
         skipped = sum(n for kind, n in counts.items() if kind.rsplit(".", 1)[-1] == SKIPPED and isinstance(n, int))
         if skipped:
             found.append(f"{skipped:,} of {sum(results[name].rows.values()):,} rows of {name}")
+            why = f"{rule.key}: {rule.why}"
     if found:
-        yield f"skipped: {'; '.join(found)} (judge.early_exit: their calls could not matter)"
+        yield f"skipped: {'; '.join(found)} ({why})"
 
 
 def use_line(usage: Usage, currency: str) -> str:

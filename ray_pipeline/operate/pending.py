@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 from ray_pipeline.engines.models import ModelSettings
-from ray_pipeline.graph.resume import drop_stale, finished
+from ray_pipeline.graph.resume import drop_stale, finished, to_do
 from ray_pipeline.graph.session import Session
 from ray_pipeline.graph.stage import Dag, ShardWork, Stage, StageResult, WholeWork
 from ray_pipeline.operate.estimate import StandIns, calls_model, needed
@@ -77,7 +77,7 @@ class Pending:
         wanted = dag.upto(to_group)
         results = finished(dag, wanted, session, from_group, lambda line: None)
         drop_stale(wanted, results)
-        return cls(config, session, [stage for stage in wanted if stage.name not in results], results, **other)
+        return cls(config, session, to_do(wanted, results), results, **other)
 
     @property
     def roots(self) -> list[Stage]:

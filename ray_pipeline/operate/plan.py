@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ray_pipeline.config.messages import ConfigError, installing
-from ray_pipeline.data.early_exit import exits_early
-from ray_pipeline.data.tokens import TokenCounter
+from ray_pipeline.data.early_exit import SLICE, ExitRule
+from ray_pipeline.data.escalation import Escalation, rule_of
+from ray_pipeline.data.tokens import token_counter
 from ray_pipeline.engines.models import ModelSettings
 from ray_pipeline.graph.progress import duration
 from ray_pipeline.graph.stage import Dag, ShardWork, Stage
@@ -101,8 +102,13 @@ def plan(config: RunConfig, dag: Dag, rates: Rates, count: Callable[[str, ModelS
         stages.append(planned)
     if not stages:
         notes.append(f"no stage of {dag.name} calls a model in this configuration")
-    if exits := [stage.name for stage in calling if exits_early(stage)]:
+    if exits := [stage.name for stage in calling if isinstance(rule_of(stage), ExitRule)]:
         notes.append(f"calls of {', '.join(exits)} are upper bounds: judge.early_exit skips those that cannot matter")
+    if later := [stage.name for stage in calling if isinstance(rule_of(stage), Escalation)]:
+        notes.append(
+            f"calls of {', '.join(later)} are upper bounds: judge.escalate asks them about candidates whose label is "
+            f"open after the levels before, and about {SLICE:.0%} of all (the audit slice) in any case"
+        )
     if any(stage.bound for stage in stages):
         notes.append(
             "tokens marked ≤ are upper bounds: replies of max_tokens, which later prompts show at "
@@ -219,7 +225,6 @@ def _tokenizer_of(
 ) -> Callable[[str, ModelSettings], Count]:
     """Counters with the models' own tokenizers; for a model at an endpoint, that of a local model, or the `named` one
     that counts the lengths of training rows."""
-    made: dict[str, TokenCounter] = {}
     local = next((key for key in [*used, *models] if models[key].is_here), None)
     if local is None and named is not None:
         local, models = named.model, {named.model: named}
@@ -232,10 +237,9 @@ def _tokenizer_of(
                 notes.append(note)
             if local is None:
                 return lambda messages: sum(len(message["content"]) for message in messages) // 4
-            key, model = local, models[local]
-        if key not in made:
-            made[key] = TokenCounter.load(model.tokenizer)
-        return lambda messages: len(made[key](messages))
+            model = models[local]
+        encode = token_counter(model.tokenizer)
+        return lambda messages: len(encode(messages, None))
 
     return counter
 

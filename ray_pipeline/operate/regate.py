@@ -22,6 +22,7 @@ from ray_pipeline.data.dataset_files import kto_weights, of_prompts
 from ray_pipeline.data.dataset_rows import DatasetsConfig, kto_rows
 from ray_pipeline.data.datasets import cut_to_size
 from ray_pipeline.data.decisions import decide_shard
+from ray_pipeline.data.early_exit import ExitRule
 from ray_pipeline.data.gate import label_counts
 from ray_pipeline.data.scored import ScoredDataset
 from ray_pipeline.data.tokens import Encode, token_counter
@@ -79,7 +80,7 @@ class Preview:
 
     Attributes:
         moved: (old label, new label) → candidates.
-        skipped: candidates of which calls that `judge.early_exit` skipped matter under the new thresholds.
+        skipped: candidates of which skipped calls matter under the new thresholds; `key` skipped them.
     """
 
     candidates: int
@@ -87,6 +88,7 @@ class Preview:
     new: Side
     moved: dict[tuple[str, str], int]
     skipped: int = 0
+    key: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +225,8 @@ def _preview(run: Run, rules: Rules) -> Preview:
     for side, dataset, encode, kept in zip(sides, datasets, encoders, rows, strict=True):
         if encode is not None and dataset.keep == "random":  # other orders need more than the rows' keys
             side.classes = _classes(pa.concat_tables(kept), dataset.max_prompts)
-    return Preview(candidates, sides[0], sides[1], dict(moved), skipped)
+    key = "" if rules.after.exit_rule is None else rules.after.exit_rule.key
+    return Preview(candidates, sides[0], sides[1], dict(moved), skipped, key)
 
 
 def _encoder(dataset: ScoredDataset) -> Encode | None:
@@ -264,7 +267,7 @@ def _decisions(run: Run, rules: Rules) -> Iterator[tuple[pa.ChunkedArray, int, p
         old, new = (_decide(stage, tables, shard, run.num_shards) for stage in stages)
         decisions = new.tables["decisions"]
         lacking = new.counts.get("depends_on_skipped", 0)
-        if rules.after.exit_rule is not None and rules.after.exit_rule.exact == "scores":
+        if isinstance(rules.after.exit_rule, ExitRule) and rules.after.exit_rule.exact == "scores":
             kept = pc.is_in(pc.field("label"), value_set=pa.array(["desirable", "undesirable"]))
             lacking += decisions.filter(kept)["final_score"].null_count
         yield tables["candidates"]["candidate_id"], lacking, old.tables["decisions"], decisions
@@ -319,7 +322,7 @@ def _lines(found: Preview) -> list[str]:
     lines += ["", *(f"{n} candidates {a} → {b}" for n, a, b in changed)] if changed else ["", "no label changes"]
     if found.skipped:
         lines.append(
-            f"{found.skipped} candidates need calls that judge.early_exit skipped: their label or final score is open, "
+            f"{found.skipped} candidates need calls that {found.key} skipped: their label or final score is open, "
             "and an open label counts as incomplete here; `quorum run` with the same overrides makes these calls alone"
         )
     return [line.rstrip() for line in lines]
@@ -353,7 +356,8 @@ def write(given: Regate, console: Console | None = None, beat_seconds: float = B
     for rules in given.datasets.values():
         if rules.after.exit_rule is not None and rules.after.gate != rules.before.gate:
             raise ConfigError(
-                "judge.early_exit skipped calls by the thresholds of the gate, so other thresholds may need them; "
+                f"{rules.after.exit_rule.key} skipped calls by the thresholds of the gate, so other thresholds may "
+                "need them; "
                 "`quorum run` with the same overrides makes the missing calls alone and repeats none"
             )
         sources, decisions = rules.sources, rules.sources.decide(rules.after)

@@ -104,7 +104,7 @@ def _state(run: Run, alive: bool | None) -> State:
         return "running" if alive else "stopped"
     if any(stage.status == "failed" for stage in run.stages.values()):
         return "failed"
-    return "done" if len(run.results) == len(run.stages) else "unfinished"
+    return "done" if all(stage.status in ("done", "skipped") for stage in run.stages.values()) else "unfinished"
 
 
 def _result(run: Run) -> str:

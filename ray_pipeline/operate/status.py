@@ -18,7 +18,7 @@ from ray_pipeline.engines.usage import Usage
 from ray_pipeline.graph.failures import read_failures
 from ray_pipeline.graph.heartbeat import BEAT_SECONDS
 from ray_pipeline.graph.progress import StageProgress
-from ray_pipeline.graph.results import Run, StageRecord, read_run
+from ray_pipeline.graph.results import Run, StageRecord, decision, read_run
 from ray_pipeline.store.errors import StoreError
 from ray_pipeline.store.files import Folder
 
@@ -77,13 +77,14 @@ class BatchState:
 
 @dataclasses.dataclass
 class RunState:
-    """A run folder at one moment."""
+    """A run folder at one moment. `decided`: with `rounds.stop`, the best round, and why the run stopped."""
 
     folder: str
     workflow: str
     life: Life
     stages: list[StageState]
     batches: list[BatchState] = dataclasses.field(default_factory=list)
+    decided: str = ""
 
     @property
     def failed(self) -> list[StageState]:
@@ -91,7 +92,7 @@ class RunState:
 
     @property
     def done(self) -> bool:
-        return all(s.status == "done" for s in self.stages)
+        return all(s.status in ("done", "skipped") for s in self.stages)
 
     @property
     def eta_seconds(self) -> float | None:
@@ -108,6 +109,7 @@ class RunState:
             "eta_seconds": self.eta_seconds,
             "stages": [stage.plain() for stage in self.stages],
             "batches": [vars(batch) for batch in self.batches],
+            **({"decided": self.decided} if self.decided else {}),
         }
 
 
@@ -151,7 +153,9 @@ class Watch:
             for stage in stages:
                 stage.eta_seconds = stage.rows_per_second = stage.tokens_per_second = None
                 stage.status, stage.phase = "stopped" if stage.status == "running" else stage.status, ""
-        return RunState(self.folder.location, run.workflow, life, stages, _open_batches(run))
+        decided = decision(run.results)
+        text = "" if decided is None else decided.facts["text"]
+        return RunState(self.folder.location, run.workflow, life, stages, _open_batches(run), text)
 
     def until_ended(self, every: float) -> Iterator[RunState]:
         """The state of the run now and every `every` seconds, until the run ends or goes silent."""
@@ -190,6 +194,7 @@ class Watch:
         state = StageState(stage.name, stage.status, error=stage.error)
         if stage.done:
             self._finished(state, run, stage)
+        if stage.done or stage.status == "skipped":
             return state
         folder = self.folder / stage.path
         counts: collections.Counter[str] = collections.Counter()

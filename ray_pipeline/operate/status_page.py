@@ -20,7 +20,9 @@ _STYLE = {"waiting": "dim", "failed": "red", "stopped": "yellow", "partial": "ye
 def head_line(state: RunState) -> str:
     done = sum(stage.status == "done" for stage in state.stages)
     eta = f", {duration(state.eta_seconds)} until the running stages are done" if state.eta_seconds is not None else ""
-    return f"{state.folder}: {state.workflow}, {done} of {len(state.stages)} stages done; {_LIFE[state.life]}{eta}"
+    skipped = sum(stage.status == "skipped" for stage in state.stages)
+    stages = f"{done} of {len(state.stages)} stages done{f', {skipped} skipped' if skipped else ''}"
+    return f"{state.folder}: {state.workflow}, {stages}; {_LIFE[state.life]}{eta}"
 
 
 def stage_line(stage: StageState) -> str:
@@ -58,11 +60,12 @@ def batch_line(batch: BatchState) -> str:
 
 
 def lines(state: RunState) -> list[str]:
-    return [head_line(state), *(stage_line(stage) for stage in state.stages), *map(batch_line, state.batches)]
+    decided = [state.decided] if state.decided else []
+    return [head_line(state), *decided, *(stage_line(stage) for stage in state.stages), *map(batch_line, state.batches)]
 
 
 def picture(state: RunState) -> Group:
-    """The state as a table for a terminal; waiting stages are counted, not listed."""
+    """The state as a table for a terminal; waiting and skipped stages are counted, not listed."""
     table = Table(box=None, pad_edge=False)
     for title in ("stage", ""):
         table.add_column(title)
@@ -70,7 +73,7 @@ def picture(state: RunState) -> Group:
         table.add_column(title, justify="right")
     table.add_column("errors by kind")
     for stage in state.stages:
-        if stage.status == "waiting":
+        if stage.status in ("waiting", "skipped"):
             continue
         hits = stage.usage.prefix_hit_rate
         table.add_row(
@@ -90,4 +93,5 @@ def picture(state: RunState) -> Group:
         )
     waiting = sum(stage.status == "waiting" for stage in state.stages)
     foot = [Text(f"{waiting} stages waiting", style="dim")] if waiting else []
-    return Group(Text(head_line(state)), table, *foot, *(Text(batch_line(batch)) for batch in state.batches))
+    decided = [Text(state.decided)] if state.decided else []
+    return Group(Text(head_line(state)), *decided, table, *foot, *(Text(batch_line(batch)) for batch in state.batches))

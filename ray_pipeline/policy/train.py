@@ -83,7 +83,8 @@ def train(
         steps_of: a stage like `datasets`; the policy takes the optimiser steps that it would take on those rows.
         alike: names of training stages of the run with the same settings, length and model: the policy of one of them
             is taken over if its rows turn out to be the same, too.
-        start: an earlier training of the same settings and model, whose adapter is trained on; default: a new one.
+        start: an earlier training of the same model, LoRA shape and `save`, whose adapter is trained on; default: a
+            new one.
         reference: see `TrainSpec`.
     """
     given = _Given(train=settings, model=model, max_length=max_length, reference=reference)

@@ -58,14 +58,24 @@ def part_name(shard: int, num_shards: int, writer: str, number: int) -> str:
     return f"{shard:04d}of{num_shards:04d}-{writer}-{number:06d}.parquet"
 
 
-def may_hold(name: str, shard: int, num_shards: int) -> bool:
-    """Whether a part can hold calls of the prompts of a shard, judged by its name."""
-    try:
-        i, n = (int(x) for x in name.split("-", 1)[0].split("of"))
-    except ValueError:
-        return False
-    m = min(n, num_shards)
-    return m > 0 and i % m == shard % m
+class Listing:
+    """The parts in a model's folder, indexed by the shard that they were written under."""
+
+    def __init__(self, folder: Folder) -> None:
+        self._parts: dict[int, dict[int, list[str]]] = {}  # number of shards → shard → names
+        for name in folder.names(".parquet"):
+            with contextlib.suppress(ValueError):  # a stranger's file
+                shard, num_shards = (int(x) for x in name.split("-", 1)[0].split("of"))
+                self._parts.setdefault(num_shards, {}).setdefault(shard, []).append(name)
+
+    def of(self, shard: int, num_shards: int) -> list[str]:
+        """Names of the parts that can hold calls of the prompts of a shard."""
+        found: list[str] = []
+        for written, parts in self._parts.items():
+            step = min(written, num_shards)
+            for i in range(shard % step, written, step) if step else ():
+                found += parts.get(i, ())
+        return sorted(found)
 
 
 class CallWriter:
@@ -120,7 +130,13 @@ def read_part(folder: Folder, name: str) -> pa.Table:
     return folder.read_table(name, fingerprint=_FINGERPRINT, kind="calls", schema=CALLS)
 
 
-def read_calls(folder: Folder, shard: int, num_shards: int, warn: Callable[[str], None] = logger.warning) -> pa.Table:
+def read_calls(
+    folder: Folder,
+    shard: int,
+    num_shards: int,
+    warn: Callable[[str], None] = logger.warning,
+    listing: Listing | None = None,
+) -> pa.Table:
     """All calls of a shard's prompts, whatever shard counts they were written under; keys may repeat.
 
     A part that another writer merged away while we read is looked for again; a part that cannot be read is left out
@@ -128,13 +144,14 @@ def read_calls(folder: Folder, shard: int, num_shards: int, warn: Callable[[str]
 
     Args:
         warn: called with a line for each such part.
+        listing: of the folder; default: a new one.
     """
     tables: list[pa.Table] = []
     read: set[str] = set()
     for _ in range(20):
-        names = [n for n in folder.names(".parquet") if may_hold(n, shard, num_shards) and n not in read]
-        vanished = False
-        for name in names:
+        names = (listing or Listing(folder)).of(shard, num_shards)
+        listing, vanished = None, False
+        for name in (name for name in names if name not in read):
             try:
                 table = read_part(folder, name)
             except FileNotFoundError:

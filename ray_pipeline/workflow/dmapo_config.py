@@ -11,8 +11,10 @@ from ray_pipeline.bench.report import BenchmarksPage, MeasuredModel, judging_mod
 from ray_pipeline.bench.settings import BenchmarksSettings
 from ray_pipeline.data.candidate_sources import CandidatePrompts
 from ray_pipeline.data.candidates import CandidateSettings
+from ray_pipeline.data.checkers import default_checker
 from ray_pipeline.data.critic import CriticSettings
 from ray_pipeline.data.early_exit import ExitRule
+from ray_pipeline.data.escalation import CallRule, Escalation
 from ray_pipeline.data.gate import GateConfig, check_pool
 from ray_pipeline.data.judging import JudgeSettings
 from ray_pipeline.data.prompts import PromptsConfig
@@ -115,10 +117,10 @@ class DmapoConfig(TrainingConfig):
                 "judge.early_exit skips calls about candidates that the gate leaves out, but human_labels.use may put "
                 "them into a dataset; set early_exit to off, or human_labels.use to report"
             )
-        if self.gate.over_all and self.judge.early_exit != "off":
+        if self.gate.over_all and self.exit_rule is not None:
             raise ValueError(
-                "judge.early_exit skips calls by the thresholds of the published gate alone; set it to off, or remove "
-                f"gate.{'kind' if self.gate.kind != 'published' else 'pool'}"
+                f"{self.exit_rule.key} skips calls by the thresholds of the published gate alone; leave it out, or "
+                f"remove gate.{'kind' if self.gate.kind != 'published' else 'pool'}"
             )
         if self.gate.kind == "certified" and humans is not None and humans.use == "gate":
             raise ValueError(
@@ -151,6 +153,7 @@ class DmapoConfig(TrainingConfig):
             raise ValueError("rounds: no person has labelled answers of later rounds; set gate.kind to published")
         if self.evaluate.skip_generation:
             raise ValueError("rounds: evaluate.skip_generation leaves out what the curves show; set it to false")
+        self._check_stop()
         if self.rounds.continues:
             if train.lora is None or train.save == "merged":
                 raise ValueError(
@@ -162,15 +165,35 @@ class DmapoConfig(TrainingConfig):
                     "rounds: a stored adapter cannot be loaded into zero3's shards; set train.shard to fsdp"
                 )
 
+    def _check_stop(self) -> None:
+        """Raises ValueError where a decision of `rounds.stop` has nothing to go by, or comes too late."""
+        assert self.rounds is not None
+        stop, sources = self.rounds.stop, self.prompt_settings.sources
+        if stop is None:
+            return
+        known = self.evaluate.checker or default_checker(source.label_in_tables for source in sources)
+        if stop.metric == "accuracy" and known is None:
+            raise ValueError(
+                "rounds.stop.metric is accuracy, but no checker knows which responses are right; set evaluate.checker, "
+                "or metric to score"
+            )
+        if self.benchmarks is not None:
+            raise ValueError(
+                "benchmarks measures the policy of the last round, but rounds.stop decides during the run which policy "
+                "is the result; remove the block, and measure the finished run by `quorum run benchmarks`"
+            )
+
     @property
     def numbers(self) -> range:
         """The rounds, from 1."""
         return range(1, 2 if self.rounds is None else self.rounds.n + 1)
 
     @property
-    def exit_rule(self) -> ExitRule | None:
-        """When calls to judges and critic are skipped; None: never."""
+    def exit_rule(self) -> CallRule | None:
+        """When calls to judges and the critic are skipped; None: never."""
         judge = self.judge
+        if judge.escalate:
+            return Escalation(gate=self.gate, levels=judge.escalate)
         if judge.early_exit == "off":
             return None
         return ExitRule(exact=judge.early_exit, gate=self.gate, judges=tuple(judge.names), scale=judge.scale)
@@ -205,7 +228,8 @@ class DmapoConfig(TrainingConfig):
             recorded=recorded_judges(self.judge),
             gate=self.gate,
             human_labels=self.human_labels,
-            audit_slice=self.judge.early_exit != "off",
+            audit_slice=self.exit_rule is not None,
+            levels=self.judge.escalate,
             items=given_items(self.judge),
             no_error_rates=[program.name for program in self.judge.programs],
             stages=("prompts", "candidates", "judge", *critic, "gate", "datasets", *trained),

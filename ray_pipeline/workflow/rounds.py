@@ -10,8 +10,9 @@ from pydantic import Field, model_validator
 
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.datasets import Judged
+from ray_pipeline.evaluate.early_stop import StopSettings
 from ray_pipeline.graph.stage import Stage
-from ray_pipeline.training.spec import Reference
+from ray_pipeline.training.spec import Reference, TrainSettings
 
 
 class RoundsSettings(Settings):
@@ -36,14 +37,26 @@ class RoundsSettings(Settings):
     reference: Reference = Field(
         "base", description="reference model of the loss: the base, or from round 2 on the policy of the round before"
     )
+    decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="factor of the learning rate from each round to the next: round r trains with train.learning_rate "
+        "· decay^(r − 1)",
+    )
+    stop: StopSettings | None = Field(
+        None,
+        description="early stop on held-out prompts, with the policy of the best round as the result; default: none",
+    )
 
     @model_validator(mode="after")
-    def _reference_is_known(self) -> RoundsSettings:
-        if self.data == "all" and self.reference == "previous":
-            raise ValueError(
-                "reference is previous, but with data: all each round trains from the base; set reference to base, or "
-                "data to last or window"
-            )
+    def _from_a_policy(self) -> RoundsSettings:
+        for key, value, default in (("reference", self.reference, "base"), ("decay", self.decay, 1)):
+            if self.data == "all" and value != default:
+                raise ValueError(
+                    f"{key} is {value}, but with data: all each round trains from the base; set {key} to {default}, or "
+                    "data to last or window"
+                )
         return self
 
     @property
@@ -54,6 +67,17 @@ class RoundsSettings(Settings):
     @property
     def splits(self) -> bool:
         return self.n > 1 and self.prompts == "split"
+
+    def training(self, settings: TrainSettings, number: int) -> TrainSettings:
+        """The settings that a round trains with.
+
+        Args:
+            settings: of the first round.
+            number: of the round, from 1.
+        """
+        if self.decay == 1:
+            return settings
+        return settings.model_copy(update={"learning_rate": settings.learning_rate * self.decay ** (number - 1)})
 
     def pooled(self, before: Sequence[Round]) -> Sequence[Round]:
         """Of the rounds before one, those whose rows it uses, too."""
@@ -70,6 +94,7 @@ class Round:
         stages: its own, each after those that it reads.
         policy: the stage that trains; None where nothing is trained.
         base: responses of the base to the held-out prompts, which all rounds share.
+        decision: whether the next round is made; None where no round stops the run.
     """
 
     number: int
@@ -77,6 +102,7 @@ class Round:
     stages: Sequence[Stage]
     policy: Stage | None
     base: Stage | None
+    decision: Stage | None = None
 
 
 def ending_of(number: int) -> str:

@@ -10,10 +10,12 @@ import pytest
 from ray_pipeline.audit.findings import PROBLEMS, AuditReport, RunTables
 from ray_pipeline.audit.rows import audit_run
 from ray_pipeline.data.dataset_rows import DatasetsConfig
+from ray_pipeline.data.early_exit import in_audit_slice
+from ray_pipeline.data.escalation import Escalation
 from ray_pipeline.data.gate import GateConfig, decide
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.schemas import TABLES
-from tests.planted import JUDGES, World, count_words, ended, make_world, random_world, write_run
+from tests.planted import JUDGES, World, count_words, ended, make_world, random_world, skipped_by_levels, write_run
 
 Rows = list[dict]
 
@@ -58,6 +60,52 @@ def test_weights_are_computed_again(tmp_path):
 def test_a_sound_run_with_texts_that_were_cut_off(tmp_path, cut):
     world = ended(random_world(30, seed=1), "stop", "length", "unknown", "content_filter", "error")
     assert audit_run(write_run(tmp_path, world, gate=GateConfig(cut=cut)), count_words).found == {}
+
+
+RULE = Escalation(gate=GateConfig(), levels=(tuple(JUDGES[:2]), tuple(JUDGES[2:])))
+
+
+@pytest.mark.parametrize(
+    "gate", [GateConfig(), GateConfig(use_critic=False, tau=0.3), GateConfig(cut="undesirable", use_variance=False)]
+)
+def test_sound_runs_with_levels_of_judges(tmp_path, gate):
+    rule, world = RULE.model_copy(update={"gate": gate}), ended(random_world(60, seed=8), "stop", "stop", "length")
+    run = write_run(tmp_path, world, gate=gate, rule=rule)
+    assert audit_run(run, count_words).problems == []
+
+
+def test_labels_and_calls_against_the_levels_are_found(tmp_path):
+    """A label that another number of judges would give, a judge who was skipped though the label was open, and one who
+    was asked though it was settled."""
+    world = skipped_by_levels(random_world(60, seed=8), RULE)
+    rows = world.verdicts.to_pylist()
+    third = {row["candidate_id"]: row for row in rows if row["judge"] == JUDGES[2]}
+    names = world.candidates["candidate_id"].to_pylist()
+    skipped = [name for name in names if third[name]["parse_status"] == "skipped"]
+    asked = [name for name in names if third[name]["parse_status"] == "ok" and not in_audit_slice(name)]
+    sliced = next(name for name in names if third[name]["parse_status"] == "ok" and in_audit_slice(name))
+    alone, in_vain, lost = skipped[0], skipped[1], asked[0]
+
+    def change(kind: str, shard: int, table: pa.Table) -> pa.Table:
+        found = table.to_pylist()
+        for row in found:
+            name = row.get("candidate_id")
+            if kind == "decisions" and name == alone:  # as if the third judge had been asked and had disagreed
+                row |= {"label": "abstain", "why": "variance 9.00 > 2.5 (level 2 of 2)"}
+            if kind == "verdicts" and row["judge"] == JUDGES[2] and name == in_vain:
+                row |= {"score": 5.0, "parse_status": "ok"}
+            if kind == "verdicts" and row["judge"] == JUDGES[2] and name in (lost, sliced):
+                row |= {"score": None, "parse_status": "skipped"}
+        return pa.Table.from_pylist(found, schema=table.schema)
+
+    report = audit_run(write_run(tmp_path, random_world(60, seed=8), rule=RULE, change=change), count_words)
+    tables = ("decisions", "verdicts")
+    found = {(problem.kind, problem.id): problem.message for problem in report.problems if problem.table in tables}
+    assert found["label", alone].startswith("label is 'abstain', should be ")
+    assert found["level", in_vain] == f"{JUDGES[2]} was asked, but the label was settled without"
+    assert found["level", lost] == f"{JUDGES[2]} was skipped, but its label was open"
+    assert found["level", sliced] == f"{JUDGES[2]} was skipped, but it is in the audit slice"
+    assert report.found["level"] == 3 and ("label", lost) in found
 
 
 def test_a_sound_run_with_every_reason_for_leaving_out(tmp_path):

@@ -19,6 +19,7 @@ import pytest
 from filelock import FileLock
 
 from ray_pipeline.engines.core_server import WARM_PYTHON
+from tests.interpreter import interpreter
 
 CONFIG = str(Path(__file__).parents[1] / "one_judge.yaml")
 ROOT = Path(__file__).parents[2]
@@ -31,7 +32,8 @@ class Quorum:
     """`quorum` as a user types it, with the pids of every engine process that it ever had.
 
     Args:
-        warm: its workers are forked from the tests' server, which is faster, and not found among its own processes.
+        warm: its workers are forked from the tests' server, as from one of its own, which takes 8 s of CPU time.
+        python: what runs it.
     """
 
     def __init__(
@@ -41,10 +43,11 @@ class Quorum:
         cwd: Path = ROOT,
         prefix: Sequence[str] = (),
         warm: bool = False,
+        python: str = sys.executable,
     ) -> None:
         environment = {name: value for name, value in os.environ.items() if warm or name != WARM_PYTHON}
         self.process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", "ray_pipeline.cli", *arguments],
+            [*prefix, python, "-m", "ray_pipeline.cli", *arguments],
             cwd=cwd,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -52,6 +55,7 @@ class Quorum:
             env={**environment, **(env or {})},
             start_new_session=True,
         )
+        self._begun = psutil.Process(self.process.pid).create_time()
         self.engines: dict[int, psutil.Process] = {}
         self.actors: dict[int, psutil.Process] = {}
         self._lines: list[str] = []
@@ -66,8 +70,11 @@ class Quorum:
 
     def _look(self) -> None:
         while self.process.poll() is None:
-            for child in descendants(self.process.pid):
+            # Below the tests' process are this one and the tests' warm server, which has processes of earlier ones.
+            for child in descendants(os.getpid()):
                 try:
+                    if child.create_time() < self._begun:
+                        continue
                     command = child.cmdline()
                 except psutil.Error:
                     continue
@@ -128,13 +135,10 @@ def descendants(pid: int) -> list[psutil.Process]:
         return []
 
 
-def run(*arguments: str, expect: int | None = 0, warm: bool = True, **kwargs: Any) -> Quorum:
-    """Run a command to its end."""
-    quorum = Quorum(*arguments, warm=warm, **kwargs)
-    if expect is None:
-        quorum.wait()
-    else:
-        quorum.ends(expect)
+def run(*arguments: str, expect: int = 0, warm: bool = True, **kwargs: Any) -> Quorum:
+    """Run a command to its end. Where it is warm, so is the command itself."""
+    quorum = Quorum(*arguments, warm=warm, python=interpreter() if warm else sys.executable, **kwargs)
+    quorum.ends(expect)
     return quorum
 
 
@@ -189,10 +193,13 @@ def tables(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
 
 def wait_until(quorum: Quorum, ready: Callable[[], bool], seconds: float = 480) -> None:
     end = time.monotonic() + seconds
-    while not ready():
+    while True:
+        begun = time.monotonic()
+        if ready():
+            return
         assert quorum.process.poll() is None, f"ended before the moment came\n{quorum.output}"
         assert time.monotonic() < end, f"the moment never came\n{quorum.output}"
-        time.sleep(0.05)
+        time.sleep(max(0.05, 3 * (time.monotonic() - begun)))  # a look may read a whole call log
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -36,7 +36,7 @@ def test_a_jury_of_two_and_a_debate_that_is_killed_in_its_middle(tmp_path: Path)
     common = ["run", "agreement", "-c", "configs/pocket_agreement.yaml", f"data.limit={PAIRS}"]
     # One debate at a time, so that it can be hit in its middle.
     slow = "models.judge.placement.concurrency=1"
-    first = Quorum(*common, "--run-dir", str(folder), "--to", "debate", slow)
+    first = Quorum(*common, "--run-dir", str(folder), "--to", "debate", slow, warm=True)
     wait_until(first, lambda: calls.exists() and debated(calls) > 5)
     first.kill()
     assert first.living_engines() == []

@@ -40,7 +40,7 @@ def test_all_three_benchmarks_survive_a_killed_driver(tmp_path: Path, monkeypatc
     command = ["run", "benchmarks", "-c", "configs/pocket_benchmarks.yaml", "--run-dir", str(folder), *SMALL, *more]
     env = {"NLTK_DATA": nltk} if nltk else {}
     calls = folder / "calls"
-    first = Quorum(*command, env=env)
+    first = Quorum(*command, env=env, warm=True)
     wait_until(first, lambda: calls.exists() and judged(calls) > 5)
     first.kill()
     assert first.living_engines() == []

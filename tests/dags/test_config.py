@@ -27,6 +27,7 @@ from ray_pipeline.workflow.config import RunConfig
 from ray_pipeline.workflow.dmapo_config import DmapoConfig
 from ray_pipeline.workflow.registry import find_workflow
 from ray_pipeline.workflow.stored import stored
+from tests.models import needs_vllm
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -209,8 +210,8 @@ def test_a_mistake_is_told_by_its_key(load: Any, override: str, message: str) ->
         load(*override.split(" ") if " datasets" in override or " train" in override else [override])
 
 
+@needs_vllm
 def test_names_of_vllm_are_checked_where_it_is_installed(load: Any) -> None:
-    pytest.importorskip("importlib").util.find_spec("vllm") or pytest.skip("vLLM is not installed")
     with pytest.raises(ConfigError, match=r"models\.judge: vLLM has no engine argument 'max_num_seq'.*'max_num_seqs'"):
         load("models.judge.args.max_num_seq=8")
     with pytest.raises(
@@ -414,6 +415,7 @@ OTHER: dict[str, Any] = {
     "judge.rubrics": [{"name": "helpfulness"}],
     "rounds": {"n": 2},
     "judge.early_exit": "scores",  # labels makes no dpo rows
+    "judge.escalate": [["helpfulness"], ["factuality"]],
     "judge.programs": [{"name": "program", "checker": "pocket"}],
     "judge.rewards": [{"name": "pairs", "model": "judge"}],
     "datasets.kinds": ["kto"],

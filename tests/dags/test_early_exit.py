@@ -131,7 +131,7 @@ def test_fewer_calls_make_the_same_labels_and_rows(server: Endpoint, tmp_path: P
         assert "no problem" in quorum("audit", str(run.folder))
         (line,) = (line for line in run.output.splitlines() if line.startswith("skipped: "))
         assert sum(map(int, re.findall(r"(\d+) of", line))) == run.skipped()
-        assert "of the audit slice" in run.page and "skipped (judge.early_exit)" in run.page
+        assert "of the audit slice" in run.page and "skipped (judge.early_exit" in run.page
         numbers = json.loads((run.folder / "report" / "metrics.json").read_text())
         judging = numbers["judging"]
         assert 0 < judging["agreement_rows"] < COUNT * K / 5
@@ -160,6 +160,34 @@ def test_fewer_calls_make_the_same_labels_and_rows(server: Endpoint, tmp_path: P
     assert wide.labels() == full.labels() and wide.rows("kto", "dpo") == full.rows("kto", "dpo")
 
 
+def test_later_judges_are_asked_only_where_the_label_is_open(server: Endpoint, tmp_path: Path) -> None:
+    levels = [["helpfulness", "factuality"], ["conciseness"]]
+    judge = {"rubrics": RUBRICS, "escalate": levels, "asking": {"retries": 1}}
+    run = Made(server, tmp_path / "levels", False, judge=judge)
+    late = {name for name, judge in run.without_calls()}
+    assert {judge for _, judge in run.without_calls()} == {"conciseness"} and 0 < len(late) < COUNT * K
+    assert not any(map(in_audit_slice, late))
+    labels = dict(run.labels())
+    assert {labels[name] for name in late} <= {"desirable", "undesirable", "discard", "incomplete"}
+    assert f"skipped: {len(late)} of {COUNT * K} rows of judge-level-2 (judge.escalate: " in run.output
+    assert "no problem" in quorum("audit", str(run.folder))
+    numbers = json.loads((run.folder / "report" / "metrics.json").read_text())
+    first, second = numbers["escalation"]["levels"]
+    assert (first["asked"], second["asked"]) == (COUNT * K, COUNT * K - len(late))
+    assert "Levels of judges" in run.page and numbers["judging"]["agreement_rows"] < COUNT * K / 5
+    plan = quorum("plan", *run.arguments)
+    assert "calls of judge-level-2 are upper bounds: judge.escalate" in plan
+    shown = quorum("regate", str(run.folder), "gate.desirable_at=9")
+    assert re.search(r"\d+ candidates need calls that judge.escalate skipped", shown)
+    assert "judge.escalate skipped calls by the thresholds" in quorum(
+        "regate", str(run.folder), "gate.desirable_at=9", "--write", code=2
+    )
+    asked = run.calls
+    higher = Made(server, tmp_path / "levels", False, "gate.desirable_at=9", judge=judge)
+    assert 0 < higher.calls < asked and not higher.asked & run.asked
+    assert "no problem" in quorum("audit", str(run.folder))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -175,13 +203,16 @@ def test_what_cannot_be_exact_is_refused(changes: dict[str, Any], message: str) 
         read_config(DmapoConfig, config("http://127.0.0.1:9/v1", "labels", **changes))
 
 
+@pytest.mark.parametrize("key", ["early_exit", "escalate"])
 @pytest.mark.parametrize(
     ("block", "shipped", "message"),
     [(BaselinesConfig, "pocket_baselines", "baselines.data makes datasets by several rules"),
      (FellowshipConfig, "pocket_fellowship", "this workflow has none")],
 )  # fmt: skip
-def test_workflows_without_one_gate_refuse_it(block: Any, shipped: str, message: str) -> None:
+def test_workflows_without_one_gate_refuse_it(block: Any, shipped: str, message: str, key: str) -> None:
     values = yaml.safe_load(Path(f"configs/{shipped}.yaml").read_text())
-    values["judge"] = {"rubrics": RUBRICS[:2], **(values.get("judge") or {}), "early_exit": "scores"}
-    with pytest.raises(ConfigError, match=message):
+    judge = {"rubrics": RUBRICS[:2], **(values.get("judge") or {})}
+    first, *others = [rubric["name"] for rubric in judge["rubrics"]]
+    values["judge"] = {**judge, key: "scores" if key == "early_exit" else [[first], others]}
+    with pytest.raises(ConfigError, match=f"judge.{key} .*{message}"):
         read_config(block, values)

@@ -12,7 +12,6 @@ import os
 import random
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -38,13 +37,25 @@ from ray_pipeline.store.keys import prompt_id
 from tests.dags.conftest import CONFIG, manifest
 from tests.dags.in_process import here
 from tests.endpoint import KEY, Answer, Endpoint, refused, said, using
+from tests.interpreter import interpreter
+from tests.models import needs_vllm
 from tests.scripted import user
 
-pytest.importorskip("vllm", reason="vLLM is not installed")
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, needs_vllm]
 
 MODEL = "pocket-judge"
 RUBRICS = tuple(Rubric(name=name) for name in ("helpfulness", "factuality", "conciseness"))
+
+
+#: vLLM's server, whose core is forked as those of this package's engines are.
+SERVER = """
+import os, runpy, sys
+from ray_pipeline.engines.core_server import CoreServer
+with open(sys.argv.pop(1), "w") as file:
+    file.write(str(os.getpid()))
+with CoreServer().starts_cores():
+    runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +64,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model_path("pocket:judge")]
+    folder = tmp_path_factory.mktemp("server")
+    command = [interpreter(), "-c", SERVER, str(folder / "pid"), "--model", model_path("pocket:judge")]
     command += ["--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
     command += ["--max-model-len", "256", "--max-num-seqs", "64", "--enforce-eager", "--no-enable-chunked-prefill"]
     command += ["--max-num-batched-tokens", "4096", "--enable-prompt-tokens-details"]
@@ -65,7 +77,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "TORCHDYNAMO_DISABLE": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
     }
-    log = tmp_path_factory.mktemp("server") / "log"
+    log = folder / "log"
     with log.open("w") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
     url = f"http://127.0.0.1:{port}/v1"
@@ -81,8 +93,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             raise AssertionError(f"the server does not answer\n{log.read_text()[-3000:]}")
         yield url
     finally:
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        process.terminate()
+        own = psutil.Process(int((folder / "pid").read_text()))
+        family = [own, *own.children(recursive=True)]
+        own.terminate()
         _, alive = psutil.wait_procs(family, timeout=30)
         for left in alive:
             left.kill()

@@ -18,12 +18,12 @@ def test_in_process_writes_what_ray_writes(tmp_path: Path) -> None:
     small = ["prompts.sources.0.count=16", "prompts.num_shards=2"]
     here, there = tmp_path / "here", tmp_path / "there"
     command = ["run", "dmapo", "-c", CONFIG, "--to", "datasets", *small]
-    checked = run("check", *command[1:], "--engines", "--run-dir", str(here), warm=False)
+    checked = run("check", *command[1:], "--engines", "--run-dir", str(here))
     assert checked.output.count("test calls answered in") == 2 and checked.living_engines() == [] and not here.exists()
-    first = run(*command, "--run-dir", str(here), "--executor", "inprocess", warm=False)
+    first = run(*command, "--run-dir", str(here), "--executor", "inprocess")
     assert first.living_engines() == [] and first.actors == {}
     assert set(engine_calls(here)) == {"candidates", "judge", "critic"}
-    done = run(*command, "--run-dir", str(there), f"calls.root={here / 'calls'}", "calls.replay_only=true", warm=False)
+    done = run(*command, "--run-dir", str(there), f"calls.root={here / 'calls'}", "calls.replay_only=true")
     assert done.actors and engine_calls(there) == {}
     names = [name for name in STAGES if name in manifest(here)["stages"]]
     assert len(names) >= 7 and tables(here, names) == tables(there, names)
@@ -43,6 +43,6 @@ def test_in_process_writes_what_ray_writes(tmp_path: Path) -> None:
     before = (place / "shard-00001.parquet").read_bytes()
     kept = json.loads((place / "_receipts" / "shard-00000.json").read_text())["usage"]["calls_engine"]
     (place / "shard-00001.parquet").unlink()
-    again = run(*command, "--run-dir", str(here), warm=False)
+    again = run(*command, "--run-dir", str(here))
     assert (place / "shard-00001.parquet").read_bytes() == before and again.living_engines() == []
     assert engine_calls(here)["judge"] == kept

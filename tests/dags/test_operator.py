@@ -49,7 +49,7 @@ def test_a_quarantined_shard_waits_for_retry(folder: Path, small_run: Path) -> N
     assert entry["status"] == "failed" and entry["failed_shards"][0]["quarantined"]
 
     (gate / "shard-00003.parquet").unlink()  # missing, but not failed: none of retry's
-    retried = run("retry", str(folder), warm=False)
+    retried = run("retry", str(folder))
     assert "gate: 1 shards to retry: 2" in retried.output and retried.engines == {}
     assert read_failures(Folder(str(gate))) == {}
     assert (gate / "shard-00002.parquet").exists() and not (gate / "shard-00003.parquet").exists()
@@ -59,11 +59,11 @@ def test_a_quarantined_shard_waits_for_retry(folder: Path, small_run: Path) -> N
 
 def test_a_limit_ends_a_run_in_good_order_and_a_higher_one_goes_on(small_run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    price = ["--device-hour", "3600"]  # one a second: the engine's start alone is over the limit
+    price = ["--device-hour", "36000"]  # ten a second: the engine's start alone, about a second, is over the limit
     stop = ["run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), "--to", "judge", *SMALL, *price]
     stopped = run(*stop, "--max-cost", "2", expect=1, warm=False)
     assert "--max-cost is 2" in stopped.output and stopped.living_engines() == []
-    assert json.loads((folder / "spent.json").read_text())["device_seconds"] > 2
+    assert json.loads((folder / "spent.json").read_text())["device_seconds"] >= 0.2
     here(*stop, "--max-cost", "10000", f"calls.root={small_run / 'calls'}")
     # What the first try was answered before it heard of the limit is kept; the small run's log answers the rest.
     assert [manifest(folder)["stages"][name]["status"] for name in ("candidates", "judge")] == ["done", "done"]

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.dags.conftest import Quorum, engine_calls, manifest, run
+from tests.dags.conftest import engine_calls, manifest, run
 from tests.dags.in_process import here
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(2400)]
@@ -29,8 +29,7 @@ LABELS = ("desirable", "undesirable", "discard", "abstain")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `make demo` runs."""
     folder = tmp_path_factory.mktemp("demo") / "run"
-    quorum = Quorum("run", "dmapo", "-c", CONFIG, "--run-dir", str(folder))
-    assert quorum.wait(900) == 0, quorum.output
+    quorum = run("run", "dmapo", "-c", CONFIG, "--run-dir", str(folder))
     assert quorum.living_engines() == []
     return folder
 
@@ -90,8 +89,7 @@ def compared(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """KTO on the demo's own candidates and gate, with two other seeds."""
     folder = tmp_path_factory.mktemp("compared") / "run"
     shutil.copytree(demo / "calls", folder.parent / "calls")
-    quorum = Quorum("run", "baselines", "-c", COMPARISON, "--run-dir", str(folder), *_of(folder))
-    assert quorum.wait(1200) == 0, quorum.output
+    quorum = run("run", "baselines", "-c", COMPARISON, "--run-dir", str(folder), *_of(folder))
     assert quorum.living_engines() == []
     return folder
 
@@ -218,19 +216,17 @@ def test_other_tools_open_the_data_sets(demo: Path) -> None:
 def test_evaluation_without_new_responses(demo: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(demo, folder, symlinks=True)
-    quorum = Quorum("run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), "--to", "evaluate", "--skip-generation")
-    assert quorum.wait(600) == 0, quorum.output
+    shown = here("run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), "--to", "evaluate", "--skip-generation")
     # Another report of what is stored: nothing is asked, nothing is trained, and what was measured stays in it.
-    states = ("running", "starting workers", "loading model", "training")
-    assert quorum.engines == {} and not any(f"train: {state}" in quorum.output for state in states)
+    states = ("starting workers", "loading model", "training")
+    assert not shown.engines and not any(f"train: {state}" in shown.output for state in states)
     before, after = (json.loads((f / "report" / "metrics.json").read_text()) for f in (demo, folder))
     for part in ("responses", "win_rates", "rubrics"):
         assert after["evaluation"][part] == before["evaluation"][part]
     assert set(manifest(folder)["stages"]) == set(manifest(demo)["stages"])
     # A threshold that changes no training row makes the datasets again, and the policy that was trained is used.
-    again = Quorum("run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), "--to", "train", "gate.tau=2.500001")
-    assert again.wait(600) == 0, again.output
-    assert again.engines == {} and not any(f"train: {state}" in again.output for state in states)
+    again = here("run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), "--to", "train", "gate.tau=2.500001")
+    assert not again.engines and not any(f"train: {state}" in again.output for state in states)
     trained, used = (manifest(f)["stages"]["train"] for f in (demo, folder))
     assert used["fingerprint"] != trained["fingerprint"] and used["facts"]["taken_from"] == trained["path"]
     assert used["facts"]["steps"] == trained["facts"]["steps"] > 0

@@ -28,6 +28,7 @@ from tests.dags.conftest import (
 )  # fmt: skip
 from tests.dags.in_process import here
 from tests.endpoint import KEY, Answer, Endpoint, said
+from tests.interpreter import interpreter
 
 pytestmark = pytest.mark.e2e
 
@@ -35,8 +36,9 @@ pytestmark = pytest.mark.e2e
 STAGES = ("prompts", "candidates", "judge", "critic", "gate", "dataset-rows", "datasets")
 RUBRICS = ("helpfulness", "factuality", "conciseness")
 #: Judging that the small run's call log has no answers to, and few calls in flight, so that the stage lasts long
-#: enough to be hit in its middle. The candidates come from the log.
+#: enough to be hit in its middle: half the prompts suffice for that. The candidates come from the log.
 SLOW = [
+    f"prompts.sources.0.count={COUNT // 2}",
     "judge.sampling.max_tokens=63",
     "critic.sampling.max_tokens=63",
     "models.judge.placement.concurrency=2",
@@ -188,7 +190,7 @@ def test_a_signal_ends_the_command_and_every_answered_call_is_kept(
         for code, end in ((130, Quorum.interrupt), (143, lambda quorum: quorum.process.terminate())):
             before = len(server.asked)
             quorum = Quorum(*command)
-            wait_until(quorum, lambda least=before + 20: len(server.asked) > least)
+            wait_until(quorum, lambda least=before + 8: len(server.asked) > least)
             end(quorum)
             output = quorum.ends(code)
             assert "quorum: interrupted; finished work is kept; rerun the same command to resume" in output
@@ -202,7 +204,7 @@ def test_a_signal_ends_the_command_and_every_answered_call_is_kept(
 def test_killed_engines_and_actors_are_replaced_without_a_rerun(log: Path, tmp_path: Path) -> None:
     """First every engine core that lives, later every actor; the judge and critic stages run side by side."""
     folder, before = tmp_path / "run", calls_by_role(log)
-    quorum = Quorum(*to_datasets(folder, *SLOW, f"calls.root={log}"))
+    quorum = Quorum(*to_datasets(folder, *SLOW, f"calls.root={log}"), warm=True)
 
     def answered(least: int) -> bool:
         """Of both stages: an engine that dies while it starts is told as one that cannot start."""
@@ -233,9 +235,9 @@ def actors(quorum: Quorum) -> list[psutil.Process]:
 def test_two_runs_at_once_share_a_call_log(tmp_path: Path) -> None:
     log = tmp_path / "calls"
     folders = [tmp_path / "one", tmp_path / "other"]
-    candidates = [*SMALL, "--to", "candidates", f"calls.root={log}"]
-    alone = ["--executor", "inprocess"]
-    both = [Quorum("run", "dmapo", "-c", CONFIG, "--run-dir", str(folder), *candidates, *alone) for folder in folders]
+    command = ["run", "dmapo", "-c", CONFIG, "--to", "candidates", *SMALL, f"calls.root={log}"]
+    alone = {"warm": True, "python": interpreter()}
+    both = [Quorum(*command, "--executor", "inprocess", "--run-dir", str(folder), **alone) for folder in folders]
     for quorum, folder in zip(both, folders, strict=True):
         quorum.ends(0)
         assert manifest(folder)["stages"]["candidates"]["rows"] == {"candidates": 4 * COUNT}
@@ -243,5 +245,5 @@ def test_two_runs_at_once_share_a_call_log(tmp_path: Path) -> None:
     # What both asked at the same moment lies there twice, and may differ: their engines had other batches.
     assert calls_of(log, "candidate") == 4 * COUNT
     again = tmp_path / "again"
-    here("run", "dmapo", "-c", CONFIG, "--run-dir", str(again), *candidates, "calls.replay_only=true")
+    here(*command, "--run-dir", str(again), "calls.replay_only=true")
     assert engine_calls(again) == {} and manifest(again)["stages"]["candidates"]["rows"] == {"candidates": 4 * COUNT}

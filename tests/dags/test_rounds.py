@@ -20,7 +20,7 @@ from ray_pipeline.evaluate.rounds import round_stats
 from ray_pipeline.evaluate.stage import write_report
 from ray_pipeline.graph.in_process import make_here
 from ray_pipeline.graph.manifest import stage_entry
-from ray_pipeline.graph.results import Run, last_round, read_run
+from ray_pipeline.graph.results import Run, of_final_round, read_run
 from ray_pipeline.graph.session import Session
 from ray_pipeline.graph.stage import Dag, ShardWork, Stage, StageRef, StageResult
 from ray_pipeline.operate.regate import regate
@@ -94,6 +94,24 @@ def test_what_a_round_learns_from() -> None:
     assert known(base)["train-2"] != known(previous)["train-2"]
 
 
+def test_decisions_and_a_lower_learning_rate_change_nothing_before_them() -> None:
+    plain, stopped = dag("rounds.n=3"), dag("rounds.n=3", "rounds.stop={metric: score}")
+    assert {name for name, key in known(plain).items() if known(stopped)[name] != key} == {"evaluate"}
+    assert known(stopped).keys() - known(plain).keys() == {"stop-1", "stop-2", "stop-3"}
+    read = {parent.role_name for parent in of(stopped, "stop-2").inputs.values()}
+    assert read == {"prompts", "responses", "comparisons", "response verdicts", "decision"}
+    assert [of(stopped, f"stop-{n}").round for n in (1, 2, 3)] == [1, 2, 3]
+    longer = known(dag("rounds.n=4", "rounds.stop={metric: score}"))
+    assert {name for name, key in known(stopped).items() if longer[name] != key} == {"evaluate"}
+    assert "stop-1" not in known(dag("rounds.n=1", "rounds.stop={metric: score}"))
+
+    lower = dag("rounds.n=3", "rounds.decay=0.5")
+    assert known(lower)["datasets-2"] == known(plain)["datasets-2"]
+    assert known(lower)["train"] == known(plain)["train"] and known(lower)["train-2"] != known(plain)["train-2"]
+    rates = [of(lower, name).work.settings.train.learning_rate for name in ("train", "train-2", "train-3")]
+    assert rates == pytest.approx([2e-3, 1e-3, 5e-4])
+
+
 def test_parts_are_the_prompts(tmp_path: Path) -> None:
     made = dmapo(config("rounds.n=4"), str(tmp_path))
     results: dict[str, StageResult] = {}
@@ -116,6 +134,15 @@ def test_parts_are_the_prompts(tmp_path: Path) -> None:
         (["train.shard=zero3"], r"set train\.shard to fsdp"),
         (["evaluate.skip_generation=true"], "leaves out what the curves show"),
         (["rounds.data=all", "rounds.reference=previous"], "each round trains from the base"),
+        (["rounds.data=all", "rounds.decay=0.5"], "set decay to 1"),
+        (["rounds.decay=1.5"], "less than or equal to 1"),
+        (["rounds.stop={metric: truth}"], "'score' or 'accuracy'"),
+        (["rounds.stop={patience: 0}"], "greater than or equal to 1"),
+        (
+            ["rounds.stop={metric: accuracy}", "prompts.sources=[{type: jsonl, path: a.jsonl, column: q}]"],
+            "set evaluate.checker, or metric to score",
+        ),
+        (["rounds.stop={}", "benchmarks={ifeval: {}}"], "measure the finished run by `quorum run benchmarks`"),
         (["rounds.data=al"], "'last', 'all' or 'window'"),
     ],
 )
@@ -187,7 +214,7 @@ def test_rows_are_walked_back_over_rounds(tmp_path: Path, data: str) -> None:
 
 def test_a_report_of_an_unfinished_run_has_the_rounds(tmp_path: Path) -> None:
     run, _ = two_rounds(tmp_path)
-    assert {result.round for result in last_round(run.results).values()} == {0, 1}  # no policy yet
+    assert {result.round for result in of_final_round(run.results).values()} == {0, 1}  # no policy yet
     first, second = round_stats(run.results, None)
     assert (first.number, second.number) == (1, 2) and first.candidates == second.candidates == 192
     decided = run.results["gate"].table().read_all()["label"].to_pylist()

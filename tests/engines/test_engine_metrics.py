@@ -18,11 +18,12 @@ pytestmark = pytest.mark.e2e
 ANSWERED = r'ray_quorum_engine_finished_total{[^}]*model="qwen3"[^}]*} 7'  # five calls, two of the canary
 
 ACTOR = """
-import asyncio, sys, time
+import asyncio, sys
 import ray
 from ray_pipeline.engines.base import Sampling
 from ray_pipeline.engines.vllm import VllmEngine
 from ray_pipeline.engines.vllm_spec import VllmSpec
+from ray_pipeline.graph.cluster import connected
 
 @ray.remote(num_cpus=0)
 class Actor:
@@ -33,8 +34,8 @@ class Actor:
         await asyncio.sleep(8)  # Ray reports every second here
         await engine.close()
 
-ray.init(address=sys.argv[1], log_to_driver=False)
-ray.get(Actor.remote().ask.remote(sys.argv[2], 5))
+with connected({"address": sys.argv[1]}):
+    ray.get(Actor.remote().ask.remote(sys.argv[2], 5))
 """
 
 

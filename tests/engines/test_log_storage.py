@@ -15,6 +15,7 @@ from ray_pipeline.engines import log_storage
 from ray_pipeline.engines.base import Completion, EngineStop, Message, Sampling
 from ray_pipeline.engines.log_storage import LogStorage
 from ray_pipeline.engines.logged import LoggedEngine
+from ray_pipeline.store.calls import model_folder
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import prompt_id, shard_of
 from tests.scripted import ScriptedEngine, echo, logged_calls, user
@@ -111,6 +112,50 @@ async def until(true: Callable[[], bool]) -> None:
 
 def run(coroutine: Any) -> Any:
     return asyncio.run(asyncio.wait_for(coroutine, 60))
+
+
+def test_shards_that_begin_together_share_a_listing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed: list[str] = []
+    names = Folder.names
+    monkeypatch.setattr(Folder, "names", lambda self, suffix="": listed.append(self.location) or names(self, suffix))
+    engine = ScriptedEngine(echo)
+    of_calls = model_folder(Folder(str(root)), engine.identity).location
+
+    async def go() -> None:
+        for session in range(2):  # nothing is made twice
+            assert await Shards(root, engine, 64).all() == [None] * 64
+            assert sorted(asked(engine)) == sorted(TEXTS)
+            assert listed.count(of_calls) <= 16 * (session + 1)  # some come during a listing, and share the next one
+
+    run(go())
+
+
+def test_a_listing_that_has_begun_serves_nobody_who_comes_later(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, go_on, names = Folder(str(root)), threading.Event(), Folder.names
+    begun: list[int] = []
+
+    def held(self: Folder, suffix: str = "") -> list[str]:
+        found = names(self, suffix)
+        begun.append(len(found))
+        assert go_on.wait(30)
+        return found
+
+    monkeypatch.setattr(Folder, "names", held)
+
+    async def go() -> None:
+        storage = LogStorage(ScriptedEngine(echo), folder)
+        first = asyncio.create_task(storage.parts(folder))
+        await until(lambda: len(begun) == 1)
+        folder.write_bytes("0000of0004-a-000000.parquet", b"")
+        later = [asyncio.create_task(storage.parts(folder)) for _ in range(5)]
+        await asyncio.sleep(0.05)
+        go_on.set()
+        assert (await first).of(0, 4) == []
+        for one in later:
+            assert (await one).of(0, 4) == ["0000of0004-a-000000.parquet"]
+        assert begun == [0, 1]
+
+    run(go())
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])

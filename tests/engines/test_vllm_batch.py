@@ -13,9 +13,9 @@ from ray_pipeline.engines import vllm as engine_module
 from ray_pipeline.engines.vllm import VllmEngine
 from ray_pipeline.engines.vllm_arguments import engine_args
 from ray_pipeline.engines.vllm_spec import VllmSpec
+from tests.models import needs_vllm
 
-pytest.importorskip("vllm", reason="vLLM is not installed")
-pytestmark = pytest.mark.e2e  # only for the import of vLLM, which takes seconds
+pytestmark = [pytest.mark.e2e, needs_vllm]  # e2e for the import of vLLM, which takes seconds
 
 
 @pytest.mark.parametrize(

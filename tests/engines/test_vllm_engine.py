@@ -29,10 +29,9 @@ from ray_pipeline.engines.base import (
 from ray_pipeline.engines.vllm import VllmEngine
 from ray_pipeline.engines.vllm_replies import sampling_params
 from ray_pipeline.engines.vllm_spec import VllmSpec
-from tests.models import make_lora
+from tests.models import make_lora, needs_vllm
 
-pytest.importorskip("vllm", reason="vLLM is not installed")
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, needs_vllm]
 
 CONTEXT = 1024
 LONG = "Rate the response for helpfulness with an integer from 1 to 10. " * 12

@@ -9,15 +9,16 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-pytest.importorskip("vllm", reason="vLLM is not installed")
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
+from tests.interpreter import interpreter
+from tests.models import needs_vllm
+
+pytestmark = [pytest.mark.e2e, needs_vllm, pytest.mark.timeout(1200)]
 
 SOON = 20.0  # seconds; an idle machine needs three
 
@@ -48,6 +49,7 @@ def ended_by_itself(pid):
     raise psutil.NoSuchProcess(pid)
 
 async def main(model, then):
+    os.environ.pop("QUORUM_WARM_PYTHON", None)  # its engine has a server of its own, which imports as a user's does
     engine = VllmEngine(VllmSpec(model, dtype="float32", canary=False))
     if then == "start again":
         killer = threading.Thread(target=kill_first_core)
@@ -62,7 +64,7 @@ async def main(model, then):
     forever = Sampling(max_tokens=1900, extra=(("ignore_eos", True),))
     calls = [asyncio.create_task(engine.chat([{"role": "user", "content": str(i)}], forever)) for i in range(40)]
     await asyncio.sleep(0.5)
-    print(json.dumps(engine_processes()), flush=True)
+    print(json.dumps([os.getpid(), *engine_processes()]), flush=True)
     begin = time.monotonic()
     if then == "wait":
         ends = await asyncio.gather(*calls, return_exceptions=True)
@@ -79,24 +81,24 @@ if __name__ == "__main__":
 """
 
 
-def start_owner(model: Path, then: str, tmp_path: Path) -> tuple[subprocess.Popen[str], list[list[float]]]:
-    """Run an owner until its engine answers; its process and [pid, start time] of the engine's."""
+def start_owner(model: Path, then: str, tmp_path: Path) -> tuple[subprocess.Popen[str], int, list[list[float]]]:
+    """Run an owner until its engine answers.
+
+    Returns:
+        What waits for it, its pid, and [pid, start time] of the engine's processes.
+    """
     script = tmp_path / "owner.py"
     script.write_text(OWNER)
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, str(script), str(model), then],
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            [interpreter(), str(script), str(model), then], stdout=subprocess.PIPE, stderr=log, text=True
         )
     assert process.stdout
     line = process.stdout.readline()
     assert line, (tmp_path / "log").read_text()[-3000:]
-    processes = json.loads(line)
+    pid, *processes = json.loads(line)
     assert len(processes) >= 3  # the core, the server that it was forked from, and the reaper
-    return process, processes
+    return process, pid, processes
 
 
 def alive(processes: list[list[float]]) -> list[psutil.Process]:
@@ -133,7 +135,7 @@ def core_of(processes: list[list[float]]) -> int:
 
 
 def test_a_killed_core_is_noticed_by_every_call(qwen3: Path, tmp_path: Path) -> None:
-    owner, processes = start_owner(qwen3, "wait", tmp_path)
+    owner, _, processes = start_owner(qwen3, "wait", tmp_path)
     assert owner.stdout
     os.kill(core_of(processes), signal.SIGKILL)
     kinds, seconds = json.loads(owner.stdout.readline())
@@ -145,7 +147,7 @@ def test_a_killed_core_is_noticed_by_every_call(qwen3: Path, tmp_path: Path) -> 
 
 def test_a_killed_server_takes_the_core_along(qwen3: Path, tmp_path: Path) -> None:
     """As Ray does it to the children of an actor that ends; their own children it leaves alone."""
-    owner, processes = start_owner(qwen3, "wait", tmp_path)
+    owner, _, processes = start_owner(qwen3, "wait", tmp_path)
     assert owner.stdout
     server_of(processes).kill()
     kinds, seconds = json.loads(owner.stdout.readline())
@@ -157,7 +159,7 @@ def test_a_killed_server_takes_the_core_along(qwen3: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("then", ["exit", "start again"])
 def test_a_normal_end_leaves_nothing(qwen3: Path, tmp_path: Path, then: str) -> None:
     """Also when the first core was killed at its start, and the second ended just when vLLM was about to kill it."""
-    owner, processes = start_owner(qwen3, then, tmp_path)
+    owner, _, processes = start_owner(qwen3, then, tmp_path)
     if then != "exit":
         assert owner.stdout
         kinds, left = json.loads(owner.stdout.readline())
@@ -168,7 +170,7 @@ def test_a_normal_end_leaves_nothing(qwen3: Path, tmp_path: Path, then: str) -> 
 
 
 def test_a_killed_owner_leaves_nothing(qwen3: Path, tmp_path: Path) -> None:
-    owner, processes = start_owner(qwen3, "wait", tmp_path)
-    owner.kill()
+    owner, pid, processes = start_owner(qwen3, "wait", tmp_path)
+    os.kill(pid, signal.SIGKILL)
     owner.wait(10)
     assert_gone(processes)

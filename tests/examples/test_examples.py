@@ -1,7 +1,6 @@
 """Every file of examples/ runs as its first lines say."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,6 +13,7 @@ from ray_pipeline.training.methods import method_label, method_of, validate_trai
 from ray_pipeline.training.spec import TrainSettings
 from ray_pipeline.workflow.registry import find_workflow
 from tests.bench.test_stages import Run
+from tests.interpreter import interpreter
 from tests.operate.planted_run import plant
 from tests.scripted import ScriptedEngine
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 def run(*arguments: str, timeout: float = 600) -> str:
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
+        [interpreter(), *arguments], cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

@@ -78,6 +78,7 @@ SHIPPED = {
     "pocket_agreement": "agreement",
     "pocket_baselines": "baselines",
     "pocket_benchmarks": "benchmarks",
+    "pocket_escalate": "dmapo",
     "pocket_fellowship": "fellowship",
     "pocket_judge_check": "judge_check",
     "pocket_train": "train",

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ray_pipeline.engines.models import Placement
-from ray_pipeline.graph.stage import Dag, ShardWork, Stage, StageResult
+from ray_pipeline.graph import manifest
+from ray_pipeline.graph.manifest import stage_entry
+from ray_pipeline.graph.stage import Dag, ShardWork, Stage, StageRef, StageResult
+from ray_pipeline.graph.stage_work import Failure
+from ray_pipeline.store.files import Folder
 
 
 def nothing(given: Any) -> Any:
@@ -45,6 +51,37 @@ def test_a_fingerprint_changes_with_everything_that_decides_the_output() -> None
     ]
     fingerprints = [s.fingerprint for s in found]
     assert len(set(fingerprints)) == len(fingerprints) and all(len(f) == 16 for f in fingerprints)
+
+
+def test_a_manifest_makes_an_entry_again_only_when_its_stage_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    monkeypatch.setattr(manifest, "stage_entry", lambda stage: made.append(stage.name) or stage_entry(stage))
+    stages = [stage(name) for name in "abc"]
+    book = manifest.Manifest(Folder(str(tmp_path)), Dag("d", stages), {}, {})
+    results: dict[str, StageResult] = {}
+    failures: dict[str, Failure] = {}
+
+    def written(*changed: str) -> dict[str, str]:
+        made.clear()
+        book.write(results, failures)
+        assert made == list(changed)
+        return {name: entry["status"] for name, entry in json.loads(read())["stages"].items()}
+
+    def read() -> str:
+        return (tmp_path / "manifest.json").read_text()
+
+    assert written("a", "b", "c") == {"a": "waiting", "b": "waiting", "c": "waiting"}
+    results["b"] = StageResult(**vars(StageRef.of(stages[1], str(tmp_path), 1)), rows={"prompts": 7}, facts={})
+    assert written("b") == {"a": "waiting", "b": "done", "c": "waiting"} and '"prompts": 7' in read()
+    failures["c"] = Failure("no")
+    assert written("c") == {"a": "waiting", "b": "done", "c": "failed"}
+    results["b"] = dataclasses.replace(results["b"], rows={"prompts": 8})
+    failures.clear()
+    assert written("b") == {"a": "waiting", "b": "done", "c": "waiting"} and '"prompts": 8' in read()
+    del results["b"]  # its file was damaged
+    assert written("b") == {"a": "waiting", "b": "waiting", "c": "waiting"}
 
 
 def test_a_fingerprint_does_not_change_with_how_it_is_run() -> None:

@@ -19,12 +19,14 @@ from ray_pipeline.engines.account import Used
 from ray_pipeline.engines.base import Completion, EngineDead, EngineError, EngineStartError, Sampling
 from ray_pipeline.engines.vllm_spec import VllmSpec
 from ray_pipeline.operate import canary
-from ray_pipeline.operate.check import findings
+from ray_pipeline.operate.check import findings, training
 from ray_pipeline.operate.check_files import written_weights
 from ray_pipeline.operate.pending import Finding, Pending
 from ray_pipeline.operate.run_settings import run_settings
 from ray_pipeline.pocket import WEIGHTS, model_path
 from ray_pipeline.store.errors import StoreError
+from ray_pipeline.training.methods import TrainingInputError
+from ray_pipeline.training.spec import TrainSpec
 from ray_pipeline.workflow.registry import find_workflow
 from tests.endpoint import KEY, Answer, Endpoint, refused, said
 from tests.operate.at_an_endpoint import COUNT, RUBRICS, K, command, config, quorum, reply
@@ -248,6 +250,28 @@ def test_every_workflow_can_be_checked(name: str, file: str, changes: list[str],
     for stage in pending.roots:
         pending.stand_ins.make(stage)
     assert pending.tried == ""
+
+
+def test_equal_trainings_are_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workflow, seeds = find_workflow("baselines"), (0, 1)
+    settings = load_config(workflow.config, "configs/pocket_baselines.yaml", [f"baselines.seeds={list(seeds)}"])
+    dag, session = workflow.wire(settings, str(tmp_path)), run_settings(settings, str(tmp_path)).session
+    built = []
+
+    def check_model(spec: TrainSpec) -> None:
+        built.append((spec.settings.method, spec.settings.seed))
+        if built[-1] == ("dpo", 1):
+            raise TrainingInputError("refused")
+
+    monkeypatch.setattr("ray_pipeline.training.preflight.check_model", check_model)
+    pending = Pending.of(settings, dag, session, scope="offline", scratch=str(tmp_path / "scratch"))
+    found = {finding.what.removeprefix("training "): finding.state for finding in training(pending)}
+    assert built == [(method, seed) for seed in seeds for method in settings.baselines.methods]
+    assert found == {
+        f"train-{label}": "problem" if label.startswith("dpo-") and label.endswith("-s1") else "ok"
+        for label in settings.policy_labels()
+    }
+    assert len(found) > len(built)
 
 
 # --- local engines ----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from ray_pipeline.bench.measured import measured_models
 from ray_pipeline.cli import app
 from ray_pipeline.graph.heartbeat import Heartbeat, RunBusy
 from ray_pipeline.graph.results import read_run
@@ -237,6 +238,28 @@ def test_datasets_and_policy_are_one_folder(gated: Path, tmp_path: Path) -> None
     assert out / "policy" / "adapter" / "README.md" in again
     with pytest.raises(StoreError, match="train-dpo is not done; finished policies: train"):
         export(read_run(str(run)), out, policy="train-dpo")
+
+
+def test_the_card_of_a_stopped_run_names_the_round_of_the_result(gated: Path, tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    run = trained(gated, tmp_path / "run")
+    manifest = json.loads((run / "manifest.json").read_text())
+    facts = {"best": 1, "stop": True, "text": "The result is the policy of round 1. Stopped after round 2."}
+    first = {**manifest["stages"]["train"], "round": 1}
+    manifest["stages"] |= {
+        "train": first,
+        "train-2": {**first, "round": 2},
+        "stop-2": {**first, "role": "decision", "round": 2, "facts": facts},
+    }
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    for number, stage in enumerate(("train", "train-2"), 1):
+        export(read_run(str(run)), tmp_path / stage, policy=stage, datasets=False)
+        card = ModelCard.load(tmp_path / stage / "policy" / "adapter" / "README.md")
+        assert f"## Rounds\n\nThis is the policy of round {number}. {facts['text']}" in card.text
+        assert bool(card.data.eval_results) == (number == 1)  # the page is about the result
+    blocks, _ = measured_models([{"run": str(run), "name": "policy"}], {})
+    assert blocks["policy"] == measured_models([{"run": str(run), "policy": "", "name": "policy"}], {})[0]["policy"]
 
 
 def test_sft_rows_are_exported_too(tmp_path: Path) -> None:

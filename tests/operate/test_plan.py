@@ -78,6 +78,20 @@ def test_calls_and_tokens_are_those_of_the_real_prompts() -> None:
     assert found["responses-base"].completion_tokens == 2 * held * 20  # as long as candidates are
 
 
+def test_calls_that_may_be_skipped_are_counted_and_named_as_upper_bounds() -> None:
+    by_level = "judge.escalate=[[helpfulness, factuality], [conciseness]]"
+    levels, exits = (planned(pocket(key), rates()) for key in (by_level, "judge.early_exit=scores"))
+    n = load_prompts(pocket().prompts).table.num_rows
+    found = by_name(levels.stages)
+    calls = [found["judge-level-1"].calls, found["judge-level-2"].calls, found["critic"].calls]
+    assert calls == [8 * n, 4 * n, 4 * n]
+    assert found["judge-level-2"].device_seconds is not None and found["judge-level-2"].device_seconds > 0
+    assert levels.notes[0].startswith("calls of judge-level-2 are upper bounds: judge.escalate asks them")
+    found = by_name(exits.stages)
+    assert [found["judge"].calls, found["critic"].calls] == [12 * n, 4 * n]
+    assert exits.notes[0].startswith("calls of judge, critic are upper bounds: judge.early_exit")
+
+
 def test_without_reply_tokens_a_plan_is_an_upper_bound_and_says_so() -> None:
     found = planned(pocket(), rates(reply_tokens=None))
     assert all(stage.bound for stage in found.stages)

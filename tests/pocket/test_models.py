@@ -7,7 +7,6 @@ import json
 import random
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +26,7 @@ from ray_pipeline.pocket.tasks import RUBRICS, is_correct, make_prompts
 from ray_pipeline.pocket.tokenizer import make_tokenizer
 from ray_pipeline.pocket.training import answer
 from ray_pipeline.pocket.weaknesses import weaknesses
+from tests.interpreter import interpreter
 
 CARD = json.loads((WEIGHTS / "card.json").read_text(encoding="utf-8"))
 
@@ -149,7 +149,7 @@ def test_figures_through_vllm(tmp_path: Path) -> None:
     """The card's figures, measured again through real vLLM engines by the command that wrote the card."""
     weights = shutil.copytree(WEIGHTS, tmp_path / "weights")
     command = ["-m", "ray_pipeline.pocket.measure", "--weights", str(weights), "--prompts", "80"]
-    subprocess.run([sys.executable, *command], check=True, timeout=600)
+    subprocess.run([interpreter(), *command], check=True, timeout=600)
     figures = json.loads((weights / "card.json").read_text(encoding="utf-8"))["measured"]
     assert {found["prompts"] for found in figures.values()} == {80}
     policy, reviewer, generator = figures["policy"], figures["reviewer"], figures["generator"]

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ray_pipeline.store import calls
-from ray_pipeline.store.calls import CallWriter, may_hold, model_folder, part_name, read_calls
+from ray_pipeline.store.calls import CallWriter, Listing, model_folder, part_name, read_calls
 from ray_pipeline.store.files import Folder
 from ray_pipeline.store.keys import bucket_of, shard_of
 from tests.scripted import logged_calls
@@ -72,17 +72,36 @@ def test_any_reader_finds_exactly_its_calls(
         assert keys_of(read_calls(folder, shard, read)) == sorted(mine)
 
 
-@given(st.sampled_from(COUNTS), st.sampled_from(COUNTS), st.integers(0, 1023))
-def test_a_part_is_passed_over_only_if_it_shares_no_bucket(written: int, read: int, bucket: int) -> None:
-    name = part_name(bucket % written, written, "abc", 0)
-    for shard in {bucket % read, (bucket + 1) % read, 0}:
-        share = any(b % read == shard for b in range(bucket % written, 1024, written))
-        assert may_hold(name, shard, read) == share
+class Named(Folder):
+    """A folder that holds files of some names."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__("/nowhere")
+        self._names = names
+
+    def names(self, suffix: str = "") -> list[str]:
+        return sorted(name for name in self._names if name.endswith(suffix))
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(COUNTS), st.integers(0, 1023)), max_size=6),
+    st.sampled_from(COUNTS),
+    st.integers(0, 1023),
+)
+def test_a_part_is_passed_over_only_if_it_shares_no_bucket(
+    written: list[tuple[int, int]], read: int, bucket: int
+) -> None:
+    shard, share = bucket % read, set()
+    parts = {part_name(b % n, n, "abc", i): (b % n, n) for i, (n, b) in enumerate(written)}
+    for name, (i, n) in parts.items():
+        if any(b % read == shard for b in range(i, 1024, n)):
+            share.add(name)
+    assert Listing(Named(*parts)).of(shard, read) == sorted(share)
 
 
 def test_names_of_strangers_hold_nothing() -> None:
-    for name in ("x.parquet", "1of2of3-a.parquet", "of-a.parquet", "1of0-a.parquet", "-.parquet"):
-        assert not may_hold(name, 0, 4)
+    strangers = ("x.parquet", "1of2of3-a.parquet", "of-a.parquet", "1of0-a.parquet", "-.parquet")
+    assert [Listing(Named(*strangers)).of(shard, 4) for shard in range(4)] == [[]] * 4
 
 
 def test_a_reader_opens_only_what_can_hold_its_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ import pytest
 import yaml
 
 from ray_pipeline.submit.package import package
-from tests.dags.conftest import CONFIG, SMALL, Quorum, manifest, small_run, tables, wait_until  # noqa: F401
-from tests.endpoint import Answer, Endpoint, said
+from tests.dags.conftest import CONFIG, SMALL, Quorum, manifest, tables, wait_until
+from tests.dags.in_process import here
+from tests.endpoint import Answer, Endpoint, opinion, said
 from tests.hosts import hosts_can_be_made
 from tests.ray_nodes import Node, RayNodes
 
@@ -197,19 +197,18 @@ def kill(nodes: RayNodes, at_work: Sequence[Node], env: Mapping[str, str]) -> No
     nodes.add(resources={"engine": 1}, labels=JUDGE, env=env, wait=False)
 
 
-def test_a_node_that_dies_in_training_costs_the_steps_since_its_checkpoint(
-    small_run: Path,  # noqa: F811
-    tmp_path: Path,
-) -> None:
-    log, run, place = (
-        shutil.copytree(small_run / "calls", tmp_path / "calls"),
-        tmp_path / "run",
-        {"quorum-role": "train"},
-    )
+def test_a_node_that_dies_in_training_costs_the_steps_since_its_checkpoint(tmp_path: Path) -> None:
+    data, run, place = tmp_path / "data", tmp_path / "run", {"quorum-role": "train"}
+    with Endpoint(opinion) as server:
+        endpoint = f"{{base_url: '{server.url}', api_key_env: null}}"
+        asked = ["candidates.model=judge", "prompt_templates=default"]
+        asked += [f"judge.rubrics={json.dumps([{'name': name, 'text': f'{name}?'} for name in RUBRICS])}"]
+        asked += [f"models.judge={{engine: openai, model: m, canary: false, endpoint: {endpoint}}}"]
+        here("run", "dmapo", "-c", CONFIG, *SMALL, *asked, "--to", "datasets", "--run-dir", str(data))
     with RayNodes(cpus=2, dashboard=False) as nodes:
         training = Quorum(
-            *["run", "dmapo", "-c", CONFIG, *SMALL, "--to", "train", "--run-dir", str(run)],
-            *[f"calls.root={log}", "calls.replay_only=true"],
+            *["run", "dmapo", "-c", CONFIG, *SMALL, *asked, "--to", "train", "--run-dir", str(run)],
+            *[f"calls.root={data / 'calls'}", "calls.replay_only=true"],
             *["train.num_workers=1", "train.global_batch=8", "train.epochs=4", "train.save_steps=3"],
             "train.label_selector.quorum-role=train",
             env={**nodes.env, "RAY_ADDRESS": nodes.address},
@@ -232,4 +231,4 @@ def test_a_node_that_dies_in_training_costs_the_steps_since_its_checkpoint(
     steps = [row["step"] for row in metrics if row["split"] == "train"]
     assert steps == list(range(1, stage["facts"]["steps"] + 1))
     stages = ("prompts", "candidates", "judge", "critic", "gate", "dataset-rows", "datasets")
-    assert tables(run, stages) == tables(small_run, stages)
+    assert tables(run, stages) == tables(data, stages)

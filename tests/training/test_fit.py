@@ -26,6 +26,7 @@ from ray_pipeline.store.schemas import TRAIN_METRICS
 from ray_pipeline.training.fit import fit
 from ray_pipeline.training.methods import METHODS, TrainingInputError
 from ray_pipeline.training.spec import PROGRESS, STOP, ModelNotWritten, TrainingStopped, TrainResult, TrainSpec
+from tests.interpreter import interpreter
 
 from .conftest import (
     DPO_SCHEMA,
@@ -180,13 +181,13 @@ def test_killed_workers_cost_nothing_but_time(finished: Finished, make_spec: Mak
 DRIVER = """
 import json, sys
 import pyarrow.parquet as pq
-import ray
+from ray_pipeline.graph.cluster import connected
 from ray_pipeline.training.fit import fit
 from ray_pipeline.training.spec import TrainSpec
 
 address, spec, out = sys.argv[1:]
-ray.init(address=address, log_to_driver=False)
-result = fit(TrainSpec.from_dict(json.load(open(spec))))
+with connected({"address": address}):
+    result = fit(TrainSpec.from_dict(json.load(open(spec))))
 pq.write_table(result.metrics, out + ".parquet")
 json.dump({"steps": result.steps, "resumed_from": result.resumed_from, "adapter": result.adapter,
            "train_loss": result.train_loss}, open(out + ".json", "w"))
@@ -199,9 +200,9 @@ def test_a_killed_driver_goes_on_by_the_same_command(finished: Finished, make_sp
     spec = undisturbed_spec(make_spec)
     (tmp_path / "spec.json").write_text(json.dumps(spec.to_dict()))
     address = ray.get_runtime_context().gcs_address
-    command = [sys.executable, "-c", DRIVER, address, str(tmp_path / "spec.json"), str(tmp_path / "result")]
+    command = ["-c", DRIVER, address, str(tmp_path / "spec.json"), str(tmp_path / "result")]
 
-    driver = subprocess.Popen(command, cwd=REPOSITORY)
+    driver = subprocess.Popen([sys.executable, *command], cwd=REPOSITORY)
     killer = AtCheckpoints(spec, driver.kill)
     killer.start()
     assert driver.wait(timeout=240) == -signal.SIGKILL
@@ -211,7 +212,7 @@ def test_a_killed_driver_goes_on_by_the_same_command(finished: Finished, make_sp
         assert time.monotonic() < deadline, "workers outlive their driver"
         time.sleep(0.1)
 
-    subprocess.run(command, cwd=REPOSITORY, check=True, timeout=240)
+    subprocess.run([interpreter(), *command], cwd=REPOSITORY, check=True, timeout=240)
     result = json.loads((tmp_path / "result.json").read_text())
     undisturbed = finished[1]
     assert 2 <= result["resumed_from"] < STEPS and result["steps"] == STEPS

@@ -22,11 +22,11 @@ from ray_pipeline.store.keys import digest, prompt_id
 from ray_pipeline.store.schemas import CANDIDATES, PROMPTS, to_table
 from ray_pipeline.training.fit import fit
 from ray_pipeline.training.spec import TrainResult
+from tests.models import needs_vllm
 
 from .conftest import DPO_SCHEMA, MakeSpec, assistant, user, write_rows
 
-pytest.importorskip("vllm", reason="vLLM is not installed")
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, needs_vllm]
 
 
 def pairs(count: int, seed: int) -> list[dict[str, Any]]:

@@ -14,13 +14,13 @@ from ray_pipeline.engines.thoughts import split_thoughts
 from ray_pipeline.engines.vllm import VllmEngine
 from ray_pipeline.engines.vllm_spec import VllmSpec
 from ray_pipeline.training.spec import TrainResult, TrainSpec
+from tests.models import needs_vllm
 
 from .conftest import SFT_SCHEMA, WORDS, MakeSpec, assistant, user, write_rows
 from .shapes import FAMILIES, QUIRKS, make_model
 from .test_shapes import train
 
-pytest.importorskip("vllm", reason="vLLM is not installed")
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, needs_vllm]
 
 PROMPTS = [" ".join(WORDS[i : i + 4]) for i in range(0, 12, 3)]
 TOKENS = 12
