@@ -196,6 +196,24 @@ class Retries(Protocol):
     def retry_temperature(self) -> float: ...
 
 
+def judge_messages(
+    prompt: Sequence[Message], response: str, rubric: Rubric, template: RoleTemplate, layout: Layout
+) -> list[Message]:
+    """What a judge of one rubric is asked about one answer."""
+    instruction = transcript(prompt)
+    return render(
+        template,
+        layout,
+        instruction=instruction,
+        response=response,
+        fence=_fence(instruction, response),
+        name=rubric.name,
+        rubric=rubric.text,
+        low=rubric.low,
+        high=rubric.high,
+    )
+
+
 async def judge(
     engine: ChatEngine,
     prompt: Sequence[Message],
@@ -207,18 +225,7 @@ async def judge(
     layout: Layout = "shared_first",
 ) -> Verdict:
     """Score one answer on one rubric."""
-    instruction = transcript(prompt)
-    messages = render(
-        template,
-        layout,
-        instruction=instruction,
-        response=response,
-        fence=_fence(instruction, response),
-        name=rubric.name,
-        rubric=rubric.text,
-        low=rubric.low,
-        high=rubric.high,
-    )
+    messages = judge_messages(prompt, response, rubric, template, layout)
     grammar = score_grammar(rubric.low, rubric.high, asking.reason_chars) if asking.grammar else None
     reader = functools.partial(score_verdict, low=rubric.low, high=rubric.high, format=asking.format)
     # Twenty alternatives cover every score of a ten-point scale and the tokens that compete with them.
