@@ -85,6 +85,7 @@ SHIPPED = {
     "pocket_winrate": "winrate",
     "smol": "dmapo",
     "smol_checklist": "dmapo",
+    "smol_judge": "train",
     "smol_quick": "dmapo",
     "train": "train",
     "winrate": "winrate",
@@ -205,8 +206,9 @@ def _engine_identities() -> dict[str, Any]:
 def _config(name: str) -> Any:
     workflow = SHIPPED[name]
     values = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text("utf-8"))
-    recorded = ["data.path=recorded.jsonl"] if name in ("agreement", "winrate") else []
-    return read_config(find_workflow(workflow).config, values, recorded)
+    recorded = {"agreement": "data.path", "winrate": "data.path", "smol_judge": "preferences.path"}
+    own = [f"{recorded[name]}=recorded.jsonl"] if name in recorded else []
+    return read_config(find_workflow(workflow).config, values, own)
 
 
 def wired(name: str, run_folder: str = "/runs/golden") -> list[Stage]:
@@ -216,7 +218,7 @@ def wired(name: str, run_folder: str = "/runs/golden") -> list[Stage]:
 
 @contextlib.contextmanager
 def outside_world(folder: Path) -> Iterator[None]:
-    """Replace what is not in the repository: hub commits and files, packages, and a file of recorded judgements."""
+    """Replace what is not in the repository: hub commits and files, packages, and a file of recorded rows."""
     import huggingface_hub
 
     def commit(_: Any, name: str, revision: str | None = None, **options: Any) -> Any:
