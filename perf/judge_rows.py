@@ -2,9 +2,9 @@
 
     python perf/judge_rows.py RUN FILE [--judge NAME] [--checker ifeval]
 
-For each candidate, the question that the run's judge NAME is asked (default: its first) and the reply of a judge who knows
-the truth: the share of the constraints that are met, on the judge's scale. As many right ones
-as wrong ones are kept, chosen by hash. FILE has one demonstration a line, for
+For each candidate, the question that the run's judge NAME is asked (default: its first) and the reply of a judge who
+knows the truth: the share of the constraints that are met, on the judge's scale. As many right ones as wrong ones are
+kept, chosen by hash. FILE has one demonstration a line, for
 
     quorum run train -c configs/smol_judge.yaml preferences.path=FILE
 
