@@ -68,7 +68,7 @@ class TrainSettings(Settings):
     )
     num_workers: int = Field(1, ge=1, description="data-parallel workers")
     use_gpu: bool | None = Field(None, description="one GPU per worker; default: where the cluster has GPUs")
-    cpus_per_worker: float = Field(1, gt=0, description="CPUs of one worker")
+    cpus_per_worker: float = Field(1, gt=0, description="CPUs of one worker, and its threads")
     label_selector: dict[str, str] = Field(
         default_factory=dict, description="labels of the nodes that may be used; empty: any"
     )
