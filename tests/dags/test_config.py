@@ -86,6 +86,7 @@ OTHERS = (
     "endpoint_winrate", "endpoint_benchmarks",
     "benchmarks", "pocket_benchmarks", "fellowship", "pocket_fellowship", "fellowship_winrate", "train", "pocket_train",
     "judge_check", "pocket_judge_check",
+    "smol_judge",
     "smol", "smol_quick", "smol_checklist",  # with gates for judges that give most answers the highest score
 )  # fmt: skip
 SHIPPED = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem not in OTHERS)
