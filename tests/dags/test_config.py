@@ -27,6 +27,7 @@ from ray_pipeline.workflow.config import RunConfig
 from ray_pipeline.workflow.dmapo_config import DmapoConfig
 from ray_pipeline.workflow.registry import find_workflow
 from ray_pipeline.workflow.stored import stored
+from tests.golden.test_goldens import SHIPPED as WORKFLOWS
 from tests.models import needs_vllm
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -80,16 +81,13 @@ def test_the_smallest_configuration(load: Any) -> None:
 # --- the files that come with Quorum ----------------------------------------------------------------------------------
 
 
-#: The other workflows have configurations of their own (test_agreement_config.py and its like).
-OTHERS = (
-    "agreement", "pocket_agreement", "winrate", "pocket_winrate",
-    "endpoint_winrate", "endpoint_benchmarks",
-    "benchmarks", "pocket_benchmarks", "fellowship", "pocket_fellowship", "fellowship_winrate", "train", "pocket_train",
-    "judge_check", "pocket_judge_check",
-    "smol_judge",
-    "smol", "smol_quick", "smol_checklist",  # with gates for judges that give most answers the highest score
-)  # fmt: skip
-SHIPPED = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem not in OTHERS)
+#: Their gates are for judges that give most answers the highest score.
+OTHER_GATES = ("smol", "smol_quick", "smol_checklist")
+SHIPPED = sorted(
+    CONFIGS / f"{name}.yaml"
+    for name, workflow in WORKFLOWS.items()
+    if workflow in ("dmapo", "baselines") and name not in OTHER_GATES
+)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
