@@ -15,7 +15,7 @@ from ray_pipeline.config.blocks import CallsBlock
 from ray_pipeline.config.settings import Settings
 from ray_pipeline.data.checkers import CheckerKey
 from ray_pipeline.data.decontamination import contamination_of
-from ray_pipeline.data.early_exit import SliceBy, in_audit_slice, slice_of
+from ray_pipeline.data.early_exit import SliceBy, slice_of
 from ray_pipeline.data.escalation import Levels
 from ray_pipeline.data.gate import GateConfig
 from ray_pipeline.data.reviewed import HumanLabelsKey
@@ -242,7 +242,7 @@ def report_data(
     )
     rows: Mapping[str, Any] = {} if data is None else data.facts
     candidates, verdicts = table_of(by_name, "candidates"), table_of(by_name, "verdicts")
-    levels, agreement_on = (settings.levels, settings.bootstrap_draws, settings.seed), None
+    draws, seed, agreement_on = settings.bootstrap_draws, settings.seed, None
     if settings.audit_slice and candidates is not None:
         agreement_on = candidates.filter(slice_of(candidates, settings.slice_by))["candidate_id"].to_pylist()
     return ReportData(
@@ -265,7 +265,7 @@ def report_data(
             settings.no_error_rates,
             desirable_from=settings.gate.desirable_at,
             undesirable_to=settings.gate.undesirable_at,
-            only=in_audit_slice if settings.audit_slice else None,
+            only=None if agreement_on is None else set(agreement_on).__contains__,
         ),
         checklists=[]
         if verdicts is None
@@ -273,9 +273,9 @@ def report_data(
         critiques=table_of(by_name, "critiques"),
         decisions=table_of(by_name, "decisions"),
         agreement_on=agreement_on,
-        escalation=picks_of(by_name, *levels)
+        escalation=picks_of(by_name, settings.levels, draws, seed)
         if settings.slice_by == "prompt_id"
-        else escalation_of(by_name, settings.gate, *levels),
+        else escalation_of(by_name, settings.gate, settings.levels, draws, seed),
         dataset_counts=rows.get("rows"),
         dataset_guards=rows.get("dropped"),
         kto_weights=rows.get("kto_weights"),
