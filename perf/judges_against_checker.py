@@ -21,13 +21,13 @@ responses to prompts with that one alone. CHECKER is `ifeval` unless named.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 
 import numpy as np
 import pandas as pd
 
 from ray_pipeline.data.checkers import load_checker
+from ray_pipeline.data.judge_votes import judge_errors
 from ray_pipeline.graph.results import of_role, read_run
 from ray_pipeline.stats.bootstrap import resample
 from ray_pipeline.stats.calibration import calibration
@@ -75,10 +75,7 @@ def main(folder: str, checker: str = "ifeval", kinds: bool = False) -> None:
     verdicts = pd.concat([result.table().read_all().to_pandas() for result in of_role(results, "verdicts")])
     means = verdicts.assign(score=verdicts.expected_score, judge=verdicts.judge + " mean")
     rows = pd.concat([verdicts, means]).dropna(subset="score").merge(known, on="candidate_id")
-    scales = {one.name: (one.low, one.high) for one in stored(run).config.judge.rubrics}
-    low, high = (
-        rows.judge.str.removesuffix(" mean").map(lambda name, end=end: scales.get(name, (1, 10))[end]) for end in (0, 1)
-    )
+    low, high = stored(run).config.judge.scale
     rows["place"] = (rows.score - low) / (high - low)
     print(
         f"{len(known):,} responses; {(known.share == 1).mean():.1%} meet every constraint; "
@@ -88,11 +85,11 @@ def main(folder: str, checker: str = "ifeval", kinds: bool = False) -> None:
     print(f"{'judge':<{width}} {HEAD}")
     for name, group in rows.groupby("judge", sort=False):
         print(judge_line(str(name), group, width))
-    wrong = ((rows.place >= 0.5) != (rows.share == 1)).astype(float)
-    errors = rows.assign(wrong=wrong).pivot_table(index="candidate_id", columns="judge", values="wrong")
-    for one, other in itertools.combinations(errors.columns, 2):
-        if not {one, other} & {f"{name} mean" for name in (one, other)}:
-            print(f"errors of {one} and {other}: correlation {errors[one].corr(errors[other]):.2f}")
+    middle = (low + high) / 2
+    errors = judge_errors(results, checker, desirable_from=middle, undesirable_to=np.nextafter(middle, low))
+    for pair in errors.truth.pairs if errors is not None and errors.truth is not None else []:
+        together = pair.reason if pair.correlation.mean is None else f"correlation {pair.correlation.mean:.2f}"
+        print(f"errors of {pair.judge_a} and {pair.judge_b}: {together}")
     if kinds:
         asked = rows.prompt_id.map(lambda prompt: json.loads(prompts.meta[prompt])["instruction_id_list"])
         single = rows.assign(kind=asked.str.get(0))[asked.str.len() == 1]
