@@ -179,7 +179,8 @@ class _Loop:
         return len({self.texts[name] for name in best}) > 1 or not best.isdisjoint(self.cut)
 
     def _turns(self) -> Iterator[Problem]:
-        """Judges that were asked or skipped against the levels. Nobody compares fewer than two different texts."""
+        """Judges that were asked or skipped against the levels. No judge is asked to compare fewer than two
+        different texts."""
         given = [name for name, row in self.answers.items() if row["response"] is not None]
         several = len({self.texts[name] for name in given}) > 1
         for judge in itertools.chain(*self.levels):

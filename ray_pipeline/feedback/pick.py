@@ -156,8 +156,8 @@ def accept_by_level(
         candidates, verdicts, jury: as of `accept_best`, with column response; so are the errors raised.
 
     Returns:
-        The decisions, and the prompts of the audit slice whose pick is settled at each level, by whether all judges
-        make the same; prompts that nobody was asked about are left out.
+        The decisions, and the number of prompts of the audit slice by the level that settles their pick and by whether
+        all judges pick the same. Prompts about which no judge was asked are not counted.
     """
     panels = [rule.judges(level) for level in range(1, len(rule.levels) + 1)]
     tables = [accept_best(candidates, verdicts, judges, jury.among(judges), rule.cut) for judges in panels]
